@@ -1,0 +1,183 @@
+"""`EngineConfig`: the one way to configure an engine. Immutable values; no torch, no asyncio."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from asyncengine.errors import ConfigError
+
+Mode = Literal["local", "interactive", "server"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+PrefixCacheMode = Literal["radix", "disable"]
+PrefillMode = Literal["hybrid", "chunked"]
+SpeculativeMode = Literal["disable"]
+AttentionBackend = Literal["auto", "cpu", "torch"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What to serve and within which limits. Fields that are None are derived when the model is loaded.
+
+    `AsyncEngine.complete_engine_config` is the same object with every None filled in.
+
+    Attributes:
+        model: A checkpoint directory, the id of a model in the local Hugging Face cache, or ``"tiny"`` for the
+            embedded model. Nothing is ever downloaded.
+        tokenizer: Where to read the tokenizer from instead of the checkpoint directory.
+        device: ``"auto"`` (CUDA if there is one, else CPU), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        dtype: Of weights and KV cache. ``"auto"`` is the checkpoint's own.
+        mode: How limits that are not given are derived, after MLC LLM. ``"interactive"``: one sequence.
+            ``"local"``: at most 4 sequences. Both keep one context window of KV cache per sequence.
+            ``"server"``: many sequences, and as much KV cache as memory allows.
+        max_num_sequence: Most sequences in one step.
+        max_total_sequence_length: KV cache capacity in tokens, over all sequences.
+        max_single_sequence_length: Most tokens in one sequence, prompt and output together.
+        prefill_chunk_size: Most prompt tokens computed in one step.
+        kv_cache_page_size: Tokens per KV cache block.
+        gpu_memory_utilization: Share of memory that may be used. On CUDA: share of the device's memory for weights,
+            activations and KV cache together (default 0.9). On CPU: share of the memory that is free once the
+            weights are loaded, for the KV cache alone (default 0.4).
+        prefix_cache_mode: ``"radix"`` keeps computed prompts for reuse; ``"disable"`` does not.
+        prefix_cache_max_num_recycling_seqs: Most finished sequences whose blocks are kept; None is unlimited.
+        prefill_mode: ``"hybrid"`` computes prefill chunks and decodes in one step; ``"chunked"`` in separate steps.
+        additional_models: Draft models for speculative decoding. Must be empty: not available yet.
+        speculative_mode: Must be ``"disable"``: not available yet.
+        spec_draft_length: Must be 0: not available yet.
+        tensor_parallel_shards: Must be 1: not available yet.
+        attention_backend: ``"cpu"`` is the compiled kernel, ``"torch"`` needs no compiler and runs on any device,
+            ``"auto"`` takes the fastest that works.
+        max_queue_size: Most requests that wait for their first step; None is unlimited.
+        step_timeout: Seconds after which `AsyncEngine.health` calls a step stalled.
+    """
+
+    model: str
+    tokenizer: str | None = field(default=None, kw_only=True)
+    device: str = field(default="auto", kw_only=True)
+    dtype: DType = field(default="auto", kw_only=True)
+    mode: Mode = field(default="server", kw_only=True)
+    max_num_sequence: int | None = field(default=None, kw_only=True)
+    max_total_sequence_length: int | None = field(default=None, kw_only=True)
+    max_single_sequence_length: int | None = field(default=None, kw_only=True)
+    prefill_chunk_size: int | None = field(default=None, kw_only=True)
+    kv_cache_page_size: int | None = field(default=None, kw_only=True)
+    gpu_memory_utilization: float | None = field(default=None, kw_only=True)
+    prefix_cache_mode: PrefixCacheMode = field(default="radix", kw_only=True)
+    prefix_cache_max_num_recycling_seqs: int | None = field(default=None, kw_only=True)
+    prefill_mode: PrefillMode = field(default="hybrid", kw_only=True)
+    additional_models: tuple[str, ...] = field(default=(), kw_only=True)
+    speculative_mode: SpeculativeMode = field(default="disable", kw_only=True)
+    spec_draft_length: int = field(default=0, kw_only=True)
+    tensor_parallel_shards: int = field(default=1, kw_only=True)
+    attention_backend: AttentionBackend = field(default="auto", kw_only=True)
+    max_queue_size: int | None = field(default=None, kw_only=True)
+    step_timeout: float = field(default=60.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _text("model", self.model)
+        if self.tokenizer is not None:
+            _text("tokenizer", self.tokenizer)
+        _text("device", self.device)
+        if self.device not in ("auto", "cpu", "cuda") and not (
+            self.device.startswith("cuda:") and self.device[5:].isdigit()
+        ):
+            raise ConfigError(f"device is {self.device!r}; allowed: 'auto', 'cpu', 'cuda', 'cuda:N'")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                allowed = ", ".join(repr(choice) for choice in choices)
+                raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+        for name in (
+            "max_num_sequence",
+            "max_total_sequence_length",
+            "max_single_sequence_length",
+            "prefill_chunk_size",
+            "kv_cache_page_size",
+            "max_queue_size",
+        ):
+            _integer(name, getattr(self, name), minimum=1)
+        _integer("prefix_cache_max_num_recycling_seqs", self.prefix_cache_max_num_recycling_seqs, minimum=0)
+        if self.gpu_memory_utilization is not None:
+            _number("gpu_memory_utilization", self.gpu_memory_utilization, low=0.0, high=1.0)
+        _number("step_timeout", self.step_timeout, low=0.0, high=math.inf)
+        object.__setattr__(self, "additional_models", tuple(self.additional_models))
+        for name, only in (("additional_models", ()), ("spec_draft_length", 0), ("tensor_parallel_shards", 1)):
+            if getattr(self, name) != only:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; only {only!r} is available in this version")
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineConfig:
+        """Reads the JSON object that `to_json` writes; fields may be left out.
+
+        Raises:
+            ConfigError: Not a JSON object, an unknown key (with the nearest known one), or a wrong value.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"the configuration is not JSON ({error}); to name a model, pass EngineConfig(model={text[:80]!r})"
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"the configuration is a JSON {type(values).__name__}; expected an object")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
+        """Builds a configuration from a mapping of field names; unknown keys are errors.
+
+        Raises:
+            ConfigError: As `from_json`.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                raise ConfigError(f"unknown configuration key {key!r}{hint}")
+        if "model" not in values:
+            raise ConfigError("the configuration has no 'model'")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Writes every field as one JSON object."""
+        return json.dumps(dataclasses.asdict(self))
+
+    def replace(self, **changes: Any) -> EngineConfig:
+        """A copy with some fields changed.
+
+        Raises:
+            ConfigError: As `from_json`.
+        """
+        return EngineConfig.from_dict({f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": get_args(DType),
+    "mode": get_args(Mode),
+    "prefix_cache_mode": get_args(PrefixCacheMode),
+    "prefill_mode": get_args(PrefillMode),
+    "speculative_mode": get_args(SpeculativeMode),
+    "attention_backend": get_args(AttentionBackend),
+}
+
+
+def _text(name: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} is {value!r}; expected a non-empty string")
+
+
+def _integer(name: str, value: object, *, minimum: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name} is {value!r}; expected an integer >= {minimum}")
+
+
+def _number(name: str, value: object, *, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
+        raise ConfigError(f"{name} is {value!r}; expected a number in ({low}, {high}]")

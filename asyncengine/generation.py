@@ -1,0 +1,283 @@
+"""`GenerationConfig`: what one request asks for, and its resolved form. Values; no torch, no asyncio."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from asyncengine.errors import InvalidRequestError
+
+LogprobsMode = Literal["raw", "processed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """How to generate. A field that is None takes the model's default, then the one named here.
+
+    The order of logit processing: logit bias; presence, frequency and repetition penalty; min-tokens mask;
+    temperature; top-k; min-p; top-p; draw.
+
+    Attributes:
+        n: Number of branches, >= 1. The prompt is computed once and shared.
+        temperature: >= 0; 0 takes the most likely token. Default 1.
+        top_p: In (0, 1]. Nucleus sampling (Holtzman et al., 2019). Default 1.
+        top_k: >= 1, or None for off.
+        min_p: In [0, 1]. Tokens below min_p times the likeliest are dropped (Nguyen et al., 2024). Default 0.
+        frequency_penalty: In [-2, 2], as in OpenAI's API. Default 0.
+        presence_penalty: In [-2, 2], as in OpenAI's API. Default 0.
+        repetition_penalty: > 0 (Keskar et al., 2019). Counts prompt and output. Default 1.
+        logprobs: Whether to return the log-probability of each generated token.
+        top_logprobs: 0 to 20. How many alternatives to return beside it; needs ``logprobs=True``.
+        logprobs_mode: ``"raw"``: of the model's own distribution. ``"processed"``: of the one drawn from.
+        logit_bias: Token id to a bias in [-100, 100].
+        max_tokens: >= 0. Most tokens to generate per branch; None is as many as fit.
+        min_tokens: >= 0. No stop token may be drawn before this many tokens; stop strings still end a branch.
+        seed: Any integer. Branch i draws from the stream seed + i. None takes a fresh one.
+        stop_strs: One string or several, none empty. The text ends before the first that appears.
+        stop_token_ids: Further tokens that end a branch. Like the end-of-sequence token, the one that stopped the
+            branch is part of `token_ids` and `logprobs` but not of the text.
+        ignore_eos: Whether to go on after the end-of-sequence token.
+        skip_special_tokens: Whether special tokens are left out of the text.
+        detokenize: Whether outputs carry text.
+        response_format: Must be None: structured output is not available yet.
+    """
+
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+    logprobs_mode: LogprobsMode = "raw"
+    logit_bias: Mapping[int, float] | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    seed: int | None = None
+    stop_strs: str | Iterable[str] = ()
+    stop_token_ids: Iterable[int] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+    response_format: None = None
+
+    def __post_init__(self) -> None:
+        _integer("n", self.n, 1, None)
+        _number("temperature", self.temperature, 0.0, None)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _integer("top_k", self.top_k, 1, None, optional=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, None, open_low=True)
+        for name in ("logprobs", "ignore_eos", "skip_special_tokens", "detokenize"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        _integer("top_logprobs", self.top_logprobs, 0, 20)
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError(f"top_logprobs is {self.top_logprobs}; it needs logprobs=True")
+        if self.logprobs_mode not in ("raw", "processed"):
+            raise InvalidRequestError(f"logprobs_mode is {self.logprobs_mode!r}; allowed: 'raw', 'processed'")
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        _integer("max_tokens", self.max_tokens, 0, None, optional=True)
+        _integer("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(f"min_tokens is {self.min_tokens}; allowed: 0..max_tokens = {self.max_tokens}")
+        _integer("seed", self.seed, None, None, optional=True)
+        object.__setattr__(self, "stop_strs", _stop_strs(self.stop_strs))
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        if self.response_format is not None:
+            raise InvalidRequestError(
+                f"response_format is {self.response_format!r}; structured output is not available in this version"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
+        """Builds a configuration from a mapping of field names.
+
+        Raises:
+            InvalidRequestError: An unknown key (with the nearest known one), or a wrong value.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                raise InvalidRequestError(f"unknown generation key {key!r}{hint}")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> GenerationConfig:
+        """A copy with some fields changed.
+
+        Raises:
+            InvalidRequestError: As `from_dict`.
+        """
+        return GenerationConfig.from_dict({f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """A `GenerationConfig` with every default filled in: what the step thread and the sampler see.
+
+    Attributes:
+        top_k: 0 is off.
+        max_tokens: Exact number of tokens that may still be drawn per branch; already capped by every length limit.
+        stop_token_ids: Everything that ends a branch, the end-of-sequence tokens included unless they are ignored.
+        masked_token_ids: What the min-tokens mask forbids: `stop_token_ids` while fewer than `min_tokens` are drawn.
+        seed: In [0, 2**64).
+        num_logprobs: -1: none. 0: of the drawn token only. k: with the k likeliest beside it.
+    """
+
+    n: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    num_logprobs: int
+    logprobs_mode: LogprobsMode
+    logit_bias: tuple[tuple[int, float], ...]
+    max_tokens: int
+    min_tokens: int
+    seed: int
+    stop_strs: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    skip_special_tokens: bool
+    detokenize: bool
+
+
+def resolve(
+    config: GenerationConfig,
+    defaults: GenerationConfig,
+    *,
+    vocab_size: int,
+    eos_token_ids: tuple[int, ...],
+    max_tokens: int,
+    seed: int,
+) -> SamplingParams:
+    """Fills `config` with `defaults` and the model's limits.
+
+    Args:
+        config: What the caller asked for.
+        defaults: The model's own defaults.
+        vocab_size: Token ids must lie below it.
+        eos_token_ids: End a branch unless `config.ignore_eos`.
+        max_tokens: The most that any length limit leaves room for.
+        seed: Taken when the caller gave none.
+
+    Raises:
+        InvalidRequestError: A token id outside the vocabulary.
+    """
+
+    def value(name: str, otherwise: float) -> float:
+        own = getattr(config, name)
+        own = getattr(defaults, name) if own is None else own
+        return float(otherwise if own is None else own)
+
+    assert isinstance(config.stop_token_ids, tuple) and isinstance(config.stop_strs, tuple)
+    bias = tuple(sorted((config.logit_bias or {}).items()))
+    for name, ids in (("stop_token_ids", config.stop_token_ids), ("logit_bias", tuple(i for i, _ in bias))):
+        for token_id in ids:
+            if token_id >= vocab_size:
+                raise InvalidRequestError(
+                    f"{name} has token id {token_id}; allowed: 0..{vocab_size - 1} (vocabulary of {vocab_size})"
+                )
+    stop_ids = config.stop_token_ids if config.ignore_eos else config.stop_token_ids + eos_token_ids
+    top_k = config.top_k if config.top_k is not None else defaults.top_k
+    return SamplingParams(
+        n=config.n,
+        temperature=value("temperature", 1.0),
+        top_p=value("top_p", 1.0),
+        top_k=0 if top_k is None or top_k >= vocab_size else top_k,
+        min_p=value("min_p", 0.0),
+        frequency_penalty=value("frequency_penalty", 0.0),
+        presence_penalty=value("presence_penalty", 0.0),
+        repetition_penalty=value("repetition_penalty", 1.0),
+        num_logprobs=config.top_logprobs if config.logprobs else -1,
+        logprobs_mode=config.logprobs_mode,
+        logit_bias=bias,
+        max_tokens=max_tokens if config.max_tokens is None else min(config.max_tokens, max_tokens),
+        min_tokens=config.min_tokens,
+        seed=(seed if config.seed is None else config.seed) % 2**64,
+        stop_strs=config.stop_strs,
+        stop_token_ids=tuple(dict.fromkeys(stop_ids)),
+        skip_special_tokens=config.skip_special_tokens,
+        detokenize=config.detokenize,
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _integer(name: str, value: object, low: int | None, high: int | None, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or (low is not None and value < low)
+        or (high is not None and value > high)
+    ):
+        allowed = "any integer" if low is None else f">= {low}" if high is None else f"{low}..{high}"
+        raise InvalidRequestError(f"{name} is {value!r}; allowed: {allowed}{' or None' if optional else ''}")
+
+
+def _number(name: str, value: object, low: float, high: float | None, *, open_low: bool = False) -> None:
+    if value is None:
+        return
+    bad = not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value)
+    if not bad:
+        assert isinstance(value, (int, float))
+        bad = value < low or (open_low and value == low) or (high is not None and value > high)
+    if bad:
+        bracket, sign = ("(", ">") if open_low else ("[", ">=")
+        allowed = f"{sign} {low:g}" if high is None else f"{bracket}{low:g}, {high:g}]"
+        raise InvalidRequestError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _bias(bias: object) -> dict[int, float] | None:
+    if bias is None:
+        return None
+    if not isinstance(bias, Mapping):
+        raise InvalidRequestError(f"logit_bias is {bias!r}; expected a mapping of token id to bias")
+    for token_id, value in bias.items():
+        if not _is_integer(token_id) or token_id < 0:
+            raise InvalidRequestError(f"logit_bias has key {token_id!r}; allowed: token ids >= 0")
+        if not _is_number(value) or not -100 <= value <= 100:
+            raise InvalidRequestError(f"logit_bias[{token_id}] is {value!r}; allowed: [-100, 100]")
+    return {token_id: float(value) for token_id, value in bias.items()}
+
+
+def _stop_strs(value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, Iterable):
+        raise InvalidRequestError(f"stop_strs is {value!r}; expected a string or a list of strings")
+    strings = tuple(strings)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise InvalidRequestError(f"stop_strs has {string!r}; allowed: non-empty strings")
+    return strings
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
+        raise InvalidRequestError(f"{name} is {value!r}; expected a list of token ids")
+    ids = tuple(value)
+    for token_id in ids:
+        if not _is_integer(token_id) or token_id < 0:
+            raise InvalidRequestError(f"{name} has {token_id!r}; allowed: token ids >= 0")
+    return ids

@@ -1,0 +1,1 @@
+"""Attention over a paged KV cache: one narrow protocol, several back ends."""

@@ -1,0 +1,84 @@
+"""What a back end of paged attention provides. The models and the runner know nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from asyncengine.step.batch import StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What one attention layer needs, recorded from a dummy forward.
+
+    Attributes:
+        num_heads: Query heads; a multiple of `num_kv_heads`. Query head h reads KV head h // (heads / kv heads).
+        num_kv_heads: Key and value heads.
+        key_dim: Size of a query or key head.
+        value_dim: Size of a value head; may differ from `key_dim`.
+        scaling: What query-key products are multiplied by.
+        sliding_window: A token at position p attends to positions > p - sliding_window; None is unlimited.
+        soft_cap: Scores become soft_cap * tanh(score / soft_cap) after scaling; None is off (Gemma 2).
+        has_sinks: Whether each head has a learned logit that joins the softmax and attends to nothing (gpt-oss).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    scaling: float
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    has_sinks: bool = False
+
+
+class AttentionBackend(Protocol):
+    """One way to store keys and values in pages and to attend to them. Used from the step thread alone."""
+
+    name: str
+
+    def bytes_per_block(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one block of one layer takes."""
+        ...
+
+    def allocate(self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device) -> Any:
+        """Returns the KV cache of one layer in this back end's own layout. Contents are uninitialised."""
+        ...
+
+    def plan(self, batch: StepBatch, page_size: int, device: torch.device) -> Any:
+        """Prepares whatever all layers of one step share."""
+        ...
+
+    def attend(
+        self,
+        spec: LayerSpec,
+        cache: Any,
+        plan: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Writes the step's keys and values into `cache`, then attends.
+
+        Args:
+            spec: The layer.
+            cache: From `allocate`.
+            plan: From `plan`.
+            query: (tokens, heads, key_dim), any strides.
+            key: (tokens, kv heads, key_dim), any strides.
+            value: (tokens, kv heads, value_dim), any strides.
+            sinks: (heads,) or None.
+
+        Returns:
+            (tokens, heads, value_dim), contiguous, of the query's dtype.
+        """
+        ...
+
+    def copy_blocks(self, caches: Sequence[Any], copies: torch.Tensor) -> None:
+        """Copies whole blocks in every layer; `copies` is (C, 2) of source and destination."""
+        ...

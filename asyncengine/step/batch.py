@@ -1,0 +1,74 @@
+"""What the scheduler hands to the model for one step, and what it gets back. Values: numpy arrays, never torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One flattened batch of R rows (sequences) with T query tokens in all; row r's tokens lie one after the other.
+
+    Rows that decode come first, each with one query token; rows in prefill follow. The keys and values of the query
+    tokens are written before anything is attended: row r's token at position p attends to positions 0..p.
+
+    Attributes:
+        token_ids: (T,) input tokens.
+        positions: (T,) position of each token in its sequence.
+        query_start: (R + 1,) row r owns the tokens query_start[r]:query_start[r + 1].
+        context_lens: (R,) tokens of the row that were in the KV cache before this step.
+        block_tables: (R, B) physical block of each logical block; entries past the row's end are arbitrary.
+        slot_mapping: (T,) where each token's key and value go: physical block * page size + offset.
+        sample_index: (M,) index into the T tokens of each row of logits; several may name the same token.
+        sample_slots: (M,) the sequence slot that each sampled token is for.
+        sample_positions: (M,) number of tokens that the slot's sequence has generated before this one.
+        copies: (C, 2) physical blocks (source, destination) to copy before anything else.
+        num_decodes: How many of the R rows, at the front, decode.
+    """
+
+    token_ids: Int32
+    positions: Int32
+    query_start: Int32
+    context_lens: Int32
+    block_tables: Int32
+    slot_mapping: Int64
+    sample_index: Int64
+    sample_slots: Int64
+    sample_positions: Int64
+    copies: Int64
+    num_decodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities around one drawn token.
+
+    Attributes:
+        logprob: Of the drawn token.
+        top_ids: The likeliest tokens, likeliest first; empty if none were asked for.
+        top_logprobs: Theirs.
+    """
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """What the model drew in one step.
+
+    Attributes:
+        token_ids: (M,) one for each entry of `StepBatch.sample_index`.
+        logprobs: Entry m is None where the slot asked for none; None altogether where no slot asked.
+    """
+
+    token_ids: Int32
+    logprobs: list[TokenLogprobs | None] | None = None
