@@ -13,6 +13,12 @@ from asyncengine.errors import InvalidRequestError
 
 LogprobsMode = Literal["raw", "processed"]
 
+MAX_BRANCHES = 1024
+MAX_STOP_STRS = 128
+MAX_STOP_STR_LENGTH = 1024
+GREEDY_BELOW = 1e-5
+"""Temperatures below it mean 0: dividing by them would overflow."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationConfig:
@@ -22,8 +28,8 @@ class GenerationConfig:
     temperature; top-k; min-p; top-p; draw.
 
     Attributes:
-        n: Number of branches, >= 1. The prompt is computed once and shared.
-        temperature: >= 0; 0 takes the most likely token. Default 1.
+        n: Number of branches, 1 to 1024. The prompt is computed once and shared.
+        temperature: >= 0; 0 (and anything below 1e-5) takes the most likely token. Default 1.
         top_p: In (0, 1]. Nucleus sampling (Holtzman et al., 2019). Default 1.
         top_k: >= 1, or None for off.
         min_p: In [0, 1]. Tokens below min_p times the likeliest are dropped (Nguyen et al., 2024). Default 0.
@@ -37,7 +43,8 @@ class GenerationConfig:
         max_tokens: >= 0. Most tokens to generate per branch; None is as many as fit.
         min_tokens: >= 0. No stop token may be drawn before this many tokens; stop strings still end a branch.
         seed: Any integer. Branch i draws from the stream seed + i. None takes a fresh one.
-        stop_strs: One string or several, none empty. The text ends before the first that appears.
+        stop_strs: One string or several (at most 128 of at most 1024 characters), none empty. The text ends before
+            the first that appears.
         stop_token_ids: Further tokens that end a branch. Like the end-of-sequence token, the one that stopped the
             branch is part of `token_ids` and `logprobs` but not of the text.
         ignore_eos: Whether to go on after the end-of-sequence token.
@@ -69,7 +76,7 @@ class GenerationConfig:
     response_format: None = None
 
     def __post_init__(self) -> None:
-        _integer("n", self.n, 1, None)
+        _integer("n", self.n, 1, MAX_BRANCHES)
         _number("temperature", self.temperature, 0.0, None)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _integer("top_k", self.top_k, 1, None, optional=True)
@@ -193,9 +200,12 @@ def resolve(
                 )
     stop_ids = config.stop_token_ids if config.ignore_eos else config.stop_token_ids + eos_token_ids
     top_k = config.top_k if config.top_k is not None else defaults.top_k
+    temperature = value("temperature", 1.0)
+    if config.max_tokens is not None:
+        max_tokens = min(config.max_tokens, max_tokens)
     return SamplingParams(
         n=config.n,
-        temperature=value("temperature", 1.0),
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
         top_p=value("top_p", 1.0),
         top_k=0 if top_k is None or top_k >= vocab_size else top_k,
         min_p=value("min_p", 0.0),
@@ -205,8 +215,8 @@ def resolve(
         num_logprobs=config.top_logprobs if config.logprobs else -1,
         logprobs_mode=config.logprobs_mode,
         logit_bias=bias,
-        max_tokens=max_tokens if config.max_tokens is None else min(config.max_tokens, max_tokens),
-        min_tokens=config.min_tokens,
+        max_tokens=max_tokens,
+        min_tokens=min(config.min_tokens, max_tokens),
         seed=(seed if config.seed is None else config.seed) % 2**64,
         stop_strs=config.stop_strs,
         stop_token_ids=tuple(dict.fromkeys(stop_ids)),
@@ -267,7 +277,13 @@ def _stop_strs(value: object) -> tuple[str, ...]:
     if not isinstance(strings, Iterable):
         raise InvalidRequestError(f"stop_strs is {value!r}; expected a string or a list of strings")
     strings = tuple(strings)
+    if len(strings) > MAX_STOP_STRS:
+        raise InvalidRequestError(f"stop_strs has {len(strings)} strings; allowed: at most {MAX_STOP_STRS}")
     for string in strings:
+        if isinstance(string, str) and len(string) > MAX_STOP_STR_LENGTH:
+            raise InvalidRequestError(
+                f"stop_strs has a string of {len(string)} characters; allowed: at most {MAX_STOP_STR_LENGTH}"
+            )
         if not isinstance(string, str) or not string:
             raise InvalidRequestError(f"stop_strs has {string!r}; allowed: non-empty strings")
     return strings

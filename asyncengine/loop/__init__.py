@@ -1,0 +1,1 @@
+"""What runs on event loops: streams, futures, text. Never imports torch."""

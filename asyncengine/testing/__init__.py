@@ -1,0 +1,19 @@
+"""For whoever builds on the engine: models that need no torch, so that an application's tests take milliseconds.
+
+Everything but the model is the real engine: threads, scheduler, KV accounting, streams, errors.
+"""
+
+from asyncengine.testing.engines import MODEL, echo_engine, scripted_engine
+from asyncengine.testing.scripted import Script, ScriptedLoader, ScriptedModel, echo
+from asyncengine.testing.tokenizer import ByteTokenizer
+
+__all__ = [
+    "MODEL",
+    "ByteTokenizer",
+    "Script",
+    "ScriptedLoader",
+    "ScriptedModel",
+    "echo",
+    "echo_engine",
+    "scripted_engine",
+]

@@ -1,0 +1,118 @@
+"""Token ids to text, piece by piece: UTF-8 is never broken and stop strings are honoured at character level.
+
+Owned by whoever creates one: the loop to deliver text, the step thread to notice stop strings. Fed the same tokens,
+both find the same end, however the tokens were cut into pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from asyncengine.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+_LONGEST_RUN = 32
+"""Tokens after which undecodable output is taken for what it is instead of for an incomplete character."""
+
+
+class Detokenizer:
+    """Decodes a growing sequence of tokens.
+
+    Each piece is decoded together with the one before it, and the text of that one is cut off: decoders that treat
+    the first token specially (a leading space) thus never see a wrong first token. The method is the two offsets of
+    Hugging Face's text-generation-inference; what differs is that text before an incomplete character is not held.
+    """
+
+    __slots__ = ("_emitted", "_ids", "_prefix_text", "_read", "_skip_special_tokens", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._ids: list[int] = []  # the piece decoded last, then what is new
+        self._read = 0  # where the new ones begin
+        self._prefix_text = ""  # text of _ids[:_read]
+        self._emitted = 0  # characters of the new ones' text that were returned already
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Adds tokens and returns the text that is certain now."""
+        self._ids += token_ids
+        text = self._decode()
+        start = len(self._prefix_text) + self._emitted
+        if text.endswith(_REPLACEMENT) and len(self._ids) - self._read <= _LONGEST_RUN:
+            stable = text.rstrip(_REPLACEMENT)
+            out = stable[start:]
+            self._emitted += len(out)
+            return out
+        out = text[start:]
+        self._emitted = 0
+        if len(text) > len(self._prefix_text):
+            del self._ids[: self._read]
+            self._read = len(self._ids)
+            self._prefix_text = self._decode()
+        return out
+
+    def flush(self) -> str:
+        """Returns what was held back, as it stands: no more tokens will come."""
+        out = self._decode()[len(self._prefix_text) + self._emitted :]
+        self._emitted += len(out)
+        return out
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids, self._skip_special_tokens)
+
+
+class TextStream:
+    """A `Detokenizer` that ends at the first stop string.
+
+    The string that *completes* first wins, so that the end does not depend on how the text arrives. Text that may
+    yet turn out to begin a stop string is held back.
+
+    Attributes:
+        stopped_by: The stop string that was found, or None.
+    """
+
+    __slots__ = ("_detokenizer", "_held", "_longest", "_stop_strs", "stopped_by")
+
+    def __init__(self, tokenizer: Tokenizer, stop_strs: tuple[str, ...] = (), skip_special_tokens: bool = True) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+        self._stop_strs = stop_strs
+        self._longest = max(map(len, stop_strs), default=0)
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Adds tokens and returns the text that may be shown now. Nothing after a stop string is."""
+        if self.stopped_by is not None:
+            return ""
+        text = self._detokenizer.push(token_ids)
+        return self._cut(text) if self._stop_strs else text
+
+    def flush(self) -> str:
+        """Returns what was held back: the branch has ended."""
+        if self.stopped_by is not None:
+            return ""
+        text = self._detokenizer.flush()
+        if not self._stop_strs:
+            return text
+        shown = self._cut(text)
+        if self.stopped_by is None:
+            shown, self._held = shown + self._held, ""
+        return shown
+
+    def _cut(self, text: str) -> str:
+        text = self._held + text
+        found = min(
+            ((at + len(stop), at, stop) for stop in self._stop_strs if (at := text.find(stop)) >= 0),
+            default=None,
+        )
+        if found is not None:
+            self.stopped_by = found[2]
+            self._held = ""
+            return text[: found[1]]
+        keep = len(text)
+        for size in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stop_strs):
+                keep = len(text) - size
+                break
+        self._held = text[keep:]
+        return text[:keep]

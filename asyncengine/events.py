@@ -1,0 +1,68 @@
+"""What the step thread tells an event loop. Immutable values; requests are named by number, never by object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from asyncengine.outputs import FinishReason, Usage
+from asyncengine.step.batch import TokenLogprobs
+
+BranchKey = tuple[int, int]
+"""Number of the request, index of the branch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One new token for each of several branches.
+
+    Attributes:
+        keys: The branches. The same tuple object is used again from step to step while the batch stays the same, so
+            that its reader may remember what it made of it.
+        token_ids: One per branch.
+        logprobs: One per branch, None where not asked for; None altogether where nobody asked.
+    """
+
+    keys: tuple[BranchKey, ...]
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BranchEnded:
+    """A branch will get no more tokens."""
+
+    key: BranchKey
+    finish_reason: FinishReason
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """All branches have ended; the last that is heard of a request.
+
+    Attributes:
+        error: Raised to the reader once everything that was generated is read; None for an ordinary end.
+    """
+
+    number: int
+    usage: Usage
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The outcome of an instruction.
+
+    Attributes:
+        ticket: Which one.
+        value: Its result.
+        error: Or what it raised.
+    """
+
+    ticket: int
+    value: Any = None
+    error: BaseException | None = None
+
+
+Event = Tokens | BranchEnded | RequestEnded | Reply

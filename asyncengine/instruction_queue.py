@@ -1,0 +1,89 @@
+"""The crossing from the event loops to the step thread: instructions, drained whole between steps.
+
+Owned by both sides; lock-free, so that a `put` is safe from any thread, from a finalizer, and from a garbage
+collection that happens to run inside another `put`. Everything rests on two facts of CPython: `deque.append` and
+`deque.popleft` are atomic, and so is releasing a lock that serves as a one-shot flag.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Generic, TypeVar
+
+from asyncengine.errors import EngineClosedError
+
+T = TypeVar("T")
+
+
+class InstructionQueue(Generic[T]):
+    """Many producers, one consumer. An idle consumer sleeps in `wait` without using the CPU."""
+
+    __slots__ = ("_closed", "_flag", "_items", "_sleeping")
+
+    def __init__(self) -> None:
+        self._items: deque[T] = deque()
+        self._flag = threading.Lock()
+        self._flag.acquire()
+        self._sleeping = False
+        self._closed = False
+
+    def put(self, item: T) -> None:
+        """Adds an instruction. Never blocks; safe from any thread.
+
+        Raises:
+            EngineClosedError: Nobody will ever take it.
+        """
+        if self._closed:
+            raise EngineClosedError("the engine was shut down")
+        self._items.append(item)
+        if self._sleeping:
+            self.wake()
+        if self.closed:
+            # The consumer closed meanwhile. Either its last drain took the item, then it is answered there; or not.
+            try:
+                self._items.remove(item)
+            except ValueError:
+                return
+            raise EngineClosedError("the engine was shut down")
+
+    def wake(self) -> None:
+        """Ends the consumer's present or next `wait`. Idempotent."""
+        try:
+            self._flag.release()
+        except RuntimeError:
+            pass  # already set
+
+    def drain(self) -> list[T]:
+        """Takes all that is there, oldest first. Consumer only."""
+        items = []
+        popleft = self._items.popleft
+        try:
+            while True:
+                items.append(popleft())
+        except IndexError:
+            return items
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Sleeps until something is there, `wake` is called, or `timeout` seconds passed. Consumer only.
+
+        May return early; the caller looks again.
+        """
+        self._sleeping = True
+        # A producer that appended before it could see _sleeping is noticed here; one that appends later sees it.
+        if not self._items:
+            self._flag.acquire(timeout=-1 if timeout is None else max(timeout, 0.0))
+        self._sleeping = False
+
+    def close(self) -> list[T]:
+        """Refuses whatever comes from now on and returns what was still there. Consumer only; idempotent."""
+        self._closed = True
+        return self.drain()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `put` raises."""
+        return self._closed
+
+    def __len__(self) -> int:
+        return len(self._items)

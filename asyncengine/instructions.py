@@ -1,0 +1,227 @@
+"""What the event loops tell the step thread. Immutable values; each carries where its own reply goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from asyncengine.config import EngineConfig
+from asyncengine.errors import InvalidRequestError
+from asyncengine.events import Event
+from asyncengine.generation import SamplingParams
+from asyncengine.step.batch import Int32
+
+InFlight = Literal["abort", "wait", "carry"]
+"""What a reload does with requests that have begun: end them, let them finish, or go on with them on the new model."""
+
+WhenFull = Literal["wait", "raise"]
+
+
+class Mailbox(Protocol):
+    """Where events go: one per event loop. In the engine it is a `StreamBack`."""
+
+    def post(self, events: list[Event]) -> bool:
+        """Hands events over; False if nobody will read them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyTo:
+    """The address of one instruction's reply."""
+
+    mailbox: Mailbox
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """How long a request may take, in seconds from admission; None is unlimited.
+
+    Attributes:
+        queue: Until its first step.
+        first_token: Until its first token.
+        total: Until its end.
+    """
+
+    queue: float | None = None
+    first_token: float | None = None
+    total: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("queue", "first_token", "total"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise InvalidRequestError(f"deadline {name} is {value!r}; allowed: seconds > 0, or None")
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """One request, validated, tokenized and resolved against the model of epoch `AddRequests.epoch`.
+
+    Attributes:
+        number: The engine's own name of the request; never used twice.
+        request_id: The public name.
+        prompt: (tokens,) token ids.
+        priority: Lower goes first.
+        pin: Name under which the prompt's blocks are pinned in the prefix cache once they are computed.
+    """
+
+    number: int
+    request_id: str
+    prompt: Int32
+    params: SamplingParams
+    priority: int = 0
+    deadlines: Deadlines | None = None
+    pin: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequests:
+    """Admit requests. Reply: True, or False if another model was loaded since they were prepared.
+
+    Attributes:
+        epoch: Which model the requests were prepared for.
+        when_full: What to do when the waiting queue is full: reply once there is room, or refuse at once.
+    """
+
+    requests: tuple[NewRequest, ...]
+    epoch: int
+    mailbox: Mailbox
+    reply_to: ReplyTo | None = None
+    when_full: WhenFull = "wait"
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequests:
+    """End requests; those that are unknown or have ended are passed over. Reply: None, once their blocks are free."""
+
+    numbers: tuple[int, ...] = ()
+    request_ids: tuple[str, ...] = ()
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """Load a model in place of the present one, if any. Reply: the completed configuration."""
+
+    config: EngineConfig
+    in_flight: InFlight = "abort"
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """End all requests and let the model go. Reply: None."""
+
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """End all requests, empty the prefix cache, zero the metrics. Reply: None."""
+
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Stop stepping; requests keep their place. Reply: None."""
+
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Step again. Reply: None."""
+
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Give the KV cache's memory back and stop stepping; requests are computed again after `Wake`. Reply: None."""
+
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Undo `Sleep`. Reply: None."""
+
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateWeights:
+    """Replace some weights in place between two steps. Reply: the new weight version."""
+
+    weights: Mapping[str, Any]
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unpin:
+    """Let a pinned prompt go. Reply: whether it was pinned."""
+
+    pin: str
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DebugCall:
+    """Call a function beside the model. Reply: one result per worker."""
+
+    name: str
+    args: tuple[Any, ...]
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Refuse new requests until all that there are have ended. Reply: None, then."""
+
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Load the present model again after its device was lost. Reply: the completed configuration."""
+
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End. Reply: the ids of the requests that had to be ended.
+
+    Attributes:
+        drain: Seconds that requests get to finish first; 0 ends them at once.
+    """
+
+    drain: float = 0.0
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobDone:
+    """From the loader: one of its jobs has ended.
+
+    Attributes:
+        job: Which one.
+        value: What it made.
+        error: Or what it raised.
+    """
+
+    job: int
+    value: Any = None
+    error: BaseException | None = None
+    reply_to: ReplyTo | None = field(default=None, init=False)
+
+
+Instruction = (
+    AddRequests | AbortRequests | Reload | Unload | Reset | Pause | Resume | Sleep | Wake | UpdateWeights | Unpin
+    | DebugCall | Drain | Restart | Shutdown | JobDone
+)  # fmt: skip

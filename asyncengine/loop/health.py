@@ -1,0 +1,41 @@
+"""`AsyncEngine.health`: whether an engine is well. Reads what the step thread writes; waits for nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asyncengine.state import EngineState
+from asyncengine.step.thread import StepThread
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Attributes:
+    ok: Whether the engine does what its state promises.
+    state: Of the engine.
+    problems: What is wrong, in words; empty if all is well.
+    loading: What a reload is doing, if one is under way.
+    step_running_seconds: How long the present step has been running; 0 between steps.
+    """
+
+    ok: bool
+    state: EngineState
+    problems: tuple[str, ...]
+    loading: str | None
+    step_running_seconds: float
+
+
+def health_of(thread: StepThread) -> Health:
+    """Looks at an engine's thread and core."""
+    core = thread.core
+    state, since, loaded = core.state, core.stepping_since, core.loaded
+    running = 0.0 if since is None else max(core.clock() - since, 0.0)
+    problems = []
+    if loaded is not None and running > loaded.config.step_timeout:
+        limit = loaded.config.step_timeout
+        problems.append(f"the step has been running for {running:.1f} s; step_timeout is {limit} s")
+    if state is EngineState.FAILED:
+        problems.append(f"the device is lost: {core.failure!r}; call restart")
+    if thread.died is not None:
+        problems.append(f"the step thread died: {thread.died!r}")
+    return Health(not problems, state, tuple(problems), core.reloading.phase, running)

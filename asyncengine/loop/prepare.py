@@ -1,0 +1,184 @@
+"""From what a caller gives to a validated `NewRequest`. Runs on the caller, before anything reaches the step thread."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import anyio.to_thread
+import numpy as np
+
+from asyncengine.detokenizer import TextStream
+from asyncengine.errors import InvalidRequestError
+from asyncengine.generation import GenerationConfig, SamplingParams, resolve
+from asyncengine.instructions import Deadlines, NewRequest, WhenFull
+from asyncengine.step.batch import Int32
+from asyncengine.step.model import ModelView
+from asyncengine.tokenizer import Message, Tokenizer
+
+T = TypeVar("T")
+
+Prompt = str | Iterable[int]
+
+_INLINE_CHARACTERS = 1024
+"""Shorter texts are encoded on the loop: that takes less time than handing them to a thread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """How a request is handled, as opposed to what it generates.
+
+    Attributes:
+        request_id: Public name; must not be that of a request that has not ended. None lets the engine choose.
+        label: Anything; comes back as `RequestStream.label`. May repeat.
+        priority: Lower goes first; within a priority, first come, first served.
+        deadlines: How long it may take.
+        when_full: With the waiting queue full, ``"wait"`` for room or ``"raise"`` `EngineOverloadedError`.
+    """
+
+    request_id: str | None = None
+    label: object = None
+    priority: int = 0
+    deadlines: Deadlines | None = None
+    when_full: WhenFull = "wait"
+
+    def __post_init__(self) -> None:
+        if self.request_id is not None and (not isinstance(self.request_id, str) or not self.request_id):
+            raise InvalidRequestError(f"request_id is {self.request_id!r}; expected a non-empty string")
+        if isinstance(self.priority, bool) or not isinstance(self.priority, int):
+            raise InvalidRequestError(f"priority is {self.priority!r}; expected an integer")
+        if self.deadlines is not None and not isinstance(self.deadlines, Deadlines):
+            raise InvalidRequestError(f"deadlines is {self.deadlines!r}; expected Deadlines(...)")
+        if self.when_full not in ("wait", "raise"):
+            raise InvalidRequestError(f"when_full is {self.when_full!r}; allowed: 'wait', 'raise'")
+
+    def named(self, request_id: str) -> RequestOptions:
+        """A copy with another request id."""
+        return dataclasses.replace(self, request_id=request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages that become a prompt through the model's chat template."""
+
+    messages: Sequence[Message]
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+async def encode(prompt: Prompt | Conversation, view: ModelView) -> Int32:
+    """Token ids of a prompt. Long texts are encoded on a worker thread; cancelling does not stop that.
+
+    Raises:
+        InvalidRequestError: Not text, token ids in the vocabulary, or messages that the chat template takes; or empty.
+    """
+    tokenizer = view.tokenizer
+    if isinstance(prompt, Conversation):
+        conversation = prompt
+        _check_messages(conversation.messages)
+        model = _tokenizer(tokenizer, view, "messages need a tokenizer")
+        ids = await _in_thread(lambda: model.encode_chat(conversation.messages, conversation.template_arguments))
+    elif isinstance(prompt, str):
+        text = prompt
+        if not text:
+            raise InvalidRequestError("the prompt is ''; allowed: at least one token")
+        model = _tokenizer(tokenizer, view, "pass the prompt as token ids")
+        if len(text) <= _INLINE_CHARACTERS:
+            ids = _typed(lambda: model.encode(text))
+        else:
+            ids = await _in_thread(lambda: model.encode(text))
+    elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
+        raise InvalidRequestError(f"the prompt is {prompt!r:.80}; expected a string or token ids")
+    else:
+        ids = prompt  # type: ignore[assignment]
+    return _token_ids(ids, view)
+
+
+def new_request(
+    number: int,
+    prompt: Int32,
+    config: GenerationConfig | None,
+    options: RequestOptions,
+    view: ModelView,
+    pin: str | None = None,
+) -> NewRequest:
+    """Checks a request against the model and fills in every default.
+
+    Raises:
+        InvalidRequestError: It cannot be served by this model.
+    """
+    if config is None:
+        config = GenerationConfig()
+    elif not isinstance(config, GenerationConfig):
+        raise InvalidRequestError(f"config is {config!r:.80}; expected GenerationConfig(...)")
+    room = view.max_tokens - len(prompt)
+    if room < 1:
+        raise InvalidRequestError(
+            f"the prompt has {len(prompt)} tokens; allowed: 1..{view.max_tokens - 1} ({view.limits_text})"
+        )
+    params = resolve(
+        config,
+        view.default_generation_config,
+        vocab_size=view.vocab_size,
+        eos_token_ids=view.eos_token_ids,
+        max_tokens=room,
+        seed=secrets.randbits(63) if config.seed is None else 0,
+    )
+    if params.stop_strs and view.tokenizer is None:
+        raise InvalidRequestError(f"stop_strs is {params.stop_strs!r}; stop strings need a tokenizer and there is none")
+    request_id = f"request-{number}" if options.request_id is None else options.request_id
+    return NewRequest(number, request_id, prompt, params, options.priority, options.deadlines, pin)
+
+
+def text_streams(params: SamplingParams, view: ModelView) -> list[TextStream] | None:
+    """One per branch, or None if the outputs carry no text."""
+    if not params.detokenize or view.tokenizer is None:
+        return None
+    return [TextStream(view.tokenizer, params.stop_strs, params.skip_special_tokens) for _ in range(params.n)]
+
+
+def _tokenizer(tokenizer: Tokenizer | None, view: ModelView, otherwise: str) -> Tokenizer:
+    if tokenizer is None:
+        raise InvalidRequestError(f"{view.config.model!r} has no tokenizer; {otherwise}")
+    return tokenizer
+
+
+def _typed(function: Callable[[], T]) -> T:
+    """Whatever a tokenizer or template raises, it is the input that it did not like."""
+    try:
+        return function()
+    except InvalidRequestError:
+        raise
+    except Exception as error:
+        raise InvalidRequestError(f"the prompt cannot be encoded: {error}") from error
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    return await anyio.to_thread.run_sync(lambda: _typed(function), abandon_on_cancel=True)
+
+
+def _check_messages(messages: object) -> None:
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        raise InvalidRequestError(f"messages is {messages!r:.80}; expected a non-empty list of messages")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InvalidRequestError(f"messages has {message!r:.80}; expected a mapping with 'role' and 'content'")
+
+
+def _token_ids(ids: Iterable[int], view: ModelView) -> Int32:
+    try:
+        values = [operator.index(token_id) for token_id in ids]
+    except TypeError as error:
+        raise InvalidRequestError(f"the prompt is not a list of token ids: {error}") from error
+    if not values:
+        raise InvalidRequestError("the prompt is empty; allowed: at least one token")
+    low, high = min(values), max(values)
+    if low < 0 or high >= view.vocab_size:
+        raise InvalidRequestError(
+            f"the prompt has token id {low if low < 0 else high}; allowed: 0..{view.vocab_size - 1} "
+            f"(vocabulary of {view.vocab_size})"
+        )
+    return np.array(values, dtype=np.int32)

@@ -1,0 +1,108 @@
+"""What a request yields. Values; no torch, no asyncio."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from asyncengine.step.batch import TokenLogprobs
+
+
+class FinishReason(enum.StrEnum):
+    """Why a branch ended. Compares equal to its string."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost. True counts, also after an abort or an error.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        completion_tokens: Tokens generated and delivered, over all branches.
+        cached_tokens: Prompt tokens that came from the prefix cache.
+        preemptions: How often a branch lost its KV blocks and was computed again.
+        queue_seconds: From admission to the first step.
+        first_token_seconds: From admission to the first token; None if there was none.
+        total_seconds: From admission to the end.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    preemptions: int = 0
+    queue_seconds: float = 0.0
+    first_token_seconds: float | None = None
+    total_seconds: float = 0.0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """One delta of one branch. Deltas of a branch, one after the other, are the branch's result exactly.
+
+    Attributes:
+        text: New text. Never breaks a character; may be empty while a character or stop string is incomplete.
+        token_ids: New tokens.
+        logprobs: One entry per new token if asked for, else None.
+        index: The branch, 0 to n - 1.
+        finish_reason: Set in the branch's last delta.
+        stop_reason: The token id or the stop string that ended the branch, where one did.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    index: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BranchResult:
+    """One branch, whole. Attributes as in `RequestOutput`."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    index: int
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestResult:
+    """A request, whole.
+
+    Attributes:
+        request_id: The engine's id of the request, or the one that the caller gave.
+        outputs: One per branch, in order.
+        usage: Token counts and timings.
+    """
+
+    request_id: str
+    outputs: list[BranchResult] = field(default_factory=list)
+    usage: Usage = field(default_factory=lambda: Usage(0, 0))
+
+    @property
+    def text(self) -> str:
+        """Text of branch 0."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of branch 0."""
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Finish reason of branch 0."""
+        return self.outputs[0].finish_reason

@@ -1,0 +1,454 @@
+"""The engine without threads: instructions in, events out, one step at a time. Owned by the step thread.
+
+Nothing here waits. What takes long (checking and loading a model) is handed to `start_job`, whose outcome comes back
+as a `JobDone` instruction; instructions that were given after a reload are held until it is through, so that order
+is kept, while sequences that run already go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from asyncengine import instructions as ins
+from asyncengine.errors import (
+    EngineClosedError,
+    EngineDrainingError,
+    EngineFailedError,
+    ModelNotLoadedError,
+    StepError,
+)
+from asyncengine.instructions import Instruction, ReplyTo
+from asyncengine.metrics import Counters, EngineMetrics
+from asyncengine.state import Action, EngineState, next_state
+from asyncengine.step.model import LoadedModel, Loader, ModelView
+from asyncengine.step.outbox import Outbox
+from asyncengine.step.reloading import Reloading
+from asyncengine.step.requests import RequestTable
+from asyncengine.step.scheduler import Plan, Scheduler
+from asyncengine.trace import Trace
+
+StartJob = Callable[[int, Callable[[], Any]], None]
+"""Runs a function elsewhere; its outcome must come back to `Core.handle` as `JobDone` with the same number."""
+
+
+class Core:
+    """One engine.
+
+    Attributes:
+        state: Read from anywhere, written here.
+        view: The loaded model as event loops may know it; likewise.
+        stepping_since: When the present step began, by `clock`; None between steps.
+        degraded: Why the engine is slower than it could be or failed, in words; None if all is well.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        start_job: StartJob,
+        clock: Callable[[], float] = time.perf_counter,
+        trace: Trace | None = None,
+    ) -> None:
+        self.clock = clock
+        self.trace = Trace() if trace is None else trace
+        self.outbox = Outbox()
+        self.counters = Counters()
+        self.requests = RequestTable(self.outbox, self.counters, self.trace, clock, None)
+        self.state = EngineState.UNLOADED
+        self.view: ModelView | None = None
+        self.loaded: LoadedModel | None = None
+        self.scheduler: Scheduler | None = None
+        self.stepping_since: float | None = None
+        self.failure: BaseException | None = None
+        self.reloading = Reloading(self, loader, start_job)
+        self._epoch = 0
+        self._held: deque[Instruction] = deque()
+        self._later: list[Instruction] = []
+        self._cancelled: set[int] = set()
+        self._drains: list[ReplyTo | None] = []
+        self._shutdowns: list[ReplyTo | None] = []
+        self._shutdown_at: float | None = None
+
+    # What is there
+
+    @property
+    def runnable(self) -> bool:
+        """Whether `step` has something to do now."""
+        return bool(self._later) or (self.scheduler is not None and self._may_step and self.scheduler.has_work)
+
+    @property
+    def _may_step(self) -> bool:
+        steps = self.state in (EngineState.READY, EngineState.LOADING, EngineState.DRAINING)
+        return steps and not self.reloading.holds_steps
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been shut down."""
+        return self.state is EngineState.CLOSED
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When `step` must be called even if nothing is runnable, in seconds of the clock."""
+        times = [at for at in (self.requests.next_deadline, self._shutdown_at) if at is not None]
+        return min(times, default=None)
+
+    def metrics(self) -> EngineMetrics:
+        """A snapshot. May be called from any thread; numbers that change meanwhile may be a step apart."""
+        scheduler, since = self.scheduler, self.stepping_since
+        counters = self.counters.copy()
+        if scheduler is not None:
+            counters.preemptions += scheduler.num_preemptions
+            counters.prefix_cache_queries += scheduler.prefix_queries
+            counters.prefix_cache_hits += scheduler.prefix_hits
+        return EngineMetrics(
+            state=self.state.value,
+            num_requests_running=self.requests.num_running,
+            num_requests_waiting=self.requests.num_waiting,
+            num_requests_queued=self.requests.num_queued,
+            kv_blocks_total=scheduler.pool.num_blocks if scheduler else 0,
+            kv_blocks_free=scheduler.pool.num_free if scheduler else 0,
+            kv_blocks_cached=scheduler.pool.num_cached if scheduler else 0,
+            counters=counters,
+            step_running_seconds=0.0 if since is None else self.clock() - since,
+        )
+
+    # Instructions
+
+    def handle(self, instructions: Sequence[Instruction]) -> None:
+        """Executes instructions in order. Errors go to whoever gave the instruction."""
+        if self._later:
+            instructions, self._later = [*self._later, *instructions], []
+        for instruction in instructions:
+            if self.reloading.busy and not isinstance(instruction, _NEVER_HELD):
+                self._held.append(instruction)
+            else:
+                self._execute(instruction)
+
+    def release_held(self) -> None:
+        """Goes on with what was given after a reload, now that it is through."""
+        while self._held and not self.reloading.busy:
+            self._execute(self._held.popleft())
+
+    def refuse(self, instructions: Sequence[Instruction]) -> None:
+        """Answers instructions that will never be executed: the engine is closed."""
+        for instruction in instructions:
+            if isinstance(instruction, ins.Shutdown):
+                self.outbox.reply(instruction.reply_to, ())
+            elif isinstance(instruction, ins.JobDone):
+                self.reloading.discard(instruction)
+            elif not isinstance(instruction, ins.AbortRequests):
+                self.outbox.reply(instruction.reply_to, error=EngineClosedError("the engine was shut down"))
+            else:
+                self.outbox.reply(instruction.reply_to)
+
+    def _execute(self, instruction: Instruction) -> None:
+        try:
+            self._dispatch(instruction)
+        except Exception as error:
+            self.outbox.reply(instruction.reply_to, error=error)
+
+    def _dispatch(self, instruction: Instruction) -> None:
+        reply_to = instruction.reply_to
+        match instruction:
+            case ins.AddRequests():
+                self._add(instruction)
+                return
+            case ins.AbortRequests():
+                self._abort(instruction)
+            case ins.JobDone():
+                self.reloading.job_done(instruction)
+                return
+            case ins.Reload():
+                self.reloading.begin(Action.RELOAD, instruction.config, instruction.in_flight, reply_to)
+                return
+            case ins.Restart():
+                after = next_state(Action.RESTART, self.state)
+                assert self.loaded is not None and after is EngineState.LOADING
+                self.reloading.begin(Action.RESTART, self.loaded.config, "carry", reply_to)
+                return
+            case ins.Unload():
+                self.move(Action.UNLOAD)
+                self._end_drains()
+                self.requests.abort_all()
+                self.drop_model()
+            case ins.Reset():
+                self.move(Action.RESET)
+                self.requests.abort_all()
+                if self.scheduler is not None:
+                    self.scheduler.forget_cache()
+                    self.scheduler.num_preemptions = 0
+                    self.scheduler.prefix_hits = self.scheduler.prefix_queries = 0
+                self.counters = self.requests.counters = Counters()
+            case ins.Pause():
+                self.move(Action.PAUSE)
+            case ins.Resume():
+                self.move(Action.RESUME)
+            case ins.Sleep():
+                if self.state is not EngineState.SLEEPING:
+                    self.move(Action.SLEEP)
+                    assert self.loaded is not None and self.scheduler is not None
+                    self.scheduler.preempt_all()
+                    self.scheduler.forget_cache()
+                    self.loaded.model.sleep()
+            case ins.Wake():
+                if self.state is EngineState.SLEEPING:
+                    assert self.loaded is not None
+                    self.loaded.model.wake()
+                self.move(Action.WAKE)
+            case ins.UpdateWeights():
+                next_state(Action.UPDATE_WEIGHTS, self.state)
+                assert self.loaded is not None and self.scheduler is not None
+                self.loaded.model.update_weights(instruction.weights)
+                self.scheduler.forget_cache()
+                self.outbox.reply(reply_to, self.scheduler.weight_version)
+                return
+            case ins.Unpin():
+                self.outbox.reply(reply_to, self.scheduler is not None and self.scheduler.tree.unpin(instruction.pin))
+                return
+            case ins.DebugCall():
+                next_state(Action.DEBUG_CALL, self.state)
+                assert self.loaded is not None
+                self.outbox.reply(reply_to, self.loaded.model.debug_call(instruction.name, instruction.args))
+                return
+            case ins.Drain():
+                self.move(Action.DRAIN)
+                self._drains.append(reply_to)
+                return
+            case ins.Shutdown():
+                self._begin_shutdown(instruction)
+                return
+        self.outbox.reply(reply_to)
+
+    def _add(self, add: ins.AddRequests) -> None:
+        cancelled = [new for new in add.requests if new.number in self._cancelled]
+        if cancelled:
+            self._cancelled.difference_update(new.number for new in cancelled)
+            for new in cancelled:
+                self.requests.end_unadmitted(new, add.mailbox)
+            kept = tuple(new for new in add.requests if new not in cancelled)
+            if not kept:
+                self.outbox.reply(add.reply_to, True)
+                return
+            add = ins.AddRequests(kept, add.epoch, add.mailbox, add.reply_to, add.when_full)
+        if self.state is EngineState.CLOSED or self._shutdowns:
+            raise EngineClosedError("the engine is shutting down")
+        if self.state is EngineState.FAILED:
+            raise EngineFailedError("the device is lost; call restart or reload") from self.failure
+        if self.state is EngineState.DRAINING:
+            raise EngineDrainingError("the engine is draining and takes no new requests")
+        if self.view is None:
+            raise ModelNotLoadedError("there is no model; call reload first")
+        if add.epoch != self.view.epoch:
+            self.outbox.reply(add.reply_to, False)
+            return
+        self.requests.add(add)
+
+    def _abort(self, abort: ins.AbortRequests) -> None:
+        numbers = {*abort.numbers, *self.requests.numbers_of(abort.request_ids)}
+        self.requests.abort(numbers)
+        for held in self._held:  # requests given after a reload that is still under way
+            if isinstance(held, ins.AddRequests):
+                for new in held.requests:
+                    if new.number in numbers or new.request_id in abort.request_ids:
+                        self._cancelled.add(new.number)
+
+    def move(self, action: Action) -> None:
+        """Changes the state as the table says.
+
+        Raises:
+            AsyncEngineError: The table does not list it; see `next_state`.
+        """
+        self.state = next_state(action, self.state)
+
+    # Models
+
+    def install(self, loaded: LoadedModel) -> None:
+        """Serves a model from now on; what waits goes on with it."""
+        self._epoch += 1
+        self.loaded = loaded
+        self.failure = None
+        model = loaded.model
+
+        def place(sequence: Any, tokens: Any) -> None:
+            new = sequence.request.new
+            prompt = len(new.prompt)
+            model.place(sequence.slot, new.params, sequence.branch, tokens[:prompt], tokens[prompt:])
+
+        self.scheduler = Scheduler(loaded.limits, place)
+        self.requests.max_queue_size = loaded.config.max_queue_size
+        self.requests.attach(self.scheduler, loaded.tokenizer)
+        self.requests.end_outside(loaded.vocab_size)
+        self.view = loaded.view(self._epoch)
+
+    def drop_model(self) -> None:
+        """Lets the model go. Requests that are left wait for the next one."""
+        loaded, self.loaded, self.view = self.loaded, None, None
+        self.requests.detach()
+        if self.scheduler is not None:
+            self.counters.preemptions += self.scheduler.num_preemptions
+            self.counters.prefix_cache_queries += self.scheduler.prefix_queries
+            self.counters.prefix_cache_hits += self.scheduler.prefix_hits
+            self.scheduler = None
+        if loaded is not None:
+            loaded.model.close()
+
+    # Steps
+
+    def step(self, pending: Callable[[], list[Instruction]] = list) -> None:
+        """Does what is due: deadlines, one model step, the ends of drains and reloads.
+
+        Args:
+            pending: Returns the instructions that have come since the last `handle`; asked once, after the model
+                and before its tokens are published, so that aborts among them take effect at once.
+        """
+        self.requests.expire()
+        if self.scheduler is not None:
+            self.requests.admit_queued()
+        if self.scheduler is not None and self._may_step and self.scheduler.has_work:
+            try:
+                self._step(self.scheduler, pending)
+            except Exception as error:  # a defect of ours: nothing about the requests can be trusted
+                self._fail_all(error)
+        self.reloading.look()
+        self._look_at_drains()
+
+    def _step(self, scheduler: Scheduler, pending: Callable[[], list[Instruction]]) -> None:
+        assert self.loaded is not None
+        begun = self.clock()
+        self.stepping_since = begun
+        try:
+            plan = scheduler.schedule()
+            interrupted = bool(scheduler.dropped)
+            if interrupted:
+                self.requests.drop()
+            if plan is None:
+                if not interrupted and not scheduler.num_running:
+                    self._end_stuck_head(scheduler)
+                return
+            self.requests.begin(plan)
+            model_begun = self.clock()
+            try:
+                drawn = self.loaded.model.execute(plan.batch)
+                if len(drawn.token_ids) != len(plan.batch.sample_index):
+                    raise StepError(
+                        f"the model drew {len(drawn.token_ids)} tokens; {len(plan.batch.sample_index)} were due"
+                    )
+            except Exception as error:
+                self._model_failed(plan, error)
+                return
+            model_ended = self.clock()
+            scheduler.advance(plan)
+            interrupted |= self._take_aborts(pending())
+            self.requests.commit(plan, drawn, interrupted)
+        finally:
+            self.stepping_since = None
+        ended = self.clock()
+        self.counters.steps += 1
+        self.counters.step_seconds.observe(ended - begun)
+        self.counters.model_seconds.observe(model_ended - model_begun)
+        if self.trace.enabled:
+            batch = plan.batch
+            self.trace.span(
+                "step", begun, ended, tokens=len(batch.token_ids), decodes=batch.num_decodes, prefills=len(plan.chunks)
+            )
+            self.trace.span("model", model_begun, model_ended)
+
+    def _take_aborts(self, instructions: list[Instruction]) -> bool:
+        """Executes the aborts among new instructions ahead of the others; returns whether one hit something."""
+        hit = False
+        for instruction in instructions:
+            if isinstance(instruction, ins.AbortRequests):
+                numbers = {*instruction.numbers, *self.requests.numbers_of(instruction.request_ids)}
+                hit |= self.requests.abort(numbers)
+        # They stay in line too: one may be meant for a request whose `AddRequests` is right before it.
+        self._later = instructions
+        return hit
+
+    def _end_stuck_head(self, scheduler: Scheduler) -> None:
+        pool, page_size = scheduler.pool, scheduler.limits.page_size
+        head = scheduler.waiting.head()
+        if head is not None:
+            self.requests.end_head(
+                StepError(
+                    f"request {head.request.new.request_id}: {len(head.tokens)} tokens need "
+                    f"{-(-len(head.tokens) // page_size)} blocks of {page_size}; of {pool.num_blocks} blocks only "
+                    f"{pool.num_free + pool.num_cached} can be had while nothing runs (the others are pinned)"
+                )
+            )
+
+    def _model_failed(self, plan: Plan, error: Exception) -> None:
+        assert self.loaded is not None
+        self.counters.failed_steps += 1
+        self.requests.fail(plan, error)
+        if self.loaded.model.device_lost(error):
+            self.failure = error
+            if self.reloading.busy:
+                self.reloading.device_lost()
+            else:
+                self.move(Action.FAIL)
+
+    def _fail_all(self, error: Exception) -> None:
+        self.counters.failed_steps += 1
+        failure = StepError(f"the engine failed in a step: {error!r}")
+        failure.__cause__ = error
+        assert self.loaded is not None
+        self.requests.end_without_accounts(failure)
+        self.install(self.loaded)
+
+    def die(self, error: BaseException) -> None:
+        """Ends everything at once, trusting nothing: the thread cannot go on."""
+        failure = EngineClosedError(f"the engine died: {error!r}")
+        failure.__cause__ = error
+        self.requests.end_without_accounts(failure)
+        self.reloading.cancel(failure)
+        for reply_to in (*self._shutdowns, *self._drains):
+            self.outbox.reply(reply_to, error=failure)
+        held, later = list(self._held), self._later
+        self.refuse([*held, *later])
+        self.state = EngineState.CLOSED
+
+    # Ends
+
+    def _look_at_drains(self) -> None:
+        if self._shutdowns:
+            due = self._shutdown_at is not None and self.clock() >= self._shutdown_at
+            if due or not len(self.requests) or not self.runnable:
+                self._finish_shutdown()
+        elif self._drains and not len(self.requests):
+            self.move(Action.DRAINED)
+            self._end_drains()
+
+    def _end_drains(self) -> None:
+        for reply_to in self._drains:
+            self.outbox.reply(reply_to)
+        self._drains.clear()
+
+    def _begin_shutdown(self, shutdown: ins.Shutdown) -> None:
+        next_state(Action.SHUTDOWN, self.state)
+        self._shutdowns.append(shutdown.reply_to)
+        until = self.clock() + shutdown.drain
+        self._shutdown_at = until if self._shutdown_at is None else min(until, self._shutdown_at)
+        held, self._held = list(self._held), deque()
+        self.refuse(held)
+        self.reloading.cancel(EngineClosedError("the engine was shut down while the model was loading"))
+        if self.scheduler is not None and self.state not in (EngineState.SLEEPING, EngineState.FAILED):
+            self.state = EngineState.DRAINING
+        self._look_at_drains()
+
+    def _finish_shutdown(self) -> None:
+        left = self.requests.request_ids()
+        self.requests.abort_all()
+        self._end_drains()
+        self.drop_model()
+        self.state = EngineState.CLOSED
+        later, self._later = self._later, []
+        self.refuse(later)
+        for reply_to in self._shutdowns:
+            self.outbox.reply(reply_to, left)
+        self._shutdowns.clear()
+        self._shutdown_at = None
+
+
+_NEVER_HELD = (ins.AbortRequests, ins.Shutdown, ins.JobDone, ins.Unpin)

@@ -1,0 +1,155 @@
+"""What the core asks of a model and of whoever loads one. Implemented with torch in `model/`, without in `testing/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from asyncengine.config import EngineConfig
+from asyncengine.generation import GenerationConfig, SamplingParams
+from asyncengine.step.batch import Int32, StepBatch, StepTokens
+from asyncengine.step.scheduler import Limits
+from asyncengine.tokenizer import Tokenizer
+
+
+class Model(Protocol):
+    """A model on its device, with its KV cache. Used from the step thread alone."""
+
+    def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
+        """A sequence takes a slot: its sampling state is built from what it has generated.
+
+        An exception ends that request only.
+        """
+        ...
+
+    def execute(self, batch: StepBatch) -> StepTokens:
+        """Runs one step and draws a token per row of `batch.sample_index`. Blocks until they are on the host.
+
+        An exception ends the batch's requests with `StepError`.
+        """
+        ...
+
+    def device_lost(self, error: BaseException) -> bool:
+        """Whether an exception of `execute` means that nothing will work until the model is loaded again."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives the KV cache's memory back."""
+        ...
+
+    def wake(self) -> None:
+        """Allocates the KV cache anew; its contents are gone."""
+        ...
+
+    def update_weights(self, weights: Mapping[str, Any]) -> None:
+        """Replaces weights in place: all of them, or none and an exception.
+
+        Raises:
+            ReloadError: A name, shape or dtype does not fit.
+        """
+        ...
+
+    def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
+        """Calls a function beside the model; one result per worker."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of weights and KV cache. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """What the event loops know of a loaded model. Immutable.
+
+    Attributes:
+        epoch: Number of the load; requests prepared for another epoch are prepared again.
+        config: The completed configuration.
+        vocab_size: Token ids lie below it.
+        eos_token_ids: End a branch unless ignored.
+        max_tokens: Most tokens in one sequence.
+        limits_text: Which limits that comes from, for messages.
+        default_generation_config: The model's own.
+        tokenizer: None if there is none: prompts are token ids and outputs carry no text.
+        tokenizer_key: Equal for equal tokenizers.
+    """
+
+    epoch: int
+    config: EngineConfig
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_tokens: int
+    limits_text: str
+    default_generation_config: GenerationConfig
+    tokenizer: Tokenizer | None
+    tokenizer_key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What a loader makes. Attributes as in `ModelView`."""
+
+    model: Model
+    limits: Limits
+    config: EngineConfig
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    default_generation_config: GenerationConfig
+    tokenizer: Tokenizer | None
+    tokenizer_key: str | None
+
+    def view(self, epoch: int) -> ModelView:
+        """What the event loops may know of it."""
+        limits = self.limits
+        return ModelView(
+            epoch=epoch,
+            config=self.config,
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            max_tokens=limits.max_tokens,
+            limits_text=(
+                f"max_single_sequence_length = {limits.max_single_sequence_length}, KV cache capacity = "
+                f"{limits.num_blocks} blocks x {limits.page_size} tokens = {limits.num_blocks * limits.page_size}"
+            ),
+            default_generation_config=self.default_generation_config,
+            tokenizer=self.tokenizer,
+            tokenizer_key=self.tokenizer_key,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """A load that has passed every check that can be made before a model is let go.
+
+    Attributes:
+        config: What to load.
+        fits_beside: Whether there is memory for it while the present model stays.
+        tokenizer_key: As in `ModelView`.
+        details: The loader's own.
+    """
+
+    config: EngineConfig
+    fits_beside: bool
+    tokenizer_key: str | None = None
+    details: Any = None
+
+
+class Loader(Protocol):
+    """Loads models. Its methods run on a thread of their own, never on the step thread or an event loop."""
+
+    def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
+        """Checks everything that can be checked without letting go of `current`.
+
+        Raises:
+            ReloadError: The load cannot succeed.
+        """
+        ...
+
+    def load(self, plan: LoadPlan) -> LoadedModel:
+        """Loads and warms up.
+
+        Raises:
+            ReloadError: It failed; nothing is left behind.
+        """
+        ...

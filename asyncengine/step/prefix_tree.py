@@ -1,0 +1,243 @@
+"""Computed prompts, kept for reuse: a radix tree over token ids, in whole blocks. Owned by the step thread.
+
+After SGLang's RadixAttention (Zheng et al., 2024). An edge carries one or more whole blocks; edges are split at block
+boundaries. Whoever holds a block of a path holds all blocks before it, so blocks that only the tree holds are always
+at the ends of paths, and taking leaves back from their ends, least recently used first, never hurts a reader.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from asyncengine.step.batch import Int32
+from asyncengine.step.block_pool import BlockPool
+
+_NO_BLOCKS = np.empty(0, dtype=np.int32)
+
+
+class _Node:
+    __slots__ = ("blocks", "children", "last_used", "parent", "tokens")
+
+    def __init__(self, tokens: Int32, blocks: Int32, parent: _Node | None) -> None:
+        self.tokens = tokens
+        self.blocks = blocks
+        self.parent = parent
+        self.children: dict[bytes, _Node] = {}
+        self.last_used = 0
+
+
+class PrefixTree:
+    """Which token sequences have their keys and values in which blocks.
+
+    Args:
+        pool: Counts who holds a block; the tree holds each of its blocks once.
+        page_size: Tokens per block.
+        max_leaves: Most separate sequences that are kept; None is unlimited.
+    """
+
+    def __init__(self, pool: BlockPool, page_size: int, max_leaves: int | None = None) -> None:
+        self._pool = pool
+        self._page_size = page_size
+        self._max_leaves = max_leaves
+        self._root = _Node(_NO_BLOCKS, _NO_BLOCKS, None)
+        self._clock = 0
+        self._leaves = 0
+        # (last use, tie break, leaf); entries whose leaf was used since, or is one no longer, are skipped when met.
+        self._oldest: list[tuple[int, int, _Node]] = []
+        self._pins: dict[str, Int32] = {}
+
+    def match(self, tokens: Int32) -> Int32:
+        """Blocks of the longest known prefix of `tokens`. The caller retains them before anything is evicted."""
+        blocks: list[Int32] = []
+        node = self._root
+        start = 0
+        while (child := node.children.get(self._key(tokens, start))) is not None:
+            same = self._same_blocks(child, tokens, start)
+            blocks.append(child.blocks[:same])
+            start += same * self._page_size
+            node = child
+            if same < len(child.blocks):
+                break
+        self._touch(node)
+        return np.concatenate(blocks) if blocks else _NO_BLOCKS
+
+    def insert(self, tokens: Int32, blocks: Int32) -> Int32:
+        """Makes a computed sequence known.
+
+        Args:
+            tokens: (blocks * page size,) ids.
+            blocks: Theirs; held by the caller.
+
+        Returns:
+            The blocks under which the tree knows the tokens: where another sequence was first, they differ from
+            `blocks`, and the caller should hold them in place of its own.
+        """
+        known: list[Int32] = []
+        node = self._root
+        start = done = 0
+        while done < len(blocks):
+            child = node.children.get(self._key(tokens, start))
+            if child is None:
+                rest = blocks[done:].copy()
+                self._pool.adopt(rest)
+                leaf = _Node(tokens[start:].copy(), rest, node)
+                if node.children or node is self._root:
+                    self._leaves += 1
+                node.children[self._key(tokens, start)] = leaf
+                known.append(rest)
+                node = leaf
+                break
+            same = self._same_blocks(child, tokens, start)
+            if same < len(child.blocks) and done + same < len(blocks):
+                self._split(child, same)
+            known.append(child.blocks[:same])
+            done += same
+            start += same * self._page_size
+            node = child
+        self._touch(node)
+        if self._max_leaves is not None and self._leaves > self._max_leaves:
+            self._evict(blocks=None, leaves=self._leaves - self._max_leaves)
+        return np.concatenate(known) if known else _NO_BLOCKS
+
+    def evict(self, count: int) -> None:
+        """Frees `count` cached blocks, or as many as there are, least recently used first."""
+        self._evict(blocks=min(count, self._pool.num_cached), leaves=None)
+
+    def pin(self, name: str, tokens: Int32) -> None:
+        """Keeps the known part of `tokens` from being evicted until `unpin`."""
+        self.unpin(name)
+        blocks = self.match(tokens)
+        self._pool.retain(blocks)
+        self._pins[name] = blocks
+
+    def unpin(self, name: str) -> bool:
+        """Undoes `pin`; returns whether there was such a pin."""
+        blocks = self._pins.pop(name, None)
+        if blocks is None:
+            return False
+        self._pool.release(blocks)
+        return True
+
+    def clear(self) -> None:
+        """Forgets everything, pins included. Blocks that sequences hold stay theirs."""
+        for name in list(self._pins):
+            self.unpin(name)
+        stack = list(self._root.children.values())
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            node.parent = None
+            self._pool.abandon(node.blocks)
+        self._root.children.clear()
+        self._leaves = 0
+        self._oldest.clear()
+
+    def _key(self, tokens: Int32, start: int) -> bytes:
+        return tokens[start : start + self._page_size].tobytes()
+
+    def _same_blocks(self, node: _Node, tokens: Int32, start: int) -> int:
+        other = tokens[start : start + len(node.tokens)]
+        different = node.tokens[: len(other)] != other
+        same = int(different.argmax()) if different.any() else len(other)
+        return same // self._page_size
+
+    def _split(self, node: _Node, at: int) -> None:
+        """Cuts an edge after `at` blocks; `node` stays the upper part."""
+        cut = at * self._page_size
+        lower = _Node(node.tokens[cut:], node.blocks[at:], node)
+        lower.children = node.children
+        lower.last_used = node.last_used
+        for child in lower.children.values():
+            child.parent = lower
+        node.tokens, node.blocks = node.tokens[:cut], node.blocks[:at]
+        node.children = {self._key(lower.tokens, 0): lower}
+        if not lower.children:
+            self._remember(lower)
+
+    def _touch(self, node: _Node) -> None:
+        self._clock += 1
+        leaf = node
+        while node.parent is not None:
+            node.last_used = self._clock
+            node = node.parent
+        if not leaf.children and leaf is not self._root:
+            self._remember(leaf)
+
+    def _remember(self, leaf: _Node) -> None:
+        heapq.heappush(self._oldest, (leaf.last_used, id(leaf), leaf))
+        if len(self._oldest) > 64 + 4 * self._leaves:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        self._oldest = []
+        stack = list(self._root.children.values())
+        while stack:
+            node = stack.pop()
+            if node.children:
+                stack += node.children.values()
+            else:
+                self._oldest.append((node.last_used, id(node), node))
+        heapq.heapify(self._oldest)
+
+    def _evict(self, *, blocks: int | None, leaves: int | None) -> None:
+        """Takes `blocks` blocks from the ends of the oldest leaves, or takes `leaves` whole leaves."""
+        busy: list[tuple[int, int, _Node]] = []
+        rebuilt = False
+        while (blocks or 0) > 0 or (leaves or 0) > 0:
+            if not self._oldest:
+                if rebuilt or blocks is None:
+                    break
+                self._rebuild()
+                busy.clear()
+                rebuilt = True
+                continue
+            entry = heapq.heappop(self._oldest)
+            last_used, _, leaf = entry
+            if leaf.parent is None or leaf.children or leaf.last_used != last_used:
+                continue
+            free = self._pool.only_in_tree(leaf.blocks)
+            if free == 0 or (blocks is None and free < len(leaf.blocks)):
+                busy.append(entry)
+                continue
+            take = free if blocks is None else min(free, blocks)
+            keep = len(leaf.blocks) - take
+            self._pool.abandon(leaf.blocks[keep:])
+            if blocks is not None:
+                blocks -= take
+            if keep:
+                leaf.tokens, leaf.blocks = leaf.tokens[: keep * self._page_size], leaf.blocks[:keep]
+                busy.append(entry)
+                continue
+            parent = leaf.parent
+            del parent.children[self._key(leaf.tokens, 0)]
+            leaf.parent = None
+            if parent.children or parent is self._root:
+                self._leaves -= 1
+                if leaves is not None:
+                    leaves -= 1
+            else:
+                self._remember(parent)
+                if leaves is not None:
+                    continue
+        for entry in busy:
+            heapq.heappush(self._oldest, entry)
+
+    def check(self) -> None:
+        """Walks the whole tree.
+
+        Raises:
+            AssertionError: A node is malformed, or the number of leaves is wrong.
+        """
+        leaves = 0
+        stack = list(self._root.children.items())
+        while stack:
+            key, node = stack.pop()
+            assert len(node.blocks) * self._page_size == len(node.tokens) > 0
+            assert key == self._key(node.tokens, 0)
+            leaves += not node.children
+            for child in node.children.values():
+                assert child.parent is node
+            stack += node.children.items()
+        assert leaves == self._leaves, f"{leaves} leaves, {self._leaves} counted"

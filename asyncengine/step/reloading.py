@@ -1,0 +1,196 @@
+"""How one model takes the place of another. Owned by the step thread.
+
+A reload is a small machine of its own, moved on by `JobDone` and, between steps, by `look`:
+
+    CHECKING ──fits beside──▶ LOADING_BESIDE ──▶ EMPTYING ──▶ swap
+        └──does not fit─────▶ EMPTYING ──old model let go──▶ LOADING_ALONE ──▶ install
+
+Until the old model is let go, any failure leaves it serving.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from asyncengine.config import EngineConfig
+from asyncengine.errors import AsyncEngineError, IllegalStateError, ReloadError
+from asyncengine.instructions import InFlight, JobDone, ReplyTo
+from asyncengine.state import Action, EngineState, next_state
+from asyncengine.step.model import LoadedModel, Loader, LoadPlan
+
+if TYPE_CHECKING:
+    from asyncengine.step.core import Core, StartJob
+
+
+class _Phase(enum.Enum):
+    CHECKING = "checking"
+    LOADING_BESIDE = "loading beside the present model"
+    EMPTYING = "waiting for requests in flight"
+    LOADING_ALONE = "loading"
+
+
+@dataclass(slots=True)
+class _Reload:
+    config: EngineConfig
+    in_flight: InFlight
+    reply_to: ReplyTo | None
+    state_before: EngineState
+    phase: _Phase = _Phase.CHECKING
+    plan: LoadPlan | None = None
+    beside: LoadedModel | None = None
+
+
+class Reloading:
+    """At most one reload at a time; the core holds further instructions back while `busy`."""
+
+    def __init__(self, core: Core, loader: Loader, start_job: StartJob) -> None:
+        self._core = core
+        self._loader = loader
+        self._start_job = start_job
+        self._reload: _Reload | None = None
+        self._job = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reload is under way."""
+        return self._reload is not None
+
+    @property
+    def phase(self) -> str | None:
+        """What the reload is doing, in words."""
+        return None if self._reload is None else self._reload.phase.value
+
+    @property
+    def holds_steps(self) -> bool:
+        """Whether the present model must not be stepped: it was paused, asleep or lost before."""
+        return self._reload is not None and self._reload.state_before is not EngineState.READY
+
+    def begin(self, action: Action, config: EngineConfig, in_flight: InFlight, reply_to: ReplyTo | None) -> None:
+        """Begins a reload, or a restart.
+
+        Raises:
+            AsyncEngineError: Not in this state.
+        """
+        core = self._core
+        before = core.state
+        after = next_state(action, before)
+        if in_flight == "wait" and before in (EngineState.PAUSED, EngineState.SLEEPING) and len(core.requests):
+            raise IllegalStateError(
+                f"in_flight is 'wait', but the engine is {before.value} and its {len(core.requests)} requests "
+                "will not finish; resume or wake it first, or choose 'abort' or 'carry'"
+            )
+        core.state = after
+        self._reload = _Reload(config, in_flight, reply_to, before)
+        current, loader = core.loaded, self._loader
+        self._start(lambda: loader.check(config, current))
+
+    def job_done(self, done: JobDone) -> None:
+        """Moves on when a job has ended."""
+        reload = self._reload
+        if reload is None or done.job != self._job:
+            self.discard(done)
+            return
+        if done.error is not None:
+            self._fail(done.error)
+            return
+        if reload.phase is _Phase.CHECKING:
+            plan = reload.plan = done.value
+            assert isinstance(plan, LoadPlan)
+            if not self._may_carry(reload, plan):
+                return
+            # Nothing goes beside a lost device.
+            if plan.fits_beside and reload.state_before is not EngineState.FAILED:
+                reload.phase = _Phase.LOADING_BESIDE
+                loader = self._loader
+                self._start(lambda: loader.load(plan))
+            else:
+                reload.phase = _Phase.EMPTYING
+        elif reload.phase is _Phase.LOADING_BESIDE:
+            reload.beside = done.value
+            reload.phase = _Phase.EMPTYING
+        else:
+            assert reload.phase is _Phase.LOADING_ALONE
+            self._finish(done.value)
+        self.look()
+
+    def look(self) -> None:
+        """Lets the old model go as soon as the requests in flight allow it."""
+        core, reload = self._core, self._reload
+        if reload is None or reload.phase is not _Phase.EMPTYING:
+            return
+        if reload.in_flight == "abort":
+            core.requests.abort_all()
+        elif reload.in_flight == "wait" and len(core.requests) and not self.holds_steps:
+            return
+        if reload.beside is not None:
+            core.drop_model()
+            self._finish(reload.beside)
+            return
+        reload.phase = _Phase.LOADING_ALONE
+        core.drop_model()
+        plan, loader = reload.plan, self._loader
+        assert plan is not None
+        self._start(lambda: loader.load(plan))
+
+    def device_lost(self) -> None:
+        """Notes that the present model was lost while its successor is being loaded."""
+        assert self._reload is not None
+        self._reload.state_before = EngineState.FAILED
+
+    def cancel(self, error: AsyncEngineError) -> None:
+        """Gives a reload up; what its job makes will be let go."""
+        reload, self._reload = self._reload, None
+        if reload is None:
+            return
+        self._job += 1
+        if reload.beside is not None:
+            reload.beside.model.close()
+        self._core.outbox.reply(reload.reply_to, error=error)
+
+    def discard(self, done: JobDone) -> None:
+        """Lets go of what a job made that nobody waits for any longer."""
+        if isinstance(done.value, LoadedModel):
+            done.value.model.close()
+
+    def _start(self, function: Callable[[], Any]) -> None:
+        self._job += 1
+        self._start_job(self._job, function)
+
+    def _may_carry(self, reload: _Reload, plan: LoadPlan) -> bool:
+        view = self._core.view
+        if reload.in_flight != "carry" or view is None or not len(self._core.requests):
+            return True
+        if plan.tokenizer_key == view.tokenizer_key:
+            return True
+        self._fail(ReloadError("in_flight is 'carry', but the new model has another tokenizer than the present one"))
+        return False
+
+    def _finish(self, loaded: LoadedModel) -> None:
+        core, reload = self._core, self._reload
+        assert reload is not None
+        self._reload = None
+        core.install(loaded)
+        core.move(Action.LOADED)
+        core.outbox.reply(reload.reply_to, loaded.config)
+        core.release_held()
+
+    def _fail(self, cause: BaseException) -> None:
+        core, reload = self._core, self._reload
+        assert reload is not None
+        self._reload = None
+        if reload.beside is not None:
+            reload.beside.model.close()
+        error = cause
+        if not isinstance(cause, AsyncEngineError):
+            error = ReloadError(f"loading {reload.config.model!r} failed: {cause!r}")
+            error.__cause__ = cause
+        if core.loaded is not None:
+            core.state = reload.state_before
+        else:
+            core.requests.abort_all(ReloadError(f"the model was let go and {reload.config.model!r} failed to load"))
+            core.move(Action.LOAD_FAILED)
+        core.outbox.reply(reload.reply_to, error=error)
+        core.release_held()

@@ -1,0 +1,514 @@
+"""The requests of one engine: admission, ends, deadlines, and what each step's tokens mean. Owned by the step thread.
+
+Whatever happens to a request, it leaves through `_end`, once: every branch gets its finish reason, then the request
+its usage.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from asyncengine.detokenizer import TextStream
+from asyncengine.errors import (
+    AsyncEngineError,
+    DeadlineExceededError,
+    EngineOverloadedError,
+    InvalidRequestError,
+    RequestDroppedError,
+    StepError,
+)
+from asyncengine.events import BranchEnded, BranchKey, RequestEnded, Tokens
+from asyncengine.instructions import AddRequests, Mailbox, NewRequest, ReplyTo
+from asyncengine.metrics import Counters
+from asyncengine.outputs import FinishReason, Usage
+from asyncengine.step.batch import Int32, Int64, StepTokens, TokenLogprobs
+from asyncengine.step.outbox import Outbox
+from asyncengine.step.scheduler import Chunk, Plan, Scheduler
+from asyncengine.step.sequence import Request, Sequence, SequenceState
+from asyncengine.tokenizer import Tokenizer
+from asyncengine.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """A request that waits for room in the waiting queue, and who is told once there is."""
+
+    new: NewRequest
+    mailbox: Mailbox
+    reply_to: ReplyTo | None
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What is derived from a list of decoding sequences, kept while the list stays the same."""
+
+    decodes: list[Sequence]
+    keys: list[tuple[Mailbox, Int64 | None, tuple[BranchKey, ...]]]
+    watched: list[tuple[int, Sequence]]
+
+
+class RequestTable:
+    """Requests between admission and end."""
+
+    def __init__(
+        self, outbox: Outbox, counters: Counters, trace: Trace, clock: Callable[[], float], max_queue_size: int | None
+    ) -> None:
+        self.outbox = outbox
+        self.counters = counters
+        self.scheduler: Scheduler | None = None
+        self.max_queue_size = max_queue_size
+        self._tokenizer: Tokenizer | None = None
+        self._trace = trace
+        self._clock = clock
+        self._requests: dict[int, Request] = {}
+        self._numbers: dict[str, int] = {}
+        self._queued: dict[int, _Queued] = {}
+        self._waiting_new = 0  # requests that have not had their first step
+        self._arrivals = 0
+        self._deadlines: list[tuple[float, int, str]] = []
+        self._rows = _Rows([], [], [])
+
+    # What is there
+
+    def __len__(self) -> int:
+        return len(self._requests) + len(self._queued)
+
+    @property
+    def num_waiting(self) -> int:
+        """Admitted requests without a sequence in the batch."""
+        return len(self._requests) - self.num_running
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a sequence in the batch. May be read from any thread."""
+        while (scheduler := self.scheduler) is not None:
+            try:
+                return len({sequence.key[0] for sequence in scheduler.running()})
+            except RuntimeError:  # the step thread changed it meanwhile
+                continue
+        return 0
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for room in the waiting queue."""
+        return len(self._queued)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When the next deadline passes, in seconds of the clock."""
+        while self._deadlines and self._deadlines[0][1] not in self._requests:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def request_ids(self) -> tuple[str, ...]:
+        """Public ids of all requests, in order of arrival."""
+        queued = (entry.new.request_id for entry in self._queued.values())
+        return (*(request.new.request_id for request in self._requests.values()), *queued)
+
+    def numbers_of(self, request_ids: Iterable[str]) -> list[int]:
+        """Numbers of those of the public ids that are known."""
+        return [number for request_id in request_ids if (number := self._numbers.get(request_id)) is not None]
+
+    # Admission
+
+    def add(self, instruction: AddRequests) -> None:
+        """Admits requests, all or none; those for which there is no room yet are queued.
+
+        Raises:
+            InvalidRequestError: An id is in use.
+            EngineOverloadedError: The waiting queue is full and the caller does not want to wait.
+        """
+        seen: set[str] = set()
+        for new in instruction.requests:
+            if new.request_id in self._numbers or new.request_id in seen:
+                raise InvalidRequestError(f"request_id is {new.request_id!r}; a request with this id has not ended yet")
+            seen.add(new.request_id)
+        full = self.max_queue_size
+        if (
+            instruction.when_full == "raise"
+            and full is not None
+            and self._waiting_new + len(self._queued) + len(instruction.requests) > full
+        ):
+            self.counters.admission_rejections += len(instruction.requests)
+            raise EngineOverloadedError(
+                f"{self._waiting_new + len(self._queued)} requests wait; max_queue_size is {full}"
+            )
+        for new in instruction.requests:
+            self._numbers[new.request_id] = new.number
+            last = new is instruction.requests[-1]
+            self._queued[new.number] = _Queued(new, instruction.mailbox, instruction.reply_to if last else None)
+        self.admit_queued()
+
+    def admit_queued(self) -> None:
+        """Moves queued requests into the waiting queue, oldest first, as far as there is room."""
+        while self._queued and (self.max_queue_size is None or self._waiting_new < self.max_queue_size):
+            queued = self._queued.pop(next(iter(self._queued)))
+            self._admit(queued.new, queued.mailbox)
+            self.outbox.reply(queued.reply_to, True)
+
+    def _admit(self, new: NewRequest, mailbox: Mailbox) -> None:
+        assert self.scheduler is not None
+        now = self._clock()
+        self._arrivals += 1
+        self._waiting_new += 1
+        request = Request(new, mailbox, self._arrivals, now)
+        request.branches = [Sequence(request, branch) for branch in range(new.params.n)]
+        if new.params.stop_strs and self._tokenizer is not None:
+            for branch in request.branches:
+                branch.text = TextStream(self._tokenizer, new.params.stop_strs, new.params.skip_special_tokens)
+        self._requests[new.number] = request
+        if new.deadlines is not None:
+            for kind in ("queue", "first_token", "total"):
+                seconds = getattr(new.deadlines, kind)
+                if seconds is not None:
+                    heapq.heappush(self._deadlines, (now + seconds, new.number, kind))
+        if self._trace.enabled:
+            self._trace.mark("b", "request", now, new.number, id=new.request_id, prompt_tokens=len(new.prompt))
+        self.scheduler.add(request.branches[0])
+
+    # Ends
+
+    def abort(self, numbers: Iterable[int], error: AsyncEngineError | None = None) -> bool:
+        """Ends requests with reason "abort"; returns whether any was known."""
+        known = False
+        for number in numbers:
+            queued = self._queued.pop(number, None)
+            if queued is not None:
+                known = True
+                del self._numbers[queued.new.request_id]
+                self.end_unadmitted(queued.new, queued.mailbox, error)
+                self.outbox.reply(queued.reply_to, True)
+            request = self._requests.get(number)
+            if request is not None:
+                known = True
+                self._end_branches(request, FinishReason.ABORT, error)
+        return known
+
+    def abort_all(self, error: AsyncEngineError | None = None) -> None:
+        """Ends every request with reason "abort"."""
+        self.abort([*self._requests, *self._queued], error)
+
+    def abort_mailbox(self, mailbox: Mailbox) -> None:
+        """Ends the requests that nobody reads any longer."""
+        self.abort([r.new.number for r in self._requests.values() if r.mailbox is mailbox])
+        self.abort([number for number, queued in self._queued.items() if queued.mailbox is mailbox])
+
+    def end_unadmitted(self, new: NewRequest, mailbox: Mailbox, error: AsyncEngineError | None = None) -> None:
+        """Tells of the end of a request that was never admitted."""
+        for branch in range(new.params.n):
+            self.outbox.add(mailbox, BranchEnded((new.number, branch), FinishReason.ABORT))
+        self.outbox.add(mailbox, RequestEnded(new.number, Usage(len(new.prompt), 0), error))
+        self.counters.requests["abort"] += 1
+
+    def expire(self) -> None:
+        """Ends the requests whose deadlines have passed."""
+        now = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, number, kind = heapq.heappop(self._deadlines)
+            request = self._requests.get(number)
+            if request is None:
+                continue
+            met = {"queue": request.started_at, "first_token": request.first_token_at}.get(kind)
+            if met is None:
+                limit = getattr(request.new.deadlines, kind)
+                self._end_branches(
+                    request,
+                    FinishReason.ABORT,
+                    DeadlineExceededError(f"request {request.new.request_id}: the {kind} deadline of {limit} s passed"),
+                )
+
+    def end_head(self, error: AsyncEngineError) -> None:
+        """Ends the request that is first in the waiting queue: it can never run."""
+        assert self.scheduler is not None
+        head = self.scheduler.waiting.head()
+        if head is not None:
+            self._end_branches(head.request, FinishReason.ERROR, error)
+
+    def drop(self) -> None:
+        """Ends the requests whose parameters the model refused."""
+        assert self.scheduler is not None
+        dropped, self.scheduler.dropped = self.scheduler.dropped, []
+        for sequence, cause in dropped:
+            error = RequestDroppedError(f"request {sequence.request.new.request_id}: {cause}")
+            error.__cause__ = cause
+            self._end_branches(sequence.request, FinishReason.ERROR, error)
+
+    def fail(self, plan: Plan, cause: Exception) -> None:
+        """Ends the requests that took part in a failed step; the others are computed again."""
+        assert self.scheduler is not None
+        batch = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
+        for request in {sequence.request.new.number: sequence.request for sequence in batch}.values():
+            error = StepError(f"request {request.new.request_id}: the step failed: {cause}")
+            error.__cause__ = cause
+            # What the failed step was writing must not reach the prefix cache, nor anyone who shares blocks.
+            for branch in request.branches:
+                branch.weight_version = -1
+            self._end_branches(request, FinishReason.ERROR, error)
+        self.scheduler.preempt_all()
+
+    def end_without_accounts(self, error: AsyncEngineError) -> None:
+        """Ends every admitted request although the scheduler's accounts may be wrong; it is not used again."""
+        scheduler, self.scheduler = self.scheduler, None
+        for request in list(self._requests.values()):
+            for branch in request.branches:
+                if scheduler is not None and branch.resident:
+                    branch.num_output = len(scheduler.tokens_of(branch)) - len(request.new.prompt)
+            self._end_branches(request, FinishReason.ERROR, error)
+
+    def _end_branches(self, request: Request, reason: FinishReason, error: AsyncEngineError | None = None) -> None:
+        for branch in request.branches:
+            if branch.state is not SequenceState.ENDED:
+                self._end_branch(branch, reason, error=error)
+
+    def _end_branch(
+        self,
+        branch: Sequence,
+        reason: FinishReason,
+        stop_reason: int | str | None = None,
+        error: AsyncEngineError | None = None,
+    ) -> None:
+        if self.scheduler is None:
+            branch.state = SequenceState.ENDED
+        else:
+            self.scheduler.end(branch)
+        request = branch.request
+        self.outbox.add(request.mailbox, BranchEnded(branch.key, reason, stop_reason))
+        if all(b.state is SequenceState.ENDED for b in request.branches):
+            self._end(request, reason, error)
+
+    def _end(self, request: Request, reason: FinishReason, error: AsyncEngineError | None) -> None:
+        now, number = self._clock(), request.new.number
+        assert not request.ended
+        request.ended = True
+        del self._requests[number]
+        del self._numbers[request.new.request_id]
+        if request.started_at is None:
+            self._waiting_new -= 1
+        total = now - request.arrived_at
+        first = request.first_token_at
+        usage = Usage(
+            prompt_tokens=len(request.new.prompt),
+            completion_tokens=request.num_output,
+            cached_tokens=request.cached_tokens,
+            preemptions=request.preemptions,
+            queue_seconds=(now if request.started_at is None else request.started_at) - request.arrived_at,
+            first_token_seconds=None if first is None else first - request.arrived_at,
+            total_seconds=total,
+        )
+        self.outbox.add(request.mailbox, RequestEnded(number, usage, error))
+        self.counters.requests[str(reason)] += 1
+        self.counters.e2e_request_latency_seconds.observe(total)
+        if self._trace.enabled:
+            self._trace.mark(
+                "e", "request", now, number, finish_reason=str(reason), completion_tokens=usage.completion_tokens
+            )
+
+    # Life cycle of the model
+
+    def attach(self, scheduler: Scheduler, tokenizer: Tokenizer | None) -> None:
+        """Goes on with another model. Requests that do not fit it are ended."""
+        self.scheduler = scheduler
+        self._tokenizer = tokenizer
+        for request in list(self._requests.values()):
+            error = InvalidRequestError(
+                f"request {request.new.request_id}: its tokens do not fit the new model: at most "
+                f"{scheduler.limits.max_tokens} tokens"
+            )
+            fits = all(
+                len(branch.tokens) < scheduler.limits.max_tokens
+                for branch in request.branches
+                if branch.state is not SequenceState.ENDED
+            )
+            for branch in request.branches:
+                if branch.state is SequenceState.WAITING:
+                    scheduler.add(branch)
+            if not fits:
+                self._end_branches(request, FinishReason.ERROR, error)
+
+    def detach(self) -> None:
+        """Lets the model go; what remains waits for the next one."""
+        if self.scheduler is not None:
+            self.scheduler.preempt_all()
+        self.scheduler = None
+
+    def end_outside(self, vocab_size: int) -> None:
+        """Ends the requests that have tokens at or above `vocab_size`."""
+        for request in list(self._requests.values()):
+            if any(len(b.tokens) and int(b.tokens.max()) >= vocab_size for b in request.branches):
+                error = InvalidRequestError(
+                    f"request {request.new.request_id}: it has token ids outside the new vocabulary of {vocab_size}"
+                )
+                self._end_branches(request, FinishReason.ERROR, error)
+
+    # One step
+
+    def begin(self, plan: Plan) -> None:
+        """Notes which requests have their first step."""
+        for chunk in plan.chunks:
+            request = chunk.sequence.request
+            if request.started_at is None:
+                request.started_at = now = self._clock()
+                self._waiting_new -= 1
+                self.counters.request_queue_seconds.observe(now - request.arrived_at)
+                self.counters.prompt_tokens += len(request.new.prompt)
+            if self._trace.enabled:
+                self._trace.mark("n", "prefill", self._clock(), request.new.number, tokens=chunk.count)
+
+    def commit(self, plan: Plan, drawn: StepTokens, interrupted: bool) -> None:
+        """Gives each sequence its token, ends those that are complete, and writes it all to the outbox.
+
+        Args:
+            plan: The step.
+            drawn: Its tokens.
+            interrupted: Whether a sequence of the plan may have been ended since.
+        """
+        now = self._clock()
+        decodes = len(plan.decodes)
+        self.counters.generation_tokens += len(drawn.token_ids)
+        if decodes:
+            slots, ids, logprobs, sequences = plan.decode_slots, drawn.token_ids[:decodes], drawn.logprobs, plan.decodes
+            if logprobs is not None:
+                logprobs = logprobs[:decodes]
+            if interrupted:
+                alive = [i for i, sequence in enumerate(sequences) if sequence.state is SequenceState.DECODE]
+                sequences = [sequences[i] for i in alive]
+                slots, ids = slots[alive], ids[alive]
+                logprobs = None if logprobs is None else [logprobs[i] for i in alive]
+            if sequences:
+                self._commit_decodes(sequences, slots, ids, logprobs, now)
+        at = decodes
+        for chunk in plan.chunks:
+            count = len(chunk.branches)
+            if chunk.last and chunk.sequence.state is SequenceState.PREFILL:
+                logprobs = None if drawn.logprobs is None else drawn.logprobs[at : at + count]
+                self._commit_prefill(chunk, drawn.token_ids[at : at + count], logprobs, now)
+            at += count
+
+    def _commit_decodes(
+        self,
+        sequences: list[Sequence],
+        slots: Int64,
+        ids: Int32,
+        logprobs: list[TokenLogprobs | None] | None,
+        now: float,
+    ) -> None:
+        assert self.scheduler is not None
+        table = self.scheduler.slots
+        table.append_tokens(slots, ids)
+        gaps = now - table.last_token_at[slots]
+        table.last_token_at[slots] = now
+        self._observe_gaps(gaps)
+        if self._rows.decodes is not sequences:
+            self._rows = _derive_rows(sequences)
+        token_ids = ids.tolist()
+        for mailbox, rows, keys in self._rows.keys:
+            if rows is None:
+                self.outbox.add(mailbox, Tokens(keys, token_ids, logprobs))
+            else:
+                own = None if logprobs is None else [logprobs[row] for row in rows.tolist()]
+                self.outbox.add(mailbox, Tokens(keys, ids[rows].tolist(), own))
+        stopped = table.stopped(slots, ids)
+        full = table.num_tokens[slots] >= table.max_tokens[slots]
+        watched: dict[int, str] = {}
+        for row, sequence in self._rows.watched:
+            if not stopped[row] and (stop := self._read_text(sequence, token_ids[row])) is not None:
+                watched[row] = stop
+        ending = stopped | full
+        if watched:
+            ending[list(watched)] = True
+        for row in np.flatnonzero(ending).tolist():
+            if sequences[row].state is SequenceState.ENDED:
+                continue
+            stop = token_ids[row] if stopped[row] else watched.get(row)
+            self._end_branch(sequences[row], FinishReason.LENGTH if stop is None else FinishReason.STOP, stop)
+
+    def _commit_prefill(
+        self, chunk: Chunk, ids: Int32, logprobs: list[TokenLogprobs | None] | None, now: float
+    ) -> None:
+        """A prefill is complete: its sequence goes on decoding, and so do the branches that shared it."""
+        assert self.scheduler is not None
+        scheduler, trunk, request = self.scheduler, chunk.sequence, chunk.sequence.request
+        new = request.new
+        if new.pin is not None:
+            scheduler.tree.pin(new.pin, new.prompt[: len(new.prompt) - len(new.prompt) % scheduler.limits.page_size])
+        if not chunk.branches:  # max_tokens = 0
+            self._end_branches(request, FinishReason.LENGTH)
+            return
+        if request.first_token_at is None:
+            request.first_token_at = now
+            self.counters.time_to_first_token_seconds.observe(now - request.arrived_at)
+            if self._trace.enabled:
+                self._trace.mark("n", "first token", now, new.number)
+        scheduler.begin_decoding(trunk)
+        scheduler.slots.append_tokens(np.array([trunk.slot]), ids[:1])
+        token_ids = ids.tolist()
+        for branch, token_id in zip(chunk.branches[1:], token_ids[1:], strict=True):
+            scheduler.fork(trunk, branch, token_id)
+        for branch in request.branches:
+            if branch.state is SequenceState.UNBORN:  # there were not enough slots for all
+                scheduler.add(branch)
+        keys = tuple(branch.key for branch in chunk.branches)
+        self.outbox.add(request.mailbox, Tokens(keys, token_ids, logprobs))
+        for branch, token_id in zip(chunk.branches, token_ids, strict=True):
+            if branch.state is not SequenceState.ENDED:
+                self._commit_first(branch, token_id, now)
+
+    def _commit_first(self, branch: Sequence, token_id: int, now: float) -> None:
+        assert self.scheduler is not None
+        params = branch.request.new.params
+        if branch.resident:
+            self.scheduler.slots.last_token_at[branch.slot] = now
+        generated = len(self.scheduler.tokens_of(branch)) - len(branch.request.new.prompt)
+        if token_id in params.stop_token_ids and generated > params.min_tokens:
+            self._end_branch(branch, FinishReason.STOP, token_id)
+            return
+        if branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
+            self._end_branch(branch, FinishReason.STOP, stop)
+        elif branch.state is not SequenceState.ENDED and (
+            generated >= params.max_tokens or len(self.scheduler.tokens_of(branch)) >= self.scheduler.limits.max_tokens
+        ):
+            self._end_branch(branch, FinishReason.LENGTH)
+
+    def _read_text(self, branch: Sequence, token_id: int) -> str | None:
+        """Feeds a token to a branch's text; returns the stop string that it completes."""
+        assert branch.text is not None
+        try:
+            branch.text.push([token_id])
+        except Exception as cause:  # the tokenizer is not ours
+            error = RequestDroppedError(f"request {branch.request.new.request_id}: cannot decode {token_id}: {cause}")
+            error.__cause__ = cause
+            self._end_branches(branch.request, FinishReason.ERROR, error)
+            return None
+        return branch.text.stopped_by
+
+    def _observe_gaps(self, gaps: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+        histogram = self.counters.inter_token_latency_seconds
+        first = float(gaps[0])
+        if (gaps == first).all():  # the usual case: all of them had a token in the step before
+            histogram.observe(first, len(gaps))
+        else:
+            for gap in gaps.tolist():
+                histogram.observe(gap)
+
+
+def _derive_rows(sequences: list[Sequence]) -> _Rows:
+    mailboxes: dict[Mailbox, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        mailboxes.setdefault(sequence.request.mailbox, []).append(row)
+    whole = len(mailboxes) == 1
+    return _Rows(
+        decodes=sequences,
+        keys=[
+            (
+                mailbox,
+                None if whole else np.array(rows, dtype=np.int64),
+                tuple(sequences[row].key for row in rows),
+            )
+            for mailbox, rows in mailboxes.items()
+        ],
+        watched=[(row, sequence) for row, sequence in enumerate(sequences) if sequence.text is not None],
+    )

@@ -1,0 +1,447 @@
+"""Which sequences take part in the next step, and the blocks that they need. Owned by the step thread.
+
+Every step takes all decodes, then prefill chunks within a budget of tokens (Sarathi-Serve, Agrawal et al., 2024), so
+that a long prompt never holds up sequences that run already. Sequences start in order of priority, then arrival. When
+blocks run out, the newest of the least urgent sequences is preempted: its blocks are released and it waits to be
+computed again, at its old place in the queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from asyncengine.step.batch import Int32, Int64, StepBatch
+from asyncengine.step.block_pool import BlockPool
+from asyncengine.step.prefix_tree import PrefixTree
+from asyncengine.step.sequence import EMPTY, Sequence, SequenceState
+from asyncengine.step.slots import SlotTable
+from asyncengine.step.waiting import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a loaded model can take.
+
+    Attributes:
+        max_num_sequence: Slots.
+        max_single_sequence_length: Tokens in one sequence.
+        prefill_chunk_size: Prompt tokens in one step.
+        page_size: Tokens per block.
+        num_blocks: Blocks.
+        hybrid: Whether prefill chunks and decodes share a step.
+        prefix_cache: Whether computed sequences are kept.
+        max_recycling: Most finished sequences that are kept; None is unlimited.
+    """
+
+    max_num_sequence: int
+    max_single_sequence_length: int
+    prefill_chunk_size: int
+    page_size: int
+    num_blocks: int
+    hybrid: bool = True
+    prefix_cache: bool = True
+    max_recycling: int | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens in one sequence, by its own limit and by the KV cache's capacity."""
+        return min(self.max_single_sequence_length, self.num_blocks * self.page_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of one sequence's prefill.
+
+    Attributes:
+        count: Tokens computed in this step.
+        last: Whether that completes it, so that a token is drawn.
+        branches: Who draws from the last token: the sequence and those unborn branches that have a slot.
+    """
+
+    sequence: Sequence
+    count: int
+    last: bool
+    branches: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: what the model computes, and whom it concerns.
+
+    Attributes:
+        decodes: The sequences that decode, one per row; the same list object while they stay the same.
+        decode_slots: (decodes,) theirs.
+        chunks: The rows after those.
+    """
+
+    batch: StepBatch
+    decodes: list[Sequence]
+    decode_slots: Int64
+    chunks: list[Chunk]
+
+
+class Scheduler:
+    """Sequences between waiting and ended.
+
+    Args:
+        limits: What the model can take.
+        place: Hands a sequence's sampling parameters to the model when it gets a slot. If that raises, the sequence
+            goes to `dropped` and takes no part.
+    """
+
+    def __init__(self, limits: Limits, place: Callable[[Sequence, Int32], None]) -> None:
+        self.limits = limits
+        self.pool = BlockPool(limits.num_blocks)
+        self.tree = PrefixTree(self.pool, limits.page_size, limits.max_recycling)
+        self.slots = SlotTable(limits.max_num_sequence, limits.max_single_sequence_length, limits.page_size)
+        self.waiting = WaitingQueue()
+        self.weight_version = 0
+        self.dropped: list[tuple[Sequence, Exception]] = []
+        self.num_preemptions = 0
+        self.prefix_queries = 0  # tokens looked up
+        self.prefix_hits = 0  # tokens found
+        self._place = place
+        self._prefilling: list[Sequence] = []
+        self._decoding: dict[Sequence, None] = {}
+        self._decodes: list[Sequence] = []
+        self._decode_slots: Int64 = np.empty(0, dtype=np.int64)
+        self._decodes_changed = False
+        self._copies: list[tuple[int, int, Sequence]] = []
+
+    # What is there
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that take part in steps."""
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._decoding or self._prefilling or len(self.waiting))
+
+    def running(self) -> list[Sequence]:
+        """Sequences that take part in steps."""
+        return [*self._decoding, *self._prefilling]
+
+    def tokens_of(self, sequence: Sequence) -> Int32:
+        """Prompt and output, wherever they are."""
+        return self.slots.known_tokens(sequence.slot) if sequence.resident else sequence.tokens
+
+    # One step
+
+    def schedule(self) -> Plan | None:
+        """Chooses the next step and allocates its blocks; None if nothing can run."""
+        self._grow_decodes()
+        chunks = self._continue_prefills()
+        self._start_waiting(chunks)
+        decodes = self._current_decodes()
+        if chunks and not self.limits.hybrid:
+            decodes, decode_slots = [], np.empty(0, dtype=np.int64)
+        else:
+            decode_slots = self._decode_slots
+        if not decodes and not chunks:
+            return None
+        return Plan(self._batch(decode_slots, chunks), decodes, decode_slots, chunks)
+
+    def advance(self, plan: Plan) -> None:
+        """Notes that the step's keys and values are in the cache."""
+        slots = self.slots
+        slots.num_computed[plan.decode_slots] += 1
+        for chunk in plan.chunks:
+            if chunk.sequence.resident:
+                slots.num_computed[chunk.sequence.slot] += chunk.count
+                self._publish(chunk.sequence, keep=True)
+
+    def begin_decoding(self, sequence: Sequence) -> None:
+        """Moves a sequence whose prefill is complete among those that decode."""
+        self._prefilling.remove(sequence)
+        sequence.state = SequenceState.DECODE
+        self._decoding[sequence] = None
+        self._decodes_changed = True
+
+    def fork(self, trunk: Sequence, branch: Sequence, token_id: int) -> None:
+        """Lets an unborn branch begin with its first token, on the prompt's blocks that `trunk` computed.
+
+        Whole blocks are shared; one that is partly filled is copied before the next step, because the branch will
+        write to it. Without a block to be had, the branch waits and is computed from its tokens.
+        """
+        prompt = trunk.request.new.prompt
+        branch.tokens = np.append(prompt, np.int32(token_id))
+        branch.num_output = 1
+        shared, rest = divmod(len(prompt), self.limits.page_size)
+        if rest and not self._make_room(1):
+            self._release_slot(branch)
+            self._wait(branch)
+            return
+        table = self.slots.blocks[trunk.slot, : shared + bool(rest)]
+        self._fill(branch, branch.slot)
+        self.pool.retain(table[:shared])
+        self.slots.append_blocks(branch.slot, table[:shared])
+        if rest:
+            own = self.pool.allocate(1)
+            self.slots.append_blocks(branch.slot, own)
+            self._copies.append((int(table[shared]), int(own[0]), branch))
+        self.slots.num_computed[branch.slot] = len(prompt)
+        branch.state = SequenceState.DECODE
+        branch.weight_version = trunk.weight_version
+        self._decoding[branch] = None
+        self._decodes_changed = True
+
+    # Entering and leaving
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence into the waiting queue."""
+        self._wait(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is, and frees what it holds; what it computed goes to the prefix cache."""
+        if sequence.state is SequenceState.WAITING:
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
+        elif sequence.resident:
+            self._publish(sequence, keep=False)
+            self._leave(sequence)
+            sequence.num_output = int(self.slots.num_tokens[sequence.slot]) - len(sequence.request.new.prompt)
+        self._release_slot(sequence)
+        sequence.state = SequenceState.ENDED
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes blocks and slot from a sequence and lets it wait; what it computed goes to the prefix cache."""
+        self._publish(sequence, keep=False)
+        self._leave(sequence)
+        sequence.tokens = self.slots.known_tokens(sequence.slot).copy()
+        sequence.num_output = len(sequence.tokens) - len(sequence.request.new.prompt)
+        self._release_slot(sequence)
+        self._free_unborn(sequence)
+        sequence.request.preemptions += 1
+        self.num_preemptions += 1
+        self._wait(sequence)
+
+    def preempt_all(self) -> None:
+        """Lets every sequence wait, as after the model or its cache has changed."""
+        for sequence in self.running():
+            self.preempt(sequence)
+        self._copies.clear()
+
+    def forget_cache(self) -> None:
+        """Empties the prefix cache; what runs on stays out of it, since it was computed with other weights."""
+        self.tree.clear()
+        self.weight_version += 1
+
+    def check(self) -> None:
+        """Compares all accounts with each other.
+
+        Raises:
+            AssertionError: They disagree.
+        """
+        self.pool.check()
+        self.tree.check()
+        if not self.running():
+            pinned = sum(map(len, self.tree._pins.values()))
+            assert self.pool.num_used <= pinned, f"{self.pool.num_used} blocks are used while nothing runs"
+
+    # How
+
+    def _grow_decodes(self) -> None:
+        """Gives each decoding sequence a block for its next token, preempting the newest where there is none."""
+        slots, page_size = self.slots, self.limits.page_size
+        while self._decoding:
+            self._current_decodes()
+            rows = self._decode_slots
+            needy = rows[slots.num_computed[rows] >= slots.num_blocks[rows] * page_size]
+            if not len(needy):
+                return
+            if self._make_room(len(needy)):
+                slots.blocks[needy, slots.num_blocks[needy]] = self.pool.allocate(len(needy))
+                slots.num_blocks[needy] += 1
+                return
+            self.preempt(max(self.running(), key=lambda sequence: sequence.order))
+
+    def _continue_prefills(self) -> list[Chunk]:
+        budget = self.limits.prefill_chunk_size
+        chunks: list[Chunk] = []
+        for sequence in self._prefilling:
+            if budget <= 0:
+                break
+            chunks.append(self._chunk(sequence, budget))
+            budget -= chunks[-1].count
+        return chunks
+
+    def _start_waiting(self, chunks: list[Chunk]) -> None:
+        budget = self.limits.prefill_chunk_size - sum(chunk.count for chunk in chunks)
+        while budget > 0 and self.slots.num_free and (sequence := self.waiting.head()) is not None:
+            if not self._start(sequence):
+                return
+            if sequence.state is SequenceState.PREFILL:
+                chunks.append(self._chunk(sequence, budget))
+                budget -= chunks[-1].count
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        slots = self.slots
+        left = int(slots.num_tokens[sequence.slot] - slots.num_computed[sequence.slot])
+        count = min(left, budget)
+        unborn = (b for b in sequence.request.branches if b.state is SequenceState.UNBORN and b.slot >= 0)
+        last = count == left
+        draws = last and sequence.request.new.params.max_tokens > 0
+        return Chunk(sequence, count, last, (sequence, *unborn) if draws else ())
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Gives the head of the queue a slot and all blocks of its prefill; False if there are not enough."""
+        page_size = self.limits.page_size
+        tokens = sequence.tokens
+        # The last token is always computed: its logits are what the next one is drawn from.
+        cached = self.tree.match(tokens[:-1]) if self.limits.prefix_cache else EMPTY
+        self.pool.retain(cached)
+        need = -(-len(tokens) // page_size) - len(cached)
+        # Those that run already will need blocks soon: starting one more must not preempt it or them at once.
+        if not self._make_room(need, spare=self.num_running):
+            self.pool.release(cached)
+            return False
+        self.waiting.remove(sequence)
+        self._fill(sequence, self.slots.take())
+        self.slots.append_blocks(sequence.slot, cached)
+        self.slots.append_blocks(sequence.slot, self.pool.allocate(need))
+        self.slots.num_computed[sequence.slot] = len(cached) * page_size
+        sequence.state = SequenceState.PREFILL
+        sequence.weight_version = self.weight_version
+        self._prefilling.append(sequence)
+        self.prefix_queries += len(tokens)
+        self.prefix_hits += len(cached) * page_size
+        request = sequence.request
+        if request.preemptions == 0 and sequence.branch == 0:
+            request.cached_tokens = len(cached) * page_size
+        unborn = [b for b in request.branches if b.state is SequenceState.UNBORN]
+        for branch in unborn[: self.slots.num_free]:
+            branch.slot = self.slots.take()
+        for placed in (sequence, *unborn):
+            if placed.slot < 0:
+                continue
+            try:
+                self._place(placed, tokens)
+            except Exception as error:
+                self.dropped.append((sequence, error))
+                self._leave(sequence)
+                self._free_unborn(sequence)
+                self._release_slot(sequence)
+                sequence.state = SequenceState.WAITING  # in no queue; the core ends it
+                break
+        return True
+
+    def _fill(self, sequence: Sequence, slot: int) -> None:
+        new = sequence.request.new
+        prompt_tokens = len(new.prompt)
+        sequence.slot = slot
+        self.slots.fill(
+            slot,
+            sequence.tokens,
+            prompt_tokens,
+            min(prompt_tokens + new.params.max_tokens, self.limits.max_tokens),
+            prompt_tokens + new.params.min_tokens,
+            new.params.stop_token_ids,
+        )
+
+    def _make_room(self, count: int, spare: int = 0) -> bool:
+        """Sees to it that `count` blocks are free, taking cached ones back; False if that leaves fewer than `spare`."""
+        if count + spare > self.pool.num_free + self.pool.num_cached:
+            return False
+        if count > self.pool.num_free:
+            self.tree.evict(count - self.pool.num_free)
+        return count <= self.pool.num_free
+
+    def _publish(self, sequence: Sequence, *, keep: bool) -> None:
+        """Makes what a sequence has computed known to the prefix cache; with `keep` it goes on using it."""
+        if not self.limits.prefix_cache or sequence.weight_version != self.weight_version:
+            return
+        slot, page_size = sequence.slot, self.limits.page_size
+        whole = int(self.slots.num_computed[slot]) // page_size
+        if not whole:
+            return
+        own = self.slots.blocks[slot, :whole]
+        known = self.tree.insert(self.slots.tokens[slot, : whole * page_size], own)
+        # Another sequence may have computed the same tokens meanwhile. Going on with its blocks keeps every holder
+        # of a block a holder of all blocks before it, which the tree relies on.
+        other = known != own
+        if keep and other.any():
+            self.pool.retain(known[other])
+            self.pool.release(own[other])
+            own[:] = known
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Takes a sequence out of the steps and releases its blocks."""
+        if sequence.state is SequenceState.PREFILL:
+            self._prefilling.remove(sequence)
+        elif sequence.state is SequenceState.DECODE:
+            del self._decoding[sequence]
+            self._decodes_changed = True
+        self.pool.release(self.slots.block_table(sequence.slot))
+        self.slots.num_blocks[sequence.slot] = 0
+
+    def _release_slot(self, sequence: Sequence) -> None:
+        if sequence.slot >= 0:
+            self.slots.give_back(sequence.slot)
+            sequence.slot = -1
+
+    def _free_unborn(self, sequence: Sequence) -> None:
+        for branch in sequence.request.branches:
+            if branch.state is SequenceState.UNBORN:
+                self._release_slot(branch)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.state = SequenceState.WAITING
+        self.waiting.push(sequence)
+
+    def _current_decodes(self) -> list[Sequence]:
+        if self._decodes_changed:
+            self._decodes_changed = False
+            self._decodes = list(self._decoding)
+            self._decode_slots = np.array([sequence.slot for sequence in self._decodes], dtype=np.int64)
+        return self._decodes
+
+    def _batch(self, decode_slots: Int64, chunks: list[Chunk]) -> StepBatch:
+        slots, page_size = self.slots, self.limits.page_size
+        decodes = len(decode_slots)
+        rows = np.concatenate([decode_slots, np.array([c.sequence.slot for c in chunks], dtype=np.int64)])
+        context = slots.num_computed[rows]
+        counts = np.ones(len(rows), dtype=np.int64)
+        counts[decodes:] = [chunk.count for chunk in chunks]
+        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        if chunks:
+            token_rows = np.repeat(rows, counts)
+            offsets = np.arange(query_start[-1], dtype=np.int64) - np.repeat(query_start[:-1], counts)
+            positions = np.repeat(context, counts) + offsets
+        else:
+            token_rows, positions = rows, context
+        width = int(slots.num_blocks[rows].max())
+        sample_index = np.arange(decodes, dtype=np.int64)
+        sample_slots = decode_slots
+        drawing = [(i, branch) for i, chunk in enumerate(chunks) for branch in chunk.branches]
+        if drawing:
+            last = query_start[1:] - 1
+            sample_index = np.append(sample_index, [last[decodes + i] for i, _ in drawing]).astype(np.int64)
+            sample_slots = np.append(sample_slots, [branch.slot for _, branch in drawing]).astype(np.int64)
+        sample_positions = slots.num_tokens[sample_slots] - slots.prompt_tokens[sample_slots]
+        if drawing:
+            # A branch about to be born has a slot but no tokens in it yet.
+            born = np.array([branch.state is not SequenceState.UNBORN for _, branch in drawing])
+            sample_positions[decodes:] *= born
+        copies = [(source, to) for source, to, branch in self._copies if branch.state is SequenceState.DECODE]
+        self._copies.clear()
+        return StepBatch(
+            token_ids=slots.tokens[token_rows, positions],
+            positions=positions.astype(np.int32),
+            query_start=query_start,
+            context_lens=context.astype(np.int32),
+            block_tables=slots.blocks[rows, :width],
+            slot_mapping=slots.blocks[token_rows, positions // page_size].astype(np.int64) * page_size
+            + positions % page_size,
+            sample_index=sample_index,
+            sample_slots=sample_slots,
+            sample_positions=sample_positions,
+            copies=np.array(copies, dtype=np.int64).reshape(-1, 2),
+            num_decodes=decodes,
+        )

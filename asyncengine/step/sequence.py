@@ -1,0 +1,95 @@
+"""Requests and their branches as the step thread sees them. Owned by the step thread."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from asyncengine.detokenizer import TextStream
+from asyncengine.instructions import Mailbox, NewRequest
+from asyncengine.step.batch import Int32
+
+
+class SequenceState(enum.Enum):
+    """Where a branch is."""
+
+    UNBORN = "unborn"  # waits for the first branch to compute the prompt that they share
+    WAITING = "waiting"  # has neither slot nor blocks
+    PREFILL = "prefill"  # has a slot and blocks; part of what it knows is not in the KV cache
+    DECODE = "decode"  # all but its newest token is in the KV cache
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request.
+
+    Attributes:
+        new: As it was asked for.
+        mailbox: Where its events go.
+        arrival: Order of admission; unique.
+        arrived_at: Seconds of the core's clock, as are the other times.
+        branches: n sequences, in order.
+        cached_tokens: Prompt tokens found in the prefix cache at the first admission to a batch.
+        ended: Whether its end has been told.
+    """
+
+    new: NewRequest
+    mailbox: Mailbox
+    arrival: int
+    arrived_at: float
+    branches: list[Sequence] = field(default_factory=list)
+    started_at: float | None = None
+    first_token_at: float | None = None
+    cached_tokens: int = 0
+    preemptions: int = 0
+    ended: bool = False
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated, over all branches; true once they have ended."""
+        return sum(branch.num_output for branch in self.branches)
+
+
+class Sequence:
+    """One branch of a request.
+
+    Attributes:
+        state: See `SequenceState`.
+        slot: Row of the slot table while it is in PREFILL or DECODE (an unborn branch may hold one already), else -1.
+        tokens: Prompt and output while it has no slot; the slot table has them otherwise.
+        num_output: Tokens generated, as of when it last gave up a slot.
+        weight_version: Of the weights that all its keys and values were computed with.
+        text: Looks for stop strings, where the request has some.
+    """
+
+    __slots__ = (
+        "branch", "key", "num_output", "order", "request", "slot", "state", "text", "tokens", "weight_version",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, branch: int) -> None:
+        self.request = request
+        self.branch = branch
+        self.key = (request.new.number, branch)
+        self.order = (request.new.priority, request.arrival, branch)
+        self.state = SequenceState.WAITING if branch == 0 else SequenceState.UNBORN
+        self.slot = -1
+        self.tokens: Int32 = request.new.prompt
+        self.num_output = 0
+        self.weight_version = -1
+        self.text: TextStream | None = None
+
+    @property
+    def resident(self) -> bool:
+        """Whether it takes part in steps."""
+        return self.state is SequenceState.PREFILL or self.state is SequenceState.DECODE
+
+    @property
+    def output(self) -> Int32:
+        """Tokens generated so far, of a sequence without a slot."""
+        return self.tokens[len(self.request.new.prompt) :]
+
+
+EMPTY: Int32 = np.empty(0, dtype=np.int32)

@@ -1,0 +1,110 @@
+"""What is known of each sequence that takes part in steps, as columns. Owned by the step thread.
+
+A structure of arrays rather than objects, so that the bookkeeping of a step is a handful of vector operations however
+many sequences decode.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from asyncengine.step.batch import Int32, Int64
+
+_STOP_IDS = 8
+
+
+class SlotTable:
+    """Rows are slots; a sequence owns one while it is resident.
+
+    Attributes:
+        tokens: (slots, max length) prompt and output.
+        num_tokens: (slots,) how many of them there are.
+        num_computed: (slots,) how many of them have their keys and values in the cache.
+        max_tokens: (slots,) number of tokens at which the sequence ends with reason "length".
+        min_tokens: (slots,) number of tokens below which no stop token counts.
+        prompt_tokens: (slots,) how many of the tokens are the prompt.
+        stop_ids: (slots, 8) tokens that end the sequence, padded with -1. Longer lists are in `more_stop_ids`.
+        blocks: (slots, max blocks) block table.
+        num_blocks: (slots,) how many blocks it has.
+        last_token_at: (slots,) when the newest token came.
+    """
+
+    def __init__(self, num_slots: int, max_length: int, page_size: int) -> None:
+        max_blocks = -(-max_length // page_size)
+        # zeros, not empty or full: the pages of rows that are never used are never touched.
+        self.tokens = np.zeros((num_slots, max_length), dtype=np.int32)
+        self.blocks = np.zeros((num_slots, max_blocks), dtype=np.int32)
+        self.num_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.num_computed = np.zeros(num_slots, dtype=np.int64)
+        self.max_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.min_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.prompt_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.num_blocks = np.zeros(num_slots, dtype=np.int64)
+        self.stop_ids = np.full((num_slots, _STOP_IDS), -1, dtype=np.int32)
+        self.more_stop_ids: dict[int, Int32] = {}
+        self.last_token_at = np.zeros(num_slots, dtype=np.float64)
+        self.page_size = page_size
+        self._free = list(range(num_slots - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Slots without a sequence."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """Reserves a slot."""
+        return self._free.pop()
+
+    def give_back(self, slot: int) -> None:
+        """Frees a slot."""
+        self.more_stop_ids.pop(slot, None)
+        self.num_blocks[slot] = 0
+        self._free.append(slot)
+
+    def fill(
+        self, slot: int, tokens: Int32, prompt_tokens: int, max_tokens: int, min_tokens: int, stop_ids: tuple[int, ...]
+    ) -> None:
+        """Writes a sequence that has nothing in the cache yet."""
+        self.tokens[slot, : len(tokens)] = tokens
+        self.num_tokens[slot] = len(tokens)
+        self.num_computed[slot] = 0
+        self.num_blocks[slot] = 0
+        self.prompt_tokens[slot] = prompt_tokens
+        self.max_tokens[slot] = max_tokens
+        self.min_tokens[slot] = min_tokens
+        self.stop_ids[slot] = -1
+        if len(stop_ids) <= _STOP_IDS:
+            self.stop_ids[slot, : len(stop_ids)] = stop_ids
+        else:
+            self.more_stop_ids[slot] = np.array(stop_ids, dtype=np.int32)
+
+    def known_tokens(self, slot: int) -> Int32:
+        """The sequence's tokens; a view."""
+        return self.tokens[slot, : self.num_tokens[slot]]
+
+    def block_table(self, slot: int) -> Int32:
+        """The sequence's blocks; a view."""
+        return self.blocks[slot, : self.num_blocks[slot]]
+
+    def append_blocks(self, slot: int, blocks: Int32) -> None:
+        """Extends a block table."""
+        have = self.num_blocks[slot]
+        self.blocks[slot, have : have + len(blocks)] = blocks
+        self.num_blocks[slot] = have + len(blocks)
+
+    def append_tokens(self, slots: Int64, token_ids: Int32) -> None:
+        """Adds one token to each of several sequences."""
+        self.tokens[slots, self.num_tokens[slots]] = token_ids
+        self.num_tokens[slots] += 1
+
+    def stopped(self, slots: Int64, token_ids: Int32) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which sequences end at the token just appended because it is one of their stop tokens."""
+        hit: np.ndarray[tuple[int], np.dtype[np.bool_]] = (self.stop_ids[slots] == token_ids[:, None]).any(axis=1)
+        if self.more_stop_ids:
+            for row, slot in enumerate(slots.tolist()):
+                ids = self.more_stop_ids.get(slot)
+                if ids is not None:
+                    hit[row] = token_ids[row] in ids
+        if hit.any():
+            hit &= self.num_tokens[slots] > self.min_tokens[slots]
+        return hit

@@ -1,0 +1,132 @@
+"""The step thread: drives a `Core` while there is work and sleeps on the instruction queue when there is none.
+
+The thread holds the core, and whoever owns the engine holds the thread; the thread never holds the engine, so an
+engine that is dropped without being shut down can notice it and end its thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from asyncengine.errors import EngineClosedError
+from asyncengine.instruction_queue import InstructionQueue
+from asyncengine.instructions import Instruction, JobDone, Shutdown
+from asyncengine.step.core import Core
+from asyncengine.step.model import LoadedModel, Loader
+from asyncengine.trace import Trace
+
+EXIT_SECONDS = 5.0
+"""How long an exiting interpreter lets a step that is under way finish. A thread that comes back from native code into
+an interpreter that is gone takes the process down with it."""
+
+
+class StepThread:
+    """One thread and its instruction queue. Starts with the first instruction."""
+
+    def __init__(self, loader: Loader, trace: Trace, name: str = "asyncengine-step") -> None:
+        self.queue: InstructionQueue[Instruction] = InstructionQueue()
+        self.core = Core(loader, self._start_job, trace=trace)
+        self._name = name
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._jobs: set[threading.Thread] = set()
+        self.died: BaseException | None = None
+
+    def put(self, instruction: Instruction) -> None:
+        """Gives an instruction. Safe from any thread; blocks only to start the thread.
+
+        Raises:
+            EngineClosedError: The engine was shut down.
+        """
+        if self._thread is None:
+            self._start()
+        self.queue.put(instruction)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits until the thread has ended."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None and not self.queue.closed:
+                # A daemon, because an engine that nobody shut down must not keep the interpreter from exiting.
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread
+                _running.add(self)
+
+    def _run(self) -> None:
+        try:
+            self._drive()
+        except BaseException as error:  # a defect of ours: nobody may be left waiting
+            self.died = error
+            self.core.die(error)
+            raise
+        finally:
+            self.core.refuse(self.queue.close())
+            self._flush()
+            _running.discard(self)
+
+    def _drive(self) -> None:
+        core, queue = self.core, self.queue
+        while not core.closed:
+            core.handle(queue.drain())
+            core.step(queue.drain)
+            self._flush()
+            if core.closed or core.runnable or len(queue):
+                continue
+            deadline = core.next_deadline
+            queue.wait(None if deadline is None else deadline - core.clock())
+
+    def _flush(self) -> None:
+        for mailbox in self.core.outbox.flush():
+            self.core.requests.abort_mailbox(mailbox)
+            self.core.outbox.flush()  # nobody reads these either
+
+    def _start_job(self, job: int, function: Callable[[], Any]) -> None:
+        def run() -> None:
+            value = error = None
+            try:
+                value = function()
+            except BaseException as exception:
+                error = exception
+            try:
+                self.queue.put(JobDone(job, value, error))
+            except EngineClosedError:
+                if isinstance(value, LoadedModel):
+                    value.model.close()
+            finally:
+                self._jobs.discard(thread)
+
+        thread = threading.Thread(target=run, name=f"{self._name}-load-{job}", daemon=True)
+        self._jobs.add(thread)
+        thread.start()
+
+    def stop_at_exit(self) -> None:
+        """Ends the thread as soon as its present step is over; waits for that, but not for long."""
+        try:
+            self.queue.put(Shutdown())
+        except EngineClosedError:
+            pass
+        self.join(EXIT_SECONDS)
+        for thread in list(self._jobs):
+            thread.join(EXIT_SECONDS)
+
+
+_running: weakref.WeakSet[StepThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for thread in list(_running):
+        thread.stop_at_exit()

@@ -1,0 +1,84 @@
+"""The crossing from the step thread to one event loop: events, with at most one wake-up of the loop per step.
+
+Written by the step thread, read on the loop. A wake-up is skipped while one is pending, so a loop that lags is not
+flooded: it finds all that has happened since in one go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from asyncengine.events import Event
+
+
+class Loop(Protocol):
+    """All that is asked of an event loop."""
+
+    def call_soon_threadsafe(self, callback: Callable[[], object], /) -> object:
+        """As `asyncio.AbstractEventLoop`."""
+        ...
+
+    def is_closed(self) -> bool:
+        """As `asyncio.AbstractEventLoop`."""
+        ...
+
+
+class StreamBack:
+    """Events on their way to one event loop.
+
+    Attributes:
+        handoff_seconds: How long the newest wake-up took to reach the loop.
+        handoff_max_seconds: The longest so far.
+    """
+
+    __slots__ = (
+        "_deliver", "_events", "_loop", "_pending", "_posted_at",
+        "handoff_max_seconds", "handoff_seconds", "wakeups",
+    )  # fmt: skip
+
+    def __init__(self, loop: Loop, deliver: Callable[[Event], None]) -> None:
+        self._loop = loop
+        self._deliver = deliver
+        self._events: deque[Event] = deque()
+        self._pending = False
+        self._posted_at = 0.0
+        self.handoff_seconds = 0.0
+        self.handoff_max_seconds = 0.0
+        self.wakeups = 0
+
+    def post(self, events: list[Event]) -> bool:
+        """Hands events over. Any thread but usually the step thread; never blocks.
+
+        Returns:
+            False if the loop is closed: nobody will read them.
+        """
+        self._events.extend(events)
+        if self._pending:
+            return not self._loop.is_closed()
+        self._pending = True
+        self._posted_at = time.perf_counter()
+        try:
+            self._loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:
+            self._events.clear()
+            return False
+        return True
+
+    def _drain(self) -> None:
+        # Cleared first: whatever is appended after this line brings a wake-up of its own.
+        self._pending = False
+        self.wakeups += 1
+        self.handoff_seconds = seconds = time.perf_counter() - self._posted_at
+        if seconds > self.handoff_max_seconds:
+            self.handoff_max_seconds = seconds
+        events, deliver = self._events, self._deliver
+        try:
+            for _ in range(len(events)):
+                deliver(events.popleft())
+        except BaseException:
+            if events:  # one delivery failed (the loop reports it); the others must not wait for the next step
+                self._loop.call_soon_threadsafe(self._drain)
+            raise

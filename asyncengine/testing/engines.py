@@ -1,0 +1,52 @@
+"""Whole engines over scripted models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from asyncengine.config import EngineConfig
+from asyncengine.loop.engine import AsyncEngine
+from asyncengine.testing.scripted import Script, ScriptedLoader, echo
+from asyncengine.testing.tokenizer import ByteTokenizer
+
+MODEL = "scripted"
+"""Name under which the scripted model is loaded; any other works as well."""
+
+
+def scripted_engine(
+    answers: Script | Mapping[str, str] | str, *, step_seconds: float = 0.0, **config: Any
+) -> AsyncEngine:
+    """An engine that gives known answers; enter it with ``async with``.
+
+    Args:
+        answers: One answer for every prompt; or a mapping from a piece of the prompt to the answer; or a function
+            from the prompt's bytes and the branch to the answer's bytes.
+        step_seconds: How long each step, that is each byte of an answer, takes.
+        **config: Fields of `EngineConfig`.
+    """
+    loader = ScriptedLoader(_script(answers), step_seconds=step_seconds, tokenizer=ByteTokenizer())
+    return AsyncEngine(EngineConfig(MODEL, **config), loader=loader)
+
+
+def echo_engine(*, step_seconds: float = 0.0, **config: Any) -> AsyncEngine:
+    """An engine that answers every prompt with the prompt; enter it with ``async with``."""
+    return scripted_engine(echo, step_seconds=step_seconds, **config)
+
+
+def _script(answers: Script | Mapping[str, str] | str) -> Script:
+    if callable(answers):
+        return answers
+    if isinstance(answers, str):
+        constant = answers.encode()
+        return lambda prompt, branch: constant
+    table = dict(answers)
+
+    def look_up(prompt: Sequence[int], branch: int) -> Iterable[int]:
+        text = bytes(token for token in prompt if token < 256).decode(errors="replace")
+        for piece, answer in table.items():
+            if piece in text:
+                return answer.encode()
+        raise LookupError(f"no answer for a prompt that contains {text!r}")
+
+    return look_up

@@ -1,0 +1,295 @@
+"""A model whose tokens, step latency and faults are given. Owned by the step thread while an engine uses it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from asyncengine.config import EngineConfig
+from asyncengine.errors import ReloadError
+from asyncengine.generation import GenerationConfig, SamplingParams
+from asyncengine.step.batch import Int32, StepBatch, StepTokens, TokenLogprobs
+from asyncengine.step.model import LoadedModel, LoadPlan
+from asyncengine.step.scheduler import Limits
+from asyncengine.testing.tokenizer import ByteTokenizer
+from asyncengine.tokenizer import Tokenizer
+
+Script = Callable[[Sequence[int], int], Iterable[int]]
+"""Prompt and branch to the tokens that the branch generates; after them comes the end-of-sequence token."""
+
+
+def echo(prompt: Sequence[int], branch: int) -> Iterable[int]:
+    """The script that answers with its prompt."""
+    return prompt
+
+
+class DeviceLostError(RuntimeError):
+    """Raised by `ScriptedModel.lose_device`: the engine takes it for the loss of the device."""
+
+
+class ScriptedModel:
+    """A model that plays a script.
+
+    It also keeps a paged "KV cache" of its own, in which every token is written where the scheduler says, and before
+    it answers it reads each sequence back through its block table: a mistake of the engine about blocks raises.
+
+    Args:
+        script: What is generated.
+        limits: Of the model.
+        step_seconds: How long each step takes; spent without the GIL, as on a GPU.
+        eos_token_id: What comes after a script.
+
+    Attributes:
+        steps: How many steps have been executed.
+        batches: (rows, tokens) of each.
+        closed: Whether the engine has let it go.
+    """
+
+    def __init__(self, script: Script, limits: Limits, step_seconds: float = 0.0, eos_token_id: int = 256) -> None:
+        self.limits = limits
+        self.steps = 0
+        self.batches: list[tuple[int, int]] = []
+        self.closed = False
+        self.asleep = False
+        self.weights: dict[str, Any] = {}
+        self._script = script
+        self._step_seconds = step_seconds
+        self._eos = eos_token_id
+        self._answers: dict[int, list[int]] = {}
+        self._tokens: dict[int, list[int]] = {}
+        self._num_logprobs: dict[int, int] = {}
+        self._faults: list[BaseException] = []
+        self._refuse: BaseException | None = None
+        self._gate: threading.Semaphore | None = None
+        self._entered = threading.Semaphore(0)
+        self._cache = np.full(limits.num_blocks * limits.page_size, -1, dtype=np.int64)
+
+    # What a test does
+
+    def fail_next(self, error: BaseException) -> None:
+        """Lets the next step raise."""
+        self._faults.append(error)
+
+    def lose_device(self) -> None:
+        """Lets the next step raise what the engine takes for the loss of the device."""
+        self.fail_next(DeviceLostError("the scripted device is lost"))
+
+    def refuse_next(self, error: BaseException) -> None:
+        """Lets the next sequence's parameters be refused."""
+        self._refuse = error
+
+    def hold(self) -> None:
+        """Lets each step wait, from now on, until `let` allows it."""
+        self._gate = threading.Semaphore(0)
+
+    def let(self, steps: int = 1) -> None:
+        """Allows a number of steps."""
+        assert self._gate is not None
+        self._gate.release(steps)
+
+    def release(self) -> None:
+        """Undoes `hold`."""
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            gate.release(1_000_000)
+
+    def wait_until_held(self, timeout: float = 10.0) -> bool:
+        """Blocks until a held step has begun; call it from a thread."""
+        return self._entered.acquire(timeout=timeout)
+
+    # What the engine does
+
+    def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
+        """As `asyncengine.step.model.Model`."""
+        if self._refuse is not None:
+            error, self._refuse = self._refuse, None
+            raise error
+        self._answers[slot] = list(self._script(prompt.tolist(), branch))
+        self._tokens[slot] = [*prompt.tolist(), *output.tolist()]
+        self._num_logprobs[slot] = params.num_logprobs
+
+    def execute(self, batch: StepBatch) -> StepTokens:
+        """As `asyncengine.step.model.Model`."""
+        assert not self.closed, "a model that was let go is stepped"
+        assert not self.asleep, "a model that sleeps is stepped"
+        self.steps += 1
+        self.batches.append((len(batch.context_lens), len(batch.token_ids)))
+        gate = self._gate
+        if gate is not None:
+            self._entered.release()
+            gate.acquire()
+        if self._step_seconds:
+            time.sleep(self._step_seconds)
+        if self._faults:
+            raise self._faults.pop(0)
+        self._write(batch)
+        return self._draw(batch)
+
+    def _write(self, batch: StepBatch) -> None:
+        page_size = self.limits.page_size
+        for source, to in batch.copies.tolist():
+            self._cache[to * page_size : (to + 1) * page_size] = self._cache[
+                source * page_size : (source + 1) * page_size
+            ]
+        assert len(np.unique(batch.slot_mapping)) == len(batch.slot_mapping), "two tokens are written to one place"
+        self._cache[batch.slot_mapping] = batch.token_ids
+
+    def _read(self, batch: StepBatch, row: int) -> list[int]:
+        """Tokens of a row as they are in the cache."""
+        page_size = self.limits.page_size
+        start, end = batch.query_start[row : row + 2]
+        length = int(batch.context_lens[row] + end - start)
+        assert (batch.positions[start:end] == np.arange(batch.context_lens[row], length)).all()
+        places = np.arange(length)
+        blocks = batch.block_tables[row, places // page_size].astype(np.int64)
+        tokens: list[int] = self._cache[blocks * page_size + places % page_size].tolist()
+        return tokens
+
+    def _draw(self, batch: StepBatch) -> StepTokens:
+        rows = np.searchsorted(batch.query_start, batch.sample_index, side="right") - 1
+        token_ids = []
+        logprobs: list[TokenLogprobs | None] = []
+        for slot, position, row in zip(
+            batch.sample_slots.tolist(), batch.sample_positions.tolist(), rows.tolist(), strict=True
+        ):
+            tokens = self._tokens[slot]
+            found = self._read(batch, row)
+            assert found == tokens, f"the cache of slot {slot} has {found}, the sequence {tokens}"
+            answer = self._answers[slot]
+            token_id = answer[position] if position < len(answer) else self._eos
+            tokens.append(token_id)
+            token_ids.append(token_id)
+            wanted = self._num_logprobs[slot]
+            top = (token_id,) * min(wanted, 1)
+            logprobs.append(
+                TokenLogprobs(-float(position), top, (-float(position),) * len(top)) if wanted >= 0 else None
+            )
+        some = any(entry is not None for entry in logprobs)
+        return StepTokens(np.array(token_ids, dtype=np.int32), logprobs if some else None)
+
+    def device_lost(self, error: BaseException) -> bool:
+        """As `asyncengine.step.model.Model`."""
+        return isinstance(error, DeviceLostError)
+
+    def sleep(self) -> None:
+        """As `asyncengine.step.model.Model`."""
+        self.asleep = True
+        self._cache[:] = -1
+
+    def wake(self) -> None:
+        """As `asyncengine.step.model.Model`."""
+        self.asleep = False
+
+    def update_weights(self, weights: Mapping[str, Any]) -> None:
+        """Keeps them; a weight that is None is refused."""
+        for name, value in weights.items():
+            if value is None:
+                raise ReloadError(f"weight {name!r} is None")
+        self.weights.update(weights)
+
+    def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
+        """Calls the method of this name."""
+        return [getattr(self, name)(*args)]
+
+    def close(self) -> None:
+        """As `asyncengine.step.model.Model`."""
+        self.closed = True
+
+
+class ScriptedLoader:
+    """Loads `ScriptedModel`s, with faults where a test wants them.
+
+    Args:
+        script: What the models generate.
+        step_seconds: How long each step takes.
+        tokenizer: Given to the engine; None for none.
+        vocab_size: Of the models.
+        fits_beside: Whether a new model is loaded while the old one serves.
+
+    Attributes:
+        models: All models loaded so far, the newest last.
+        check_errors: Model name to what checking it raises.
+        load_errors: Model name to what loading it raises.
+        gate: If set, loading waits until the event is.
+    """
+
+    def __init__(
+        self,
+        script: Script = echo,
+        *,
+        step_seconds: float = 0.0,
+        tokenizer: Tokenizer | None = None,
+        vocab_size: int = ByteTokenizer.vocab_size,
+        fits_beside: bool = True,
+    ) -> None:
+        self.script = script
+        self.step_seconds = step_seconds
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.fits_beside = fits_beside
+        self.models: list[ScriptedModel] = []
+        self.check_errors: dict[str, BaseException] = {}
+        self.load_errors: dict[str, BaseException] = {}
+        self.gate: threading.Event | None = None
+
+    @property
+    def model(self) -> ScriptedModel:
+        """The newest model."""
+        return self.models[-1]
+
+    def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
+        """As `asyncengine.step.model.Loader`."""
+        error = self.check_errors.get(config.model)
+        if error is not None:
+            raise error
+        return LoadPlan(config, self.fits_beside, "bytes" if self.tokenizer is not None else None)
+
+    def load(self, plan: LoadPlan) -> LoadedModel:
+        """As `asyncengine.step.model.Loader`."""
+        config = plan.config
+        if self.gate is not None:
+            self.gate.wait()
+        error = self.load_errors.get(config.model)
+        if error is not None:
+            raise error
+        complete = config.replace(
+            device="cpu",
+            dtype="float32",
+            max_num_sequence=config.max_num_sequence or 64,
+            max_single_sequence_length=config.max_single_sequence_length or 4096,
+            max_total_sequence_length=config.max_total_sequence_length or 16384,
+            prefill_chunk_size=config.prefill_chunk_size or 512,
+            kv_cache_page_size=config.kv_cache_page_size or 16,
+            attention_backend="torch",
+        )
+        assert complete.max_num_sequence is not None
+        assert complete.max_single_sequence_length is not None
+        assert complete.max_total_sequence_length is not None
+        assert complete.prefill_chunk_size is not None
+        assert complete.kv_cache_page_size is not None
+        limits = Limits(
+            max_num_sequence=complete.max_num_sequence,
+            max_single_sequence_length=complete.max_single_sequence_length,
+            prefill_chunk_size=complete.prefill_chunk_size,
+            page_size=complete.kv_cache_page_size,
+            num_blocks=max(complete.max_total_sequence_length // complete.kv_cache_page_size, 1),
+            hybrid=complete.prefill_mode == "hybrid",
+            prefix_cache=complete.prefix_cache_mode == "radix",
+            max_recycling=complete.prefix_cache_max_num_recycling_seqs,
+        )
+        model = ScriptedModel(self.script, limits, self.step_seconds)
+        self.models.append(model)
+        return LoadedModel(
+            model=model,
+            limits=limits,
+            config=complete,
+            vocab_size=self.vocab_size,
+            eos_token_ids=(ByteTokenizer.eos_token_id,),
+            default_generation_config=GenerationConfig(),
+            tokenizer=self.tokenizer,
+            tokenizer_key="bytes" if self.tokenizer is not None else None,
+        )

@@ -1,0 +1,37 @@
+"""A tokenizer without files: a token is a byte of UTF-8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from asyncengine.tokenizer import Message
+
+
+class ByteTokenizer:
+    """Ids 0 to 255 are bytes, 256 ends a text. Conversations become ``role: content`` lines."""
+
+    vocab_size: ClassVar[int] = 257
+    eos_token_id: ClassVar[int] = 256
+
+    def encode(self, text: str) -> list[int]:
+        """UTF-8 bytes of the text."""
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of the bytes; the end token is ``<end>`` or nothing."""
+        end = "" if skip_special_tokens else "<end>"
+        if self.eos_token_id in token_ids:
+            pieces: list[list[int]] = [[]]
+            for token_id in token_ids:
+                if token_id == self.eos_token_id:
+                    pieces.append([])
+                else:
+                    pieces[-1].append(token_id)
+            return end.join(bytes(piece).decode(errors="replace") for piece in pieces)
+        return bytes(token_ids).decode(errors="replace")
+
+    def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
+        """One line per message, then ``assistant: ``."""
+        lines = [f"{message['role']}: {message.get('content') or ''}\n" for message in messages]
+        return self.encode("".join(lines) + "assistant: ")
