@@ -14,6 +14,7 @@ class Health:
     ok: Whether the engine does what its state promises.
     state: Of the engine.
     problems: What is wrong, in words; empty if all is well.
+    notes: What works but not as fast as it could, in words.
     loading: What a reload is doing, if one is under way.
     step_running_seconds: How long the present step has been running; 0 between steps.
     """
@@ -21,6 +22,7 @@ class Health:
     ok: bool
     state: EngineState
     problems: tuple[str, ...]
+    notes: tuple[str, ...]
     loading: str | None
     step_running_seconds: float
 
@@ -38,4 +40,4 @@ def health_of(thread: StepThread) -> Health:
         problems.append(f"the device is lost: {core.failure!r}; call restart")
     if thread.died is not None:
         problems.append(f"the step thread died: {thread.died!r}")
-    return Health(not problems, state, tuple(problems), core.reloading.phase, running)
+    return Health(not problems, state, tuple(problems), () if loaded is None else loaded.notes, core.reloading.phase, running)

@@ -88,7 +88,14 @@ class ModelView:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What a loader makes. Attributes as in `ModelView`."""
+    """What a loader makes. Attributes as in `ModelView`.
+
+    Attributes:
+        model: What the step thread steps.
+        limits: What it can take.
+        memory_bytes: What weights and KV cache take on their device.
+        notes: What is not as fast as it could be, in words.
+    """
 
     model: Model
     limits: Limits
@@ -98,6 +105,8 @@ class LoadedModel:
     default_generation_config: GenerationConfig
     tokenizer: Tokenizer | None
     tokenizer_key: str | None
+    memory_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     def view(self, epoch: int) -> ModelView:
         """What the event loops may know of it."""

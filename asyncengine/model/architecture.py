@@ -1,0 +1,226 @@
+"""Whether and how a transformers model can be served: found out by watching it, not by knowing its name.
+
+A dummy forward with an attention function that records its calls yields, per layer, everything the KV cache needs.
+What cannot be served shows in the same way: layers that do not attend, attend twice, or not causally.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.model.attention.protocol import LayerSpec
+from asyncengine.model.checkpoint import Checkpoint
+
+ATTENTION = "asyncengine"
+"""Name under which our attention is known to transformers."""
+
+_HOOK = "asyncengine_attention"
+"""Attribute of an attention module that takes its calls."""
+
+_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+_HARMLESS = {
+    "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "dropout",
+    "full_attention_mask", "is_causal", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
+    "output_attentions", "output_hidden_states", "past_key_value", "past_key_values", "position_embeddings",
+    "position_ids", "return_dict", "sliding_attention_mask", "target_dtype", "training", "use_cache", "use_top_left_mask",
+}  # fmt: skip
+"""Arguments of an attention function that change nothing about what we compute."""
+
+
+def _attend(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls; (1, heads, tokens, dim) in, (1, tokens, heads, dim) out."""
+    hook = getattr(module, _HOOK)
+    return hook(module, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), kwargs)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedLayer:
+    """One attention module in the order of execution.
+
+    Attributes:
+        name: Of the module.
+        module: Itself.
+        spec: What it needs.
+        sinks: Its learned sink logits, (heads,), if it has some.
+    """
+
+    name: str
+    module: nn.Module
+    spec: LayerSpec
+    sinks: torch.Tensor | None
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that is about text."""
+    return config.get_text_config(decoder=True)
+
+
+def read_config(checkpoint: Checkpoint) -> Any:
+    """A checkpoint's configuration, if its architecture can be served as far as the configuration tells.
+
+    Raises:
+        UnsupportedModelError: It cannot; the message has the name and the reason.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except Exception as error:
+        kind = checkpoint.config.get("model_type")
+        if kind is None:
+            raise CheckpointError(f"{checkpoint.path / 'config.json'} has no model_type") from error
+        raise UnsupportedModelError(f"transformers cannot read the configuration of a {kind!r} model: {error}") from error
+    name = _name(config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoders can be served")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(f"{name} has no causal language model in transformers")
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    if isinstance(model_class, tuple):
+        model_class = model_class[0]
+    if not model_class._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"{name} computes attention in its own code, not through transformers' attention interface, so its keys "
+            "and values cannot be kept in pages"
+        )
+    text = text_config(config)
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
+    if strange:
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(map(repr, strange))}; only full and sliding attention can be served"
+        )
+    return config
+
+
+def check_rope(config: Any, max_length: int) -> None:
+    """Refuses rotary embeddings that depend on the longest sequence in the batch, up to `max_length` tokens.
+
+    Raises:
+        UnsupportedModelError: They would make a sequence's output depend on its neighbours.
+    """
+    text = text_config(config)
+    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    for rope in nested:
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("dynamic", "longrope"):
+            continue
+        original = rope.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
+        original = original or text.max_position_embeddings
+        if max_length > original:
+            raise UnsupportedModelError(
+                f"{_name(config)} has rotary embeddings of type {kind!r}, which change for every sequence in the batch "
+                f"once one has more than {original} tokens; set max_single_sequence_length to at most {original}"
+            )
+
+
+def record(model: PreTrainedModel, tokens: int = 4) -> list[RecordedLayer]:
+    """Runs a dummy forward of `tokens` tokens and returns the attention layers in order.
+
+    Works on a model without weights, too (on the meta device).
+
+    Raises:
+        UnsupportedModelError: A layer cannot be served.
+    """
+    name = _name(model.config)
+    names = {module: path for path, module in model.named_modules()}
+    layers: list[RecordedLayer] = []
+
+    def recorder(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        layers.append(_recorded(name, names[module], module, query, key, value, kwargs))
+        return query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
+
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    positions = torch.arange(tokens, device=device)[None]
+    with hooked(dict.fromkeys(names, recorder)), torch.inference_mode():
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    seen: set[nn.Module] = set()
+    for layer in layers:
+        if layer.module in seen:
+            raise UnsupportedModelError(f"{name}: {layer.name} attends more than once per token")
+        seen.add(layer.module)
+    expected = text_config(model.config).num_hidden_layers
+    if len(layers) != expected:
+        raise UnsupportedModelError(
+            f"{name}: {len(layers)} of {expected} layers attend; the others keep a state that has no place in the KV cache"
+        )
+    return layers
+
+
+@contextlib.contextmanager
+def hooked(hooks: dict[nn.Module, Any]) -> Iterator[None]:
+    """Lets attention modules call `hooks` within the block."""
+    attach(hooks)
+    try:
+        yield
+    finally:
+        for module in hooks:
+            delattr(module, _HOOK)
+
+
+def attach(hooks: dict[nn.Module, Any]) -> None:
+    """Lets each attention module call its hook: (module, query, key, value, arguments) -> output."""
+    for module, hook in hooks.items():
+        setattr(module, _HOOK, hook)
+
+
+def _recorded(
+    model_name: str,
+    name: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kwargs: dict[str, Any],
+) -> RecordedLayer:
+    arguments = dict(kwargs)
+    scaling = arguments.pop("scaling", None)
+    window = arguments.pop("sliding_window", None)
+    soft_cap = arguments.pop("softcap", None)
+    sinks = arguments.pop("s_aux", None)
+    strange = sorted(key for key, value in arguments.items() if value is not None and key not in _HARMLESS)
+    if strange:
+        raise UnsupportedModelError(
+            f"{model_name}: {name} passes {', '.join(strange)} to its attention, which no back end here knows"
+        )
+    if arguments.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError(f"{model_name}: {name} attends to later tokens as well")
+    tokens, heads, key_dim = query.shape
+    if key.shape[0] != tokens or value.shape[0] != tokens or heads % key.shape[1]:
+        raise UnsupportedModelError(
+            f"{model_name}: {name} attends from {tuple(query.shape)} to keys {tuple(key.shape)} and values "
+            f"{tuple(value.shape)}; expected one key and value per token and heads in equal groups"
+        )
+    spec = LayerSpec(
+        num_heads=heads,
+        num_kv_heads=key.shape[1],
+        key_dim=key_dim,
+        value_dim=value.shape[2],
+        scaling=key_dim**-0.5 if scaling is None else float(scaling),
+        sliding_window=int(window) if window else None,
+        soft_cap=float(soft_cap) if soft_cap else None,
+        has_sinks=sinks is not None,
+    )
+    return RecordedLayer(name, module, spec, sinks)
+
+
+def _name(config: Any) -> str:
+    architectures = getattr(config, "architectures", None)
+    return f"{architectures[0] if architectures else type(config).__name__} (model type {config.model_type!r})"

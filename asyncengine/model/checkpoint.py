@@ -1,0 +1,197 @@
+"""A checkpoint on disk: where it is, whether it is whole, how large it is. Reads headers, never weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asyncengine import tiny
+from asyncengine.errors import CheckpointError, InvalidRequestError
+from asyncengine.generation import GenerationConfig
+
+_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a safetensors file, by its header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def locate(model: str) -> Path:
+    """Directory of a model that is named by a path, by the id of a cached model, or as ``"tiny"``.
+
+    Never touches the network.
+
+    Raises:
+        CheckpointError: It is not there.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if model == "tiny":
+        return tiny.PATH
+    if path.exists():
+        raise CheckpointError(f"model {model!r} is a file; expected a checkpoint directory")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"model {model!r}: there is no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"model {model!r} is neither a directory nor in the local Hugging Face cache; download it with "
+            f"'hf download {model}'"
+        ) from error
+
+
+class Checkpoint:
+    """A checkpoint directory that has passed every check its headers allow.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        CheckpointError: Something is missing, truncated or unreadable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = self._json("config.json")
+        self.weight_files = self._weight_files()
+        self.tensors = [tensor for file in self.weight_files for tensor in _tensors(file)]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the weights are stored in."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + prod(tensor.shape)
+        for name in sorted(sizes, key=lambda name: -sizes[name]):
+            if name in _TORCH_DTYPES:
+                return _TORCH_DTYPES[name]
+        named = self.config.get("dtype", self.config.get("torch_dtype"))
+        dtype = getattr(torch, named, None) if isinstance(named, str) else None
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all weights once they are in `dtype`."""
+        if not self.tensors:  # not safetensors: its size on disk is the best guess
+            return sum(file.stat().st_size for file in self.weight_files)
+        floats = ("F64", "F32", "F16", "BF16")
+        return sum(prod(t.shape) * (dtype.itemsize if t.dtype in floats else _DTYPES[t.dtype]) for t in self.tensors)
+
+    @cached_property
+    def tokenizer_key(self) -> str | None:
+        """Equal for equal tokenizers; None if there are no tokenizer files."""
+        return tokenizer_key(self.path)
+
+    @cached_property
+    def generation_defaults(self) -> GenerationConfig:
+        """What ``generation_config.json`` says about sampling; nonsense in it is passed over."""
+        values = self._json("generation_config.json", optional=True)
+        defaults: dict[str, Any] = {}
+        for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+            value = values.get(key)
+            if value is None or (key == "top_k" and value == 0):
+                continue
+            try:
+                GenerationConfig(**{key: value})
+            except InvalidRequestError:
+                continue
+            defaults[key] = value
+        if values.get("do_sample") is False:
+            defaults["temperature"] = 0.0
+        return GenerationConfig(**defaults)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        for values in (self._json("generation_config.json", optional=True), self.config, self.config.get("text_config")):
+            eos = (values or {}).get("eos_token_id")
+            if eos is not None:
+                return (eos,) if isinstance(eos, int) else tuple(eos)
+        return ()
+
+    def _json(self, name: str, optional: bool = False) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            if optional:
+                return {}
+            raise CheckpointError(f"{path} does not exist") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path} is not a JSON object")
+        return values
+
+    def _weight_files(self) -> list[Path]:
+        for single, index in (
+            ("model.safetensors", "model.safetensors.index.json"),
+            ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+        ):
+            if (self.path / index).exists():
+                weight_map = self._json(index).get("weight_map")
+                if not isinstance(weight_map, dict):
+                    raise CheckpointError(f"{self.path / index} has no weight_map")
+                files = [self.path / name for name in sorted(set(weight_map.values()))]
+                missing = [file.name for file in files if not file.exists()]
+                if missing:
+                    raise CheckpointError(f"{self.path}: {len(missing)} weight files are missing: {missing[0]}, ...")
+                return files
+            if (self.path / single).exists():
+                return [self.path / single]
+        raise CheckpointError(f"{self.path} has no weights: neither model.safetensors nor pytorch_model.bin")
+
+
+def tokenizer_key(path: Path) -> str | None:
+    """Digest of a directory's tokenizer files; None if there are none."""
+    digest = hashlib.sha256()
+    found = False
+    for name in _TOKENIZER_FILES:
+        file = path / name
+        if file.exists():
+            found = True
+            digest.update(file.read_bytes())
+    return digest.hexdigest() if found else None
+
+
+def _tensors(file: Path) -> Iterator[StoredTensor]:
+    """Reads a safetensors header, and checks that the file is as long as it says."""
+    if file.suffix != ".safetensors":
+        return
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(stream.read(length))
+        end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        if end != size:
+            raise ValueError(f"{size} bytes; its header describes {end}")
+        for name, entry in header.items():
+            if name != "__metadata__":
+                yield StoredTensor(name, entry["dtype"], tuple(entry["shape"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{file} is damaged or incomplete: {error}") from error

@@ -1,0 +1,20 @@
+"""Moves host arrays to the device without waiting for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A tensor with the array's values; on the CPU it shares the array's memory.
+
+    For a CUDA device the copy goes through pinned memory, so that it is queued like a kernel: a copy from pageable
+    memory may make the host wait.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,0 +1,297 @@
+"""Loads checkpoints with transformers. Runs on threads of its own; what it returns goes to the step thread."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncengine.config import EngineConfig
+from asyncengine.errors import (
+    AsyncEngineError,
+    CheckpointError,
+    ConfigError,
+    InsufficientMemoryError,
+    ReloadError,
+    UnsupportedModelError,
+)
+from asyncengine.model import memory
+from asyncengine.model.memory import GIB
+from asyncengine.step.batch import StepBatch
+from asyncengine.step.model import LoadedModel, LoadPlan
+from asyncengine.step.scheduler import Limits
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SLACK = 256 << 20
+"""Bytes for whatever else a load needs: modules, a tokenizer, activations of the first steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Details:
+    checkpoint: Any
+    tokenizer_path: Path
+    hf_config: Any
+    device: torch.device
+    dtype: torch.dtype
+    weight_bytes: int
+    max_length: int
+
+
+class TransformersLoader:
+    """As `asyncengine.step.model.Loader`, for checkpoint directories and cached models."""
+
+    def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
+        """As the protocol says: everything that can be known without the weights."""
+        # Imported here and not at the top: whoever uses another loader never pays for transformers.
+        from asyncengine.model import architecture
+        from asyncengine.model.checkpoint import Checkpoint, locate, tokenizer_key
+
+        device = _device(config.device)
+        checkpoint = Checkpoint(locate(config.model))
+        tokenizer_path = checkpoint.path if config.tokenizer is None else locate(config.tokenizer)
+        if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
+            raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
+        hf_config = architecture.read_config(checkpoint)
+        text = architecture.text_config(hf_config)
+        longest = getattr(text, "max_position_embeddings", None) or 2048
+        max_length = config.max_single_sequence_length or longest
+        if max_length > longest:
+            raise ConfigError(
+                f"max_single_sequence_length is {max_length}; the model's max_position_embeddings allows 1..{longest}"
+            )
+        architecture.check_rope(hf_config, max_length)
+        _check_on_meta(architecture, hf_config)
+        _select(config, device)
+        dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
+        weights = checkpoint.weight_bytes(dtype)
+        details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length)
+        return LoadPlan(config, _fits(details, current), tokenizer_key(tokenizer_path), details)
+
+    def load(self, plan: LoadPlan) -> LoadedModel:
+        """As the protocol says."""
+        try:
+            return _load(plan)
+        except AsyncEngineError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise InsufficientMemoryError(f"loading {plan.config.model!r}: {error}") from error
+        except Exception as error:
+            raise ReloadError(f"loading {plan.config.model!r} failed: {error}") from error
+        finally:
+            gc.collect()
+            memory.give_back()
+
+
+def _load(plan: LoadPlan) -> LoadedModel:
+    from transformers import AutoModelForCausalLM
+
+    from asyncengine.model import architecture, verification
+    from asyncengine.model.runner import PagedLayers, TorchModel, weight_bytes
+    from asyncengine.model.sampler import Sampler
+    from asyncengine.model.tokenizer import load_tokenizer
+
+    details, config = plan.details, plan.config
+    assert isinstance(details, _Details)
+    device, dtype = details.device, details.dtype
+    tokenizer = load_tokenizer(details.tokenizer_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        details.checkpoint.path,
+        config=details.hf_config,
+        dtype=dtype,
+        attn_implementation=architecture.ATTENTION,
+        local_files_only=True,
+    )
+    model = model.to(device).eval().requires_grad_(False)
+    selection = _select(config, device)
+    backend = selection.backend
+    layers = architecture.record(model)
+    verification.verify(model, layers, backend, device)
+    limits, complete = _limits(plan, layers, backend, model)
+    paged = PagedLayers(layers, backend, limits, dtype, device)
+    paged.allocate()
+    vocab_size = architecture.text_config(details.hf_config).vocab_size
+    sampler = Sampler(limits.max_num_sequence, vocab_size, device)
+    torch_model = TorchModel(model, paged, sampler, device)
+    try:
+        _warm_up(torch_model, limits)
+    except BaseException:
+        torch_model.close()
+        raise
+    return LoadedModel(
+        model=torch_model,
+        limits=limits,
+        config=complete.replace(attention_backend=backend.name),
+        vocab_size=vocab_size,
+        eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < vocab_size),
+        default_generation_config=details.checkpoint.generation_defaults,
+        tokenizer=tokenizer,
+        tokenizer_key=plan.tokenizer_key,
+        memory_bytes=weight_bytes(model) + limits.num_blocks * kv_bytes_per_block(layers, backend, limits, dtype),
+        notes=() if selection.fallback_reason is None else (f"attention: {selection.fallback_reason}",),
+    )
+
+
+def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.dtype) -> int:
+    """Bytes of one block of KV cache, all layers together."""
+    return sum(backend.bytes_per_block(layer.spec, limits.page_size, dtype) for layer in layers)
+
+
+def _select(config: EngineConfig, device: torch.device) -> Any:
+    from asyncengine.model.attention.protocol import BackendUnavailableError
+    from asyncengine.model.attention.select import select
+
+    try:
+        return select(config.attention_backend, device)
+    except BackendUnavailableError as error:
+        raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
+
+
+def _limits(plan: LoadPlan, layers: Any, backend: Any, model: Any) -> tuple[Limits, EngineConfig]:
+    """Fills in everything that the configuration leaves open."""
+    config, details = plan.config, plan.details
+    cuda = details.device.type == "cuda"
+    sequences = config.max_num_sequence or {"interactive": 1, "local": 4, "server": 256 if cuda else 64}[config.mode]
+    length = details.max_length
+    chunk = min(config.prefill_chunk_size or (2048 if cuda else 512), length)
+    page_size = config.kv_cache_page_size or (16 if cuda else 32)
+    per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.dtype) for layer in layers)
+    share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
+    if cuda:
+        activations = _profile(model, layers, chunk, sequences, details.device)
+        used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
+        available = int(memory.total_bytes(details.device) * share) - used - activations
+        share = 1.0
+    else:
+        available = memory.free_bytes(details.device)
+    budget = memory.kv_budget(
+        available=max(available, 0),
+        share=share,
+        bytes_per_block=per_block,
+        page_size=page_size,
+        wanted_tokens=config.max_total_sequence_length,
+        useful_tokens=sequences * length,
+    )
+    limits = Limits(
+        max_num_sequence=sequences,
+        max_single_sequence_length=length,
+        prefill_chunk_size=chunk,
+        page_size=page_size,
+        num_blocks=budget.num_blocks,
+        hybrid=config.prefill_mode == "hybrid",
+        prefix_cache=config.prefix_cache_mode == "radix",
+        max_recycling=config.prefix_cache_max_num_recycling_seqs,
+    )
+    complete = config.replace(
+        tokenizer=config.tokenizer or config.model,
+        device=str(details.device),
+        dtype=str(details.dtype).removeprefix("torch."),
+        max_num_sequence=sequences,
+        max_total_sequence_length=budget.num_blocks * page_size,
+        max_single_sequence_length=length,
+        prefill_chunk_size=chunk,
+        kv_cache_page_size=page_size,
+        gpu_memory_utilization=config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE),
+    )
+    return limits, complete
+
+
+def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.device) -> int:
+    """Bytes that the activations of the largest step take, measured."""
+    from asyncengine.model import architecture
+
+    def nothing(module: Any, query: Any, key: Any, value: Any, kwargs: Any) -> Any:
+        return query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
+
+    tokens = chunk + sequences
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with architecture.hooked({layer.module: nothing for layer in layers}), torch.inference_mode():
+        positions = torch.arange(tokens, device=device)[None] % 16
+        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=sequences)
+    peak = int(torch.cuda.max_memory_allocated(device)) - before
+    torch.cuda.empty_cache()
+    # Sampling works on a few copies of the logits in float32.
+    vocab = architecture.text_config(model.config).vocab_size
+    return peak + 4 * sequences * vocab * 4
+
+
+def _warm_up(model: Any, limits: Limits) -> None:
+    """Runs one small step, so that whatever is built on first use is built before the model serves."""
+    tokens = np.zeros(1, dtype=np.int32)
+    model.execute(
+        StepBatch(
+            token_ids=tokens,
+            positions=tokens,
+            query_start=np.array([0, 1], dtype=np.int32),
+            context_lens=tokens,
+            block_tables=np.zeros((1, 1), dtype=np.int32),
+            slot_mapping=np.zeros(1, dtype=np.int64),
+            sample_index=np.empty(0, dtype=np.int64),
+            sample_slots=np.empty(0, dtype=np.int64),
+            sample_positions=np.empty(0, dtype=np.int64),
+            copies=np.empty((0, 2), dtype=np.int64),
+            num_decodes=1,
+        )
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device is {name!r}, but torch {torch.__version__} finds no CUDA device")
+    index = int(name[5:]) if ":" in name else 0
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device is {name!r}; there are {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def _check_on_meta(architecture: Any, hf_config: Any) -> None:
+    """Watches the model run without weights, as far as it does."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
+        architecture.record(model.eval())
+    except UnsupportedModelError:
+        raise
+    except Exception:
+        # Some models cannot run without weights (their control flow reads them). They are watched once they are loaded.
+        return
+
+
+def _fits(details: _Details, current: LoadedModel | None) -> bool:
+    """Whether a model fits beside the present one.
+
+    Raises:
+        InsufficientMemoryError: It does not fit even without it.
+    """
+    free = memory.free_bytes(details.device)
+    need = details.weight_bytes + _SLACK
+    if current is None:
+        if need > free:
+            raise InsufficientMemoryError(_arithmetic(details, free, 0))
+        return True
+    held = current.memory_bytes if current.config.device == str(details.device) else 0
+    if need > free + held:
+        raise InsufficientMemoryError(_arithmetic(details, free, held))
+    if details.device.type == "cuda":
+        # The present model's KV cache takes all that its share leaves; beside it, the new one's would be tiny.
+        return False if held else need <= free
+    return need <= free
+
+
+def _arithmetic(details: _Details, free: int, held: int) -> str:
+    text = (
+        f"{details.checkpoint.path} does not fit on {details.device}: weights {details.weight_bytes / GIB:.2f} GiB in "
+        f"{details.dtype} + {_SLACK / GIB:.2f} GiB for everything else > {free / GIB:.2f} GiB free"
+    )
+    return text + (f" + {held / GIB:.2f} GiB of the present model" if held else "")

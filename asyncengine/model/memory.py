@@ -1,0 +1,129 @@
+"""How much memory there is, and the arithmetic of what fits into it. Knows no model."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from asyncengine.errors import InsufficientMemoryError
+
+GIB = 1 << 30
+CPU_SHARE = 0.4
+CUDA_SHARE = 0.9
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be had on a device now. On CPU: free and reclaimable memory, within the control group's limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What the caching allocator holds without using it can be had as well.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = _proc_available()
+    if available is None:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _cgroup_available()
+    return available if limit is None else min(available, limit)
+
+
+def total_bytes(device: torch.device) -> int:
+    """Bytes of memory that a device has."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back() -> None:
+    """Returns to the operating system what the allocator keeps of freed memory, where it can be asked to."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except (OSError, AttributeError):
+            pass  # not glibc
+
+
+@dataclass(frozen=True, slots=True)
+class KVBudget:
+    """How many blocks of KV cache there will be, and why.
+
+    Attributes:
+        num_blocks: Blocks.
+        text: The arithmetic, for messages.
+    """
+
+    num_blocks: int
+    text: str
+
+
+def kv_budget(
+    *,
+    available: int,
+    share: float,
+    bytes_per_block: int,
+    page_size: int,
+    wanted_tokens: int | None,
+    useful_tokens: int,
+) -> KVBudget:
+    """Decides how many blocks the KV cache gets.
+
+    Args:
+        available: Bytes of which `share` may be used.
+        share: In (0, 1].
+        bytes_per_block: Of all layers together.
+        page_size: Tokens per block.
+        wanted_tokens: What the configuration demands; None takes what there is.
+        useful_tokens: More could never be used.
+
+    Raises:
+        InsufficientMemoryError: The demand does not fit, or not even two blocks do.
+    """
+    fitting = int(available * share) // bytes_per_block
+    text = (
+        f"{share:g} x {available / GIB:.2f} GiB available / {bytes_per_block / 1024:.1f} KiB per block of {page_size} "
+        f"tokens = {fitting} blocks = {fitting * page_size} tokens"
+    )
+    if wanted_tokens is not None:
+        wanted = -(-wanted_tokens // page_size)
+        if wanted > fitting:
+            raise InsufficientMemoryError(
+                f"the KV cache does not fit: max_total_sequence_length = {wanted_tokens} needs {wanted} blocks = "
+                f"{wanted * bytes_per_block / GIB:.2f} GiB, but {text}; lower max_total_sequence_length or raise "
+                "gpu_memory_utilization"
+            )
+        return KVBudget(wanted, text)
+    if fitting < 2:
+        raise InsufficientMemoryError(
+            f"the KV cache does not fit: {text}; raise gpu_memory_utilization or lower kv_cache_page_size"
+        )
+    return KVBudget(min(fitting, -(-useful_tokens // page_size)), text)
+
+
+def _proc_available() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _cgroup_available() -> int | None:
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        reclaimable = 0
+        for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):
+                reclaimable = int(line.split()[1])
+        return max(int(limit) - used + reclaimable, 0)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,229 @@
+"""A transformers model with a paged KV cache and a sampler: what the step thread steps. Owned by the step thread."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from asyncengine.errors import ReloadError
+from asyncengine.generation import SamplingParams
+from asyncengine.model import memory
+from asyncengine.model.architecture import RecordedLayer, attach
+from asyncengine.model.attention.protocol import AttentionBackend
+from asyncengine.model.sampler import Sampler
+from asyncengine.step.batch import Int32, StepBatch, StepTokens
+from asyncengine.step.scheduler import Limits
+
+
+class PagedLayers:
+    """The KV cache of all layers, and the plan of the present step that they share.
+
+    Args:
+        layers: In the order of execution.
+        backend: How they attend.
+        limits: Number and size of blocks.
+        dtype: Of keys and values.
+        device: Theirs.
+    """
+
+    def __init__(
+        self,
+        layers: list[RecordedLayer],
+        backend: AttentionBackend,
+        limits: Limits,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._layers = layers
+        self._backend = backend
+        self._limits = limits
+        self._dtype = dtype
+        self._device = device
+        self._caches: list[Any] = []
+        self._plan: Any = None
+
+    def allocate(self) -> None:
+        """Makes the cache; its contents are undefined."""
+        limits = self._limits
+        self._caches = [
+            self._backend.allocate(layer.spec, limits.num_blocks, limits.page_size, self._dtype, self._device)
+            for layer in self._layers
+        ]
+        attach(
+            {layer.module: self._hook(layer, cache) for layer, cache in zip(self._layers, self._caches, strict=True)}
+        )
+
+    def free(self) -> None:
+        """Lets the cache go."""
+        self._caches = []
+        self._plan = None
+        attach(dict.fromkeys((layer.module for layer in self._layers), _no_cache))
+
+    def begin(self, batch: StepBatch) -> None:
+        """Prepares a step: copies blocks, then plans."""
+        if len(batch.copies):
+            self._backend.copy_blocks(self._caches, torch.from_numpy(batch.copies))
+        self._plan = self._backend.plan(batch, self._limits.page_size, self._device)
+
+    def _hook(self, layer: RecordedLayer, cache: Any) -> Callable[..., torch.Tensor]:
+        attend, spec, sinks = self._backend.attend, layer.spec, layer.sinks
+
+        def hook(
+            module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+        ) -> torch.Tensor:
+            return attend(spec, cache, self._plan, query, key, value, sinks)
+
+        return hook
+
+
+class TorchModel:
+    """As `asyncengine.step.model.Model`, over a transformers model."""
+
+    def __init__(self, model: nn.Module, layers: PagedLayers, sampler: Sampler, device: torch.device) -> None:
+        self._model: nn.Module | None = model
+        self._layers = layers
+        self._sampler = sampler
+        self._device = device
+        self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
+        """As the protocol says."""
+        self._sampler.place(slot, params, branch, prompt, output)
+
+    def execute(self, batch: StepBatch) -> StepTokens:
+        """As the protocol says."""
+        with torch.inference_mode():
+            logits = self.logits(batch)
+            if not len(batch.sample_index):
+                return StepTokens(np.empty(0, dtype=np.int32))
+            return self._sampler.sample(logits, batch.sample_slots, batch.sample_positions)
+
+    def logits(self, batch: StepBatch) -> torch.Tensor:
+        """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""
+        assert self._model is not None
+        self._layers.begin(batch)
+        ids = torch.from_numpy(batch.token_ids.astype(np.int64))[None].to(self._device)
+        positions = torch.from_numpy(batch.positions.astype(np.int64))[None].to(self._device)
+        index = torch.from_numpy(batch.sample_index).to(self._device)
+        if self._some_logits:
+            output = self._model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=index)
+            logits: torch.Tensor = output.logits[0]
+            return logits
+        output = self._model(input_ids=ids, position_ids=positions, use_cache=False)
+        logits = output.logits[0, index]
+        return logits
+
+    def device_lost(self, error: BaseException) -> bool:
+        """Whether CUDA reports an error after which its context is unusable; running out of memory is not one."""
+        if self._device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
+            return False
+        if isinstance(error, torch.AcceleratorError):
+            return True
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return True
+        return False
+
+    def sleep(self) -> None:
+        """Frees the KV cache; on CUDA the weights wait in host memory."""
+        assert self._model is not None
+        self._layers.free()
+        if self._device.type == "cuda":
+            self._model.to("cpu")
+        memory.give_back()
+
+    def wake(self) -> None:
+        """Undoes `sleep`."""
+        assert self._model is not None
+        self._model.to(self._device)
+        self._layers.allocate()
+
+    def update_weights(self, weights: Mapping[str, Any]) -> None:
+        """As the protocol says. The old values are kept until all new ones are in place."""
+        assert self._model is not None
+        known = dict(self._model.named_parameters(remove_duplicate=False))
+        known.update(self._model.named_buffers(remove_duplicate=False))
+        for name, value in weights.items():
+            target = known.get(name)
+            if target is None:
+                raise ReloadError(f"weight {name!r} is not in the model")
+            if not isinstance(value, torch.Tensor):
+                raise ReloadError(f"weight {name!r} is a {type(value).__name__}; expected a torch.Tensor")
+            if value.shape != target.shape or value.dtype != target.dtype:
+                raise ReloadError(
+                    f"weight {name!r} is {tuple(value.shape)} of {value.dtype}; the model's is {tuple(target.shape)} "
+                    f"of {target.dtype}"
+                )
+        kept: dict[str, torch.Tensor] = {}
+        with torch.inference_mode():
+            try:
+                for name, value in weights.items():
+                    kept[name] = known[name].detach().clone()
+                    known[name].copy_(value)
+            except Exception as error:
+                for name, value in kept.items():
+                    known[name].copy_(value)
+                raise ReloadError(f"replacing weights failed, none was replaced: {error}") from error
+
+    def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
+        """Calls ``package.module:function`` with the transformers model first, or a debug function of this module."""
+        assert self._model is not None
+        if ":" in name:
+            module, _, attribute = name.partition(":")
+            function = getattr(importlib.import_module(module), attribute)
+        else:
+            function = DEBUG_FUNCTIONS.get(name)
+            if function is None:
+                raise LookupError(
+                    f"there is no debug function {name!r}; there are {', '.join(sorted(DEBUG_FUNCTIONS))}, and any "
+                    "'package.module:function'"
+                )
+        return [function(self._model, *args)]
+
+    def close(self) -> None:
+        """Lets weights and KV cache go and returns their memory."""
+        if self._model is None:
+            return
+        self._layers.free()
+        for module in self._model.modules():
+            module.__dict__.pop("asyncengine_attention", None)
+        self._model = None
+        self._layers = None  # type: ignore[assignment]
+        self._sampler = None  # type: ignore[assignment]
+        gc.collect()  # modules of transformers refer to each other in circles
+        memory.give_back()
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many weights the model has."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def structure(model: nn.Module) -> str:
+    """The modules, as torch prints them."""
+    return str(model)
+
+
+DEBUG_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "num_parameters": num_parameters,
+    "weight_bytes": weight_bytes,
+    "structure": structure,
+}
+
+
+def _no_cache(*_: Any) -> torch.Tensor:
+    raise RuntimeError("the KV cache was freed")

@@ -1,0 +1,279 @@
+"""Turns logits into tokens. Owner: the model runner, on the step thread.
+
+The order is logit bias; presence, frequency and repetition penalty; min-tokens mask; temperature; top-k; min-p; top-p;
+draw, in float32. What a row draws is bitwise independent of the other rows of the batch, of its slot and of preemption.
+
+The settings of the slots are numpy arrays, because it is the host that decides which kernels run: rows are split by
+what they need (greedy; top-k; top-p alone; neither), and nothing runs for a feature that no row of the batch has.
+
+A row that cannot be drawn from (NaN or +inf among its logits, nothing but -inf, or a temperature so small that the
+scaled logits overflow) raises nothing and disturbs no other row: the likeliest token is taken, NaN counts as -inf,
+and the result is token 0 where nothing is left.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asyncengine.generation import SamplingParams
+from asyncengine.model.device_copy import to_device
+from asyncengine.model.random_stream import uniforms
+from asyncengine.model.slot_entries import SlotEntries
+from asyncengine.model.token_filters import Kept, is_sound, narrow, nucleus, plain
+from asyncengine.model.token_mass import log_total
+from asyncengine.model.token_penalties import TokenPenalties
+from asyncengine.model.token_ranking import argmax, top_tokens
+from asyncengine.step.batch import StepTokens, TokenLogprobs
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+_BLOCK = 1 << 20  # logits
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+class _Way(enum.IntEnum):
+    """How a row is drawn. It depends on the row's own settings only."""
+
+    GREEDY = 0
+    NARROW = 1
+    NUCLEUS = 2
+    PLAIN = 3
+
+
+class Sampler:
+    """Draws the next token of each sequence of a batch.
+
+    Args:
+        num_slots: Slots are 0..num_slots - 1. A slot in which nothing was placed is greedy.
+        vocab_size: Width of the logits.
+        device: Where the logits are.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._way = np.full(num_slots, _Way.GREEDY, np.int8)
+        self._key = np.zeros(num_slots, np.uint64)
+        self._scale = np.ones(num_slots, np.float32)  # one over the temperature
+        self._top_k = np.zeros(num_slots, np.int64)
+        self._min_p = np.zeros(num_slots, np.float32)
+        self._top_p = np.ones(num_slots, np.float64)
+        self._min_tokens = np.zeros(num_slots, np.int64)
+        self._num_logprobs = np.full(num_slots, -1, np.int64)
+        self._processed = np.zeros(num_slots, np.bool_)
+        self._bias = SlotEntries(num_slots)
+        self._forbidden = SlotEntries(num_slots)
+        self._penalties = TokenPenalties(num_slots, vocab_size, device)
+
+    def place(self, slot: int, params: SamplingParams, branch: int, prompt_ids: Int32, output_ids: Int32) -> None:
+        """A sequence occupies the slot, replacing what was there. An exception leaves the slot free.
+
+        Args:
+            slot: Of the sequence, until it is released or replaced.
+            params: Of its request.
+            branch: Which branch of the request it is; it draws from the stream seed + branch.
+            prompt_ids: (prompt tokens,)
+            output_ids: (generated tokens,) not empty after a preemption.
+        """
+        self.release(slot)
+        try:
+            with torch.inference_mode():
+                self._penalties.put(slot, params, prompt_ids, output_ids)
+            bias = [(token, value) for token, value in params.logit_bias if 0 <= token < self._vocab_size]
+            if bias:
+                self._bias.put(slot, [token for token, _ in bias], [value for _, value in bias])
+            if params.min_tokens > len(output_ids):
+                stops = [token for token in params.stop_token_ids if 0 <= token < self._vocab_size]
+                self._forbidden.put(slot, stops, [-np.inf] * len(stops))
+            self._key[slot] = (params.seed + branch) % 2**64
+            self._scale[slot] = min(1 / params.temperature, _FLOAT32_MAX) if params.temperature else 1.0
+            self._top_k[slot] = min(params.top_k, self._vocab_size)
+            self._min_p[slot] = params.min_p
+            self._top_p[slot] = params.top_p
+            self._min_tokens[slot] = params.min_tokens
+            self._num_logprobs[slot] = params.num_logprobs
+            self._processed[slot] = params.logprobs_mode == "processed"
+            self._way[slot] = _way(params)
+        except BaseException:
+            self.release(slot)
+            raise
+
+    def release(self, slot: int) -> None:
+        """Frees what the slot's sequence holds; does nothing to a free slot."""
+        self._way[slot] = _Way.GREEDY
+        self._num_logprobs[slot] = -1
+        self._bias.remove(slot)
+        self._forbidden.remove(slot)
+        self._penalties.remove(slot)
+
+    def sample(self, logits: Tensor, slots: Int64, positions: Int64) -> StepTokens:
+        """Draws one token for each row, and counts it for the slot's penalties.
+
+        Log-probabilities are of the untouched logits (raw), or of the distribution that was drawn from (processed; for
+        a greedy row the one after bias, penalties and mask, at temperature 1). A token with probability 0 is not
+        listed among the likeliest, so there may be fewer of them than were asked for.
+
+        Args:
+            logits: (rows, vocab) of any float type; may be overwritten.
+            slots: (rows,) which slot each row is of. A slot with penalties appears once.
+            positions: (rows,) how many tokens the slot's sequence has generated before this one.
+        """
+        if not len(slots):
+            return StepTokens(np.empty(0, np.int32))
+        with torch.inference_mode():
+            ways = self._way[slots]
+            asked, of_processed = self._num_logprobs[slots] >= 0, self._processed[slots]
+            raw, processed = np.flatnonzero(asked & ~of_processed), np.flatnonzero(asked & of_processed)
+            raw_logits = self._rows(logits, raw).to(torch.float32, copy=True) if len(raw) else None
+
+            adjusts = bool(len(self._bias) or len(self._forbidden) or len(self._penalties))
+            if adjusts or ways.any():
+                logits = logits.float()
+            if adjusts:
+                self._adjust(logits, slots, positions)
+            log_weights = self._log_weights(logits, slots, processed, ways) if len(processed) else None
+
+            tokens = self._draw(logits, slots, positions, ways)
+            if len(self._penalties):
+                self._penalties.record(slots, tokens)
+            token_ids = tokens.to(torch.int32).cpu().numpy()
+            if not asked.any():
+                return StepTokens(token_ids)
+            logprobs: list[TokenLogprobs | None] = [None] * len(slots)
+            for rows, values in ((raw, raw_logits), (processed, log_weights)):
+                if values is not None:
+                    entries = _logprobs(values, self._rows(tokens, rows), self._num_logprobs[slots[rows]])
+                    for row, entry in zip(rows.tolist(), entries, strict=True):
+                        logprobs[row] = entry
+            return StepTokens(token_ids, logprobs)
+
+    def _adjust(self, logits: Tensor, slots: Int64, positions: Int64) -> None:
+        """Bias, penalties and mask, in place; only the entries that they name are touched."""
+        if len(self._bias):
+            rows, ids, values = self._bias.of_batch(slots)
+            if len(rows):
+                at = to_device(np.stack([rows, ids]), self._device)
+                logits[at[0], at[1]] += to_device(values, self._device)
+        if len(self._penalties):
+            self._penalties.apply(logits, slots)
+        if len(self._forbidden):
+            rows, ids, values = self._forbidden.of_batch(slots, positions < self._min_tokens[slots])
+            if len(rows):
+                at = to_device(np.stack([rows, ids]), self._device)
+                logits[at[0], at[1]] = to_device(values, self._device)
+
+    def _draw(self, logits: Tensor, slots: Int64, positions: Int64, ways: NDArray[np.int8]) -> Tensor:
+        """(rows,) int64 tokens of adjusted logits, which are overwritten."""
+        if not ways.any():
+            return argmax(logits)
+        u = uniforms(self._key[slots], positions)
+        tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
+        for way in np.unique(ways).tolist():
+            for rows in self._blocks(np.flatnonzero(ways == way)):
+                part = self._rows(logits, rows)
+                if way == _Way.GREEDY:
+                    drawn = argmax(part)
+                else:
+                    drawn = self._draw_sampled(part, slots[rows], to_device(u[rows, None], self._device), way)
+                if len(rows) == len(slots):
+                    return drawn
+                tokens[to_device(rows, self._device)] = drawn
+        return tokens
+
+    def _draw_sampled(self, logits: Tensor, slots: Int64, u: Tensor, way: int) -> Tensor:
+        sound = is_sound(logits, self._scale_of(slots))
+        # Only on the CPU can the host look without waiting.
+        likeliest = argmax(logits) if logits.device.type != "cpu" or not sound.all() else None
+        parts = self._keep(logits, slots, way)
+        if parts[0].rows is None:
+            drawn = parts[0].draw(u)
+        else:
+            drawn = torch.empty(len(slots), dtype=torch.int64, device=self._device)
+            for part in parts:
+                drawn[part.rows] = part.draw(u)
+        return drawn if likeliest is None else torch.where(sound, drawn, likeliest)
+
+    def _keep(self, logits: Tensor, slots: Int64, way: int) -> list[Kept]:
+        """What rows of one way may draw; their logits are overwritten."""
+        scale = self._scale_of(slots)
+        min_p = self._column(self._min_p, slots) if self._min_p[slots].any() else None
+        if way == _Way.PLAIN:
+            return plain(logits, scale, min_p)
+        top_p = self._column(self._top_p, slots)
+        if way == _Way.NUCLEUS:
+            return nucleus(logits, scale, min_p, top_p)
+        top_k = self._top_k[slots]
+        return narrow(logits, scale, to_device(top_k[:, None], self._device), int(top_k.max()), min_p, top_p)
+
+    def _log_weights(self, logits: Tensor, slots: Int64, rows: Int64, ways: NDArray[np.int8]) -> Tensor:
+        """The logarithms, up to a constant for each row, of what these rows draw from: (len(rows), vocab) float32.
+
+        The rows are copied and filtered beside the draw; the result is the same, bit for bit.
+        """
+        result = self._rows(logits, rows).clone()
+        for way in np.unique(ways[rows]).tolist():
+            if way == _Way.GREEDY:
+                continue
+            mine = np.flatnonzero(ways[rows] == way)
+            own, at = slots[rows[mine]], to_device(mine, self._device)
+            scale = self._scale_of(own)
+            values = result[at] if scale is None else result[at] * scale
+            if way != _Way.PLAIN or self._min_p[own].any():
+                for part in self._keep(result[at], own, way):
+                    where = slice(None) if part.rows is None else part.rows
+                    values[where] = values[where].masked_fill(~part.mask(self._vocab_size), -torch.inf)
+            result[at] = values
+        return result
+
+    def _scale_of(self, slots: Int64) -> Tensor | None:
+        return None if (self._scale[slots] == 1).all() else self._column(self._scale, slots)
+
+    def _column(self, settings: NDArray[np.floating], slots: Int64) -> Tensor:
+        return to_device(settings[slots, None], self._device)
+
+    def _blocks(self, rows: Int64) -> list[Int64]:
+        """Rows in blocks whose intermediate results stay in the processor's cache; all in one on other devices."""
+        size = max(1, _BLOCK // self._vocab_size) if self._device.type == "cpu" else len(rows)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _rows(self, values: Tensor, rows: Int64) -> Tensor:
+        """Some rows, not none and in rising order, of values: a view where they are neighbours, a copy otherwise."""
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first + 1 == len(rows):
+            return values[first : last + 1]
+        return values[to_device(rows, self._device)]
+
+
+def _way(params: SamplingParams) -> _Way:
+    if params.temperature == 0:
+        return _Way.GREEDY
+    if params.top_k > 0:
+        return _Way.NARROW
+    return _Way.NUCLEUS if params.top_p < 1 else _Way.PLAIN
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, numbers: Int64) -> list[TokenLogprobs]:
+    """Describes the drawn tokens.
+
+    Args:
+        logits: (rows, vocab) float32.
+        tokens: (rows,) int64.
+        numbers: (rows,) how many of the likeliest to name.
+    """
+    top = torch.finfo(torch.float32).max
+    logits = torch.nan_to_num(logits, nan=-torch.inf, posinf=top, neginf=-torch.inf)
+    ids = tokens.unsqueeze(1)
+    if numbers.max() > 0:
+        ids = torch.cat([ids, top_tokens(logits, min(int(numbers.max()), logits.shape[1]))], dim=1)
+    values = (logits.gather(1, ids).double() - log_total(logits)).tolist()
+    described = []
+    for row_ids, row_values, number in zip(ids.tolist(), values, numbers.tolist(), strict=True):
+        likeliest = [pair for pair in zip(row_ids[1:], row_values[1:], strict=True) if pair[1] > -np.inf][:number]
+        described.append(TokenLogprobs(row_values[0], tuple(i for i, _ in likeliest), tuple(v for _, v in likeliest)))
+    return described

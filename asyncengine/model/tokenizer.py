@@ -1,0 +1,93 @@
+"""A transformers tokenizer behind the engine's protocol. Immutable once loaded; safe from several threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from asyncengine.errors import CheckpointError
+from asyncengine.model.checkpoint import tokenizer_key
+from asyncengine.tokenizer import Message, Tokenizer
+
+
+class FastTokenizer:
+    """Over the `tokenizers` library, whose calls may overlap."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._chat = tokenizer
+        # The library's own object: the wrapper's encode changes shared truncation settings on every call.
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        """As `asyncengine.tokenizer.Tokenizer`."""
+        ids: list[int] = self._backend.encode(text).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """As `asyncengine.tokenizer.Tokenizer`."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
+        """As `asyncengine.tokenizer.Tokenizer`."""
+        text = _apply_template(self._chat, messages, template_arguments)
+        # The template writes special tokens itself.
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+class SlowTokenizer:
+    """Over a tokenizer that is pure Python; one call at a time."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+
+    def encode(self, text: str) -> list[int]:
+        """As `asyncengine.tokenizer.Tokenizer`."""
+        with self._lock:
+            return list(self._tokenizer.encode(text))
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """As `asyncengine.tokenizer.Tokenizer`."""
+        with self._lock:
+            text: str = self._tokenizer.decode(
+                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        return text
+
+    def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
+        """As `asyncengine.tokenizer.Tokenizer`."""
+        with self._lock:
+            text = _apply_template(self._tokenizer, messages, template_arguments)
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def load_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint directory; None if it has none.
+
+    Raises:
+        CheckpointError: Its files cannot be read.
+    """
+    if tokenizer_key(path) is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+    return FastTokenizer(tokenizer) if tokenizer.is_fast else SlowTokenizer(tokenizer)
+
+
+def _apply_template(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("the model has no chat template")
+    text: str = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], **{"add_generation_prompt": True, **arguments, "tokenize": False}
+    )
+    return text

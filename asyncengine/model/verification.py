@@ -1,0 +1,96 @@
+"""A last look before a model serves: does it, over the paged cache, compute what transformers computes?
+
+Every assumption about an architecture that recording its attention cannot see (a bias added elsewhere, a state kept
+elsewhere) shows here as wrong logits, and the model is refused instead of served wrongly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncengine.errors import UnsupportedModelError
+from asyncengine.model.architecture import RecordedLayer, text_config
+from asyncengine.model.attention.protocol import AttentionBackend
+from asyncengine.step.batch import StepBatch
+from asyncengine.step.scheduler import Limits
+
+_PAGE = 4
+_TOKENS = 20
+_CUTS = (0, 9, 17, 18, 19, 20)
+"""Two sequences of 20 tokens are computed in these pieces: prefills of 9 and 8 tokens, then single decodes."""
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+"""Relative error of the median row. The median, because in low precision a router may send single tokens elsewhere."""
+
+
+def verify(model: Any, layers: list[RecordedLayer], backend: AttentionBackend, device: torch.device) -> None:
+    """Compares paged with plain logits on two short random sequences at once.
+
+    Raises:
+        UnsupportedModelError: They differ by more than rounding.
+    """
+    from asyncengine.model.runner import PagedLayers, TorchModel
+
+    text = text_config(model.config)
+    length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
+    ids = np.random.default_rng(0).integers(0, text.vocab_size, size=(2, length), dtype=np.int32)
+    dtype = next(model.parameters()).dtype
+    expected = _plain(model, ids, device)
+    limits = Limits(2, length, 2 * length, _PAGE, 2 * -(-length // _PAGE))
+    paged = PagedLayers(layers, backend, limits, dtype, device)
+    paged.allocate()
+    try:
+        runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
+        cuts = sorted({min(cut, length) for cut in _CUTS})
+        pieces = [
+            runner.logits(_piece(ids, start, end)).reshape(2, end - start, -1)
+            for start, end in zip(cuts[:-1], cuts[1:], strict=True)
+        ]
+        found = torch.cat(pieces, dim=1).float()
+    finally:
+        paged.free()
+    error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).flatten().median().item()
+    tolerance = _TOLERANCE[dtype]
+    if not error <= tolerance:  # NaN is no less a failure
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not compute over a paged KV cache what it computes without one: relative error "
+            f"{error:.2g}, allowed {tolerance:g} in {dtype}"
+        )
+
+
+def _plain(model: Any, ids: Any, device: torch.device) -> torch.Tensor:
+    """Logits by transformers alone; (2, tokens, vocabulary)."""
+    ours = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            logits: torch.Tensor = model(
+                input_ids=torch.from_numpy(ids.astype(np.int64)).to(device), use_cache=False
+            ).logits.float()
+        return logits
+    finally:
+        model.set_attn_implementation(ours)
+
+
+def _piece(ids: Any, start: int, end: int) -> StepBatch:
+    """Tokens start:end of both sequences as one step; every token's logits are wanted."""
+    count, blocks = end - start, -(-ids.shape[1] // _PAGE)
+    tables = np.arange(2 * blocks, dtype=np.int32).reshape(2, blocks)
+    positions = np.tile(np.arange(start, end), 2)
+    rows = np.repeat([0, 1], count)
+    return StepBatch(
+        token_ids=ids[:, start:end].reshape(-1).copy(),
+        positions=positions.astype(np.int32),
+        query_start=np.array([0, count, 2 * count], dtype=np.int32),
+        context_lens=np.full(2, start, dtype=np.int32),
+        block_tables=tables,
+        slot_mapping=tables[rows, positions // _PAGE].astype(np.int64) * _PAGE + positions % _PAGE,
+        sample_index=np.arange(2 * count, dtype=np.int64),
+        sample_slots=np.zeros(2 * count, dtype=np.int64),
+        sample_positions=np.zeros(2 * count, dtype=np.int64),
+        copies=np.empty((0, 2), dtype=np.int64),
+        num_decodes=2 if count == 1 else 0,
+    )
