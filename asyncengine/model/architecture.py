@@ -28,12 +28,10 @@ _HOOK = "asyncengine_attention"
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _HARMLESS = {
-    "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "dropout",
-    "full_attention_mask", "is_causal", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
-    "output_attentions", "output_hidden_states", "past_key_value", "past_key_values", "position_embeddings",
-    "position_ids", "return_dict", "sliding_attention_mask", "target_dtype", "training", "use_cache", "use_top_left_mask",
+    "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "full_attention_mask", "logits_to_keep",
+    "position_embeddings", "position_ids", "sliding_attention_mask",
 }  # fmt: skip
-"""Arguments of an attention function that change nothing about what we compute."""
+"""Tensors that models pass along to the attention function although it has no use for them here."""
 
 
 def _attend(
@@ -195,7 +193,11 @@ def _recorded(
     window = arguments.pop("sliding_window", None)
     soft_cap = arguments.pop("softcap", None)
     sinks = arguments.pop("s_aux", None)
-    strange = sorted(key for key, value in arguments.items() if value is not None and key not in _HARMLESS)
+    strange = sorted(
+        argument
+        for argument, given in arguments.items()
+        if isinstance(given, (torch.Tensor, list, tuple)) and argument not in _HARMLESS
+    )
     if strange:
         raise UnsupportedModelError(
             f"{model_name}: {name} passes {', '.join(strange)} to its attention, which no back end here knows"

@@ -137,7 +137,7 @@ def _load(plan: LoadPlan) -> LoadedModel:
 
 def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.dtype) -> int:
     """Bytes of one block of KV cache, all layers together."""
-    return sum(backend.bytes_per_block(layer.spec, limits.page_size, dtype) for layer in layers)
+    return sum(int(backend.bytes_per_block(layer.spec, limits.page_size, dtype)) for layer in layers)
 
 
 def _select(config: EngineConfig, device: torch.device) -> Any:

@@ -149,7 +149,7 @@ class TorchModel:
     def update_weights(self, weights: Mapping[str, Any]) -> None:
         """As the protocol says. The old values are kept until all new ones are in place."""
         assert self._model is not None
-        known = dict(self._model.named_parameters(remove_duplicate=False))
+        known: dict[str, torch.Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
         known.update(self._model.named_buffers(remove_duplicate=False))
         for name, value in weights.items():
             target = known.get(name)

@@ -128,8 +128,9 @@ class Sampler:
             return StepTokens(np.empty(0, np.int32))
         with torch.inference_mode():
             ways = self._way[slots]
-            asked, of_processed = self._num_logprobs[slots] >= 0, self._processed[slots]
-            raw, processed = np.flatnonzero(asked & ~of_processed), np.flatnonzero(asked & of_processed)
+            asked = np.flatnonzero(self._num_logprobs[slots] >= 0)
+            of_processed = self._processed[slots[asked]]
+            raw, processed = asked[~of_processed], asked[of_processed]
             raw_logits = self._rows(logits, raw).to(torch.float32, copy=True) if len(raw) else None
 
             adjusts = bool(len(self._bias) or len(self._forbidden) or len(self._penalties))
@@ -143,7 +144,7 @@ class Sampler:
             if len(self._penalties):
                 self._penalties.record(slots, tokens)
             token_ids = tokens.to(torch.int32).cpu().numpy()
-            if not asked.any():
+            if not len(asked):
                 return StepTokens(token_ids)
             logprobs: list[TokenLogprobs | None] = [None] * len(slots)
             for rows, values in ((raw, raw_logits), (processed, log_weights)):
@@ -174,7 +175,7 @@ class Sampler:
             return argmax(logits)
         u = uniforms(self._key[slots], positions)
         tokens = torch.empty(len(slots), dtype=torch.int64, device=self._device)
-        for way in np.unique(ways).tolist():
+        for way in set(ways.tolist()):
             for rows in self._blocks(np.flatnonzero(ways == way)):
                 part = self._rows(logits, rows)
                 if way == _Way.GREEDY:
@@ -217,7 +218,7 @@ class Sampler:
         The rows are copied and filtered beside the draw; the result is the same, bit for bit.
         """
         result = self._rows(logits, rows).clone()
-        for way in np.unique(ways[rows]).tolist():
+        for way in set(ways[rows].tolist()):
             if way == _Way.GREEDY:
                 continue
             mine = np.flatnonzero(ways[rows] == way)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _ARGMAX_CHUNK = 128
+_ARGMAX_DIRECT = 1 << 15  # logits: below it, fewer calls are faster
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -22,16 +23,16 @@ def argmax(logits: Tensor) -> Tensor:
     Returns:
         (rows,) int64.
     """
-    if logits.is_cuda:
+    if logits.device.type != "cpu":
         return _without_nan(logits).argmax(-1)
-    vocab = logits.shape[1]
-    # amax is vectorised on the CPU and argmax is not, so find the chunk first.
-    chunk = chunked(logits, _ARGMAX_CHUNK, torch.amax).argmax(-1, keepdim=True)
-    ids = (chunk * _ARGMAX_CHUNK + torch.arange(_ARGMAX_CHUNK)).clamp_(max=vocab - 1)  # (rows, chunk)
-    values = logits.gather(1, ids)
-    best = values.argmax(-1, keepdim=True)
-    tokens = ids.gather(1, best).squeeze(1)
-    broken = values.gather(1, best).isnan().squeeze(1)
+    if logits.numel() < _ARGMAX_DIRECT:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:  # amax is vectorised on the CPU and argmax is not, so find the chunk first
+        chunk = chunked(logits, _ARGMAX_CHUNK, torch.amax).argmax(-1, keepdim=True)
+        ids = (chunk * _ARGMAX_CHUNK + torch.arange(_ARGMAX_CHUNK)).clamp_(max=logits.shape[1] - 1)  # (rows, chunk)
+        tokens = ids.gather(1, logits.gather(1, ids).argmax(-1, keepdim=True))
+    broken = logits.gather(1, tokens).isnan().squeeze(1)
+    tokens = tokens.squeeze(1)
     if broken.any():
         tokens[broken] = _without_nan(logits[broken]).argmax(-1)
     return tokens

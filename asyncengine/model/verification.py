@@ -56,8 +56,8 @@ def verify(model: Any, layers: list[RecordedLayer], backend: AttentionBackend, d
     tolerance = _TOLERANCE[dtype]
     if not error <= tolerance:  # NaN is no less a failure
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not compute over a paged KV cache what it computes without one: relative error "
-            f"{error:.2g}, allowed {tolerance:g} in {dtype}"
+            f"{type(model).__name__} does not compute over a paged KV cache what it computes without one: relative "
+            f"error {error:.2g}, allowed {tolerance:g} in {dtype}"
         )
 
 

@@ -8,7 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
+from asyncengine.errors import ReloadError
 from asyncengine.step.batch import StepBatch
+
+
+class BackendUnavailableError(ReloadError):
+    """The attention back end that was asked for cannot work here; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,9 @@ class AttentionBackend(Protocol):
         """Bytes that one block of one layer takes."""
         ...
 
-    def allocate(self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device) -> Any:
+    def allocate(
+        self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> Any:
         """Returns the KV cache of one layer in this back end's own layout. Contents are uninitialised."""
         ...
 

@@ -1,0 +1,803 @@
+// Paged attention on the CPU: writes a step's keys and values into their pages, then attends, decode rows and
+// prefill rows alike. Plain C ABI, compiled on first use by kernel.py with -march=native.
+//
+// Both products of attention are one loop here, C[row][lane] += sum over steps A[row][step] * B[step][lane], with
+// sixteen lanes to a vector. Keys have tokens for lanes, values have dimensions for lanes, and no product ever needs a
+// sum across lanes. The pages are stored in just that order:
+//
+//     keys    (block, kv head, step, token, pair)    step = key_dim / pair
+//     values  (block, kv head, step, value_dim, pair)    step = token / pair
+//
+// pair is 2 for bfloat16, as the dot-product instruction takes it, and 1 otherwise (also for the values of pages with
+// an odd number of tokens). Pages that are not a multiple of 16 tokens are copied block by block before use.
+//
+// The same token always gets the same bits, whatever else is in the batch, whether it decodes or is prefilled, and on
+// any number of threads: blocks of 64 tokens and splits of 512 begin at fixed multiples of the position, every block
+// takes the same operations in the same order, and the splits are folded in ascending order. Tokens that a row must
+// not see only ever contribute an exact zero. Cache positions that were never written are never multiplied.
+//
+// The method is that of FlashAttention (Dao et al., 2022) with the fixed splits of Flash-Decoding.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+// The entry points of torch's own OpenMP runtime, called directly: a second runtime would bring a second thread pool,
+// and this way any compiler will do, with or without OpenMP of its own.
+extern "C" {
+#if defined(PAGED_ATTENTION_SERIAL)
+static void GOMP_parallel(void (*body)(void *), void *data, unsigned, unsigned) { body(data); }
+static void GOMP_barrier() {}
+static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
+#else
+void GOMP_parallel(void (*body)(void *), void *data, unsigned num_threads, unsigned flags);
+void GOMP_barrier();
+int omp_get_thread_num();
+int omp_get_num_threads();
+#endif
+}
+
+// The three structures below are mirrored in cpu.py.
+extern "C" {
+struct Layer {
+  void *keys;
+  void *values;
+  int64_t dtype;  // 0 float32, 1 bfloat16, 2 float16: of the cache, the inputs and the output
+  int64_t page_size;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t key_dim;
+  int64_t value_dim;
+  int64_t window;  // 0 is unlimited
+  double scaling;
+  double soft_cap;  // 0 is off
+};
+
+struct Plan {
+  const int32_t *query_start;   // (rows + 1)
+  const int32_t *context_lens;  // (rows)
+  const int32_t *block_tables;  // (rows, table_stride)
+  const int64_t *slot_mapping;  // (tokens); negative is not written
+  const int64_t *row_order;     // (rows), costly rows first
+  int64_t table_stride;
+  int64_t rows;
+  int64_t tokens;
+  int64_t threads;
+};
+
+struct Call {  // strides in elements, of the token and of the head
+  const void *query;
+  int64_t query_token, query_head;
+  const void *key;
+  int64_t key_token, key_head;
+  const void *value;
+  int64_t value_token, value_head;
+  const float *sinks;  // (heads) or null
+  void *output;        // (tokens, heads, value_dim)
+};
+}
+
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kGroups = 4;
+constexpr int kBlock = kLanes * kGroups;  // tokens to one update of the running maximum
+constexpr int kSplit = 512;               // tokens to one partial result
+constexpr int kTileRows = 48;             // (token, head) pairs that share one pass over the keys and values
+#if defined(__AVX512F__)
+constexpr int kMaxRows = 6, kMaxCols = 4;  // the accumulators of the inner loop: 24 of 32 registers
+#else
+constexpr int kMaxRows = 3, kMaxCols = 2;
+#endif
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.44269504088896340736f;
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+template <class To>
+inline To load(const void *from) {
+  To to;
+  std::memcpy(&to, from, sizeof to);
+  return to;
+}
+inline void store(float *to, Vec from) { std::memcpy(to, &from, sizeof from); }
+inline Vec splat(float x) { return Vec{} + x; }
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+constexpr Ints kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+template <class Operation>
+inline float across(Vec v, Operation operation) {
+  float lane[kLanes];
+  std::memcpy(lane, &v, sizeof v);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = operation(lane[i], lane[i + width]);
+  return lane[0];
+}
+#if defined(__AVX512F__)
+inline float lanes_max(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+inline float lanes_max(Vec v) {
+  return across(v, [](float a, float b) { return a > b ? a : b; });
+}
+#endif
+inline float lanes_sum(Vec v) {
+  return across(v, [](float a, float b) { return a + b; });
+}
+
+// 2^x for x <= 0, exact 0 for -inf and whatever underflows; relative error below 2e-7.
+inline Vec exp2_nonpositive(Vec x) {
+  const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  Vec clamped = x < -126.0f ? splat(-126.0f) : x;
+  Vec shifted = clamped + shifter;
+  Vec f = clamped - (shifted - shifter);  // -0.5 .. 0.5
+  Ints exponent = ((Ints)shifted - (Ints)shifter) << 23;
+  Vec p = splat(1.535336188319500e-4f);
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  return x < -126.0f ? splat(0.0f) : (Vec)((Ints)p + exponent);
+}
+inline float exp2_nonpositive(float x) { return exp2_nonpositive(splat(x))[0]; }
+
+inline Vec tanh_of(Vec x) {
+  Vec magnitude = x < 0.0f ? -x : x;
+  Vec e = exp2_nonpositive(magnitude * (-2.0f * kLog2E));
+  Vec large = (1.0f - e) / (1.0f + e);
+  Vec x2 = x * x;  // below 0.25 the quotient cancels; a series does not
+  Vec series = magnitude * (1.0f + x2 * (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * 0.0218694885f))));
+  Vec t = magnitude < 0.25f ? series : large;
+  return x < 0.0f ? -t : t;
+}
+
+// ---- the three storage types -------------------------------------------------------------------------------------
+//
+// Each says how a vector of the cache becomes an operand, how a query or a weight is packed for it, and how the two
+// are multiplied. `Weight` is one step of a row: what is multiplied with all lanes of an operand.
+
+struct Float32 {
+  typedef float Stored;
+  typedef float Weight;
+  typedef Vec Operand;
+  static constexpr int kPair = 1;
+  static Operand operand(const Stored *p) { return load<Vec>(p); }
+  static Operand first_of_pair(const Stored *p) { return operand(p); }
+  static Vec add_product(Vec sum, Weight w, Operand b) { return sum + w * b; }
+  static void pack(Weight *to, int64_t i, float x) { to[i] = x; }
+  static void pack16(Weight *to, Vec x) { store(to, x); }
+  static float widen(Stored x) { return x; }
+  static Stored narrow(float x) { return x; }
+};
+
+struct BFloat16 {
+  typedef uint16_t Stored;
+  static constexpr int kPair = 2;
+  static float widen(Stored x) {
+    uint32_t bits = uint32_t(x) << 16;
+    return load<float>(&bits);
+  }
+  static Stored narrow(float x) {
+    uint32_t bits = load<uint32_t>(&x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return Stored((bits >> 16) | 0x40);
+    return Stored((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+#if defined(__AVX512BF16__)
+  typedef uint32_t Weight;  // two bfloat16
+  typedef __m512i Operand;
+  static Operand operand(const Stored *p) { return _mm512_loadu_si512(p); }
+  static Operand first_of_pair(const Stored *p) {
+    return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0xffff));
+  }
+  static Vec add_product(Vec sum, Weight w, Operand b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(int(w)));
+  }
+  static void pack(Weight *to, int64_t i, float x) {
+    Stored narrowed = narrow(x);
+    std::memcpy(reinterpret_cast<char *>(to) + i * 2, &narrowed, 2);
+  }
+  static void pack16(Weight *to, Vec x) {
+    __m256bh narrowed = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy(to, &narrowed, 32);
+  }
+#else
+  struct Weight {
+    float first, second;
+  };
+  struct Operand {
+    Vec first, second;
+  };
+  static Operand operand(const Stored *p) {
+    Words pairs = load<Words>(p);
+    return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};
+  }
+  static Operand first_of_pair(const Stored *p) { return {(Vec)(load<Words>(p) << 16), Vec{}}; }
+  static Vec add_product(Vec sum, Weight w, Operand b) {
+    sum = sum + w.first * b.first;
+    return sum + w.second * b.second;
+  }
+  static void pack(Weight *to, int64_t i, float x) { (i % 2 ? to[i / 2].second : to[i / 2].first) = x; }
+  static void pack16(Weight *to, Vec x) { std::memcpy(to, &x, sizeof x); }
+#endif
+};
+
+struct Float16 {
+  typedef uint16_t Stored;
+  typedef float Weight;
+  typedef Vec Operand;
+  static constexpr int kPair = 1;
+  static Vec widen16(const Stored *p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtph_ps(load<__m256i>(p));
+#elif defined(__F16C__)
+    __m256 halves[2] = {_mm256_cvtph_ps(load<__m128i>(p)), _mm256_cvtph_ps(load<__m128i>(p + 8))};
+    return load<Vec>(halves);
+#else
+    Words bits;
+    for (int i = 0; i < kLanes; ++i) bits[i] = p[i];
+    Words magnitude = (bits & 0x7fff) << 13;
+    Words scaled = (Words)((Vec)magnitude * 0x1p112f);  // moves the exponent's bias; exact for denormals
+    scaled = magnitude >= (0x7c00u << 13) ? scaled | 0x7f800000u : scaled;
+    return (Vec)(scaled | (bits & 0x8000) << 16);
+#endif
+  }
+  static Operand operand(const Stored *p) { return widen16(p); }
+  static Operand first_of_pair(const Stored *p) { return operand(p); }
+  static Vec add_product(Vec sum, Weight w, Operand b) { return sum + w * b; }
+  static void pack(Weight *to, int64_t i, float x) { to[i] = x; }
+  static void pack16(Weight *to, Vec x) { store(to, x); }
+  static float widen(Stored x) {
+    Stored sixteen[kLanes] = {x};
+    return widen16(sixteen)[0];
+  }
+  static Stored narrow(float x) {
+#if defined(__F16C__)
+    return Stored(_cvtss_sh(x, 0));
+#else
+    uint32_t bits = load<uint32_t>(&x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return Stored(sign | 0x7e00);
+    if (magnitude >= 0x477ff000) return Stored(sign | 0x7c00);
+    if (magnitude < 0x38800000) {  // denormal: let the addition round
+      float shifted = load<float>(&magnitude) + 0.5f;
+      return Stored(sign | (load<uint32_t>(&shifted) - 0x3f000000));
+    }
+    magnitude += 0xfff + ((magnitude >> 13) & 1);
+    return Stored(sign | ((magnitude - (112u << 23)) >> 13));
+#endif
+  }
+};
+
+// ---- the inner loops ---------------------------------------------------------------------------------------------
+
+// Keys: scores[row][group * 16 + lane], each group of 16 tokens at its own address.
+template <class T, int Rows, int Cols>
+__attribute__((noinline)) void multiply_keys(const typename T::Weight *queries, int64_t query_stride,
+                                             const typename T::Stored *const *keys, int64_t step_stride, int64_t steps,
+                                             float *scores) {
+  Vec sum[Rows][Cols] = {};
+  const typename T::Stored *column[Cols];
+#pragma GCC unroll 8
+  for (int c = 0; c < Cols; ++c) column[c] = keys[c];
+  for (int64_t step = 0; step < steps; ++step) {
+    typename T::Operand key[Cols];
+#pragma GCC unroll 8
+    for (int c = 0; c < Cols; ++c) key[c] = T::operand(column[c] + step * step_stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const typename T::Weight w = queries[r * query_stride + step];
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c) sum[r][c] = T::add_product(sum[r][c], w, key[c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < Cols; ++c) store(scores + r * kBlock + c * kLanes, sum[r][c]);
+}
+
+// Values: sums[row][lane] = sums[row][lane] * correction[row] + weights x values, over `groups` of 16 tokens, each at
+// its own address; only the first `last_tokens` of the last group are read.
+template <class T, int Rows, int Cols>
+__attribute__((noinline)) void multiply_values(const typename T::Weight *weights,
+                                               const typename T::Stored *const *values, int64_t offset,
+                                               int64_t step_stride, int groups, int last_tokens,
+                                               const float *correction, float *sums, int64_t sum_stride) {
+  constexpr int kSteps = kLanes / T::kPair;
+  Vec sum[Rows][Cols];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < Cols; ++c) sum[r][c] = load<Vec>(sums + r * sum_stride + c * kLanes) * correction[r];
+  for (int g = 0; g < groups; ++g) {
+    const typename T::Stored *row = values[g] + offset;
+    const typename T::Weight *weight = weights + g * kSteps;
+    const int tokens = g + 1 < groups ? kLanes : last_tokens;
+    for (int step = 0; step < tokens / T::kPair; ++step, row += step_stride) {
+      typename T::Operand value[Cols];
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c) value[c] = T::operand(row + c * kLanes * T::kPair);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const typename T::Weight w = weight[r * (kBlock / T::kPair) + step];
+#pragma GCC unroll 8
+        for (int c = 0; c < Cols; ++c) sum[r][c] = T::add_product(sum[r][c], w, value[c]);
+      }
+    }
+    if (tokens % T::kPair) {  // the pair's other token was never written: it may be NaN, and 0 * NaN is not 0
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c) {
+        typename T::Operand value = T::first_of_pair(row + c * kLanes * T::kPair);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+          sum[r][c] = T::add_product(sum[r][c], weight[r * (kBlock / T::kPair) + tokens / T::kPair], value);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < Cols; ++c) store(sums + r * sum_stride + c * kLanes, sum[r][c]);
+}
+
+template <class T>
+struct Loops {
+  decltype(&multiply_keys<T, 1, 1>) keys[kMaxRows + 1][2];
+  decltype(&multiply_values<T, 1, 1>) values[kMaxRows + 1][2];
+  template <int Rows>
+  constexpr void fill() {
+    keys[Rows][0] = multiply_keys<T, Rows, 1>;
+    keys[Rows][1] = multiply_keys<T, Rows, kMaxCols>;
+    values[Rows][0] = multiply_values<T, Rows, 1>;
+    values[Rows][1] = multiply_values<T, Rows, kMaxCols>;
+    if constexpr (Rows > 1) fill<Rows - 1>();
+  }
+  constexpr Loops() : keys(), values() { fill<kMaxRows>(); }
+};
+template <class T>
+constexpr Loops<T> loops;
+
+// ---- one step of one layer ---------------------------------------------------------------------------------------
+
+struct Tile {  // query tokens of one row that share a pass over its keys
+  int64_t row, first, count;
+  int64_t context;  // position of the first of them
+  int64_t split, splits;
+  int64_t partials;  // where the results of its splits lie, when several threads share them
+};
+
+struct Unit {  // what one thread does at a time, for one KV head
+  int64_t tile, split, splits;
+};
+
+// The running softmax of a tile's (token, head) rows, all in base 2.
+struct State {
+  float *maximum, *total, *sums;
+};
+
+struct Buffer {
+  char *data = nullptr;
+  size_t size = 0;
+  char *at_least(size_t bytes) {
+    if (bytes > size) {
+      std::free(data);
+      size = (bytes + 4095) / 4096 * 4096;
+      data = static_cast<char *>(std::aligned_alloc(4096, size));
+      if (!data) size = 0;
+    }
+    return data;
+  }
+  ~Buffer() { std::free(data); }
+};
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class T>
+struct Step {
+  typedef typename T::Stored Stored;
+  typedef typename T::Weight Weight;
+
+  const Layer layer;
+  const Plan plan;
+  const Call call;
+  const int64_t per_kv_head, key_steps, value_pair, value_steps, key_block, value_block, sum_width, max_rows;
+  const bool direct;  // pages can be read where they are
+  const float score_scale;
+  std::vector<Tile> &tiles;
+  std::vector<Unit> &units;
+  bool split_units = false;
+  int64_t partial_floats = 0, scratch_bytes = 0;
+  char *scratch = nullptr;
+  float *partials = nullptr;
+  std::atomic<int64_t> next_unit{0}, next_merge{0}, next_write{0};
+
+  Step(const Layer &l, const Plan &p, const Call &c, std::vector<Tile> &t, std::vector<Unit> &u)
+      : layer(l),
+        plan(p),
+        call(c),
+        per_kv_head(l.heads / l.kv_heads),
+        key_steps((l.key_dim + T::kPair - 1) / T::kPair),
+        value_pair(l.page_size % T::kPair ? 1 : T::kPair),
+        value_steps(l.page_size / value_pair),
+        key_block(key_steps * l.page_size * T::kPair),
+        value_block(l.page_size * l.value_dim),
+        sum_width(round_up(l.value_dim, kLanes)),
+        max_rows(std::max<int64_t>(kTileRows / per_kv_head, 1) * per_kv_head),
+        direct(l.page_size % kLanes == 0),
+        score_scale(l.soft_cap != 0 ? float(l.scaling) : float(l.scaling * 1.44269504088896340736)),
+        tiles(t),
+        units(u) {}
+
+  // -- sizes and shares
+
+  void prepare(Buffer &scratch_buffer, Buffer &partial_buffer) {
+    tiles.clear();
+    units.clear();
+    const int64_t tile_tokens = max_rows / per_kv_head;
+    int64_t all_splits = 0, partial_rows = 0;
+    for (int64_t i = 0; i < plan.rows; ++i) {
+      const int64_t row = plan.row_order[i];
+      const int64_t start = plan.query_start[row], count = plan.query_start[row + 1] - start;
+      for (int64_t first = round_up(count, tile_tokens) - tile_tokens; first >= 0; first -= tile_tokens) {
+        const int64_t tokens = std::min(tile_tokens, count - first), context = plan.context_lens[row] + first;
+        const int64_t split = first_visible(context) / kSplit;
+        const int64_t splits = (context + tokens - 1) / kSplit + 1 - split;
+        tiles.push_back({row, start + first, tokens, context, split, splits, partial_rows});
+        partial_rows += splits * tokens * per_kv_head;
+        all_splits += splits;
+      }
+    }
+    const int64_t unsplit = int64_t(tiles.size()) * layer.kv_heads;
+    partial_floats = partial_rows * (sum_width + kLanes);
+    // With few rows the splits are what there is to share out. It changes nothing in the results.
+    split_units = plan.threads > 1 && unsplit < 4 * plan.threads && all_splits > int64_t(tiles.size()) &&
+                  partial_floats * layer.kv_heads < (int64_t(1) << 26);
+    for (size_t t = 0; t < tiles.size(); ++t) {
+      const int64_t each = split_units ? 1 : tiles[t].splits;
+      for (int64_t s = 0; s < tiles[t].splits; s += each) units.push_back({int64_t(t), tiles[t].split + s, each});
+    }
+    scratch_bytes = layout(nullptr).bytes;
+    scratch = scratch_buffer.at_least(scratch_bytes * plan.threads);
+    if (split_units) partials = reinterpret_cast<float *>(partial_buffer.at_least(partial_floats * layer.kv_heads * 4));
+  }
+
+  struct Scratch {
+    Weight *queries, *weights;
+    State running, total;
+    float *scores;
+    Stored *keys, *values;
+    int64_t bytes;
+  };
+
+  Scratch layout(char *base) const {
+    int64_t used = 0;
+    auto take = [&](int64_t bytes) {
+      char *at = base + used;
+      used += round_up(bytes, 64);
+      return at;
+    };
+    Scratch s;
+    s.queries = reinterpret_cast<Weight *>(take(max_rows * key_steps * sizeof(Weight)));
+    s.weights = reinterpret_cast<Weight *>(take(kMaxRows * (kBlock / T::kPair) * sizeof(Weight)));
+    s.scores = reinterpret_cast<float *>(take(kMaxRows * kBlock * 4));
+    for (State *state : {&s.running, &s.total}) {
+      state->maximum = reinterpret_cast<float *>(take(max_rows * 4));
+      state->total = reinterpret_cast<float *>(take(max_rows * kLanes * 4));
+      state->sums = reinterpret_cast<float *>(take(max_rows * sum_width * 4));
+    }
+    // One vector more than the block: lanes past the last dimension are read and dropped.
+    s.keys = reinterpret_cast<Stored *>(take(direct ? 0 : key_steps * kBlock * T::kPair * sizeof(Stored)));
+    s.values = reinterpret_cast<Stored *>(take(direct ? 0 : (layer.value_dim * kBlock + 64) * sizeof(Stored)));
+    s.bytes = round_up(used, 4096);
+    return s;
+  }
+
+  int64_t first_visible(int64_t position) const {
+    return layer.window ? std::max<int64_t>(0, position + 1 - layer.window) : 0;
+  }
+
+  // -- writing
+
+  static constexpr int64_t kWriteTokens = 16;
+
+  void write(int64_t item) const {
+    const int64_t head = item % layer.kv_heads, first = item / layer.kv_heads * kWriteTokens;
+    const int64_t last = std::min(first + kWriteTokens, plan.tokens), page = layer.page_size;
+    for (int64_t token = first; token < last; ++token) {
+      const int64_t slot = plan.slot_mapping[token];
+      if (slot < 0) continue;
+      const int64_t block = slot / page * layer.kv_heads + head, at = slot % page;
+      const Stored *key = static_cast<const Stored *>(call.key) + token * call.key_token + head * call.key_head;
+      Stored *keys = static_cast<Stored *>(layer.keys) + block * key_block + at * T::kPair;
+      for (int64_t step = 0; step < layer.key_dim / T::kPair; ++step)
+        std::memcpy(keys + step * page * T::kPair, key + step * T::kPair, sizeof(Stored) * T::kPair);
+      if (layer.key_dim % T::kPair) {
+        Stored *pair = keys + (key_steps - 1) * page * T::kPair;
+        pair[0] = key[layer.key_dim - 1];
+        pair[1] = 0;
+      }
+      const Stored *value = static_cast<const Stored *>(call.value) + token * call.value_token + head * call.value_head;
+      Stored *values = static_cast<Stored *>(layer.values) + block * value_block +
+                       at / value_pair * layer.value_dim * value_pair + at % value_pair;
+      if (value_pair == 1)
+        std::memcpy(values, value, layer.value_dim * sizeof(Stored));
+      else
+        for (int64_t i = 0; i < layer.value_dim; ++i) values[i * 2] = value[i];
+    }
+  }
+
+  // -- attending
+
+  void pack_queries(const Tile &tile, int64_t kv_head, Weight *to) const {
+    for (int64_t t = 0; t < tile.count; ++t)
+      for (int64_t g = 0; g < per_kv_head; ++g, to += key_steps) {
+        const Stored *query = static_cast<const Stored *>(call.query) + (tile.first + t) * call.query_token +
+                              (kv_head * per_kv_head + g) * call.query_head;
+        if (layer.key_dim % T::kPair) to[key_steps - 1] = Weight{};
+        if (sizeof(Weight) == sizeof(Stored) * T::kPair)
+          std::memcpy(to, query, layer.key_dim * sizeof(Stored));
+        else
+          for (int64_t i = 0; i < layer.key_dim; ++i) T::pack(to, i, T::widen(query[i]));
+      }
+  }
+
+  // Brings the tokens first..last of a page size that is no multiple of 16 into the order of one page of 64.
+  void gather(const int32_t *table, int64_t kv_head, int64_t begin, int64_t first, int64_t last, const Scratch &s) const {
+    const int64_t page = layer.page_size;
+    for (int64_t position = first; position < last; ++position) {
+      const int64_t block = table[position / page] * layer.kv_heads + kv_head, at = position % page;
+      const int64_t to = position - begin;
+      const Stored *key = static_cast<const Stored *>(layer.keys) + block * key_block + at * T::kPair;
+      Stored *keys = s.keys + to * T::kPair;
+      for (int64_t step = 0; step < key_steps; ++step)
+        std::memcpy(keys + step * kBlock * T::kPair, key + step * page * T::kPair, sizeof(Stored) * T::kPair);
+      const Stored *value = static_cast<const Stored *>(layer.values) + block * value_block +
+                            at / value_pair * layer.value_dim * value_pair + at % value_pair;
+      Stored *values = s.values + to / T::kPair * layer.value_dim * T::kPair + to % T::kPair;
+      if (T::kPair == 1)
+        std::memcpy(values, value, layer.value_dim * sizeof(Stored));
+      else
+        for (int64_t i = 0; i < layer.value_dim; ++i) values[i * T::kPair] = value[i * value_pair];
+    }
+  }
+
+  // Scores become weights 2^(score - maximum); updates the maximum and the total of each of the rows.
+  template <class Limits>
+  void softmax(float *scores, Weight *weights, int rows, int first_group, int last_group, int64_t begin, bool masked,
+               Limits limits, float *maximum_of, float *totals, float *correction) const {
+    for (int r = 0; r < rows; ++r) {
+      Vec score[kGroups];
+      Vec high = splat(-kInfinity);
+      const int64_t until = limits(r) - begin, from = layer.window ? until - layer.window : -1;
+      for (int g = first_group; g < last_group; ++g) {
+        Vec x = load<Vec>(scores + r * kBlock + g * kLanes) * score_scale;
+        if (layer.soft_cap != 0) {
+          const float cap = float(layer.soft_cap);
+          x = tanh_of(x / cap) * (cap * kLog2E);
+        }
+        if (masked) {
+          const Ints at = kIota + g * kLanes;
+          const int hi = int(std::min<int64_t>(std::max<int64_t>(until, 0), kBlock));
+          const int lo = int(std::min<int64_t>(std::max<int64_t>(from, 0), kBlock));
+          x = (at < hi) & (at >= lo) ? x : splat(-kInfinity);
+        }
+        score[g] = x;
+        high = maximum(high, x);
+      }
+      const float before = maximum_of[r], block_high = lanes_max(high);
+      const float now = before > block_high ? before : block_high;
+      const float reference = now == -kInfinity ? 0.0f : now;
+      Vec sum[kGroups] = {};
+      for (int g = first_group; g < last_group; ++g) {
+        sum[g] = exp2_nonpositive(score[g] - reference);
+        T::pack16(weights + r * (kBlock / T::kPair) + g * (kLanes / T::kPair), sum[g]);
+      }
+      correction[r] = exp2_nonpositive(before - reference);
+      maximum_of[r] = now;
+      store(totals + r * kLanes, load<Vec>(totals + r * kLanes) * correction[r] + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+    }
+  }
+
+  // The tokens begin..begin + 64 of a row against all of a tile's (token, head) rows.
+  void attend_block(const Tile &tile, int64_t kv_head, int64_t begin, int64_t end, const Scratch &s) const {
+    const int64_t page = layer.page_size;
+    const int32_t *table = plan.block_tables + tile.row * plan.table_stride;
+    const int64_t first_seen = std::max(begin, first_visible(tile.context));
+    const int first_group = int((first_seen - begin) / kLanes);
+    const int last_group = int((end - begin + kLanes - 1) / kLanes);
+    const Stored *keys[kGroups], *values[kGroups];
+    int64_t key_stride = page * T::kPair;
+    if (direct) {
+      for (int g = first_group; g < last_group; ++g) {
+        const int64_t position = begin + g * kLanes, at = position % page;
+        const int64_t block = table[position / page] * layer.kv_heads + kv_head;
+        keys[g] = static_cast<const Stored *>(layer.keys) + block * key_block + at * T::kPair;
+        values[g] = static_cast<const Stored *>(layer.values) + block * value_block + at * layer.value_dim;
+      }
+    } else {
+      gather(table, kv_head, begin, begin + first_group * kLanes, end, s);
+      for (int g = first_group; g < last_group; ++g) {
+        keys[g] = s.keys + g * kLanes * T::kPair;
+        values[g] = s.values + g * kLanes * layer.value_dim;
+      }
+      key_stride = kBlock * T::kPair;
+    }
+    const int64_t all_rows = tile.count * per_kv_head;
+    const int64_t chunks = (all_rows + kMaxRows - 1) / kMaxRows;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t row = all_rows * chunk / chunks;
+      const int rows = int(all_rows * (chunk + 1) / chunks - row);
+      auto limit = [&](int r) { return tile.context + (row + r) / per_kv_head + 1; };
+      const int64_t highest = limit(rows - 1), lowest = limit(0);
+      if (highest <= begin) continue;
+      if (layer.window && lowest - layer.window >= begin + kBlock) continue;
+      const int groups_end = int(std::min<int64_t>(last_group, (highest - begin + kLanes - 1) / kLanes));
+      const Weight *queries = s.queries + row * key_steps;
+      int g = first_group;
+      for (; g + kMaxCols <= groups_end; g += kMaxCols)
+        loops<T>.keys[rows][1](queries, key_steps, keys + g, key_stride, key_steps, s.scores + g * kLanes);
+      for (; g < groups_end; ++g)
+        loops<T>.keys[rows][0](queries, key_steps, keys + g, key_stride, key_steps, s.scores + g * kLanes);
+      const bool masked = lowest < begin + kBlock || (layer.window && highest - layer.window > begin);
+      float correction[kMaxRows];
+      softmax(s.scores, s.weights, rows, first_group, groups_end, begin, masked, limit, s.running.maximum + row,
+              s.running.total + row * kLanes, correction);
+      const int last_tokens = int(std::min<int64_t>(highest - begin - (groups_end - 1) * kLanes, kLanes));
+      float *sums = s.running.sums + row * sum_width;
+      const Weight *weights = s.weights + first_group * (kLanes / T::kPair);
+      const int groups = groups_end - first_group;
+      int64_t v = 0;
+      for (; v + kMaxCols * kLanes <= sum_width; v += kMaxCols * kLanes)
+        loops<T>.values[rows][1](weights, values + first_group, v * T::kPair, layer.value_dim * T::kPair, groups,
+                                 last_tokens, correction, sums + v, sum_width);
+      for (; v < sum_width; v += kLanes)
+        loops<T>.values[rows][0](weights, values + first_group, v * T::kPair, layer.value_dim * T::kPair, groups,
+                                 last_tokens, correction, sums + v, sum_width);
+    }
+  }
+
+  static void clear(const State &state, int64_t rows, int64_t totals, int64_t sum_width) {
+    std::fill_n(state.maximum, rows, -kInfinity);
+    std::fill_n(state.total, rows * totals, 0.0f);
+    std::fill_n(state.sums, rows * sum_width, 0.0f);
+  }
+
+  // into += part, both over disjoint tokens, the ones of `part` later.
+  __attribute__((noinline)) static void fold(float &into_maximum, float &into_total, float *into_sums, float maximum,
+                                             float total, const float *sums, int64_t sum_width) {
+    if (maximum == -kInfinity) return;  // saw none of its tokens
+    const float now = into_maximum > maximum ? into_maximum : maximum;
+    const float keep = exp2_nonpositive(into_maximum - now), add = exp2_nonpositive(maximum - now);
+    into_maximum = now;
+    into_total = into_total * keep + total * add;
+    for (int64_t i = 0; i < sum_width; i += kLanes)
+      store(into_sums + i, load<Vec>(into_sums + i) * keep + load<Vec>(sums + i) * add);
+  }
+
+  void finish(const Tile &tile, int64_t kv_head, const State &state) const {
+    for (int64_t r = 0; r < tile.count * per_kv_head; ++r) {
+      const int64_t token = tile.first + r / per_kv_head, head = kv_head * per_kv_head + r % per_kv_head;
+      float maximum = state.maximum[r], total = state.total[r], factor = 1.0f;
+      if (call.sinks) {  // one more logit, whose value is zero
+        const float sink = call.sinks[head] * kLog2E, now = maximum > sink ? maximum : sink;
+        factor = exp2_nonpositive(maximum - now);
+        total = total * factor + exp2_nonpositive(sink - now);
+      }
+      factor /= total;
+      Stored *output = static_cast<Stored *>(call.output) + (token * layer.heads + head) * layer.value_dim;
+      for (int64_t i = 0; i < layer.value_dim; ++i) output[i] = T::narrow(state.sums[r * sum_width + i] * factor);
+    }
+  }
+
+  float *partial(const Tile &tile, int64_t kv_head, int64_t split) const {
+    const int64_t row = tile.partials + (split - tile.split) * tile.count * per_kv_head;
+    return partials + kv_head * partial_floats + row * (sum_width + kLanes);
+  }
+
+  void attend(int64_t item, const Scratch &s) const {
+    const Unit &unit = units[item / layer.kv_heads];
+    const int64_t kv_head = item % layer.kv_heads;
+    const Tile &tile = tiles[unit.tile];
+    const int64_t rows = tile.count * per_kv_head, limit = tile.context + tile.count;
+    pack_queries(tile, kv_head, s.queries);
+    if (!split_units) clear(s.total, rows, 1, sum_width);
+    for (int64_t split = unit.split; split < unit.split + unit.splits; ++split) {
+      clear(s.running, rows, kLanes, sum_width);
+      const int64_t first = std::max(split * kSplit, first_visible(tile.context) / kBlock * kBlock);
+      const int64_t last = std::min((split + 1) * kSplit, limit);
+      for (int64_t begin = first; begin < last; begin += kBlock)
+        attend_block(tile, kv_head, begin, std::min(begin + kBlock, last), s);
+      if (split_units) {
+        float *to = partial(tile, kv_head, split);
+        for (int64_t r = 0; r < rows; ++r, to += sum_width + kLanes) {
+          std::memcpy(to, s.running.sums + r * sum_width, sum_width * 4);
+          to[sum_width] = s.running.maximum[r];
+          to[sum_width + 1] = lanes_sum(load<Vec>(s.running.total + r * kLanes));
+        }
+      } else {
+        for (int64_t r = 0; r < rows; ++r)
+          fold(s.total.maximum[r], s.total.total[r], s.total.sums + r * sum_width, s.running.maximum[r],
+               lanes_sum(load<Vec>(s.running.total + r * kLanes)), s.running.sums + r * sum_width, sum_width);
+      }
+    }
+    if (!split_units) finish(tile, kv_head, s.total);
+  }
+
+  void merge(int64_t item, const Scratch &s) const {
+    const Tile &tile = tiles[item / layer.kv_heads];
+    const int64_t kv_head = item % layer.kv_heads, rows = tile.count * per_kv_head;
+    clear(s.total, rows, 1, sum_width);
+    for (int64_t split = tile.split; split < tile.split + tile.splits; ++split) {
+      const float *from = partial(tile, kv_head, split);
+      for (int64_t r = 0; r < rows; ++r, from += sum_width + kLanes)
+        fold(s.total.maximum[r], s.total.total[r], s.total.sums + r * sum_width, from[sum_width], from[sum_width + 1],
+             from, sum_width);
+    }
+    finish(tile, kv_head, s.total);
+  }
+
+  void work() {
+    const Scratch s = layout(scratch + scratch_bytes * omp_get_thread_num());
+    const int64_t writes = (plan.tokens + kWriteTokens - 1) / kWriteTokens * layer.kv_heads;
+    for (int64_t i; (i = next_write.fetch_add(1)) < writes;) write(i);
+    GOMP_barrier();
+    const int64_t items = int64_t(units.size()) * layer.kv_heads;
+    for (int64_t i; (i = next_unit.fetch_add(1)) < items;) attend(i, s);
+    if (!split_units) return;
+    GOMP_barrier();
+    const int64_t merges = int64_t(tiles.size()) * layer.kv_heads;
+    for (int64_t i; (i = next_merge.fetch_add(1)) < merges;) merge(i, s);
+  }
+};
+
+template <class T>
+int run(const Layer &layer, const Plan &plan, const Call &call) {
+  static thread_local Buffer scratch, partials;
+  static thread_local std::vector<Tile> tiles;
+  static thread_local std::vector<Unit> units;
+  Step<T> step(layer, plan, call, tiles, units);
+  step.prepare(scratch, partials);
+  if (!step.scratch || (step.split_units && !step.partials)) return 1;
+  GOMP_parallel([](void *data) { static_cast<Step<T> *>(data)->work(); }, &step, unsigned(plan.threads), 0);
+  return 0;
+}
+
+}  // namespace
+
+// Returns 0, or 1 when there is no memory for scratch space.
+extern "C" int paged_attention(const Layer *layer, const Plan *plan, const Call *call) {
+  switch (layer->dtype) {
+    case 0:
+      return run<Float32>(*layer, *plan, *call);
+    case 1:
+      return run<BFloat16>(*layer, *plan, *call);
+    default:
+      return run<Float16>(*layer, *plan, *call);
+  }
+}
+
+// Asks for huge pages, where the system has them: the pages of a KV cache are read in long runs.
+extern "C" void paged_attention_advise(void *start, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (uintptr_t(start) + page - 1) / page * page, last = (uintptr_t(start) + bytes) / page * page;
+  if (last > first) madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)start, (void)bytes;
+#endif
+}

@@ -1,0 +1,218 @@
+"""Paged attention in plain torch: gathers each row's keys and values, then a softmax in float32. Runs anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from asyncengine.model.attention.protocol import LayerSpec
+from asyncengine.step.batch import Int64, StepBatch
+
+# How many context tokens one group may gather, and how many scores it may hold at once: bounds on memory.
+_GATHERED_TOKENS = 1 << 17
+_SCORES = 1 << 25
+
+
+@dataclass(frozen=True, slots=True)
+class TorchCache:
+    """The KV cache of one layer.
+
+    Attributes:
+        keys: (blocks, page size, kv heads, key_dim).
+        values: (blocks, page size, kv heads, value_dim).
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """Rows with equally many query tokens (n) and similar contexts, attended to as one batch.
+
+    Attributes:
+        tokens: (rows * n,) indices of the query tokens.
+        positions: (rows, n) their positions.
+        slots: (rows, longest context) cache slot of each position; past a row's end its last slot, which is written.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TorchPlan:
+    """What all layers of one step share, on the device.
+
+    Attributes:
+        writers: Indices of the tokens that are written, or None for the first `num_tokens`.
+        slots: Where the written tokens' keys and values go.
+        groups: Together they hold every row once.
+        num_tokens: Query tokens that the batch speaks of; the model may be given more, as padding.
+    """
+
+    writers: torch.Tensor | None
+    slots: torch.Tensor
+    groups: tuple[RowGroup, ...]
+    num_tokens: int
+
+
+class TorchAttention:
+    """The reference `AttentionBackend`: needs no compiler and runs on every device."""
+
+    name = "torch"
+
+    def bytes_per_block(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one block of one layer takes."""
+        return page_size * spec.num_kv_heads * (spec.key_dim + spec.value_dim) * dtype.itemsize
+
+    def allocate(
+        self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> TorchCache:
+        """Returns the uninitialised KV cache of one layer."""
+        shape = (num_blocks, page_size, spec.num_kv_heads)
+        return TorchCache(
+            torch.empty(*shape, spec.key_dim, dtype=dtype, device=device),
+            torch.empty(*shape, spec.value_dim, dtype=dtype, device=device),
+        )
+
+    def plan(self, batch: StepBatch, page_size: int, device: torch.device) -> TorchPlan:
+        """Groups the rows and copies their slots to the device. Nothing waits for the device."""
+        written = np.flatnonzero(batch.slot_mapping >= 0)
+        all_written = len(written) == len(batch.slot_mapping)
+        return TorchPlan(
+            writers=None if all_written else _to(written, device),
+            slots=_to(batch.slot_mapping if all_written else batch.slot_mapping[written], device),
+            groups=tuple(_group(batch, rows, page_size, device) for rows in _similar_rows(batch)),
+            num_tokens=int(batch.query_start[-1]),
+        )
+
+    def attend(
+        self,
+        spec: LayerSpec,
+        cache: TorchCache,
+        plan: TorchPlan,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
+        written = slice(plan.num_tokens) if plan.writers is None else plan.writers
+        keys.index_copy_(0, plan.slots, key[written].to(keys.dtype))
+        values.index_copy_(0, plan.slots, value[written].to(values.dtype))
+        output = query.new_zeros(query.shape[0], spec.num_heads, spec.value_dim)
+        for group in plan.groups:
+            rows, n = group.positions.shape
+            # (rows, kv heads, context, dim)
+            group_keys = keys[group.slots].transpose(1, 2).float()
+            group_values = values[group.slots].transpose(1, 2).float()
+            queries = query[group.tokens].float().view(rows, n, spec.num_heads, spec.key_dim)
+            at_once = max(1, _SCORES // (rows * spec.num_heads * group.slots.shape[1]))
+            parts = [
+                _softmax_attention(
+                    spec,
+                    queries[:, i : i + at_once],
+                    group_keys,
+                    group_values,
+                    group.positions[:, i : i + at_once],
+                    sinks,
+                )
+                for i in range(0, n, at_once)
+            ]
+            attended = torch.cat(parts, 1).flatten(0, 1)
+            output.index_copy_(0, group.tokens, attended.to(output.dtype))
+        return output
+
+    def copy_blocks(self, caches: Sequence[TorchCache], copies: torch.Tensor) -> None:
+        """Copies whole blocks in every layer, all of them read before any is written; `copies` is (C, 2)."""
+        for cache in caches:
+            source, destination = copies.to(cache.keys.device).long().unbind(1)
+            cache.keys.index_copy_(0, destination, cache.keys[source])
+            cache.values.index_copy_(0, destination, cache.values[source])
+
+
+def _to(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.array(array, np.int64)).to(device, non_blocking=True)
+
+
+def _similar_rows(batch: StepBatch) -> Iterator[Int64]:
+    """Yields row indices: equally many query tokens, total lengths within a factor of two, bounded altogether."""
+    queries = np.diff(batch.query_start)
+    lengths = batch.context_lens + queries
+    magnitude = np.frexp(lengths.astype(np.float64))[1]
+    order = np.lexsort((lengths, magnitude, queries))
+    start = 0
+    for end in range(1, len(order) + 1):
+        first = order[start]
+        if (
+            end == len(order)
+            or queries[order[end]] != queries[first]
+            or magnitude[order[end]] != magnitude[first]
+            or (end - start + 1) * int(lengths[order[end]]) > _GATHERED_TOKENS
+        ):
+            if queries[first]:
+                yield order[start:end]
+            start = end
+
+
+def _group(batch: StepBatch, rows: Int64, page_size: int, device: torch.device) -> RowGroup:
+    starts = batch.query_start[rows].astype(np.int64)
+    contexts = batch.context_lens[rows].astype(np.int64)
+    steps = np.arange(batch.query_start[rows[0] + 1] - starts[0])
+    lengths = contexts + len(steps)
+    positions = np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
+    blocks = np.take_along_axis(batch.block_tables[rows].astype(np.int64), positions // page_size, 1)
+    return RowGroup(
+        tokens=_to((starts[:, None] + steps).ravel(), device),
+        positions=_to(contexts[:, None] + steps, device),
+        slots=_to(blocks * page_size + positions % page_size, device),
+    )
+
+
+def _softmax_attention(
+    spec: LayerSpec,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attends in float32.
+
+    Args:
+        spec: The layer.
+        queries: (rows, n, heads, key_dim).
+        keys: (rows, kv heads, context, key_dim).
+        values: (rows, kv heads, context, value_dim).
+        positions: (rows, n), of the queries.
+        sinks: (heads,) or None.
+
+    Returns:
+        (rows, n, heads, value_dim).
+    """
+    rows, n, heads, _ = queries.shape
+    per_kv_head = heads // spec.num_kv_heads
+    # The query heads of a KV head stand beside each other: (rows, kv heads, n * per kv head, key_dim).
+    queries = queries.view(rows, n, spec.num_kv_heads, per_kv_head, -1).transpose(1, 2).flatten(2, 3)
+    scores = torch.matmul(queries, keys.transpose(2, 3)).mul_(spec.scaling)
+    if spec.soft_cap is not None:
+        scores.div_(spec.soft_cap).tanh_().mul_(spec.soft_cap)
+    scores = scores.view(rows, spec.num_kv_heads, n, per_kv_head, -1)
+    at = torch.arange(keys.shape[2], device=keys.device)
+    hidden = at > positions[..., None]
+    if spec.sliding_window is not None:
+        hidden |= at <= positions[..., None] - spec.sliding_window
+    scores.masked_fill_(hidden[:, None, :, None], -torch.inf)
+    if sinks is not None:
+        sink = sinks.float().view(1, spec.num_kv_heads, 1, per_kv_head, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    attended = torch.matmul(weights.flatten(2, 3), values).view(rows, spec.num_kv_heads, n, per_kv_head, -1)
+    return attended.transpose(1, 2).flatten(2, 3)

@@ -1,0 +1,55 @@
+"""Which back end of attention a device gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from asyncengine.config import AttentionBackend as BackendName
+from asyncengine.model.attention.cpu import CpuAttention
+from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavailableError
+from asyncengine.model.attention.reference import TorchAttention
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A chosen back end.
+
+    Attributes:
+        backend: Ready to use.
+        fallback_reason: Why "auto" did not get the fastest back end for the device; None if it did.
+    """
+
+    backend: AttentionBackend
+    fallback_reason: str | None = None
+
+
+def select(name: BackendName, device: torch.device, progress: Callable[[str], None] | None = None) -> Selection:
+    """Chooses the back end for a device; may compile one, for some seconds.
+
+    Args:
+        name: "auto" takes the fastest that works here.
+        device: What the model runs on.
+        progress: Called with a sentence before something slow happens.
+
+    Raises:
+        BackendUnavailableError: The back end that was named cannot work here.
+    """
+    match name:
+        case "torch":
+            return Selection(TorchAttention())
+        case "cpu":
+            if device.type != "cpu":
+                raise BackendUnavailableError(f"the cpu attention back end cannot run on {device}")
+            return Selection(CpuAttention(CpuAttention.build(progress)))
+        case "auto" if device.type == "cpu":
+            try:
+                return select("cpu", device, progress)
+            except BackendUnavailableError as error:
+                return Selection(TorchAttention(), fallback_reason=str(error))
+        case "auto":
+            return Selection(TorchAttention(), fallback_reason=f"there is no faster back end for {device.type} yet")
+        case _:
+            raise BackendUnavailableError(f"no attention back end is called {name!r}: try auto, cpu or torch")

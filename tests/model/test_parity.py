@@ -1,0 +1,78 @@
+"""Contract 17: greedy float32 output equals transformers' `generate`, token for token, with everything switched on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from tests.model.checkpoints import ARCHITECTURES
+
+NEW_TOKENS = 64
+GREEDY = GenerationConfig(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+def prompts() -> list[list[int]]:
+    """Mixed lengths, from one token to several chunks; some share a prefix of whole pages and a bit."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = (1, 2, 15, 16, 17, 33, 70)
+    mixed = [torch.randint(1, 199, (length,), generator=generator).tolist() for length in lengths]
+    prefix = mixed[-1][:39]
+    return [*mixed, prefix + [5, 6, 7], prefix + [5, 6, 8, 9], prefix]
+
+
+def reference(path: Path, prompt: list[int]) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+    )
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, list[list[int]]]:
+    return {}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_greedy_equals_transformers(
+    architecture: str,
+    backend: str,
+    checkpoint: Callable[..., Path],
+    references: dict[str, list[list[int]]],
+) -> None:
+    path = checkpoint(architecture)
+    if architecture not in references:
+        references[architecture] = [reference(path, prompt) for prompt in prompts()]
+    expected = references[architecture]
+    config = EngineConfig(
+        str(path),
+        dtype="float32",
+        device="cpu",
+        attention_backend=backend,  # type: ignore[arg-type]
+        prefill_chunk_size=16,
+        kv_cache_page_size=16,
+        max_num_sequence=12,
+        max_total_sequence_length=416,  # the requests below need more than twice as much: some are preempted
+    )
+    async with AsyncEngine(config) as engine:
+        configs = [GREEDY.replace(n=3) if index == 5 else GREEDY for index in range(len(prompts()))]
+        results = await engine.generate_many(prompts(), configs)
+        again = await engine.generate_many(prompts()[-3:], GREEDY)
+        metrics = engine.metrics()
+    for index, (result, tokens) in enumerate(zip(results, expected, strict=True)):
+        for branch in result.outputs:
+            assert branch.token_ids == tokens, f"prompt {index}, branch {branch.index}"
+    assert [result.token_ids for result in again] == expected[-3:]
+    assert len(results[5].outputs) == 3
+    assert metrics.counters.preemptions > 0
+    assert metrics.counters.prefix_cache_hits > 0
+    assert all(result.usage.cached_tokens > 0 for result in again)
