@@ -1,0 +1,156 @@
+"""Fan-out: tokens per second delivered from the step thread to N concurrent readers.
+
+The engine runs a model that costs nothing; N tasks read one stream each with ``async for``. A token counts when its
+reader has it. Beside it, in the same run and alternating with it, a bare reference with nothing but what any asyncio
+design needs: a producing thread, one slot and one future per reader, one wake-up of the loop per step.
+
+Both are measured in lock-step: a step begins once every reader has had its token of the step before. So every token
+is a delta of its own, on both sides; left to itself, either would merge more tokens into a delta the slower its
+readers are, and the figures would compare merging. The ratio engine / bare is what the engine keeps of what asyncio
+can deliver. "free" is the engine without lock-step, where deltas are merged as in production.
+
+The last line is one JSON object.
+
+    python -m benchmarks.fanout [--readers 1 16 128 1024] [--tokens 200000] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import threading
+import time
+
+import uvloop
+
+from asyncengine import GenerationConfig
+from benchmarks.zero_cost import zero_cost_engine
+
+PROMPT = [1, 2, 3]
+
+
+class Pace:
+    """Lets a step begin once all readers have had their token of the step before."""
+
+    def __init__(self, readers: int) -> None:
+        self._readers = self._left = readers
+        self._semaphore = threading.Semaphore(1)
+        self.wait = self._semaphore.acquire
+
+    def had_one(self) -> None:
+        self._left -= 1
+        if not self._left:
+            self._left = self._readers
+            self._semaphore.release()
+
+
+async def engine_rate(readers: int, tokens: int, lock_step: bool) -> float:
+    """Tokens per second of the engine, from all readers started until all have all their tokens."""
+    engine, model = zero_cost_engine()
+    pace = Pace(readers)
+    async with engine:
+        config = GenerationConfig(max_tokens=tokens, detokenize=False, ignore_eos=True)
+        await engine.pause()
+        streams = [await engine.add_request(PROMPT, config) for _ in range(readers)]
+        if lock_step:
+            model.wait = pace.wait
+
+        async def read(stream) -> int:  # type: ignore[no-untyped-def]
+            count = 0
+            async for output in stream:
+                count += len(output.token_ids)
+                pace.had_one()
+            return count
+
+        tasks = [asyncio.create_task(read(stream)) for stream in streams]
+        await asyncio.sleep(0)
+        begun = time.perf_counter()
+        await engine.resume()
+        total = sum(await asyncio.gather(*tasks))
+        seconds = time.perf_counter() - begun
+    assert total == readers * tokens, (total, readers * tokens)
+    return total / seconds
+
+
+class Slot:
+    """What a reader of the bare reference has not read yet, and the future it waits on."""
+
+    __slots__ = ("ended", "ids", "waiter")
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.waiter: asyncio.Future[None] | None = None
+        self.ended = False
+
+
+async def bare_rate(readers: int, tokens: int) -> float:
+    """Tokens per second of the bare reference."""
+    loop = asyncio.get_running_loop()
+    slots = [Slot() for _ in range(readers)]
+    pace = Pace(readers)
+
+    def deliver(step: list[int], last: bool) -> None:
+        for slot, token in zip(slots, step, strict=True):
+            slot.ids.append(token)
+            slot.ended = last
+            waiter = slot.waiter
+            if waiter is not None:
+                slot.waiter = None
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def produce() -> None:
+        for index in range(tokens):
+            pace.wait()
+            loop.call_soon_threadsafe(deliver, [7] * readers, index == tokens - 1)
+
+    async def read(slot: Slot) -> int:
+        count = 0
+        while True:
+            if slot.ids:
+                ids, slot.ids = slot.ids, []
+                count += len(ids)
+                pace.had_one()
+            elif slot.ended:
+                return count
+            else:
+                slot.waiter = loop.create_future()
+                await slot.waiter
+
+    tasks = [asyncio.create_task(read(slot)) for slot in slots]
+    await asyncio.sleep(0)
+    thread = threading.Thread(target=produce)
+    begun = time.perf_counter()
+    thread.start()
+    total = sum(await asyncio.gather(*tasks))
+    seconds = time.perf_counter() - begun
+    thread.join()
+    assert total == readers * tokens
+    return total / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readers", type=int, nargs="+", default=[1, 16, 128, 1024])
+    parser.add_argument("--tokens", type=int, default=200_000, help="per round, over all readers")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    results = {}
+    print(f"{'readers':>8} {'engine tok/s':>14} {'bare tok/s':>14} {'ratio':>7} {'free tok/s':>14}")
+    for readers in arguments.readers:
+        tokens = max(min(arguments.tokens // readers, 8000), 1)
+        rounds = []
+        for _ in range(arguments.rounds):
+            engine = uvloop.run(engine_rate(readers, tokens, lock_step=True))
+            bare = uvloop.run(bare_rate(readers, tokens))
+            rounds.append((engine, bare, engine / bare, uvloop.run(engine_rate(readers, tokens, lock_step=False))))
+        engine, bare, ratio, free = (statistics.median(column) for column in zip(*rounds, strict=True))
+        results[readers] = {"engine": round(engine), "bare": round(bare), "ratio": round(ratio, 3), "free": round(free)}
+        print(f"{readers:>8} {engine:>14,.0f} {bare:>14,.0f} {ratio:>7.2f} {free:>14,.0f}")
+    print(json.dumps({"benchmark": "fanout", "unit": "tokens/s", "results": results}))
+
+
+if __name__ == "__main__":
+    main()
