@@ -28,17 +28,23 @@ _HOOK = "asyncengine_attention"
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _HARMLESS = {
-    "attention_mask", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "full_attention_mask", "logits_to_keep",
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "full_attention_mask", "logits_to_keep",
     "position_embeddings", "position_ids", "sliding_attention_mask",
 }  # fmt: skip
 """Tensors that models pass along to the attention function although it has no use for them here."""
 
 
 def _attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **kwargs: Any
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls; (1, heads, tokens, dim) in, (1, tokens, heads, dim) out."""
     hook = getattr(module, _HOOK)
+    kwargs["attention_mask"] = attention_mask
     return hook(module, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), kwargs)[None], None
 
 

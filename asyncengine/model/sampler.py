@@ -263,12 +263,12 @@ def _logprobs(logits: Tensor, tokens: Tensor, numbers: Int64) -> list[TokenLogpr
     """Describes the drawn tokens.
 
     Args:
-        logits: (rows, vocab) float32.
+        logits: (rows, vocab) float32; overwritten.
         tokens: (rows,) int64.
         numbers: (rows,) how many of the likeliest to name.
     """
     top = torch.finfo(torch.float32).max
-    logits = torch.nan_to_num(logits, nan=-torch.inf, posinf=top, neginf=-torch.inf)
+    torch.nan_to_num_(logits, nan=-torch.inf, posinf=top, neginf=-torch.inf)
     ids = tokens.unsqueeze(1)
     if numbers.max() > 0:
         ids = torch.cat([ids, top_tokens(logits, min(int(numbers.max()), logits.shape[1]))], dim=1)

@@ -17,6 +17,7 @@ from asyncengine.model.token_ranking import top_tokens
 
 # How many of the likeliest tokens are searched for the nucleus before the whole row is.
 _NUCLEUS_TRY = 256
+_SEARCH_BLOCK = 1 << 18  # weights whose search stays in the processor's cache
 _LOW_BITS = 15
 
 
@@ -114,7 +115,9 @@ def nucleus(logits: Tensor, scale: Tensor | None, min_p: Tensor | None, top_p: T
         weights, top_p = weights[rows], top_p[rows]
     else:
         rows = None
-    _drop_outside_nucleus(weights, top_p)
+    size = max(1, _SEARCH_BLOCK // weights.shape[1])
+    for some_weights, some_top_p in zip(weights.split(size), top_p.split(size), strict=True):
+        _drop_outside_nucleus(some_weights, some_top_p)
     return [*parts, Kept(rows, None, weights)]
 
 

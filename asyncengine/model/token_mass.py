@@ -15,6 +15,7 @@ from asyncengine.model.token_ranking import chunked
 # Mass of a weight of 1. Weights are at most 1 and vocabularies below 2**19, so totals stay below 2**63.
 TICKS = 2.0**44
 _CHUNK = 128
+_BLOCK = 1 << 20  # weights that are worked on at once where they are not kept
 
 
 def ticks(weights: Tensor) -> Tensor:
@@ -85,8 +86,10 @@ def draw_dense(weights: Tensor, u: Tensor) -> Tensor:
 def log_total(logits: Tensor) -> Tensor:
     """(rows, 1) float64: the logarithm of the sum of the exponentials of logits (rows, vocab), none NaN or +inf."""
     top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    total = total_mass((logits - top).exp_()).clamp(min=1)
-    return top.double() + (total.double() / TICKS).log()
+    size = max(1, _BLOCK // logits.shape[1])
+    parts = zip(logits.split(size), top.split(size), strict=True)
+    total = torch.cat([total_mass((part - part_top).exp_()) for part, part_top in parts])
+    return top.double() + (total.clamp(min=1).double() / TICKS).log()
 
 
 def _pick(mass: Tensor, u: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from asyncengine.config import EngineConfig
+from asyncengine.errors import UnsupportedModelError
+from asyncengine.model.loader import TransformersLoader
+from tests.model.checkpoints import COMMON, write
+
+SMALL: dict[str, Any] = COMMON | {"num_hidden_layers": 2}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "state-space": (
+        "MambaConfig",
+        {"vocab_size": 199, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+        r"MambaForCausalLM \(model type 'mamba'\) has layers of type 'linear_attention'",
+    ),
+    "convolutions": ("Lfm2Config", SMALL | {"layer_types": ["conv", "full_attention"]}, "lfm2.* layers of type 'conv'"),
+    "encoder-decoder": (
+        "T5Config",
+        {"vocab_size": 199, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96},
+        "T5ForConditionalGeneration.* is an encoder-decoder model",
+    ),
+    "attention biases in its own code": (
+        "BloomConfig",
+        {"vocab_size": 199, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+        "BloomForCausalLM.* computes attention in its own code",
+    ),
+    "bidirectional": ("BertConfig", SMALL, "BertLMHeadModel.* attends to later tokens"),
+    "two attentions per layer": ("DiffLlamaConfig", SMALL, "DiffLlamaForCausalLM.* attends more than once per token"),
+    "a mask of its own": ("DogeConfig", SMALL, "DogeForCausalLM.* passes attention_mask to its attention"),
+    "chunked attention": (
+        "Llama4TextConfig",
+        SMALL | {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 16},
+        "llama4_text.* layers of type 'chunked_attention'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refuses_what_cannot_be_served_by_name_and_reason_before_loading_it(kind: str, tmp_path: Path) -> None:
+    name, values, message = REFUSED[kind]
+    config = getattr(transformers, name)(**values)
+    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel):
+        if type(config) in auto._model_mapping:
+            auto.from_config(config).save_pretrained(tmp_path)
+            break
+    with pytest.raises(UnsupportedModelError, match=message):
+        TransformersLoader().check(EngineConfig(str(tmp_path)), None)
+
+
+def test_refuses_an_unknown_model_type_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path, "llama")
+    text = (path / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "llarma"')
+    (path / "config.json").write_text(text)
+    with pytest.raises(UnsupportedModelError, match="'llarma' model"):
+        TransformersLoader().check(EngineConfig(str(path)), None)
+
+
+@pytest.mark.parametrize(
+    ("rope", "match"),
+    [
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}, "dynamic"),
+        (
+            {
+                "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 128,
+            },
+            "longrope",
+        ),
+    ],
+)  # fmt: skip
+def test_refuses_rotary_embeddings_that_depend_on_the_batch(
+    rope: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "llama", rope_parameters=rope)
+    with pytest.raises(UnsupportedModelError, match=f"{match}.*max_single_sequence_length to at most 128"):
+        TransformersLoader().check(EngineConfig(str(path)), None)
+    TransformersLoader().check(EngineConfig(str(path), max_single_sequence_length=128), None)
+
+
+def test_refuses_a_model_whose_paged_logits_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from asyncengine.model.attention.reference import TorchAttention
+
+    right = TorchAttention.attend
+
+    def wrong(self: Any, *arguments: Any) -> torch.Tensor:
+        return right(self, *arguments).flip(1)
+
+    path = write(tmp_path, "llama")
+    loader = TransformersLoader()
+    config = EngineConfig(str(path), attention_backend="torch", mode="interactive")
+    loader.load(loader.check(config, None)).model.close()
+    monkeypatch.setattr(TorchAttention, "attend", wrong)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM does not compute over a paged KV cache"):
+        loader.load(loader.check(config, None))
