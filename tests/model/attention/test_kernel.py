@@ -1,0 +1,212 @@
+"""Compiling and caching. Most tests compile a stub instead of the kernel, which takes seconds."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from attention_case import TOLERANCE, dense, layer, random_row, run_paged
+
+from asyncengine.model.attention import kernel
+from asyncengine.model.attention.cpu import CpuAttention
+from asyncengine.model.attention.protocol import BackendUnavailableError
+
+STUB = """
+extern "C" int paged_attention(void *, void *, void *) { return 42; }
+extern "C" void paged_attention_advise(void *, long) {}
+"""
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "asyncengine"
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    source = tmp_path / "stub.cpp"
+    source.write_text(STUB)
+    monkeypatch.setattr(kernel, "SOURCE", source)
+    return source
+
+
+@pytest.fixture
+def compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that gets a line for each run of the compiler."""
+    log, wrapper = tmp_path / "compilations", tmp_path / "c++"
+    log.touch()
+    wrapper.write_text(f'#!/bin/sh\necho run >> {log}\nexec {shutil.which("c++")} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    return log
+
+
+def runs(compilations: Path) -> int:
+    return len(compilations.read_text().splitlines())
+
+
+def works(library: Path) -> bool:
+    return bool(kernel.load(library).paged_attention(None, None, None) == 42)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache", "stub")
+def test_second_build_runs_no_compiler(compilations: Path) -> None:
+    said: list[str] = []
+    first = kernel.build(said.append)
+    assert works(first)
+    assert runs(compilations) == 1
+    assert len(said) == 1
+    assert kernel.build(said.append) == first
+    assert runs(compilations) == 1
+    assert len(said) == 1
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache")
+def test_changed_source_is_compiled_again(compilations: Path, stub: Path) -> None:
+    first = kernel.build()
+    stub.write_text(STUB + "// changed\n")
+    assert kernel.build() != first
+    assert runs(compilations) == 2
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache", "stub")
+def test_other_target_is_compiled_again(compilations: Path) -> None:
+    assert kernel.build() != kernel.build(target=())
+    assert runs(compilations) == 2
+
+
+@needs_compiler
+@pytest.mark.usefixtures("stub")
+def test_nothing_but_the_build_is_left_in_the_cache(cache: Path) -> None:
+    library = kernel.build()
+    assert [library.parent] == list(cache.iterdir())
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache", "stub")
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "no digest", "no library"])
+def test_damaged_cache_is_built_again(compilations: Path, damage: str) -> None:
+    library = kernel.build()
+    match damage:
+        case "truncated":
+            library.write_bytes(library.read_bytes()[:5000])
+        case "overwritten":
+            library.write_bytes(b"\0" * library.stat().st_size)
+        case "no digest":
+            (library.parent / "sha256").unlink()
+        case "no library":
+            library.unlink()
+    assert works(kernel.build())
+    assert runs(compilations) == 2
+
+
+@needs_compiler
+@pytest.mark.usefixtures("stub")
+def test_cache_that_cannot_be_written(cache: Path, tmp_path: Path) -> None:
+    cache.parent.write_text("a file where the directory should be")
+    library = kernel.build()
+    assert works(library)
+    assert not library.is_relative_to(tmp_path)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache", "stub")
+def test_build_that_loses_the_race_takes_the_winners(monkeypatch: pytest.MonkeyPatch) -> None:
+    winner: list[Path] = []
+    rename = Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        if not winner:
+            winner.append(target)
+            rename(shutil.copytree(self, self.with_name("winner")), target)  # type: ignore[arg-type]
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert kernel.build() == winner[0] / "paged_attention.so"
+
+
+@needs_compiler
+def test_processes_that_build_at_once(cache: Path) -> None:
+    program = "from asyncengine.model.attention import kernel; kernel.load(kernel.build())"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache.parent)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=110)
+        assert process.returncode == 0, errors
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.usefixtures("cache")
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(BackendUnavailableError, match="needs a C"):
+        kernel.build()
+    monkeypatch.setenv("CXX", "/nonexistent")
+    with pytest.raises(BackendUnavailableError, match="/nonexistent"):
+        kernel.build()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache")
+def test_compiler_that_fails(stub: Path) -> None:
+    stub.write_text("#error not today\n")
+    with pytest.raises(BackendUnavailableError, match="not today"):
+        kernel.build()
+
+
+def test_library_that_cannot_be_loaded(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"nothing")
+    with pytest.raises(BackendUnavailableError, match=r"broken\.so"):
+        CpuAttention(broken)
+
+
+def _runs_here(target: str) -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    needed = {"-march=x86-64": "sse2", "-march=x86-64-v3": "avx2", "-march=x86-64-v4": "avx512vl"}[target]
+    return platform.machine() == "x86_64" and needed in flags
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", ["-march=x86-64", "-march=x86-64-v3", "-march=x86-64-v4"])
+def test_older_processors(target: str) -> None:
+    """The code for processors without bfloat16 products, without AVX-512, and without half-precision conversions."""
+    if not _runs_here(target):
+        pytest.skip("not this processor")
+    backend = CpuAttention(kernel.build(target=[target]))
+    spec = layer(heads=4, kv_heads=2, key_dim=23, value_dim=40, soft_cap=8.0, sliding_window=90)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rows = [random_row(spec, context, new, dtype, new) for context, new in [(70, 1), (200, 33), (0, 2)]]
+        for page_size in (7, 16):
+            for row, output in zip(rows, run_paged(backend, spec, rows, page_size, dtype), strict=True):
+                torch.testing.assert_close(
+                    output.double(), dense(spec, row, None), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+                )
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", ["-march=x86-64", "-march=x86-64-v3"])
+def test_half_precision_extremes_on_older_processors(target: str) -> None:
+    if not _runs_here(target):
+        pytest.skip("not this processor")
+    backend, spec = CpuAttention(kernel.build(target=[target])), layer(heads=1, kv_heads=1, key_dim=8, value_dim=16)
+    row = random_row(spec, 0, 1, torch.float16, 0)
+    row.values[0, 0] = torch.tensor([0.0, 6e-8, -6e-5, 65504, -65504, torch.inf, -torch.inf, 1e-7] * 2)
+    (output,) = run_paged(backend, spec, [row], 16, torch.float16)
+    assert torch.equal(output[0, 0], row.values[0, 0])

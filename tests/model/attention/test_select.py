@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from asyncengine.model.attention.cpu import CpuAttention
+from asyncengine.model.attention.protocol import BackendUnavailableError
+from asyncengine.model.attention.reference import TorchAttention
+from asyncengine.model.attention.select import select
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("PATH", "")
+
+
+@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_cpu_gets_the_kernel(name: str) -> None:
+    selection = select(name, CPU)  # type: ignore[arg-type]
+    assert isinstance(selection.backend, CpuAttention)
+    assert selection.fallback_reason is None
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_auto_falls_back_to_torch_and_says_why() -> None:
+    selection = select("auto", CPU)
+    assert isinstance(selection.backend, TorchAttention)
+    assert selection.fallback_reason is not None
+    assert "/nonexistent" in selection.fallback_reason
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_cpu_without_a_compiler_is_an_error() -> None:
+    with pytest.raises(BackendUnavailableError, match="compiler"):
+        select("cpu", CPU)
+
+
+def test_cpu_kernel_on_another_device_is_an_error() -> None:
+    with pytest.raises(BackendUnavailableError, match="cuda"):
+        select("cpu", CUDA)
+
+
+def test_cuda_gets_torch() -> None:
+    assert select("auto", CUDA).backend.name == "torch"
+    assert select("torch", CUDA).fallback_reason is None
+
+
+def test_unknown_name_is_an_error() -> None:
+    with pytest.raises(BackendUnavailableError, match="flash"):
+        select("flash", CPU)  # type: ignore[arg-type]
+
+
+def test_kernel_refuses_what_it_cannot_store(cpu_backend: CpuAttention) -> None:
+    from attention_case import layer
+
+    with pytest.raises(BackendUnavailableError, match="float64"):
+        cpu_backend.allocate(layer(), 1, 16, torch.float64, CPU)
+    with pytest.raises(BackendUnavailableError, match="cuda"):
+        cpu_backend.allocate(layer(), 1, 16, torch.float32, CUDA)

@@ -1,0 +1,102 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+
+from asyncengine import tiny
+from asyncengine.errors import CheckpointError
+from asyncengine.model.checkpoint import Checkpoint, locate, tokenizer_key
+
+
+@pytest.fixture
+def llama(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(copytree(checkpoint("llama"), tmp_path / "llama"))
+
+
+def test_locates_directories_and_the_embedded_model(llama: Path) -> None:
+    assert locate(str(llama)) == llama
+    assert locate("tiny") == tiny.PATH
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "~/nowhere", "nowhere", "a/b/c"])
+def test_a_path_that_does_not_exist_is_said_to_be_missing(name: str) -> None:
+    with pytest.raises(CheckpointError, match="there is no such directory"):
+        locate(name)
+
+
+def test_a_hub_id_is_looked_up_in_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="nor in the local Hugging Face cache.*hf download someone/model"):
+        locate("someone/model")
+
+
+def test_a_cached_hub_id_is_found(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "cache" / "models--someone--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    copytree(llama, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert locate("someone/model") == repository / "snapshots" / commit
+
+
+def test_a_file_is_no_checkpoint(llama: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a file; expected a checkpoint directory"):
+        locate(str(llama / "config.json"))
+
+
+def test_a_missing_configuration_is_named(llama: Path) -> None:
+    (llama / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        Checkpoint(llama)
+
+
+def test_missing_weights_are_named(llama: Path) -> None:
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        Checkpoint(llama)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_weights_are_noticed_from_the_header(llama: Path, keep: int) -> None:
+    file = llama / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or incomplete"):
+        Checkpoint(llama)
+
+
+def test_a_missing_shard_is_named(llama: Path) -> None:
+    (llama / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}})
+    )
+    with pytest.raises(CheckpointError, match=r"1 weight files are missing: model-00002\.safetensors"):
+        Checkpoint(llama)
+
+
+def test_sizes_come_from_the_headers(llama: Path) -> None:
+    checkpoint = Checkpoint(llama)
+    assert checkpoint.dtype is torch.float32
+    size = (llama / "model.safetensors").stat().st_size
+    assert size - 10_000 < checkpoint.weight_bytes(torch.float32) < size
+    assert checkpoint.weight_bytes(torch.bfloat16) * 2 == checkpoint.weight_bytes(torch.float32)
+
+
+def test_generation_defaults_come_from_the_file_and_nonsense_is_passed_over(llama: Path) -> None:
+    (llama / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.6, "top_p": 7, "top_k": 0, "eos_token_id": [3, 5]})
+    )
+    checkpoint = Checkpoint(llama)
+    assert checkpoint.generation_defaults.temperature == 0.6
+    assert checkpoint.generation_defaults.top_p is None
+    assert checkpoint.generation_defaults.top_k is None
+    assert checkpoint.eos_token_ids == (3, 5)
+
+
+def test_equal_tokenizers_have_equal_keys(llama: Path, tmp_path: Path) -> None:
+    assert tokenizer_key(llama) is None
+    assert tokenizer_key(tiny.PATH) == tokenizer_key(Path(copytree(tiny.PATH, tmp_path / "copy")))

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from asyncengine.errors import InsufficientMemoryError
+from asyncengine.model.memory import GIB, free_bytes, kv_budget, total_bytes
+
+BLOCK = 1 << 20
+
+
+def budget(available: int = GIB, wanted: int | None = None, useful: int = 10**9) -> int:
+    return kv_budget(
+        available=available, share=0.5, bytes_per_block=BLOCK, page_size=16, wanted_tokens=wanted, useful_tokens=useful
+    ).num_blocks
+
+
+def test_takes_its_share_of_what_is_available() -> None:
+    assert budget() == 512
+
+
+def test_takes_no_more_than_can_be_used() -> None:
+    assert budget(useful=100) == 7
+
+
+def test_takes_what_is_wanted_in_whole_blocks() -> None:
+    assert budget(wanted=17) == 2
+
+
+def test_what_does_not_fit_is_refused_with_its_arithmetic() -> None:
+    with pytest.raises(InsufficientMemoryError) as caught:
+        budget(wanted=16 * 513)
+    message = str(caught.value)
+    assert "max_total_sequence_length = 8208 needs 513 blocks = 0.50 GiB" in message
+    assert "0.5 x 1.00 GiB available / 1024.0 KiB per block of 16 tokens = 512 blocks = 8192 tokens" in message
+    assert "lower max_total_sequence_length or raise gpu_memory_utilization" in message
+
+
+def test_too_little_for_two_blocks_is_refused() -> None:
+    with pytest.raises(InsufficientMemoryError, match="raise gpu_memory_utilization or lower kv_cache_page_size"):
+        budget(available=BLOCK)
+
+
+def test_free_memory_is_part_of_the_total() -> None:
+    cpu = torch.device("cpu")
+    assert 0 < free_bytes(cpu) <= total_bytes(cpu)
