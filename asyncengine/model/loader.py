@@ -186,7 +186,7 @@ def _limits(plan: LoadPlan, layers: Any, backend: Any, model: Any) -> tuple[Limi
         max_recycling=config.prefix_cache_max_num_recycling_seqs,
     )
     complete = config.replace(
-        tokenizer=config.tokenizer or config.model,
+        tokenizer=config.tokenizer or (config.model if plan.tokenizer_key else None),
         device=str(details.device),
         dtype=str(details.dtype).removeprefix("torch."),
         max_num_sequence=sequences,

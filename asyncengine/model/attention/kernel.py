@@ -26,7 +26,7 @@ SOURCE = Path(__file__).with_name("paged_attention.cpp")
 
 _LIBRARY, _DIGEST = "paged_attention.so", "sha256"
 # Infinities and NaN keep their meaning: masks are made of the former, and a model's own NaN must not be hidden.
-_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # Not every compiler knows the first for every processor.
 _TARGETS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
 _COMPILE_SECONDS = 300

@@ -1,18 +1,17 @@
 // Paged attention on the CPU: writes a step's keys and values into their pages, then attends, decode rows and
 // prefill rows alike. Plain C ABI, compiled on first use by kernel.py with -march=native.
 //
-// Both products of attention are one loop here, C[row][lane] += sum over steps A[row][step] * B[step][lane], with
-// sixteen lanes to a vector. Keys have tokens for lanes, values have dimensions for lanes, and no product ever needs a
+// Both products of attention are one loop here, C[row][lane] += sum over steps A[row][step] * B[step][lane]. Keys have tokens for lanes, values have dimensions for lanes, and no product ever needs a
 // sum across lanes. The pages are stored in just that order:
 //
 //     keys    (block, kv head, step, token, pair)    step = key_dim / pair
 //     values  (block, kv head, step, value_dim, pair)    step = token / pair
 //
 // pair is 2 for bfloat16, as the dot-product instruction takes it, and 1 otherwise (also for the values of pages with
-// an odd number of tokens). Pages that are not a multiple of 16 tokens are copied block by block before use.
+// an odd number of tokens). Pages that do not hold whole vectors of tokens are copied block by block before use.
 //
 // The same token always gets the same bits, whatever else is in the batch, whether it decodes or is prefilled, and on
-// any number of threads: blocks of 64 tokens and splits of 512 begin at fixed multiples of the position, every block
+// any number of threads: blocks of 128 tokens and splits of 512 begin at fixed multiples of the position, every block
 // takes the same operations in the same order, and the splits are folded in ascending order. Tokens that a row must
 // not see only ever contribute an exact zero. Cache positions that were never written are never multiplied.
 //
@@ -25,6 +24,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 #include <vector>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
@@ -39,14 +39,10 @@
 extern "C" {
 #if defined(PAGED_ATTENTION_SERIAL)
 static void GOMP_parallel(void (*body)(void *), void *data, unsigned, unsigned) { body(data); }
-static void GOMP_barrier() {}
 static int omp_get_thread_num() { return 0; }
-static int omp_get_num_threads() { return 1; }
 #else
 void GOMP_parallel(void (*body)(void *), void *data, unsigned num_threads, unsigned flags);
-void GOMP_barrier();
 int omp_get_thread_num();
-int omp_get_num_threads();
 #endif
 }
 
@@ -92,22 +88,28 @@ struct Call {  // strides in elements, of the token and of the head
 
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int kGroups = 4;
-constexpr int kBlock = kLanes * kGroups;  // tokens to one update of the running maximum
-constexpr int kSplit = 512;               // tokens to one partial result
-constexpr int kTileRows = 48;             // (token, head) pairs that share one pass over the keys and values
+// How wide a vector is, and how many columns of accumulators (beside six rows) the registers have room for.
 #if defined(__AVX512F__)
-constexpr int kMaxRows = 6, kMaxCols = 4;  // the accumulators of the inner loop: 24 of 32 registers
+constexpr int kVectorBytes = 64, kMaxCols = 4;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kMaxCols = 2;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kMaxCols = 4;
 #else
-constexpr int kMaxRows = 3, kMaxCols = 2;
+constexpr int kVectorBytes = 16, kMaxCols = 2;
 #endif
+constexpr int kMaxRows = 6;
+constexpr int kLanes = kVectorBytes / 4;
+constexpr int kBlock = 128;  // tokens to one update of the running maximum
+constexpr int kGroups = kBlock / kLanes;
+constexpr int kSplit = 512;    // tokens to one partial result
+constexpr int kTileRows = 48;  // (token, head) pairs that share one pass over the keys and values
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504088896340736f;
 
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+typedef float Vec __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
 template <class To>
 inline To load(const void *from) {
@@ -118,7 +120,11 @@ inline To load(const void *from) {
 inline void store(float *to, Vec from) { std::memcpy(to, &from, sizeof from); }
 inline Vec splat(float x) { return Vec{} + x; }
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
-constexpr Ints kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline Ints iota() {
+  Ints lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
 
 template <class Operation>
 inline float across(Vec v, Operation operation) {
@@ -139,30 +145,51 @@ inline float lanes_sum(Vec v) {
   return across(v, [](float a, float b) { return a + b; });
 }
 
-// 2^x for x <= 0, exact 0 for -inf and whatever underflows; relative error below 2e-7.
+// 2^x for x <= 0, exact 0 for -inf and whatever underflows; relative error below 2e-7, or 3e-6 where that is
+// enough because the result is rounded to bfloat16.
+template <bool Coarse = false>
 inline Vec exp2_nonpositive(Vec x) {
+#if defined(__AVX512F__)
+  const Vec clamped = (Vec)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // in this order NaN stays NaN
+  const Vec whole = (Vec)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec clamped = x < -126.0f ? splat(-126.0f) : x;
   const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  Vec clamped = x < -126.0f ? splat(-126.0f) : x;
-  Vec shifted = clamped + shifter;
-  Vec f = clamped - (shifted - shifter);  // -0.5 .. 0.5
-  Ints exponent = ((Ints)shifted - (Ints)shifter) << 23;
-  Vec p = splat(1.535336188319500e-4f);
-  p = p * f + 1.339887440266574e-3f;
-  p = p * f + 9.618437357674640e-3f;
-  p = p * f + 5.550332471162809e-2f;
-  p = p * f + 2.402264791363012e-1f;
-  p = p * f + 6.931472028550421e-1f;
+  const Vec shifted = clamped + shifter, whole = shifted - shifter;
+#endif
+  const Vec f = clamped - whole;  // -0.5 .. 0.5
+  Vec p;
+  if (Coarse) {
+    p = splat(9.582853169e-3f);
+    p = p * f + 5.590642504e-2f;
+    p = p * f + 2.402409861e-1f;
+    p = p * f + 6.931241934e-1f;
+  } else {
+    p = splat(1.326472725e-3f);
+    p = p * f + 9.671512688e-3f;
+    p = p * f + 5.550733744e-2f;
+    p = p * f + 2.402224208e-1f;
+    p = p * f + 6.931469776e-1f;
+  }
   p = p * f + 1.0f;
-  return x < -126.0f ? splat(0.0f) : (Vec)((Ints)p + exponent);
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  return x < -126.0f ? splat(0.0f) : (Vec)((Ints)p + (((Ints)shifted - (Ints)shifter) << 23));
+#endif
 }
-inline float exp2_nonpositive(float x) { return exp2_nonpositive(splat(x))[0]; }
+inline float exp2_nonpositive(float x) { return exp2_nonpositive<false>(splat(x))[0]; }
 
 inline Vec tanh_of(Vec x) {
   Vec magnitude = x < 0.0f ? -x : x;
-  Vec e = exp2_nonpositive(magnitude * (-2.0f * kLog2E));
+  Vec e = exp2_nonpositive<false>(magnitude * (-2.0f * kLog2E));
   Vec large = (1.0f - e) / (1.0f + e);
   Vec x2 = x * x;  // below 0.25 the quotient cancels; a series does not
-  Vec series = magnitude * (1.0f + x2 * (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * 0.0218694885f))));
+  Vec series = splat(0.0218694885f);
+  series = series * x2 - 0.0539682540f;
+  series = series * x2 + 0.133333333f;
+  series = series * x2 - 0.333333333f;
+  series = magnitude * (series * x2 + 1.0f);
   Vec t = magnitude < 0.25f ? series : large;
   return x < 0.0f ? -t : t;
 }
@@ -173,6 +200,7 @@ inline Vec tanh_of(Vec x) {
 // are multiplied. `Weight` is one step of a row: what is multiplied with all lanes of an operand.
 
 struct Float32 {
+  static constexpr bool kCoarse = false;
   typedef float Stored;
   typedef float Weight;
   typedef Vec Operand;
@@ -181,12 +209,13 @@ struct Float32 {
   static Operand first_of_pair(const Stored *p) { return operand(p); }
   static Vec add_product(Vec sum, Weight w, Operand b) { return sum + w * b; }
   static void pack(Weight *to, int64_t i, float x) { to[i] = x; }
-  static void pack16(Weight *to, Vec x) { store(to, x); }
+  static void pack_vector(Weight *to, Vec x) { store(to, x); }
   static float widen(Stored x) { return x; }
   static Stored narrow(float x) { return x; }
 };
 
 struct BFloat16 {
+  static constexpr bool kCoarse = true;
   typedef uint16_t Stored;
   static constexpr int kPair = 2;
   static float widen(Stored x) {
@@ -212,7 +241,7 @@ struct BFloat16 {
     Stored narrowed = narrow(x);
     std::memcpy(reinterpret_cast<char *>(to) + i * 2, &narrowed, 2);
   }
-  static void pack16(Weight *to, Vec x) {
+  static void pack_vector(Weight *to, Vec x) {
     __m256bh narrowed = _mm512_cvtneps_pbh((__m512)x);
     std::memcpy(to, &narrowed, 32);
   }
@@ -233,21 +262,21 @@ struct BFloat16 {
     return sum + w.second * b.second;
   }
   static void pack(Weight *to, int64_t i, float x) { (i % 2 ? to[i / 2].second : to[i / 2].first) = x; }
-  static void pack16(Weight *to, Vec x) { std::memcpy(to, &x, sizeof x); }
+  static void pack_vector(Weight *to, Vec x) { std::memcpy(to, &x, sizeof x); }
 #endif
 };
 
 struct Float16 {
+  static constexpr bool kCoarse = false;
   typedef uint16_t Stored;
   typedef float Weight;
   typedef Vec Operand;
   static constexpr int kPair = 1;
-  static Vec widen16(const Stored *p) {
+  static Vec widen_vector(const Stored *p) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_cvtph_ps(load<__m256i>(p));
 #elif defined(__F16C__)
-    __m256 halves[2] = {_mm256_cvtph_ps(load<__m128i>(p)), _mm256_cvtph_ps(load<__m128i>(p + 8))};
-    return load<Vec>(halves);
+    return (Vec)_mm256_cvtph_ps(load<__m128i>(p));
 #else
     Words bits;
     for (int i = 0; i < kLanes; ++i) bits[i] = p[i];
@@ -257,14 +286,14 @@ struct Float16 {
     return (Vec)(scaled | (bits & 0x8000) << 16);
 #endif
   }
-  static Operand operand(const Stored *p) { return widen16(p); }
+  static Operand operand(const Stored *p) { return widen_vector(p); }
   static Operand first_of_pair(const Stored *p) { return operand(p); }
   static Vec add_product(Vec sum, Weight w, Operand b) { return sum + w * b; }
   static void pack(Weight *to, int64_t i, float x) { to[i] = x; }
-  static void pack16(Weight *to, Vec x) { store(to, x); }
+  static void pack_vector(Weight *to, Vec x) { store(to, x); }
   static float widen(Stored x) {
-    Stored sixteen[kLanes] = {x};
-    return widen16(sixteen)[0];
+    Stored lanes[kLanes] = {x};
+    return widen_vector(lanes)[0];
   }
   static Stored narrow(float x) {
 #if defined(__F16C__)
@@ -285,19 +314,33 @@ struct Float16 {
 
 // ---- the inner loops ---------------------------------------------------------------------------------------------
 
-// Keys: scores[row][group * 16 + lane], each group of 16 tokens at its own address.
+// What to bring nearer meanwhile: the values while keys are multiplied, the next block's keys while values are. Without
+// it arithmetic and memory wait for each other. Only towards the second-level cache: the queue towards the first is
+// short, and when it is full nothing moves.
+struct Ahead {
+  const void *const *at;  // one for each group of tokens
+  int64_t offset, stride;
+  int lines;  // at each step of `multiply_values`
+  const char *from(int group) const { return static_cast<const char *>(at[group]) + offset; }
+};
+inline void prefetch(const char *at) { __builtin_prefetch(at, 0, 2); }
+
+// Keys: scores[row][token], each group of as many tokens as a vector has lanes at its own address.
 template <class T, int Rows, int Cols>
 __attribute__((noinline)) void multiply_keys(const typename T::Weight *queries, int64_t query_stride,
-                                             const typename T::Stored *const *keys, int64_t step_stride, int64_t steps,
-                                             float *scores) {
+                                             const void *const *keys, int64_t step_stride, int64_t steps, float *scores,
+                                             Ahead ahead) {
   Vec sum[Rows][Cols] = {};
   const typename T::Stored *column[Cols];
 #pragma GCC unroll 8
-  for (int c = 0; c < Cols; ++c) column[c] = keys[c];
+  for (int c = 0; c < Cols; ++c) column[c] = static_cast<const typename T::Stored *>(keys[c]);
   for (int64_t step = 0; step < steps; ++step) {
     typename T::Operand key[Cols];
 #pragma GCC unroll 8
-    for (int c = 0; c < Cols; ++c) key[c] = T::operand(column[c] + step * step_stride);
+    for (int c = 0; c < Cols; ++c) {
+      key[c] = T::operand(column[c] + step * step_stride);
+      prefetch(ahead.from(c) + step * ahead.stride);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       const typename T::Weight w = queries[r * query_stride + step];
@@ -311,13 +354,12 @@ __attribute__((noinline)) void multiply_keys(const typename T::Weight *queries, 
     for (int c = 0; c < Cols; ++c) store(scores + r * kBlock + c * kLanes, sum[r][c]);
 }
 
-// Values: sums[row][lane] = sums[row][lane] * correction[row] + weights x values, over `groups` of 16 tokens, each at
+// Values: sums[row][lane] = sums[row][lane] * correction[row] + weights x values, over `groups` of tokens, each at
 // its own address; only the first `last_tokens` of the last group are read.
 template <class T, int Rows, int Cols>
-__attribute__((noinline)) void multiply_values(const typename T::Weight *weights,
-                                               const typename T::Stored *const *values, int64_t offset,
-                                               int64_t step_stride, int groups, int last_tokens,
-                                               const float *correction, float *sums, int64_t sum_stride) {
+__attribute__((noinline)) void multiply_values(const typename T::Weight *weights, const void *const *values,
+                                               int64_t offset, int64_t step_stride, int groups, int last_tokens,
+                                               const float *correction, float *sums, int64_t sum_stride, Ahead ahead) {
   constexpr int kSteps = kLanes / T::kPair;
   Vec sum[Rows][Cols];
 #pragma GCC unroll 8
@@ -325,10 +367,12 @@ __attribute__((noinline)) void multiply_values(const typename T::Weight *weights
 #pragma GCC unroll 8
     for (int c = 0; c < Cols; ++c) sum[r][c] = load<Vec>(sums + r * sum_stride + c * kLanes) * correction[r];
   for (int g = 0; g < groups; ++g) {
-    const typename T::Stored *row = values[g] + offset;
+    const typename T::Stored *row = static_cast<const typename T::Stored *>(values[g]) + offset;
     const typename T::Weight *weight = weights + g * kSteps;
+    const char *next = ahead.from(g);
     const int tokens = g + 1 < groups ? kLanes : last_tokens;
     for (int step = 0; step < tokens / T::kPair; ++step, row += step_stride) {
+      for (int i = 0; i < ahead.lines; ++i, next += ahead.stride) prefetch(next);
       typename T::Operand value[Cols];
 #pragma GCC unroll 8
       for (int c = 0; c < Cols; ++c) value[c] = T::operand(row + c * kLanes * T::kPair);
@@ -407,6 +451,22 @@ struct Buffer {
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Items that the threads share out. Waiting is for the items, not for the threads: one that the system has not
+// scheduled yet, on a busy machine, holds nobody up until the end.
+struct Phase {
+  std::atomic<int64_t> next{0}, done{0};
+  template <class Body>
+  void run(int64_t count, Body body) {
+    int64_t mine = 0;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++mine) body(i);
+    done.fetch_add(mine, std::memory_order_release);
+  }
+  void wait(int64_t count) const {
+    for (int spins = 0; done.load(std::memory_order_acquire) < count; ++spins)
+      if (spins > 1000) std::this_thread::yield();
+  }
+};
+
 template <class T>
 struct Step {
   typedef typename T::Stored Stored;
@@ -415,16 +475,16 @@ struct Step {
   const Layer layer;
   const Plan plan;
   const Call call;
-  const int64_t per_kv_head, key_steps, value_pair, value_steps, key_block, value_block, sum_width, max_rows;
+  const int64_t per_kv_head, key_steps, value_pair, key_block, value_block, sum_width, max_rows;
   const bool direct;  // pages can be read where they are
-  const float score_scale;
+  const float score_scale, tanh_scale;
   std::vector<Tile> &tiles;
   std::vector<Unit> &units;
   bool split_units = false;
   int64_t partial_floats = 0, scratch_bytes = 0;
   char *scratch = nullptr;
   float *partials = nullptr;
-  std::atomic<int64_t> next_unit{0}, next_merge{0}, next_write{0};
+  Phase writing, attending, merging;
 
   Step(const Layer &l, const Plan &p, const Call &c, std::vector<Tile> &t, std::vector<Unit> &u)
       : layer(l),
@@ -433,13 +493,13 @@ struct Step {
         per_kv_head(l.heads / l.kv_heads),
         key_steps((l.key_dim + T::kPair - 1) / T::kPair),
         value_pair(l.page_size % T::kPair ? 1 : T::kPair),
-        value_steps(l.page_size / value_pair),
         key_block(key_steps * l.page_size * T::kPair),
         value_block(l.page_size * l.value_dim),
         sum_width(round_up(l.value_dim, kLanes)),
         max_rows(std::max<int64_t>(kTileRows / per_kv_head, 1) * per_kv_head),
         direct(l.page_size % kLanes == 0),
-        score_scale(l.soft_cap != 0 ? float(l.scaling) : float(l.scaling * 1.44269504088896340736)),
+        score_scale(l.soft_cap != 0 ? 1.0f : float(l.scaling * 1.44269504088896340736)),
+        tanh_scale(l.soft_cap != 0 ? float(l.scaling / l.soft_cap) : 0.0f),
         tiles(t),
         units(u) {}
 
@@ -556,10 +616,41 @@ struct Step {
       }
   }
 
-  // Brings the tokens first..last of a page size that is no multiple of 16 into the order of one page of 64.
-  void gather(const int32_t *table, int64_t kv_head, int64_t begin, int64_t first, int64_t last, const Scratch &s) const {
+  // A block of a row's tokens: where its groups lie. Groups before `first` and from `last` on are not read.
+  struct Block {
+    int64_t begin, end;  // positions
+    int first, last;
+    const void *keys[kGroups], *values[kGroups];
+  };
+
+  Block locate(const Tile &tile, int64_t kv_head, int64_t begin, int64_t end, const Scratch &s) const {
     const int64_t page = layer.page_size;
-    for (int64_t position = first; position < last; ++position) {
+    const int32_t *table = plan.block_tables + tile.row * plan.table_stride;
+    Block block;
+    block.begin = begin;
+    block.end = end;
+    block.first = int((std::max(begin, first_visible(tile.context)) - begin) / kLanes);
+    block.last = int((end - begin + kLanes - 1) / kLanes);
+    for (int i = 0; i < kGroups; ++i) {
+      const int g = std::min(std::max(i, block.first), block.last - 1);  // the others may be fetched, so they exist
+      if (direct) {
+        const int64_t position = begin + g * kLanes, at = position % page;
+        const int64_t physical = table[position / page] * layer.kv_heads + kv_head;
+        block.keys[i] = static_cast<const Stored *>(layer.keys) + physical * key_block + at * T::kPair;
+        block.values[i] = static_cast<const Stored *>(layer.values) + physical * value_block + at * layer.value_dim;
+      } else {
+        block.keys[i] = s.keys + g * kLanes * T::kPair;
+        block.values[i] = s.values + g * kLanes * layer.value_dim;
+      }
+    }
+    return block;
+  }
+
+  // Brings a block's tokens from pages that do not hold whole groups into the order of one page of 128.
+  void gather(const Tile &tile, int64_t kv_head, const Block &where, const Scratch &s) const {
+    const int64_t page = layer.page_size, begin = where.begin;
+    const int32_t *table = plan.block_tables + tile.row * plan.table_stride;
+    for (int64_t position = begin + where.first * kLanes; position < where.end; ++position) {
       const int64_t block = table[position / page] * layer.kv_heads + kv_head, at = position % page;
       const int64_t to = position - begin;
       const Stored *key = static_cast<const Stored *>(layer.keys) + block * key_block + at * T::kPair;
@@ -576,98 +667,113 @@ struct Step {
     }
   }
 
-  // Scores become weights 2^(score - maximum); updates the maximum and the total of each of the rows.
-  template <class Limits>
-  void softmax(float *scores, Weight *weights, int rows, int first_group, int last_group, int64_t begin, bool masked,
-               Limits limits, float *maximum_of, float *totals, float *correction) const {
-    for (int r = 0; r < rows; ++r) {
-      Vec score[kGroups];
-      Vec high = splat(-kInfinity);
-      const int64_t until = limits(r) - begin, from = layer.window ? until - layer.window : -1;
-      for (int g = first_group; g < last_group; ++g) {
-        Vec x = load<Vec>(scores + r * kBlock + g * kLanes) * score_scale;
-        if (layer.soft_cap != 0) {
-          const float cap = float(layer.soft_cap);
-          x = tanh_of(x / cap) * (cap * kLog2E);
-        }
-        if (masked) {
-          const Ints at = kIota + g * kLanes;
-          const int hi = int(std::min<int64_t>(std::max<int64_t>(until, 0), kBlock));
-          const int lo = int(std::min<int64_t>(std::max<int64_t>(from, 0), kBlock));
-          x = (at < hi) & (at >= lo) ? x : splat(-kInfinity);
-        }
-        score[g] = x;
-        high = maximum(high, x);
+  // As many of a tile's (token, head) rows as the inner loops take at once, against one block.
+  struct Chunk {
+    int64_t row;  // the first of them
+    int rows;
+    int64_t context, per_kv_head;  // of the tile
+    int first, last;               // groups of the block that some row sees
+    float correction[kMaxRows];    // what the sums so far are multiplied by
+    int64_t limit(int r) const { return context + (row + r) / per_kv_head + 1; }
+  };
+
+  // Scores become weights 2^(score - maximum); updates the maximum and the total of each of the rows. `Whole` is the
+  // same for a block without masks, in fewer instructions.
+  template <bool Whole>
+  __attribute__((noinline)) void softmax(const Block &block, Chunk &chunk, const Scratch &s) const {
+    const int first = Whole ? 0 : chunk.first, last = Whole ? kGroups : chunk.last;
+    float *maxima = s.running.maximum + chunk.row, *totals = s.running.total + chunk.row * kLanes;
+    alignas(64) float reference[16] = {}, before[16] = {}, correction[16];
+    for (int r = 0; r < chunk.rows; ++r) {
+      float *row = s.scores + r * kBlock;
+      if (!Whole) hide(block, chunk, r, row);
+      Vec highest = splat(-kInfinity);
+#pragma GCC unroll 8
+      for (int g = first; g < last; ++g) highest = maximum(highest, load<Vec>(row + g * kLanes));
+      const float block_maximum = lanes_max(highest) * score_scale;
+      before[r] = maxima[r];
+      maxima[r] = before[r] > block_maximum ? before[r] : block_maximum;
+      reference[r] = maxima[r] == -kInfinity ? 0.0f : maxima[r];
+    }
+    for (int r = 0; r < chunk.rows; r += kLanes)
+      store(correction + r, exp2_nonpositive(load<Vec>(before + r) - load<Vec>(reference + r)));
+    for (int r = 0; r < chunk.rows; ++r) {
+      const float *row = s.scores + r * kBlock;
+      Weight *weights = s.weights + r * (kBlock / T::kPair);
+      Vec sum[4] = {};
+#pragma GCC unroll 8
+      for (int g = first; g < last; ++g) {
+        const Vec weight = exp2_nonpositive<T::kCoarse>(load<Vec>(row + g * kLanes) * score_scale - reference[r]);
+        T::pack_vector(weights + g * (kLanes / T::kPair), weight);
+        sum[g % 4] = sum[g % 4] + weight;
       }
-      const float before = maximum_of[r], block_high = lanes_max(high);
-      const float now = before > block_high ? before : block_high;
-      const float reference = now == -kInfinity ? 0.0f : now;
-      Vec sum[kGroups] = {};
-      for (int g = first_group; g < last_group; ++g) {
-        sum[g] = exp2_nonpositive(score[g] - reference);
-        T::pack16(weights + r * (kBlock / T::kPair) + g * (kLanes / T::kPair), sum[g]);
-      }
-      correction[r] = exp2_nonpositive(before - reference);
-      maximum_of[r] = now;
-      store(totals + r * kLanes, load<Vec>(totals + r * kLanes) * correction[r] + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+      const Vec total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      store(totals + r * kLanes, load<Vec>(totals + r * kLanes) * correction[r] + total);
+      chunk.correction[r] = correction[r];
     }
   }
 
-  // The tokens begin..begin + 64 of a row against all of a tile's (token, head) rows.
-  void attend_block(const Tile &tile, int64_t kv_head, int64_t begin, int64_t end, const Scratch &s) const {
-    const int64_t page = layer.page_size;
-    const int32_t *table = plan.block_tables + tile.row * plan.table_stride;
-    const int64_t first_seen = std::max(begin, first_visible(tile.context));
-    const int first_group = int((first_seen - begin) / kLanes);
-    const int last_group = int((end - begin + kLanes - 1) / kLanes);
-    const Stored *keys[kGroups], *values[kGroups];
-    int64_t key_stride = page * T::kPair;
-    if (direct) {
-      for (int g = first_group; g < last_group; ++g) {
-        const int64_t position = begin + g * kLanes, at = position % page;
-        const int64_t block = table[position / page] * layer.kv_heads + kv_head;
-        keys[g] = static_cast<const Stored *>(layer.keys) + block * key_block + at * T::kPair;
-        values[g] = static_cast<const Stored *>(layer.values) + block * value_block + at * layer.value_dim;
-      }
-    } else {
-      gather(table, kv_head, begin, begin + first_group * kLanes, end, s);
-      for (int g = first_group; g < last_group; ++g) {
-        keys[g] = s.keys + g * kLanes * T::kPair;
-        values[g] = s.values + g * kLanes * layer.value_dim;
-      }
-      key_stride = kBlock * T::kPair;
+  // Caps the scores of a row, and those of the tokens that it must not see become -inf.
+  __attribute__((noinline)) void hide(const Block &block, const Chunk &chunk, int r, float *row) const {
+    const int64_t until = chunk.limit(r) - block.begin, from = layer.window ? until - layer.window : 0;
+    const int high = int(std::min<int64_t>(until, kBlock));
+    const int low = int(std::min<int64_t>(std::max<int64_t>(from, 0), kBlock));
+    const float cap = float(layer.soft_cap);
+    for (int g = chunk.first; g < chunk.last; ++g) {
+      const Ints token = iota() + g * kLanes;
+      Vec x = load<Vec>(row + g * kLanes);
+      if (cap != 0) x = tanh_of(x * tanh_scale) * (cap * kLog2E);
+      store(row + g * kLanes, (token < high) & (token >= low) ? x : splat(-kInfinity));
     }
-    const int64_t all_rows = tile.count * per_kv_head;
-    const int64_t chunks = (all_rows + kMaxRows - 1) / kMaxRows;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t row = all_rows * chunk / chunks;
-      const int rows = int(all_rows * (chunk + 1) / chunks - row);
-      auto limit = [&](int r) { return tile.context + (row + r) / per_kv_head + 1; };
-      const int64_t highest = limit(rows - 1), lowest = limit(0);
-      if (highest <= begin) continue;
-      if (layer.window && lowest - layer.window >= begin + kBlock) continue;
-      const int groups_end = int(std::min<int64_t>(last_group, (highest - begin + kLanes - 1) / kLanes));
-      const Weight *queries = s.queries + row * key_steps;
-      int g = first_group;
-      for (; g + kMaxCols <= groups_end; g += kMaxCols)
-        loops<T>.keys[rows][1](queries, key_steps, keys + g, key_stride, key_steps, s.scores + g * kLanes);
-      for (; g < groups_end; ++g)
-        loops<T>.keys[rows][0](queries, key_steps, keys + g, key_stride, key_steps, s.scores + g * kLanes);
-      const bool masked = lowest < begin + kBlock || (layer.window && highest - layer.window > begin);
-      float correction[kMaxRows];
-      softmax(s.scores, s.weights, rows, first_group, groups_end, begin, masked, limit, s.running.maximum + row,
-              s.running.total + row * kLanes, correction);
-      const int last_tokens = int(std::min<int64_t>(highest - begin - (groups_end - 1) * kLanes, kLanes));
-      float *sums = s.running.sums + row * sum_width;
-      const Weight *weights = s.weights + first_group * (kLanes / T::kPair);
-      const int groups = groups_end - first_group;
-      int64_t v = 0;
-      for (; v + kMaxCols * kLanes <= sum_width; v += kMaxCols * kLanes)
-        loops<T>.values[rows][1](weights, values + first_group, v * T::kPair, layer.value_dim * T::kPair, groups,
-                                 last_tokens, correction, sums + v, sum_width);
-      for (; v < sum_width; v += kLanes)
-        loops<T>.values[rows][0](weights, values + first_group, v * T::kPair, layer.value_dim * T::kPair, groups,
-                                 last_tokens, correction, sums + v, sum_width);
+  }
+
+  // One block against all of a tile's (token, head) rows; `next` is the block after it, or the same again.
+  void attend_block(const Tile &tile, int64_t kv_head, const Block &block, const Block &next, const Scratch &s) const {
+    if (!direct) gather(tile, kv_head, block, s);
+    const int64_t rows = tile.count * per_kv_head, chunks = (rows + kMaxRows - 1) / kMaxRows;
+    for (int64_t i = 0; i < chunks; ++i) {
+      const int64_t row = rows * i / chunks;
+      const int count = int(rows * (i + 1) / chunks - row);
+      Chunk chunk = {row, count, tile.context, per_kv_head, block.first, block.last, {}};
+      const int64_t lowest = chunk.limit(0), highest = chunk.limit(chunk.rows - 1);
+      if (highest <= block.begin || (layer.window && lowest - layer.window >= block.begin + kBlock)) continue;
+      chunk.last = int(std::min<int64_t>(block.last, (highest - block.begin + kLanes - 1) / kLanes));
+      multiply_keys(block, chunk, i == 0, s);
+      const bool all_see_all =
+          lowest >= block.begin + kBlock && (!layer.window || highest - layer.window <= block.begin);
+      if (all_see_all && layer.soft_cap == 0)
+        softmax<true>(block, chunk, s);
+      else
+        softmax<false>(block, chunk, s);
+      const int64_t in_last = highest - block.begin - (chunk.last - 1) * kLanes;
+      multiply_values(block, next, chunk, int(std::min<int64_t>(in_last, kLanes)), i == 0, s);
+    }
+  }
+
+  void multiply_keys(const Block &block, const Chunk &chunk, bool fetch, const Scratch &s) const {
+    const int64_t stride = (direct ? layer.page_size : kBlock) * T::kPair;
+    const int64_t fetch_stride = fetch ? layer.value_dim * kLanes * int64_t(sizeof(Stored)) / key_steps : 0;
+    for (int g = chunk.first; g < chunk.last;) {
+      const bool wide = g + kMaxCols <= chunk.last;
+      loops<T>.keys[chunk.rows][wide](s.queries + chunk.row * key_steps, key_steps, block.keys + g, stride, key_steps,
+                                      s.scores + g * kLanes, {block.values + g, 0, fetch_stride, 0});
+      g += wide ? kMaxCols : 1;
+    }
+  }
+
+  void multiply_values(const Block &block, const Block &next, const Chunk &chunk, int last_tokens, bool fetch,
+                       const Scratch &s) const {
+    constexpr int64_t kSteps = kLanes / T::kPair, kWide = kMaxCols * kLanes;
+    const int64_t passes = sum_width / kWide + sum_width % kWide / kLanes;
+    const int lines = fetch ? int((key_steps + passes * kSteps - 1) / (passes * kSteps)) : 0;
+    Ahead ahead = {next.keys + chunk.first, 0, layer.page_size * T::kPair * int64_t(sizeof(Stored)), lines};
+    for (int64_t v = 0; v < sum_width;) {
+      const bool wide = v + kWide <= sum_width;
+      loops<T>.values[chunk.rows][wide](s.weights + chunk.first * kSteps, block.values + chunk.first, v * T::kPair,
+                                        layer.value_dim * T::kPair, chunk.last - chunk.first, last_tokens,
+                                        chunk.correction, s.running.sums + chunk.row * sum_width + v, sum_width, ahead);
+      v += wide ? kWide : kLanes;
+      ahead.offset += kSteps * lines * ahead.stride;
     }
   }
 
@@ -680,7 +786,7 @@ struct Step {
   // into += part, both over disjoint tokens, the ones of `part` later.
   __attribute__((noinline)) static void fold(float &into_maximum, float &into_total, float *into_sums, float maximum,
                                              float total, const float *sums, int64_t sum_width) {
-    if (maximum == -kInfinity) return;  // saw none of its tokens
+    if (maximum == -kInfinity && total == 0) return;  // saw none of its tokens
     const float now = into_maximum > maximum ? into_maximum : maximum;
     const float keep = exp2_nonpositive(into_maximum - now), add = exp2_nonpositive(maximum - now);
     into_maximum = now;
@@ -720,8 +826,13 @@ struct Step {
       clear(s.running, rows, kLanes, sum_width);
       const int64_t first = std::max(split * kSplit, first_visible(tile.context) / kBlock * kBlock);
       const int64_t last = std::min((split + 1) * kSplit, limit);
-      for (int64_t begin = first; begin < last; begin += kBlock)
-        attend_block(tile, kv_head, begin, std::min(begin + kBlock, last), s);
+      Block block = locate(tile, kv_head, first, std::min(first + kBlock, last), s);
+      for (int64_t begin = first; begin < last; begin += kBlock) {
+        const int64_t next_begin = begin + kBlock < limit ? begin + kBlock : begin;
+        const Block next = locate(tile, kv_head, next_begin, std::min(next_begin + kBlock, limit), s);
+        attend_block(tile, kv_head, block, next, s);
+        block = next;
+      }
       if (split_units) {
         float *to = partial(tile, kv_head, split);
         for (int64_t r = 0; r < rows; ++r, to += sum_width + kLanes) {
@@ -754,14 +865,13 @@ struct Step {
   void work() {
     const Scratch s = layout(scratch + scratch_bytes * omp_get_thread_num());
     const int64_t writes = (plan.tokens + kWriteTokens - 1) / kWriteTokens * layer.kv_heads;
-    for (int64_t i; (i = next_write.fetch_add(1)) < writes;) write(i);
-    GOMP_barrier();
-    const int64_t items = int64_t(units.size()) * layer.kv_heads;
-    for (int64_t i; (i = next_unit.fetch_add(1)) < items;) attend(i, s);
+    const int64_t attends = int64_t(units.size()) * layer.kv_heads;
+    writing.run(writes, [&](int64_t i) { write(i); });
+    writing.wait(writes);
+    attending.run(attends, [&](int64_t i) { attend(i, s); });
     if (!split_units) return;
-    GOMP_barrier();
-    const int64_t merges = int64_t(tiles.size()) * layer.kv_heads;
-    for (int64_t i; (i = next_merge.fetch_add(1)) < merges;) merge(i, s);
+    attending.wait(attends);
+    merging.run(int64_t(tiles.size()) * layer.kv_heads, [&](int64_t i) { merge(i, s); });
   }
 };
 

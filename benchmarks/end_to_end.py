@@ -1,0 +1,139 @@
+"""End to end: generated tokens per second at N concurrent requests, against transformers on the same checkpoint.
+
+A random checkpoint of a known shape; N random prompts of 128 tokens, 64 new tokens each, greedy, end-of-sequence
+ignored. Counted is the time from the first request given to the last token read. Sides, alternating in one run, each
+as its users would call it, with the same weights, dtype and number of threads:
+
+* asyncengine: ``generate_many``;
+* transformers ``generate``: one padded batch (all prompts have one length, so there is no padding);
+* transformers continuous batching: ``generate_batch``.
+
+The last line is one JSON object.
+
+    python -m benchmarks.end_to_end [--shape S] [--dtype bfloat16] [--requests 1 16] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from benchmarks import shapes
+
+PROMPT_TOKENS = 128
+NEW_TOKENS = 64
+
+
+async def ours(engine: AsyncEngine, prompts: list[list[int]]) -> float:
+    """Seconds of asyncengine."""
+    config = GenerationConfig(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    begun = time.perf_counter()
+    results = await engine.generate_many(prompts, config)
+    seconds = time.perf_counter() - begun
+    assert all(len(result.token_ids) == NEW_TOKENS for result in results)
+    await engine.reset()
+    return seconds
+
+
+def generate(model: Any, prompts: list[list[int]]) -> float:
+    """Seconds of transformers' generate."""
+    import torch
+
+    ids = torch.tensor(prompts)
+    begun = time.perf_counter()
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+    )
+    seconds = time.perf_counter() - begun
+    assert output.shape == (len(prompts), PROMPT_TOKENS + NEW_TOKENS)
+    return seconds
+
+
+def continuous_batching(model: Any, prompts: list[list[int]]) -> float:
+    """Seconds of transformers' continuous batching."""
+    from transformers import GenerationConfig as HFGenerationConfig
+
+    config = HFGenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    begun = time.perf_counter()
+    outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    seconds = time.perf_counter() - begun
+    lengths = [len(output.generated_tokens) for output in outputs.values()]
+    assert lengths == [NEW_TOKENS] * len(prompts), lengths
+    return seconds
+
+
+async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """All sides, alternating."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, arguments.dtype))
+    model.generation_config.eos_token_id = None
+    vocab = model.config.vocab_size
+    results: dict[str, Any] = {}
+    config = EngineConfig(
+        str(path), device="cpu", dtype=arguments.dtype, max_total_sequence_length=64 * 256, max_num_sequence=64
+    )
+    async with AsyncEngine(config) as engine:
+        for requests in arguments.requests:
+            prompts = torch.randint(1, vocab, (requests, PROMPT_TOKENS)).tolist()
+            rates: dict[str, list[float]] = {"asyncengine": [], "generate": [], "continuous_batching": []}
+            for attempt in range(arguments.rounds + 1):
+                seconds = {
+                    "asyncengine": await ours(engine, prompts),
+                    "generate": generate(model, prompts),
+                    "continuous_batching": continuous_batching(model, prompts),
+                }
+                if attempt:  # the first round warms all sides up
+                    for side, value in seconds.items():
+                        rates[side].append(requests * NEW_TOKENS / value)
+            row = {side: round(statistics.median(values), 1) for side, values in rates.items()}
+            for side in ("generate", "continuous_batching"):
+                pairs = zip(rates["asyncengine"], rates[side], strict=True)
+                row[f"ratio_{side}"] = round(statistics.median(a / b for a, b in pairs), 2)
+            results[str(requests)] = row
+            print(f"{requests:>4} requests: {row}", flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=list(shapes.SHAPES), default="S")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as directory:
+        path = shapes.write(Path(directory), arguments.shape, arguments.dtype)
+        results = uvloop.run(measure(arguments, path))
+    print(
+        json.dumps(
+            {
+                "benchmark": "end_to_end",
+                "unit": "tokens/s",
+                "shape": arguments.shape,
+                "dtype": arguments.dtype,
+                "results": results,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Random checkpoints of well-known shapes, made on disk once per run. Shared by the benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SHAPES = {
+    "tiny": {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 128, "vocab_size": 512,
+    },
+    "S": {  # the shape of SmolLM-135M
+        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "intermediate_size": 1536, "vocab_size": 49152,
+    },
+    "M": {  # the shape of Qwen3-0.6B
+        "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936,
+    },
+}  # fmt: skip
+
+
+def write(path: Path, shape: str, dtype: str) -> Path:
+    """Writes a random Llama (S, tiny) or Qwen3 (M) checkpoint with tied embeddings."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+    values = SHAPES[shape] | {
+        "tie_word_embeddings": True, "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": None,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    config = Qwen3Config(**values) if shape == "M" else LlamaConfig(**values)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(path)
+    return path

@@ -1,0 +1,98 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InsufficientMemoryError
+from asyncengine.model import loader as loader_module
+from asyncengine.model.loader import TransformersLoader
+from asyncengine.step.model import LoadedModel
+
+
+def load(config: EngineConfig) -> LoadedModel:
+    loader = TransformersLoader()
+    loaded = loader.load(loader.check(config, None))
+    loaded.model.close()
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("mode", "sequences", "tokens"),
+    [("interactive", 1, 512), ("local", 4, 4 * 512), ("server", 64, 64 * 512)],
+)
+def test_modes_derive_the_limits_that_are_not_given(
+    mode: Any, sequences: int, tokens: int, checkpoint: Callable[..., Path]
+) -> None:
+    loaded = load(EngineConfig(str(checkpoint("llama")), device="cpu", mode=mode))
+    config = loaded.config
+    assert config.max_num_sequence == loaded.limits.max_num_sequence == sequences
+    assert config.max_single_sequence_length == 512
+    assert config.max_total_sequence_length == loaded.limits.num_blocks * loaded.limits.page_size == tokens
+    assert config.prefill_chunk_size == 512
+
+
+def test_the_completed_configuration_has_no_gaps_and_loads_again(checkpoint: Callable[..., Path]) -> None:
+    config = load(EngineConfig(str(checkpoint("llama")), device="cpu")).config
+    gaps = [name for name in config.__slots__ if getattr(config, name) is None]
+    assert set(gaps) == {"prefix_cache_max_num_recycling_seqs", "max_queue_size", "tokenizer"}
+    assert load(EngineConfig.from_json(config.to_json())).config == config
+
+
+def test_kv_capacity_is_a_share_of_free_memory(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module.memory, "free_bytes", lambda device: 1 << 30)
+    config = EngineConfig(str(checkpoint("llama")), device="cpu", kv_cache_page_size=16, gpu_memory_utilization=0.001)
+    limits = load(config).limits
+    per_block = 3 * 2 * 2 * 16 * 16 * 4  # layers, key and value, heads, head size, tokens, bytes
+    assert limits.num_blocks == int((1 << 30) * 0.001) // per_block
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_arithmetic(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module.memory, "free_bytes", lambda device: 1 << 20)
+    with pytest.raises(InsufficientMemoryError, match=r"weights 0\.00 GiB .* \+ 0\.25 GiB .* > 0\.00 GiB free"):
+        TransformersLoader().check(EngineConfig(str(checkpoint("llama")), device="cpu"), None)
+
+
+def test_a_model_that_fits_only_alone_is_not_loaded_beside(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(str(checkpoint("llama")), device="cpu", max_total_sequence_length=512)
+    loaded = load(config)
+    assert loaded.memory_bytes > 512 * 3 * 2 * 2 * 16 * 4
+    assert TransformersLoader().check(config, loaded).fits_beside
+    need = loader_module._SLACK + loaded.memory_bytes // 2
+    monkeypatch.setattr(loader_module.memory, "free_bytes", lambda device: need)
+    assert not TransformersLoader().check(config, loaded).fits_beside
+
+
+def test_the_loader_leaves_torch_as_it_is(checkpoint: Callable[..., Path]) -> None:
+    before = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.random.get_rng_state())
+    load(EngineConfig(str(checkpoint("gpt_oss")), device="cpu", dtype="bfloat16"))
+    after = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.random.get_rng_state())
+    assert before[:3] == after[:3]
+    assert torch.equal(before[3], after[3])
+
+
+async def test_a_missing_tokenizer_is_no_error_until_text_is_asked_for(checkpoint: Callable[..., Path]) -> None:
+    from asyncengine import InvalidRequestError
+
+    async with AsyncEngine(EngineConfig(str(checkpoint("llama")), mode="interactive")) as engine:
+        result = await engine.generate([1, 2, 3], GenerationConfig(max_tokens=3))
+        assert result.text == ""
+        with pytest.raises(InvalidRequestError, match="has no tokenizer; pass the prompt as token ids"):
+            await engine.generate("text")
+        with pytest.raises(InvalidRequestError, match="stop strings need a tokenizer"):
+            await engine.generate([1], GenerationConfig(stop_strs="x"))
+
+
+async def test_the_tokenizer_may_come_from_elsewhere(checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint("llama", vocab_size=4096)
+    async with AsyncEngine(EngineConfig(str(path), tokenizer="tiny", mode="interactive")) as engine:
+        result = await engine.generate("Hello", GenerationConfig(max_tokens=5, temperature=0))
+        assert result.usage.prompt_tokens >= 1
+        assert isinstance(result.text, str)
