@@ -83,7 +83,7 @@ class EngineConfig:
             _text("tokenizer", self.tokenizer)
         _text("device", self.device)
         if self.device not in ("auto", "cpu", "cuda") and not (
-            self.device.startswith("cuda:") and self.device[5:].isdigit()
+            self.device.startswith("cuda:") and self.device.isascii() and self.device[5:].isdigit()
         ):
             raise ConfigError(f"device is {self.device!r}; allowed: 'auto', 'cpu', 'cuda', 'cuda:N'")
         for name, choices in _CHOICES.items():
@@ -104,6 +104,8 @@ class EngineConfig:
         if self.gpu_memory_utilization is not None:
             _number("gpu_memory_utilization", self.gpu_memory_utilization, low=0.0, high=1.0)
         _number("step_timeout", self.step_timeout, low=0.0, high=math.inf)
+        if not isinstance(self.additional_models, (list, tuple)):
+            raise ConfigError(f"additional_models is {self.additional_models!r}; expected a list")
         object.__setattr__(self, "additional_models", tuple(self.additional_models))
         for name, only in (("additional_models", ()), ("spec_draft_length", 0), ("tensor_parallel_shards", 1)):
             if getattr(self, name) != only:
@@ -118,7 +120,7 @@ class EngineConfig:
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"the configuration is not JSON ({error}); to name a model, pass EngineConfig(model={text[:80]!r})"
             ) from error

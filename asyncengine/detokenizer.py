@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from asyncengine.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
+_LONGEST_CHARACTER = 4
+"""Bytes, and so tokens, of the longest character."""
 _LONGEST_RUN = 32
 """Tokens after which undecodable output is taken for what it is instead of for an incomplete character."""
 
@@ -37,18 +39,46 @@ class Detokenizer:
         """Adds tokens and returns the text that is certain now."""
         self._ids += token_ids
         text = self._decode()
-        start = len(self._prefix_text) + self._emitted
-        if text.endswith(_REPLACEMENT) and len(self._ids) - self._read <= _LONGEST_RUN:
-            stable = text.rstrip(_REPLACEMENT)
-            out = stable[start:]
-            self._emitted += len(out)
-            return out
-        out = text[start:]
+        whole = ""
+        if text.endswith(_REPLACEMENT) and len(self._ids) - self._read > _LONGEST_RUN:
+            whole = self._take_whole()
+            text = self._decode()
+        if not text.endswith(_REPLACEMENT):
+            return whole + self._take(text)
+        out = text.rstrip(_REPLACEMENT)[len(self._prefix_text) + self._emitted :]
+        self._emitted += len(out)
+        return whole + out
+
+    def _take_whole(self) -> str:
+        """Returns the text up to the last token that completes a character; what comes after it is kept.
+
+        Where none of the newest tokens does, they are undecodable: all but those that may still begin a character
+        are taken as they stand.
+        """
+        ids = self._ids
+        for end in range(len(ids) - 1, max(len(ids) - 1 - _LONGEST_RUN, self._read), -1):
+            self._ids = ids[:end]
+            text = self._decode()
+            if not text.endswith(_REPLACEMENT) and len(text) > len(self._prefix_text):
+                break
+        else:
+            end = len(ids) - _LONGEST_CHARACTER
+            self._ids = ids[:end]
+            text = self._decode()
+        out = self._take(text)
+        self._ids += ids[end:]
+        return out
+
+    def _take(self, text: str) -> str:
+        """Returns what is new in the text of all tokens, which is certain."""
+        out = text[len(self._prefix_text) + self._emitted :]
         self._emitted = 0
         if len(text) > len(self._prefix_text):
             del self._ids[: self._read]
             self._read = len(self._ids)
             self._prefix_text = self._decode()
+        elif len(self._ids) - self._read > _LONGEST_RUN:  # special tokens that have no text
+            del self._ids[self._read :]
         return out
 
     def flush(self) -> str:

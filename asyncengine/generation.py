@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -225,8 +225,12 @@ def resolve(
     )
 
 
+def _is_finite(value: float) -> bool:
+    return -sys.float_info.max <= value <= sys.float_info.max  # math.isfinite refuses very large integers
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
 
 
 def _is_integer(value: object) -> bool:
@@ -249,7 +253,7 @@ def _integer(name: str, value: object, low: int | None, high: int | None, *, opt
 def _number(name: str, value: object, low: float, high: float | None, *, open_low: bool = False) -> None:
     if value is None:
         return
-    bad = not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value)
+    bad = not isinstance(value, (int, float)) or isinstance(value, bool) or not _is_finite(value)
     if not bad:
         assert isinstance(value, (int, float))
         bad = value < low or (open_low and value == low) or (high is not None and value > high)

@@ -1,8 +1,8 @@
 """The crossing from the event loops to the step thread: instructions, drained whole between steps.
 
-Owned by both sides; lock-free, so that a `put` is safe from any thread, from a finalizer, and from a garbage
-collection that happens to run inside another `put`. Everything rests on two facts of CPython: `deque.append` and
-`deque.popleft` are atomic, and so is releasing a lock that serves as a one-shot flag.
+Owned by both sides; lock-free until it is closed, so that a `put` is safe from any thread, from a finalizer, and from
+a garbage collection that happens to run inside another `put`. Everything rests on two facts of CPython: `deque.append`
+and `deque.popleft` are atomic, and so is releasing a lock that serves as a one-shot flag.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from asyncengine.errors import EngineClosedError
 
 T = TypeVar("T")
 
+LONGEST_WAIT = 3600.0
+"""Seconds after which `InstructionQueue.wait` returns early: a lock refuses very long time-outs."""
+
 
 class InstructionQueue(Generic[T]):
     """Many producers, one consumer. An idle consumer sleeps in `wait` without using the CPU."""
 
-    __slots__ = ("_closed", "_flag", "_items", "_sleeping")
+    __slots__ = ("_closed", "_closing", "_flag", "_items", "_sleeping")
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
@@ -27,6 +30,7 @@ class InstructionQueue(Generic[T]):
         self._flag.acquire()
         self._sleeping = False
         self._closed = False
+        self._closing = threading.RLock()  # a finalizer may call `put` while `close` holds it
 
     def put(self, item: T) -> None:
         """Adds an instruction. Never blocks; safe from any thread.
@@ -41,11 +45,10 @@ class InstructionQueue(Generic[T]):
             self.wake()
         if self.closed:
             # The consumer closed meanwhile. Either its last drain took the item, then it is answered there; or not.
-            try:
-                self._items.remove(item)
-            except ValueError:
-                return
-            raise EngineClosedError("the engine was shut down")
+            with self._closing:
+                missed = any(other is item for other in list(self._items))
+            if missed:
+                raise EngineClosedError("the engine was shut down")
 
     def wake(self) -> None:
         """Ends the consumer's present or next `wait`. Idempotent."""
@@ -72,13 +75,16 @@ class InstructionQueue(Generic[T]):
         self._sleeping = True
         # A producer that appended before it could see _sleeping is noticed here; one that appends later sees it.
         if not self._items:
-            self._flag.acquire(timeout=-1 if timeout is None else max(timeout, 0.0))
+            self._flag.acquire(timeout=-1 if timeout is None else min(max(timeout, 0.0), LONGEST_WAIT))
         self._sleeping = False
 
     def close(self) -> list[T]:
         """Refuses whatever comes from now on and returns what was still there. Consumer only; idempotent."""
-        self._closed = True
-        return self.drain()
+        with self._closing:
+            if self._closed:
+                return []
+            self._closed = True
+            return self.drain()
 
     @property
     def closed(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -16,6 +17,8 @@ InFlight = Literal["abort", "wait", "carry"]
 """What a reload does with requests that have begun: end them, let them finish, or go on with them on the new model."""
 
 WhenFull = Literal["wait", "raise"]
+
+_FAR = sys.float_info.max  # there are integers beyond it
 
 
 class Mailbox(Protocol):
@@ -53,7 +56,7 @@ class Deadlines:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _FAR:
                 raise InvalidRequestError(f"deadline {name} is {value!r}; allowed: seconds > 0, or None")
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 import itertools
+import secrets
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -193,7 +196,7 @@ class AsyncEngine:
         Raises:
             InvalidRequestError: `prompts` is a string, or there are not as many configurations as prompts.
         """
-        if isinstance(prompts, (str, bytes, Mapping)):
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
             raise InvalidRequestError(f"prompts is {prompts!r:.80}; expected a list of prompts")
         prompts = list(prompts)
         if isinstance(config, Sequence):
@@ -205,7 +208,12 @@ class AsyncEngine:
         return ManyStream(lambda: self._add(prompts, configs, options, many=True))
 
     async def abort_request(self, request_id: str) -> None:
-        """Ends a request with reason "abort"; returns once its blocks are free. An unknown id is passed over."""
+        """Ends a request with reason "abort"; returns once its blocks are free. An unknown id is passed over.
+
+        Raises:
+            InvalidRequestError: The id is not a string.
+        """
+        _name("request_id", request_id)
         await self._call(lambda to: ins.AbortRequests(request_ids=(request_id,), reply_to=to))
 
     async def pin_prompt(self, prompt: Prompt, name: str | None = None) -> str:
@@ -221,13 +229,19 @@ class AsyncEngine:
         Raises:
             AsyncEngineError: As `generate`.
         """
-        name = f"pin-{next(self._numbers)}" if name is None else name
-        streams = await self._add([prompt], [GenerationConfig(max_tokens=0)], _DEFAULTS, pin=name)
-        await streams[0]
-        return name
+        pin = f"pin-{next(self._numbers)}-{secrets.token_hex(4)}" if name is None else _name("name", name)
+        try:
+            streams = await self._add([prompt], [GenerationConfig(max_tokens=0)], _DEFAULTS, pin=pin)
+            await streams[0]
+        except BaseException:
+            if name is None:  # nobody could ever unpin it
+                self._put_quietly(ins.Unpin(pin))
+            raise
+        return pin
 
     async def unpin_prompt(self, name: str) -> bool:
         """Lets a pinned prompt be evicted; returns whether there was such a pin."""
+        _name("name", name)
         return bool(await self._call(lambda to: ins.Unpin(name, to)))
 
     # Life cycle
@@ -330,13 +344,18 @@ class AsyncEngine:
         """Ends the engine. May be called in any state, and again.
 
         Args:
-            drain: Seconds that requests get to finish; new ones are refused meanwhile.
+            drain: Seconds that requests get to finish; new ones are refused meanwhile. May be infinite.
 
         Returns:
             Ids of the requests that had to be ended.
 
+        Raises:
+            ConfigError: `drain` is not a number >= 0.
+
         Cancelling it does not stop it.
         """
+        if isinstance(drain, bool) or not isinstance(drain, (int, float)) or not drain >= 0:
+            raise ConfigError(f"drain is {drain!r}; allowed: seconds >= 0")
         try:
             left: tuple[str, ...] = await self._call(lambda to: ins.Shutdown(drain, to))
         except EngineClosedError:
@@ -358,7 +377,7 @@ class AsyncEngine:
 
     def shutdown_nowait(self, timeout: float = 10.0) -> None:
         """Ends the engine and blocks until its thread has ended, at most `timeout` seconds. Needs no event loop."""
-        _shut_down(self._thread)
+        self._put_quietly(ins.Shutdown())
         self._thread.join(timeout)
 
     async def __aenter__(self) -> Self:
@@ -390,15 +409,23 @@ class AsyncEngine:
 
     async def _call(self, make: Callable[[ReplyTo], Instruction]) -> Any:
         """Gives an instruction, synchronously, then awaits its reply."""
-        reply_to, future = self._router().expect_reply()
-        self._thread.put(make(reply_to))
+        router = self._router()
+        reply_to, future = router.expect_reply()
+        try:
+            self._thread.put(make(reply_to))
+        except BaseException:
+            router.expect_no_reply(reply_to)
+            raise
         return await future
 
-    def _abort(self, number: int) -> None:
+    def _put_quietly(self, instruction: Instruction) -> None:
         try:
-            self._thread.put(ins.AbortRequests(numbers=(number,)))
+            self._thread.put(instruction)
         except EngineClosedError:
-            pass  # it has ended all requests
+            pass  # it has ended everything
+
+    def _abort(self, number: int) -> None:
+        self._put_quietly(ins.AbortRequests(numbers=(number,)))
 
     async def _view(self) -> ModelView:
         """The loaded model, after a reload that is under way."""
@@ -435,9 +462,8 @@ class AsyncEngine:
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
                 news.append(new_request(next(self._numbers), ids, config, own, view, pin))
-            # From here to the put there is no await: the engine does not know a request that nobody owns.
+            # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
-            reply_to, admitted = router.expect_reply()
             streams = []
             for new in news:
                 inbox = Inbox(new.number, new.params.n)
@@ -448,9 +474,9 @@ class AsyncEngine:
                         new.request_id, inbox, router, self._abort, texts, new.params.num_logprobs >= 0, options.label
                     )
                 )
-            self._thread.put(ins.AddRequests(tuple(news), view.epoch, router.stream_back, reply_to, options.when_full))
+            add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
             try:
-                fits = await admitted
+                fits = await self._call(functools.partial(_addressed, add))
             except BaseException:
                 for stream in streams:
                     stream.withdraw()
@@ -467,6 +493,16 @@ def _config(config: EngineConfig | str) -> EngineConfig:
     if not isinstance(config, EngineConfig):
         raise ConfigError(f"config is {config!r:.80}; expected EngineConfig(...) or its JSON")
     return config
+
+
+def _addressed(add: ins.AddRequests, reply_to: ReplyTo) -> ins.AddRequests:
+    return dataclasses.replace(add, reply_to=reply_to)
+
+
+def _name(field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{field} is {value!r:.80}; expected a string")
+    return value
 
 
 def _reusable(prompt: Prompt | Conversation) -> Prompt | Conversation:

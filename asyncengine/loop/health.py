@@ -40,4 +40,6 @@ def health_of(thread: StepThread) -> Health:
         problems.append(f"the device is lost: {core.failure!r}; call restart")
     if thread.died is not None:
         problems.append(f"the step thread died: {thread.died!r}")
-    return Health(not problems, state, tuple(problems), () if loaded is None else loaded.notes, core.reloading.phase, running)
+    return Health(
+        not problems, state, tuple(problems), () if loaded is None else loaded.notes, core.reloading.phase, running
+    )

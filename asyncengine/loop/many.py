@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
+from asyncengine.errors import IllegalStateError
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import RequestOutput, RequestResult
 
@@ -20,15 +21,25 @@ class PendingStream:
     everything else are as in `RequestStream`.
     """
 
-    __slots__ = ("_add", "_stream")
+    __slots__ = ("_add", "_beginning", "_closed", "_stream")
 
     def __init__(self, add: Callable[[], Awaitable[RequestStream]]) -> None:
         self._add = add
+        self._beginning = False
+        self._closed = False
         self._stream: RequestStream | None = None
 
     async def _begin(self) -> RequestStream:
         if self._stream is None:
-            self._stream = await self._add()
+            _check_unbegun(self._beginning, self._closed)
+            self._beginning = True
+            try:
+                stream = await self._add()
+            finally:
+                self._beginning = False
+            self._stream = stream
+            if self._closed:  # by another task, meanwhile
+                await stream.aclose()
         return self._stream
 
     @property
@@ -51,11 +62,14 @@ class PendingStream:
     async def __anext__(self) -> RequestOutput:
         stream = self._stream
         if stream is None:
+            if self._closed:
+                raise StopAsyncIteration
             stream = await self._begin()
         return await stream.__anext__()
 
     async def aclose(self) -> None:
-        """Aborts the request if it has begun."""
+        """Aborts the request if it has begun, and ends the iteration for whoever reads."""
+        self._closed = True
         if self._stream is not None:
             await self._stream.aclose()
 
@@ -64,6 +78,13 @@ class PendingStream:
 
     async def _result(self) -> RequestResult:
         return await (await self._begin())
+
+
+def _check_unbegun(beginning: bool, closed: bool) -> None:
+    if beginning:
+        raise IllegalStateError("another task is about to read this stream")
+    if closed:
+        raise IllegalStateError("this stream was closed before it began")
 
 
 class _Ready:
@@ -77,6 +98,9 @@ class _Ready:
 
     def add(self, index: int) -> None:
         self.indices.append(index)
+        self.wake()
+
+    def wake(self) -> None:
         waiter, self.waiter = self.waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -112,19 +136,28 @@ class _Merged:
         try:
             while self._left:
                 if not ready.indices:
-                    ready.waiter = asyncio.get_running_loop().create_future()
-                    await ready.waiter
-                index = ready.indices.popleft()
+                    if ready.waiter is not None:
+                        raise IllegalStateError("another task is reading these streams")
+                    ready.waiter = future = asyncio.get_running_loop().create_future()
+                    try:
+                        await future
+                    finally:
+                        if ready.waiter is future:
+                            ready.waiter = None
+                    continue
+                index = ready.indices[0]
                 stream = self.streams[index]
                 output = stream.take()
-                if output is None:
-                    if stream.ended:
-                        self._left -= 1
-                    else:
-                        stream.wait_with(self._bells[index])
-                    continue
-                ready.indices.append(index)
-                return index, output
+                if output is not None:
+                    ready.indices.rotate(-1)  # the others have their turn first
+                    return index, output
+                if stream.ended:
+                    self._left -= 1
+                else:
+                    stream.wait_with(self._bells[index])
+                ready.indices.popleft()
+        except IllegalStateError:
+            raise
         except BaseException:
             self.abort()
             raise
@@ -133,6 +166,11 @@ class _Merged:
     def abort(self) -> None:
         for stream in self.streams:
             stream.abort()
+
+    def close(self) -> None:
+        self.abort()
+        self._left = 0
+        self._ready.wake()
 
 
 class ManyStream:
@@ -146,10 +184,12 @@ class ManyStream:
     ``many.streams[index].error`` says more. ``await many`` raises the first such error once all have ended.
     """
 
-    __slots__ = ("_add", "_merged")
+    __slots__ = ("_add", "_beginning", "_closed", "_merged")
 
     def __init__(self, add: Callable[[], Awaitable[list[RequestStream]]]) -> None:
         self._add = add
+        self._beginning = False
+        self._closed = False
         self._merged: _Merged | None = None
 
     @property
@@ -159,14 +199,27 @@ class ManyStream:
 
     async def _begin(self) -> _Merged:
         if self._merged is None:
-            self._merged = _Merged(await self._add())
+            _check_unbegun(self._beginning, self._closed)
+            self._beginning = True
+            try:
+                merged = _Merged(await self._add())
+            finally:
+                self._beginning = False
+            self._merged = merged
+            if self._closed:  # by another task, meanwhile
+                merged.close()
         return self._merged
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> tuple[int, RequestOutput]:
-        return await (self._merged or await self._begin()).next()
+        merged = self._merged
+        if merged is None:
+            if self._closed:
+                raise StopAsyncIteration
+            merged = await self._begin()
+        return await merged.next()
 
     async def __aenter__(self) -> Self:
         await self._begin()
@@ -175,12 +228,14 @@ class ManyStream:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Aborts all."""
         if self._merged is not None:
             self._merged.abort()
+
+    async def aclose(self) -> None:
+        """Aborts all, and ends the iteration for whoever reads."""
+        self._closed = True
+        if self._merged is not None:
+            self._merged.close()
 
     def __await__(self) -> Generator[Any, None, list[RequestResult]]:
         return self._results().__await__()

@@ -129,7 +129,8 @@ def new_request(
     )
     if params.stop_strs and view.tokenizer is None:
         raise InvalidRequestError(f"stop_strs is {params.stop_strs!r}; stop strings need a tokenizer and there is none")
-    request_id = f"request-{number}" if options.request_id is None else options.request_id
+    # The random part keeps it apart from whatever ids callers give.
+    request_id = f"request-{number}-{secrets.token_hex(4)}" if options.request_id is None else options.request_id
     return NewRequest(number, request_id, prompt, params, options.priority, options.deadlines, pin)
 
 

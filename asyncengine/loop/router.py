@@ -70,14 +70,15 @@ class Router:
     """Delivers the events of one engine on one loop.
 
     Attributes:
+        loop: The one that owns it.
         stream_back: The mailbox that the step thread posts to.
         merged: Tokens that were added to a delta nobody had read yet.
     """
 
-    __slots__ = ("_futures", "_inboxes", "_keys", "_loop", "_targets", "_tickets", "merged", "stream_back")
+    __slots__ = ("_futures", "_inboxes", "_keys", "_targets", "_tickets", "loop", "merged", "stream_back")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._tickets = itertools.count()
         self._futures: dict[int, asyncio.Future[Any]] = {}
         self._inboxes: dict[int, Inbox] = {}
@@ -89,8 +90,12 @@ class Router:
     def expect_reply(self) -> tuple[ReplyTo, asyncio.Future[Any]]:
         """Returns the address that an instruction carries, and the future of its reply."""
         ticket = next(self._tickets)
-        future = self._futures[ticket] = self._loop.create_future()
+        future = self._futures[ticket] = self.loop.create_future()
         return ReplyTo(self.stream_back, ticket), future
+
+    def expect_no_reply(self, to: ReplyTo) -> None:
+        """Undoes `expect_reply`: the instruction could not be given."""
+        del self._futures[to.ticket]
 
     def register(self, inbox: Inbox) -> None:
         """Delivers to `inbox` from now on."""
@@ -142,7 +147,12 @@ class Router:
             if future.done():
                 return  # its awaiter was cancelled
             if event.error is not None:
-                future.set_exception(event.error)
+                error = event.error
+                if isinstance(error, StopIteration) or not isinstance(error, Exception):
+                    # A future refuses the one; the others (SystemExit, CancelledError) are not meant for the awaiter.
+                    error = RuntimeError(f"the call raised {error!r}")
+                    error.__cause__ = event.error
+                future.set_exception(error)
                 future.exception()  # an awaiter that is cancelled right now will not fetch it: that is no mistake
             else:
                 future.set_result(event.value)

@@ -43,7 +43,9 @@ class RequestStream:
         label: Whatever the caller gave; the engine does not look at it.
     """
 
-    __slots__ = ("__weakref__", "_abort", "_branches", "_closed", "_inbox", "_raised", "_router", "label", "request_id")
+    __slots__ = (
+        "__weakref__", "_abort", "_branches", "_closed", "_inbox", "_next", "_raised", "_router", "label", "request_id",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class RequestStream:
         self._abort = abort
         self._closed = False
         self._raised = False
+        self._next = 0  # the branch to look at first, so that each has its turn
         self._branches = [
             _BranchText(None if texts is None else texts[index], logprobs) for index in range(len(inbox.branches))
         ]
@@ -96,7 +99,8 @@ class RequestStream:
         """Aborts, and ends the iteration for whoever reads."""
         self._closed = True
         self.abort()
-        self._inbox.wake()
+        if asyncio.get_running_loop() is self._router.loop:  # elsewhere, the reader is woken by the request's end
+            self._inbox.wake()
 
     def __aiter__(self) -> Self:
         return self
@@ -107,7 +111,7 @@ class RequestStream:
         Raises:
             StopAsyncIteration: There is nothing more.
             AsyncEngineError: Once, after the last delta, if the request ended by an error or a deadline.
-            IllegalStateError: Another task reads already.
+            IllegalStateError: Another task reads already, or the request was added on another event loop.
         """
         inbox = self._inbox
         try:
@@ -122,7 +126,7 @@ class RequestStream:
                     raise StopAsyncIteration
                 if inbox.waiter is not None:
                     raise IllegalStateError(f"request {self.request_id}: another task is reading this stream")
-                inbox.waiter = future = asyncio.get_running_loop().create_future()
+                inbox.waiter = future = self._running_loop().create_future()
                 try:
                     await future
                 finally:
@@ -137,17 +141,34 @@ class RequestStream:
 
     def take(self) -> RequestOutput | None:
         """Takes a pending delta without waiting; None if there is none just now."""
-        for branch in self._inbox.branches:
+        branches, index = self._inbox.branches, self._next
+        for _ in branches:
+            branch = branches[index]
+            following = index + 1 if index + 1 < len(branches) else 0
             if branch.ids or (branch.finish_reason is not None and not branch.finished):
-                return self._take(branch)
+                self._next = following
+                return self._take(branch, index)
+            index = following
         return None
 
     def wait_with(self, waiter: Waiter) -> None:
-        """Wakes `waiter` when something comes."""
+        """Wakes `waiter` when something comes.
+
+        Raises:
+            IllegalStateError: Another task waits already, or the request was added on another event loop.
+        """
+        if self._inbox.waiter is not None:
+            raise IllegalStateError(f"request {self.request_id}: another task is reading this stream")
+        self._running_loop()
         self._inbox.waiter = waiter
 
-    def _take(self, branch: Branch) -> RequestOutput:
-        index = self._inbox.branches.index(branch) if len(self._inbox.branches) > 1 else 0
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.get_running_loop()
+        if loop is not self._router.loop:
+            raise IllegalStateError(f"request {self.request_id} was added on another event loop; read it there")
+        return loop
+
+    def _take(self, branch: Branch, index: int) -> RequestOutput:
         seen = self._branches[index]
         ids, branch.ids = branch.ids, []
         self._router.merged += max(len(ids) - 1, 0)

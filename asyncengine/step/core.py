@@ -14,9 +14,11 @@ from typing import Any
 
 from asyncengine import instructions as ins
 from asyncengine.errors import (
+    AsyncEngineError,
     EngineClosedError,
     EngineDrainingError,
     EngineFailedError,
+    InvalidRequestError,
     ModelNotLoadedError,
     StepError,
 )
@@ -146,7 +148,7 @@ class Core:
     def _execute(self, instruction: Instruction) -> None:
         try:
             self._dispatch(instruction)
-        except Exception as error:
+        except BaseException as error:  # a debug function may even exit; the thread goes on
             self.outbox.reply(instruction.reply_to, error=error)
 
     def _dispatch(self, instruction: Instruction) -> None:
@@ -187,11 +189,12 @@ class Core:
                 self.move(Action.RESUME)
             case ins.Sleep():
                 if self.state is not EngineState.SLEEPING:
-                    self.move(Action.SLEEP)
+                    next_state(Action.SLEEP, self.state)
                     assert self.loaded is not None and self.scheduler is not None
                     self.scheduler.preempt_all()
                     self.scheduler.forget_cache()
                     self.loaded.model.sleep()
+                    self.move(Action.SLEEP)
             case ins.Wake():
                 if self.state is EngineState.SLEEPING:
                     assert self.loaded is not None
@@ -266,9 +269,6 @@ class Core:
 
     def install(self, loaded: LoadedModel) -> None:
         """Serves a model from now on; what waits goes on with it."""
-        self._epoch += 1
-        self.loaded = loaded
-        self.failure = None
         model = loaded.model
 
         def place(sequence: Any, tokens: Any) -> None:
@@ -276,23 +276,29 @@ class Core:
             prompt = len(new.prompt)
             model.place(sequence.slot, new.params, sequence.branch, tokens[:prompt], tokens[prompt:])
 
-        self.scheduler = Scheduler(loaded.limits, place)
+        scheduler = Scheduler(loaded.limits, place)
+        self._keep_counts()
+        self._epoch += 1
+        self.loaded, self.scheduler, self.failure = loaded, scheduler, None
         self.requests.max_queue_size = loaded.config.max_queue_size
-        self.requests.attach(self.scheduler, loaded.tokenizer)
-        self.requests.end_outside(loaded.vocab_size)
+        self.requests.attach(scheduler, loaded.tokenizer, loaded.vocab_size)
         self.view = loaded.view(self._epoch)
 
     def drop_model(self) -> None:
         """Lets the model go. Requests that are left wait for the next one."""
         loaded, self.loaded, self.view = self.loaded, None, None
         self.requests.detach()
+        self._keep_counts()
+        self.scheduler = None
+        if loaded is not None:
+            loaded.model.close()
+
+    def _keep_counts(self) -> None:
+        """Takes over what a scheduler counted that is about to go."""
         if self.scheduler is not None:
             self.counters.preemptions += self.scheduler.num_preemptions
             self.counters.prefix_cache_queries += self.scheduler.prefix_queries
             self.counters.prefix_cache_hits += self.scheduler.prefix_hits
-            self.scheduler = None
-        if loaded is not None:
-            loaded.model.close()
 
     # Steps
 
@@ -312,6 +318,8 @@ class Core:
             except Exception as error:  # a defect of ours: nothing about the requests can be trusted
                 self._fail_all(error)
         self.reloading.look()
+        if self.scheduler is not None:
+            self.requests.admit_queued()  # or else nobody would, if nothing else is left to do
         self._look_at_drains()
 
     def _step(self, scheduler: Scheduler, pending: Callable[[], list[Instruction]]) -> None:
@@ -388,6 +396,9 @@ class Core:
                 self.reloading.device_lost()
             else:
                 self.move(Action.FAIL)
+                failed = EngineFailedError("the device was lost while the engine was draining; call restart or reload")
+                failed.__cause__ = error
+                self._end_drains(failed)
 
     def _fail_all(self, error: Exception) -> None:
         self.counters.failed_steps += 1
@@ -402,6 +413,7 @@ class Core:
         failure = EngineClosedError(f"the engine died: {error!r}")
         failure.__cause__ = error
         self.requests.end_without_accounts(failure)
+        self.requests.abort_all(failure)  # those that are queued
         self.reloading.cancel(failure)
         for reply_to in (*self._shutdowns, *self._drains):
             self.outbox.reply(reply_to, error=failure)
@@ -420,28 +432,41 @@ class Core:
             self.move(Action.DRAINED)
             self._end_drains()
 
-    def _end_drains(self) -> None:
+    def _end_drains(self, error: AsyncEngineError | None = None) -> None:
         for reply_to in self._drains:
-            self.outbox.reply(reply_to)
+            self.outbox.reply(reply_to, error=error)
         self._drains.clear()
 
     def _begin_shutdown(self, shutdown: ins.Shutdown) -> None:
         next_state(Action.SHUTDOWN, self.state)
-        self._shutdowns.append(shutdown.reply_to)
+        if not shutdown.drain >= 0:
+            raise InvalidRequestError(f"drain is {shutdown.drain!r}; allowed: seconds >= 0")
         until = self.clock() + shutdown.drain
+        self._shutdowns.append(shutdown.reply_to)
         self._shutdown_at = until if self._shutdown_at is None else min(until, self._shutdown_at)
+        model_state = self.reloading.state_before or self.state
+        self._give_up_loading()
+        if self.scheduler is not None and model_state not in (EngineState.SLEEPING, EngineState.FAILED):
+            self.state = EngineState.DRAINING
+        else:
+            self._shutdown_at = self.clock()  # nothing can be finished
+        self._look_at_drains()
+
+    def _give_up_loading(self) -> None:
         held, self._held = list(self._held), deque()
+        self._cancelled.clear()
         self.refuse(held)
         self.reloading.cancel(EngineClosedError("the engine was shut down while the model was loading"))
-        if self.scheduler is not None and self.state not in (EngineState.SLEEPING, EngineState.FAILED):
-            self.state = EngineState.DRAINING
-        self._look_at_drains()
 
     def _finish_shutdown(self) -> None:
         left = self.requests.request_ids()
+        self._give_up_loading()
         self.requests.abort_all()
         self._end_drains()
-        self.drop_model()
+        try:
+            self.drop_model()
+        except Exception as error:  # it is let go all the same
+            self.failure = error
         self.state = EngineState.CLOSED
         later, self._later = self._later, []
         self.refuse(later)

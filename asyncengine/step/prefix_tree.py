@@ -34,7 +34,7 @@ class PrefixTree:
     Args:
         pool: Counts who holds a block; the tree holds each of its blocks once.
         page_size: Tokens per block.
-        max_leaves: Most separate sequences that are kept; None is unlimited.
+        max_leaves: Most separate sequences that `trim` leaves; None is unlimited.
     """
 
     def __init__(self, pool: BlockPool, page_size: int, max_leaves: int | None = None) -> None:
@@ -97,9 +97,12 @@ class PrefixTree:
             start += same * self._page_size
             node = child
         self._touch(node)
-        if self._max_leaves is not None and self._leaves > self._max_leaves:
-            self._evict(blocks=None, leaves=self._leaves - self._max_leaves)
         return np.concatenate(known) if known else _NO_BLOCKS
+
+    def trim(self, in_use: int = 0) -> None:
+        """Forgets the least recently used sequences until `max_leaves` are left, besides `in_use` that are in use."""
+        if self._max_leaves is not None and self._leaves > self._max_leaves + in_use:
+            self._evict(blocks=None, leaves=self._leaves - self._max_leaves - in_use)
 
     def evict(self, count: int) -> None:
         """Frees `count` cached blocks, or as many as there are, least recently used first."""

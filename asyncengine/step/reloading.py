@@ -61,7 +61,13 @@ class Reloading:
     @property
     def phase(self) -> str | None:
         """What the reload is doing, in words."""
-        return None if self._reload is None else self._reload.phase.value
+        reload = self._reload  # read from anywhere: it may go meanwhile
+        return None if reload is None else reload.phase.value
+
+    @property
+    def state_before(self) -> EngineState | None:
+        """The state to which a reload that fails early returns."""
+        return None if self._reload is None else self._reload.state_before
 
     @property
     def holds_steps(self) -> bool:
@@ -93,13 +99,21 @@ class Reloading:
         if reload is None or done.job != self._job:
             self.discard(done)
             return
+        try:
+            self._go_on(reload, done)
+        except Exception as error:  # the loader broke its promise, or the limits cannot be served
+            if self._reload is not reload:
+                raise
+            self._fail(error)
+
+    def _go_on(self, reload: _Reload, done: JobDone) -> None:
         if done.error is not None:
             self._fail(done.error)
             return
         if reload.phase is _Phase.CHECKING:
             plan = reload.plan = done.value
             assert isinstance(plan, LoadPlan)
-            if not self._may_carry(reload, plan):
+            if not self._may_carry(reload):
                 return
             # Nothing goes beside a lost device.
             if plan.fits_beside and reload.state_before is not EngineState.FAILED:
@@ -108,23 +122,38 @@ class Reloading:
                 self._start(lambda: loader.load(plan))
             else:
                 reload.phase = _Phase.EMPTYING
-        elif reload.phase is _Phase.LOADING_BESIDE:
-            reload.beside = done.value
-            reload.phase = _Phase.EMPTYING
         else:
-            assert reload.phase is _Phase.LOADING_ALONE
-            self._finish(done.value)
+            loaded = done.value
+            assert isinstance(loaded, LoadedModel)
+            if reload.phase is _Phase.LOADING_BESIDE:
+                reload.beside = loaded
+                reload.phase = _Phase.EMPTYING
+            else:
+                assert reload.phase is _Phase.LOADING_ALONE
+                self._finish(loaded)
         self.look()
 
     def look(self) -> None:
         """Lets the old model go as soon as the requests in flight allow it."""
-        core, reload = self._core, self._reload
-        if reload is None or reload.phase is not _Phase.EMPTYING:
-            return
+        reload = self._reload
+        if reload is not None and reload.phase is _Phase.EMPTYING:
+            try:
+                self._empty(reload)
+            except Exception as error:
+                if self._reload is not reload:
+                    raise
+                self._fail(error)
+
+    def _empty(self, reload: _Reload) -> None:
+        core = self._core
         if reload.in_flight == "abort":
             core.requests.abort_all()
-        elif reload.in_flight == "wait" and len(core.requests) and not self.holds_steps:
-            return
+        elif reload.in_flight == "wait" and len(core.requests):
+            if not self.holds_steps:
+                return
+            # Those that wait behind a lost device cannot finish on it.
+            if not self._same_tokenizer(reload):
+                core.requests.abort_all(ReloadError("the device was lost and the new model has another tokenizer"))
         if reload.beside is not None:
             core.drop_model()
             self._finish(reload.beside)
@@ -157,13 +186,17 @@ class Reloading:
 
     def _start(self, function: Callable[[], Any]) -> None:
         self._job += 1
-        self._start_job(self._job, function)
+        try:
+            self._start_job(self._job, function)
+        except Exception as error:  # there are too many threads
+            self._fail(error)
 
-    def _may_carry(self, reload: _Reload, plan: LoadPlan) -> bool:
-        view = self._core.view
-        if reload.in_flight != "carry" or view is None or not len(self._core.requests):
-            return True
-        if plan.tokenizer_key == view.tokenizer_key:
+    def _same_tokenizer(self, reload: _Reload) -> bool:
+        view, plan = self._core.view, reload.plan
+        return view is None or plan is None or plan.tokenizer_key == view.tokenizer_key
+
+    def _may_carry(self, reload: _Reload) -> bool:
+        if reload.in_flight != "carry" or not len(self._core.requests) or self._same_tokenizer(reload):
             return True
         self._fail(ReloadError("in_flight is 'carry', but the new model has another tokenizer than the present one"))
         return False
@@ -171,8 +204,13 @@ class Reloading:
     def _finish(self, loaded: LoadedModel) -> None:
         core, reload = self._core, self._reload
         assert reload is not None
+        reload.beside = None
+        try:
+            core.install(loaded)
+        except Exception:
+            loaded.model.close()
+            raise
         self._reload = None
-        core.install(loaded)
         core.move(Action.LOADED)
         core.outbox.reply(reload.reply_to, loaded.config)
         core.release_held()
@@ -190,7 +228,9 @@ class Reloading:
         if core.loaded is not None:
             core.state = reload.state_before
         else:
-            core.requests.abort_all(ReloadError(f"the model was let go and {reload.config.model!r} failed to load"))
+            lost = ReloadError(f"the model was let go and {reload.config.model!r} failed to load")
+            lost.__cause__ = cause
+            core.requests.abort_all(lost)
             core.move(Action.LOAD_FAILED)
         core.outbox.reply(reload.reply_to, error=error)
         core.release_held()

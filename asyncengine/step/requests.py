@@ -122,6 +122,9 @@ class RequestTable:
             InvalidRequestError: An id is in use.
             EngineOverloadedError: The waiting queue is full and the caller does not want to wait.
         """
+        if not instruction.requests:
+            self.outbox.reply(instruction.reply_to, True)
+            return
         seen: set[str] = set()
         for new in instruction.requests:
             if new.request_id in self._numbers or new.request_id in seen:
@@ -166,6 +169,9 @@ class RequestTable:
                 seconds = getattr(new.deadlines, kind)
                 if seconds is not None:
                     heapq.heappush(self._deadlines, (now + seconds, new.number, kind))
+            if len(self._deadlines) > 64 + 6 * len(self._requests):  # most are of requests that have ended
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
+                heapq.heapify(self._deadlines)
         if self._trace.enabled:
             self._trace.mark("b", "request", now, new.number, id=new.request_id, prompt_tokens=len(new.prompt))
         self.scheduler.add(request.branches[0])
@@ -176,12 +182,9 @@ class RequestTable:
         """Ends requests with reason "abort"; returns whether any was known."""
         known = False
         for number in numbers:
-            queued = self._queued.pop(number, None)
-            if queued is not None:
+            if number in self._queued:
                 known = True
-                del self._numbers[queued.new.request_id]
-                self.end_unadmitted(queued.new, queued.mailbox, error)
-                self.outbox.reply(queued.reply_to, True)
+                self._end_queued(number, error)
             request = self._requests.get(number)
             if request is not None:
                 known = True
@@ -197,12 +200,26 @@ class RequestTable:
         self.abort([r.new.number for r in self._requests.values() if r.mailbox is mailbox])
         self.abort([number for number, queued in self._queued.items() if queued.mailbox is mailbox])
 
-    def end_unadmitted(self, new: NewRequest, mailbox: Mailbox, error: AsyncEngineError | None = None) -> None:
+    def end_unadmitted(
+        self,
+        new: NewRequest,
+        mailbox: Mailbox,
+        error: AsyncEngineError | None = None,
+        reason: FinishReason = FinishReason.ABORT,
+    ) -> None:
         """Tells of the end of a request that was never admitted."""
         for branch in range(new.params.n):
-            self.outbox.add(mailbox, BranchEnded((new.number, branch), FinishReason.ABORT))
+            self.outbox.add(mailbox, BranchEnded((new.number, branch), reason))
         self.outbox.add(mailbox, RequestEnded(new.number, Usage(len(new.prompt), 0), error))
-        self.counters.requests["abort"] += 1
+        self.counters.requests[str(reason)] += 1
+
+    def _end_queued(
+        self, number: int, error: AsyncEngineError | None = None, reason: FinishReason = FinishReason.ABORT
+    ) -> None:
+        queued = self._queued.pop(number)
+        del self._numbers[queued.new.request_id]
+        self.end_unadmitted(queued.new, queued.mailbox, error, reason)
+        self.outbox.reply(queued.reply_to, True)
 
     def expire(self) -> None:
         """Ends the requests whose deadlines have passed."""
@@ -309,40 +326,41 @@ class RequestTable:
 
     # Life cycle of the model
 
-    def attach(self, scheduler: Scheduler, tokenizer: Tokenizer | None) -> None:
+    def attach(self, scheduler: Scheduler, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         """Goes on with another model. Requests that do not fit it are ended."""
         self.scheduler = scheduler
         self._tokenizer = tokenizer
         for request in list(self._requests.values()):
-            error = InvalidRequestError(
-                f"request {request.new.request_id}: its tokens do not fit the new model: at most "
-                f"{scheduler.limits.max_tokens} tokens"
-            )
-            fits = all(
-                len(branch.tokens) < scheduler.limits.max_tokens
-                for branch in request.branches
-                if branch.state is not SequenceState.ENDED
-            )
-            for branch in request.branches:
+            unfinished = [branch for branch in request.branches if branch.state is not SequenceState.ENDED]
+            for branch in unfinished:
                 if branch.state is SequenceState.WAITING:
                     scheduler.add(branch)
-            if not fits:
+            error = self._misfit(request.new, [branch.tokens for branch in unfinished], vocab_size)
+            if error is not None:
                 self._end_branches(request, FinishReason.ERROR, error)
+        for number, queued in list(self._queued.items()):
+            error = self._misfit(queued.new, [queued.new.prompt], vocab_size)
+            if error is not None:
+                self._end_queued(number, error, FinishReason.ERROR)
+
+    def _misfit(self, new: NewRequest, sequences: list[Int32], vocab_size: int) -> InvalidRequestError | None:
+        assert self.scheduler is not None
+        most = self.scheduler.limits.max_tokens
+        if any(len(tokens) >= most for tokens in sequences):
+            return InvalidRequestError(
+                f"request {new.request_id}: its tokens do not fit the new model: at most {most} tokens"
+            )
+        if any(int(tokens.max()) >= vocab_size for tokens in sequences):
+            return InvalidRequestError(
+                f"request {new.request_id}: it has token ids outside the new vocabulary of {vocab_size}"
+            )
+        return None
 
     def detach(self) -> None:
         """Lets the model go; what remains waits for the next one."""
         if self.scheduler is not None:
             self.scheduler.preempt_all()
         self.scheduler = None
-
-    def end_outside(self, vocab_size: int) -> None:
-        """Ends the requests that have tokens at or above `vocab_size`."""
-        for request in list(self._requests.values()):
-            if any(len(b.tokens) and int(b.tokens.max()) >= vocab_size for b in request.branches):
-                error = InvalidRequestError(
-                    f"request {request.new.request_id}: it has token ids outside the new vocabulary of {vocab_size}"
-                )
-                self._end_branches(request, FinishReason.ERROR, error)
 
     # One step
 
@@ -368,7 +386,6 @@ class RequestTable:
         """
         now = self._clock()
         decodes = len(plan.decodes)
-        self.counters.generation_tokens += len(drawn.token_ids)
         if decodes:
             slots, ids, logprobs, sequences = plan.decode_slots, drawn.token_ids[:decodes], drawn.logprobs, plan.decodes
             if logprobs is not None:
@@ -405,6 +422,7 @@ class RequestTable:
         if self._rows.decodes is not sequences:
             self._rows = _derive_rows(sequences)
         token_ids = ids.tolist()
+        self.counters.generation_tokens += len(token_ids)
         for mailbox, rows, keys in self._rows.keys:
             if rows is None:
                 self.outbox.add(mailbox, Tokens(keys, token_ids, logprobs))
@@ -446,6 +464,7 @@ class RequestTable:
         scheduler.begin_decoding(trunk)
         scheduler.slots.append_tokens(np.array([trunk.slot]), ids[:1])
         token_ids = ids.tolist()
+        self.counters.generation_tokens += len(token_ids)
         for branch, token_id in zip(chunk.branches[1:], token_ids[1:], strict=True):
             scheduler.fork(trunk, branch, token_id)
         for branch in request.branches:

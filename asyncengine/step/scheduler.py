@@ -379,6 +379,7 @@ class Scheduler:
             self._decodes_changed = True
         self.pool.release(self.slots.block_table(sequence.slot))
         self.slots.num_blocks[sequence.slot] = 0
+        self.tree.trim(in_use=self.num_running)
 
     def _release_slot(self, sequence: Sequence) -> None:
         if sequence.slot >= 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import threading
-import weakref
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +33,6 @@ class StepThread:
         self._name = name
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
-        self._jobs: set[threading.Thread] = set()
         self.died: BaseException | None = None
 
     def put(self, instruction: Instruction) -> None:
@@ -61,9 +60,15 @@ class StepThread:
             if self._thread is None and not self.queue.closed:
                 # A daemon, because an engine that nobody shut down must not keep the interpreter from exiting.
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                thread.start()
+                # Noted first: an exception out of `start` (the user's Ctrl-C) does not mean that it has not started.
                 self._thread = thread
                 _running.add(self)
+                try:
+                    thread.start()
+                except RuntimeError:  # there are too many threads
+                    self._thread = None
+                    _running.discard(self)
+                    raise
 
     def _run(self) -> None:
         try:
@@ -82,16 +87,18 @@ class StepThread:
         while not core.closed:
             core.handle(queue.drain())
             core.step(queue.drain)
-            self._flush()
-            if core.closed or core.runnable or len(queue):
+            if self._flush() or core.closed or core.runnable or len(queue):
                 continue
             deadline = core.next_deadline
             queue.wait(None if deadline is None else deadline - core.clock())
 
-    def _flush(self) -> None:
-        for mailbox in self.core.outbox.flush():
+    def _flush(self) -> bool:
+        """Posts what there is; returns whether that ended requests, so that there may be more to do."""
+        closed = self.core.outbox.flush()
+        for mailbox in closed:
             self.core.requests.abort_mailbox(mailbox)
             self.core.outbox.flush()  # nobody reads these either
+        return bool(closed)
 
     def _start_job(self, job: int, function: Callable[[], Any]) -> None:
         def run() -> None:
@@ -106,27 +113,36 @@ class StepThread:
                 if isinstance(value, LoadedModel):
                     value.model.close()
             finally:
-                self._jobs.discard(thread)
+                value = error = None  # the error's traceback refers to this frame
+                _loads.discard(thread)
 
         thread = threading.Thread(target=run, name=f"{self._name}-load-{job}", daemon=True)
-        self._jobs.add(thread)
-        thread.start()
+        _loads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:  # there are too many threads
+            _loads.discard(thread)
+            raise
 
-    def stop_at_exit(self) -> None:
-        """Ends the thread as soon as its present step is over; waits for that, but not for long."""
+    def stop(self) -> None:
+        """Lets the thread end as soon as its present step is over. Never blocks, never starts it."""
         try:
             self.queue.put(Shutdown())
         except EngineClosedError:
             pass
-        self.join(EXIT_SECONDS)
-        for thread in list(self._jobs):
-            thread.join(EXIT_SECONDS)
 
 
-_running: weakref.WeakSet[StepThread] = weakref.WeakSet()
+_running: set[StepThread] = set()  # each is held by its own running thread anyway
+_loads: set[threading.Thread] = set()  # a load may outlive the step thread
 
 
 @atexit.register
 def _stop_all() -> None:
-    for thread in list(_running):
-        thread.stop_at_exit()
+    until = time.monotonic() + EXIT_SECONDS
+    running = list(_running)
+    for thread in running:
+        thread.stop()
+    for thread in running:
+        thread.join(max(until - time.monotonic(), 0.0))
+    for load in list(_loads):
+        load.join(max(until - time.monotonic(), 0.0))

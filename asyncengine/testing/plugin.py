@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def scripted_engine() -> Iterator[Callable[..., AsyncEngine]]:
-    """Makes engines with known answers: ``engine = scripted_engine({"capital of France": "Paris"})``.
+    """Makes engines with known answers, which load at once and are shut down after the test.
 
-    They load when first used and are shut down after the test. Arguments as in
-    `asyncengine.testing.scripted_engine`.
+    ``engine = scripted_engine({"capital of France": "Paris"})``; arguments as in `asyncengine.testing.scripted_engine`.
     """
     from asyncengine.testing import engines
 

@@ -95,7 +95,7 @@ class ScriptedModel:
         """Undoes `hold`."""
         gate, self._gate = self._gate, None
         if gate is not None:
-            gate.release(1_000_000)
+            gate.release()  # at most one step is held
 
     def wait_until_held(self, timeout: float = 10.0) -> bool:
         """Blocks until a held step has begun; call it from a thread."""

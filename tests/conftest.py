@@ -1,0 +1,77 @@
+"""Every async test runs on asyncio and on uvloop; no test may leave anything behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+try:
+    import uvloop
+except ImportError:  # not there on every platform
+    uvloop = None
+
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
+if uvloop is not None:
+    LOOPS["uvloop"] = uvloop.new_event_loop
+
+_watched: list[asyncio.AbstractEventLoop] = []
+_reported: list[Mapping[str, Any]] = []
+
+
+def _watch(factory: Callable[[], asyncio.AbstractEventLoop]) -> Callable[[], asyncio.AbstractEventLoop]:
+    def make() -> asyncio.AbstractEventLoop:
+        loop = factory()
+        loop.set_exception_handler(lambda loop, context: _reported.append(context))
+        _watched.append(loop)
+        return loop
+
+    return make
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {name: _watch(factory) for name, factory in LOOPS.items()}
+
+
+@pytest.fixture(params=list(LOOPS), ids=list(LOOPS))
+def loop_factory(request: pytest.FixtureRequest) -> Callable[[], asyncio.AbstractEventLoop]:
+    """For tests that are not async themselves and run event loops of their own."""
+    return LOOPS[request.param]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    _reported.clear()
+    result = yield
+    for loop in _watched:
+        if not loop.is_closed():
+            left = [task for task in asyncio.all_tasks(loop) if not task.done()]
+            assert not left, f"the test left tasks behind: {left}"
+    assert not _reported, f"the event loop reported: {_reported}"
+    return result
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    before = set(engine_threads())
+    yield
+    _watched[:] = [loop for loop in _watched if not loop.is_closed()]
+    if set(engine_threads()) - before:
+        gc.collect()  # an engine in a reference cycle
+    until = time.monotonic() + 5.0
+    while (left := set(engine_threads()) - before) and time.monotonic() < until:
+        next(iter(left)).join(0.01)
+    assert not left, f"the test left threads behind: {left}"
+    gc.collect(1)  # what cannot be finalized is reported in the test that made it
+    assert not _reported, f"the event loop reported: {_reported}"
+
+
+def engine_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("asyncengine")]

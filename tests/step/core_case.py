@@ -1,0 +1,343 @@
+"""A `Core` on a scripted model, driven by hand: jobs, the clock and the mailbox are plain objects of the test."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from asyncengine import instructions as ins
+from asyncengine.config import EngineConfig
+from asyncengine.errors import AsyncEngineError
+from asyncengine.events import BranchEnded, BranchKey, Event, Reply, RequestEnded, Tokens
+from asyncengine.generation import SamplingParams
+from asyncengine.instructions import Deadlines, Instruction, JobDone, NewRequest, ReplyTo
+from asyncengine.outputs import FinishReason, Usage
+from asyncengine.state import EngineState
+from asyncengine.step.core import Core
+from asyncengine.step.sequence import SequenceState
+from asyncengine.testing import ByteTokenizer, Script, ScriptedLoader, ScriptedModel, echo
+
+EOS = ByteTokenizer.eos_token_id
+
+
+def params(**changes: Any) -> SamplingParams:
+    values: dict[str, Any] = {
+        "n": 1,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "num_logprobs": -1,
+        "logprobs_mode": "raw",
+        "logit_bias": (),
+        "max_tokens": 1000,
+        "min_tokens": 0,
+        "seed": 0,
+        "stop_strs": (),
+        "stop_token_ids": (EOS,),
+        "skip_special_tokens": True,
+        "detokenize": True,
+    }
+    return SamplingParams(**(values | changes))
+
+
+def config(model: str = "scripted", **changes: Any) -> EngineConfig:
+    values: dict[str, Any] = {
+        "max_num_sequence": 8,
+        "max_single_sequence_length": 64,
+        "max_total_sequence_length": 128,
+        "prefill_chunk_size": 16,
+        "kv_cache_page_size": 4,
+    }
+    return EngineConfig(model, **(values | changes))
+
+
+def prompt_of(tokens: Sequence[int] | str) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.array(list(tokens.encode()) if isinstance(tokens, str) else list(tokens), dtype=np.int32)
+
+
+class Box:
+    """A mailbox that keeps what it gets, and notices what must never happen."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.tokens: dict[BranchKey, list[int]] = {}
+        self.logprobs: dict[BranchKey, list[Any]] = {}
+        self.branch_ends: dict[BranchKey, BranchEnded] = {}
+        self.ends: dict[int, RequestEnded] = {}
+        self.replies: dict[int, Reply] = {}
+        self.log: list[Event] = []
+
+    def post(self, events: list[Event]) -> bool:
+        for event in events:
+            self.log.append(event)
+            match event:
+                case Tokens():
+                    assert len(set(event.keys)) == len(event.keys) == len(event.token_ids)
+                    for row, (key, token_id) in enumerate(zip(event.keys, event.token_ids, strict=True)):
+                        assert key not in self.branch_ends, f"a token for {key} after its end"
+                        self.tokens.setdefault(key, []).append(token_id)
+                        if event.logprobs is not None:
+                            self.logprobs.setdefault(key, []).append(event.logprobs[row])
+                case BranchEnded():
+                    assert event.key not in self.branch_ends, f"{event.key} ended twice"
+                    assert event.key[0] not in self.ends
+                    self.branch_ends[event.key] = event
+                case RequestEnded():
+                    assert event.number not in self.ends, f"request {event.number} ended twice"
+                    self.ends[event.number] = event
+                    keys = [key for key in self.branch_ends if key[0] == event.number]
+                    assert sorted(key[1] for key in keys) == list(range(len(keys))) != []
+                    delivered = sum(len(self.tokens.get(key, ())) for key in keys)
+                    assert event.usage.completion_tokens == delivered, f"{event.usage}, delivered {delivered}"
+                case Reply():
+                    assert event.ticket not in self.replies, f"ticket {event.ticket} was answered twice"
+                    self.replies[event.ticket] = event
+        return self.open
+
+
+@dataclass
+class Case:
+    """One core and everything around it."""
+
+    loader: ScriptedLoader
+    now: float = 100.0
+    box: Box = field(default_factory=Box)
+    jobs: list[tuple[int, Callable[[], Any]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.core = Core(self.loader, lambda job, function: self.jobs.append((job, function)), clock=lambda: self.now)
+        self.tickets = itertools.count()
+        self.numbers = itertools.count(1)
+
+    # Giving instructions
+
+    def reply_to(self) -> ReplyTo:
+        return ReplyTo(self.box, next(self.tickets))
+
+    def give(self, *instructions: Instruction) -> None:
+        self.core.handle(instructions)
+        self.flush()
+
+    def call(self, make: Callable[[ReplyTo], Instruction]) -> int:
+        """Gives an instruction; returns its ticket."""
+        to = self.reply_to()
+        self.give(make(to))
+        return to.ticket
+
+    def ask(self, make: Callable[[ReplyTo], Instruction]) -> Any:
+        """Gives an instruction that is answered at once; returns the answer or raises it."""
+        return self.answer(self.call(make))
+
+    def answered(self, ticket: int) -> bool:
+        return ticket in self.box.replies
+
+    def answer(self, ticket: int) -> Any:
+        reply = self.box.replies[ticket]
+        if reply.error is not None:
+            raise reply.error
+        return reply.value
+
+    def error(self, ticket: int) -> BaseException:
+        error = self.box.replies[ticket].error
+        assert error is not None
+        return error
+
+    def new(
+        self,
+        prompt: Sequence[int] | str,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadlines: Deadlines | None = None,
+        pin: str | None = None,
+        **changes: Any,
+    ) -> NewRequest:
+        number = next(self.numbers)
+        name = f"r{number}" if request_id is None else request_id
+        return NewRequest(number, name, prompt_of(prompt), params(**changes), priority, deadlines, pin)
+
+    def adding(
+        self, *new: NewRequest, when_full: ins.WhenFull = "wait", to: ReplyTo | None = None, epoch: int | None = None
+    ) -> ins.AddRequests:
+        if epoch is None:
+            epoch = -1 if self.core.view is None else self.core.view.epoch
+        return ins.AddRequests(new, epoch, self.box, to, when_full)
+
+    def add(self, prompt: Sequence[int] | str, **changes: Any) -> int:
+        """Adds a request; returns its number."""
+        new = self.new(prompt, **changes)
+        assert self.ask(lambda to: self.adding(new, to=to)) is True
+        return new.number
+
+    def abort(self, *numbers: int) -> None:
+        self.ask(lambda to: ins.AbortRequests(numbers, (), to))
+
+    def shutdown(self, drain: float = 0.0) -> int:
+        return self.call(lambda to: ins.Shutdown(drain, to))
+
+    # Time
+
+    def run_job(self, error: BaseException | None = None) -> None:
+        """Lets the oldest job end."""
+        job, function = self.jobs.pop(0)
+        value = None
+        if error is None:
+            try:
+                value = function()
+            except Exception as raised:
+                error = raised
+        self.give(JobDone(job, value, error))
+
+    def run_jobs(self) -> None:
+        while self.jobs:
+            self.run_job()
+
+    def load(self, model: str = "scripted", in_flight: ins.InFlight = "abort", **changes: Any) -> Any:
+        """Reloads, all the way; returns the answer or raises it."""
+        ticket = self.call(lambda to: ins.Reload(config(model, **changes), in_flight, to))
+        self.run_jobs()
+        if not self.answered(ticket):
+            self.step()
+            self.run_jobs()
+        return self.answer(ticket)
+
+    def step(self, steps: int = 1, pending: Iterable[Instruction] = ()) -> None:
+        """Steps; `pending` arrives while the first of them is executed."""
+        waiting = list(pending)
+
+        def drain() -> list[Instruction]:
+            taken = waiting[:]
+            waiting.clear()
+            return taken
+
+        for _ in range(steps):
+            self.core.handle(())
+            self.core.step(drain)
+            self.flush()
+            self.check()
+        if waiting:
+            self.give(*waiting)
+
+    def run(self, at_most: int = 500) -> int:
+        """Steps until there is nothing to do; returns how often."""
+        steps = 0
+        while self.core.runnable:
+            steps += 1
+            assert steps <= at_most, "it does not come to an end"
+            self.step()
+        return steps
+
+    def flush(self) -> None:
+        for box in self.core.outbox.flush():
+            self.core.requests.abort_mailbox(box)
+            self.core.outbox.flush()
+
+    # Looking
+
+    @property
+    def state(self) -> EngineState:
+        return self.core.state
+
+    @property
+    def model(self) -> ScriptedModel:
+        return self.loader.model
+
+    @property
+    def pool(self) -> Any:
+        assert self.core.scheduler is not None
+        return self.core.scheduler.pool
+
+    def tokens(self, number: int, branch: int = 0) -> list[int]:
+        return self.box.tokens.get((number, branch), [])
+
+    def text(self, number: int, branch: int = 0) -> str:
+        return bytes(token for token in self.tokens(number, branch) if token < 256).decode()
+
+    def reason(self, number: int, branch: int = 0) -> FinishReason | None:
+        end = self.box.branch_ends.get((number, branch))
+        return None if end is None else end.finish_reason
+
+    def stop_reason(self, number: int, branch: int = 0) -> int | str | None:
+        return self.box.branch_ends[number, branch].stop_reason
+
+    def ended(self, number: int) -> bool:
+        return number in self.box.ends
+
+    def usage(self, number: int) -> Usage:
+        return self.box.ends[number].usage
+
+    def end_error(self, number: int) -> AsyncEngineError:
+        error = self.box.ends[number].error
+        assert isinstance(error, AsyncEngineError)
+        return error
+
+    def check(self) -> None:
+        """Every account of the core, counted anew."""
+        core, requests = self.core, self.core.requests
+        assert len(requests._numbers) == len(requests)
+        assert set(requests._numbers.values()) == {*requests._requests, *requests._queued}
+        fresh = sum(request.started_at is None for request in requests._requests.values())
+        assert requests._waiting_new == fresh, f"{requests._waiting_new} counted as not begun, {fresh} are"
+        assert len(requests._deadlines) <= 64 + 8 * max(len(requests), 1)
+        if not core.reloading.busy:
+            assert not core._held and not core._cancelled
+        scheduler = core.scheduler
+        if scheduler is None:
+            return
+        scheduler.check()
+        assert not scheduler.dropped
+        running = scheduler.running()
+        slots = [*(s.slot for s in running)]
+        for request in requests._requests.values():
+            assert any(b.state is not SequenceState.ENDED for b in request.branches)
+            for branch in request.branches:
+                if branch.state is SequenceState.UNBORN and branch.slot >= 0:
+                    assert request.branches[0].state is SequenceState.PREFILL, "a slot is kept for nothing"
+                    slots.append(branch.slot)
+                if branch.state is SequenceState.WAITING:
+                    assert branch in scheduler.waiting and branch.slot == -1
+                assert branch.resident == (branch in running)
+                assert branch.state is not SequenceState.ENDED or branch.slot == -1
+        owned = {id(branch) for request in requests._requests.values() for branch in request.branches}
+        assert all(id(sequence) in owned for sequence in [*running, *scheduler.waiting])
+        assert sorted([*slots, *scheduler.slots._free]) == list(range(scheduler.limits.max_num_sequence))
+        assert set(scheduler.slots.more_stop_ids) <= set(slots)
+        # Who holds each block?
+        pool, tree = scheduler.pool, scheduler.tree
+        refs = np.zeros(pool.num_blocks, dtype=np.int64)
+        in_tree = np.zeros(pool.num_blocks, dtype=np.int64)
+        for sequence in running:
+            table = scheduler.slots.block_table(sequence.slot)
+            assert len(set(table.tolist())) == len(table)
+            np.add.at(refs, table, 1)
+        for blocks in tree._pins.values():
+            np.add.at(refs, blocks, 1)
+        stack = list(tree._root.children.values())
+        while stack:
+            node = stack.pop()
+            stack += node.children.values()
+            np.add.at(in_tree, node.blocks, 1)
+        assert in_tree.max(initial=0) <= 1
+        assert np.array_equal(pool._refs, refs + in_tree), "a block is held by nobody, or freed too early"
+        assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
+
+
+def loaded(script: Script = echo, *, tokenizer: bool = True, fits_beside: bool = True, **changes: Any) -> Case:
+    """A core that serves a scripted model."""
+    loader = ScriptedLoader(script, tokenizer=ByteTokenizer() if tokenizer else None, fits_beside=fits_beside)
+    case = Case(loader)
+    case.load(**changes)
+    return case
+
+
+def answer(text: str) -> Script:
+    """A script that says the same to everyone."""
+    return lambda prompt, branch: text.encode()

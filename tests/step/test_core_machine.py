@@ -1,0 +1,398 @@
+"""Everything that can happen to a core, in any order; what must hold is checked after every step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hypothesis import HealthCheck, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from asyncengine import instructions as ins
+from asyncengine.errors import (
+    AsyncEngineError,
+    DeadlineExceededError,
+    EngineOverloadedError,
+    InvalidRequestError,
+    ReloadError,
+)
+from asyncengine.instructions import Deadlines, NewRequest
+from asyncengine.outputs import FinishReason
+from asyncengine.state import EngineState
+from asyncengine.testing import ByteTokenizer, ScriptedLoader, ScriptedModel
+
+from .core_case import EOS, Case, config
+
+LETTERS = "abc"
+
+
+def script(prompt: Sequence[int], branch: int) -> Iterable[int]:
+    """Every prompt and branch has an answer of its own, of 0 to 19 letters."""
+    seed = sum((place + 1) * token for place, token in enumerate(prompt)) + 31 * branch
+    return [97 + (seed * 7 + (i * i + seed) * (i + 3)) % 3 for i in range(seed % 20)]
+
+
+def whole(new: NewRequest, branch: int) -> tuple[list[int], int | str | None]:
+    """All that a branch generates if no length limit ends it, and what ends it, told naively."""
+    answer = [*script(new.prompt.tolist(), branch)]
+    answer += [EOS] * (new.params.max_tokens + 1)
+    text = ""
+    for count, token in enumerate(answer, 1):
+        if token in new.params.stop_token_ids and count > new.params.min_tokens:
+            return answer[:count], token
+        text += "" if token == EOS else chr(token)
+        if stops := [stop for stop in new.params.stop_strs if text.endswith(stop)]:
+            return answer[:count], max(stops, key=len)
+    return answer, None
+
+
+class CoreMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.case = Case(ScriptedLoader(script, tokenizer=ByteTokenizer()))
+        self.news: dict[int, NewRequest] = {}
+        self.unsure: dict[int, NewRequest] = {}  # given, but perhaps refused
+        self.limits: set[int] = set()
+        self.admissions: dict[int, tuple[NewRequest, ...]] = {}
+        self.expected: set[int] = set()  # tickets that must have an answer in the end
+        self.pending: list[ins.Instruction] = []
+        self.pins: set[str] = set()
+
+    # What is there
+
+    @property
+    def core(self) -> Any:
+        return self.case.core
+
+    def alive(self) -> bool:
+        return not self.core.closed
+
+    def ask(self, make: Any) -> int:
+        ticket = self.case.call(make)
+        self.expected.add(ticket)
+        return ticket
+
+    def later(self, data: st.DataObject, make: Any) -> None:
+        """Gives an instruction now, or lets it arrive during the next step."""
+        to = self.case.reply_to()
+        self.expected.add(to.ticket)
+        if data.draw(st.booleans(), label="during a step"):
+            self.pending.append(make(to))
+        else:
+            self.case.give(make(to))
+
+    # Rules
+
+    @initialize(
+        size=st.sampled_from([32, 48, 64]),
+        slots=st.sampled_from([1, 2, 5]),
+        chunk=st.sampled_from([3, 8, 32]),
+        hybrid=st.sampled_from(["hybrid", "chunked"]),
+        recycling=st.sampled_from([None, 1]),
+        queue=st.sampled_from([None, 2]),
+    )
+    def load(self, size: int, slots: int, chunk: int, hybrid: Any, recycling: int | None, queue: int | None) -> None:
+        self.limits.add(size)
+        self.case.load(
+            max_total_sequence_length=size,
+            max_num_sequence=slots,
+            prefill_chunk_size=chunk,
+            prefill_mode=hybrid,
+            prefix_cache_max_num_recycling_seqs=recycling,
+            max_queue_size=queue,
+        )
+
+    @precondition(alive)
+    @rule(
+        data=st.data(),
+        prefix=st.sampled_from(["", "aaaa", "aaaabbbb", "aaaabbbbcccc"]),
+        tail=st.text(LETTERS, min_size=1, max_size=9),
+        n=st.integers(1, 4),
+        priority=st.integers(-1, 1),
+        max_tokens=st.integers(0, 14) | st.just(100),
+        min_tokens=st.integers(0, 5),
+        stop_strs=st.lists(st.text(LETTERS, min_size=1, max_size=3), max_size=2),
+        many_stop_ids=st.booleans(),
+        deadlines=st.none() | st.builds(Deadlines, queue=st.sampled_from([None, 3]), total=st.sampled_from([None, 9])),
+        pin=st.sampled_from([None, None, None, "p", "q"]),
+        when_full=st.sampled_from(["wait", "raise"]),
+        count=st.integers(1, 3),
+        same_id=st.booleans(),
+    )
+    def add(
+        self,
+        data: st.DataObject,
+        prefix: str,
+        tail: str,
+        n: int,
+        priority: int,
+        max_tokens: int,
+        min_tokens: int,
+        stop_strs: list[str],
+        many_stop_ids: bool,
+        deadlines: Deadlines | None,
+        pin: str | None,
+        when_full: ins.WhenFull,
+        count: int,
+        same_id: bool,
+    ) -> None:
+        view = self.core.view
+        prompt = prefix + tail
+        room = 1000 if view is None else view.max_tokens - len(prompt)
+        if room < 1:
+            return
+        max_tokens = min(max_tokens, room)
+        news = [
+            self.case.new(
+                prompt + LETTERS[i] * (len(prompt) + 1 < 20 and i > 0),
+                n=n,
+                request_id="same" if same_id and count == 1 else None,
+                priority=priority,
+                max_tokens=max_tokens,
+                min_tokens=min(min_tokens, max_tokens),
+                stop_strs=tuple(stop_strs),
+                stop_token_ids=(EOS, *range(200, 212 if many_stop_ids else 200)),
+                deadlines=deadlines,
+                pin=pin,
+            )
+            for i in range(count)
+        ]
+        epoch = None
+        if view is not None and any(len(new.prompt) >= view.max_tokens for new in news):
+            return
+        adding = self.case.adding(*news, when_full=when_full, epoch=epoch)
+        to = self.case.reply_to()
+        adding = ins.AddRequests(adding.requests, adding.epoch, adding.mailbox, to, when_full)
+        self.expected.add(to.ticket)
+        self.admissions[to.ticket] = tuple(news)
+        for new in news:
+            self.news[new.number] = new
+        if data.draw(st.booleans(), label="during a step"):
+            self.pending.append(adding)
+        else:
+            self.case.give(adding)
+
+    @precondition(alive)
+    @rule(steps=st.integers(1, 12))
+    def step(self, steps: int) -> None:
+        pending, self.pending = self.pending, []
+        self.case.step(steps, pending)
+
+    @precondition(alive)
+    @rule(data=st.data(), by_id=st.booleans())
+    def abort(self, data: st.DataObject, by_id: bool) -> None:
+        known = sorted(self.news)
+        numbers = data.draw(st.lists(st.sampled_from([*known, 9999]), max_size=3), label="aborted")
+        ids = tuple(self.news[n].request_id if n in self.news else "nobody" for n in numbers)
+        if by_id:
+            self.later(data, lambda to: ins.AbortRequests((), (*ids, "same"), to))
+        else:
+            self.later(data, lambda to: ins.AbortRequests(tuple(numbers), (), to))
+
+    @precondition(alive)
+    @rule(
+        data=st.data(),
+        in_flight=st.sampled_from(["abort", "wait", "carry"]),
+        model=st.sampled_from(["a", "b", "b", "fails check", "fails load"]),
+        fits=st.booleans(),
+        size=st.sampled_from([32, 48, 64, 96]),
+        slots=st.sampled_from([1, 2, 5]),
+        chunk=st.sampled_from([3, 8, 32]),
+        hybrid=st.sampled_from(["hybrid", "chunked"]),
+        cache=st.sampled_from(["radix", "radix", "disable"]),
+        recycling=st.sampled_from([None, None, 0, 1, 3]),
+        queue=st.sampled_from([None, 1, 2]),
+        length=st.sampled_from([24, 40, 64]),
+    )
+    def reload(
+        self,
+        data: st.DataObject,
+        in_flight: ins.InFlight,
+        model: str,
+        fits: bool,
+        size: int,
+        slots: int,
+        chunk: int,
+        hybrid: Any,
+        cache: Any,
+        recycling: int | None,
+        queue: int | None,
+        length: int,
+    ) -> None:
+        loader = self.case.loader
+        loader.fits_beside = fits
+        loader.check_errors = {"fails check": ReloadError("no"), "fails load later": ReloadError("no")}
+        loader.load_errors = {"fails load": OSError("no")}
+        self.limits.add(min(size // 4 * 4, length))
+        new = config(
+            model,
+            max_total_sequence_length=size,
+            max_num_sequence=slots,
+            prefill_chunk_size=chunk,
+            prefill_mode=hybrid,
+            prefix_cache_mode=cache,
+            prefix_cache_max_num_recycling_seqs=recycling,
+            max_queue_size=queue,
+            max_single_sequence_length=length,
+        )
+        self.later(data, lambda to: ins.Reload(new, in_flight, to))
+
+    @precondition(lambda self: bool(self.case.jobs))
+    @rule(lost=st.booleans())
+    def end_job(self, lost: bool) -> None:
+        self.case.run_job(MemoryError("no room") if lost and len(self.case.jobs[0]) % 7 == 0 else None)
+
+    @precondition(alive)
+    @rule(data=st.data(), instruction=st.sampled_from([ins.Unload, ins.Reset, ins.Restart, ins.Drain]))
+    def end_all(self, data: st.DataObject, instruction: Any) -> None:
+        self.later(data, instruction)
+
+    @precondition(alive)
+    @rule(data=st.data(), instruction=st.sampled_from([ins.Pause, ins.Resume, ins.Sleep, ins.Wake, ins.Wake]))
+    def pause_or_sleep(self, data: st.DataObject, instruction: Any) -> None:
+        self.later(data, instruction)
+
+    @precondition(alive)
+    @rule(data=st.data(), good=st.booleans())
+    def update_weights(self, data: st.DataObject, good: bool) -> None:
+        self.later(data, lambda to: ins.UpdateWeights({"w": 1 if good else None}, to))
+
+    @precondition(alive)
+    @rule(data=st.data(), pin=st.sampled_from(["p", "q"]))
+    def unpin(self, data: st.DataObject, pin: str) -> None:
+        self.later(data, lambda to: ins.Unpin(pin, to))
+
+    @precondition(lambda self: self.core.loaded is not None)
+    @rule(fault=st.sampled_from(["step", "device", "place"]))
+    def fault(self, fault: str) -> None:
+        model = self.core.loaded.model
+        assert isinstance(model, ScriptedModel)
+        if fault == "step":
+            model.fail_next(ValueError("a fault"))
+        elif fault == "device":
+            model.lose_device()
+        else:
+            model.refuse_next(ValueError("a refusal"))
+
+    @rule(seconds=st.sampled_from([0.5, 3.0]))
+    def wait(self, seconds: float) -> None:
+        self.case.now += seconds
+
+    @precondition(alive)
+    @rule(data=st.data(), drain=st.sampled_from([0.0, 2.0, 100.0]), sure=st.integers(0, 19))
+    def shutdown(self, data: st.DataObject, drain: float, sure: int) -> None:
+        if sure == 0:
+            self.later(data, lambda to: ins.Shutdown(drain, to))
+
+    # What must hold
+
+    @invariant()
+    def accounts_agree(self) -> None:
+        self.case.check()
+        core = self.core
+        if core.scheduler is not None:
+            assert not core.scheduler._copies or core.scheduler.running()
+        if core.closed:
+            assert core.loaded is None and not len(core.requests)
+
+    @invariant()
+    def what_was_delivered_is_true(self) -> None:
+        box = self.case.box
+        for number, new in self.news.items():
+            for branch in range(new.params.n):
+                got = box.tokens.get((number, branch), [])
+                if not got and (number, branch) not in box.branch_ends:
+                    continue
+                tokens, stop = whole(new, branch)
+                assert got == tokens[: len(got)], f"{number}.{branch}: {got} instead of {tokens}"
+                assert len(got) <= new.params.max_tokens
+                end = box.branch_ends.get((number, branch))
+                if end is None:
+                    continue
+                assert (number in box.ends) or not all(
+                    (number, other) in box.branch_ends for other in range(new.params.n)
+                )
+                if end.finish_reason is FinishReason.STOP:
+                    assert (got, end.stop_reason) == (tokens, stop)
+                elif end.finish_reason is FinishReason.LENGTH:
+                    full = len(got) + len(new.prompt) in self.limits
+                    assert len(got) == new.params.max_tokens or full, f"{got}, {new.params.max_tokens}"
+                    assert stop is None or len(got) < len(tokens)
+        for number, end in box.ends.items():
+            reasons = {box.branch_ends[number, branch].finish_reason for branch in range(self.news[number].params.n)}
+            assert (FinishReason.ERROR not in reasons) or isinstance(end.error, AsyncEngineError)
+            if isinstance(end.error, DeadlineExceededError):
+                assert self.news[number].deadlines is not None
+
+    @invariant()
+    def refusals_are_those_that_may_be(self) -> None:
+        for ticket, news in self.admissions.items():
+            reply = self.case.box.replies.get(ticket)
+            if reply is None:
+                continue
+            if reply.error is not None or reply.value is False:
+                assert isinstance(reply.error, (AsyncEngineError, type(None))), reply.error
+                if isinstance(reply.error, InvalidRequestError):
+                    assert [new.request_id for new in news] == ["same"]
+                if isinstance(reply.error, EngineOverloadedError):
+                    assert self.core.requests is not None
+
+    def teardown(self) -> None:
+        """Lets everything come to its end: nobody may be left waiting and nothing may be left behind."""
+        case, core = self.case, self.core
+        if self.pending:
+            case.give(*self.pending)
+            self.pending = []
+        for _ in range(50):
+            while case.jobs:
+                case.run_job()
+            if core.closed:
+                break
+            if core.state is EngineState.PAUSED:
+                case.give(ins.Resume())
+            elif core.state is EngineState.SLEEPING:
+                case.give(ins.Wake())
+            elif core.state is EngineState.FAILED:
+                case.give(ins.Restart())
+            case.run(at_most=20_000)
+            case.step()
+            if not core.reloading.busy and not len(core.requests) and not case.jobs:
+                break
+        note(f"{core.state} {core.reloading.phase} {core.requests.request_ids()}")
+        case.check()
+        assert core.closed or not core.reloading.busy
+        assert not len(core.requests)
+        missing = self.expected - set(case.box.replies)
+        assert not missing, f"nobody answered {missing}"
+        for ticket, news in self.admissions.items():
+            reply = case.box.replies[ticket]
+            for new in news:
+                admitted = reply.error is None and reply.value is True
+                assert not admitted or new.number in case.box.ends, f"request {new.number} never ended"
+                if admitted:
+                    count = sum(key[0] == new.number for key in case.box.branch_ends)
+                    assert count == new.params.n
+        if core.scheduler is not None:
+            pool, tree = core.scheduler.pool, core.scheduler.tree
+            pinned = {block for blocks in tree._pins.values() for block in blocks.tolist()}
+            assert pool.num_used == len(pinned)
+            for pin in list(tree._pins):
+                case.give(ins.Unpin(pin))
+            case.give(ins.Reset())
+            assert pool.num_free == pool.num_blocks
+        if not core.closed:
+            case.shutdown()
+        assert core.closed
+        for model in case.loader.models:
+            assert model.closed
+
+
+TestCore = CoreMachine.TestCase
+TestCore.settings = settings(
+    max_examples=int(os.environ.get("EXAMPLES", "150")),
+    stateful_step_count=int(os.environ.get("STEPS", "40")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
