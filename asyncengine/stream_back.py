@@ -57,7 +57,10 @@ class StreamBack:
         """
         self._events.extend(events)
         if self._pending:
-            return not self._loop.is_closed()
+            if self._loop.is_closed():
+                self._events.clear()
+                return False
+            return True
         self._pending = True
         self._posted_at = time.perf_counter()
         try:

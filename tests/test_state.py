@@ -15,7 +15,7 @@ S = EngineState
 
 
 def test_the_states_are_those_of_the_contract() -> None:
-    names = "unloaded, loading, ready, paused, sleeping, draining, failed, closed".split(", ")
+    names = ["unloaded", "loading", "ready", "paused", "sleeping", "draining", "failed", "closed"]
     assert [state.value for state in EngineState] == names
 
 

@@ -41,7 +41,7 @@ def opposites(rng: random.Random) -> list[Question]:
 def reversal(rng: random.Random) -> list[Question]:
     """The same numbers once more, backwards."""
     first = rng.randint(0, 12)
-    numbers = [str(number) for number in range(first, first + rng.randint(3, 9))]
+    numbers = [str(number) for number in range(first, first + rng.randint(3, 8))]
     prompt = rng.choice(("Now backwards.", "And backwards?", "Now count backwards."))
     return [
         exact(f"Count from {numbers[0]} to {numbers[-1]}.", ", ".join(numbers) + "."),
@@ -58,7 +58,7 @@ def story_recall(rng: random.Random) -> list[Question]:
     )
     recall = (
         (f"What did the {hero} find?", f"The {hero} found a {thing}."),
-        (f"Who did the {hero} meet?", f"The {hero} met a {friend}."),
+        (f"Who did the {hero} meet?", f"The {hero} met an old {friend}."),
         ("Who was the story about?", f"The story was about {article(hero)}."),
     )
     return [story, exact(*rng.choice(recall))]

@@ -142,8 +142,8 @@ def spelling(rng: random.Random) -> Question:
 
 def counting(rng: random.Random) -> Question:
     """The numbers of a range, forwards or backwards."""
-    first = rng.randint(0, 20)
-    last = first + rng.randint(2, 10)
+    first = rng.randint(0, 15)
+    last = first + rng.randint(2, 8)
     if rng.random() < 0.4:
         prompts = (
             f"Count backwards from {last} to {first}.",

@@ -38,6 +38,7 @@ SLOTS: Mapping[str, tuple[str, ...]] = {
 
 # One inner tuple is one sentence of the story, in one of its versions. A slot is filled once and then keeps its word;
 # the first mention of a slot stands in a sentence that has only one version, so that `pattern` can refer back to it.
+# The friend is always called old: a model this small finds the right animal again by the word before it.
 SENTENCES: tuple[tuple[str, ...], ...] = (
     ("Once upon a time there was a {kind} {hero} who lived {home}.",),
     ("The {hero} liked to {hobby}.",),
@@ -46,15 +47,15 @@ SENTENCES: tuple[tuple[str, ...], ...] = (
         '"What a beautiful {thing}!" said the {hero}.',
         "The {hero} had never seen such a {thing}.",
     ),
-    ("Then a {friend} came by, and the {friend} was {mood}.",),
+    ("Then an old {friend} came by, and the old {friend} was {mood}.",),
     (
-        "The {hero} gave the {thing} to the {friend}.",
-        "The {hero} took the {friend} home and made some soup.",
+        "The {hero} gave the {thing} to the old {friend}.",
+        "The {hero} took the old {friend} home and made some soup.",
         '"Do not worry," said the {hero}, "I will help you."',
     ),
     (
-        "From that {day} on, the {hero} and the {friend} were best friends.",
-        "The {friend} smiled, and the {hero} was happy too.",
+        "From that {day} on, the {hero} and the old {friend} were best friends.",
+        "The old {friend} smiled, and the {hero} was happy too.",
     ),
     ("The end.",),
 )

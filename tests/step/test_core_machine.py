@@ -14,6 +14,7 @@ from asyncengine import instructions as ins
 from asyncengine.errors import (
     AsyncEngineError,
     DeadlineExceededError,
+    EngineClosedError,
     EngineOverloadedError,
     InvalidRequestError,
     ReloadError,
@@ -21,7 +22,8 @@ from asyncengine.errors import (
 from asyncengine.instructions import Deadlines, NewRequest
 from asyncengine.outputs import FinishReason
 from asyncengine.state import EngineState
-from asyncengine.testing import ByteTokenizer, ScriptedLoader, ScriptedModel
+from asyncengine.step.sequence import SequenceState
+from asyncengine.testing import ByteTokenizer, ScriptedLoader
 
 from .core_case import EOS, Case, config
 
@@ -29,9 +31,9 @@ LETTERS = "abc"
 
 
 def script(prompt: Sequence[int], branch: int) -> Iterable[int]:
-    """Every prompt and branch has an answer of its own, of 0 to 19 letters."""
+    """Every prompt and branch has an answer of its own, of 0 to 39 letters."""
     seed = sum((place + 1) * token for place, token in enumerate(prompt)) + 31 * branch
-    return [97 + (seed * 7 + (i * i + seed) * (i + 3)) % 3 for i in range(seed % 20)]
+    return [97 + (seed * 7 + (i * i + seed) * (i + 3)) % 3 for i in range(seed % 40)]
 
 
 def whole(new: NewRequest, branch: int) -> tuple[list[int], int | str | None]:
@@ -48,17 +50,45 @@ def whole(new: NewRequest, branch: int) -> tuple[list[int], int | str | None]:
     return answer, None
 
 
+DISTURBANCES = [
+    "weights", "bad weights", "unpin", "unpin", "wait a little", "wait", "shutdown", "a fault", "a lost device",
+    "a refusal", "Unload", "Reset", "Drain", "Pause", "Sleep", "Resume", "Wake", "Restart",
+]  # fmt: skip
+
+CURES: dict[EngineState, Any] = {
+    EngineState.UNLOADED: lambda to: ins.Reload(config(max_total_sequence_length=48), "abort", to),
+    EngineState.PAUSED: ins.Resume,
+    EngineState.SLEEPING: ins.Wake,
+    EngineState.FAILED: ins.Restart,
+}
+
+
+ADDED: dict[str, Any] = {
+    "prefix": st.sampled_from(["", "aaaa", "aaaabbbb", "aaaabbbbcccc"]),
+    "tail": st.text(LETTERS, min_size=1, max_size=9),
+    "n": st.integers(1, 4),
+    "priority": st.integers(-1, 1),
+    "max_tokens": st.integers(0, 14) | st.just(100) | st.just(100),
+    "min_tokens": st.integers(0, 5),
+    "stop_strs": st.lists(st.text(LETTERS, min_size=2, max_size=4), max_size=2) | st.just([]),
+    "many_stop_ids": st.booleans(),
+    "deadlines": st.none() | st.builds(Deadlines, queue=st.sampled_from([None, 3]), total=st.sampled_from([None, 9])),
+    "pin": st.sampled_from([None, None, None, "p", "q"]),
+    "when_full": st.sampled_from(["wait", "raise"]),
+    "count": st.integers(1, 3),
+    "same_id": st.booleans(),
+}
+
+
 class CoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.case = Case(ScriptedLoader(script, tokenizer=ByteTokenizer()))
         self.news: dict[int, NewRequest] = {}
-        self.unsure: dict[int, NewRequest] = {}  # given, but perhaps refused
-        self.limits: set[int] = set()
+        self.limits = {48}  # of whatever was loaded so far, and of what `recover` loads
         self.admissions: dict[int, tuple[NewRequest, ...]] = {}
         self.expected: set[int] = set()  # tickets that must have an answer in the end
         self.pending: list[ins.Instruction] = []
-        self.pins: set[str] = set()
 
     # What is there
 
@@ -105,23 +135,16 @@ class CoreMachine(RuleBasedStateMachine):
         )
 
     @precondition(alive)
-    @rule(
-        data=st.data(),
-        prefix=st.sampled_from(["", "aaaa", "aaaabbbb", "aaaabbbbcccc"]),
-        tail=st.text(LETTERS, min_size=1, max_size=9),
-        n=st.integers(1, 4),
-        priority=st.integers(-1, 1),
-        max_tokens=st.integers(0, 14) | st.just(100),
-        min_tokens=st.integers(0, 5),
-        stop_strs=st.lists(st.text(LETTERS, min_size=1, max_size=3), max_size=2),
-        many_stop_ids=st.booleans(),
-        deadlines=st.none() | st.builds(Deadlines, queue=st.sampled_from([None, 3]), total=st.sampled_from([None, 9])),
-        pin=st.sampled_from([None, None, None, "p", "q"]),
-        when_full=st.sampled_from(["wait", "raise"]),
-        count=st.integers(1, 3),
-        same_id=st.booleans(),
-    )
-    def add(
+    @rule(data=st.data(), **ADDED)
+    def add(self, data: st.DataObject, **drawn: Any) -> None:
+        self.give_requests(data, **drawn)
+
+    @precondition(alive)
+    @rule(data=st.data(), **ADDED)
+    def add_more(self, data: st.DataObject, **drawn: Any) -> None:
+        self.give_requests(data, **drawn)
+
+    def give_requests(
         self,
         data: st.DataObject,
         prefix: str,
@@ -181,6 +204,16 @@ class CoreMachine(RuleBasedStateMachine):
         self.case.step(steps, pending)
 
     @precondition(alive)
+    @rule(steps=st.integers(1, 12))
+    def step_on(self, steps: int) -> None:
+        self.step(steps)
+
+    @precondition(lambda self: self.core.runnable)
+    @rule(steps=st.integers(1, 4))
+    def go_on(self, steps: int) -> None:
+        self.step(steps)
+
+    @precondition(alive)
     @rule(data=st.data(), by_id=st.booleans())
     def abort(self, data: st.DataObject, by_id: bool) -> None:
         known = sorted(self.news)
@@ -195,7 +228,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         in_flight=st.sampled_from(["abort", "wait", "carry"]),
-        model=st.sampled_from(["a", "b", "b", "fails check", "fails load"]),
+        model=st.sampled_from(["a", "b", "c", "fails check", "fails load"]),
         fits=st.booleans(),
         size=st.sampled_from([32, 48, 64, 96]),
         slots=st.sampled_from([1, 2, 5]),
@@ -223,7 +256,7 @@ class CoreMachine(RuleBasedStateMachine):
     ) -> None:
         loader = self.case.loader
         loader.fits_beside = fits
-        loader.check_errors = {"fails check": ReloadError("no"), "fails load later": ReloadError("no")}
+        loader.check_errors = {"fails check": ReloadError("no")}
         loader.load_errors = {"fails load": OSError("no")}
         self.limits.add(min(size // 4 * 4, length))
         new = config(
@@ -245,46 +278,51 @@ class CoreMachine(RuleBasedStateMachine):
         self.case.run_job(MemoryError("no room") if lost and len(self.case.jobs[0]) % 7 == 0 else None)
 
     @precondition(alive)
-    @rule(data=st.data(), instruction=st.sampled_from([ins.Unload, ins.Reset, ins.Restart, ins.Drain]))
-    def end_all(self, data: st.DataObject, instruction: Any) -> None:
-        self.later(data, instruction)
+    @rule(data=st.data(), what=st.sampled_from(DISTURBANCES))
+    def disturb(self, data: st.DataObject, what: str) -> None:
+        loaded = self.core.loaded
+        match what:
+            case "weights" | "bad weights":
+                weights = {"w": None if what == "bad weights" else 1}
+                self.later(data, lambda to: ins.UpdateWeights(weights, to))
+            case "unpin":
+                pin = data.draw(st.sampled_from(["p", "q"]), label="unpinned")
+                self.later(data, lambda to: ins.Unpin(pin, to))
+            case "wait a little" | "wait":
+                self.case.now += 0.5 if what == "wait a little" else 3.0
+            case "shutdown":
+                if data.draw(st.integers(0, 3), label="sure") == 0:
+                    drain = data.draw(st.sampled_from([0.0, 2.0, 100.0]), label="drain")
+                    self.later(data, lambda to: ins.Shutdown(drain, to))
+            case "a fault" | "a lost device" | "a refusal":
+                if loaded is None:
+                    return
+                if what == "a fault":
+                    loaded.model.fail_next(ValueError("a fault"))
+                elif what == "a lost device":
+                    loaded.model.lose_device()
+                else:
+                    loaded.model.refuse_next(ValueError("a refusal"))
+            case _:
+                self.later(data, getattr(ins, what))
 
-    @precondition(alive)
-    @rule(data=st.data(), instruction=st.sampled_from([ins.Pause, ins.Resume, ins.Sleep, ins.Wake, ins.Wake]))
-    def pause_or_sleep(self, data: st.DataObject, instruction: Any) -> None:
-        self.later(data, instruction)
+    @precondition(lambda self: self.core.state in CURES)
+    @rule()
+    def recover(self) -> None:
+        self.ask(CURES[self.core.state])
 
-    @precondition(alive)
-    @rule(data=st.data(), good=st.booleans())
-    def update_weights(self, data: st.DataObject, good: bool) -> None:
-        self.later(data, lambda to: ins.UpdateWeights({"w": 1 if good else None}, to))
+    @precondition(lambda self: self.core.state in CURES)
+    @rule()
+    def recover_and_step(self) -> None:
+        self.ask(CURES[self.core.state])
+        self.case.run_jobs()
+        self.step(3)
 
-    @precondition(alive)
-    @rule(data=st.data(), pin=st.sampled_from(["p", "q"]))
-    def unpin(self, data: st.DataObject, pin: str) -> None:
-        self.later(data, lambda to: ins.Unpin(pin, to))
-
-    @precondition(lambda self: self.core.loaded is not None)
-    @rule(fault=st.sampled_from(["step", "device", "place"]))
-    def fault(self, fault: str) -> None:
-        model = self.core.loaded.model
-        assert isinstance(model, ScriptedModel)
-        if fault == "step":
-            model.fail_next(ValueError("a fault"))
-        elif fault == "device":
-            model.lose_device()
-        else:
-            model.refuse_next(ValueError("a refusal"))
-
-    @rule(seconds=st.sampled_from([0.5, 3.0]))
-    def wait(self, seconds: float) -> None:
-        self.case.now += seconds
-
-    @precondition(alive)
-    @rule(data=st.data(), drain=st.sampled_from([0.0, 2.0, 100.0]), sure=st.integers(0, 19))
-    def shutdown(self, data: st.DataObject, drain: float, sure: int) -> None:
-        if sure == 0:
-            self.later(data, lambda to: ins.Shutdown(drain, to))
+    @precondition(lambda self: self.core.closed)
+    @rule(instruction=st.sampled_from([ins.Reset, ins.Unload, ins.Drain, ins.Shutdown]))
+    def give_to_a_closed_one(self, instruction: Any) -> None:
+        ticket = self.ask(lambda to: instruction(reply_to=to))
+        assert isinstance(self.case.error(ticket), EngineClosedError)
 
     # What must hold
 
@@ -293,7 +331,9 @@ class CoreMachine(RuleBasedStateMachine):
         self.case.check()
         core = self.core
         if core.scheduler is not None:
-            assert not core.scheduler._copies or core.scheduler.running()
+            running = core.scheduler.running()
+            copied = [branch for _, _, branch in core.scheduler._copies]
+            assert all(branch in running or branch.state is not SequenceState.DECODE for branch in copied)
         if core.closed:
             assert core.loaded is None and not len(core.requests)
 
@@ -325,6 +365,16 @@ class CoreMachine(RuleBasedStateMachine):
             assert (FinishReason.ERROR not in reasons) or isinstance(end.error, AsyncEngineError)
             if isinstance(end.error, DeadlineExceededError):
                 assert self.news[number].deadlines is not None
+
+    @precondition(lambda self: self.core.closed)
+    @rule()
+    def ask_what_is_closed(self) -> None:
+        """Whatever comes too late is answered, and changes nothing."""
+        box = self.case.box
+        ends, tokens = len(box.ends), sum(map(len, box.tokens.values()))
+        self.core.refuse([ins.AbortRequests(numbers=(1,)), ins.Reset(), ins.JobDone(-1)])
+        self.core.step()
+        assert (len(box.ends), sum(map(len, box.tokens.values()))) == (ends, tokens)
 
     @invariant()
     def refusals_are_those_that_may_be(self) -> None:

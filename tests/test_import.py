@@ -1,0 +1,43 @@
+"""What importing the package costs, in modules."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pytest", "hypothesis")
+
+
+def modules_after(statement: str) -> set[str]:
+    program = f"import sys; {statement}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stderr == ""
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import asyncengine",
+        "import asyncengine.testing",
+        "import asyncengine.testing.engines as e; e.echo_engine()",
+    ],
+)
+def test_imports_neither_torch_nor_transformers(statement: str) -> None:
+    assert not modules_after(statement) & set(HEAVY)
+
+
+def test_starts_no_thread_and_changes_no_signal() -> None:
+    program = (
+        "import signal, threading; before = [signal.getsignal(s) for s in signal.valid_signals()]; "
+        "import asyncengine, asyncengine.testing; "
+        "assert threading.active_count() == 1; "
+        "assert before == [signal.getsignal(s) for s in signal.valid_signals()]"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], timeout=100, check=True)
+
+
+def test_warns_of_nothing() -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", "import asyncengine.testing"], timeout=100, check=True)

@@ -1,0 +1,104 @@
+"""The folder is the thread: who may import what, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import asyncengine
+
+ROOT = Path(asyncengine.__file__).parent
+
+
+def imports(path: Path) -> set[str]:
+    """Names of all modules that a file imports, in whatever place, except for type checkers alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            assert node.module is not None
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def forbidden(path: Path, *names: str) -> set[str]:
+    return {used for used in imports(path) for name in names if used == name or used.startswith(f"{name}.")}
+
+
+def files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+VALUES = [path for path in sorted(ROOT.glob("*.py")) if path.name not in ("__init__.py", "__main__.py")]
+
+
+@pytest.mark.parametrize("path", files("loop"), ids=named)
+def test_the_loop_side_imports_no_torch(path: Path) -> None:
+    assert not forbidden(path, "torch", "transformers", "tokenizers", "safetensors")
+
+
+@pytest.mark.parametrize("path", files("loop"), ids=named)
+def test_the_loop_side_loads_models_only_where_one_is_wanted(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            assert node.module is None or not node.module.startswith("asyncengine.model")
+
+
+@pytest.mark.parametrize("path", files("step"), ids=named)
+def test_the_step_side_imports_no_asyncio_and_no_torch(path: Path) -> None:
+    assert not forbidden(path, "asyncio", "anyio", "uvloop", "concurrent", "torch", "transformers")
+    assert not forbidden(path, "asyncengine.loop", "asyncengine.model", "asyncengine.testing")
+
+
+@pytest.mark.parametrize("path", VALUES, ids=named)
+def test_what_both_sides_see_imports_neither(path: Path) -> None:
+    assert not forbidden(path, "asyncio", "anyio", "uvloop", "concurrent", "torch", "transformers")
+    assert not forbidden(path, "asyncengine.loop", "asyncengine.model", "asyncengine.testing")
+
+
+@pytest.mark.parametrize("path", VALUES, ids=named)
+def test_what_both_sides_see_takes_nothing_but_values_from_the_step_side(path: Path) -> None:
+    used = {name for name in imports(path) if name.startswith("asyncengine.step.")}
+    assert all(name.startswith("asyncengine.step.batch") for name in used)
+
+
+@pytest.mark.parametrize("path", files("model"), ids=named)
+def test_models_know_nothing_of_loops(path: Path) -> None:
+    assert not forbidden(path, "asyncio", "anyio", "uvloop", "asyncengine.loop", "asyncengine.testing")
+
+
+@pytest.mark.parametrize("path", files("testing"), ids=named)
+def test_scripted_models_need_no_torch(path: Path) -> None:
+    assert not forbidden(path, "torch", "transformers", "asyncengine.model")
+
+
+def test_the_core_has_no_threads() -> None:
+    for path in files("step"):
+        if path.name != "thread.py":
+            assert not forbidden(path, "threading", "queue", "multiprocessing", "asyncengine.instruction_queue")
+
+
+def test_only_the_core_reads_the_clock() -> None:
+    for path in files("step"):
+        if path.name not in ("core.py", "thread.py"):
+            assert not forbidden(path, "time", "datetime")
+
+
+def test_the_package_configures_nobody() -> None:
+    """No logging set-up, no signals, no environment variables of our own."""
+    for path in [*VALUES, *files("loop"), *files("step"), *files("testing")]:
+        assert not forbidden(path, "signal")
+        assert "os.environ" not in path.read_text(encoding="utf-8")
