@@ -85,7 +85,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
         kind = checkpoint.config.get("model_type")
         if kind is None:
             raise CheckpointError(f"{checkpoint.path / 'config.json'} has no model_type") from error
-        raise UnsupportedModelError(f"transformers cannot read the configuration of a {kind!r} model: {error}") from error
+        raise UnsupportedModelError(f"transformers cannot read the config.json of a {kind!r} model: {error}") from error
     name = _name(config)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoders can be served")
@@ -163,7 +163,7 @@ def record(model: PreTrainedModel, tokens: int = 4) -> list[RecordedLayer]:
     expected = text_config(model.config).num_hidden_layers
     if len(layers) != expected:
         raise UnsupportedModelError(
-            f"{name}: {len(layers)} of {expected} layers attend; the others keep a state that has no place in the KV cache"
+            f"{name}: {len(layers)} of {expected} layers attend; the others keep a state that no KV cache has room for"
         )
     return layers
 

@@ -125,7 +125,8 @@ class Checkpoint:
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""
-        for values in (self._json("generation_config.json", optional=True), self.config, self.config.get("text_config")):
+        generation = self._json("generation_config.json", optional=True)
+        for values in (generation, self.config, self.config.get("text_config")):
             eos = (values or {}).get("eos_token_id")
             if eos is not None:
                 return (eos,) if isinstance(eos, int) else tuple(eos)
@@ -187,11 +188,11 @@ def _tensors(file: Path) -> Iterator[StoredTensor]:
             if length > size:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(stream.read(length))
-        end = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if end != size:
             raise ValueError(f"{size} bytes; its header describes {end}")
         for name, entry in header.items():
-            if name != "__metadata__":
-                yield StoredTensor(name, entry["dtype"], tuple(entry["shape"]))
+            yield StoredTensor(name, entry["dtype"], tuple(entry["shape"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{file} is damaged or incomplete: {error}") from error

@@ -217,7 +217,7 @@ def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.
     torch.cuda.empty_cache()
     # Sampling works on a few copies of the logits in float32.
     vocab = architecture.text_config(model.config).vocab_size
-    return peak + 4 * sequences * vocab * 4
+    return peak + 4 * sequences * int(vocab) * 4
 
 
 def _warm_up(model: Any, limits: Limits) -> None:

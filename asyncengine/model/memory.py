@@ -39,7 +39,7 @@ def total_bytes(device: torch.device) -> int:
 
 def give_back() -> None:
     """Returns to the operating system what the allocator keeps of freed memory, where it can be asked to."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if sys.platform == "linux":
         try:

@@ -116,7 +116,7 @@ def nucleus(logits: Tensor, scale: Tensor | None, min_p: Tensor | None, top_p: T
     else:
         rows = None
     size = max(1, _SEARCH_BLOCK // weights.shape[1])
-    for some_weights, some_top_p in zip(weights.split(size), top_p.split(size), strict=True):
+    for some_weights, some_top_p in zip(torch.split(weights, size), torch.split(top_p, size), strict=True):
         _drop_outside_nucleus(some_weights, some_top_p)
     return [*parts, Kept(rows, None, weights)]
 

@@ -87,7 +87,7 @@ def log_total(logits: Tensor) -> Tensor:
     """(rows, 1) float64: the logarithm of the sum of the exponentials of logits (rows, vocab), none NaN or +inf."""
     top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     size = max(1, _BLOCK // logits.shape[1])
-    parts = zip(logits.split(size), top.split(size), strict=True)
+    parts = zip(torch.split(logits, size), torch.split(top, size), strict=True)
     total = torch.cat([total_mass((part - part_top).exp_()) for part, part_top in parts])
     return top.double() + (total.clamp(min=1).double() / TICKS).log()
 

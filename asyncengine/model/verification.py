@@ -6,6 +6,7 @@ elsewhere) shows here as wrong logits, and the model is refused instead of serve
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def verify(model: Any, layers: list[RecordedLayer], backend: AttentionBackend, d
         cuts = sorted({min(cut, length) for cut in _CUTS})
         pieces = [
             runner.logits(_piece(ids, start, end)).reshape(2, end - start, -1)
-            for start, end in zip(cuts[:-1], cuts[1:], strict=True)
+            for start, end in itertools.pairwise(cuts)
         ]
         found = torch.cat(pieces, dim=1).float()
     finally:

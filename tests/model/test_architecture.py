@@ -73,9 +73,7 @@ def test_refuses_an_unknown_model_type_by_name(tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_refuses_rotary_embeddings_that_depend_on_the_batch(
-    rope: dict[str, Any], match: str, tmp_path: Path
-) -> None:
+def test_refuses_rotary_embeddings_that_depend_on_the_batch(rope: dict[str, Any], match: str, tmp_path: Path) -> None:
     path = write(tmp_path, "llama", rope_parameters=rope)
     with pytest.raises(UnsupportedModelError, match=f"{match}.*max_single_sequence_length to at most 128"):
         TransformersLoader().check(EngineConfig(str(path)), None)

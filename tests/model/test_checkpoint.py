@@ -30,7 +30,7 @@ def test_a_path_that_does_not_exist_is_said_to_be_missing(name: str) -> None:
 
 def test_a_hub_id_is_looked_up_in_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="nor in the local Hugging Face cache.*hf download someone/model"):
+    with pytest.raises(CheckpointError, match=r"nor in the local Hugging Face cache.*hf download someone/model"):
         locate("someone/model")
 
 

@@ -1,4 +1,4 @@
-"""Real models through their life: load, fail to load, swap, carry, update, sleep, unload; and what that does to others."""
+"""Real models through their life: load, fail to load, swap, carry, update, sleep, unload."""
 
 import asyncio
 import gc
@@ -54,7 +54,8 @@ def break_weights(path: Path) -> None:
 
 def break_architecture(path: Path) -> None:
     values = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(values | {"model_type": "bloom", "architectures": ["BloomForCausalLM"]}))
+    changed = values | {"model_type": "bloom", "architectures": ["BloomForCausalLM"]}
+    (path / "config.json").write_text(json.dumps(changed))
 
 
 def break_shapes(path: Path) -> None:
@@ -216,7 +217,6 @@ async def test_half_precision_serves_and_agrees_between_alone_and_batched(
         alone = [await engine.generate(prompt, GREEDY) for prompt in prompts]
     agree = [a.token_ids[:4] == b.token_ids[:4] for a, b in zip(together, alone, strict=True)]
     assert sum(agree) >= 5  # rounding may turn a near-tie, not the rule
-
 
 
 def remember(model: Any) -> list[Any]:

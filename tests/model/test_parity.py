@@ -22,7 +22,7 @@ def prompts() -> list[list[int]]:
     lengths = (1, 2, 15, 16, 17, 33, 70)
     mixed = [torch.randint(1, 199, (length,), generator=generator).tolist() for length in lengths]
     prefix = mixed[-1][:39]
-    return [*mixed, prefix + [5, 6, 7], prefix + [5, 6, 8, 9], prefix]
+    return [*mixed, [*prefix, 5, 6, 7], [*prefix, 5, 6, 8, 9], prefix]
 
 
 def reference(path: Path, prompt: list[int]) -> list[int]:
