@@ -86,6 +86,7 @@ class StepThread:
         core, queue = self.core, self.queue
         while not core.closed:
             core.handle(queue.drain())
+            self._flush()  # nobody waits for a whole step to hear that an instruction is done
             core.step(queue.drain)
             if self._flush() or core.closed or core.runnable or len(queue):
                 continue

@@ -35,7 +35,7 @@ from asyncengine import (
 )
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, echo
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(15)
 
 S = EngineState
 
@@ -186,29 +186,23 @@ async def test_a_load_that_fails_leaves_async_with() -> None:
     await eventually(lambda: engine.state is S.CLOSED)
 
 
-async def test_while_draining_requests_finish_and_new_ones_are_refused(rig: Rig) -> None:
-    stream = await rig.add_held("hello")
-    draining = asyncio.create_task(rig.engine.drain())
-    await asyncio.sleep(0)
-    adding = asyncio.create_task(rig.engine.add_request("no"))
-    await asyncio.sleep(0)
-    rig.model.let()
-    with pytest.raises(EngineDrainingError) as caught:
-        await adding
-    assert caught.value.retryable
-    assert rig.engine.state is S.DRAINING
-    assert not draining.done()
-    for call in ("pause", "sleep", "drain", "reload"):
-        refused = asyncio.create_task(_outcome(CALLS[call](rig.engine)))
-        await asyncio.sleep(0)
-        rig.model.let()
-        assert isinstance(await refused, IllegalStateError), call
-        assert rig.engine.state is S.DRAINING
-    rig.model.release()
-    await draining
-    assert rig.engine.state is S.READY
-    assert (await stream).text == "hello"
-    await rig.serves()
+async def test_while_draining_requests_finish_and_new_ones_are_refused() -> None:
+    async with Rig(endless, step_seconds=0.0005) as rig:
+        stream = await rig.engine.add_request("hello", GenerationConfig(max_tokens=900))
+        draining = asyncio.create_task(rig.engine.drain())
+        await eventually(lambda: rig.engine.state is S.DRAINING)
+        with pytest.raises(EngineDrainingError) as caught:
+            await rig.engine.add_request("no")
+        assert caught.value.retryable
+        for call in ("pause", "sleep", "drain", "reload", "update", "debug"):
+            assert isinstance(await _outcome(CALLS[call](rig.engine)), IllegalStateError), call
+            assert rig.engine.state is S.DRAINING
+        assert not draining.done()
+        await draining
+        assert rig.engine.state is S.READY
+        result = await stream
+        assert (len(result.token_ids), result.finish_reason) == (900, FinishReason.LENGTH)
+        await rig.serves()
 
 
 async def test_unload_ends_a_drain() -> None:
@@ -371,32 +365,28 @@ async def test_requests_in_flight_go_on_while_the_new_model_is_loaded(rig: Rig) 
 
 @pytest.mark.parametrize("fits_beside", [True, False])
 @pytest.mark.parametrize(
-    ("in_flight", "reason", "text"), [("abort", "abort", "hel"), ("wait", "stop", "hello"), ("carry", "stop", "hello")]
+    ("in_flight", "reason", "text"), [("abort", "abort", "a"), ("wait", "stop", "hello"), ("carry", "stop", "hello")]
 )
 async def test_requests_in_flight_at_a_reload(fits_beside: bool, in_flight: Any, reason: str, text: str) -> None:
-    async with Rig(fits_beside=fits_beside) as rig:
+    async with Rig(endless if in_flight == "abort" else echo, fits_beside=fits_beside, step_seconds=0.005) as rig:
         stream = await rig.add_held("hello")
+        old = rig.model
         reloading = asyncio.create_task(rig.engine.reload(rig.config, in_flight))
         await asyncio.sleep(0)
-        await rig.let(2)
-        if in_flight == "abort":
-            # The reload's job may end at any time, so a step more or less.
-            for _ in range(2):
-                rig.model.let()
-        else:
-            rig.model.release()
+        old.release()
         config = await reloading
         assert config.model == "scripted"
+        assert rig.model is not old
         result = await stream
         assert result.finish_reason == reason
         if in_flight == "abort":
-            assert result.text.startswith(text[:1])
+            assert result.text.startswith(text)
         else:
             assert result.text == text
         assert result.usage.completion_tokens == len(result.token_ids)
-        rig.model.release()
         await rig.comes_to_rest()
-        await rig.serves()
+        if in_flight != "abort":
+            await rig.serves()
 
 
 async def test_a_failed_check_leaves_the_old_model_serving(rig: Rig) -> None:
@@ -548,9 +538,8 @@ async def test_restart_serves_those_that_waited() -> None:
         running = await rig.add_held("running")
         adding = asyncio.create_task(rig.engine.add_request("waiting"))
         await asyncio.sleep(0)
-        rig.model.let()
+        await rig.let(2)
         waiting = await adding
-        await rig.held()
         rig.model.lose_device()
         rig.model.release()
         with pytest.raises(StepError):
@@ -1104,9 +1093,8 @@ async def test_a_failed_step_ends_its_batch_and_the_engine_goes_on() -> None:
         running = [await rig.add_held("one"), await _add_beside(rig, "two")]
         adding = asyncio.create_task(rig.engine.add_request("three"))
         await asyncio.sleep(0)
-        rig.model.let()
+        await rig.let(2)
         waiting = await adding
-        await rig.held()
         rig.model.fail_next(ValueError("broken"))
         rig.model.release()
         outcomes = [await _outcome(stream) for stream in running]

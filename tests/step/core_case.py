@@ -286,7 +286,6 @@ class Case:
         assert set(requests._numbers.values()) == {*requests._requests, *requests._queued}
         fresh = sum(request.started_at is None for request in requests._requests.values())
         assert requests._waiting_new == fresh, f"{requests._waiting_new} counted as not begun, {fresh} are"
-        assert len(requests._deadlines) <= 64 + 8 * max(len(requests), 1)
         if not core.reloading.busy:
             assert not core._held and not core._cancelled
         scheduler = core.scheduler
