@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from asyncengine.step.batch import TokenLogprobs
 
@@ -45,8 +46,7 @@ class Usage:
         return self.prompt_tokens + self.completion_tokens
 
 
-@dataclass(slots=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """One delta of one branch. Deltas of a branch, one after the other, are the branch's result exactly.
 
     Attributes:

@@ -2,7 +2,8 @@
 
 The engine runs a model that costs nothing; N tasks read one stream each with ``async for``. A token counts when its
 reader has it. Beside it, in the same run and alternating with it, a bare reference with nothing but what any asyncio
-design needs: a producing thread, one slot and one future per reader, one wake-up of the loop per step.
+design needs: a producing thread, one wake-up of the loop per step, and per reader one slot, one future and the
+smallest class that ``async for`` accepts.
 
 Both are measured in lock-step: a step begins once every reader has had its token of the step before. So every token
 is a delta of its own, on both sides; left to itself, either would merge more tokens into a delta the slower its
@@ -75,20 +76,33 @@ async def engine_rate(readers: int, tokens: int, lock_step: bool) -> float:
 
 
 class Slot:
-    """What a reader of the bare reference has not read yet, and the future it waits on."""
+    """The least that an asynchronous iterator of token lists can be."""
 
-    __slots__ = ("ended", "ids", "waiter")
+    __slots__ = ("create_future", "ended", "ids", "waiter")
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.create_future = loop.create_future
         self.ids: list[int] = []
         self.waiter: asyncio.Future[None] | None = None
         self.ended = False
+
+    def __aiter__(self) -> Slot:
+        return self
+
+    async def __anext__(self) -> list[int]:
+        while not self.ids:
+            if self.ended:
+                raise StopAsyncIteration
+            self.waiter = self.create_future()
+            await self.waiter
+        ids, self.ids = self.ids, []
+        return ids
 
 
 async def bare_rate(readers: int, tokens: int) -> float:
     """Tokens per second of the bare reference."""
     loop = asyncio.get_running_loop()
-    slots = [Slot() for _ in range(readers)]
+    slots = [Slot(loop) for _ in range(readers)]
     pace = Pace(readers)
 
     def deliver(step: list[int], last: bool) -> None:
@@ -108,16 +122,10 @@ async def bare_rate(readers: int, tokens: int) -> float:
 
     async def read(slot: Slot) -> int:
         count = 0
-        while True:
-            if slot.ids:
-                ids, slot.ids = slot.ids, []
-                count += len(ids)
-                pace.had_one()
-            elif slot.ended:
-                return count
-            else:
-                slot.waiter = loop.create_future()
-                await slot.waiter
+        async for ids in slot:
+            count += len(ids)
+            pace.had_one()
+        return count
 
     tasks = [asyncio.create_task(read(slot)) for slot in slots]
     await asyncio.sleep(0)

@@ -429,15 +429,13 @@ class AsyncEngine:
 
     async def _view(self) -> ModelView:
         """The loaded model, after a reload that is under way."""
-        core = self._thread.core
-        view = core.view
-        if view is None or core.state is EngineState.LOADING:
-            router = self._router()
-            # No requests, for no model: the reply comes when a reload that was given before is through.
+        core, router = self._thread.core, self._router()
+        view = None if core.state is EngineState.LOADING else core.view
+        while view is None:
+            # No requests, for no model: the reply comes when a reload that was given before is through. It raises if
+            # there is no model then; there may be none either when the reply has arrived.
             await self._call(lambda to: ins.AddRequests((), -1, router.stream_back, to))
             view = core.view
-            if view is None:
-                raise ModelNotLoadedError("there is no model; call reload first")
         return view
 
     async def _add(

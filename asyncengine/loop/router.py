@@ -122,9 +122,10 @@ class Router:
             # The one loop that runs once per token.
             for target, token_id in zip(self._targets, event.token_ids, strict=True):
                 target.ids.append(token_id)
-                waiter = target.inbox.waiter
+                owner = target.inbox
+                waiter = owner.waiter
                 if waiter is not None:
-                    target.inbox.waiter = None
+                    owner.waiter = None
                     if not waiter.done():
                         waiter.set_result(None)
         elif type(event) is BranchEnded:

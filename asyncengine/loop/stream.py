@@ -13,6 +13,9 @@ from asyncengine.loop.router import Branch, Inbox, Router, Waiter
 from asyncengine.outputs import BranchResult, FinishReason, RequestOutput, RequestResult, Usage
 from asyncengine.step.batch import TokenLogprobs
 
+_new = tuple.__new__
+"""Makes a named tuple without the keyword handling of its own constructor."""
+
 
 class _BranchText:
     """What a reader has had of one branch so far."""
@@ -44,7 +47,8 @@ class RequestStream:
     """
 
     __slots__ = (
-        "__weakref__", "_abort", "_branches", "_closed", "_inbox", "_next", "_raised", "_router", "label", "request_id",
+        "__weakref__", "_abort", "_branches", "_closed", "_inbox", "_next", "_raised", "_router", "_tokens_of",
+        "label", "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -65,6 +69,8 @@ class RequestStream:
         self._closed = False
         self._raised = False
         self._next = 0  # the branch to look at first, so that each has its turn
+        # The one branch of a request that asked for neither text nor logprobs nor several branches.
+        self._tokens_of = inbox.branches[0] if texts is None and not logprobs and len(inbox.branches) == 1 else None
         self._branches = [
             _BranchText(None if texts is None else texts[index], logprobs) for index in range(len(inbox.branches))
         ]
@@ -113,20 +119,30 @@ class RequestStream:
             AsyncEngineError: Once, after the last delta, if the request ended by an error or a deadline.
             IllegalStateError: Another task reads already, or the request was added on another event loop.
         """
-        inbox = self._inbox
+        inbox, only = self._inbox, self._tokens_of
         try:
             while not self._closed:
-                output = self.take()
-                if output is not None:
+                if only is not None and only.finish_reason is None and not inbox.ended:
+                    # The way of nearly every delta of a request for tokens alone: as little as can be done.
+                    if only.ids:
+                        ids, only.ids = only.ids, []
+                        self._branches[0].ids += ids
+                        if len(ids) > 1:
+                            self._router.merged += len(ids) - 1
+                        return _new(RequestOutput, ("", ids, None, 0, None, None))
+                elif (output := self.take()) is not None:
                     return output
-                if inbox.ended:
+                elif inbox.ended:
                     if inbox.error is not None and not self._raised:
                         self._raised = True
                         raise inbox.error
                     raise StopAsyncIteration
                 if inbox.waiter is not None:
                     raise IllegalStateError(f"request {self.request_id}: another task is reading this stream")
-                inbox.waiter = future = self._running_loop().create_future()
+                loop = asyncio.get_running_loop()
+                if loop is not self._router.loop:
+                    self._running_loop()
+                inbox.waiter = future = loop.create_future()
                 try:
                     await future
                 finally:

@@ -86,7 +86,9 @@ def test_files_of_a_page_pass_their_own_tests(page: Path, tmp_path: Path) -> Non
         assert block.file is not None
         (tmp_path / block.file).write_text(block.code, encoding="utf-8")
     if not (tmp_path / "pyproject.toml").exists():
-        (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\nasyncio_default_fixture_loop_scope = function\n")
+        (tmp_path / "pytest.ini").write_text(
+            "[pytest]\nfilterwarnings = error\nasyncio_default_fixture_loop_scope = function\n"
+        )
     assert list(tmp_path.glob("test_*.py")), f"{page} shows files but no test"
     pytest_run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],

@@ -63,7 +63,10 @@ def test_refuses_an_unknown_model_type_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rope", "match"),
     [
-        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}, "dynamic"),
+        (
+            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128},
+            "dynamic",
+        ),
         (
             {
                 "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,

@@ -597,6 +597,14 @@ class TestStepFailure:
         assert case.usage(again).cached_tokens == 0
         assert case.text(again) == "abcdefghijkl"
 
+    def test_keeps_what_had_been_generated_out_of_the_prefix_cache(self) -> None:
+        case = loaded()
+        case.add("abcdefghijkl")
+        case.step(9)
+        case.model.fail_next(ValueError("x"))
+        case.step()
+        assert case.pool.num_cached == 3  # the prompt, known since it was computed
+
     def test_with_forks_waiting_for_their_copy(self) -> None:
         case = loaded(prefill_mode="chunked", prefill_chunk_size=8)
         forked = case.add("abcde", n=3)
@@ -754,6 +762,17 @@ class TestText:
         assert isinstance(case.end_error(fails), RequestDroppedError)
         assert [case.text(fails, branch) for branch in range(3)] == ["ab!"] * 3
         assert case.text(fine) == "ab!cd"
+
+    def test_a_decoder_that_fails_while_another_branch_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = loaded(lambda prompt, branch: b"a!" if branch == 0 else b"ab")
+        assert case.loader.tokenizer is not None
+        decode = case.loader.tokenizer.decode
+        monkeypatch.setattr(
+            case.loader.tokenizer, "decode", lambda ids, skip: 1 / 0 if ord("!") in ids else decode(ids, skip)
+        )
+        number = case.add("x", n=3, max_tokens=2, stop_strs=("zz",))
+        case.run()
+        assert [case.reason(number, branch) for branch in range(3)] == ["error"] * 3
 
     def test_a_decoder_that_fails_at_the_first_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
         case = loaded(answer("abc"), max_num_sequence=2)
@@ -972,7 +991,7 @@ class TestWeights:
         case = loaded(prefill_chunk_size=4)
         decoding = case.add("abcdefgh", n=2)
         case.step(4)
-        prefilling = case.add("ijklmnopqrst")
+        prefilling = case.add("ijklmnopqrst", n=3)
         case.step(2)
         case.ask(lambda to: ins.UpdateWeights({"w": 1}, to))
         assert case.pool.num_cached == 0

@@ -336,6 +336,14 @@ def test_trimming_forgets_a_sequence_but_not_what_it_shares() -> None:
     assert (case.knows(1, 1, 2, 2), case.knows(1, 1, 3, 3)) == (1, 2)
 
 
+def test_trimming_passes_over_a_leaf_that_is_partly_in_use() -> None:
+    case = Filled(max_leaves=0)
+    blocks = case.computed(1, 1, 2, 2, keep=True)
+    case.pool.release(blocks[1:])
+    case.tree.trim()
+    assert case.knows(1, 1, 2, 2) == 2
+
+
 def test_the_heap_of_leaves_does_not_grow_with_use() -> None:
     case = Filled()
     for token in range(4):

@@ -1,0 +1,461 @@
+"""Several event loops, several engines, engines that nobody shuts down, and the end of the process."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import Rig, endless, eventually, read
+
+from asyncengine import (
+    AsyncEngine,
+    EngineClosedError,
+    EngineConfig,
+    EngineState,
+    FinishReason,
+    GenerationConfig,
+    RequestStream,
+)
+from asyncengine.testing import ByteTokenizer, ScriptedLoader, scripted_engine
+
+pytestmark = pytest.mark.timeout(60)
+
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+
+AT_IMPORT = [Rig(), Rig()]  # outside any loop, as in a program's module
+
+
+def test_an_engine_may_be_made_at_import_time(loop_factory: LoopFactory) -> None:
+    async def main() -> None:
+        async with AT_IMPORT.pop() as rig:
+            await rig.serves()
+
+    run(loop_factory, main())
+
+
+async def test_several_engines_at_once() -> None:
+    rigs = [Rig(lambda prompt, branch, i=i: b"engine %d" % i) for i in range(4)]  # type: ignore[misc]
+    for rig in rigs:
+        await rig.__aenter__()
+    try:
+        results = await asyncio.gather(*(rig.engine.generate("x") for rig in rigs for _ in range(5)))
+        assert [result.text for result in results] == [f"engine {i}" for i in range(4) for _ in range(5)]
+        await rigs[0].engine.unload()
+        assert [rig.engine.state.value for rig in rigs] == ["unloaded", "ready", "ready", "ready"]
+    finally:
+        for rig in rigs:
+            await rig.__aexit__(None, None, None)
+
+
+def run(factory: LoopFactory, main: object) -> object:
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main)  # type: ignore[arg-type]
+
+
+def test_a_second_run_with_the_same_engine(loop_factory: LoopFactory) -> None:
+    rig = Rig()
+    rig.engine.reload_nowait()
+
+    async def main(text: str) -> str:
+        result = await rig.engine.generate(text)
+        await rig.comes_to_rest()
+        return result.text
+
+    for i in range(4):
+        assert run(loop_factory, main(f"run {i}")) == f"run {i}"
+    assert len(rig.engine._routers) == 1  # those of closed loops are forgotten
+    run(loop_factory, rig.engine.shutdown())
+
+
+def test_one_engine_on_two_loops_at_once(loop_factory: LoopFactory) -> None:
+    rig = Rig()
+    rig.engine.reload_nowait()
+    wrong: list[object] = []
+
+    async def main(name: str) -> None:
+        for i in range(30):
+            texts = [f"{name} {i} {k}" for k in range(4)]
+            results = await asyncio.gather(*(rig.engine.generate(text) for text in texts))
+            if [result.text for result in results] != texts:
+                wrong.append(results)
+            stream = await rig.engine.add_request(f"{name} leaves")
+            if i % 2:
+                stream.abort()
+                await stream
+        await eventually(lambda: rig.router.idle)
+
+    threads = [threading.Thread(target=run, args=(loop_factory, main(name))) for name in ("one", "two", "three")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    run(loop_factory, rig.comes_to_rest())
+    rig.engine.shutdown_nowait()
+
+
+def test_a_loop_that_is_closed_ends_its_requests_only(loop_factory: LoopFactory) -> None:
+    rig = Rig(endless, step_seconds=0.0005)
+    rig.engine.reload_nowait()
+    kept: list[RequestStream] = []
+
+    async def leave() -> None:
+        kept.extend([await rig.engine.add_request("left behind", GenerationConfig(n=2)) for _ in range(3)])
+        await anext(kept[0])
+
+    async def stay() -> None:
+        stream = await rig.engine.add_request("stays", GenerationConfig(max_tokens=300))
+        await asyncio.to_thread(run, loop_factory, leave())
+        assert len((await stream).token_ids) == 300
+        await eventually(lambda: rig.metrics().kv_blocks_used == 0)
+        await rig.comes_to_rest()
+
+    run(loop_factory, stay())
+    assert rig.metrics().counters.requests["abort"] == 3
+    kept[0].abort()  # harmless
+    kept.clear()
+    rig.engine.shutdown_nowait()
+
+
+def test_a_loop_that_is_closed_with_nothing_else_running(loop_factory: LoopFactory) -> None:
+    rig = Rig(endless, step_seconds=0.0005)
+    rig.engine.reload_nowait()
+    kept: list[RequestStream] = []
+
+    async def leave() -> None:
+        kept.append(await rig.engine.add_request("left behind"))
+        await anext(kept[0])
+
+    run(loop_factory, leave())
+    until = time.monotonic() + 5.0
+    while rig.metrics().num_requests_running or rig.metrics().kv_blocks_used:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    run(loop_factory, rig.serves())
+    rig.engine.shutdown_nowait()
+
+
+async def test_an_engine_that_is_dropped_ends_its_thread() -> None:
+    rig = Rig(endless)
+    await rig.engine.reload(rig.config)
+    stream = await rig.engine.add_request("x")
+    thread, watch, model = rig.engine._thread._thread, weakref.ref(rig.engine), rig.model
+    assert thread is not None
+    del rig
+    assert thread.is_alive()  # the stream needs it
+    await anext(stream)
+    del stream
+    assert watch() is None
+    await asyncio.to_thread(thread.join, 5.0)
+    assert not thread.is_alive()
+    assert model.closed
+
+
+def test_an_engine_that_is_dropped_in_a_cycle_ends_its_thread(loop_factory: LoopFactory) -> None:
+    async def main() -> threading.Thread:
+        rig = Rig()
+        await rig.engine.reload(rig.config)
+        await rig.serves()
+        rig.engine.me = rig.engine  # type: ignore[attr-defined]
+        thread = rig.engine._thread._thread
+        assert thread is not None
+        return thread
+
+    thread = run(loop_factory, main())
+    assert isinstance(thread, threading.Thread)
+    gc.collect()
+    thread.join(5.0)
+    assert not thread.is_alive()
+
+
+async def test_an_engine_that_is_dropped_while_it_loads() -> None:
+    loader = ScriptedLoader()
+    loader.gate = threading.Event()
+    engine = AsyncEngine(EngineConfig("m"), loader=loader)
+    engine.reload_nowait()
+    loading = [engine.health]
+    await eventually(lambda: (loading[0]().loading or "").startswith("loading"))
+    loading.clear()
+    thread = engine._thread._thread
+    assert thread is not None
+    del engine
+    await asyncio.to_thread(thread.join, 5.0)
+    assert not thread.is_alive()
+    loader.gate.set()
+    await eventually(lambda: bool(loader.models) and loader.model.closed)
+
+
+async def test_a_shut_down_engine_refuses_from_every_loop(loop_factory: LoopFactory) -> None:
+    rig = Rig()
+    async with rig:
+        pass
+
+    async def elsewhere() -> None:
+        with pytest.raises(EngineClosedError):
+            await rig.engine.generate("x")
+        assert rig.router.idle
+
+    await asyncio.to_thread(run, loop_factory, elsewhere())
+
+
+def test_a_shutdown_beside_requests_on_another_loop(loop_factory: LoopFactory) -> None:
+    """Whatever the two threads do, everybody gets an answer."""
+    for _ in range(20):
+        rig = Rig(endless)
+        rig.engine.reload_nowait()
+        outcomes: list[object] = []
+
+        async def use(rig: Rig = rig, outcomes: list[object] = outcomes) -> None:
+            async def one() -> object:
+                try:
+                    return (await rig.engine.generate("x", GenerationConfig(max_tokens=50))).finish_reason
+                except EngineClosedError as error:
+                    return error
+
+            while rig.engine.state is not EngineState.CLOSED:
+                outcomes.extend(await asyncio.gather(*(one() for _ in range(5))))
+            assert rig.router.idle
+
+        thread = threading.Thread(target=run, args=(loop_factory, use()))
+        thread.start()
+        run(loop_factory, rig.engine.shutdown())
+        thread.join(10.0)
+        assert not thread.is_alive(), "somebody waits for ever"
+        assert all(
+            isinstance(outcome, EngineClosedError) or outcome in (FinishReason.ABORT, FinishReason.LENGTH)
+            for outcome in outcomes
+        )
+
+
+async def test_nothing_global_is_changed() -> None:
+    def look() -> dict[str, object]:
+        return {
+            "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
+            "hooks": (threading.excepthook, sys.excepthook, sys.unraisablehook),
+            "gc": (gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()),
+            "switch": sys.getswitchinterval(),
+            "environment": dict(os.environ),
+            "recursion": sys.getrecursionlimit(),
+            "tracing": (sys.gettrace(), threading.gettrace() if hasattr(threading, "gettrace") else None),
+        }
+
+    before = look()
+    async with Rig() as rig:
+        await rig.serves()
+        assert look() == before
+    assert look() == before
+
+
+# The end of the process. `PROGRAM` is what is common to those below.
+
+PROGRAM = """
+import asyncio, sys, threading, time
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from asyncengine.testing import ByteTokenizer, ScriptedLoader, scripted_engine
+assert "torch" not in sys.modules
+
+def run(main):
+    if sys.argv[1] == "uvloop":
+        import uvloop
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(main)
+    return asyncio.run(main)
+
+def endless(prompt, branch):
+    return [97] * 4000
+
+engine = scripted_engine(endless, step_seconds=0.01)
+"""
+
+
+def in_a_process(loop_factory: LoopFactory, body: str, tmp_path: Path, *, code: int = 0, within: float = 8.0) -> str:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM + textwrap.dedent(body))
+    name = "uvloop" if "uvloop" in loop_factory.__module__ else "asyncio"
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", str(program), name], capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (code, ""), done.stderr
+    assert time.monotonic() - begun < within
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # Never shut down, a step under way.
+        """
+        async def main():
+            global stream
+            engine.reload_nowait()
+            stream = await engine.add_request("x")
+            await anext(stream)
+        run(main())
+        """,
+        # The same, and several engines.
+        """
+        engines = [scripted_engine(endless, step_seconds=0.2) for _ in range(5)]
+        async def main():
+            global streams
+            for engine in engines:
+                engine.reload_nowait()
+            streams = [await engine.add_request("x") for engine in engines]
+        run(main())
+        """,
+        # A load under way, and one that outlives its engine.
+        """
+        loader = ScriptedLoader(tokenizer=ByteTokenizer())
+        load = loader.load
+        def slow(plan):
+            time.sleep(0.5)
+            return load(plan)
+        loader.load = slow
+        engine = AsyncEngine(EngineConfig("m"), loader=loader)
+        engine.reload_nowait()
+        other = AsyncEngine(EngineConfig("m"), loader=loader)
+        other.reload_nowait()
+        time.sleep(0.1)
+        other.shutdown_nowait()
+        """,
+        # An exception leaves `async with`.
+        """
+        async def main():
+            async with engine:
+                async for output in engine.stream("x"):
+                    raise ZeroDivisionError
+        try:
+            run(main())
+        except ZeroDivisionError:
+            pass
+        """,
+        # The main task is cancelled in the middle.
+        """
+        async def main():
+            async with engine:
+                asyncio.get_running_loop().call_later(0.1, asyncio.current_task().cancel)
+                await engine.generate("x")
+        try:
+            run(main())
+        except asyncio.CancelledError:
+            pass
+        """,
+        # The loop is closed under a reader that was never awaited to its end.
+        """
+        async def read():
+            async for _ in engine.stream("x"):
+                pass
+        async def main():
+            engine.reload_nowait()
+            global task
+            task = asyncio.create_task(read())
+            await asyncio.sleep(0.1)
+        run(main())
+        """,
+        # Only made.
+        """
+        """,
+    ],
+    ids=["mid-step", "several", "loading", "exception", "cancelled", "reader", "made"],
+)
+def test_the_interpreter_exits(loop_factory: LoopFactory, body: str, tmp_path: Path) -> None:
+    in_a_process(loop_factory, body, tmp_path)
+
+
+def test_ctrl_c_leaves_nothing(loop_factory: LoopFactory, tmp_path: Path) -> None:
+    out = in_a_process(
+        loop_factory,
+        """
+        import os, signal
+        async def main():
+            async with engine:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+                async for output in engine.stream("x"):
+                    pass
+        try:
+            run(main())
+        except KeyboardInterrupt:
+            print("interrupted", engine.state.value, engine._thread.alive)
+        """,
+        tmp_path,
+    )
+    assert out == "interrupted closed False\n"
+
+
+def test_ctrl_c_during_a_load_leaves_nothing(loop_factory: LoopFactory, tmp_path: Path) -> None:
+    out = in_a_process(
+        loop_factory,
+        """
+        import os, signal
+        loader = ScriptedLoader(tokenizer=ByteTokenizer())
+        loader.gate = threading.Event()
+        engine = AsyncEngine(EngineConfig("m"), loader=loader)
+        async def main():
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            async with engine:
+                print("entered")
+        try:
+            run(main())
+        except KeyboardInterrupt:
+            loader.gate.set()
+            engine._thread.join(5)
+            print("interrupted", engine.state.value, engine._thread.alive)
+        """,
+        tmp_path,
+    )
+    assert out == "interrupted closed False\n"
+
+
+def test_ctrl_c_that_is_handled_by_hand(loop_factory: LoopFactory, tmp_path: Path) -> None:
+    """A program that runs its loop without a runner gets the exception in the middle of anything."""
+    out = in_a_process(
+        loop_factory,
+        """
+        import os, signal
+        async def main():
+            engine.reload_nowait()
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            async for output in engine.stream("x"):
+                pass
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(main())
+        try:
+            loop.run_until_complete(task)
+        except KeyboardInterrupt:
+            task.cancel()
+            try:
+                loop.run_until_complete(task)
+            except asyncio.CancelledError:
+                pass
+            loop.run_until_complete(engine.shutdown())
+            loop.close()
+            print("interrupted", engine.state.value, engine._thread.alive)
+        """,
+        tmp_path,
+    )
+    assert out == "interrupted closed False\n"
+
+
+async def test_the_helper_makes_engines_that_load_on_entering() -> None:
+    async with scripted_engine({"France": "Paris", "Italy": "Rome"}) as engine:
+        assert (await engine.generate("The capital of France?")).text == "Paris"
+        assert (await engine.generate("The capital of Italy?")).text == "Rome"
+
+
+async def test_reading_after_the_engine_is_gone() -> None:
+    async with AsyncEngine(EngineConfig("m"), loader=ScriptedLoader(tokenizer=ByteTokenizer())) as engine:
+        stream = await engine.add_request("hello")
+        await eventually(lambda: stream.ended)
+    del engine
+    assert "".join(output.text for output in await read(stream)) == "hello"
