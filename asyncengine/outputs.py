@@ -61,7 +61,7 @@ class RequestOutput(NamedTuple):
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # a field, where a tuple has a method that nobody asks an output for
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
