@@ -41,3 +41,12 @@ def test_starts_no_thread_and_changes_no_signal() -> None:
 
 def test_warns_of_nothing() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", "import asyncengine.testing"], timeout=100, check=True)
+
+
+def test_making_an_engine_imports_neither_torch_nor_transformers() -> None:
+    program = (
+        "import sys; from asyncengine import AsyncEngine, EngineConfig; AsyncEngine(EngineConfig('tiny')); "
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout.strip() == "[]"

@@ -33,7 +33,7 @@ from asyncengine.loop.stream import RequestStream
 from asyncengine.metrics import EngineMetrics
 from asyncengine.outputs import RequestResult
 from asyncengine.state import EngineState
-from asyncengine.step.model import Loader, ModelView
+from asyncengine.step.model import LoadedModel, Loader, LoadPlan, ModelView
 from asyncengine.step.thread import StepThread
 from asyncengine.tokenizer import Message
 from asyncengine.trace import Trace
@@ -62,7 +62,7 @@ class AsyncEngine:
     def __init__(self, config: EngineConfig | str | None = None, *, loader: Loader | None = None) -> None:
         self._config = None if config is None else _config(config)
         self.trace = Trace()
-        self._thread = StepThread(_default_loader() if loader is None else loader, self.trace)
+        self._thread = StepThread(_DefaultLoader() if loader is None else loader, self.trace)
         self._numbers = itertools.count(1)
         self._routers: dict[asyncio.AbstractEventLoop, Router] = {}
         self._routers_lock = threading.Lock()
@@ -510,10 +510,18 @@ def _reusable(prompt: Prompt | Conversation) -> Prompt | Conversation:
     return list(prompt)
 
 
-def _default_loader() -> Loader:
-    from asyncengine.model.loader import TransformersLoader
+class _DefaultLoader:
+    """Loads with transformers, which is imported on the loader's thread: making an engine costs the loop nothing."""
 
-    return TransformersLoader()
+    def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
+        from asyncengine.model.loader import TransformersLoader
+
+        return TransformersLoader().check(config, current)
+
+    def load(self, plan: LoadPlan) -> LoadedModel:
+        from asyncengine.model.loader import TransformersLoader
+
+        return TransformersLoader().load(plan)
 
 
 def _shut_down(thread: StepThread) -> None:

@@ -42,7 +42,7 @@ def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     matches = list(_FENCE.finditer(text))
     found = []
-    for match, following in zip(matches, [*matches[1:], None], strict=True):
+    for match, following in zip(matches, [*matches[1:], None], strict=False):
         output = None
         if following is not None and following[1] == "text" and not text[match.end() : following.start()].strip():
             output = following[2]

@@ -184,12 +184,14 @@ def test_a_document_longer_than_a_row_is_left_out() -> None:
 
 def train(directory: Path) -> str:
     """Runs the script for a few steps and returns what it printed."""
-    command = [sys.executable, "-m", "asyncengine.tiny.train", "--steps", "5", "--output", str(directory)]
+    options = ["--steps", "5", "--held-out", "1", "--output", str(directory)]
+    command = [sys.executable, "-m", "asyncengine.tiny.train", *options]
     # Threads that wait without spinning: otherwise a busy machine slows training down many times over.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
+@pytest.mark.timeout(300)
 def test_training_twice_writes_the_same_files_and_prints_a_held_out_loss(tmp_path: Path) -> None:
     printed = train(tmp_path / "first")
     train(tmp_path / "second")
