@@ -91,7 +91,7 @@ class Track:
             elif branch.finish_reason is FinishReason.LENGTH:
                 assert len(branch.token_ids) == limit < len(answer)
             else:
-                assert len(branch.token_ids) < min(limit, len(answer))
+                assert len(branch.token_ids) < min(limit, len(answer)) or limit == 0
 
 
 class Machine:
@@ -225,7 +225,7 @@ class Machine:
                 quiet += 1
             else:
                 quiet = 0
-                time.sleep(0.00005)
+                time.sleep(0.00005)  # noqa: ASYNC251  # noqa: ASYNC251  (the other thread is to run)
 
     async def step(self, count: int) -> None:
         for _ in range(count):
@@ -276,6 +276,7 @@ class Machine:
             for model in self.rig.loader.models:
                 model.release()
                 model._faults.clear()
+                model._refuse = None
                 while model._entered.acquire(blocking=False):
                     pass
             await self.settle()
