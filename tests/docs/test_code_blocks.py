@@ -15,7 +15,6 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +63,10 @@ def _one_thread() -> Any:
 
 @pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=name)
-def test_blocks_of_a_page_run_in_order(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop_factory: Callable[[], asyncio.AbstractEventLoop]
-) -> None:
+def test_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    with asyncio.Runner() as runner:
         try:
             for block in snippets(page):
                 printed = run(block, namespace, runner)
