@@ -79,8 +79,8 @@ class RequestTable:
 
     @property
     def num_waiting(self) -> int:
-        """Admitted requests without a sequence in the batch."""
-        return len(self._requests) - self.num_running
+        """Admitted requests without a sequence in the batch. May be read from any thread."""
+        return max(len(self._requests) - self.num_running, 0)  # the two are read one after the other
 
     @property
     def num_running(self) -> int:
