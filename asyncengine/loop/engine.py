@@ -25,8 +25,8 @@ from asyncengine.loop.prepare import (
     Prompt,
     RequestOptions,
     encode,
+    new_branches,
     new_request,
-    text_streams,
 )
 from asyncengine.loop.router import Inbox, Router
 from asyncengine.loop.stream import RequestStream
@@ -464,14 +464,9 @@ class AsyncEngine:
             router = self._router()
             streams = []
             for new in news:
-                inbox = Inbox(new.number, new.params.n)
-                texts = text_streams(new.params, view)
+                inbox = Inbox(new.number, new_branches(new.params, view))
                 router.register(inbox)
-                streams.append(
-                    RequestStream(
-                        new.request_id, inbox, router, self._abort, texts, new.params.num_logprobs >= 0, options.label
-                    )
-                )
+                streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label))
             add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
             try:
                 fits = await self._call(functools.partial(_addressed, add))

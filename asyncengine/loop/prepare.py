@@ -16,6 +16,7 @@ from asyncengine.detokenizer import TextStream
 from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig, SamplingParams, resolve
 from asyncengine.instructions import Deadlines, NewRequest, WhenFull
+from asyncengine.loop.router import Branch
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, Tokenizer
@@ -134,11 +135,16 @@ def new_request(
     return NewRequest(number, request_id, prompt, params, options.priority, options.deadlines, pin)
 
 
-def text_streams(params: SamplingParams, view: ModelView) -> list[TextStream] | None:
-    """One per branch, or None if the outputs carry no text."""
-    if not params.detokenize or view.tokenizer is None:
-        return None
-    return [TextStream(view.tokenizer, params.stop_strs, params.skip_special_tokens) for _ in range(params.n)]
+def new_branches(params: SamplingParams, view: ModelView) -> list[Branch]:
+    """The branches of a request, ready to decode the text if the outputs carry some."""
+    tokenizer = view.tokenizer if params.detokenize else None
+    return [
+        Branch(
+            None if tokenizer is None else TextStream(tokenizer, params.stop_strs, params.skip_special_tokens),
+            logprobs=params.num_logprobs >= 0,
+        )
+        for _ in range(params.n)
+    ]
 
 
 def _tokenizer(tokenizer: Tokenizer | None, view: ModelView, otherwise: str) -> Tokenizer:
