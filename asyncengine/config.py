@@ -17,6 +17,8 @@ PrefixCacheMode = Literal["radix", "disable"]
 PrefillMode = Literal["hybrid", "chunked"]
 SpeculativeMode = Literal["disable"]
 AttentionBackend = Literal["auto", "cpu", "torch"]
+DecoderBackend = Literal["auto", "compiled", "transformers"]
+Quantization = Literal["none", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,11 @@ class EngineConfig:
         tensor_parallel_shards: Must be 1: not available yet.
         attention_backend: ``"cpu"`` is the compiled kernel, ``"torch"`` needs no compiler and runs on any device,
             ``"auto"`` takes the fastest that works.
+        decoder_backend: ``"compiled"`` runs a whole step in compiled code, on the CPU, for the family of models that it
+            knows; ``"transformers"`` runs the model's own modules around the attention; ``"auto"`` takes the first
+            where it can.
+        quantization: ``"int8"`` stores the weights as one byte each, with one scale for each output; needs the
+            compiled decoder and dtype bfloat16. ``"none"`` stores them in `dtype`.
         max_queue_size: Most requests that wait for their first step; None is unlimited.
         step_timeout: Seconds after which `AsyncEngine.health` calls a step stalled.
     """
@@ -74,6 +81,8 @@ class EngineConfig:
     spec_draft_length: int = field(default=0, kw_only=True)
     tensor_parallel_shards: int = field(default=1, kw_only=True)
     attention_backend: AttentionBackend = field(default="auto", kw_only=True)
+    decoder_backend: DecoderBackend = field(default="auto", kw_only=True)
+    quantization: Quantization = field(default="none", kw_only=True)
     max_queue_size: int | None = field(default=None, kw_only=True)
     step_timeout: float = field(default=60.0, kw_only=True)
 
@@ -165,6 +174,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "prefill_mode": get_args(PrefillMode),
     "speculative_mode": get_args(SpeculativeMode),
     "attention_backend": get_args(AttentionBackend),
+    "decoder_backend": get_args(DecoderBackend),
+    "quantization": get_args(Quantization),
 }
 
 

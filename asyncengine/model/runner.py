@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import inspect
@@ -17,6 +18,7 @@ from asyncengine.generation import SamplingParams
 from asyncengine.model import memory
 from asyncengine.model.architecture import RecordedLayer, attach
 from asyncengine.model.attention.protocol import AttentionBackend
+from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.sampler import Sampler
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
 from asyncengine.step.scheduler import Limits
@@ -24,6 +26,10 @@ from asyncengine.step.scheduler import Limits
 
 class PagedLayers:
     """The KV cache of all layers, and the plan of the present step that they share.
+
+    Attributes:
+        caches: One per layer; none until they are allocated.
+        plan: Of the present step.
 
     Args:
         layers: In the order of execution.
@@ -46,31 +52,29 @@ class PagedLayers:
         self._limits = limits
         self._dtype = dtype
         self._device = device
-        self._caches: list[Any] = []
-        self._plan: Any = None
+        self.caches: list[Any] = []
+        self.plan: Any = None
 
     def allocate(self) -> None:
         """Makes the cache; its contents are undefined."""
         limits = self._limits
-        self._caches = [
+        self.caches = [
             self._backend.allocate(layer.spec, limits.num_blocks, limits.page_size, self._dtype, self._device)
             for layer in self._layers
         ]
-        attach(
-            {layer.module: self._hook(layer, cache) for layer, cache in zip(self._layers, self._caches, strict=True)}
-        )
+        attach({layer.module: self._hook(layer, cache) for layer, cache in zip(self._layers, self.caches, strict=True)})
 
     def free(self) -> None:
         """Lets the cache go."""
-        self._caches = []
-        self._plan = None
+        self.caches = []
+        self.plan = None
         attach(dict.fromkeys((layer.module for layer in self._layers), _no_cache))
 
     def begin(self, batch: StepBatch) -> None:
         """Prepares a step: copies blocks, then plans."""
         if len(batch.copies):
-            self._backend.copy_blocks(self._caches, torch.from_numpy(batch.copies))
-        self._plan = self._backend.plan(batch, self._limits.page_size, self._device)
+            self._backend.copy_blocks(self.caches, torch.from_numpy(batch.copies))
+        self.plan = self._backend.plan(batch, self._limits.page_size, self._device)
 
     def _hook(self, layer: RecordedLayer, cache: Any) -> Callable[..., torch.Tensor]:
         attend, spec, sinks = self._backend.attend, layer.spec, layer.sinks
@@ -78,19 +82,37 @@ class PagedLayers:
         def hook(
             module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
         ) -> torch.Tensor:
-            return attend(spec, cache, self._plan, query, key, value, sinks)
+            return attend(spec, cache, self.plan, query, key, value, sinks)
 
         return hook
 
 
 class TorchModel:
-    """As `asyncengine.step.model.Model`, over a transformers model."""
+    """As `asyncengine.step.model.Model`, over a transformers model.
 
-    def __init__(self, model: nn.Module, layers: PagedLayers, sampler: Sampler, device: torch.device) -> None:
+    Args:
+        model: The model; with a program it has given its weights up.
+        layers: Its KV cache.
+        sampler: Draws from its logits.
+        device: Where all of that is.
+        program: Runs whole steps in the model's place.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: PagedLayers,
+        sampler: Sampler,
+        device: torch.device,
+        program: CompiledDecoder | None = None,
+    ) -> None:
         self._model: nn.Module | None = model
         self._layers = layers
         self._sampler = sampler
         self._device = device
+        self._program = program
+        if program is not None:
+            program.bind(layers.caches)
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
@@ -109,6 +131,8 @@ class TorchModel:
         """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""
         assert self._model is not None
         self._layers.begin(batch)
+        if self._program is not None:
+            return self._program.logits(batch, self._layers.plan)
         ids = torch.from_numpy(batch.token_ids.astype(np.int64))[None].to(self._device)
         positions = torch.from_numpy(batch.positions.astype(np.int64))[None].to(self._device)
         index = torch.from_numpy(batch.sample_index).to(self._device)
@@ -145,6 +169,8 @@ class TorchModel:
         assert self._model is not None
         self._model.to(self._device)
         self._layers.allocate()
+        if self._program is not None:
+            self._program.bind(self._layers.caches)
 
     def update_weights(self, weights: Mapping[str, Any]) -> None:
         """As the protocol says. The old values are kept until all new ones are in place."""
@@ -162,15 +188,22 @@ class TorchModel:
                     f"weight {name!r} is {tuple(value.shape)} of {value.dtype}; the model's is {tuple(target.shape)} "
                     f"of {target.dtype}"
                 )
-        kept: dict[str, torch.Tensor] = {}
+        packed = {} if self._program is None else self._program.writers()
+        restores: list[Callable[[], object]] = []
         with torch.inference_mode():
             try:
                 for name, value in weights.items():
-                    kept[name] = known[name].detach().clone()
-                    known[name].copy_(value)
+                    target = known[name]
+                    if id(target) in packed:
+                        write, keep = packed[id(target)]
+                        restores.append(keep())
+                        write(value)
+                    else:
+                        restores.append(functools.partial(target.copy_, target.detach().clone()))
+                        target.copy_(value)
             except Exception as error:
-                for name, value in kept.items():
-                    known[name].copy_(value)
+                for restore in reversed(restores):
+                    restore()
                 raise ReloadError(f"replacing weights failed, none was replaced: {error}") from error
 
     def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
@@ -198,6 +231,7 @@ class TorchModel:
         self._model = None
         self._layers = None  # type: ignore[assignment]
         self._sampler = None  # type: ignore[assignment]
+        self._program = None
         gc.collect()  # modules of transformers refer to each other in circles
         memory.give_back()
 
