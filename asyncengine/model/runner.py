@@ -167,9 +167,10 @@ class TorchModel:
     def wake(self) -> None:
         """Undoes `sleep`."""
         assert self._model is not None
-        self._model.to(self._device)
         self._layers.allocate()
-        if self._program is not None:
+        if self._program is None:
+            self._model.to(self._device)
+        else:
             self._program.bind(self._layers.caches)
 
     def update_weights(self, weights: Mapping[str, Any]) -> None:
