@@ -4,6 +4,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from triton_device import TritonOnDevice
+
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavailableError
 from asyncengine.model.attention.reference import TorchAttention
@@ -22,9 +24,15 @@ def cpu_backend() -> CpuAttention:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session", params=["torch", "cpu"])
+@pytest.fixture(scope="session")
+def triton_backend() -> TritonOnDevice:
+    pytest.importorskip("triton", reason="triton is not installed")
+    return TritonOnDevice(programs=12, parts_bytes=1 << 19)
+
+
+@pytest.fixture(scope="session", params=["torch", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
-    return TorchAttention() if request.param == "torch" else request.getfixturevalue("cpu_backend")
+    return TorchAttention() if request.param == "torch" else request.getfixturevalue(f"{request.param}_backend")
 
 
 @pytest.fixture(autouse=True)
