@@ -155,11 +155,13 @@ def attend(
             stop = tl.minimum(start + SPLIT, end)
             if WINDOW:
                 start = tl.maximum(start, first_seen // KEYS * KEYS)
+            # Blocks are looked up one turn ahead, so that keys and values need not wait for it.
+            page = tl.load(table + (start + step) // PAGE, mask=start + step < end, other=0)
             for block in tl.range(start, stop, KEYS, num_stages=STAGES):
                 at = block + step
                 written = at < end
-                page = tl.load(table + at // PAGE, mask=written, other=0).to(tl.int64)
-                slot = (page * KV_HEADS + kv_head) * PAGE + at % PAGE
+                slot = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE + at % PAGE
+                page = tl.load(table + (at + KEYS) // PAGE, mask=at + KEYS < end, other=0)
                 block_keys = tl.load(
                     keys + slot[:, None] * KEY_DIM + key_dim[None, :],
                     mask=written[:, None] & (key_dim[None, :] < KEY_DIM),
