@@ -16,7 +16,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 PrefixCacheMode = Literal["radix", "disable"]
 PrefillMode = Literal["hybrid", "chunked"]
 SpeculativeMode = Literal["disable"]
-AttentionBackend = Literal["auto", "cpu", "torch"]
+AttentionBackend = Literal["auto", "cpu", "torch", "triton"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,8 @@ class EngineConfig:
         speculative_mode: Must be ``"disable"``: not available yet.
         spec_draft_length: Must be 0: not available yet.
         tensor_parallel_shards: Must be 1: not available yet.
-        attention_backend: ``"cpu"`` is the compiled kernel, ``"torch"`` needs no compiler and runs on any device,
-            ``"auto"`` takes the fastest that works.
+        attention_backend: ``"cpu"`` is the compiled kernel for the CPU, ``"triton"`` the one for CUDA, ``"torch"``
+            needs no compiler and runs on any device, ``"auto"`` takes the fastest that works.
         max_queue_size: Most requests that wait for their first step; None is unlimited.
         step_timeout: Seconds after which `AsyncEngine.health` calls a step stalled.
     """

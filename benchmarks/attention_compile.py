@@ -32,11 +32,18 @@ from triton.compiler import ASTSource
 
 from asyncengine.model.attention import triton_kernels as kernels
 from asyncengine.model.attention.protocol import LayerSpec
-from asyncengine.model.attention.triton import attend_constants, merge_constants, write_constants
-from asyncengine.model.attention.triton_tiles import TABLE, Launch, Tiles, tiles_for
+from asyncengine.model.attention.triton import (
+    MERGE_LAUNCH,
+    WRITE_LAUNCH,
+    attend_constants,
+    launch_options,
+    merge_constants,
+    write_constants,
+)
+from asyncengine.model.attention.triton_tiles import EXACT, TABLE, Launch, Tiles, tiles_for
 
 HOPPER = GPUTarget("cuda", 90, 32)
-HEADS = [(16, 16), (24, 24), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)]
+HEADS = [(16, 16), (24, 24), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)]
 QUICK = [(128, 128), (256, 256)]
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -80,13 +87,13 @@ def _cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, number: str, tiles
         constants = attend_constants(spec, dtype, 16, index, launch, tiles)
         yield Case(f"attend {kind} {name}", kernels.attend, types, constants, launch)
     types = {"plan": "*i32", "sinks": sinks, "output": f"*{number}", "parts": "*fp32", "statistics": "*fp32"}
-    yield Case(f"merge {name}", kernels.merge, types, merge_constants(spec, 0), Launch(1, 1, 4))
+    yield Case(f"merge {name}", kernels.merge, types, merge_constants(spec, 0), MERGE_LAUNCH)
     if not spec.has_sinks:
         types = {
             "plan": "*i32", "key": f"*{number}", "value": f"*{number}", "keys": f"*{number}", "values": f"*{number}",
             "tokens": "i32", "key_token": "i32", "key_head": "i32", "value_token": "i32", "value_head": "i32",
         }  # fmt: skip
-        yield Case(f"write {name}", kernels.write, types, write_constants(spec, 16), Launch(1, 4, 1))
+        yield Case(f"write {name}", kernels.write, types, write_constants(spec, 16), WRITE_LAUNCH)
 
 
 def compiled(case: Case) -> dict[str, int]:
@@ -103,8 +110,7 @@ def compiled(case: Case) -> dict[str, int]:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": case.launch.warps, "num_stages": case.launch.stages, "enable_fp_fusion": True}
-    kernel = triton.compile(source, target=HOPPER, options=options)
+    kernel = triton.compile(source, target=HOPPER, options=launch_options(case.launch))
     return resources(kernel.asm["ptx"]) | {"shared": int(kernel.metadata.shared)}
 
 
@@ -137,7 +143,7 @@ def main() -> None:
                 "benchmark": "attention_compile",
                 "triton": triton.__version__,
                 "target": "sm_90a",
-                "entries": len(TABLE),
+                "entries": len(TABLE) + len(EXACT),
                 "kernels": len(results),
                 "spilling": spilling,
                 "most_registers": max(found["registers"] for found in results.values()),

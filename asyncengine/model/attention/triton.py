@@ -23,8 +23,8 @@ from asyncengine.step.batch import StepBatch
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Programs of the persistent grid, for each multiprocessor. Small tiles wait for memory, so several share one.
 _SHORT_PROGRAMS, _LONG_PROGRAMS = 4, 2
-# Pairs of a token and a head that a program writes.
-_WRITTEN_ROWS = 16
+WRITE_LAUNCH = Launch(rows=16, warps=4, stages=1)
+MERGE_LAUNCH = Launch(rows=1, warps=1, stages=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +201,10 @@ class TritonAttention:
     def _write(
         self, spec: LayerSpec, cache: TritonCache, plan: TritonPlan, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        self._kernels.write[(-(-plan.tokens * spec.num_kv_heads // _WRITTEN_ROWS),)](
+        self._kernels.write[(-(-plan.tokens * spec.num_kv_heads // WRITE_LAUNCH.rows),)](
             plan.buffer, key, value, cache.keys, cache.values, plan.tokens,
             key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-            **write_constants(spec, cache.keys.shape[2]), enable_fp_fusion=True,
+            **write_constants(spec, cache.keys.shape[2]), **launch_options(WRITE_LAUNCH),
         )  # fmt: skip
 
     def _attend(
@@ -224,7 +224,7 @@ class TritonAttention:
             plan.buffer, query, cache.keys, cache.values, sinks, output, self._parts, self._statistics,
             query.stride(0), query.stride(1), float(spec.scaling), float(spec.soft_cap or 0.0),
             **attend_constants(spec, cache.keys.dtype, cache.keys.shape[2], index, launch, tiles, self._widen(cache)),
-            num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
+            **launch_options(launch),
         )  # fmt: skip
 
     def _widen(self, cache: TritonCache) -> bool:
@@ -241,7 +241,7 @@ class TritonAttention:
     ) -> None:
         self._kernels.merge[(grid,)](
             plan.buffer, sinks, output, self._parts, self._statistics,
-            **merge_constants(spec, index), num_warps=1, num_stages=4, enable_fp_fusion=True,
+            **merge_constants(spec, index), **launch_options(MERGE_LAUNCH),
         )  # fmt: skip
 
     def copy_blocks(self, caches: Sequence[TritonCache], copies: torch.Tensor) -> None:
@@ -255,6 +255,13 @@ class TritonAttention:
         for cache in caches:
             cache.keys.index_copy_(0, destination, cache.keys[source])
             cache.values.index_copy_(0, destination, cache.values[source])
+
+
+def launch_options(launch: Launch) -> dict[str, Any]:
+    """How the compiler is to make a kernel."""
+    # Triton 3.10 will not fuse multiplications and additions unless it is asked to.
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    return options if launch.registers is None else options | {"maxnreg": launch.registers}
 
 
 def attend_constants(
@@ -292,7 +299,7 @@ def write_constants(spec: LayerSpec, page_size: int) -> dict[str, Any]:
         "KEY_PAD": padded(spec.key_dim),
         "VALUE_PAD": padded(spec.value_dim),
         "PAGE": page_size,
-        "ROWS": _WRITTEN_ROWS,
+        "ROWS": WRITE_LAUNCH.rows,
     }
 
 
@@ -304,7 +311,7 @@ def merge_constants(spec: LayerSpec, index: int) -> dict[str, Any]:
         "VALUE_DIM": spec.value_dim,
         "VALUE_PAD": padded(spec.value_dim),
         "HAS_SINKS": spec.has_sinks,
-        "STAGES": 4,
+        "STAGES": MERGE_LAUNCH.stages,
     }
 
 

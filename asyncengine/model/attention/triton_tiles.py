@@ -17,11 +17,13 @@ class Launch:
         rows: Rows of a tile: pairs of a query token and one of the query heads that share a KV head. A power of two.
         warps: Warps of a program.
         stages: Depth of the software pipeline that loads keys and values.
+        registers: Most registers of a thread. Without it the assembler may spill some to fit more programs.
     """
 
     rows: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +48,22 @@ TABLE: dict[tuple[int, int], Tiles] = {
     # (bytes of a number, padded size of the larger of key and value head)
     (2, 16): Tiles(64, 256, Launch(16, 4, 3), Launch(64, 4, 3)),
     (2, 32): Tiles(64, 256, Launch(16, 4, 3), Launch(64, 4, 3)),
-    (2, 64): Tiles(64, 256, Launch(16, 4, 3), Launch(64, 4, 3)),
-    (2, 128): Tiles(64, 256, Launch(16, 4, 3), Launch(64, 4, 3)),
-    (2, 256): Tiles(64, 256, Launch(16, 4, 2), Launch(64, 8, 2)),
-    (2, 512): Tiles(32, 256, Launch(16, 8, 2), Launch(32, 8, 2)),
+    (2, 64): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 4, 3)),
+    (2, 128): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 8, 3)),
+    (2, 256): Tiles(32, 256, Launch(16, 4, 3), Launch(32, 8, 3, 248)),
+    (2, 512): Tiles(32, 256, Launch(16, 8, 2), Launch(16, 8, 2)),
     (4, 16): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 4, 2)),
     (4, 32): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 4, 2)),
     (4, 64): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 4, 2)),
     (4, 128): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 8, 2)),
     (4, 256): Tiles(32, 256, Launch(16, 8, 2), Launch(16, 8, 2)),
     (4, 512): Tiles(16, 256, Launch(16, 8, 1), Launch(16, 8, 1)),
+}
+EXACT: dict[tuple[int, int, int], Tiles] = {
+    # (bytes of a number, size of a key head, of a value head): sizes that need no masks, so fewer registers
+    (2, 64, 64): Tiles(64, 256, Launch(16, 4, 3), Launch(128, 8, 3)),
+    (2, 128, 128): Tiles(64, 256, Launch(16, 8, 3), Launch(128, 8, 3)),
+    (2, 256, 256): Tiles(32, 256, Launch(16, 8, 3), Launch(32, 8, 3)),
 }
 
 
@@ -66,4 +74,5 @@ def padded(size: int) -> int:
 
 def tiles_for(itemsize: int, key_dim: int, value_dim: int) -> Tiles | None:
     """How a layer is cut, or None where its heads are too large for the kernel."""
-    return TABLE.get((itemsize, padded(max(key_dim, value_dim))))
+    exact = EXACT.get((itemsize, key_dim, value_dim))
+    return exact or TABLE.get((itemsize, padded(max(key_dim, value_dim))))
