@@ -90,6 +90,7 @@ def _load(plan: LoadPlan) -> LoadedModel:
     from transformers import AutoModelForCausalLM
 
     from asyncengine.model import architecture, verification
+    from asyncengine.model.graphs import capture_steps
     from asyncengine.model.runner import PagedLayers, TorchModel, weight_bytes
     from asyncengine.model.sampler import Sampler
     from asyncengine.model.tokenizer import load_tokenizer
@@ -118,9 +119,14 @@ def _load(plan: LoadPlan) -> LoadedModel:
     torch_model = TorchModel(model, paged, sampler, device)
     try:
         _warm_up(torch_model, limits)
+        graphs = capture_steps(torch_model, backend.name, limits.max_num_sequence, device)
     except BaseException:
         torch_model.close()
         raise
+    notes = [] if selection.fallback_reason is None else [f"attention: {selection.fallback_reason}"]
+    if graphs is not None:
+        torch_model.use_graphs(graphs)
+        notes += graphs.notes
     return LoadedModel(
         model=torch_model,
         limits=limits,
@@ -131,7 +137,7 @@ def _load(plan: LoadPlan) -> LoadedModel:
         tokenizer=tokenizer,
         tokenizer_key=plan.tokenizer_key,
         memory_bytes=weight_bytes(model) + limits.num_blocks * kv_bytes_per_block(layers, backend, limits, dtype),
-        notes=() if selection.fallback_reason is None else (f"attention: {selection.fallback_reason}",),
+        notes=tuple(notes),
     )
 
 

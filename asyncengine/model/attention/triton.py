@@ -48,8 +48,9 @@ class TritonPlan:
         batch: The step.
         page_size: Tokens to a block.
         tokens: Query tokens that it speaks of, padding included.
-        items: For each cut, how many items its short and its long list have.
-        merges: Likewise.
+        cuts: How many kinds of layers it speaks of.
+        launched: The work lists that are launched: 2 * cut is its short one, 2 * cut + 1 its long one.
+        merged: Those of them whose parts are merged.
         buffer: The numbers that the kernels read.
         graph_key: Equal for steps that launch the same kernels on the same addresses.
     """
@@ -57,8 +58,9 @@ class TritonPlan:
     batch: StepBatch
     page_size: int
     tokens: int
-    items: tuple[int, ...]
-    merges: tuple[int, ...]
+    cuts: int
+    launched: tuple[int, ...]
+    merged: tuple[int, ...]
     buffer: torch.Tensor
     graph_key: tuple[Any, ...]
 
@@ -159,8 +161,12 @@ class TritonAttention:
         lists = work_list.work_lists(batch, page_size, self._cuts, programs, self._max_parts)
         buffer.send(lists.values)
         tokens = len(batch.slot_mapping)
-        key = (tokens, buffer.generation, self._generation, *(count > 0 for count in lists.items[1::2]))
-        return TritonPlan(batch, page_size, tokens, lists.items, lists.merges, buffer.tensor, key)
+        # A step of short rows alone launches the same kernels whatever there is to merge, so that it can be replayed.
+        short_alone = not any(lists.items[1::2])
+        launched = tuple(i for i, count in enumerate(lists.items) if count or (short_alone and i % 2 == 0))
+        merged = tuple(i for i in launched if lists.merges[i] or (short_alone and i % 2 == 0))
+        key = (tokens, buffer.generation, self._generation, launched, merged)
+        return TritonPlan(batch, page_size, tokens, len(self._cuts), launched, merged, buffer.tensor, key)
 
     def attend(
         self,
@@ -182,19 +188,18 @@ class TritonAttention:
             return output
         dtype = cache.keys.dtype
         cut = self._know(spec, dtype)
-        if 2 * cut >= len(plan.items):
+        if cut >= plan.cuts:
             # The plan was made before a layer like this was known. Those before have been queued: it may be replaced.
             again = self._plan(plan.batch, plan.page_size)
-            plan.items, plan.merges, plan.buffer = again.items, again.merges, again.buffer
+            plan.cuts, plan.launched, plan.merged, plan.buffer = again.cuts, again.launched, again.merged, again.buffer
         self._write(spec, cache, plan, key, value)
         tiles = _tiles(spec, dtype)
-        capturing = query.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        for i, launch, per_processor in ((2 * cut, tiles.short, _SHORT_PROGRAMS), (2 * cut + 1, tiles.long, _LONG_PROGRAMS)):
-            # What a captured graph launches is fixed; the short list of a later step may be longer than this one's.
-            if plan.items[i] or (capturing and i == 2 * cut):
+        for i in plan.launched:
+            if i // 2 == cut:
+                launch, per_processor = ((tiles.short, _SHORT_PROGRAMS), (tiles.long, _LONG_PROGRAMS))[i % 2]
                 grid = self._given_programs or self._processors * per_processor
                 self._attend(spec, cache, plan, query, sinks, output, i, launch, tiles, grid)
-                if plan.merges[i] or capturing:
+                if i in plan.merged:
                     self._merge(spec, plan, sinks, output, i, grid)
         return output
 

@@ -46,17 +46,17 @@ class Tiles:
 
 TABLE: dict[tuple[int, int], Tiles] = {
     # (bytes of a number, padded size of the larger of key and value head)
-    (2, 16): Tiles(64, 256, Launch(16, 4, 3), Launch(64, 4, 3)),
-    (2, 32): Tiles(64, 256, Launch(16, 4, 3), Launch(64, 4, 3)),
+    (2, 16): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 4, 3)),
+    (2, 32): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 4, 3)),
     (2, 64): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 4, 3)),
     (2, 128): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 8, 3)),
-    (2, 256): Tiles(32, 256, Launch(16, 4, 3), Launch(32, 8, 3, 248)),
+    (2, 256): Tiles(32, 256, Launch(16, 4, 3, 248), Launch(32, 8, 3, 248)),
     (2, 512): Tiles(32, 256, Launch(16, 8, 2), Launch(16, 8, 2)),
     (4, 16): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 4, 2)),
     (4, 32): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 4, 2)),
     (4, 64): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 4, 2)),
     (4, 128): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 8, 2)),
-    (4, 256): Tiles(32, 256, Launch(16, 8, 2), Launch(16, 8, 2)),
+    (4, 256): Tiles(32, 256, Launch(16, 8, 2, 248), Launch(16, 8, 2, 248)),
     (4, 512): Tiles(16, 256, Launch(16, 8, 1), Launch(16, 8, 1)),
 }
 EXACT: dict[tuple[int, int, int], Tiles] = {
