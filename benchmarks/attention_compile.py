@@ -133,7 +133,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two head sizes in bfloat16 only")
     quick = parser.parse_args().quick
     results = {}
-    for case in cases(QUICK, [torch.bfloat16]) if quick else cases(HEADS, [torch.bfloat16, torch.float16, torch.float32]):
+    for case in (
+        cases(QUICK, [torch.bfloat16]) if quick else cases(HEADS, [torch.bfloat16, torch.float16, torch.float32])
+    ):
         results[case.name] = found = compiled(case)
         print(f"{case.name:<55} {found}", flush=True)
     spilling = [name for name, found in results.items() if found["spilled"]]

@@ -30,8 +30,9 @@ class Buckets:
 
     @classmethod
     def upto(cls, largest: int) -> Buckets:
-        """1, 2, 4, then multiples of 8 up to 64, of 16 up to 256, of 64 up to 512 and of 256: a step computes at most
-        a quarter more tokens than it has, once it has 16 of them.
+        """1, 2, 4, then multiples of 8 up to 64, of 16 up to 256, of 64 up to 512, then of 256.
+
+        A step of 16 tokens or more computes at most half more than it has, a smaller one at most twice as many.
 
         Args:
             largest: Tokens of the largest step; the last bucket.

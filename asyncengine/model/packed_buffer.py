@@ -40,7 +40,7 @@ class PackedBuffer:
         cuda = self._device.type == "cuda"
         self.generation += 1
         self._host = [torch.empty(capacity, dtype=torch.int32, pin_memory=cuda) for _ in range(self._places)]
-        self._events = [torch.cuda.Event() if cuda else None for _ in range(self._places)]
+        self._events = [torch.cuda.Event() if cuda else None for _ in range(self._places)]  # type: ignore[no-untyped-call]
         self.tensor = torch.empty(capacity, dtype=torch.int32, device=self._device)
 
     @property

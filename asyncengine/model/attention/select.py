@@ -13,7 +13,6 @@ from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavai
 from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.attention.triton import TritonAttention
 
-
 _FASTEST: dict[str, BackendName] = {"cpu": "cpu", "cuda": "triton"}
 
 

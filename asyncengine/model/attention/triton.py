@@ -131,7 +131,9 @@ class TritonAttention:
         if self._buffer is not None:
             return
         self._buffer = PackedBuffer(device, 1 << 16)
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        self._processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        )
 
     def _know(self, spec: LayerSpec, dtype: torch.dtype) -> int:
         """The index of the layer's cut, and room for its parts."""

@@ -52,17 +52,17 @@ TABLE: dict[tuple[int, int], Tiles] = {
     (2, 128): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 8, 3)),
     (2, 256): Tiles(32, 256, Launch(16, 4, 3, 248), Launch(32, 8, 3, 248)),
     (2, 512): Tiles(32, 256, Launch(16, 8, 2), Launch(16, 8, 2)),
-    (4, 16): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 4, 2)),
-    (4, 32): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 4, 2)),
-    (4, 64): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 4, 2)),
-    (4, 128): Tiles(32, 256, Launch(16, 4, 2), Launch(32, 8, 2)),
+    (4, 16): Tiles(32, 256, Launch(16, 4, 2, 248), Launch(32, 4, 2)),
+    (4, 32): Tiles(32, 256, Launch(16, 4, 2, 248), Launch(32, 4, 2)),
+    (4, 64): Tiles(32, 256, Launch(16, 4, 2, 248), Launch(32, 4, 2)),
+    (4, 128): Tiles(32, 256, Launch(16, 4, 2, 248), Launch(32, 8, 2)),
     (4, 256): Tiles(32, 256, Launch(16, 8, 2, 248), Launch(16, 8, 2, 248)),
     (4, 512): Tiles(16, 256, Launch(16, 8, 1), Launch(16, 8, 1)),
 }
 EXACT: dict[tuple[int, int, int], Tiles] = {
     # (bytes of a number, size of a key head, of a value head): sizes that need no masks, so fewer registers
     (2, 64, 64): Tiles(64, 256, Launch(16, 4, 3), Launch(128, 8, 3)),
-    (2, 128, 128): Tiles(64, 256, Launch(16, 8, 3), Launch(128, 8, 3)),
+    (2, 128, 128): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(128, 8, 3)),
     (2, 256, 256): Tiles(32, 256, Launch(16, 8, 3), Launch(32, 8, 3)),
 }
 

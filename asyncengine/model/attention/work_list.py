@@ -82,9 +82,7 @@ class _Tiles:
     end: Int64
 
 
-def work_lists(
-    batch: StepBatch, page_size: int, cuts: Sequence[Cut], programs: int, max_parts: int
-) -> WorkLists:
+def work_lists(batch: StepBatch, page_size: int, cuts: Sequence[Cut], programs: int, max_parts: int) -> WorkLists:
     """Makes the work lists of one step: for every cut a short and a long one.
 
     Args:

@@ -3,7 +3,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
 from triton_device import TritonOnDevice
 
 from asyncengine.model.attention.cpu import CpuAttention

@@ -29,5 +29,5 @@ def test_models_compute_what_transformers_computes(name: str, checkpoint: Callab
 
 def test_a_load_on_the_cpu_with_triton_is_refused(checkpoint: Callable[..., Path]) -> None:
     config = EngineConfig(str(checkpoint("llama")), device="cpu", attention_backend="triton")
-    with pytest.raises(ConfigError, match="attention_backend is 'triton': .* needs a CUDA device, not cpu"):
+    with pytest.raises(ConfigError, match=r"attention_backend is 'triton': .* needs a CUDA device, not cpu"):
         TransformersLoader().check(config, None)
