@@ -40,7 +40,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", _COMMON),
     "gemma3": (
         "Gemma3TextConfig",
-        _COMMON | _WINDOW | {"query_pre_attn_scalar": 64, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+        _COMMON | _WINDOW
+        | {"query_pre_attn_scalar": 64, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
     ),
     "gpt_oss": (
         "GptOssConfig",
@@ -119,10 +120,10 @@ def paged_logits(
     paged = PagedLayers(architecture.record(model), backend, limits, next(model.parameters()).dtype, device)
     paged.allocate()
     runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
-    graphs = capture_steps(runner, backend.name, len(ids), device)
+    graphs, notes = capture_steps(runner, backend.name, len(ids), device)
+    for note in notes:
+        print(f"  {note}", flush=True)
     if graphs is not None:
-        for note in graphs.notes:
-            print(f"  {note}", flush=True)
         runner.use_graphs(graphs)
     rows: list[list[torch.Tensor]] = [[] for _ in ids]
     with torch.inference_mode():

@@ -195,19 +195,21 @@ class StepGraphs:
         return self._model.forward(ids[None], positions[None], index)
 
 
-def capture_steps(model: Steppable, backend_name: str, sequences: int, device: torch.device) -> StepGraphs | None:
-    """Captures the decodes of up to `sequences` sequences, where the device has graphs; None where it has not.
+def capture_steps(
+    model: Steppable, backend_name: str, sequences: int, device: torch.device
+) -> tuple[StepGraphs | None, tuple[str, ...]]:
+    """Captures the decodes of up to `sequences` sequences, where device and attention allow it.
 
-    Look at `StepGraphs.notes` for what did not work.
+    Returns:
+        The graphs, or None, and what does not work, in words.
     """
     if device.type != "cuda":
-        return None
+        return None, ()
+    if backend_name != "triton":
+        return None, (f"graphs: the {backend_name} attention plans in tensors of changing sizes; none are captured",)
     graphs = StepGraphs(model, Buckets.upto(sequences), device)
-    if backend_name == "triton":
-        graphs.capture()
-    else:
-        graphs.notes.append(f"graphs: the {backend_name} attention plans in tensors of changing sizes; none captured")
-    return graphs
+    graphs.capture()
+    return graphs, tuple(graphs.notes)
 
 
 def _decodes_alone(batch: StepBatch) -> bool:

@@ -91,7 +91,7 @@ class PackedBuffer:
         sent.copy_(self._host[self._next][:count], non_blocking=True)
         event = self._events[self._next]
         if event is not None:
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
         self._next = (self._next + 1) % self._places
         return sent
 

@@ -173,7 +173,13 @@ def test_cleared_graphs_can_be_captured_again() -> None:
 
 
 def test_the_cpu_has_no_graphs() -> None:
-    assert capture_steps(Model(), "cpu", 4, CPU) is None
+    assert capture_steps(Model(), "cpu", 4, CPU) == (None, ())
+
+
+def test_attention_whose_plan_has_no_fixed_place_is_not_captured() -> None:
+    graphs, notes = capture_steps(Model(), "torch", 4, torch.device("cuda"))
+    assert graphs is None
+    assert notes == ("graphs: the torch attention plans in tensors of changing sizes; none are captured",)
 
 
 GREEDY = GenerationConfig(temperature=0, max_tokens=12, ignore_eos=True)
@@ -204,10 +210,10 @@ async def test_an_engine_generates_the_same_with_captured_steps(
     assert notes == ()
     recorder = Replayer()
 
-    def capture(model: Any, backend_name: str, sequences: int, device: torch.device) -> StepGraphs:
+    def capture(model: Any, backend_name: str, sequences: int, device: torch.device) -> Any:
         graphs = StepGraphs(model, Buckets.upto(sequences), device, recorder)
         graphs.capture()
-        return graphs
+        return graphs, tuple(graphs.notes)
 
     monkeypatch.setattr(graphs_module, "capture_steps", capture)
     found, notes = await tokens_of(config)
@@ -222,10 +228,10 @@ async def test_an_engine_that_cannot_capture_serves_and_says_so(
 ) -> None:
     config = engine_config(checkpoint("llama"))
 
-    def capture(model: Any, backend_name: str, sequences: int, device: torch.device) -> StepGraphs:
+    def capture(model: Any, backend_name: str, sequences: int, device: torch.device) -> Any:
         graphs = StepGraphs(model, Buckets.upto(sequences), device, Replayer(fails_at=0))
         graphs.capture()
-        return graphs
+        return graphs, tuple(graphs.notes)
 
     monkeypatch.setattr(graphs_module, "capture_steps", capture)
     found, notes = await tokens_of(config)

@@ -6,6 +6,7 @@ triton_tiles.py.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,6 +120,9 @@ class TritonAttention:
                 f"the triton attention back end has no tiles for heads of {spec.key_dim} and {spec.value_dim}"
             )
         self._prepare(device)
+        assert self._buffer is not None
+        # Room for block tables in which every block stands twice. More, where rows share a prefix, makes it grow later.
+        self._buffer.reserve((1 << 16) + 2 * num_blocks)
         self._know(spec, dtype)
         shape = (num_blocks, spec.num_kv_heads, page_size)
         return TritonCache(
@@ -130,7 +134,7 @@ class TritonAttention:
         """Makes what is made once for a device."""
         if self._buffer is not None:
             return
-        self._buffer = PackedBuffer(device, 1 << 16)
+        self._buffer = PackedBuffer(device)
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         )
@@ -194,15 +198,16 @@ class TritonAttention:
             # The plan was made before a layer like this was known. Those before have been queued: it may be replaced.
             again = self._plan(plan.batch, plan.page_size)
             plan.cuts, plan.launched, plan.merged, plan.buffer = again.cuts, again.launched, again.merged, again.buffer
-        self._write(spec, cache, plan, key, value)
         tiles = _tiles(spec, dtype)
-        for i in plan.launched:
-            if i // 2 == cut:
-                launch, per_processor = ((tiles.short, _SHORT_PROGRAMS), (tiles.long, _LONG_PROGRAMS))[i % 2]
-                grid = self._given_programs or self._processors * per_processor
-                self._attend(spec, cache, plan, query, sinks, output, i, launch, tiles, grid)
-                if i in plan.merged:
-                    self._merge(spec, plan, sinks, output, i, grid)
+        with _current(query.device):
+            self._write(spec, cache, plan, key, value)
+            for i in plan.launched:
+                if i // 2 == cut:
+                    launch, per_processor = ((tiles.short, _SHORT_PROGRAMS), (tiles.long, _LONG_PROGRAMS))[i % 2]
+                    grid = self._given_programs or self._processors * per_processor
+                    self._attend(spec, cache, plan, query, sinks, output, i, launch, tiles, grid)
+                    if i in plan.merged:
+                        self._merge(spec, plan, sinks, output, i, grid)
         return output
 
     def _write(
@@ -337,6 +342,13 @@ def _cut(spec: LayerSpec, tiles: Tiles) -> Cut:
         split=tiles.split,
         window=spec.sliding_window,
     )
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the thread's current device, whatever device its arguments are on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ def _finish(total, total_max, total_sum, sink, HAS_SINKS: tl.constexpr):
     return total / tl.where(total_sum == 0.0, 1.0, total_sum)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def write(
     plan, key, value, keys, values, tokens,
     key_token, key_head, value_token, value_head,
