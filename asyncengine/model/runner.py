@@ -19,6 +19,7 @@ from asyncengine.model.architecture import RecordedLayer, attach
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.graphs import StepGraphs
 from asyncengine.model.sampler import Sampler
+from asyncengine.model.step_inputs import StepInputs
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
 from asyncengine.step.scheduler import Limits
 
@@ -95,6 +96,7 @@ class TorchModel:
         self._device = device
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._graphs: StepGraphs | None = None
+        self._inputs = StepInputs(device)
 
     def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
         """As the protocol says."""
@@ -113,10 +115,7 @@ class TorchModel:
         if self._graphs is not None and (replayed := self._graphs.run(batch)) is not None:
             return replayed
         self.begin(batch)
-        ids = torch.from_numpy(batch.token_ids.astype(np.int64))[None].to(self._device)
-        positions = torch.from_numpy(batch.positions.astype(np.int64))[None].to(self._device)
-        index = torch.from_numpy(batch.sample_index).to(self._device)
-        return self.forward(ids, positions, index)
+        return self.forward(*self._inputs.send(batch))
 
     def begin(self, batch: StepBatch) -> Any:
         """Prepares a step and returns the attention's plan."""

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from triton_device import TritonOnDevice
+from triton_device import TritonOnDevice, require_triton
 
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavailableError
@@ -25,7 +25,7 @@ def cpu_backend() -> CpuAttention:
 
 @pytest.fixture(scope="session")
 def triton_backend() -> TritonOnDevice:
-    pytest.importorskip("triton", reason="triton is not installed")
+    require_triton()
     return TritonOnDevice(programs=12, parts_bytes=1 << 19)
 
 

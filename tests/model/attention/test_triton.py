@@ -25,13 +25,13 @@ from attention_case import (
 )
 from test_invariance import same_bits
 from test_parity import assert_matches_dense
-from triton_device import DEVICE, TritonOnDevice
+from triton_device import DEVICE, TritonOnDevice, require_triton
 
 from asyncengine.model.attention import triton_tiles
 from asyncengine.model.attention.protocol import BackendUnavailableError
 from asyncengine.model.attention.triton_tiles import Launch, Tiles
 
-pytest.importorskip("triton", reason="triton is not installed")
+require_triton()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (context, new): decodes within a split and over several, a prefill, a chunk after a context, a verification of 3.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from triton_device import DEVICE
+from triton_device import DEVICE, require_triton
 
 from asyncengine import EngineConfig
 from asyncengine.errors import ConfigError
@@ -19,7 +19,7 @@ from asyncengine.model.loader import TransformersLoader
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss"])
 def test_models_compute_what_transformers_computes(name: str, checkpoint: Callable[..., Path]) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
+    require_triton()
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint(name), dtype=torch.float32, attn_implementation=architecture.ATTENTION
     ).to(DEVICE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from asyncengine.model.attention.protocol import LayerSpec
@@ -11,6 +12,13 @@ from asyncengine.model.attention.triton import TritonAttention, TritonCache, Tri
 from asyncengine.step.batch import Int64, StepBatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def require_triton() -> None:
+    """Skips the test, or the module, where the kernels can neither run nor be interpreted."""
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    if DEVICE.type == "cpu" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of triton < 3.7 needs numpy < 2.3", allow_module_level=True)
 
 
 class TritonOnDevice(TritonAttention):
