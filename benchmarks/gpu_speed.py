@@ -1,8 +1,9 @@
 """What the device can do, and what the engine makes of it. The parts of `benchmarks.gpu` that need the engine.
 
 Steps are watched from the outside: a probe around the model's `execute` notes begin, end and size of each step, and, on
-a CUDA device, records an event on either side. "Idle" is the share of the device's time between the end of one step
-and the beginning of the next one.
+a CUDA device, records an event once the step's plan is there and another one when its tokens are on the host. "Idle" is
+the share of the time from the latter to the next step's former, in which the device has nothing to do; what it waits
+for within a step does not count.
 """
 
 from __future__ import annotations
@@ -59,27 +60,34 @@ class Probe:
 @contextlib.contextmanager
 def probing(device: torch.device) -> Iterator[Probe]:
     """Puts a probe around every step in the process."""
-    probe, plain = Probe(), TorchModel.execute
+    probe, plain_execute, plain_begin = Probe(), TorchModel.execute, TorchModel.begin
     cuda = device.type == "cuda"
+    events: list[Any] = []
+
+    def begin(self: TorchModel, batch: StepBatch) -> Any:
+        plan = plain_begin(self, batch)
+        if cuda:
+            # Behind the copies of the step's plan: until here the device had nothing to do.
+            events[:] = [torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)]
+            events[0].record()
+        return plan
 
     def execute(self: TorchModel, batch: StepBatch) -> Any:
-        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) if cuda else None
-        if events:
-            events[0].record()
         begun = time.perf_counter()
-        tokens = plain(self, batch)
+        tokens = plain_execute(self, batch)
         ended = time.perf_counter()
-        if events:
+        if cuda:
             events[1].record()
+        pair = (events[0], events[1]) if cuda else None
         context = int(batch.context_lens.sum())
-        probe.steps.append(Step(begun, ended, len(batch.token_ids), batch.num_decodes, context, events))
+        probe.steps.append(Step(begun, ended, len(batch.token_ids), batch.num_decodes, context, pair))
         return tokens
 
-    TorchModel.execute = execute  # type: ignore[method-assign]
+    TorchModel.execute, TorchModel.begin = execute, begin  # type: ignore[method-assign]
     try:
         yield probe
     finally:
-        TorchModel.execute = plain  # type: ignore[method-assign]
+        TorchModel.execute, TorchModel.begin = plain_execute, plain_begin  # type: ignore[method-assign]
 
 
 def ceilings(device: torch.device, megabytes: int, size: int, dtype: torch.dtype) -> dict[str, float]:

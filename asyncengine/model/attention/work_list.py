@@ -23,6 +23,10 @@ ITEM = 8
 MERGE = 4
 
 
+_NO_ITEMS = np.zeros((0, ITEM), np.int64)
+_NO_MERGES = np.zeros((0, MERGE), np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """How the layers of one kind are cut into tiles and splits.
@@ -104,10 +108,14 @@ def work_lists(batch: StepBatch, page_size: int, cuts: Sequence[Cut], programs: 
     sections: list[np.ndarray[tuple[int, ...], np.dtype[np.integer]]] = [batch.slot_mapping, tables]
     items, merges, parts = [], [], 0
     for cut in cuts:
-        few = queries <= cut.tokens(cut.short_rows)
-        for rows, chosen in ((cut.short_rows, few), (cut.long_rows, ~few)):
-            tiles = _tiles(batch, queries, table, np.flatnonzero(chosen & (queries > 0)), cut, rows)
-            work, merge, used = _share_out(tiles, programs // cut.side_by_side(rows), max_parts)
+        size = cut.tokens(cut.short_rows)
+        short = np.flatnonzero((queries > 0) & (queries <= size))
+        long = np.flatnonzero(queries > size)
+        for rows, chosen in ((cut.short_rows, short), (cut.long_rows, long)):
+            work, merge, used = _NO_ITEMS, _NO_MERGES, 0
+            if len(chosen):
+                tiles = _tiles(batch, queries, table, chosen, cut, rows)
+                work, merge, used = _share_out(tiles, programs // cut.side_by_side(rows), max_parts)
             if padding and rows == cut.short_rows:
                 work = np.concatenate((work, _padding(batch, padding, cut.tokens(rows))))
             sections += [work.ravel(), merge.ravel()]
@@ -131,14 +139,16 @@ def work_lists(batch: StepBatch, page_size: int, cuts: Sequence[Cut], programs: 
 def _tiles(batch: StepBatch, queries: Int64, table: Int64, rows: Int64, cut: Cut, tile_rows: int) -> _Tiles:
     """Cuts the query tokens of some rows into tiles."""
     size = cut.tokens(tile_rows)
-    counts = -(-queries[rows] // size)
-    row = np.repeat(rows, counts)
-    offset = (np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
-    tokens = np.minimum(queries[row] - offset, size)
-    position = batch.context_lens[row] + offset
+    row, tokens, offset = rows, queries[rows], np.zeros(1, np.int64)
+    if int(tokens.max()) > size:
+        counts = -(-tokens // size)
+        row = np.repeat(rows, counts)
+        offset = _within(counts) * size
+        tokens = np.minimum(queries[row] - offset, size)
+    position = batch.context_lens[row].astype(np.int64) + offset
     first_seen = np.zeros_like(position) if cut.window is None else np.maximum(position - cut.window + 1, 0)
     return _Tiles(
-        token=batch.query_start[row] + offset,
+        token=batch.query_start[row].astype(np.int64) + offset,
         tokens=tokens,
         position=position,
         table=table[row],
@@ -152,40 +162,49 @@ def _share_out(tiles: _Tiles, programs: int, max_parts: int) -> tuple[Int64, Int
     splits = tiles.end - tiles.split
     # Splits that each program would do if they were shared out evenly. Nobody gets more than that, if it can be had.
     fair = max(1, -(-int(splits.sum()) // max(1, programs)))
+    items = np.zeros((len(splits), ITEM), np.int64)
+    columns = (tiles.token, tiles.tokens, tiles.position, tiles.table, tiles.split, tiles.end)
+    for column, values in enumerate(columns):
+        items[:, column] = values
+    items[:, 6] = -1
+    merges, used = _NO_MERGES, 0
+    if int(splits.max()) > fair:
+        items, merges, used = _split_up(items, splits, fair, max_parts)
+    # The longest come first, so that all programs end together.
+    return items[np.argsort(items[:, 4] - items[:, 5], kind="stable")], merges, used
+
+
+def _split_up(whole: Int64, splits: Int64, fair: int, max_parts: int) -> tuple[Int64, Int64, int]:
+    """Makes several items of those with more than `fair` splits, the longest first if there is not room for all."""
     pieces = -(-splits // fair)
-    rows = np.where(pieces > 1, splits * tiles.tokens, 0)
+    rows = np.where(pieces > 1, splits * whole[:, 1], 0)
     order = np.argsort(-splits, kind="stable")
     fits = np.empty(len(splits), np.bool_)
     fits[order] = np.cumsum(rows[order]) <= max_parts
     pieces, rows = np.where(fits, pieces, 1), np.where(fits, rows, 0)
-    shared = pieces > 1
     first_part = np.cumsum(rows) - rows
 
-    tile = np.repeat(np.arange(len(splits)), pieces)
-    piece = np.arange(len(tile)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    size = -(-splits // np.maximum(pieces, 1))[tile]
-    begin = tiles.split[tile] + piece * size
-    end = np.minimum(begin + size, tiles.end[tile])
-    items = np.zeros((len(tile), ITEM), np.int64)
-    items[:, 0] = tiles.token[tile]
-    items[:, 1] = tiles.tokens[tile]
-    items[:, 2] = tiles.position[tile]
-    items[:, 3] = tiles.table[tile]
-    items[:, 4] = begin
-    items[:, 5] = end
-    items[:, 6] = np.where(shared[tile], first_part[tile] + piece * size * tiles.tokens[tile], -1)
-    # A piece may be empty where the sizes were rounded up. The longest come first, so that all programs end together.
-    items = items[np.argsort(begin - end, kind="stable")]
-    items = items[items[:, 5] > items[:, 4]]
+    item = np.repeat(np.arange(len(splits)), pieces)
+    items = whole[item]
+    size = (-(-splits // pieces))[item]
+    done = _within(pieces) * size
+    items[:, 4] += done
+    items[:, 5] = np.minimum(items[:, 4] + size, items[:, 5])
+    items[:, 6] = np.where((pieces > 1)[item], first_part[item] + done * items[:, 1], -1)
+    items = items[items[:, 5] > items[:, 4]]  # the last may be empty, because the sizes were rounded up
 
-    tile = np.repeat(np.flatnonzero(shared), tiles.tokens[shared])
-    in_tile = np.arange(len(tile)) - np.repeat(
-        np.cumsum(tiles.tokens[shared]) - tiles.tokens[shared], tiles.tokens[shared]
-    )
-    merges = np.stack(
-        (tiles.token[tile] + in_tile, first_part[tile] + in_tile, tiles.tokens[tile], splits[tile]), axis=1
-    )
+    shared = np.flatnonzero(pieces > 1)
+    tokens = whole[shared, 1]
+    item, in_tile = np.repeat(shared, tokens), _within(tokens)
+    merges = np.stack((whole[item, 0] + in_tile, first_part[item] + in_tile, whole[item, 1], splits[item]), axis=1)
     return items, merges, int(rows.sum())
+
+
+def _within(counts: Int64) -> Int64:
+    """0, 1, .. counts[0] - 1, 0, 1, .. counts[1] - 1, and so on."""
+    ends = np.cumsum(counts)
+    within: Int64 = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return within
 
 
 def _padding(batch: StepBatch, padding: int, size: int) -> Int64:
