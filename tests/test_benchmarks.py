@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu import Report
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,11 +46,15 @@ def test_gpu_runs_end_to_end_on_the_cpu() -> None:
     assert set(result["ratios"]) == {"workload_over_continuous_batching", "batch_1_over_static_cache"}
 
 
-def test_gpu_without_time_skips_and_says_so() -> None:
-    status, result, _ = run("gpu", "--tiny", "--seconds", "0", "--only", "parity")
-    assert status == 0
-    assert result["results"] == {}
-    assert result["skipped"] == ["ceilings", "parity"]
+def test_a_part_of_gpu_that_fails_or_has_no_time_stops_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(seconds=100)
+    assert report.part("late", 1000, lambda: 1) is None
+    assert report.part("broken", 0, lambda: {}["what"]) is None
+    assert report.part("good", 10, lambda: 2) == 2
+    assert report.skipped == ["late"]
+    assert report.errors == {"broken": "KeyError: 'what'"}
+    assert report.results == {"good": 2}
+    assert "late: skipped, it takes about 1000 s" in capsys.readouterr().out
 
 
 def test_attention_kernels_compile_for_hopper_without_spills() -> None:
