@@ -16,7 +16,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 PrefixCacheMode = Literal["radix", "disable"]
 PrefillMode = Literal["hybrid", "chunked"]
 SpeculativeMode = Literal["disable"]
-AttentionBackend = Literal["auto", "cpu", "torch"]
+AttentionBackend = Literal["auto", "cpu", "torch", "triton"]
 DecoderBackend = Literal["auto", "compiled", "transformers"]
 Quantization = Literal["none", "int8"]
 
@@ -51,8 +51,8 @@ class EngineConfig:
         speculative_mode: Must be ``"disable"``: not available yet.
         spec_draft_length: Must be 0: not available yet.
         tensor_parallel_shards: Must be 1: not available yet.
-        attention_backend: ``"cpu"`` is the compiled kernel, ``"torch"`` needs no compiler and runs on any device,
-            ``"auto"`` takes the fastest that works.
+        attention_backend: ``"cpu"`` is the compiled kernel for the CPU, ``"triton"`` the one for CUDA, ``"torch"``
+            needs no compiler and runs on any device, ``"auto"`` takes the fastest that works.
         decoder_backend: ``"compiled"`` runs a whole step in compiled code, on the CPU, for the family of models that it
             knows; ``"transformers"`` runs the model's own modules around the attention; ``"auto"`` takes the first
             where it can.

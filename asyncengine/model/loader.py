@@ -92,6 +92,7 @@ class TransformersLoader:
 def _load(plan: LoadPlan) -> LoadedModel:
     from asyncengine.model import architecture, verification
     from asyncengine.model.decoder.blueprint import NotRecognised
+    from asyncengine.model.graphs import capture_steps
     from asyncengine.model.runner import PagedLayers, TorchModel, weight_bytes
     from asyncengine.model.sampler import Sampler
     from asyncengine.model.tokenizer import load_tokenizer
@@ -127,9 +128,13 @@ def _load(plan: LoadPlan) -> LoadedModel:
     torch_model = TorchModel(model, paged, sampler, device, program)
     try:
         _warm_up(torch_model, limits)
+        graphs, slower = capture_steps(torch_model, backend.name, limits.max_num_sequence, device)
     except BaseException:
         torch_model.close()
         raise
+    notes += slower
+    if graphs is not None:
+        torch_model.use_graphs(graphs)
     return LoadedModel(
         model=torch_model,
         limits=limits,
@@ -269,23 +274,25 @@ def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.
 
 
 def _warm_up(model: Any, limits: Limits) -> None:
-    """Runs one small step, so that whatever is built on first use is built before the model serves."""
-    tokens = np.zeros(1, dtype=np.int32)
-    model.execute(
-        StepBatch(
-            token_ids=tokens,
-            positions=tokens,
-            query_start=np.array([0, 1], dtype=np.int32),
-            context_lens=tokens,
-            block_tables=np.zeros((1, 1), dtype=np.int32),
-            slot_mapping=np.zeros(1, dtype=np.int64),
-            sample_index=np.empty(0, dtype=np.int64),
-            sample_slots=np.empty(0, dtype=np.int64),
-            sample_positions=np.empty(0, dtype=np.int64),
-            copies=np.empty((0, 2), dtype=np.int64),
-            num_decodes=1,
+    """Runs a small prefill and a decode, so that whatever is built on first use is built before the model serves."""
+    most = min(limits.prefill_chunk_size, limits.max_single_sequence_length, limits.num_blocks * limits.page_size)
+    for count in {min(64, most), 1}:
+        positions = np.arange(count, dtype=np.int32)
+        model.execute(
+            StepBatch(
+                token_ids=np.zeros(count, dtype=np.int32),
+                positions=positions,
+                query_start=np.array([0, count], dtype=np.int32),
+                context_lens=np.zeros(1, dtype=np.int32),
+                block_tables=np.arange(-(-count // limits.page_size), dtype=np.int32)[None],
+                slot_mapping=positions.astype(np.int64),
+                sample_index=np.empty(0, dtype=np.int64),
+                sample_slots=np.empty(0, dtype=np.int64),
+                sample_positions=np.empty(0, dtype=np.int64),
+                copies=np.empty((0, 2), dtype=np.int64),
+                num_decodes=int(count == 1),
+            )
         )
-    )
 
 
 def _device(name: str) -> torch.device:

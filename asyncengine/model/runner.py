@@ -19,7 +19,9 @@ from asyncengine.model import memory
 from asyncengine.model.architecture import RecordedLayer, attach
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.decoder.program import CompiledDecoder
+from asyncengine.model.graphs import StepGraphs
 from asyncengine.model.sampler import Sampler
+from asyncengine.model.step_inputs import StepInputs
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
 from asyncengine.step.scheduler import Limits
 
@@ -70,11 +72,12 @@ class PagedLayers:
         self.plan = None
         attach(dict.fromkeys((layer.module for layer in self._layers), _no_cache))
 
-    def begin(self, batch: StepBatch) -> None:
-        """Prepares a step: copies blocks, then plans."""
+    def begin(self, batch: StepBatch) -> Any:
+        """Prepares a step: copies blocks, then plans; returns the plan."""
         if len(batch.copies):
             self._backend.copy_blocks(self.caches, torch.from_numpy(batch.copies))
         self.plan = self._backend.plan(batch, self._limits.page_size, self._device)
+        return self.plan
 
     def _hook(self, layer: RecordedLayer, cache: Any) -> Callable[..., torch.Tensor]:
         attend, spec, sinks = self._backend.attend, layer.spec, layer.sinks
@@ -114,6 +117,8 @@ class TorchModel:
         if program is not None:
             program.bind(layers.caches)
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._graphs: StepGraphs | None = None
+        self._inputs = StepInputs(device)
 
     def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
         """As the protocol says."""
@@ -129,13 +134,20 @@ class TorchModel:
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""
-        assert self._model is not None
-        self._layers.begin(batch)
+        if self._graphs is not None and (replayed := self._graphs.run(batch)) is not None:
+            return replayed
+        plan = self.begin(batch)
         if self._program is not None:
-            return self._program.logits(batch, self._layers.plan)
-        ids = torch.from_numpy(batch.token_ids.astype(np.int64))[None].to(self._device)
-        positions = torch.from_numpy(batch.positions.astype(np.int64))[None].to(self._device)
-        index = torch.from_numpy(batch.sample_index).to(self._device)
+            return self._program.logits(batch, plan)
+        return self.forward(*self._inputs.send(batch))
+
+    def begin(self, batch: StepBatch) -> Any:
+        """Prepares a step and returns the attention's plan."""
+        return self._layers.begin(batch)
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Runs the model: (1, tokens) ids and positions, (M,) rows of logits that are wanted; (M, vocabulary)."""
+        assert self._model is not None
         if self._some_logits:
             output = self._model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=index)
             logits: torch.Tensor = output.logits[0]
@@ -143,6 +155,10 @@ class TorchModel:
         output = self._model(input_ids=ids, position_ids=positions, use_cache=False)
         logits = output.logits[0, index]
         return logits
+
+    def use_graphs(self, graphs: StepGraphs) -> None:
+        """Replays steps that were captured, from now on. They were captured from this model."""
+        self._graphs = graphs
 
     def device_lost(self, error: BaseException) -> bool:
         """Whether CUDA reports an error after which its context is unusable; running out of memory is not one."""
@@ -159,6 +175,8 @@ class TorchModel:
     def sleep(self) -> None:
         """Frees the KV cache; on CUDA the weights wait in host memory."""
         assert self._model is not None
+        if self._graphs is not None:
+            self._graphs.clear()
         self._layers.free()
         if self._device.type == "cuda":
             self._model.to("cpu")
@@ -167,11 +185,13 @@ class TorchModel:
     def wake(self) -> None:
         """Undoes `sleep`."""
         assert self._model is not None
-        self._layers.allocate()
         if self._program is None:
             self._model.to(self._device)
-        else:
+        self._layers.allocate()
+        if self._program is not None:
             self._program.bind(self._layers.caches)
+        if self._graphs is not None:
+            self._graphs.capture()
 
     def update_weights(self, weights: Mapping[str, Any]) -> None:
         """As the protocol says. The old values are kept until all new ones are in place."""
@@ -226,6 +246,7 @@ class TorchModel:
         """Lets weights and KV cache go and returns their memory."""
         if self._model is None:
             return
+        self._graphs = None
         self._layers.free()
         for module in self._model.modules():
             module.__dict__.pop("asyncengine_attention", None)
