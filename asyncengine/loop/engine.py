@@ -35,7 +35,7 @@ from asyncengine.outputs import RequestResult
 from asyncengine.state import EngineState
 from asyncengine.step.model import LoadedModel, Loader, LoadPlan, ModelView
 from asyncengine.step.thread import StepThread
-from asyncengine.tokenizer import Message
+from asyncengine.tokenizer import Message, Tokenizer
 from asyncengine.trace import Trace
 
 _DEFAULTS = RequestOptions()
@@ -94,6 +94,18 @@ class AsyncEngine:
         if view is None:
             raise ModelNotLoadedError("there is no model; call reload first")
         return view.default_generation_config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The loaded model's tokenizer; None if it has none.
+
+        Raises:
+            ModelNotLoadedError: There is no model.
+        """
+        view = self._thread.core.view
+        if view is None:
+            raise ModelNotLoadedError("there is no model; call reload first")
+        return view.tokenizer
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of counts and latencies. Never waits for a step."""
@@ -469,7 +481,14 @@ class AsyncEngine:
                 router.register(inbox)
                 streams.append(
                     RequestStream(
-                        new.request_id, inbox, router, self._abort, texts, new.params.num_logprobs >= 0, options.label
+                        new.request_id,
+                        inbox,
+                        router,
+                        self._abort,
+                        texts,
+                        new.params.num_logprobs >= 0,
+                        options.label,
+                        new.prompt,
                     )
                 )
             add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
