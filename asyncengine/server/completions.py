@@ -138,6 +138,7 @@ def routes(service: Service) -> list[Route]:
 
     async def create(request: Request) -> Response:
         body, headers = await service.read(request, BODY)
+        request.state.names = {"top_logprobs": "logprobs"}
         completing = Completing(service, body, request.state.request_id)
         if body.stream:
             answer = await unless_gone(request.receive, completing.begin())

@@ -15,8 +15,8 @@ _EMPTY = frozenset({"audio", "refusal", "function_call", "annotations"})
 
 _RESERVED = frozenset({
     "add_generation_prompt", "add_special_tokens", "chat_template", "continue_final_message", "conversation",
-    "max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs",
-    "tools", "truncation",
+    "max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
+    "tokenizer_kwargs", "tools", "truncation",
 })  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`Gate`: what every request passes, as plain ASGI: its id, the key, the limits, the log line, the last error handler."""
+"""`Gate`: what every request passes, as plain ASGI: its id, the key, the limits, the log, the last error handler."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Gate:
             self._check(path, counted, headers)
             await self._app(scope, receive, answer)
         except Exception as error:
-            names = scope["state"].get("names", NAMES)
+            names = {**NAMES, **scope["state"].get("names", {})}
             refusal = refusal_of(error, names, self._settings.retry_after_seconds)
             if refusal.status == 500:
                 logger.exception("%s %s failed (%s)", scope["method"], path, request_id)

@@ -1,0 +1,91 @@
+"""A client that leaves, on a real socket: what it asked for ends within a step, and its blocks are free."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from asyncengine import AsyncEngine, EngineConfig
+from asyncengine.server import create_app
+from asyncengine.testing import ByteTokenizer, ScriptedLoader
+from tests.server.serving import MODEL, chat, completion, listening, settled
+
+PATHS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", chat("x" * 300)),
+    ("/v1/completions", completion("x" * 300, max_tokens=300)),
+    ("/v1/completions", completion(["x" * 300, "y" * 300], max_tokens=300)),
+]
+
+
+def request(path: str, body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize(("path", "body"), PATHS, ids=["chat", "completion", "many"])
+async def test_a_client_that_leaves_ends_its_request_within_a_step(
+    path: str, body: dict[str, Any], stream: bool, http: str
+) -> None:
+    loader = ScriptedLoader(tokenizer=ByteTokenizer())
+    async with AsyncEngine(EngineConfig(MODEL), loader=loader) as engine:
+        async with listening(create_app(engine), http=http) as url:
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            model = loader.model
+            model.hold()
+            writer.write(request(path, body | {"stream": stream}))
+            for _ in range(3):
+                assert await asyncio.to_thread(model.wait_until_held)
+                model.let()
+            if stream:
+                assert b" 200 " in await reader.readline()
+            assert engine.metrics().num_requests_running > 0
+            steps = model.steps
+            writer.close()
+            async with asyncio.timeout(5):  # until the loop has seen the socket close
+                while not (ended := engine.metrics().counters.requests["abort"]):
+                    model.let()
+                    await asyncio.to_thread(model.wait_until_held, 0.02)
+            assert ended == len(body["prompt"]) if isinstance(body.get("prompt"), list) else ended == 1
+            model.release()
+            await settled(engine)
+            now = engine.metrics()
+            assert now.kv_blocks_used == 0 and now.num_requests_running == 0
+            assert model.steps - steps < 50, "it went on long after its reader had left"
+
+
+async def test_a_client_that_leaves_while_it_waits_leaves_the_queue() -> None:
+    loader = ScriptedLoader(tokenizer=ByteTokenizer())
+    async with AsyncEngine(EngineConfig(MODEL), loader=loader) as engine, listening(create_app(engine)) as url:
+        await engine.pause()
+        for stream in (True, False):
+            _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            writer.write(request("/v1/chat/completions", chat(stream=stream)))
+            async with asyncio.timeout(5):
+                while not engine.metrics().num_requests_waiting:
+                    await asyncio.sleep(0.001)
+                writer.close()
+                while engine.metrics().num_requests_waiting:
+                    await asyncio.sleep(0.001)
+        assert loader.model.steps == 0
+
+
+async def test_silence_is_filled_with_pings() -> None:
+    loader = ScriptedLoader(tokenizer=ByteTokenizer())
+    async with AsyncEngine(EngineConfig(MODEL), loader=loader) as engine:
+        async with listening(create_app(engine, ping_seconds=0.02)) as url:
+            await engine.pause()
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            writer.write(request("/v1/completions", completion("hi", stream=True)))
+            seen = await asyncio.wait_for(reader.readuntil(b": ping\n\n\r\n"), 5)
+            assert b"text/event-stream" in seen
+            await asyncio.wait_for(reader.readuntil(b": ping\n\n\r\n"), 5)
+            await engine.resume()
+            rest = await asyncio.wait_for(reader.readuntil(b"data: [DONE]\n\n"), 5)
+            assert b'"text":"h' in rest
+            writer.close()
