@@ -76,14 +76,21 @@ BODY = Body(
 
 
 class Chat:
-    """One request to the route, checked."""
+    """One request for an assistant's turn, checked: of this route, and of others in its words.
 
-    def __init__(self, service: Service, body: ChatBody, label: str) -> None:
+    Args:
+        service: Whose.
+        body: What was asked for.
+        label: Id of the HTTP request.
+        prefix: Of the id.
+    """
+
+    def __init__(self, service: Service, body: ChatBody, label: str, prefix: str = "chatcmpl") -> None:
         self.service = service
         self.body = body
         self.model = service.check_serving(body.model)
         self.tokenizer: Tokenizer = service.tokenizer()
-        self.id = new_id("chatcmpl")
+        self.id = new_id(prefix)
         self.created = now()
         if body.max_tokens is not None and body.max_completion_tokens is not None:
             message = "max_tokens and max_completion_tokens are both given; expected one of them"

@@ -154,7 +154,8 @@ def _families(now: EngineMetrics, labels: tuple[str, str]) -> Iterator[Metric]:
         labels,
         now.merged_deltas,
     )
-    ended = CounterMetricFamily("asyncengine_requests", "Requests that ended, by the reason of their last branch.", None, (*_LABELS, "finish_reason"))
+    text = "Requests that ended, by the reason of their last branch."
+    ended = CounterMetricFamily("asyncengine_requests", text, None, (*_LABELS, "finish_reason"))
     for reason, count in counters.requests.items():
         ended.add_metric((*labels, reason), count)
     yield ended

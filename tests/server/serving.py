@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -42,11 +42,10 @@ async def listening(app: ASGIApp, **config: Any) -> AsyncIterator[str]:
         uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", ws="none", **config)
     )
     serving = asyncio.ensure_future(server.serve())
-    while not server.started:
-        await asyncio.sleep(0)
-        assert not serving.done(), serving
+    await until(lambda: server.started or serving.done())
+    assert not serving.done(), serving
     try:
-        yield "http://127.0.0.1:%d" % server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         await serving
@@ -77,6 +76,15 @@ def error(response: httpx.Response) -> dict[str, Any]:
     return result
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Lets the loop run until something is so."""
+    async with asyncio.timeout(10):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0)
+
+
 async def settled(engine: AsyncEngine) -> None:
     """Returns once nothing is left of any request."""
     async with asyncio.timeout(10):
@@ -84,5 +92,7 @@ async def settled(engine: AsyncEngine) -> None:
             await engine.abort_request("nobody")  # comes back after the next step
 
 
-__all__ = ["AUTH", "KEY", "MODEL", "USER", "chat", "client_of", "completion", "echo_engine", "error", "events",
-           "listening", "scripted_engine", "served", "settled"]  # fmt: skip
+__all__ = [
+    "AUTH", "KEY", "MODEL", "USER", "chat", "client_of", "completion", "echo_engine", "error", "events", "listening",
+    "scripted_engine", "served", "settled", "until",
+]  # fmt: skip

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.serving import MODEL, USER, chat, echo_engine, error, events, scripted_engine, served
+from tests.server.serving import MODEL, USER, chat, echo_engine, error, events, scripted_engine, served, until
 
 URL = "/v1/chat/completions"
 
@@ -129,7 +129,10 @@ def message(**fields: Any) -> dict[str, Any]:
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+            "tools[0].function.parameters",
+        ),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs.chat_template"),
         ({"continue_final_message": True}, "continue_final_message"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -179,8 +182,7 @@ async def test_a_request_that_somebody_else_ends_is_an_error_and_not_half_an_ans
     async with served(engine) as client:
         await engine.pause()
         calls = [asyncio.ensure_future(client.post(URL, json=chat(stream=stream))) for stream in (False, True)]
-        while engine.metrics().num_requests_waiting < 2:
-            await asyncio.sleep(0)
+        await until(lambda: engine.metrics().num_requests_waiting >= 2)
         await engine.reset()
         whole, streamed = await asyncio.gather(*calls)
         assert whole.status_code == 503 and error(whole)["code"] == "request_aborted"

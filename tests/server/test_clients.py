@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from asyncengine.server import create_app
-from tests.server.serving import KEY, MODEL, USER, listening, scripted_engine, settled
+from tests.server.serving import KEY, MODEL, USER, listening, scripted_engine, settled, until
 
 openai = pytest.importorskip("openai")
 
@@ -43,10 +43,12 @@ async def test_openai_chat() -> None:
 
 
 async def test_openai_completions_and_models() -> None:
-    async with clients() as (client, _, _):
+    async with clients() as (client, options, _):
         found = await client.completions.create(model=MODEL, prompt=["a", "b"], logprobs=1, echo=False, n=2)
         assert [choice.text for choice in found.choices] == ["Hello there"] * 4
-        chunks = [c async for c in await client.completions.create(model=MODEL, prompt="a", stream=True)]
+        # Not strictly: in a stream, OpenAI's own reason is null where the client's type has no null.
+        async with openai.AsyncOpenAI(**options | {"_strict_response_validation": False}) as lenient:
+            chunks = [c async for c in await lenient.completions.create(model=MODEL, prompt="a", stream=True)]
         assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == "Hello there"
         assert [model.id async for model in client.models.list()] == [MODEL]
         assert (await client.models.retrieve(MODEL)).id == MODEL
@@ -91,8 +93,7 @@ async def test_openai_leaving_a_stream_ends_the_request() -> None:
                 break
         await settled(engine)
         async with asyncio.timeout(5):
-            while not engine.metrics().counters.requests["abort"]:
-                await asyncio.sleep(0.001)
+            await until(lambda: bool(engine.metrics().counters.requests["abort"]))
 
 
 async def test_curl() -> None:

@@ -11,7 +11,7 @@ import pytest
 from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.server import create_app
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
-from tests.server.serving import MODEL, chat, completion, listening, settled
+from tests.server.serving import MODEL, chat, completion, listening, settled, until
 
 PATHS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", chat("x" * 300)),
@@ -22,7 +22,8 @@ PATHS: list[tuple[str, dict[str, Any]]] = [
 
 def request(path: str, body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(content)}\r\n\r\n"
     return head.encode() + content
 
 
@@ -67,11 +68,9 @@ async def test_a_client_that_leaves_while_it_waits_leaves_the_queue() -> None:
             _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
             writer.write(request("/v1/chat/completions", chat(stream=stream)))
             async with asyncio.timeout(5):
-                while not engine.metrics().num_requests_waiting:
-                    await asyncio.sleep(0.001)
+                await until(lambda: bool(engine.metrics().num_requests_waiting))
                 writer.close()
-                while engine.metrics().num_requests_waiting:
-                    await asyncio.sleep(0.001)
+                await until(lambda: not engine.metrics().num_requests_waiting)
         assert loader.model.steps == 0
 
 

@@ -21,6 +21,7 @@ from tests.server.serving import (
     error,
     listening,
     served,
+    until,
 )
 
 ROUTES = ["/ready", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/tokenize", "/nothing-here"]
@@ -134,8 +135,7 @@ async def test_too_many_requests_at_a_time_are_told_to_come_back() -> None:
     async with served(engine, max_concurrency=1) as client:
         await engine.pause()
         first = asyncio.ensure_future(client.post("/v1/completions", json=completion()))
-        while not engine.metrics().num_requests_waiting:
-            await asyncio.sleep(0)
+        await until(lambda: bool(engine.metrics().num_requests_waiting))
         refused = await client.post("/v1/completions", json=completion())
         assert refused.status_code == 429 and error(refused)["code"] == "max_concurrency"
         assert refused.headers["retry-after"] == "1"
@@ -150,8 +150,7 @@ async def test_a_full_queue_answers_429_with_retry_after() -> None:
     async with served(engine, retry_after_seconds=7) as client:
         await engine.pause()
         first = asyncio.ensure_future(client.post("/v1/completions", json=completion()))
-        while not engine.metrics().num_requests_waiting:
-            await asyncio.sleep(0)
+        await until(lambda: bool(engine.metrics().num_requests_waiting))
         for fields in ({}, {"stream": True}):
             refused = await client.post("/v1/chat/completions", json=chat(**fields))
             assert refused.status_code == 429 and error(refused)["code"] == "engine_overloaded"

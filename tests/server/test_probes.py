@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from asyncengine import AsyncEngine, EngineConfig, EngineState
 from asyncengine.server import create_app
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
-from tests.server.serving import MODEL, chat, client_of, completion, echo_engine, error, served
+from tests.server.serving import MODEL, chat, client_of, completion, echo_engine, error, served, until
 
 NAMES = {
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio", "prompt_tokens", "generation_tokens",
@@ -74,8 +74,7 @@ async def test_ready_follows_the_engine_and_requests_do_too() -> None:
         assert before.status_code == 503 and error(before)["code"] == "engine_unloaded"
         assert (await client.get("/v1/models")).json()["data"] == []
         loading = asyncio.ensure_future(engine.reload(EngineConfig(MODEL)))
-        while engine.state is not EngineState.LOADING:
-            await asyncio.sleep(0)
+        await until(lambda: engine.state is EngineState.LOADING)
         for method, path, body in (
             ("GET", "/ready", None),
             ("POST", "/v1/completions", completion()),

@@ -64,7 +64,7 @@ def tokenizer() -> Tokenizer:
 
 
 def tool_engine(answer: str) -> AsyncEngine:
-    """Answers everything with `answer`, through a real tokenizer. It has ids of its own, so the vocabulary is larger."""
+    """Answers everything with `answer`, through a real tokenizer."""
     tokens = [*tokenizer().encode(answer)]
     ids = tokens[1:] if tokens[:1] == [1] else tokens
     loader = ScriptedLoader(lambda prompt, branch: [*ids, 2], tokenizer=tokenizer(), vocab_size=1024)
