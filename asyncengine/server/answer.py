@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ from asyncengine.outputs import FinishReason, RequestOutput, Usage
 from asyncengine.server.chunks import UsageRecord, usage_of
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service
+
+_CUT = (FinishReason.ABORT, FinishReason.ERROR)
 
 
 def new_id(prefix: str) -> str:
@@ -46,15 +48,20 @@ class Answer:
             AsyncEngineError: A request ended by an error.
             Refusal: A request was ended by somebody else.
         """
-        cut = False
+        cut = False  # why, is known at the end
         async with AsyncExitStack() as stack:
             for stream in self.streams:
                 await stack.enter_async_context(stream)
-            async for index, output in self._deltas():
-                if output.finish_reason is FinishReason.ABORT or output.finish_reason is FinishReason.ERROR:
-                    cut = True  # why, is known at the end
-                    output = output._replace(finish_reason=None)
-                yield index, output
+            if self.merged is None:
+                async for output in self.streams[0]:
+                    if output.finish_reason in _CUT:
+                        cut, output = True, output._replace(finish_reason=None)
+                    yield 0, output
+            else:
+                async for index, output in self.merged:
+                    if output.finish_reason in _CUT:
+                        cut, output = True, output._replace(finish_reason=None)
+                    yield index, output
         for stream in self.streams:
             if stream.error is not None:
                 raise stream.error
@@ -62,9 +69,6 @@ class Answer:
             raise Refusal(503, "the request was aborted before its end", "request_aborted", None, {"retry-after": "1"})
         for usage in self.usages():
             self.service.traffic.observe(usage)
-
-    def _deltas(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        return self.merged if self.merged is not None else _alone(self.streams[0])
 
     def usages(self) -> list[Usage]:
         """What the requests that have ended cost."""
@@ -77,8 +81,3 @@ class Answer:
     def prompt_tokens(self) -> int:
         """Tokens of all prompts."""
         return sum(len(stream.prompt_token_ids) for stream in self.streams)
-
-
-async def _alone(stream: RequestStream) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    async for output in stream:
-        yield 0, output

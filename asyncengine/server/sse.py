@@ -44,7 +44,7 @@ class EventStream(Response):
         self._events = events
         self._ping_seconds = ping_seconds
         self._quiet = True
-        self._sending = anyio.Lock(fast_acquire=True)
+        self._pinging: anyio.Event | None = None  # while a ping is on its way
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,11 +53,13 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             tasks.start_soon(self._watch, receive, send, tasks.cancel_scope)
             async for event in events:
-                async with self._sending:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
                 self._quiet = False
-            async with self._sending:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                if self._pinging is not None:
+                    await self._pinging.wait()
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            if self._pinging is not None:
+                await self._pinging.wait()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
             tasks.cancel_scope.cancel()
 
     async def _watch(self, receive: Receive, send: Send, scope: anyio.CancelScope) -> None:
@@ -67,9 +69,11 @@ class EventStream(Response):
                 await _gone(receive)
                 scope.cancel()
                 return
-            if self._quiet:
-                async with self._sending:
-                    await send({"type": "http.response.body", "body": PING, "more_body": True})
+            if self._quiet:  # so nothing is being sent
+                self._pinging = pinged = anyio.Event()
+                await send({"type": "http.response.body", "body": PING, "more_body": True})
+                self._pinging = None
+                pinged.set()
             self._quiet = True
 
 
