@@ -3,7 +3,7 @@
 256 chat requests stream at a time from a model whose step takes a given time without the GIL and draws one token for
 each. "engine" reads ``engine.chat`` with ``async for``, text included. "app" calls the ASGI application in the same
 loop and drops what it sends: the layer alone. "http" is uvicorn on a socket in the same loop, read by another process
-that only counts. All three alternate within a round; the server process's CPU time is taken over the time of the requests.
+that only counts. All three alternate within a round; the server process's CPU time is taken over the requests' time.
 
 * tokens/s: tokens in all answers over the time from the first request to the last end. "kept" is the ratio to "engine".
 * CPU per token: of the server process, step thread included. A token costs less where deltas are merged: "chunks" says

@@ -63,6 +63,7 @@ class Traffic:
     """What the server itself counts, beside what it reads off the engine.
 
     Attributes:
+        active: Requests under way that use the engine.
         requests: HTTP requests by method, route and status.
         rejections: Requests refused because of ``max_concurrency``.
     """
@@ -70,6 +71,7 @@ class Traffic:
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
         self._engine = engine
         self._settings = settings
+        self.active = 0
         self._lag = 0.0
         self._registry = CollectorRegistry(auto_describe=False)
         self.requests = Counter(

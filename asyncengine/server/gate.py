@@ -32,14 +32,9 @@ _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class Gate:
-    """Wraps the routes.
-
-    Attributes:
-        active: Requests under way that count towards ``max_concurrency``.
-    """
+    """Wraps the routes."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, traffic: Traffic) -> None:
-        self.active = 0
         self._app = app
         self._settings = settings
         self._traffic = traffic
@@ -65,7 +60,7 @@ class Gate:
 
         path = _path(scope)
         counted = path not in UNCOUNTED
-        self.active += counted
+        self._traffic.active += counted
         try:
             self._check(path, counted, headers)
             await self._app(scope, receive, answer)
@@ -80,7 +75,7 @@ class Gate:
                 raise  # half a response is out: the server closes the connection, which is all it can say
             await refusal.response()(scope, receive, answer)
         finally:
-            self.active -= counted
+            self._traffic.active -= counted
             seconds = time.perf_counter() - begun
             self._traffic.requests.labels(scope["method"], _route(scope), str(status or 499)).inc()
             logger.info("%s %s %d %.1f ms %s", scope["method"], path, status or 499, seconds * 1000, request_id)
@@ -97,7 +92,7 @@ class Gate:
                 401, "the API key is missing or wrong", "invalid_api_key", None, {"www-authenticate": challenge}
             )
         most_active = self._settings.max_concurrency
-        if counted and most_active is not None and self.active > most_active:
+        if counted and most_active is not None and self._traffic.active > most_active:
             message = f"the server has max_concurrency = {most_active} requests under way; try again later"
             retry = {"retry-after": str(self._settings.retry_after_seconds)}
             raise Refusal(429, message, "max_concurrency", None, retry)

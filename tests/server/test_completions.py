@@ -184,7 +184,7 @@ async def test_a_deadline_ends_a_request_with_an_error() -> None:
         late = await client.post("/v1/completions", json=body)
         assert late.status_code == 504 and error(late)["code"] == "deadline_exceeded"
         chunks = events((await client.post("/v1/completions", json=body | {"stream": True})).text)
-        assert chunks[0]["choices"][0]["text"].startswith("x") and chunks[-1]["error"]["code"] == "deadline_exceeded"
+        assert chunks[-1]["error"]["code"] == "deadline_exceeded"
 
 
 async def test_a_lower_priority_goes_first() -> None:
