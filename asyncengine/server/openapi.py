@@ -115,7 +115,7 @@ def _operation(operation: _Operation, with_key: bool) -> dict[str, Any]:
     answer: dict[str, Any] = {} if operation.answer is None else {"$ref": _REF.format(name=operation.answer.__name__)}
     content: dict[str, Any] = {operation.kind: {"schema": answer}}
     if operation.streams:
-        content[_STREAM] = {"schema": {"type": "string"}}
+        content[_STREAM] = {"schema": {"type": "object"}}  # of an event
     failure = {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}}
     found: dict[str, Any] = {
         "summary": operation.summary,

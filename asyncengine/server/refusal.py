@@ -35,7 +35,7 @@ _STATUS: tuple[tuple[type[BaseException], int], ...] = (
     (EngineDrainingError, 503),
     (EngineFailedError, 503),
     (EngineClosedError, 503),
-    (DeadlineExceededError, 504),
+    (DeadlineExceededError, 408),
 )
 _TYPES = {
     400: "invalid_request_error",
@@ -51,7 +51,6 @@ _TYPES = {
     429: "rate_limit_error",
     431: "request_too_large",
     503: "overloaded_error",
-    504: "timeout_error",
 }
 
 

@@ -182,7 +182,7 @@ async def test_a_deadline_ends_a_request_with_an_error() -> None:
     async with served(echo_engine(step_seconds=0.01)) as client:
         body = completion("x" * 500, max_tokens=400, deadlines={"total": 0.05})
         late = await client.post("/v1/completions", json=body)
-        assert late.status_code == 504 and error(late)["code"] == "deadline_exceeded"
+        assert late.status_code == 408 and error(late)["code"] == "deadline_exceeded"
         chunks = events((await client.post("/v1/completions", json=body | {"stream": True})).text)
         assert chunks[-1]["error"]["code"] == "deadline_exceeded"
 
