@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 Message = Mapping[str, Any]
 
@@ -44,7 +44,6 @@ class ResponseParser(Protocol):
         ...
 
 
-@runtime_checkable
 class ParsingTokenizer(Tokenizer, Protocol):
     """A tokenizer that knows how its model writes reasoning and tool calls.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
@@ -12,6 +11,7 @@ from asyncengine.loop.many import ManyStream
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import FinishReason, RequestOutput, Usage
 from asyncengine.server.chunks import UsageRecord, usage_of
+from asyncengine.server.naming import fresh_id
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service
 
@@ -20,7 +20,7 @@ _CUT = (FinishReason.ABORT, FinishReason.ERROR)
 
 def new_id(prefix: str) -> str:
     """An id for a response; the engine knows the request by it too."""
-    return f"{prefix}-{secrets.token_hex(12)}"
+    return f"{prefix}-{fresh_id()}"
 
 
 def now() -> int:

@@ -8,7 +8,6 @@ import hashlib
 import hmac
 import logging
 import re
-import secrets
 import time
 from collections.abc import MutableMapping
 from typing import Any
@@ -17,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncengine.server.exposition import Traffic
+from asyncengine.server.naming import fresh_id
 from asyncengine.server.refusal import Refusal, refusal_of
 from asyncengine.server.sampling import NAMES
 from asyncengine.server.settings import ServerSettings
@@ -47,7 +47,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else secrets.token_hex(16)
+        request_id = given if _ID.fullmatch(given) else fresh_id()
         scope.setdefault("state", {})["request_id"] = request_id
         begun, status = time.perf_counter(), 0
 

@@ -1,11 +1,20 @@
-"""What the model is called on the wire."""
+"""What things are called on the wire."""
 
 from __future__ import annotations
 
+import random
 from pathlib import PurePath
 
 from asyncengine.loop.engine import AsyncEngine
 from asyncengine.server.settings import ServerSettings
+
+_random = random.Random()
+"""Names need to differ, not to be secret; asking the system for each is slow."""
+
+
+def fresh_id() -> str:
+    """Twenty-four hexadecimal digits that nobody else has."""
+    return f"{_random.getrandbits(96):024x}"
 
 
 def model_name(engine: AsyncEngine, settings: ServerSettings) -> str | None:

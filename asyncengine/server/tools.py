@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from asyncengine.loop.stream import RequestStream
 from asyncengine.server.refusal import Refusal
@@ -27,9 +27,10 @@ def shown_tools(tools: list[Tool] | None, choice: object, tokenizer: Tokenizer) 
         raise Refusal(400, "tool_choice is 'auto' and there are no tools", "invalid_field", "tool_choice")
     if not tools or choice == "none":
         return []
-    if not isinstance(tokenizer, ParsingTokenizer) or not tokenizer.takes_tools:
+    parsing = _parsing(tokenizer)
+    if parsing is None or not parsing.takes_tools:
         raise Refusal(400, "tools: the model's chat template has no place for tools", "unsupported_field", "tools")
-    if not tokenizer.parses_responses:
+    if not parsing.parses_responses:
         message = "tools: the model's tokenizer has no response_template, so its calls could not be told from its text"
         raise Refusal(400, message, "unsupported_field", "tools")
     return tools
@@ -37,16 +38,22 @@ def shown_tools(tools: list[Tool] | None, choice: object, tokenizer: Tokenizer) 
 
 def parses(tokenizer: Tokenizer | None) -> bool:
     """Whether answers are taken apart; their special tokens must be part of the text then."""
-    return isinstance(tokenizer, ParsingTokenizer) and tokenizer.parses_responses
+    parsing = _parsing(tokenizer)
+    return parsing is not None and parsing.parses_responses
 
 
 def turns(stream: RequestStream, tokenizer: Tokenizer, n: int, tools: list[Tool], parallel: bool) -> list[Turn]:
     """One per branch."""
-    if not parses(tokenizer):
+    parsing = _parsing(tokenizer)
+    if parsing is None or not parsing.parses_responses:
         return [Turn() for _ in range(n)]
-    assert isinstance(tokenizer, ParsingTokenizer)
     prompt = stream.prompt_token_ids.tolist()
-    return [Turn(tokenizer.response_parser(prompt, tools), parallel) for _ in range(n)]
+    return [Turn(parsing.response_parser(prompt, tools), parallel) for _ in range(n)]
+
+
+def _parsing(tokenizer: Tokenizer | None) -> ParsingTokenizer | None:
+    """The tokenizer, if it is one that knows of responses. By one attribute: looking at a protocol's all is slow."""
+    return cast(ParsingTokenizer, tokenizer) if hasattr(tokenizer, "parses_responses") else None
 
 
 def _check_tool(tool: object, where: str) -> None:

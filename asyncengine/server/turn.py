@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from asyncengine.server.naming import fresh_id
 from asyncengine.tokenizer import ResponseParser
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -117,6 +117,6 @@ class Turn:
                 break
             arguments = function.get("arguments", {})
             text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            pieces.append(ToolCall(self.calls, f"call_{secrets.token_hex(12)}", str(function["name"]), text))
+            pieces.append(ToolCall(self.calls, f"call_{fresh_id()}", str(function["name"]), text))
             self.calls += 1
         return pieces
