@@ -28,13 +28,14 @@ from asyncengine.server.chunks import (
 )
 from asyncengine.server.conversation import conversation, template_arguments
 from asyncengine.server.logprobs import chat_logprobs
+from asyncengine.server.naming import fresh_id
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.sampling import IGNORED, Sampling, generation_config, request_options
 from asyncengine.server.service import Service, reply
 from asyncengine.server.sse import DONE, EventStream, data, unless_gone
 from asyncengine.server.tools import Tool, parses, shown_tools, turns
 from asyncengine.server.turn import Piece, Reasoning, Text, ToolCall, Turn
-from asyncengine.server.wire import Body
+from asyncengine.server.wire import Body, encode
 from asyncengine.tokenizer import Tokenizer
 
 
@@ -52,6 +53,9 @@ class ChatBody(Sampling, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
+
+_HERE = fresh_id()
+"""Stands where text will; nothing else in a chunk is this string."""
 
 BODY = Body(
     ChatBody,
@@ -149,9 +153,19 @@ class Chat:
             return data(ChatChunk(self.id, self.created, self.model, choices, usage))
 
         yield chunk([ChunkChoice(index, Delta(role="assistant", content="")) for index in range(len(found))])
+        # Nearly every event is text and nothing else: what lies around the text is made once.
+        plain = not continuous and not found[0].parses
+        around = [
+            chunk([ChunkChoice(index, Delta(content=_HERE))]).partition(encode(_HERE)) for index in range(len(found))
+        ]
         try:
             async with aclosing(answer.outputs()) as outputs:
                 async for _, output in outputs:
+                    if plain and output.finish_reason is None and output.logprobs is None:
+                        if output.text:
+                            head, _, tail = around[output.index]
+                            yield head + encode(output.text) + tail
+                        continue
                     generated += len(output.token_ids)
                     choices = self._choices(output, found[output.index])
                     if choices:

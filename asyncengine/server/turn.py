@@ -65,6 +65,11 @@ class Turn:
         begun = getattr(parser, "initial_events", None) or []
         self._begun: list[Piece] = [piece for piece in self._pieces(begun) if not isinstance(piece, ToolCall)]
 
+    @property
+    def parses(self) -> bool:
+        """Whether text may be something else than content."""
+        return self._parser is not None
+
     def push(self, text: str) -> list[Piece]:
         """What new text adds. `text` may be empty."""
         if self._parser is None:

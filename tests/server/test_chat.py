@@ -27,6 +27,7 @@ async def test_an_answer_has_openai_s_shape() -> None:
 async def test_a_stream_begins_with_the_role_and_ends_with_the_reason() -> None:
     async with served(scripted_engine("Grüße!", step_seconds=0.001)) as client:
         chunks = events((await client.post(URL, json=chat(stream=True, n=2))).text)
+        assert {key for chunk in chunks for key in chunk} == {"id", "created", "model", "choices", "object"}
         assert [c["delta"] for c in chunks[0]["choices"]] == [{"role": "assistant", "content": ""}] * 2
         for index in range(2):
             choices = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
