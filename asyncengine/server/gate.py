@@ -78,7 +78,8 @@ class Gate:
             self._traffic.active -= counted
             seconds = time.perf_counter() - begun
             self._traffic.requests.labels(scope["method"], _route(scope), str(status or 499)).inc()
-            logger.info("%s %s %d %.1f ms %s", scope["method"], path, status or 499, seconds * 1000, request_id)
+            level = logging.INFO if counted else logging.DEBUG  # probes come every second
+            logger.log(level, "%s %s %d %.1f ms %s", scope["method"], path, status or 499, seconds * 1000, request_id)
 
     def _check(self, path: str, counted: bool, headers: Headers) -> None:
         size = sum(len(name) + len(value) for name, value in headers.raw)

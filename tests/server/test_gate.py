@@ -196,8 +196,10 @@ async def test_what_nobody_expected_is_a_500_and_in_the_log(
 async def test_a_line_per_request_is_logged_for_whoever_listens(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "asyncengine.server"):
         async with served() as client:
-            await client.get("/health", headers={"x-request-id": "mine"})
-    assert any("GET /health 200" in line and line.endswith("mine") for line in caplog.messages)
+            await client.get("/health")
+            await client.post("/tokenize", json={"prompt": "a"}, headers={"x-request-id": "mine"})
+    [line] = caplog.messages
+    assert line.startswith("POST /tokenize 200 ") and line.endswith(" ms mine")
     assert not logging.getLogger("asyncengine.server").handlers
 
 
