@@ -9,7 +9,7 @@ from typing import Any
 
 from asyncengine.errors import CheckpointError
 from asyncengine.model.checkpoint import tokenizer_key
-from asyncengine.tokenizer import Message, Tokenizer
+from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
 
 
 class FastTokenizer:
@@ -21,6 +21,8 @@ class FastTokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self.parses_responses = getattr(tokenizer, "response_template", None) is not None
+        self.takes_tools = "tools" in str(tokenizer.chat_template or "")
 
     def encode(self, text: str) -> list[int]:
         """As `asyncengine.tokenizer.Tokenizer`."""
@@ -38,6 +40,14 @@ class FastTokenizer:
         # The template writes special tokens itself.
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    def response_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> ResponseParser:
+        """As `asyncengine.tokenizer.ParsingTokenizer`."""
+        if not self.parses_responses:
+            raise ValueError("the tokenizer has no response_template")
+        prefix = self.decode(prompt, skip_special_tokens=False)
+        parser: ResponseParser = self._chat.get_response_parser(prefix=prefix, tools=[dict(tool) for tool in tools])
+        return parser
 
 
 class SlowTokenizer:
