@@ -10,7 +10,9 @@ as its users would call it, with the same weights, dtype and number of threads:
 
 The last line is one JSON object.
 
-    python -m benchmarks.end_to_end [--shape S] [--dtype bfloat16] [--requests 1 16] [--rounds 3]
+``--decoder transformers`` takes the compiled step out of asyncengine, so that both sides run the same modules.
+
+    python -m benchmarks.end_to_end [--shape S] [--dtype bfloat16] [--requests 1 16] [--rounds 3] [--decoder auto]
 """
 
 from __future__ import annotations
@@ -82,8 +84,9 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     vocab = model.config.vocab_size
     results: dict[str, Any] = {}
     config = EngineConfig(
-        str(path), device="cpu", dtype=arguments.dtype, max_total_sequence_length=64 * 256, max_num_sequence=64
-    )
+        str(path), device="cpu", dtype=arguments.dtype, decoder_backend=arguments.decoder,
+        max_total_sequence_length=64 * 256, max_num_sequence=64,
+    )  # fmt: skip
     async with AsyncEngine(config) as engine:
         for requests in arguments.requests:
             prompts = torch.randint(1, vocab, (requests, PROMPT_TOKENS)).tolist()
@@ -110,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(shapes.SHAPES), default="S")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--decoder", default="auto", choices=["auto", "compiled", "transformers"])
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -129,6 +133,7 @@ def main() -> None:
                 "unit": "tokens/s",
                 "shape": arguments.shape,
                 "dtype": arguments.dtype,
+                "decoder": arguments.decoder,
                 "results": results,
             }
         )
