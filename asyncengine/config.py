@@ -17,6 +17,7 @@ PrefixCacheMode = Literal["radix", "disable"]
 PrefillMode = Literal["hybrid", "chunked"]
 SpeculativeMode = Literal["disable"]
 AttentionBackend = Literal["auto", "cpu", "torch"]
+GrammarLibrary = Literal["auto", "llguidance", "xgrammar"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class EngineConfig:
         tensor_parallel_shards: Must be 1: not available yet.
         attention_backend: ``"cpu"`` is the compiled kernel, ``"torch"`` needs no compiler and runs on any device,
             ``"auto"`` takes the fastest that works.
+        grammar_backend: Compiles `GenerationConfig.response_format`: ``"llguidance"``, ``"xgrammar"``, or ``"auto"``,
+            which takes the first of these that is installed.
         max_queue_size: Most requests that wait for their first step; None is unlimited.
         step_timeout: Seconds after which `AsyncEngine.health` calls a step stalled.
     """
@@ -74,6 +77,7 @@ class EngineConfig:
     spec_draft_length: int = field(default=0, kw_only=True)
     tensor_parallel_shards: int = field(default=1, kw_only=True)
     attention_backend: AttentionBackend = field(default="auto", kw_only=True)
+    grammar_backend: GrammarLibrary = field(default="auto", kw_only=True)
     max_queue_size: int | None = field(default=None, kw_only=True)
     step_timeout: float = field(default=60.0, kw_only=True)
 
@@ -165,6 +169,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "prefill_mode": get_args(PrefillMode),
     "speculative_mode": get_args(SpeculativeMode),
     "attention_backend": get_args(AttentionBackend),
+    "grammar_backend": get_args(GrammarLibrary),
 }
 
 

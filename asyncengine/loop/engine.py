@@ -17,6 +17,7 @@ from asyncengine import instructions as ins
 from asyncengine.config import EngineConfig
 from asyncengine.errors import ConfigError, EngineClosedError, InvalidRequestError, ModelNotLoadedError
 from asyncengine.generation import GenerationConfig
+from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.instructions import InFlight, Instruction, ReplyTo
 from asyncengine.loop.health import Health, health_of
 from asyncengine.loop.many import ManyStream, PendingStream
@@ -24,7 +25,10 @@ from asyncengine.loop.prepare import (
     Conversation,
     Prompt,
     RequestOptions,
+    checked_config,
+    compile_grammar,
     encode,
+    grammar_compiler,
     new_request,
     text_streams,
 )
@@ -66,6 +70,7 @@ class AsyncEngine:
         self._numbers = itertools.count(1)
         self._routers: dict[asyncio.AbstractEventLoop, Router] = {}
         self._routers_lock = threading.Lock()
+        self._grammars: tuple[int, GrammarCompiler] | None = None
         # An engine that is dropped ends its thread. The finalizer must not hold the engine itself.
         self._finalizer = weakref.finalize(self, _shut_down, self._thread)
         self._finalizer.atexit = False
@@ -438,6 +443,13 @@ class AsyncEngine:
             view = core.view
         return view
 
+    def _compiler(self, view: ModelView) -> GrammarCompiler:
+        """Compiles grammars for the model of this view, and keeps them as long as it is loaded."""
+        kept = self._grammars
+        if kept is None or kept[0] != view.epoch:
+            kept = self._grammars = (view.epoch, grammar_compiler(view))
+        return kept[1]
+
     async def _add(
         self,
         prompts: Sequence[Prompt | Conversation],
@@ -453,13 +465,16 @@ class AsyncEngine:
         prompts = [_reusable(prompt) for prompt in prompts]
         while True:
             view = await self._view()
+            wanted = [checked_config(config) for config in configs]
             encoded = [await encode(prompt, view) for prompt in prompts]
+            compiler = self._compiler(view)
+            grammars = [await compile_grammar(config, compiler) for config in wanted]
             news = []
-            for index, (ids, config) in enumerate(zip(encoded, configs, strict=True)):
+            for index, (ids, config, grammar) in enumerate(zip(encoded, wanted, grammars, strict=True)):
                 own = options
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
-                news.append(new_request(next(self._numbers), ids, config, own, view, pin))
+                news.append(new_request(next(self._numbers), ids, config, own, view, pin, grammar))
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []

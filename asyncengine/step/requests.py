@@ -7,7 +7,7 @@ its usage.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -254,6 +254,16 @@ class RequestTable:
             error.__cause__ = cause
             self._end_branches(sequence.request, FinishReason.ERROR, error)
 
+    def drop_rows(self, plan: Plan, failed: Mapping[int, Exception]) -> None:
+        """Ends the requests for which the model could not draw; what is in the cache of them is right."""
+        rows = [*plan.decodes, *(branch for chunk in plan.chunks for branch in chunk.branches)]
+        for row, cause in failed.items():
+            request = rows[row].request
+            if not request.ended:
+                error = RequestDroppedError(f"request {request.new.request_id}: no token could be drawn: {cause!r}")
+                error.__cause__ = cause
+                self._end_branches(request, FinishReason.ERROR, error)
+
     def fail(self, plan: Plan, cause: Exception) -> None:
         """Ends the requests that took part in a failed step; the others are computed again."""
         assert self.scheduler is not None
@@ -386,6 +396,7 @@ class RequestTable:
         """
         now = self._clock()
         decodes = len(plan.decodes)
+        finished = drawn.finished
         if decodes:
             slots, ids, logprobs, sequences = plan.decode_slots, drawn.token_ids[:decodes], drawn.logprobs, plan.decodes
             if logprobs is not None:
@@ -394,15 +405,18 @@ class RequestTable:
                 alive = [i for i, sequence in enumerate(sequences) if sequence.state is SequenceState.DECODE]
                 sequences = [sequences[i] for i in alive]
                 slots, ids = slots[alive], ids[alive]
+                finished = tuple(alive.index(row) for row in finished if row < decodes and row in alive)
                 logprobs = None if logprobs is None else [logprobs[i] for i in alive]
             if sequences:
-                self._commit_decodes(sequences, slots, ids, logprobs, now)
+                own = [row for row in finished if row < len(sequences)] if finished else []
+                self._commit_decodes(sequences, slots, ids, logprobs, own, now)
         at = decodes
         for chunk in plan.chunks:
             count = len(chunk.branches)
             if chunk.last and chunk.sequence.state is SequenceState.PREFILL:
                 logprobs = None if drawn.logprobs is None else drawn.logprobs[at : at + count]
-                self._commit_prefill(chunk, drawn.token_ids[at : at + count], logprobs, now)
+                own = [row - at for row in drawn.finished if at <= row < at + count]
+                self._commit_prefill(chunk, drawn.token_ids[at : at + count], logprobs, own, now)
             at += count
 
     def _commit_decodes(
@@ -411,6 +425,7 @@ class RequestTable:
         slots: Int64,
         ids: Int32,
         logprobs: list[TokenLogprobs | None] | None,
+        finished: list[int],
         now: float,
     ) -> None:
         assert self.scheduler is not None
@@ -438,14 +453,22 @@ class RequestTable:
         ending = stopped | full
         if watched:
             ending[list(watched)] = True
+        if finished:
+            ending[finished] = True
         for row in np.flatnonzero(ending).tolist():
             if sequences[row].state is SequenceState.ENDED:
                 continue
             stop = token_ids[row] if stopped[row] else watched.get(row)
-            self._end_branch(sequences[row], FinishReason.LENGTH if stop is None else FinishReason.STOP, stop)
+            by_length = stop is None and row not in finished
+            self._end_branch(sequences[row], FinishReason.LENGTH if by_length else FinishReason.STOP, stop)
 
     def _commit_prefill(
-        self, chunk: Chunk, ids: Int32, logprobs: list[TokenLogprobs | None] | None, now: float
+        self,
+        chunk: Chunk,
+        ids: Int32,
+        logprobs: list[TokenLogprobs | None] | None,
+        finished: list[int],
+        now: float,
     ) -> None:
         """A prefill is complete: its sequence goes on decoding, and so do the branches that shared it."""
         assert self.scheduler is not None
@@ -472,11 +495,11 @@ class RequestTable:
                 scheduler.add(branch)
         keys = tuple(branch.key for branch in chunk.branches)
         self.outbox.add(request.mailbox, Tokens(keys, token_ids, logprobs))
-        for branch, token_id in zip(chunk.branches, token_ids, strict=True):
+        for row, (branch, token_id) in enumerate(zip(chunk.branches, token_ids, strict=True)):
             if branch.state is not SequenceState.ENDED:
-                self._commit_first(branch, token_id, now)
+                self._commit_first(branch, token_id, row in finished, now)
 
-    def _commit_first(self, branch: Sequence, token_id: int, now: float) -> None:
+    def _commit_first(self, branch: Sequence, token_id: int, finished: bool, now: float) -> None:
         assert self.scheduler is not None
         params = branch.request.new.params
         if branch.resident:
@@ -487,6 +510,8 @@ class RequestTable:
             return
         if branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
             self._end_branch(branch, FinishReason.STOP, stop)
+        elif finished and branch.state is not SequenceState.ENDED:
+            self._end_branch(branch, FinishReason.STOP)
         elif branch.state is not SequenceState.ENDED and (
             generated >= params.max_tokens or len(self.scheduler.tokens_of(branch)) >= self.scheduler.limits.max_tokens
         ):

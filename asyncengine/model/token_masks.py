@@ -1,0 +1,177 @@
+"""Which tokens a slot may draw: grammar, allowed tokens, bad words, min-tokens. Owner: the sampler, on the step thread.
+
+The masks of a batch are bits, filled on the host while the device computes the logits; they reach the device packed,
+and only the rows that have a mask are touched.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asyncengine.generation import SamplingParams
+from asyncengine.grammar.bits import num_words, row_of
+from asyncengine.model.device_copy import to_device
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+class _SlotMask:
+    """The masks of one slot, and what they depend on."""
+
+    __slots__ = ("_allowed", "_ends", "_ignore_ends", "_min_tokens", "_stops", "_words", "ids", "matcher")
+
+    def __init__(self, params: SamplingParams, output: Int32, words: int) -> None:
+        allowed = params.allowed_token_ids
+        self._allowed = None if allowed is None else row_of(allowed, words)
+        self._words = params.bad_words
+        self._min_tokens = params.min_tokens
+        self._stops = row_of(params.stop_token_ids, words)
+        self.ids: list[int] = output.tolist() if params.bad_words else []
+        self.matcher = None if params.grammar is None else params.grammar.matcher()
+        self._ends = row_of(() if params.grammar is None else params.grammar.end_token_ids, words)
+        self._ignore_ends = params.ignore_eos
+        if self.matcher is not None:
+            for token_id in output.tolist():
+                self.matcher.accept(token_id)
+
+    def fill(self, row: Int32, position: int) -> None:
+        """Writes which tokens may be drawn.
+
+        Args:
+            row: (words,) as in `asyncengine.grammar.bits`.
+            position: How many tokens were generated before.
+
+        Raises:
+            ValueError: None may.
+        """
+        if self.matcher is None:
+            row[:] = -1
+        else:
+            self.matcher.fill(row)
+            if not (row & ~self._ends).any() and row.any():
+                return  # the text is complete; nothing may keep it from ending
+            if self._ignore_ends:
+                row &= ~self._ends
+        by_grammar = row.copy()
+        if self._allowed is not None:
+            row &= self._allowed
+        if position < self._min_tokens:
+            row &= ~self._stops
+        if self._words and (bad := self._forbidden_now()):
+            row &= ~row_of(bad, len(row))
+        if not row.any():
+            if self.matcher is None:
+                raise ValueError("no token may be drawn: allowed_token_ids, bad_words and min_tokens forbid all")
+            if by_grammar.any():
+                raise ValueError("no token that the grammar allows is left by the request's other masks")
+            raise ValueError("the grammar allows no token")
+
+    def _forbidden_now(self) -> list[int]:
+        """The last tokens of bad words all of whose other tokens were just drawn."""
+        ids = self.ids
+        return [w[-1] for w in self._words if len(w) == 1 or (len(w) - 1 <= len(ids) and _ends_with(ids, w))]
+
+    def accept(self, token_id: int) -> bool:
+        """Goes on by one token; returns whether the text is complete."""
+        if self._words:
+            self.ids.append(token_id)
+        if self.matcher is None:
+            return False
+        self.matcher.accept(token_id)
+        return self.matcher.finished
+
+
+class TokenMasks:
+    """The masks of all slots that have one.
+
+    Args:
+        num_slots: Slots are 0..num_slots - 1.
+        vocab_size: Width of the logits.
+        device: Where the logits are.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._has = np.zeros(num_slots, np.bool_)
+        self._masks: dict[int, _SlotMask] = {}
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def put(self, slot: int, params: SamplingParams, output: Int32) -> bool:
+        """Gives a slot its masks, min-tokens among them, where the request has others; returns whether it has.
+
+        Raises:
+            Exception: The grammar does not take what was generated before.
+        """
+        if params.grammar is None and params.allowed_token_ids is None and not params.bad_words:
+            return False
+        try:
+            self._masks[slot] = _SlotMask(params, output, num_words(self._vocab_size))
+        except BaseException as error:
+            raise _failure(error) from error
+        self._has[slot] = True
+        return True
+
+    def remove(self, slot: int) -> None:
+        """Forgets a slot's masks; does nothing where there are none."""
+        if self._masks.pop(slot, None) is not None:
+            self._has[slot] = False
+
+    def rows(self, slots: Int64) -> Int64:
+        """Which rows of a batch have masks."""
+        return np.flatnonzero(self._has[slots])
+
+    def fill(self, rows: Int64, slots: Int64, positions: Int64, failed: dict[int, Exception]) -> Int32:
+        """(len(rows), words) the masks of these rows of a batch; where one fails, all bits are set."""
+        filled = np.zeros((len(rows), num_words(self._vocab_size)), np.int32)
+        for bits, row in zip(filled, rows.tolist(), strict=True):
+            try:
+                self._masks[int(slots[row])].fill(bits, int(positions[row]))
+            except BaseException as error:
+                failed[row] = _failure(error)
+                bits[:] = -1
+        return filled
+
+    def apply(self, logits: Tensor, rows: Int64, filled: Int32) -> None:
+        """Takes what is not allowed out of some rows of logits (rows, vocab), in place."""
+        if self._device.type == "cpu":
+            bits = np.unpackbits(filled.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
+            allowed = torch.from_numpy(bits).view(torch.bool)
+        else:
+            words = to_device(filled, self._device).unsqueeze(-1)
+            each = (words >> torch.arange(32, device=self._device, dtype=torch.int32)) & 1
+            allowed = each.flatten(1)[:, : self._vocab_size].bool()
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first + 1 == len(rows):
+            logits[first : last + 1].masked_fill_(~allowed, -torch.inf)
+        else:
+            at = to_device(rows, self._device)
+            logits[at] = logits[at].masked_fill(~allowed, -torch.inf)
+
+    def accept(self, rows: Int64, slots: Int64, token_ids: Int32, failed: dict[int, Exception]) -> tuple[int, ...]:
+        """Goes on by the drawn tokens; returns the rows whose text is complete."""
+        finished = []
+        for row in rows.tolist():
+            if row in failed:
+                continue
+            try:
+                if self._masks[int(slots[row])].accept(int(token_ids[row])):
+                    finished.append(row)
+            except BaseException as error:
+                failed[row] = _failure(error)
+        return tuple(finished)
+
+
+def _failure(error: BaseException) -> Exception:
+    """What to tell of it. Grammars are libraries in other languages, whose panics are no `Exception`."""
+    return error if isinstance(error, Exception) else RuntimeError(f"the grammar failed: {error!r}")
+
+
+def _ends_with(ids: list[int], word: tuple[int, ...]) -> bool:
+    return tuple(ids[len(ids) - len(word) + 1 :]) == word[:-1]
