@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from asyncengine.config import GrammarLibrary
 from asyncengine.errors import InvalidRequestError
 from asyncengine.grammar.protocol import GrammarBackend
@@ -44,7 +46,7 @@ def make_backend(
     ) from missing
 
 
-def _library(name: str) -> type[GrammarBackend]:
+def _library(name: str) -> Callable[[Vocabulary], GrammarBackend]:
     if name == "llguidance":
         from asyncengine.grammar.llguidance_backend import LlguidanceBackend
 

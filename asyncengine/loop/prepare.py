@@ -140,7 +140,7 @@ def checked_config(config: GenerationConfig | None) -> GenerationConfig:
 def new_request(
     number: int,
     prompt: Int32,
-    config: GenerationConfig,
+    config: GenerationConfig | None,
     options: RequestOptions,
     view: ModelView,
     pin: str | None = None,
@@ -151,6 +151,7 @@ def new_request(
     Raises:
         InvalidRequestError: It cannot be served by this model.
     """
+    config = checked_config(config)
     room = view.max_tokens - len(prompt)
     if room < 1:
         raise InvalidRequestError(

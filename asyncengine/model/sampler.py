@@ -1,7 +1,8 @@
 """Turns logits into tokens. Owner: the model runner, on the step thread.
 
 The order is logit bias; presence, frequency and repetition penalty; the requests' own processors; masks (min-tokens,
-allowed tokens, bad words, grammar); temperature; top-k; min-p; top-p; draw, in float32. What a row draws is bitwise independent of the other rows of the batch, of its slot and of preemption.
+allowed tokens, bad words, grammar); temperature; top-k; min-p; top-p; draw, in float32. What a row draws is bitwise
+independent of the other rows of the batch, of its slot and of preemption.
 
 The settings of the slots are numpy arrays, because it is the host that decides which kernels run: rows are split by
 what they need (greedy; top-k; top-p alone; neither), and nothing runs for a feature that no row of the batch has.

@@ -164,7 +164,7 @@ class ScriptedModel:
 
     def _draw(self, batch: StepBatch) -> StepTokens:
         rows = np.searchsorted(batch.query_start, batch.sample_index, side="right") - 1
-        token_ids = []
+        token_ids: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         finished: list[int] = []
         failed: dict[int, Exception] = {}
