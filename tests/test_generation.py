@@ -129,7 +129,9 @@ class TestRanges:
 
     @pytest.mark.parametrize("value", [[], [-1], [1.5], ["a"], "abc", 5, [True]])
     def test_allowed_token_ids_are_a_list_that_is_not_empty(self, value: Any) -> None:
-        refused(lambda: GenerationConfig(allowed_token_ids=value), "allowed_token_ids", "allowed" if value == [] else "")
+        refused(
+            lambda: GenerationConfig(allowed_token_ids=value), "allowed_token_ids", "allowed" if value == [] else ""
+        )
 
     @pytest.mark.parametrize("value", ["word", [""], ["  "], [[]], [[-1]], [[1.5]], [3], 3, {"a": 1}, [["a"]]])
     def test_bad_words_are_texts_or_token_ids(self, value: Any) -> None:

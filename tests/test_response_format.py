@@ -58,7 +58,9 @@ def test_a_pydantic_model_is_its_schema() -> None:
 
 
 def test_triggers_are_the_beginnings_where_none_are_given() -> None:
-    tags = StructuralTags([StructuralTag("<a>", True, ""), StructuralTag("<b>", True, ""), StructuralTag("<a>", {}, "")])
+    tags = StructuralTags(
+        [StructuralTag("<a>", True, ""), StructuralTag("<b>", True, ""), StructuralTag("<a>", {}, "")]
+    )
     assert tags.triggers == ("<a>", "<b>")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+
 import llguidance
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -35,7 +36,7 @@ class LlguidanceBackend:
         """As the protocol says."""
         matcher = LLMatcher(self._tokenizer, self._text(wanted), log_level=0, limits=_QUIET)
         if matcher.is_error():
-            raise ValueError(matcher.get_error().strip())
+            raise ValueError(_reason(matcher))
         ends = tuple(self._vocabulary.end_token_ids)
         grammar = LlguidanceGrammar(matcher, self._tokenizer, ends)
         first = grammar.matcher()
@@ -122,14 +123,18 @@ class LlguidanceMatcher:
         """As the protocol says."""
         self._next = None
         if not self._matcher.consume_token(token_id):
-            raise ValueError(f"the grammar does not take token {token_id}: {self._matcher.get_error()}")
+            raise ValueError(f"the grammar does not take token {token_id}: {_reason(self._matcher)}")
 
     def _compute(self, row: Int32) -> None:
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._matcher.is_error():
-            raise ValueError(f"the grammar cannot go on: {self._matcher.get_error()}")
+            raise ValueError(f"the grammar cannot go on: {_reason(self._matcher)}")
         if not self._has_ends:
             row &= self._drawable
+
+
+def _reason(matcher: LLMatcher) -> str:
+    return matcher.get_error().replace("<non-verbose/>", "").strip()
 
 
 class _Bytes:

@@ -93,7 +93,9 @@ SCHEMAS: dict[str, Any] = {
     "allOf": {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 1000}]},
     "several types": {"type": ["integer", "null", "boolean"], "minimum": 0, "maximum": 5000},
     "nullable": obj({"x": {"type": ["string", "null"], "maxLength": 4}}),
-    "anyOf inside": obj({"value": {"anyOf": [{"type": "boolean"}, {"type": "array", "items": INTEGER, "maxItems": 2}]}}),
+    "anyOf inside": obj({
+        "value": {"anyOf": [{"type": "boolean"}, {"type": "array", "items": INTEGER, "maxItems": 2}]},
+    }),
     # references
     "ref": {"$ref": "#/$defs/point", "$defs": {"point": obj({"x": INTEGER, "y": INTEGER})}},
     "nested refs": {
@@ -104,7 +106,9 @@ SCHEMAS: dict[str, Any] = {
     },
     "recursive list": {
         "$ref": "#/$defs/list",
-        "$defs": {"list": {"anyOf": [{"type": "null"}, obj({"head": {"enum": [0, 1]}, "tail": {"$ref": "#/$defs/list"}})]}},
+        "$defs": {"list": {"anyOf": [
+            {"type": "null"}, obj({"head": {"enum": [0, 1]}, "tail": {"$ref": "#/$defs/list"}}),
+        ]}},
     },
     "recursive tree": {
         "$ref": "#/$defs/node",

@@ -12,7 +12,7 @@ from asyncengine import AsyncEngine, EngineConfig, FinishReason, GenerationConfi
 from asyncengine.response_format import JsonObject, JsonSchema, Whitespace
 from tests.grammar.schemas import SCHEMAS
 
-SEEDS = 3
+SEEDS = 5
 CHECKER = jsonschema.Draft202012Validator.FORMAT_CHECKER
 # A model that has learnt nothing ends its texts no more often than it does anything else; this makes it want to.
 WISH_TO_END = {7: 3.0, 66: 2.0, 98: 3.0}  # the tokens '"', ']' and '}'
@@ -20,7 +20,9 @@ WISH_TO_END = {7: 3.0, 66: 2.0, 98: 3.0}  # the tokens '"', ']' and '}'
 
 def engine(path: Path) -> AsyncEngine:
     return AsyncEngine(
-        EngineConfig(str(path), device="cpu", max_num_sequence=16, max_total_sequence_length=8192, kv_cache_page_size=16)
+        EngineConfig(
+            str(path), device="cpu", max_num_sequence=16, max_total_sequence_length=8192, kv_cache_page_size=16
+        )
     )
 
 
@@ -60,7 +62,11 @@ async def test_every_document_is_valid_or_cut_by_max_tokens(random_model: Path) 
     names = [name for name in SCHEMAS for _ in range(SEEDS)]
     configs = [
         GenerationConfig(
-            temperature=1.0, seed=seed, max_tokens=150, logit_bias=WISH_TO_END, response_format=JsonSchema(SCHEMAS[name])
+            temperature=1.0,
+            seed=seed,
+            max_tokens=150,
+            logit_bias=WISH_TO_END,
+            response_format=JsonSchema(SCHEMAS[name]),
         )
         for name in SCHEMAS
         for seed in range(SEEDS)
