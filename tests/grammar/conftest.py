@@ -1,12 +1,20 @@
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers.utils import logging
 
-from asyncengine import tiny
+from asyncengine import AsyncEngine, EngineConfig, tiny
 from tests.model import checkpoints
+
+CONFIG: dict[str, Any] = {
+    "device": "cpu",
+    "max_num_sequence": 16,
+    "max_total_sequence_length": 8192,
+    "kv_cache_page_size": 16,
+}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -28,3 +36,20 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (path / name).write_text((tiny.PATH / name).read_text("utf-8"), "utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def lasting_engine(random_model: Path) -> Iterator[AsyncEngine]:
+    """An engine over it for all tests: it is used from one event loop after the other."""
+    engine = AsyncEngine(EngineConfig(str(random_model), **CONFIG))
+    engine.reload_nowait()
+    yield engine
+    engine.shutdown_nowait()
+
+
+@pytest.fixture
+async def engine(lasting_engine: AsyncEngine) -> AsyncEngine:
+    """The same, as if nobody had used it before."""
+    await lasting_engine.reset()
+    lasting_engine._grammars = None
+    return lasting_engine

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import jsonschema
 import pytest
 
-from asyncengine import AsyncEngine, EngineConfig, FinishReason, GenerationConfig
+from asyncengine import AsyncEngine, FinishReason, GenerationConfig
 from asyncengine.response_format import JsonObject, JsonSchema, Whitespace
 from tests.grammar.schemas import SCHEMAS
 
@@ -16,14 +15,6 @@ SEEDS = 5
 CHECKER = jsonschema.Draft202012Validator.FORMAT_CHECKER
 # A model that has learnt nothing ends its texts no more often than it does anything else; this makes it want to.
 WISH_TO_END = {7: 3.0, 66: 2.0, 98: 3.0}  # the tokens '"', ']' and '}'
-
-
-def engine(path: Path) -> AsyncEngine:
-    return AsyncEngine(
-        EngineConfig(
-            str(path), device="cpu", max_num_sequence=16, max_total_sequence_length=8192, kv_cache_page_size=16
-        )
-    )
 
 
 def is_prefix_of_json(text: str) -> bool:
@@ -57,7 +48,7 @@ def is_prefix_of_json(text: str) -> bool:
     return False
 
 
-async def test_every_document_is_valid_or_cut_by_max_tokens(random_model: Path) -> None:
+async def test_every_document_is_valid_or_cut_by_max_tokens(engine: AsyncEngine) -> None:
     assert len(SCHEMAS) >= 60
     names = [name for name in SCHEMAS for _ in range(SEEDS)]
     configs = [
@@ -71,9 +62,8 @@ async def test_every_document_is_valid_or_cut_by_max_tokens(random_model: Path) 
         for name in SCHEMAS
         for seed in range(SEEDS)
     ]
-    async with engine(random_model) as serving:
-        results = await serving.generate_many(["x"] * len(configs), configs)
-        assert serving.metrics().kv_blocks_used == 0
+    results = await engine.generate_many(["x"] * len(configs), configs)
+    assert engine.metrics().kv_blocks_used == 0
     complete = set()
     for name, result in zip(names, results, strict=True):
         text = result.text
@@ -90,26 +80,24 @@ async def test_every_document_is_valid_or_cut_by_max_tokens(random_model: Path) 
 
 
 @pytest.mark.parametrize("whitespace", ["none", "bounded"])
-async def test_white_space_is_bounded(random_model: Path, whitespace: Whitespace) -> None:
+async def test_white_space_is_bounded(engine: AsyncEngine, whitespace: Whitespace) -> None:
     space = {226: 100.0, 204: 100.0}  # ' ' and a line break
     schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
     config = GenerationConfig(
         temperature=0, max_tokens=200, logit_bias=space, response_format=JsonSchema(schema, whitespace)
     )
-    async with engine(random_model) as serving:
-        result = await serving.generate("x", config)
-        assert result.finish_reason is FinishReason.STOP
-        assert json.loads(result.text) == {"a": 1}
-        if whitespace == "none":
-            assert result.text == '{"a":1}'
-        longest = await serving.generate("x", config.replace(response_format=JsonSchema(schema, "any")))
-        assert longest.finish_reason is FinishReason.LENGTH, "the test would not notice unbounded white space"
+    result = await engine.generate("x", config)
+    assert result.finish_reason is FinishReason.STOP
+    assert json.loads(result.text) == {"a": 1}
+    if whitespace == "none":
+        assert result.text == '{"a":1}'
+    longest = await engine.generate("x", config.replace(response_format=JsonSchema(schema, "any")))
+    assert longest.finish_reason is FinishReason.LENGTH, "the test would not notice unbounded white space"
 
 
-async def test_any_object_is_an_object(random_model: Path) -> None:
+async def test_any_object_is_an_object(engine: AsyncEngine) -> None:
     config = GenerationConfig(max_tokens=120, logit_bias=WISH_TO_END, response_format=JsonObject(), n=16, seed=5)
-    async with engine(random_model) as serving:
-        result = await serving.generate("x", config)
+    result = await engine.generate("x", config)
     done = [branch for branch in result.outputs if branch.finish_reason is FinishReason.STOP]
     assert len(done) >= 4
     assert all(isinstance(json.loads(branch.text, strict=True), dict) for branch in done)
