@@ -22,21 +22,21 @@ Int64 = NDArray[np.int64]
 class _SlotMask:
     """The masks of one slot, and what they depend on."""
 
-    __slots__ = ("_allowed", "_ends", "_ignore_ends", "_min_tokens", "_stops", "_words", "ids", "matcher")
+    __slots__ = ("_allowed", "_bad", "_ends", "_ids", "_ignore_ends", "_matcher", "_min_tokens", "_stops")
 
     def __init__(self, params: SamplingParams, output: Int32, words: int) -> None:
         allowed = params.allowed_token_ids
         self._allowed = None if allowed is None else row_of(allowed, words)
-        self._words = params.bad_words
+        self._bad = _by_beginning(params.bad_words)
         self._min_tokens = params.min_tokens
         self._stops = row_of(params.stop_token_ids, words)
-        self.ids: list[int] = output.tolist() if params.bad_words else []
-        self.matcher = None if params.grammar is None else params.grammar.matcher()
+        self._ids: list[int] = output.tolist() if params.bad_words else []
+        self._matcher = None if params.grammar is None else params.grammar.matcher()
         self._ends = row_of(() if params.grammar is None else params.grammar.end_token_ids, words)
         self._ignore_ends = params.ignore_eos
-        if self.matcher is not None:
+        if self._matcher is not None:
             for token_id in output.tolist():
-                self.matcher.accept(token_id)
+                self._matcher.accept(token_id)
 
     def fill(self, row: Int32, position: int) -> None:
         """Writes which tokens may be drawn.
@@ -48,10 +48,10 @@ class _SlotMask:
         Raises:
             ValueError: None may.
         """
-        if self.matcher is None:
+        if self._matcher is None:
             row[:] = -1
         else:
-            self.matcher.fill(row)
+            self._matcher.fill(row)
             if not (row & ~self._ends).any() and row.any():
                 return  # the text is complete; nothing may keep it from ending
             if self._ignore_ends:
@@ -61,10 +61,10 @@ class _SlotMask:
             row &= self._allowed
         if position < self._min_tokens:
             row &= ~self._stops
-        if self._words and (bad := self._forbidden_now()):
+        if self._bad and (bad := self._forbidden_now()):
             row &= ~row_of(bad, len(row))
         if not row.any():
-            if self.matcher is None:
+            if self._matcher is None:
                 raise ValueError("no token may be drawn: allowed_token_ids, bad_words and min_tokens forbid all")
             if by_grammar.any():
                 raise ValueError("no token that the grammar allows is left by the request's other masks")
@@ -72,17 +72,21 @@ class _SlotMask:
 
     def _forbidden_now(self) -> list[int]:
         """The last tokens of bad words all of whose other tokens were just drawn."""
-        ids = self.ids
-        return [w[-1] for w in self._words if len(w) == 1 or (len(w) - 1 <= len(ids) and _ends_with(ids, w))]
+        ids = self._ids
+        found: list[int] = []
+        for size, words in self._bad.items():
+            if size <= len(ids):
+                found += words.get(tuple(ids[len(ids) - size :]), ())
+        return found
 
     def accept(self, token_id: int) -> bool:
         """Goes on by one token; returns whether the text is complete."""
-        if self._words:
-            self.ids.append(token_id)
-        if self.matcher is None:
+        if self._bad:
+            self._ids.append(token_id)
+        if self._matcher is None:
             return False
-        self.matcher.accept(token_id)
-        return self.matcher.finished
+        self._matcher.accept(token_id)
+        return self._matcher.finished
 
 
 class TokenMasks:
@@ -173,5 +177,9 @@ def _failure(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(f"the grammar failed: {error!r}")
 
 
-def _ends_with(ids: list[int], word: tuple[int, ...]) -> bool:
-    return tuple(ids[len(ids) - len(word) + 1 :]) == word[:-1]
+def _by_beginning(words: tuple[tuple[int, ...], ...]) -> dict[int, dict[tuple[int, ...], list[int]]]:
+    """Bad words by the number of their tokens but the last, then by these; what is left are the last tokens."""
+    found: dict[int, dict[tuple[int, ...], list[int]]] = {}
+    for word in words:
+        found.setdefault(len(word) - 1, {}).setdefault(word[:-1], []).append(word[-1])
+    return found
