@@ -36,7 +36,7 @@ from asyncengine.loop.many import ManyStream, PendingStream
 from asyncengine.loop.prepare import RequestOptions
 from asyncengine.loop.stream import RequestStream
 from asyncengine.metrics import Counters, EngineMetrics, Histogram
-from asyncengine.outputs import BranchResult, FinishReason, RequestOutput, RequestResult, Usage
+from asyncengine.outputs import BranchResult, FinishReason, PromptScore, RequestOutput, RequestResult, Usage
 from asyncengine.response_format import (
     Choice,
     EbnfGrammar,
@@ -84,6 +84,7 @@ __all__ = [
     "ManyStream",
     "ModelNotLoadedError",
     "PendingStream",
+    "PromptScore",
     "Regex",
     "ReloadError",
     "RequestDroppedError",

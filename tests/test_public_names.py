@@ -37,6 +37,7 @@ PUBLIC = [
     "ManyStream",
     "ModelNotLoadedError",
     "PendingStream",
+    "PromptScore",
     "Regex",
     "ReloadError",
     "RequestDroppedError",

@@ -35,7 +35,7 @@ from asyncengine.loop.prepare import (
 from asyncengine.loop.router import Inbox, Router
 from asyncengine.loop.stream import RequestStream
 from asyncengine.metrics import EngineMetrics
-from asyncengine.outputs import RequestResult
+from asyncengine.outputs import PromptScore, RequestResult
 from asyncengine.state import EngineState
 from asyncengine.step.model import LoadedModel, Loader, LoadPlan, ModelView
 from asyncengine.step.thread import StepThread
@@ -211,6 +211,28 @@ class AsyncEngine:
         else:
             configs = [config] * len(prompts)
         return ManyStream(lambda: self._add(prompts, configs, options, many=True))
+
+    async def score(
+        self, prompts: Sequence[Prompt], top_logprobs: int = 0, options: RequestOptions = _DEFAULTS
+    ) -> list[PromptScore]:
+        """How likely texts are under the model; nothing is generated.
+
+        Args:
+            prompts: Text or token ids, each.
+            top_logprobs: 0 to 20. How many of the likeliest tokens to name at each position.
+            options: For all; ``request_id`` gets ``-0``, ``-1``, ... appended.
+
+        Raises:
+            AsyncEngineError: As `generate`.
+
+        Cancelling it ends the requests.
+        """
+        config = GenerationConfig(max_tokens=0, prompt_logprobs=top_logprobs, detokenize=False)
+        scores = []
+        for result in await self.generate_many(prompts, config, options):
+            assert result.prompt_token_ids is not None and result.prompt_logprobs is not None
+            scores.append(PromptScore(result.prompt_token_ids, result.prompt_logprobs))
+        return scores
 
     async def abort_request(self, request_id: str) -> None:
         """Ends a request with reason "abort"; returns once its blocks are free. An unknown id is passed over.
@@ -480,6 +502,8 @@ class AsyncEngine:
             streams = []
             for new in news:
                 inbox = Inbox(new.number, new.params.n)
+                if new.params.num_prompt_logprobs >= 0:
+                    inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
                 texts = text_streams(new.params, view)
                 router.register(inbox)
                 streams.append(

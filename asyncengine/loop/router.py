@@ -9,10 +9,10 @@ import asyncio
 import itertools
 from typing import Any, Protocol
 
-from asyncengine.events import BranchEnded, BranchKey, Event, Reply, RequestEnded, Tokens
+from asyncengine.events import BranchEnded, BranchKey, Event, PromptLogprobs, Reply, RequestEnded, Tokens
 from asyncengine.instructions import ReplyTo
 from asyncengine.outputs import FinishReason, Usage
-from asyncengine.step.batch import TokenLogprobs
+from asyncengine.step.batch import Int32, TokenLogprobs
 from asyncengine.stream_back import StreamBack
 
 
@@ -47,9 +47,11 @@ class Inbox:
 
     Attributes:
         waiter: Woken, once, when something comes.
+        prompt: (tokens,) of a request that wants log-probabilities of its prompt.
+        prompt_logprobs: Those that have come, the first token's None included.
     """
 
-    __slots__ = ("branches", "ended", "error", "number", "usage", "waiter")
+    __slots__ = ("branches", "ended", "error", "number", "prompt", "prompt_logprobs", "usage", "waiter")
 
     def __init__(self, number: int, branches: int) -> None:
         self.number = number
@@ -58,6 +60,8 @@ class Inbox:
         self.ended = False
         self.usage: Usage | None = None
         self.error: BaseException | None = None
+        self.prompt: Int32 | None = None
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     def wake(self) -> None:
         """Wakes the reader, if one waits."""
@@ -142,6 +146,10 @@ class Router:
                 inbox.error = event.error
                 inbox.ended = True
                 inbox.wake()
+        elif type(event) is PromptLogprobs:
+            inbox = self._inboxes.get(event.number)
+            if inbox is not None and inbox.prompt_logprobs is not None:
+                inbox.prompt_logprobs += event.logprobs
         else:
             assert type(event) is Reply
             future = self._futures.pop(event.ticket)

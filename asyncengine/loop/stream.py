@@ -90,6 +90,11 @@ class RequestStream:
         """What the request ended by, if not in an ordinary way."""
         return self._inbox.error
 
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """One entry per token of the prompt, the first None; what there is so far. None if not asked for."""
+        return self._inbox.prompt_logprobs
+
     def abort(self) -> None:
         """Ends the request with reason "abort"; its blocks are free within a step. Idempotent; from any thread."""
         if not self._inbox.ended:
@@ -233,7 +238,10 @@ class RequestStream:
             )
             for index, (branch, seen) in enumerate(pairs)
         ]
-        return RequestResult(self.request_id, outputs, self._inbox.usage)
+        prompt, logprobs = self._inbox.prompt, self._inbox.prompt_logprobs
+        return RequestResult(
+            self.request_id, outputs, self._inbox.usage, None if prompt is None else prompt.tolist(), logprobs
+        )
 
     async def __aenter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import inspect
@@ -101,17 +102,23 @@ class TorchModel:
         """As the protocol says."""
         with torch.inference_mode():
             logits = self.logits(batch)
-            if not len(batch.sample_index):
-                return StepTokens(np.empty(0, dtype=np.int32))
-            return self._sampler.sample(logits, batch.sample_slots, batch.sample_positions)
+            drawn = len(batch.sample_index)
+            scores = []
+            if len(batch.score_index):
+                scores = self._sampler.score(logits[drawn:], batch.score_token_ids, batch.score_tops)
+            if not drawn:
+                return StepTokens(np.empty(0, dtype=np.int32), scores=scores)
+            tokens = self._sampler.sample(logits[:drawn], batch.sample_slots, batch.sample_positions)
+            return dataclasses.replace(tokens, scores=scores) if scores else tokens
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
-        """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""
+        """Runs the model; (M + S, vocabulary): a row per entry of `batch.sample_index`, then of `batch.score_index`."""
         assert self._model is not None
         self._layers.begin(batch)
         ids = torch.from_numpy(batch.token_ids.astype(np.int64))[None].to(self._device)
         positions = torch.from_numpy(batch.positions.astype(np.int64))[None].to(self._device)
-        index = torch.from_numpy(batch.sample_index).to(self._device)
+        rows = np.append(batch.sample_index, batch.score_index) if len(batch.score_index) else batch.sample_index
+        index = torch.from_numpy(rows).to(self._device)
         if self._some_logits:
             output = self._model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=index)
             logits: torch.Tensor = output.logits[0]

@@ -145,18 +145,19 @@ class TokenMasks:
     def apply(self, logits: Tensor, rows: Int64, filled: Int32) -> None:
         """Takes what is not allowed out of some rows of logits (rows, vocab), in place."""
         if self._device.type == "cpu":
-            bits = np.unpackbits(filled.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
-            allowed = torch.from_numpy(bits).view(torch.bool)
-        else:
-            words = to_device(filled, self._device).unsqueeze(-1)
-            each = (words >> torch.arange(32, device=self._device, dtype=torch.int32)) & 1
-            allowed = each.flatten(1)[:, : self._vocab_size].bool()
-        first, last = int(rows[0]), int(rows[-1])
-        if last - first + 1 == len(rows):
-            logits[first : last + 1].masked_fill_(~allowed, -torch.inf)
+            bits = np.unpackbits(~filled.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
+            forbidden = torch.from_numpy(bits).view(torch.bool)
+            for row, own in zip(rows.tolist(), forbidden, strict=True):
+                logits[row].masked_fill_(own, -torch.inf)
+            return
+        words = to_device(filled, self._device).unsqueeze(-1)
+        each = (words >> torch.arange(32, device=self._device, dtype=torch.int32)) & 1
+        forbidden = each.flatten(1)[:, : self._vocab_size] == 0
+        if len(rows) == len(logits):
+            logits.masked_fill_(forbidden, -torch.inf)
         else:
             at = to_device(rows, self._device)
-            logits[at] = logits[at].masked_fill(~allowed, -torch.inf)
+            logits[at] = logits[at].masked_fill(forbidden, -torch.inf)
 
     def accept(self, rows: Int64, slots: Int64, token_ids: Int32, failed: dict[int, Exception]) -> tuple[int, ...]:
         """Goes on by the drawn tokens; returns the rows whose text is complete."""

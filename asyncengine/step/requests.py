@@ -21,7 +21,7 @@ from asyncengine.errors import (
     RequestDroppedError,
     StepError,
 )
-from asyncengine.events import BranchEnded, BranchKey, RequestEnded, Tokens
+from asyncengine.events import BranchEnded, BranchKey, PromptLogprobs, RequestEnded, Tokens
 from asyncengine.instructions import AddRequests, Mailbox, NewRequest, ReplyTo
 from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Usage
@@ -397,6 +397,8 @@ class RequestTable:
         now = self._clock()
         decodes = len(plan.decodes)
         finished = drawn.finished
+        if drawn.scores:
+            self._commit_scores(plan, drawn.scores)
         if decodes:
             slots, ids, logprobs, sequences = plan.decode_slots, drawn.token_ids[:decodes], drawn.logprobs, plan.decodes
             if logprobs is not None:
@@ -417,6 +419,15 @@ class RequestTable:
                 logprobs = None if drawn.logprobs is None else drawn.logprobs[at : at + count]
                 own = [row - at for row in drawn.finished if at <= row < at + count]
                 self._commit_prefill(chunk, drawn.token_ids[at : at + count], logprobs, own, now)
+            at += count
+
+    def _commit_scores(self, plan: Plan, scores: list[TokenLogprobs]) -> None:
+        at = 0
+        for chunk in plan.chunks:
+            request, count = chunk.sequence.request, chunk.num_scored
+            if count and not request.ended:
+                self.outbox.add(request.mailbox, PromptLogprobs(request.new.number, scores[at : at + count]))
+                request.scored = chunk.scored[1]
             at += count
 
     def _commit_decodes(
