@@ -19,6 +19,12 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
+# For each byte of a mask, the most that eight logits may be: +inf or -inf. A minimum with these takes a tenth of the
+# time of a `masked_fill` on the CPU.
+_LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.inf, -np.inf)
+_LIMITS = _LIMITS.astype(np.float32)
+
+
 class _SlotMask:
     """The masks of one slot, and what they depend on."""
 
@@ -143,12 +149,11 @@ class TokenMasks:
         return filled
 
     def apply(self, logits: Tensor, rows: Int64, filled: Int32) -> None:
-        """Takes what is not allowed out of some rows of logits (rows, vocab), in place."""
+        """Takes what is not allowed out of some rows of logits (rows, vocab) of float32, in place."""
         if self._device.type == "cpu":
-            bits = np.unpackbits(~filled.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
-            forbidden = torch.from_numpy(bits).view(torch.bool)
-            for row, own in zip(rows.tolist(), forbidden, strict=True):
-                logits[row].masked_fill_(own, -torch.inf)
+            limits = torch.from_numpy(_LIMITS[filled.view(np.uint8)].reshape(len(filled), -1))
+            for row, limit in zip(rows.tolist(), limits, strict=True):
+                torch.minimum(logits[row], limit[: self._vocab_size], out=logits[row])
             return
         words = to_device(filled, self._device).unsqueeze(-1)
         each = (words >> torch.arange(32, device=self._device, dtype=torch.int32)) & 1
