@@ -151,7 +151,7 @@ class TokenMasks:
     def apply(self, logits: Tensor, rows: Int64, filled: Int32) -> None:
         """Takes what is not allowed out of some rows of logits (rows, vocab) of float32, in place."""
         if self._device.type == "cpu":
-            limits = torch.from_numpy(_LIMITS[filled.view(np.uint8)].reshape(len(filled), -1))
+            limits = torch.from_numpy(np.take(_LIMITS, filled.view(np.uint8), axis=0).reshape(len(filled), -1))
             for row, limit in zip(rows.tolist(), limits, strict=True):
                 torch.minimum(logits[row], limit[: self._vocab_size], out=logits[row])
             return
