@@ -57,6 +57,8 @@ class GenerationConfig:
         detokenize: Whether outputs carry text.
         response_format: What the text must look like: `JsonObject`, `JsonSchema`, `Regex`, `EbnfGrammar`, `Choice`,
             `StructuralTags`, or a mapping in OpenAI's shape. Where nothing can follow, the branch ends with "stop".
+        jump_forward: Whether tokens that the response format leaves no choice about are taken together in one step. It
+            changes no token. Requests with logprobs or logits processors do not jump.
         allowed_token_ids: The only tokens that may be drawn; None allows all. An end-of-sequence token is not added.
         bad_words: Sequences that must not appear, each as token ids or as text. A text stands for the tokens that the
             tokenizer makes of it, with and without a space before it. Its last token is never drawn after the others.
@@ -86,6 +88,7 @@ class GenerationConfig:
     skip_special_tokens: bool = True
     detokenize: bool = True
     response_format: ResponseFormat | Mapping[str, Any] | None = None
+    jump_forward: bool = True
     allowed_token_ids: Iterable[int] | None = None
     bad_words: Iterable[str | Iterable[int]] = ()
     logits_processors: Iterable[LogitsProcessor] = ()
@@ -100,7 +103,7 @@ class GenerationConfig:
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, None, open_low=True)
-        for name in ("logprobs", "ignore_eos", "skip_special_tokens", "detokenize"):
+        for name in ("logprobs", "ignore_eos", "skip_special_tokens", "detokenize", "jump_forward"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; expected True or False")
         _integer("top_logprobs", self.top_logprobs, 0, 20)
@@ -163,6 +166,7 @@ class SamplingParams:
         num_logprobs: -1: none. 0: of the drawn token only. k: with the k likeliest beside it.
         ignore_eos: Whether the end-of-sequence tokens do not end a branch.
         grammar: The compiled `response_format`.
+        jumps: Whether tokens without a choice are taken together.
         allowed_token_ids: None allows all.
         bad_words: Token sequences.
         num_prompt_logprobs: As `num_logprobs`, of the prompt's tokens.
@@ -188,6 +192,7 @@ class SamplingParams:
     detokenize: bool
     ignore_eos: bool = False
     grammar: Grammar | None = None
+    jumps: bool = False
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     logits_processors: tuple[LogitsProcessor, ...] = ()
@@ -274,6 +279,7 @@ def resolve(
         detokenize=config.detokenize,
         ignore_eos=config.ignore_eos,
         grammar=grammar,
+        jumps=grammar is not None and config.jump_forward and not config.logprobs and not config.logits_processors,
         allowed_token_ids=config.allowed_token_ids,
         bad_words=bad_words,
         logits_processors=config.logits_processors,

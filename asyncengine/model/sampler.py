@@ -162,18 +162,29 @@ class Sampler:
             if len(self._penalties):
                 self._penalties.record(slots, tokens)
             token_ids = tokens.to(torch.int32).cpu().numpy()
-            finished = self._masks.accept(masked, slots, token_ids, failed) if len(masked) else ()
+            finished: tuple[int, ...] = ()
+            forced: dict[int, list[int]] = {}
+            if len(masked):
+                finished, forced = self._masks.accept(masked, slots, positions, token_ids, failed)
+                self._record(slots, forced)
             if len(self._processors):
                 self._processors.record(slots, token_ids)
             if not len(asked):
-                return StepTokens(token_ids, finished=finished, failed=failed)
+                return StepTokens(token_ids, None, finished, failed, forced)
             logprobs: list[TokenLogprobs | None] = [None] * len(slots)
             for rows, values in ((raw, raw_logits), (processed, log_weights)):
                 if values is not None:
                     entries = _logprobs(values, self._rows(tokens, rows), self._num_logprobs[slots[rows]])
                     for row, entry in zip(rows.tolist(), entries, strict=True):
                         logprobs[row] = entry
-            return StepTokens(token_ids, logprobs, finished, failed)
+            return StepTokens(token_ids, logprobs, finished, failed, forced)
+
+    def _record(self, slots: Int64, forced: dict[int, list[int]]) -> None:
+        """Counts tokens that were not drawn for the penalties of their slots."""
+        if len(self._penalties):
+            for row, tokens in forced.items():
+                for token_id in tokens:
+                    self._penalties.record(slots[row : row + 1], torch.tensor([token_id], device=self._device))
 
     def score(self, logits: Tensor, token_ids: Int32, tops: Int64) -> list[TokenLogprobs]:
         """Log-probabilities of given tokens.

@@ -28,7 +28,19 @@ _LIMITS = _LIMITS.astype(np.float32)
 class _SlotMask:
     """The masks of one slot, and what they depend on."""
 
-    __slots__ = ("_allowed", "_bad", "_ends", "_ids", "_ignore_ends", "_matcher", "_min_tokens", "_stops")
+    __slots__ = (
+        "_allowed",
+        "_bad",
+        "_ends",
+        "_error",
+        "_ids",
+        "_ignore_ends",
+        "_jumps",
+        "_matcher",
+        "_max_tokens",
+        "_min_tokens",
+        "_stops",
+    )
 
     def __init__(self, params: SamplingParams, output: Int32, words: int) -> None:
         allowed = params.allowed_token_ids
@@ -40,6 +52,9 @@ class _SlotMask:
         self._matcher = None if params.grammar is None else params.grammar.matcher()
         self._ends = row_of(() if params.grammar is None else params.grammar.end_token_ids, words)
         self._ignore_ends = params.ignore_eos
+        self._jumps = params.jumps
+        self._max_tokens = params.max_tokens
+        self._error: BaseException | None = None  # of a token that was not delivered yet
         if self._matcher is not None:
             for token_id in output.tolist():
                 self._matcher.accept(token_id)
@@ -54,6 +69,8 @@ class _SlotMask:
         Raises:
             ValueError: None may.
         """
+        if self._error is not None:
+            raise self._error
         if self._matcher is None:
             row[:] = -1
         else:
@@ -93,6 +110,33 @@ class _SlotMask:
             return False
         self._matcher.accept(token_id)
         return self._matcher.finished
+
+    def forced(self, position: int, words: int) -> tuple[list[int], bool]:
+        """Goes on by the tokens about which there is no choice.
+
+        Args:
+            position: How many tokens were generated.
+            words: Of a row.
+
+        Returns:
+            The tokens, and whether the text is complete with them.
+        """
+        tokens: list[int] = []
+        row = np.zeros(words, np.int32)
+        while self._jumps and position + len(tokens) < self._max_tokens:
+            try:
+                self.fill(row, position + len(tokens))
+                token_id = _only_bit(row)
+                if token_id is None:
+                    break
+                finished = self.accept(token_id)
+            except BaseException as error:  # to be told where the token would have been drawn
+                self._error = error
+                break
+            tokens.append(token_id)
+            if finished:
+                return tokens, True
+        return tokens, False
 
 
 class TokenMasks:
@@ -164,23 +208,45 @@ class TokenMasks:
             at = to_device(rows, self._device)
             logits[at] = logits[at].masked_fill(forbidden, -torch.inf)
 
-    def accept(self, rows: Int64, slots: Int64, token_ids: Int32, failed: dict[int, Exception]) -> tuple[int, ...]:
-        """Goes on by the drawn tokens; returns the rows whose text is complete."""
-        finished = []
+    def accept(
+        self, rows: Int64, slots: Int64, positions: Int64, token_ids: Int32, failed: dict[int, Exception]
+    ) -> tuple[tuple[int, ...], dict[int, list[int]]]:
+        """Goes on by the drawn tokens, and by those after them about which there is no choice.
+
+        Returns:
+            The rows whose text is complete, and the further tokens of each row that has some.
+        """
+        finished, forced = [], {}
         for row in rows.tolist():
             if row in failed:
                 continue
+            mask = self._masks[int(slots[row])]
             try:
-                if self._masks[int(slots[row])].accept(int(token_ids[row])):
-                    finished.append(row)
+                complete = mask.accept(int(token_ids[row]))
             except BaseException as error:
                 failed[row] = _failure(error)
-        return tuple(finished)
+                continue
+            if not complete:
+                tokens, complete = mask.forced(int(positions[row]) + 1, num_words(self._vocab_size))
+                if tokens:
+                    forced[row] = tokens
+            if complete:
+                finished.append(row)
+        return tuple(finished), forced
 
 
 def _failure(error: BaseException) -> Exception:
     """What to tell of it. Grammars are libraries in other languages, whose panics are no `Exception`."""
     return error if isinstance(error, Exception) else RuntimeError(f"the grammar failed: {error!r}")
+
+
+def _only_bit(row: Int32) -> int | None:
+    """The one bit that is set; None if there are others."""
+    at = np.flatnonzero(row)
+    if len(at) != 1:
+        return None
+    word = int(row.view(np.uint32)[at[0]])
+    return None if word & (word - 1) else int(at[0]) * 32 + word.bit_length() - 1
 
 
 def _by_beginning(words: tuple[tuple[int, ...], ...]) -> dict[int, dict[tuple[int, ...], list[int]]]:

@@ -81,6 +81,7 @@ class StepTokens:
         logprobs: Entry m is None where the slot asked for none; None altogether where no slot asked.
         finished: Entries whose text is complete with this token, by the grammar of their slot.
         failed: Entries that could not be drawn, and why; their token means nothing. They end their own request.
+        forced: Entries to further tokens after theirs, which their grammar leaves no choice about.
         scores: (S,) one for each entry of `StepBatch.score_index`.
     """
 
@@ -88,4 +89,5 @@ class StepTokens:
     logprobs: list[TokenLogprobs | None] | None = None
     finished: tuple[int, ...] = ()
     failed: Mapping[int, Exception] = field(default_factory=dict)
+    forced: Mapping[int, list[int]] = field(default_factory=dict)
     scores: list[TokenLogprobs] = field(default_factory=list)

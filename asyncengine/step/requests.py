@@ -42,6 +42,10 @@ class _Queued:
     reply_to: ReplyTo | None
 
 
+_Beyond = tuple[list[int], bool]
+"""What a grammar says of a drawn token: which tokens follow without a choice, and whether the text is complete then."""
+
+
 @dataclass(slots=True)
 class _Rows:
     """What is derived from a list of decoding sequences, kept while the list stays the same."""
@@ -396,28 +400,30 @@ class RequestTable:
         """
         now = self._clock()
         decodes = len(plan.decodes)
-        finished = drawn.finished
+        beyond: dict[int, _Beyond] = {
+            row: (drawn.forced.get(row, []), row in drawn.finished) for row in {*drawn.finished, *drawn.forced}
+        }
         if drawn.scores:
             self._commit_scores(plan, drawn.scores)
         if decodes:
             slots, ids, logprobs, sequences = plan.decode_slots, drawn.token_ids[:decodes], drawn.logprobs, plan.decodes
             if logprobs is not None:
                 logprobs = logprobs[:decodes]
+            own = {row: what for row, what in beyond.items() if row < decodes} if beyond else beyond
             if interrupted:
                 alive = [i for i, sequence in enumerate(sequences) if sequence.state is SequenceState.DECODE]
                 sequences = [sequences[i] for i in alive]
                 slots, ids = slots[alive], ids[alive]
-                finished = tuple(alive.index(row) for row in finished if row < decodes and row in alive)
+                own = {i: beyond[row] for i, row in enumerate(alive) if row in beyond} if beyond else beyond
                 logprobs = None if logprobs is None else [logprobs[i] for i in alive]
             if sequences:
-                own = [row for row in finished if row < len(sequences)] if finished else []
                 self._commit_decodes(sequences, slots, ids, logprobs, own, now)
         at = decodes
         for chunk in plan.chunks:
             count = len(chunk.branches)
             if chunk.last and chunk.sequence.state is SequenceState.PREFILL:
                 logprobs = None if drawn.logprobs is None else drawn.logprobs[at : at + count]
-                own = [row - at for row in drawn.finished if at <= row < at + count]
+                own = {row - at: what for row, what in beyond.items() if at <= row < at + count}
                 self._commit_prefill(chunk, drawn.token_ids[at : at + count], logprobs, own, now)
             at += count
 
@@ -436,7 +442,7 @@ class RequestTable:
         slots: Int64,
         ids: Int32,
         logprobs: list[TokenLogprobs | None] | None,
-        finished: list[int],
+        beyond: Mapping[int, _Beyond],
         now: float,
     ) -> None:
         assert self.scheduler is not None
@@ -464,6 +470,7 @@ class RequestTable:
         ending = stopped | full
         if watched:
             ending[list(watched)] = True
+        finished = [row for row, (tokens, complete) in beyond.items() if complete and not tokens]
         if finished:
             ending[finished] = True
         for row in np.flatnonzero(ending).tolist():
@@ -472,13 +479,16 @@ class RequestTable:
             stop = token_ids[row] if stopped[row] else watched.get(row)
             by_length = stop is None and row not in finished
             self._end_branch(sequences[row], FinishReason.LENGTH if by_length else FinishReason.STOP, stop)
+        for row, (tokens, complete) in beyond.items():
+            if tokens and sequences[row].state is not SequenceState.ENDED:
+                self._jump(sequences[row], tokens, complete)
 
     def _commit_prefill(
         self,
         chunk: Chunk,
         ids: Int32,
         logprobs: list[TokenLogprobs | None] | None,
-        finished: list[int],
+        beyond: Mapping[int, _Beyond],
         now: float,
     ) -> None:
         """A prefill is complete: its sequence goes on decoding, and so do the branches that shared it."""
@@ -508,9 +518,9 @@ class RequestTable:
         self.outbox.add(request.mailbox, Tokens(keys, token_ids, logprobs))
         for row, (branch, token_id) in enumerate(zip(chunk.branches, token_ids, strict=True)):
             if branch.state is not SequenceState.ENDED:
-                self._commit_first(branch, token_id, row in finished, now)
+                self._commit_first(branch, token_id, beyond.get(row, ([], False)), now)
 
-    def _commit_first(self, branch: Sequence, token_id: int, finished: bool, now: float) -> None:
+    def _commit_first(self, branch: Sequence, token_id: int, beyond: _Beyond, now: float) -> None:
         assert self.scheduler is not None
         params = branch.request.new.params
         if branch.resident:
@@ -521,12 +531,50 @@ class RequestTable:
             return
         if branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
             self._end_branch(branch, FinishReason.STOP, stop)
-        elif finished and branch.state is not SequenceState.ENDED:
+        elif branch.state is SequenceState.ENDED:
+            return
+        elif beyond[0]:
+            self._jump(branch, *beyond)
+        elif beyond[1]:
             self._end_branch(branch, FinishReason.STOP)
-        elif branch.state is not SequenceState.ENDED and (
-            generated >= params.max_tokens or len(self.scheduler.tokens_of(branch)) >= self.scheduler.limits.max_tokens
-        ):
+        elif self._is_full(branch, generated):
             self._end_branch(branch, FinishReason.LENGTH)
+
+    def _is_full(self, branch: Sequence, generated: int) -> bool:
+        assert self.scheduler is not None
+        most, new = self.scheduler.limits.max_tokens, branch.request.new
+        return generated >= new.params.max_tokens or len(new.prompt) + generated >= most
+
+    def _jump(self, branch: Sequence, tokens: list[int], complete: bool) -> None:
+        """Gives a branch tokens that it had no choice about, as far as it does not end among them.
+
+        Jump-forward decoding is of SGLang (Zheng et al., 2024). Here a token is jumped over where it is the only one
+        that the masks allow, so that the tokens are those that would have been drawn one by one.
+        """
+        assert self.scheduler is not None
+        new = branch.request.new
+        generated = len(self.scheduler.tokens_of(branch)) - len(new.prompt)
+        end: tuple[FinishReason, int | str | None] | None = None
+        taken = 0
+        for token_id in tokens:
+            taken += 1
+            if token_id in new.params.stop_token_ids and generated + taken > new.params.min_tokens:
+                end = (FinishReason.STOP, token_id)
+            elif branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
+                end = (FinishReason.STOP, stop)
+            elif branch.state is SequenceState.ENDED:
+                return
+            elif complete and taken == len(tokens):
+                end = (FinishReason.STOP, None)
+            elif self._is_full(branch, generated + taken):
+                end = (FinishReason.LENGTH, None)
+            if end is not None:
+                break
+        self.scheduler.extend(branch, tokens[:taken])
+        self.counters.generation_tokens += taken
+        self.outbox.add(branch.request.mailbox, Tokens((branch.key,) * taken, tokens[:taken]))
+        if end is not None:
+            self._end_branch(branch, *end)
 
     def _read_text(self, branch: Sequence, token_id: int) -> str | None:
         """Feeds a token to a branch's text; returns the stop string that it completes."""

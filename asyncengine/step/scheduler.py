@@ -203,6 +203,32 @@ class Scheduler:
         self._decoding[branch] = None
         self._decodes_changed = True
 
+    def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """Gives a sequence further tokens that were not drawn; one that decodes computes them as a piece of prefill.
+
+        Without blocks to be had it is preempted.
+        """
+        tokens = np.array(token_ids, dtype=np.int32)
+        if not sequence.resident:
+            sequence.tokens = np.concatenate([sequence.tokens, tokens])
+            sequence.num_output += len(tokens)
+            return
+        slot, slots = sequence.slot, self.slots
+        have = int(slots.num_tokens[slot])
+        slots.tokens[slot, have : have + len(tokens)] = tokens
+        slots.num_tokens[slot] = have + len(tokens)
+        need = -(-int(slots.num_tokens[slot]) // self.limits.page_size) - int(slots.num_blocks[slot])
+        if need > 0:
+            if not self._make_room(need):
+                self.preempt(sequence)
+                return
+            slots.append_blocks(slot, self.pool.allocate(need))
+        if sequence.state is SequenceState.DECODE:
+            del self._decoding[sequence]
+            self._decodes_changed = True
+            sequence.state = SequenceState.PREFILL
+            self._prefilling.append(sequence)
+
     # Entering and leaving
 
     def add(self, sequence: Sequence) -> None:
@@ -400,6 +426,8 @@ class Scheduler:
         elif sequence.state is SequenceState.DECODE:
             del self._decoding[sequence]
             self._decodes_changed = True
+        if self._copies:
+            self._copies = [copy for copy in self._copies if copy[2] is not sequence]
         self.pool.release(self.slots.block_table(sequence.slot))
         self.slots.num_blocks[sequence.slot] = 0
         self.tree.trim(in_use=self.num_running)
@@ -456,7 +484,7 @@ class Scheduler:
         scores: dict[str, Any] = {}
         if any(chunk.num_scored for chunk in chunks):
             scores = self._scores(chunks, query_start[decodes:], context[decodes:])
-        copies = [(source, to) for source, to, branch in self._copies if branch.state is SequenceState.DECODE]
+        copies = [(source, to) for source, to, branch in self._copies if branch.resident]
         self._copies.clear()
         return StepBatch(
             token_ids=slots.tokens[token_rows, positions],

@@ -201,7 +201,7 @@ class ScriptedModel:
             )
         ]
         return StepTokens(
-            np.array(token_ids, dtype=np.int32), logprobs if some else None, tuple(finished), failed, scores
+            np.array(token_ids, dtype=np.int32), logprobs if some else None, tuple(finished), failed, scores=scores
         )
 
     def device_lost(self, error: BaseException) -> bool:

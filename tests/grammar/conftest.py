@@ -38,7 +38,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lasting_engine(random_model: Path) -> Iterator[AsyncEngine]:
     """An engine over it for all tests: it is used from one event loop after the other."""
     engine = AsyncEngine(EngineConfig(str(random_model), **CONFIG))
