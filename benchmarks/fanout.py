@@ -3,12 +3,14 @@
 The engine runs a model that costs nothing; N tasks read one stream each with ``async for``. A token counts when its
 reader has it. Beside it, in the same run and alternating with it, a bare reference with nothing but what any asyncio
 design needs: a producing thread, one wake-up of the loop per step, and per reader one slot, one future and the
-smallest class that ``async for`` accepts.
+smallest class that ``async for`` accepts. It hands out the same `RequestOutput`, and in the column "lists" bare lists
+of tokens.
 
 Both are measured in lock-step: a step begins once every reader has had its token of the step before. So every token
 is a delta of its own, on both sides; left to itself, either would merge more tokens into a delta the slower its
 readers are, and the figures would compare merging. The ratio engine / bare is what the engine keeps of what asyncio
-can deliver. "free" is the engine without lock-step, where deltas are merged as in production.
+can deliver; everything that the engine does for a step besides is in it, since a step begins after the last has been
+read. "free" is the engine without lock-step, where deltas are merged as in production.
 
 The last line is one JSON object.
 
@@ -26,7 +28,7 @@ import time
 
 import uvloop
 
-from asyncengine import GenerationConfig
+from asyncengine import GenerationConfig, RequestOutput
 from benchmarks.zero_cost import zero_cost_engine
 
 PROMPT = [1, 2, 3]
@@ -76,7 +78,7 @@ async def engine_rate(readers: int, tokens: int, lock_step: bool) -> float:
 
 
 class Slot:
-    """The least that an asynchronous iterator of token lists can be."""
+    """The least that an asynchronous iterator of deltas can be."""
 
     __slots__ = ("create_future", "ended", "ids", "waiter")
 
@@ -89,7 +91,22 @@ class Slot:
     def __aiter__(self) -> Slot:
         return self
 
-    async def __anext__(self) -> list[int]:
+    async def __anext__(self) -> RequestOutput:
+        while not self.ids:
+            if self.ended:
+                raise StopAsyncIteration
+            self.waiter = self.create_future()
+            await self.waiter
+        ids, self.ids = self.ids, []
+        return tuple.__new__(RequestOutput, ("", ids, None, 0, None, None))
+
+
+class ListSlot(Slot):
+    """The same without an output around the list."""
+
+    __slots__ = ()
+
+    async def __anext__(self) -> list[int]:  # type: ignore[override]
         while not self.ids:
             if self.ended:
                 raise StopAsyncIteration
@@ -99,10 +116,10 @@ class Slot:
         return ids
 
 
-async def bare_rate(readers: int, tokens: int) -> float:
+async def bare_rate(readers: int, tokens: int, slot_type: type[Slot]) -> float:
     """Tokens per second of the bare reference."""
     loop = asyncio.get_running_loop()
-    slots = [Slot(loop) for _ in range(readers)]
+    slots = [slot_type(loop) for _ in range(readers)]
     pace = Pace(readers)
 
     def deliver(step: list[int], last: bool) -> None:
@@ -122,8 +139,8 @@ async def bare_rate(readers: int, tokens: int) -> float:
 
     async def read(slot: Slot) -> int:
         count = 0
-        async for ids in slot:
-            count += len(ids)
+        async for output in slot:
+            count += len(output) if type(output) is list else len(output.token_ids)
             pace.had_one()
         return count
 
@@ -146,17 +163,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     results = {}
-    print(f"{'readers':>8} {'engine tok/s':>14} {'bare tok/s':>14} {'ratio':>7} {'free tok/s':>14}")
+    print(
+        f"{'readers':>8} {'engine':>12} {'bare':>12} {'lists':>12} {'ratio':>7} {'to lists':>9} {'free':>12}  tokens/s"
+    )
     for readers in arguments.readers:
         tokens = max(min(arguments.tokens // readers, 8000), 1)
         rounds = []
         for _ in range(arguments.rounds):
             engine = uvloop.run(engine_rate(readers, tokens, lock_step=True))
-            bare = uvloop.run(bare_rate(readers, tokens))
-            rounds.append((engine, bare, engine / bare, uvloop.run(engine_rate(readers, tokens, lock_step=False))))
-        engine, bare, ratio, free = (statistics.median(column) for column in zip(*rounds, strict=True))
-        results[readers] = {"engine": round(engine), "bare": round(bare), "ratio": round(ratio, 3), "free": round(free)}
-        print(f"{readers:>8} {engine:>14,.0f} {bare:>14,.0f} {ratio:>7.2f} {free:>14,.0f}")
+            bare = uvloop.run(bare_rate(readers, tokens, Slot))
+            lists = uvloop.run(bare_rate(readers, tokens, ListSlot))
+            free = uvloop.run(engine_rate(readers, tokens, lock_step=False))
+            rounds.append((engine, bare, lists, engine / bare, engine / lists, free))
+        engine, bare, lists, ratio, to_lists, free = (statistics.median(column) for column in zip(*rounds, strict=True))
+        results[readers] = {
+            "engine": round(engine), "bare": round(bare), "lists": round(lists), "ratio": round(ratio, 3),
+            "ratio_to_lists": round(to_lists, 3), "free": round(free),
+        }  # fmt: skip
+        rates = "".join(f"{rate:>13,.0f}" for rate in (engine, bare, lists))
+        print(f"{readers:>6}{rates}{ratio:>7.2f}{to_lists:>7.2f}{free:>13,.0f}")
     print(json.dumps({"benchmark": "fanout", "unit": "tokens/s", "results": results}))
 
 

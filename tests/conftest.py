@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 try:
     import uvloop
@@ -19,6 +20,8 @@ except ImportError:  # not there on every platform
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
 if uvloop is not None:
     LOOPS["uvloop"] = uvloop.new_event_loop
+
+settings.register_profile("long", max_examples=5000)
 
 _watched: list[asyncio.AbstractEventLoop] = []
 _reported: list[Mapping[str, Any]] = []

@@ -29,8 +29,8 @@ from asyncengine.loop.prepare import (
     compile_grammar,
     encode,
     grammar_compiler,
+    new_branches,
     new_request,
-    text_streams,
 )
 from asyncengine.loop.router import Inbox, Router
 from asyncengine.loop.stream import RequestStream
@@ -501,16 +501,11 @@ class AsyncEngine:
             router = self._router()
             streams = []
             for new in news:
-                inbox = Inbox(new.number, new.params.n)
+                inbox = Inbox(new.number, new_branches(new.params, view))
                 if new.params.num_prompt_logprobs >= 0:
                     inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
-                texts = text_streams(new.params, view)
                 router.register(inbox)
-                streams.append(
-                    RequestStream(
-                        new.request_id, inbox, router, self._abort, texts, new.params.num_logprobs >= 0, options.label
-                    )
-                )
+                streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label))
             add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
             try:
                 fits = await self._call(functools.partial(_addressed, add))

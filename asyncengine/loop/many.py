@@ -107,19 +107,26 @@ class _Ready:
 
 
 class _Bell:
-    """Stands where a reader's future would: rings for one of many streams."""
+    """Stands where a reader's future would: rings for one of many streams, once until it is hung up again."""
 
-    __slots__ = ("_index", "_ready")
+    __slots__ = ("_index", "_ready", "_rung")
 
     def __init__(self, ready: _Ready, index: int) -> None:
         self._ready = ready
         self._index = index
+        self._rung = True
+
+    def hang(self) -> _Bell:
+        self._rung = False
+        return self
 
     def done(self) -> bool:
-        return False
+        return self._rung
 
     def set_result(self, result: None, /) -> None:
-        self._ready.add(self._index)
+        if not self._rung:
+            self._rung = True
+            self._ready.add(self._index)
 
 
 class _Merged:
@@ -154,7 +161,7 @@ class _Merged:
                 if stream.ended:
                     self._left -= 1
                 else:
-                    stream.wait_with(self._bells[index])
+                    stream.wait_with(self._bells[index].hang())
                 ready.indices.popleft()
         except IllegalStateError:
             raise

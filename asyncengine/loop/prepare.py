@@ -20,6 +20,7 @@ from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.grammar.protocol import Grammar
 from asyncengine.grammar.select import make_backend
 from asyncengine.instructions import Deadlines, NewRequest, WhenFull
+from asyncengine.loop.router import Branch
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, Tokenizer
@@ -196,11 +197,16 @@ def _without(around: list[int], ids: list[int]) -> tuple[int, ...]:
     return tuple(ids[before : len(ids) - (len(around) - before)])
 
 
-def text_streams(params: SamplingParams, view: ModelView) -> list[TextStream] | None:
-    """One per branch, or None if the outputs carry no text."""
-    if not params.detokenize or view.tokenizer is None:
-        return None
-    return [TextStream(view.tokenizer, params.stop_strs, params.skip_special_tokens) for _ in range(params.n)]
+def new_branches(params: SamplingParams, view: ModelView) -> list[Branch]:
+    """The branches of a request, ready to decode the text if the outputs carry some."""
+    tokenizer = view.tokenizer if params.detokenize else None
+    return [
+        Branch(
+            None if tokenizer is None else TextStream(tokenizer, params.stop_strs, params.skip_special_tokens),
+            logprobs=params.num_logprobs >= 0,
+        )
+        for _ in range(params.n)
+    ]
 
 
 def _tokenizer(tokenizer: Tokenizer | None, view: ModelView, otherwise: str) -> Tokenizer:

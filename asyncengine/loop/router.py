@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from asyncio import InvalidStateError
 from typing import Any, Protocol
 
+from asyncengine.detokenizer import TextStream
 from asyncengine.events import BranchEnded, BranchKey, Event, PromptLogprobs, Reply, RequestEnded, Tokens
 from asyncengine.instructions import ReplyTo
 from asyncengine.outputs import FinishReason, Usage
@@ -29,45 +31,79 @@ class Waiter(Protocol):
 
 
 class Branch:
-    """What has come for one branch and was not read yet."""
+    """What has come for one branch. The router appends to the record; the reader remembers how far it has read.
 
-    __slots__ = ("finish_reason", "finished", "ids", "inbox", "logprobs", "stop_reason")
+    Attributes:
+        streaming: Whether nothing but tokens has come, so that a reader need not look for anything else.
+        ids: Every token so far.
+        logprobs: One entry per token, if they were asked for; else None.
+        read: Tokens that the reader has had.
+        text: Decodes what the reader takes, if text was asked for.
+        texts: What it has decoded.
+        finished: Whether the reader has had the finish reason.
+        waiter: Woken, once, when something comes.
+    """
 
-    def __init__(self, inbox: Inbox) -> None:
-        self.inbox = inbox
+    __slots__ = (
+        "finish_reason", "finished", "ids", "logprobs", "read", "stop_reason", "streaming", "text", "texts", "waiter",
+    )  # fmt: skip
+
+    def __init__(self, text: TextStream | None = None, logprobs: bool = False) -> None:
+        self.streaming = True
         self.ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
+        self.logprobs: list[TokenLogprobs] | None = [] if logprobs else None
+        self.read = 0
+        self.text = text
+        self.texts: list[str] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self.finished = False  # whether the reader has had the finish reason
+        self.finished = False
+        self.waiter: Waiter | None = None
 
 
 class Inbox:
-    """What has come for one request and was not read yet. One pending delta per branch, whatever the reader does.
+    """What has come for one request. What was not read yet is one pending delta per branch, however slow the reader.
 
     Attributes:
-        waiter: Woken, once, when something comes.
         prompt: (tokens,) of a request that wants log-probabilities of its prompt.
         prompt_logprobs: Those that have come, the first token's None included.
     """
 
-    __slots__ = ("branches", "ended", "error", "number", "prompt", "prompt_logprobs", "usage", "waiter")
+    __slots__ = ("branches", "ended", "error", "number", "prompt", "prompt_logprobs", "usage")
 
-    def __init__(self, number: int, branches: int) -> None:
+    def __init__(self, number: int, branches: list[Branch]) -> None:
         self.number = number
-        self.branches = [Branch(self) for _ in range(branches)]
-        self.waiter: Waiter | None = None
+        self.branches = branches
         self.ended = False
         self.usage: Usage | None = None
         self.error: BaseException | None = None
         self.prompt: Int32 | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
 
+    def end(self, usage: Usage | None = None, error: BaseException | None = None) -> None:
+        """Notes that nothing more will come, and wakes the reader."""
+        self.usage, self.error = usage, error
+        self.ended = True
+        for branch in self.branches:
+            branch.streaming = False
+        self.wake()
+
+    @property
+    def has_reader(self) -> bool:
+        """Whether somebody waits."""
+        return any(branch.waiter is not None and not branch.waiter.done() for branch in self.branches)
+
+    def expect(self, waiter: Waiter | None) -> None:
+        """Wakes `waiter` when something comes for any branch; None wakes nobody."""
+        for branch in self.branches:
+            branch.waiter = waiter
+
     def wake(self) -> None:
         """Wakes the reader, if one waits."""
-        waiter, self.waiter = self.waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        for branch in self.branches:
+            waiter, branch.waiter = branch.waiter, None
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
 
 
 class Router:
@@ -79,7 +115,9 @@ class Router:
         merged: Tokens that were added to a delta nobody had read yet.
     """
 
-    __slots__ = ("_futures", "_inboxes", "_keys", "_targets", "_tickets", "loop", "merged", "stream_back")
+    __slots__ = (
+        "_branches", "_futures", "_inboxes", "_keys", "_tickets", "loop", "merged", "stream_back",
+    )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -87,7 +125,7 @@ class Router:
         self._futures: dict[int, asyncio.Future[Any]] = {}
         self._inboxes: dict[int, Inbox] = {}
         self._keys: tuple[BranchKey, ...] = ()
-        self._targets: list[Branch] = []
+        self._branches: list[Branch] = []
         self.merged = 0
         self.stream_back = StreamBack(loop, self.deliver)
 
@@ -120,36 +158,35 @@ class Router:
             if event.keys is not self._keys:
                 self._look_up(event.keys)
             if event.logprobs is not None:
-                for target, logprob in zip(self._targets, event.logprobs, strict=True):
-                    if logprob is not None:
-                        target.logprobs.append(logprob)
+                for branch, logprob in zip(self._branches, event.logprobs, strict=True):
+                    if logprob is not None and branch.logprobs is not None:
+                        branch.logprobs.append(logprob)
             # The one loop that runs once per token.
-            for target, token_id in zip(self._targets, event.token_ids, strict=True):
-                target.ids.append(token_id)
-                owner = target.inbox
-                waiter = owner.waiter
+            for branch, token_id in zip(self._branches, event.token_ids, strict=True):
+                branch.ids.append(token_id)
+                waiter = branch.waiter
                 if waiter is not None:
-                    owner.waiter = None
-                    if not waiter.done():
+                    branch.waiter = None
+                    try:
                         waiter.set_result(None)
+                    except InvalidStateError:
+                        pass  # another branch was first, or it is being cancelled
         elif type(event) is BranchEnded:
-            inbox = self._inboxes.get(event.key[0])
-            if inbox is not None:
-                branch = inbox.branches[event.key[1]]
+            known = self._inboxes.get(event.key[0])
+            if known is not None:
+                branch = known.branches[event.key[1]]
+                branch.streaming = False
                 branch.finish_reason = event.finish_reason
                 branch.stop_reason = event.stop_reason
-                inbox.wake()
+                known.wake()
         elif type(event) is RequestEnded:
-            inbox = self._inboxes.pop(event.number, None)
-            if inbox is not None:
-                inbox.usage = event.usage
-                inbox.error = event.error
-                inbox.ended = True
-                inbox.wake()
+            known = self._inboxes.pop(event.number, None)
+            if known is not None:
+                known.end(event.usage, event.error)
         elif type(event) is PromptLogprobs:
-            inbox = self._inboxes.get(event.number)
-            if inbox is not None and inbox.prompt_logprobs is not None:
-                inbox.prompt_logprobs += event.logprobs
+            known = self._inboxes.get(event.number)
+            if known is not None and known.prompt_logprobs is not None:
+                known.prompt_logprobs += event.logprobs
         else:
             assert type(event) is Reply
             future = self._futures.pop(event.ticket)
@@ -168,10 +205,8 @@ class Router:
 
     def _look_up(self, keys: tuple[BranchKey, ...]) -> None:
         """Remembers whom the keys mean: the same tuple comes again as long as the batch does not change."""
-        inboxes = self._inboxes
-        nowhere = Branch(Inbox(-1, 0))
-        targets = []
+        self._keys = keys
+        self._branches = []
         for number, index in keys:
-            inbox = inboxes.get(number)
-            targets.append(nowhere if inbox is None else inbox.branches[index])
-        self._keys, self._targets = keys, targets
+            inbox = self._inboxes.get(number)
+            self._branches.append(Branch() if inbox is None else inbox.branches[index])

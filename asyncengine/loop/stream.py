@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
+from asyncio import get_running_loop
 from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
-from asyncengine.detokenizer import TextStream
 from asyncengine.errors import IllegalStateError
 from asyncengine.loop.router import Branch, Inbox, Router, Waiter
 from asyncengine.outputs import BranchResult, FinishReason, RequestOutput, RequestResult, Usage
@@ -15,18 +14,6 @@ from asyncengine.step.batch import TokenLogprobs
 
 _new = tuple.__new__
 """Makes a named tuple without the keyword handling of its own constructor."""
-
-
-class _BranchText:
-    """What a reader has had of one branch so far."""
-
-    __slots__ = ("ids", "logprobs", "text", "texts")
-
-    def __init__(self, text: TextStream | None, logprobs: bool) -> None:
-        self.text = text
-        self.texts: list[str] = []
-        self.ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] | None = [] if logprobs else None
 
 
 class RequestStream:
@@ -47,33 +34,25 @@ class RequestStream:
     """
 
     __slots__ = (
-        "__weakref__", "_abort", "_branches", "_closed", "_inbox", "_next", "_raised", "_router", "_tokens_of",
-        "label", "request_id",
+        "__weakref__", "_abort", "_closed", "_create_future", "_inbox", "_only", "_raised", "_router", "_turn", "label",
+        "request_id",
     )  # fmt: skip
 
     def __init__(
-        self,
-        request_id: str,
-        inbox: Inbox,
-        router: Router,
-        abort: Callable[[int], None],
-        texts: list[TextStream] | None,
-        logprobs: bool,
-        label: object = None,
+        self, request_id: str, inbox: Inbox, router: Router, abort: Callable[[int], None], label: object = None
     ) -> None:
         self.request_id = request_id
         self.label = label
         self._inbox = inbox
         self._router = router
+        self._create_future = router.loop.create_future
         self._abort = abort
         self._closed = False
         self._raised = False
-        self._next = 0  # the branch to look at first, so that each has its turn
-        # The one branch of a request that asked for neither text nor logprobs nor several branches.
-        self._tokens_of = inbox.branches[0] if texts is None and not logprobs and len(inbox.branches) == 1 else None
-        self._branches = [
-            _BranchText(None if texts is None else texts[index], logprobs) for index in range(len(inbox.branches))
-        ]
+        self._turn = 0  # the branch to look at first, so that each has its turn
+        only = inbox.branches[0] if len(inbox.branches) == 1 else None
+        # The one branch of a request that asked for tokens and nothing else.
+        self._only = None if only is None or only.text is not None or only.logprobs is not None else only
 
     @property
     def usage(self) -> Usage | None:
@@ -104,13 +83,15 @@ class RequestStream:
         """Aborts a request that its caller never came to own; nothing of it is delivered."""
         self.abort()
         self._router.forget(self._inbox.number)
-        self._inbox.ended = True
+        self._inbox.end()
 
     async def aclose(self) -> None:
         """Aborts, and ends the iteration for whoever reads."""
         self._closed = True
+        for branch in self._inbox.branches:
+            branch.streaming = False
         self.abort()
-        if asyncio.get_running_loop() is self._router.loop:  # elsewhere, the reader is woken by the request's end
+        if get_running_loop() is self._router.loop:  # elsewhere, the reader is woken by the request's end
             self._inbox.wake()
 
     def __aiter__(self) -> Self:
@@ -124,50 +105,62 @@ class RequestStream:
             AsyncEngineError: Once, after the last delta, if the request ended by an error or a deadline.
             IllegalStateError: Another task reads already, or the request was added on another event loop.
         """
-        inbox, only = self._inbox, self._tokens_of
-        try:
-            while not self._closed:
-                if only is not None and only.finish_reason is None and not inbox.ended:
-                    # The way of nearly every delta of a request for tokens alone: as little as can be done.
-                    if only.ids:
-                        ids, only.ids = only.ids, []
-                        self._branches[0].ids += ids
-                        if len(ids) > 1:
-                            self._router.merged += len(ids) - 1
-                        return _new(RequestOutput, ("", ids, None, 0, None, None))
-                elif (output := self.take()) is not None:
-                    return output
-                elif inbox.ended:
-                    if inbox.error is not None and not self._raised:
-                        self._raised = True
-                        raise inbox.error
-                    raise StopAsyncIteration
-                if inbox.waiter is not None:
-                    raise IllegalStateError(f"request {self.request_id}: another task is reading this stream")
-                loop = asyncio.get_running_loop()
-                if loop is not self._router.loop:
-                    self._running_loop()
-                inbox.waiter = future = loop.create_future()
-                try:
-                    await future
-                finally:
-                    if inbox.waiter is future:
-                        inbox.waiter = None
-        except (StopAsyncIteration, IllegalStateError):
-            raise
-        except BaseException:
-            self.abort()
-            raise
+        branch = self._only
+        if branch is None or not branch.streaming:
+            return await self._next()
+        # The way of nearly every delta of a request for tokens alone: as little as can be done.
+        ids, start = branch.ids, branch.read
+        if len(ids) == start:
+            if branch.waiter is not None:
+                self._check_reader()
+            branch.waiter = future = self._create_future()
+            try:
+                await future
+            except BaseException:
+                self._leave(future)
+                raise
+            start = branch.read
+            if not branch.streaming or len(ids) == start:
+                return await self._next()
+        branch.read = end = len(ids)
+        if end - start == 1:
+            return _new(RequestOutput, ("", [ids[start]], None, 0, None, None))
+        self._router.merged += end - start - 1
+        return _new(RequestOutput, ("", ids[start:], None, 0, None, None))
+
+    async def _next(self) -> RequestOutput:
+        inbox = self._inbox
+        while not self._closed:
+            try:
+                output = self.take()
+            except BaseException:  # out of the tokenizer
+                self.abort()
+                raise
+            if output is not None:
+                return output
+            if inbox.ended:
+                if inbox.error is not None and not self._raised:
+                    self._raised = True
+                    raise inbox.error
+                break
+            self._check_reader()
+            future = self._create_future()
+            inbox.expect(future)
+            try:
+                await future
+            except BaseException:
+                self._leave(future)
+                raise
         raise StopAsyncIteration
 
     def take(self) -> RequestOutput | None:
         """Takes a pending delta without waiting; None if there is none just now."""
-        branches, index = self._inbox.branches, self._next
+        branches, index = self._inbox.branches, self._turn
         for _ in branches:
             branch = branches[index]
             following = index + 1 if index + 1 < len(branches) else 0
-            if branch.ids or (branch.finish_reason is not None and not branch.finished):
-                self._next = following
+            if branch.read < len(branch.ids) or (branch.finish_reason is not None and not branch.finished):
+                self._turn = following
                 return self._take(branch, index)
             index = following
         return None
@@ -178,36 +171,40 @@ class RequestStream:
         Raises:
             IllegalStateError: Another task waits already, or the request was added on another event loop.
         """
-        if self._inbox.waiter is not None:
-            raise IllegalStateError(f"request {self.request_id}: another task is reading this stream")
-        self._running_loop()
-        self._inbox.waiter = waiter
+        self._check_reader()
+        self._inbox.expect(waiter)
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.get_running_loop()
-        if loop is not self._router.loop:
+    def _leave(self, future: Waiter) -> None:
+        """Notes that the reader was cancelled, or sits on a loop on which it can never be woken."""
+        if any(branch.waiter is future for branch in self._inbox.branches):
+            self._inbox.expect(None)
+        self._check_loop()
+        self.abort()
+
+    def _check_reader(self) -> None:
+        self._check_loop()
+        if self._inbox.has_reader:
+            raise IllegalStateError(f"request {self.request_id}: another task is reading this stream")
+
+    def _check_loop(self) -> None:
+        if get_running_loop() is not self._router.loop:
             raise IllegalStateError(f"request {self.request_id} was added on another event loop; read it there")
-        return loop
 
     def _take(self, branch: Branch, index: int) -> RequestOutput:
-        seen = self._branches[index]
-        ids, branch.ids = branch.ids, []
-        self._router.merged += max(len(ids) - 1, 0)
-        finish_reason, stop_reason = branch.finish_reason, branch.stop_reason
-        logprobs = None
-        if seen.logprobs is not None:
-            logprobs, branch.logprobs = branch.logprobs, []
-            seen.logprobs += logprobs
+        start, end = branch.read, len(branch.ids)
+        branch.read = end
+        self._router.merged += max(end - start - 1, 0)
+        ids, finish_reason, stop_reason = branch.ids[start:], branch.finish_reason, branch.stop_reason
         text = ""
-        if seen.text is not None:
+        if branch.text is not None:
             # A stop token is part of the tokens, not of the text.
-            text = seen.text.push(ids[:-1] if type(stop_reason) is int else ids)
+            text = branch.text.push(ids[:-1] if type(stop_reason) is int else ids)
             if finish_reason is not None:
-                text += seen.text.flush()
-            seen.texts.append(text)
-        seen.ids += ids
+                text += branch.text.flush()
+            branch.texts.append(text)
         if finish_reason is not None:
             branch.finished = True
+        logprobs = None if branch.logprobs is None else branch.logprobs[start:]
         return RequestOutput(text, ids, logprobs, index, finish_reason, stop_reason)
 
     def __await__(self) -> Generator[Any, None, RequestResult]:
@@ -224,19 +221,19 @@ class RequestStream:
         Raises:
             IllegalStateError: It was not.
         """
-        pairs = list(zip(self._inbox.branches, self._branches, strict=True))
-        if self._inbox.usage is None or not all(branch.finished for branch, _ in pairs):
+        branches = self._inbox.branches
+        if self._inbox.usage is None or not all(branch.finished for branch in branches):
             raise IllegalStateError(f"request {self.request_id} has not been read to its end")
         outputs = [
             BranchResult(
-                text="".join(seen.texts),
-                token_ids=seen.ids,
-                logprobs=seen.logprobs,
+                text="".join(branch.texts),
+                token_ids=branch.ids,
+                logprobs=branch.logprobs,
                 index=index,
                 finish_reason=branch.finish_reason or FinishReason.ABORT,
                 stop_reason=branch.stop_reason,
             )
-            for index, (branch, seen) in enumerate(pairs)
+            for index, branch in enumerate(branches)
         ]
         prompt, logprobs = self._inbox.prompt, self._inbox.prompt_logprobs
         return RequestResult(

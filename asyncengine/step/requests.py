@@ -29,6 +29,7 @@ from asyncengine.step.batch import Int32, Int64, StepTokens, TokenLogprobs
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.scheduler import Chunk, Plan, Scheduler
 from asyncengine.step.sequence import Request, Sequence, SequenceState
+from asyncengine.step.slots import SlotTable
 from asyncengine.tokenizer import Tokenizer
 from asyncengine.trace import Trace
 
@@ -48,11 +49,21 @@ _Beyond = tuple[list[int], bool]
 
 @dataclass(slots=True)
 class _Rows:
-    """What is derived from a list of decoding sequences, kept while the list stays the same."""
+    """What is derived from a list of decoding sequences, kept while the list stays the same.
+
+    Attributes:
+        decodes: The sequences.
+        keys: For each mailbox: its rows (None is all), and their keys.
+        watched: Rows that have stop strings.
+        stop_ids: (rows, columns) stop tokens.
+        steps_left: Steps after which the first of them has all its tokens.
+    """
 
     decodes: list[Sequence]
     keys: list[tuple[Mailbox, Int64 | None, tuple[BranchKey, ...]]]
     watched: list[tuple[int, Sequence]]
+    stop_ids: Int32
+    steps_left: int
 
 
 class RequestTable:
@@ -74,7 +85,7 @@ class RequestTable:
         self._waiting_new = 0  # requests that have not had their first step
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, str]] = []
-        self._rows = _Rows([], [], [])
+        self._rows = _Rows([], [], [], np.empty((0, 0), dtype=np.int32), 0)
 
     # What is there
 
@@ -83,8 +94,8 @@ class RequestTable:
 
     @property
     def num_waiting(self) -> int:
-        """Admitted requests without a sequence in the batch."""
-        return len(self._requests) - self.num_running
+        """Admitted requests without a sequence in the batch. May be read from any thread."""
+        return max(len(self._requests) - self.num_running, 0)  # the two are read one after the other
 
     @property
     def num_running(self) -> int:
@@ -452,22 +463,25 @@ class RequestTable:
         table.last_token_at[slots] = now
         self._observe_gaps(gaps)
         if self._rows.decodes is not sequences:
-            self._rows = _derive_rows(sequences)
+            self._rows = _derive_rows(sequences, table, slots)
+        derived = self._rows
         token_ids = ids.tolist()
         self.counters.generation_tokens += len(token_ids)
-        for mailbox, rows, keys in self._rows.keys:
+        for mailbox, rows, keys in derived.keys:
             if rows is None:
                 self.outbox.add(mailbox, Tokens(keys, token_ids, logprobs))
             else:
                 own = None if logprobs is None else [logprobs[row] for row in rows.tolist()]
                 self.outbox.add(mailbox, Tokens(keys, ids[rows].tolist(), own))
-        stopped = table.stopped(slots, ids)
-        full = table.num_tokens[slots] >= table.max_tokens[slots]
+        stopped = table.stopped(slots, ids, derived.stop_ids)
         watched: dict[int, str] = {}
-        for row, sequence in self._rows.watched:
+        for row, sequence in derived.watched:
             if not stopped[row] and (stop := self._read_text(sequence, token_ids[row])) is not None:
                 watched[row] = stop
-        ending = stopped | full
+        derived.steps_left -= 1
+        if derived.steps_left >= 0 and not watched and not stopped.any():
+            return
+        ending = stopped | (table.num_tokens[slots] >= table.max_tokens[slots])
         if watched:
             ending[list(watched)] = True
         finished = [row for row, (tokens, complete) in beyond.items() if complete and not tokens]
@@ -598,7 +612,7 @@ class RequestTable:
                 histogram.observe(gap)
 
 
-def _derive_rows(sequences: list[Sequence]) -> _Rows:
+def _derive_rows(sequences: list[Sequence], table: SlotTable, slots: Int64) -> _Rows:
     mailboxes: dict[Mailbox, list[int]] = {}
     for row, sequence in enumerate(sequences):
         mailboxes.setdefault(sequence.request.mailbox, []).append(row)
@@ -614,4 +628,6 @@ def _derive_rows(sequences: list[Sequence]) -> _Rows:
             for mailbox, rows in mailboxes.items()
         ],
         watched=[(row, sequence) for row, sequence in enumerate(sequences) if sequence.text is not None],
+        stop_ids=table.stop_columns(slots),
+        steps_left=int((table.max_tokens[slots] - table.num_tokens[slots]).min()),
     )

@@ -122,6 +122,7 @@ class Scheduler:
         self._decode_slots: Int64 = np.empty(0, dtype=np.int64)
         self._decodes_changed = False
         self._copies: list[tuple[int, int, Sequence]] = []
+        self._counting: Int64 = np.empty(0, dtype=np.int64)  # 0, 1, 2, ...
 
     # What is there
 
@@ -454,6 +455,8 @@ class Scheduler:
         return self._decodes
 
     def _batch(self, decode_slots: Int64, chunks: list[Chunk]) -> StepBatch:
+        if not chunks:
+            return self._decode_batch(decode_slots)
         slots, page_size = self.slots, self.limits.page_size
         decodes = len(decode_slots)
         rows = np.concatenate([decode_slots, np.array([c.sequence.slot for c in chunks], dtype=np.int64)])
@@ -462,13 +465,9 @@ class Scheduler:
         counts[decodes:] = [chunk.count for chunk in chunks]
         query_start = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_start[1:])
-        if chunks:
-            token_rows = np.repeat(rows, counts)
-            offsets = np.arange(query_start[-1], dtype=np.int64) - np.repeat(query_start[:-1], counts)
-            positions = np.repeat(context, counts) + offsets
-        else:
-            token_rows, positions = rows, context
-        width = int(slots.num_blocks[rows].max())
+        token_rows = np.repeat(rows, counts)
+        offsets = np.arange(query_start[-1], dtype=np.int64) - np.repeat(query_start[:-1], counts)
+        positions = np.repeat(context, counts) + offsets
         sample_index = np.arange(decodes, dtype=np.int64)
         sample_slots = decode_slots
         drawing = [(i, branch) for i, chunk in enumerate(chunks) for branch in chunk.branches]
@@ -484,20 +483,18 @@ class Scheduler:
         scores: dict[str, Any] = {}
         if any(chunk.num_scored for chunk in chunks):
             scores = self._scores(chunks, query_start[decodes:], context[decodes:])
-        copies = [(source, to) for source, to, branch in self._copies if branch.resident]
-        self._copies.clear()
         return StepBatch(
             token_ids=slots.tokens[token_rows, positions],
             positions=positions.astype(np.int32),
             query_start=query_start,
             context_lens=context.astype(np.int32),
-            block_tables=slots.blocks[rows, :width],
+            block_tables=slots.blocks[rows, : slots.num_blocks[rows].max()],
             slot_mapping=slots.blocks[token_rows, positions // page_size].astype(np.int64) * page_size
             + positions % page_size,
             sample_index=sample_index,
             sample_slots=sample_slots,
             sample_positions=sample_positions,
-            copies=np.array(copies, dtype=np.int64).reshape(-1, 2),
+            copies=self._due_copies(),
             num_decodes=decodes,
             **scores,
         )
@@ -516,3 +513,33 @@ class Scheduler:
             "score_token_ids": np.concatenate(token_ids),
             "score_tops": np.concatenate(tops),
         }
+
+    def _decode_batch(self, rows: Int64) -> StepBatch:
+        """The same where every row has one token: most steps, so with as few operations as can be."""
+        slots, page_size, count = self.slots, self.limits.page_size, len(rows)
+        if len(self._counting) <= count:
+            self._counting = np.arange(2 * count + 1, dtype=np.int64)
+        context = slots.num_computed[rows]
+        blocks = context // page_size
+        positions = context.astype(np.int32)
+        return StepBatch(
+            token_ids=slots.tokens[rows, context],
+            positions=positions,
+            query_start=self._counting[: count + 1].astype(np.int32),
+            context_lens=positions,
+            block_tables=slots.blocks[rows, : slots.num_blocks[rows].max()],
+            slot_mapping=slots.blocks[rows, blocks].astype(np.int64) * page_size + (context - blocks * page_size),
+            sample_index=self._counting[:count],
+            sample_slots=rows,
+            sample_positions=slots.num_tokens[rows] - slots.prompt_tokens[rows],
+            copies=self._due_copies() if self._copies else _NO_COPIES,
+            num_decodes=count,
+        )
+
+    def _due_copies(self) -> Int64:
+        copies = [(source, to) for source, to, branch in self._copies if branch.resident]
+        self._copies.clear()
+        return np.array(copies, dtype=np.int64).reshape(-1, 2)
+
+
+_NO_COPIES: Int64 = np.empty((0, 2), dtype=np.int64)

@@ -97,9 +97,25 @@ class SlotTable:
         self.tokens[slots, self.num_tokens[slots]] = token_ids
         self.num_tokens[slots] += 1
 
-    def stopped(self, slots: Int64, token_ids: Int32) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Which sequences end at the token just appended because it is one of their stop tokens."""
-        hit: np.ndarray[tuple[int], np.dtype[np.bool_]] = (self.stop_ids[slots] == token_ids[:, None]).any(axis=1)
+    def stop_columns(self, slots: Int64) -> Int32:
+        """(slots, columns) stop tokens of several sequences, without the columns that none of them uses."""
+        ids = self.stop_ids[slots]
+        return ids[:, : int((ids >= 0).sum(axis=1).max(initial=0))]
+
+    def stopped(
+        self, slots: Int64, token_ids: Int32, stop_ids: Int32 | None = None
+    ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which sequences end at the token just appended because it is one of their stop tokens.
+
+        Args:
+            slots: Of the sequences.
+            token_ids: (slots,) the tokens.
+            stop_ids: Their `stop_columns`, if the caller has kept them.
+        """
+        if stop_ids is None:
+            stop_ids = self.stop_columns(slots)
+        hit: np.ndarray[tuple[int], np.dtype[np.bool_]]
+        hit = stop_ids[:, 0] == token_ids if stop_ids.shape[1] == 1 else (stop_ids == token_ids[:, None]).any(axis=1)
         if self.more_stop_ids:
             for row, slot in enumerate(slots.tolist()):
                 ids = self.more_stop_ids.get(slot)

@@ -9,12 +9,6 @@ from asyncengine.tiny import facts, stories
 from asyncengine.tiny.questions import CATEGORIES, Question, article, ask, exact
 
 
-def medley(rng: random.Random) -> list[Question]:
-    """Unrelated questions: each has to be answered without regard to the others."""
-    categories = [category for category in CATEGORIES if category != "story"]
-    return [ask(rng, category) for category in rng.choices(categories, k=rng.randint(2, 6))]
-
-
 def acquaintance(rng: random.Random) -> list[Question]:
     """The user's name is remembered, over a question in between or none."""
     name = rng.choice(facts.NAMES)
@@ -64,11 +58,20 @@ def story_recall(rng: random.Random) -> list[Question]:
     return [story, exact(*rng.choice(recall))]
 
 
-CONVERSATIONS: Mapping[str, Callable[[random.Random], list[Question]]] = {
-    "medley": medley,
+def medley(rng: random.Random) -> list[Question]:
+    """Unrelated questions and conversations: each has to be answered without regard to the others."""
+    questions: list[Question] = []
+    for topic in rng.choices([*CATEGORIES, *TOPICS], k=rng.randint(2, 4)):
+        questions += TOPICS[topic](rng) if topic in TOPICS else [ask(rng, topic)]
+    return questions
+
+
+TOPICS: Mapping[str, Callable[[random.Random], list[Question]]] = {
     "acquaintance": acquaintance,
     "capitals": capitals,
     "opposites": opposites,
     "reversal": reversal,
     "story recall": story_recall,
 }
+
+CONVERSATIONS: Mapping[str, Callable[[random.Random], list[Question]]] = {"medley": medley, **TOPICS}

@@ -45,10 +45,10 @@ class Chat:
 
 # Relative frequency in training. What has to be computed or copied needs more examples than what is remembered.
 WEIGHTS: Mapping[str, int] = {
-    "greeting": 5,
+    "greeting": 4,
     "identity": 3,
     "unknown": 3,
-    "capital": 7,
+    "capital": 6,
     "colour": 5,
     "opposite": 5,
     "sound": 4,
@@ -57,9 +57,9 @@ WEIGHTS: Mapping[str, int] = {
     "spelling": 5,
     "counting": 16,
     "json": 15,
-    "story": 8,
-    "medley": 12,
-    "acquaintance": 6,
+    "story": 7,
+    "medley": 30,
+    "acquaintance": 7,
     "capitals": 2,
     "opposites": 2,
     "reversal": 7,

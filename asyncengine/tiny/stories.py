@@ -54,7 +54,7 @@ SENTENCES: tuple[tuple[str, ...], ...] = (
         '"Do not worry," said the {hero}, "I will help you."',
     ),
     (
-        "From that {day} on, the {hero} and the old {friend} were best friends.",
+        "From that day on, the two of them were best friends.",
         "The old {friend} smiled, and the {hero} was happy too.",
     ),
     ("The end.",),

@@ -25,11 +25,11 @@ from asyncengine.tiny import PATH, corpus
 from asyncengine.tiny.packing import IGNORED, Document, Row, encode_chat, encode_text, pack
 from asyncengine.tiny.tokenizer import BOS, CHAT_TEMPLATE, END, PAD, VOCAB_SIZE, token_id, train_tokenizer
 
-STEPS = 420
-ROWS = 16  # in a step
-ROW_LENGTH = 192  # tokens; the longest chats are a little shorter
+STEPS = 460
+ROWS = 12  # in a step
+ROW_LENGTH = 256  # tokens; very few chats are longer, and left out
 CONTEXT = 1024  # tokens
-CHATS_PER_STEP = 90  # about as many as fit
+CHATS_PER_STEP = 58  # about as many as fit
 TEXTS_PER_STEP = 2
 WARM_UP = 20  # steps
 MATRIX_RATE = 8e-3  # peak learning rates

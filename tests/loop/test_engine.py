@@ -238,19 +238,24 @@ async def test_a_drain_notices_that_the_last_request_lost_its_loop() -> None:
     """The request belongs to a loop that is closed while it runs: nobody but the step thread can notice."""
     async with Rig(endless) as rig:
         rig.model.hold()
+        leave = threading.Event()
 
         async def add() -> None:
-            stream = await rig.engine.add_request("hello")
-            rig.kept = stream  # type: ignore[attr-defined]
+            rig.kept = await rig.engine.add_request("hello")  # type: ignore[attr-defined]
+            await asyncio.to_thread(leave.wait)
 
         elsewhere = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(add())))
         await rig.held()
-        await elsewhere
         draining = asyncio.create_task(rig.engine.drain())
         await asyncio.sleep(0)
+        await rig.let()
+        assert rig.engine.state is S.DRAINING
+        leave.set()
+        await elsewhere
         rig.model.release()
         await asyncio.wait_for(draining, 5.0)
         assert rig.engine.state is S.READY
+        await rig.comes_to_rest()
 
 
 # The life of a model
@@ -1126,6 +1131,16 @@ async def test_many_requests_read_as_one_stream(rig: Rig) -> None:
     assert [stream.result().text for stream in many.streams] == ["one", "two", "three"]
     with pytest.raises(StopAsyncIteration):
         await anext(many)
+
+
+async def test_many_requests_have_their_turn() -> None:
+    """With something pending for all, none is served twice before another is served once."""
+    async with Rig(endless) as rig:
+        many = rig.engine.generate_many(["x"] * 3, GenerationConfig(max_tokens=20, n=2))
+        async with many:
+            await eventually(lambda: all(stream.ended for stream in many.streams))
+            order = [index async for index, _ in many]
+        assert order == [0, 1, 2, 0, 1, 2]
 
 
 async def test_many_requests_may_have_their_own_configurations() -> None:

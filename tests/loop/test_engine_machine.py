@@ -3,6 +3,8 @@
 Steps are held, so that each operation finds the engine at rest or in the middle of a step. After every operation the
 accounts of the KV cache add up; at the end every request has ended exactly once, its deltas are its result, its tokens
 are what the script says, and nothing is left.
+
+``pytest --hypothesis-profile long`` tries thousands of them.
 """
 
 from __future__ import annotations
@@ -34,8 +36,6 @@ from asyncengine import (
 from asyncengine.events import BranchEnded, RequestEnded
 from asyncengine.step import thread as step_thread
 from asyncengine.testing.scripted import ScriptedModel
-
-EXAMPLES = 60
 
 
 def script(prompt: Sequence[int], branch: int) -> list[int]:
@@ -397,8 +397,8 @@ async def play(config: dict[str, Any], fits_beside: bool, operations: list[tuple
         machine.check()
 
 
-@pytest.mark.timeout(300)
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@pytest.mark.timeout(3600)
+@settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(config=CONFIGS, fits_beside=st.booleans(), operations=st.lists(OPERATIONS, min_size=5, max_size=40))
 def test_any_interleaving(
     loop_factory: Callable[[], asyncio.AbstractEventLoop],

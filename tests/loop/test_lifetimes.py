@@ -260,7 +260,8 @@ async def test_nothing_global_is_changed() -> None:
 # The end of the process. `PROGRAM` is what is common to those below.
 
 PROGRAM = """
-import asyncio, sys, threading, time
+import asyncio, atexit, sys, threading, time
+atexit.register(lambda: print("left:", [t.name for t in threading.enumerate() if "asyncengine" in t.name]))
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, scripted_engine
 assert "torch" not in sys.modules
@@ -370,7 +371,7 @@ def in_a_process(loop_factory: LoopFactory, body: str, tmp_path: Path, *, code: 
     ids=["mid-step", "several", "loading", "exception", "cancelled", "reader", "made"],
 )
 def test_the_interpreter_exits(loop_factory: LoopFactory, body: str, tmp_path: Path) -> None:
-    in_a_process(loop_factory, body, tmp_path)
+    assert in_a_process(loop_factory, body, tmp_path) == "left: []\n"  # before the interpreter is gone
 
 
 def test_ctrl_c_leaves_nothing(loop_factory: LoopFactory, tmp_path: Path) -> None:
@@ -390,7 +391,7 @@ def test_ctrl_c_leaves_nothing(loop_factory: LoopFactory, tmp_path: Path) -> Non
         """,
         tmp_path,
     )
-    assert out == "interrupted closed False\n"
+    assert out == "interrupted closed False\nleft: []\n"
 
 
 def test_ctrl_c_during_a_load_leaves_nothing(loop_factory: LoopFactory, tmp_path: Path) -> None:
@@ -414,7 +415,7 @@ def test_ctrl_c_during_a_load_leaves_nothing(loop_factory: LoopFactory, tmp_path
         """,
         tmp_path,
     )
-    assert out == "interrupted closed False\n"
+    assert out == "interrupted closed False\nleft: []\n"
 
 
 def test_ctrl_c_that_is_handled_by_hand(loop_factory: LoopFactory, tmp_path: Path) -> None:
@@ -444,7 +445,7 @@ def test_ctrl_c_that_is_handled_by_hand(loop_factory: LoopFactory, tmp_path: Pat
         """,
         tmp_path,
     )
-    assert out == "interrupted closed False\n"
+    assert out == "interrupted closed False\nleft: []\n"
 
 
 async def test_the_helper_makes_engines_that_load_on_entering() -> None:

@@ -55,6 +55,8 @@ class CpuCache:
 
     def layer(self, spec: LayerSpec) -> _Struct:
         """Describes `spec` over this cache to the kernel."""
+        if spec.scaling <= 0:  # the kernel takes the maximum before it scales
+            raise BackendUnavailableError(f"the cpu attention back end cannot scale by {spec.scaling}")
         layer = _Struct(_LAYER)
         _LAYER.pack_into(
             layer.buffer,

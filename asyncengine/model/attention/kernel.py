@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def build(progress: Callable[[str], None] | None = None, target: Sequence[str] |
     if _is_intact(home):
         return home / _LIBRARY
     if progress is not None:
-        progress(f"compiling the attention kernel with {compiler}")
+        progress(f"compiling the attention kernel with {shlex.join(compiler)}")
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         workspace = Path(tempfile.mkdtemp(prefix="building-", dir=home.parent))
@@ -85,27 +86,33 @@ def load(library: Path) -> ctypes.CDLL:
     return loaded
 
 
-def _find_compiler() -> Path:
+def _find_compiler() -> list[str]:
     wanted = os.environ.get("CXX")
-    # $CXX may carry arguments and a wrapper in front ("ccache g++"); the compiler is what counts here.
-    names = [wanted] if wanted else ["c++", "g++", "clang++"]
-    for name in names:
+    if wanted:
+        name, *arguments = shlex.split(wanted)  # as in "ccache g++"
         if found := shutil.which(name):
-            return Path(found)
-    reason = f"$CXX is {wanted!r}, which cannot be run" if wanted else f"none of {', '.join(names)} is on the PATH"
+            return [found, *arguments]
+        reason = f"$CXX is {wanted!r}, which cannot be run"
+    else:
+        names = ("c++", "g++", "clang++")
+        for name in names:
+            if found := shutil.which(name):
+                return [found]
+        reason = f"none of {', '.join(names)} is on the PATH"
     raise BackendUnavailableError(f"the cpu attention back end needs a C++ compiler: {reason}")
 
 
 def _find_openmp() -> Path | None:
-    """Finds the OpenMP runtime that torch has loaded: a second one would bring a second pool of threads."""
+    """Finds the OpenMP runtime that torch uses: its own, or else the one that it made the process load."""
+    own = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []
-    candidates = [Path(line.split(maxsplit=5)[5]) for line in lines if "omp" in line and line.count("/")]
-    candidates += sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))
-    for stem in ("libgomp", "libiomp5", "libomp"):
-        for candidate in candidates:
-            if candidate.name.startswith((f"{stem}.", f"{stem}-")):
-                return candidate
+    loaded = [Path(line.split(maxsplit=5)[5]) for line in lines if "omp" in line and "/" in line]
+    for candidates in (own, loaded):
+        for stem in ("libgomp", "libiomp5", "libomp"):
+            for candidate in candidates:
+                if candidate.name.startswith((f"{stem}.", f"{stem}-")):
+                    return candidate
     return None
 
 
@@ -114,11 +121,19 @@ def _cache_directory() -> Path:
     return (Path(home) if home and os.path.isabs(home) else Path.home() / ".cache") / "asyncengine"
 
 
-def _key(compiler: Path, runtime: Sequence[str], targets: Sequence[Sequence[str]]) -> str:
+def _key(compiler: Sequence[str], runtime: Sequence[str], targets: Sequence[Sequence[str]]) -> str:
     # Size and time stand for the compiler's version: to ask it would cost a process on every load.
-    executable = compiler.resolve()
+    executable = Path(compiler[0]).resolve()
     status = executable.stat()
-    identity = (str(executable), status.st_size, status.st_mtime_ns, _FLAGS, tuple(runtime), tuple(map(tuple, targets)))
+    identity = (
+        str(executable),
+        tuple(compiler[1:]),
+        status.st_size,
+        status.st_mtime_ns,
+        _FLAGS,
+        tuple(runtime),
+        tuple(map(tuple, targets)),
+    )
     seed = f"{identity}{platform.machine()}{sys.platform}{_processor()}".encode()
     return hashlib.sha256(seed + SOURCE.read_bytes()).hexdigest()[:32]
 
@@ -132,11 +147,13 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(described)}))
 
 
-def _compile(compiler: Path, runtime: Sequence[str], targets: Sequence[Sequence[str]], workspace: Path) -> Path:
+def _compile(
+    compiler: Sequence[str], runtime: Sequence[str], targets: Sequence[Sequence[str]], workspace: Path
+) -> Path:
     library = workspace / _LIBRARY
     errors = ""
     for target in targets:
-        command = [str(compiler), *_FLAGS, *target, str(SOURCE), "-o", str(library), *runtime]
+        command = [*compiler, *_FLAGS, *target, str(SOURCE), "-o", str(library), *runtime]
         try:
             finished = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False

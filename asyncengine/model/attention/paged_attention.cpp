@@ -1,8 +1,9 @@
 // Paged attention on the CPU: writes a step's keys and values into their pages, then attends, decode rows and
 // prefill rows alike. Plain C ABI, compiled on first use by kernel.py with -march=native.
 //
-// Both products of attention are one loop here, C[row][lane] += sum over steps A[row][step] * B[step][lane]. Keys have tokens for lanes, values have dimensions for lanes, and no product ever needs a
-// sum across lanes. The pages are stored in just that order:
+// Both products of attention are one loop here, C[row][lane] += sum over steps A[row][step] * B[step][lane]: keys have
+// tokens for lanes, values have dimensions for lanes, and no product ever needs a sum across lanes. The pages are stored
+// in just that order:
 //
 //     keys    (block, kv head, step, token, pair)    step = key_dim / pair
 //     values  (block, kv head, step, value_dim, pair)    step = token / pair
@@ -88,17 +89,16 @@ struct Call {  // strides in elements, of the token and of the head
 
 namespace {
 
-// How wide a vector is, and how many columns of accumulators (beside six rows) the registers have room for.
+// How wide a vector is, and how many rows and columns of accumulators the registers have room for.
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kMaxCols = 4;
+constexpr int kVectorBytes = 64, kMaxRows = 6, kMaxCols = 4;
 #elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kMaxCols = 2;
+constexpr int kVectorBytes = 32, kMaxRows = 4, kMaxCols = 2;
 #elif defined(__aarch64__)
-constexpr int kVectorBytes = 16, kMaxCols = 4;
+constexpr int kVectorBytes = 16, kMaxRows = 6, kMaxCols = 4;
 #else
-constexpr int kVectorBytes = 16, kMaxCols = 2;
+constexpr int kVectorBytes = 16, kMaxRows = 4, kMaxCols = 2;
 #endif
-constexpr int kMaxRows = 6;
 constexpr int kLanes = kVectorBytes / 4;
 constexpr int kBlock = 128;  // tokens to one update of the running maximum
 constexpr int kGroups = kBlock / kLanes;
@@ -526,7 +526,7 @@ struct Step {
     partial_floats = partial_rows * (sum_width + kLanes);
     // With few rows the splits are what there is to share out. It changes nothing in the results.
     split_units = plan.threads > 1 && unsplit < 4 * plan.threads && all_splits > int64_t(tiles.size()) &&
-                  partial_floats * layer.kv_heads < (int64_t(1) << 26);
+                  partial_floats * layer.kv_heads <= (int64_t(1) << 24);
     for (size_t t = 0; t < tiles.size(); ++t) {
       const int64_t each = split_units ? 1 : tiles[t].splits;
       for (int64_t s = 0; s < tiles[t].splits; s += each) units.push_back({int64_t(t), tiles[t].split + s, each});
@@ -889,7 +889,7 @@ int run(const Layer &layer, const Plan &plan, const Call &call) {
 
 }  // namespace
 
-// Returns 0, or 1 when there is no memory for scratch space.
+// Returns 0, or 1 when there is no memory for scratch space, which the calling thread keeps for its next call.
 extern "C" int paged_attention(const Layer *layer, const Plan *plan, const Call *call) {
   switch (layer->dtype) {
     case 0:

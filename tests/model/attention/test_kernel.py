@@ -87,6 +87,22 @@ def test_other_target_is_compiled_again(compilations: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("cache", "stub")
+def test_compiler_with_arguments(compilations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"{os.environ['CXX']} -DANYTHING")
+    assert works(kernel.build())
+    assert runs(compilations) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux only")
+@pytest.mark.usefixtures("cpu_backend")
+def test_torch_and_the_kernel_share_one_openmp_runtime() -> None:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    runtimes = {line.split()[-1] for line in lines if "/libgomp" in line or "/libomp" in line or "/libiomp" in line}
+    assert len(runtimes) == 1
+
+
+@needs_compiler
 @pytest.mark.usefixtures("stub")
 def test_nothing_but_the_build_is_left_in_the_cache(cache: Path) -> None:
     library = kernel.build()
@@ -198,6 +214,8 @@ def test_older_processors(target: str) -> None:
                 torch.testing.assert_close(
                     output.double(), dense(spec, row, None), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
                 )
+                (alone,) = run_paged(backend, spec, [row], 32, dtype, seed=1)
+                assert torch.equal(alone, output)
 
 
 @needs_compiler

@@ -139,11 +139,15 @@ def test_infinite_score_gives_all_weight_to_nobody_else(backend: AttentionBacken
     torch.testing.assert_close(output[0, 0], row.values[40, 0], rtol=0, atol=0)
 
 
-def test_nan_in_a_row_stays_in_the_row(backend: AttentionBackend) -> None:
-    spec = layer()
-    rows = [random_row(spec, 30, 1, torch.float32, i) for i in range(3)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [{}, {"has_sinks": True}, {"soft_cap": 3.0}], ids=str)
+def test_nan_in_a_row_stays_in_the_row_and_is_not_hidden(
+    backend: AttentionBackend, features: dict[str, Any], dtype: torch.dtype
+) -> None:
+    spec = layer(**features)
+    rows = [random_row(spec, 30, 1, dtype, i) for i in range(3)]
     rows[1].query[:] = torch.nan
-    outputs = run_paged(backend, spec, rows, 16, torch.float32)
+    outputs = run_paged(backend, spec, rows, 16, dtype, random_sinks(spec))
     assert outputs[1].isnan().all()
     assert outputs[0].isfinite().all()
     assert outputs[2].isfinite().all()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_case import layer
 
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.protocol import BackendUnavailableError
@@ -58,9 +59,9 @@ def test_unknown_name_is_an_error() -> None:
 
 
 def test_kernel_refuses_what_it_cannot_store(cpu_backend: CpuAttention) -> None:
-    from attention_case import layer
-
     with pytest.raises(BackendUnavailableError, match="float64"):
         cpu_backend.allocate(layer(), 1, 16, torch.float64, CPU)
     with pytest.raises(BackendUnavailableError, match="cuda"):
         cpu_backend.allocate(layer(), 1, 16, torch.float32, CUDA)
+    with pytest.raises(BackendUnavailableError, match="-1"):
+        cpu_backend.allocate(layer(scaling=-1.0), 1, 16, torch.float32, CPU)
