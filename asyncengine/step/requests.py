@@ -479,7 +479,7 @@ class RequestTable:
             if not stopped[row] and (stop := self._read_text(sequence, token_ids[row])) is not None:
                 watched[row] = stop
         derived.steps_left -= 1
-        if derived.steps_left >= 0 and not watched and not stopped.any():
+        if derived.steps_left >= 0 and not watched and not beyond and not stopped.any():
             return
         ending = stopped | (table.num_tokens[slots] >= table.max_tokens[slots])
         if watched:
