@@ -16,7 +16,9 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 PrefixCacheMode = Literal["radix", "disable"]
 PrefillMode = Literal["hybrid", "chunked"]
 SpeculativeMode = Literal["disable"]
-AttentionBackend = Literal["auto", "cpu", "torch"]
+AttentionBackend = Literal["auto", "cpu", "torch", "triton"]
+DecoderBackend = Literal["auto", "compiled", "transformers"]
+Quantization = Literal["none", "int8"]
 GrammarLibrary = Literal["auto", "llguidance", "xgrammar"]
 
 
@@ -50,8 +52,13 @@ class EngineConfig:
         speculative_mode: Must be ``"disable"``: not available yet.
         spec_draft_length: Must be 0: not available yet.
         tensor_parallel_shards: Must be 1: not available yet.
-        attention_backend: ``"cpu"`` is the compiled kernel, ``"torch"`` needs no compiler and runs on any device,
-            ``"auto"`` takes the fastest that works.
+        attention_backend: ``"cpu"`` is the compiled kernel for the CPU, ``"triton"`` the one for CUDA, ``"torch"``
+            needs no compiler and runs on any device, ``"auto"`` takes the fastest that works.
+        decoder_backend: ``"compiled"`` runs a whole step in compiled code, on the CPU, for the family of models that it
+            knows; ``"transformers"`` runs the model's own modules around the attention; ``"auto"`` takes the first
+            where it can.
+        quantization: ``"int8"`` stores the weights as one byte each, with one scale for each output; needs the
+            compiled decoder and dtype bfloat16. ``"none"`` stores them in `dtype`.
         grammar_backend: Compiles `GenerationConfig.response_format`: ``"llguidance"``, ``"xgrammar"``, or ``"auto"``,
             which takes the first of these that is installed.
         max_queue_size: Most requests that wait for their first step; None is unlimited.
@@ -78,6 +85,8 @@ class EngineConfig:
     tensor_parallel_shards: int = field(default=1, kw_only=True)
     attention_backend: AttentionBackend = field(default="auto", kw_only=True)
     grammar_backend: GrammarLibrary = field(default="auto", kw_only=True)
+    decoder_backend: DecoderBackend = field(default="auto", kw_only=True)
+    quantization: Quantization = field(default="none", kw_only=True)
     max_queue_size: int | None = field(default=None, kw_only=True)
     step_timeout: float = field(default=60.0, kw_only=True)
 
@@ -170,6 +179,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "speculative_mode": get_args(SpeculativeMode),
     "attention_backend": get_args(AttentionBackend),
     "grammar_backend": get_args(GrammarLibrary),
+    "decoder_backend": get_args(DecoderBackend),
+    "quantization": get_args(Quantization),
 }
 
 

@@ -53,6 +53,7 @@ class Counters:
     prefix_cache_hits: int = 0
     admission_rejections: int = 0
     steps: int = 0
+    batched_sequences: int = 0
     failed_steps: int = 0
     step_seconds: Histogram = field(default_factory=Histogram)
     model_seconds: Histogram = field(default_factory=Histogram)

@@ -26,3 +26,39 @@ class Tokenizer(Protocol):
             ValueError: There is no chat template, or it refuses the messages.
         """
         ...
+
+
+class ResponseParser(Protocol):
+    """Takes a model's answer apart while it comes: reasoning, content, tool calls. One per branch.
+
+    Events are mappings as transformers' response parser makes them: ``type`` is ``"region_open"``, ``"region_chunk"``
+    or ``"region_close"``, ``field`` says of what, ``text`` is new text and ``value`` what a closed region means.
+    """
+
+    def feed(self, text: str) -> list[dict[str, Any]]:
+        """Events of new text."""
+        ...
+
+    def finalize(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The whole message, and the events of what was held back."""
+        ...
+
+
+class ParsingTokenizer(Tokenizer, Protocol):
+    """A tokenizer that knows how its model writes reasoning and tool calls.
+
+    Attributes:
+        parses_responses: Whether it does: there is a response template.
+        takes_tools: Whether the chat template has a place for tools.
+    """
+
+    parses_responses: bool
+    takes_tools: bool
+
+    def response_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> ResponseParser:
+        """A parser of the answer to a prompt, which may have begun the answer.
+
+        Raises:
+            ValueError: There is no response template.
+        """
+        ...

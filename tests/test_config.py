@@ -43,7 +43,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("speculative_mode", "eagle", "allowed: 'disable'"),
     ("spec_draft_length", 4, "only 0 is available"),
     ("tensor_parallel_shards", 2, "only 1 is available"),
-    ("attention_backend", "flash", "allowed: 'auto', 'cpu', 'torch'"),
+    ("attention_backend", "flash", "allowed: 'auto', 'cpu', 'torch', 'triton'"),
     ("grammar_backend", "outlines", "allowed: 'auto', 'llguidance', 'xgrammar'"),
     ("max_queue_size", 0, "expected an integer >= 1"),
     ("step_timeout", 0, "expected a number in (0.0, inf]"),

@@ -29,6 +29,12 @@ def test_imports_neither_torch_nor_transformers(statement: str) -> None:
     assert not modules_after(statement) & set(HEAVY)
 
 
+def test_the_server_is_imported_by_nobody_else_and_brings_no_torch() -> None:
+    assert not modules_after("import asyncengine, asyncengine.testing") & {"starlette", "uvicorn", "msgspec"}
+    pytest.importorskip("starlette")
+    assert not modules_after("import asyncengine.server.serve") & set(HEAVY)
+
+
 def test_starts_no_thread_and_changes_no_signal() -> None:
     program = (
         "import signal, threading; before = [signal.getsignal(s) for s in signal.valid_signals()]; "

@@ -99,6 +99,22 @@ def test_scripted_models_need_no_torch(path: Path) -> None:
     assert not forbidden(path, "torch", "transformers", "asyncengine.model")
 
 
+@pytest.mark.parametrize("path", files("server"), ids=named)
+def test_the_server_is_a_thin_layer_over_what_is_public(path: Path) -> None:
+    assert not forbidden(path, "torch", "transformers", "tokenizers", "safetensors", "asyncengine.model")
+    assert not forbidden(path, "asyncengine.testing", "asyncengine.instruction_queue", "asyncengine.stream_back")
+    used = {name for name in imports(path) if name.startswith("asyncengine.step.")}
+    assert all(name.startswith(("asyncengine.step.batch", "asyncengine.step.model")) for name in used)
+
+
+def test_nothing_knows_the_server() -> None:
+    for path in ROOT.rglob("*.py"):
+        if path.parts[len(ROOT.parts)] not in ("server", "cli"):
+            assert not forbidden(path, "asyncengine.server", "starlette", "uvicorn", "prometheus_client", "msgspec"), (
+                path
+            )
+
+
 def test_the_core_has_no_threads() -> None:
     for path in files("step"):
         if path.name != "thread.py":
@@ -113,6 +129,7 @@ def test_only_the_core_reads_the_clock() -> None:
 
 def test_the_package_configures_nobody() -> None:
     """No logging set-up, no signals, no environment variables of our own."""
-    for path in [*VALUES, *files("loop"), *files("step"), *files("testing")]:
+    served = [path for path in files("server") if path.name != "serve.py"]  # which is a program
+    for path in [*VALUES, *files("loop"), *files("step"), *files("testing"), *served]:
         assert not forbidden(path, "signal")
         assert "os.environ" not in path.read_text(encoding="utf-8")

@@ -39,7 +39,7 @@ from asyncengine.outputs import PromptScore, RequestResult
 from asyncengine.state import EngineState
 from asyncengine.step.model import LoadedModel, Loader, LoadPlan, ModelView
 from asyncengine.step.thread import StepThread
-from asyncengine.tokenizer import Message
+from asyncengine.tokenizer import Message, Tokenizer
 from asyncengine.trace import Trace
 
 _DEFAULTS = RequestOptions()
@@ -99,6 +99,18 @@ class AsyncEngine:
         if view is None:
             raise ModelNotLoadedError("there is no model; call reload first")
         return view.default_generation_config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The loaded model's tokenizer; None if it has none.
+
+        Raises:
+            ModelNotLoadedError: There is no model.
+        """
+        view = self._thread.core.view
+        if view is None:
+            raise ModelNotLoadedError("there is no model; call reload first")
+        return view.tokenizer
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of counts and latencies. Never waits for a step."""
@@ -505,7 +517,7 @@ class AsyncEngine:
                 if new.params.num_prompt_logprobs >= 0:
                     inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
                 router.register(inbox)
-                streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label))
+                streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
             add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
             try:
                 fits = await self._call(functools.partial(_addressed, add))

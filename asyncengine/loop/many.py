@@ -116,9 +116,8 @@ class _Bell:
         self._index = index
         self._rung = True
 
-    def hang(self) -> _Bell:
+    def hang(self) -> None:
         self._rung = False
-        return self
 
     def done(self) -> bool:
         return self._rung
@@ -161,7 +160,8 @@ class _Merged:
                 if stream.ended:
                     self._left -= 1
                 else:
-                    stream.wait_with(self._bells[index].hang())
+                    stream.wait_with(self._bells[index])
+                    self._bells[index].hang()
                 ready.indices.popleft()
         except IllegalStateError:
             raise

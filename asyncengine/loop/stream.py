@@ -7,11 +7,14 @@ from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from asyncengine.errors import IllegalStateError
 from asyncengine.loop.router import Branch, Inbox, Router, Waiter
 from asyncengine.outputs import BranchResult, FinishReason, RequestOutput, RequestResult, Usage
-from asyncengine.step.batch import TokenLogprobs
+from asyncengine.step.batch import Int32, TokenLogprobs
 
+_NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 _new = tuple.__new__
 """Makes a named tuple without the keyword handling of its own constructor."""
 
@@ -31,17 +34,25 @@ class RequestStream:
     Attributes:
         request_id: Names the request in `AsyncEngine.abort_request`.
         label: Whatever the caller gave; the engine does not look at it.
+        prompt_token_ids: (tokens,) the prompt as the model sees it.
     """
 
     __slots__ = (
         "__weakref__", "_abort", "_closed", "_create_future", "_inbox", "_only", "_raised", "_router", "_turn", "label",
-        "request_id",
+        "prompt_token_ids", "request_id",
     )  # fmt: skip
 
     def __init__(
-        self, request_id: str, inbox: Inbox, router: Router, abort: Callable[[int], None], label: object = None
+        self,
+        request_id: str,
+        inbox: Inbox,
+        router: Router,
+        abort: Callable[[int], None],
+        label: object = None,
+        prompt_token_ids: Int32 | None = None,
     ) -> None:
         self.request_id = request_id
+        self.prompt_token_ids = _NO_TOKENS if prompt_token_ids is None else prompt_token_ids
         self.label = label
         self._inbox = inbox
         self._router = router

@@ -67,6 +67,9 @@ class TransformersLoader:
         _check_on_meta(architecture, hf_config)
         _select(config, device)
         dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
+        if config.quantization != "none" and dtype is not torch.bfloat16:
+            given = str(dtype).removeprefix("torch.")
+            raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
         weights = checkpoint.weight_bytes(dtype)
         details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length)
         return LoadPlan(config, _fits(details, current), tokenizer_key(tokenizer_path), details)
@@ -87,9 +90,9 @@ class TransformersLoader:
 
 
 def _load(plan: LoadPlan) -> LoadedModel:
-    from transformers import AutoModelForCausalLM
-
     from asyncengine.model import architecture, verification
+    from asyncengine.model.decoder.blueprint import NotRecognised
+    from asyncengine.model.graphs import capture_steps
     from asyncengine.model.runner import PagedLayers, TorchModel, weight_bytes
     from asyncengine.model.sampler import Sampler
     from asyncengine.model.tokenizer import load_tokenizer
@@ -98,41 +101,91 @@ def _load(plan: LoadPlan) -> LoadedModel:
     assert isinstance(details, _Details)
     device, dtype = details.device, details.dtype
     tokenizer = load_tokenizer(details.tokenizer_path)
-    model = AutoModelForCausalLM.from_pretrained(
-        details.checkpoint.path,
-        config=details.hf_config,
-        dtype=dtype,
-        attn_implementation=architecture.ATTENTION,
-        local_files_only=True,
-    )
-    model = model.to(device).eval().requires_grad_(False)
     selection = _select(config, device)
     backend = selection.backend
+    notes = [] if selection.fallback_reason is None else [f"attention: {selection.fallback_reason}"]
+    model = _build(details)
     layers = architecture.record(model)
-    verification.verify(model, layers, backend, device)
+    trial = verification.Trial(model, layers, device)
+    trial.run(model, backend)
+    try:
+        program = _compile(config, details, model, layers, backend)
+        if program is not None:
+            trial.run(model, backend, program)
+    except (NotRecognised, UnsupportedModelError) as error:
+        if config.decoder_backend == "compiled" or config.quantization != "none":
+            raise UnsupportedModelError(f"{config.model!r} cannot run as a compiled step: {error}") from error
+        notes.append(f"decoder: runs as transformers has it: {error}")
+        program = None
+        if isinstance(error, UnsupportedModelError):  # it has given its weights up
+            model = _build(details)
+            layers = architecture.record(model)
     limits, complete = _limits(plan, layers, backend, model)
     paged = PagedLayers(layers, backend, limits, dtype, device)
     paged.allocate()
     vocab_size = architecture.text_config(details.hf_config).vocab_size
     sampler = Sampler(limits.max_num_sequence, vocab_size, device)
-    torch_model = TorchModel(model, paged, sampler, device)
+    torch_model = TorchModel(model, paged, sampler, device, program)
     try:
         _warm_up(torch_model, limits)
+        graphs, slower = capture_steps(torch_model, backend.name, limits.max_num_sequence, device)
     except BaseException:
         torch_model.close()
         raise
+    notes += slower
+    if graphs is not None:
+        torch_model.use_graphs(graphs)
     return LoadedModel(
         model=torch_model,
         limits=limits,
-        config=complete.replace(attention_backend=backend.name),
+        config=complete.replace(
+            attention_backend=backend.name, decoder_backend="transformers" if program is None else "compiled"
+        ),
         vocab_size=vocab_size,
         eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < vocab_size),
         default_generation_config=details.checkpoint.generation_defaults,
         tokenizer=tokenizer,
         tokenizer_key=plan.tokenizer_key,
-        memory_bytes=weight_bytes(model) + limits.num_blocks * kv_bytes_per_block(layers, backend, limits, dtype),
-        notes=() if selection.fallback_reason is None else (f"attention: {selection.fallback_reason}",),
+        memory_bytes=(weight_bytes(model) if program is None else program.nbytes)
+        + limits.num_blocks * kv_bytes_per_block(layers, backend, limits, dtype),
+        notes=tuple(notes),
     )
+
+
+def _build(details: _Details) -> Any:
+    """The transformers model, with its weights."""
+    from transformers import AutoModelForCausalLM
+
+    from asyncengine.model import architecture
+
+    model = AutoModelForCausalLM.from_pretrained(
+        details.checkpoint.path,
+        config=details.hf_config,
+        dtype=details.dtype,
+        attn_implementation=architecture.ATTENTION,
+        local_files_only=True,
+    )
+    return model.to(details.device).eval().requires_grad_(False)
+
+
+def _compile(config: EngineConfig, details: _Details, model: Any, layers: Any, backend: Any) -> Any:
+    """The model as a compiled step, which takes its weights; None if that is not wanted or not for this device.
+
+    Raises:
+        NotRecognised: The model is not one that the compiled step can run. It keeps its weights.
+    """
+    from asyncengine.model.attention.cpu import CpuAttention
+    from asyncengine.model.decoder.blueprint import NotRecognised, recognise
+    from asyncengine.model.decoder.program import CompiledDecoder
+
+    if config.decoder_backend == "transformers":
+        return None
+    if not isinstance(backend, CpuAttention):
+        if config.decoder_backend == "auto" and config.quantization == "none":
+            return None
+        raise NotRecognised(f"it needs the compiled attention of the CPU, not {backend.name!r} on {details.device}")
+    blueprint = recognise(model, layers, details.max_length)
+    return CompiledDecoder(blueprint, backend.library, details.dtype, config.quantization == "int8")
 
 
 def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.dtype) -> int:
@@ -221,23 +274,25 @@ def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.
 
 
 def _warm_up(model: Any, limits: Limits) -> None:
-    """Runs one small step, so that whatever is built on first use is built before the model serves."""
-    tokens = np.zeros(1, dtype=np.int32)
-    model.execute(
-        StepBatch(
-            token_ids=tokens,
-            positions=tokens,
-            query_start=np.array([0, 1], dtype=np.int32),
-            context_lens=tokens,
-            block_tables=np.zeros((1, 1), dtype=np.int32),
-            slot_mapping=np.zeros(1, dtype=np.int64),
-            sample_index=np.empty(0, dtype=np.int64),
-            sample_slots=np.empty(0, dtype=np.int64),
-            sample_positions=np.empty(0, dtype=np.int64),
-            copies=np.empty((0, 2), dtype=np.int64),
-            num_decodes=1,
+    """Runs a small prefill and a decode, so that whatever is built on first use is built before the model serves."""
+    most = min(limits.prefill_chunk_size, limits.max_single_sequence_length, limits.num_blocks * limits.page_size)
+    for count in {min(64, most), 1}:
+        positions = np.arange(count, dtype=np.int32)
+        model.execute(
+            StepBatch(
+                token_ids=np.zeros(count, dtype=np.int32),
+                positions=positions,
+                query_start=np.array([0, count], dtype=np.int32),
+                context_lens=np.zeros(1, dtype=np.int32),
+                block_tables=np.arange(-(-count // limits.page_size), dtype=np.int32)[None],
+                slot_mapping=positions.astype(np.int64),
+                sample_index=np.empty(0, dtype=np.int64),
+                sample_slots=np.empty(0, dtype=np.int64),
+                sample_positions=np.empty(0, dtype=np.int64),
+                copies=np.empty((0, 2), dtype=np.int64),
+                num_decodes=int(count == 1),
+            )
         )
-    )
 
 
 def _device(name: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import importlib
 import inspect
@@ -18,13 +19,20 @@ from asyncengine.generation import SamplingParams
 from asyncengine.model import memory
 from asyncengine.model.architecture import RecordedLayer, attach
 from asyncengine.model.attention.protocol import AttentionBackend
+from asyncengine.model.decoder.program import CompiledDecoder
+from asyncengine.model.graphs import StepGraphs
 from asyncengine.model.sampler import Sampler
+from asyncengine.model.step_inputs import StepInputs
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
 from asyncengine.step.scheduler import Limits
 
 
 class PagedLayers:
     """The KV cache of all layers, and the plan of the present step that they share.
+
+    Attributes:
+        caches: One per layer; none until they are allocated.
+        plan: Of the present step.
 
     Args:
         layers: In the order of execution.
@@ -47,31 +55,30 @@ class PagedLayers:
         self._limits = limits
         self._dtype = dtype
         self._device = device
-        self._caches: list[Any] = []
-        self._plan: Any = None
+        self.caches: list[Any] = []
+        self.plan: Any = None
 
     def allocate(self) -> None:
         """Makes the cache; its contents are undefined."""
         limits = self._limits
-        self._caches = [
+        self.caches = [
             self._backend.allocate(layer.spec, limits.num_blocks, limits.page_size, self._dtype, self._device)
             for layer in self._layers
         ]
-        attach(
-            {layer.module: self._hook(layer, cache) for layer, cache in zip(self._layers, self._caches, strict=True)}
-        )
+        attach({layer.module: self._hook(layer, cache) for layer, cache in zip(self._layers, self.caches, strict=True)})
 
     def free(self) -> None:
         """Lets the cache go."""
-        self._caches = []
-        self._plan = None
+        self.caches = []
+        self.plan = None
         attach(dict.fromkeys((layer.module for layer in self._layers), _no_cache))
 
-    def begin(self, batch: StepBatch) -> None:
-        """Prepares a step: copies blocks, then plans."""
+    def begin(self, batch: StepBatch) -> Any:
+        """Prepares a step: copies blocks, then plans; returns the plan."""
         if len(batch.copies):
-            self._backend.copy_blocks(self._caches, torch.from_numpy(batch.copies))
-        self._plan = self._backend.plan(batch, self._limits.page_size, self._device)
+            self._backend.copy_blocks(self.caches, torch.from_numpy(batch.copies))
+        self.plan = self._backend.plan(batch, self._limits.page_size, self._device)
+        return self.plan
 
     def _hook(self, layer: RecordedLayer, cache: Any) -> Callable[..., torch.Tensor]:
         attend, spec, sinks = self._backend.attend, layer.spec, layer.sinks
@@ -79,20 +86,40 @@ class PagedLayers:
         def hook(
             module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
         ) -> torch.Tensor:
-            return attend(spec, cache, self._plan, query, key, value, sinks)
+            return attend(spec, cache, self.plan, query, key, value, sinks)
 
         return hook
 
 
 class TorchModel:
-    """As `asyncengine.step.model.Model`, over a transformers model."""
+    """As `asyncengine.step.model.Model`, over a transformers model.
 
-    def __init__(self, model: nn.Module, layers: PagedLayers, sampler: Sampler, device: torch.device) -> None:
+    Args:
+        model: The model; with a program it has given its weights up.
+        layers: Its KV cache.
+        sampler: Draws from its logits.
+        device: Where all of that is.
+        program: Runs whole steps in the model's place.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: PagedLayers,
+        sampler: Sampler,
+        device: torch.device,
+        program: CompiledDecoder | None = None,
+    ) -> None:
         self._model: nn.Module | None = model
         self._layers = layers
         self._sampler = sampler
         self._device = device
+        self._program = program
+        if program is not None:
+            program.bind(layers.caches)
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._graphs: StepGraphs | None = None
+        self._inputs = StepInputs(device)
 
     def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
         """As the protocol says."""
@@ -101,10 +128,12 @@ class TorchModel:
     def execute(self, batch: StepBatch) -> StepTokens:
         """As the protocol says."""
         with torch.inference_mode():
-            logits = self.logits(batch)
-            drawn = len(batch.sample_index)
-            scores = []
-            if len(batch.score_index):
+            drawn, scores = len(batch.sample_index), []
+            if not len(batch.score_index):
+                logits = self.logits(batch)
+            else:  # further rows of logits, after those that are drawn from
+                rows = np.append(batch.sample_index, batch.score_index)
+                logits = self.logits(dataclasses.replace(batch, sample_index=rows))
                 scores = self._sampler.score(logits[drawn:], batch.score_token_ids, batch.score_tops)
             if not drawn:
                 return StepTokens(np.empty(0, dtype=np.int32), scores=scores)
@@ -112,13 +141,21 @@ class TorchModel:
             return dataclasses.replace(tokens, scores=scores) if scores else tokens
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
-        """Runs the model; (M + S, vocabulary): a row per entry of `batch.sample_index`, then of `batch.score_index`."""
+        """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""
+        if self._graphs is not None and (replayed := self._graphs.run(batch)) is not None:
+            return replayed
+        plan = self.begin(batch)
+        if self._program is not None:
+            return self._program.logits(batch, plan)
+        return self.forward(*self._inputs.send(batch))
+
+    def begin(self, batch: StepBatch) -> Any:
+        """Prepares a step and returns the attention's plan."""
+        return self._layers.begin(batch)
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Runs the model: (1, tokens) ids and positions, (M,) rows of logits that are wanted; (M, vocabulary)."""
         assert self._model is not None
-        self._layers.begin(batch)
-        ids = torch.from_numpy(batch.token_ids.astype(np.int64))[None].to(self._device)
-        positions = torch.from_numpy(batch.positions.astype(np.int64))[None].to(self._device)
-        rows = np.append(batch.sample_index, batch.score_index) if len(batch.score_index) else batch.sample_index
-        index = torch.from_numpy(rows).to(self._device)
         if self._some_logits:
             output = self._model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=index)
             logits: torch.Tensor = output.logits[0]
@@ -126,6 +163,10 @@ class TorchModel:
         output = self._model(input_ids=ids, position_ids=positions, use_cache=False)
         logits = output.logits[0, index]
         return logits
+
+    def use_graphs(self, graphs: StepGraphs) -> None:
+        """Replays steps that were captured, from now on. They were captured from this model."""
+        self._graphs = graphs
 
     def device_lost(self, error: BaseException) -> bool:
         """Whether CUDA reports an error after which its context is unusable; running out of memory is not one."""
@@ -142,6 +183,8 @@ class TorchModel:
     def sleep(self) -> None:
         """Frees the KV cache; on CUDA the weights wait in host memory."""
         assert self._model is not None
+        if self._graphs is not None:
+            self._graphs.clear()
         self._layers.free()
         if self._device.type == "cuda":
             self._model.to("cpu")
@@ -150,8 +193,13 @@ class TorchModel:
     def wake(self) -> None:
         """Undoes `sleep`."""
         assert self._model is not None
-        self._model.to(self._device)
+        if self._program is None:
+            self._model.to(self._device)
         self._layers.allocate()
+        if self._program is not None:
+            self._program.bind(self._layers.caches)
+        if self._graphs is not None:
+            self._graphs.capture()
 
     def update_weights(self, weights: Mapping[str, Any]) -> None:
         """As the protocol says. The old values are kept until all new ones are in place."""
@@ -169,15 +217,22 @@ class TorchModel:
                     f"weight {name!r} is {tuple(value.shape)} of {value.dtype}; the model's is {tuple(target.shape)} "
                     f"of {target.dtype}"
                 )
-        kept: dict[str, torch.Tensor] = {}
+        packed = {} if self._program is None else self._program.writers()
+        restores: list[Callable[[], object]] = []
         with torch.inference_mode():
             try:
                 for name, value in weights.items():
-                    kept[name] = known[name].detach().clone()
-                    known[name].copy_(value)
+                    target = known[name]
+                    if id(target) in packed:
+                        write, keep = packed[id(target)]
+                        restores.append(keep())
+                        write(value)
+                    else:
+                        restores.append(functools.partial(target.copy_, target.detach().clone()))
+                        target.copy_(value)
             except Exception as error:
-                for name, value in kept.items():
-                    known[name].copy_(value)
+                for restore in reversed(restores):
+                    restore()
                 raise ReloadError(f"replacing weights failed, none was replaced: {error}") from error
 
     def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
@@ -199,12 +254,14 @@ class TorchModel:
         """Lets weights and KV cache go and returns their memory."""
         if self._model is None:
             return
+        self._graphs = None
         self._layers.free()
         for module in self._model.modules():
             module.__dict__.pop("asyncengine_attention", None)
         self._model = None
         self._layers = None  # type: ignore[assignment]
         self._sampler = None  # type: ignore[assignment]
+        self._program = None
         gc.collect()  # modules of transformers refer to each other in circles
         memory.give_back()
 

@@ -10,7 +10,7 @@ from typing import Any
 from asyncengine.errors import CheckpointError
 from asyncengine.grammar.vocabulary import TokenTable
 from asyncengine.model.checkpoint import tokenizer_key
-from asyncengine.tokenizer import Message, Tokenizer
+from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
 
 
 class FastTokenizer:
@@ -22,6 +22,8 @@ class FastTokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self.parses_responses = getattr(tokenizer, "response_template", None) is not None
+        self.takes_tools = "tools" in str(tokenizer.chat_template or "")
 
     def encode(self, text: str) -> list[int]:
         """As `asyncengine.tokenizer.Tokenizer`."""
@@ -45,6 +47,14 @@ class FastTokenizer:
         added = self._backend.get_added_tokens_decoder().items()
         special = {token.content: token_id for token_id, token in added if token.special}
         return TokenTable(special, tokenizer_json=self._backend.to_str(), huggingface=self._chat)
+
+    def response_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> ResponseParser:
+        """As `asyncengine.tokenizer.ParsingTokenizer`."""
+        if not self.parses_responses:
+            raise ValueError("the tokenizer has no response_template")
+        prefix = self.decode(prompt, skip_special_tokens=False)
+        parser: ResponseParser = self._chat.get_response_parser(prefix=prefix, tools=[dict(tool) for tool in tools])
+        return parser
 
 
 class SlowTokenizer:

@@ -15,6 +15,7 @@ import torch
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model.architecture import RecordedLayer, text_config
 from asyncengine.model.attention.protocol import AttentionBackend
+from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.scheduler import Limits
 
@@ -27,39 +28,64 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Relative error of the median row. The median, because in low precision a router may send single tokens elsewhere."""
 
 
-def verify(model: Any, layers: list[RecordedLayer], backend: AttentionBackend, device: torch.device) -> None:
-    """Compares paged with plain logits on two short random sequences at once.
+_COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 8e-2}
+"""The same for the compiled step, which keeps more digits between its products than the model does."""
+_INT8_TOLERANCE = 0.3
 
-    Raises:
-        UnsupportedModelError: They differ by more than rounding.
+
+class Trial:
+    """Two short random sequences, and what transformers makes of them.
+
+    Args:
+        model: With its weights.
+        layers: Its attention layers.
+        device: Where it is.
     """
-    from asyncengine.model.runner import PagedLayers, TorchModel
 
-    text = text_config(model.config)
-    length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
-    ids = np.random.default_rng(0).integers(0, text.vocab_size, size=(2, length), dtype=np.int32)
-    dtype = next(model.parameters()).dtype
-    expected = _plain(model, ids, device)
-    limits = Limits(2, length, 2 * length, _PAGE, 2 * -(-length // _PAGE))
-    paged = PagedLayers(layers, backend, limits, dtype, device)
-    paged.allocate()
-    try:
-        runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
-        cuts = sorted({min(cut, length) for cut in _CUTS})
-        pieces = [
-            runner.logits(_piece(ids, start, end)).reshape(2, end - start, -1)
-            for start, end in itertools.pairwise(cuts)
-        ]
-        found = torch.cat(pieces, dim=1).float()
-    finally:
-        paged.free()
-    error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).flatten().median().item()
-    tolerance = _TOLERANCE[dtype]
-    if not error <= tolerance:  # NaN is no less a failure
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not compute over a paged KV cache what it computes without one: relative "
-            f"error {error:.2g}, allowed {tolerance:g} in {dtype}"
-        )
+    def __init__(self, model: Any, layers: list[RecordedLayer], device: torch.device) -> None:
+        text = text_config(model.config)
+        length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
+        self._ids = np.random.default_rng(0).integers(0, text.vocab_size, size=(2, length), dtype=np.int32)
+        self._layers = layers
+        self._device = device
+        self._name = type(model).__name__
+        self._dtype = next(model.parameters()).dtype
+        self._expected = _plain(model, self._ids, device)
+
+    def run(self, model: Any, backend: AttentionBackend, program: CompiledDecoder | None = None) -> None:
+        """Compares paged with plain logits.
+
+        Raises:
+            UnsupportedModelError: They differ by more than rounding.
+        """
+        from asyncengine.model.runner import PagedLayers, TorchModel
+
+        length = self._ids.shape[1]
+        limits = Limits(2, length, 2 * length, _PAGE, 2 * -(-length // _PAGE))
+        paged = PagedLayers(self._layers, backend, limits, self._dtype, self._device)
+        paged.allocate()
+        try:
+            runner = TorchModel(model, paged, None, self._device, program)  # type: ignore[arg-type]
+            cuts = sorted({min(cut, length) for cut in _CUTS})
+            with torch.inference_mode():
+                pieces = [
+                    runner.logits(_piece(self._ids, start, end)).reshape(2, end - start, -1)
+                    for start, end in itertools.pairwise(cuts)
+                ]
+            found = torch.cat(pieces, dim=1).float()
+        finally:
+            paged.free()
+        expected = self._expected
+        error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).flatten().median().item()
+        if program is None:
+            tolerance = _TOLERANCE[self._dtype]
+        else:
+            tolerance = _INT8_TOLERANCE if program.int8 else _COMPILED_TOLERANCE[self._dtype]
+        if not error <= tolerance:  # NaN is no less a failure
+            raise UnsupportedModelError(
+                f"{self._name} does not compute over a paged KV cache what it computes without one: relative "
+                f"error {error:.2g}, allowed {tolerance:g} in {self._dtype}"
+            )
 
 
 def _plain(model: Any, ids: Any, device: torch.device) -> torch.Tensor:

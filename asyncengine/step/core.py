@@ -357,6 +357,7 @@ class Core:
             self.stepping_since = None
         ended = self.clock()
         self.counters.steps += 1
+        self.counters.batched_sequences += len(plan.batch.context_lens)
         self.counters.step_seconds.observe(ended - begun)
         self.counters.model_seconds.observe(model_ended - model_begun)
         if self.trace.enabled:

@@ -1143,6 +1143,12 @@ async def test_many_requests_have_their_turn() -> None:
         assert order == [0, 1, 2, 0, 1, 2]
 
 
+async def test_many_requests_of_several_branches_are_read_as_they_come() -> None:
+    async with Rig(endless) as rig:
+        results = await rig.engine.generate_many(["x", "y"], GenerationConfig(max_tokens=40, n=3))
+        assert [len(branch.token_ids) for result in results for branch in result.outputs] == [40] * 6
+
+
 async def test_many_requests_may_have_their_own_configurations() -> None:
     async with Rig(endless) as rig:
         configs = [GenerationConfig(max_tokens=2), None, GenerationConfig(max_tokens=4)]

@@ -276,6 +276,7 @@ async def test_unload_gives_the_memory_back(large: Callable[[int], Path]) -> Non
     assert after - before < 0.1 * size, f"{(after - before) / 1e6:.0f} MB of {size / 1e6:.0f} MB stay"
 
 
+@pytest.mark.alone
 async def test_loading_half_a_gigabyte_does_not_stall_the_loop(large: Callable[[int], Path]) -> None:
     """Contract 26. The loop's lag is how late a 1 ms timer comes, while models are loaded, one beside the other."""
     path = large(500)

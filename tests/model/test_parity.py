@@ -13,6 +13,7 @@ from asyncengine import AsyncEngine, EngineConfig, EngineMetrics, GenerationConf
 from tests.model.checkpoints import ARCHITECTURES
 
 NEW_TOKENS = 64
+COMPILED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "granite", "smollm3")
 GREEDY = GenerationConfig(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
@@ -68,6 +69,10 @@ def test_greedy_equals_transformers(
 
     async def serve() -> tuple[list[RequestResult], list[RequestResult], EngineMetrics]:
         async with AsyncEngine(config) as engine:
+            complete = engine.complete_engine_config
+            assert complete is not None
+            compiled = backend == "cpu" and architecture in COMPILED
+            assert complete.decoder_backend == ("compiled" if compiled else "transformers")
             configs = [GREEDY.replace(n=3) if index == 5 else GREEDY for index in range(len(prompts()))]
             results = await engine.generate_many(prompts(), configs)
             again = await engine.generate_many(prompts()[-3:], GREEDY)

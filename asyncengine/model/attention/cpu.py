@@ -87,7 +87,11 @@ class CpuPlan:
 
 
 class CpuAttention:
-    """The `AttentionBackend` for the CPU. The same token gets the same bits whatever else is in the batch."""
+    """The `AttentionBackend` for the CPU. The same token gets the same bits whatever else is in the batch.
+
+    Attributes:
+        library: The compiled code.
+    """
 
     name = "cpu"
 
@@ -100,7 +104,7 @@ class CpuAttention:
         Raises:
             BackendUnavailableError: The kernel cannot be built or loaded here; the message says why.
         """
-        loaded = kernel.load(library or kernel.build())
+        self.library = loaded = kernel.load(library or kernel.build())
         self._attend = loaded.paged_attention
         self._advise = loaded.paged_attention_advise
         self._call = _Struct(_CALL)

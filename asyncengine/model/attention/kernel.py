@@ -1,7 +1,8 @@
-"""The compiled kernel of the CPU back end: built with the system's compiler on first use, then kept in a user's cache.
+"""The compiled code for the CPU, attention and a decoder's whole step: built with the system's compiler on first use.
 
-A build lies in a directory of its own, named by a hash of everything that it depends on, beside a digest of its bytes.
-The directory appears by one rename, so processes that build at the same time cannot see each other's halves.
+A build is kept in the user's cache. It lies in a directory of its own, named by a hash of everything that it depends
+on, beside a digest of its bytes. The directory appears by one rename, so processes that build at the same time cannot
+see each other's halves.
 """
 
 from __future__ import annotations
@@ -23,11 +24,23 @@ import torch
 
 from asyncengine.model.attention.protocol import BackendUnavailableError
 
-SOURCE = Path(__file__).with_name("paged_attention.cpp")
+SOURCE = Path(__file__).parents[1] / "decoder" / "decoder.cpp"
+_INCLUDED = Path(__file__).with_name("paged_attention.cpp")
 
-_LIBRARY, _DIGEST = "paged_attention.so", "sha256"
+_LIBRARY, _DIGEST = "kernels.so", "sha256"
 # Infinities and NaN keep their meaning: masks are made of the former, and a model's own NaN must not be hidden.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+_FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "paged_attention": (ctypes.c_int, (_POINTER, _POINTER, _POINTER)),
+    "paged_attention_advise": (None, (_POINTER, _INTEGER)),
+    "decoder_lanes": (_INTEGER, ()),
+    "decoder_pack": (
+        None,
+        (_INTEGER, _POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER),
+    ),
+    "decoder_step": (ctypes.c_int, (_POINTER, _POINTER)),
+}
 # Not every compiler knows the first for every processor.
 _TARGETS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
 _COMPILE_SECONDS = 300
@@ -49,11 +62,11 @@ def build(progress: Callable[[str], None] | None = None, target: Sequence[str] |
     openmp = _find_openmp()
     runtime = (str(openmp), f"-Wl,-rpath,{openmp.parent}") if openmp else ("-DPAGED_ATTENTION_SERIAL",)
     targets = _TARGETS if target is None else (tuple(target),)
-    home = _cache_directory() / f"paged_attention-{_key(compiler, runtime, targets)}"
+    home = _cache_directory() / f"kernels-{_key(compiler, runtime, targets)}"
     if _is_intact(home):
         return home / _LIBRARY
     if progress is not None:
-        progress(f"compiling the attention kernel with {shlex.join(compiler)}")
+        progress(f"compiling the kernels with {shlex.join(compiler)}")
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         workspace = Path(tempfile.mkdtemp(prefix="building-", dir=home.parent))
@@ -79,10 +92,9 @@ def load(library: Path) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(library))
     except OSError as error:
         raise BackendUnavailableError(f"cannot load the compiled attention kernel {library}: {error}") from error
-    loaded.paged_attention.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
-    loaded.paged_attention.restype = ctypes.c_int
-    loaded.paged_attention_advise.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-    loaded.paged_attention_advise.restype = None
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
     return loaded
 
 
@@ -135,7 +147,7 @@ def _key(compiler: Sequence[str], runtime: Sequence[str], targets: Sequence[Sequ
         tuple(map(tuple, targets)),
     )
     seed = f"{identity}{platform.machine()}{sys.platform}{_processor()}".encode()
-    return hashlib.sha256(seed + SOURCE.read_bytes()).hexdigest()[:32]
+    return hashlib.sha256(seed + SOURCE.read_bytes() + _INCLUDED.read_bytes()).hexdigest()[:32]
 
 
 def _processor() -> str:

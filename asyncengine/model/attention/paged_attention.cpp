@@ -27,7 +27,7 @@
 #include <cstring>
 #include <thread>
 #include <vector>
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 #if defined(__linux__)
@@ -119,6 +119,17 @@ inline To load(const void *from) {
 }
 inline void store(float *to, Vec from) { std::memcpy(to, &from, sizeof from); }
 inline Vec splat(float x) { return Vec{} + x; }
+// a * b + c, rounded once where the processor can: said outright, because compilers choose by their own lights, which
+// would give the same token other bits in another loop.
+inline Vec fused(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && defined(__AVX__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 inline Ints iota() {
   Ints lanes;
@@ -207,7 +218,7 @@ struct Float32 {
   static constexpr int kPair = 1;
   static Operand operand(const Stored *p) { return load<Vec>(p); }
   static Operand first_of_pair(const Stored *p) { return operand(p); }
-  static Vec add_product(Vec sum, Weight w, Operand b) { return sum + w * b; }
+  static Vec add_product(Vec sum, Weight w, Operand b) { return fused(splat(w), b, sum); }
   static void pack(Weight *to, int64_t i, float x) { to[i] = x; }
   static void pack_vector(Weight *to, Vec x) { store(to, x); }
   static float widen(Stored x) { return x; }
@@ -258,8 +269,7 @@ struct BFloat16 {
   }
   static Operand first_of_pair(const Stored *p) { return {(Vec)(load<Words>(p) << 16), Vec{}}; }
   static Vec add_product(Vec sum, Weight w, Operand b) {
-    sum = sum + w.first * b.first;
-    return sum + w.second * b.second;
+    return fused(splat(w.second), b.second, fused(splat(w.first), b.first, sum));
   }
   static void pack(Weight *to, int64_t i, float x) { (i % 2 ? to[i / 2].second : to[i / 2].first) = x; }
   static void pack_vector(Weight *to, Vec x) { std::memcpy(to, &x, sizeof x); }
@@ -288,7 +298,7 @@ struct Float16 {
   }
   static Operand operand(const Stored *p) { return widen_vector(p); }
   static Operand first_of_pair(const Stored *p) { return operand(p); }
-  static Vec add_product(Vec sum, Weight w, Operand b) { return sum + w * b; }
+  static Vec add_product(Vec sum, Weight w, Operand b) { return fused(splat(w), b, sum); }
   static void pack(Weight *to, int64_t i, float x) { to[i] = x; }
   static void pack_vector(Weight *to, Vec x) { store(to, x); }
   static float widen(Stored x) {
@@ -505,7 +515,8 @@ struct Step {
 
   // -- sizes and shares
 
-  void prepare(Buffer &scratch_buffer, Buffer &partial_buffer) {
+  // Divides the work, for this layer and those that are `measure_like` it.
+  void measure() {
     tiles.clear();
     units.clear();
     const int64_t tile_tokens = max_rows / per_kv_head;
@@ -532,8 +543,20 @@ struct Step {
       for (int64_t s = 0; s < tiles[t].splits; s += each) units.push_back({int64_t(t), tiles[t].split + s, each});
     }
     scratch_bytes = layout(nullptr).bytes;
-    scratch = scratch_buffer.at_least(scratch_bytes * plan.threads);
-    if (split_units) partials = reinterpret_cast<float *>(partial_buffer.at_least(partial_floats * layer.kv_heads * 4));
+  }
+
+  void measure_like(const Step &other) {
+    split_units = other.split_units;
+    partial_floats = other.partial_floats;
+    scratch_bytes = other.scratch_bytes;
+  }
+
+  int64_t partial_bytes() const { return split_units ? partial_floats * layer.kv_heads * 4 : 0; }
+
+  // Memory of scratch_bytes for each thread, and of partial_bytes().
+  void use(char *scratch_memory, char *partial_memory) {
+    scratch = scratch_memory;
+    partials = reinterpret_cast<float *>(partial_memory);
   }
 
   struct Scratch {
@@ -873,6 +896,14 @@ struct Step {
     attending.wait(attends);
     merging.run(int64_t(tiles.size()) * layer.kv_heads, [&](int64_t i) { merge(i, s); });
   }
+
+  // Until all threads' output is there.
+  void wait() const {
+    if (split_units)
+      merging.wait(int64_t(tiles.size()) * layer.kv_heads);
+    else
+      attending.wait(int64_t(units.size()) * layer.kv_heads);
+  }
 };
 
 template <class T>
@@ -881,7 +912,8 @@ int run(const Layer &layer, const Plan &plan, const Call &call) {
   static thread_local std::vector<Tile> tiles;
   static thread_local std::vector<Unit> units;
   Step<T> step(layer, plan, call, tiles, units);
-  step.prepare(scratch, partials);
+  step.measure();
+  step.use(scratch.at_least(size_t(step.scratch_bytes * plan.threads)), partials.at_least(size_t(step.partial_bytes())));
   if (!step.scratch || (step.split_units && !step.partials)) return 1;
   GOMP_parallel([](void *data) { static_cast<Step<T> *>(data)->work(); }, &step, unsigned(plan.threads), 0);
   return 0;

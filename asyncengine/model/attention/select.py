@@ -11,6 +11,9 @@ from asyncengine.config import AttentionBackend as BackendName
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavailableError
 from asyncengine.model.attention.reference import TorchAttention
+from asyncengine.model.attention.triton import TritonAttention
+
+_FASTEST: dict[str, BackendName] = {"cpu": "cpu", "cuda": "triton"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,16 @@ def select(name: BackendName, device: torch.device, progress: Callable[[str], No
             if device.type != "cpu":
                 raise BackendUnavailableError(f"the cpu attention back end cannot run on {device}")
             return Selection(CpuAttention(CpuAttention.build(progress)))
-        case "auto" if device.type == "cpu":
+        case "triton":
+            if device.type != "cuda":
+                raise BackendUnavailableError(f"the triton attention back end needs a CUDA device, not {device}")
+            return Selection(TritonAttention())
+        case "auto" if device.type in _FASTEST:
             try:
-                return select("cpu", device, progress)
+                return select(_FASTEST[device.type], device, progress)
             except BackendUnavailableError as error:
                 return Selection(TorchAttention(), fallback_reason=str(error))
         case "auto":
             return Selection(TorchAttention(), fallback_reason=f"there is no faster back end for {device.type} yet")
         case _:
-            raise BackendUnavailableError(f"no attention back end is called {name!r}: try auto, cpu or torch")
+            raise BackendUnavailableError(f"no attention back end is called {name!r}: try auto, cpu, torch or triton")

@@ -146,8 +146,11 @@ def run_paged(
         batch = step_batch([rows[i].context for i in held], [0] * len(held), [tables[i] for i in held], page_size)
         keys = torch.cat([rows[i].keys[: rows[i].context] for i in held])
         values = torch.cat([rows[i].values[: rows[i].context] for i in held])
-        queries = torch.zeros(len(keys), spec.num_heads, spec.key_dim, dtype=dtype)
-        backend.attend(spec, cache, backend.plan(batch, page_size, CPU), queries, keys, values, sinks)
+        if fill := getattr(backend, "fill", None):
+            fill(cache, batch.slot_mapping, keys, values)
+        else:
+            queries = torch.zeros(len(keys), spec.num_heads, spec.key_dim, dtype=dtype)
+            backend.attend(spec, cache, backend.plan(batch, page_size, CPU), queries, keys, values, sinks)
     batch = step_batch([row.new for row in rows], [row.context for row in rows], tables, page_size)
     output = backend.attend(
         spec,

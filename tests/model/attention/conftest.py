@@ -3,6 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from triton_device import TritonOnDevice, require_triton
 
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavailableError
@@ -22,9 +23,15 @@ def cpu_backend() -> CpuAttention:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session", params=["torch", "cpu"])
+@pytest.fixture(scope="session")
+def triton_backend() -> TritonOnDevice:
+    require_triton()
+    return TritonOnDevice(programs=12, parts_bytes=1 << 19)
+
+
+@pytest.fixture(scope="session", params=["torch", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> AttentionBackend:
-    return TorchAttention() if request.param == "torch" else request.getfixturevalue("cpu_backend")
+    return TorchAttention() if request.param == "torch" else request.getfixturevalue(f"{request.param}_backend")
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,9 @@ from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.protocol import AttentionBackend, LayerSpec
 from asyncengine.model.attention.reference import TorchAttention
 
+# In Triton's interpreter these take too long; test_triton.py has smaller ones.
+quick_backends = pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+
 # (context, new): decodes, prefills from nothing, prefill chunks and prefix hits; lengths around every boundary.
 MIXED = [(0, 1), (5, 1), (63, 1), (64, 1), (700, 1), (0, 37), (0, 130), (16, 17), (100, 29), (513, 70), (1, 2)]
 
@@ -49,28 +52,33 @@ def assert_matches_dense(
         torch.testing.assert_close(output.double(), dense(spec, row, sinks), rtol=tolerance / 2, atol=tolerance)
 
 
+@quick_backends
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_mixed_batch(backend: AttentionBackend, dtype: torch.dtype, page_size: int) -> None:
     assert_matches_dense(backend, layer(), MIXED, page_size, dtype)
 
 
+@quick_backends
 @pytest.mark.parametrize("page_size", [2, 3, 8, 24, 32, 48, 80, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_uncommon_page_sizes(backend: AttentionBackend, dtype: torch.dtype, page_size: int) -> None:
     assert_matches_dense(backend, layer(value_dim=24), MIXED, page_size, dtype)
 
 
+@quick_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16])
 def test_query_heads_that_share_a_kv_head(backend: AttentionBackend, group: int, dtype: torch.dtype) -> None:
     assert_matches_dense(backend, layer(heads=2 * group, kv_heads=2), MIXED, 16, dtype)
 
 
+@quick_backends
 def test_many_query_heads_on_one_kv_head(backend: AttentionBackend) -> None:
     assert_matches_dense(backend, layer(heads=71, kv_heads=1), MIXED, 16, torch.bfloat16)
 
 
+@quick_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("key_dim", "value_dim"), [(8, 8), (7, 5), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128), (24, 72)]
@@ -92,6 +100,7 @@ FEATURES: list[dict[str, Any]] = [
 ]
 
 
+@quick_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("features", FEATURES, ids=str)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,40 @@ def test_cpu_kernel_on_another_device_is_an_error() -> None:
         select("cpu", CUDA)
 
 
-def test_cuda_gets_torch() -> None:
-    assert select("auto", CUDA).backend.name == "torch"
-    assert select("torch", CUDA).fallback_reason is None
+def test_cuda_gets_triton_where_it_is_installed() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    for name in ("auto", "triton"):
+        selection = select(name, CUDA)  # type: ignore[arg-type]
+        assert selection.backend.name == "triton"
+        assert selection.fallback_reason is None
+    assert select("torch", CUDA).backend.name == "torch"
+
+
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "asyncengine.model.attention.triton_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_cuda_without_triton_gets_torch_and_says_why() -> None:
+    selection = select("auto", CUDA)
+    assert selection.backend.name == "torch"
+    assert selection.fallback_reason is not None
+    assert "triton cannot be imported" in selection.fallback_reason
+    with pytest.raises(BackendUnavailableError, match="triton cannot be imported"):
+        select("triton", CUDA)
+
+
+def test_triton_on_the_cpu_is_an_error() -> None:
+    with pytest.raises(BackendUnavailableError, match="needs a CUDA device, not cpu"):
+        select("triton", CPU)
+
+
+def test_other_devices_get_torch() -> None:
+    selection = select("auto", torch.device("mps"))
+    assert selection.backend.name == "torch"
+    assert selection.fallback_reason == "there is no faster back end for mps yet"
 
 
 def test_unknown_name_is_an_error() -> None:

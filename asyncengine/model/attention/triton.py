@@ -1,0 +1,355 @@
+"""Paged attention on CUDA: Triton kernels that work through a list which the host makes for each step.
+
+The kernels are described at the top of triton_kernels.py, the list in work_list.py, the sizes of tiles in
+triton_tiles.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncengine.model.attention import work_list
+from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
+from asyncengine.model.attention.triton_tiles import Launch, Tiles, padded, tiles_for
+from asyncengine.model.attention.work_list import Cut
+from asyncengine.model.packed_buffer import PackedBuffer
+from asyncengine.step.batch import StepBatch
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Programs of the persistent grid, for each multiprocessor. Small tiles wait for memory, so several share one.
+_SHORT_PROGRAMS, _LONG_PROGRAMS = 4, 2
+WRITE_LAUNCH = Launch(rows=16, warps=4, stages=1)
+MERGE_LAUNCH = Launch(rows=1, warps=1, stages=4)
+
+
+@dataclass(frozen=True, slots=True)
+class TritonCache:
+    """The KV cache of one layer.
+
+    Attributes:
+        keys: (blocks, kv heads, page size, key_dim).
+        values: (blocks, kv heads, page size, value_dim).
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(slots=True)
+class TritonPlan:
+    """A step's work. It holds until the next one is made, which takes its place on the device.
+
+    Attributes:
+        batch: The step.
+        page_size: Tokens to a block.
+        tokens: Query tokens that it speaks of, padding included.
+        cuts: How many kinds of layers it speaks of.
+        launched: The work lists that are launched: 2 * cut is its short one, 2 * cut + 1 its long one.
+        merged: Those of them whose parts are merged.
+        buffer: The numbers that the kernels read.
+        graph_key: Equal for steps that launch the same kernels on the same addresses.
+    """
+
+    batch: StepBatch
+    page_size: int
+    tokens: int
+    cuts: int
+    launched: tuple[int, ...]
+    merged: tuple[int, ...]
+    buffer: torch.Tensor
+    graph_key: tuple[Any, ...]
+
+
+class TritonAttention:
+    """The `AttentionBackend` for CUDA, also on the CPU if Triton interprets (slowly, for tests).
+
+    A token gets the same bits whatever else is in the batch, and however its row is shared out.
+    """
+
+    name = "triton"
+
+    def __init__(self, programs: int | None = None, parts_bytes: int = 64 << 20) -> None:
+        """Imports the kernels.
+
+        Args:
+            programs: Programs that run side by side; as many as the device holds, if not given.
+            parts_bytes: Memory for what programs hand on when they share a row's context.
+
+        Raises:
+            BackendUnavailableError: Triton is not there, or does not work.
+        """
+        try:
+            self._kernels: Any = importlib.import_module("asyncengine.model.attention.triton_kernels")
+        except Exception as error:  # whatever a package that does not fit the system raises when it is imported
+            raise BackendUnavailableError(f"triton cannot be imported: {error}") from error
+        self._given_programs = programs
+        self._parts_bytes = parts_bytes
+        self._cuts: list[Cut] = []
+        self._buffer: PackedBuffer | None = None
+        self._parts: torch.Tensor | None = None
+        self._statistics: torch.Tensor | None = None
+        self._max_parts = 0
+        self._widest = 0
+        self._heads = 0
+        self._processors = 0
+        self._generation = 0
+
+    def bytes_per_block(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one block of one layer takes."""
+        return page_size * spec.num_kv_heads * (spec.key_dim + spec.value_dim) * dtype.itemsize
+
+    def allocate(
+        self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> TritonCache:
+        """Returns the uninitialised KV cache of one layer.
+
+        Raises:
+            BackendUnavailableError: The kernel does not know the dtype or the size of the heads.
+        """
+        if dtype not in _DTYPES:
+            known = ", ".join(str(name).removeprefix("torch.") for name in _DTYPES)
+            raise BackendUnavailableError(f"the triton attention back end stores {known}, not {dtype}")
+        if tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim) is None:
+            raise BackendUnavailableError(
+                f"the triton attention back end has no tiles for heads of {spec.key_dim} and {spec.value_dim}"
+            )
+        self._prepare(device)
+        assert self._buffer is not None
+        # Room for block tables in which every block stands twice. More, where rows share a prefix, makes it grow later.
+        self._buffer.reserve((1 << 16) + 2 * num_blocks)
+        self._know(spec, dtype)
+        shape = (num_blocks, spec.num_kv_heads, page_size)
+        return TritonCache(
+            torch.empty(*shape, spec.key_dim, dtype=dtype, device=device),
+            torch.empty(*shape, spec.value_dim, dtype=dtype, device=device),
+        )
+
+    def _prepare(self, device: torch.device) -> None:
+        """Makes what is made once for a device."""
+        if self._buffer is not None:
+            return
+        self._buffer = PackedBuffer(device)
+        self._processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        )
+
+    def _know(self, spec: LayerSpec, dtype: torch.dtype) -> int:
+        """The index of the layer's cut, and room for its parts."""
+        width, heads = spec.num_heads * spec.value_dim, spec.num_heads
+        if width > self._widest or heads > self._heads:
+            assert self._buffer is not None
+            self._widest, self._heads = max(width, self._widest), max(heads, self._heads)
+            self._max_parts = self._parts_bytes // (4 * self._widest)
+            device = self._buffer.tensor.device
+            self._parts = torch.empty(self._max_parts * self._widest, dtype=torch.float32, device=device)
+            self._statistics = torch.empty(self._max_parts * self._heads * 2, dtype=torch.float32, device=device)
+            self._generation += 1
+        cut = _cut(spec, _tiles(spec, dtype))
+        if cut not in self._cuts:
+            self._cuts.append(cut)
+        return self._cuts.index(cut)
+
+    def plan(self, batch: StepBatch, page_size: int, device: torch.device) -> TritonPlan:
+        """Makes the work lists and copies them to the device. Nothing waits for the device."""
+        self._prepare(device)
+        return self._plan(batch, page_size)
+
+    def _plan(self, batch: StepBatch, page_size: int) -> TritonPlan:
+        buffer = self._buffer
+        assert buffer is not None
+        programs = self._given_programs or self._processors * _LONG_PROGRAMS
+        lists = work_list.work_lists(batch, page_size, self._cuts, programs, self._max_parts)
+        buffer.send(lists.values)
+        tokens = len(batch.slot_mapping)
+        # A step of short rows alone launches the same kernels whatever there is to merge, so that it can be replayed.
+        short_alone = not any(lists.items[1::2])
+        launched = tuple(i for i, count in enumerate(lists.items) if count or (short_alone and i % 2 == 0))
+        merged = tuple(i for i in launched if lists.merges[i] or (short_alone and i % 2 == 0))
+        key = (tokens, buffer.generation, self._generation, launched, merged)
+        return TritonPlan(batch, page_size, tokens, len(self._cuts), launched, merged, buffer.tensor, key)
+
+    def attend(
+        self,
+        spec: LayerSpec,
+        cache: TritonCache,
+        plan: TritonPlan,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`. Three or four launches; captured ones serve for every plan of one key."""
+        query, key, value = _readable(query), _readable(key), _readable(value)
+        tokens = query.shape[0]
+        output = torch.empty((tokens, spec.num_heads, spec.value_dim), dtype=query.dtype, device=query.device)
+        if tokens > plan.tokens:  # the model was padded, and the plan does not know of it
+            output[plan.tokens :] = 0
+        if not plan.tokens:
+            return output
+        dtype = cache.keys.dtype
+        cut = self._know(spec, dtype)
+        if cut >= plan.cuts:
+            # The plan was made before a layer like this was known. Those before have been queued: it may be replaced.
+            again = self._plan(plan.batch, plan.page_size)
+            plan.cuts, plan.launched, plan.merged, plan.buffer = again.cuts, again.launched, again.merged, again.buffer
+        tiles = _tiles(spec, dtype)
+        with _current(query.device):
+            self._write(spec, cache, plan, key, value)
+            for i in plan.launched:
+                if i // 2 == cut:
+                    launch, per_processor = ((tiles.short, _SHORT_PROGRAMS), (tiles.long, _LONG_PROGRAMS))[i % 2]
+                    grid = self._given_programs or self._processors * per_processor
+                    self._attend(spec, cache, plan, query, sinks, output, i, launch, tiles, grid)
+                    if i in plan.merged:
+                        self._merge(spec, plan, sinks, output, i, grid)
+        return output
+
+    def _write(
+        self, spec: LayerSpec, cache: TritonCache, plan: TritonPlan, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        self._kernels.write[(-(-plan.tokens * spec.num_kv_heads // WRITE_LAUNCH.rows),)](
+            plan.buffer, key, value, cache.keys, cache.values, plan.tokens,
+            key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            **write_constants(spec, cache.keys.shape[2]), **launch_options(WRITE_LAUNCH),
+        )  # fmt: skip
+
+    def _attend(
+        self,
+        spec: LayerSpec,
+        cache: TritonCache,
+        plan: TritonPlan,
+        query: torch.Tensor,
+        sinks: torch.Tensor | None,
+        output: torch.Tensor,
+        index: int,
+        launch: Launch,
+        tiles: Tiles,
+        grid: int,
+    ) -> None:
+        self._kernels.attend[(grid,)](
+            plan.buffer, query, cache.keys, cache.values, sinks, output, self._parts, self._statistics,
+            query.stride(0), query.stride(1), float(spec.scaling), float(spec.soft_cap or 0.0),
+            **attend_constants(spec, cache.keys.dtype, cache.keys.shape[2], index, launch, tiles, self._widen(cache)),
+            **launch_options(launch),
+        )  # fmt: skip
+
+    def _widen(self, cache: TritonCache) -> bool:
+        return cache.keys.dtype is torch.bfloat16 and cache.keys.device.type == "cpu"
+
+    def _merge(
+        self,
+        spec: LayerSpec,
+        plan: TritonPlan,
+        sinks: torch.Tensor | None,
+        output: torch.Tensor,
+        index: int,
+        grid: int,
+    ) -> None:
+        self._kernels.merge[(grid,)](
+            plan.buffer, sinks, output, self._parts, self._statistics,
+            **merge_constants(spec, index), **launch_options(MERGE_LAUNCH),
+        )  # fmt: skip
+
+    def copy_blocks(self, caches: Sequence[TritonCache], copies: torch.Tensor) -> None:
+        """Copies whole blocks in every layer, all of them read before any is written; `copies` is (C, 2)."""
+        if not caches:
+            return
+        device = caches[0].keys.device
+        if device.type == "cuda" and copies.device.type == "cpu":
+            copies = copies.pin_memory().to(device, non_blocking=True)
+        source, destination = copies.long().unbind(1)
+        for cache in caches:
+            cache.keys.index_copy_(0, destination, cache.keys[source])
+            cache.values.index_copy_(0, destination, cache.values[source])
+
+
+def launch_options(launch: Launch) -> dict[str, Any]:
+    """How the compiler is to make a kernel."""
+    # Triton 3.10 will not fuse multiplications and additions unless it is asked to.
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    return options if launch.registers is None else options | {"maxnreg": launch.registers}
+
+
+def attend_constants(
+    spec: LayerSpec, dtype: torch.dtype, page_size: int, index: int, launch: Launch, tiles: Tiles, widen: bool = False
+) -> dict[str, Any]:
+    """What the kernel `attend` is compiled for: a layer, and the index of a work list."""
+    return {
+        "LIST": work_list.LISTS + work_list.LIST * index,
+        "KV_HEADS": spec.num_kv_heads,
+        "GROUP": spec.num_heads // spec.num_kv_heads,
+        "KEY_DIM": spec.key_dim,
+        "VALUE_DIM": spec.value_dim,
+        "KEY_PAD": padded(spec.key_dim),
+        "VALUE_PAD": padded(spec.value_dim),
+        "PAGE": page_size,
+        "WINDOW": spec.sliding_window or 0,
+        "HAS_SOFT_CAP": spec.soft_cap is not None,
+        "HAS_SINKS": spec.has_sinks,
+        "ROWS": launch.rows,
+        "KEYS": tiles.keys,
+        "SPLIT": tiles.split,
+        # Without tf32, whose 10 bits of mantissa are not what float32 was asked for.
+        "PRECISION": "ieee" if dtype is torch.float32 else None,
+        "WIDEN": widen,
+        "STAGES": launch.stages,
+    }
+
+
+def write_constants(spec: LayerSpec, page_size: int) -> dict[str, Any]:
+    """What the kernel `write` is compiled for."""
+    return {
+        "KV_HEADS": spec.num_kv_heads,
+        "KEY_DIM": spec.key_dim,
+        "VALUE_DIM": spec.value_dim,
+        "KEY_PAD": padded(spec.key_dim),
+        "VALUE_PAD": padded(spec.value_dim),
+        "PAGE": page_size,
+        "ROWS": WRITE_LAUNCH.rows,
+    }
+
+
+def merge_constants(spec: LayerSpec, index: int) -> dict[str, Any]:
+    """What the kernel `merge` is compiled for."""
+    return {
+        "LIST": work_list.LISTS + work_list.LIST * index,
+        "HEADS": spec.num_heads,
+        "VALUE_DIM": spec.value_dim,
+        "VALUE_PAD": padded(spec.value_dim),
+        "HAS_SINKS": spec.has_sinks,
+        "STAGES": MERGE_LAUNCH.stages,
+    }
+
+
+def _tiles(spec: LayerSpec, dtype: torch.dtype) -> Tiles:
+    tiles = tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim)
+    assert tiles is not None
+    return tiles
+
+
+def _cut(spec: LayerSpec, tiles: Tiles) -> Cut:
+    return Cut(
+        group=spec.num_heads // spec.num_kv_heads,
+        ways=spec.num_kv_heads,
+        short_rows=tiles.short.rows,
+        long_rows=tiles.long.rows,
+        split=tiles.split,
+        window=spec.sliding_window,
+    )
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the thread's current device, whatever device its arguments are on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()

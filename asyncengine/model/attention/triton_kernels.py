@@ -1,0 +1,247 @@
+"""The Triton kernels of paged attention. Importing this needs triton; nothing else does.
+
+Everything that differs between two steps lies in one int32 buffer on the device, `plan` (`work_list.py` writes it), so
+that a captured launch can be replayed for any batch. Its first numbers say where the rest is:
+
+    plan[SLOTS]             first of (tokens) cache slots, -1 for tokens that are not written
+    plan[TABLES]            first of all block tables, one after the other
+    plan[list], [list + 1]  how many items a work list has, and where its first is; ITEM numbers each
+    plan[list + 2], [+ 3]   the same for its merges; MERGE numbers each
+
+An item is a tile of query tokens and a range of splits of their context:
+
+    token, tokens           its query tokens are token .. token + tokens - 1 of the step
+    position                of the first
+    table                   where the row's block table begins, from plan[TABLES] on
+    split, end              splits to attend to; none (padding) gives zeros
+    part                    -1: these are all splits, write the output. Else the row of `parts` for the first split's
+                            first token; the others follow, all tokens of a split after those of the split before
+
+A merge is one query token whose splits were shared out: (token, part, stride, splits), stride rows from one split's
+part to the next one's.
+
+The order of every sum is: keys of a split in blocks of KEYS, from the split's start; then the splits, in order, each
+folded into what came before. Blocks that a token does not see change no bit. So it depends on the token's position
+alone, not on the tile, the step or the batch that it is in.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from asyncengine.model.attention import work_list
+
+_SLOTS = tl.constexpr(work_list.SLOTS)
+_TABLES = tl.constexpr(work_list.TABLES)
+_ITEM = tl.constexpr(work_list.ITEM)
+_MERGE = tl.constexpr(work_list.MERGE)
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _dot(left, right, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    if WIDEN:  # Triton's interpreter cannot multiply bfloat16
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, input_precision=PRECISION)
+
+
+@triton.jit
+def _fold(total, total_max, total_sum, part, part_max, part_sum):
+    """Folds one split, (rows, dim) with its maximum and sum, into those before it."""
+    new_max = tl.maximum(total_max, part_max)
+    safe = tl.where(new_max == -float("inf"), 0.0, new_max)
+    keep = tl.exp2(total_max - safe)
+    add = tl.exp2(part_max - safe)
+    total = tl.fma(part, tl.broadcast_to(add[:, None], part.shape), total * keep[:, None])
+    return total, new_max, tl.fma(part_sum, add, total_sum * keep)
+
+
+@triton.jit
+def _finish(total, total_max, total_sum, sink, HAS_SINKS: tl.constexpr):
+    """The weighted mean, (rows, dim); zeros where nothing was attended to."""
+    if HAS_SINKS:
+        new_max = tl.maximum(total_max, sink)
+        keep = tl.exp2(total_max - new_max)
+        total = total * keep[:, None]
+        total_sum = tl.fma(total_sum, keep, tl.exp2(sink - new_max))
+    return total / tl.where(total_sum == 0.0, 1.0, total_sum)[:, None]
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def write(
+    plan, key, value, keys, values, tokens,
+    key_token, key_head, value_token, value_head,
+    KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Writes keys and values to their slots; a row is a pair of a token and a head."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = row // KV_HEADS
+    head = row % KV_HEADS
+    slot = tl.load(plan + tl.load(plan + _SLOTS) + token, mask=token < tokens, other=-1)
+    written = (slot >= 0)[:, None]
+    here = ((slot // PAGE).to(tl.int64) * (KV_HEADS * PAGE) + head * PAGE + slot % PAGE)[:, None]
+    token = token.to(tl.int64)[:, None]
+    head = head[:, None]
+    dim = tl.arange(0, KEY_PAD)[None, :]
+    mask = written & (dim < KEY_DIM)
+    numbers = tl.load(key + token * key_token + head * key_head + dim, mask=mask)
+    tl.store(keys + here * KEY_DIM + dim, numbers.to(keys.dtype.element_ty), mask=mask)
+    dim = tl.arange(0, VALUE_PAD)[None, :]
+    mask = written & (dim < VALUE_DIM)
+    numbers = tl.load(value + token * value_token + head * value_head + dim, mask=mask)
+    tl.store(values + here * VALUE_DIM + dim, numbers.to(values.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attend(
+    plan, query, keys, values, sinks, output, parts, statistics,
+    query_token, query_head, scaling, soft_cap,
+    LIST: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Works through one work list, all programs together. Each KV head (and each tile of query heads) is apart."""
+    TILE_HEADS: tl.constexpr = GROUP if GROUP < ROWS else ROWS
+    HEAD_TILES: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
+    WAYS: tl.constexpr = KV_HEADS * HEAD_TILES
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+
+    row = tl.arange(0, ROWS)
+    step = tl.arange(0, KEYS)
+    key_dim = tl.arange(0, KEY_PAD)
+    value_dim = tl.arange(0, VALUE_PAD)
+    row_token = row // TILE_HEADS
+    first_item = plan + tl.load(plan + LIST + 1)
+    tables = plan + tl.load(plan + _TABLES)
+
+    for index in range(tl.program_id(0), tl.load(plan + LIST) * WAYS, tl.num_programs(0)):
+        item = first_item + index // WAYS * _ITEM
+        way = index % WAYS
+        kv_head = way // HEAD_TILES
+        token = tl.load(item)
+        tokens = tl.load(item + 1)
+        position = tl.load(item + 2)
+        table = tables + tl.load(item + 3)
+        split = tl.load(item + 4)
+        end_split = tl.load(item + 5)
+        part = tl.load(item + 6)
+
+        group_head = way % HEAD_TILES * TILE_HEADS + row % TILE_HEADS
+        valid = (row_token < tokens) & (group_head < GROUP)
+        head = kv_head * GROUP + group_head
+        at_token = (token + row_token).to(tl.int64)
+        queries = tl.load(
+            query + at_token[:, None] * query_token + head[:, None] * query_head + key_dim[None, :],
+            mask=valid[:, None] & (key_dim[None, :] < KEY_DIM),
+            other=0.0,
+        ).to(keys.dtype.element_ty)  # fmt: skip
+        row_position = position + row_token
+        end = position + tokens
+        first_seen = position - WINDOW + 1 if WINDOW else 0
+
+        total = tl.zeros((ROWS, VALUE_PAD), tl.float32)
+        total_max = tl.full((ROWS,), -float("inf"), tl.float32)
+        total_sum = tl.zeros((ROWS,), tl.float32)
+        for here in range(split, end_split):
+            part_total = tl.zeros((ROWS, VALUE_PAD), tl.float32)
+            part_max = tl.full((ROWS,), -float("inf"), tl.float32)
+            part_sum = tl.zeros((ROWS,), tl.float32)
+            start = here * SPLIT
+            stop = tl.minimum(start + SPLIT, end)
+            if WINDOW:
+                start = tl.maximum(start, first_seen // KEYS * KEYS)
+            # Blocks are looked up one turn ahead, so that keys and values need not wait for it.
+            page = tl.load(table + (start + step) // PAGE, mask=start + step < end, other=0)
+            for block in tl.range(start, stop, KEYS, num_stages=STAGES):
+                at = block + step
+                written = at < end
+                slot = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE + at % PAGE
+                page = tl.load(table + (at + KEYS) // PAGE, mask=at + KEYS < end, other=0)
+                block_keys = tl.load(
+                    keys + slot[:, None] * KEY_DIM + key_dim[None, :],
+                    mask=written[:, None] & (key_dim[None, :] < KEY_DIM),
+                    other=0.0,
+                )  # fmt: skip
+                scores = _dot(queries, tl.trans(block_keys), PRECISION, WIDEN) * scaling
+                if HAS_SOFT_CAP:
+                    # cap * tanh(score / cap); an exponential that overflows gives 1, one that vanishes -1
+                    scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * _LOG2E / soft_cap)) + 1.0))
+                seen = at[None, :] <= row_position[:, None]
+                if WINDOW:
+                    seen &= at[None, :] > row_position[:, None] - WINDOW
+                scores = tl.where(seen, scores * _LOG2E, -float("inf"))
+                new_max = tl.maximum(part_max, tl.max(scores, 1))
+                safe = tl.where(new_max == -float("inf"), 0.0, new_max)
+                weights = tl.exp2(scores - safe[:, None])
+                keep = tl.exp2(part_max - safe)
+                part_sum = part_sum * keep + tl.sum(weights, 1)
+                part_max = new_max
+                block_values = tl.load(
+                    values + slot[:, None] * VALUE_DIM + value_dim[None, :],
+                    mask=written[:, None] & (value_dim[None, :] < VALUE_DIM),
+                    other=0.0,
+                )  # fmt: skip
+                weights = weights.to(values.dtype.element_ty)
+                part_total = part_total * keep[:, None] + _dot(weights, block_values, PRECISION, WIDEN)
+            if part < 0:
+                total, total_max, total_sum = _fold(total, total_max, total_sum, part_total, part_max, part_sum)
+            else:
+                at_part = (part + (here - split) * tokens + row_token).to(tl.int64) * HEADS + head
+                tl.store(
+                    parts + at_part[:, None] * VALUE_DIM + value_dim[None, :],
+                    part_total,
+                    mask=valid[:, None] & (value_dim[None, :] < VALUE_DIM),
+                )  # fmt: skip
+                tl.store(statistics + at_part * 2, part_max, mask=valid)
+                tl.store(statistics + at_part * 2 + 1, part_sum, mask=valid)
+        if part < 0:
+            sink = total_max
+            if HAS_SINKS:
+                sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * _LOG2E
+            mean = _finish(total, total_max, total_sum, sink, HAS_SINKS)
+            tl.store(
+                output + (at_token * HEADS + head)[:, None] * VALUE_DIM + value_dim[None, :],
+                mean.to(output.dtype.element_ty),
+                mask=valid[:, None] & (value_dim[None, :] < VALUE_DIM),
+            )  # fmt: skip
+
+
+@triton.jit
+def merge(
+    plan, sinks, output, parts, statistics,
+    LIST: tl.constexpr, HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
+    HAS_SINKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Folds the parts of the tokens whose splits were shared out, one head at a time."""
+    dim = tl.arange(0, VALUE_PAD)[None, :]
+    one = tl.arange(0, 1)
+    first = plan + tl.load(plan + LIST + 3)
+    for index in range(tl.program_id(0), tl.load(plan + LIST + 2) * HEADS, tl.num_programs(0)):
+        merge = first + index // HEADS * _MERGE
+        head = index % HEADS
+        token = tl.load(merge).to(tl.int64)
+        part = tl.load(merge + 1)
+        stride = tl.load(merge + 2)
+        total = tl.zeros((1, VALUE_PAD), tl.float32)
+        total_max = tl.full((1,), -float("inf"), tl.float32)
+        total_sum = tl.zeros((1,), tl.float32)
+        for here in tl.range(0, tl.load(merge + 3), num_stages=STAGES):
+            at = (part + here * stride).to(tl.int64) * HEADS + head
+            total, total_max, total_sum = _fold(
+                total, total_max, total_sum,
+                tl.load(parts + at * VALUE_DIM + dim, mask=dim < VALUE_DIM, other=0.0),
+                tl.load(statistics + at * 2 + one),
+                tl.load(statistics + at * 2 + 1 + one),
+            )  # fmt: skip
+        sink = total_max
+        if HAS_SINKS:
+            sink = tl.load(sinks + head + one).to(tl.float32) * _LOG2E
+        mean = _finish(total, total_max, total_sum, sink, HAS_SINKS)
+        tl.store(
+            output + (token * HEADS + head) * VALUE_DIM + dim, mean.to(output.dtype.element_ty), mask=dim < VALUE_DIM
+        )

@@ -1,0 +1,64 @@
+"""Token counts for which the model's step is captured, and how a step is padded to one of them. No torch."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from asyncengine.step.batch import StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Rising token counts.
+
+    A padded token has id 0 and position 0, belongs to no row, and is written nowhere; what the model computes for it
+    is thrown away.
+
+    Attributes:
+        sizes: Not empty.
+    """
+
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sizes or self.sizes[0] < 1 or list(self.sizes) != sorted(set(self.sizes)):
+            raise ValueError(f"sizes are {self.sizes!r}; expected rising positive numbers")
+
+    @classmethod
+    def upto(cls, largest: int) -> Buckets:
+        """1, 2, 4, then multiples of 8 up to 64, of 16 up to 256, of 64 up to 512, then of 256.
+
+        A step of 16 tokens or more computes at most half more than it has, a smaller one at most twice as many.
+
+        Args:
+            largest: Tokens of the largest step; the last bucket.
+        """
+        if largest < 1:
+            raise ValueError(f"largest is {largest}; expected at least 1")
+        steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 64), *range(512, largest, 256)]
+        return cls((*(size for size in steps if size < largest), largest))
+
+    def of(self, tokens: int) -> int | None:
+        """The smallest bucket that holds so many tokens; None where none does, or where there is no token."""
+        at = bisect.bisect_left(self.sizes, tokens)
+        return self.sizes[at] if tokens > 0 and at < len(self.sizes) else None
+
+
+def padded(batch: StepBatch, tokens: int) -> StepBatch:
+    """The step with `tokens` tokens; rows and samples are those of `batch`."""
+    missing = tokens - len(batch.token_ids)
+    if missing < 0:
+        raise ValueError(f"a step of {len(batch.token_ids)} tokens does not fit into {tokens}")
+    if not missing:
+        return batch
+    zeros = np.zeros(missing, np.int32)
+    return dataclasses.replace(
+        batch,
+        token_ids=np.concatenate((batch.token_ids, zeros)),
+        positions=np.concatenate((batch.positions, zeros)),
+        slot_mapping=np.concatenate((batch.slot_mapping, np.full(missing, -1, np.int64))),
+    )

@@ -1,0 +1,1 @@
+"""A decoder's whole step on the CPU as one call of compiled code."""

@@ -1,0 +1,625 @@
+// A whole step of a decoder on the CPU in one call: embedding, layers, head. Plain C ABI; built with the attention kernel.
+//
+// Every product is C[row][lane] += sum over steps A[row][step] * B[step][lane], as in paged_attention.cpp: weights are
+// packed so that what one vector of outputs needs lies in one run of memory,
+//
+//     weights (group, step, lane, pair)    group = output / lanes, step = input / pair
+//
+// and are read once for up to kMaxRows tokens at a time. Each output is one chain of additions over its inputs, in
+// ascending order, in one accumulator: a token gets the same bits whatever else is in the batch, on any number of
+// threads, whether it decodes or is prefilled.
+//
+// One team of threads runs through all phases of a step. Within a phase they share out items; between phases they wait
+// for the items, not for each other (see Phase). Activations between layers are float32; what enters a product is
+// rounded to the type of the weights where the processor multiplies in it.
+
+#include "../attention/paged_attention.cpp"
+
+#include <deque>
+#include <type_traits>
+
+// The structures below are mirrored in program.py.
+extern "C" {
+struct Matrix {
+  const void *weights;  // packed; null: there is none
+  const float *scales;  // (outputs) of int8 weights, or null
+  const float *bias;    // (outputs) or null
+  int64_t outputs, inputs;
+};
+
+struct Norm {  // x / rms(x) * weight
+  const float *weight;  // (size), or null: there is none
+  int64_t size;         // 0: the whole row; else each head of this size
+  double epsilon;
+};
+
+struct DecoderLayer {
+  Norm before_attention, after_attention, before_mlp, after_mlp, query_norm, key_norm;
+  Matrix qkv, output, gate_up, down;  // gate and up by turns, a group of each
+  const float *cosines, *sines;       // (positions, rotary / 2), or null: no rotation
+  const float *sinks;                 // (heads) or null
+  Layer attention;
+};
+
+struct Decoder {
+  const DecoderLayer *layers;
+  int64_t num_layers;
+  int64_t dtype;  // as Layer's
+  int64_t int8;   // whether the weights are int8; with bfloat16 only
+  int64_t hidden, intermediate, rotary;
+  int64_t activation;  // 0 silu, 1 gelu by tanh, 2 gelu by erf
+  int64_t gated;       // whether gate_up is two matrices
+  Matrix embedding;    // packed like the head
+  double embedding_scale, residual_scale, logit_scale, logit_cap;  // a cap of 0 is off
+  Norm norm;
+  Matrix head;
+};
+
+struct DecoderStep {
+  const int32_t *token_ids, *positions;  // (tokens)
+  const int64_t *sample_index;           // (samples) tokens whose logits are wanted
+  int64_t samples;
+  float *logits;  // (samples, vocabulary)
+  const Plan *plan;
+};
+}
+
+namespace {
+
+// Weights of one byte, one scale per output. Integers are exact in float32, so the scale is applied to the sum.
+struct Int8 {
+  typedef int8_t Stored;
+  typedef float Weight;
+  typedef Vec Operand;
+  static constexpr int kPair = 1;
+  static Operand operand(const Stored *p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+    return __builtin_convertvector(load<Bytes>(p), Vec);
+#endif
+  }
+  static Vec add_product(Vec sum, Weight w, Operand b) { return fused(splat(w), b, sum); }
+  static void pack_vector(Weight *to, Vec x) { store(to, x); }
+  static float widen(Stored x) { return float(x); }
+};
+
+// Rows at once, and the most columns with so many rows: enough sums to hide an addition's latency, not more than there
+// are registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRows = 6, kSums = 24;
+#else
+constexpr int kRows = 4, kSums = 8;
+#endif
+constexpr int kMostCols = 8;
+constexpr int cols_of(int rows) {
+  int cols = kMostCols;
+  while (cols * rows > kSums) cols /= 2;
+  return cols;
+}
+constexpr int64_t kAhead = 1024;  // bytes that weights are fetched ahead, where they come from memory
+
+// sums[row][lane] of `Rows` tokens and `Cols` groups of outputs.
+template <class W, int Rows, int Cols>
+__attribute__((noinline)) void multiply(const typename W::Weight *inputs, int64_t input_stride,
+                                        const typename W::Stored *weights, int64_t group_stride, int64_t steps,
+                                        float *sums, int64_t sum_stride, int64_t ahead) {
+  Vec sum[Rows][Cols] = {};
+  const typename W::Stored *column[Cols];
+#pragma GCC unroll 8
+  for (int c = 0; c < Cols; ++c) column[c] = weights + c * group_stride;
+  for (int64_t step = 0; step < steps; ++step) {
+    if constexpr (Rows <= Cols) {  // the order that needs the fewer registers
+      typename W::Weight w[Rows];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) w[r] = inputs[r * input_stride + step];
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c) {
+        const typename W::Operand b = W::operand(column[c]);
+        prefetch(reinterpret_cast<const char *>(column[c]) + ahead);
+        column[c] += kLanes * W::kPair;
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) sum[r][c] = W::add_product(sum[r][c], w[r], b);
+      }
+    } else {
+      typename W::Operand b[Cols];
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c) {
+        b[c] = W::operand(column[c]);
+        prefetch(reinterpret_cast<const char *>(column[c]) + ahead);
+        column[c] += kLanes * W::kPair;
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const typename W::Weight w = inputs[r * input_stride + step];
+#pragma GCC unroll 8
+        for (int c = 0; c < Cols; ++c) sum[r][c] = W::add_product(sum[r][c], w, b[c]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < Cols; ++c) store(sums + r * sum_stride + c * kLanes, sum[r][c]);
+}
+
+template <class W>
+struct Products {
+  decltype(&multiply<W, 1, 1>) of[kRows + 1][kMostCols + 1];
+  template <int Rows, int Cols>
+  constexpr void fill() {
+    of[Rows][Cols] = multiply<W, Rows, Cols>;
+    if constexpr (Cols > 1)
+      fill<Rows, Cols / 2>();
+    else if constexpr (Rows > 1)
+      fill<Rows - 1, cols_of(Rows - 1)>();
+  }
+  constexpr Products() : of() { fill<kRows, cols_of(kRows)>(); }
+};
+template <class W>
+constexpr Products<W> products;
+
+inline Vec erf_of(Vec x) {
+  Vec y = x;
+  for (int i = 0; i < kLanes; ++i) y[i] = std::erf(x[i]);
+  return y;
+}
+
+inline Vec activate(Vec x, int64_t kind) {
+  switch (kind) {
+    case 0: {  // x / (1 + e^-x), from the side that cannot overflow
+      Vec e = exp2_nonpositive<false>((x < 0.0f ? x : -x) * kLog2E);
+      return x * ((x < 0.0f ? e : splat(1.0f)) / (1.0f + e));
+    }
+    case 1:
+      return 0.5f * x * (1.0f + tanh_of(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+    default:
+      return 0.5f * x * (1.0f + erf_of(x * 0.7071067811865476f));
+  }
+}
+
+inline Vec square_sum(const float *x, int64_t count) {
+  Vec sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) {
+      Vec v = load<Vec>(x + i + j * kLanes);
+      sum[j] = sum[j] + v * v;
+    }
+  for (; i < count; i += kLanes) {
+    Vec v = load<Vec>(x + i);
+    sum[0] = sum[0] + v * v;
+  }
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+inline float inverse_rms(const float *x, int64_t count, double epsilon) {
+  return 1.0f / std::sqrt(lanes_sum(square_sum(x, count)) / float(count) + float(epsilon));
+}
+
+constexpr int64_t kItemBytes = 128 << 10;
+
+struct Memory {  // hands out pieces of one allocation, or counts what they would take
+  char *base;
+  int64_t used = 0;
+  template <class Element>
+  Element *take(int64_t count) {
+    char *at = base + used;
+    used += round_up(count * int64_t(sizeof(Element)), 64);
+    return reinterpret_cast<Element *>(at);
+  }
+};
+
+struct alignas(64) PaddedPhase : Phase {};
+
+// What the layers' attention shares: layers of one shape have the same tiles.
+struct Tiles {
+  const Layer *like;
+  std::vector<Tile> tiles;
+  std::vector<Unit> units;
+};
+
+bool same_shape(const Layer &a, const Layer &b) {
+  return a.heads == b.heads && a.kv_heads == b.kv_heads && a.key_dim == b.key_dim && a.value_dim == b.value_dim &&
+         a.window == b.window;
+}
+
+template <class T, class W>
+struct Run {
+  typedef typename T::Stored Stored;
+  typedef typename W::Weight Input;  // one step of a row that enters a product
+  // Whether what attention writes can enter a product as it is.
+  static constexpr bool kSame = std::is_same<typename T::Weight, Input>::value && T::kPair == W::kPair &&
+                                sizeof(Input) == sizeof(Stored) * T::kPair;
+
+  const Decoder &decoder;
+  const DecoderStep &step;
+  const int64_t tokens, threads;
+  int64_t qkv_width = 0, attended_width = 0;
+  float *hidden, *branch, *qkv;
+  Input *normed, *inner, *widened;
+  Stored *heads, *attended;
+  std::vector<PaddedPhase> phases;
+  std::deque<Step<T>> attention;
+
+  Run(const Decoder &d, const DecoderStep &s)
+      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), phases(size_t(d.num_layers * 8 + 3)) {
+    for (int64_t i = 0; i < d.num_layers; ++i) {
+      const Layer &a = d.layers[i].attention;
+      qkv_width = std::max(qkv_width, a.heads * a.key_dim + a.kv_heads * (a.key_dim + a.value_dim));
+      attended_width = std::max(attended_width, a.heads * a.value_dim);
+    }
+  }
+
+  int64_t arrange(char *base) {
+    Memory memory{base};
+    const int64_t rows = std::max(tokens, step.samples), width = decoder.hidden / W::kPair;
+    hidden = memory.take<float>(tokens * decoder.hidden);
+    branch = memory.take<float>(tokens * decoder.hidden);
+    qkv = memory.take<float>(tokens * qkv_width);
+    normed = memory.take<Input>(rows * width);
+    inner = memory.take<Input>(tokens * decoder.intermediate / W::kPair);
+    widened = memory.take<Input>(kSame ? 0 : tokens * attended_width / W::kPair);
+    heads = memory.take<Stored>(tokens * qkv_width);
+    attended = memory.take<Stored>(tokens * attended_width);
+    return memory.used;
+  }
+
+  bool prepare(Buffer &memory, Buffer &scratch, Buffer &partials, std::deque<Tiles> &shared) {
+    char *base = memory.at_least(size_t(arrange(nullptr)));
+    if (!base) return false;
+    arrange(base);
+    shared.clear();
+    for (int64_t i = 0; i < decoder.num_layers; ++i) {
+      const DecoderLayer &layer = decoder.layers[i];
+      const Layer &a = layer.attention;
+      const Stored *keys = heads + a.heads * a.key_dim, *values = keys + a.kv_heads * a.key_dim;
+      const Call call = {heads,  qkv_width, a.key_dim,   keys,        qkv_width, a.key_dim,
+                         values, qkv_width, a.value_dim, layer.sinks, attended};
+      Tiles *tiles = nullptr;
+      for (Tiles &known : shared)
+        if (same_shape(*known.like, a)) tiles = &known;
+      const bool first = !tiles;
+      if (first) {
+        shared.push_back({&a, {}, {}});
+        tiles = &shared.back();
+      }
+      attention.emplace_back(a, *step.plan, call, tiles->tiles, tiles->units);
+      Step<T> &mine = attention.back();
+      if (first)
+        mine.measure();
+      else
+        mine.measure_like(attention[index_of(tiles->like)]);
+    }
+    int64_t most_scratch = 0, most_partials = 0;
+    for (Step<T> &each : attention) {
+      most_scratch = std::max(most_scratch, each.scratch_bytes * threads);
+      most_partials = std::max(most_partials, each.partial_bytes());
+    }
+    char *scratch_base = scratch.at_least(size_t(most_scratch)), *partial_base = partials.at_least(size_t(most_partials));
+    if (!scratch_base || (most_partials && !partial_base)) return false;
+    for (Step<T> &each : attention) each.use(scratch_base, partial_base);
+    return true;
+  }
+
+  size_t index_of(const Layer *layer) const {
+    for (int64_t i = 0; i < decoder.num_layers; ++i)
+      if (&decoder.layers[i].attention == layer) return size_t(i);
+    return 0;
+  }
+
+  // -- products
+
+  // A product over all rows: `done(row, group, cols, sums)` gets `cols` vectors of outputs.
+  template <class Done>
+  void product(Phase &phase, const Matrix &matrix, const Input *inputs, int64_t rows, Done done) {
+    const int64_t steps = matrix.inputs / W::kPair, groups = (matrix.outputs + kLanes - 1) / kLanes;
+    const int64_t group_stride = steps * kLanes * W::kPair;
+    const int64_t chunks = (rows + kRows - 1) / kRows, most_cols = cols_of(int((rows + chunks - 1) / chunks));
+    // What an item has of the weights stays in the cache while its rows pass; the items are small enough for the
+    // threads to end together.
+    const int64_t group_bytes = group_stride * int64_t(sizeof(typename W::Stored));
+    int64_t each = most_cols;
+    while (2 * each * group_bytes <= kItemBytes && groups >= 12 * threads * each) each *= 2;
+    const int64_t items = (groups + each - 1) / each;
+    const auto *weights = static_cast<const typename W::Stored *>(matrix.weights);
+    phase.run(items, [&](int64_t item) {
+      alignas(64) float sums[kRows * cols_of(kRows) > kMostCols ? kRows * cols_of(kRows) * kLanes : kMostCols * kLanes];
+      const int64_t last = std::min(groups, (item + 1) * each);
+      for (int64_t i = 0; i < chunks; ++i) {
+        const int64_t row = rows * i / chunks, count = rows * (i + 1) / chunks - row;
+        for (int64_t group = item * each, cols; group < last; group += cols) {
+          cols = std::min<int64_t>(most_cols, cols_of(int(count)));
+          while (cols > last - group) cols /= 2;
+          products<W>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride, steps,
+                                      sums, cols * kLanes, i ? 0 : kAhead);
+          for (int64_t r = 0; r < count; ++r) {
+            float *own = sums + r * cols * kLanes;
+            for (int64_t c = 0; c < cols * kLanes; c += kLanes) {
+              Vec sum = load<Vec>(own + c);
+              if (matrix.scales) sum = sum * load<Vec>(matrix.scales + group * kLanes + c);
+              if (matrix.bias) sum = sum + load<Vec>(matrix.bias + group * kLanes + c);
+              store(own + c, sum);
+            }
+            done(row + r, group, cols, own);
+          }
+        }
+      }
+    });
+    phase.wait(items);
+  }
+
+  // hidden += outputs, or where a norm comes in between, branch = outputs.
+  void add(int64_t row, int64_t group, int64_t cols, const float *sums, bool norm_follows) const {
+    float *to = (norm_follows ? branch : hidden) + row * decoder.hidden + group * kLanes;
+    const float scale = float(decoder.residual_scale);
+    for (int64_t c = 0; c < cols * kLanes; c += kLanes)
+      store(to + c, norm_follows ? load<Vec>(sums + c) : load<Vec>(to + c) + load<Vec>(sums + c) * scale);
+  }
+
+  void activate_inner(int64_t row, int64_t group, int64_t cols, const float *sums) const {
+    Input *to = inner + row * (decoder.intermediate / W::kPair);
+    for (int64_t c = 0; c < cols; c += decoder.gated ? 2 : 1) {
+      Vec x = activate(load<Vec>(sums + c * kLanes), decoder.activation);
+      if (decoder.gated) x = x * load<Vec>(sums + (c + 1) * kLanes);
+      W::pack_vector(to + (group + c) / (decoder.gated ? 2 : 1) * (kLanes / W::kPair), x);
+    }
+  }
+
+  // -- rows
+
+  template <class Body>
+  void rows(Phase &phase, int64_t count, Body body) {
+    phase.run(count, body);
+    phase.wait(count);
+  }
+
+  // The embedding is packed like the weights of a product: an output is a token, an input a dimension.
+  void embed(int64_t token) const {
+    const Matrix &matrix = decoder.embedding;
+    const int64_t id = step.token_ids[token], steps = decoder.hidden / W::kPair;
+    const auto *from = static_cast<const typename W::Stored *>(matrix.weights) +
+                       (id / kLanes * steps * kLanes + id % kLanes) * W::kPair;
+    float *to = hidden + token * decoder.hidden;
+    const float scale = float(decoder.embedding_scale) * (matrix.scales ? matrix.scales[id] : 1.0f);
+    for (int64_t i = 0; i < steps; ++i, from += kLanes * W::kPair)
+      for (int p = 0; p < W::kPair; ++p) to[i * W::kPair + p] = W::widen(from[p]) * scale;
+  }
+
+  void enter(const float *x, const Norm &norm, Input *to) const {
+    const float factor = norm.weight ? inverse_rms(x, decoder.hidden, norm.epsilon) : 1.0f;
+    for (int64_t i = 0; i < decoder.hidden; i += kLanes) {
+      Vec v = load<Vec>(x + i);
+      if (norm.weight) v = v * factor * load<Vec>(norm.weight + i);
+      W::pack_vector(to + i / W::kPair, v);
+    }
+  }
+
+  void enter_next(int64_t token, const Norm &norm) const {
+    enter(hidden + token * decoder.hidden, norm, normed + token * (decoder.hidden / W::kPair));
+  }
+
+  // hidden += norm(branch), where the branch has a norm of its own.
+  void leave(int64_t token, const Norm &norm) const {
+    if (!norm.weight) return;
+    float *to = hidden + token * decoder.hidden;
+    const float *x = branch + token * decoder.hidden;
+    const float factor = inverse_rms(x, decoder.hidden, norm.epsilon), scale = float(decoder.residual_scale);
+    for (int64_t i = 0; i < decoder.hidden; i += kLanes)
+      store(to + i, load<Vec>(to + i) + load<Vec>(x + i) * factor * load<Vec>(norm.weight + i) * scale);
+  }
+
+  static void norm_heads(float *x, int64_t count, const Norm &norm) {
+    if (!norm.weight) return;
+    const int64_t size = norm.size ? norm.size : count;
+    for (int64_t start = 0; start < count; start += size) {
+      const float factor = inverse_rms(x + start, size, norm.epsilon);
+      for (int64_t i = 0; i < size; i += kLanes)
+        store(x + start + i, load<Vec>(x + start + i) * factor * load<Vec>(norm.weight + i));
+    }
+  }
+
+  void rotate(float *x, int64_t count, int64_t dim, const float *cosine, const float *sine) const {
+    const int64_t half = decoder.rotary / 2;
+    for (int64_t head = 0; head < count; head += dim)
+      for (int64_t i = head; i < head + half; ++i) {
+        const float a = x[i], b = x[i + half], c = cosine[i - head], s = sine[i - head];
+        x[i] = a * c - b * s;
+        x[i + half] = b * c + a * s;
+      }
+  }
+
+  void position(int64_t token, const DecoderLayer &layer) const {
+    const Layer &a = layer.attention;
+    const int64_t q = a.heads * a.key_dim, k = a.kv_heads * a.key_dim, width = q + k + a.kv_heads * a.value_dim;
+    float *x = qkv + token * qkv_width;
+    norm_heads(x, q, layer.query_norm);
+    norm_heads(x + q, k, layer.key_norm);
+    if (layer.cosines) {
+      const int64_t at = int64_t(step.positions[token]) * (decoder.rotary / 2);
+      rotate(x, q, a.key_dim, layer.cosines + at, layer.sines + at);
+      rotate(x + q, k, a.key_dim, layer.cosines + at, layer.sines + at);
+    }
+    Stored *to = heads + token * qkv_width;
+    for (int64_t i = 0; i < width; ++i) to[i] = T::narrow(x[i]);
+  }
+
+  void widen(int64_t token, int64_t width) const {
+    const Stored *from = attended + token * width;
+    alignas(64) float lanes[kLanes];
+    for (int64_t i = 0; i < width; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) lanes[j] = T::widen(from[i + j]);
+      W::pack_vector(widened + (token * width + i) / W::kPair, load<Vec>(lanes));
+    }
+  }
+
+  const Input *attended_inputs() const {
+    if constexpr (kSame)
+      return reinterpret_cast<const Input *>(attended);
+    else
+      return widened;
+  }
+
+  // -- the step
+
+  void work() {
+    Phase *phase = nullptr;
+    size_t at = 0;
+    auto next = [&]() -> Phase & { return *(phase = &phases[at++]); };
+    rows(next(), tokens, [&](int64_t token) {
+      embed(token);
+      enter_next(token, decoder.layers[0].before_attention);
+    });
+    for (int64_t i = 0; i < decoder.num_layers; ++i) {
+      const DecoderLayer &layer = decoder.layers[i];
+      const Norm &following = i + 1 < decoder.num_layers ? decoder.layers[i + 1].before_attention : decoder.norm;
+      product(next(), layer.qkv, normed, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+        std::memcpy(qkv + row * qkv_width + group * kLanes, sums, size_t(cols * kLanes) * sizeof(float));
+      });
+      rows(next(), tokens, [&](int64_t token) { position(token, layer); });
+      attention[size_t(i)].work();
+      attention[size_t(i)].wait();
+      const int64_t width = layer.attention.heads * layer.attention.value_dim;
+      if (!kSame) rows(next(), tokens, [&](int64_t token) { widen(token, width); });
+      product(next(), layer.output, attended_inputs(), tokens,
+              [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                add(row, group, cols, sums, layer.after_attention.weight);
+              });
+      rows(next(), tokens, [&](int64_t token) {
+        leave(token, layer.after_attention);
+        enter_next(token, layer.before_mlp);
+      });
+      product(next(), layer.gate_up, normed, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+        activate_inner(row, group, cols, sums);
+      });
+      product(next(), layer.down, inner, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+        add(row, group, cols, sums, layer.after_mlp.weight);
+      });
+      rows(next(), tokens, [&](int64_t token) {
+        leave(token, layer.after_mlp);
+        if (i + 1 < decoder.num_layers) enter_next(token, following);
+      });
+    }
+    if (!step.samples) return;
+    rows(next(), step.samples, [&](int64_t sample) {
+      enter(hidden + step.sample_index[sample] * decoder.hidden, decoder.norm,
+            normed + sample * (decoder.hidden / W::kPair));
+    });
+    product(next(), decoder.head, normed, step.samples,
+            [&](int64_t row, int64_t group, int64_t cols, float *sums) { write_logits(row, group, cols, sums); });
+  }
+
+  void write_logits(int64_t row, int64_t group, int64_t cols, float *sums) const {
+    const float scale = float(decoder.logit_scale), cap = float(decoder.logit_cap);
+    for (int64_t c = 0; c < cols * kLanes; c += kLanes) {
+      Vec x = load<Vec>(sums + c) * scale;
+      store(sums + c, cap != 0 ? tanh_of(x / cap) * cap : x);
+    }
+    const int64_t count = std::min(cols * kLanes, decoder.head.outputs - group * kLanes);
+    std::memcpy(step.logits + row * decoder.head.outputs + group * kLanes, sums, size_t(count) * sizeof(float));
+  }
+};
+
+template <class T, class W>
+int run_decoder(const Decoder &decoder, const DecoderStep &step) {
+  static thread_local Buffer memory, scratch, partials;
+  static thread_local std::deque<Tiles> shared;
+  Run<T, W> run(decoder, step);
+  if (!run.prepare(memory, scratch, partials, shared)) return 1;
+  GOMP_parallel([](void *data) { static_cast<Run<T, W> *>(data)->work(); }, &run, unsigned(step.plan->threads), 0);
+  return 0;
+}
+
+template <class T>
+int run_decoder(const Decoder &decoder, const DecoderStep &step) {
+  if constexpr (std::is_same<T, BFloat16>::value)
+    if (decoder.int8) return run_decoder<T, Int8>(decoder, step);
+  return run_decoder<T, T>(decoder, step);
+}
+
+// -- packing
+
+struct Packing {
+  const void *from;
+  int64_t outputs, inputs, row_stride;
+  void *to;
+  int64_t first_group, group_step;
+  float *scales;
+  int64_t threads;
+};
+
+template <class T, class W>
+void pack_group(const Packing &p, int64_t group) {
+  const int64_t steps = p.inputs / W::kPair;
+  auto *to = static_cast<typename W::Stored *>(p.to) + (p.first_group + group * p.group_step) * p.inputs * kLanes;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int64_t output = group * kLanes + lane;
+    const auto *row = static_cast<const typename T::Stored *>(p.from) + output * p.row_stride;
+    if (output >= p.outputs) {
+      for (int64_t step = 0; step < steps; ++step)
+        for (int i = 0; i < W::kPair; ++i) to[(step * kLanes + lane) * W::kPair + i] = 0;
+    } else if constexpr (std::is_same<W, Int8>::value) {
+      float most = 0;
+      for (int64_t i = 0; i < p.inputs; ++i) most = std::max(most, std::fabs(T::widen(row[i])));
+      const float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
+      p.scales[(p.first_group + group * p.group_step) * kLanes + lane] = scale;
+      for (int64_t i = 0; i < p.inputs; ++i) to[i * kLanes + lane] = int8_t(std::nearbyint(T::widen(row[i]) * inverse));
+    } else {
+      for (int64_t step = 0; step < steps; ++step)
+        std::memcpy(to + (step * kLanes + lane) * W::kPair, row + step * W::kPair, sizeof(*row) * W::kPair);
+    }
+  }
+}
+
+template <class T, class W>
+void pack(const Packing &packing) {
+  struct Work {
+    const Packing &packing;
+    Phase phase;
+  } work{packing, {}};
+  GOMP_parallel(
+      [](void *data) {
+        Work &mine = *static_cast<Work *>(data);
+        const int64_t groups = (mine.packing.outputs + kLanes - 1) / kLanes;
+        mine.phase.run(groups, [&](int64_t group) { pack_group<T, W>(mine.packing, group); });
+      },
+      &work, unsigned(packing.threads), 0);
+}
+
+}  // namespace
+
+// Outputs that lie beside each other in packed weights.
+extern "C" int64_t decoder_lanes() { return kLanes; }
+
+// Inputs that lie beside each other in packed weights of a dtype.
+extern "C" int64_t decoder_pair(int64_t dtype) { return dtype == 1 ? BFloat16::kPair : 1; }
+
+// Packs (outputs, inputs) of a dtype; bfloat16 with scales to int8, with one scale for each output. Group g of the outputs
+// becomes group first_group + g * group_step.
+extern "C" void decoder_pack(int64_t dtype, const void *from, int64_t outputs, int64_t inputs, int64_t row_stride,
+                             void *to, int64_t first_group, int64_t group_step, float *scales, int64_t threads) {
+  const Packing packing = {from, outputs, inputs, row_stride, to, first_group, group_step, scales, threads};
+  switch (dtype) {
+    case 0:
+      return pack<Float32, Float32>(packing);
+    case 1:
+      return scales ? pack<BFloat16, Int8>(packing) : pack<BFloat16, BFloat16>(packing);
+    default:
+      return pack<Float16, Float16>(packing);
+  }
+}
+
+// Returns 0, or 1 when there is no memory for the step, which the calling thread keeps for its next one.
+extern "C" int decoder_step(const Decoder *decoder, const DecoderStep *step) {
+  switch (decoder->dtype) {
+    case 0:
+      return run_decoder<Float32>(*decoder, *step);
+    case 1:
+      return run_decoder<BFloat16>(*decoder, *step);
+    default:
+      return run_decoder<Float16>(*decoder, *step);
+  }
+}

@@ -1,0 +1,216 @@
+"""`CompiledDecoder`: a decoder whose whole step is one call of compiled code, without the GIL.
+
+Owned by the step thread. What the code does is described at the top of decoder.cpp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from asyncengine.model.attention.cpu import CpuCache, CpuPlan
+from asyncengine.model.decoder.blueprint import Blueprint, LayerParts, NormPart
+from asyncengine.model.decoder.weights import (
+    DTYPES,
+    MatrixStruct,
+    NormStruct,
+    PackedMatrix,
+    PackedNorm,
+    release,
+)
+from asyncengine.step.batch import StepBatch
+
+
+class _AttentionStruct(ctypes.Structure):
+    """As `Layer` in paged_attention.cpp."""
+
+    _fields_ = (
+        ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in (
+            "dtype", "page_size", "heads", "kv_heads", "key_dim", "value_dim", "window",
+        )),
+        ("scaling", ctypes.c_double), ("soft_cap", ctypes.c_double),
+    )  # fmt: skip
+
+
+class _LayerStruct(ctypes.Structure):
+    """As `DecoderLayer`."""
+
+    _fields_ = (
+        *((name, NormStruct) for name in (
+            "before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm",
+        )),
+        *((name, MatrixStruct) for name in ("qkv", "output", "gate_up", "down")),
+        ("cosines", ctypes.c_void_p), ("sines", ctypes.c_void_p), ("sinks", ctypes.c_void_p),
+        ("attention", _AttentionStruct),
+    )  # fmt: skip
+
+
+class _DecoderStruct(ctypes.Structure):
+    """As `Decoder`."""
+
+    _fields_ = (
+        ("layers", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in (
+            "num_layers", "dtype", "int8", "hidden", "intermediate", "rotary", "activation", "gated",
+        )),
+        ("embedding", MatrixStruct),
+        *((name, ctypes.c_double) for name in ("embedding_scale", "residual_scale", "logit_scale", "logit_cap")),
+        ("norm", NormStruct), ("head", MatrixStruct),
+    )  # fmt: skip
+
+
+class _StepStruct(ctypes.Structure):
+    """As `DecoderStep`."""
+
+    _fields_ = (
+        ("token_ids", ctypes.c_void_p), ("positions", ctypes.c_void_p), ("sample_index", ctypes.c_void_p),
+        ("samples", ctypes.c_int64), ("logits", ctypes.c_void_p), ("plan", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+class _Layer:
+    """One layer's weights."""
+
+    def __init__(self, library: Any, parts: LayerParts, int8: bool) -> None:
+        def packed(linears: Sequence[nn.Linear], interleaved: bool = False) -> PackedMatrix:
+            weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+            matrix = PackedMatrix(library, weights, biases, interleaved=interleaved, int8=int8)
+            for linear in linears:
+                release(linear, "weight")
+                release(linear, "bias")
+            return matrix
+
+        spec = parts.recorded.spec
+        self.matrices = {
+            "qkv": (packed(parts.qkv), parts.qkv),
+            "output": (packed([parts.output]), (parts.output,)),
+            "gate_up": (packed(parts.gate_up, interleaved=True), parts.gate_up),
+            "down": (packed([parts.down]), (parts.down,)),
+        }
+        self.norms = {
+            "before_attention": (PackedNorm(parts.before_attention), parts.before_attention),
+            "after_attention": (PackedNorm(parts.after_attention), parts.after_attention),
+            "before_mlp": (PackedNorm(parts.before_mlp), parts.before_mlp),
+            "after_mlp": (PackedNorm(parts.after_mlp), parts.after_mlp),
+            "query_norm": (PackedNorm(parts.query_norm, spec.num_heads * spec.key_dim), parts.query_norm),
+            "key_norm": (PackedNorm(parts.key_norm, spec.num_kv_heads * spec.key_dim), parts.key_norm),
+        }
+        self.sinks = None if parts.recorded.sinks is None else parts.recorded.sinks.float().contiguous()
+        self.spec = spec
+
+
+class CompiledDecoder:
+    """A model's weights, packed, and the code that runs them.
+
+    Args:
+        blueprint: The model's parts. They give their weights up.
+        library: The compiled code.
+        dtype: Of weights and KV cache.
+        int8: Whether the weights are stored as int8 with one scale for each output.
+    """
+
+    def __init__(self, blueprint: Blueprint, library: Any, dtype: torch.dtype, int8: bool = False) -> None:
+        self._library = library
+        self.int8 = int8
+        self._rotation = (blueprint.cosines, blueprint.sines)
+        self._layers = [_Layer(library, parts, int8) for parts in blueprint.layers]
+        self._norm = (PackedNorm(blueprint.norm), blueprint.norm)
+        for _, part in self._norms():
+            if part is not None:
+                release(part.module, "weight")
+        tied = blueprint.head.weight is blueprint.embedding.weight
+        self._head = PackedMatrix(library, [blueprint.head.weight], [blueprint.head.bias], int8=int8)
+        self._embedding = self._head if tied else PackedMatrix(library, [blueprint.embedding.weight], [None], int8=int8)
+        for module in (blueprint.head, blueprint.embedding):
+            release(module, "weight")
+        if tied:
+            blueprint.head.weight = blueprint.embedding.weight
+        release(blueprint.head, "bias")
+        self._modules = (blueprint.embedding, blueprint.head)
+        self.vocab_size = blueprint.head.out_features
+        embedding = MatrixStruct.from_buffer_copy(self._embedding.struct)
+        embedding.bias = None
+        self._layer_structs = (_LayerStruct * len(self._layers))()
+        self._struct = _DecoderStruct(
+            ctypes.addressof(self._layer_structs),
+            len(self._layers),
+            DTYPES[dtype],
+            int(int8),
+            blueprint.embedding.embedding_dim,
+            blueprint.layers[0].down.in_features,
+            2 * blueprint.cosines.shape[1],
+            blueprint.activation,
+            int(len(blueprint.layers[0].gate_up) > 1),
+            embedding,
+            blueprint.embedding_scale,
+            blueprint.residual_scale,
+            blueprint.logit_scale,
+            blueprint.logit_cap,
+            self._norm[0].struct,
+            self._head.struct,
+        )
+        self._step = _StepStruct()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        layers = sum(matrix.nbytes for layer in self._layers for matrix, _ in layer.matrices.values())
+        return layers + self._head.nbytes + (0 if self._embedding is self._head else self._embedding.nbytes)
+
+    def bind(self, caches: Sequence[CpuCache]) -> None:
+        """Uses a KV cache from now on."""
+        for struct, layer, cache in zip(self._layer_structs, self._layers, caches, strict=True):
+            for name, (norm, _) in layer.norms.items():
+                setattr(struct, name, norm.struct)
+            for name, (matrix, _) in layer.matrices.items():
+                setattr(struct, name, matrix.struct)
+            struct.cosines, struct.sines = (table.data_ptr() for table in self._rotation)
+            struct.sinks = None if layer.sinks is None else layer.sinks.data_ptr()
+            described = cache.layers.get(layer.spec) or cache.layer(layer.spec)
+            struct.attention = _AttentionStruct.from_buffer_copy(described.buffer)
+
+    def logits(self, batch: StepBatch, plan: CpuPlan) -> torch.Tensor:
+        """Runs a step; returns (M, vocabulary) float32, one row per entry of `batch.sample_index`."""
+        ids = np.ascontiguousarray(batch.token_ids, np.int32)
+        positions = np.ascontiguousarray(batch.positions, np.int32)
+        index = np.ascontiguousarray(batch.sample_index, np.int64)
+        logits = torch.empty(len(index), self.vocab_size)
+        step = self._step
+        step.token_ids, step.positions, step.sample_index = ids.ctypes.data, positions.ctypes.data, index.ctypes.data
+        step.samples, step.logits, step.plan = len(index), logits.data_ptr(), plan.address
+        if self._library.decoder_step(ctypes.addressof(self._struct), ctypes.addressof(step)):
+            raise MemoryError("no memory for the activations of a step")
+        return logits
+
+    def writers(
+        self,
+    ) -> dict[int, tuple[Callable[[torch.Tensor], None], Callable[[], Callable[[], None]]]]:
+        """For each parameter that was packed, by its identity: what writes a new value, and what makes a restorer."""
+        found: dict[int, tuple[Callable[[torch.Tensor], None], Callable[[], Callable[[], None]]]] = {}
+
+        def note(matrix: PackedMatrix, part: int, linear: nn.Linear | nn.Embedding) -> None:
+            found[id(linear.weight)] = (lambda value: matrix.write(part, value), matrix.restorer)
+            bias = getattr(linear, "bias", None)
+            if bias is not None:
+                found[id(bias)] = (lambda value: matrix.write_bias(part, value), matrix.restorer)
+
+        for layer in self._layers:
+            for matrix, linears in layer.matrices.values():
+                for part, linear in enumerate(linears):
+                    note(matrix, part, linear)
+        embedding, head = self._modules
+        note(self._embedding, 0, embedding)
+        note(self._head, 0, head)
+        for norm, norm_part in self._norms():
+            if norm_part is not None:
+                found[id(norm_part.module.weight)] = (norm.write, norm.restorer)
+        return found
+
+    def _norms(self) -> list[tuple[PackedNorm, NormPart | None]]:
+        return [self._norm, *(norm for layer in self._layers for norm in layer.norms.values())]

@@ -1,0 +1,168 @@
+"""Weights in the order in which the compiled step reads them. Owned by the step thread once the model serves.
+
+The modules they come from keep their names, shapes and dtypes and let their own copies go.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncengine.model.decoder.blueprint import NormPart
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_HUGE = 1 << 21  # bytes
+
+
+class MatrixStruct(ctypes.Structure):
+    """As `Matrix` in decoder.cpp."""
+
+    _fields_ = (
+        ("weights", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class NormStruct(ctypes.Structure):
+    """As `Norm` in decoder.cpp."""
+
+    _fields_ = (("weight", ctypes.c_void_p), ("size", ctypes.c_int64), ("epsilon", ctypes.c_double))
+
+
+class PackedMatrix:
+    """One or several linear layers that have the same input, as one matrix.
+
+    Args:
+        library: The compiled code.
+        weights: (outputs, inputs) each, of one dtype.
+        biases: Theirs; None where there is none.
+        interleaved: Whether their groups of outputs take turns, as gate and up do; otherwise they follow each other.
+        int8: Whether to store bytes, with one scale for each output.
+    """
+
+    def __init__(
+        self,
+        library: Any,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor | None],
+        *,
+        interleaved: bool = False,
+        int8: bool = False,
+    ) -> None:
+        self._library = library
+        lanes = int(library.decoder_lanes())
+        groups = [-(-weight.shape[0] // lanes) for weight in weights]
+        inputs = weights[0].shape[1]
+        step = len(weights) if interleaved else 1
+        starts = range(len(weights)) if interleaved else [sum(groups[:i]) for i in range(len(weights))]
+        self._places = [(start, step) for start in starts]
+        self._lanes = lanes
+        outputs = sum(groups) * lanes if len(weights) > 1 else weights[0].shape[0]
+        self.dtype = weights[0].dtype
+        self.weights = _huge(sum(groups) * lanes * inputs, torch.int8 if int8 else self.dtype, library)
+        self.scales = torch.zeros(sum(groups) * lanes) if int8 else None
+        self.bias = torch.zeros(sum(groups) * lanes) if any(bias is not None for bias in biases) else None
+        for part, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            self.write(part, weight)
+            if bias is not None:
+                self.write_bias(part, bias)
+        self.struct = MatrixStruct(
+            self.weights.data_ptr(),
+            None if self.scales is None else self.scales.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            outputs,
+            inputs,
+        )
+
+    def write(self, part: int, weight: torch.Tensor) -> None:
+        """Packs one layer's weights into their place; without the GIL."""
+        weight = weight.detach().to(self.dtype)
+        if weight.stride(1) != 1:
+            weight = weight.contiguous()
+        start, step = self._places[part]
+        self._library.decoder_pack(
+            DTYPES[self.dtype],
+            weight.data_ptr(),
+            weight.shape[0],
+            weight.shape[1],
+            weight.stride(0),
+            self.weights.data_ptr(),
+            start,
+            step,
+            None if self.scales is None else self.scales.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def write_bias(self, part: int, bias: torch.Tensor) -> None:
+        """Writes one layer's bias."""
+        assert self.bias is not None
+        start, step = self._places[part]
+        values = bias.detach().float()
+        for group in range(-(-len(values) // self._lanes)):
+            own = values[group * self._lanes : (group + 1) * self._lanes]
+            at = (start + group * step) * self._lanes
+            self.bias[at : at + len(own)] = own
+
+    def restorer(self) -> Callable[[], None]:
+        """What puts the present contents back."""
+        tensors = [tensor for tensor in (self.weights, self.scales, self.bias) if tensor is not None]
+        kept = [tensor.clone() for tensor in tensors]
+
+        def restore() -> None:
+            for tensor, old in zip(tensors, kept, strict=True):
+                tensor.copy_(old)
+
+        return restore
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return sum(tensor.nbytes for tensor in (self.weights, self.scales, self.bias) if tensor is not None)
+
+
+class PackedNorm:
+    """The weight of a norm, as float32."""
+
+    def __init__(self, part: NormPart | None, whole: int = 0) -> None:
+        self.offset = 0.0 if part is None else part.offset
+        self.weight: torch.Tensor | None = None
+        self.struct = NormStruct(None, 0, 0.0)
+        if part is not None:
+            weight = part.module.weight
+            assert isinstance(weight, torch.Tensor)
+            self.weight = torch.empty(weight.numel())
+            self.write(weight)
+            size = 0 if weight.numel() == whole else weight.numel()
+            self.struct = NormStruct(self.weight.data_ptr(), size, part.epsilon)
+
+    def write(self, weight: torch.Tensor) -> None:
+        """Replaces the weight."""
+        assert self.weight is not None
+        self.weight.copy_(weight.detach().float() + self.offset)
+
+    def restorer(self) -> Callable[[], None]:
+        """What puts the present contents back."""
+        weight = self.weight
+        assert weight is not None
+        kept = weight.clone()
+        return lambda: (weight.copy_(kept), None)[1]
+
+
+def release(module: nn.Module, name: str) -> None:
+    """Lets a parameter's memory go; its name, shape and dtype stay."""
+    parameter = getattr(module, name)
+    if parameter is not None:
+        setattr(module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+
+
+def _huge(count: int, dtype: torch.dtype, library: Any) -> torch.Tensor:
+    """An uninitialised tensor on huge pages, where the system has them."""
+    memory = torch.empty(count + _HUGE // dtype.itemsize, dtype=dtype)
+    skip = -memory.data_ptr() % _HUGE // dtype.itemsize
+    tensor = memory[skip : skip + count]
+    library.paged_attention_advise(tensor.data_ptr(), tensor.nbytes)
+    return tensor

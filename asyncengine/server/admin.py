@@ -1,0 +1,132 @@
+"""Routes for whoever runs the engine: reload, unload, reset, abort, trace. Off unless asked for, behind the API key."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, Literal
+
+import anyio.to_thread
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from asyncengine.config import EngineConfig
+from asyncengine.server.refusal import Refusal
+from asyncengine.server.service import Service, reply
+from asyncengine.server.sse import EventStream, named
+from asyncengine.server.wire import Body
+
+_LOOK_SECONDS = 0.05
+"""How often a load is looked at while somebody watches it."""
+
+
+class ReloadBody(msgspec.Struct, kw_only=True):
+    """What ``/admin/reload`` takes: fields of the engine's configuration, and what happens to requests in flight."""
+
+    config: dict[str, Any]
+    in_flight: Literal["abort", "wait", "carry"] = "abort"
+    stream: bool = True
+
+
+class AbortBody(msgspec.Struct, kw_only=True):
+    """What ``/admin/abort`` takes: the id of a response."""
+
+    request_id: str
+
+
+class TraceBody(msgspec.Struct, kw_only=True):
+    """What ``/admin/trace`` takes."""
+
+    action: Literal["start", "stop", "clear"]
+
+
+class NothingBody(msgspec.Struct, kw_only=True):
+    """An empty object: what says that nobody was tricked into sending this."""
+
+
+RELOAD, ABORT, TRACE, NOTHING = Body(ReloadBody), Body(AbortBody), Body(TraceBody), Body(NothingBody)
+
+
+def routes(service: Service) -> list[Route]:
+    """The routes; none unless the settings want them."""
+    if not service.settings.admin:
+        return []
+    engine = service.engine
+    loads: set[asyncio.Task[EngineConfig]] = set()
+
+    async def reload(request: Request) -> Response:
+        body, headers = await service.read(request, RELOAD)
+        try:
+            config = EngineConfig.from_dict(body.config)
+        except TypeError as error:
+            raise Refusal(400, f"config: {error}", "invalid_field", "config") from error
+        load = asyncio.ensure_future(engine.reload(config, body.in_flight))
+        loads.add(load)  # goes on when the client leaves
+        load.add_done_callback(loads.discard)
+        load.add_done_callback(_retrieve)
+        if body.stream:
+            return EventStream(_progress(service, load), headers, service.settings.ping_seconds)
+        complete = await asyncio.shield(load)
+        return reply({"config": msgspec.to_builtins(complete)}, headers=headers)
+
+    async def unload(request: Request) -> Response:
+        await service.read(request, NOTHING)
+        await engine.unload()
+        return reply({"state": engine.state.value})
+
+    async def reset(request: Request) -> Response:
+        await service.read(request, NOTHING)
+        await engine.reset()
+        return reply({"state": engine.state.value})
+
+    async def abort(request: Request) -> Response:
+        body, _ = await service.read(request, ABORT)
+        await engine.abort_request(body.request_id)
+        return reply({"request_id": body.request_id})
+
+    async def change_trace(request: Request) -> Response:
+        body, _ = await service.read(request, TRACE)
+        {"start": engine.trace.start, "stop": engine.trace.stop, "clear": engine.trace.clear}[body.action]()
+        return reply({"enabled": engine.trace.enabled, "events": len(engine.trace)})
+
+    async def read_trace(request: Request) -> Response:
+        text = await anyio.to_thread.run_sync(engine.trace.to_json)
+        return Response(text, media_type="application/json")
+
+    return [
+        Route("/admin/reload", reload, methods=["POST"]),
+        Route("/admin/unload", unload, methods=["POST"]),
+        Route("/admin/reset", reset, methods=["POST"]),
+        Route("/admin/abort", abort, methods=["POST"]),
+        Route("/admin/trace", change_trace, methods=["POST"]),
+        Route("/admin/trace", read_trace, methods=["GET"]),
+    ]
+
+
+def _retrieve(load: asyncio.Task[EngineConfig]) -> None:
+    if not load.cancelled():
+        load.exception()  # whoever watched has been told
+
+
+async def _progress(service: Service, load: asyncio.Task[EngineConfig]) -> AsyncGenerator[bytes, None]:
+    """What the load is doing, whenever that changes; then how it ended."""
+    begun, last = time.perf_counter(), None
+    while not load.done():
+        health = service.engine.health()
+        now = (health.state.value, health.loading)
+        if now != last:
+            last = now
+            seconds = round(time.perf_counter() - begun, 3)
+            yield named("progress", {"state": now[0], "doing": now[1], "seconds": seconds})
+        await asyncio.wait([load], timeout=_LOOK_SECONDS)
+    try:
+        config = load.result()
+    except Exception as error:
+        yield named("error", service.refusal(error).payload())
+    else:
+        service.problem = None
+        seconds = round(time.perf_counter() - begun, 3)
+        yield named("done", {"config": msgspec.to_builtins(config), "seconds": seconds})

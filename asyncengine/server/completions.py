@@ -1,0 +1,204 @@
+"""``/v1/completions``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from asyncengine.loop.prepare import Prompt
+from asyncengine.outputs import FinishReason, RequestOutput
+from asyncengine.server.answer import Answer, new_id, now
+from asyncengine.server.chunks import Completion, CompletionChoice, CompletionLogprobs, UsageRecord
+from asyncengine.server.logprobs import CompletionTokens
+from asyncengine.server.refusal import Refusal
+from asyncengine.server.sampling import IGNORED, Sampling, generation_config, request_options
+from asyncengine.server.service import Service, reply
+from asyncengine.server.sse import DONE, EventStream, data, unless_gone
+from asyncengine.server.wire import Body
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's."""
+
+
+class CompletionBody(Sampling, kw_only=True):
+    """What the route takes."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+    echo: bool = False
+    best_of: int | None = None
+
+
+BODY = Body(
+    CompletionBody,
+    ignored=IGNORED,
+    refused={
+        "suffix": "the model is not asked to fill a gap",
+        "prompt_logprobs": "the engine has no log-probabilities of prompts",
+        "use_beam_search": "there is no beam search here",
+        "messages": "it is a field of /v1/chat/completions",
+        "tools": "it is a field of /v1/chat/completions",
+        "top_logprobs": "here, logprobs is the number",
+        "max_completion_tokens": "it is a field of /v1/chat/completions; use max_tokens",
+    },
+    harmless={"suffix": ("",)},
+)
+
+
+class Completing:
+    """One request to the route, checked."""
+
+    def __init__(self, service: Service, body: CompletionBody, label: str) -> None:
+        self.service = service
+        self.body = body
+        self.model = service.check_serving(body.model)
+        self.id = new_id("cmpl")
+        self.created = now()
+        self.tokenizer = service.tokenizer()
+        if body.best_of is not None and body.best_of != body.n:
+            message = f"best_of is {body.best_of}; allowed: n = {body.n}: branches are not ranked"
+            raise Refusal(400, message, "unsupported_field", "best_of")
+        if body.echo and body.logprobs is not None:
+            message = "echo with logprobs cannot be honoured: the engine has no log-probabilities of prompts"
+            raise Refusal(400, message, "unsupported_field", "echo")
+        changes = {"logprobs": body.logprobs is not None, "top_logprobs": body.logprobs or 0}
+        if body.max_tokens is None:
+            changes["max_tokens"] = max(DEFAULT_MAX_TOKENS, body.min_tokens)
+        self.config = generation_config(body, **changes)
+        self.options = request_options(body, self.id, label)
+        self.prompts = _prompts(body.prompt)
+
+    async def begin(self) -> Answer:
+        """Adds the requests to the engine."""
+        engine = self.service.engine
+        if len(self.prompts) == 1:
+            return Answer((await engine.add_request(self.prompts[0], self.config, self.options),), self.service)
+        many = engine.generate_many(self.prompts, self.config, self.options)
+        await many.__aenter__()
+        return Answer(many.streams, self.service, many)
+
+    async def whole(self) -> Completion:
+        """The answer, once it is complete."""
+        answer = await self.begin()
+        choices = self._choices()
+        async with aclosing(answer.outputs()) as outputs:
+            async for prompt, output in outputs:
+                choices[prompt * self.body.n + output.index].add(output)
+        made = [choice.choice() for choice in choices]
+        return Completion(self.id, self.created, self.model, made, answer.usage())
+
+    async def events(self, answer: Answer) -> AsyncGenerator[bytes, None]:
+        """The answer as it comes."""
+        options = self.body.stream_options
+        include = options is not None and options.include_usage
+        continuous = options is not None and options.continuous_usage_stats
+        usage: UsageRecord | msgspec.UnsetType | None = None if include else msgspec.UNSET
+        prompt_tokens, generated = answer.prompt_tokens(), 0
+        choices = self._choices()
+        try:
+            async with aclosing(answer.outputs()) as outputs:
+                async for prompt, output in outputs:
+                    generated += len(output.token_ids)
+                    if continuous:
+                        usage = UsageRecord(prompt_tokens, generated, prompt_tokens + generated)
+                    choice = choices[prompt * self.body.n + output.index].delta(output)
+                    if choice is not None:
+                        yield data(Completion(self.id, self.created, self.model, [choice], usage))
+        except Exception as error:
+            yield data(self.service.refusal(error).payload())
+        else:
+            if include:
+                yield data(Completion(self.id, self.created, self.model, [], answer.usage()))
+        yield DONE
+
+    def _choices(self) -> list[_Choice]:
+        echoes = [self._echo(prompt) for prompt in self.prompts]
+        top = self.body.logprobs or 0
+        return [
+            _Choice(index * self.body.n + branch, echo, CompletionTokens(self.tokenizer, top))
+            for index, echo in enumerate(echoes)
+            for branch in range(self.body.n)
+        ]
+
+    def _echo(self, prompt: Prompt) -> str:
+        if not self.body.echo:
+            return ""
+        if isinstance(prompt, str):
+            return prompt
+        return self.tokenizer.decode(list(prompt), self.body.skip_special_tokens)
+
+
+def routes(service: Service) -> list[Route]:
+    """The route."""
+
+    async def create(request: Request) -> Response:
+        body, headers = await service.read(request, BODY)
+        request.state.names = {"top_logprobs": "logprobs"}
+        completing = Completing(service, body, request.state.request_id)
+        if body.stream:
+            answer = await unless_gone(request.receive, completing.begin())
+            if answer is None:
+                return Response(status_code=499)
+            return EventStream(completing.events(answer), headers, service.settings.ping_seconds)
+        completion = await unless_gone(request.receive, completing.whole())
+        return reply(completion, 499 if completion is None else 200, headers)
+
+    return [Route("/v1/completions", create, methods=["POST"])]
+
+
+def _prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
+    """Texts and lists of token ids; a list of numbers is one of the latter."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise Refusal(400, "prompt is []; expected text or token ids", "invalid_field", "prompt")
+    numbers = [item for item in prompt if isinstance(item, int)]
+    if not numbers:
+        return [item for item in prompt if not isinstance(item, int)]
+    if len(numbers) < len(prompt):
+        raise Refusal(400, "prompt has token ids beside other things; expected one kind", "invalid_field", "prompt")
+    return [numbers]
+
+
+class _Choice:
+    """One branch of one prompt."""
+
+    def __init__(self, index: int, echo: str, tokens: CompletionTokens) -> None:
+        self._index = index
+        self._echo = echo
+        self._tokens = tokens
+        self._texts: list[str] = []
+        self._logprobs: CompletionLogprobs | None = None
+        self._ended: FinishReason | None = None
+
+    def delta(self, output: RequestOutput) -> CompletionChoice | None:
+        """What a chunk adds; None if it is nothing yet."""
+        text, self._echo = self._echo + output.text, ""
+        logprobs = self._tokens.of(output)
+        if not text and output.finish_reason is None and not (logprobs is not None and logprobs.tokens):
+            return None
+        ended = None if output.finish_reason is None else str(output.finish_reason)
+        return CompletionChoice(self._index, text, ended, logprobs)
+
+    def add(self, output: RequestOutput) -> None:
+        """Gathers a delta."""
+        self._texts.append(output.text)
+        self._ended = output.finish_reason or self._ended
+        new, old = self._tokens.of(output), self._logprobs
+        if new is None or old is None:
+            self._logprobs = new
+            return
+        old.tokens += new.tokens
+        old.token_logprobs += new.token_logprobs
+        old.text_offset += new.text_offset
+        if old.top_logprobs is not None:
+            old.top_logprobs += new.top_logprobs or []
+
+    def choice(self) -> CompletionChoice:
+        """All that was gathered."""
+        return CompletionChoice(self._index, self._echo + "".join(self._texts), str(self._ended), self._logprobs)

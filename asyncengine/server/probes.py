@@ -1,0 +1,61 @@
+"""What the engine is and how it is: ``/health``, ``/ready``, ``/metrics``, ``/v1/models``."""
+
+from __future__ import annotations
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from asyncengine.server.refusal import Refusal
+from asyncengine.server.service import Service, reply
+from asyncengine.state import EngineState
+
+
+def routes(service: Service) -> list[Route]:
+    """The routes."""
+
+    async def health(request: Request) -> Response:
+        found = service.engine.health()
+        value = {"ok": found.ok, "state": found.state.value, "problems": found.problems, "notes": found.notes}
+        return reply(value, 200 if found.ok and found.state is not EngineState.CLOSED else 503)
+
+    async def ready(request: Request) -> Response:
+        state = service.engine.state
+        if state is not EngineState.READY:
+            service.unavailable(state)
+        return reply({"ready": True, "state": state.value, "model": service.name})
+
+    async def metrics(request: Request) -> Response:
+        return Response(await service.traffic.text(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    async def models(request: Request) -> Response:
+        return reply({"object": "list", "data": [_model(service)] if service.name is not None else []})
+
+    async def model(request: Request) -> Response:
+        asked = request.path_params["model"]
+        if asked != service.name:
+            raise Refusal(
+                404, f"the model {asked!r} does not exist; there is {service.name!r}", "model_not_found", "model"
+            )
+        return reply(_model(service))
+
+    return [
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/metrics", metrics),
+        Route("/v1/models", models),
+        Route("/v1/models/{model:path}", model),
+    ]
+
+
+def _model(service: Service) -> dict[str, object]:
+    config = service.engine.complete_engine_config
+    length = None if config is None else config.max_single_sequence_length
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "asyncengine",
+        "max_model_len": length,
+    }

@@ -1,0 +1,232 @@
+"""`serve`: an engine and its HTTP layer in one event loop, from start to a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import uvicorn
+
+from asyncengine.config import EngineConfig
+from asyncengine.errors import AsyncEngineError, ConfigError
+from asyncengine.loop.engine import AsyncEngine
+from asyncengine.server.app import create_app
+from asyncengine.server.service import Service
+from asyncengine.server.settings import MAX_BODY_BYTES, ServerSettings
+from asyncengine.step.model import Loader
+
+logger = logging.getLogger("asyncengine.server")
+
+_CLOSE_SECONDS = 2
+"""How long connections get to send what is left once the engine has ended."""
+
+
+def serve(
+    config: EngineConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    served_model_name: str | None = None,
+    admin: bool = False,
+    cors_origins: Sequence[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
+    max_concurrency: int | None = None,
+    drain_seconds: float = 5.0,
+    loader: Loader | None = None,
+    on_listening: Callable[[str], None] | None = None,
+) -> int:
+    """Serves a model until SIGINT or SIGTERM; listens at once and answers 503 while it loads.
+
+    The first signal lets requests finish for `drain_seconds` while new ones get a 503; a second one ends them at once.
+    Blocks; to be called on the main thread, where signals arrive.
+
+    Args:
+        config: What to load.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        api_key: As in `ServerSettings`, like the six that follow.
+        served_model_name: See there.
+        admin: See there.
+        cors_origins: See there.
+        max_body_bytes: See there.
+        max_concurrency: See there.
+        drain_seconds: How long requests get to finish after a signal.
+        loader: As in `AsyncEngine`.
+        on_listening: Told the address once there is one.
+
+    Returns:
+        A process's exit code: 0 after a signal, 1 if the model could not be loaded or the address not be had.
+
+    Raises:
+        ConfigError: A setting is wrong.
+    """
+    settings = ServerSettings(
+        api_key=api_key,
+        served_model_name=served_model_name,
+        admin=admin,
+        cors_origins=cors_origins,
+        max_body_bytes=max_body_bytes,
+        max_concurrency=max_concurrency,
+    )
+    if isinstance(drain_seconds, bool) or not isinstance(drain_seconds, (int, float)) or not drain_seconds >= 0:
+        raise ConfigError(f"drain_seconds is {drain_seconds!r}; expected seconds >= 0")
+    try:
+        listener = _listen(host, port)
+    except OSError as error:
+        logger.error("cannot listen on %s port %s: %s", host, port, error.strerror or error)
+        return 1
+    with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        engine = AsyncEngine(config, loader=loader)
+        running = _Running(engine, config, settings, listener, drain_seconds)
+        address = _address(listener)
+        logger.info("listening on %s; loading %s", address, config.model)
+        if on_listening is not None:
+            on_listening(address)
+        return runner.run(running.run())
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: what a signal means is decided here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Running:
+    """One run of a server."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        config: EngineConfig,
+        settings: ServerSettings,
+        listener: socket.socket,
+        drain_seconds: float,
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._listener = listener
+        self._drain_seconds = drain_seconds
+        app = create_app(engine, settings)
+        self._service: Service = app.state.service
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                ws="none",
+                server_header=False,
+                timeout_graceful_shutdown=_CLOSE_SECONDS,
+            )
+        )
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    async def run(self) -> int:
+        with self._signals():
+            serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
+            loading = asyncio.ensure_future(self._load())
+            stopping = asyncio.ensure_future(self._stop.wait())
+            try:
+                await asyncio.wait([serving, stopping, loading], return_when=asyncio.FIRST_COMPLETED)
+                loaded = not loading.done() or loading.result()
+                if loaded:
+                    await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+                    loaded = not loading.done() or loading.result()
+                await self._end()
+                self._server.should_exit = True
+                await serving
+                await loading
+            finally:
+                for task in (serving, loading, stopping):
+                    task.cancel()
+                await asyncio.gather(serving, loading, stopping, return_exceptions=True)
+        return 0 if loaded else 1
+
+    async def _load(self) -> bool:
+        """Loads the model; says whether there is one."""
+        try:
+            complete = await self._engine.reload(self._config)
+        except AsyncEngineError as error:
+            if self._stop.is_set():
+                return True  # the load was given up because of a signal
+            logger.error("%s cannot be loaded: %s", self._config.model, error)
+            self._service.problem = f"{self._service.settings.served_model_name or 'the model'} could not be loaded"
+            return False
+        logger.info(
+            "ready: %s on %s in %s, at most %s sequences",
+            self._service.name,
+            complete.device,
+            complete.dtype,
+            complete.max_num_sequence,
+        )
+        return True
+
+    async def _end(self) -> None:
+        """Lets requests finish, or not if somebody is in a hurry."""
+        now = self._engine.metrics()
+        left = now.num_requests_running + now.num_requests_waiting
+        if left:
+            logger.info("waiting up to %g s for %d requests; another signal ends them", self._drain_seconds, left)
+        draining = asyncio.ensure_future(self._engine.shutdown(drain=self._drain_seconds))
+        hurrying = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait([draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
+        hurrying.cancel()
+        if not draining.done():
+            await self._engine.shutdown()
+        ended = await draining
+        if ended:
+            logger.info("%d requests did not finish in time", len(ended))
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Hears SIGINT and SIGTERM, and gives them back."""
+
+        def heard() -> None:
+            (self._hurry if self._stop.is_set() else self._stop).set()
+
+        loop = asyncio.get_running_loop()
+        before: dict[signal.Signals, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.getsignal(number)
+            try:
+                loop.add_signal_handler(number, heard)
+            except (NotImplementedError, RuntimeError, ValueError):  # not on this platform, or not the main thread
+                del before[number]
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where there is one."""
+    if sys.platform == "win32":
+        return None
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

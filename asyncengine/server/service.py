@@ -1,0 +1,119 @@
+"""`Service`: what the routes share. One per application."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, NoReturn, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from asyncengine.errors import ModelNotLoadedError
+from asyncengine.loop.engine import AsyncEngine
+from asyncengine.server.exposition import Traffic
+from asyncengine.server.naming import model_name
+from asyncengine.server.refusal import Refusal, refusal_of
+from asyncengine.server.sampling import NAMES
+from asyncengine.server.settings import ServerSettings
+from asyncengine.server.wire import Body, encode, read_json
+from asyncengine.state import EngineState
+from asyncengine.tokenizer import Tokenizer
+
+logger = logging.getLogger("asyncengine.server")
+
+T = TypeVar("T")
+
+_SERVING = (EngineState.READY, EngineState.PAUSED, EngineState.SLEEPING)
+"""States in which a request is admitted; while paused or asleep it waits."""
+
+
+class Service:
+    """An engine, and how it is served.
+
+    Attributes:
+        engine: The engine.
+        settings: How.
+        traffic: What is counted.
+        created: When, in seconds since 1970.
+        problem: Why there is no model, where loading one has failed.
+    """
+
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.traffic = Traffic(engine, settings)
+        self.created = int(time.time())
+        self.problem: str | None = None
+
+    @property
+    def name(self) -> str | None:
+        """What the model is called; None without one."""
+        return model_name(self.engine, self.settings)
+
+    async def read(self, request: Request, body: Body[T]) -> tuple[T, dict[str, str]]:
+        """The checked body of a request, and headers of the response.
+
+        Raises:
+            Refusal: The body is wrong.
+        """
+        return body.read(await read_json(request, self.settings))
+
+    def check_serving(self, model: str | None) -> str:
+        """Returns the name of the model that answers.
+
+        Raises:
+            Refusal: There is none just now (503), or another one was asked for (404).
+        """
+        state = self.engine.state
+        if state not in _SERVING:
+            self.unavailable(state)
+        name = self.name or ""
+        if model is not None and model != name:
+            raise Refusal(404, f"the model {model!r} does not exist; there is {name!r}", "model_not_found", "model")
+        return name
+
+    def unavailable(self, state: EngineState) -> NoReturn:
+        """Refuses because of the engine's state.
+
+        Raises:
+            Refusal: Always.
+        """
+        health = self.engine.health()
+        words = {
+            EngineState.LOADING: f"the model is being loaded ({health.loading or 'just begun'})",
+            EngineState.UNLOADED: self.problem or "there is no model",
+            EngineState.DRAINING: "the engine is draining",
+            EngineState.FAILED: "; ".join(health.problems),
+            EngineState.CLOSED: "the engine was shut down",
+        }
+        message = words.get(state, f"the engine is {state.value}")
+        retry = {"retry-after": str(self.settings.retry_after_seconds)}
+        raise Refusal(503, message, f"engine_{state.value}", None, retry)
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            Refusal: It has none, or there is no model.
+        """
+        try:
+            tokenizer = self.engine.tokenizer
+        except ModelNotLoadedError as error:
+            raise self.refusal(error) from error
+        if tokenizer is None:
+            raise Refusal(400, f"the model {self.name!r} has no tokenizer", "no_tokenizer")
+        return tokenizer
+
+    def refusal(self, error: Exception, names: Mapping[str, str] = NAMES) -> Refusal:
+        """What a client is told of an error; one that is nobody's fault but ours is logged."""
+        refusal = refusal_of(error, names, self.settings.retry_after_seconds)
+        if refusal.status == 500:
+            logger.error("a request failed", exc_info=error)
+        return refusal
+
+
+def reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(encode(value), status, headers, "application/json")

@@ -1,0 +1,69 @@
+"""`ServerSettings`: how an engine is served, as opposed to what it serves. A value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from asyncengine.errors import ConfigError
+
+MAX_BODY_BYTES = 8 * 1024 * 1024
+MAX_HEADER_BYTES = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """How an engine is served.
+
+    Attributes:
+        served_model_name: What the model is called on the wire. None is the name it was loaded by, of a path its
+            last part.
+        api_key: Asked for on every route but ``/health``: as bearer token, as ``x-api-key``, or as the password of
+            basic authentication (which lets a browser open ``/ui``). None asks for nothing.
+        admin: Whether there are routes that reload, unload, reset, abort and trace. They need an `api_key`.
+        ui: Whether there is a page at ``/ui``.
+        cors_origins: Web origins whose pages may call; ``"*"`` is all. None by default.
+        max_body_bytes: Largest body of a request; larger ones are a 413.
+        max_header_bytes: Largest sum of a request's headers; larger ones are a 431.
+        max_concurrency: Most requests at a time that use the engine; more are a 429. None leaves it to
+            ``max_queue_size`` of the engine.
+        body_seconds: How long a client may take to send its body.
+        ping_seconds: Silence on a stream after which a comment is sent, so that nothing between takes it for dead.
+        retry_after_seconds: What is told to clients that should come back.
+        engine_name: The ``engine`` label of metrics.
+    """
+
+    served_model_name: str | None = None
+    api_key: str | None = None
+    admin: bool = False
+    ui: bool = True
+    cors_origins: Sequence[str] = ()
+    max_body_bytes: int = MAX_BODY_BYTES
+    max_header_bytes: int = MAX_HEADER_BYTES
+    max_concurrency: int | None = None
+    body_seconds: float = 30.0
+    ping_seconds: float = 15.0
+    retry_after_seconds: int = 1
+    engine_name: str = "0"
+
+    def __post_init__(self) -> None:
+        for name in ("served_model_name", "api_key"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ConfigError(f"{name} is {value!r}; expected a non-empty string or None")
+        if self.admin and self.api_key is None:
+            raise ConfigError("admin is True and api_key is None; the admin routes need an API key")
+        if isinstance(self.cors_origins, str):
+            raise ConfigError(f"cors_origins is {self.cors_origins!r}; expected a list of origins")
+        object.__setattr__(self, "cors_origins", tuple(self.cors_origins))
+        for name, minimum in (("max_body_bytes", 1), ("max_header_bytes", 1), ("retry_after_seconds", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"{name} is {value!r}; expected an integer >= {minimum}")
+        most = self.max_concurrency
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise ConfigError(f"max_concurrency is {most!r}; expected an integer >= 1 or None")
+        for name in ("body_seconds", "ping_seconds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ConfigError(f"{name} is {value!r}; expected seconds > 0")

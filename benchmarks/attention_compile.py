@@ -1,0 +1,159 @@
+"""Registers and spills of the Triton attention kernels, compiled for Hopper. Needs triton, but no GPU.
+
+Every entry of the table of tiles is compiled for sm_90, short and long tiles, with and without window, soft cap and
+sinks; ptxas says how many registers a thread takes and how many bytes it spills. A spilling kernel is slow, so there
+should be none: the exit status is 1 if there is one. The last line is one JSON object.
+
+    python -m benchmarks.attention_compile [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The kernels must not be made for the interpreter. Triton reads this when it is imported.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from asyncengine.model.attention import triton_kernels as kernels
+from asyncengine.model.attention.protocol import LayerSpec
+from asyncengine.model.attention.triton import (
+    MERGE_LAUNCH,
+    WRITE_LAUNCH,
+    attend_constants,
+    launch_options,
+    merge_constants,
+    write_constants,
+)
+from asyncengine.model.attention.triton_tiles import EXACT, TABLE, Launch, Tiles, tiles_for
+
+HOPPER = GPUTarget("cuda", 90, 32)
+HEADS = [(16, 16), (24, 24), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)]
+QUICK = [(128, 128), (256, 256)]
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window, soft cap, sinks": {"sliding_window": 1024, "soft_cap": 50.0, "has_sinks": True},
+}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kernel to compile."""
+
+    name: str
+    function: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    launch: Launch
+
+
+def cases(heads: list[tuple[int, int]], dtypes: list[torch.dtype]) -> Iterator[Case]:
+    """Every kernel that layers with such heads would run."""
+    for dtype in dtypes:
+        number = NAMES[dtype]
+        for key_dim, value_dim in heads:
+            tiles = tiles_for(dtype.itemsize, key_dim, value_dim)
+            assert tiles is not None
+            for features, values in FEATURES.items():
+                spec = LayerSpec(32, 8, key_dim, value_dim, key_dim**-0.5, **values)
+                name = f"{number} {key_dim}/{value_dim} {features}"
+                yield from _cases_of(name, spec, dtype, number, tiles)
+
+
+def _cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, number: str, tiles: Tiles) -> Iterator[Case]:
+    sinks = "*fp32" if spec.has_sinks else "constexpr"
+    types = {
+        "plan": "*i32", "query": f"*{number}", "keys": f"*{number}", "values": f"*{number}", "sinks": sinks,
+        "output": f"*{number}", "parts": "*fp32", "statistics": "*fp32", "query_token": "i32", "query_head": "i32",
+        "scaling": "fp32", "soft_cap": "fp32",
+    }  # fmt: skip
+    for kind, launch, index in (("short", tiles.short, 0), ("long", tiles.long, 1)):
+        constants = attend_constants(spec, dtype, 16, index, launch, tiles)
+        yield Case(f"attend {kind} {name}", kernels.attend, types, constants, launch)
+    types = {"plan": "*i32", "sinks": sinks, "output": f"*{number}", "parts": "*fp32", "statistics": "*fp32"}
+    yield Case(f"merge {name}", kernels.merge, types, merge_constants(spec, 0), MERGE_LAUNCH)
+    if not spec.has_sinks:
+        types = {
+            "plan": "*i32", "key": f"*{number}", "value": f"*{number}", "keys": f"*{number}", "values": f"*{number}",
+            "tokens": "i32", "key_token": "i32", "key_head": "i32", "value_token": "i32", "value_head": "i32",
+        }  # fmt: skip
+        yield Case(f"write {name}", kernels.write, types, write_constants(spec, 16), WRITE_LAUNCH)
+
+
+def compiled(case: Case) -> dict[str, int]:
+    """Registers per thread, bytes spilled and bytes of shared memory."""
+    names = case.function.arg_names
+    types = {name: case.types.get(name, "constexpr") for name in names}
+    constants = case.constants | {name: None for name, kind in types.items() if kind == "constexpr"} | case.constants
+    # As at run time: pointers are aligned, and strides are multiples of 16.
+    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or types[name] == "i32"]
+    aligned = [i for i in aligned if names[i] != "tokens"]
+    source = ASTSource(
+        fn=case.function,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    kernel = triton.compile(source, target=HOPPER, options=launch_options(case.launch))
+    return resources(kernel.asm["ptx"]) | {"shared": int(kernel.metadata.shared)}
+
+
+def resources(ptx: str) -> dict[str, int]:
+    """What ptxas says of a kernel."""
+    assembler = get_ptxas(HOPPER.arch).path
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory, "kernel.ptx")
+        source.write_text(ptx)
+        command = [assembler, "-v", "--gpu-name=sm_90a", str(source), "-o", str(source.with_suffix(".cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    registers = re.search(r"Used (\d+) registers", said)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert registers is not None and spills is not None, said
+    return {"registers": int(registers[1]), "spilled": int(spills[1]) + int(spills[2])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two head sizes in bfloat16 only")
+    quick = parser.parse_args().quick
+    results = {}
+    for case in (
+        cases(QUICK, [torch.bfloat16]) if quick else cases(HEADS, [torch.bfloat16, torch.float16, torch.float32])
+    ):
+        results[case.name] = found = compiled(case)
+        print(f"{case.name:<55} {found}", flush=True)
+    spilling = [name for name, found in results.items() if found["spilled"]]
+    print(
+        json.dumps(
+            {
+                "benchmark": "attention_compile",
+                "triton": triton.__version__,
+                "target": "sm_90a",
+                "entries": len(TABLE) + len(EXACT),
+                "kernels": len(results),
+                "spilling": spilling,
+                "most_registers": max(found["registers"] for found in results.values()),
+            }
+        )
+    )
+    sys.exit(bool(spilling))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""One look at a CUDA device in under nine minutes: is it right, and how fast is it?
+
+First parity with transformers (`gpu_parity.py`: median relative error of logits in mixed paged batches), then speed
+(`gpu_speed.py`) with random weights, beside transformers (`gpu_peers.py`), in this order:
+
+* ceilings: bandwidth of a copy (read plus written) and rate of a matrix product, measured here;
+* the 8 B shape: a compiled static-cache decode by transformers; decode at batch 1, 8, 64 and 256 with a context of 1 k,
+  as a share of the copy's bandwidth; prefill as a share of the product's rate; time to first token of 128 tokens;
+* the 0.6 B shape: 256 requests, inputs and outputs uniform in 100-1024, seed 0, and a share of them by transformers'
+  continuous batching; gaps between steps that decode 1,024 sequences with nobody reading and with a task for each.
+
+A part that fails is reported under "errors", one for which there is no time left under "skipped"; neither stops the
+others. The exit status is 1 if parity or any part failed. The last line is one JSON object.
+
+    python -m benchmarks.gpu [--write] [--seconds 520] [--only parity 8b 0.6b]
+    python -m benchmarks.gpu --tiny        # the same on the CPU with tiny shapes, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import functools
+import gc
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How large everything is."""
+
+    device: str
+    dtype: str
+    parity_dtypes: tuple[str, ...]
+    parity_lengths: tuple[int, ...]
+    long_context: int
+    copy_megabytes: int
+    matrix: int
+    large: str
+    small: str
+    batches: tuple[int, ...]
+    context: int
+    decode_steps: int
+    chunk: int
+    first_token_prompt: int
+    first_token_load: int
+    repeats: int
+    requests: int
+    lengths: tuple[int, int]
+    peer_requests: int
+    readers: int
+    reader_steps: int
+
+
+FULL = Scale(
+    device="cuda", dtype="bfloat16", parity_dtypes=("float32", "bfloat16"),
+    parity_lengths=(1, 2, 15, 16, 17, 33, 70, 300, 700), long_context=32768, copy_megabytes=4096, matrix=8192,
+    large="L", small="M", batches=(1, 8, 64, 256), context=1024, decode_steps=64, chunk=2048, first_token_prompt=128,
+    first_token_load=64, repeats=9, requests=256, lengths=(100, 1024), peer_requests=64, readers=1024, reader_steps=150,
+)  # fmt: skip
+TINY = Scale(
+    device="cpu", dtype="float32", parity_dtypes=("float32",), parity_lengths=(1, 17, 40), long_context=80,
+    copy_megabytes=1, matrix=64, large="tiny", small="tiny", batches=(1, 4), context=24, decode_steps=8, chunk=16,
+    first_token_prompt=8, first_token_load=2, repeats=2, requests=6, lengths=(4, 16), peer_requests=2, readers=8,
+    reader_steps=12,
+)  # fmt: skip
+
+
+class Report:
+    """What was found, part by part, within a time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._begun = time.monotonic()
+        self._until = self._begun + seconds
+        self.results: dict[str, Any] = {}
+        self.errors: dict[str, str] = {}
+        self.skipped: list[str] = []
+
+    def part(self, name: str, needs: float, function: Callable[[], Any]) -> Any:
+        """Runs one part if its usual time is left; returns what it found, or None."""
+        if time.monotonic() + needs > self._until:
+            self.skipped.append(name)
+            print(f"{name}: skipped, it takes about {needs:.0f} s", flush=True)
+            return None
+        begun = time.monotonic()
+        try:
+            found = function()
+        except Exception as error:
+            traceback.print_exc()
+            self.errors[name] = f"{type(error).__name__}: {error}"
+            return None
+        self.results[name] = found
+        print(f"{name} ({time.monotonic() - begun:.1f} s): {found}", flush=True)
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._begun
+
+
+def environment(device: Any) -> dict[str, str]:
+    """What the figures were taken with."""
+    import torch
+    import transformers
+
+    found = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        pass
+    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    return found
+
+
+def run_async(coroutine: Any) -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(coroutine)
+    return uvloop.run(coroutine)
+
+
+def parity(scale: Scale, report: Report, device: Any) -> None:
+    import torch
+
+    from benchmarks import gpu_parity
+
+    dtypes = [getattr(torch, name) for name in scale.parity_dtypes]
+    names = list(gpu_parity.ARCHITECTURES)
+    found = report.part(
+        "parity",
+        0,
+        lambda: gpu_parity.check(names, dtypes, list(scale.parity_lengths), scale.long_context, device),
+    )
+    wrong = [case for case, result in (found or {}).items() if not result["ok"]]
+    if wrong:
+        report.errors["parity"] = f"not what transformers computes: {', '.join(wrong)}"
+
+
+def description(model: Any, scale: Scale, ceilings: dict[str, float]) -> dict[str, Any]:
+    """What the roofline needs to know of a model."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    itemsize = next(model.parameters()).dtype.itemsize
+    table = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes
+    embedding = model.get_input_embeddings().weight.numel()
+    return ceilings | {
+        "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()) - table,
+        # A product with the output matrix is made for the last token of a prompt alone.
+        "parameters": sum(p.numel() for p in model.parameters()) - embedding * (1 if config.tie_word_embeddings else 2),
+        "kv_bytes_per_token": config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * itemsize,
+        "chunk": scale.chunk,
+        "vocab": config.vocab_size,
+    }
+
+
+def engine_config(path: Path, scale: Scale, sequences: int, length: int) -> Any:
+    from asyncengine import EngineConfig
+
+    length = -(-length // 64) * 64  # whole pages, so that all sequences fit at once
+    tokens = None if scale.device == "cuda" else sequences * length
+    return EngineConfig(
+        str(path), device=scale.device, dtype=scale.dtype, max_num_sequence=sequences, prefill_chunk_size=scale.chunk,
+        max_single_sequence_length=length, max_total_sequence_length=tokens, max_queue_size=None,
+    )  # fmt: skip
+
+
+def large(scale: Scale, report: Report, device: Any, ceilings: dict[str, float], directory: Path) -> None:
+    """The 8 B shape."""
+    from benchmarks import gpu_peers, gpu_speed, shapes
+
+    path = directory / "large"
+    model = shapes.make(scale.large, scale.dtype, scale.device)
+    known = description(model, scale, ceilings)
+    vocab = known["vocab"]
+    static_cache = functools.partial(gpu_peers.static_cache_decode, model, scale.context, scale.decode_steps, vocab)
+    report.part("8b transformers static cache, batch 1", 90, static_cache)
+    model.save_pretrained(path)
+    del model, static_cache
+    release()
+
+    async def measure() -> None:
+        from asyncengine import AsyncEngine
+
+        length = scale.context + scale.decode_steps
+        length += gpu_speed.until_all_decode(max(scale.batches), scale.context, scale.chunk)
+        begun = time.monotonic()
+        async with AsyncEngine(engine_config(path, scale, max(scale.batches), length)) as engine:
+            loaded = {"seconds": round(time.monotonic() - begun, 1), "notes": engine.health().notes}
+            report.part("8b load", 0, lambda: loaded)
+            with gpu_speed.probing(device) as probe:
+                for batch in scale.batches:
+                    await part(
+                        report, f"8b decode, batch {batch}", 5 + batch / 8,
+                        gpu_speed.decode, engine, probe, device, batch, scale.context, scale.decode_steps, known,
+                    )  # fmt: skip
+                for load in (0, scale.first_token_load):
+                    await part(
+                        report, f"8b first token, {load} others", 5,
+                        gpu_speed.first_token, engine, probe, vocab, load, scale.repeats, scale.first_token_prompt,
+                    )  # fmt: skip
+
+    run_async(measure())
+
+
+def small(scale: Scale, report: Report, device: Any, directory: Path) -> None:
+    """The 0.6 B shape."""
+    from benchmarks import gpu_peers, gpu_speed, shapes
+
+    path = directory / "small"
+    model = shapes.make(scale.small, scale.dtype, scale.device)
+    model.save_pretrained(path)
+    vocab = model.config.vocab_size
+    given, outputs = gpu_speed.workload(scale.requests, *scale.lengths, vocab)
+    share = slice(scale.peer_requests)
+
+    async def measure() -> None:
+        from asyncengine import AsyncEngine
+
+        async with AsyncEngine(engine_config(path, scale, scale.requests, 2 * scale.lengths[1])) as engine:
+            await gpu_speed.serve(engine, given[share], [2] * len(given[share]))  # compiles what is compiled
+            await part(report, "0.6b workload", 20, gpu_speed.serve, engine, given, outputs)
+            mean = [round(sum(outputs[share]) / len(outputs[share]))] * len(outputs[share])
+            await part(report, "0.6b workload, share for the peer", 10, gpu_speed.serve, engine, given[share], mean)
+        steps = scale.reader_steps
+        steps += gpu_speed.until_all_decode(scale.readers, gpu_speed.READER_PROMPT, scale.chunk)
+        length = gpu_speed.READER_PROMPT + steps
+        async with AsyncEngine(engine_config(path, scale, scale.readers, length)) as engine:
+            with gpu_speed.probing(device) as probe:
+                for read in (False, True):
+                    await part(
+                        report, f"0.6b step gap, {scale.readers if read else 0} readers", 15,
+                        gpu_speed.readers, engine, probe, device, scale.readers, steps, vocab, read,
+                    )  # fmt: skip
+
+    run_async(measure())
+    release()
+    # Last, because it can be neither bounded nor interrupted.
+    report.part(
+        "0.6b transformers continuous batching",
+        60,
+        lambda: gpu_peers.continuous_batching(model, given[share], outputs[share]),
+    )
+
+
+async def part(report: Report, name: str, needs: float, function: Any, *arguments: Any) -> None:
+    """As `Report.part`, for a coroutine function."""
+    found: Any = None
+    error: Exception | None = None
+    if time.monotonic() + needs <= report._until:
+        try:
+            found = await function(*arguments)
+        except Exception as raised:
+            error = raised
+
+    def outcome() -> Any:
+        if error is not None:
+            raise error
+        return found
+
+    report.part(name, needs if found is None and error is None else 0, outcome)
+
+
+def release() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def summary(report: Report) -> dict[str, float]:
+    """The ratios that the targets speak of."""
+    found = report.results
+    ratios: dict[str, float] = {}
+
+    def ratio(name: str, a: str, b: str, key: str, inverse: bool = False) -> None:
+        if a in found and b in found and found[a].get(key) and found[b].get(key):
+            value = found[a][key] / found[b][key]
+            ratios[name] = round(1 / value if inverse else value, 3)
+
+    ratio(
+        "workload_over_continuous_batching",
+        "0.6b workload, share for the peer",
+        "0.6b transformers continuous batching",
+        "tokens_per_s",
+    )
+    ratio(
+        "batch_1_over_static_cache",
+        "8b decode, batch 1",
+        "8b transformers static cache, batch 1",
+        "ms_per_step",
+        inverse=True,
+    )
+    return ratios
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results")
+    parser.add_argument("--seconds", type=float, default=520.0, help="no part begins that would end after this time")
+    parser.add_argument("--only", nargs="+", choices=["parity", "8b", "0.6b"], default=["parity", "8b", "0.6b"])
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers.utils import logging as hf_logging
+
+    from benchmarks import gpu_speed
+
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    scale = TINY if options.tiny else FULL
+    if scale.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here; --tiny runs on the CPU")
+    device = torch.device(scale.device, 0) if scale.device == "cuda" else torch.device("cpu")
+    report = Report(options.seconds)
+    ceilings = report.part(
+        "ceilings",
+        0,
+        lambda: gpu_speed.ceilings(device, scale.copy_megabytes, scale.matrix, getattr(torch, scale.dtype)),
+    )
+    if "parity" in options.only:
+        parity(scale, report, device)
+    release()
+    with tempfile.TemporaryDirectory() as directory:
+        if "8b" in options.only and ceilings:
+            whole(report, "8b", lambda: large(scale, report, device, ceilings, Path(directory)))
+            release()
+        if "0.6b" in options.only:
+            whole(report, "0.6b", lambda: small(scale, report, device, Path(directory)))
+    result = {
+        "benchmark": "gpu",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": "python -m benchmarks.gpu " + shlex.join(sys.argv[1:] if arguments is None else arguments),
+        "seconds": round(report.seconds, 1),
+        "environment": environment(device),
+        "shapes": {"8b": scale.large, "0.6b": scale.small, "dtype": scale.dtype},
+        "results": report.results,
+        "ratios": summary(report),
+        "skipped": report.skipped,
+        "errors": report.errors,
+    }
+    if options.write:
+        RESULTS.mkdir(exist_ok=True)
+        name = result["environment"]["device"].replace(" ", "-")
+        (RESULTS / f"gpu-{name}-{result['date']}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+    return bool(report.errors)
+
+
+def whole(report: Report, name: str, function: Callable[[], None]) -> None:
+    """A group of parts; what fails outside of a part counts against the group."""
+    try:
+        function()
+    except Exception as error:
+        traceback.print_exc()
+        report.errors[name] = f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

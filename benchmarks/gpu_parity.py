@@ -1,0 +1,176 @@
+"""Parity with transformers on a device: logits of mixed paged batches against a plain forward, per architecture.
+
+Tiny random models. Their sequences are computed over a paged cache by the engine's own runner, as mixed steps: prefill
+chunks, prefix continuations and single decodes side by side. The error of a row of logits is its distance from what
+transformers computes, relative to its norm; reported are the median and the largest of all rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from asyncengine.model import architecture
+from asyncengine.model.attention.protocol import AttentionBackend
+from asyncengine.model.attention.select import select
+from asyncengine.model.graphs import capture_steps
+from asyncengine.model.runner import PagedLayers, TorchModel
+from asyncengine.step.batch import StepBatch
+from asyncengine.step.scheduler import Limits
+
+PAGE = 16
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+"""Largest allowed median of the rows' errors."""
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 499, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 1 << 16, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+_WINDOW = {"sliding_window": 40}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _COMMON),
+    "qwen3": ("Qwen3Config", _COMMON),
+    "gemma3": (
+        "Gemma3TextConfig",
+        _COMMON | _WINDOW
+        | {"query_pre_attn_scalar": 64, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        _COMMON | _WINDOW | _EXPERTS
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4},
+    ),
+    "mixtral": ("MixtralConfig", _COMMON | _EXPERTS),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some tokens of one sequence."""
+
+    sequence: int
+    start: int
+    end: int
+
+
+def make(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A tiny model whose logits are spread widely."""
+    kind, values = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**values), dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.08) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def mixed_steps(lengths: list[int], chunk: int) -> list[list[Piece]]:
+    """Steps that compute all sequences: the last three tokens of each one by one, what is before in chunks."""
+    plans = []
+    for sequence, length in enumerate(lengths):
+        cuts = sorted({0, *range(chunk, max(length - 3, 1), chunk), *range(max(length - 3, 0), length), length})
+        plans.append([Piece(sequence, start, end) for start, end in itertools.pairwise(cuts)])
+    steps = [[piece for piece in pieces if piece is not None] for pieces in itertools.zip_longest(*plans)]
+    # Decodes come first, as in the engine.
+    return [sorted(step, key=lambda piece: piece.end - piece.start > 1) for step in steps]
+
+
+def step_batch(step: list[Piece], ids: list[np.ndarray], tables: np.ndarray) -> StepBatch:
+    """The engine's own form of a step; the logits of all tokens are wanted."""
+    counts = [piece.end - piece.start for piece in step]
+    positions = np.concatenate([np.arange(piece.start, piece.end) for piece in step])
+    rows = np.repeat([piece.sequence for piece in step], counts)
+    none = np.zeros(sum(counts), np.int64)
+    return StepBatch(
+        token_ids=np.concatenate([ids[piece.sequence][piece.start : piece.end] for piece in step]).astype(np.int32),
+        positions=positions.astype(np.int32),
+        query_start=np.cumsum([0, *counts]).astype(np.int32),
+        context_lens=np.array([piece.start for piece in step], np.int32),
+        block_tables=tables[[piece.sequence for piece in step]],
+        slot_mapping=tables[rows, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE,
+        sample_index=np.arange(sum(counts), dtype=np.int64),
+        sample_slots=none,
+        sample_positions=none,
+        copies=np.zeros((0, 2), np.int64),
+        num_decodes=sum(count == 1 for count in counts),
+    )
+
+
+def paged_logits(
+    model: Any, backend: AttentionBackend, ids: list[np.ndarray], chunk: int, device: torch.device, last: int
+) -> list[torch.Tensor]:
+    """The last `last` rows of logits of every sequence, (rows, vocabulary) each, on the host in float32."""
+    lengths = [len(sequence) for sequence in ids]
+    blocks = [-(-length // PAGE) for length in lengths]
+    order = np.random.default_rng(1).permutation(sum(blocks))
+    tables = np.zeros((len(ids), max(blocks)), np.int32)
+    for row, (end, count) in enumerate(zip(np.cumsum(blocks), blocks, strict=True)):
+        tables[row, :count] = order[end - count : end]
+    limits = Limits(len(ids), max(lengths), chunk * len(ids), PAGE, sum(blocks))
+    model.set_attn_implementation(architecture.ATTENTION)
+    paged = PagedLayers(architecture.record(model), backend, limits, next(model.parameters()).dtype, device)
+    paged.allocate()
+    runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
+    graphs, notes = capture_steps(runner, backend.name, len(ids), device)
+    for note in notes:
+        print(f"  {note}", flush=True)
+    if graphs is not None:
+        runner.use_graphs(graphs)
+    rows: list[list[torch.Tensor]] = [[] for _ in ids]
+    with torch.inference_mode():
+        for step in mixed_steps(lengths, chunk):
+            logits = runner.logits(step_batch(step, ids, tables)).float()
+            for piece, part in zip(step, logits.split([piece.end - piece.start for piece in step]), strict=True):
+                rows[piece.sequence].append(part[-last:].cpu())
+    paged.free()
+    return [torch.cat(parts)[-last:] for parts in rows]
+
+
+def errors(
+    model: Any, backend: AttentionBackend, ids: list[np.ndarray], chunk: int, device: torch.device, last: int
+) -> torch.Tensor:
+    """(rows,) relative errors of all sequences' last rows."""
+    found = paged_logits(model, backend, ids, chunk, device, last)
+    # Eager attention knows everything that a model may ask for, but its scores of a long context fill the memory.
+    model.set_attn_implementation("eager" if max(map(len, ids)) <= 4096 else "sdpa")
+    expected = []
+    with torch.inference_mode():
+        for sequence in ids:
+            given = torch.from_numpy(sequence)[None].to(device)
+            expected.append(model(input_ids=given, use_cache=False, logits_to_keep=last).logits[0].float().cpu())
+    return torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(found, expected, strict=True)])
+
+
+def check(
+    names: list[str], dtypes: list[torch.dtype], lengths: list[int], long_context: int, device: torch.device
+) -> dict[str, Any]:
+    """Errors of each architecture in each dtype, and of one long context."""
+    generator = np.random.default_rng(0)
+    results: dict[str, Any] = {}
+    cases = [(name, dtype, lengths, 24, 1 << 20) for dtype in dtypes for name in names]
+    cases.append(("llama", dtypes[-1], [long_context], min(2048, long_context), 64))
+    for name, dtype, sizes, chunk, last in cases:
+        model = make(name, dtype, device)
+        ids = [generator.integers(1, 499, size).astype(np.int64) for size in sizes]
+        backend = select("auto", device).backend
+        found = errors(model, backend, ids, chunk, device, last)
+        median = float(found.median())
+        key = f"{name} {str(dtype).removeprefix('torch.')}" + (f" {sizes[0]} tokens" if len(sizes) == 1 else "")
+        results[key] = {
+            "attention": backend.name,
+            "rows": len(found),
+            "median_error": float(f"{median:.2g}"),
+            "largest_error": float(f"{float(found.max()):.2g}"),
+            "ok": median <= TOLERANCE[dtype],
+        }
+        print(f"  {key:<28} {results[key]}", flush=True)
+    return results

@@ -1,0 +1,154 @@
+"""Milliseconds of one model step on the CPU, without the engine around it, and which share of the machine it reaches.
+
+A random checkpoint of a known shape. ``decode N``: N rows of one token each with `--context` tokens behind them,
+greedy; limited by reading all weights once and the rows' keys and values, so the share of the memory's bandwidth
+(measured here) is given. ``prefill``: one row of `--prefill` new tokens; limited by arithmetic, given in GFLOP/s, two
+operations for each weight of the layers and token.
+
+A figure is the median over repetitions. The last line is one JSON object.
+
+    python -m benchmarks.step [--shape S] [--dtype bfloat16] [--decoder compiled] [--quantization none] [--rows 1 16 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asyncengine import EngineConfig, GenerationConfig
+from asyncengine.generation import resolve
+from asyncengine.step.batch import StepBatch
+from benchmarks import shapes
+
+PAGE = 32
+
+
+def bandwidth() -> float:
+    """Bytes per second that all threads together read."""
+    import torch
+
+    words = torch.ones(1 << 27, dtype=torch.float32)
+    times = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        words.sum()
+        times.append(time.perf_counter() - begun)
+    return words.nbytes / min(times)
+
+
+def batch_of(rows: int, new: int, context: int, vocabulary: int) -> StepBatch:
+    """`rows` sequences of `new` tokens on top of `context`, over blocks in random order."""
+    blocks = -(-(context + new) // PAGE)
+    tables = np.random.default_rng(0).permutation(rows * blocks).astype(np.int32).reshape(rows, blocks)
+    positions = np.tile(np.arange(context, context + new), rows)
+    row = np.repeat(np.arange(rows), new)
+    return StepBatch(
+        token_ids=np.random.default_rng(1).integers(0, vocabulary, rows * new).astype(np.int32),
+        positions=positions.astype(np.int32),
+        query_start=np.arange(0, rows * new + 1, new, dtype=np.int32),
+        context_lens=np.full(rows, context, np.int32),
+        block_tables=tables,
+        slot_mapping=tables[row, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE,
+        sample_index=np.arange(new - 1, rows * new, new, dtype=np.int64),
+        sample_slots=np.arange(rows, dtype=np.int64),
+        sample_positions=np.zeros(rows, np.int64),
+        copies=np.empty((0, 2), np.int64),
+        num_decodes=rows if new == 1 else 0,
+    )
+
+
+def load(arguments: argparse.Namespace, path: Path) -> Any:
+    """The model, as the engine would load it."""
+    from asyncengine.model.loader import TransformersLoader
+
+    loader = TransformersLoader()
+    config = EngineConfig(
+        str(path), device="cpu", dtype=arguments.dtype, decoder_backend=arguments.decoder,
+        quantization=arguments.quantization, kv_cache_page_size=PAGE, max_num_sequence=max(arguments.rows),
+        max_total_sequence_length=max(max(arguments.rows) * (arguments.context + PAGE), arguments.prefill + PAGE),
+    )  # fmt: skip
+    return loader.load(loader.check(config, None))
+
+
+def median_seconds(model: Any, batch: StepBatch, repetitions: int) -> float:
+    """Of `repetitions` steps after a few to warm up."""
+    times = []
+    for _ in range(repetitions + 2):
+        begun = time.perf_counter()
+        model.execute(batch)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[2:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=list(shapes.SHAPES), default="S")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--decoder", default="auto", choices=["auto", "compiled", "transformers"])
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--repetitions", type=int, default=20)
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    peak = bandwidth()
+    figures: dict[str, float] = {"memory_gb_s": peak / 1e9}
+    with tempfile.TemporaryDirectory() as directory:
+        path = shapes.write(Path(directory), arguments.shape, arguments.dtype)
+        begun = time.perf_counter()
+        loaded = load(arguments, path)
+        figures["load_s"] = time.perf_counter() - begun
+    model, vocabulary = loaded.model, loaded.vocab_size
+    shape = shapes.SHAPES[arguments.shape]
+    weights = sum(p.numel() for p in model._model.parameters())
+    embedding = vocabulary * shape["hidden_size"]
+    itemsize = 1 if arguments.quantization == "int8" else getattr(torch, arguments.dtype).itemsize
+    head_dim = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    cached = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim
+    print(
+        f"{arguments.shape} {arguments.dtype} {loaded.config.decoder_backend}, {torch.get_num_threads()} threads, "
+        f"memory {peak / 1e9:.1f} GB/s, loaded in {figures['load_s']:.1f} s"
+    )
+    greedy = resolve(
+        GenerationConfig(temperature=0),
+        GenerationConfig(),
+        vocab_size=vocabulary,
+        eos_token_ids=(),
+        max_tokens=64,
+        seed=0,
+    )
+    prompt = np.zeros(1, np.int32)
+    for slot in range(max(arguments.rows)):
+        model.place(slot, greedy, 0, prompt, prompt[:0])
+    for rows in arguments.rows:
+        seconds = median_seconds(model, batch_of(rows, 1, arguments.context, vocabulary), arguments.repetitions)
+        read = weights * itemsize + rows * arguments.context * cached * getattr(torch, arguments.dtype).itemsize
+        share = read / seconds / peak
+        print(f"decode {rows:>3}: {seconds * 1e3:8.2f} ms = {rows / seconds:7.0f} tokens/s, {share:.0%} of bandwidth")
+        figures[f"decode_{rows}_ms"] = seconds * 1e3
+        figures[f"decode_{rows}_bandwidth_share"] = share
+    seconds = median_seconds(model, batch_of(1, arguments.prefill, 0, vocabulary), max(arguments.repetitions // 4, 3))
+    rate = 2 * (weights - embedding) * arguments.prefill / seconds
+    print(f"prefill: {arguments.prefill / seconds:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s")
+    figures["prefill_tokens_per_s"] = arguments.prefill / seconds
+    figures["prefill_gflop_s"] = rate / 1e9
+    names = {"benchmark": "step", "shape": arguments.shape, "dtype": arguments.dtype}
+    names |= {"decoder": loaded.config.decoder_backend, "quantization": arguments.quantization}
+    print(json.dumps({**names, **{name: round(figure, 4) for name, figure in figures.items()}}))
+
+
+if __name__ == "__main__":
+    main()

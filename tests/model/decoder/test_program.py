@@ -1,0 +1,227 @@
+"""The compiled step: the same numbers as transformers, and the same bits whatever else is in the batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from asyncengine import ConfigError, EngineConfig, UnsupportedModelError
+from asyncengine.model.attention import kernel
+from asyncengine.model.attention.cpu import CpuAttention
+from asyncengine.model.decoder.blueprint import recognise
+from asyncengine.model.decoder.program import CompiledDecoder
+from asyncengine.model.loader import TransformersLoader
+from asyncengine.model.runner import TorchModel
+from asyncengine.step.batch import StepBatch
+from asyncengine.step.model import LoadedModel
+
+PAGE = 16
+Checkpoint = Callable[..., Path]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def load(path: Path, **changes: Any) -> LoadedModel:
+    config = EngineConfig(
+        str(path),
+        **{
+            "device": "cpu", "decoder_backend": "compiled", "kv_cache_page_size": PAGE, "max_num_sequence": 8,
+            "max_total_sequence_length": 1024, **changes,
+        },
+    )  # fmt: skip
+    loader = TransformersLoader()
+    return loader.load(loader.check(config, None))
+
+
+def batch_of(rows: list[tuple[np.ndarray, int]]) -> StepBatch:
+    """Each row: tokens, and how many of them are in the cache already. Row r has the blocks from 4 r on; all logits."""
+    new = [len(tokens) - context for tokens, context in rows]
+    tables = np.arange(4 * len(rows), dtype=np.int32).reshape(len(rows), 4)
+    positions = np.concatenate([np.arange(context, len(tokens)) for tokens, context in rows])
+    row = np.repeat(np.arange(len(rows)), new)
+    return StepBatch(
+        token_ids=np.concatenate([tokens[context:] for tokens, context in rows]).astype(np.int32),
+        positions=positions.astype(np.int32),
+        query_start=np.cumsum([0, *new]).astype(np.int32),
+        context_lens=np.array([context for _, context in rows], np.int32),
+        block_tables=tables,
+        slot_mapping=tables[row, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE,
+        sample_index=np.arange(len(positions)),
+        sample_slots=np.zeros(len(positions), np.int64),
+        sample_positions=np.zeros(len(positions), np.int64),
+        copies=np.empty((0, 2), np.int64),
+        num_decodes=0,
+    )
+
+
+def sequences(count: int = 5) -> list[np.ndarray]:
+    generator = np.random.default_rng(7)
+    return [generator.integers(1, 199, length) for length in (33, 17, 40, 1, 9)[:count]]
+
+
+def expected(path: Path, tokens: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(dtype).float()
+    with torch.inference_mode():
+        return model(torch.from_numpy(tokens)[None]).logits[0]
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def logits(loaded: LoadedModel, batch: StepBatch) -> torch.Tensor:
+    model = loaded.model
+    assert isinstance(model, TorchModel)
+    return model.logits(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "olmo2", "granite"])
+def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
+    """In low precision: of the rounded weights computed in float32, to which it is nearer than transformers is."""
+    path = checkpoint(architecture)
+    loaded = load(path, dtype=str(dtype).removeprefix("torch."))
+    found = logits(loaded, batch_of([(tokens, 0) for tokens in sequences()]))
+    start = 0
+    for tokens in sequences():
+        assert error(found[start : start + len(tokens)], expected(path, tokens, dtype)) < TOLERANCE[dtype]
+        start += len(tokens)
+    loaded.model.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_gets_the_same_bits_in_any_batch(dtype: str, threads: int, checkpoint: Checkpoint) -> None:
+    """Contract 16: alone or beside others, prefilled at once, in chunks or token by token."""
+    loaded = load(checkpoint("qwen3"), dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = logits(loaded, batch_of([(tokens, 0) for tokens in sequences()]))
+        start = 0
+        for tokens in sequences():
+            mine = together[start : start + len(tokens)]
+            assert torch.equal(logits(loaded, batch_of([(tokens, 0)])), mine)
+            cuts = sorted({0, *range(min(7, len(tokens)), len(tokens), 7), len(tokens)})
+            chunks = [logits(loaded, batch_of([(tokens[:end], begin)])) for begin, end in itertools.pairwise(cuts)]
+            assert torch.equal(torch.cat(chunks), mine)
+            single = [logits(loaded, batch_of([(tokens[: end + 1], end)])) for end in range(len(tokens))]
+            assert torch.equal(torch.cat(single), mine)
+            start += len(tokens)
+    finally:
+        torch.set_num_threads(before)
+        loaded.model.close()
+
+
+def test_int8_is_near(checkpoint: Checkpoint) -> None:
+    path = checkpoint("llama")
+    loaded = load(path, dtype="bfloat16", quantization="int8")
+    tokens = sequences()[0]
+    off = error(logits(loaded, batch_of([(tokens, 0)])), expected(path, tokens, torch.bfloat16))
+    assert TOLERANCE[torch.bfloat16] / 10 < off < 0.05  # it is quantised, and no worse than it has to be
+    loaded.model.close()
+
+
+def test_int8_needs_bfloat16(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match="'int8' with dtype float32; allowed: bfloat16"):
+        load(checkpoint("llama"), dtype="float32", quantization="int8")
+
+
+@pytest.mark.parametrize("changes", [{"decoder_backend": "compiled"}, {"quantization": "int8", "dtype": "bfloat16"}])
+def test_what_cannot_be_compiled_is_refused_by_reason(changes: dict[str, Any], checkpoint: Checkpoint) -> None:
+    with pytest.raises(UnsupportedModelError, match="cannot run as a compiled step: an MLP has a part called experts"):
+        load(checkpoint("mixtral"), **{"decoder_backend": "auto", **changes})
+
+
+def test_what_cannot_be_compiled_runs_as_transformers_has_it_and_says_so(checkpoint: Checkpoint) -> None:
+    loaded = load(checkpoint("mixtral"), decoder_backend="auto")
+    assert loaded.config.decoder_backend == "transformers"
+    assert loaded.notes == ("decoder: runs as transformers has it: an MLP has a part called experts",)
+    loaded.model.close()
+
+
+def test_a_model_that_has_the_parts_but_computes_something_else_is_found_out(checkpoint: Checkpoint) -> None:
+    """SmolLM3 leaves some layers without rotation, which its parts do not show."""
+    path = checkpoint("smollm3", no_rope_layers=[1, 0, 1])
+    loaded = load(path, decoder_backend="auto", dtype="float32")
+    assert loaded.config.decoder_backend == "transformers"
+    assert "computes without one" in loaded.notes[0]
+    tokens = sequences()[0]
+    assert error(logits(loaded, batch_of([(tokens, 0)])), expected(path, tokens, torch.float32)) < 1e-5
+    loaded.model.close()
+    with pytest.raises(UnsupportedModelError, match="cannot run as a compiled step"):
+        load(path, dtype="float32")
+
+
+def test_the_model_gives_its_weights_up(checkpoint: Checkpoint) -> None:
+    loaded = load(checkpoint("qwen2"))
+    model = loaded.model
+    assert isinstance(model, TorchModel) and model._model is not None
+    assert {p.device.type for p in model._model.parameters()} == {"meta"}
+    assert model.debug_call("num_parameters", ()) == [sum(p.numel() for p in model._model.parameters())]
+    loaded.model.close()
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_new_weights_are_those_of_a_new_model(quantization: str, checkpoint: Checkpoint) -> None:
+    """Every parameter finds its place: biases, norms, projections that were fused, embedding and head."""
+    dtype = "float32" if quantization == "none" else "bfloat16"
+    old, new = (load(checkpoint("qwen2", seed=seed), dtype=dtype, quantization=quantization) for seed in (0, 1))
+    weights = AutoModelForCausalLM.from_pretrained(
+        checkpoint("qwen2", seed=1), dtype=getattr(torch, dtype)
+    ).state_dict()
+    batch = batch_of([(sequences()[0], 0)])
+    before = logits(old, batch)
+    old.model.update_weights(weights)
+    assert torch.equal(logits(old, batch), logits(new, batch))
+    assert not torch.equal(before, logits(old, batch))
+    old.model.close()
+    new.model.close()
+
+
+def test_new_weights_that_fail_leave_the_old_ones(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(checkpoint("llama"), dtype="float32")
+    model = loaded.model
+    assert isinstance(model, TorchModel) and model._program is not None
+    batch = batch_of([(sequences()[0], 0)])
+    before = logits(loaded, batch)
+    writers = model._program.writers()
+    last = list(writers)[-1]
+
+    def fail(value: torch.Tensor) -> None:
+        raise RuntimeError("the last one fails")
+
+    monkeypatch.setattr(model._program, "writers", lambda: {**writers, last: (fail, writers[last][1])})
+    state = AutoModelForCausalLM.from_pretrained(checkpoint("llama", seed=3), dtype=torch.float32).state_dict()
+    with pytest.raises(Exception, match="none was replaced"):
+        loaded.model.update_weights(state)
+    assert torch.equal(logits(loaded, batch), before)
+    loaded.model.close()
+
+
+@pytest.mark.parametrize("target", ["-march=x86-64"])
+def test_older_processors(target: str, checkpoint: Checkpoint) -> None:
+    """The portable path: no dot products of bfloat16, no wide vectors."""
+    path = checkpoint("qwen3")
+    backend = CpuAttention(kernel.build(target=[target]))
+    from asyncengine.model import architecture
+    from asyncengine.model.attention.protocol import LayerSpec
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=architecture.ATTENTION
+        ).eval()
+        layers = architecture.record(model)
+        program = CompiledDecoder(recognise(model, layers, 64), backend.library, dtype)
+        specs: list[LayerSpec] = [layer.spec for layer in layers]
+        caches = [backend.allocate(spec, 64, PAGE, dtype, torch.device("cpu")) for spec in specs]
+        program.bind(caches)
+        batch = batch_of([(tokens, 0) for tokens in sequences(2)])
+        found = program.logits(batch, backend.plan(batch, PAGE, torch.device("cpu")))
+        assert error(found[:33], expected(path, sequences()[0], dtype)) < TOLERANCE[dtype]

@@ -1,0 +1,242 @@
+"""The page at ``/ui``, in a real browser where there is one."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from asyncengine import AsyncEngine, EngineConfig
+from asyncengine.server import create_app
+from asyncengine.testing import ByteTokenizer, ScriptedLoader
+from tests.server.serving import AUTH, KEY, MODEL, echo_engine, listening, served
+
+SHOTS: str | None = None
+"""A directory to put screenshots in, for whoever wants to look."""
+
+
+async def test_the_page_is_self_contained_and_may_do_nothing_else() -> None:
+    async with served(api_key=KEY) as client:
+        assert (await client.get("/ui")).headers["www-authenticate"].startswith("Basic")
+        page = await client.get("/ui", headers=AUTH)
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert not re.search(r"https?://|innerHTML|eval\(", page.text)
+    async with served(ui=False) as client:
+        assert (await client.get("/ui")).status_code == 404
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("there is no chromium with its driver")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        webdriver = pytest.importorskip("selenium.webdriver")
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,800"):
+            options.add_argument(argument)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        service = webdriver.ChromeService(executable_path=driver)
+        found = webdriver.Chrome(options=options, service=service)
+    yield found
+    found.quit()
+
+
+class Page:
+    """What a user sees and does."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        self.keys = Keys
+        self.browser = browser
+        self.url = url
+        browser.get(f"{url}/ui")
+
+    def at(self, name: str) -> Any:
+        return self.browser.find_element("id", name)
+
+    def text(self, selector: str) -> str:
+        return str(
+            self.browser.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+        )
+
+    def until(self, what: Callable[[], Any]) -> Any:
+        until = time.monotonic() + 15
+        while not (found := what()):
+            assert time.monotonic() < until, self.text("body")
+        return found
+
+    def answers(self) -> list[Any]:
+        return list(self.browser.find_elements("css selector", "#log > .assistant"))
+
+    def answered(self, count: int = 1) -> str:
+        """The newest answer, once it is complete."""
+        done = "#log > .assistant[aria-busy=false]"
+        self.until(lambda: len(self.browser.find_elements("css selector", done)) == count)
+        return str(self.answers()[-1].text)
+
+    def type(self, *keys: str) -> None:
+        """On the keyboard, to whatever has the focus."""
+        self.browser.switch_to.active_element.send_keys(*keys)
+
+    def shoot(self, name: str) -> None:
+        if SHOTS is not None:
+            self.browser.save_screenshot(f"{SHOTS}/{name}.png")
+
+
+def as_admin(page: Page) -> Page:
+    """The page as a browser opens it that was given a name and the key as password."""
+    return Page(page.browser, page.url.replace("//", f"//me:{KEY}@"))
+
+
+def drive(browser: Any, engine: AsyncEngine, script: Callable[[Page], None], **settings: Any) -> None:
+    """Serves an engine and lets `script` use the page, on a thread of its own."""
+
+    async def main() -> None:
+        async with engine, listening(create_app(engine, **settings)) as url:
+            await asyncio.to_thread(lambda: script(Page(browser, url)))
+            await asyncio.to_thread(browser.get, "about:blank")
+
+    asyncio.run(main())
+    complaints = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [message for message in complaints if "the server responded with a status of" not in message]
+
+
+def test_a_chat_by_keyboard_alone(browser: Any) -> None:
+    def script(page: Page) -> None:
+        page.type("What is 2 + 2?", page.keys.ENTER)
+        first = page.answered()
+        assert first.startswith("user: What is 2 + 2?") and "tokens/s" in first
+        page.type("And 3 + 3?", page.keys.SHIFT, page.keys.ENTER, page.keys.NULL, "Well?", page.keys.ENTER)
+        second = page.answered(2)
+        assert "user: What is 2 + 2?\nassistant: user:" in second and "user: And 3 + 3?\nWell?" in second
+        page.until(lambda: page.text("#state") == "ready" and page.text("#model") == MODEL)
+        page.shoot("chat")
+
+    drive(browser, echo_engine(), script)
+
+
+def test_an_answer_comes_bit_by_bit_and_stops_when_it_is_told_to(browser: Any) -> None:
+    engine = echo_engine(step_seconds=0.02)
+
+    def script(page: Page) -> None:
+        for stop in ("escape", "button"):
+            ended = engine.metrics().counters.requests["abort"]
+            page.at("clear").click()
+            page.at("text").send_keys("x" * 500, page.keys.ENTER)
+            length = page.until(lambda: len(page.text(".assistant")))
+            page.until(lambda length=length: len(page.text(".assistant")) > length)
+            if stop == "escape":
+                page.type(page.keys.ESCAPE)
+            else:
+                page.at("stop").click()
+            assert page.answered().endswith("stopped")
+            page.until(lambda ended=ended: engine.metrics().counters.requests["abort"] > ended)
+            assert page.at("send").is_displayed() and not page.at("stop").is_displayed()
+
+    drive(browser, engine, script)
+
+
+def test_a_model_is_loaded_while_one_chats(browser: Any) -> None:
+    loader = ScriptedLoader(tokenizer=ByteTokenizer(), step_seconds=0.01)
+
+    def script(page: Page) -> None:
+        page.at("settings").find_element("tag name", "summary").click()
+        page.at("key").send_keys(KEY, page.keys.TAB)
+        page.until(lambda: page.text("#state") == "ready")
+        page.at("text").send_keys("y" * 60, page.keys.ENTER)
+        page.until(lambda: len(page.text(".assistant")) > 3)
+        page.at("other").send_keys("another")
+        page.at("reload").click()
+        assert page.answered().startswith("user: " + "y" * 60)
+        page.until(lambda: page.text("#loading").startswith("loaded in"))
+        page.until(lambda: page.text("#model") == "another")
+        page.at("text").send_keys("still there?", page.keys.ENTER)
+        assert "user: still there?" in page.answered(2)
+
+    engine = AsyncEngine(EngineConfig(MODEL), loader=loader)
+    # The page itself is opened as a browser opens it: with a name and the key as password.
+    drive(
+        browser,
+        engine,
+        lambda page: script(Page(browser, page.url.replace("//", f"//me:{KEY}@"))),
+        api_key=KEY,
+        admin=True,
+    )
+
+
+def test_what_goes_wrong_is_said(browser: Any) -> None:
+    def script(page: Page) -> None:
+        page.at("settings").find_element("tag name", "summary").click()
+        page.at("temperature").send_keys("-1")
+        page.browser.execute_script("document.querySelector('#ask').noValidate = true")
+        page.at("text").send_keys("hello", page.keys.ENTER)
+        assert "temperature is -1" in page.answered()
+        page.at("other").send_keys("another")
+        page.at("reload").click()
+        page.until(lambda: "without its admin routes" in page.text("#loading"))
+
+    drive(browser, echo_engine(), script)
+
+
+def test_metrics_and_the_timeline_are_shown(browser: Any) -> None:
+    engine = echo_engine(step_seconds=0.002)
+
+    def script(page: Page) -> None:
+        page.at("tab-trace").click()
+        page.at("record").click()
+        page.until(lambda: page.text("#record") == "Stop recording")
+        page.at("tab-chat").click()
+        page.at("text").send_keys("hello", page.keys.ENTER)
+        page.answered()
+        page.at("tab-chat").send_keys(page.keys.ARROW_RIGHT)
+        page.until(lambda: "tokens generated" in page.text("#cards"))
+        generated = str(engine.metrics().counters.generation_tokens)
+        page.until(lambda: f"{generated}\ntokens generated" in page.text("#cards"))
+        page.shoot("metrics")
+        page.type(page.keys.ARROW_RIGHT)
+        page.at("record").click()
+        page.at("show").click()
+        page.until(lambda: "ms in view" in page.text("#span"))
+        wide = page.text("#span")
+        page.at("timeline").send_keys("+")
+        page.until(lambda: page.text("#span") != wide)
+        drawn = "const c = document.querySelector('#timeline');"
+        drawn += "return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0)"
+        assert page.browser.execute_script(drawn)
+        page.shoot("trace")
+
+    drive(browser, engine, lambda page: script(as_admin(page)), api_key=KEY, admin=True)
+
+
+def test_it_fits_a_phone(browser: Any) -> None:
+    def script(page: Page) -> None:
+        page.at("text").send_keys("w" * 200, page.keys.ENTER)
+        page.answered()
+        for tab in ("chat", "metrics", "trace"):
+            page.at(f"tab-{tab}").click()
+            wide = page.browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+            assert wide[0] <= wide[1], tab
+            panels = page.browser.find_elements("css selector", "[role=tabpanel]")
+            assert [panel.get_attribute("id") for panel in panels if panel.is_displayed()] == [tab]
+        page.at("tab-chat").click()
+        send = page.at("send").rect
+        assert send["y"] + send["height"] <= page.browser.execute_script("return innerHeight")
+        page.shoot("phone")
+
+    phone = {"width": 375, "height": 667, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        drive(browser, echo_engine(), script)
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

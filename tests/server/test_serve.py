@@ -1,0 +1,116 @@
+"""The whole server as a process: it listens at once, serves, and ends as it should."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from asyncengine import ConfigError, EngineConfig
+from asyncengine.server.serve import serve
+from tests.server.serving import MODEL, completion, error
+
+PROGRAM = """
+import logging, sys
+from asyncengine import EngineConfig
+from asyncengine.server.serve import serve
+from asyncengine.testing import ByteTokenizer, ScriptedLoader
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+loader = ScriptedLoader(tokenizer=ByteTokenizer(), step_seconds=float(sys.argv[1]))
+if sys.argv[2] == "broken":
+    loader.load_errors["scripted"] = RuntimeError("the disk is gone")
+sys.exit(serve(EngineConfig("scripted"), port=0, loader=loader, drain_seconds=float(sys.argv[3]),
+               on_listening=lambda address: print(address, flush=True)))
+"""
+
+
+@contextmanager
+def process(step_seconds: float = 0.0, load: str = "fine", drain: float = 5.0) -> Iterator[tuple[Any, str, list[str]]]:
+    arguments = [sys.executable, "-W", "error", "-c", PROGRAM, str(step_seconds), load, str(drain)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        log: list[str] = []
+        reading = threading.Thread(target=lambda: log.extend(running.stderr or ()))
+        reading.start()
+        try:
+            assert running.stdout is not None
+            yield running, running.stdout.readline().strip(), log
+        finally:
+            if running.poll() is None:
+                running.kill()
+            running.wait()
+            reading.join()
+
+
+def ready(client: httpx.Client) -> None:
+    while client.get("/ready").status_code != 200:
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_what_is_under_way_finish_and_refuses_what_is_new(number: signal.Signals) -> None:
+    with process(step_seconds=0.01) as (running, address, log):
+        with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
+            ready(client)
+            body = completion("x" * 60, max_tokens=60, stream=True)
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()
+                first = next(lines)
+                running.send_signal(number)
+                with httpx.Client(base_url=address, trust_env=False) as other:
+                    while (
+                        late := other.post("/v1/completions", json=completion("x", max_tokens=1))
+                    ).status_code == 200:
+                        pass
+                    assert late.status_code == 503 and error(late)["code"] == "engine_draining"
+                rest = [line for line in lines if line]
+        assert running.wait(timeout=30) == 0
+    assert first.startswith("data: ") and rest[-1] == "data: [DONE]" and '"finish_reason":"length"' in rest[-2]
+    assert any("another signal ends them" in line for line in log)
+    assert not any("Traceback" in line for line in log)
+
+
+def test_a_second_signal_ends_what_is_under_way() -> None:
+    with process(step_seconds=0.01, drain=600) as (running, address, _):
+        with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
+            ready(client)
+            body = completion("x" * 3000, max_tokens=3000, stream=True)
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+                running.send_signal(signal.SIGINT)
+                while client_state(address) == "ready":
+                    pass
+                running.send_signal(signal.SIGINT)
+                rest = [line for line in lines if line]
+        assert running.wait(timeout=30) == 0
+    assert '"request_aborted"' in rest[-2]
+
+
+def client_state(address: str) -> str:
+    return str(httpx.get(f"{address}/health", trust_env=False).json()["state"])
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_an_error() -> None:
+    with process(load="broken") as (running, _, log):
+        assert running.wait(timeout=30) == 1
+    assert any("scripted cannot be loaded" in line for line in log)
+
+
+def test_an_address_that_is_taken_is_an_error_and_not_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert serve(EngineConfig(MODEL), port=taken.getsockname()[1]) == 1
+    assert "cannot listen on 127.0.0.1" in caplog.text
+
+
+@pytest.mark.parametrize("fields", [{"admin": True}, {"drain_seconds": -1}, {"max_concurrency": 0}])
+def test_a_wrong_setting_is_refused_before_anything_begins(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        serve(EngineConfig(MODEL), port=0, **fields)

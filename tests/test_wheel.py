@@ -1,0 +1,92 @@
+"""What is installed is what is tested: the built wheel, away from the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SUBSET = ("tests/test_import.py", "tests/test_public_names.py", "tests/testing", "tests/loop/test_stream.py")
+SERVE = """
+import asyncio, asyncengine
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+
+async def main():
+    async with AsyncEngine(EngineConfig("tiny")) as engine:
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        print((await engine.chat(messages, GenerationConfig(temperature=0, max_tokens=32))).text)
+
+asyncio.run(main())
+print(asyncengine.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        str(ROOT),
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(directory),
+    ]
+    subprocess.run([*command, "-q", "--disable-pip-version-check"], check=True, timeout=110)
+    (found,) = directory.glob("asyncengine-*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the wheel's contents in `site`, and the tests beside it."""
+    directory = tmp_path_factory.mktemp("elsewhere")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(directory / "site")
+    shutil.copytree(ROOT / "tests", directory / "tests")
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, directory)
+    return directory
+
+
+def run(elsewhere: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(elsewhere / "site")}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_wheel_has_what_the_package_needs_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+    packed = {name for name in sizes if name.startswith("asyncengine/")}
+    for needed in (
+        "py.typed", "tiny/checkpoint/model.safetensors", "tiny/checkpoint/tokenizer.json",
+        "model/attention/paged_attention.cpp", "model/decoder/decoder.cpp",
+    ):  # fmt: skip
+        assert f"asyncengine/{needed}" in packed
+    assert not [name for name in sizes if not name.startswith(("asyncengine/", "asyncengine-"))]
+    assert sum(size for name, size in sizes.items() if "/tiny/" in name) < 5e6
+    assert wheel.stat().st_size < 5e6
+
+
+def test_the_wheel_serves_the_embedded_model(elsewhere: Path) -> None:
+    answer, path = run(elsewhere, "-c", SERVE).splitlines()
+    assert answer == "The capital of France is Paris."
+    assert Path(path).is_relative_to(elsewhere / "site")
+
+
+def test_the_suite_runs_against_the_wheel(elsewhere: Path) -> None:
+    out = run(elsewhere, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUBSET)
+    assert " passed" in out and "failed" not in out
