@@ -45,6 +45,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("tensor_parallel_shards", 2, "only 1 is available"),
     ("attention_backend", "flash", "allowed: 'auto', 'cpu', 'torch', 'triton'"),
     ("grammar_backend", "outlines", "allowed: 'auto', 'llguidance', 'xgrammar'"),
+    ("decoder_backend", "own", "allowed: 'auto', 'compiled', 'transformers'"),
+    ("quantization", "int4", "allowed: 'none', 'int8'"),
     ("max_queue_size", 0, "expected an integer >= 1"),
     ("step_timeout", 0, "expected a number in (0.0, inf]"),
     ("step_timeout", math.nan, "expected a number in (0.0, inf]"),
