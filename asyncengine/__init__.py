@@ -29,13 +29,24 @@ from asyncengine.errors import (
 )
 from asyncengine.generation import GenerationConfig
 from asyncengine.instructions import Deadlines
+from asyncengine.logits_processor import LogitsProcessor, LogitsRow
 from asyncengine.loop.engine import AsyncEngine
 from asyncengine.loop.health import Health
 from asyncengine.loop.many import ManyStream, PendingStream
 from asyncengine.loop.prepare import RequestOptions
 from asyncengine.loop.stream import RequestStream
 from asyncengine.metrics import Counters, EngineMetrics, Histogram
-from asyncengine.outputs import BranchResult, FinishReason, RequestOutput, RequestResult, Usage
+from asyncengine.outputs import BranchResult, FinishReason, PromptScore, RequestOutput, RequestResult, Usage
+from asyncengine.response_format import (
+    Choice,
+    EbnfGrammar,
+    JsonObject,
+    JsonSchema,
+    Regex,
+    ResponseFormat,
+    StructuralTag,
+    StructuralTags,
+)
 from asyncengine.state import EngineState
 from asyncengine.step.batch import TokenLogprobs
 from asyncengine.tokenizer import Tokenizer
@@ -46,10 +57,12 @@ __all__ = [
     "AsyncEngineError",
     "BranchResult",
     "CheckpointError",
+    "Choice",
     "ConfigError",
     "Counters",
     "DeadlineExceededError",
     "Deadlines",
+    "EbnfGrammar",
     "EngineClosedError",
     "EngineConfig",
     "EngineDrainingError",
@@ -64,16 +77,25 @@ __all__ = [
     "IllegalStateError",
     "InsufficientMemoryError",
     "InvalidRequestError",
+    "JsonObject",
+    "JsonSchema",
+    "LogitsProcessor",
+    "LogitsRow",
     "ManyStream",
     "ModelNotLoadedError",
     "PendingStream",
+    "PromptScore",
+    "Regex",
     "ReloadError",
     "RequestDroppedError",
     "RequestOptions",
     "RequestOutput",
     "RequestResult",
     "RequestStream",
+    "ResponseFormat",
     "StepError",
+    "StructuralTag",
+    "StructuralTags",
     "TokenLogprobs",
     "Tokenizer",
     "Trace",

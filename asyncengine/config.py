@@ -19,6 +19,7 @@ SpeculativeMode = Literal["disable"]
 AttentionBackend = Literal["auto", "cpu", "torch", "triton"]
 DecoderBackend = Literal["auto", "compiled", "transformers"]
 Quantization = Literal["none", "int8"]
+GrammarLibrary = Literal["auto", "llguidance", "xgrammar"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,8 @@ class EngineConfig:
             where it can.
         quantization: ``"int8"`` stores the weights as one byte each, with one scale for each output; needs the
             compiled decoder and dtype bfloat16. ``"none"`` stores them in `dtype`.
+        grammar_backend: Compiles `GenerationConfig.response_format`: ``"llguidance"``, ``"xgrammar"``, or ``"auto"``,
+            which takes the first of these that is installed.
         max_queue_size: Most requests that wait for their first step; None is unlimited.
         step_timeout: Seconds after which `AsyncEngine.health` calls a step stalled.
     """
@@ -81,6 +84,7 @@ class EngineConfig:
     spec_draft_length: int = field(default=0, kw_only=True)
     tensor_parallel_shards: int = field(default=1, kw_only=True)
     attention_backend: AttentionBackend = field(default="auto", kw_only=True)
+    grammar_backend: GrammarLibrary = field(default="auto", kw_only=True)
     decoder_backend: DecoderBackend = field(default="auto", kw_only=True)
     quantization: Quantization = field(default="none", kw_only=True)
     max_queue_size: int | None = field(default=None, kw_only=True)
@@ -174,6 +178,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "prefill_mode": get_args(PrefillMode),
     "speculative_mode": get_args(SpeculativeMode),
     "attention_backend": get_args(AttentionBackend),
+    "grammar_backend": get_args(GrammarLibrary),
     "decoder_backend": get_args(DecoderBackend),
     "quantization": get_args(Quantization),
 }

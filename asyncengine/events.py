@@ -29,6 +29,14 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of the prompt's next tokens; those of the first token, which has none, are left out."""
+
+    number: int
+    logprobs: list[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
 class BranchEnded:
     """A branch will get no more tokens."""
 
@@ -65,4 +73,4 @@ class Reply:
     error: BaseException | None = None
 
 
-Event = Tokens | BranchEnded | RequestEnded | Reply
+Event = Tokens | PromptLogprobs | BranchEnded | RequestEnded | Reply

@@ -7,15 +7,20 @@ import difflib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Literal
 
 from asyncengine.errors import InvalidRequestError
+from asyncengine.grammar.protocol import Grammar
+from asyncengine.logits_processor import LogitsProcessor
+from asyncengine.response_format import ResponseFormat, response_format
 
 LogprobsMode = Literal["raw", "processed"]
 
 MAX_BRANCHES = 1024
 MAX_STOP_STRS = 128
 MAX_STOP_STR_LENGTH = 1024
+MAX_BAD_WORDS = 1024
 GREEDY_BELOW = 1e-5
 """Temperatures below it mean 0: dividing by them would overflow."""
 
@@ -24,8 +29,8 @@ GREEDY_BELOW = 1e-5
 class GenerationConfig:
     """How to generate. A field that is None takes the model's default, then the one named here.
 
-    The order of logit processing: logit bias; presence, frequency and repetition penalty; min-tokens mask;
-    temperature; top-k; min-p; top-p; draw.
+    The order of logit processing: logit bias; presence, frequency and repetition penalty; logits processors; the masks
+    (min-tokens, allowed tokens, bad words, grammar); temperature; top-k; min-p; top-p; draw.
 
     Attributes:
         n: Number of branches, 1 to 1024. The prompt is computed once and shared.
@@ -50,7 +55,16 @@ class GenerationConfig:
         ignore_eos: Whether to go on after the end-of-sequence token.
         skip_special_tokens: Whether special tokens are left out of the text.
         detokenize: Whether outputs carry text.
-        response_format: Must be None: structured output is not available yet.
+        response_format: What the text must look like: `JsonObject`, `JsonSchema`, `Regex`, `EbnfGrammar`, `Choice`,
+            `StructuralTags`, or a mapping in OpenAI's shape. Where nothing can follow, the branch ends with "stop".
+        jump_forward: Whether tokens that the response format leaves no choice about are taken together in one step. It
+            changes no token. Requests with logprobs or logits processors do not jump.
+        allowed_token_ids: The only tokens that may be drawn; None allows all. An end-of-sequence token is not added.
+        bad_words: Sequences that must not appear, each as token ids or as text. A text stands for the tokens that the
+            tokenizer makes of it, with and without a space before it. Its last token is never drawn after the others.
+        logits_processors: Called in turn with the logits of each of the request's rows; see `LogitsProcessor`.
+        prompt_logprobs: 0 to 20. Returns the log-probability of each token of the prompt but the first, and this many
+            of the likeliest beside it. None does not.
     """
 
     n: int = 1
@@ -73,7 +87,12 @@ class GenerationConfig:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
-    response_format: None = None
+    response_format: ResponseFormat | Mapping[str, Any] | None = None
+    jump_forward: bool = True
+    allowed_token_ids: Iterable[int] | None = None
+    bad_words: Iterable[str | Iterable[int]] = ()
+    logits_processors: Iterable[LogitsProcessor] = ()
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, MAX_BRANCHES)
@@ -84,7 +103,7 @@ class GenerationConfig:
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, None, open_low=True)
-        for name in ("logprobs", "ignore_eos", "skip_special_tokens", "detokenize"):
+        for name in ("logprobs", "ignore_eos", "skip_special_tokens", "detokenize", "jump_forward"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; expected True or False")
         _integer("top_logprobs", self.top_logprobs, 0, 20)
@@ -100,10 +119,15 @@ class GenerationConfig:
         _integer("seed", self.seed, None, None, optional=True)
         object.__setattr__(self, "stop_strs", _stop_strs(self.stop_strs))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        if self.response_format is not None:
-            raise InvalidRequestError(
-                f"response_format is {self.response_format!r}; structured output is not available in this version"
-            )
+        object.__setattr__(self, "response_format", response_format(self.response_format))
+        if self.allowed_token_ids is not None:
+            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
+                raise InvalidRequestError("allowed_token_ids is empty; allowed: at least one token id, or None")
+            object.__setattr__(self, "allowed_token_ids", tuple(dict.fromkeys(allowed)))
+        object.__setattr__(self, "bad_words", _bad_words(self.bad_words))
+        object.__setattr__(self, "logits_processors", _processors(self.logits_processors))
+        _integer("prompt_logprobs", self.prompt_logprobs, 0, 20, optional=True)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
@@ -140,6 +164,12 @@ class SamplingParams:
         masked_token_ids: What the min-tokens mask forbids: `stop_token_ids` while fewer than `min_tokens` are drawn.
         seed: In [0, 2**64).
         num_logprobs: -1: none. 0: of the drawn token only. k: with the k likeliest beside it.
+        ignore_eos: Whether the end-of-sequence tokens do not end a branch.
+        grammar: The compiled `response_format`.
+        jumps: Whether tokens without a choice are taken together.
+        allowed_token_ids: None allows all.
+        bad_words: Token sequences.
+        num_prompt_logprobs: As `num_logprobs`, of the prompt's tokens.
     """
 
     n: int
@@ -160,6 +190,13 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...]
     skip_special_tokens: bool
     detokenize: bool
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
+    jumps: bool = False
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    num_prompt_logprobs: int = -1
 
 
 def resolve(
@@ -170,6 +207,8 @@ def resolve(
     eos_token_ids: tuple[int, ...],
     max_tokens: int,
     seed: int,
+    grammar: Grammar | None = None,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
     """Fills `config` with `defaults` and the model's limits.
 
@@ -180,9 +219,11 @@ def resolve(
         eos_token_ids: End a branch unless `config.ignore_eos`.
         max_tokens: The most that any length limit leaves room for.
         seed: Taken when the caller gave none.
+        grammar: The compiled `config.response_format`.
+        bad_words: `config.bad_words` as tokens.
 
     Raises:
-        InvalidRequestError: A token id outside the vocabulary.
+        InvalidRequestError: A token id outside the vocabulary, or no token that may be drawn.
     """
 
     def value(name: str, otherwise: float) -> float:
@@ -191,8 +232,14 @@ def resolve(
         return float(otherwise if own is None else own)
 
     assert isinstance(config.stop_token_ids, tuple) and isinstance(config.stop_strs, tuple)
+    assert isinstance(config.allowed_token_ids, (tuple, NoneType)) and isinstance(config.logits_processors, tuple)
     bias = tuple(sorted((config.logit_bias or {}).items()))
-    for name, ids in (("stop_token_ids", config.stop_token_ids), ("logit_bias", tuple(i for i, _ in bias))):
+    for name, ids in (
+        ("stop_token_ids", config.stop_token_ids),
+        ("logit_bias", tuple(i for i, _ in bias)),
+        ("allowed_token_ids", config.allowed_token_ids or ()),
+        ("bad_words", tuple(i for word in bad_words for i in word)),
+    ):
         for token_id in ids:
             if token_id >= vocab_size:
                 raise InvalidRequestError(
@@ -203,6 +250,14 @@ def resolve(
     temperature = value("temperature", 1.0)
     if config.max_tokens is not None:
         max_tokens = min(config.max_tokens, max_tokens)
+    min_tokens = min(config.min_tokens, max_tokens)
+    if config.allowed_token_ids is not None:
+        never = {word[0] for word in bad_words if len(word) == 1} | set(stop_ids if min_tokens else ())
+        if not set(config.allowed_token_ids) - never:
+            raise InvalidRequestError(
+                f"allowed_token_ids has {_some(config.allowed_token_ids)}; all of them are forbidden by bad_words or, "
+                f"with min_tokens = {config.min_tokens}, as stop tokens"
+            )
     return SamplingParams(
         n=config.n,
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
@@ -216,12 +271,19 @@ def resolve(
         logprobs_mode=config.logprobs_mode,
         logit_bias=bias,
         max_tokens=max_tokens,
-        min_tokens=min(config.min_tokens, max_tokens),
+        min_tokens=min_tokens,
         seed=(seed if config.seed is None else config.seed) % 2**64,
         stop_strs=config.stop_strs,
         stop_token_ids=tuple(dict.fromkeys(stop_ids)),
         skip_special_tokens=config.skip_special_tokens,
         detokenize=config.detokenize,
+        ignore_eos=config.ignore_eos,
+        grammar=grammar,
+        jumps=grammar is not None and config.jump_forward and not config.logprobs and not config.logits_processors,
+        allowed_token_ids=config.allowed_token_ids,
+        bad_words=bad_words,
+        logits_processors=config.logits_processors,
+        num_prompt_logprobs=-1 if config.prompt_logprobs is None else config.prompt_logprobs,
     )
 
 
@@ -301,3 +363,36 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
         if not _is_integer(token_id) or token_id < 0:
             raise InvalidRequestError(f"{name} has {token_id!r}; allowed: token ids >= 0")
     return ids
+
+
+def _bad_words(value: object) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise InvalidRequestError(f"bad_words is {value!r:.80}; expected a list of strings or of token id lists")
+    words: list[str | tuple[int, ...]] = []
+    for word in value:
+        if isinstance(word, str) or not isinstance(word, Iterable):
+            if not isinstance(word, str) or not word.strip():
+                raise InvalidRequestError(f"bad_words has {word!r}; allowed: non-blank strings, lists of token ids")
+            words.append(word)
+        else:
+            ids = _token_ids("bad_words", word)
+            if not ids:
+                raise InvalidRequestError("bad_words has an empty list; allowed: at least one token id in each")
+            words.append(ids)
+    if len(words) > MAX_BAD_WORDS:
+        raise InvalidRequestError(f"bad_words has {len(words)} entries; allowed: at most {MAX_BAD_WORDS}")
+    return tuple(words)
+
+
+def _processors(value: object) -> tuple[LogitsProcessor, ...]:
+    if not isinstance(value, Iterable):
+        raise InvalidRequestError(f"logits_processors is {value!r:.80}; expected a list of callables")
+    processors = tuple(value)
+    for processor in processors:
+        if not callable(processor):
+            raise InvalidRequestError(f"logits_processors has {processor!r:.80}; allowed: callables")
+    return processors
+
+
+def _some(ids: tuple[int, ...]) -> str:
+    return ", ".join(map(str, ids[:8])) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -86,11 +87,16 @@ class RequestResult:
         request_id: The engine's id of the request, or the one that the caller gave.
         outputs: One per branch, in order.
         usage: Token counts and timings.
+        prompt_token_ids: The prompt, if its log-probabilities were asked for.
+        prompt_logprobs: One entry per token of the prompt; the first, which follows nothing, is None. Fewer where the
+            request ended before its prompt was computed. None if they were not asked for.
     """
 
     request_id: str
     outputs: list[BranchResult] = field(default_factory=list)
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @property
     def text(self) -> str:
@@ -106,3 +112,21 @@ class RequestResult:
     def finish_reason(self) -> FinishReason:
         """Finish reason of branch 0."""
         return self.outputs[0].finish_reason
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScore:
+    """How likely a text is, token by token.
+
+    Attributes:
+        token_ids: The tokens.
+        logprobs: One entry per token; the first, which follows nothing, is None.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+    @property
+    def logprob(self) -> float:
+        """Of the text after its first token: the sum over its tokens."""
+        return math.fsum(entry.logprob for entry in self.logprobs if entry is not None)

@@ -123,8 +123,30 @@ class TestRanges:
     def test_stop_token_ids_are_a_list(self, value: Any) -> None:
         refused(lambda: GenerationConfig(stop_token_ids=value), f"stop_token_ids is {value!r}", "list of token ids")
 
-    def test_response_format_is_not_there_yet(self) -> None:
-        refused(lambda: GenerationConfig(response_format={"type": "json"}), "response_format is", "not available")  # type: ignore[arg-type]
+    @pytest.mark.parametrize("value", [3, "json", {"type": "json"}, {}, [], {"type": "regex"}])
+    def test_response_format_names_what_is_wrong(self, value: Any) -> None:
+        refused(lambda: GenerationConfig(response_format=value), "response_format")
+
+    @pytest.mark.parametrize("value", [[], [-1], [1.5], ["a"], "abc", 5, [True]])
+    def test_allowed_token_ids_are_a_list_that_is_not_empty(self, value: Any) -> None:
+        refused(
+            lambda: GenerationConfig(allowed_token_ids=value), "allowed_token_ids", "allowed" if value == [] else ""
+        )
+
+    @pytest.mark.parametrize("value", ["word", [""], ["  "], [[]], [[-1]], [[1.5]], [3], 3, {"a": 1}, [["a"]]])
+    def test_bad_words_are_texts_or_token_ids(self, value: Any) -> None:
+        refused(lambda: GenerationConfig(bad_words=value), "bad_words")
+
+    def test_bad_words_are_not_endless(self) -> None:
+        refused(lambda: GenerationConfig(bad_words=["a"] * 1025), "bad_words has 1025", "at most 1024")
+
+    @pytest.mark.parametrize("value", [3, [3], ["name"]])
+    def test_logits_processors_are_callables(self, value: Any) -> None:
+        refused(lambda: GenerationConfig(logits_processors=value), "logits_processors", "callables")
+
+    @pytest.mark.parametrize("value", [-1, 21, 1.0, True, "3"])
+    def test_prompt_logprobs_are_at_most_twenty(self, value: Any) -> None:
+        refused(lambda: GenerationConfig(prompt_logprobs=value), f"prompt_logprobs is {value!r}", "0..20 or None")
 
     def test_what_is_at_the_edge_is_allowed(self) -> None:
         GenerationConfig(

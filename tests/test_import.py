@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pytest", "hypothesis")
+HEAVY = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "pytest", "hypothesis", "llguidance")
 
 
 def modules_after(statement: str) -> set[str]:

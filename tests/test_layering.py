@@ -80,6 +80,20 @@ def test_models_know_nothing_of_loops(path: Path) -> None:
     assert not forbidden(path, "asyncio", "anyio", "uvloop", "asyncengine.loop", "asyncengine.testing")
 
 
+@pytest.mark.parametrize("path", files("grammar"), ids=named)
+def test_grammars_know_neither_loops_nor_steps_nor_models(path: Path) -> None:
+    assert not forbidden(path, "asyncio", "anyio", "uvloop", "torch", "transformers")
+    assert not forbidden(path, "asyncengine.loop", "asyncengine.model", "asyncengine.testing")
+    used = {name for name in imports(path) if name.startswith("asyncengine.step.")}
+    assert all(name.startswith("asyncengine.step.batch") for name in used)
+
+
+def test_grammar_libraries_are_imported_by_their_own_module_alone() -> None:
+    for path in ROOT.rglob("*.py"):
+        for library in ("llguidance", "xgrammar"):
+            assert path.name == f"{library}_backend.py" or not forbidden(path, library), path
+
+
 @pytest.mark.parametrize("path", files("testing"), ids=named)
 def test_scripted_models_need_no_torch(path: Path) -> None:
     assert not forbidden(path, "torch", "transformers", "asyncengine.model")

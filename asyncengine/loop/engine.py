@@ -17,6 +17,7 @@ from asyncengine import instructions as ins
 from asyncengine.config import EngineConfig
 from asyncengine.errors import ConfigError, EngineClosedError, InvalidRequestError, ModelNotLoadedError
 from asyncengine.generation import GenerationConfig
+from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.instructions import InFlight, Instruction, ReplyTo
 from asyncengine.loop.health import Health, health_of
 from asyncengine.loop.many import ManyStream, PendingStream
@@ -24,14 +25,17 @@ from asyncengine.loop.prepare import (
     Conversation,
     Prompt,
     RequestOptions,
+    checked_config,
+    compile_grammar,
     encode,
+    grammar_compiler,
     new_branches,
     new_request,
 )
 from asyncengine.loop.router import Inbox, Router
 from asyncengine.loop.stream import RequestStream
 from asyncengine.metrics import EngineMetrics
-from asyncengine.outputs import RequestResult
+from asyncengine.outputs import PromptScore, RequestResult
 from asyncengine.state import EngineState
 from asyncengine.step.model import LoadedModel, Loader, LoadPlan, ModelView
 from asyncengine.step.thread import StepThread
@@ -66,6 +70,7 @@ class AsyncEngine:
         self._numbers = itertools.count(1)
         self._routers: dict[asyncio.AbstractEventLoop, Router] = {}
         self._routers_lock = threading.Lock()
+        self._grammars: tuple[int, GrammarCompiler] | None = None
         # An engine that is dropped ends its thread. The finalizer must not hold the engine itself.
         self._finalizer = weakref.finalize(self, _shut_down, self._thread)
         self._finalizer.atexit = False
@@ -218,6 +223,28 @@ class AsyncEngine:
         else:
             configs = [config] * len(prompts)
         return ManyStream(lambda: self._add(prompts, configs, options, many=True))
+
+    async def score(
+        self, prompts: Sequence[Prompt], top_logprobs: int = 0, options: RequestOptions = _DEFAULTS
+    ) -> list[PromptScore]:
+        """How likely texts are under the model; nothing is generated.
+
+        Args:
+            prompts: Text or token ids, each.
+            top_logprobs: 0 to 20. How many of the likeliest tokens to name at each position.
+            options: For all; ``request_id`` gets ``-0``, ``-1``, ... appended.
+
+        Raises:
+            AsyncEngineError: As `generate`.
+
+        Cancelling it ends the requests.
+        """
+        config = GenerationConfig(max_tokens=0, prompt_logprobs=top_logprobs, detokenize=False)
+        scores = []
+        for result in await self.generate_many(prompts, config, options):
+            assert result.prompt_token_ids is not None and result.prompt_logprobs is not None
+            scores.append(PromptScore(result.prompt_token_ids, result.prompt_logprobs))
+        return scores
 
     async def abort_request(self, request_id: str) -> None:
         """Ends a request with reason "abort"; returns once its blocks are free. An unknown id is passed over.
@@ -450,6 +477,13 @@ class AsyncEngine:
             view = core.view
         return view
 
+    def _compiler(self, view: ModelView) -> GrammarCompiler:
+        """Compiles grammars for the model of this view, and keeps them as long as it is loaded."""
+        kept = self._grammars
+        if kept is None or kept[0] != view.epoch:
+            kept = self._grammars = (view.epoch, grammar_compiler(view))
+        return kept[1]
+
     async def _add(
         self,
         prompts: Sequence[Prompt | Conversation],
@@ -465,18 +499,23 @@ class AsyncEngine:
         prompts = [_reusable(prompt) for prompt in prompts]
         while True:
             view = await self._view()
+            wanted = [checked_config(config) for config in configs]
             encoded = [await encode(prompt, view) for prompt in prompts]
+            compiler = self._compiler(view)
+            grammars = [await compile_grammar(config, compiler) for config in wanted]
             news = []
-            for index, (ids, config) in enumerate(zip(encoded, configs, strict=True)):
+            for index, (ids, config, grammar) in enumerate(zip(encoded, wanted, grammars, strict=True)):
                 own = options
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
-                news.append(new_request(next(self._numbers), ids, config, own, view, pin))
+                news.append(new_request(next(self._numbers), ids, config, own, view, pin, grammar))
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []
             for new in news:
                 inbox = Inbox(new.number, new_branches(new.params, view))
+                if new.params.num_prompt_logprobs >= 0:
+                    inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
                 router.register(inbox)
                 streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
             add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,9 @@ import numpy as np
 from asyncengine.detokenizer import TextStream
 from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig, SamplingParams, resolve
+from asyncengine.grammar.compiler import GrammarCompiler
+from asyncengine.grammar.protocol import Grammar
+from asyncengine.grammar.select import make_backend
 from asyncengine.instructions import Deadlines, NewRequest, WhenFull
 from asyncengine.loop.router import Branch
 from asyncengine.step.batch import Int32
@@ -98,6 +102,42 @@ async def encode(prompt: Prompt | Conversation, view: ModelView) -> Int32:
     return _token_ids(ids, view)
 
 
+async def compile_grammar(config: GenerationConfig, compiler: GrammarCompiler) -> Grammar | None:
+    """The grammar of a request's response format, compiled on a worker thread unless it was before.
+
+    Raises:
+        InvalidRequestError: It does not compile.
+    """
+    wanted = config.response_format
+    if wanted is None:
+        return None
+    assert not isinstance(wanted, Mapping)
+    grammar = compiler.cached(wanted)
+    if grammar is None:
+        grammar = await anyio.to_thread.run_sync(compiler.compile, wanted, abandon_on_cancel=True)
+    return grammar
+
+
+def grammar_compiler(view: ModelView) -> GrammarCompiler:
+    """Compiles grammars for a loaded model; costs nothing before it does."""
+    return GrammarCompiler(
+        lambda: make_backend(view.config.grammar_backend, view.tokenizer, view.vocab_size, view.eos_token_ids)
+    )
+
+
+def checked_config(config: GenerationConfig | None) -> GenerationConfig:
+    """The configuration of a request.
+
+    Raises:
+        InvalidRequestError: It is something else.
+    """
+    if config is None:
+        return GenerationConfig()
+    if not isinstance(config, GenerationConfig):
+        raise InvalidRequestError(f"config is {config!r:.80}; expected GenerationConfig(...)")
+    return config
+
+
 def new_request(
     number: int,
     prompt: Int32,
@@ -105,16 +145,14 @@ def new_request(
     options: RequestOptions,
     view: ModelView,
     pin: str | None = None,
+    grammar: Grammar | None = None,
 ) -> NewRequest:
     """Checks a request against the model and fills in every default.
 
     Raises:
         InvalidRequestError: It cannot be served by this model.
     """
-    if config is None:
-        config = GenerationConfig()
-    elif not isinstance(config, GenerationConfig):
-        raise InvalidRequestError(f"config is {config!r:.80}; expected GenerationConfig(...)")
+    config = checked_config(config)
     room = view.max_tokens - len(prompt)
     if room < 1:
         raise InvalidRequestError(
@@ -127,12 +165,36 @@ def new_request(
         eos_token_ids=view.eos_token_ids,
         max_tokens=room,
         seed=secrets.randbits(63) if config.seed is None else 0,
+        grammar=grammar,
+        bad_words=_bad_words(config.bad_words, view),
     )
     if params.stop_strs and view.tokenizer is None:
         raise InvalidRequestError(f"stop_strs is {params.stop_strs!r}; stop strings need a tokenizer and there is none")
     # The random part keeps it apart from whatever ids callers give.
     request_id = f"request-{number}-{secrets.token_hex(4)}" if options.request_id is None else options.request_id
     return NewRequest(number, request_id, prompt, params, options.priority, options.deadlines, pin)
+
+
+def _bad_words(words: Iterable[str | Iterable[int]], view: ModelView) -> tuple[tuple[int, ...], ...]:
+    """As tokens: those that stand for a text are what the tokenizer makes of it, with and without a space before it."""
+    sequences: list[tuple[int, ...]] = []
+    for word in words:
+        if not isinstance(word, str):
+            sequences.append(tuple(word))
+            continue
+        model = _tokenizer(view.tokenizer, view, f"pass bad_words as token ids, not as {word!r}")
+        bare = word.lstrip()
+        around = model.encode("")
+        sequences += [_without(around, _typed(functools.partial(model.encode, text))) for text in (bare, f" {bare}")]
+    return tuple(dict.fromkeys(sequence for sequence in sequences if sequence))
+
+
+def _without(around: list[int], ids: list[int]) -> tuple[int, ...]:
+    """Token ids without the special tokens that the tokenizer puts around every text."""
+    before = 0
+    while before < len(around) and before < len(ids) and ids[before] == around[before]:
+        before += 1
+    return tuple(ids[before : len(ids) - (len(around) - before)])
 
 
 def new_branches(params: SamplingParams, view: ModelView) -> list[Branch]:

@@ -11,10 +11,10 @@ from asyncio import InvalidStateError
 from typing import Any, Protocol
 
 from asyncengine.detokenizer import TextStream
-from asyncengine.events import BranchEnded, BranchKey, Event, Reply, RequestEnded, Tokens
+from asyncengine.events import BranchEnded, BranchKey, Event, PromptLogprobs, Reply, RequestEnded, Tokens
 from asyncengine.instructions import ReplyTo
 from asyncengine.outputs import FinishReason, Usage
-from asyncengine.step.batch import TokenLogprobs
+from asyncengine.step.batch import Int32, TokenLogprobs
 from asyncengine.stream_back import StreamBack
 
 
@@ -62,9 +62,14 @@ class Branch:
 
 
 class Inbox:
-    """What has come for one request. What was not read yet is one pending delta per branch, however slow the reader."""
+    """What has come for one request. What was not read yet is one pending delta per branch, however slow the reader.
 
-    __slots__ = ("branches", "ended", "error", "number", "usage")
+    Attributes:
+        prompt: (tokens,) of a request that wants log-probabilities of its prompt.
+        prompt_logprobs: Those that have come, the first token's None included.
+    """
+
+    __slots__ = ("branches", "ended", "error", "number", "prompt", "prompt_logprobs", "usage")
 
     def __init__(self, number: int, branches: list[Branch]) -> None:
         self.number = number
@@ -72,6 +77,8 @@ class Inbox:
         self.ended = False
         self.usage: Usage | None = None
         self.error: BaseException | None = None
+        self.prompt: Int32 | None = None
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     def end(self, usage: Usage | None = None, error: BaseException | None = None) -> None:
         """Notes that nothing more will come, and wakes the reader."""
@@ -176,6 +183,10 @@ class Router:
             known = self._inboxes.pop(event.number, None)
             if known is not None:
                 known.end(event.usage, event.error)
+        elif type(event) is PromptLogprobs:
+            known = self._inboxes.get(event.number)
+            if known is not None and known.prompt_logprobs is not None:
+                known.prompt_logprobs += event.logprobs
         else:
             assert type(event) is Reply
             future = self._futures.pop(event.ticket)

@@ -12,7 +12,7 @@ import numpy as np
 from asyncengine.errors import IllegalStateError
 from asyncengine.loop.router import Branch, Inbox, Router, Waiter
 from asyncengine.outputs import BranchResult, FinishReason, RequestOutput, RequestResult, Usage
-from asyncengine.step.batch import Int32
+from asyncengine.step.batch import Int32, TokenLogprobs
 
 _NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 _new = tuple.__new__
@@ -79,6 +79,11 @@ class RequestStream:
     def error(self) -> BaseException | None:
         """What the request ended by, if not in an ordinary way."""
         return self._inbox.error
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """One entry per token of the prompt, the first None; what there is so far. None if not asked for."""
+        return self._inbox.prompt_logprobs
 
     def abort(self) -> None:
         """Ends the request with reason "abort"; its blocks are free within a step. Idempotent; from any thread."""
@@ -241,7 +246,10 @@ class RequestStream:
             )
             for index, branch in enumerate(branches)
         ]
-        return RequestResult(self.request_id, outputs, self._inbox.usage)
+        prompt, logprobs = self._inbox.prompt, self._inbox.prompt_logprobs
+        return RequestResult(
+            self.request_id, outputs, self._inbox.usage, None if prompt is None else prompt.tolist(), logprobs
+        )
 
     async def __aenter__(self) -> Self:
         return self

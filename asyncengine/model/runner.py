@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import importlib
@@ -127,10 +128,17 @@ class TorchModel:
     def execute(self, batch: StepBatch) -> StepTokens:
         """As the protocol says."""
         with torch.inference_mode():
-            logits = self.logits(batch)
-            if not len(batch.sample_index):
-                return StepTokens(np.empty(0, dtype=np.int32))
-            return self._sampler.sample(logits, batch.sample_slots, batch.sample_positions)
+            drawn, scores = len(batch.sample_index), []
+            if not len(batch.score_index):
+                logits = self.logits(batch)
+            else:  # further rows of logits, after those that are drawn from
+                rows = np.append(batch.sample_index, batch.score_index)
+                logits = self.logits(dataclasses.replace(batch, sample_index=rows))
+                scores = self._sampler.score(logits[drawn:], batch.score_token_ids, batch.score_tops)
+            if not drawn:
+                return StepTokens(np.empty(0, dtype=np.int32), scores=scores)
+            tokens = self._sampler.sample(logits[:drawn], batch.sample_slots, batch.sample_positions)
+            return dataclasses.replace(tokens, scores=scores) if scores else tokens
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""

@@ -1,7 +1,8 @@
 """Turns logits into tokens. Owner: the model runner, on the step thread.
 
-The order is logit bias; presence, frequency and repetition penalty; min-tokens mask; temperature; top-k; min-p; top-p;
-draw, in float32. What a row draws is bitwise independent of the other rows of the batch, of its slot and of preemption.
+The order is logit bias; presence, frequency and repetition penalty; the requests' own processors; masks (min-tokens,
+allowed tokens, bad words, grammar); temperature; top-k; min-p; top-p; draw, in float32. What a row draws is bitwise
+independent of the other rows of the batch, of its slot and of preemption.
 
 The settings of the slots are numpy arrays, because it is the host that decides which kernels run: rows are split by
 what they need (greedy; top-k; top-p alone; neither), and nothing runs for a feature that no row of the batch has.
@@ -25,15 +26,19 @@ from asyncengine.model.device_copy import to_device
 from asyncengine.model.random_stream import uniforms
 from asyncengine.model.slot_entries import SlotEntries
 from asyncengine.model.token_filters import Kept, is_sound, narrow, nucleus, plain
+from asyncengine.model.token_masks import TokenMasks
 from asyncengine.model.token_mass import log_total
 from asyncengine.model.token_penalties import TokenPenalties
 from asyncengine.model.token_ranking import argmax, top_tokens
+from asyncengine.model.user_processors import UserProcessors
 from asyncengine.step.batch import StepTokens, TokenLogprobs
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 _BLOCK = 1 << 20  # logits
+_SCORED = 32  # rows of logits that are copied at once
+_NO_ROWS: Int64 = np.empty(0, np.int64)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -70,6 +75,8 @@ class Sampler:
         self._bias = SlotEntries(num_slots)
         self._forbidden = SlotEntries(num_slots)
         self._penalties = TokenPenalties(num_slots, vocab_size, device)
+        self._masks = TokenMasks(num_slots, vocab_size, device)
+        self._processors = UserProcessors(num_slots)
 
     def place(self, slot: int, params: SamplingParams, branch: int, prompt_ids: Int32, output_ids: Int32) -> None:
         """A sequence occupies the slot, replacing what was there. An exception leaves the slot free.
@@ -88,7 +95,8 @@ class Sampler:
             bias = [(token, value) for token, value in params.logit_bias if 0 <= token < self._vocab_size]
             if bias:
                 self._bias.put(slot, [token for token, _ in bias], [value for _, value in bias])
-            if params.min_tokens > len(output_ids):
+            self._processors.put(slot, params, branch, prompt_ids, output_ids)
+            if not self._masks.put(slot, params, output_ids) and params.min_tokens > len(output_ids):
                 stops = [token for token in params.stop_token_ids if 0 <= token < self._vocab_size]
                 self._forbidden.put(slot, stops, [-np.inf] * len(stops))
             self._key[slot] = (params.seed + branch) % 2**64
@@ -111,6 +119,8 @@ class Sampler:
         self._bias.remove(slot)
         self._forbidden.remove(slot)
         self._penalties.remove(slot)
+        self._masks.remove(slot)
+        self._processors.remove(slot)
 
     def sample(self, logits: Tensor, slots: Int64, positions: Int64) -> StepTokens:
         """Draws one token for each row, and counts it for the slot's penalties.
@@ -118,6 +128,8 @@ class Sampler:
         Log-probabilities are of the untouched logits (raw), or of the distribution that was drawn from (processed; for
         a greedy row the one after bias, penalties and mask, at temperature 1). A token with probability 0 is not
         listed among the likeliest, so there may be fewer of them than were asked for.
+
+        A row whose grammar, masks or processors fail is drawn from like any other and listed as failed.
 
         Args:
             logits: (rows, vocab) of any float type; may be overwritten.
@@ -133,29 +145,65 @@ class Sampler:
             raw, processed = asked[~of_processed], asked[of_processed]
             raw_logits = self._rows(logits, raw).to(torch.float32, copy=True) if len(raw) else None
 
-            adjusts = bool(len(self._bias) or len(self._forbidden) or len(self._penalties))
-            if adjusts or ways.any():
+            failed: dict[int, Exception] = {}
+            masked = self._masks.rows(slots) if len(self._masks) else _NO_ROWS
+            # Before anything waits for the logits: the device may still be computing them.
+            bits = self._masks.fill(masked, slots, positions, failed) if len(masked) else None
+            adjusts = bool(len(self._bias) or len(self._forbidden) or len(self._penalties) or len(self._processors))
+            if adjusts or bits is not None or ways.any():
                 logits = logits.float()
             if adjusts:
-                self._adjust(logits, slots, positions)
+                self._adjust(logits, slots, positions, failed)
+            if bits is not None:
+                self._masks.apply(logits, masked, bits)
             log_weights = self._log_weights(logits, slots, processed, ways) if len(processed) else None
 
             tokens = self._draw(logits, slots, positions, ways)
             if len(self._penalties):
                 self._penalties.record(slots, tokens)
             token_ids = tokens.to(torch.int32).cpu().numpy()
+            finished: tuple[int, ...] = ()
+            forced: dict[int, list[int]] = {}
+            if len(masked):
+                finished, forced = self._masks.accept(masked, slots, positions, token_ids, failed)
+                self._record(slots, forced)
+            if len(self._processors):
+                self._processors.record(slots, token_ids)
             if not len(asked):
-                return StepTokens(token_ids)
+                return StepTokens(token_ids, None, finished, failed, forced)
             logprobs: list[TokenLogprobs | None] = [None] * len(slots)
             for rows, values in ((raw, raw_logits), (processed, log_weights)):
                 if values is not None:
                     entries = _logprobs(values, self._rows(tokens, rows), self._num_logprobs[slots[rows]])
                     for row, entry in zip(rows.tolist(), entries, strict=True):
                         logprobs[row] = entry
-            return StepTokens(token_ids, logprobs)
+            return StepTokens(token_ids, logprobs, finished, failed, forced)
 
-    def _adjust(self, logits: Tensor, slots: Int64, positions: Int64) -> None:
-        """Bias, penalties and mask, in place; only the entries that they name are touched."""
+    def _record(self, slots: Int64, forced: dict[int, list[int]]) -> None:
+        """Counts tokens that were not drawn for the penalties of their slots."""
+        if len(self._penalties):
+            for row, tokens in forced.items():
+                for token_id in tokens:
+                    self._penalties.record(slots[row : row + 1], torch.tensor([token_id], device=self._device))
+
+    def score(self, logits: Tensor, token_ids: Int32, tops: Int64) -> list[TokenLogprobs]:
+        """Log-probabilities of given tokens.
+
+        Args:
+            logits: (rows, vocab) of any float type.
+            token_ids: (rows,)
+            tops: (rows,) how many of the likeliest to name beside each.
+        """
+        entries: list[TokenLogprobs] = []
+        with torch.inference_mode():
+            for start in range(0, len(token_ids), _SCORED):
+                rows = slice(start, start + _SCORED)
+                part = logits[rows].to(torch.float32, copy=True)
+                entries += _logprobs(part, to_device(token_ids[rows].astype(np.int64), self._device), tops[rows])
+        return entries
+
+    def _adjust(self, logits: Tensor, slots: Int64, positions: Int64, failed: dict[int, Exception]) -> None:
+        """Bias, penalties, processors and min-tokens mask, in place; only the entries that they name are touched."""
         if len(self._bias):
             rows, ids, values = self._bias.of_batch(slots)
             if len(rows):
@@ -163,6 +211,8 @@ class Sampler:
                 logits[at[0], at[1]] += to_device(values, self._device)
         if len(self._penalties):
             self._penalties.apply(logits, slots)
+        if len(self._processors):
+            self._processors.apply(logits, slots, failed)
         if len(self._forbidden):
             rows, ids, values = self._forbidden.of_batch(slots, positions < self._min_tokens[slots])
             if len(rows):

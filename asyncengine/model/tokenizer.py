@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncengine.errors import CheckpointError
+from asyncengine.grammar.vocabulary import TokenTable
 from asyncengine.model.checkpoint import tokenizer_key
 from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
 
@@ -40,6 +41,12 @@ class FastTokenizer:
         # The template writes special tokens itself.
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    def token_table(self) -> TokenTable:
+        """As `asyncengine.grammar.vocabulary.TokenSource`."""
+        added = self._backend.get_added_tokens_decoder().items()
+        special = {token.content: token_id for token_id, token in added if token.special}
+        return TokenTable(special, tokenizer_json=self._backend.to_str(), huggingface=self._chat)
 
     def response_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> ResponseParser:
         """As `asyncengine.tokenizer.ParsingTokenizer`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,10 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
+
+
+_NOTHING: Int64 = np.empty(0, dtype=np.int64)
+_NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,9 @@ class StepBatch:
         sample_positions: (M,) number of tokens that the slot's sequence has generated before this one.
         copies: (C, 2) physical blocks (source, destination) to copy before anything else.
         num_decodes: How many of the R rows, at the front, decode.
+        score_index: (S,) index into the T tokens of each row of logits that is only looked at.
+        score_token_ids: (S,) the token whose log-probability is wanted from each of them.
+        score_tops: (S,) how many of the likeliest tokens are wanted beside it.
     """
 
     token_ids: Int32
@@ -44,6 +52,9 @@ class StepBatch:
     sample_positions: Int64
     copies: Int64
     num_decodes: int
+    score_index: Int64 = field(default_factory=lambda: _NOTHING)
+    score_token_ids: Int32 = field(default_factory=lambda: _NO_TOKENS)
+    score_tops: Int64 = field(default_factory=lambda: _NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +79,15 @@ class StepTokens:
     Attributes:
         token_ids: (M,) one for each entry of `StepBatch.sample_index`.
         logprobs: Entry m is None where the slot asked for none; None altogether where no slot asked.
+        finished: Entries whose text is complete with this token, by the grammar of their slot.
+        failed: Entries that could not be drawn, and why; their token means nothing. They end their own request.
+        forced: Entries to further tokens after theirs, which their grammar leaves no choice about.
+        scores: (S,) one for each entry of `StepBatch.score_index`.
     """
 
     token_ids: Int32
     logprobs: list[TokenLogprobs | None] | None = None
+    finished: tuple[int, ...] = ()
+    failed: Mapping[int, Exception] = field(default_factory=dict)
+    forced: Mapping[int, list[int]] = field(default_factory=dict)
+    scores: list[TokenLogprobs] = field(default_factory=list)

@@ -349,6 +349,9 @@ class Core:
             model_ended = self.clock()
             scheduler.advance(plan)
             interrupted |= self._take_aborts(pending())
+            if drawn.failed:
+                self.requests.drop_rows(plan, drawn.failed)
+                interrupted = True
             self.requests.commit(plan, drawn, interrupted)
         finally:
             self.stepping_since = None

@@ -7,7 +7,7 @@ its usage.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from asyncengine.errors import (
     RequestDroppedError,
     StepError,
 )
-from asyncengine.events import BranchEnded, BranchKey, RequestEnded, Tokens
+from asyncengine.events import BranchEnded, BranchKey, PromptLogprobs, RequestEnded, Tokens
 from asyncengine.instructions import AddRequests, Mailbox, NewRequest, ReplyTo
 from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Usage
@@ -41,6 +41,10 @@ class _Queued:
     new: NewRequest
     mailbox: Mailbox
     reply_to: ReplyTo | None
+
+
+_Beyond = tuple[list[int], bool]
+"""What a grammar says of a drawn token: which tokens follow without a choice, and whether the text is complete then."""
 
 
 @dataclass(slots=True)
@@ -265,6 +269,16 @@ class RequestTable:
             error.__cause__ = cause
             self._end_branches(sequence.request, FinishReason.ERROR, error)
 
+    def drop_rows(self, plan: Plan, failed: Mapping[int, Exception]) -> None:
+        """Ends the requests for which the model could not draw; what is in the cache of them is right."""
+        rows = [*plan.decodes, *(branch for chunk in plan.chunks for branch in chunk.branches)]
+        for row, cause in failed.items():
+            request = rows[row].request
+            if not request.ended:
+                error = RequestDroppedError(f"request {request.new.request_id}: no token could be drawn: {cause!r}")
+                error.__cause__ = cause
+                self._end_branches(request, FinishReason.ERROR, error)
+
     def fail(self, plan: Plan, cause: Exception) -> None:
         """Ends the requests that took part in a failed step; the others are computed again."""
         assert self.scheduler is not None
@@ -397,23 +411,40 @@ class RequestTable:
         """
         now = self._clock()
         decodes = len(plan.decodes)
+        beyond: dict[int, _Beyond] = {
+            row: (drawn.forced.get(row, []), row in drawn.finished) for row in {*drawn.finished, *drawn.forced}
+        }
+        if drawn.scores:
+            self._commit_scores(plan, drawn.scores)
         if decodes:
             slots, ids, logprobs, sequences = plan.decode_slots, drawn.token_ids[:decodes], drawn.logprobs, plan.decodes
             if logprobs is not None:
                 logprobs = logprobs[:decodes]
+            own = {row: what for row, what in beyond.items() if row < decodes} if beyond else beyond
             if interrupted:
                 alive = [i for i, sequence in enumerate(sequences) if sequence.state is SequenceState.DECODE]
                 sequences = [sequences[i] for i in alive]
                 slots, ids = slots[alive], ids[alive]
+                own = {i: beyond[row] for i, row in enumerate(alive) if row in beyond} if beyond else beyond
                 logprobs = None if logprobs is None else [logprobs[i] for i in alive]
             if sequences:
-                self._commit_decodes(sequences, slots, ids, logprobs, now)
+                self._commit_decodes(sequences, slots, ids, logprobs, own, now)
         at = decodes
         for chunk in plan.chunks:
             count = len(chunk.branches)
             if chunk.last and chunk.sequence.state is SequenceState.PREFILL:
                 logprobs = None if drawn.logprobs is None else drawn.logprobs[at : at + count]
-                self._commit_prefill(chunk, drawn.token_ids[at : at + count], logprobs, now)
+                own = {row - at: what for row, what in beyond.items() if at <= row < at + count}
+                self._commit_prefill(chunk, drawn.token_ids[at : at + count], logprobs, own, now)
+            at += count
+
+    def _commit_scores(self, plan: Plan, scores: list[TokenLogprobs]) -> None:
+        at = 0
+        for chunk in plan.chunks:
+            request, count = chunk.sequence.request, chunk.num_scored
+            if count and not request.ended:
+                self.outbox.add(request.mailbox, PromptLogprobs(request.new.number, scores[at : at + count]))
+                request.scored = chunk.scored[1]
             at += count
 
     def _commit_decodes(
@@ -422,6 +453,7 @@ class RequestTable:
         slots: Int64,
         ids: Int32,
         logprobs: list[TokenLogprobs | None] | None,
+        beyond: Mapping[int, _Beyond],
         now: float,
     ) -> None:
         assert self.scheduler is not None
@@ -447,19 +479,31 @@ class RequestTable:
             if not stopped[row] and (stop := self._read_text(sequence, token_ids[row])) is not None:
                 watched[row] = stop
         derived.steps_left -= 1
-        if derived.steps_left >= 0 and not watched and not stopped.any():
+        if derived.steps_left >= 0 and not watched and not beyond and not stopped.any():
             return
         ending = stopped | (table.num_tokens[slots] >= table.max_tokens[slots])
         if watched:
             ending[list(watched)] = True
+        finished = [row for row, (tokens, complete) in beyond.items() if complete and not tokens]
+        if finished:
+            ending[finished] = True
         for row in np.flatnonzero(ending).tolist():
             if sequences[row].state is SequenceState.ENDED:
                 continue
             stop = token_ids[row] if stopped[row] else watched.get(row)
-            self._end_branch(sequences[row], FinishReason.LENGTH if stop is None else FinishReason.STOP, stop)
+            by_length = stop is None and row not in finished
+            self._end_branch(sequences[row], FinishReason.LENGTH if by_length else FinishReason.STOP, stop)
+        for row, (tokens, complete) in beyond.items():
+            if tokens and sequences[row].state is not SequenceState.ENDED:
+                self._jump(sequences[row], tokens, complete)
 
     def _commit_prefill(
-        self, chunk: Chunk, ids: Int32, logprobs: list[TokenLogprobs | None] | None, now: float
+        self,
+        chunk: Chunk,
+        ids: Int32,
+        logprobs: list[TokenLogprobs | None] | None,
+        beyond: Mapping[int, _Beyond],
+        now: float,
     ) -> None:
         """A prefill is complete: its sequence goes on decoding, and so do the branches that shared it."""
         assert self.scheduler is not None
@@ -486,11 +530,11 @@ class RequestTable:
                 scheduler.add(branch)
         keys = tuple(branch.key for branch in chunk.branches)
         self.outbox.add(request.mailbox, Tokens(keys, token_ids, logprobs))
-        for branch, token_id in zip(chunk.branches, token_ids, strict=True):
+        for row, (branch, token_id) in enumerate(zip(chunk.branches, token_ids, strict=True)):
             if branch.state is not SequenceState.ENDED:
-                self._commit_first(branch, token_id, now)
+                self._commit_first(branch, token_id, beyond.get(row, ([], False)), now)
 
-    def _commit_first(self, branch: Sequence, token_id: int, now: float) -> None:
+    def _commit_first(self, branch: Sequence, token_id: int, beyond: _Beyond, now: float) -> None:
         assert self.scheduler is not None
         params = branch.request.new.params
         if branch.resident:
@@ -501,10 +545,50 @@ class RequestTable:
             return
         if branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
             self._end_branch(branch, FinishReason.STOP, stop)
-        elif branch.state is not SequenceState.ENDED and (
-            generated >= params.max_tokens or len(self.scheduler.tokens_of(branch)) >= self.scheduler.limits.max_tokens
-        ):
+        elif branch.state is SequenceState.ENDED:
+            return
+        elif beyond[0]:
+            self._jump(branch, *beyond)
+        elif beyond[1]:
+            self._end_branch(branch, FinishReason.STOP)
+        elif self._is_full(branch, generated):
             self._end_branch(branch, FinishReason.LENGTH)
+
+    def _is_full(self, branch: Sequence, generated: int) -> bool:
+        assert self.scheduler is not None
+        most, new = self.scheduler.limits.max_tokens, branch.request.new
+        return generated >= new.params.max_tokens or len(new.prompt) + generated >= most
+
+    def _jump(self, branch: Sequence, tokens: list[int], complete: bool) -> None:
+        """Gives a branch tokens that it had no choice about, as far as it does not end among them.
+
+        Jump-forward decoding is of SGLang (Zheng et al., 2024). Here a token is jumped over where it is the only one
+        that the masks allow, so that the tokens are those that would have been drawn one by one.
+        """
+        assert self.scheduler is not None
+        new = branch.request.new
+        generated = len(self.scheduler.tokens_of(branch)) - len(new.prompt)
+        end: tuple[FinishReason, int | str | None] | None = None
+        taken = 0
+        for token_id in tokens:
+            taken += 1
+            if token_id in new.params.stop_token_ids and generated + taken > new.params.min_tokens:
+                end = (FinishReason.STOP, token_id)
+            elif branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
+                end = (FinishReason.STOP, stop)
+            elif branch.state is SequenceState.ENDED:
+                return
+            elif complete and taken == len(tokens):
+                end = (FinishReason.STOP, None)
+            elif self._is_full(branch, generated + taken):
+                end = (FinishReason.LENGTH, None)
+            if end is not None:
+                break
+        self.scheduler.extend(branch, tokens[:taken])
+        self.counters.generation_tokens += taken
+        self.outbox.add(branch.request.mailbox, Tokens((branch.key,) * taken, tokens[:taken]))
+        if end is not None:
+            self._end_branch(branch, *end)
 
     def _read_text(self, branch: Sequence, token_id: int) -> str | None:
         """Feeds a token to a branch's text; returns the stop string that it completes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from asyncengine.step.prefix_tree import PrefixTree
 from asyncengine.step.sequence import EMPTY, Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
 from asyncengine.step.waiting import WaitingQueue
+
+MAX_SCORED = 256
+"""Most rows of logits that a step looks at for prompt log-probabilities: they are as wide as the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,20 @@ class Chunk:
         count: Tokens computed in this step.
         last: Whether that completes it, so that a token is drawn.
         branches: Who draws from the last token: the sequence and those unborn branches that have a slot.
+        scored: Positions of the prompt, from and to, whose logits are looked at for the log-probability of the token
+            after each.
     """
 
     sequence: Sequence
     count: int
     last: bool
     branches: tuple[Sequence, ...]
+    scored: tuple[int, int] = (0, 0)
+
+    @property
+    def num_scored(self) -> int:
+        """How many positions that are."""
+        return self.scored[1] - self.scored[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +204,32 @@ class Scheduler:
         self._decoding[branch] = None
         self._decodes_changed = True
 
+    def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """Gives a sequence further tokens that were not drawn; one that decodes computes them as a piece of prefill.
+
+        Without blocks to be had it is preempted.
+        """
+        tokens = np.array(token_ids, dtype=np.int32)
+        if not sequence.resident:
+            sequence.tokens = np.concatenate([sequence.tokens, tokens])
+            sequence.num_output += len(tokens)
+            return
+        slot, slots = sequence.slot, self.slots
+        have = int(slots.num_tokens[slot])
+        slots.tokens[slot, have : have + len(tokens)] = tokens
+        slots.num_tokens[slot] = have + len(tokens)
+        need = -(-int(slots.num_tokens[slot]) // self.limits.page_size) - int(slots.num_blocks[slot])
+        if need > 0:
+            if not self._make_room(need):
+                self.preempt(sequence)
+                return
+            slots.append_blocks(slot, self.pool.allocate(need))
+        if sequence.state is SequenceState.DECODE:
+            del self._decoding[sequence]
+            self._decodes_changed = True
+            sequence.state = SequenceState.PREFILL
+            self._prefilling.append(sequence)
+
     # Entering and leaving
 
     def add(self, sequence: Sequence) -> None:
@@ -268,8 +306,7 @@ class Scheduler:
         for sequence in self._prefilling:
             if budget <= 0:
                 break
-            chunks.append(self._chunk(sequence, budget))
-            budget -= chunks[-1].count
+            budget -= self._add_chunk(chunks, sequence, budget)
         return chunks
 
     def _start_waiting(self, chunks: list[Chunk]) -> None:
@@ -278,24 +315,36 @@ class Scheduler:
             if not self._start(sequence):
                 return
             if sequence.state is SequenceState.PREFILL:
-                chunks.append(self._chunk(sequence, budget))
-                budget -= chunks[-1].count
+                budget -= self._add_chunk(chunks, sequence, budget)
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        slots = self.slots
-        left = int(slots.num_tokens[sequence.slot] - slots.num_computed[sequence.slot])
+    def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
+        """Adds the sequence's next chunk, where there is room for the logits that are looked at; returns its tokens."""
+        slots, request = self.slots, sequence.request
+        computed = int(slots.num_computed[sequence.slot])
+        left = int(slots.num_tokens[sequence.slot]) - computed
         count = min(left, budget)
+        scored = (0, 0)
+        if request.unscored:
+            first = max(computed, request.scored)
+            room = MAX_SCORED - sum(chunk.num_scored for chunk in chunks)
+            if room <= 0:
+                return 0
+            count = min(count, first + room - computed)
+            scored = (first, max(first, min(computed + count, len(request.new.prompt) - 1)))
         unborn = (b for b in sequence.request.branches if b.state is SequenceState.UNBORN and b.slot >= 0)
         last = count == left
         draws = last and sequence.request.new.params.max_tokens > 0
-        return Chunk(sequence, count, last, (sequence, *unborn) if draws else ())
+        chunks.append(Chunk(sequence, count, last, (sequence, *unborn) if draws else (), scored))
+        return count
 
     def _start(self, sequence: Sequence) -> bool:
         """Gives the head of the queue a slot and all blocks of its prefill; False if there are not enough."""
         page_size = self.limits.page_size
         tokens = sequence.tokens
         # The last token is always computed: its logits are what the next one is drawn from.
-        cached = self.tree.match(tokens[:-1]) if self.limits.prefix_cache else EMPTY
+        # Nor has the cache the logits of prompt tokens that are to be scored.
+        known = tokens[: sequence.request.scored] if sequence.request.unscored else tokens[:-1]
+        cached = self.tree.match(known) if self.limits.prefix_cache else EMPTY
         self.pool.retain(cached)
         need = -(-len(tokens) // page_size) - len(cached)
         # Those that run already will need blocks soon: starting one more must not preempt it or them at once.
@@ -378,6 +427,8 @@ class Scheduler:
         elif sequence.state is SequenceState.DECODE:
             del self._decoding[sequence]
             self._decodes_changed = True
+        if self._copies:
+            self._copies = [copy for copy in self._copies if copy[2] is not sequence]
         self.pool.release(self.slots.block_table(sequence.slot))
         self.slots.num_blocks[sequence.slot] = 0
         self.tree.trim(in_use=self.num_running)
@@ -429,6 +480,9 @@ class Scheduler:
             # A branch about to be born has a slot but no tokens in it yet.
             born = np.array([branch.state is not SequenceState.UNBORN for _, branch in drawing])
             sample_positions[decodes:] *= born
+        scores: dict[str, Any] = {}
+        if any(chunk.num_scored for chunk in chunks):
+            scores = self._scores(chunks, query_start[decodes:], context[decodes:])
         return StepBatch(
             token_ids=slots.tokens[token_rows, positions],
             positions=positions.astype(np.int32),
@@ -442,7 +496,23 @@ class Scheduler:
             sample_positions=sample_positions,
             copies=self._due_copies(),
             num_decodes=decodes,
+            **scores,
         )
+
+    def _scores(self, chunks: list[Chunk], query_start: Int32, context: Int64) -> dict[str, Any]:
+        """The fields of the batch that say which of the chunks' logits are looked at."""
+        index, token_ids, tops = [], [], []
+        for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
+            first, end = chunk.scored
+            index.append(np.arange(first, end, dtype=np.int64) - computed + start)
+            token_ids.append(self.slots.tokens[chunk.sequence.slot, first + 1 : end + 1])
+            top = chunk.sequence.request.new.params.num_prompt_logprobs
+            tops.append(np.full(end - first, top, dtype=np.int64))
+        return {
+            "score_index": np.concatenate(index),
+            "score_token_ids": np.concatenate(token_ids),
+            "score_tops": np.concatenate(tops),
+        }
 
     def _decode_batch(self, rows: Int64) -> StepBatch:
         """The same where every row has one token: most steps, so with as few operations as can be."""
@@ -467,7 +537,7 @@ class Scheduler:
         )
 
     def _due_copies(self) -> Int64:
-        copies = [(source, to) for source, to, branch in self._copies if branch.state is SequenceState.DECODE]
+        copies = [(source, to) for source, to, branch in self._copies if branch.resident]
         self._copies.clear()
         return np.array(copies, dtype=np.int64).reshape(-1, 2)
 

@@ -33,6 +33,7 @@ class Request:
         arrived_at: Seconds of the core's clock, as are the other times.
         branches: n sequences, in order.
         cached_tokens: Prompt tokens found in the prefix cache at the first admission to a batch.
+        scored: How many of the prompt's positions have told the log-probability of the token after them.
         ended: Whether its end has been told.
     """
 
@@ -45,12 +46,18 @@ class Request:
     first_token_at: float | None = None
     cached_tokens: int = 0
     preemptions: int = 0
+    scored: int = 0
     ended: bool = False
 
     @property
     def num_output(self) -> int:
         """Tokens generated, over all branches; true once they have ended."""
         return sum(branch.num_output for branch in self.branches)
+
+    @property
+    def unscored(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted that there are not yet."""
+        return self.new.params.num_prompt_logprobs >= 0 and self.scored < len(self.new.prompt) - 1
 
 
 class Sequence:

@@ -12,6 +12,7 @@ import numpy as np
 from asyncengine.config import EngineConfig
 from asyncengine.errors import ReloadError
 from asyncengine.generation import GenerationConfig, SamplingParams
+from asyncengine.grammar.protocol import Matcher
 from asyncengine.step.batch import Int32, StepBatch, StepTokens, TokenLogprobs
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.step.scheduler import Limits
@@ -33,6 +34,10 @@ class DeviceLostError(RuntimeError):
 
 class ScriptedModel:
     """A model that plays a script.
+
+    A request's grammar is honoured in that the script must keep to it: a token that the grammar does not allow ends its
+    request with `RequestDroppedError`. Logits processors are refused, because there are no logits; biases, penalties
+    and lists of tokens change nothing.
 
     It also keeps a paged "KV cache" of its own, in which every token is written where the scheduler says, and before
     it answers it reads each sequence back through its block table: a mistake of the engine about blocks raises.
@@ -62,6 +67,7 @@ class ScriptedModel:
         self._answers: dict[int, list[int]] = {}
         self._tokens: dict[int, list[int]] = {}
         self._num_logprobs: dict[int, int] = {}
+        self._matchers: dict[int, Matcher] = {}
         self._faults: list[BaseException] = []
         self._refuse: BaseException | None = None
         self._gate: threading.Semaphore | None = None
@@ -108,6 +114,13 @@ class ScriptedModel:
         if self._refuse is not None:
             error, self._refuse = self._refuse, None
             raise error
+        if params.logits_processors:
+            raise ValueError("the scripted model has no logits that logits_processors could change")
+        self._matchers.pop(slot, None)
+        if params.grammar is not None:
+            self._matchers[slot] = matcher = params.grammar.matcher()
+            for token_id in output.tolist():
+                matcher.accept(token_id)
         self._answers[slot] = list(self._script(prompt.tolist(), branch))
         self._tokens[slot] = [*prompt.tolist(), *output.tolist()]
         self._num_logprobs[slot] = params.num_logprobs
@@ -151,8 +164,10 @@ class ScriptedModel:
 
     def _draw(self, batch: StepBatch) -> StepTokens:
         rows = np.searchsorted(batch.query_start, batch.sample_index, side="right") - 1
-        token_ids = []
+        token_ids: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
+        finished: list[int] = []
+        failed: dict[int, Exception] = {}
         for slot, position, row in zip(
             batch.sample_slots.tolist(), batch.sample_positions.tolist(), rows.tolist(), strict=True
         ):
@@ -161,6 +176,13 @@ class ScriptedModel:
             assert found == tokens, f"the cache of slot {slot} has {found}, the sequence {tokens}"
             answer = self._answers[slot]
             token_id = answer[position] if position < len(answer) else self._eos
+            matcher = self._matchers.get(slot)
+            if matcher is not None:
+                try:
+                    if _accept(matcher, token_id):
+                        finished.append(len(token_ids))
+                except Exception as error:
+                    failed[len(token_ids)] = error
             tokens.append(token_id)
             token_ids.append(token_id)
             wanted = self._num_logprobs[slot]
@@ -169,7 +191,18 @@ class ScriptedModel:
                 TokenLogprobs(-float(position), top, (-float(position),) * len(top)) if wanted >= 0 else None
             )
         some = any(entry is not None for entry in logprobs)
-        return StepTokens(np.array(token_ids, dtype=np.int32), logprobs if some else None)
+        scores = [
+            TokenLogprobs(-float(position), (token_id,) * min(top, 1), (-float(position),) * min(top, 1))
+            for position, token_id, top in zip(
+                batch.positions[batch.score_index].tolist(),
+                batch.score_token_ids.tolist(),
+                batch.score_tops.tolist(),
+                strict=True,
+            )
+        ]
+        return StepTokens(
+            np.array(token_ids, dtype=np.int32), logprobs if some else None, tuple(finished), failed, scores=scores
+        )
 
     def device_lost(self, error: BaseException) -> bool:
         """As `asyncengine.step.model.Model`."""
@@ -198,6 +231,20 @@ class ScriptedModel:
     def close(self) -> None:
         """As `asyncengine.step.model.Model`."""
         self.closed = True
+
+
+def _accept(matcher: Matcher, token_id: int) -> bool:
+    """Whether the text is complete with the token.
+
+    Raises:
+        ValueError: The grammar does not allow it.
+    """
+    row = np.zeros(token_id // 32 + 1, dtype=np.int32)
+    matcher.fill(row)
+    if not row[token_id // 32] >> (token_id % 32) & 1:
+        raise ValueError(f"the script's token {token_id} ({bytes([token_id % 256])!r}) is not allowed by the grammar")
+    matcher.accept(token_id)
+    return matcher.finished
 
 
 class ScriptedLoader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from asyncengine.grammar.vocabulary import TokenTable
 from asyncengine.tokenizer import Message
 
 
@@ -35,3 +36,8 @@ class ByteTokenizer:
         """One line per message, then ``assistant: ``."""
         lines = [f"{message['role']}: {message.get('content') or ''}\n" for message in messages]
         return self.encode("".join(lines) + "assistant: ")
+
+    def token_table(self) -> TokenTable:
+        """What grammars need to know of it."""
+        tokens = [bytes([byte]) for byte in range(256)]
+        return TokenTable({"<end>": self.eos_token_id}, tokens=(*tokens, b"<end>"))

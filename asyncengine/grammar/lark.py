@@ -1,0 +1,88 @@
+"""Response formats in the terms of llguidance: its options for JSON, and its dialect of Lark for tagged text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from asyncengine.response_format import StructuralTags, Whitespace
+
+_JSON_OPTIONS: dict[Whitespace, dict[str, object]] = {
+    "none": {"whitespace_flexible": False},
+    "bounded": {"whitespace_pattern": r"( |\n {0,16})"},
+    "any": {"whitespace_flexible": True},
+}
+
+
+def json_schema(schema: str, whitespace: Whitespace) -> str:
+    """A schema's JSON with the library's options in it."""
+    value = json.loads(schema)
+    if isinstance(value, bool):
+        if not value:
+            raise ValueError("the schema is false, which nothing matches")
+        value = {}
+    return json.dumps({**value, "x-guidance": _JSON_OPTIONS[whitespace]})
+
+
+def structural_tags(wanted: StructuralTags, special: Mapping[str, int]) -> str:
+    """Free text in which a trigger begins a tagged piece.
+
+    A trigger ends the free text before it as soon as it appears (a lazy lexeme), so that no free text contains one.
+    Special tokens have no text; a trigger may begin with one, and beginnings and ends may have them anywhere.
+
+    Args:
+        wanted: The tags.
+        special: Special tokens to their ids.
+
+    Raises:
+        ValueError: A trigger has a special token that is not its beginning.
+    """
+    assert isinstance(wanted.triggers, tuple) and isinstance(wanted.tags, tuple)
+    rules = ["start: (" + " | ".join(f"tag_{t}" for t in range(len(wanted.triggers))) + ")* rest", "rest: FREE"]
+    terminals = ["FREE: /(.|\\n)*/"]
+    taken: set[int] = set()
+    for number, trigger in enumerate(wanted.triggers):
+        pieces = _pieces(trigger, special)
+        if any(not isinstance(piece, str) for piece in pieces[1:]):
+            raise ValueError(f"trigger {trigger!r} has a special token that is not its beginning")
+        first = pieces[0]
+        head = "" if isinstance(first, str) else first_special(trigger, special)
+        until = trigger if isinstance(first, str) else head
+        bodies = []
+        for index, tag in enumerate(wanted.tags):
+            if index in taken or not tag.begin.startswith(trigger):
+                continue
+            taken.add(index)
+            schema = f"%json {json_schema(tag.schema, wanted.whitespace)}"
+            parts = [*_terms(tag.begin[len(until) :], special), schema, *_terms(tag.end, special)]
+            bodies.append(" ".join(parts))
+        if not bodies:
+            raise ValueError(f"no tag begins with trigger {trigger!r}")
+        if isinstance(first, str):
+            rules.append(f"trigger_{number}[lazy]: FREE {json.dumps(trigger)}")
+            begin = f"trigger_{number}"
+        else:
+            begin = f"FREE <[{first}]>"
+        for index, body in enumerate(bodies):
+            rules.append(f"tag_{number}_{index}: {body}")
+        rules.append(f"tag_{number}: {begin} (" + " | ".join(f"tag_{number}_{i}" for i in range(len(bodies))) + ")")
+    return "\n".join(["%llguidance {}", *rules, *terminals]) + "\n"
+
+
+def first_special(text: str, special: Mapping[str, int]) -> str:
+    """The special token that a text begins with."""
+    return max((token for token in special if token and text.startswith(token)), key=len)
+
+
+def _pieces(text: str, special: Mapping[str, int]) -> list[str | int]:
+    """A text cut at its special tokens, which become their ids."""
+    known = sorted((token for token in special if token), key=len, reverse=True)
+    if not known:
+        return [text]
+    parts = re.split("(" + "|".join(map(re.escape, known)) + ")", text)
+    return [special.get(part, part) for part in parts if part]
+
+
+def _terms(text: str, special: Mapping[str, int]) -> list[str]:
+    return [json.dumps(piece) if isinstance(piece, str) else f"<[{piece}]>" for piece in _pieces(text, special)]
