@@ -24,7 +24,8 @@ def test_models_compute_what_transformers_computes(name: str, checkpoint: Callab
         checkpoint(name), dtype=torch.float32, attn_implementation=architecture.ATTENTION
     ).to(DEVICE)
     layers = architecture.record(model.eval())
-    verification.verify(model, layers, TritonAttention(programs=4, parts_bytes=1 << 16), DEVICE)
+    backend = TritonAttention(programs=4, parts_bytes=1 << 16)
+    verification.Trial(model, layers, DEVICE).run(model, backend)
 
 
 def test_a_load_on_the_cpu_with_triton_is_refused(checkpoint: Callable[..., Path]) -> None:
