@@ -1,0 +1,117 @@
+"""What a step costs on the host, in counts that are the same on every machine: a guard against slow regressions."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from asyncengine import EngineConfig
+from asyncengine.generation import GenerationConfig, resolve
+from asyncengine.instructions import AddRequests, NewRequest
+from asyncengine.step.core import Core
+from benchmarks.scheduler import Nowhere, loaded_core
+
+
+def decoding(running: int, waiting: int = 0) -> Core:
+    """A core with so many requests that decode, over a model that costs nothing."""
+    core = loaded_core(running)
+    assert core.view is not None
+    config = GenerationConfig(max_tokens=4000)
+    params = resolve(config, GenerationConfig(), vocab_size=1000, eos_token_ids=(3,), max_tokens=8000, seed=0)
+    prompt = np.arange(4, 20, dtype=np.int32)
+    new = tuple(NewRequest(number, f"r{number}", prompt, params) for number in range(running + waiting))
+    core.handle([AddRequests(new, core.view.epoch, Nowhere())])
+    while core.metrics().num_requests_running < running:
+        core.step()
+    for _ in range(20):  # past the prefix cache's first pages, and whatever is derived once
+        step(core)
+    return core
+
+
+def step(core: Core) -> None:
+    core.step()
+    core.outbox.flush()
+
+
+def python_calls(function: Callable[[], object]) -> int:
+    """Calls of functions that are written in Python."""
+    count = 0
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def calls_of_a_step(core: Core) -> int:
+    return min(python_calls(lambda: step(core)) for _ in range(5))  # some steps allocate blocks as well
+
+
+@pytest.mark.parametrize("running", [1, 64, 256])
+def test_a_decode_step_is_a_few_python_calls_however_many_requests_decode(running: int) -> None:
+    assert calls_of_a_step(decoding(running)) <= 55
+
+
+def test_requests_that_wait_cost_a_step_nothing() -> None:
+    assert calls_of_a_step(decoding(16, waiting=5000)) == calls_of_a_step(decoding(16))
+
+
+def test_a_decode_step_leaves_no_cyclic_garbage_and_keeps_nothing() -> None:
+    core = decoding(256)
+    gc.collect()
+    gc.disable()
+    try:
+        blocks = sys.getallocatedblocks()
+        for _ in range(100):
+            step(core)
+        assert gc.collect() == 0
+        model = core.loaded.model  # type: ignore[union-attr]
+        model.begun.clear()  # type: ignore[attr-defined]  # the model of the benchmark notes its times
+        model.ended.clear()  # type: ignore[attr-defined]
+        assert sys.getallocatedblocks() - blocks < 100  # less than one object a step: blocks of the KV cache
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_compiled_step_launches_next_to_nothing(rows: int, tmp_path: Path) -> None:
+    """One call for the model; the rest is the draw."""
+    torch = pytest.importorskip("torch")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from asyncengine.model.loader import TransformersLoader
+    from benchmarks import shapes
+    from benchmarks import step as step_benchmark
+
+    class Launches(TorchDispatchMode):  # type: ignore[misc]
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    path = shapes.write(tmp_path, "tiny", "float32")
+    loader = TransformersLoader()
+    config = EngineConfig(
+        str(path), device="cpu", decoder_backend="compiled", max_total_sequence_length=1024, kv_cache_page_size=32
+    )
+    model = loader.load(loader.check(config, None)).model
+    batch = step_benchmark.batch_of(rows, 1, 16, 512)
+    model.execute(batch)
+    with torch.inference_mode(), Launches() as launches:
+        model.execute(batch)
+    model.close()
+    assert launches.count <= 15
