@@ -28,7 +28,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Relative error of the median row. The median, because in low precision a router may send single tokens elsewhere."""
 
 
-_COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 8e-2}
+_COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.2e-1}
 """The same for the compiled step, which keeps more digits between its products than the model does."""
 _INT8_TOLERANCE = 0.3
 
