@@ -224,9 +224,9 @@ class TorchModel:
                 for name, value in weights.items():
                     target = known[name]
                     if id(target) in packed:
-                        write, keep = packed[id(target)]
-                        restores.append(keep())
-                        write(value)
+                        for writer in packed[id(target)]:
+                            restores.append(writer.keep())
+                            writer.write(value)
                     else:
                         restores.append(functools.partial(target.copy_, target.detach().clone()))
                         target.copy_(value)

@@ -13,7 +13,9 @@ from asyncengine import AsyncEngine, EngineConfig, EngineMetrics, GenerationConf
 from tests.model.checkpoints import ARCHITECTURES
 
 NEW_TOKENS = 64
-COMPILED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2", "granite", "smollm3")
+COMPILED = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3", "granite", "smollm3",
+)  # fmt: skip
 GREEDY = GenerationConfig(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
 

@@ -9,6 +9,7 @@ transformers has it. A model that has all the parts but adds something between t
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +44,34 @@ class NormPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Projection:
+    """Some outputs of a linear layer: all of them, unless the model has fused several projections into one layer."""
+
+    linear: nn.Linear
+    start: int
+    stop: int
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(outputs, inputs)"""
+        return self.linear.weight[self.start : self.stop]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(outputs,) or None"""
+        bias = self.linear.bias
+        return None if bias is None else bias[self.start : self.stop]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerParts:
     """One layer. A norm that is None is not there.
 
     Attributes:
         qkv: Projections to queries, keys and values, in this order.
-        gate_up: Gate and up projection, or the one first projection of an MLP without a gate.
-        rotates: Whether queries and keys are rotated.
+        gate_up: Gate and up projection.
+        cosines: (positions, rotary / 2) float32; the same tensor for layers that rotate alike.
+        sines: Likewise.
     """
 
     before_attention: NormPart | None
@@ -58,10 +80,12 @@ class LayerParts:
     after_mlp: NormPart | None
     query_norm: NormPart | None
     key_norm: NormPart | None
-    qkv: tuple[nn.Linear, nn.Linear, nn.Linear]
-    output: nn.Linear
-    gate_up: tuple[nn.Linear, ...]
-    down: nn.Linear
+    qkv: tuple[Projection, Projection, Projection]
+    output: Projection
+    gate_up: tuple[Projection, Projection]
+    down: Projection
+    cosines: torch.Tensor
+    sines: torch.Tensor
     recorded: RecordedLayer
 
 
@@ -70,8 +94,6 @@ class Blueprint:
     """A whole decoder, in the modules that hold its weights.
 
     Attributes:
-        cosines: (positions, rotary / 2) float32.
-        sines: Likewise.
         embedding_scale: What embeddings are multiplied by.
     """
 
@@ -80,8 +102,6 @@ class Blueprint:
     norm: NormPart
     head: nn.Linear
     activation: int
-    cosines: torch.Tensor
-    sines: torch.Tensor
     embedding_scale: float
     residual_scale: float
     logit_scale: float
@@ -113,9 +133,14 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int) -> Blu
     norm = _norm(stack, "norm")
     if norm is None:
         raise NotRecognised("there is no last norm")
-    layers = tuple(_layer(block, entry) for block, entry in zip(blocks, recorded, strict=True))
-    cosines, sines = _rotation(stack.rotary_emb, embedding.weight, max_length)
-    for size in (config.hidden_size, 2 * cosines.shape[1], *(layer.down.in_features for layer in layers)):
+    kinds = getattr(config, "layer_types", None) or [None] * len(blocks)
+    rotations = {kind: _rotation(stack.rotary_emb, kind, embedding.weight.device, max_length) for kind in set(kinds)}
+    layers = tuple(
+        _layer(block, entry, *rotations[kind]) for block, entry, kind in zip(blocks, recorded, kinds, strict=True)
+    )
+    if len({layer.cosines.shape for layer in layers}) > 1:
+        raise NotRecognised("its layers rotate different numbers of dimensions")
+    for size in (config.hidden_size, *(layer.down.linear.in_features for layer in layers)):
         _aligned(size)
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if activation not in ACTIVATIONS:
@@ -126,8 +151,6 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int) -> Blu
         norm=norm,
         head=head,
         activation=ACTIVATIONS[activation],
-        cosines=cosines,
-        sines=sines,
         embedding_scale=_embedding_scale(embedding, config),
         residual_scale=float(getattr(config, "residual_multiplier", None) or 1.0),
         logit_scale=1.0 / float(getattr(config, "logits_scaling", None) or 1.0),
@@ -135,8 +158,8 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int) -> Blu
     )
 
 
-def _layer(block: nn.Module, recorded: RecordedLayer) -> LayerParts:
-    attention = recorded.module
+def _layer(block: nn.Module, recorded: RecordedLayer, cosines: torch.Tensor, sines: torch.Tensor) -> LayerParts:
+    attention, spec = recorded.module, recorded.spec
     _expect(
         block,
         {
@@ -145,16 +168,20 @@ def _layer(block: nn.Module, recorded: RecordedLayer) -> LayerParts:
         },
         "a layer",
     )  # fmt: skip
-    _expect(attention, {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}, "attention")
+    _expect(attention, {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}, "attention")
     mlp = getattr(block, "mlp", None)
     if mlp is None or getattr(block, "self_attn", None) is not attention:
         raise NotRecognised("a layer is not attention and an MLP")
-    _expect(mlp, {"gate_proj", "up_proj", "down_proj", "act_fn"}, "an MLP")
+    _expect(mlp, {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}, "an MLP")
     pre, post = _norm(block, "input_layernorm"), _norm(block, "post_attention_layernorm")
     pre_mlp, post_mlp = _norm(block, "pre_feedforward_layernorm"), _norm(block, "post_feedforward_layernorm")
     if pre_mlp is None and post_mlp is None:  # the name says where it stands: after attention, and before the MLP
         post, pre_mlp = None, post
-    gate_up = (_linear(mlp, "gate_proj"), _linear(mlp, "up_proj"))
+    widths = (spec.num_heads * spec.key_dim, spec.num_kv_heads * spec.key_dim, spec.num_kv_heads * spec.value_dim)
+    down = _linears(mlp, ["down_proj"])[0]
+    inner = down.linear.in_features
+    qkv = _linears(attention, ["q_proj", "k_proj", "v_proj"], "qkv_proj", widths)
+    gate_up = _linears(mlp, ["gate_proj", "up_proj"], "gate_up_proj", (inner, inner))
     layer = LayerParts(
         before_attention=pre,
         after_attention=post,
@@ -162,17 +189,14 @@ def _layer(block: nn.Module, recorded: RecordedLayer) -> LayerParts:
         after_mlp=post_mlp,
         query_norm=_norm(attention, "q_norm"),
         key_norm=_norm(attention, "k_norm"),
-        qkv=(_linear(attention, "q_proj"), _linear(attention, "k_proj"), _linear(attention, "v_proj")),
-        output=_linear(attention, "o_proj"),
-        gate_up=gate_up,
-        down=_linear(mlp, "down_proj"),
+        qkv=(qkv[0], qkv[1], qkv[2]),
+        output=_linears(attention, ["o_proj"])[0],
+        gate_up=(gate_up[0], gate_up[1]),
+        down=down,
+        cosines=cosines,
+        sines=sines,
         recorded=recorded,
     )
-    spec = recorded.spec
-    query, key, value = layer.qkv
-    widths = (spec.num_heads * spec.key_dim, spec.num_kv_heads * spec.key_dim, spec.num_kv_heads * spec.value_dim)
-    if (query.out_features, key.out_features, value.out_features) != widths:
-        raise NotRecognised("what attention gets is not what its projections give")
     for size in (*widths, spec.key_dim, spec.num_heads * spec.value_dim):
         _aligned(size)
     for norm, whole in ((layer.query_norm, widths[0]), (layer.key_norm, widths[1])):
@@ -182,16 +206,31 @@ def _layer(block: nn.Module, recorded: RecordedLayer) -> LayerParts:
 
 
 def _expect(module: nn.Module, names: set[str], what: str) -> None:
-    strange = sorted(name for name, _ in module.named_children() if name not in names)
+    children = [(name, child) for name, child in module.named_children() if not isinstance(child, nn.Dropout)]
+    strange = sorted(name for name, _ in children if name not in names)
     if strange:
         raise NotRecognised(f"{what} has a part called {strange[0]}")
 
 
-def _linear(module: nn.Module, name: str) -> nn.Linear:
-    linear = getattr(module, name, None)
-    if type(linear) is not nn.Linear:
-        raise NotRecognised(f"{name} is not a linear layer")
-    return linear
+def _linears(
+    module: nn.Module, names: list[str], fused: str | None = None, widths: tuple[int, ...] | None = None
+) -> list[Projection]:
+    """The linear layers of these names, or the parts, `widths` outputs wide, of the one that is called `fused`."""
+    if fused is not None and widths is not None and hasattr(module, fused):
+        linear = getattr(module, fused)
+        ends = list(itertools.accumulate(widths))
+        if type(linear) is not nn.Linear or linear.out_features != ends[-1]:
+            raise NotRecognised(f"{fused} is not the projections that it stands for")
+        return [Projection(linear, end - width, end) for end, width in zip(ends, widths, strict=True)]
+    found = []
+    for name in names:
+        linear = getattr(module, name, None)
+        if type(linear) is not nn.Linear:
+            raise NotRecognised(f"{name} is not a linear layer")
+        found.append(Projection(linear, 0, linear.out_features))
+    if widths is not None and [part.stop for part in found] != list(widths):
+        raise NotRecognised(f"{', '.join(names)} do not give what is taken from them")
+    return found
 
 
 def _norm(module: nn.Module, name: str) -> NormPart | None:
@@ -216,15 +255,20 @@ def _norm(module: nn.Module, name: str) -> NormPart | None:
     raise NotRecognised(f"{name} is not a norm by the root mean square")
 
 
-def _rotation(rotary: nn.Module, like: torch.Tensor, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position, from the model's own module."""
-    positions = torch.arange(max_length)[None]
+def _rotation(
+    rotary: nn.Module, kind: str | None, device: torch.device, max_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every position, from the model's own module, for layers of a kind."""
+    x, positions = torch.empty(1, 1, 1, dtype=torch.float32, device=device), torch.arange(max_length)[None]
     try:
-        cosines, sines = rotary(torch.empty(1, 1, 1, dtype=torch.float32, device=like.device), positions)
-    except Exception as error:
-        raise NotRecognised("its rotary embedding takes more than positions") from error
+        cosines, sines = rotary(x, positions)
+    except Exception:
+        try:
+            cosines, sines = rotary(x, positions, kind)
+        except Exception as error:
+            raise NotRecognised("its rotary embedding takes more than positions and a kind of layer") from error
     half = cosines.shape[-1] // 2
-    if cosines.shape[0] != 1 or not torch.equal(cosines[..., :half], cosines[..., half:]):
+    if cosines.shape[0] != 1 or half % 8 or not torch.equal(cosines[..., :half], cosines[..., half:]):
         raise NotRecognised("its rotary embedding does not rotate halves")
     return cosines[0, :, :half].float().contiguous(), sines[0, :, :half].float().contiguous()
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from asyncengine.model.attention.cpu import CpuCache, CpuPlan
-from asyncengine.model.decoder.blueprint import Blueprint, LayerParts, NormPart
+from asyncengine.model.decoder.blueprint import Blueprint, LayerParts, NormPart, Projection
 from asyncengine.model.decoder.weights import (
     DTYPES,
     MatrixStruct,
@@ -78,20 +78,20 @@ class _Layer:
     """One layer's weights."""
 
     def __init__(self, library: Any, parts: LayerParts, int8: bool) -> None:
-        def packed(linears: Sequence[nn.Linear], interleaved: bool = False) -> PackedMatrix:
-            weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        def packed(parts: Sequence[Projection], interleaved: bool = False) -> tuple[PackedMatrix, Sequence[Projection]]:
+            weights, biases = [part.weight for part in parts], [part.bias for part in parts]
             matrix = PackedMatrix(library, weights, biases, interleaved=interleaved, int8=int8)
-            for linear in linears:
+            for linear in {part.linear for part in parts}:
                 release(linear, "weight")
                 release(linear, "bias")
-            return matrix
+            return matrix, parts
 
         spec = parts.recorded.spec
         self.matrices = {
-            "qkv": (packed(parts.qkv), parts.qkv),
-            "output": (packed([parts.output]), (parts.output,)),
-            "gate_up": (packed(parts.gate_up, interleaved=True), parts.gate_up),
-            "down": (packed([parts.down]), (parts.down,)),
+            "qkv": packed(parts.qkv),
+            "output": packed([parts.output]),
+            "gate_up": packed(parts.gate_up, interleaved=True),
+            "down": packed([parts.down]),
         }
         self.norms = {
             "before_attention": (PackedNorm(parts.before_attention), parts.before_attention),
@@ -101,8 +101,22 @@ class _Layer:
             "query_norm": (PackedNorm(parts.query_norm, spec.num_heads * spec.key_dim), parts.query_norm),
             "key_norm": (PackedNorm(parts.key_norm, spec.num_kv_heads * spec.key_dim), parts.key_norm),
         }
+        self.rotation = (parts.cosines, parts.sines)
         self.sinks = None if parts.recorded.sinks is None else parts.recorded.sinks.float().contiguous()
         self.spec = spec
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Writes a parameter's new value into one of its places.
+
+    Attributes:
+        write: Takes the whole parameter.
+        keep: Returns what puts the present contents back.
+    """
+
+    write: Callable[[torch.Tensor], None]
+    keep: Callable[[], Callable[[], None]]
 
 
 class CompiledDecoder:
@@ -118,7 +132,6 @@ class CompiledDecoder:
     def __init__(self, blueprint: Blueprint, library: Any, dtype: torch.dtype, int8: bool = False) -> None:
         self._library = library
         self.int8 = int8
-        self._rotation = (blueprint.cosines, blueprint.sines)
         self._layers = [_Layer(library, parts, int8) for parts in blueprint.layers]
         self._norm = (PackedNorm(blueprint.norm), blueprint.norm)
         for _, part in self._norms():
@@ -143,10 +156,10 @@ class CompiledDecoder:
             DTYPES[dtype],
             int(int8),
             blueprint.embedding.embedding_dim,
-            blueprint.layers[0].down.in_features,
-            2 * blueprint.cosines.shape[1],
+            blueprint.layers[0].down.linear.in_features,
+            2 * blueprint.layers[0].cosines.shape[1],
             blueprint.activation,
-            int(len(blueprint.layers[0].gate_up) > 1),
+            1,
             embedding,
             blueprint.embedding_scale,
             blueprint.residual_scale,
@@ -170,7 +183,7 @@ class CompiledDecoder:
                 setattr(struct, name, norm.struct)
             for name, (matrix, _) in layer.matrices.items():
                 setattr(struct, name, matrix.struct)
-            struct.cosines, struct.sines = (table.data_ptr() for table in self._rotation)
+            struct.cosines, struct.sines = (table.data_ptr() for table in layer.rotation)
             struct.sinks = None if layer.sinks is None else layer.sinks.data_ptr()
             described = cache.layers.get(layer.spec) or cache.layer(layer.spec)
             struct.attention = _AttentionStruct.from_buffer_copy(described.buffer)
@@ -188,28 +201,30 @@ class CompiledDecoder:
             raise MemoryError("no memory for the activations of a step")
         return logits
 
-    def writers(
-        self,
-    ) -> dict[int, tuple[Callable[[torch.Tensor], None], Callable[[], Callable[[], None]]]]:
-        """For each parameter that was packed, by its identity: what writes a new value, and what makes a restorer."""
-        found: dict[int, tuple[Callable[[torch.Tensor], None], Callable[[], Callable[[], None]]]] = {}
+    def writers(self) -> dict[int, list[Writer]]:
+        """For each parameter that was packed, by its identity, what writes a new value into its places."""
+        found: dict[int, list[Writer]] = {}
 
-        def note(matrix: PackedMatrix, part: int, linear: nn.Linear | nn.Embedding) -> None:
-            found[id(linear.weight)] = (lambda value: matrix.write(part, value), matrix.restorer)
-            bias = getattr(linear, "bias", None)
-            if bias is not None:
-                found[id(bias)] = (lambda value: matrix.write_bias(part, value), matrix.restorer)
+        def note(matrix: PackedMatrix, number: int, part: Projection) -> None:
+            linear, rows = part.linear, slice(part.start, part.stop)
+            write = Writer(lambda value: matrix.write(number, value[rows]), matrix.restorer)
+            found.setdefault(id(linear.weight), []).append(write)
+            if getattr(linear, "bias", None) is not None:
+                write = Writer(lambda value: matrix.write_bias(number, value[rows]), matrix.restorer)
+                found.setdefault(id(linear.bias), []).append(write)
 
         for layer in self._layers:
-            for matrix, linears in layer.matrices.values():
-                for part, linear in enumerate(linears):
-                    note(matrix, part, linear)
+            for matrix, parts in layer.matrices.values():
+                for number, part in enumerate(parts):
+                    note(matrix, number, part)
         embedding, head = self._modules
-        note(self._embedding, 0, embedding)
-        note(self._head, 0, head)
+        note(self._head, 0, Projection(head, 0, head.out_features))
+        if self._embedding is not self._head:
+            write = Writer(lambda value: self._embedding.write(0, value), self._embedding.restorer)
+            found[id(embedding.weight)] = [write]
         for norm, norm_part in self._norms():
             if norm_part is not None:
-                found[id(norm_part.module.weight)] = (norm.write, norm.restorer)
+                found[id(norm_part.module.weight)] = [Writer(norm.write, norm.restorer)]
         return found
 
     def _norms(self) -> list[tuple[PackedNorm, NormPart | None]]:

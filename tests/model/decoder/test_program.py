@@ -16,7 +16,7 @@ from asyncengine import ConfigError, EngineConfig, UnsupportedModelError
 from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.decoder.blueprint import recognise
-from asyncengine.model.decoder.program import CompiledDecoder
+from asyncengine.model.decoder.program import CompiledDecoder, Writer
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.batch import StepBatch
@@ -82,7 +82,9 @@ def logits(loaded: LoadedModel, batch: StepBatch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma2", "olmo2", "granite"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "granite", "phi3"]
+)
 def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
     """In low precision: of the rounded weights computed in float32, to which it is nearer than transformers is."""
     path = checkpoint(architecture)
@@ -168,13 +170,14 @@ def test_the_model_gives_its_weights_up(checkpoint: Checkpoint) -> None:
     loaded.model.close()
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "phi3"])
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_new_weights_are_those_of_a_new_model(quantization: str, checkpoint: Checkpoint) -> None:
+def test_new_weights_are_those_of_a_new_model(architecture: str, quantization: str, checkpoint: Checkpoint) -> None:
     """Every parameter finds its place: biases, norms, projections that were fused, embedding and head."""
     dtype = "float32" if quantization == "none" else "bfloat16"
-    old, new = (load(checkpoint("qwen2", seed=seed), dtype=dtype, quantization=quantization) for seed in (0, 1))
+    old, new = (load(checkpoint(architecture, seed=seed), dtype=dtype, quantization=quantization) for seed in (0, 1))
     weights = AutoModelForCausalLM.from_pretrained(
-        checkpoint("qwen2", seed=1), dtype=getattr(torch, dtype)
+        checkpoint(architecture, seed=1), dtype=getattr(torch, dtype)
     ).state_dict()
     batch = batch_of([(sequences()[0], 0)])
     before = logits(old, batch)
@@ -197,7 +200,8 @@ def test_new_weights_that_fail_leave_the_old_ones(checkpoint: Checkpoint, monkey
     def fail(value: torch.Tensor) -> None:
         raise RuntimeError("the last one fails")
 
-    monkeypatch.setattr(model._program, "writers", lambda: {**writers, last: (fail, writers[last][1])})
+    failing = [Writer(fail, writers[last][0].keep)]
+    monkeypatch.setattr(model._program, "writers", lambda: {**writers, last: failing})
     state = AutoModelForCausalLM.from_pretrained(checkpoint("llama", seed=3), dtype=torch.float32).state_dict()
     with pytest.raises(Exception, match="none was replaced"):
         loaded.model.update_weights(state)
