@@ -92,7 +92,7 @@ struct Int8 {
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 6, kSums = 24;
 #else
-constexpr int kRows = 4, kSums = 8;
+constexpr int kRows = 3, kSums = 12;
 #endif
 constexpr int kMostCols = 8;
 constexpr int cols_of(int rows) {
@@ -327,7 +327,7 @@ struct Run {
     const int64_t items = (groups + each - 1) / each;
     const auto *weights = static_cast<const typename W::Stored *>(matrix.weights);
     phase.run(items, [&](int64_t item) {
-      alignas(64) float sums[kRows * cols_of(kRows) > kMostCols ? kRows * cols_of(kRows) * kLanes : kMostCols * kLanes];
+      alignas(64) float sums[kSums * kLanes];
       const int64_t last = std::min(groups, (item + 1) * each);
       for (int64_t i = 0; i < chunks; ++i) {
         const int64_t row = rows * i / chunks, count = rows * (i + 1) / chunks - row;
