@@ -59,7 +59,7 @@ class Show:
     ended: float | None = None
     status: str = ""
     reload_seconds: float | None = None
-    carried: int = 0
+    in_flight: list[Answer] = field(default_factory=list)  # when the reload began
     now: list[Answer | None] = field(default_factory=lambda: [None] * CHATS)
     answers: list[Answer] = field(default_factory=list)
 
@@ -115,7 +115,9 @@ class Show:
         table.add_row("tokens", f"{self.tokens} in {self.seconds:.2f} s = {self.tokens / self.seconds:.0f} tokens/s")
         table.add_row("time to first token", f"p50 {_ms(self.ttft(0.5))}, p99 {_ms(self.ttft(0.99))}")
         if self.reload_seconds is not None:
-            table.add_row("hot reload", f"{_ms(self.reload_seconds)}, {self.carried} answers carried over")
+            lost = sum(answer.right is not True for answer in self.in_flight)
+            seconds, in_flight = _ms(self.reload_seconds), len(self.in_flight)
+            table.add_row("hot reload", f"{seconds}, {in_flight} answers in flight, {lost} lost")
         return table
 
 
@@ -166,13 +168,12 @@ async def swap(engine: AsyncEngine, show: Show) -> None:
         await asyncio.sleep(0.001)
         if any(a.right is not None and a.chat.category == "story" for a in show.answers):
             break  # some chat was so fast, or so slow, that they are never all at it
-    streaming = [a for a in show.now if a is not None and a.right is None]
-    show.say(f"hot reload while {len(streaming)} answers stream ...")
+    show.in_flight = [a for a in show.now if a is not None and a.right is None]
+    show.say(f"hot reload while {len(show.in_flight)} answers stream ...")
     begun = time.perf_counter()
     await engine.reload(EngineConfig("tiny"), in_flight="carry")
     show.reload_seconds = time.perf_counter() - begun
-    show.carried = sum(a.right is None for a in streaming)
-    show.say(f"reloaded in {_ms(show.reload_seconds)}; {show.carried} answers go on with the new model")
+    show.say(f"reloaded in {_ms(show.reload_seconds)}; what was asked meanwhile is answered by the new model")
 
 
 @contextlib.contextmanager
