@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from asyncengine._version import __version__
-from asyncengine.cli import chat, complete, environment, serve
+from asyncengine.cli import chat, complete, environment, estimate, serve
 from asyncengine.cli.command import command
 
 app = typer.Typer(
@@ -20,12 +21,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-for name, function in {
+_COMMANDS: dict[str, Callable[..., Any]] = {
     "chat": chat.chat,
     "complete": complete.complete,
     "serve": serve.serve,
+    "estimate": estimate.estimate,
     "env": environment.environment,
-}.items():
+}
+for name, function in _COMMANDS.items():
     app.command(name)(command(function))
 
 

@@ -96,15 +96,19 @@ class Conversation:
             self._messages.pop()
             print(f"asyncengine: {error}", file=sys.stderr, flush=True)
             return False
-        self._messages.append({"role": "assistant", "content": "".join(pieces)})
+        if any(pieces):
+            self._messages.append({"role": "assistant", "content": "".join(pieces)})
+        else:
+            self._messages.pop()
         return True
 
     async def _answer(self, pieces: list[str]) -> None:
+        cut = False
         async with self._engine.chat(self._messages, self._config) as stream:
             async for output in stream:
                 pieces.append(output.text)
                 print(output.text, end="", flush=True)
-        cut = output.finish_reason == "length"
+                cut = output.finish_reason == "length"
         print(" [cut off: the limit is reached]" if cut else "", flush=True)
 
 

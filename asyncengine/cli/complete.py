@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from collections.abc import Iterator
@@ -68,25 +67,35 @@ class Completion:
 
     async def run(self, lines: list[str]) -> int:
         """Answers all lines; returns the exit status."""
+        import asyncio
+
         loaded = self._engine.complete_engine_config
         assert loaded is not None and loaded.max_num_sequence is not None
         waiting: Iterator[tuple[int, str]] = iter(enumerate(lines))
         answers: dict[int, RequestResult | AsyncEngineError] = {}
         written, failed = 0, False
+        gone: list[BrokenPipeError] = []
         with _bar(len(lines)) as advance:
 
             async def work() -> None:
                 nonlocal written, failed
                 for index, line in waiting:
                     answers[index] = await self._answer(line)
-                    while written in answers:
-                        failed = not self._write(written, lines[written], answers.pop(written)) or failed
+                    while written in answers and not gone:
+                        try:
+                            failed = not self._write(written, lines[written], answers.pop(written)) or failed
+                        except BrokenPipeError as error:
+                            gone.append(error)
                         written += 1
+                    if gone:
+                        return
                     advance()
 
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(2 * loaded.max_num_sequence, len(lines))):
                     group.create_task(work())
+        if gone:  # nobody reads on
+            raise gone[0]
         return int(failed)
 
     async def _answer(self, line: str) -> RequestResult | AsyncEngineError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ def loaded(config: EngineConfig, loader: Any) -> Iterator[tuple[AsyncEngine, asy
     Raises:
         ReloadError: It cannot be loaded.
     """
+    quiet()
     with runner() as running:
         engine = AsyncEngine(loader=loader)
         try:
@@ -36,6 +38,11 @@ def loaded(config: EngineConfig, loader: Any) -> Iterator[tuple[AsyncEngine, asy
             yield engine, running
         finally:
             running.run(engine.shutdown())
+
+
+def quiet() -> None:
+    """Keeps transformers' own progress bars off this process's terminal. To be called before it is imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def runner() -> asyncio.Runner:

@@ -36,10 +36,13 @@ def serve(
     config = flags.config(model, max_queue_size=max_queue_size)
     if admin and api_key is None:
         raise Failure("--admin needs --api-key: these routes can unload the model", 2)
+    from asyncengine.cli.loading import quiet
+
     try:
         from asyncengine.server import serve as server
     except ModuleNotFoundError as error:
         raise missing("server", error) from error
+    quiet()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it would say has been said
     return server.serve(
