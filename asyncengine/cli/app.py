@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from asyncengine._version import __version__
-from asyncengine.cli import chat, complete, environment, estimate, serve
+from asyncengine.cli import bench, chat, complete, environment, estimate, serve
 from asyncengine.cli.command import command
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "chat": chat.chat,
     "complete": complete.complete,
     "serve": serve.serve,
+    "bench": bench.bench,
     "estimate": estimate.estimate,
     "env": environment.environment,
 }

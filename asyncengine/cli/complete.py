@@ -69,13 +69,15 @@ class Completion:
         """Answers all lines; returns the exit status."""
         import asyncio
 
+        from asyncengine.cli.progress import bar
+
         loaded = self._engine.complete_engine_config
         assert loaded is not None and loaded.max_num_sequence is not None
         waiting: Iterator[tuple[int, str]] = iter(enumerate(lines))
         answers: dict[int, RequestResult | AsyncEngineError] = {}
         written, failed = 0, False
         gone: list[BrokenPipeError] = []
-        with _bar(len(lines)) as advance:
+        with bar("completing", len(lines)) as advance:
 
             async def work() -> None:
                 nonlocal written, failed
@@ -153,22 +155,3 @@ def _entry(index: int, line: str, answer: RequestResult | AsyncEngineError) -> d
     usage = {"prompt_tokens": answer.usage.prompt_tokens, "completion_tokens": answer.usage.completion_tokens}
     entry |= {"text": texts[0], "finish_reason": answer.finish_reason.value, "usage": usage}
     return entry | ({"texts": texts} if len(texts) > 1 else {})
-
-
-def _bar(total: int) -> Any:
-    """A context in which calling what it gives moves a progress bar on standard error, if that is a terminal."""
-    from contextlib import contextmanager
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-
-    @contextmanager
-    def bar() -> Iterator[Any]:
-        columns = (TextColumn("completing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=False) as progress:
-            task = progress.add_task("", total=total)
-            yield lambda: progress.advance(task)
-
-    return bar()

@@ -29,9 +29,9 @@ ROWS: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HI
 def large(tmp_path: Path) -> Path:
     """A checkpoint of 236 MB of which nothing but its headers is on the disk."""
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 64, "vocab_size": VOCABULARY,
-        "max_position_embeddings": 8192,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 64,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 8192,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     entries, at = {}, 0
