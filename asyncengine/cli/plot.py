@@ -68,11 +68,11 @@ class _Panel:
         x_name, y_name = self._names
         yield f'<text x="{(left + right) / 2}" y="{bottom + 36}" text-anchor="middle">{x_name}</text>'
         yield f'<text x="{left}" y="{top - 8}">{y_name}</text>'
-        for name, value in marks:
+        for row, (name, value) in enumerate(marks):
             x = self._x(value)
             yield f'<path d="M{x:.1f} {top}V{bottom}" stroke="#c2410c" stroke-dasharray="3 3"/>'
             text = f"{name} {_number(value)}"
-            yield f'<text x="{x - 4:.1f}" y="{top + 12}" text-anchor="end" fill="#c2410c">{text}</text>'
+            yield f'<text x="{x - 4:.1f}" y="{top + 12 + 16 * row}" text-anchor="end" fill="#c2410c">{text}</text>'
         if self._points:
             path = "L".join(f"{self._x(x):.1f} {self._y(y):.1f}" for x, y in self._points)
             yield f'<path d="M{path}" fill="none" stroke="#1d4ed8" stroke-width="2" stroke-linejoin="round"/>'

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -90,20 +90,28 @@ def problem(response: httpx.Response) -> str:
         return response.text[:200].strip() or response.reason_phrase
 
 
-async def events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
+async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The JSON events of a stream, up to ``[DONE]``.
 
     Raises:
         Failure: One of them is an error, or no JSON.
     """
-    async with aclosing(response.aiter_lines()) as lines:
-        async for line in lines:
-            if not line.startswith("data:"):
-                continue
-            text = line[5:].strip()
-            if text == "[DONE]":
-                return
-            yield _event(text)
+    ended, failure = False, None
+    async for line in response.aiter_lines():  # to the very end, so that the connection can be used again
+        if ended or not line.startswith("data:"):
+            continue
+        text = line[5:].strip()
+        if text == "[DONE]":
+            ended = True
+            continue
+        try:
+            event = _event(text)
+        except Failure as error:
+            ended, failure = True, error
+        else:
+            yield event
+    if failure is not None:
+        raise failure
 
 
 def _event(text: str) -> dict[str, Any]:
