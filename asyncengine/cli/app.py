@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from asyncengine._version import __version__
-from asyncengine.cli import bench, chat, complete, environment, estimate, serve
+from asyncengine.cli import bench, chat, check, complete, environment, estimate, serve, top, trace
 from asyncengine.cli.command import command
 
 app = typer.Typer(
@@ -26,6 +26,9 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "complete": complete.complete,
     "serve": serve.serve,
     "bench": bench.bench,
+    "trace": trace.trace,
+    "top": top.top,
+    "check": check.check,
     "estimate": estimate.estimate,
     "env": environment.environment,
 }

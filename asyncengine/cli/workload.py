@@ -128,6 +128,7 @@ class Workload:
             else:
                 begun = time.perf_counter()
                 for prompt, at in zip(prompts, self.arrivals(), strict=True):
-                    await asyncio.sleep(max(begun + at - time.perf_counter(), 0))
+                    while (left := begun + at - time.perf_counter()) > 0:  # noqa: ASYNC110  # loops may wake early
+                        await asyncio.sleep(left)
                     group.create_task(one(prompt, begun + at))
         return samples

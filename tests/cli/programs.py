@@ -123,8 +123,8 @@ class Terminal:
 
 
 @contextmanager
-def terminal(*arguments: str, step_seconds: float | None = None) -> Iterator[Terminal]:
-    """Runs a command in a terminal."""
+def terminal(*arguments: str, step_seconds: float | None = None, kind: str = "dumb") -> Iterator[Terminal]:
+    """Runs a command in a terminal of some kind."""
     import pty
 
     ours, theirs = pty.openpty()
@@ -133,7 +133,7 @@ def terminal(*arguments: str, step_seconds: float | None = None) -> Iterator[Ter
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"TERM": kind},
         start_new_session=True,
         preexec_fn=_take_terminal,
     ) as process:
