@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -63,7 +64,7 @@ def check(
         if jsonl:
             print(json.dumps({"check": finding.name, "verdict": finding.verdict, "detail": finding.detail}))
         else:
-            print(f"{finding.name:18} {finding.verdict:8} {finding.detail}".rstrip())
+            print(f"{finding.name:18} {finding.verdict:8} {textwrap.shorten(finding.detail, 100)}".rstrip())
     if not jsonl:
         count = {verdict: sum(f.verdict == verdict for f in findings) for verdict in ("ok", "differs", "missing")}
         print("\n" + ", ".join(f"{number} {verdict}" for verdict, number in count.items()))

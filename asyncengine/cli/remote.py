@@ -74,7 +74,7 @@ async def model_name(client: httpx.AsyncClient) -> str:
     try:
         return str(response.json()["data"][0]["id"])
     except (ValueError, LookupError, TypeError) as error:
-        raise Failure(f"{_models(client)} names no model; pass --model") from error
+        raise Failure(f"{_models(client)} names no model; wait until one is loaded, or pass --model") from error
 
 
 def _models(client: httpx.AsyncClient) -> str:

@@ -18,7 +18,7 @@ def test_shows_what_there_is() -> None:
     rows = {name.strip(): value.strip() for name, value in rows.items()}
     assert rows["asyncengine"] == asyncengine.__version__
     assert rows["torch"] == metadata.version("torch")
-    assert rows["cores"].startswith(f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}")
+    assert f" usable of {os.cpu_count()}, " in rows["cores"]
     assert " GiB free of " in rows["memory"]
     assert {"compiler", "kernel cache"} <= rows.keys()
 
