@@ -35,6 +35,13 @@ def loaded(config: EngineConfig, loader: Any) -> Iterator[tuple[AsyncEngine, asy
         engine = AsyncEngine(loader=loader)
         try:
             running.run(_load(engine, config))
+        except KeyboardInterrupt:  # a load cannot be stopped, and nobody wants to wait for its end
+            engine.shutdown_nowait(timeout=0)
+            raise
+        except BaseException:
+            running.run(engine.shutdown())
+            raise
+        try:
             yield engine, running
         finally:
             running.run(engine.shutdown())

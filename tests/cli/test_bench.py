@@ -19,7 +19,7 @@ from asyncengine.cli.plot import draw, ticks
 from asyncengine.cli.targets import HttpTarget
 from asyncengine.cli.workload import Sample, Workload
 from asyncengine.generation import GenerationConfig
-from tests.cli.programs import last_line, run, run_process, scripted_loader, server
+from tests.cli.programs import last_line, run, scripted_loader, server
 
 LONG = scripted_loader(script=lambda prompt, branch: b"a" * 300)
 
@@ -168,12 +168,6 @@ def test_measures_a_server_in_an_open_loop() -> None:
         assert refused.status == 1 and "/v1/models answers 401" in refused.err
         wrong = run(*common[:1], "other", *common[1:], "--api-key", "secret")
         assert wrong.status == 1 and "/v1/chat/completions answers 404" in wrong.err
-
-
-def test_with_the_embedded_model() -> None:
-    done = run_process("bench", "--num-prompts", "4", "--concurrency", "2", "--max-tokens", "4")
-    assert done.status == 0, done.err
-    assert figures(done.out)["completion_tokens"] == 16
 
 
 @pytest.mark.parametrize(

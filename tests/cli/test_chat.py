@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 
 import pytest
 
-from tests.cli.programs import last_line, run, run_process, scripted_loader, terminal
+from tests.cli.programs import ENVIRONMENT, last_line, run, run_process, scripted_loader, terminal
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 
@@ -105,3 +107,31 @@ def test_with_the_embedded_model() -> None:
     assert done.status == 0, done.err
     assert done.out == "7 + 8 = 15.\n"
     assert done.err.startswith("tiny loaded in ") and "2 sequences" in done.err
+
+
+def test_ctrl_c_while_it_loads_ends_the_program() -> None:
+    program = (
+        "import threading\n"
+        "from asyncengine.cli import main\n"
+        "from tests.cli.programs import scripted_loader\n"
+        "loader = scripted_loader()\n"
+        "class Gate(threading.Event):\n"
+        "    def wait(self, timeout=None):\n"
+        "        print('loading', flush=True)\n"
+        "        return super().wait(timeout)\n"
+        "loader.gate = Gate()  # which never opens\n"
+        "main(loader)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", program, "chat"],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == "asyncengine: interrupted\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.programs import ENVIRONMENT, command, run, run_process, terminal
+from tests.cli.programs import ENVIRONMENT, command, run, terminal
 
 
 def entries(text: str) -> list[dict[str, Any]]:
@@ -127,9 +127,3 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
         process.stdout.close()
         assert process.wait(timeout=30) == 1
         assert "Traceback" not in process.stderr.read()
-
-
-def test_with_the_embedded_model() -> None:
-    done = run_process("complete", "--temperature", "0", "--max-tokens", "8", stdin="Once upon a time\nOne day\n")
-    assert done.status == 0, done.err
-    assert len(done.out.splitlines()) == 2 and " a " in done.out

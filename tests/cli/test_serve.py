@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import builtins
 import signal
+import subprocess
 import sys
-from typing import Any
 
 import httpx
 import pytest
 
-from tests.cli.programs import run, run_process, server
+from tests.cli.programs import run, scripted_loader, server
 
 
 def test_serves_until_a_signal() -> None:
@@ -42,23 +41,18 @@ def test_admin_without_a_key_is_refused() -> None:
     assert wrong.status == 2 and "--admin needs --api-key" in wrong.err
 
 
-def test_a_model_that_is_not_there_is_one_line_and_an_exit_status() -> None:
-    wrong = run_process("serve", "./nowhere", "--port", "0")
+def test_a_model_that_cannot_be_loaded_is_one_line_and_an_exit_status(caplog: pytest.LogCaptureFixture) -> None:
+    loader = scripted_loader()
+    loader.load_errors["./nowhere"] = RuntimeError("there is no such directory")
+    wrong = run("serve", "./nowhere", "--port", "0", loader=loader)
     assert wrong.status == 1
-    assert "./nowhere cannot be loaded: model './nowhere': there is no such directory" in wrong.err
-    assert "Traceback" not in wrong.err
+    assert "./nowhere cannot be loaded" in caplog.text and "there is no such directory" in caplog.text
 
 
-def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *arguments: Any) -> Any:
-        if name.partition(".")[0] == "uvicorn":
-            raise ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn")
-        return real(name, *arguments)
-
-    monkeypatch.delitem(sys.modules, "asyncengine.server.serve", raising=False)
-    monkeypatch.setattr(builtins, "__import__", without)
-    wrong = run("serve")
-    assert wrong.status == 1
-    assert wrong.err == "asyncengine: uvicorn is not installed: pip install 'asyncengine[server]'\n"
+def test_without_the_extra_it_says_what_to_install() -> None:
+    program = "import sys; sys.modules['uvicorn'] = None; from asyncengine.cli import main; main()"
+    wrong = subprocess.run(
+        [sys.executable, "-c", program, "serve"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert wrong.returncode == 1
+    assert wrong.stderr == "asyncengine: uvicorn is not installed: pip install 'asyncengine[server]'\n"

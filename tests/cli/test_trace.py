@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from asyncengine.cli.timeline import page
-from tests.cli.programs import run, run_process, server
+from tests.cli.programs import run, server
 from tests.server.test_page import browser
 
 __all__ = ["browser"]
@@ -109,12 +109,6 @@ def test_the_page_shows_what_was_recorded(tmp_path: Path, browser: Any) -> None:
     browser.find_element("id", "timeline").send_keys("+")
     assert browser.execute_script("return view[1] - view[0]") < before
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-
-
-def test_with_the_embedded_model(tmp_path: Path) -> None:
-    done = run_process("trace", "--num-prompts", "2", "--max-tokens", "2", "--out", str(tmp_path / "t"))
-    assert done.status == 0, done.err
-    assert done.out.startswith("2 requests, ")
 
 
 @pytest.mark.parametrize("arguments", [["--num-prompts", "0"], ["--seconds", "-1"]])
