@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from asyncengine.cli.command import Failure
-from asyncengine.cli.flags import EngineFlags, GenerationFlags, Model
+from asyncengine.cli.command import Failure, given, refuse
+from asyncengine.cli.flags import ENGINE_FLAGS, EngineFlags, GenerationFlags, Model
 from asyncengine.cli.remote import ApiKey
 
 if TYPE_CHECKING:
@@ -47,6 +47,12 @@ def bench(
         raise Failure(f"--rate is {rate}; expected requests per second > 0", 2)
     if plot is not None and not plot.parent.is_dir():
         raise Failure(f"--plot is {str(plot)!r}; there is no such directory", 2)
+    if rate is not None:
+        refuse(ctx, ["concurrency"], "and --rate: a loop is closed or open")
+    if url is None:
+        refuse(ctx, ["api_key"], "without --url")
+    else:
+        refuse(ctx, ENGINE_FLAGS, "and --url: it is for an engine in this process")
     from asyncengine.cli.workload import Workload
 
     config = generation.config()
@@ -57,9 +63,7 @@ def bench(
     if url is None:
         run = _in_process(model, flags, ctx.obj, workload, config, endpoint)
     else:
-        given = ctx.get_parameter_source("model")
-        named = model if given is not None and given.name != "DEFAULT" else None
-        run = _over_http(url, api_key, named, workload, config, endpoint)
+        run = _over_http(url, api_key, model if given(ctx, "model") else None, workload, config, endpoint)
     return _report(run, workload, plot)
 
 

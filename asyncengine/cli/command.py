@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import typer
@@ -30,6 +30,23 @@ class Failure(Exception):
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
+
+
+def given(ctx: typer.Context, name: str) -> bool:
+    """Whether a parameter was given, and is not just its default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def refuse(ctx: typer.Context, names: Iterable[str], because: str) -> None:
+    """Refuses flags that would be passed over in silence.
+
+    Raises:
+        Failure: One of them was given.
+    """
+    for name in names:
+        if given(ctx, name):
+            raise Failure(f"--{name.replace('_', '-')} is given, {because}", 2)
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -79,6 +79,8 @@ class GenerationFlags:
             max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
         )
 
+
+ENGINE_FLAGS = tuple(field.name for field in fields(EngineFlags))
 
 FLAG_OF_FIELD = {
     "max_single_sequence_length": "--max-model-len",

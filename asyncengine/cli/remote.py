@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import httpx
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="Of the server, with or without /v1.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="What the server asks for.")]
+ApiKey = Annotated[str | None, typer.Option(help="What the server asks for.")]
 
 
 def root(url: str) -> str:

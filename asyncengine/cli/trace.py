@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncengine.cli.command import Failure
-from asyncengine.cli.flags import EngineFlags, GenerationFlags, Model
+from asyncengine.cli.command import Failure, refuse
+from asyncengine.cli.flags import ENGINE_FLAGS, EngineFlags, GenerationFlags, Model
 from asyncengine.cli.remote import ApiKey
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def trace(
     if not out.parent.is_dir():
         raise Failure(f"--out is {str(out)!r}; there is no directory {str(out.parent)!r}", 2)
     if url is None:
+        refuse(ctx, ["api_key", "seconds"], "without --url")
         from asyncengine.cli.workload import Workload
 
         config = generation.config()
@@ -47,6 +48,8 @@ def trace(
         workload = Workload(num_prompts, prompt_words, concurrency, None, generation.seed or 0)
         recorded, title = _in_process(model, flags, ctx.obj, workload, config), f"{model}, in process"
     else:
+        unused = ("model", "concurrency", "num_prompts", "prompt_words", "max_tokens", "temperature", "top_p", "seed")
+        refuse(ctx, (*unused, *ENGINE_FLAGS), "and --url: the server's own requests are recorded")
         recorded, title = _from_server(url, api_key, seconds)
     return _write(recorded, title, out)
 

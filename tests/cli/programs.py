@@ -19,7 +19,7 @@ from asyncengine.step.model import Loader
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from asyncengine.testing.scripted import Script
 
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("OPENAI_API_KEY", "FORCE_COLOR")} | {
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"} | {
     "OMP_NUM_THREADS": "1",
     "PYTHONUNBUFFERED": "1",
     "TERM": "dumb",
@@ -55,9 +55,7 @@ class Done:
 
 def run(*arguments: str, stdin: str = "", loader: Loader | None = None) -> Done:
     """Runs a command in this process."""
-    result = CliRunner(env={"OPENAI_API_KEY": None}).invoke(
-        app, arguments, input=stdin, obj=loader or scripted_loader(), catch_exceptions=False
-    )
+    result = CliRunner().invoke(app, arguments, input=stdin, obj=loader or scripted_loader(), catch_exceptions=False)
     return Done(result.exit_code, result.stdout, result.stderr)
 
 

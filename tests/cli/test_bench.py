@@ -178,6 +178,9 @@ def test_measures_a_server_in_an_open_loop() -> None:
         (["--url", "http://127.0.0.1:1"], "http://127.0.0.1:1 cannot be reached"),
         (["--plot", "no/such/place.svg"], "--plot is 'no/such/place.svg'; there is no such directory"),
         (["--concurrency", "0"], "--concurrency"),
+        (["--concurrency", "2", "--rate", "3"], "--concurrency is given, and --rate"),
+        (["--api-key", "secret"], "--api-key is given, without --url"),
+        (["--url", "http://127.0.0.1:1", "--max-num-seqs", "2"], "--max-num-seqs is given, and --url"),
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], said: str) -> None:

@@ -58,7 +58,7 @@ def test_a_block_runs(block: Block, address: str, tmp_path: Path, monkeypatch: p
             assert words[0] == "echo"
             stdin, words = " ".join(words[1:cut]) + "\n", words[cut + 1 :]
         assert words[0] == "asyncengine"
-        done = CliRunner(env={"OPENAI_API_KEY": None}).invoke(app, words[1:], input=stdin, catch_exceptions=False)
+        done = CliRunner().invoke(app, words[1:], input=stdin, catch_exceptions=False)
         fails = block.output is not None and '"error"' in block.output
         assert done.exit_code == int(fails), done.output
         if block.output is not None:

@@ -111,6 +111,14 @@ def test_the_page_shows_what_was_recorded(tmp_path: Path, browser: Any) -> None:
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-@pytest.mark.parametrize("arguments", [["--num-prompts", "0"], ["--seconds", "-1"]])
-def test_wrong_numbers_are_refused(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--num-prompts", "0"],
+        ["--seconds", "-1"],
+        ["--seconds", "1"],
+        ["--url", "http://127.0.0.1:1", "--dtype", "auto"],
+    ],
+)
+def test_wrong_numbers_and_flags_without_a_use_are_refused(arguments: list[str]) -> None:
     assert run("trace", *arguments).status == 2
