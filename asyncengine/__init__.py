@@ -4,53 +4,60 @@
         async for output in engine.stream("Once upon a time"):
             print(output.text, end="")
 
-Importing it imports neither torch nor transformers; loading a model does.
+Importing it imports neither torch nor transformers; loading a model does. Each name below is imported when it is first
+used, so that a program that needs few of them, such as ``asyncengine --help``, pays for few.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from asyncengine._version import __version__
-from asyncengine.config import EngineConfig
-from asyncengine.errors import (
-    AsyncEngineError,
-    CheckpointError,
-    ConfigError,
-    DeadlineExceededError,
-    EngineClosedError,
-    EngineDrainingError,
-    EngineFailedError,
-    EngineOverloadedError,
-    IllegalStateError,
-    InsufficientMemoryError,
-    InvalidRequestError,
-    ModelNotLoadedError,
-    ReloadError,
-    RequestDroppedError,
-    StepError,
-    UnsupportedModelError,
-)
-from asyncengine.generation import GenerationConfig
-from asyncengine.instructions import Deadlines
-from asyncengine.logits_processor import LogitsProcessor, LogitsRow
-from asyncengine.loop.engine import AsyncEngine
-from asyncengine.loop.health import Health
-from asyncengine.loop.many import ManyStream, PendingStream
-from asyncengine.loop.prepare import RequestOptions
-from asyncengine.loop.stream import RequestStream
-from asyncengine.metrics import Counters, EngineMetrics, Histogram
-from asyncengine.outputs import BranchResult, FinishReason, PromptScore, RequestOutput, RequestResult, Usage
-from asyncengine.response_format import (
-    Choice,
-    EbnfGrammar,
-    JsonObject,
-    JsonSchema,
-    Regex,
-    ResponseFormat,
-    StructuralTag,
-    StructuralTags,
-)
-from asyncengine.state import EngineState
-from asyncengine.step.batch import TokenLogprobs
-from asyncengine.tokenizer import Tokenizer
-from asyncengine.trace import Trace
+
+if TYPE_CHECKING:
+    from asyncengine.config import EngineConfig
+    from asyncengine.errors import (
+        AsyncEngineError,
+        CheckpointError,
+        ConfigError,
+        DeadlineExceededError,
+        EngineClosedError,
+        EngineDrainingError,
+        EngineFailedError,
+        EngineOverloadedError,
+        IllegalStateError,
+        InsufficientMemoryError,
+        InvalidRequestError,
+        ModelNotLoadedError,
+        ReloadError,
+        RequestDroppedError,
+        StepError,
+        UnsupportedModelError,
+    )
+    from asyncengine.generation import GenerationConfig
+    from asyncengine.instructions import Deadlines
+    from asyncengine.logits_processor import LogitsProcessor, LogitsRow
+    from asyncengine.loop.engine import AsyncEngine
+    from asyncengine.loop.health import Health
+    from asyncengine.loop.many import ManyStream, PendingStream
+    from asyncengine.loop.prepare import RequestOptions
+    from asyncengine.loop.stream import RequestStream
+    from asyncengine.metrics import Counters, EngineMetrics, Histogram
+    from asyncengine.outputs import BranchResult, FinishReason, PromptScore, RequestOutput, RequestResult, Usage
+    from asyncengine.response_format import (
+        Choice,
+        EbnfGrammar,
+        JsonObject,
+        JsonSchema,
+        Regex,
+        ResponseFormat,
+        StructuralTag,
+        StructuralTags,
+    )
+    from asyncengine.state import EngineState
+    from asyncengine.step.batch import TokenLogprobs
+    from asyncengine.tokenizer import Tokenizer
+    from asyncengine.trace import Trace
 
 __all__ = [
     "AsyncEngine",
@@ -103,3 +110,78 @@ __all__ = [
     "Usage",
     "__version__",
 ]
+
+_HOMES = {
+    "asyncengine.config": ("EngineConfig",),
+    "asyncengine.errors": (
+        "AsyncEngineError",
+        "CheckpointError",
+        "ConfigError",
+        "DeadlineExceededError",
+        "EngineClosedError",
+        "EngineDrainingError",
+        "EngineFailedError",
+        "EngineOverloadedError",
+        "IllegalStateError",
+        "InsufficientMemoryError",
+        "InvalidRequestError",
+        "ModelNotLoadedError",
+        "ReloadError",
+        "RequestDroppedError",
+        "StepError",
+        "UnsupportedModelError",
+    ),
+    "asyncengine.generation": ("GenerationConfig",),
+    "asyncengine.instructions": ("Deadlines",),
+    "asyncengine.logits_processor": ("LogitsProcessor", "LogitsRow"),
+    "asyncengine.loop.engine": ("AsyncEngine",),
+    "asyncengine.loop.health": ("Health",),
+    "asyncengine.loop.many": (
+        "ManyStream",
+        "PendingStream",
+    ),
+    "asyncengine.loop.prepare": ("RequestOptions",),
+    "asyncengine.loop.stream": ("RequestStream",),
+    "asyncengine.metrics": (
+        "Counters",
+        "EngineMetrics",
+        "Histogram",
+    ),
+    "asyncengine.outputs": (
+        "BranchResult",
+        "FinishReason",
+        "PromptScore",
+        "RequestOutput",
+        "RequestResult",
+        "Usage",
+    ),
+    "asyncengine.response_format": (
+        "Choice",
+        "EbnfGrammar",
+        "JsonObject",
+        "JsonSchema",
+        "Regex",
+        "ResponseFormat",
+        "StructuralTag",
+        "StructuralTags",
+    ),
+    "asyncengine.state": ("EngineState",),
+    "asyncengine.step.batch": ("TokenLogprobs",),
+    "asyncengine.tokenizer": ("Tokenizer",),
+    "asyncengine.trace": ("Trace",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = globals()[name] = getattr(importlib.import_module(module), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -29,6 +29,20 @@ def test_imports_neither_torch_nor_transformers(statement: str) -> None:
     assert not modules_after(statement) & set(HEAVY)
 
 
+def test_a_name_is_imported_when_it_is_used() -> None:
+    assert not modules_after("import asyncengine") & {"numpy", "asyncio", "anyio", "uvloop"}
+    assert "asyncio" in modules_after("from asyncengine import AsyncEngine")
+    assert modules_after("from asyncengine import *; EngineConfig, Trace, AsyncEngine")
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    import asyncengine
+
+    with pytest.raises(AttributeError, match="'asyncengine' has no attribute 'Engine'"):
+        asyncengine.Engine  # noqa: B018
+    assert set(asyncengine.__all__) <= set(dir(asyncengine))
+
+
 def test_the_server_is_imported_by_nobody_else_and_brings_no_torch() -> None:
     assert not modules_after("import asyncengine, asyncengine.testing") & {"starlette", "uvicorn", "msgspec"}
     pytest.importorskip("starlette")

@@ -115,6 +115,18 @@ def test_nothing_knows_the_server() -> None:
             )
 
 
+def test_nothing_knows_the_command_line() -> None:
+    for path in ROOT.rglob("*.py"):
+        if path.parts[len(ROOT.parts)] not in ("cli", "__main__.py"):
+            assert not forbidden(path, "asyncengine.cli", "typer", "rich", "httpx"), path
+
+
+@pytest.mark.parametrize("path", files("cli"), ids=named)
+def test_the_command_line_uses_the_engine_as_anybody_would(path: Path) -> None:
+    assert not forbidden(path, "asyncengine.testing", "asyncengine.instruction_queue", "asyncengine.stream_back")
+    assert not forbidden(path, "asyncengine.step", "asyncengine.model.runner")
+
+
 def test_the_core_has_no_threads() -> None:
     for path in files("step"):
         if path.name != "thread.py":

@@ -26,7 +26,7 @@ from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.step.scheduler import Limits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SLACK = 256 << 20
+SLACK = 256 << 20
 """Bytes for whatever else a load needs: modules, a tokenizer, activations of the first steps."""
 
 
@@ -330,7 +330,7 @@ def _fits(details: _Details, current: LoadedModel | None) -> bool:
         InsufficientMemoryError: It does not fit even without it.
     """
     free = memory.free_bytes(details.device)
-    need = details.weight_bytes + _SLACK
+    need = details.weight_bytes + SLACK
     if current is None:
         if need > free:
             raise InsufficientMemoryError(_arithmetic(details, free, 0))
@@ -347,6 +347,6 @@ def _fits(details: _Details, current: LoadedModel | None) -> bool:
 def _arithmetic(details: _Details, free: int, held: int) -> str:
     text = (
         f"{details.checkpoint.path} does not fit on {details.device}: weights {details.weight_bytes / GIB:.2f} GiB in "
-        f"{details.dtype} + {_SLACK / GIB:.2f} GiB for everything else > {free / GIB:.2f} GiB free"
+        f"{details.dtype} + {SLACK / GIB:.2f} GiB for everything else > {free / GIB:.2f} GiB free"
     )
     return text + (f" + {held / GIB:.2f} GiB of the present model" if held else "")

@@ -65,7 +65,7 @@ def test_a_model_that_fits_only_alone_is_not_loaded_beside(
     loaded = load(config)
     assert loaded.memory_bytes > 512 * 3 * 2 * 2 * 16 * 4
     assert TransformersLoader().check(config, loaded).fits_beside
-    need = loader_module._SLACK + loaded.memory_bytes // 2
+    need = loader_module.SLACK + loaded.memory_bytes // 2
     monkeypatch.setattr(loader_module.memory, "free_bytes", lambda device: need)
     assert not TransformersLoader().check(config, loaded).fits_beside
 

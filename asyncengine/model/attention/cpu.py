@@ -114,7 +114,8 @@ class CpuAttention:
         """Compiles the kernel if the user's cache has none that fits; see `kernel.build`."""
         return kernel.build(progress)
 
-    def bytes_per_block(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
+    @staticmethod
+    def bytes_per_block(spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block of one layer takes."""
         key_steps, pair = _key_steps(spec, dtype)
         return spec.num_kv_heads * page_size * (key_steps * pair + spec.value_dim) * dtype.itemsize

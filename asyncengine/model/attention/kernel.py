@@ -58,11 +58,11 @@ def build(progress: Callable[[str], None] | None = None, target: Sequence[str] |
     Raises:
         BackendUnavailableError: There is no compiler, or it failed; the message says which.
     """
-    compiler = _find_compiler()
+    compiler = find_compiler()
     openmp = _find_openmp()
     runtime = (str(openmp), f"-Wl,-rpath,{openmp.parent}") if openmp else ("-DPAGED_ATTENTION_SERIAL",)
     targets = _TARGETS if target is None else (tuple(target),)
-    home = _cache_directory() / f"kernels-{_key(compiler, runtime, targets)}"
+    home = cache_directory() / f"kernels-{_key(compiler, runtime, targets)}"
     if _is_intact(home):
         return home / _LIBRARY
     if progress is not None:
@@ -98,7 +98,12 @@ def load(library: Path) -> ctypes.CDLL:
     return loaded
 
 
-def _find_compiler() -> list[str]:
+def find_compiler() -> list[str]:
+    """The command that compiles C++.
+
+    Raises:
+        BackendUnavailableError: There is none.
+    """
     wanted = os.environ.get("CXX")
     if wanted:
         name, *arguments = shlex.split(wanted)  # as in "ccache g++"
@@ -128,7 +133,8 @@ def _find_openmp() -> Path | None:
     return None
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
+    """Where builds are kept; it need not exist."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home and os.path.isabs(home) else Path.home() / ".cache") / "asyncengine"
 

@@ -1,0 +1,157 @@
+"""``asyncengine complete``: prompts from standard input, answers to standard output, in order."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from asyncengine.cli.flags import EngineFlags, GenerationFlags, Model
+from asyncengine.errors import AsyncEngineError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from asyncengine.generation import GenerationConfig
+    from asyncengine.loop.engine import AsyncEngine
+    from asyncengine.outputs import RequestResult
+
+
+def complete(
+    ctx: typer.Context,
+    model: Model = "tiny",
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="A JSON object per line, in and out.")] = False,
+    *,
+    generation: GenerationFlags,
+    flags: EngineFlags,
+) -> int:
+    """Complete every line of standard input with MODEL; answers go to standard output, in order.
+
+    With --jsonl a line is {"prompt": "..."} or {"messages": [...]}, and may have an "id", which comes back, and
+    fields of GenerationConfig for itself alone; an answer has "text", "finish_reason" and "usage", or "error".
+    Without it, a line is a prompt, and an answer is printed as it is. Exit status 1: some line failed.
+    """
+    config = generation.config()
+    engine_config = flags.config(model)
+    from asyncengine.cli.loading import loaded
+
+    lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    with loaded(engine_config, ctx.obj) as (engine, runner):
+        return runner.run(Completion(engine, config, jsonl).run(lines))
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One line: a prompt or a conversation, and how it is answered."""
+
+    prompt: str | list[int] | None
+    messages: list[dict[str, Any]] | None
+    config: GenerationConfig
+
+
+class Completion:
+    """Many prompts, so many at a time as fit into two batches.
+
+    Args:
+        engine: With a model.
+        config: How answers are generated where a line does not say.
+        jsonl: Whether lines are JSON.
+    """
+
+    def __init__(self, engine: AsyncEngine, config: GenerationConfig, jsonl: bool) -> None:
+        self._engine = engine
+        self._config = config
+        self._jsonl = jsonl
+
+    async def run(self, lines: list[str]) -> int:
+        """Answers all lines; returns the exit status."""
+        import asyncio
+
+        from asyncengine.cli.progress import bar
+
+        loaded = self._engine.complete_engine_config
+        assert loaded is not None and loaded.max_num_sequence is not None
+        waiting: Iterator[tuple[int, str]] = iter(enumerate(lines))
+        answers: dict[int, RequestResult | AsyncEngineError] = {}
+        written, failed = 0, False
+        gone: list[BrokenPipeError] = []
+        with bar("completing", len(lines)) as advance:
+
+            async def work() -> None:
+                nonlocal written, failed
+                for index, line in waiting:
+                    answers[index] = await self._answer(line)
+                    while written in answers and not gone:
+                        try:
+                            failed = not self._write(written, lines[written], answers.pop(written)) or failed
+                        except BrokenPipeError as error:
+                            gone.append(error)
+                        written += 1
+                    if gone:
+                        return
+                    advance()
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(2 * loaded.max_num_sequence, len(lines))):
+                    group.create_task(work())
+        if gone:  # nobody reads on
+            raise gone[0]
+        return int(failed)
+
+    async def _answer(self, line: str) -> RequestResult | AsyncEngineError:
+        try:
+            ask = self._read(line)
+            if ask.messages is not None:
+                return await self._engine.chat(ask.messages, ask.config)
+            assert ask.prompt is not None
+            return await self._engine.generate(ask.prompt, ask.config)
+        except AsyncEngineError as error:
+            return error
+
+    def _read(self, line: str) -> Ask:
+        if not self._jsonl:
+            return Ask(line, None, self._config)
+        fields = _object(line)
+        prompt, messages = fields.pop("prompt", None), fields.pop("messages", None)
+        fields.pop("id", None)
+        if (prompt is None) == (messages is None):
+            raise InvalidRequestError("expected one of 'prompt' and 'messages'")
+        return Ask(prompt, messages, self._config.replace(**fields))
+
+    def _write(self, index: int, line: str, answer: RequestResult | AsyncEngineError) -> bool:
+        """Writes an answer; says whether it is one."""
+        good = not isinstance(answer, AsyncEngineError)
+        if self._jsonl:
+            print(json.dumps(_entry(index, line, answer), ensure_ascii=False), flush=True)
+        elif isinstance(answer, AsyncEngineError):
+            print(flush=True)
+            print(f"asyncengine: line {index + 1}: {answer}", file=sys.stderr, flush=True)
+        else:
+            print(answer.text, flush=True)
+        return good
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"the line is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidRequestError(f"the line is a JSON {type(fields).__name__}; expected an object")
+    return fields
+
+
+def _entry(index: int, line: str, answer: RequestResult | AsyncEngineError) -> dict[str, Any]:
+    entry: dict[str, Any] = {"index": index}
+    try:
+        entry |= {"id": _object(line)["id"]}
+    except (InvalidRequestError, KeyError):
+        pass
+    if isinstance(answer, AsyncEngineError):
+        return entry | {"error": {"type": type(answer).__name__, "message": str(answer)}}
+    texts = [branch.text for branch in answer.outputs]
+    usage = {"prompt_tokens": answer.usage.prompt_tokens, "completion_tokens": answer.usage.completion_tokens}
+    entry |= {"text": texts[0], "finish_reason": answer.finish_reason.value, "usage": usage}
+    return entry | ({"texts": texts} if len(texts) > 1 else {})

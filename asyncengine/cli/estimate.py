@@ -1,0 +1,232 @@
+"""``asyncengine estimate``: what a checkpoint would take, from its headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from asyncengine.cli.command import Failure
+from asyncengine.cli.flags import EngineFlags
+
+if TYPE_CHECKING:
+    import torch
+
+    from asyncengine.config import EngineConfig
+    from asyncengine.model.attention.protocol import LayerSpec
+
+_GIB = 1 << 30
+
+
+def estimate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Directory, id in the local cache, or 'tiny'.")],
+    memory: Annotated[
+        float | None,
+        typer.Option(min=0, help="GiB to reckon with: free on a CPU, all of a GPU. Default: this machine's."),
+    ] = None,
+    *,
+    flags: EngineFlags,
+) -> int:
+    """Reckon the memory of a checkpoint, the largest batch and the longest context, and show the arithmetic.
+
+    Reads headers, no weights. Exit status 1: it does not fit, or cannot be served.
+    """
+    config = flags.config(model)
+    if config.quantization != "none":
+        raise Failure("--quantization is 'int8'; the estimate knows 'none' alone", 2)
+    needs = read(config)
+    room = Room.of(needs, config, None if memory is None else int(memory * _GIB))
+    for name, text in [*_needs_rows(needs), *_room_rows(needs, room)]:
+        print(f"{name:15} {text}")
+    if room.blocks < 2:
+        print(f"{'':15} does not fit")
+        return 1
+    print(f"\n{'context':>10} {'fit in memory':>15} {'in one step':>15}")
+    for length in _lengths(min(needs.max_length, room.blocks * needs.page_size)):
+        fitting = room.fitting(needs, length)
+        print(f"{length:>10,} {fitting:>15,} {min(fitting, needs.max_sequences):>15,}")
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a model takes, whatever machine it is on.
+
+    Attributes:
+        architecture: Of transformers.
+        parameters: Elements of all weights.
+        tensors: How many weights there are.
+        weight_bytes: Of all weights in `dtype`.
+        dtype: Of weights and KV cache.
+        device: What it would run on.
+        layers: Attention layers and how often each kind is there.
+        page_size: Tokens per block.
+        bytes_per_block: Of KV cache, all layers together.
+        max_length: Most tokens in one sequence.
+        max_sequences: Most sequences in one step.
+    """
+
+    architecture: str
+    parameters: int
+    tensors: int
+    weight_bytes: int
+    dtype: torch.dtype
+    device: torch.device
+    layers: list[tuple[LayerSpec, int]]
+    page_size: int
+    bytes_per_block: int
+    max_length: int
+    max_sequences: int
+
+
+def read(config: EngineConfig) -> Needs:
+    """Reads a checkpoint's headers and watches its model run without weights.
+
+    Raises:
+        ReloadError: It is not there, damaged, or cannot be served.
+        ConfigError: A setting does not fit it.
+    """
+    import torch
+
+    from asyncengine.cli.loading import quiet
+
+    quiet()
+    from asyncengine.errors import ConfigError
+    from asyncengine.model import architecture
+    from asyncengine.model.attention.cpu import CpuAttention
+    from asyncengine.model.attention.reference import TorchAttention
+    from asyncengine.model.checkpoint import Checkpoint, locate
+
+    cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
+    checkpoint = Checkpoint(locate(config.model))
+    hf_config = architecture.read_config(checkpoint)
+    longest = getattr(architecture.text_config(hf_config), "max_position_embeddings", None) or 2048
+    length = config.max_single_sequence_length or longest
+    if length > longest:
+        raise ConfigError(
+            f"max_single_sequence_length is {length}; the model's max_position_embeddings allows 1..{longest}"
+        )
+    architecture.check_rope(hf_config, length)
+    dtype: torch.dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    specs = _specs(architecture, hf_config)
+    page_size = config.kv_cache_page_size or (16 if cuda else 32)
+    bytes_of = TorchAttention().bytes_per_block if cuda else CpuAttention.bytes_per_block
+    names = getattr(hf_config, "architectures", None)
+    return Needs(
+        architecture=names[0] if names else type(hf_config).__name__,
+        parameters=sum(prod(tensor.shape) for tensor in checkpoint.tensors),
+        tensors=len(checkpoint.tensors),
+        weight_bytes=checkpoint.weight_bytes(dtype),
+        dtype=dtype,
+        device=device,
+        layers=list(Counter(specs).items()),
+        page_size=page_size,
+        bytes_per_block=sum(bytes_of(spec, page_size, dtype) for spec in specs),
+        max_length=length,
+        max_sequences=config.max_num_sequence or (256 if cuda else 64),
+    )
+
+
+def _specs(architecture: Any, hf_config: Any) -> list[LayerSpec]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from asyncengine.errors import UnsupportedModelError
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
+        return [layer.spec for layer in architecture.record(model.eval())]
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise Failure(
+            f"the model's code cannot be watched without its weights, so there is no estimate: {error}"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a machine leaves to the KV cache.
+
+    Attributes:
+        blocks: Of KV cache that fit.
+        text: The arithmetic.
+    """
+
+    blocks: int
+    text: str
+
+    @classmethod
+    def of(cls, needs: Needs, config: EngineConfig, given: int | None) -> Room:
+        """As `asyncengine.model.loader` reckons: a share of what is free after loading, or of a whole GPU."""
+        from asyncengine.model import memory
+        from asyncengine.model.loader import SLACK
+
+        rest = f"{_gib(needs.weight_bytes)} weights - {_gib(SLACK)} for everything else"
+        if needs.device.type == "cuda":
+            total = memory.total_bytes(needs.device) if given is None else given
+            share = config.gpu_memory_utilization or memory.CUDA_SHARE
+            available = int(total * share) - needs.weight_bytes - SLACK
+            text = f"{share:g} x {_gib(total)} - {rest}"
+        else:
+            free = memory.free_bytes(needs.device) if given is None else given
+            share = config.gpu_memory_utilization or memory.CPU_SHARE
+            available = int((free - needs.weight_bytes - SLACK) * share)
+            text = f"{share:g} x ({_gib(free)} free - {rest})"
+        blocks = max(available, 0) // needs.bytes_per_block
+        return cls(blocks, f"{text} = {_gib(available)}")
+
+    def fitting(self, needs: Needs, length: int) -> int:
+        """How many sequences of a length the KV cache has room for."""
+        return self.blocks // -(-length // needs.page_size)
+
+
+def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
+    dtype = str(needs.dtype).removeprefix("torch.")
+    yield "model", f"{needs.architecture}, {needs.parameters / 1e6:,.1f} M parameters in {needs.tensors} tensors"
+    yield "weights", f"{_gib(needs.weight_bytes)} in {dtype}"
+    for spec, count in needs.layers:
+        window = "" if spec.sliding_window is None else f", window {spec.sliding_window}"
+        yield (
+            "KV cache",
+            f"{count} layers x {spec.num_kv_heads} heads x ({spec.key_dim} + {spec.value_dim}) x "
+            f"{needs.dtype.itemsize} bytes{window}",
+        )
+    per_token = needs.bytes_per_block / needs.page_size
+    yield (
+        "",
+        f"= {per_token / 1024:,.1f} KiB per token, {needs.bytes_per_block / 1024:,.1f} KiB per block of "
+        f"{needs.page_size}",
+    )
+
+
+def _room_rows(needs: Needs, room: Room) -> Iterator[tuple[str, str]]:
+    tokens = room.blocks * needs.page_size
+    yield f"memory ({needs.device.type})", room.text
+    yield "", f"= {room.blocks:,} blocks = {tokens:,} tokens"
+    longest = min(needs.max_length, tokens)
+    by = "the model or --max-model-len" if longest == needs.max_length else "memory"
+    yield "longest context", f"{longest:,} tokens, limited by {by}"
+    if longest:
+        batch = min(room.fitting(needs, longest), needs.max_sequences)
+        by = "--max-num-seqs" if batch == needs.max_sequences else "memory"
+        yield "largest batch", f"{batch} sequences of {longest:,} tokens, limited by {by}"
+
+
+def _lengths(longest: int) -> Iterator[int]:
+    """Powers of two up to the longest, and the longest."""
+    length = 128
+    while length < longest:
+        yield length
+        length *= 2
+    yield longest
+
+
+def _gib(count: float) -> str:
+    return f"{count / _GIB:,.2f} GiB" if abs(count) >= _GIB / 10 else f"{count / (1 << 20):,.1f} MiB"

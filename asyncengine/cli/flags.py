@@ -1,0 +1,99 @@
+"""Flags that several commands have, each written once. vLLM's spelling where the meaning is vLLM's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from asyncengine.config import EngineConfig
+    from asyncengine.generation import GenerationConfig
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory, id in the local cache, or 'tiny'.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFlags:
+    """What a model is loaded with; every one has a default that fits the model and the machine."""
+
+    max_model_len: Annotated[int | None, typer.Option(help="Most tokens in one sequence, prompt and output.")] = None
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences in one step.")] = None
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most prompt tokens in one step.")] = None
+    block_size: Annotated[int | None, typer.Option(help="Tokens in a block of the KV cache.")] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(help="Share of memory to use: on CUDA of all of it, else of what is free, for the KV cache."),
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of weights and KV cache.")
+    ] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    quantization: Annotated[
+        Literal["none", "int8"], typer.Option(help="int8: weights of one byte each, on the CPU, with bfloat16.")
+    ] = "none"
+    enable_prefix_caching: Annotated[bool, typer.Option(help="Keep computed prompts for reuse.")] = True
+
+    def config(self, model: str, **more: Any) -> EngineConfig:
+        """The engine's configuration.
+
+        Raises:
+            ConfigError: A value is wrong.
+        """
+        from asyncengine.config import EngineConfig
+
+        return EngineConfig(
+            model,
+            max_single_sequence_length=self.max_model_len,
+            max_num_sequence=self.max_num_seqs,
+            prefill_chunk_size=self.max_num_batched_tokens,
+            kv_cache_page_size=self.block_size,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            dtype=self.dtype,
+            device=self.device,
+            quantization=self.quantization,
+            prefix_cache_mode="radix" if self.enable_prefix_caching else "disable",
+            **more,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationFlags:
+    """How answers are generated; where nothing is given, the model's own defaults hold."""
+
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same answers.")] = None
+
+    def config(self) -> GenerationConfig:
+        """What a request asks for.
+
+        Raises:
+            InvalidRequestError: A value is wrong.
+        """
+        from asyncengine.generation import GenerationConfig
+
+        return GenerationConfig(
+            max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
+        )
+
+
+ENGINE_FLAGS = tuple(field.name for field in fields(EngineFlags))
+
+FLAG_OF_FIELD = {
+    "max_single_sequence_length": "--max-model-len",
+    "max_num_sequence": "--max-num-seqs",
+    "prefill_chunk_size": "--max-num-batched-tokens",
+    "kv_cache_page_size": "--block-size",
+    "gpu_memory_utilization": "--gpu-memory-utilization",
+    "max_queue_size": "--max-queue-size",
+    "max_concurrency": "--max-concurrency",
+    "max_tokens": "--max-tokens",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "seed": "--seed",
+    "api_key": "--api-key",
+}
+"""How a setting of the engine or the server is called here."""

@@ -1,0 +1,119 @@
+"""The plot of a benchmark, as one SVG document: three distributions and the rate of tokens over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from asyncengine.cli.figures import Figures, percentile
+
+_WIDTH, _HEIGHT = 900, 620
+_PANEL_WIDTH, _PANEL_HEIGHT = 360, 200
+_CORNERS = ((70, 80), (510, 80), (70, 360), (510, 360))
+_POINTS = 240
+_BINS = 60
+
+Points = list[tuple[float, float]]
+
+
+def draw(figures: Figures, title: str) -> str:
+    """The document.
+
+    Args:
+        figures: What is drawn.
+        title: What was measured, and how.
+    """
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        'font-family="system-ui, sans-serif" font-size="12">',
+        f"<title>{escape(title)}</title>",
+        f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>',
+        f'<text x="70" y="34" font-size="17" font-weight="600">{escape(title)}</text>',
+        f'<text x="70" y="54" fill="#555">{figures.requests} requests, {figures.tokens:,} tokens, '
+        f"{figures.tokens_per_second:,.1f} tokens/s</text>",
+    ]
+    for corner, (name, values) in zip(_CORNERS, figures.latencies.items(), strict=False):
+        milliseconds = [1000 * value for value in values]
+        marks = [(f"p{p}", percentile(milliseconds, p)) for p in (50, 99)] if milliseconds else []
+        panel = _Panel(corner, f"{name}, ms", "% of them", _distribution(milliseconds), 100.0)
+        parts += panel.draw(marks)
+    rate = _Panel(_CORNERS[3], "seconds", "tokens/s", _rate(figures.deltas), None)
+    parts += rate.draw([])
+    parts.append("</svg>\n")
+    return "\n".join(parts)
+
+
+class _Panel:
+    """A curve with its axes."""
+
+    def __init__(self, corner: tuple[int, int], x_name: str, y_name: str, points: Points, y_most: float | None) -> None:
+        self._left, self._top = corner
+        self._names = (x_name, y_name)
+        self._points = points
+        self._x_most = max((x for x, _ in points), default=0.0) or 1.0
+        self._y_most = y_most or max((y for _, y in points), default=0.0) * 1.05 or 1.0
+
+    def draw(self, marks: Sequence[tuple[str, float]]) -> Iterator[str]:
+        left, top, right, bottom = self._left, self._top, self._left + _PANEL_WIDTH, self._top + _PANEL_HEIGHT
+        for value in ticks(self._y_most):
+            y = self._y(value)
+            yield f'<path d="M{left} {y:.1f}H{right}" stroke="#ddd"/>'
+            yield f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{_number(value)}</text>'
+        for value in ticks(self._x_most):
+            x = self._x(value)
+            yield f'<path d="M{x:.1f} {bottom}v4" stroke="#888"/>'
+            yield f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#555">{_number(value)}</text>'
+        yield f'<path d="M{left} {bottom}H{right}" stroke="#888"/>'
+        x_name, y_name = self._names
+        yield f'<text x="{(left + right) / 2}" y="{bottom + 36}" text-anchor="middle">{x_name}</text>'
+        yield f'<text x="{left}" y="{top - 8}">{y_name}</text>'
+        for row, (name, value) in enumerate(marks):
+            x = self._x(value)
+            yield f'<path d="M{x:.1f} {top}V{bottom}" stroke="#c2410c" stroke-dasharray="3 3"/>'
+            text = f"{name} {_number(value)}"
+            yield f'<text x="{x - 4:.1f}" y="{top + 12 + 16 * row}" text-anchor="end" fill="#c2410c">{text}</text>'
+        if self._points:
+            path = "L".join(f"{self._x(x):.1f} {self._y(y):.1f}" for x, y in self._points)
+            yield f'<path d="M{path}" fill="none" stroke="#1d4ed8" stroke-width="2" stroke-linejoin="round"/>'
+
+    def _x(self, value: float) -> float:
+        return self._left + value / self._x_most * _PANEL_WIDTH
+
+    def _y(self, value: float) -> float:
+        return self._top + _PANEL_HEIGHT - value / self._y_most * _PANEL_HEIGHT
+
+
+def ticks(most: float) -> list[float]:
+    """Round numbers from 0 to `most`, four to nine of them."""
+    step: float = 10 ** math.floor(math.log10(most / 4))
+    for factor in (1, 2, 5, 10):
+        if most / (step * factor) <= 8:
+            step *= factor
+            break
+    return [step * index for index in range(math.floor(most / step + 1e-9) + 1)]
+
+
+def _distribution(values: Sequence[float]) -> Points:
+    """Share of the sorted values up to each, at most `_POINTS` of them."""
+    count = len(values)
+    chosen = sorted({round(index * (count - 1) / _POINTS) for index in range(_POINTS + 1)}) if count else []
+    return [(0.0, 0.0), *((values[index], 100 * (index + 1) / count) for index in chosen)]
+
+
+def _rate(deltas: Sequence[tuple[float, int]]) -> Points:
+    if not deltas:
+        return []
+    width = max(deltas[-1][0], 1e-9) / _BINS
+    sums = [0] * _BINS
+    for at, count in deltas:
+        sums[min(int(at / width), _BINS - 1)] += count
+    return [point for index, total in enumerate(sums) for point in _step(index, total, width)]
+
+
+def _step(index: int, total: int, width: float) -> Points:
+    return [(index * width, total / width), ((index + 1) * width, total / width)]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

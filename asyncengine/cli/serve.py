@@ -1,0 +1,69 @@
+"""``asyncengine serve``: a model behind OpenAI's and Anthropic's API."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from asyncengine.cli.command import Failure
+from asyncengine.cli.flags import EngineFlags, Model
+
+EXTRA = {"httptools", "msgspec", "prometheus_client", "starlette", "uvicorn"}
+"""What the extra ``server`` brings."""
+
+
+def serve(
+    ctx: typer.Context,
+    model: Model = "tiny",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(help="Asked for on every route but /health.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    max_queue_size: Annotated[int | None, typer.Option(help="Most requests that wait; more are a 429.")] = None,
+    max_concurrency: Annotated[int | None, typer.Option(help="Most requests under way; more are a 429.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="Routes to reload, abort, trace. Needs --api-key.")] = False,
+    *,
+    flags: EngineFlags,
+) -> int:
+    """Serve MODEL over HTTP until Ctrl-C.
+
+    It listens at once and answers 503 while the model loads. The first Ctrl-C lets requests finish for five
+    seconds, a second one ends them.
+    """
+    config = flags.config(model, max_queue_size=max_queue_size)
+    if admin and api_key is None:
+        raise Failure("--admin needs --api-key: these routes can unload the model", 2)
+    from asyncengine.cli.loading import quiet
+
+    try:
+        from asyncengine.server import serve as server
+    except ModuleNotFoundError as error:
+        raise missing("server", error) from error
+    quiet()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it would say has been said
+    return server.serve(
+        config,
+        host=host,
+        port=port,
+        api_key=api_key,
+        served_model_name=served_model_name,
+        admin=admin,
+        max_concurrency=max_concurrency,
+        loader=ctx.obj,
+    )
+
+
+def missing(extra: str, error: ModuleNotFoundError) -> Failure:
+    """What to install, for a module that an extra brings.
+
+    Raises:
+        ModuleNotFoundError: It is none of those.
+    """
+    name = (error.name or "").partition(".")[0]
+    if name not in EXTRA | {"httpx"}:
+        raise error
+    return Failure(f"{name} is not installed: pip install 'asyncengine[{extra}]'")

@@ -1,0 +1,180 @@
+"""The command line as a user has it: in this process for most tests, as a process or in a terminal where it matters."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from typer.testing import CliRunner
+
+from asyncengine.cli import app
+from asyncengine.step.model import Loader
+from asyncengine.testing import ByteTokenizer, ScriptedLoader
+from asyncengine.testing.scripted import Script
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"} | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "TERM": "dumb",
+}
+
+SCRIPTED = """
+import sys
+from asyncengine.cli import main
+from tests.cli.programs import scripted_loader
+loader = scripted_loader(float(sys.argv.pop(1)))
+main(loader)
+"""
+
+
+def last_line(prompt: Sequence[int], branch: int) -> bytes:
+    """Answers a conversation with what the user said last, and a prompt with itself."""
+    text = bytes(prompt).decode()
+    if not text.endswith("assistant: "):
+        return text.encode()
+    return text.rsplit("user: ", 1)[1].removesuffix("\nassistant: ").encode()
+
+
+def scripted_loader(step_seconds: float = 0.0, script: Script = last_line) -> ScriptedLoader:
+    return ScriptedLoader(script, step_seconds=step_seconds, tokenizer=ByteTokenizer())
+
+
+class Done:
+    """A command that has ended."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+def run(*arguments: str, stdin: str = "", loader: Loader | None = None) -> Done:
+    """Runs a command in this process."""
+    result = CliRunner().invoke(app, arguments, input=stdin, obj=loader or scripted_loader(), catch_exceptions=False)
+    return Done(result.exit_code, result.stdout, result.stderr)
+
+
+def command(*arguments: str, step_seconds: float | None = None) -> list[str]:
+    """A command line; with a scripted model if its steps' seconds are given."""
+    if step_seconds is None:
+        return [sys.executable, "-W", "error", "-m", "asyncengine", *arguments]
+    return [sys.executable, "-W", "error", "-c", SCRIPTED, str(step_seconds), *arguments]
+
+
+def run_process(*arguments: str, stdin: str = "", step_seconds: float | None = None) -> Done:
+    """Runs a command as a process."""
+    done = subprocess.run(
+        command(*arguments, step_seconds=step_seconds),
+        input=stdin,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+class Terminal:
+    """A process in a terminal of its own, and what it wrote so far."""
+
+    def __init__(self, process: subprocess.Popen[bytes], descriptor: int) -> None:
+        self.process = process
+        self.text = ""
+        self._descriptor = descriptor
+
+    def type(self, text: str) -> None:
+        os.write(self._descriptor, text.encode())
+
+    def until(self, piece: str, seconds: float = 60.0) -> str:
+        """Waits for some text; returns what came up to it, and forgets that."""
+        end = time.monotonic() + seconds
+        while piece not in self.text:
+            left = end - time.monotonic()
+            assert left > 0, f"{piece!r} did not come in {self.text!r}"
+            if select.select([self._descriptor], [], [], left)[0]:
+                try:
+                    read = os.read(self._descriptor, 65536)
+                except OSError:  # the process has gone
+                    read = b""
+                assert read, f"{piece!r} did not come in {self.text!r}"
+                self.text += read.decode().replace("\r\n", "\n")
+        before, _, self.text = self.text.partition(piece)
+        return before
+
+    def ended(self) -> int:
+        """The exit status, once there is one; everything written is read."""
+        while True:
+            try:
+                read = os.read(self._descriptor, 65536)
+            except OSError:
+                break
+            if not read:
+                break
+            self.text += read.decode().replace("\r\n", "\n")
+        return self.process.wait(timeout=30)
+
+
+@contextmanager
+def terminal(*arguments: str, step_seconds: float | None = None, kind: str = "dumb") -> Iterator[Terminal]:
+    """Runs a command in a terminal of some kind."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command(*arguments, step_seconds=step_seconds),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=ENVIRONMENT | {"TERM": kind},
+        start_new_session=True,
+        preexec_fn=_take_terminal,
+    ) as process:
+        os.close(theirs)
+        try:
+            yield Terminal(process, ours)
+        finally:
+            process.kill()
+            os.close(ours)
+
+
+def _take_terminal() -> None:
+    """Makes standard input the session's terminal, so that Ctrl-C comes as a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@contextmanager
+def server(*arguments: str, step_seconds: float = 0.0) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """Runs ``asyncengine serve`` with a scripted model; gives the process, its address and its log."""
+    line = command("serve", "--port", "0", *arguments, step_seconds=step_seconds)
+    with subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        log: list[str] = []
+        ready = threading.Event()
+
+        def read() -> None:
+            for entry in process.stderr or ():
+                log.append(entry)
+                if " ready: " in entry:
+                    ready.set()
+            ready.set()
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        try:
+            assert ready.wait(60)
+            (address,) = {word.rstrip(";") for entry in log for word in entry.split() if word.startswith("http://")}
+            yield process, address, log
+        finally:
+            process.kill()
+            reading.join()
+
+
+__all__: list[Any] = ["run", "run_process", "scripted_loader", "server", "terminal"]

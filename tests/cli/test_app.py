@@ -1,0 +1,75 @@
+"""The commands together: what --help imports, and how wrong input is answered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import asyncengine
+from asyncengine.cli import app
+from tests.cli.programs import run, run_process
+from tests.test_import import HEAVY
+
+COMMANDS = [command.name for command in app.registered_commands]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_no_model_code(arguments: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from asyncengine.cli import main\n"
+        "try:\n    main()\nfinally:\n    "
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, *arguments],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    slow = {*HEAVY, "numpy", "asyncio", "anyio", "uvloop", "rich", "starlette", "uvicorn", "httpx"}
+    assert not set(done.stderr.split()) & slow
+    assert "asyncengine" in done.stdout
+
+
+def test_the_console_script_and_the_module_are_the_same_command() -> None:
+    project = tomllib.loads((Path(asyncengine.__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["scripts"] == {"asyncengine": "asyncengine.cli:main"}
+    assert run_process("--version").out == f"asyncengine {asyncengine.__version__}\n"
+
+
+def test_every_command_says_what_it_does() -> None:
+    told = run("--help").out
+    for name in COMMANDS:
+        assert name is not None
+        assert f"  {name} " in told
+        assert run(name, "--help").status == 0
+
+
+def test_there_are_few_flags() -> None:
+    import typer.main
+
+    group = typer.main.get_command(app)
+    flags = {
+        name
+        for command in group.commands.values()  # type: ignore[attr-defined]
+        for parameter in command.params
+        for name in parameter.opts
+        if name.startswith("--")
+    }
+    assert len(flags) < 50, sorted(flags)
+
+
+def test_a_wrong_command_and_a_wrong_flag_are_answered_with_the_nearest() -> None:
+    wrong = run("serv")
+    assert wrong.status == 2 and "Did you mean 'serve'?" in wrong.err
+    wrong = run("serve", "--max-model-length", "3")
+    assert wrong.status == 2 and "--max-model-len" in wrong.err
+
+
+def test_an_error_of_the_engine_names_the_flag() -> None:
+    wrong = run("serve", "--max-num-seqs", "0")
+    assert wrong.status == 1
+    assert wrong.err == "asyncengine: --max-num-seqs (max_num_sequence) is 0; expected an integer >= 1\n"

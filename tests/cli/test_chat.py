@@ -1,0 +1,137 @@
+"""``asyncengine chat``, from a pipe and in a terminal."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.programs import ENVIRONMENT, last_line, run, run_process, scripted_loader, terminal
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+
+
+def test_every_line_of_a_pipe_is_a_question() -> None:
+    done = run("chat", stdin="hello\n\nworld\n")
+    assert done.status == 0
+    assert done.out == "hello\nworld\n"
+    assert "tiny loaded in" in done.err
+
+
+def test_the_conversation_goes_on_until_it_is_reset() -> None:
+    prompts: list[str] = []
+
+    def remember(prompt: list[int], branch: int) -> bytes:
+        prompts.append(bytes(prompt).decode())
+        return last_line(prompt, branch)
+
+    loader = scripted_loader(script=remember)  # type: ignore[arg-type]
+    run("chat", "--system", "be brief", stdin="one\ntwo\n/reset\nthree\n/exit\nfour\n", loader=loader)
+    assert prompts == [
+        "system: be brief\nuser: one\nassistant: ",
+        "system: be brief\nuser: one\nassistant: one\nuser: two\nassistant: ",
+        "system: be brief\nuser: three\nassistant: ",
+    ]
+
+
+def test_an_answer_that_is_cut_off_says_so() -> None:
+    assert run("chat", "--max-tokens", "3", stdin="hello\n").out == "hel [cut off: the limit is reached]\n"
+
+
+def test_a_question_that_fails_is_an_error_and_the_next_one_is_answered() -> None:
+    done = run("chat", "--max-model-len", "40", stdin=f"{'x' * 50}\nhello\n")
+    assert done.status == 1
+    assert done.out == "hello\n"
+    assert "the prompt has 68 tokens; allowed: 1..39" in done.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [("--temperature", "-1", "--temperature (temperature) is -1.0"), ("--top-p", "2", "--top-p (top_p) is 2.0")],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_loaded(flag: str, value: str, said: str) -> None:
+    loader = scripted_loader()
+    wrong = run("chat", flag, value, loader=loader)
+    assert wrong.status == 1 and said in wrong.err
+    assert not loader.models
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line() -> None:
+    loader = scripted_loader()
+    loader.load_errors["tiny"] = RuntimeError("the disk is gone")
+    wrong = run("chat", stdin="hello\n", loader=loader)
+    assert wrong.status == 1
+    assert wrong.err.count("\n") == 1 and "the disk is gone" in wrong.err
+
+
+@posix
+def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
+    with terminal("chat", step_seconds=0.05) as chat:
+        chat.until("leaves, Ctrl-C stops an answer.\n")
+        chat.until("> ")
+        chat.type("x" * 60 + "\n")
+        chat.until("x" * 60 + "\n")
+        chat.until("xxx")  # it answers
+        chat.type("\x03")
+        assert len(chat.until(" [stopped]\n")) < 50
+        chat.until("> ")
+        chat.type("and now\n")
+        chat.until("and now\n")
+        chat.until("and now\n")
+        chat.until("> ")
+        chat.type("\x03")  # where nothing is answered, it only says how to leave
+        chat.until("/exit or Ctrl-D leaves")
+        chat.until("> ")
+        chat.type("/reset\n")
+        chat.until("begins anew")
+        chat.type("/what\n")
+        chat.until("There is no /what.")
+        chat.type("/exit\n")
+        assert chat.ended() == 0
+        assert "Traceback" not in chat.text
+
+
+@posix
+def test_ctrl_d_leaves_and_loading_shows_in_place() -> None:
+    with terminal("chat", step_seconds=0) as chat:
+        assert "\r\x1b[Ktiny: " in chat.until("tiny loaded in")
+        chat.until("> ")
+        chat.type("\x04")
+        assert chat.ended() == 0
+
+
+def test_with_the_embedded_model() -> None:
+    done = run_process("chat", "--temperature", "0", "--max-num-seqs", "2", stdin="What is 7 + 8?\n")
+    assert done.status == 0, done.err
+    assert done.out == "7 + 8 = 15.\n"
+    assert done.err.startswith("tiny loaded in ") and "2 sequences" in done.err
+
+
+def test_ctrl_c_while_it_loads_ends_the_program() -> None:
+    program = (
+        "import threading\n"
+        "from asyncengine.cli import main\n"
+        "from tests.cli.programs import scripted_loader\n"
+        "loader = scripted_loader()\n"
+        "class Gate(threading.Event):\n"
+        "    def wait(self, timeout=None):\n"
+        "        print('loading', flush=True)\n"
+        "        return super().wait(timeout)\n"
+        "loader.gate = Gate()  # which never opens\n"
+        "main(loader)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", program, "chat"],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == "asyncengine: interrupted\n"

@@ -1,0 +1,124 @@
+"""``asyncengine estimate``: its arithmetic is the loader's, and it reads no weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asyncengine import AsyncEngine, EngineConfig, tiny
+from asyncengine.cli.estimate import Room, read
+from asyncengine.model import memory
+from asyncengine.model.loader import SLACK
+from tests.cli.programs import run
+
+LAYERS, HIDDEN, VOCABULARY = 3, 2048, 32000
+ROWS: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)} | {
+    f"model.layers.{layer}.{name}.weight": (HIDDEN, HIDDEN)
+    for layer in range(LAYERS)
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+}
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A checkpoint of 236 MB of which nothing but its headers is on the disk."""
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 64,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    entries, at = {}, 0
+    for name, (rows, columns) in ROWS.items():
+        end = at + rows * columns * 2
+        entries[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [at, end]}
+        at = end
+    header = json.dumps(entries).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + at)
+    return tmp_path
+
+
+def test_shows_its_arithmetic(large: Path) -> None:
+    done = run("estimate", str(large), "--memory", "4")
+    assert done.status == 0, done.err
+    parameters = VOCABULARY * HIDDEN + LAYERS * 4 * HIDDEN * HIDDEN
+    assert f"LlamaForCausalLM, {parameters / 1e6:,.1f} M parameters in {1 + 4 * LAYERS} tensors" in done.out
+    assert f"weights         {2 * parameters / 2**30:.2f} GiB in bfloat16" in done.out
+    assert "3 layers x 4 heads x (128 + 128) x 2 bytes" in done.out
+    per_token = LAYERS * 4 * 256 * 2
+    assert f"= {per_token / 1024:.1f} KiB per token, {per_token * 32 / 1024:.1f} KiB per block of 32" in done.out
+    blocks = int((4 * 2**30 - 2 * parameters - SLACK) * 0.4) // (per_token * 32)
+    assert f"= {blocks:,} blocks = {blocks * 32:,} tokens" in done.out
+    rows = re.findall(r"^ +([\d,]+) +([\d,]+) +([\d,]+)$", done.out, re.MULTILINE)
+    table = [tuple(int(value.replace(",", "")) for value in row) for row in rows]
+    assert table == [(n, blocks * 32 // n, min(64, blocks * 32 // n)) for n in (128, 256, 512, 1024, 2048, 4096, 8192)]
+
+
+def test_flags_change_it(large: Path) -> None:
+    flags = ("--max-model-len", "2048", "--max-num-seqs", "3", "--dtype", "float32", "--gpu-memory-utilization", "0.5")
+    done = run("estimate", str(large), "--memory", "8", *flags)
+    assert "x 4 bytes" in done.out and "0.5 x (8.00 GiB free" in done.out
+    assert "largest batch   3 sequences of 2,048 tokens, limited by --max-num-seqs" in done.out
+
+
+def test_a_short_memory_limits_the_context_and_then_the_model(large: Path) -> None:
+    done = run("estimate", str(large), "--memory", "0.5")
+    assert "tokens, limited by memory" in done.out and done.status == 0
+    done = run("estimate", str(large), "--memory", "0.3")
+    assert done.status == 1 and "does not fit" in done.out
+
+
+async def test_it_reckons_as_the_loader_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SLACK + (8 << 20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    config = EngineConfig("tiny", device="cpu", max_num_sequence=64)
+    needs = read(config)
+    assert needs.weight_bytes == sum(
+        tensor.numel() * 4 for tensor in safetensors(tiny.PATH / "model.safetensors").values()
+    )
+    async with AsyncEngine(config) as engine:
+        complete = engine.complete_engine_config
+        assert complete is not None
+        assert (complete.kv_cache_page_size, complete.max_single_sequence_length) == (needs.page_size, needs.max_length)
+        total = complete.max_total_sequence_length
+    # The loader asks what is free once the weights are there, so nothing is taken off again.
+    assert total == min(int(free * 0.4) // needs.bytes_per_block, 64 * 1024 // 32) * needs.page_size
+    assert (
+        Room.of(needs, config, None).blocks == int((free - needs.weight_bytes - SLACK) * 0.4) // needs.bytes_per_block
+    )
+
+
+def safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = load_file(path)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["./nowhere"], "model './nowhere': there is no such directory"),
+        (["tiny", "--max-model-len", "4096"], "--max-model-len (max_single_sequence_length) is 4096"),
+        (["tiny", "--quantization", "int8"], "--quantization is 'int8'"),
+    ],
+)
+def test_what_cannot_be_reckoned_is_one_line(arguments: list[str], said: str) -> None:
+    done = run("estimate", *arguments)
+    assert done.status in (1, 2)
+    assert said in done.err and done.err.count("\n") == 1
+
+
+def test_a_model_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    done = run("estimate", str(tmp_path))
+    assert done.status == 1 and "encoder-decoder" in done.err

@@ -1,0 +1,58 @@
+"""``asyncengine serve`` as a process."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from tests.cli.programs import run, scripted_loader, server
+
+
+def test_serves_until_a_signal() -> None:
+    with server("--served-model-name", "mine", "--max-model-len", "128") as (process, address, log):
+        with httpx.Client(base_url=address, trust_env=False) as client:
+            assert client.get("/v1/models").json()["data"][0]["id"] == "mine"
+            question = {"messages": [{"role": "user", "content": "hello"}]}
+            answer = client.post("/v1/chat/completions", json=question).json()
+            assert answer["choices"][0]["message"]["content"] == "hello"
+            long = {"messages": [{"role": "user", "content": "x" * 128}]}
+            assert "1..127" in client.post("/v1/chat/completions", json=long).json()["error"]["message"]
+            assert client.get("/admin/trace").status_code == 404
+        assert address.startswith("http://127.0.0.1:")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+    assert not any("Traceback" in line for line in log)
+
+
+def test_a_key_guards_everything_and_opens_the_admin_routes() -> None:
+    with server("--api-key", "secret", "--admin") as (_, address, _):
+        with httpx.Client(base_url=address, trust_env=False) as client:
+            assert client.get("/v1/models").status_code == 401
+            headers = {"authorization": "Bearer secret"}
+            assert client.get("/admin/trace", headers=headers).json()["traceEvents"]
+
+
+def test_admin_without_a_key_is_refused() -> None:
+    wrong = run("serve", "--admin")
+    assert wrong.status == 2 and "--admin needs --api-key" in wrong.err
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_and_an_exit_status(caplog: pytest.LogCaptureFixture) -> None:
+    loader = scripted_loader()
+    loader.load_errors["./nowhere"] = RuntimeError("there is no such directory")
+    wrong = run("serve", "./nowhere", "--port", "0", loader=loader)
+    assert wrong.status == 1
+    assert "./nowhere cannot be loaded" in caplog.text and "there is no such directory" in caplog.text
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    program = "import sys; sys.modules['uvicorn'] = None; from asyncengine.cli import main; main()"
+    wrong = subprocess.run(
+        [sys.executable, "-c", program, "serve"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert wrong.returncode == 1
+    assert wrong.stderr == "asyncengine: uvicorn is not installed: pip install 'asyncengine[server]'\n"
