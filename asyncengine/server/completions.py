@@ -72,10 +72,11 @@ class Completing:
             message = f"best_of is {body.best_of}; allowed: n = {body.n}: branches are not ranked"
             raise Refusal(400, message, "unsupported_field", "best_of")
         changes: dict[str, Any] = {"logprobs": body.logprobs is not None, "top_logprobs": body.logprobs or 0}
-        self._echoes_logprobs = body.echo and body.logprobs is not None
-        if self._echoes_logprobs or body.prompt_logprobs is not None:
-            wanted = (body.prompt_logprobs, body.logprobs if self._echoes_logprobs else None)
-            changes["prompt_logprobs"] = max(number for number in wanted if number is not None)
+        echoes = body.echo and body.logprobs is not None
+        if echoes or body.prompt_logprobs is not None:
+            wanted = (body.prompt_logprobs, body.logprobs if echoes else None)
+            numbers = [number for number in wanted if number is not None]
+            changes["prompt_logprobs"] = max(numbers) if min(numbers) >= 0 else min(numbers)  # which is refused
         if body.max_tokens is None:
             changes["max_tokens"] = max(DEFAULT_MAX_TOKENS, body.min_tokens)
         self.config = generation_config(body, **changes)
@@ -178,7 +179,7 @@ class _Scores:
     def __init__(self, asked: Completing, stream: RequestStream) -> None:
         body = asked.body
         self._echoes = body.echo and body.logprobs is not None
-        self._tokens = CompletionTokens(asked.tokenizer, body.logprobs or 0, self._echoes)
+        self._tokens = CompletionTokens(asked.tokenizer, body.logprobs or 0, self._echoes, body.skip_special_tokens)
         self._top = body.prompt_logprobs
         self._tokenizer = asked.tokenizer
         self._stream = stream

@@ -39,12 +39,14 @@ class CompletionTokens:
         tokenizer: Knows the tokens' texts.
         top: How many of the likeliest tokens are named.
         ending: Whether the token that ends the branch has an entry, though it is not part of the text.
+        skips_special: Whether special tokens are not part of the text: they have entries, and no length.
     """
 
-    def __init__(self, tokenizer: Tokenizer, top: int, ending: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, top: int, ending: bool, skips_special: bool) -> None:
         self._tokenizer = tokenizer
         self._top = top
         self._ending = ending
+        self._skips_special = skips_special
         self._offset = 0
 
     def of(self, output: RequestOutput) -> CompletionLogprobs | None:
@@ -66,7 +68,7 @@ class CompletionTokens:
             found.tokens.append(token)
             found.token_logprobs.append(None if entry is None else _finite(entry.logprob))
             found.text_offset.append(self._offset)
-            self._offset += len(token)
+            self._offset += len(self._tokenizer.decode([token_id], self._skips_special))
             if found.top_logprobs is not None:
                 found.top_logprobs.append(None if entry is None else self._likeliest(token, entry))
         return found
@@ -82,18 +84,15 @@ class CompletionTokens:
 
 
 def joined(first: CompletionLogprobs | None, second: CompletionLogprobs | None) -> CompletionLogprobs | None:
-    """Both, one after the other."""
+    """The first, with the second added to it."""
     if first is None or second is None:
         return second if first is None else first
-    top = None
+    first.tokens += second.tokens
+    first.token_logprobs += second.token_logprobs
+    first.text_offset += second.text_offset
     if first.top_logprobs is not None and second.top_logprobs is not None:
-        top = first.top_logprobs + second.top_logprobs
-    return CompletionLogprobs(
-        first.tokens + second.tokens,
-        first.token_logprobs + second.token_logprobs,
-        top,
-        first.text_offset + second.text_offset,
-    )
+        first.top_logprobs += second.top_logprobs
+    return first
 
 
 def prompt_logprobs(

@@ -62,7 +62,7 @@ class Sampling(msgspec.Struct, kw_only=True):
 
 NAMES: Mapping[str, str] = {
     **{name: name for name in Sampling.__struct_fields__},
-    **{name: name for name in ("logprobs", "top_logprobs", "messages", "prompt", "request_id")},
+    **{name: name for name in ("logprobs", "top_logprobs", "prompt_logprobs", "messages", "prompt", "request_id")},
     "stop_strs": "stop",
     "deadline": "deadlines",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, cast
 
 from asyncengine.loop.stream import RequestStream
@@ -143,6 +144,6 @@ def _check_tool(tool: object, where: str) -> None:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         path = f"{where}.function.name"
         raise Refusal(400, f"{path} is missing; expected the name of a function", "invalid_field", path)
-    if not isinstance(function.get("parameters") or {}, dict):
+    if not isinstance(function.get("parameters"), (dict, NoneType)):
         path = f"{where}.function.parameters"
         raise Refusal(400, f"{path} is not an object; expected a JSON schema", "invalid_field", path)

@@ -106,7 +106,9 @@ async def test_fewest_and_most_tokens_stop_strings_and_end_of_text_are_honoured(
     [
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1, "echo": True, "logprobs": 1}, "prompt_logprobs"),
+        ({"echo": True, "logprobs": 21}, "logprobs"),
         ({"n": 0}, "n"),
         ({"n": "two"}, "n"),
         ({"temperature": -1}, "temperature"),
