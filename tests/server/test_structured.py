@@ -33,7 +33,11 @@ class Person(pydantic.BaseModel, extra="forbid"):  # type: ignore[name-defined, 
 
 
 SCHEMA = Person.model_json_schema()
-FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": SCHEMA}, "whitespace": "none"}
+FORMAT = {
+    "type": "json_schema",
+    "json_schema": {"name": "person", "strict": True, "schema": SCHEMA},
+    "whitespace": "none",
+}
 
 
 def tiny() -> AsyncEngine:
