@@ -94,7 +94,7 @@ def lm_eval() -> str:
         "output_type: multiple_choice\ndoc_to_choice: '{{cities}}'\ndoc_to_target: 0\n"
         "doc_to_text: 'What is the capital of {{country}}? The capital of {{country}} is'\n"
         "metric_list:\n  - metric: acc\n",
-        f"model=tiny,base_url={TINY}/v1/completions,num_concurrent=2,tokenizer={CHECKPOINT},batch_size=2,"
+        f"model=tiny,base_url={TINY}/v1/completions,num_concurrent=2,tokenizer={CHECKPOINT},"
         "tokenizer_backend=huggingface",
     )["acc,none"]
     assert chosen == 1.0, chosen

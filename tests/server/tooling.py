@@ -11,11 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import asyncengine.tiny
-from asyncengine import AsyncEngine, EngineConfig, Tokenizer
+from asyncengine import AsyncEngine, EngineConfig, Tokenizer, tiny
 from asyncengine.testing import ScriptedLoader
 
-CHECKPOINT = Path(asyncengine.tiny.__file__).parent / "checkpoint"
+CHECKPOINT = tiny.PATH
 RESPONSE_TEMPLATE: dict[str, Any] = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|assistant|>",
