@@ -12,7 +12,7 @@ from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.server import create_app
 from asyncengine.server.call_layout import call_layout
 from tests.server.serving import USER, chat, error, events, listening, served
-from tests.server.tooling import TOOL, call, think, tokenizer, tool_checkpoint, tool_engine
+from tests.server.tooling import TOOL, call, marked, think, tool_checkpoint, tool_engine
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 URL = "/v1/chat/completions"
@@ -37,7 +37,7 @@ def arguments(made: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-async def test_a_call_that_must_come_comes_and_fits() -> None:
+async def test_a_call_that_must_come_comes_and_fits_on_every_route() -> None:
     with tool_checkpoint() as path:
         async with served(tooled(path)) as client:
             body = {"messages": USER, "tools": [TOOL, WEATHER], "n": 8, "seed": 1, "max_tokens": 120, "temperature": 1}
@@ -62,17 +62,14 @@ async def test_a_call_that_must_come_comes_and_fits() -> None:
             free = (await client.post(URL, json=body | {"tools": [STRICT], "n": 1, "temperature": 0})).json()
             assert free["choices"][0]["message"]["content"], "a strict tool does not force a call"
 
-
-async def test_the_other_routes_force_calls_in_their_own_words() -> None:
-    function = {"type": "function", **WEATHER["function"]}
-    asked: dict[str, Any] = {"input": "hi", "tools": [function], "max_output_tokens": 120}
-    anthropic = {"messages": USER, "max_tokens": 120, "tools": [{"name": "weather", "input_schema": PARAMETERS}]}
-    with tool_checkpoint() as path:
-        async with served(tooled(path)) as client:
+            function = {"type": "function", **WEATHER["function"]}
+            response: dict[str, Any] = {"input": "hi", "tools": [function], "max_output_tokens": 120}
             for choice in ("required", {"type": "function", "name": "weather"}):
-                body = asked | {"tool_choice": choice, "parallel_tool_calls": False}
+                body = response | {"tool_choice": choice, "parallel_tool_calls": False}
                 [item] = (await client.post("/v1/responses", json=body)).json()["output"]
                 jsonschema.validate(json.loads(item["arguments"]), PARAMETERS)
+            named = [{"name": "weather", "input_schema": PARAMETERS}]
+            anthropic = {"messages": USER, "max_tokens": 120, "tools": named}
             for kind in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "weather"}):
                 found = (await client.post("/v1/messages", json=anthropic | {"tool_choice": kind})).json()
                 [block] = found["content"]
@@ -157,19 +154,15 @@ async def test_what_cannot_be_forced_is_a_400_by_name() -> None:
     [("open", "[TOOL]"), ("close", "[END]"), ("transform", {"type": "function", "function": {"name": "same"}})],
 )
 async def test_a_model_whose_calls_cannot_be_told_says_so(field: str, value: Any) -> None:
-    from tests.server.tooling import RESPONSE_TEMPLATE
-
-    fields = RESPONSE_TEMPLATE["fields"] | {"tool_calls": RESPONSE_TEMPLATE["fields"]["tool_calls"] | {field: value}}
-    with tool_checkpoint(fields=fields) as path:
-        async with served(tooled(path)) as client:
-            forced = await client.post(URL, json={"messages": USER, "tools": [TOOL], "tool_choice": "required"})
-            assert forced.status_code == 400 and error(forced)["param"] == "tool_choice"
-            strict = await client.post(URL, json={"messages": USER, "tools": [TOOL, STRICT]})
-            assert strict.status_code == 400 and error(strict)["param"] == "tools[1].function.strict"
+    async with served(tool_engine("Hi", tokenizer=marked(**{field: value}))) as client:
+        forced = await client.post(URL, json=chat(tools=[TOOL], tool_choice="required"))
+        assert forced.status_code == 400 and error(forced)["param"] == "tool_choice"
+        strict = await client.post(URL, json=chat(tools=[TOOL, STRICT]))
+        assert strict.status_code == 400 and error(strict)["param"] == "tools[1].function.strict"
 
 
 def test_a_layout_is_what_the_template_writes() -> None:
-    layout = call_layout(tokenizer())  # type: ignore[arg-type]
+    layout = call_layout(marked())  # type: ignore[arg-type]
     assert layout is not None and layout.opening == "<tool_call>"
     tag = layout.tag("add", {"type": "object"})
     assert (tag.begin, tag.end) == ('<tool_call>{"name": "add", "arguments": ', "}</tool_call>")

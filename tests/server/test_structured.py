@@ -67,7 +67,7 @@ async def test_openai_parses_what_a_schema_allows() -> None:
             assert isinstance((await stream.get_final_response()).output_parsed, Person)
 
 
-async def test_every_format_is_honoured_whole_and_streamed() -> None:
+async def test_every_format_is_honoured_whole_and_streamed_and_so_are_lists_of_tokens() -> None:
     tags = {
         "type": "structural_tag",
         "structures": [{"begin": "<a>", "schema": SCHEMA, "end": "</a>"}],
@@ -93,9 +93,6 @@ async def test_every_format_is_honoured_whole_and_streamed() -> None:
             chunks = events((await client.post("/v1/chat/completions", json=streamed)).text)
             check("".join(c["delta"].get("content", "") for chunk in chunks for c in chunk["choices"]))
 
-
-async def test_lists_of_tokens_and_words_are_honoured() -> None:
-    async with served(tiny()) as client:
         tokens = (await client.post("/tokenize", json={"prompt": "yes no"})).json()["tokens"]
         body = ASK | {"max_tokens": 6, "allowed_token_ids": tokens, "ignore_eos": True, "min_tokens": 6}
         text = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]["message"]["content"]

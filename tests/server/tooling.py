@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -56,33 +57,40 @@ def think(text: str) -> str:
 
 
 @cache
-def tokenizer() -> Tokenizer:
+def _made() -> Any:
     from transformers import AutoTokenizer
-
-    from asyncengine.model.tokenizer import FastTokenizer
 
     made = AutoTokenizer.from_pretrained(CHECKPOINT, local_files_only=True)
     made.chat_template = CHAT_TEMPLATE
-    made.response_template = RESPONSE_TEMPLATE
+    return made
+
+
+def marked(**changes: Any) -> Tokenizer:
+    """With other marks for tool calls, where some are given."""
+    from asyncengine.model.tokenizer import FastTokenizer
+
+    made, fields = copy.copy(_made()), RESPONSE_TEMPLATE["fields"]
+    made.response_template = {**RESPONSE_TEMPLATE, "fields": fields | {"tool_calls": fields["tool_calls"] | changes}}
     return FastTokenizer(made)
 
 
 @contextmanager
-def tool_checkpoint(reasons: bool = False, **changes: Any) -> Iterator[Path]:
-    """The embedded model with marks for tool calls, which it has never seen."""
-    fields = {name: field for name, field in RESPONSE_TEMPLATE["fields"].items() if reasons or "reason" not in name}
+def tool_checkpoint() -> Iterator[Path]:
+    """The embedded model with marks for tool calls, which it has never seen, and none for reasoning."""
+    fields = {name: field for name, field in RESPONSE_TEMPLATE["fields"].items() if "reason" not in name}
     with TemporaryDirectory() as folder:
         path = Path(shutil.copytree(CHECKPOINT, Path(folder) / "tooled"))
         (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
         config = json.loads((path / "tokenizer_config.json").read_text())
-        config["response_template"] = {**RESPONSE_TEMPLATE, "fields": fields, **changes}
+        config["response_template"] = {**RESPONSE_TEMPLATE, "fields": fields}
         (path / "tokenizer_config.json").write_text(json.dumps(config))
         yield path
 
 
-def tool_engine(answer: str, ends: bool = True) -> AsyncEngine:
+def tool_engine(answer: str, ends: bool = True, tokenizer: Tokenizer | None = None) -> AsyncEngine:
     """Answers everything with `answer`, through a real tokenizer; then with its end token, or with the engine's."""
-    tokens = [*tokenizer().encode(answer)]
+    tokenizer = tokenizer or marked()
+    tokens = [*tokenizer.encode(answer)]
     ids = tokens[1:] if tokens[:1] == [1] else tokens
-    loader = ScriptedLoader(lambda prompt, branch: [*ids, 2] if ends else ids, tokenizer=tokenizer(), vocab_size=1024)
+    loader = ScriptedLoader(lambda prompt, branch: [*ids, 2] if ends else ids, tokenizer=tokenizer, vocab_size=1024)
     return AsyncEngine(EngineConfig("scripted"), loader=loader)
