@@ -125,11 +125,17 @@ class StructuralTags:
         tags: At least one.
         triggers: Texts that cannot appear but as the beginning of a tag. None takes each tag's whole beginning.
         whitespace: As in `JsonObject`.
+        free_text: Whether there may be text around the pieces. Without, the text is tagged pieces and nothing else.
+        at_least_one: Whether there must be a piece before the text may end.
+        stop_after_first: Whether the text ends with its first piece.
     """
 
     tags: Iterable[StructuralTag]
     triggers: Iterable[str] | None = None
     whitespace: Whitespace = "bounded"
+    free_text: bool = True
+    at_least_one: bool = False
+    stop_after_first: bool = False
 
     def __post_init__(self) -> None:
         tags = tuple(self.tags) if isinstance(self.tags, Iterable) else ()
@@ -151,6 +157,11 @@ class StructuralTags:
         object.__setattr__(self, "tags", tags)
         object.__setattr__(self, "triggers", triggers)
         _whitespace(self.whitespace)
+        for name in _TAG_SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(
+                    f"response_format.{name} is {getattr(self, name)!r:.80}; allowed: True, False"
+                )
 
 
 ResponseFormat = JsonObject | JsonSchema | Regex | EbnfGrammar | Choice | StructuralTags
@@ -198,9 +209,11 @@ def response_format(value: object) -> ResponseFormat | None:
     structures = _need(value, "structures")
     if isinstance(structures, (str, Mapping)) or not isinstance(structures, Iterable):
         raise InvalidRequestError(f"response_format.structures is {structures!r:.80}; expected a list of mappings")
-    return StructuralTags([_tag(entry) for entry in structures], value.get("triggers"), space)
+    switches = {name: value[name] for name in _TAG_SWITCHES if name in value}
+    return StructuralTags([_tag(entry) for entry in structures], value.get("triggers"), space, **switches)
 
 
+_TAG_SWITCHES = ("free_text", "at_least_one", "stop_after_first")
 _KEYS: dict[str, tuple[str, ...]] = {
     "text": ("type",),
     "json_object": ("type", "whitespace"),
@@ -208,7 +221,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "regex": ("type", "regex"),
     "grammar": ("type", "grammar"),
     "choice": ("type", "choice"),
-    "structural_tag": ("type", "structures", "triggers", "whitespace"),
+    "structural_tag": ("type", "structures", "triggers", "whitespace", *_TAG_SWITCHES),
 }
 
 

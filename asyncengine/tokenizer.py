@@ -50,10 +50,14 @@ class ParsingTokenizer(Tokenizer, Protocol):
     Attributes:
         parses_responses: Whether it does: there is a response template.
         takes_tools: Whether the chat template has a place for tools.
+        call_marks: The texts that open and close a tool call; None if they are not fixed texts.
+        reasons: Whether an answer may have reasoning in it.
     """
 
     parses_responses: bool
     takes_tools: bool
+    call_marks: tuple[str, str] | None
+    reasons: bool
 
     def response_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> ResponseParser:
         """A parser of the answer to a prompt, which may have begun the answer.

@@ -35,6 +35,14 @@ TAG = {"begin": "<fn=a>", "schema": SCHEMA, "end": "</fn>"}
             {"type": "structural_tag", "structures": [TAG], "triggers": ["<fn="]},
             StructuralTags([StructuralTag("<fn=a>", SCHEMA, "</fn>")], ["<fn="]),
         ),
+        (
+            {"type": "structural_tag", "structures": [TAG], "free_text": False, "at_least_one": True},
+            StructuralTags([StructuralTag("<fn=a>", SCHEMA, "</fn>")], free_text=False, at_least_one=True),
+        ),
+        (
+            {"type": "structural_tag", "structures": [TAG], "stop_after_first": True},
+            StructuralTags([StructuralTag("<fn=a>", SCHEMA, "</fn>")], stop_after_first=True),
+        ),
         ({"type": "text"}, None),
         (None, None),
     ],
@@ -93,6 +101,7 @@ def test_triggers_are_the_beginnings_where_none_are_given() -> None:
         ({"type": "structural_tag", "structures": [3]}, ("structures has 3",)),
         ({"type": "structural_tag", "structures": [{"begin": "<a>"}]}, ("structures.end is missing",)),
         ({"type": "structural_tag", "structures": [TAG], "triggers": ["<x"]}, ("begin '<fn=a>'", "'<x'")),
+        ({"type": "structural_tag", "structures": [TAG], "free_text": 1}, ("free_text is 1", "True, False")),
         ({"type": "structural_tag", "structures": [TAG], "triggers": "<fn"}, ("triggers is '<fn'",)),
     ],
 )

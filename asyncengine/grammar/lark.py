@@ -39,7 +39,9 @@ def structural_tags(wanted: StructuralTags, special: Mapping[str, int]) -> str:
         ValueError: A trigger has a special token that is not its beginning.
     """
     assert isinstance(wanted.triggers, tuple) and isinstance(wanted.tags, tuple)
-    rules = ["start: (" + " | ".join(f"tag_{t}" for t in range(len(wanted.triggers))) + ")* rest", "rest: FREE"]
+    rules = [f"start: {_start(wanted)}", "tags: " + " | ".join(f"tag_{t}" for t in range(len(wanted.triggers)))]
+    if wanted.free_text:
+        rules.append("rest: FREE")
     terminals = ["FREE: /(.|\\n)*/"]
     taken: set[int] = set()
     for number, trigger in enumerate(wanted.triggers):
@@ -59,7 +61,9 @@ def structural_tags(wanted: StructuralTags, special: Mapping[str, int]) -> str:
             bodies.append(" ".join(parts))
         if not bodies:
             raise ValueError(f"no tag begins with trigger {trigger!r}")
-        if isinstance(first, str):
+        if not wanted.free_text:
+            begin = json.dumps(trigger) if isinstance(first, str) else f"<[{first}]>"
+        elif isinstance(first, str):
             rules.append(f"trigger_{number}[lazy]: FREE {json.dumps(trigger)}")
             begin = f"trigger_{number}"
         else:
@@ -67,7 +71,16 @@ def structural_tags(wanted: StructuralTags, special: Mapping[str, int]) -> str:
         for index, body in enumerate(bodies):
             rules.append(f"tag_{number}_{index}: {body}")
         rules.append(f"tag_{number}: {begin} (" + " | ".join(f"tag_{number}_{i}" for i in range(len(bodies))) + ")")
-    return "\n".join(["%llguidance {}", *rules, *terminals]) + "\n"
+    return "\n".join(["%llguidance {}", *rules, *(terminals if wanted.free_text else ())]) + "\n"
+
+
+def _start(wanted: StructuralTags) -> str:
+    rest = " rest" if wanted.free_text else ""
+    if not wanted.stop_after_first:
+        return ("tags+" if wanted.at_least_one else "tags*") + rest
+    if wanted.at_least_one:
+        return "tags"
+    return "tags |" + rest if rest else "tags?"
 
 
 def first_special(text: str, special: Mapping[str, int]) -> str:

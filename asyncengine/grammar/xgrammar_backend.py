@@ -68,6 +68,8 @@ class XgrammarBackend:
             compiled = compiler.compile_grammar("root ::= " + " | ".join(json.dumps(text) for text in wanted.choices))
         else:
             assert isinstance(wanted.tags, tuple) and isinstance(wanted.triggers, tuple)
+            if wanted.at_least_one or wanted.stop_after_first or not wanted.free_text:
+                raise ValueError("xgrammar takes tags with free text around them, as many as come")
             tags = [
                 {"type": "tag", "begin": tag.begin, "end": tag.end, "content": _content(tag.schema)}
                 for tag in wanted.tags

@@ -22,7 +22,12 @@ class FastTokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.parses_responses = getattr(tokenizer, "response_template", None) is not None
+        template = getattr(tokenizer, "response_template", None)
+        fields = template.get("fields", {}) if isinstance(template, dict) else {}
+        marks = [fields.get("tool_calls", {}).get(name) for name in ("open", "close")]
+        self.parses_responses = template is not None
+        self.call_marks = (marks[0], marks[1]) if all(isinstance(mark, str) and mark for mark in marks) else None
+        self.reasons = any(name in fields for name in ("reasoning_content", "reasoning", "thinking"))
         self.takes_tools = "tools" in str(tokenizer.chat_template or "")
 
     def encode(self, text: str) -> list[int]:

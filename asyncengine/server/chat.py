@@ -11,6 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from asyncengine.errors import InvalidRequestError
+from asyncengine.generation import GenerationConfig
 from asyncengine.outputs import FinishReason, RequestOutput
 from asyncengine.server.answer import Answer, new_id, now
 from asyncengine.server.chunks import (
@@ -30,10 +32,10 @@ from asyncengine.server.conversation import conversation, template_arguments
 from asyncengine.server.logprobs import chat_logprobs
 from asyncengine.server.naming import fresh_id
 from asyncengine.server.refusal import Refusal
-from asyncengine.server.sampling import IGNORED, Sampling, generation_config, request_options
+from asyncengine.server.sampling import IGNORED, OTHERS, Sampling, generation_config, request_options
 from asyncengine.server.service import Service, reply
 from asyncengine.server.sse import DONE, EventStream, data, unless_gone
-from asyncengine.server.tools import Tool, parses, shown_tools, turns
+from asyncengine.server.tools import Tool, parses, parsing, tool_choice, turns
 from asyncengine.server.turn import Piece, Reasoning, Text, ToolCall, Turn
 from asyncengine.server.wire import Body, encode
 from asyncengine.tokenizer import Tokenizer
@@ -60,7 +62,8 @@ _HERE = fresh_id()
 BODY = Body(
     ChatBody,
     ignored=IGNORED | {"prediction", "reasoning_effort", "verbosity"},
-    refused={
+    refused=OTHERS
+    | {
         "audio": "answers are text",
         "function_call": "use tool_choice",
         "functions": "use tools",
@@ -68,12 +71,7 @@ BODY = Body(
         "web_search_options": "there is no web search here",
         "best_of": "use n",
         "echo": "it is a field of /v1/completions",
-        "guided_json": "use response_format",
-        "guided_regex": "use response_format",
-        "guided_choice": "use response_format",
-        "guided_grammar": "use response_format",
-        "prompt_logprobs": "the engine has no log-probabilities of prompts",
-        "use_beam_search": "there is no beam search here",
+        "prompt_logprobs": "it is a field of /v1/completions",
     },
     harmless={"modalities": (["text"],), "function_call": ("none",), "functions": ([],), "echo": (False,)},
 )
@@ -99,7 +97,7 @@ class Chat:
         if body.max_tokens is not None and body.max_completion_tokens is not None:
             message = "max_tokens and max_completion_tokens are both given; expected one of them"
             raise Refusal(400, message, "invalid_field", "max_completion_tokens")
-        self.tools = shown_tools(body.tools, body.tool_choice, self.tokenizer)
+        self.choice = tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls, self.tokenizer)
         self.messages = conversation(body.messages)
         changes: dict[str, Any] = {"logprobs": body.logprobs, "top_logprobs": body.top_logprobs}
         if body.max_completion_tokens is not None:
@@ -107,14 +105,25 @@ class Chat:
         if parses(self.tokenizer):
             changes["skip_special_tokens"] = False
         self.config = generation_config(body, **changes)
+        if self.choice.shown and self.config.response_format is not None:
+            message = "response_format cannot be honoured beside tools that may be called; tool_choice 'none' lets it"
+            raise Refusal(400, message, "unsupported_field", "response_format")
         self.options = request_options(body, self.id, label)
+
+    async def _constrained(self) -> GenerationConfig:
+        """How to generate, with the grammar of the calls."""
+        known = parsing(self.tokenizer)
+        layout = None if known is None else await self.service.call_layout(known)
+        return self.config.replace(response_format=self.choice.grammar(self.tokenizer, layout))
 
     async def begin(self) -> tuple[Answer, list[Turn]]:
         """Adds the request to the engine."""
-        body = self.body
+        body, tools, config = self.body, self.choice.shown, self.config
         arguments = template_arguments(body.chat_template_kwargs)
-        if self.tools:
-            arguments["tools"] = self.tools
+        if tools:
+            arguments["tools"] = tools
+        if self.choice.constrains:
+            config = await self._constrained()
         if body.continue_final_message:
             if body.add_generation_prompt and self.messages[-1]["role"] != "assistant":
                 message = "continue_final_message is true and the last message is not the assistant's"
@@ -123,9 +132,14 @@ class Chat:
             arguments["add_generation_prompt"] = False
         elif not body.add_generation_prompt:
             arguments["add_generation_prompt"] = False
-        pending = self.service.engine.chat(self.messages, self.config, self.options, **arguments)
-        stream = await pending.__aenter__()
-        found = turns(stream, self.tokenizer, body.n, self.tools, body.parallel_tool_calls)
+        pending = self.service.engine.chat(self.messages, config, self.options, **arguments)
+        try:
+            stream = await pending.__aenter__()
+        except InvalidRequestError as error:
+            if not self.choice.constrains or not str(error).startswith("response_format"):
+                raise
+            raise Refusal(400, f"tools: {error}", "invalid_field", "tools") from error
+        found = turns(stream, self.tokenizer, body.n, tools, body.parallel_tool_calls)
         return Answer((stream,), self.service), found
 
     async def whole(self) -> ChatCompletion:

@@ -52,8 +52,8 @@ class CompletionLogprobs(msgspec.Struct):
     """Log-probabilities of a completion's choice."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -132,6 +132,18 @@ class ChatCompletion(msgspec.Struct):
     object: str = "chat.completion"
 
 
+class PromptLogprob(msgspec.Struct):
+    """A token at a place of the prompt; `rank` is None where it is not among the likeliest that were asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""Per token of the prompt, by id: the token itself and the likeliest. The first token follows nothing."""
+
+
 class CompletionChoice(msgspec.Struct):
     """One branch of a completion, or what a chunk adds to it."""
 
@@ -139,6 +151,7 @@ class CompletionChoice(msgspec.Struct):
     text: str
     finish_reason: str | None = None
     logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -11,12 +12,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine.loop.prepare import Prompt
+from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import FinishReason, RequestOutput
 from asyncengine.server.answer import Answer, new_id, now
-from asyncengine.server.chunks import Completion, CompletionChoice, CompletionLogprobs, UsageRecord
-from asyncengine.server.logprobs import CompletionTokens
+from asyncengine.server.chunks import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    PromptLogprobs,
+    UsageRecord,
+)
+from asyncengine.server.logprobs import CompletionTokens, joined, prompt_logprobs
 from asyncengine.server.refusal import Refusal
-from asyncengine.server.sampling import IGNORED, Sampling, generation_config, request_options
+from asyncengine.server.sampling import IGNORED, OTHERS, Sampling, generation_config, request_options
 from asyncengine.server.service import Service, reply
 from asyncengine.server.sse import DONE, EventStream, data, unless_gone
 from asyncengine.server.wire import Body
@@ -30,6 +38,7 @@ class CompletionBody(Sampling, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     echo: bool = False
     best_of: int | None = None
 
@@ -37,10 +46,9 @@ class CompletionBody(Sampling, kw_only=True):
 BODY = Body(
     CompletionBody,
     ignored=IGNORED,
-    refused={
+    refused=OTHERS
+    | {
         "suffix": "the model is not asked to fill a gap",
-        "prompt_logprobs": "the engine has no log-probabilities of prompts",
-        "use_beam_search": "there is no beam search here",
         "messages": "it is a field of /v1/chat/completions",
         "tools": "it is a field of /v1/chat/completions",
         "top_logprobs": "here, logprobs is the number",
@@ -63,10 +71,12 @@ class Completing:
         if body.best_of is not None and body.best_of != body.n:
             message = f"best_of is {body.best_of}; allowed: n = {body.n}: branches are not ranked"
             raise Refusal(400, message, "unsupported_field", "best_of")
-        if body.echo and body.logprobs is not None:
-            message = "echo with logprobs cannot be honoured: the engine has no log-probabilities of prompts"
-            raise Refusal(400, message, "unsupported_field", "echo")
-        changes = {"logprobs": body.logprobs is not None, "top_logprobs": body.logprobs or 0}
+        changes: dict[str, Any] = {"logprobs": body.logprobs is not None, "top_logprobs": body.logprobs or 0}
+        echoes = body.echo and body.logprobs is not None
+        if echoes or body.prompt_logprobs is not None:
+            wanted = (body.prompt_logprobs, body.logprobs if echoes else None)
+            numbers = [number for number in wanted if number is not None]
+            changes["prompt_logprobs"] = max(numbers) if min(numbers) >= 0 else min(numbers)  # which is refused
         if body.max_tokens is None:
             changes["max_tokens"] = max(DEFAULT_MAX_TOKENS, body.min_tokens)
         self.config = generation_config(body, **changes)
@@ -85,7 +95,7 @@ class Completing:
     async def whole(self) -> Completion:
         """The answer, once it is complete."""
         answer = await self.begin()
-        choices = self._choices()
+        choices = self._choices(answer)
         async with aclosing(answer.outputs()) as outputs:
             async for prompt, output in outputs:
                 choices[prompt * self.body.n + output.index].add(output)
@@ -99,7 +109,7 @@ class Completing:
         continuous = options is not None and options.continuous_usage_stats
         usage: UsageRecord | msgspec.UnsetType | None = None if include else msgspec.UNSET
         prompt_tokens, generated = answer.prompt_tokens(), 0
-        choices = self._choices()
+        choices = self._choices(answer)
         try:
             async with aclosing(answer.outputs()) as outputs:
                 async for prompt, output in outputs:
@@ -116,12 +126,10 @@ class Completing:
                 yield data(Completion(self.id, self.created, self.model, [], answer.usage()))
         yield DONE
 
-    def _choices(self) -> list[_Choice]:
-        echoes = [self._echo(prompt) for prompt in self.prompts]
-        top = self.body.logprobs or 0
+    def _choices(self, answer: Answer) -> list[_Choice]:
         return [
-            _Choice(index * self.body.n + branch, echo, CompletionTokens(self.tokenizer, top))
-            for index, echo in enumerate(echoes)
+            _Choice(index * self.body.n + branch, self._echo(prompt), _Scores(self, answer.streams[index]))
+            for index, prompt in enumerate(self.prompts)
             for branch in range(self.body.n)
         ]
 
@@ -165,40 +173,60 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
     return [numbers]
 
 
+class _Scores:
+    """Log-probabilities of one branch: of the prompt, as soon as the branch begins, and of what follows."""
+
+    def __init__(self, asked: Completing, stream: RequestStream) -> None:
+        body = asked.body
+        self._echoes = body.echo and body.logprobs is not None
+        self._tokens = CompletionTokens(asked.tokenizer, body.logprobs or 0, self._echoes, body.skip_special_tokens)
+        self._top = body.prompt_logprobs
+        self._tokenizer = asked.tokenizer
+        self._stream = stream
+        self._begun = False
+
+    def of(self, output: RequestOutput) -> tuple[CompletionLogprobs | None, PromptLogprobs | msgspec.UnsetType]:
+        """What a delta adds."""
+        prompt, logprobs = self._stream.prompt_token_ids, self._stream.prompt_logprobs
+        if self._begun or logprobs is None or len(logprobs) < len(prompt):  # fewer, if it was ended before
+            return self._tokens.of(output), msgspec.UNSET
+        self._begun = True
+        ids = prompt.tolist()
+        before = self._tokens.prompt(ids, logprobs) if self._echoes else None
+        found = joined(before, self._tokens.of(output))
+        return found, msgspec.UNSET if self._top is None else prompt_logprobs(ids, logprobs, self._top, self._tokenizer)
+
+
 class _Choice:
     """One branch of one prompt."""
 
-    def __init__(self, index: int, echo: str, tokens: CompletionTokens) -> None:
+    def __init__(self, index: int, echo: str, scores: _Scores) -> None:
         self._index = index
         self._echo = echo
-        self._tokens = tokens
+        self._scores = scores
         self._texts: list[str] = []
         self._logprobs: CompletionLogprobs | None = None
+        self._prompt: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
         self._ended: FinishReason | None = None
 
     def delta(self, output: RequestOutput) -> CompletionChoice | None:
         """What a chunk adds; None if it is nothing yet."""
         text, self._echo = self._echo + output.text, ""
-        logprobs = self._tokens.of(output)
+        logprobs, prompt = self._scores.of(output)
         if not text and output.finish_reason is None and not (logprobs is not None and logprobs.tokens):
             return None
         ended = None if output.finish_reason is None else str(output.finish_reason)
-        return CompletionChoice(self._index, text, ended, logprobs)
+        return CompletionChoice(self._index, text, ended, logprobs, prompt)
 
     def add(self, output: RequestOutput) -> None:
         """Gathers a delta."""
         self._texts.append(output.text)
         self._ended = output.finish_reason or self._ended
-        new, old = self._tokens.of(output), self._logprobs
-        if new is None or old is None:
-            self._logprobs = new
-            return
-        old.tokens += new.tokens
-        old.token_logprobs += new.token_logprobs
-        old.text_offset += new.text_offset
-        if old.top_logprobs is not None:
-            old.top_logprobs += new.top_logprobs or []
+        new, prompt = self._scores.of(output)
+        self._logprobs = joined(self._logprobs, new)
+        self._prompt = self._prompt if prompt is msgspec.UNSET else prompt
 
     def choice(self) -> CompletionChoice:
         """All that was gathered."""
-        return CompletionChoice(self._index, self._echo + "".join(self._texts), str(self._ended), self._logprobs)
+        text = self._echo + "".join(self._texts)
+        return CompletionChoice(self._index, text, str(self._ended), self._logprobs, self._prompt)

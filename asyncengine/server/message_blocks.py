@@ -75,6 +75,8 @@ def tools_of(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
         function = {"name": tool.get("name"), "parameters": tool.get("input_schema", {})}
         if tool.get("description"):
             function["description"] = tool["description"]
+        if tool.get("strict"):
+            function["strict"] = True
         found.append({"type": "function", "function": function})
     return found
 

@@ -92,8 +92,10 @@ class Messaging:
         self.service = service
         choice = body.tool_choice or {}
         kind = choice.get("type", "auto")
-        if kind not in ("auto", "none"):
-            message = f"tool_choice.type is {kind!r}; allowed: 'auto', 'none': a call cannot be forced"
+        wanted: dict[str, Any] = {"auto": None, "none": "none", "any": "required"}
+        wanted["tool"] = {"type": "function", "function": {"name": choice.get("name")}}
+        if kind not in wanted:
+            message = f"tool_choice.type is {kind!r:.80}; allowed: {', '.join(map(repr, wanted))}"
             raise Refusal(400, message, "unsupported_field", "tool_choice")
         found: dict[str, Any] = {name: getattr(body, name) for name in _SAME}
         messages = messages_of(body.messages, body.system)
@@ -104,7 +106,7 @@ class Messaging:
                 messages=messages,
                 stop=body.stop_sequences,
                 tools=tools_of(body.tools) or None,
-                tool_choice="none" if kind == "none" else None,
+                tool_choice=wanted[kind],
                 parallel_tool_calls=not choice.get("disable_parallel_tool_use", False),
                 add_generation_prompt=not prefilled,
                 continue_final_message=prefilled,

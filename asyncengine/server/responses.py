@@ -44,6 +44,8 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     stop: str | list[str] = []
     stop_token_ids: list[int] = []
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str | list[int]] = []
     ignore_eos: bool = False
     min_tokens: int = 0
     priority: int = 0
@@ -82,7 +84,8 @@ BODY = Body(
 
 _SAME = (
     "model", "temperature", "top_p", "stream", "parallel_tool_calls", "seed", "top_k", "min_p", "repetition_penalty",
-    "stop", "stop_token_ids", "ignore_eos", "min_tokens", "priority", "deadlines", "chat_template_kwargs",
+    "stop", "stop_token_ids", "allowed_token_ids", "bad_words", "ignore_eos", "min_tokens", "priority", "deadlines",
+    "chat_template_kwargs",
 )  # fmt: skip
 """Fields that mean in a chat what they mean here."""
 
@@ -102,7 +105,7 @@ class Responding:
                 max_tokens=body.max_output_tokens,
                 response_format=_response_format(body.text),
                 tools=tools or None,
-                tool_choice=None if body.tool_choice == "auto" and not tools else body.tool_choice,
+                tool_choice=_tool_choice(body.tool_choice, bool(tools)),
                 **found,
             ),
             label,
@@ -238,6 +241,14 @@ def _response_format(text: dict[str, Any] | None) -> dict[str, Any] | None:
     if chosen.get("type") == "json_schema":  # here its fields lie flat
         return {"type": "json_schema", "json_schema": {k: v for k, v in chosen.items() if k != "type"}}
     return chosen
+
+
+def _tool_choice(choice: str | dict[str, Any] | None, tools: bool) -> str | dict[str, Any] | None:
+    if choice == "auto" and not tools:
+        return None
+    if isinstance(choice, dict) and choice.get("type") == "function":  # here the name lies flat
+        return {"type": "function", "function": {k: v for k, v in choice.items() if k != "type"}}
+    return choice
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class Sampling(msgspec.Struct, kw_only=True):
     logit_bias: dict[str, float] | None = None
     response_format: dict[str, Any] | None = None
 
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str | list[int]] = []
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -60,7 +62,7 @@ class Sampling(msgspec.Struct, kw_only=True):
 
 NAMES: Mapping[str, str] = {
     **{name: name for name in Sampling.__struct_fields__},
-    **{name: name for name in ("logprobs", "top_logprobs", "messages", "prompt", "request_id")},
+    **{name: name for name in ("logprobs", "top_logprobs", "prompt_logprobs", "messages", "prompt", "request_id")},
     "stop_strs": "stop",
     "deadline": "deadlines",
 }
@@ -71,6 +73,15 @@ IGNORED = frozenset({
     "safety_identifier", "service_tier", "store", "user",
 })  # fmt: skip
 """Fields of OpenAI's that are about its own service: they cannot change an answer here."""
+
+
+OTHERS: dict[str, str] = {
+    **dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), "use response_format"
+    ),
+    "use_beam_search": "there is no beam search here",
+}
+"""Fields of other servers that would change an answer and have another name here, or none."""
 
 
 def generation_config(body: Sampling, **changes: Any) -> GenerationConfig:
@@ -98,9 +109,10 @@ def generation_config(body: Sampling, **changes: Any) -> GenerationConfig:
         "stop_token_ids": body.stop_token_ids,
         "ignore_eos": body.ignore_eos,
         "skip_special_tokens": body.skip_special_tokens,
+        "response_format": body.response_format,
+        "allowed_token_ids": body.allowed_token_ids,
+        "bad_words": body.bad_words,
     }
-    if body.response_format is not None and body.response_format.get("type") != "text":
-        values["response_format"] = body.response_format
     if body.stream_options is not None and not body.stream:
         raise Refusal(400, "stream_options is given and stream is false", "invalid_field", "stream_options")
     if body.stream_options is not None and body.stream_options.include_obfuscation:

@@ -6,12 +6,15 @@ import logging
 import time
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
+from weakref import WeakKeyDictionary
 
+import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import Response
 
 from asyncengine.errors import ModelNotLoadedError
 from asyncengine.loop.engine import AsyncEngine
+from asyncengine.server.call_layout import CallLayout, call_layout
 from asyncengine.server.exposition import Traffic
 from asyncengine.server.naming import model_name
 from asyncengine.server.refusal import Refusal, refusal_of
@@ -19,7 +22,7 @@ from asyncengine.server.sampling import NAMES
 from asyncengine.server.settings import ServerSettings
 from asyncengine.server.wire import Body, encode, read_json
 from asyncengine.state import EngineState
-from asyncengine.tokenizer import Tokenizer
+from asyncengine.tokenizer import ParsingTokenizer, Tokenizer
 
 logger = logging.getLogger("asyncengine.server")
 
@@ -46,6 +49,7 @@ class Service:
         self.traffic = Traffic(engine, settings)
         self.created = int(time.time())
         self.problem: str | None = None
+        self._layouts: WeakKeyDictionary[ParsingTokenizer, CallLayout | None] = WeakKeyDictionary()
 
     @property
     def name(self) -> str | None:
@@ -105,6 +109,13 @@ class Service:
         if tokenizer is None:
             raise Refusal(400, f"the model {self.name!r} has no tokenizer", "no_tokenizer")
         return tokenizer
+
+    async def call_layout(self, tokenizer: ParsingTokenizer) -> CallLayout | None:
+        """How a model writes tool calls; looked for once, on a worker thread."""
+        if tokenizer not in self._layouts:
+            found = await anyio.to_thread.run_sync(call_layout, tokenizer, abandon_on_cancel=True)
+            self._layouts[tokenizer] = found
+        return self._layouts[tokenizer]
 
     def refusal(self, error: Exception, names: Mapping[str, str] = NAMES) -> Refusal:
         """What a client is told of an error; one that is nobody's fault but ours is logged."""

@@ -1,10 +1,15 @@
-"""Tools: which of them the model is shown, and whether its answer can be taken apart."""
+"""Tools: which of them the model is shown, which it may or must call, and whether its answer can be taken apart."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from types import NoneType
 from typing import Any, cast
 
 from asyncengine.loop.stream import RequestStream
+from asyncengine.response_format import StructuralTags
+from asyncengine.server.call_layout import CallLayout
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.turn import Turn
 from asyncengine.tokenizer import ParsingTokenizer, Tokenizer
@@ -12,48 +17,121 @@ from asyncengine.tokenizer import ParsingTokenizer, Tokenizer
 Tool = dict[str, Any]
 
 
-def shown_tools(tools: list[Tool] | None, choice: object, tokenizer: Tokenizer) -> list[Tool]:
-    """The tools that the chat template gets: all, or none where the client wants no call.
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """What a client wants of its tools.
+
+    Attributes:
+        shown: The tools that the chat template gets.
+        allowed: Those that may be called, with their places in the request.
+        forced: Whether there must be a call.
+        single: Whether one call is enough.
+    """
+
+    shown: list[Tool]
+    allowed: list[tuple[str, Tool]]
+    forced: bool = False
+    single: bool = False
+
+    @property
+    def constrains(self) -> bool:
+        """Whether the answer must keep to a grammar."""
+        return self.forced or any(tool["function"].get("strict") for _, tool in self.allowed)
+
+    def grammar(self, tokenizer: Tokenizer, layout: CallLayout | None) -> StructuralTags:
+        """Free text, until the opening of a call begins one that the function's parameters accept.
+
+        A call that must come comes at once, unless the model may reason before it. The arguments of a function that is
+        not strict are any object, unless a call must come.
+
+        Raises:
+            Refusal: The model's calls cannot be told by a grammar.
+        """
+        known = parsing(tokenizer)
+        if layout is None or known is None:
+            strict = next((where for where, tool in self.allowed if tool["function"].get("strict")), "tools[0]")
+            param = "tool_choice" if self.forced else f"{strict}.function.strict"
+            reason = "the model does not write its calls as JSON between fixed texts, as its template has them"
+            raise Refusal(400, f"{param} cannot be honoured: {reason}", "unsupported_field", param)
+        tags = []
+        for where, tool in self.allowed:
+            function = tool["function"]
+            name = function["name"]
+            if json.dumps(name) != f'"{name}"':
+                path = f"{where}.function.name"
+                raise Refusal(400, f"{path} is {name!r}; expected letters and digits", "invalid_field", path)
+            parameters = function.get("parameters") or {}
+            kept = parameters if self.forced or function.get("strict") else {}
+            tags.append(layout.tag(name, {"type": "object", **kept}))
+        return StructuralTags(
+            tags,
+            [layout.opening],
+            free_text=known.reasons or not self.forced,
+            at_least_one=self.forced,
+            stop_after_first=self.single,
+        )
+
+
+def tool_choice(tools: list[Tool] | None, choice: object, parallel: bool, tokenizer: Tokenizer) -> ToolChoice:
+    """What is asked for, checked.
 
     Raises:
-        Refusal: They are malformed, or the model has no way to call them, or a call is to be forced.
+        Refusal: The tools are malformed, or the model has no way to call them, or the choice is not among them.
     """
-    for index, tool in enumerate(tools or []):
+    tools = tools or []
+    for index, tool in enumerate(tools):
         _check_tool(tool, f"tools[{index}]")
-    if choice not in (None, "auto", "none"):
-        message = f"tool_choice is {choice!r:.80}; allowed: 'auto', 'none': a call cannot be forced"
+    name = _named(choice)
+    if name is None and choice not in (None, "auto", "none", "required"):
+        message = f"tool_choice is {choice!r:.80}; allowed: 'auto', 'none', 'required', a function's name"
         raise Refusal(400, message, "unsupported_field", "tool_choice")
-    if choice == "auto" and not tools:
-        raise Refusal(400, "tool_choice is 'auto' and there are no tools", "invalid_field", "tool_choice")
+    if choice not in (None, "none") and not tools:
+        raise Refusal(400, f"tool_choice is {choice!r:.80} and there are no tools", "invalid_field", "tool_choice")
     if not tools or choice == "none":
-        return []
-    parsing = _parsing(tokenizer)
-    if parsing is None or not parsing.takes_tools:
+        return ToolChoice([], [])
+    known = parsing(tokenizer)
+    if known is None or not known.takes_tools:
         raise Refusal(400, "tools: the model's chat template has no place for tools", "unsupported_field", "tools")
-    if not parsing.parses_responses:
+    if not known.parses_responses:
         message = "tools: the model's tokenizer has no response_template, so its calls could not be told from its text"
         raise Refusal(400, message, "unsupported_field", "tools")
-    return tools
+    placed = [(f"tools[{index}]", tool) for index, tool in enumerate(tools)]
+    if name is None:
+        return ToolChoice(tools, placed, choice == "required", not parallel)
+    wanted = [(where, tool) for where, tool in placed if tool["function"]["name"] == name]
+    if not wanted:
+        names = ", ".join(repr(tool["function"]["name"]) for tool in tools)
+        message = f"tool_choice names {name!r}, which is not one of the tools: {names}"
+        raise Refusal(400, message, "invalid_field", "tool_choice")
+    return ToolChoice(tools, wanted, forced=True, single=True)
 
 
 def parses(tokenizer: Tokenizer | None) -> bool:
     """Whether answers are taken apart; their special tokens must be part of the text then."""
-    parsing = _parsing(tokenizer)
-    return parsing is not None and parsing.parses_responses
+    known = parsing(tokenizer)
+    return known is not None and known.parses_responses
 
 
 def turns(stream: RequestStream, tokenizer: Tokenizer, n: int, tools: list[Tool], parallel: bool) -> list[Turn]:
     """One per branch."""
-    parsing = _parsing(tokenizer)
-    if parsing is None or not parsing.parses_responses:
+    known = parsing(tokenizer)
+    if known is None or not known.parses_responses:
         return [Turn() for _ in range(n)]
     prompt = stream.prompt_token_ids.tolist()
-    return [Turn(parsing.response_parser(prompt, tools), parallel) for _ in range(n)]
+    return [Turn(known.response_parser(prompt, tools), parallel) for _ in range(n)]
 
 
-def _parsing(tokenizer: Tokenizer | None) -> ParsingTokenizer | None:
+def parsing(tokenizer: Tokenizer | None) -> ParsingTokenizer | None:
     """The tokenizer, if it is one that knows of responses. By one attribute: looking at a protocol's all is slow."""
     return cast(ParsingTokenizer, tokenizer) if hasattr(tokenizer, "parses_responses") else None
+
+
+def _named(choice: object) -> str | None:
+    """The function's name in ``{"type": "function", "function": {"name": ...}}``, if it is that."""
+    if not isinstance(choice, dict) or choice.get("type") != "function" or not isinstance(choice.get("function"), dict):
+        return None
+    name = choice["function"].get("name")
+    return name if isinstance(name, str) else None
 
 
 def _check_tool(tool: object, where: str) -> None:
@@ -66,9 +144,6 @@ def _check_tool(tool: object, where: str) -> None:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         path = f"{where}.function.name"
         raise Refusal(400, f"{path} is missing; expected the name of a function", "invalid_field", path)
-    if not isinstance(function.get("parameters", {}), dict):
+    if not isinstance(function.get("parameters"), (dict, NoneType)):
         path = f"{where}.function.parameters"
         raise Refusal(400, f"{path} is not an object; expected a JSON schema", "invalid_field", path)
-    if function.get("strict"):
-        path = f"{where}.function.strict"
-        raise Refusal(400, f"{path} cannot be honoured: calls are not constrained", "unsupported_field", path)

@@ -1,10 +1,25 @@
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
-from tests.server.serving import MODEL, completion, echo_engine, error, events, scripted_engine, served, until
+from asyncengine import AsyncEngine, EngineConfig, PromptScore
+from asyncengine.server import create_app
+from tests.server.serving import (
+    MODEL,
+    client_of,
+    completion,
+    echo_engine,
+    error,
+    events,
+    scripted_engine,
+    served,
+    until,
+)
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 async def test_a_completion_has_openai_s_shape() -> None:
@@ -101,52 +116,53 @@ async def test_fewest_and_most_tokens_stop_strings_and_end_of_text_are_honoured(
         assert ignored == "one, two, three, four, five" and reason == "length"
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"suffix": "x"}, "suffix"),
-        ({"best_of": 3}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
-        ({"n": 0}, "n"),
-        ({"n": "two"}, "n"),
-        ({"temperature": -1}, "temperature"),
-        ({"top_p": 2}, "top_p"),
-        ({"top_k": -2}, "top_k"),
-        ({"min_p": 2}, "min_p"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"frequency_penalty": 3}, "frequency_penalty"),
-        ({"logprobs": 21}, "logprobs"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"logit_bias": {"100000": 1}}, "logit_bias"),
-        ({"logit_bias": {"1": 1000}}, "logit_bias"),
-        ({"stop": ""}, "stop"),
-        ({"stop": ["a", ""]}, "stop"),
-        ({"max_tokens": -1}, "max_tokens"),
-        ({"min_tokens": 4, "max_tokens": 2}, "min_tokens"),
-        ({"prompt": []}, "prompt"),
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": [1, "a"]}, "prompt"),
-        ({"prompt": [1000]}, "prompt"),
-        ({"prompt": "x" * 5000}, "prompt"),
-        ({"prompt": None}, "prompt"),
-        ({"response_format": {"type": "made up"}}, "response_format"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"stream": True, "stream_options": {"include_everything": True}}, "stream_options"),
-        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
-        ({"deadlines": {"total": -1}}, "deadlines"),
-        ({"priority": "high"}, "priority"),
-        ({"messages": []}, "messages"),
-        ({"max_tokns": 3}, "max_tokns"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-async def test_what_is_wrong_is_a_400_by_name(fields: dict[str, Any], param: str) -> None:
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"suffix": "x"}, "suffix"),
+    ({"best_of": 3}, "best_of"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_logprobs": -1, "echo": True, "logprobs": 1}, "prompt_logprobs"),
+    ({"echo": True, "logprobs": 21}, "logprobs"),
+    ({"n": 0}, "n"),
+    ({"n": "two"}, "n"),
+    ({"temperature": -1}, "temperature"),
+    ({"top_p": 2}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"frequency_penalty": 3}, "frequency_penalty"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"100000": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 1000}}, "logit_bias"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"min_tokens": 4, "max_tokens": 2}, "min_tokens"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": [1, "a"]}, "prompt"),
+    ({"prompt": [1000]}, "prompt"),
+    ({"prompt": "x" * 5000}, "prompt"),
+    ({"prompt": None}, "prompt"),
+    ({"response_format": {"type": "made up"}}, "response_format"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_everything": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ({"deadlines": {"total": -1}}, "deadlines"),
+    ({"priority": "high"}, "priority"),
+    ({"messages": []}, "messages"),
+    ({"max_tokns": 3}, "max_tokns"),
+]
+
+
+async def test_what_is_wrong_is_a_400_by_name() -> None:
     async with served() as client:
-        refused = await client.post("/v1/completions", json=completion(**{"prompt": "hello", **fields}))
-        assert refused.status_code == 400, refused.text
-        assert error(refused)["param"] == param, refused.text
-        after = await client.post("/v1/completions", json=completion("hello"))
-        assert after.json()["choices"][0]["text"] == "hello"
+        for fields, param in WRONG:
+            refused = await client.post("/v1/completions", json=completion(**{"prompt": "hello", **fields}))
+            assert refused.status_code == 400, (fields, refused.text)
+            assert error(refused)["param"] == param, refused.text
+            after = await client.post("/v1/completions", json=completion("hello"))
+            assert after.json()["choices"][0]["text"] == "hello"
 
 
 async def test_nothing_is_passed_over_in_silence() -> None:
@@ -188,8 +204,6 @@ async def test_a_deadline_ends_a_request_with_an_error() -> None:
 
 
 async def test_a_lower_priority_goes_first() -> None:
-    import asyncio
-
     engine = echo_engine(max_num_sequence=1)
     async with served(engine) as client:
         await engine.pause()
@@ -206,3 +220,73 @@ async def test_a_lower_priority_goes_first() -> None:
         await engine.resume()
         await asyncio.gather(*calls)
         assert done == [-3, 1, 5]
+
+
+async def test_echoed_logprobs_are_those_that_the_engine_scores() -> None:
+    texts = ["Once upon a time", "What is the capital of France?"]
+    async with AsyncEngine(EngineConfig("tiny", mode="local")) as engine:
+        async with client_of(create_app(engine)) as client:
+            scores = await engine.score(texts, top_logprobs=2)
+            prompts: list[Any] = [texts, [score.token_ids for score in scores]]
+            for limit in (0, 1):
+                for prompt in prompts:
+                    body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": limit, "temperature": 0}
+                    found = (await client.post("/v1/completions", json=body)).json()["choices"]
+                    for text, score, choice in zip(texts, scores, found, strict=True):
+                        _check_scores(choice, score, text, limit)
+                    chunks = events((await client.post("/v1/completions", json=body | {"stream": True})).text)
+                    for index, choice in enumerate(found):
+                        parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
+                        assert "".join(part["text"] for part in parts) == choice["text"]
+                        for name, whole in choice["logprobs"].items():
+                            assert [entry for part in parts for entry in part["logprobs"][name]] == whole
+
+
+def _check_scores(choice: dict[str, Any], score: PromptScore, text: str, limit: int) -> None:
+    found, size = choice["logprobs"], len(score.token_ids)
+    assert choice["text"].startswith(text)
+    assert {len(values) for values in found.values()} == {size + limit}, "one entry per token, also of one that ends it"
+    assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+    assert found["tokens"][0] == "<|bos|>" and "".join(found["tokens"][1:size]) == text
+    for offset, token in zip(found["text_offset"][1:size], found["tokens"][1:size], strict=True):
+        assert text[offset:].startswith(token)
+    assert found["text_offset"][:2] == [0, 0]
+    for logprob, top, entry in zip(
+        found["token_logprobs"][1:size], found["top_logprobs"][1:size], score.logprobs[1:], strict=True
+    ):
+        assert entry is not None and logprob == pytest.approx(entry.logprob, abs=1e-4)
+        assert max(top.values()) == pytest.approx(entry.top_logprobs[0], abs=1e-4)
+        assert len(top) == (2 if any(entry.logprob == other for other in entry.top_logprobs) else 3)
+
+
+async def test_prompt_logprobs_are_a_field_of_their_own() -> None:
+    async with echo_engine() as engine:
+        async with client_of(create_app(engine)) as client:
+            [score] = await engine.score(["Once upon a time"], top_logprobs=3)
+            body = completion("Once upon a time", prompt_logprobs=3, max_tokens=2, n=2)
+            for choice in (await client.post("/v1/completions", json=body)).json()["choices"]:
+                assert choice["logprobs"] is None and choice["text"] == "On"
+                assert choice["prompt_logprobs"][0] is None
+                for token, found, entry in zip(
+                    score.token_ids[1:], choice["prompt_logprobs"][1:], score.logprobs[1:], strict=True
+                ):
+                    assert entry is not None
+                    assert found[str(token)]["logprob"] == pytest.approx(entry.logprob, abs=1e-4)
+                    for rank, other in enumerate(entry.top_ids, 1):
+                        assert found[str(other)]["rank"] == rank
+                    assert found[str(token)]["rank"] is None or token in entry.top_ids
+            chunks = events((await client.post("/v1/completions", json=body | {"stream": True, "n": 1})).text)
+            having = [c for chunk in chunks for c in chunk["choices"] if "prompt_logprobs" in c]
+            assert len(having) == 1 and len(having[0]["prompt_logprobs"]) == len(score.token_ids)
+
+
+async def test_a_prompt_that_is_aborted_before_it_is_scored_is_an_error() -> None:
+    engine = echo_engine(max_num_sequence=1)
+    async with served(engine) as client:
+        await engine.pause()
+        body = completion("hello", echo=True, logprobs=1, max_tokens=0)
+        asked = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        await until(lambda: engine.metrics().num_requests_waiting == 1)
+        await engine.reset()
+        response = await asked
+        assert response.status_code == 503 and error(response)["code"] == "request_aborted"

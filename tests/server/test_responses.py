@@ -97,7 +97,7 @@ async def test_a_conversation_is_read_item_by_item() -> None:
         ({"tools": [FUNCTION]}, "tools"),
         ({"max_output_tokens": -1}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
-        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "schema": 3}}}, "text.format"),
         ({"inputs": "x"}, "inputs"),
     ],
     ids=lambda value: str(value)[:50],

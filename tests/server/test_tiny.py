@@ -14,17 +14,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
 
 
-@pytest.fixture
-def _one_thread() -> Any:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.usefixtures("one_torch_thread")
 async def test_the_embedded_model_answers_over_http() -> None:
     async with served(AsyncEngine(EngineConfig("tiny", mode="local"))) as client:
         body: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 64}
@@ -55,7 +45,7 @@ async def test_the_embedded_model_answers_over_http() -> None:
         assert role.status_code == 400 and "roles" in error(role)["message"]
 
 
-@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.usefixtures("one_torch_thread")
 async def test_a_prefilled_answer_is_gone_on_with() -> None:
     async with served(AsyncEngine(EngineConfig("tiny", mode="local"))) as client:
         messages = [*QUESTION, {"role": "assistant", "content": "The capital of"}]
