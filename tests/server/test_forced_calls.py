@@ -11,7 +11,7 @@ import pytest
 from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.server import create_app
 from asyncengine.server.call_layout import call_layout
-from tests.server.serving import USER, chat, error, events, listening, served
+from tests.server.serving import MODEL, USER, chat, error, events, listening, served
 from tests.server.tooling import TOOL, call, marked, think, tool_checkpoint, tool_engine
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -84,19 +84,15 @@ async def test_openai_parses_the_arguments_of_a_strict_tool() -> None:
         city: Literal["Paris", "Rome"]
         days: int = pydantic.Field(ge=1, le=9)
 
-    with tool_checkpoint() as path:
-        async with tooled(path) as engine, listening(create_app(engine)) as url:
-            async with openai.AsyncOpenAI(
-                base_url=f"{url}/v1", api_key="-", _strict_response_validation=True
-            ) as client:
+    engine = tool_engine(call("Weather", city="Rome", days=2), ends=False)
+    async with engine, listening(create_app(engine)) as url:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", _strict_response_validation=True) as client:
+            for choice in ("auto", "required", {"type": "function", "function": {"name": "Weather"}}):
                 found = await client.chat.completions.parse(
-                    model="tooled",
-                    messages=USER,
-                    tools=[openai.pydantic_function_tool(Weather)],
-                    tool_choice={"type": "function", "function": {"name": "Weather"}},
+                    model=MODEL, messages=USER, tools=[openai.pydantic_function_tool(Weather)], tool_choice=choice
                 )
                 [made] = found.choices[0].message.tool_calls
-                assert isinstance(made.function.parsed_arguments, Weather)
+                assert made.function.parsed_arguments == Weather(city="Rome", days=2)
 
 
 @pytest.mark.parametrize(

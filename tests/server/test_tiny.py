@@ -15,7 +15,7 @@ ANSWER = "The capital of France is Paris."
 
 
 @pytest.mark.usefixtures("one_torch_thread")
-async def test_the_embedded_model_answers_over_http() -> None:
+async def test_the_embedded_model_answers_over_http_and_goes_on_with_a_prefilled_answer() -> None:
     async with served(AsyncEngine(EngineConfig("tiny", mode="local"))) as client:
         body: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "temperature": 0, "max_tokens": 64}
         chat = (await client.post("/v1/chat/completions", json=body | {"logprobs": True, "top_logprobs": 2})).json()
@@ -44,14 +44,10 @@ async def test_the_embedded_model_answers_over_http() -> None:
         role = await client.post("/v1/chat/completions", json=body | {"messages": [{"role": "tool", "content": "x"}]})
         assert role.status_code == 400 and "roles" in error(role)["message"]
 
-
-@pytest.mark.usefixtures("one_torch_thread")
-async def test_a_prefilled_answer_is_gone_on_with() -> None:
-    async with served(AsyncEngine(EngineConfig("tiny", mode="local"))) as client:
-        messages = [*QUESTION, {"role": "assistant", "content": "The capital of"}]
-        body = {"messages": messages, "temperature": 0, "max_tokens": 64}
-        found = (await client.post("/v1/messages", json=body)).json()
+        begun = [*QUESTION, {"role": "assistant", "content": "The capital of"}]
+        prefilled: dict[str, Any] = {"messages": begun, "temperature": 0, "max_tokens": 64}
+        found = (await client.post("/v1/messages", json=prefilled)).json()
         assert "The capital of" + found["content"][0]["text"] == ANSWER
-        chat = body | {"continue_final_message": True, "add_generation_prompt": False}
-        found = (await client.post("/v1/chat/completions", json=chat)).json()
+        goes_on = prefilled | {"continue_final_message": True, "add_generation_prompt": False}
+        found = (await client.post("/v1/chat/completions", json=goes_on)).json()
         assert "The capital of" + found["choices"][0]["message"]["content"] == ANSWER
