@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,6 @@ class TransformersLoader:
         except Exception as error:
             raise ReloadError(f"loading {plan.config.model!r} failed: {error}") from error
         finally:
-            gc.collect()
             memory.give_back()
 
 

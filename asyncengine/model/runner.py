@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -256,13 +255,16 @@ class TorchModel:
             return
         self._graphs = None
         self._layers.free()
-        for module in self._model.modules():
+        # Modules of transformers refer to each other in circles. A collection would find them, but it holds the
+        # interpreter's lock for some 300 ms in a process that has torch; so they are taken apart by hand.
+        for module in list(self._model.modules()):
+            for held in (module._parameters, module._buffers, module._modules):
+                held.clear()
             module.__dict__.pop("asyncengine_attention", None)
         self._model = None
         self._layers = None  # type: ignore[assignment]
         self._sampler = None  # type: ignore[assignment]
         self._program = None
-        gc.collect()  # modules of transformers refer to each other in circles
         memory.give_back()
 
 

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import statistics
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -145,11 +146,28 @@ async def test_a_load_that_fails_after_the_old_model_is_gone_leaves_a_usable_eng
 async def test_a_request_is_carried_over_to_the_next_model(
     beside: bool, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from asyncengine.model import loader
+    from asyncengine.model import loader, runner
 
     first, second = checkpoint("llama"), checkpoint("qwen3")
+    # The first model is slowed down until it may be swapped; between its steps the reload goes on.
+    due = threading.Event()
+    execute, phase = runner.TorchModel.execute, "load" if beside else "check"
+    go_on = getattr(loader.TransformersLoader, phase)
+
+    def held(model: Any, batch: Any) -> Any:
+        due.wait(0.02)
+        return execute(model, batch)
+
+    def noted(self: Any, *arguments: Any) -> Any:
+        try:
+            return go_on(self, *arguments)
+        finally:
+            due.set()
+
     async with AsyncEngine(config(first)) as engine:
         monkeypatch.setattr(loader, "_fits", lambda details, current: beside)
+        monkeypatch.setattr(runner.TorchModel, "execute", held)
+        monkeypatch.setattr(loader.TransformersLoader, phase, noted)
         stream = await engine.add_request(PROMPT, GREEDY.replace(max_tokens=300))
         head = [token for token in (await anext(stream)).token_ids]
         await engine.reload(config(second), in_flight="carry")
