@@ -48,7 +48,6 @@ struct Decoder {
   int64_t int8;   // whether the weights are int8; with bfloat16 only
   int64_t hidden, intermediate, rotary;
   int64_t activation;  // 0 silu, 1 gelu by tanh, 2 gelu by erf
-  int64_t gated;       // whether gate_up is two matrices
   Matrix embedding;    // packed like the head
   double embedding_scale, residual_scale, logit_scale, logit_cap;  // a cap of 0 is off
   Norm norm;
@@ -362,10 +361,9 @@ struct Run {
 
   void activate_inner(int64_t row, int64_t group, int64_t cols, const float *sums) const {
     Input *to = inner + row * (decoder.intermediate / W::kPair);
-    for (int64_t c = 0; c < cols; c += decoder.gated ? 2 : 1) {
-      Vec x = activate(load<Vec>(sums + c * kLanes), decoder.activation);
-      if (decoder.gated) x = x * load<Vec>(sums + (c + 1) * kLanes);
-      W::pack_vector(to + (group + c) / (decoder.gated ? 2 : 1) * (kLanes / W::kPair), x);
+    for (int64_t c = 0; c < cols; c += 2) {  // gate, up
+      const Vec gate = activate(load<Vec>(sums + c * kLanes), decoder.activation);
+      W::pack_vector(to + (group + c) / 2 * (kLanes / W::kPair), gate * load<Vec>(sums + (c + 1) * kLanes));
     }
   }
 

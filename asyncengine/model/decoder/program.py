@@ -57,7 +57,7 @@ class _DecoderStruct(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in (
-            "num_layers", "dtype", "int8", "hidden", "intermediate", "rotary", "activation", "gated",
+            "num_layers", "dtype", "int8", "hidden", "intermediate", "rotary", "activation",
         )),
         ("embedding", MatrixStruct),
         *((name, ctypes.c_double) for name in ("embedding_scale", "residual_scale", "logit_scale", "logit_cap")),
@@ -159,7 +159,6 @@ class CompiledDecoder:
             blueprint.layers[0].down.linear.in_features,
             2 * blueprint.layers[0].cosines.shape[1],
             blueprint.activation,
-            1,
             embedding,
             blueprint.embedding_scale,
             blueprint.residual_scale,
