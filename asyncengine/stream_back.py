@@ -70,13 +70,23 @@ class StreamBack:
             return False
         return True
 
+    def make_sure(self) -> None:
+        """Wakes the loop once more if a wake-up is pending. On the loop, by whoever is about to wait for an event.
+
+        A program that runs its loop without a runner may get KeyboardInterrupt anywhere, also where a wake-up has begun
+        and not yet noted so; the loop would never be woken again.
+        """
+        if self._pending:
+            self._loop.call_soon_threadsafe(self._drain)
+
     def _drain(self) -> None:
-        # Cleared first: whatever is appended after this line brings a wake-up of its own.
-        self._pending = False
-        self.wakeups += 1
-        self.handoff_seconds = seconds = time.perf_counter() - self._posted_at
-        if seconds > self.handoff_max_seconds:
-            self.handoff_max_seconds = seconds
+        if self._pending:
+            # Cleared first: whatever is appended after this line brings a wake-up of its own.
+            self._pending = False
+            self.wakeups += 1
+            self.handoff_seconds = seconds = time.perf_counter() - self._posted_at
+            if seconds > self.handoff_max_seconds:
+                self.handoff_max_seconds = seconds
         events, deliver = self._events, self._deliver
         try:
             for _ in range(len(events)):

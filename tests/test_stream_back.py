@@ -131,6 +131,21 @@ def test_events_posted_during_a_delivery_bring_their_own_wake_up() -> None:
     assert got == events(1, 2)
 
 
+def test_a_wake_up_that_was_lost_is_made_up_for() -> None:
+    """As by a KeyboardInterrupt before the first line of the delivery."""
+    loop, got = Loop(), []
+    back = StreamBack(loop, got.append)
+    back.post(events(1))
+    loop.callbacks.clear()
+    back.make_sure()
+    back.post(events(2))
+    loop.run()
+    assert got == events(1, 2)
+    assert back.wakeups == 1
+    back.make_sure()
+    assert loop.callbacks == []  # nothing is pending
+
+
 def test_the_hand_over_is_timed() -> None:
     loop = Loop()
     back = StreamBack(loop, lambda event: None)

@@ -133,6 +133,7 @@ class Router:
         """Returns the address that an instruction carries, and the future of its reply."""
         ticket = next(self._tickets)
         future = self._futures[ticket] = self.loop.create_future()
+        self.stream_back.make_sure()
         return ReplyTo(self.stream_back, ticket), future
 
     def expect_no_reply(self, to: ReplyTo) -> None:
