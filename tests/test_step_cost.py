@@ -97,7 +97,7 @@ def test_a_decode_step_leaves_no_cyclic_garbage_and_keeps_nothing() -> None:
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_a_compiled_step_launches_next_to_nothing(rows: int, tmp_path: Path) -> None:
-    """One call for the model; the rest is the draw. Through its modules a layer alone takes some 25."""
+    """One call for the model; the rest is the draw."""
     torch = pytest.importorskip("torch")
     from torch.utils._python_dispatch import TorchDispatchMode
 
