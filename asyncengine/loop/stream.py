@@ -189,7 +189,10 @@ class RequestStream:
         """Notes that the reader was cancelled, or sits on a loop on which it can never be woken."""
         if any(branch.waiter is future for branch in self._inbox.branches):
             self._inbox.expect(None)
-        self._check_loop()
+        try:
+            self._check_loop()
+        except RuntimeError:
+            pass  # no loop runs here: the reader is closed from outside, as by the end of its loop or the collector
         self.abort()
 
     def _check_reader(self) -> None:

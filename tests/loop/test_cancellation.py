@@ -605,3 +605,17 @@ async def _add_another(rig: Rig) -> RequestStream:
 
 async def _read_pending(pending: PendingStream) -> int:
     return len([output async for output in pending])
+
+
+async def test_a_reader_that_is_closed_where_no_loop_runs() -> None:
+    """As by the collector on another thread, in the middle of its wait."""
+    async with Rig(endless) as rig:
+        stream = await rig.add_held("x")
+        while stream.take() is not None:
+            pass
+        reading = stream.__anext__()
+        reading.send(None)
+        await asyncio.to_thread(reading.close)
+        rig.model.release()
+        await eventually(lambda: stream.ended)
+        assert (await stream).finish_reason == "abort"
