@@ -256,10 +256,12 @@ async def test_a_reader_that_fails_holds_up_nobody() -> None:
 
 async def test_aborts_from_many_threads() -> None:
     async with Rig(endless) as rig:
+        await rig.engine.pause()  # none may come to its end before the threads have started
         streams = [await rig.engine.add_request("x") for _ in range(20)]
         threads = [threading.Thread(target=stream.abort) for stream in streams for _ in range(5)]
         for thread in threads:
             thread.start()
+        await rig.engine.resume()
         for stream in streams:
             assert (await stream).finish_reason is FinishReason.ABORT
         for thread in threads:
