@@ -58,15 +58,14 @@ def _machine() -> Iterator[tuple[str, str]]:
 def _compiler() -> Iterator[tuple[str, str]]:
     import shlex
 
-    from asyncengine.model.attention import kernel
-    from asyncengine.model.attention.protocol import BackendUnavailableError
+    from asyncengine.builds import BuildError, cache_directory, find_compiler
 
     try:
-        yield "compiler", shlex.join(kernel.find_compiler())
-    except BackendUnavailableError as error:
+        yield "compiler", shlex.join(find_compiler())
+    except BuildError as error:
         yield "compiler", str(error)
-    home = kernel.cache_directory()
-    builds = sorted(home.glob("kernels-*")) if home.is_dir() else []
+    home = cache_directory()
+    builds = [build for build in sorted(home.iterdir()) if build.is_dir()] if home.is_dir() else []
     size = sum(file.stat().st_size for build in builds for file in build.iterdir())
     yield "kernel cache", f"{_short(home)}, {len(builds)} builds, {size / 1e6:.1f} MB"
 
