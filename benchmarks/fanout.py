@@ -14,7 +14,7 @@ read. "free" is the engine without lock-step, where deltas are merged as in prod
 
 The last line is one JSON object.
 
-    python -m benchmarks.fanout [--readers 1 16 128 1024] [--tokens 200000] [--rounds 5]
+    python -m benchmarks.fanout [--readers 1 16 128 1024] [--tokens 300000] [--rounds 5] [--python]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import time
 import uvloop
 
 from asyncengine import GenerationConfig, RequestOutput
+from asyncengine.loop import delivery
 from benchmarks.zero_cost import zero_cost_engine
 
 PROMPT = [1, 2, 3]
@@ -41,16 +42,19 @@ class Pace:
         self._readers = self._left = readers
         self._semaphore = threading.Semaphore(1)
         self.wait = self._semaphore.acquire
+        self.all_had_one: float | None = None
 
     def had_one(self) -> None:
         self._left -= 1
         if not self._left:
             self._left = self._readers
+            if self.all_had_one is None:
+                self.all_had_one = time.perf_counter()
             self._semaphore.release()
 
 
-async def engine_rate(readers: int, tokens: int, lock_step: bool) -> float:
-    """Tokens per second of the engine, from all readers started until all have all their tokens."""
+async def engine_rate(readers: int, tokens: int, lock_step: bool) -> tuple[float, float]:
+    """Tokens per second after the first of each reader, and how many seconds it takes until all have that."""
     engine, model = zero_cost_engine()
     pace = Pace(readers)
     async with engine:
@@ -72,9 +76,12 @@ async def engine_rate(readers: int, tokens: int, lock_step: bool) -> float:
         begun = time.perf_counter()
         await engine.resume()
         total = sum(await asyncio.gather(*tasks))
-        seconds = time.perf_counter() - begun
+        ended = time.perf_counter()
     assert total == readers * tokens, (total, readers * tokens)
-    return total / seconds
+    if not lock_step:
+        return total / (ended - begun), 0.0
+    assert pace.all_had_one is not None
+    return (total - readers) / (ended - pace.all_had_one), pace.all_had_one - begun
 
 
 class Slot:
@@ -147,42 +154,45 @@ async def bare_rate(readers: int, tokens: int, slot_type: type[Slot]) -> float:
     tasks = [asyncio.create_task(read(slot)) for slot in slots]
     await asyncio.sleep(0)
     thread = threading.Thread(target=produce)
-    begun = time.perf_counter()
     thread.start()
     total = sum(await asyncio.gather(*tasks))
-    seconds = time.perf_counter() - begun
+    ended = time.perf_counter()
     thread.join()
     assert total == readers * tokens
-    return total / seconds
+    assert pace.all_had_one is not None
+    return (total - readers) / (ended - pace.all_had_one)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--readers", type=int, nargs="+", default=[1, 16, 128, 1024])
-    parser.add_argument("--tokens", type=int, default=200_000, help="per round, over all readers")
+    parser.add_argument("--tokens", type=int, default=300_000, help="per round, over all readers")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--python", action="store_true", help="deliver by Python code alone")
     arguments = parser.parse_args()
+    if not arguments.python:
+        delivery.use_compiled()
     results = {}
-    print(
-        f"{'readers':>8} {'engine':>12} {'bare':>12} {'lists':>12} {'ratio':>7} {'to lists':>9} {'free':>12}  tokens/s"
-    )
+    print("readers    engine       bare      lists  ratio  to lists       free  tokens/s  begin, us")
     for readers in arguments.readers:
-        tokens = max(min(arguments.tokens // readers, 8000), 1)
+        tokens = max(min(arguments.tokens // readers, 8000), 2)
         rounds = []
         for _ in range(arguments.rounds):
-            engine = uvloop.run(engine_rate(readers, tokens, lock_step=True))
+            engine, begin = uvloop.run(engine_rate(readers, tokens, lock_step=True))
             bare = uvloop.run(bare_rate(readers, tokens, Slot))
             lists = uvloop.run(bare_rate(readers, tokens, ListSlot))
-            free = uvloop.run(engine_rate(readers, tokens, lock_step=False))
-            rounds.append((engine, bare, lists, engine / bare, engine / lists, free))
-        engine, bare, lists, ratio, to_lists, free = (statistics.median(column) for column in zip(*rounds, strict=True))
+            free, _ = uvloop.run(engine_rate(readers, tokens, lock_step=False))
+            rounds.append((engine, bare, lists, engine / bare, engine / lists, free, begin / readers * 1e6))
+        medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
+        engine, bare, lists, ratio, to_lists, free, begin = medians
         results[readers] = {
             "engine": round(engine), "bare": round(bare), "lists": round(lists), "ratio": round(ratio, 3),
-            "ratio_to_lists": round(to_lists, 3), "free": round(free),
+            "ratio_to_lists": round(to_lists, 3), "free": round(free), "begin_us": round(begin, 1),
         }  # fmt: skip
-        rates = "".join(f"{rate:>13,.0f}" for rate in (engine, bare, lists))
-        print(f"{readers:>6}{rates}{ratio:>7.2f}{to_lists:>7.2f}{free:>13,.0f}")
-    print(json.dumps({"benchmark": "fanout", "unit": "tokens/s", "results": results}))
+        rates = "".join(f"{rate:>11,.0f}" for rate in (engine, bare, lists))
+        print(f"{readers:>7}{rates[1:]}{ratio:>7.2f}{to_lists:>10.2f}{free:>11,.0f}{begin:>20.1f}")
+    how = "python" if arguments.python else "compiled"
+    print(json.dumps({"benchmark": "fanout", "unit": "tokens/s", "delivery": how, "results": results}))
 
 
 if __name__ == "__main__":

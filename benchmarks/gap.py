@@ -18,6 +18,7 @@ import statistics
 import uvloop
 
 from asyncengine import GenerationConfig
+from asyncengine.loop import delivery
 from benchmarks.zero_cost import zero_cost_engine
 
 
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
+    delivery.use_compiled()
     rows: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
     for _ in range(arguments.rounds):
         for read in (False, True):

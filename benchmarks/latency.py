@@ -18,6 +18,7 @@ import time
 import uvloop
 
 from asyncengine import GenerationConfig
+from asyncengine.loop import delivery
 from benchmarks.zero_cost import zero_cost_engine
 
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=8.0)
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
+    delivery.use_compiled()
     results = {}
     print(f"{'readers':>8} {'p50 µs':>9} {'p99 µs':>9}")
     for readers in arguments.readers:

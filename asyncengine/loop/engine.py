@@ -14,11 +14,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from asyncengine import instructions as ins
+from asyncengine.builds import BuildError
 from asyncengine.config import EngineConfig
 from asyncengine.errors import ConfigError, EngineClosedError, InvalidRequestError, ModelNotLoadedError
 from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.instructions import InFlight, Instruction, ReplyTo
+from asyncengine.loop import delivery
 from asyncengine.loop.health import Health, health_of
 from asyncengine.loop.many import ManyStream, PendingStream
 from asyncengine.loop.prepare import (
@@ -567,7 +569,12 @@ class _DefaultLoader:
     def load(self, plan: LoadPlan) -> LoadedModel:
         from asyncengine.model.loader import TransformersLoader
 
-        return TransformersLoader().load(plan)
+        loaded = TransformersLoader().load(plan)
+        try:
+            delivery.use_compiled()
+        except BuildError as error:
+            return dataclasses.replace(loaded, notes=(*loaded.notes, f"tokens are delivered by Python code: {error}"))
+        return loaded
 
 
 def _shut_down(thread: StepThread) -> None:

@@ -20,7 +20,7 @@ from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.grammar.protocol import Grammar
 from asyncengine.grammar.select import make_backend
 from asyncengine.instructions import Deadlines, NewRequest, WhenFull
-from asyncengine.loop.router import Branch
+from asyncengine.loop.branch import Branch
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, Tokenizer

@@ -7,58 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from asyncio import InvalidStateError
-from typing import Any, Protocol
+from typing import Any
 
-from asyncengine.detokenizer import TextStream
 from asyncengine.events import BranchEnded, BranchKey, Event, PromptLogprobs, Reply, RequestEnded, Tokens
 from asyncengine.instructions import ReplyTo
-from asyncengine.outputs import FinishReason, Usage
+from asyncengine.loop import delivery
+from asyncengine.loop.branch import Branch, Waiter
+from asyncengine.outputs import Usage
 from asyncengine.step.batch import Int32, TokenLogprobs
 from asyncengine.stream_back import StreamBack
-
-
-class Waiter(Protocol):
-    """Whoever waits for an inbox: a future, or something that looks like one."""
-
-    def done(self) -> bool:
-        """As `asyncio.Future`."""
-        ...
-
-    def set_result(self, result: None, /) -> None:
-        """As `asyncio.Future`."""
-        ...
-
-
-class Branch:
-    """What has come for one branch. The router appends to the record; the reader remembers how far it has read.
-
-    Attributes:
-        streaming: Whether nothing but tokens has come, so that a reader need not look for anything else.
-        ids: Every token so far.
-        logprobs: One entry per token, if they were asked for; else None.
-        read: Tokens that the reader has had.
-        text: Decodes what the reader takes, if text was asked for.
-        texts: What it has decoded.
-        finished: Whether the reader has had the finish reason.
-        waiter: Woken, once, when something comes.
-    """
-
-    __slots__ = (
-        "finish_reason", "finished", "ids", "logprobs", "read", "stop_reason", "streaming", "text", "texts", "waiter",
-    )  # fmt: skip
-
-    def __init__(self, text: TextStream | None = None, logprobs: bool = False) -> None:
-        self.streaming = True
-        self.ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] | None = [] if logprobs else None
-        self.read = 0
-        self.text = text
-        self.texts: list[str] = []
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | str | None = None
-        self.finished = False
-        self.waiter: Waiter | None = None
 
 
 class Inbox:
@@ -162,16 +119,7 @@ class Router:
                 for branch, logprob in zip(self._branches, event.logprobs, strict=True):
                     if logprob is not None and branch.logprobs is not None:
                         branch.logprobs.append(logprob)
-            # The one loop that runs once per token.
-            for branch, token_id in zip(self._branches, event.token_ids, strict=True):
-                branch.ids.append(token_id)
-                waiter = branch.waiter
-                if waiter is not None:
-                    branch.waiter = None
-                    try:
-                        waiter.set_result(None)
-                    except InvalidStateError:
-                        pass  # another branch was first, or it is being cancelled
+            delivery.deliver_tokens(self._branches, event.token_ids)
         elif type(event) is BranchEnded:
             known = self._inboxes.get(event.key[0])
             if known is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from asyncio import get_running_loop
-from collections.abc import Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
 from asyncengine.errors import IllegalStateError
-from asyncengine.loop.router import Branch, Inbox, Router, Waiter
+from asyncengine.loop import delivery
+from asyncengine.loop.branch import Branch, Waiter
+from asyncengine.loop.router import Inbox, Router
 from asyncengine.outputs import BranchResult, FinishReason, RequestOutput, RequestResult, Usage
 from asyncengine.step.batch import Int32, TokenLogprobs
 
@@ -105,8 +107,10 @@ class RequestStream:
         if get_running_loop() is self._router.loop:  # elsewhere, the reader is woken by the request's end
             self._inbox.wake()
 
-    def __aiter__(self) -> Self:
-        return self
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        # The compiled iterator reads the same inbox as `__anext__`, and leaves to this class whatever is rare.
+        reader = delivery.reader_type
+        return self if reader is None else reader(self, self._only, self._create_future)
 
     async def __anext__(self) -> RequestOutput:
         """Returns the next delta.
@@ -140,29 +144,35 @@ class RequestStream:
         return _new(RequestOutput, ("", ids[start:], None, 0, None, None))
 
     async def _next(self) -> RequestOutput:
-        inbox = self._inbox
-        while not self._closed:
-            try:
-                output = self.take()
-            except BaseException:  # out of the tokenizer
-                self.abort()
-                raise
-            if output is not None:
-                return output
-            if inbox.ended:
-                if inbox.error is not None and not self._raised:
-                    self._raised = True
-                    raise inbox.error
-                break
-            self._check_reader()
+        while (output := self._next_now()) is None:
             future = self._create_future()
-            inbox.expect(future)
+            self.wait_with(future)
             try:
                 await future
             except BaseException:
                 self._leave(future)
                 raise
-        raise StopAsyncIteration
+        return output
+
+    def _next_now(self) -> RequestOutput | None:
+        """What `__anext__` returns or raises, if it can tell without waiting; else None."""
+        if self._closed:
+            raise StopAsyncIteration
+        try:
+            output = self.take()
+        except BaseException:  # out of the tokenizer
+            self.abort()
+            raise
+        if output is None and self._inbox.ended:
+            if self._inbox.error is not None and not self._raised:
+                self._raised = True
+                raise self._inbox.error
+            raise StopAsyncIteration
+        return output
+
+    def _note_merged(self, count: int) -> None:
+        """Counts tokens that were added to a delta nobody had read yet."""
+        self._router.merged += count
 
     def take(self) -> RequestOutput | None:
         """Takes a pending delta without waiting; None if there is none just now."""

@@ -1,4 +1,4 @@
-"""The compiled code for the CPU, attention and a decoder's whole step: built with the system's compiler on first use."""
+"""The compiled code for the CPU, attention and a decoder's whole step: built by the system's compiler on first use."""
 
 from __future__ import annotations
 
