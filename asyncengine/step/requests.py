@@ -228,7 +228,8 @@ class RequestTable:
         elif scheduler is not None and request.new.params.num_prompt_logprobs < 0:  # those are computed from the start
             tokens = arriving.due(scheduler.limits, scheduler.tree)
         request.new = dataclasses.replace(request.new, prompt=tokens)
-        first.tokens = tokens
+        for branch in request.branches:
+            branch.tokens = tokens
         if scheduler is None:
             first.state = SequenceState.WAITING  # as all do until there is a model
         elif len(tokens):
