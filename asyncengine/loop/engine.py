@@ -200,7 +200,8 @@ class AsyncEngine:
         ``async for output in engine.chat(messages)`` streams it, ``await engine.chat(messages)`` returns it whole.
 
         Args:
-            messages: Mappings with ``role`` and ``content``.
+            messages: Mappings with ``role`` and ``content``. The ``token_ids`` of an answer, given beside its content,
+                take its place: nothing that the model wrote is then cut into other tokens and computed again.
             config: How to generate.
             options: Id, priority, deadlines.
             **template_arguments: Passed to the chat template.

@@ -90,7 +90,7 @@ async def encode(prompt: Prompt | Conversation | StreamedPrompt, view: ModelView
     tokenizer = view.tokenizer
     if isinstance(prompt, Conversation):
         conversation = prompt
-        _check_messages(conversation.messages)
+        _check_messages(conversation.messages, view)
         model = _tokenizer(tokenizer, view, "messages need a tokenizer")
         ids = await _in_thread(lambda: model.encode_chat(conversation.messages, conversation.template_arguments))
     elif isinstance(prompt, str):
@@ -243,12 +243,20 @@ async def _in_thread(function: Callable[[], T]) -> T:
     return await anyio.to_thread.run_sync(lambda: _typed(function), abandon_on_cancel=True)
 
 
-def _check_messages(messages: object) -> None:
+def _check_messages(messages: object, view: ModelView) -> None:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise InvalidRequestError(f"messages is {messages!r:.80}; expected a non-empty list of messages")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidRequestError(f"messages has {message!r:.80}; expected a mapping with 'role' and 'content'")
+        known = message.get("token_ids")
+        if known is not None and not isinstance(known, (list, tuple)):
+            raise InvalidRequestError(f"messages has token_ids {known!r:.80}; expected a list of token ids")
+        for token_id in known or ():
+            if type(token_id) is not int or not 0 <= token_id < view.vocab_size:
+                raise InvalidRequestError(
+                    f"messages has token_ids with {token_id!r:.40}; allowed: 0..{view.vocab_size - 1}"
+                )
 
 
 def token_ids_of(ids: Iterable[int], view: ModelView) -> Int32:
