@@ -7,6 +7,7 @@ what it should have got alone: one plain forward, no cache, no chunks, and a sam
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,12 @@ KNOBS: list[dict[str, Any]] = [
     {},
     {"prefill_chunk_size": 7, "kv_cache_page_size": 4},
     {"prefix_cache_mode": "disable", "prefill_mode": "chunked"},
-    {"prefill_mode": "chunked", "prefill_chunk_size": 16, "max_num_sequence": 3},
+    {"prefill_mode": "chunked", "prefill_chunk_size": 16, "max_num_sequence": 5},
     {"kv_cache_page_size": 4, "max_total_sequence_length": LIMIT + 16},
-    {"prefill_chunk_size": 16, "max_total_sequence_length": LIMIT, "max_num_sequence": 6},
+    {"prefill_chunk_size": 16, "max_total_sequence_length": LIMIT, "max_num_sequence": 12},
     {"decoder_backend": "transformers", "kv_cache_page_size": 16},
     {"decoder_backend": "transformers", "attention_backend": "torch", "prefill_chunk_size": 10},
-    {"prefix_cache_max_num_recycling_seqs": 1, "max_num_sequence": 2},
+    {"prefix_cache_max_num_recycling_seqs": 1, "max_num_sequence": 8},
 ]
 """How an engine may be set; `max_total_sequence_length` where it shall preempt."""
 
@@ -80,7 +81,7 @@ class Wishes:
 
     def config(self) -> GenerationConfig:
         sometimes = self.sometimes
-        max_tokens = sometimes(0.95, self.integer(0, 24))
+        max_tokens = sometimes(0.97, self.integer(0, 18))
         format_ = sometimes(0.35, FORMATS[self.integer(0, len(FORMATS))])
         logprobs = sometimes(0.4, True, False)
         words: list[Any] = [[token] for token in self.token_ids(3)] + [self.token_ids(2), "horse", " the", "e"]
@@ -153,7 +154,7 @@ def check(reference: Reference, prompts: list[list[int]], wishes: list[Generatio
             check_entry(row, token_id, entry, wish.prompt_logprobs)
 
 
-def combine(path: Path, seed: int, requests: int, engines: int, end: int, attention: str | None = None) -> None:
+def combine(path: Path, seed: int, requests: int, engines: int, end: int) -> None:
     """One case: so many requests in so many engines, whose knobs and modes are drawn."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -168,7 +169,7 @@ def combine(path: Path, seed: int, requests: int, engines: int, end: int, attent
         mode = MODES[draw.integer(0, len(MODES))]
         config = EngineConfig.from_dict({
             "model": str(path), "device": "cpu", "dtype": "float32",
-            "max_single_sequence_length": LIMIT, "max_total_sequence_length": 4096, "max_num_sequence": 16,
+            "max_single_sequence_length": LIMIT, "max_total_sequence_length": 4096, "max_num_sequence": 32,
             "kv_cache_page_size": 8, **knobs, **mode,
         })  # fmt: skip
         results, preemptions = asyncio.run(served(config, prompts, wishes))
@@ -176,16 +177,15 @@ def combine(path: Path, seed: int, requests: int, engines: int, end: int, attent
         check(reference, prompts, wishes, results)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_whatever_is_asked_for_together_is_what_the_reference_gives(
-    checkpoint: Callable[..., Path], architecture: str, seed: int
-) -> None:
+@pytest.mark.parametrize("seed", range(int(os.environ.get("CASES", "3"))))
+def test_whatever_is_asked_for_together_is_what_the_reference_gives(checkpoint: Callable[..., Path], seed: int) -> None:
+    """The first three cases have all the knobs between them."""
+    architecture = ["llama", "gemma2", "gpt2"][seed % 3]
     layers = {"n_layer": 2} if architecture == "gpt2" else {"num_hidden_layers": 2}
     path = checkpoint(architecture, vocab_size=letters.VOCABULARY, eos_token_id=letters.END, **layers)
     letters.write(path)
-    combine(path, seed, requests=40, engines=3, end=letters.END)
+    combine(path, seed, requests=50, engines=3, end=letters.END)
 
 
 def test_so_it_is_with_the_tiny_model() -> None:
-    combine(Path(tiny.PATH), seed=3, requests=30, engines=3, end=2)
+    combine(Path(tiny.PATH), seed=2, requests=24, engines=2, end=2)
