@@ -57,12 +57,29 @@ class Reference:
         key = (tuple(prompt), id(config), branch.index, tuple(ids))
         told = self._told.get(key)
         if told is None:  # other engines drew the same tokens, most likely
-            told = self._told[key] = self._follow(prompt, config, branch.index, ids, most, branch)
+            told = self._told[key] = self._follow(prompt, config, branch.index, ids, branch)
         raw_rows, rows = told
         self._check_end(ids, config, most, branch)
         assert (branch.logprobs is not None) == config.logprobs
         for token_id, entry, raw, row in zip(ids, branch.logprobs or [], raw_rows, rows, strict=False):
             check_logprobs(raw, row, token_id, entry, config)
+
+    def check_contradiction(
+        self, prompt: list[int], config: GenerationConfig, branches: list[BranchResult], limit: int
+    ) -> None:
+        """Looks whether a request that was dropped had a branch for which nothing was left to draw."""
+        stuck = []
+        for branch in branches:
+            ids = branch.token_ids
+            if branch.finish_reason is not FinishReason.ERROR:
+                self.check(prompt, config, branch, limit)
+                continue
+            matcher = self._matcher(config, ids)
+            if ids:
+                self._follow(prompt, config, branch.index, ids, branch)
+            row = self.logits(prompt + ids)[-1]
+            stuck.append(not np.isfinite(self._adjusted(row, prompt, ids, config, branch.index, matcher)).any())
+        assert any(stuck), "something could have been drawn"
 
     def logits(self, ids: list[int]) -> Row:
         """(tokens, vocabulary) of one plain forward."""
@@ -71,11 +88,11 @@ class Reference:
         return logits
 
     def _follow(
-        self, prompt: list[int], config: GenerationConfig, index: int, ids: list[int], most: int, branch: BranchResult
+        self, prompt: list[int], config: GenerationConfig, index: int, ids: list[int], branch: BranchResult
     ) -> tuple[list[Row], list[Row]]:
         """Checks each token; returns the rows of logits, untouched and as they were drawn from."""
         logits = self.logits(prompt + ids)
-        matcher = None if config.response_format is None else self.compile(config.response_format).matcher()
+        matcher = self._matcher(config, [])
         raws, rows = [], []
         for at, token_id in enumerate(ids):
             raw: Row = logits[len(prompt) - 1 + at]
@@ -92,6 +109,14 @@ class Reference:
         if matcher is not None and matcher.finished and branch.stop_reason is None:
             assert branch.finish_reason is FinishReason.STOP
         return raws, rows
+
+    def _matcher(self, config: GenerationConfig, ids: list[int]) -> Matcher | None:
+        if config.response_format is None:
+            return None
+        matcher = self.compile(config.response_format).matcher()
+        for token_id in ids:
+            matcher.accept(token_id)
+        return matcher
 
     def _stops(self, config: GenerationConfig) -> set[int]:
         return set(config.stop_token_ids) | (set() if config.ignore_eos else {self.end})
