@@ -92,6 +92,8 @@ class GrowingPrompt:
             return len(self._given), self._given[:0]
         self._encoded = self._length
         self._texts = ["".join(self._texts)]
+        if not self._texts[0].strip():  # there may not be a token in it
+            return len(self._given), self._given[:0]
         certain = (await encode(self._texts[0], self._view))[:-_HELD_BACK]
         if len(certain) < len(self._given) and np.array_equal(certain, self._given[: len(certain)]):
             return len(self._given), self._given[:0]  # a word became whole, and its tokens fewer

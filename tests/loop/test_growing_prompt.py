@@ -158,3 +158,12 @@ def test_what_is_at_the_end_of_every_text_is_not_given_ahead() -> None:
     assert whole[-1] == 256
     assert back == 0
     assert np.array_equal(whole, Closing().encode("ten letter" * 5))
+
+
+def test_a_text_may_begin_with_what_has_no_tokens() -> None:
+    class Stripping(ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return super().encode(text.strip())
+
+    prompt = GrowingPrompt(view(Stripping()))
+    assert fed(prompt, [" " * 20, " " * 20, "the words"])[1] == [*b"the words"]
