@@ -70,6 +70,7 @@ class NewRequest:
         prompt: (tokens,) token ids.
         priority: Lower goes first.
         pin: Name under which the prompt's blocks are pinned in the prefix cache once they are computed.
+        arriving: Whether the prompt, empty so far, comes in pieces by `ExtendPrompt`.
     """
 
     number: int
@@ -79,6 +80,7 @@ class NewRequest:
     priority: int = 0
     deadlines: Deadlines | None = None
     pin: str | None = None
+    arriving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,24 @@ class AddRequests:
     mailbox: Mailbox
     reply_to: ReplyTo | None = None
     when_full: WhenFull = "wait"
+
+
+@dataclass(frozen=True, slots=True)
+class ExtendPrompt:
+    """Give a request the next piece of its prompt. No reply; one that has ended is passed over.
+
+    Attributes:
+        number: The request; it has been admitted.
+        keep: How many of the tokens given before still hold.
+        tokens: (tokens,) what comes after them.
+        complete: Whether that is all, so that generation may begin; the prompt is not empty then.
+    """
+
+    number: int
+    keep: int
+    tokens: Int32
+    complete: bool = False
+    reply_to: ReplyTo | None = field(default=None, init=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +245,6 @@ class JobDone:
 
 
 Instruction = (
-    AddRequests | AbortRequests | Reload | Unload | Reset | Pause | Resume | Sleep | Wake | UpdateWeights | Unpin
-    | DebugCall | Drain | Restart | Shutdown | JobDone
+    AddRequests | ExtendPrompt | AbortRequests | Reload | Unload | Reset | Pause | Resume | Sleep | Wake
+    | UpdateWeights | Unpin | DebugCall | Drain | Restart | Shutdown | JobDone
 )  # fmt: skip

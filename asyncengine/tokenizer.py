@@ -22,6 +22,8 @@ class Tokenizer(Protocol):
     def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's next turn.
 
+        The `token_ids` of a message, if it has some, take the place of its content; see `asyncengine.known_turns`.
+
         Raises:
             ValueError: There is no chat template, or it refuses the messages.
         """

@@ -10,7 +10,7 @@ import pytest
 
 from asyncengine import Deadlines, GenerationConfig, InvalidRequestError, RequestOptions
 from asyncengine.generation import GREEDY_BELOW, MAX_BRANCHES, MAX_STOP_STR_LENGTH, MAX_STOP_STRS, resolve
-from asyncengine.loop.prepare import _token_ids, encode, new_request
+from asyncengine.loop.prepare import encode, new_request, token_ids_of
 from asyncengine.step.model import ModelView
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 
@@ -265,11 +265,11 @@ class TestPrompt:
 
     @pytest.mark.parametrize(("ids", "bad"), [([1, 257], 257), ([-1], -1), ([2**40], 2**40), ([HUGE], HUGE)])
     def test_ids_lie_inside_the_vocabulary(self, ids: list[int], bad: int) -> None:
-        refused(lambda: _token_ids(ids, view()), f"token id {bad};", "allowed: 0..256")
+        refused(lambda: token_ids_of(ids, view()), f"token id {bad};", "allowed: 0..256")
 
     @pytest.mark.parametrize("ids", [["a"], [1.5], [None], [[1]]])
     def test_ids_are_integers(self, ids: Any) -> None:
-        refused(lambda: _token_ids(ids, view()), "not a list of token ids")
+        refused(lambda: token_ids_of(ids, view()), "not a list of token ids")
 
     @pytest.mark.parametrize(
         ("changes", "most"),

@@ -9,7 +9,7 @@ import itertools
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,12 +21,15 @@ from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.instructions import InFlight, Instruction, ReplyTo
 from asyncengine.loop import delivery
+from asyncengine.loop.feed import feed
 from asyncengine.loop.health import Health, health_of
 from asyncengine.loop.many import ManyStream, PendingStream
 from asyncengine.loop.prepare import (
+    NO_TOKENS,
     Conversation,
     Prompt,
     RequestOptions,
+    StreamedPrompt,
     checked_config,
     compile_grammar,
     encode,
@@ -134,18 +137,20 @@ class AsyncEngine:
 
     async def add_request(
         self,
-        prompt: Prompt,
+        prompt: Prompt | StreamedPrompt,
         config: GenerationConfig | None = None,
         options: RequestOptions = _DEFAULTS,
     ) -> RequestStream:
         """Adds a request and returns its stream once it is admitted.
 
         Args:
-            prompt: Text, or token ids.
+            prompt: Text, or token ids; or an async iterator of pieces of either, computed as they arrive. Then this
+                returns once the iterator has ended, or the request has (by a deadline, an abort, an unload).
             config: How to generate; None takes the model's defaults.
             options: Id, priority, deadlines, and what to do when the engine is full.
 
         Raises:
+            BaseException: Whatever an iterator raises; the request is withdrawn.
             InvalidRequestError: The request is wrong; the message says how.
             EngineOverloadedError: The waiting queue is full and ``options.when_full`` is ``"raise"``.
             ModelNotLoadedError: There is no model, and none is being loaded.
@@ -155,16 +160,26 @@ class AsyncEngine:
 
         Cancelling it withdraws the request.
         """
-        return (await self._add([prompt], [config], options))[0]
+        if not isinstance(prompt, AsyncIterable) or isinstance(prompt, Iterable):
+            return (await self._add([prompt], [config], options))[0]
+        view, streams = await self._admit([prompt], [config], options, arriving=True)
+        await feed(streams[0], prompt, view, self._put_quietly)
+        return streams[0]
 
     def stream(
-        self, prompt: Prompt, config: GenerationConfig | None = None, options: RequestOptions = _DEFAULTS
+        self,
+        prompt: Prompt | StreamedPrompt,
+        config: GenerationConfig | None = None,
+        options: RequestOptions = _DEFAULTS,
     ) -> PendingStream:
         """A request that is added when it is first used; ``async with`` aborts it on leaving. See `PendingStream`."""
         return PendingStream(lambda: self.add_request(prompt, config, options))
 
     async def generate(
-        self, prompt: Prompt, config: GenerationConfig | None = None, options: RequestOptions = _DEFAULTS
+        self,
+        prompt: Prompt | StreamedPrompt,
+        config: GenerationConfig | None = None,
+        options: RequestOptions = _DEFAULTS,
     ) -> RequestResult:
         """Adds a request and returns its whole result.
 
@@ -187,7 +202,8 @@ class AsyncEngine:
         ``async for output in engine.chat(messages)`` streams it, ``await engine.chat(messages)`` returns it whole.
 
         Args:
-            messages: Mappings with ``role`` and ``content``.
+            messages: Mappings with ``role`` and ``content``. The ``token_ids`` of an answer, given beside its content,
+                take its place: nothing that the model wrote is then cut into other tokens and computed again.
             config: How to generate.
             options: Id, priority, deadlines.
             **template_arguments: Passed to the chat template.
@@ -494,15 +510,25 @@ class AsyncEngine:
         pin: str | None = None,
         many: bool = False,
     ) -> list[RequestStream]:
-        if not isinstance(options, RequestOptions):
-            raise InvalidRequestError(f"options is {options!r:.80}; expected RequestOptions(...)")
         if not prompts:
+            _check_options(options)
             return []
-        prompts = [_reusable(prompt) for prompt in prompts]
+        return (await self._admit([_reusable(prompt) for prompt in prompts], configs, options, pin, many))[1]
+
+    async def _admit(
+        self,
+        prompts: Sequence[Prompt | Conversation | StreamedPrompt],
+        configs: Sequence[GenerationConfig | None],
+        options: RequestOptions,
+        pin: str | None = None,
+        many: bool = False,
+        arriving: bool = False,
+    ) -> tuple[ModelView, list[RequestStream]]:
+        _check_options(options)
         while True:
             view = await self._view()
             wanted = [checked_config(config) for config in configs]
-            encoded = [await encode(prompt, view) for prompt in prompts]
+            encoded = [NO_TOKENS if arriving else await encode(prompt, view) for prompt in prompts]
             compiler = self._compiler(view)
             grammars = [await compile_grammar(config, compiler) for config in wanted]
             news = []
@@ -510,7 +536,7 @@ class AsyncEngine:
                 own = options
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
-                news.append(new_request(next(self._numbers), ids, config, own, view, pin, grammar))
+                news.append(new_request(next(self._numbers), ids, config, own, view, pin, grammar, arriving))
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []
@@ -528,7 +554,7 @@ class AsyncEngine:
                     stream.withdraw()
                 raise
             if fits:
-                return streams
+                return view, streams
             for stream in streams:  # another model was loaded meanwhile: prepare for that one
                 stream.withdraw()
 
@@ -539,6 +565,11 @@ def _config(config: EngineConfig | str) -> EngineConfig:
     if not isinstance(config, EngineConfig):
         raise ConfigError(f"config is {config!r:.80}; expected EngineConfig(...) or its JSON")
     return config
+
+
+def _check_options(options: object) -> None:
+    if not isinstance(options, RequestOptions):
+        raise InvalidRequestError(f"options is {options!r:.80}; expected RequestOptions(...)")
 
 
 def _addressed(add: ins.AddRequests, reply_to: ReplyTo) -> ins.AddRequests:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import operator
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,6 +28,13 @@ from asyncengine.tokenizer import Message, Tokenizer
 T = TypeVar("T")
 
 Prompt = str | Iterable[int]
+
+Piece = str | int | Iterable[int]
+
+StreamedPrompt = AsyncIterable[Piece]
+"""A prompt that comes in pieces: text, or token ids, one or several at a time."""
+
+NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 
 _INLINE_CHARACTERS = 1024
 """Shorter texts are encoded on the loop: that takes less time than handing them to a thread."""
@@ -74,7 +81,7 @@ class Conversation:
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-async def encode(prompt: Prompt | Conversation, view: ModelView) -> Int32:
+async def encode(prompt: Prompt | Conversation | StreamedPrompt, view: ModelView) -> Int32:
     """Token ids of a prompt. Long texts are encoded on a worker thread; cancelling does not stop that.
 
     Raises:
@@ -83,7 +90,7 @@ async def encode(prompt: Prompt | Conversation, view: ModelView) -> Int32:
     tokenizer = view.tokenizer
     if isinstance(prompt, Conversation):
         conversation = prompt
-        _check_messages(conversation.messages)
+        _check_messages(conversation.messages, view)
         model = _tokenizer(tokenizer, view, "messages need a tokenizer")
         ids = await _in_thread(lambda: model.encode_chat(conversation.messages, conversation.template_arguments))
     elif isinstance(prompt, str):
@@ -95,11 +102,21 @@ async def encode(prompt: Prompt | Conversation, view: ModelView) -> Int32:
             ids = _typed(lambda: model.encode(text))
         else:
             ids = await _in_thread(lambda: model.encode(text))
+    elif isinstance(prompt, AsyncIterable) and not isinstance(prompt, Iterable):
+        raise InvalidRequestError("the prompt is an async iterator; add_request, stream and generate take one")
     elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
         raise InvalidRequestError(f"the prompt is {prompt!r:.80}; expected a string or token ids")
     else:
         ids = prompt  # type: ignore[assignment]
-    return _token_ids(ids, view)
+    return token_ids_of(ids, view)
+
+
+def check_length(prompt_tokens: int, view: ModelView) -> None:
+    """Raises InvalidRequestError if a prompt of so many tokens leaves no room for another."""
+    if prompt_tokens >= view.max_tokens:
+        raise InvalidRequestError(
+            f"the prompt has {prompt_tokens} tokens; allowed: 1..{view.max_tokens - 1} ({view.limits_text})"
+        )
 
 
 async def compile_grammar(config: GenerationConfig, compiler: GrammarCompiler) -> Grammar | None:
@@ -146,6 +163,7 @@ def new_request(
     view: ModelView,
     pin: str | None = None,
     grammar: Grammar | None = None,
+    arriving: bool = False,
 ) -> NewRequest:
     """Checks a request against the model and fills in every default.
 
@@ -153,17 +171,13 @@ def new_request(
         InvalidRequestError: It cannot be served by this model.
     """
     config = checked_config(config)
-    room = view.max_tokens - len(prompt)
-    if room < 1:
-        raise InvalidRequestError(
-            f"the prompt has {len(prompt)} tokens; allowed: 1..{view.max_tokens - 1} ({view.limits_text})"
-        )
+    check_length(len(prompt), view)
     params = resolve(
         config,
         view.default_generation_config,
         vocab_size=view.vocab_size,
         eos_token_ids=view.eos_token_ids,
-        max_tokens=room,
+        max_tokens=view.max_tokens - len(prompt),
         seed=secrets.randbits(63) if config.seed is None else 0,
         grammar=grammar,
         bad_words=_bad_words(config.bad_words, view),
@@ -172,7 +186,7 @@ def new_request(
         raise InvalidRequestError(f"stop_strs is {params.stop_strs!r}; stop strings need a tokenizer and there is none")
     # The random part keeps it apart from whatever ids callers give.
     request_id = f"request-{number}-{secrets.token_hex(4)}" if options.request_id is None else options.request_id
-    return NewRequest(number, request_id, prompt, params, options.priority, options.deadlines, pin)
+    return NewRequest(number, request_id, prompt, params, options.priority, options.deadlines, pin, arriving)
 
 
 def _bad_words(words: Iterable[str | Iterable[int]], view: ModelView) -> tuple[tuple[int, ...], ...]:
@@ -229,15 +243,24 @@ async def _in_thread(function: Callable[[], T]) -> T:
     return await anyio.to_thread.run_sync(lambda: _typed(function), abandon_on_cancel=True)
 
 
-def _check_messages(messages: object) -> None:
+def _check_messages(messages: object, view: ModelView) -> None:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise InvalidRequestError(f"messages is {messages!r:.80}; expected a non-empty list of messages")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidRequestError(f"messages has {message!r:.80}; expected a mapping with 'role' and 'content'")
+        known = message.get("token_ids")
+        if known is not None and not isinstance(known, (list, tuple)):
+            raise InvalidRequestError(f"messages has token_ids {known!r:.80}; expected a list of token ids")
+        for token_id in known or ():
+            if type(token_id) is not int or not 0 <= token_id < view.vocab_size:
+                raise InvalidRequestError(
+                    f"messages has token_ids with {token_id!r:.40}; allowed: 0..{view.vocab_size - 1}"
+                )
 
 
-def _token_ids(ids: Iterable[int], view: ModelView) -> Int32:
+def token_ids_of(ids: Iterable[int], view: ModelView) -> Int32:
+    """Token ids as an array; raises InvalidRequestError if there are none, or some are not in the vocabulary."""
     try:
         values = [operator.index(token_id) for token_id in ids]
     except TypeError as error:

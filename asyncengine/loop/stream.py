@@ -92,6 +92,17 @@ class RequestStream:
         if not self._inbox.ended:
             self._abort(self._inbox.number)
 
+    @property
+    def number(self) -> int:
+        """The engine's own name of the request."""
+        return self._inbox.number
+
+    def prompt_is(self, token_ids: Int32) -> None:
+        """Notes a prompt that had not come whole when the request was added."""
+        self.prompt_token_ids = token_ids
+        if self._inbox.prompt is not None:
+            self._inbox.prompt = token_ids
+
     def withdraw(self) -> None:
         """Aborts a request that its caller never came to own; nothing of it is delivered."""
         self.abort()

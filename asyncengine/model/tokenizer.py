@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from asyncengine.errors import CheckpointError
 from asyncengine.grammar.vocabulary import TokenTable
+from asyncengine.known_turns import encode_known_turns, has_known_turns
 from asyncengine.model.checkpoint import tokenizer_key
 from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
 
@@ -42,8 +43,9 @@ class FastTokenizer:
 
     def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
         """As `asyncengine.tokenizer.Tokenizer`."""
-        text = _apply_template(self._chat, messages, template_arguments)
-        # The template writes special tokens itself.
+        return _encode_chat(self, self._chat, messages, template_arguments, self._encode_piece)
+
+    def _encode_piece(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -84,8 +86,10 @@ class SlowTokenizer:
 
     def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
         """As `asyncengine.tokenizer.Tokenizer`."""
+        return _encode_chat(self, self._tokenizer, messages, template_arguments, self._encode_piece)
+
+    def _encode_piece(self, text: str) -> list[int]:
         with self._lock:
-            text = _apply_template(self._tokenizer, messages, template_arguments)
             return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -104,6 +108,21 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
     return FastTokenizer(tokenizer) if tokenizer.is_fast else SlowTokenizer(tokenizer)
+
+
+def _encode_chat(
+    tokenizer: Tokenizer,
+    chat: Any,
+    messages: Sequence[Message],
+    arguments: Mapping[str, Any],
+    encode: Callable[[str], list[int]],
+) -> list[int]:
+    """Token ids of a conversation; the template writes special tokens itself, so `encode` adds none."""
+    if has_known_turns(messages):
+        return encode_known_turns(
+            messages, lambda marked: _apply_template(chat, marked, arguments), encode, tokenizer.decode
+        )
+    return encode(_apply_template(chat, messages, arguments))
 
 
 def _apply_template(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:

@@ -157,6 +157,8 @@ class Core:
             case ins.AddRequests():
                 self._add(instruction)
                 return
+            case ins.ExtendPrompt():
+                self.requests.extend_prompt(instruction)
             case ins.AbortRequests():
                 self._abort(instruction)
             case ins.JobDone():
@@ -480,4 +482,4 @@ class Core:
         self._shutdown_at = None
 
 
-_NEVER_HELD = (ins.AbortRequests, ins.Shutdown, ins.JobDone, ins.Unpin)
+_NEVER_HELD = (ins.AbortRequests, ins.ExtendPrompt, ins.Shutdown, ins.JobDone, ins.Unpin)

@@ -6,6 +6,7 @@ its usage.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ from asyncengine.errors import (
     StepError,
 )
 from asyncengine.events import BranchEnded, BranchKey, PromptLogprobs, RequestEnded, Tokens
-from asyncengine.instructions import AddRequests, Mailbox, NewRequest, ReplyTo
+from asyncengine.instructions import AddRequests, ExtendPrompt, Mailbox, NewRequest, ReplyTo
 from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Usage
+from asyncengine.step.arriving import Arriving
 from asyncengine.step.batch import Int32, Int64, StepTokens, TokenLogprobs
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.scheduler import Chunk, Plan, Scheduler
-from asyncengine.step.sequence import Request, Sequence, SequenceState
+from asyncengine.step.sequence import EMPTY, Request, Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
 from asyncengine.tokenizer import Tokenizer
 from asyncengine.trace import Trace
@@ -77,6 +79,7 @@ class RequestTable:
         self.scheduler: Scheduler | None = None
         self.max_queue_size = max_queue_size
         self._tokenizer: Tokenizer | None = None
+        self._vocab_size = 0
         self._trace = trace
         self._clock = clock
         self._requests: dict[int, Request] = {}
@@ -189,7 +192,48 @@ class RequestTable:
                 heapq.heapify(self._deadlines)
         if self._trace.enabled:
             self._trace.mark("b", "request", now, new.number, id=new.request_id, prompt_tokens=len(new.prompt))
-        self.scheduler.add(request.branches[0])
+        if new.arriving:
+            request.arriving = Arriving()
+            request.branches[0].state = SequenceState.HELD
+        else:
+            self.scheduler.add(request.branches[0])
+
+    # Prompts that come in pieces
+
+    def extend_prompt(self, piece: ExtendPrompt) -> None:
+        """Gives a request the next piece of its prompt; one that has ended is passed over."""
+        request = self._requests.get(piece.number)
+        if request is None or (arriving := request.arriving) is None:
+            return
+        before = len(arriving.tokens)
+        arriving.take(piece.keep, piece.tokens, piece.complete)
+        if request.started_at is not None:
+            self.counters.prompt_tokens += len(arriving.tokens) - before
+        error = None if self.scheduler is None else self._misfit(request.new, [arriving.tokens], self._vocab_size)
+        if error is not None:
+            self._end_branches(request, FinishReason.ERROR, error)
+        elif request.branches[0].state is not SequenceState.PREFILL:  # or else, once that is done
+            self._compute_ahead(request, arriving)
+
+    def _compute_ahead(self, request: Request, arriving: Arriving) -> None:
+        """Lets a request whose prompt has not come whole compute what is due of it, or wait for more."""
+        first, scheduler = request.branches[0], self.scheduler
+        if scheduler is not None and first in scheduler.waiting:
+            scheduler.waiting.remove(first)
+        first.state = SequenceState.HELD
+        request.computed_ahead = arriving.computed
+        tokens = EMPTY
+        if arriving.complete:
+            tokens, request.arriving = arriving.tokens, None
+        elif scheduler is not None and request.new.params.num_prompt_logprobs < 0:  # those are computed from the start
+            tokens = arriving.due(scheduler.limits, scheduler.tree)
+        request.new = dataclasses.replace(request.new, prompt=tokens)
+        for branch in request.branches:
+            branch.tokens = tokens
+        if scheduler is None:
+            first.state = SequenceState.WAITING  # as all do until there is a model
+        elif len(tokens):
+            scheduler.add(first)
 
     # Ends
 
@@ -333,7 +377,7 @@ class RequestTable:
         total = now - request.arrived_at
         first = request.first_token_at
         usage = Usage(
-            prompt_tokens=len(request.new.prompt),
+            prompt_tokens=request.prompt_tokens,
             completion_tokens=request.num_output,
             cached_tokens=request.cached_tokens,
             preemptions=request.preemptions,
@@ -355,12 +399,19 @@ class RequestTable:
         """Goes on with another model. Requests that do not fit it are ended."""
         self.scheduler = scheduler
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         for request in list(self._requests.values()):
             unfinished = [branch for branch in request.branches if branch.state is not SequenceState.ENDED]
-            for branch in unfinished:
-                if branch.state is SequenceState.WAITING:
-                    scheduler.add(branch)
-            error = self._misfit(request.new, [branch.tokens for branch in unfinished], vocab_size)
+            sequences = [branch.tokens for branch in unfinished]
+            if (arriving := request.arriving) is not None:
+                sequences.append(arriving.tokens)
+                arriving.computed = 0
+                self._compute_ahead(request, arriving)
+            else:
+                for branch in unfinished:
+                    if branch.state is SequenceState.WAITING:
+                        scheduler.add(branch)
+            error = self._misfit(request.new, sequences, vocab_size)
             if error is not None:
                 self._end_branches(request, FinishReason.ERROR, error)
         for number, queued in list(self._queued.items()):
@@ -375,7 +426,7 @@ class RequestTable:
             return InvalidRequestError(
                 f"request {new.request_id}: its tokens do not fit the new model: at most {most} tokens"
             )
-        if any(int(tokens.max()) >= vocab_size for tokens in sequences):
+        if any(int(tokens.max(initial=0)) >= vocab_size for tokens in sequences):
             return InvalidRequestError(
                 f"request {new.request_id}: it has token ids outside the new vocabulary of {vocab_size}"
             )
@@ -397,7 +448,7 @@ class RequestTable:
                 request.started_at = now = self._clock()
                 self._waiting_new -= 1
                 self.counters.request_queue_seconds.observe(now - request.arrived_at)
-                self.counters.prompt_tokens += len(request.new.prompt)
+                self.counters.prompt_tokens += request.prompt_tokens
             if self._trace.enabled:
                 self._trace.mark("n", "prefill", self._clock(), request.new.number, tokens=chunk.count)
 
@@ -509,6 +560,11 @@ class RequestTable:
         assert self.scheduler is not None
         scheduler, trunk, request = self.scheduler, chunk.sequence, chunk.sequence.request
         new = request.new
+        if (arriving := request.arriving) is not None:
+            scheduler.hold(trunk)
+            arriving.note(new.prompt)
+            self._compute_ahead(request, arriving)
+            return
         if new.pin is not None:
             scheduler.tree.pin(new.pin, new.prompt[: len(new.prompt) - len(new.prompt) % scheduler.limits.page_size])
         if not chunk.branches:  # max_tokens = 0

@@ -260,6 +260,12 @@ class Scheduler:
         self.num_preemptions += 1
         self._wait(sequence)
 
+    def hold(self, sequence: Sequence) -> None:
+        """Takes a sequence out of the steps until more of its prompt comes; the prefix cache has what it computed."""
+        self._leave(sequence)
+        self._release_slot(sequence)
+        sequence.state = SequenceState.HELD
+
     def preempt_all(self) -> None:
         """Lets every sequence wait, as after the model or its cache has changed."""
         for sequence in self.running():
@@ -333,7 +339,7 @@ class Scheduler:
             scored = (first, max(first, min(computed + count, len(request.new.prompt) - 1)))
         unborn = (b for b in sequence.request.branches if b.state is SequenceState.UNBORN and b.slot >= 0)
         last = count == left
-        draws = last and sequence.request.new.params.max_tokens > 0
+        draws = last and request.arriving is None and request.new.params.max_tokens > 0
         chunks.append(Chunk(sequence, count, last, (sequence, *unborn) if draws else (), scored))
         return count
 
@@ -359,12 +365,13 @@ class Scheduler:
         sequence.state = SequenceState.PREFILL
         sequence.weight_version = self.weight_version
         self._prefilling.append(sequence)
-        self.prefix_queries += len(tokens)
-        self.prefix_hits += len(cached) * page_size
         request = sequence.request
+        found = max(len(cached) * page_size - request.computed_ahead, 0)
+        self.prefix_queries += len(tokens) - request.computed_ahead
+        self.prefix_hits += found
         if request.preemptions == 0 and sequence.branch == 0:
-            request.cached_tokens = len(cached) * page_size
-        unborn = [b for b in request.branches if b.state is SequenceState.UNBORN]
+            request.cached_tokens += found
+        unborn = [b for b in request.branches if b.state is SequenceState.UNBORN and request.arriving is None]
         for branch in unborn[: self.slots.num_free]:
             branch.slot = self.slots.take()
         for placed in (sequence, *unborn):

@@ -9,6 +9,7 @@ import numpy as np
 
 from asyncengine.detokenizer import TextStream
 from asyncengine.instructions import Mailbox, NewRequest
+from asyncengine.step.arriving import Arriving
 from asyncengine.step.batch import Int32
 
 
@@ -16,6 +17,7 @@ class SequenceState(enum.Enum):
     """Where a branch is."""
 
     UNBORN = "unborn"  # waits for the first branch to compute the prompt that they share
+    HELD = "held"  # waits for more of its prompt; in no queue
     WAITING = "waiting"  # has neither slot nor blocks
     PREFILL = "prefill"  # has a slot and blocks; part of what it knows is not in the KV cache
     DECODE = "decode"  # all but its newest token is in the KV cache
@@ -34,6 +36,8 @@ class Request:
         branches: n sequences, in order.
         cached_tokens: Prompt tokens found in the prefix cache at the first admission to a batch.
         scored: How many of the prompt's positions have told the log-probability of the token after them.
+        arriving: Its prompt, until that has come whole. Meanwhile `new.prompt` is what is to be computed of it now.
+        computed_ahead: How many tokens of the prompt were computed, or found, before it had come whole.
         ended: Whether its end has been told.
     """
 
@@ -47,12 +51,19 @@ class Request:
     cached_tokens: int = 0
     preemptions: int = 0
     scored: int = 0
+    arriving: Arriving | None = None
+    computed_ahead: int = 0
     ended: bool = False
 
     @property
     def num_output(self) -> int:
         """Tokens generated, over all branches; true once they have ended."""
         return sum(branch.num_output for branch in self.branches)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, as far as it has come."""
+        return len(self.new.prompt if self.arriving is None else self.arriving.tokens)
 
     @property
     def unscored(self) -> bool:

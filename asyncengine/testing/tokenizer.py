@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from asyncengine.grammar.vocabulary import TokenTable
+from asyncengine.known_turns import encode_known_turns, has_known_turns
 from asyncengine.tokenizer import Message
 
 
@@ -34,8 +35,14 @@ class ByteTokenizer:
 
     def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
         """One line per message, then ``assistant: ``."""
-        lines = [f"{message['role']}: {message.get('content') or ''}\n" for message in messages]
-        return self.encode("".join(lines) + "assistant: ")
+
+        def render(messages: Sequence[Message]) -> str:
+            lines = [f"{message['role']}: {message.get('content') or ''}\n" for message in messages]
+            return "".join(lines) + "assistant: "
+
+        if has_known_turns(messages):
+            return encode_known_turns(messages, render, self.encode, self.decode)
+        return self.encode(render(messages))
 
     def token_table(self) -> TokenTable:
         """What grammars need to know of it."""

@@ -12,6 +12,7 @@ import pytest
 
 import asyncengine
 from asyncengine import AsyncEngine, AsyncEngineError, EngineConfig
+from tests.docs import feature_table
 from tests.docs.pages import PAGES, ROOT, blocks, name, prose
 from tests.docs.state_table import table
 
@@ -136,3 +137,16 @@ def test_every_method_of_an_engine_has_its_row_in_the_readme() -> None:
 def test_nothing_speaks_of_this_machine() -> None:
     for page in NAMED:
         assert not re.search(r"/(?:home|root|work)/|localhost:\d|pypi\.|index-url", text(page)), page
+
+
+def test_the_table_of_features_is_what_the_tests_of_combinations_draw() -> None:
+    page = text(ROOT / "docs/features.md")
+    assert feature_table.table() in page, f"the table is now\n{feature_table.table()}"
+    assert set(re.findall(r"^\* \*\*(\w)\*\*", page, re.MULTILINE)) == set(feature_table.REMARKS.values())
+
+
+def test_every_further_feature_names_its_test() -> None:
+    rows = text(ROOT / "docs/features.md").partition("## What else there is")[2].splitlines()
+    rows = [row for row in rows if row.startswith("| ") and not row.endswith("| test |")]
+    assert len(rows) > 8
+    assert not [row for row in rows if "`test_" not in row.rpartition(" | ")[2]]

@@ -158,11 +158,12 @@ class Case:
         priority: int = 0,
         deadlines: Deadlines | None = None,
         pin: str | None = None,
+        arriving: bool = False,
         **changes: Any,
     ) -> NewRequest:
         number = next(self.numbers)
         name = f"r{number}" if request_id is None else request_id
-        return NewRequest(number, name, prompt_of(prompt), params(**changes), priority, deadlines, pin)
+        return NewRequest(number, name, prompt_of(prompt), params(**changes), priority, deadlines, pin, arriving)
 
     def adding(
         self, *new: NewRequest, when_full: ins.WhenFull = "wait", to: ReplyTo | None = None, epoch: int | None = None
@@ -176,6 +177,16 @@ class Case:
         new = self.new(prompt, **changes)
         assert self.ask(lambda to: self.adding(new, to=to)) is True
         return new.number
+
+    def open(self, **changes: Any) -> int:
+        """Adds a request whose prompt comes in pieces; returns its number."""
+        return self.add("", arriving=True, **changes)
+
+    def piece(self, number: int, tokens: str, *, keep: int | None = None, last: bool = False) -> None:
+        """Gives a request the next piece of its prompt."""
+        request = self.core.requests._requests.get(number)
+        before = 0 if request is None else request.prompt_tokens
+        self.give(ins.ExtendPrompt(number, before if keep is None else keep, prompt_of(tokens), last))
 
     def abort(self, *numbers: int) -> None:
         self.ask(lambda to: ins.AbortRequests(numbers, (), to))
@@ -303,6 +314,8 @@ class Case:
                     slots.append(branch.slot)
                 if branch.state is SequenceState.WAITING:
                     assert branch in scheduler.waiting and branch.slot == -1
+                if branch.state is SequenceState.HELD:
+                    assert request.arriving is not None and branch not in scheduler.waiting and branch.slot == -1
                 assert branch.resident == (branch in running)
                 assert branch.state is not SequenceState.ENDED or branch.slot == -1
         owned = {id(branch) for request in requests._requests.values() for branch in request.branches}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from asyncengine.state import EngineState
 from asyncengine.step.sequence import SequenceState
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 
-from .core_case import EOS, Case, config
+from .core_case import EOS, Case, config, prompt_of
 
 LETTERS = "abc"
 
@@ -80,6 +81,10 @@ ADDED: dict[str, Any] = {
 }
 
 
+def alive_and_open(machine: CoreMachine) -> bool:
+    return machine.alive() and bool(machine.unwhole)
+
+
 class CoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -89,6 +94,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.admissions: dict[int, tuple[NewRequest, ...]] = {}
         self.expected: set[int] = set()  # tickets that must have an answer in the end
         self.pending: list[ins.Instruction] = []
+        self.unwhole: dict[int, str] = {}  # prompts that come in pieces, so far
 
     # What is there
 
@@ -196,6 +202,43 @@ class CoreMachine(RuleBasedStateMachine):
             self.pending.append(adding)
         else:
             self.case.give(adding)
+
+    @precondition(alive)
+    @rule(n=st.integers(1, 3), max_tokens=st.integers(0, 9), priority=st.integers(-1, 1), scored=st.booleans())
+    def open_a_prompt(self, n: int, max_tokens: int, priority: int, scored: bool) -> None:
+        limits = {"num_prompt_logprobs": 0} if scored else {}
+        new = self.case.new("", arriving=True, n=n, max_tokens=max_tokens, priority=priority, **limits)
+        to = self.case.reply_to()
+        self.expected.add(to.ticket)
+        self.admissions[to.ticket] = (new,)
+        self.case.give(ins.AddRequests((new,), self.case.adding().epoch, self.case.box, to))
+        self.news[new.number] = new
+        if self.case.answered(to.ticket) and self.case.box.replies[to.ticket].value is True:
+            self.unwhole[new.number] = ""
+
+    @precondition(lambda self: alive_and_open(self))
+    @rule(
+        data=st.data(),
+        text=st.sampled_from(["", "aaaa", "bbbb", "aaaabbbbcccc"]) | st.text(LETTERS, max_size=9),
+        back=st.sampled_from([0, 0, 0, 0, 1, 5]),
+        last=st.sampled_from([False, False, True]),
+    )
+    def give_a_piece(self, data: st.DataObject, text: str, back: int, last: bool) -> None:
+        number = data.draw(st.sampled_from(sorted(self.unwhole)), label="request")
+        so_far = self.unwhole[number]
+        keep = max(len(so_far) - back, 0)
+        prompt = so_far[:keep] + text
+        last &= bool(prompt)
+        piece = ins.ExtendPrompt(number, keep, prompt_of(text), last)
+        self.unwhole[number] = prompt
+        if last:
+            self.news[number] = dataclasses.replace(self.news[number], prompt=prompt_of(prompt))
+            del self.unwhole[number]
+        if data.draw(st.booleans(), label="during a step"):
+            self.pending.append(piece)
+        else:
+            self.case.give(*self.pending, piece)  # pieces of a prompt keep their order
+            self.pending = []
 
     @precondition(alive)
     @rule(steps=st.integers(1, 12))
@@ -395,6 +438,13 @@ class CoreMachine(RuleBasedStateMachine):
         if self.pending:
             case.give(*self.pending)
             self.pending = []
+        for number in [number for number, new in self.news.items() if new.arriving and not len(new.prompt)]:
+            if number % 2 or number not in self.unwhole:
+                case.abort(number)  # whoever has no more to say gives up
+            else:
+                case.piece(number, "cab", last=True)
+                new = self.news[number]
+                self.news[number] = dataclasses.replace(new, prompt=prompt_of(self.unwhole[number] + "cab"))
         for _ in range(50):
             while case.jobs:
                 case.run_job()
