@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.step.scheduler import Limits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BUILDING = threading.Lock()
+"""Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at once
+restore each other's."""
+
 SLACK = 256 << 20
 """Bytes for whatever else a load needs: modules, a tokenizer, activations of the first steps."""
 
@@ -156,13 +161,14 @@ def _build(details: _Details) -> Any:
 
     from asyncengine.model import architecture
 
-    model = AutoModelForCausalLM.from_pretrained(
-        details.checkpoint.path,
-        config=details.hf_config,
-        dtype=details.dtype,
-        attn_implementation=architecture.ATTENTION,
-        local_files_only=True,
-    )
+    with _BUILDING:
+        model = AutoModelForCausalLM.from_pretrained(
+            details.checkpoint.path,
+            config=details.hf_config,
+            dtype=details.dtype,
+            attn_implementation=architecture.ATTENTION,
+            local_files_only=True,
+        )
     return model.to(details.device).eval().requires_grad_(False)
 
 
@@ -311,7 +317,7 @@ def _check_on_meta(architecture: Any, hf_config: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with _BUILDING, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
         architecture.record(model.eval())
     except UnsupportedModelError:
