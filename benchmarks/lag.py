@@ -1,8 +1,8 @@
 """How late the event loop is while the engine decodes, loads, builds its kernels and reloads, and which call does it.
 
 A timer is set anew every millisecond; its lag is how much later than due it comes. p50, p99 and max are of these lags.
-"any" is stricter: the 99th percentile over all milliseconds of the phase of how long something that falls due in that
-millisecond would have waited, so that a call that holds the interpreter's lock for 300 ms counts 300 times and not once.
+"any" is stricter: the 99th percentile, over all milliseconds of the phase, of how long something that falls due in that
+millisecond would have waited; so a call that holds the interpreter's lock for 300 ms counts 300 times and not once.
 
 Phases, each after the imports of torch and transformers:
 

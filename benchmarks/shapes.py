@@ -46,7 +46,7 @@ def make(shape: str, dtype: str, device: str = "cpu", max_length: int = 4096) ->
 
 
 def write(path: Path, shape: str, dtype: str, max_length: int = 4096) -> Path:
-    """Writes a random checkpoint. All weights come out of one block of random numbers, so that large ones take seconds."""
+    """Writes a random checkpoint. All weights come out of one block of random numbers, so large ones take seconds."""
     import torch
 
     model = make(shape, dtype, "meta", max_length)

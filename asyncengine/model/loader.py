@@ -27,8 +27,8 @@ from asyncengine.step.scheduler import Limits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BUILDING = threading.Lock()
-"""Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at once
-restore each other's."""
+"""Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at
+once restore each other's."""
 
 SLACK = 256 << 20
 """Bytes for whatever else a load needs: modules, a tokenizer, activations of the first steps."""

@@ -64,7 +64,7 @@ class PackedMatrix:
         outputs = sum(groups) * lanes if len(weights) > 1 else weights[0].shape[0]
         self.dtype = weights[0].dtype
         self.weights = _huge(sum(groups) * lanes * inputs, torch.int8 if int8 else self.dtype, library)
-        # Every dtype is given: whoever loads a model with transformers changes the default for the whole process meanwhile.
+        # Every dtype is given: transformers changes the whole process's default while it makes a model.
         self.scales = torch.zeros(sum(groups) * lanes, dtype=torch.float32) if int8 else None
         self.bias: torch.Tensor | None = None
         if any(bias is not None for bias in biases):
