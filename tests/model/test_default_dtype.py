@@ -13,11 +13,11 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.model.loader import TransformersLoader
 
 CONFIGS = [
-    GenerationConfig(temperature=0, max_tokens=24, ignore_eos=True),
-    GenerationConfig(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, seed=3, max_tokens=24, ignore_eos=True),
+    GenerationConfig(temperature=0, max_tokens=8, ignore_eos=True),
+    GenerationConfig(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, seed=3, max_tokens=8, ignore_eos=True),
     GenerationConfig(
         temperature=0.9, frequency_penalty=0.5, repetition_penalty=1.2, logit_bias={7: 2.0}, logprobs=True,
-        top_logprobs=3, seed=4, max_tokens=24, ignore_eos=True,
+        top_logprobs=3, seed=4, max_tokens=8, ignore_eos=True,
     ),
 ]  # fmt: skip
 
@@ -51,7 +51,7 @@ async def test_steps_do_not_depend_on_the_default_dtype(
         assert [result.outputs for result in found] == [result.outputs for result in expected]
 
 
-def test_models_that_are_loaded_at_the_same_time_leave_the_default_dtype_as_it_was(
+def test_loading_models_at_once_leaves_the_default_dtype_as_it_was(
     checkpoint: Callable[..., Path],
 ) -> None:
     loader = TransformersLoader()
