@@ -6,17 +6,19 @@ millisecond would have waited; so a call that holds the interpreter's lock for 3
 
 Phases, each after the imports of torch and transformers:
 
-* idle: a model is loaded, nothing is asked;
-* decode N: N requests decode on a real model, with one task per request that reads every token;
+* idle ("serve"): a model is loaded, nothing is asked;
+* decode N ("serve"): N requests decode on a real model, with one task per request that reads every token;
 * load: a random checkpoint (`--load-shape`, 2.5 GB, with a tokenizer of its vocabulary) is loaded into an engine;
-* reload: the same again while the first serves one request;
+* reload ("load"): the same again while the first serves one request;
 * build: the C++ code is compiled, into a cache that is empty, and a small model is loaded.
 
 ``--blame MS`` names what held the loop up: while a timer is more than MS late, a thread that needs no lock writes down
-where all Python threads are; printed are the innermost frames of the others, by how often they were seen. It costs
-some tens of microseconds per timer, so take figures without it.
+where all Python threads are; printed are the innermost frames of the others, by how often they were seen. For diagnosis
+only: it costs some tens of microseconds per timer, and because it looks at frames while they change, the process may
+crash if MS is so small that it often looks.
 
-    python -m benchmarks.lag [--shape S] [--load-shape 1B] [--readers 16 256] [--seconds 5] [--blame MS] [--tiny]
+    python -m benchmarks.lag [--shape S] [--load-shape 1B] [--readers 16 256] [--seconds 5]
+        [--only serve load build] [--blame MS] [--tiny]
 
 The last line is one JSON object.
 """
@@ -43,6 +45,7 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from benchmarks import shapes
 
 PERIOD = 0.001
+PHASES = ("serve", "load", "build")
 
 
 class LagMeter:
@@ -72,7 +75,7 @@ class LagMeter:
                 if self._seen is not None:
                     faulthandler.cancel_dump_traceback_later()
                     self._seen.seek(0)
-                    self.blamed = Counter(_innermost(self._seen.read()))
+                    self.blamed = Counter(innermost(self._seen.read()))
 
     async def _run(self) -> None:
         while True:
@@ -100,7 +103,7 @@ def waited(lags: list[float], share: float) -> float:
     return moments[min(int(len(moments) * share), len(moments) - 1)]
 
 
-def _innermost(dumps: str) -> Iterator[str]:
+def innermost(dumps: str) -> Iterator[str]:
     """The innermost frames of the threads that do not run the event loop, one per thread and dump."""
     for stack in re.split(r"\n(?=Thread |Current thread )", dumps):
         frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', stack)
@@ -114,12 +117,7 @@ def config(path: Path, arguments: argparse.Namespace, **settings: Any) -> Engine
     return EngineConfig(str(path), device="cpu", dtype="bfloat16", decoder_backend=arguments.decoder, **settings)
 
 
-async def idle(engine: AsyncEngine, arguments: argparse.Namespace, readers: int, meter: LagMeter) -> None:
-    async with meter.running():
-        await asyncio.sleep(arguments.seconds)
-
-
-async def decode(engine: AsyncEngine, arguments: argparse.Namespace, readers: int, meter: LagMeter) -> None:
+async def decode(engine: AsyncEngine, seconds: float, readers: int, meter: LagMeter) -> None:
     """Measured is from the moment when all readers have had a token."""
     begun = 0
     all_begun = asyncio.Event()
@@ -137,7 +135,7 @@ async def decode(engine: AsyncEngine, arguments: argparse.Namespace, readers: in
     tasks = [asyncio.create_task(read(number)) for number in range(readers)]
     await all_begun.wait()
     async with meter.running():
-        await asyncio.sleep(arguments.seconds)
+        await asyncio.sleep(seconds)
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
@@ -153,24 +151,28 @@ async def phases(arguments: argparse.Namespace, directory: Path) -> dict[str, La
 
     most = max(arguments.readers)
     served = config(directory / "served", arguments, max_num_sequence=most, max_total_sequence_length=most * 512)
-    async with AsyncEngine(served) as engine:
-        await idle(engine, arguments, 0, meter("idle"))
-        for readers in arguments.readers:
-            await decode(engine, arguments, readers, meter(f"decode {readers}"))
-            await engine.reset()
-    large = config(directory / "large", arguments, max_total_sequence_length=4096)
+    if "serve" in arguments.only:
+        async with AsyncEngine(served) as engine:
+            async with meter("idle").running():
+                await asyncio.sleep(arguments.seconds)
+            for readers in arguments.readers:
+                await decode(engine, arguments.seconds, readers, meter(f"decode {readers}"))
+                await engine.reset()
     engine = AsyncEngine()
-    async with meter("load").running():
-        await engine.reload(large)
-    reader = asyncio.create_task(_read_on(engine))
-    async with meter("reload").running():
-        await engine.reload(large, in_flight="carry")
-    reader.cancel()
-    await asyncio.wait([reader])
-    await engine.unload()
-    with empty_cache(directory / "cache"):
-        async with meter("build").running():
-            await engine.reload(served)
+    if "load" in arguments.only:
+        large = config(directory / "large", arguments, max_total_sequence_length=4096)
+        async with meter("load").running():
+            await engine.reload(large)
+        reader = asyncio.create_task(_read_on(engine))
+        async with meter("reload").running():
+            await engine.reload(large, in_flight="carry")
+        reader.cancel()
+        await asyncio.wait([reader])
+        await engine.unload()
+    if "build" in arguments.only:
+        with empty_cache(directory / "cache"):
+            async with meter("build").running():
+                await engine.reload(served)
     await engine.shutdown()
     return meters
 
@@ -201,6 +203,7 @@ def main() -> None:
     parser.add_argument("--decoder", default="auto", choices=["auto", "compiled", "transformers"])
     parser.add_argument("--readers", type=int, nargs="+", default=[16, 256])
     parser.add_argument("--seconds", type=float, default=5.0, help="of the idle and of each decoding phase")
+    parser.add_argument("--only", nargs="+", choices=PHASES, default=list(PHASES), help="phases")
     parser.add_argument("--blame", type=float, metavar="MS")
     parser.add_argument("--tiny", action="store_true", help="smallest shapes, for the tests")
     arguments = parser.parse_args()
@@ -216,8 +219,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         served, large = Path(directory) / "served", Path(directory) / "large"
         shapes.write(served, arguments.shape, "bfloat16")
-        shapes.write(large, arguments.load_shape, "bfloat16")
-        shapes.write_tokenizer(large, shapes.SHAPES[arguments.load_shape]["vocab_size"])
+        if "load" in arguments.only:
+            shapes.write(large, arguments.load_shape, "bfloat16")
+            shapes.write_tokenizer(large, shapes.SHAPES[arguments.load_shape]["vocab_size"])
         meters = uvloop.run(phases(arguments, Path(directory)))
     results = {name: meter.figures() for name, meter in meters.items()}
     print(f"{'ms':>12}{'p50':>9}{'p99':>9}{'any p99':>9}{'max':>9}")

@@ -74,7 +74,13 @@ def machine(arguments: argparse.Namespace) -> Machine:
     head_dim = getattr(values, "head_dim", None) or values.hidden_size // values.num_attention_heads
     kv_bytes = 2 * values.num_hidden_layers * values.num_key_value_heads * head_dim
     item = getattr(torch, arguments.dtype).itemsize
-    return Machine(step.bandwidth(), 2 * size**3 / min(times), weights * item, weights, kv_bytes * item)
+    return Machine(
+        step.bandwidth(1 << 22 if arguments.tiny else 1 << 27),
+        2 * size**3 / min(times),
+        weights * item,
+        weights,
+        kv_bytes * item,
+    )
 
 
 def resident() -> int:

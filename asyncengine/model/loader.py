@@ -24,6 +24,7 @@ from asyncengine.model.memory import GIB
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.step.scheduler import Limits
+from asyncengine.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BUILDING = threading.Lock()
@@ -43,6 +44,7 @@ class _Details:
     dtype: torch.dtype
     weight_bytes: int
     max_length: int
+    present_tokenizer: Tokenizer | None
 
 
 class TransformersLoader:
@@ -75,7 +77,8 @@ class TransformersLoader:
             given = str(dtype).removeprefix("torch.")
             raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
         weights = checkpoint.weight_bytes(dtype)
-        details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length)
+        present = None if current is None else current.tokenizer
+        details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present)
         return LoadPlan(config, _fits(details, current), tokenizer_key(tokenizer_path), details)
 
     def load(self, plan: LoadPlan) -> LoadedModel:
@@ -103,7 +106,7 @@ def _load(plan: LoadPlan) -> LoadedModel:
     details, config = plan.details, plan.config
     assert isinstance(details, _Details)
     device, dtype = details.device, details.dtype
-    tokenizer = load_tokenizer(details.tokenizer_path)
+    tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
     selection = _select(config, device)
     backend = selection.backend
     notes = [] if selection.fallback_reason is None else [f"attention: {selection.fallback_reason}"]
