@@ -2,7 +2,7 @@
 
 The core is driven synchronously, as `benchmarks.scheduler` does, so that a step is model + host and nothing else.
 
-* running: N requests decode with 32 to 64 tokens behind them on a real model. The limit is the larger of the bytes of
+* running: N requests decode with 8 to 40 tokens behind them on a real model. The limit is the larger of the bytes of
   weights and KV cache over the memory's bandwidth, and the operations (two for each weight and token) over the rate of
   a float32 matrix product; both are measured in the same run. "host" is the step without the model.
 * context: one step of two rows with N tokens behind each, on a real model whose cache was written before. The limit
@@ -123,11 +123,11 @@ def finish(core: Core) -> None:
 
 def running(arguments: argparse.Namespace, path: Path, limits: Machine) -> list[Row]:
     counts = [1, 2, 4] if arguments.tiny else [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
-    core, rows, draw, number = core_of(arguments, path, counts[-1], counts[-1] * 96), [], np.random.default_rng(0), 0
+    core, rows, draw, number = core_of(arguments, path, counts[-1], counts[-1] * 64), [], np.random.default_rng(0), 0
     vocabulary = shapes.SHAPES[arguments.shape]["vocab_size"]
     for count in counts:
         steps = 5 if count > 64 else 15
-        prompts = [draw.integers(1, vocabulary, 32, dtype=np.int32) for _ in range(count)]
+        prompts = [draw.integers(1, vocabulary, 8, dtype=np.int32) for _ in range(count)]
         add(core, prompts, steps + 40, number)
         number += count
         while core.metrics().num_requests_running < count or core.metrics().counters.generation_tokens < number:
