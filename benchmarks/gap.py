@@ -1,11 +1,17 @@
-"""Gap between steps: what the step thread does between two model steps, alone and beside N readers.
+"""Gap between steps: what the step thread does between two model steps, alone, beside readers and beside other work.
 
-256 requests decode on a model whose step takes 8 ms without the GIL, as one on a GPU does. The gap is the time from
-the end of one model step to the beginning of the next: bookkeeping, publishing, scheduling, and waiting for the GIL.
-It is measured with nobody reading, and with one task per request reading every token; in alternation. "kept" is the
-steps per second with readers over those without. The last line is one JSON object.
+N requests decode on a model whose step takes 8 ms without the GIL, as one on a GPU does. The gap is the time from the
+end of one model step to the beginning of the next: bookkeeping, publishing, scheduling, and waiting for the GIL. It is
+measured, in alternation:
 
-    python -m benchmarks.gap [--requests 256] [--step-ms 8] [--steps 250] [--rounds 5]
+* idle: with nobody reading;
+* readers: with one task per request that reads every token;
+* application: with nobody reading, while a task on the loop computes in pure Python for `--burn` of its time, 10 ms
+  being one period.
+
+"kept" is the steps per second over those of idle, the median of the rounds' ratios. The last line is one JSON object.
+
+    python -m benchmarks.gap [--requests 256 1024] [--step-ms 8] [--steps 250] [--rounds 5] [--burn 0.2]
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import argparse
 import asyncio
 import json
 import statistics
+import time
 
 import uvloop
 
@@ -21,8 +28,24 @@ from asyncengine import GenerationConfig
 from asyncengine.loop import delivery
 from benchmarks.zero_cost import zero_cost_engine
 
+CONDITIONS = ("idle", "readers", "application")
+PERIOD = 0.01
 
-async def run(requests: int, step_seconds: float, steps: int, read: bool) -> tuple[list[float], float]:
+
+async def burn(share: float) -> None:
+    """Computes for a share of the loop's time."""
+    due = time.perf_counter()
+    while True:
+        until = time.perf_counter() + share * PERIOD
+        while time.perf_counter() < until:
+            pass
+        due += PERIOD
+        await asyncio.sleep(max(due - time.perf_counter(), 0.0))
+
+
+async def run(
+    requests: int, step_seconds: float, steps: int, condition: str, share: float
+) -> tuple[list[float], float]:
     """Gaps in seconds, and steps per second."""
     engine, model = zero_cost_engine(step_seconds)
     async with engine:
@@ -34,38 +57,51 @@ async def run(requests: int, step_seconds: float, steps: int, read: bool) -> tup
             async for _ in stream:
                 pass
 
-        tasks = [asyncio.create_task(reader(stream)) for stream in streams] if read else []
+        application = asyncio.create_task(burn(share)) if condition == "application" else None
+        tasks = [asyncio.create_task(reader(stream)) for stream in streams] if condition == "readers" else []
         await engine.resume()
-        done = asyncio.create_task(reader(streams[0])) if not read else tasks[0]
-        await done
+        await (tasks[0] if tasks else streams[0])
         begun, ended = model.begun[25 : steps + 25], model.ended[25 : steps + 25]
         await asyncio.gather(*tasks)
+        if application is not None:
+            application.cancel()
     gaps = [b - a for a, b in zip(ended[:-1], begun[1:], strict=True)]
     return gaps, (len(begun) - 1) / (begun[-1] - begun[0])
 
 
+def measure(arguments: argparse.Namespace, requests: int) -> dict[str, dict[str, float]]:
+    """All conditions, in alternation."""
+    rows: dict[str, list[tuple[float, float, float]]] = {condition: [] for condition in CONDITIONS}
+    for _ in range(arguments.rounds):
+        for condition in CONDITIONS:
+            gaps, rate = uvloop.run(run(requests, arguments.step_ms / 1e3, arguments.steps, condition, arguments.burn))
+            gaps.sort()
+            rows[condition].append((statistics.median(gaps) * 1e6, gaps[int(len(gaps) * 0.99)] * 1e6, rate))
+    results = {}
+    for condition, found in rows.items():
+        p50, p99, rate = (statistics.median(column) for column in zip(*found, strict=True))
+        kept = statistics.median(b[2] / a[2] for a, b in zip(rows["idle"], found, strict=True))
+        results[condition] = {
+            "gap_p50_us": round(p50, 1), "gap_p99_us": round(p99, 1), "steps_per_second": round(rate, 2),
+            "kept": round(kept, 4),
+        }  # fmt: skip
+        print(
+            f"{requests:>5} {condition:>11}: gap p50 {p50:7.1f} µs, p99 {p99:7.1f} µs, {rate:.2f} steps/s, {kept:.3f}"
+        )
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--requests", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--step-ms", type=float, default=8.0)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--burn", type=float, default=0.2, help="share of the loop's time")
     arguments = parser.parse_args()
     delivery.use_compiled()
-    rows: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
-    for _ in range(arguments.rounds):
-        for read in (False, True):
-            gaps, rate = uvloop.run(run(arguments.requests, arguments.step_ms / 1e3, arguments.steps, read))
-            gaps.sort()
-            rows[read].append((statistics.median(gaps) * 1e6, gaps[int(len(gaps) * 0.99)] * 1e6, rate))
-    results = {}
-    for read, name in ((False, "idle"), (True, "readers")):
-        p50, p99, rate = (statistics.median(column) for column in zip(*rows[read], strict=True))
-        results[name] = {"gap_p50_us": round(p50, 1), "gap_p99_us": round(p99, 1), "steps_per_second": round(rate, 2)}
-        print(f"{name:>8}: gap p50 {p50:7.1f} µs, p99 {p99:7.1f} µs, {rate:.2f} steps/s")
-    kept = statistics.median(b[2] / a[2] for a, b in zip(rows[False], rows[True], strict=True))
-    print(f"kept with {arguments.requests} readers: {kept:.3f}")
-    print(json.dumps({"benchmark": "gap", "requests": arguments.requests, "kept": round(kept, 4), "results": results}))
+    results = {str(requests): measure(arguments, requests) for requests in arguments.requests}
+    print(json.dumps({"benchmark": "gap", "step_ms": arguments.step_ms, "burn": arguments.burn, "results": results}))
 
 
 if __name__ == "__main__":

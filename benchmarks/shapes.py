@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ SHAPES = {
         "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
         "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936,
     },
+    "1B": {  # the shape of Llama-3.2-1B: 2.5 GB in bfloat16
+        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 8192, "vocab_size": 128256,
+    },
     "L": {  # the shape of Qwen3-8B
         "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
         "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False,
@@ -25,13 +30,13 @@ SHAPES = {
 }  # fmt: skip
 
 
-def make(shape: str, dtype: str, device: str = "cpu") -> Any:
-    """A random Llama (S, tiny) or Qwen3 (M, L), with tied embeddings but for L, made on a device."""
+def make(shape: str, dtype: str, device: str = "cpu", max_length: int = 4096) -> Any:
+    """A random Llama (S, 1B, tiny) or Qwen3 (M, L), with tied embeddings but for L, made on a device."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
     values = {
-        "tie_word_embeddings": True, "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": None,
+        "tie_word_embeddings": True, "max_position_embeddings": max_length, "bos_token_id": None, "eos_token_id": None,
         "pad_token_id": 0,
     } | SHAPES[shape]  # fmt: skip
     config = Qwen3Config(**values) if shape in ("M", "L") else LlamaConfig(**values)
@@ -40,7 +45,44 @@ def make(shape: str, dtype: str, device: str = "cpu") -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
-def write(path: Path, shape: str, dtype: str) -> Path:
-    """Writes a random checkpoint."""
-    make(shape, dtype).save_pretrained(path)
+def write(path: Path, shape: str, dtype: str, max_length: int = 4096) -> Path:
+    """Writes a random checkpoint. All weights come out of one block of random numbers, so large ones take seconds."""
+    import torch
+
+    model = make(shape, dtype, "meta", max_length)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    block = (torch.randn(1 << 24) * 0.02).to(getattr(torch, dtype))
+    start = 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms
+                parameter.fill_(1.0)
+                continue
+            flat = parameter.view(-1)
+            for at in range(0, flat.numel(), 1 << 22):
+                count = min(1 << 22, flat.numel() - at)
+                start = (start + 7919 * 64) % ((1 << 24) - (1 << 22))
+                flat[at : at + count] = block[start : start + count]
+    model.save_pretrained(path)
     return path
+
+
+def write_tokenizer(path: Path, vocabulary: int) -> None:
+    """Writes a byte-level BPE tokenizer of random merges, as large as a real one of that vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {letter: number for number, letter in enumerate(letters)}
+    merges, draw, known = [], random.Random(0), list(letters)
+    while len(tokens) < vocabulary:
+        left, right = draw.choice(known), draw.choice(known)
+        if left + right not in tokens and len(left + right) < 12:
+            tokens[left + right] = len(tokens)
+            known.append(left + right)
+            merges.append((left, right))
+    tokenizer = Tokenizer(models.BPE(tokens, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)

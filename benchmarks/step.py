@@ -31,11 +31,11 @@ from benchmarks import shapes
 PAGE = 32
 
 
-def bandwidth() -> float:
+def bandwidth(words_read: int = 1 << 27) -> float:
     """Bytes per second that all threads together read."""
     import torch
 
-    words = torch.ones(1 << 27, dtype=torch.float32)
+    words = torch.ones(words_read, dtype=torch.float32)
     times = []
     for _ in range(7):
         begun = time.perf_counter()

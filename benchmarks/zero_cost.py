@@ -58,15 +58,18 @@ class ZeroCostModel:
 class ZeroCostLoader:
     """Loads one `ZeroCostModel`; requests have no tokenizer and no text."""
 
-    def __init__(self, step_seconds: float = 0.0, max_num_sequence: int = 1024) -> None:
+    def __init__(self, step_seconds: float = 0.0, max_num_sequence: int = 1024, max_length: int = 8192) -> None:
         self.model = ZeroCostModel(step_seconds)
         self.max_num_sequence = max_num_sequence
+        self.max_length = max_length
 
     def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
         return LoadPlan(config, True)
 
     def load(self, plan: LoadPlan) -> LoadedModel:
-        limits = Limits(self.max_num_sequence, 8192, 8192, 16, self.max_num_sequence * 512)
+        limits = Limits(
+            self.max_num_sequence, self.max_length, self.max_length, 16, self.max_num_sequence * self.max_length // 16
+        )
         return LoadedModel(
             self.model, limits, plan.config.replace(max_queue_size=None), 1000, (), GenerationConfig(), None, None
         )

@@ -1,4 +1,4 @@
-"""The programs in benchmarks/ that need a GPU run here with tiny shapes, so that they do not rot."""
+"""Programs in benchmarks/ that nothing else runs, here with tiny shapes, so that they do not rot."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.arrivals import arrivals
 from benchmarks.gpu import Report
+from benchmarks.lag import innermost, waited
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,3 +67,75 @@ def test_attention_kernels_compile_for_hopper_without_spills() -> None:
     assert result["spilling"] == [], said
     assert status == 0
     assert result["kernels"] == 14
+
+
+def test_lag_measures_every_phase() -> None:
+    status, result, said = run("lag", "--tiny", "--only", "serve", "load")
+    assert status == 0, said
+    assert list(result["results"]) == ["idle", "decode 2", "decode 4", "load", "reload"]
+    for phase in result["results"].values():
+        assert phase["timers"] > 10
+        assert 0 <= phase["p50_ms"] <= phase["p99_ms"] <= phase["max_ms"]
+        assert phase["any_p99_ms"] <= phase["max_ms"]
+
+
+def test_lag_names_the_innermost_frames_of_the_threads_that_do_not_run_the_loop() -> None:
+    dump = """Timeout (0:00:00.031000)!
+Thread 0x00007f1 (most recent call first):
+  File "/lib/json/decoder.py", line 353 in raw_decode
+  File "/lib/json/__init__.py", line 346 in loads
+  File "/lib/a/b.py", line 7 in load
+  File "/lib/a/c.py", line 8 in run
+
+Thread 0x00007f2 (most recent call first):
+  File "/lib/asyncengine/instruction_queue.py", line 71 in wait
+
+Thread 0x00007f3 (most recent call first):
+  File "/lib/asyncio/base_events.py", line 1922 in _run_once
+"""
+    assert list(innermost(dump)) == ["json/decoder.py:353 raw_decode < json/__init__.py:346 loads < a/b.py:7 load"]
+
+
+def test_a_call_that_holds_the_loop_counts_for_every_moment_that_it_takes() -> None:
+    lags = [0.0] * 899 + [0.1]  # 0.1 s of 1 s
+    assert sorted(lags)[int(len(lags) * 0.99)] == 0
+    assert waited(lags, 0.99) == pytest.approx(0.09, abs=0.002)
+    assert waited(lags, 0.85) == 0
+
+
+def test_scale_draws_every_curve(tmp_path: Path) -> None:
+    status, result, said = run("scale", "--tiny", "--write", str(tmp_path))
+    assert status == 0, said
+    for name in ("running", "context", "waiting", "prefix"):
+        assert len(result[name]) >= 2
+        drawn = ElementTree.parse(tmp_path / f"scale-{name}.svg")
+        assert len(drawn.findall("{*}path")) > 10
+    assert [row["hit_tokens"] for row in result["prefix"]] == [0, 32]
+    assert [row["kv_mb"] for row in result["running"]] == sorted(row["kv_mb"] for row in result["running"])
+
+
+def test_arrivals_serves_the_same_requests_on_both_sides() -> None:
+    status, result, said = run("arrivals", "--tiny")
+    assert status == 0, said
+    assert set(result["results"]) == {"asyncengine", "transformers"}
+    ours, theirs = result["results"].values()
+    assert (ours["requests"], ours["failed"]) == (theirs["requests"], theirs["failed"]) == (4, 0)
+    assert ours["completion_tokens"] == theirs["completion_tokens"]
+
+
+def test_arrivals_are_the_same_for_the_same_seed() -> None:
+    work = arrivals(64, 4.0, 1000, 384)
+    assert work == arrivals(64, 4.0, 1000, 384)
+    assert work != arrivals(64, 4.0, 1000, 384, seed=1)
+    assert 8 < work[-1].at < 32  # 64 at 4 per second
+    assert all(16 <= len(each.prompt) <= 384 and 16 <= each.tokens <= 128 for each in work)
+
+
+def test_scheduler_and_gap_measure_what_they_say() -> None:
+    status, result, said = run("scheduler", "--running", "4", "--waiting", "0", "50", "--steps", "20")
+    assert status == 0, said
+    assert set(result["results"]["4"]) == {"0", "50"}
+    status, result, said = run("gap", "--requests", "4", "--steps", "20", "--rounds", "1", "--step-ms", "1")
+    assert status == 0, said
+    assert set(result["results"]["4"]) == {"idle", "readers", "application"}
+    assert result["results"]["4"]["idle"]["kept"] == 1

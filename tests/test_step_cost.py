@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -70,6 +71,27 @@ def test_a_decode_step_is_a_few_python_calls_however_many_requests_decode(runnin
 
 def test_requests_that_wait_cost_a_step_nothing() -> None:
     assert calls_of_a_step(decoding(16, waiting=5000)) == calls_of_a_step(decoding(16))
+
+
+def admission_seconds(count: int) -> float:
+    """Of the step thread's time, per request, to take so many requests that come in one instruction."""
+    core = loaded_core(4)
+    assert core.view is not None
+    params = resolve(GenerationConfig(), GenerationConfig(), vocab_size=9, eos_token_ids=(3,), max_tokens=9, seed=0)
+    prompt = np.arange(4, 8, dtype=np.int32)
+    new = tuple(NewRequest(number, f"r{number}", prompt, params) for number in range(count))
+    gc.disable()  # it looks at all of them again and again, which is another matter
+    try:
+        begun = time.thread_time()
+        core.handle([AddRequests(new, core.view.epoch, Nowhere())])
+        return (time.thread_time() - begun) / count
+    finally:
+        gc.enable()
+
+
+def test_to_admit_a_request_costs_the_same_however_many_come_at_once() -> None:
+    few = min(admission_seconds(2000) for _ in range(3))
+    assert admission_seconds(60_000) < 4 * few  # it was 10 times as much when the first in line was searched for
 
 
 def leaves_nothing() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from asyncengine.cli.figures import Figures, percentile
 
 _WIDTH, _HEIGHT = 900, 620
 _PANEL_WIDTH, _PANEL_HEIGHT = 360, 200
-_CORNERS = ((70, 80), (510, 80), (70, 360), (510, 360))
+CORNERS = ((70, 80), (510, 80), (70, 360), (510, 360))
 _POINTS = 240
 _BINS = 60
 
@@ -24,43 +24,72 @@ def draw(figures: Figures, title: str) -> str:
         figures: What is drawn.
         title: What was measured, and how.
     """
-    parts = [
+    said = f"{figures.requests} requests, {figures.tokens:,} tokens, {figures.tokens_per_second:,.1f} tokens/s"
+    parts: list[str] = []
+    for corner, (name, values) in zip(CORNERS, figures.latencies.items(), strict=False):
+        milliseconds = [1000 * value for value in values]
+        marks = [(f"p{p}", percentile(milliseconds, p)) for p in (50, 99)] if milliseconds else []
+        panel = Panel(corner, f"{name}, ms", "% of them", _distribution(milliseconds), 100.0)
+        parts += panel.draw(marks)
+    rate = Panel(CORNERS[3], "seconds", "tokens/s", _rate(figures.deltas), None)
+    parts += rate.draw([])
+    return document(title, said, parts)
+
+
+def document(title: str, subtitle: str, parts: Iterable[str]) -> str:
+    """The document around the panels, of which there is room for four, at `CORNERS`."""
+    begin = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         'font-family="system-ui, sans-serif" font-size="12">',
         f"<title>{escape(title)}</title>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#fff"/>',
         f'<text x="70" y="34" font-size="17" font-weight="600">{escape(title)}</text>',
-        f'<text x="70" y="54" fill="#555">{figures.requests} requests, {figures.tokens:,} tokens, '
-        f"{figures.tokens_per_second:,.1f} tokens/s</text>",
+        f'<text x="70" y="54" fill="#555">{escape(subtitle)}</text>',
     ]
-    for corner, (name, values) in zip(_CORNERS, figures.latencies.items(), strict=False):
-        milliseconds = [1000 * value for value in values]
-        marks = [(f"p{p}", percentile(milliseconds, p)) for p in (50, 99)] if milliseconds else []
-        panel = _Panel(corner, f"{name}, ms", "% of them", _distribution(milliseconds), 100.0)
-        parts += panel.draw(marks)
-    rate = _Panel(_CORNERS[3], "seconds", "tokens/s", _rate(figures.deltas), None)
-    parts += rate.draw([])
-    parts.append("</svg>\n")
-    return "\n".join(parts)
+    return "\n".join([*begin, *parts, "</svg>\n"])
 
 
-class _Panel:
-    """A curve with its axes."""
+class Panel:
+    """A curve with its axes.
 
-    def __init__(self, corner: tuple[int, int], x_name: str, y_name: str, points: Points, y_most: float | None) -> None:
+    Args:
+        corner: Its upper left.
+        x_name: What is to the right.
+        y_name: What is up.
+        points: The curve.
+        y_most: The end of the y-axis; None fits it to the curves.
+        limit: A second curve, dashed.
+        logarithmic: Whether the x-axis is; its ticks are then at the curve's points.
+    """
+
+    def __init__(
+        self,
+        corner: tuple[int, int],
+        x_name: str,
+        y_name: str,
+        points: Points,
+        y_most: float | None = None,
+        limit: Points | None = None,
+        logarithmic: bool = False,
+    ) -> None:
         self._left, self._top = corner
         self._names = (x_name, y_name)
         self._points = points
-        self._x_most = max((x for x, _ in points), default=0.0) or 1.0
-        self._y_most = y_most or max((y for _, y in points), default=0.0) * 1.05 or 1.0
+        self._limit = limit or []
+        self._logarithmic = logarithmic
+        self._x_least, self._x_most = 0.0, max((x for x, _ in points), default=0.0) or 1.0
+        if logarithmic:
+            self._x_least = min(x for x, _ in points)
+        self._y_most = y_most or max((y for _, y in (*points, *self._limit)), default=0.0) * 1.05 or 1.0
 
     def draw(self, marks: Sequence[tuple[str, float]]) -> Iterator[str]:
+        """Its parts; `marks` are names and values on the x-axis."""
         left, top, right, bottom = self._left, self._top, self._left + _PANEL_WIDTH, self._top + _PANEL_HEIGHT
         for value in ticks(self._y_most):
             y = self._y(value)
             yield f'<path d="M{left} {y:.1f}H{right}" stroke="#ddd"/>'
             yield f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{_number(value)}</text>'
-        for value in ticks(self._x_most):
+        for value in [x for x, _ in self._points] if self._logarithmic else ticks(self._x_most):
             x = self._x(value)
             yield f'<path d="M{x:.1f} {bottom}v4" stroke="#888"/>'
             yield f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle" fill="#555">{_number(value)}</text>'
@@ -73,12 +102,18 @@ class _Panel:
             yield f'<path d="M{x:.1f} {top}V{bottom}" stroke="#c2410c" stroke-dasharray="3 3"/>'
             text = f"{name} {_number(value)}"
             yield f'<text x="{x - 4:.1f}" y="{top + 12 + 16 * row}" text-anchor="end" fill="#c2410c">{text}</text>'
+        if self._limit:
+            path = "L".join(f"{self._x(x):.1f} {self._y(y):.1f}" for x, y in self._limit)
+            yield f'<path d="M{path}" fill="none" stroke="#c2410c" stroke-width="2" stroke-dasharray="5 4"/>'
         if self._points:
             path = "L".join(f"{self._x(x):.1f} {self._y(y):.1f}" for x, y in self._points)
             yield f'<path d="M{path}" fill="none" stroke="#1d4ed8" stroke-width="2" stroke-linejoin="round"/>'
 
     def _x(self, value: float) -> float:
-        return self._left + value / self._x_most * _PANEL_WIDTH
+        least, most = self._x_least, self._x_most
+        if self._logarithmic:  # with room for a 0
+            least, most, value = (math.log2(max(x, most / (1 << 17))) for x in (least, most, value))
+        return self._left + (value - least) / ((most - least) or 1.0) * _PANEL_WIDTH
 
     def _y(self, value: float) -> float:
         return self._top + _PANEL_HEIGHT - value / self._y_most * _PANEL_HEIGHT

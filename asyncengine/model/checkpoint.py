@@ -24,6 +24,8 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json",
 )  # fmt: skip
 
+_TOKENIZER_SOURCES = (".json", ".jinja", ".txt", ".model", ".py")
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
@@ -175,6 +177,16 @@ def tokenizer_key(path: Path) -> str | None:
             found = True
             digest.update(file.read_bytes())
     return digest.hexdigest() if found else None
+
+
+def tokenizer_sources(path: Path) -> str:
+    """Digest of everything in a directory that its tokenizer may be made of: its files, settings and chat templates."""
+    digest = hashlib.sha256()
+    for file in sorted([*path.glob("*"), *path.glob("additional_chat_templates/*")]):
+        if file.suffix in _TOKENIZER_SOURCES and not file.name.endswith(".index.json") and file.is_file():
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(path)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def _tensors(file: Path) -> Iterator[StoredTensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,13 @@ from asyncengine.model.memory import GIB
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.step.scheduler import Limits
+from asyncengine.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BUILDING = threading.Lock()
+"""Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at
+once restore each other's."""
+
 SLACK = 256 << 20
 """Bytes for whatever else a load needs: modules, a tokenizer, activations of the first steps."""
 
@@ -38,6 +44,7 @@ class _Details:
     dtype: torch.dtype
     weight_bytes: int
     max_length: int
+    present_tokenizer: Tokenizer | None
 
 
 class TransformersLoader:
@@ -70,7 +77,8 @@ class TransformersLoader:
             given = str(dtype).removeprefix("torch.")
             raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
         weights = checkpoint.weight_bytes(dtype)
-        details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length)
+        present = None if current is None else current.tokenizer
+        details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present)
         return LoadPlan(config, _fits(details, current), tokenizer_key(tokenizer_path), details)
 
     def load(self, plan: LoadPlan) -> LoadedModel:
@@ -98,7 +106,7 @@ def _load(plan: LoadPlan) -> LoadedModel:
     details, config = plan.details, plan.config
     assert isinstance(details, _Details)
     device, dtype = details.device, details.dtype
-    tokenizer = load_tokenizer(details.tokenizer_path)
+    tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
     selection = _select(config, device)
     backend = selection.backend
     notes = [] if selection.fallback_reason is None else [f"attention: {selection.fallback_reason}"]
@@ -156,13 +164,14 @@ def _build(details: _Details) -> Any:
 
     from asyncengine.model import architecture
 
-    model = AutoModelForCausalLM.from_pretrained(
-        details.checkpoint.path,
-        config=details.hf_config,
-        dtype=details.dtype,
-        attn_implementation=architecture.ATTENTION,
-        local_files_only=True,
-    )
+    with _BUILDING:
+        model = AutoModelForCausalLM.from_pretrained(
+            details.checkpoint.path,
+            config=details.hf_config,
+            dtype=details.dtype,
+            attn_implementation=architecture.ATTENTION,
+            local_files_only=True,
+        )
     return model.to(details.device).eval().requires_grad_(False)
 
 
@@ -311,7 +320,7 @@ def _check_on_meta(architecture: Any, hf_config: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with _BUILDING, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
         architecture.record(model.eval())
     except UnsupportedModelError:

@@ -10,14 +10,19 @@ from typing import Any
 from asyncengine.errors import CheckpointError
 from asyncengine.grammar.vocabulary import TokenTable
 from asyncengine.known_turns import encode_known_turns, has_known_turns
-from asyncengine.model.checkpoint import tokenizer_key
+from asyncengine.model.checkpoint import tokenizer_key, tokenizer_sources
 from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
 
 
 class FastTokenizer:
-    """Over the `tokenizers` library, whose calls may overlap."""
+    """Over the `tokenizers` library, whose calls may overlap.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Attributes:
+        sources: Digest of what it was made of; None if that is not known.
+    """
+
+    def __init__(self, tokenizer: Any, sources: str | None = None) -> None:
+        self.sources = sources
         self._chat = tokenizer
         # The library's own object: the wrapper's encode changes shared truncation settings on every call.
         self._backend = tokenizer.backend_tokenizer
@@ -93,21 +98,29 @@ class SlowTokenizer:
             return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
-def load_tokenizer(path: Path) -> Tokenizer | None:
+def load_tokenizer(path: Path, present: Tokenizer | None = None) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory; None if it has none.
+
+    Args:
+        path: The directory.
+        present: One that is loaded. It is returned if it was made of the same files: to read them again would hold the
+            interpreter's lock for hundreds of milliseconds if the vocabulary is large.
 
     Raises:
         CheckpointError: Its files cannot be read.
     """
     if tokenizer_key(path) is None:
         return None
+    sources = tokenizer_sources(path)
+    if isinstance(present, FastTokenizer) and present.sources == sources:
+        return present
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
-    return FastTokenizer(tokenizer) if tokenizer.is_fast else SlowTokenizer(tokenizer)
+    return FastTokenizer(tokenizer, sources) if tokenizer.is_fast else SlowTokenizer(tokenizer)
 
 
 def _encode_chat(

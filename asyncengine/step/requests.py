@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -84,7 +85,9 @@ class RequestTable:
         self._clock = clock
         self._requests: dict[int, Request] = {}
         self._numbers: dict[str, int] = {}
-        self._queued: dict[int, _Queued] = {}
+        self._queued: OrderedDict[int, _Queued] = (
+            OrderedDict()
+        )  # a dict finds its first entry slowly after many deletions
         self._waiting_new = 0  # requests that have not had their first step
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, str]] = []
@@ -167,7 +170,7 @@ class RequestTable:
     def admit_queued(self) -> None:
         """Moves queued requests into the waiting queue, oldest first, as far as there is room."""
         while self._queued and (self.max_queue_size is None or self._waiting_new < self.max_queue_size):
-            queued = self._queued.pop(next(iter(self._queued)))
+            _, queued = self._queued.popitem(last=False)
             self._admit(queued.new, queued.mailbox)
             self.outbox.reply(queued.reply_to, True)
 

@@ -192,7 +192,7 @@ class CompiledDecoder:
         ids = np.ascontiguousarray(batch.token_ids, np.int32)
         positions = np.ascontiguousarray(batch.positions, np.int32)
         index = np.ascontiguousarray(batch.sample_index, np.int64)
-        logits = torch.empty(len(index), self.vocab_size)
+        logits = torch.empty(len(index), self.vocab_size, dtype=torch.float32)
         step = self._step
         step.token_ids, step.positions, step.sample_index = ids.ctypes.data, positions.ctypes.data, index.ctypes.data
         step.samples, step.logits, step.plan = len(index), logits.data_ptr(), plan.address

@@ -64,8 +64,11 @@ class PackedMatrix:
         outputs = sum(groups) * lanes if len(weights) > 1 else weights[0].shape[0]
         self.dtype = weights[0].dtype
         self.weights = _huge(sum(groups) * lanes * inputs, torch.int8 if int8 else self.dtype, library)
-        self.scales = torch.zeros(sum(groups) * lanes) if int8 else None
-        self.bias = torch.zeros(sum(groups) * lanes) if any(bias is not None for bias in biases) else None
+        # Every dtype is given: transformers changes the whole process's default while it makes a model.
+        self.scales = torch.zeros(sum(groups) * lanes, dtype=torch.float32) if int8 else None
+        self.bias: torch.Tensor | None = None
+        if any(bias is not None for bias in biases):
+            self.bias = torch.zeros(sum(groups) * lanes, dtype=torch.float32)
         for part, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             self.write(part, weight)
             if bias is not None:
@@ -134,7 +137,7 @@ class PackedNorm:
         if part is not None:
             weight = part.module.weight
             assert isinstance(weight, torch.Tensor)
-            self.weight = torch.empty(weight.numel())
+            self.weight = torch.empty(weight.numel(), dtype=torch.float32)
             self.write(weight)
             size = 0 if weight.numel() == whole else weight.numel()
             self.struct = NormStruct(self.weight.data_ptr(), size, part.epsilon)

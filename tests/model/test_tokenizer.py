@@ -1,0 +1,42 @@
+"""A tokenizer that is loaded already is not loaded again, unless something that it is made of has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, tiny
+from asyncengine.model.tokenizer import load_tokenizer
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    return copytree(tiny.PATH, tmp_path / "tiny")
+
+
+def test_equal_files_give_the_tokenizer_that_is_there(copied: Path) -> None:
+    present = load_tokenizer(tiny.PATH)
+    assert present is not None
+    assert load_tokenizer(copied, present) is present
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_changed_file_gives_another(copied: Path, name: str) -> None:
+    present = load_tokenizer(copied)
+    file = copied / name
+    file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert load_tokenizer(copied, present) is not present
+
+
+async def test_a_reload_takes_an_edited_chat_template(copied: Path) -> None:
+    settings = EngineConfig(str(copied), device="cpu", mode="interactive")
+    async with AsyncEngine(settings) as engine:
+        before = (await engine.chat(MESSAGES, GenerationConfig(max_tokens=1))).usage.prompt_tokens
+        (copied / "chat_template.jinja").write_text("user user user user user", encoding="utf-8")
+        await engine.reload(settings)
+        after = (await engine.chat(MESSAGES, GenerationConfig(max_tokens=1))).usage.prompt_tokens
+    assert before != after
