@@ -49,7 +49,11 @@ def test_every_dotted_name_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", NAMED, ids=name)
 def test_every_attribute_of_an_engine_exists(page: Path) -> None:
-    attributes = set(re.findall(r"\bengine\.([a-z]\w*)", re.sub(r"\basyncengine\.", "", text(page)))) - {"trace", "py"}
+    attributes = set(re.findall(r"\bengine\.([a-z]\w*)", re.sub(r"\basyncengine\.", "", text(page)))) - {
+        "trace",
+        "py",
+        "md",
+    }
     missing = {attribute for attribute in attributes if not hasattr(AsyncEngine, attribute)}
     assert not missing
     fields = set(re.findall(r"\bEngineConfig\.(\w+)", text(page)))
@@ -60,6 +64,7 @@ def test_every_attribute_of_an_engine_exists(page: Path) -> None:
 def test_every_class_in_code_quotes_is_public(page: Path) -> None:
     words = set(re.findall(r"`([A-Z][a-z]+(?:[A-Z][a-z]+)+)\b", prose(page)))
     elsewhere = {"ThreadedEngine", "ValueError", "TimeoutError", "AssertionError", "CancelledError"}
+    elsewhere |= {"ContinuousBatchingManager"}  # of transformers
     public = [asyncengine, *(importlib.import_module(f"asyncengine.{name}") for name in ("testing", "server"))]
     assert not {word for word in words - elsewhere if not any(hasattr(module, word) for module in public)}
 
@@ -110,6 +115,8 @@ def test_every_shell_block_names_what_there_is() -> None:
         elif command == "pip":
             assert arguments[0] == "install"
             assert arguments[-1].partition("[")[2].strip("]'") in {"", *extras}, line
+        elif command == "python":
+            assert arguments[0] == "-m" and importlib.util.find_spec(arguments[1]), line
         else:
             assert importlib.util.find_spec(command), line
 
