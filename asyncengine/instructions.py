@@ -11,6 +11,7 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import InvalidRequestError
 from asyncengine.events import Event
 from asyncengine.generation import SamplingParams
+from asyncengine.outputs import Pooling
 from asyncengine.step.batch import Int32
 
 InFlight = Literal["abort", "wait", "carry"]
@@ -70,6 +71,7 @@ class NewRequest:
         prompt: (tokens,) token ids.
         priority: Lower goes first.
         pin: Name under which the prompt's blocks are pinned in the prefix cache once they are computed.
+        pooling: Which of the prompt's hidden states make its embedding; None wants none.
     """
 
     number: int
@@ -79,6 +81,7 @@ class NewRequest:
     priority: int = 0
     deadlines: Deadlines | None = None
     pin: str | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.grammar.protocol import Grammar
 from asyncengine.grammar.select import make_backend
 from asyncengine.instructions import Deadlines, NewRequest, WhenFull
+from asyncengine.loop.embedding import EmbeddingOptions, pooling_of
 from asyncengine.loop.router import Branch
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
@@ -146,6 +147,7 @@ def new_request(
     view: ModelView,
     pin: str | None = None,
     grammar: Grammar | None = None,
+    embedding: EmbeddingOptions | None = None,
 ) -> NewRequest:
     """Checks a request against the model and fills in every default.
 
@@ -153,6 +155,7 @@ def new_request(
         InvalidRequestError: It cannot be served by this model.
     """
     config = checked_config(config)
+    pooling = None if embedding is None else pooling_of(embedding, view)
     room = view.max_tokens - len(prompt)
     if room < 1:
         raise InvalidRequestError(
@@ -172,7 +175,7 @@ def new_request(
         raise InvalidRequestError(f"stop_strs is {params.stop_strs!r}; stop strings need a tokenizer and there is none")
     # The random part keeps it apart from whatever ids callers give.
     request_id = f"request-{number}-{secrets.token_hex(4)}" if options.request_id is None else options.request_id
-    return NewRequest(number, request_id, prompt, params, options.priority, options.deadlines, pin)
+    return NewRequest(number, request_id, prompt, params, options.priority, options.deadlines, pin, pooling)
 
 
 def _bad_words(words: Iterable[str | Iterable[int]], view: ModelView) -> tuple[tuple[int, ...], ...]:

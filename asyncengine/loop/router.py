@@ -11,10 +11,10 @@ from asyncio import InvalidStateError
 from typing import Any, Protocol
 
 from asyncengine.detokenizer import TextStream
-from asyncengine.events import BranchEnded, BranchKey, Event, PromptLogprobs, Reply, RequestEnded, Tokens
+from asyncengine.events import BranchEnded, BranchKey, Event, Pooled, PromptLogprobs, Reply, RequestEnded, Tokens
 from asyncengine.instructions import ReplyTo
 from asyncengine.outputs import FinishReason, Usage
-from asyncengine.step.batch import Int32, TokenLogprobs
+from asyncengine.step.batch import Float32, Int32, TokenLogprobs
 from asyncengine.stream_back import StreamBack
 
 
@@ -67,9 +67,10 @@ class Inbox:
     Attributes:
         prompt: (tokens,) of a request that wants log-probabilities of its prompt.
         prompt_logprobs: Those that have come, the first token's None included.
+        pooled: The prompt's hidden states, pooled, once they have come.
     """
 
-    __slots__ = ("branches", "ended", "error", "number", "prompt", "prompt_logprobs", "usage")
+    __slots__ = ("branches", "ended", "error", "number", "pooled", "prompt", "prompt_logprobs", "usage")
 
     def __init__(self, number: int, branches: list[Branch]) -> None:
         self.number = number
@@ -79,6 +80,7 @@ class Inbox:
         self.error: BaseException | None = None
         self.prompt: Int32 | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.pooled: Float32 | None = None
 
     def end(self, usage: Usage | None = None, error: BaseException | None = None) -> None:
         """Notes that nothing more will come, and wakes the reader."""
@@ -188,6 +190,10 @@ class Router:
             known = self._inboxes.get(event.number)
             if known is not None and known.prompt_logprobs is not None:
                 known.prompt_logprobs += event.logprobs
+        elif type(event) is Pooled:
+            known = self._inboxes.get(event.number)
+            if known is not None:
+                known.pooled = event.vector
         else:
             assert type(event) is Reply
             future = self._futures.pop(event.ticket)

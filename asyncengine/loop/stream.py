@@ -12,7 +12,7 @@ import numpy as np
 from asyncengine.errors import IllegalStateError
 from asyncengine.loop.router import Branch, Inbox, Router, Waiter
 from asyncengine.outputs import BranchResult, FinishReason, RequestOutput, RequestResult, Usage
-from asyncengine.step.batch import Int32, TokenLogprobs
+from asyncengine.step.batch import Float32, Int32, TokenLogprobs
 
 _NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 _new = tuple.__new__
@@ -84,6 +84,11 @@ class RequestStream:
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         """One entry per token of the prompt, the first None; what there is so far. None if not asked for."""
         return self._inbox.prompt_logprobs
+
+    @property
+    def pooled(self) -> Float32 | None:
+        """The prompt's hidden states, pooled, (hidden,), of a request for an embedding, once they are there."""
+        return self._inbox.pooled
 
     def abort(self) -> None:
         """Ends the request with reason "abort"; its blocks are free within a step. Idempotent; from any thread."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from asyncengine.detokenizer import TextStream
 from asyncengine.instructions import Mailbox, NewRequest
-from asyncengine.step.batch import Int32
+from asyncengine.step.batch import Float64, Int32
 
 
 class SequenceState(enum.Enum):
@@ -33,7 +33,9 @@ class Request:
         arrived_at: Seconds of the core's clock, as are the other times.
         branches: n sequences, in order.
         cached_tokens: Prompt tokens found in the prefix cache at the first admission to a batch.
-        scored: How many of the prompt's positions have told the log-probability of the token after them.
+        scored: How many of the prompt's positions have been looked at, where all are: for the log-probability of the
+            token after them, or for their hidden state.
+        pooled: (hidden,) sum of the hidden states that have been looked at.
         ended: Whether its end has been told.
     """
 
@@ -47,6 +49,7 @@ class Request:
     cached_tokens: int = 0
     preemptions: int = 0
     scored: int = 0
+    pooled: Float64 | None = None
     ended: bool = False
 
     @property
@@ -56,7 +59,9 @@ class Request:
 
     @property
     def unscored(self) -> bool:
-        """Whether log-probabilities of the prompt are wanted that there are not yet."""
+        """Whether positions of the prompt are to be looked at that were not yet."""
+        if self.new.pooling is not None:
+            return self.new.pooling == "mean" and self.scored < len(self.new.prompt)
         return self.new.params.num_prompt_logprobs >= 0 and self.scored < len(self.new.prompt) - 1
 
 
