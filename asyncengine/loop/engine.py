@@ -28,6 +28,7 @@ from asyncengine.instructions import InFlight, Instruction, ReplyTo
 from asyncengine.loop.embedding import EmbeddingOptions
 from asyncengine.loop.health import Health, health_of
 from asyncengine.loop.many import ManyStream, PendingStream
+from asyncengine.loop.observer import Operation, RequestBegun, RequestObserver
 from asyncengine.loop.prepare import (
     Conversation,
     Prompt,
@@ -69,11 +70,13 @@ class AsyncEngine:
 
     Attributes:
         trace: The event trace; off until ``engine.trace.start()``.
+        observer: Told when requests begin and end; None by default. `asyncengine.otel.instrument` sets one.
     """
 
     def __init__(self, config: EngineConfig | str | None = None, *, loader: Loader | None = None) -> None:
         self._config = None if config is None else _config(config)
         self.trace = Trace()
+        self.observer: RequestObserver | None = None
         self._thread = StepThread(_DefaultLoader() if loader is None else loader, self.trace)
         self._numbers = itertools.count(1)
         self._routers: dict[asyncio.AbstractEventLoop, Router] = {}
@@ -558,10 +561,14 @@ class AsyncEngine:
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []
-            for new in news:
+            for new, prompt, config in zip(news, prompts, wanted, strict=True):
                 inbox = Inbox(new.number, new_branches(new.params, view))
                 if new.params.num_prompt_logprobs >= 0:
                     inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
+                if self.observer is not None:
+                    operation = _operation(prompt, embedding)
+                    begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config)
+                    inbox.on_over = self.observer.begin(begun)
                 router.register(inbox)
                 streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
             add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
@@ -589,6 +596,12 @@ def _prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
         raise InvalidRequestError(f"prompts is {prompts!r:.80}; expected a list of prompts")
     return list(prompts)
+
+
+def _operation(prompt: Prompt | Conversation, embedding: EmbeddingOptions | None) -> Operation:
+    if embedding is not None:
+        return "embeddings"
+    return "chat" if isinstance(prompt, Conversation) else "text_completion"
 
 
 def _addressed(add: ins.AddRequests, reply_to: ReplyTo) -> ins.AddRequests:

@@ -271,4 +271,5 @@ class RequestStream:
         # May run on any thread, in the middle of anything: both calls only append to a deque or pop from a dict.
         if not self._inbox.ended:
             self._abort(self._inbox.number)
-            self._router.forget(self._inbox.number)
+            if self._inbox.on_over is None:  # whoever observes it is told when it is over
+                self._router.forget(self._inbox.number)

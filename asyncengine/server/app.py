@@ -46,7 +46,7 @@ def create_app(
 
 def _application(service: Service, own_engine: bool = False) -> Starlette:
     settings = service.settings
-    middleware = [Middleware(Gate, settings=settings, traffic=service.traffic)]
+    middleware = [Middleware(Gate, engine=service.engine, settings=settings, traffic=service.traffic)]
     if settings.cors_origins:
         middleware.insert(
             0,

@@ -15,6 +15,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from asyncengine.loop.engine import AsyncEngine
 from asyncengine.server.exposition import Traffic
 from asyncengine.server.naming import fresh_id
 from asyncengine.server.refusal import Refusal, refusal_of
@@ -34,8 +35,9 @@ _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 class Gate:
     """Wraps the routes."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, traffic: Traffic) -> None:
+    def __init__(self, app: ASGIApp, engine: AsyncEngine, settings: ServerSettings, traffic: Traffic) -> None:
         self._app = app
+        self._engine = engine
         self._settings = settings
         self._traffic = traffic
         self._key = None if settings.api_key is None else _digest(settings.api_key.encode())
@@ -63,7 +65,12 @@ class Gate:
         self._traffic.active += counted
         try:
             self._check(path, counted, headers)
-            await self._app(scope, receive, answer)
+            observer = self._engine.observer
+            if observer is None:
+                await self._app(scope, receive, answer)
+            else:
+                with observer.within(headers):
+                    await self._app(scope, receive, answer)
         except Exception as error:
             names = {**NAMES, **scope["state"].get("names", {})}
             refusal = refusal_of(error, names, self._settings.retry_after_seconds)
