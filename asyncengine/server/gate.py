@@ -29,6 +29,7 @@ OPEN = frozenset({"/health"})
 UNCOUNTED = frozenset({"/health", "/ready", "/metrics", "/ui", "/v1/models", "/openapi.json"})
 """Routes that use no model, and answer when everything is busy."""
 
+_LOGGED = ("method", "path", "status", "milliseconds", "request_id")
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -86,7 +87,9 @@ class Gate:
             seconds = time.perf_counter() - begun
             self._traffic.requests.labels(scope["method"], _route(scope), str(status or 499)).inc()
             level = logging.INFO if counted else logging.DEBUG  # probes come every second
-            logger.log(level, "%s %s %d %.1f ms %s", scope["method"], path, status or 499, seconds * 1000, request_id)
+            line = (scope["method"], path, status or 499, round(seconds * 1000, 1), request_id)
+            if logger.isEnabledFor(level):
+                logger.log(level, "%s %s %d %.1f ms %s", *line, extra=dict(zip(_LOGGED, line, strict=True)))
 
     def _check(self, path: str, counted: bool, headers: Headers) -> None:
         size = sum(len(name) + len(value) for name, value in headers.raw)
