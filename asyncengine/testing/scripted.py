@@ -123,7 +123,7 @@ class ScriptedModel:
             self._matchers[slot] = matcher = params.grammar.matcher()
             for token_id in output.tolist():
                 matcher.accept(token_id)
-        self._answers[slot] = list(self._script(prompt.tolist(), branch))
+        self._answers[slot] = list(self._script(prompt.tolist(), branch)) if params.max_tokens else []
         self._tokens[slot] = [*prompt.tolist(), *output.tolist()]
         self._num_logprobs[slot] = params.num_logprobs
 
