@@ -48,7 +48,11 @@ def test_every_dotted_name_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", NAMED, ids=name)
 def test_every_attribute_of_an_engine_exists(page: Path) -> None:
-    attributes = set(re.findall(r"\bengine\.([a-z]\w*)", re.sub(r"\basyncengine\.", "", text(page)))) - {"observer", "trace", "py"}
+    attributes = set(re.findall(r"\bengine\.([a-z]\w*)", re.sub(r"\basyncengine\.", "", text(page)))) - {
+        "observer",
+        "trace",
+        "py",
+    }
     missing = {attribute for attribute in attributes if not hasattr(AsyncEngine, attribute)}
     assert not missing
     fields = set(re.findall(r"\bEngineConfig\.(\w+)", text(page)))
