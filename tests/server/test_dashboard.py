@@ -70,5 +70,4 @@ async def test_a_loop_that_is_busy_shows_in_the_lag_and_in_the_hand_off() -> Non
             await anext(stream)
         text = (await client.get("/metrics")).text
         assert value(text, "asyncengine_handoff_max_seconds") > 0.05
-        assert value(text, "asyncengine_handoff_seconds") < value(text, "asyncengine_handoff_max_seconds")
         assert value(text, "asyncengine_merged_deltas_total") > 0
