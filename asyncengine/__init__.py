@@ -43,7 +43,15 @@ if TYPE_CHECKING:
     from asyncengine.loop.prepare import RequestOptions
     from asyncengine.loop.stream import RequestStream
     from asyncengine.metrics import Counters, EngineMetrics, Histogram
-    from asyncengine.outputs import BranchResult, FinishReason, PromptScore, RequestOutput, RequestResult, Usage
+    from asyncengine.outputs import (
+        BranchResult,
+        Embedding,
+        FinishReason,
+        PromptScore,
+        RequestOutput,
+        RequestResult,
+        Usage,
+    )
     from asyncengine.response_format import (
         Choice,
         EbnfGrammar,
@@ -70,6 +78,7 @@ __all__ = [
     "DeadlineExceededError",
     "Deadlines",
     "EbnfGrammar",
+    "Embedding",
     "EngineClosedError",
     "EngineConfig",
     "EngineDrainingError",
@@ -149,6 +158,7 @@ _HOMES = {
     ),
     "asyncengine.outputs": (
         "BranchResult",
+        "Embedding",
         "FinishReason",
         "PromptScore",
         "RequestOutput",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncengine.outputs import FinishReason, Usage
-from asyncengine.step.batch import TokenLogprobs
+from asyncengine.step.batch import Float32, TokenLogprobs
 
 BranchKey = tuple[int, int]
 """Number of the request, index of the branch."""
@@ -34,6 +34,14 @@ class PromptLogprobs:
 
     number: int
     logprobs: list[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pooled:
+    """A request's embedding, (hidden,) float32, as the model has it."""
+
+    number: int
+    vector: Float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,4 +81,4 @@ class Reply:
     error: BaseException | None = None
 
 
-Event = Tokens | PromptLogprobs | BranchEnded | RequestEnded | Reply
+Event = Tokens | PromptLogprobs | Pooled | BranchEnded | RequestEnded | Reply

@@ -11,6 +11,7 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import InvalidRequestError
 from asyncengine.events import Event
 from asyncengine.generation import SamplingParams
+from asyncengine.outputs import Pooling
 from asyncengine.step.batch import Int32
 
 InFlight = Literal["abort", "wait", "carry"]
@@ -71,6 +72,7 @@ class NewRequest:
         priority: Lower goes first.
         pin: Name under which the prompt's blocks are pinned in the prefix cache once they are computed.
         arriving: Whether the prompt, empty so far, comes in pieces by `ExtendPrompt`.
+        pooling: Which of the prompt's hidden states make its embedding; None wants none.
     """
 
     number: int
@@ -81,6 +83,7 @@ class NewRequest:
     deadlines: Deadlines | None = None
     pin: str | None = None
     arriving: bool = False
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from asyncengine.step.batch import TokenLogprobs
+from asyncengine.step.batch import Float32, TokenLogprobs
+
+Pooling = Literal["mean", "last"]
+"""Which hidden states make an embedding: the mean over all tokens, or the last token's."""
 
 
 class FinishReason(enum.StrEnum):
@@ -130,3 +133,16 @@ class PromptScore:
     def logprob(self) -> float:
         """Of the text after its first token: the sum over its tokens."""
         return math.fsum(entry.logprob for entry in self.logprobs if entry is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """A text as a vector.
+
+    Attributes:
+        vector: (dimensions,) float32.
+        usage: What it cost.
+    """
+
+    vector: Float32
+    usage: Usage

@@ -128,6 +128,7 @@ class StructuralTags:
         free_text: Whether there may be text around the pieces. Without, the text is tagged pieces and nothing else.
         at_least_one: Whether there must be a piece before the text may end.
         stop_after_first: Whether the text ends with its first piece.
+        otherwise: JSON that the text may be instead, whole; without `free_text` and `at_least_one`.
     """
 
     tags: Iterable[StructuralTag]
@@ -136,6 +137,7 @@ class StructuralTags:
     free_text: bool = True
     at_least_one: bool = False
     stop_after_first: bool = False
+    otherwise: JsonObject | JsonSchema | None = None
 
     def __post_init__(self) -> None:
         tags = tuple(self.tags) if isinstance(self.tags, Iterable) else ()
@@ -162,6 +164,14 @@ class StructuralTags:
                 raise InvalidRequestError(
                     f"response_format.{name} is {getattr(self, name)!r:.80}; allowed: True, False"
                 )
+        if self.otherwise is None:
+            return
+        if not isinstance(self.otherwise, (JsonObject, JsonSchema)):
+            raise InvalidRequestError(
+                f"response_format.otherwise is {self.otherwise!r:.80}; expected JsonObject, JsonSchema or None"
+            )
+        if self.free_text or self.at_least_one:
+            raise InvalidRequestError("response_format.otherwise is given; allowed without free_text and at_least_one")
 
 
 ResponseFormat = JsonObject | JsonSchema | Regex | EbnfGrammar | Choice | StructuralTags

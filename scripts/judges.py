@@ -130,6 +130,23 @@ def schemathesis() -> str:
     return "no server error, and every answer as the document says"
 
 
+def openai_in_javascript() -> str:
+    """OpenAI's client for Node, which `scripts/judges` has put beside the other judges."""
+    program = Path(__file__).resolve().with_suffix(".mjs")
+    command = ["node", str(program), str(NODE), f"{ROOT}/v1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+    return run.stdout.strip().splitlines()[-1]
+
+
+def version_of(judge: str) -> str:
+    """Which version of it was asked."""
+    if judge != "openai (JavaScript)":
+        return importlib.metadata.version(judge)
+    package = json.loads((NODE / "node_modules/openai/package.json").read_text())
+    return f"{package['version']}, Node {subprocess.check_output(['node', '--version'], text=True).strip()[1:]}"
+
+
 JUDGES: dict[str, Callable[[], str]] = {
     "litellm": litellm,
     "langchain-openai": langchain,
@@ -137,6 +154,9 @@ JUDGES: dict[str, Callable[[], str]] = {
     "lm-eval": lm_eval,
     "schemathesis": schemathesis,
 }
+NODE = Path(sys.prefix) / "node"
+if (NODE / "node_modules/openai").exists():
+    JUDGES["openai (JavaScript)"] = openai_in_javascript
 
 
 def main() -> int:
@@ -151,7 +171,7 @@ def main() -> int:
             failed += 1
             result, what = "**failed**", f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
             traceback.print_exc()
-        print(f"| {name} | {importlib.metadata.version(name)} | {result} | {what} |", flush=True)
+        print(f"| {name} | {version_of(name)} | {result} | {what} |", flush=True)
     return failed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -70,3 +71,29 @@ def test_making_an_engine_imports_neither_torch_nor_transformers() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_package_is_imported_with_few_modules() -> None:
+    counted = "import sys; before = len(sys.modules); {}; print(len(sys.modules) - before)"
+
+    def brought(statement: str) -> int:
+        run = subprocess.run(
+            [sys.executable, "-c", counted.format(statement)], capture_output=True, text=True, check=True
+        )
+        return int(run.stdout)
+
+    assert brought("import asyncengine") < 60
+    assert brought("from asyncengine import AsyncEngine") < 600
+
+
+@pytest.mark.alone
+def test_the_package_is_imported_in_a_few_times_the_interpreters_own_start() -> None:
+    def seconds(statement: str) -> float:
+        best = float("inf")
+        for _ in range(7):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, "-c", statement], check=True)
+            best = min(best, time.perf_counter() - begun)
+        return best
+
+    assert seconds("import asyncengine") < 6 * seconds("pass")

@@ -16,6 +16,7 @@ PUBLIC = [
     "DeadlineExceededError",
     "Deadlines",
     "EbnfGrammar",
+    "Embedding",
     "EngineClosedError",
     "EngineConfig",
     "EngineDrainingError",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from asyncengine.cli.command import Failure
 from asyncengine.cli.flags import EngineFlags, Model
+from asyncengine.cli.logs import LogFormat, log_to_stderr
+
+if TYPE_CHECKING:
+    from asyncengine.loop.engine import AsyncEngine
 
 EXTRA = {"httptools", "msgspec", "prometheus_client", "starlette", "uvicorn"}
 """What the extra ``server`` brings."""
@@ -25,6 +29,8 @@ def serve(
     max_queue_size: Annotated[int | None, typer.Option(help="Most requests that wait; more are a 429.")] = None,
     max_concurrency: Annotated[int | None, typer.Option(help="Most requests under way; more are a 429.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Routes to reload, abort, trace. Needs --api-key.")] = False,
+    log_format: Annotated[LogFormat, typer.Option(help="json: one object per line.")] = "text",
+    otel: Annotated[bool, typer.Option("--otel", help="OpenTelemetry spans, to the provider of the process.")] = False,
     *,
     flags: EngineFlags,
 ) -> int:
@@ -42,8 +48,9 @@ def serve(
         from asyncengine.server import serve as server
     except ModuleNotFoundError as error:
         raise missing("server", error) from error
+    prepare = _spans() if otel else None
     quiet()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
+    log_to_stderr(log_format)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # what it would say has been said
     return server.serve(
         config,
@@ -54,7 +61,17 @@ def serve(
         admin=admin,
         max_concurrency=max_concurrency,
         loader=ctx.obj,
+        prepare=prepare,
     )
+
+
+def _spans() -> Callable[[AsyncEngine], object]:
+    """What makes an engine's spans."""
+    try:
+        from asyncengine.otel import instrument
+    except ModuleNotFoundError as error:
+        raise missing("otel", error) from error
+    return instrument
 
 
 def missing(extra: str, error: ModuleNotFoundError) -> Failure:
@@ -64,6 +81,6 @@ def missing(extra: str, error: ModuleNotFoundError) -> Failure:
         ModuleNotFoundError: It is none of those.
     """
     name = (error.name or "").partition(".")[0]
-    if name not in EXTRA | {"httpx"}:
+    if name not in EXTRA | {"httpx", "opentelemetry"}:
         raise error
     return Failure(f"{name} is not installed: pip install 'asyncengine[{extra}]'")

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from asyncengine.response_format import StructuralTags, Whitespace
+from asyncengine.response_format import JsonObject, JsonSchema, StructuralTags, Whitespace
 
 _JSON_OPTIONS: dict[Whitespace, dict[str, object]] = {
     "none": {"whitespace_flexible": False},
@@ -23,6 +23,12 @@ def json_schema(schema: str, whitespace: Whitespace) -> str:
             raise ValueError("the schema is false, which nothing matches")
         value = {}
     return json.dumps({**value, "x-guidance": _JSON_OPTIONS[whitespace]})
+
+
+def json_of(wanted: JsonObject | JsonSchema) -> str:
+    """The schema of a JSON format, with the library's options in it."""
+    schema = wanted.schema if isinstance(wanted, JsonSchema) else '{"type": "object"}'
+    return json_schema(schema, wanted.whitespace)
 
 
 def structural_tags(wanted: StructuralTags, special: Mapping[str, int]) -> str:
@@ -42,6 +48,8 @@ def structural_tags(wanted: StructuralTags, special: Mapping[str, int]) -> str:
     rules = [f"start: {_start(wanted)}", "tags: " + " | ".join(f"tag_{t}" for t in range(len(wanted.triggers)))]
     if wanted.free_text:
         rules.append("rest: FREE")
+    if wanted.otherwise is not None:
+        rules.append(f"otherwise: %json {json_of(wanted.otherwise)}")
     terminals = ["FREE: /(.|\\n)*/"]
     taken: set[int] = set()
     for number, trigger in enumerate(wanted.triggers):
@@ -75,6 +83,8 @@ def structural_tags(wanted: StructuralTags, special: Mapping[str, int]) -> str:
 
 
 def _start(wanted: StructuralTags) -> str:
+    if wanted.otherwise is not None:
+        return ("tags" if wanted.stop_after_first else "tags+") + " | otherwise"
     rest = " rest" if wanted.free_text else ""
     if not wanted.stop_after_first:
         return ("tags+" if wanted.at_least_one else "tags*") + rest

@@ -48,10 +48,8 @@ class LlguidanceBackend:
 
     def _text(self, wanted: ResponseFormat) -> str:
         """The format in llguidance's own terms."""
-        if isinstance(wanted, JsonObject):
-            text: str = LLMatcher.grammar_from_json_schema(lark.json_schema('{"type": "object"}', wanted.whitespace))
-        elif isinstance(wanted, JsonSchema):
-            text = LLMatcher.grammar_from_json_schema(lark.json_schema(wanted.schema, wanted.whitespace))
+        if isinstance(wanted, (JsonObject, JsonSchema)):
+            text: str = LLMatcher.grammar_from_json_schema(lark.json_of(wanted))
         elif isinstance(wanted, Regex):
             text = LLMatcher.grammar_from_regex(wanted.regex)
         elif isinstance(wanted, EbnfGrammar):

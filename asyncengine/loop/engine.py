@@ -16,14 +16,22 @@ from typing import Any, Self
 from asyncengine import instructions as ins
 from asyncengine.builds import BuildError
 from asyncengine.config import EngineConfig
-from asyncengine.errors import ConfigError, EngineClosedError, InvalidRequestError, ModelNotLoadedError
+from asyncengine.errors import (
+    ConfigError,
+    EngineClosedError,
+    InvalidRequestError,
+    ModelNotLoadedError,
+    RequestDroppedError,
+)
 from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.instructions import InFlight, Instruction, ReplyTo
 from asyncengine.loop import delivery
+from asyncengine.loop.embedding import EmbeddingOptions
 from asyncengine.loop.feed import feed
 from asyncengine.loop.health import Health, health_of
 from asyncengine.loop.many import ManyStream, PendingStream
+from asyncengine.loop.observer import Operation, RequestBegun, RequestObserver
 from asyncengine.loop.prepare import (
     NO_TOKENS,
     Conversation,
@@ -40,7 +48,7 @@ from asyncengine.loop.prepare import (
 from asyncengine.loop.router import Inbox, Router
 from asyncengine.loop.stream import RequestStream
 from asyncengine.metrics import EngineMetrics
-from asyncengine.outputs import PromptScore, RequestResult
+from asyncengine.outputs import Embedding, Pooling, PromptScore, RequestResult
 from asyncengine.state import EngineState
 from asyncengine.step.model import LoadedModel, Loader, LoadPlan, ModelView
 from asyncengine.step.thread import StepThread
@@ -48,6 +56,7 @@ from asyncengine.tokenizer import Message, Tokenizer
 from asyncengine.trace import Trace
 
 _DEFAULTS = RequestOptions()
+_PROMPT_ALONE = GenerationConfig(max_tokens=0, detokenize=False)
 
 
 class AsyncEngine:
@@ -66,11 +75,13 @@ class AsyncEngine:
 
     Attributes:
         trace: The event trace; off until ``engine.trace.start()``.
+        observer: Told when requests begin and end; None by default. `asyncengine.otel.instrument` sets one.
     """
 
     def __init__(self, config: EngineConfig | str | None = None, *, loader: Loader | None = None) -> None:
         self._config = None if config is None else _config(config)
         self.trace = Trace()
+        self.observer: RequestObserver | None = None
         self._thread = StepThread(_DefaultLoader() if loader is None else loader, self.trace)
         self._numbers = itertools.count(1)
         self._routers: dict[asyncio.AbstractEventLoop, Router] = {}
@@ -231,9 +242,7 @@ class AsyncEngine:
         Raises:
             InvalidRequestError: `prompts` is a string, or there are not as many configurations as prompts.
         """
-        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-            raise InvalidRequestError(f"prompts is {prompts!r:.80}; expected a list of prompts")
-        prompts = list(prompts)
+        prompts = _prompts(prompts)
         if isinstance(config, Sequence):
             configs = list(config)
             if len(configs) != len(prompts):
@@ -263,6 +272,45 @@ class AsyncEngine:
             assert result.prompt_token_ids is not None and result.prompt_logprobs is not None
             scores.append(PromptScore(result.prompt_token_ids, result.prompt_logprobs))
         return scores
+
+    async def embed(
+        self,
+        prompts: Sequence[Prompt],
+        pooling: Pooling | None = None,
+        *,
+        normalize: bool = True,
+        dimensions: int | None = None,
+        options: RequestOptions = _DEFAULTS,
+    ) -> list[Embedding]:
+        """Texts as vectors: the model's hidden states behind its last norm, pooled. Nothing is generated.
+
+        The prompts are computed in the same steps as everything else. A mean is over all tokens that the tokenizer
+        makes of a text, those that it adds included.
+
+        Args:
+            prompts: Text or token ids, each.
+            pooling: ``"mean"`` or ``"last"``, the last token's. None is what the checkpoint says
+                (``1_Pooling/config.json``), and without that the mean.
+            normalize: Whether the vectors have length 1.
+            dimensions: How many numbers are kept of each vector, from the front; None keeps all.
+            options: For all; ``request_id`` gets ``-0``, ``-1``, ... appended.
+
+        Raises:
+            AsyncEngineError: As `generate`.
+
+        Cancelling it ends the requests.
+        """
+        wanted = EmbeddingOptions(pooling=pooling, normalize=normalize, dimensions=dimensions)
+        prompts = _prompts(prompts)
+        configs = [_PROMPT_ALONE] * len(prompts)
+        many = ManyStream(lambda: self._add(prompts, configs, options, many=True, embedding=wanted))
+        results = await many
+        found = []
+        for stream, result in zip(many.streams, results, strict=True):
+            if stream.pooled is None:
+                raise RequestDroppedError(f"request {stream.request_id}: it was aborted before its prompt was computed")
+            found.append(Embedding(wanted.vector(stream.pooled), result.usage))
+        return found
 
     async def abort_request(self, request_id: str) -> None:
         """Ends a request with reason "abort"; returns once its blocks are free. An unknown id is passed over.
@@ -509,11 +557,13 @@ class AsyncEngine:
         options: RequestOptions,
         pin: str | None = None,
         many: bool = False,
+        embedding: EmbeddingOptions | None = None,
     ) -> list[RequestStream]:
         if not prompts:
             _check_options(options)
             return []
-        return (await self._admit([_reusable(prompt) for prompt in prompts], configs, options, pin, many))[1]
+        reusable = [_reusable(prompt) for prompt in prompts]
+        return (await self._admit(reusable, configs, options, pin, many, embedding=embedding))[1]
 
     async def _admit(
         self,
@@ -523,6 +573,7 @@ class AsyncEngine:
         pin: str | None = None,
         many: bool = False,
         arriving: bool = False,
+        embedding: EmbeddingOptions | None = None,
     ) -> tuple[ModelView, list[RequestStream]]:
         _check_options(options)
         while True:
@@ -536,14 +587,18 @@ class AsyncEngine:
                 own = options
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
-                news.append(new_request(next(self._numbers), ids, config, own, view, pin, grammar, arriving))
+                news.append(new_request(next(self._numbers), ids, config, own, view, pin, grammar, arriving, embedding))
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []
-            for new in news:
+            for new, prompt, config in zip(news, prompts, wanted, strict=True):
                 inbox = Inbox(new.number, new_branches(new.params, view))
                 if new.params.num_prompt_logprobs >= 0:
                     inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
+                if self.observer is not None:
+                    operation = _operation(prompt, embedding)
+                    begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config)
+                    inbox.on_over = self.observer.begin(begun)
                 router.register(inbox)
                 streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
             add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
@@ -570,6 +625,18 @@ def _config(config: EngineConfig | str) -> EngineConfig:
 def _check_options(options: object) -> None:
     if not isinstance(options, RequestOptions):
         raise InvalidRequestError(f"options is {options!r:.80}; expected RequestOptions(...)")
+
+
+def _prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise InvalidRequestError(f"prompts is {prompts!r:.80}; expected a list of prompts")
+    return list(prompts)
+
+
+def _operation(prompt: Prompt | Conversation | StreamedPrompt, embedding: EmbeddingOptions | None) -> Operation:
+    if embedding is not None:
+        return "embeddings"
+    return "chat" if isinstance(prompt, Conversation) else "text_completion"
 
 
 def _addressed(add: ins.AddRequests, reply_to: ReplyTo) -> ins.AddRequests:

@@ -21,6 +21,7 @@ from asyncengine.grammar.protocol import Grammar
 from asyncengine.grammar.select import make_backend
 from asyncengine.instructions import Deadlines, NewRequest, WhenFull
 from asyncengine.loop.branch import Branch
+from asyncengine.loop.embedding import EmbeddingOptions, pooling_of
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, Tokenizer
@@ -164,6 +165,7 @@ def new_request(
     pin: str | None = None,
     grammar: Grammar | None = None,
     arriving: bool = False,
+    embedding: EmbeddingOptions | None = None,
 ) -> NewRequest:
     """Checks a request against the model and fills in every default.
 
@@ -172,6 +174,7 @@ def new_request(
     """
     config = checked_config(config)
     check_length(len(prompt), view)
+    pooling = None if embedding is None else pooling_of(embedding, view)
     params = resolve(
         config,
         view.default_generation_config,
@@ -186,7 +189,7 @@ def new_request(
         raise InvalidRequestError(f"stop_strs is {params.stop_strs!r}; stop strings need a tokenizer and there is none")
     # The random part keeps it apart from whatever ids callers give.
     request_id = f"request-{number}-{secrets.token_hex(4)}" if options.request_id is None else options.request_id
-    return NewRequest(number, request_id, prompt, params, options.priority, options.deadlines, pin, arriving)
+    return NewRequest(number, request_id, prompt, params, options.priority, options.deadlines, pin, arriving, pooling)
 
 
 def _bad_words(words: Iterable[str | Iterable[int]], view: ModelView) -> tuple[tuple[int, ...], ...]:

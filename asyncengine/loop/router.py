@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from typing import Any
 
-from asyncengine.events import BranchEnded, BranchKey, Event, PromptLogprobs, Reply, RequestEnded, Tokens
+from asyncengine.events import BranchEnded, BranchKey, Event, Pooled, PromptLogprobs, Reply, RequestEnded, Tokens
 from asyncengine.instructions import ReplyTo
 from asyncengine.loop import delivery
 from asyncengine.loop.branch import Branch, Waiter
-from asyncengine.outputs import Usage
-from asyncengine.step.batch import Int32, TokenLogprobs
+from asyncengine.loop.observer import RequestOver
+from asyncengine.outputs import FinishReason, Usage
+from asyncengine.step.batch import Float32, Int32, TokenLogprobs
 from asyncengine.stream_back import StreamBack
 
 
@@ -24,9 +26,11 @@ class Inbox:
     Attributes:
         prompt: (tokens,) of a request that wants log-probabilities of its prompt.
         prompt_logprobs: Those that have come, the first token's None included.
+        pooled: The prompt's hidden states, pooled, once they have come.
+        on_over: Called when the request is over; None where nobody observes it.
     """
 
-    __slots__ = ("branches", "ended", "error", "number", "prompt", "prompt_logprobs", "usage")
+    __slots__ = ("branches", "ended", "error", "number", "on_over", "pooled", "prompt", "prompt_logprobs", "usage")
 
     def __init__(self, number: int, branches: list[Branch]) -> None:
         self.number = number
@@ -36,6 +40,8 @@ class Inbox:
         self.error: BaseException | None = None
         self.prompt: Int32 | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.pooled: Float32 | None = None
+        self.on_over: Callable[[RequestOver], None] | None = None
 
     def end(self, usage: Usage | None = None, error: BaseException | None = None) -> None:
         """Notes that nothing more will come, and wakes the reader."""
@@ -44,6 +50,10 @@ class Inbox:
         for branch in self.branches:
             branch.streaming = False
         self.wake()
+        on_over, self.on_over = self.on_over, None
+        if on_over is not None:
+            reasons = tuple(branch.finish_reason or FinishReason.ABORT for branch in self.branches)
+            on_over(RequestOver(reasons, usage, error))
 
     @property
     def has_reader(self) -> bool:
@@ -136,6 +146,10 @@ class Router:
             known = self._inboxes.get(event.number)
             if known is not None and known.prompt_logprobs is not None:
                 known.prompt_logprobs += event.logprobs
+        elif type(event) is Pooled:
+            known = self._inboxes.get(event.number)
+            if known is not None:
+                known.pooled = event.vector
         else:
             assert type(event) is Reply
             future = self._futures.pop(event.ticket)

@@ -14,7 +14,7 @@ from asyncengine.loop import delivery
 from asyncengine.loop.branch import Branch, Waiter
 from asyncengine.loop.router import Inbox, Router
 from asyncengine.outputs import BranchResult, FinishReason, RequestOutput, RequestResult, Usage
-from asyncengine.step.batch import Int32, TokenLogprobs
+from asyncengine.step.batch import Float32, Int32, TokenLogprobs
 
 _NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 _new = tuple.__new__
@@ -86,6 +86,11 @@ class RequestStream:
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         """One entry per token of the prompt, the first None; what there is so far. None if not asked for."""
         return self._inbox.prompt_logprobs
+
+    @property
+    def pooled(self) -> Float32 | None:
+        """The prompt's hidden states, pooled, (hidden,), of a request for an embedding, once they are there."""
+        return self._inbox.pooled
 
     def abort(self) -> None:
         """Ends the request with reason "abort"; its blocks are free within a step. Idempotent; from any thread."""
@@ -287,4 +292,5 @@ class RequestStream:
         # May run on any thread, in the middle of anything: both calls only append to a deque or pop from a dict.
         if not self._inbox.ended:
             self._abort(self._inbox.number)
-            self._router.forget(self._inbox.number)
+            if self._inbox.on_over is None:  # whoever observes it is told when it is over
+                self._router.forget(self._inbox.number)

@@ -125,6 +125,14 @@ class Checkpoint:
         return GenerationConfig(**defaults)
 
     @cached_property
+    def pooling(self) -> str:
+        """How ``1_Pooling/config.json`` of a sentence-transformers model makes embeddings; without one, "mean"."""
+        wanted = [key for key, value in self._json("1_Pooling/config.json", optional=True).items() if value is True]
+        modes = [key.removeprefix("pooling_mode_") for key in wanted if key.startswith("pooling_mode_")]
+        words = {"mean_tokens": "mean", "lasttoken": "last"}
+        return " + ".join(words.get(mode, mode) for mode in modes) or "mean"
+
+    @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""
         generation = self._json("generation_config.json", optional=True)

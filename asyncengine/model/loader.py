@@ -99,6 +99,7 @@ def _load(plan: LoadPlan) -> LoadedModel:
     from asyncengine.model import architecture, verification
     from asyncengine.model.decoder.blueprint import NotRecognised
     from asyncengine.model.graphs import capture_steps
+    from asyncengine.model.hidden_states import hidden_size
     from asyncengine.model.runner import PagedLayers, TorchModel, weight_bytes
     from asyncengine.model.sampler import Sampler
     from asyncengine.model.tokenizer import load_tokenizer
@@ -155,6 +156,8 @@ def _load(plan: LoadPlan) -> LoadedModel:
         memory_bytes=(weight_bytes(model) if program is None else program.nbytes)
         + limits.num_blocks * kv_bytes_per_block(layers, backend, limits, dtype),
         notes=tuple(notes),
+        hidden_size=hidden_size(model),
+        pooling=details.checkpoint.pooling,
     )
 
 

@@ -20,6 +20,7 @@ from asyncengine.model.architecture import RecordedLayer, attach
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.graphs import StepGraphs
+from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.sampler import Sampler
 from asyncengine.model.step_inputs import StepInputs
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
@@ -127,17 +128,36 @@ class TorchModel:
     def execute(self, batch: StepBatch) -> StepTokens:
         """As the protocol says."""
         with torch.inference_mode():
-            drawn, scores = len(batch.sample_index), []
+            if len(batch.pool_spans):
+                return self._pooling(batch)
             if not len(batch.score_index):
-                logits = self.logits(batch)
-            else:  # further rows of logits, after those that are drawn from
-                rows = np.append(batch.sample_index, batch.score_index)
-                logits = self.logits(dataclasses.replace(batch, sample_index=rows))
-                scores = self._sampler.score(logits[drawn:], batch.score_token_ids, batch.score_tops)
-            if not drawn:
-                return StepTokens(np.empty(0, dtype=np.int32), scores=scores)
-            tokens = self._sampler.sample(logits[:drawn], batch.sample_slots, batch.sample_positions)
-            return dataclasses.replace(tokens, scores=scores) if scores else tokens
+                return self._draw(batch, self.logits(batch))
+            # Further rows of logits, after those that are drawn from.
+            rows = np.append(batch.sample_index, batch.score_index)
+            return self._draw(batch, self.logits(dataclasses.replace(batch, sample_index=rows)))
+
+    def _draw(self, batch: StepBatch, logits: torch.Tensor) -> StepTokens:
+        """Tokens and scores from logits, those that are drawn from first."""
+        drawn, scores = len(batch.sample_index), []
+        if len(batch.score_index):
+            scores = self._sampler.score(logits[drawn:], batch.score_token_ids, batch.score_tops)
+        if not drawn:
+            return StepTokens(np.empty(0, dtype=np.int32), scores=scores)
+        tokens = self._sampler.sample(logits[:drawn], batch.sample_slots, batch.sample_positions)
+        return dataclasses.replace(tokens, scores=scores) if scores else tokens
+
+    def _pooling(self, batch: StepBatch) -> StepTokens:
+        """A step in which hidden states are summed: what else is in it is done as ever, with the logits at hand."""
+        plan = self.begin(batch)
+        rows = np.append(batch.sample_index, batch.score_index)
+        step = dataclasses.replace(batch, sample_index=rows)
+        if self._program is not None:
+            logits, pooled = self._program.run(step, plan)
+        else:
+            with hidden_states(self._model) as hidden:
+                logits = self.forward(*self._inputs.send(step))
+            pooled = summed(hidden, batch.pool_spans)
+        return dataclasses.replace(self._draw(batch, logits), pooled=pooled)
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""

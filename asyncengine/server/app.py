@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from asyncengine.loop.engine import AsyncEngine
-from asyncengine.server import admin, chat, completions, messages, openapi, page, probes, responses, tokens
+from asyncengine.server import admin, chat, completions, embeddings, messages, openapi, page, probes, responses, tokens
 from asyncengine.server.gate import Gate
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service
@@ -46,7 +46,7 @@ def create_app(
 
 def _application(service: Service, own_engine: bool = False) -> Starlette:
     settings = service.settings
-    middleware = [Middleware(Gate, settings=settings, traffic=service.traffic)]
+    middleware = [Middleware(Gate, engine=service.engine, settings=settings, traffic=service.traffic)]
     if settings.cors_origins:
         middleware.insert(
             0,
@@ -58,7 +58,7 @@ def _application(service: Service, own_engine: bool = False) -> Starlette:
                 expose_headers=["x-request-id", IGNORED_HEADER, "retry-after"],
             ),
         )
-    modules = [probes, tokens, completions, chat, responses, messages, admin, page, openapi]
+    modules = [probes, tokens, completions, chat, embeddings, responses, messages, admin, page, openapi]
     app = Starlette(
         routes=[route for module in modules for route in module.routes(service)],
         middleware=middleware,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -105,16 +105,15 @@ class Chat:
         if parses(self.tokenizer):
             changes["skip_special_tokens"] = False
         self.config = generation_config(body, **changes)
-        if self.choice.shown and self.config.response_format is not None:
-            message = "response_format cannot be honoured beside tools that may be called; tool_choice 'none' lets it"
-            raise Refusal(400, message, "unsupported_field", "response_format")
         self.options = request_options(body, self.id, label)
 
     async def _constrained(self) -> GenerationConfig:
-        """How to generate, with the grammar of the calls."""
+        """How to generate, with the grammar of the calls and, if one is wanted, of the answer without any."""
         known = parsing(self.tokenizer)
         layout = None if known is None else await self.service.call_layout(known)
-        return self.config.replace(response_format=self.choice.grammar(self.tokenizer, layout))
+        wanted = self.config.response_format
+        assert not isinstance(wanted, Mapping)
+        return self.config.replace(response_format=self.choice.grammar(self.tokenizer, layout, wanted))
 
     async def begin(self) -> tuple[Answer, list[Turn]]:
         """Adds the request to the engine."""
@@ -122,7 +121,8 @@ class Chat:
         arguments = template_arguments(body.chat_template_kwargs)
         if tools:
             arguments["tools"] = tools
-        if self.choice.constrains:
+        beside = bool(tools) and self.config.response_format is not None
+        if self.choice.constrains or beside:
             config = await self._constrained()
         if body.continue_final_message:
             if body.add_generation_prompt and self.messages[-1]["role"] != "assistant":
@@ -136,7 +136,7 @@ class Chat:
         try:
             stream = await pending.__aenter__()
         except InvalidRequestError as error:
-            if not self.choice.constrains or not str(error).startswith("response_format"):
+            if not self.choice.constrains or beside or not str(error).startswith("response_format"):
                 raise
             raise Refusal(400, f"tools: {error}", "invalid_field", "tools") from error
         found = turns(stream, self.tokenizer, body.n, tools, body.parallel_tool_calls)

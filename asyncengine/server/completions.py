@@ -23,6 +23,7 @@ from asyncengine.server.chunks import (
     UsageRecord,
 )
 from asyncengine.server.logprobs import CompletionTokens, joined, prompt_logprobs
+from asyncengine.server.prompts import prompts_of
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.sampling import IGNORED, OTHERS, Sampling, generation_config, request_options
 from asyncengine.server.service import Service, reply
@@ -81,7 +82,7 @@ class Completing:
             changes["max_tokens"] = max(DEFAULT_MAX_TOKENS, body.min_tokens)
         self.config = generation_config(body, **changes)
         self.options = request_options(body, self.id, label)
-        self.prompts = _prompts(body.prompt)
+        self.prompts = prompts_of(body.prompt, "prompt")
 
     async def begin(self) -> Answer:
         """Adds the requests to the engine."""
@@ -157,20 +158,6 @@ def routes(service: Service) -> list[Route]:
         return reply(completion, 499 if completion is None else 200, headers)
 
     return [Route("/v1/completions", create, methods=["POST"])]
-
-
-def _prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
-    """Texts and lists of token ids; a list of numbers is one of the latter."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise Refusal(400, "prompt is []; expected text or token ids", "invalid_field", "prompt")
-    numbers = [item for item in prompt if isinstance(item, int)]
-    if not numbers:
-        return [item for item in prompt if not isinstance(item, int)]
-    if len(numbers) < len(prompt):
-        raise Refusal(400, "prompt has token ids beside other things; expected one kind", "invalid_field", "prompt")
-    return [numbers]
 
 
 class _Scores:

@@ -15,6 +15,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from asyncengine.loop.engine import AsyncEngine
 from asyncengine.server.exposition import Traffic
 from asyncengine.server.naming import fresh_id
 from asyncengine.server.refusal import Refusal, refusal_of
@@ -28,14 +29,16 @@ OPEN = frozenset({"/health"})
 UNCOUNTED = frozenset({"/health", "/ready", "/metrics", "/ui", "/v1/models", "/openapi.json"})
 """Routes that use no model, and answer when everything is busy."""
 
+_LOGGED = ("method", "path", "status", "milliseconds", "request_id")
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 class Gate:
     """Wraps the routes."""
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, traffic: Traffic) -> None:
+    def __init__(self, app: ASGIApp, engine: AsyncEngine, settings: ServerSettings, traffic: Traffic) -> None:
         self._app = app
+        self._engine = engine
         self._settings = settings
         self._traffic = traffic
         self._key = None if settings.api_key is None else _digest(settings.api_key.encode())
@@ -63,7 +66,12 @@ class Gate:
         self._traffic.active += counted
         try:
             self._check(path, counted, headers)
-            await self._app(scope, receive, answer)
+            observer = self._engine.observer
+            if observer is None:
+                await self._app(scope, receive, answer)
+            else:
+                with observer.within(headers):
+                    await self._app(scope, receive, answer)
         except Exception as error:
             names = {**NAMES, **scope["state"].get("names", {})}
             refusal = refusal_of(error, names, self._settings.retry_after_seconds)
@@ -79,7 +87,9 @@ class Gate:
             seconds = time.perf_counter() - begun
             self._traffic.requests.labels(scope["method"], _route(scope), str(status or 499)).inc()
             level = logging.INFO if counted else logging.DEBUG  # probes come every second
-            logger.log(level, "%s %s %d %.1f ms %s", scope["method"], path, status or 499, seconds * 1000, request_id)
+            line = (scope["method"], path, status or 499, round(seconds * 1000, 1), request_id)
+            if logger.isEnabledFor(level):
+                logger.log(level, "%s %s %d %.1f ms %s", *line, extra=dict(zip(_LOGGED, line, strict=True)))
 
     def _check(self, path: str, counted: bool, headers: Headers) -> None:
         size = sum(len(name) + len(value) for name, value in headers.raw)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine._version import __version__
-from asyncengine.server import admin, chat, completions, messages, responses, tokens
+from asyncengine.server import admin, chat, completions, embeddings, messages, responses, tokens
 from asyncengine.server.chunks import ChatCompletion, Completion
 from asyncengine.server.service import Service, reply
 from asyncengine.server.wire import Body
@@ -55,6 +55,7 @@ _OPERATIONS = (
     _Operation("get", "/v1/models/{model}", "The model that is served, by its name."),
     _Operation("post", "/v1/chat/completions", "The assistant's next turn.", chat.BODY, ChatCompletion, streams=True),
     _Operation("post", "/v1/completions", "What follows a text.", completions.BODY, Completion, streams=True),
+    _Operation("post", "/v1/embeddings", "Texts as vectors.", embeddings.BODY, embeddings.Embeddings),
     _Operation("post", "/v1/responses", "OpenAI's newer form of a turn.", responses.BODY, streams=True),
     _Operation("post", "/v1/messages", "Anthropic's form of a turn.", messages.BODY, streams=True),
     _Operation("post", "/v1/messages/count_tokens", "Tokens of a conversation.", messages.COUNT),

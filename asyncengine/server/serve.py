@@ -41,6 +41,7 @@ def serve(
     drain_seconds: float = 5.0,
     loader: Loader | None = None,
     on_listening: Callable[[str], None] | None = None,
+    prepare: Callable[[AsyncEngine], object] | None = None,
 ) -> int:
     """Serves a model until SIGINT or SIGTERM; listens at once and answers 503 while it loads.
 
@@ -60,6 +61,7 @@ def serve(
         drain_seconds: How long requests get to finish after a signal.
         loader: As in `AsyncEngine`.
         on_listening: Told the address once there is one.
+        prepare: Called with the engine before it loads anything, as `asyncengine.otel.instrument`.
 
     Returns:
         A process's exit code: 0 after a signal, 1 if the model could not be loaded or the address not be had.
@@ -84,6 +86,8 @@ def serve(
         return 1
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         engine = AsyncEngine(config, loader=loader)
+        if prepare is not None:
+            prepare(engine)
         running = _Running(engine, config, settings, listener, drain_seconds)
         address = _address(listener)
         logger.info("listening on %s; loading %s", address, config.model)

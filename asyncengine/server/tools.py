@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any, cast
 
 from asyncengine.loop.stream import RequestStream
-from asyncengine.response_format import StructuralTags
+from asyncengine.response_format import JsonObject, JsonSchema, ResponseFormat, StructuralTags
 from asyncengine.server.call_layout import CallLayout
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.turn import Turn
@@ -38,20 +38,27 @@ class ToolChoice:
         """Whether the answer must keep to a grammar."""
         return self.forced or any(tool["function"].get("strict") for _, tool in self.allowed)
 
-    def grammar(self, tokenizer: Tokenizer, layout: CallLayout | None) -> StructuralTags:
+    def grammar(
+        self, tokenizer: Tokenizer, layout: CallLayout | None, otherwise: ResponseFormat | None = None
+    ) -> StructuralTags:
         """Free text, until the opening of a call begins one that the function's parameters accept.
 
         A call that must come comes at once, unless the model may reason before it. The arguments of a function that is
-        not strict are any object, unless a call must come.
+        not strict are any object, unless a call must come. With `otherwise` the answer is calls, or else JSON of that
+        format; a call that must come leaves no room for it.
 
         Raises:
             Refusal: The model's calls cannot be told by a grammar.
         """
         known = parsing(tokenizer)
         if layout is None or known is None:
-            strict = next((where for where, tool in self.allowed if tool["function"].get("strict")), "tools[0]")
-            param = "tool_choice" if self.forced else f"{strict}.function.strict"
             reason = "the model does not write its calls as JSON between fixed texts, as its template has them"
+            if self.forced:
+                param = "tool_choice"
+            elif self.constrains:
+                param = f"{next(at for at, tool in self.allowed if tool['function'].get('strict'))}.function.strict"
+            else:
+                param, reason = "response_format", f"{reason}, and there are tools that may be called"
             raise Refusal(400, f"{param} cannot be honoured: {reason}", "unsupported_field", param)
         tags = []
         for where, tool in self.allowed:
@@ -63,6 +70,16 @@ class ToolChoice:
             parameters = function.get("parameters") or {}
             kept = parameters if self.forced or function.get("strict") else {}
             tags.append(layout.tag(name, {"type": "object", **kept}))
+        if otherwise is not None and not self.forced:
+            if not isinstance(otherwise, (JsonObject, JsonSchema)):
+                message = (
+                    "response_format.type cannot be honoured beside tools that may be called; allowed there: 'text', "
+                    "'json_object', 'json_schema'"
+                )
+                raise Refusal(400, message, "unsupported_field", "response_format")
+            return StructuralTags(
+                tags, [layout.opening], free_text=False, stop_after_first=self.single, otherwise=otherwise
+            )
         return StructuralTags(
             tags,
             [layout.opening],

@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 
 
 _NOTHING: Int64 = np.empty(0, dtype=np.int64)
 _NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
+_NO_SPANS: Int64 = np.empty((0, 2), dtype=np.int64)
+_NO_SUMS: Float32 = np.empty((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class StepBatch:
         score_index: (S,) index into the T tokens of each row of logits that is only looked at.
         score_token_ids: (S,) the token whose log-probability is wanted from each of them.
         score_tops: (S,) how many of the likeliest tokens are wanted beside it.
+        pool_spans: (P, 2) index into the T tokens, from and to, of each run of tokens whose hidden states are summed.
     """
 
     token_ids: Int32
@@ -55,6 +59,7 @@ class StepBatch:
     score_index: Int64 = field(default_factory=lambda: _NOTHING)
     score_token_ids: Int32 = field(default_factory=lambda: _NO_TOKENS)
     score_tops: Int64 = field(default_factory=lambda: _NOTHING)
+    pool_spans: Int64 = field(default_factory=lambda: _NO_SPANS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ class StepTokens:
         failed: Entries that could not be drawn, and why; their token means nothing. They end their own request.
         forced: Entries to further tokens after theirs, which their grammar leaves no choice about.
         scores: (S,) one for each entry of `StepBatch.score_index`.
+        pooled: (P, hidden) the sum of the hidden states behind the last norm, for each of `StepBatch.pool_spans`.
     """
 
     token_ids: Int32
@@ -91,3 +97,4 @@ class StepTokens:
     failed: Mapping[int, Exception] = field(default_factory=dict)
     forced: Mapping[int, list[int]] = field(default_factory=dict)
     scores: list[TokenLogprobs] = field(default_factory=list)
+    pooled: Float32 = field(default_factory=lambda: _NO_SUMS)

@@ -345,6 +345,8 @@ class Core:
                     raise StepError(
                         f"the model drew {len(drawn.token_ids)} tokens; {len(plan.batch.sample_index)} were due"
                     )
+                if len(drawn.pooled) != len(plan.batch.pool_spans):
+                    raise StepError("the model gives out no hidden states")
             except Exception as error:
                 self._model_failed(plan, error)
                 return

@@ -73,6 +73,8 @@ class ModelView:
         default_generation_config: The model's own.
         tokenizer: None if there is none: prompts are token ids and outputs carry no text.
         tokenizer_key: Equal for equal tokenizers.
+        hidden_size: Numbers in an embedding; None if the model cannot embed.
+        pooling: How it embeds where the caller does not say, in the checkpoint's word.
     """
 
     epoch: int
@@ -84,6 +86,8 @@ class ModelView:
     default_generation_config: GenerationConfig
     tokenizer: Tokenizer | None
     tokenizer_key: str | None
+    hidden_size: int | None = None
+    pooling: str = "mean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,8 @@ class LoadedModel:
     tokenizer_key: str | None
     memory_bytes: int = 0
     notes: tuple[str, ...] = ()
+    hidden_size: int | None = None
+    pooling: str = "mean"
 
     def view(self, epoch: int) -> ModelView:
         """What the event loops may know of it."""
@@ -124,6 +130,8 @@ class LoadedModel:
             default_generation_config=self.default_generation_config,
             tokenizer=self.tokenizer,
             tokenizer_key=self.tokenizer_key,
+            hidden_size=self.hidden_size,
+            pooling=self.pooling,
         )
 
 

@@ -23,12 +23,12 @@ from asyncengine.errors import (
     RequestDroppedError,
     StepError,
 )
-from asyncengine.events import BranchEnded, BranchKey, PromptLogprobs, RequestEnded, Tokens
+from asyncengine.events import BranchEnded, BranchKey, Pooled, PromptLogprobs, RequestEnded, Tokens
 from asyncengine.instructions import AddRequests, ExtendPrompt, Mailbox, NewRequest, ReplyTo
 from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Usage
 from asyncengine.step.arriving import Arriving
-from asyncengine.step.batch import Int32, Int64, StepTokens, TokenLogprobs
+from asyncengine.step.batch import Float32, Int32, Int64, StepTokens, TokenLogprobs
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.scheduler import Chunk, Plan, Scheduler
 from asyncengine.step.sequence import EMPTY, Request, Sequence, SequenceState
@@ -404,6 +404,8 @@ class RequestTable:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         for request in list(self._requests.values()):
+            if request.pooled is not None:  # hidden states of another model are not to be added to
+                request.pooled, request.scored = None, 0
             unfinished = [branch for branch in request.branches if branch.state is not SequenceState.ENDED]
             sequences = [branch.tokens for branch in unfinished]
             if (arriving := request.arriving) is not None:
@@ -470,6 +472,8 @@ class RequestTable:
         }
         if drawn.scores:
             self._commit_scores(plan, drawn.scores)
+        if len(drawn.pooled):
+            self._commit_pooled(plan, drawn.pooled)
         if decodes:
             slots, ids, logprobs, sequences = plan.decode_slots, drawn.token_ids[:decodes], drawn.logprobs, plan.decodes
             if logprobs is not None:
@@ -500,6 +504,20 @@ class RequestTable:
                 self.outbox.add(request.mailbox, PromptLogprobs(request.new.number, scores[at : at + count]))
                 request.scored = chunk.scored[1]
             at += count
+
+    def _commit_pooled(self, plan: Plan, sums: Float32) -> None:
+        """Adds up the hidden states, in double precision so that the pieces do not show; tells whose are complete."""
+        pooling = (chunk for chunk in plan.chunks if chunk.pools)
+        for chunk, part in zip(pooling, sums, strict=True):
+            request = chunk.sequence.request
+            if request.ended:
+                continue
+            request.pooled = part.astype(np.float64) + (0.0 if request.pooled is None else request.pooled)
+            request.scored = chunk.pooled[1]
+            if chunk.last:
+                count = len(request.new.prompt) if request.new.pooling == "mean" else 1
+                vector = (request.pooled / count).astype(np.float32)
+                self.outbox.add(request.mailbox, Pooled(request.new.number, vector))
 
     def _commit_decodes(
         self,

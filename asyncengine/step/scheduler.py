@@ -65,6 +65,7 @@ class Chunk:
         branches: Who draws from the last token: the sequence and those unborn branches that have a slot.
         scored: Positions of the prompt, from and to, whose logits are looked at for the log-probability of the token
             after each.
+        pooled: Positions of the prompt, from and to, whose hidden states are summed.
     """
 
     sequence: Sequence
@@ -72,11 +73,17 @@ class Chunk:
     last: bool
     branches: tuple[Sequence, ...]
     scored: tuple[int, int] = (0, 0)
+    pooled: tuple[int, int] = (0, 0)
 
     @property
     def num_scored(self) -> int:
         """How many positions that are."""
         return self.scored[1] - self.scored[0]
+
+    @property
+    def pools(self) -> bool:
+        """Whether hidden states are summed."""
+        return self.pooled[0] < self.pooled[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,8 +336,11 @@ class Scheduler:
         computed = int(slots.num_computed[sequence.slot])
         left = int(slots.num_tokens[sequence.slot]) - computed
         count = min(left, budget)
-        scored = (0, 0)
-        if request.unscored:
+        scored = pooled = (0, 0)
+        if request.new.pooling is not None:
+            end, whole = computed + count, len(request.new.prompt)
+            pooled = (max(computed, request.scored) if request.unscored else max(whole - 1, computed), end)
+        elif request.unscored:
             first = max(computed, request.scored)
             room = MAX_SCORED - sum(chunk.num_scored for chunk in chunks)
             if room <= 0:
@@ -340,7 +350,7 @@ class Scheduler:
         unborn = (b for b in sequence.request.branches if b.state is SequenceState.UNBORN and b.slot >= 0)
         last = count == left
         draws = last and request.arriving is None and request.new.params.max_tokens > 0
-        chunks.append(Chunk(sequence, count, last, (sequence, *unborn) if draws else (), scored))
+        chunks.append(Chunk(sequence, count, last, (sequence, *unborn) if draws else (), scored, pooled))
         return count
 
     def _start(self, sequence: Sequence) -> bool:
@@ -348,7 +358,7 @@ class Scheduler:
         page_size = self.limits.page_size
         tokens = sequence.tokens
         # The last token is always computed: its logits are what the next one is drawn from.
-        # Nor has the cache the logits of prompt tokens that are to be scored.
+        # Nor has the cache the logits or hidden states of prompt tokens that are to be looked at.
         known = tokens[: sequence.request.scored] if sequence.request.unscored else tokens[:-1]
         cached = self.tree.match(known) if self.limits.prefix_cache else EMPTY
         self.pool.retain(cached)
@@ -490,6 +500,13 @@ class Scheduler:
         scores: dict[str, Any] = {}
         if any(chunk.num_scored for chunk in chunks):
             scores = self._scores(chunks, query_start[decodes:], context[decodes:])
+        spans = [
+            [position - computed + start for position in chunk.pooled]
+            for chunk, start, computed in zip(chunks, query_start[decodes:-1].tolist(), context[decodes:], strict=True)
+            if chunk.pools
+        ]
+        if spans:
+            scores["pool_spans"] = np.array(spans, dtype=np.int64)
         return StepBatch(
             token_ids=slots.tokens[token_rows, positions],
             positions=positions.astype(np.int32),

@@ -10,7 +10,7 @@ import numpy as np
 from asyncengine.detokenizer import TextStream
 from asyncengine.instructions import Mailbox, NewRequest
 from asyncengine.step.arriving import Arriving
-from asyncengine.step.batch import Int32
+from asyncengine.step.batch import Float64, Int32
 
 
 class SequenceState(enum.Enum):
@@ -35,9 +35,11 @@ class Request:
         arrived_at: Seconds of the core's clock, as are the other times.
         branches: n sequences, in order.
         cached_tokens: Prompt tokens found in the prefix cache at the first admission to a batch.
-        scored: How many of the prompt's positions have told the log-probability of the token after them.
         arriving: Its prompt, until that has come whole. Meanwhile `new.prompt` is what is to be computed of it now.
         computed_ahead: How many tokens of the prompt were computed, or found, before it had come whole.
+        scored: How many of the prompt's positions have been looked at, where all are: for the log-probability of the
+            token after them, or for their hidden state.
+        pooled: (hidden,) sum of the hidden states that have been looked at.
         ended: Whether its end has been told.
     """
 
@@ -53,6 +55,7 @@ class Request:
     scored: int = 0
     arriving: Arriving | None = None
     computed_ahead: int = 0
+    pooled: Float64 | None = None
     ended: bool = False
 
     @property
@@ -67,7 +70,9 @@ class Request:
 
     @property
     def unscored(self) -> bool:
-        """Whether log-probabilities of the prompt are wanted that there are not yet."""
+        """Whether positions of the prompt are to be looked at that were not yet."""
+        if self.new.pooling is not None:
+            return self.new.pooling == "mean" and self.scored < len(self.new.prompt)
         return self.new.params.num_prompt_logprobs >= 0 and self.scored < len(self.new.prompt) - 1
 
 

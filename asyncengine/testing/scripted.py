@@ -39,6 +39,8 @@ class ScriptedModel:
     request with `RequestDroppedError`. Logits processors are refused, because there are no logits; biases, penalties
     and lists of tokens change nothing.
 
+    The hidden state of a token is ``(token id, position, 1)``.
+
     It also keeps a paged "KV cache" of its own, in which every token is written where the scheduler says, and before
     it answers it reads each sequence back through its block table: a mistake of the engine about blocks raises.
 
@@ -121,7 +123,7 @@ class ScriptedModel:
             self._matchers[slot] = matcher = params.grammar.matcher()
             for token_id in output.tolist():
                 matcher.accept(token_id)
-        self._answers[slot] = list(self._script(prompt.tolist(), branch))
+        self._answers[slot] = list(self._script(prompt.tolist(), branch)) if params.max_tokens else []
         self._tokens[slot] = [*prompt.tolist(), *output.tolist()]
         self._num_logprobs[slot] = params.num_logprobs
 
@@ -200,8 +202,15 @@ class ScriptedModel:
                 strict=True,
             )
         ]
+        states = np.stack([batch.token_ids, batch.positions, np.ones(len(batch.token_ids))], axis=1)
+        pooled = [states[first:end].sum(axis=0) for first, end in batch.pool_spans.tolist()]
         return StepTokens(
-            np.array(token_ids, dtype=np.int32), logprobs if some else None, tuple(finished), failed, scores=scores
+            np.array(token_ids, dtype=np.int32),
+            logprobs if some else None,
+            tuple(finished),
+            failed,
+            scores=scores,
+            pooled=np.array(pooled, dtype=np.float32),
         )
 
     def device_lost(self, error: BaseException) -> bool:
@@ -262,6 +271,7 @@ class ScriptedLoader:
         check_errors: Model name to what checking it raises.
         load_errors: Model name to what loading it raises.
         gate: If set, loading waits until the event is.
+        hidden_size: Of the models; None makes models that cannot embed.
     """
 
     def __init__(
@@ -282,6 +292,7 @@ class ScriptedLoader:
         self.check_errors: dict[str, BaseException] = {}
         self.load_errors: dict[str, BaseException] = {}
         self.gate: threading.Event | None = None
+        self.hidden_size: int | None = 3
 
     @property
     def model(self) -> ScriptedModel:
@@ -339,4 +350,5 @@ class ScriptedLoader:
             default_generation_config=GenerationConfig(),
             tokenizer=self.tokenizer,
             tokenizer_key="bytes" if self.tokenizer is not None else None,
+            hidden_size=self.hidden_size,
         )

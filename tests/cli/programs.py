@@ -162,7 +162,7 @@ def server(*arguments: str, step_seconds: float = 0.0) -> Iterator[tuple[subproc
         def read() -> None:
             for entry in process.stderr or ():
                 log.append(entry)
-                if " ready: " in entry:
+                if "ready: " in entry:
                     ready.set()
             ready.set()
 

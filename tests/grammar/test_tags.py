@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from asyncengine import tiny
+from asyncengine import InvalidRequestError, tiny
 from asyncengine.grammar.select import make_backend
 from asyncengine.model.tokenizer import load_tokenizer
-from asyncengine.response_format import StructuralTag, StructuralTags
+from asyncengine.response_format import JsonObject, JsonSchema, StructuralTag, StructuralTags
 from asyncengine.tokenizer import Tokenizer
 
 END = 2
@@ -65,3 +65,16 @@ def test_how_many_there_are_and_what_is_around_them(
     assert may_be_all(wanted, f"{piece} so") is (free_text and not stop_after_first)
     assert may_be_all(wanted, "so") is (free_text and not at_least_one)
     assert may_be_all(wanted, "") is not at_least_one
+
+
+def test_instead_of_pieces_there_may_be_json() -> None:
+    tag, json = StructuralTag("<n>", {"enum": [1, 2]}, "."), JsonSchema({"type": "array", "items": {"enum": [7]}})
+    wanted = StructuralTags([tag], free_text=False, otherwise=json)
+    for text, may in (("<n>1.", True), ("<n>1.<n>2.", True), ("[7]", True), ("", False), ("so", False)):
+        assert may_be_all(wanted, text) is may, text
+    assert not may_be_all(wanted, "<n>1.[7]") and not may_be_all(wanted, "[7]<n>1.") and not may_be_all(wanted, "[8]")
+    single = StructuralTags([tag], free_text=False, stop_after_first=True, otherwise=JsonObject())
+    assert may_be_all(single, "{}") and may_be_all(single, "<n>1.") and not may_be_all(single, "<n>1.<n>2.")
+    for wrong in ({"otherwise": json}, {"otherwise": "{}", "free_text": False}):
+        with pytest.raises(InvalidRequestError, match=r"response_format\.otherwise"):
+            StructuralTags([tag], **wrong)  # type: ignore[arg-type]

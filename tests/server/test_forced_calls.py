@@ -25,6 +25,13 @@ PARAMETERS: dict[str, Any] = {
 }
 WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
 STRICT = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
+SCHEMA: dict[str, Any] = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "mood",
+        "schema": {"properties": {"mood": {"enum": ["good", "bad"]}}, "required": ["mood"]},
+    },
+}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 
 
@@ -128,7 +135,6 @@ async def test_only_what_fits_can_be_said(answer: str, changes: dict[str, Any], 
 async def test_what_cannot_be_forced_is_a_400_by_name() -> None:
     unreadable = {"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}, "strict": True}}
     odd = {"type": "function", "function": {"name": 'a"b', "strict": True}}
-    json_object = {"type": "json_object"}
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"tools": [TOOL], "tool_choice": NAMED}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
@@ -136,7 +142,8 @@ async def test_what_cannot_be_forced_is_a_400_by_name() -> None:
         ({"tools": [TOOL], "tool_choice": "always"}, "tool_choice"),
         ({"tools": [unreadable]}, "tools"),
         ({"tools": [odd]}, "tools[0].function.name"),
-        ({"tools": [TOOL], "response_format": json_object}, "response_format"),
+        ({"tools": [TOOL], "response_format": {"type": "regex", "regex": "a"}}, "response_format"),
+        ({"tools": [TOOL], "response_format": SCHEMA | {"json_schema": {"schema": {"type": "no"}}}}, "response_format"),
     ]
     async with served(tool_engine("Hi")) as client:
         for fields, param in wrong:
@@ -155,6 +162,8 @@ async def test_a_model_whose_calls_cannot_be_told_says_so(field: str, value: Any
         assert forced.status_code == 400 and error(forced)["param"] == "tool_choice"
         strict = await client.post(URL, json=chat(tools=[TOOL, STRICT]))
         assert strict.status_code == 400 and error(strict)["param"] == "tools[1].function.strict"
+        beside = await client.post(URL, json=chat(tools=[TOOL], response_format=SCHEMA))
+        assert beside.status_code == 400 and error(beside)["param"] == "response_format"
 
 
 def test_a_layout_is_what_the_template_writes() -> None:
@@ -162,3 +171,49 @@ def test_a_layout_is_what_the_template_writes() -> None:
     assert layout is not None and layout.opening == "<tool_call>"
     tag = layout.tag("add", {"type": "object"})
     assert (tag.begin, tag.end) == ('<tool_call>{"name": "add", "arguments": ', "}</tool_call>")
+
+
+@pytest.mark.parametrize(
+    ("answer", "changes", "kept"),
+    [
+        ('{"mood": "good"}', {}, True),
+        (call("add", a=1), {}, True),
+        (call("add", a=1) * 2, {}, True),
+        (call("add", a=1) * 2, {"parallel_tool_calls": False}, True),
+        ("Fine, thanks.", {}, False),
+        ('{"mood": "so"}', {}, False),
+        (call("weather", city="Oslo", days=2), {"tools": [STRICT]}, False),
+        (call("weather", city="Rome", days=2), {"tools": [STRICT]}, True),
+        ('{"colour": "red"}', {"response_format": {"type": "json_object"}}, True),
+        (call("add", a=1), {"tool_choice": "required"}, True),
+        ('{"mood": "good"}', {"tool_choice": "required"}, False),
+        ('{"mood": "good"}', {"tool_choice": "none"}, True),
+    ],
+)
+async def test_beside_a_format_the_answer_is_calls_or_fits_it(answer: str, changes: dict[str, Any], kept: bool) -> None:
+    body = chat(**({"tools": [TOOL], "response_format": SCHEMA} | changes))
+    async with served(tool_engine(answer, ends=False)) as client:
+        found = await client.post(URL, json=body)
+        if not kept:
+            assert error(found)["code"] == "request_dropped"
+            return
+        assert found.status_code == 200, found.text
+        [branch] = found.json()["choices"]
+        if answer.startswith("{"):
+            assert branch["message"]["content"] == answer and branch["finish_reason"] == "stop"
+        else:
+            single = changes.get("parallel_tool_calls") is False
+            assert len(branch["message"]["tool_calls"]) == (1 if single else answer.count("<tool_call>"))
+            assert branch["finish_reason"] == "tool_calls" and branch["message"]["content"] is None
+
+
+async def test_beside_a_format_a_model_that_has_seen_neither_keeps_to_one_of_them() -> None:
+    with tool_checkpoint() as path:
+        async with served(tooled(path)) as client:
+            body = {"messages": USER, "tools": [WEATHER], "response_format": SCHEMA, "n": 8, "seed": 1}
+            for choice in (await client.post(URL, json=body | {"max_tokens": 120, "temperature": 1})).json()["choices"]:
+                message = choice["message"]
+                if message.get("tool_calls"):
+                    assert all(made["function"]["name"] == "weather" for made in message["tool_calls"])
+                else:
+                    jsonschema.validate(json.loads(message["content"]), SCHEMA["json_schema"]["schema"])

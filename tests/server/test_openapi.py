@@ -33,8 +33,9 @@ async def test_what_goes_in_and_out_is_as_the_document_says() -> None:
         for path, body, shape, answer in (
             ("/v1/chat/completions", chat(user="a", stop=None), "ChatBody", "ChatCompletion"),
             ("/v1/completions", completion([1, 2], logprobs=1), "CompletionBody", "Completion"),
+            ("/v1/embeddings", {"input": ["a", "b"]}, "EmbeddingsBody", "Embeddings"),
         ):
             assert check(shape, body)
-            assert not check(shape, body | {"colour": "red"}) and not check(shape, body | {"n": "two"})
+            assert not check(shape, body | {"colour": "red"}) and not check(shape, body | {"priority": "two"})
             assert check(answer, (await client.post(path, json=body)).json())
             assert check("Error", (await client.post(path, json={"colour": "red"})).json())

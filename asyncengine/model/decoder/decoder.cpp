@@ -60,6 +60,9 @@ struct DecoderStep {
   int64_t samples;
   float *logits;  // (samples, vocabulary)
   const Plan *plan;
+  const int64_t *pool_spans;  // (pools, 2) tokens, from and to, whose hidden states are summed
+  int64_t pools;
+  float *pooled;  // (pools, hidden), behind the last norm
 };
 }
 
@@ -245,7 +248,7 @@ struct Run {
   std::deque<Step<T>> attention;
 
   Run(const Decoder &d, const DecoderStep &s)
-      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), phases(size_t(d.num_layers * 8 + 3)) {
+      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), phases(size_t(d.num_layers * 8 + 4)) {
     for (int64_t i = 0; i < d.num_layers; ++i) {
       const Layer &a = d.layers[i].attention;
       qkv_width = std::max(qkv_width, a.heads * a.key_dim + a.kv_heads * (a.key_dim + a.value_dim));
@@ -410,6 +413,21 @@ struct Run {
       store(to + i, load<Vec>(to + i) + load<Vec>(x + i) * factor * load<Vec>(norm.weight + i) * scale);
   }
 
+  // Hidden states as the head sees them, but not rounded, one after the other.
+  void sum_up(int64_t pool) const {
+    const Norm &norm = decoder.norm;
+    float *to = step.pooled + pool * decoder.hidden;
+    for (int64_t i = 0; i < decoder.hidden; ++i) to[i] = 0.0f;
+    for (int64_t token = step.pool_spans[2 * pool]; token < step.pool_spans[2 * pool + 1]; ++token) {
+      const float *x = hidden + token * decoder.hidden;
+      const float factor = norm.weight ? inverse_rms(x, decoder.hidden, norm.epsilon) : 1.0f;
+      for (int64_t i = 0; i < decoder.hidden; i += kLanes) {
+        const Vec v = load<Vec>(x + i);
+        store(to + i, load<Vec>(to + i) + (norm.weight ? v * factor * load<Vec>(norm.weight + i) : v));
+      }
+    }
+  }
+
   static void norm_heads(float *x, int64_t count, const Norm &norm) {
     if (!norm.weight) return;
     const int64_t size = norm.size ? norm.size : count;
@@ -501,6 +519,7 @@ struct Run {
         if (i + 1 < decoder.num_layers) enter_next(token, following);
       });
     }
+    if (step.pools) rows(next(), step.pools, [&](int64_t pool) { sum_up(pool); });
     if (!step.samples) return;
     rows(next(), step.samples, [&](int64_t sample) {
       enter(hidden + step.sample_index[sample] * decoder.hidden, decoder.norm,

@@ -23,7 +23,7 @@ from asyncengine.model.decoder.weights import (
     PackedNorm,
     release,
 )
-from asyncengine.step.batch import StepBatch
+from asyncengine.step.batch import Float32, StepBatch
 
 
 class _AttentionStruct(ctypes.Structure):
@@ -71,6 +71,7 @@ class _StepStruct(ctypes.Structure):
     _fields_ = (
         ("token_ids", ctypes.c_void_p), ("positions", ctypes.c_void_p), ("sample_index", ctypes.c_void_p),
         ("samples", ctypes.c_int64), ("logits", ctypes.c_void_p), ("plan", ctypes.c_void_p),
+        ("pool_spans", ctypes.c_void_p), ("pools", ctypes.c_int64), ("pooled", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -189,6 +190,15 @@ class CompiledDecoder:
 
     def logits(self, batch: StepBatch, plan: CpuPlan) -> torch.Tensor:
         """Runs a step; returns (M, vocabulary) float32, one row per entry of `batch.sample_index`."""
+        return self.run(batch, plan)[0]
+
+    def run(self, batch: StepBatch, plan: CpuPlan) -> tuple[torch.Tensor, Float32]:
+        """Runs a step.
+
+        Returns:
+            (M, vocabulary) float32, one row per entry of `batch.sample_index`, and (P, hidden), the sum of the hidden
+            states of each of `batch.pool_spans`.
+        """
         ids = np.ascontiguousarray(batch.token_ids, np.int32)
         positions = np.ascontiguousarray(batch.positions, np.int32)
         index = np.ascontiguousarray(batch.sample_index, np.int64)
@@ -196,9 +206,12 @@ class CompiledDecoder:
         step = self._step
         step.token_ids, step.positions, step.sample_index = ids.ctypes.data, positions.ctypes.data, index.ctypes.data
         step.samples, step.logits, step.plan = len(index), logits.data_ptr(), plan.address
+        spans = np.ascontiguousarray(batch.pool_spans, np.int64)
+        pooled = np.empty((len(spans), self._struct.hidden), np.float32)
+        step.pool_spans, step.pools, step.pooled = spans.ctypes.data, len(spans), pooled.ctypes.data
         if self._library.decoder_step(ctypes.addressof(self._struct), ctypes.addressof(step)):
             raise MemoryError("no memory for the activations of a step")
-        return logits
+        return logits, pooled
 
     def writers(self) -> dict[int, list[Writer]]:
         """For each parameter that was packed, by its identity, what writes a new value into its places."""

@@ -1,0 +1,57 @@
+"""Who is told when requests begin and end: a protocol, so that the engine knows no library of traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from asyncengine.generation import GenerationConfig
+from asyncengine.outputs import FinishReason, Usage
+
+Operation = Literal["chat", "text_completion", "embeddings"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBegun:
+    """A request that is being given to the engine.
+
+    Attributes:
+        model: What was loaded.
+        prompt_tokens: Length of its prompt.
+        config: As the caller gave it.
+    """
+
+    request_id: str
+    operation: Operation
+    model: str
+    prompt_tokens: int
+    config: GenerationConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOver:
+    """The end of a request.
+
+    Attributes:
+        finish_reasons: One per branch.
+        usage: None of a request that was withdrawn before it was admitted, or refused.
+        error: What its reader gets raised.
+    """
+
+    finish_reasons: tuple[FinishReason, ...]
+    usage: Usage | None
+    error: BaseException | None
+
+
+class RequestObserver(Protocol):
+    """Told on the event loop, in the context of the task that adds the request."""
+
+    def begin(self, begun: RequestBegun) -> Callable[[RequestOver], None]:
+        """Notes that a request begins; returns what is called, once, when it is over."""
+        ...
+
+    def within(self, headers: Mapping[str, str]) -> AbstractContextManager[object]:
+        """A context in which requests belong to whoever sent these HTTP headers."""
+        ...
