@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from asyncengine.config import EngineConfig
 from asyncengine.generation import GenerationConfig, SamplingParams
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
+from asyncengine.step.drafting import Drafting
 from asyncengine.step.scheduler import Limits
 from asyncengine.tokenizer import Tokenizer
 
@@ -95,6 +96,7 @@ class LoadedModel:
         limits: What it can take.
         memory_bytes: What weights and KV cache take on their device.
         notes: What is not as fast as it could be, in words.
+        drafting: Guesses tokens for speculative decoding; None for none.
     """
 
     model: Model
@@ -107,6 +109,7 @@ class LoadedModel:
     tokenizer_key: str | None
     memory_bytes: int = 0
     notes: tuple[str, ...] = ()
+    drafting: Drafting | None = None
 
     def view(self, epoch: int) -> ModelView:
         """What the event loops may know of it."""

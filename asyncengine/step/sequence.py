@@ -34,6 +34,8 @@ class Request:
         branches: n sequences, in order.
         cached_tokens: Prompt tokens found in the prefix cache at the first admission to a batch.
         scored: How many of the prompt's positions have told the log-probability of the token after them.
+        draft_tokens: Tokens guessed, over all branches.
+        accepted_draft_tokens: How many of them were kept.
         ended: Whether its end has been told.
     """
 
@@ -47,6 +49,8 @@ class Request:
     cached_tokens: int = 0
     preemptions: int = 0
     scored: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
     ended: bool = False
 
     @property
