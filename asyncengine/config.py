@@ -139,8 +139,8 @@ class EngineConfig:
             raise ConfigError(f"spec_draft_length is {self.spec_draft_length}; expected an integer in 0..32")
         if self.spec_draft_length and self.speculative_mode == "disable":
             raise ConfigError(
-                f"spec_draft_length is {self.spec_draft_length} with speculative_mode 'disable'; expected 0, or another "
-                "speculative_mode"
+                f"spec_draft_length is {self.spec_draft_length} with speculative_mode 'disable'; expected 0, or "
+                "another speculative_mode"
             )
         if self.tensor_parallel_shards != 1:
             raise ConfigError(

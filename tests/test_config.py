@@ -150,5 +150,7 @@ def test_a_draft_model_is_named_beside_the_mode_that_uses_it() -> None:
     config = EngineConfig("x", speculative_mode="small_draft", additional_models=["y"], spec_draft_length=4)  # type: ignore[arg-type]
     assert config.additional_models == ("y",)
     assert EngineConfig.from_json(config.to_json()) == config
-    with pytest.raises(ConfigError, match=r"additional_models is \(\) with speculative_mode 'small_draft'; expected one"):
+    with pytest.raises(
+        ConfigError, match=r"additional_models is \(\) with speculative_mode 'small_draft'; expected one"
+    ):
         EngineConfig("x", speculative_mode="small_draft")

@@ -1,4 +1,6 @@
-"""A smaller model that drafts for a larger one, over the same blocks in KV tensors of its own. Owned by the step thread.
+"""A smaller model that drafts for a larger one, over the same blocks in KV tensors of its own.
+
+Owned by the step thread.
 
 Both models write the keys and values of a token to the same place of the same block, each into its own tensors, so that
 whatever the scheduler does with blocks (shares, copies, caches, releases them) holds for both. The draft model may lag:

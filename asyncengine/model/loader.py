@@ -120,13 +120,13 @@ def _check_draft(name: str, target: Any, vocab_size: int, device: torch.device, 
     text = architecture.text_config(hf_config)
     if text.vocab_size != vocab_size:
         raise ConfigError(
-            f"additional_models is [{name!r}], whose vocabulary has {text.vocab_size} tokens; the model's has {vocab_size}, "
-            "and a draft model needs the same"
+            f"additional_models is [{name!r}], whose vocabulary has {text.vocab_size} tokens; the model's has "
+            f"{vocab_size}, and a draft model needs the same"
         )
     if not same_vocabulary(checkpoint.path, target.path):
         raise ConfigError(
-            f"additional_models is [{name!r}], whose tokenizer has other tokens than the model's; a draft model needs the "
-            "same"
+            f"additional_models is [{name!r}], whose tokenizer has other tokens than the model's; a draft model needs "
+            "the same"
         )
     longest = getattr(text, "max_position_embeddings", None) or 2048
     return _Details(checkpoint, checkpoint.path, hf_config, device, dtype, checkpoint.weight_bytes(dtype), longest)

@@ -36,18 +36,19 @@ class DraftLengths:
         self._fixed = fixed
         self._saturation = saturation
         self._draft_cost = draft_cost
-        self._tried: NDArray[np.float64] = np.zeros(num_slots)
-        self._kept: NDArray[np.float64] = np.zeros(num_slots)
+        self._tried = np.full(num_slots, _PRIOR_WEIGHT)
+        self._kept = np.full(num_slots, _PRIOR * _PRIOR_WEIGHT)
         self._idle = np.zeros(num_slots, dtype=np.int64)
 
     def place(self, slot: int) -> None:
         """Begins anew for a slot."""
-        self._tried[slot] = self._kept[slot] = self._idle[slot] = 0
+        self._tried[slot] = _PRIOR_WEIGHT
+        self._kept[slot] = _PRIOR * _PRIOR_WEIGHT
+        self._idle[slot] = 0
 
     def acceptance(self, slots: Int64) -> NDArray[np.float64]:
         """(rows,) the probability that a draft is kept whose predecessors were: a moving average for each slot."""
-        share = (self._kept[slots] + _PRIOR * _PRIOR_WEIGHT) / (self._tried[slots] + _PRIOR_WEIGHT)
-        clipped: NDArray[np.float64] = np.clip(share, 0.01, 0.99)
+        clipped: NDArray[np.float64] = np.clip(self._kept[slots] / self._tried[slots], 0.01, 0.99)
         return clipped
 
     def wanted(self, slots: Int64, tokens: int) -> Int64:
