@@ -2,7 +2,7 @@
 
 Trains tokenizer and model from nothing on the generated corpus, in about two minutes on two cores, and prints the
 held-out loss and the share of held-out prompts that are answered rightly. With ``--draft`` it makes the smaller model
-that drafts for it in speculative decoding, from the same corpus and with the same tokenizer. Everything is seeded: two
+that drafts for it in speculative decoding, from the same corpus and with the embedded model's tokenizer. Everything is seeded: two
 runs on one machine write the same files. While other programs keep the cores busy, ``OMP_WAIT_POLICY=PASSIVE`` in the
 environment makes it several times faster, because torch's threads then do not spin while they wait for each other.
 """
@@ -60,7 +60,10 @@ def main() -> None:
     texts = corpus.texts(rng, TEXTS_PER_STEP * arguments.steps)
     other = random.Random(f"held out of {arguments.seed}")
     held_out = {category: corpus.held_out(other, category, arguments.held_out, known) for category in corpus.WEIGHTS}
-    tokenizer = train_tokenizer(itertools.chain(texts, *map(_contents, known)))
+    if arguments.draft:  # its tokens must be those of the model that it drafts for
+        tokenizer = Tokenizer.from_file(str(PATH / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(itertools.chain(texts, *map(_contents, known)))
     documents = [
         *(encode_chat(tokenizer, chat) for chat in known),
         *(encode_text(tokenizer, text) for text in texts),
