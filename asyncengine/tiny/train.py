@@ -2,9 +2,10 @@
 
 Trains tokenizer and model from nothing on the generated corpus, in about two minutes on two cores, and prints the
 held-out loss and the share of held-out prompts that are answered rightly. With ``--draft`` it makes the smaller model
-that drafts for it in speculative decoding, from the same corpus and with the embedded model's tokenizer. Everything is seeded: two
-runs on one machine write the same files. While other programs keep the cores busy, ``OMP_WAIT_POLICY=PASSIVE`` in the
-environment makes it several times faster, because torch's threads then do not spin while they wait for each other.
+that drafts for it in speculative decoding, from the same corpus and with the embedded model's tokenizer. Everything is
+seeded: two runs on one machine write the same files. While other programs keep the cores busy,
+``OMP_WAIT_POLICY=PASSIVE`` in the environment makes it several times faster, because torch's threads then do not spin
+while they wait for each other.
 """
 
 from __future__ import annotations

@@ -115,7 +115,9 @@ def test_blocks_that_are_not_there_shorten_drafts_and_preempt_nobody() -> None:
 
 
 def test_preempted_sequences_go_on_with_the_same_tokens() -> None:
-    case = drafted(Oracle, answer("abcdefghijklmnopqrstuvwxyz"), max_total_sequence_length=48, prefix_cache_mode="disable")
+    case = drafted(
+        Oracle, answer("abcdefghijklmnopqrstuvwxyz"), max_total_sequence_length=48, prefix_cache_mode="disable"
+    )
     numbers = [case.add(f"{i}2345") for i in range(4)]
     case.run()
     assert [case.text(number) for number in numbers] == ["abcdefghijklmnopqrstuvwxyz"] * 4
