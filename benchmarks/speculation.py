@@ -5,9 +5,9 @@ Two parts, greedy throughout, so that every way gives the same tokens; that it d
 * steps: the embedded chat model answers questions and goes on with texts that repeat themselves, one request at a time;
   counted are the steps of the model, prefills included, over the tokens that were generated. Without drafts that is 1.
 * time: a Llama of a known shape whose layers but the first two add nothing (the last product of each is zero: it costs
-  what it costs, and gives nothing), and a draft model that is its first two layers, so that every draft is right. That is
-  the most that drafts can gain, and the price of a step that verifies. Tokens per second of N requests at once, with a
-  draft length of 0 (adaptive) and fixed ones, over those without drafts; the ways alternate, and each figure is the
+  what it costs, and gives nothing), and a draft model that is its first two layers, so that every draft is right. That
+  is the most that drafts can gain, and the price of a step that verifies. Tokens per second of N requests at once, with
+  a draft length of 0 (adaptive) and fixed ones, over those without drafts; the ways alternate, and each figure is the
   median of the rounds' ratios. One round of each warms up.
 
 The last line is one JSON object.

@@ -55,11 +55,9 @@ def draw(sampler: Sampler, logits: Tensor, batch: StepBatch) -> StepTokens:
         step += 1
         verified.draw(first[waves] + step)
         taken[waves] += 1
-    for row in range(len(runs)):  # what failed is no token
-        for entry in range(int(first[row]), int(first[row] + taken[row])):
-            if entry in verified.failed:
-                taken[row] = entry - first[row]
-                break
+    for entry in verified.failed:  # what failed is no token; it is the last entry of its row that was drawn
+        if entry < int(runs.sum()):
+            taken[int(np.searchsorted(first, entry, side="right")) - 1] -= 1
     return verified.result(taken)
 
 

@@ -183,7 +183,8 @@ class Scheduler:
                 slots.num_computed[chunk.sequence.slot] += chunk.count
                 self._publish(chunk.sequence, keep=True)
         if self.drafting is not None and plan.chunks:
-            filled = [chunk.sequence.slot for chunk in plan.chunks if chunk.sequence.resident]
+            going_on = (chunk.sequence for chunk in plan.chunks if chunk.sequence.request.new.params.max_tokens > 0)
+            filled = [sequence.slot for sequence in going_on if sequence.resident]
             self.drafting.follow(slots, np.array(filled, dtype=np.int64))
 
     def take(self, sequence: Sequence, token_ids: list[int]) -> None:

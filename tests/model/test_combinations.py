@@ -1,4 +1,4 @@
-"""Random combinations of everything a request may ask for, in three engines, against the scalar reference."""
+"""Random combinations of everything a request may ask for, in four engines, against the scalar reference."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ ENGINES: list[dict[str, Any]] = [
     {},
     {"prefill_chunk_size": 16, "max_total_sequence_length": 104, "max_single_sequence_length": 104},
     {"prefill_mode": "chunked", "prefix_cache_mode": "disable", "max_num_sequence": 3},
+    {"speculative_mode": "small_draft", "additional_models": ["tiny-draft"], "spec_draft_length": 3},
 ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from asyncengine import AsyncEngine, ConfigError, EngineConfig, GenerationConfig
+from asyncengine import AsyncEngine, ConfigError, EngineConfig, GenerationConfig, tiny
 from asyncengine.model import memory
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.response_format import Choice, JsonSchema, Regex
@@ -54,11 +56,11 @@ def wishes() -> list[tuple[list[int], GenerationConfig]]:
     random = np.random.default_rng(0)
     shared = random.integers(1, 199, 30).tolist()
     repeated = random.integers(1, 199, 6).tolist() * 5
-    sampled = GenerationConfig(temperature=0.8, seed=11, max_tokens=30)
+    sampled = GenerationConfig(temperature=0.8, seed=11, max_tokens=24)
     return [
-        (shared, GenerationConfig(temperature=0, max_tokens=40)),
-        (repeated, GenerationConfig(temperature=0, max_tokens=40, logprobs=True, top_logprobs=3)),
-        ([*shared, 5, 6, 7], GenerationConfig(temperature=0, max_tokens=25, n=3, repetition_penalty=1.3)),
+        (shared, GenerationConfig(temperature=0, max_tokens=30)),
+        (repeated, GenerationConfig(temperature=0, max_tokens=30, logprobs=True, top_logprobs=3)),
+        ([*shared, 5, 6, 7], GenerationConfig(temperature=0, max_tokens=20, n=3, repetition_penalty=1.3)),
         (repeated, sampled.replace(n=3, logprobs=True)),
         (shared[:17], sampled.replace(frequency_penalty=0.8, logit_bias={7: 2.0}, top_p=0.9)),
         ([*repeated, 9], sampled.replace(temperature=0.3, top_k=4, min_tokens=10, stop_token_ids=list(range(20, 60)))),
@@ -89,30 +91,30 @@ def same(found: list[Any], expected: list[Any]) -> None:
                 assert entry.top_ids == like.top_ids
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "qwen3", "gpt2"])
+NGRAM: dict[str, Any] = {"speculative_mode": "ngram", "spec_draft_length": 3}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt2"])
 def test_outputs_are_those_without_drafts(
     architecture: str, pair: Callable[[str], tuple[Path, Path]], subtests: pytest.Subtests
 ) -> None:
     target, draft = pair(architecture)
     plain = EngineConfig(str(target), **LIMITS)
     expected, _ = asyncio.run(outputs(plain, wishes()))
-    drafted: dict[str, Any] = {"speculative_mode": "small_draft", "additional_models": [str(draft)]}
-    for name, changes, preempts in (
-        ("ngram", {"speculative_mode": "ngram", "spec_draft_length": 3}, False),
-        ("ngram, squeezed", {"speculative_mode": "ngram", "spec_draft_length": 5} | SQUEEZED, True),
-        ("draft", drafted | {"spec_draft_length": 4}, False),
-        ("draft, squeezed", drafted | {"spec_draft_length": 3} | SQUEEZED, True),
-        (
-            "draft, transformers' modules",
-            drafted | {"spec_draft_length": 4, "prefix_cache_mode": "disable", "decoder_backend": "transformers"},
-            False,
-        ),
-    ):
+    drafted: dict[str, Any] = {
+        "speculative_mode": "small_draft", "additional_models": [str(draft)], "spec_draft_length": 4,
+    }  # fmt: skip
+    ways = {"draft, squeezed": drafted | SQUEEZED}
+    if architecture in ("llama", "mistral"):
+        ways |= {"ngram, squeezed": NGRAM | SQUEEZED}
+    if architecture == "llama":
+        ways |= {"draft, nothing cached": drafted | {"prefix_cache_mode": "disable"}}
+    for name, changes in ways.items():
         with subtests.test(name):
             found, counters = asyncio.run(outputs(plain.replace(**changes), wishes()))
             same(found, expected)
             assert counters.accepted_draft_tokens > 0  # type: ignore[attr-defined]
-            assert (counters.preemptions > 0) == preempts  # type: ignore[attr-defined]
+            assert (counters.preemptions > 0) == ("squeezed" in name)  # type: ignore[attr-defined]
 
 
 def test_text_grammar_and_stop_strings_are_those_without_drafts(subtests: pytest.Subtests) -> None:
@@ -130,8 +132,7 @@ def test_text_grammar_and_stop_strings_are_those_without_drafts(subtests: pytest
     plain = EngineConfig("tiny", **LIMITS)
     expected, before = asyncio.run(outputs(plain, asked))
     for name, changes in (
-        ("ngram", {"speculative_mode": "ngram", "spec_draft_length": 4}),
-        ("draft", TINY_DRAFT | {"spec_draft_length": 4}),
+        ("ngram", NGRAM),
         ("draft, reference attention", TINY_DRAFT | {"spec_draft_length": 2, "attention_backend": "torch"}),
         ("draft, adaptive", TINY_DRAFT | {"prefill_chunk_size": 16}),
     ):
@@ -176,8 +177,7 @@ async def test_leaving_in_the_middle_frees_everything_and_disturbs_nobody() -> N
                 seen += len(output.token_ids)
                 if seen >= after:
                     break
-            await stream.aclose()
-            assert stream.usage is not None and stream.usage.accepted_draft_tokens <= stream.usage.draft_tokens
+            await engine.abort_request(stream.request_id)  # it resolves once the blocks are free
         assert (await staying).token_ids == expected.token_ids
         assert engine.metrics().kv_blocks_used == 0
 
@@ -222,14 +222,16 @@ async def test_another_vocabulary_is_refused_before_the_old_model_is_let_go(
 
 
 def test_a_tokenizer_with_other_tokens_is_refused(tmp_path: Path) -> None:
-    import shutil
-
-    from asyncengine import tiny
-
     shutil.copytree(tiny.DRAFT_PATH, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "tokenizer.json"
-    file.write_text(file.read_text().replace('"the"', '"thu"'))
     config = EngineConfig("tiny", **LIMITS, speculative_mode="small_draft", additional_models=(str(tmp_path),))
+    file = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    file.write_text(json.dumps(tokenizer))
+    TransformersLoader().check(config, None)  # written otherwise, the same tokens
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[100:102]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
     with pytest.raises(ConfigError, match="whose tokenizer has other tokens than the model's"):
         TransformersLoader().check(config, None)
 
@@ -265,11 +267,16 @@ def test_the_draft_models_blocks_count_in_the_capacity(
     assert weights > 100_000  # the KV caches take the same, the weights twice as much
 
 
-async def test_adaptive_drafts_stop_where_the_batch_is_large() -> None:
-    wanted = GenerationConfig(temperature=1.0, max_tokens=30, ignore_eos=True)
+def test_adaptive_drafts_stop_where_the_batch_is_large() -> None:
+    wanted = GenerationConfig(temperature=1.0, seed=1, max_tokens=16, ignore_eos=True)
     limits = LIMITS | {"max_num_sequence": 64, "max_total_sequence_length": 8192}
-    async with AsyncEngine(EngineConfig("tiny", **limits, **TINY_DRAFT)) as engine:
-        alone = await engine.generate(STORY, wanted)
-        many = await engine.generate_many([STORY] * 64, wanted)
-    assert alone.usage.draft_tokens > 5
-    assert sum(result.usage.draft_tokens for result in many) / 64 < 0.2 * alone.usage.draft_tokens
+
+    async def drafted() -> tuple[int, int]:
+        async with AsyncEngine(EngineConfig("tiny", **limits, **TINY_DRAFT)) as engine:
+            alone = await engine.generate(STORY, wanted)
+            many = await engine.generate_many([STORY] * 64, wanted)
+        return alone.usage.draft_tokens, sum(result.usage.draft_tokens for result in many)
+
+    alone, many = asyncio.run(drafted())
+    assert alone > 5
+    assert many / 64 < 0.2 * alone
