@@ -15,7 +15,7 @@ Mode = Literal["local", "interactive", "server"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 PrefixCacheMode = Literal["radix", "disable"]
 PrefillMode = Literal["hybrid", "chunked"]
-SpeculativeMode = Literal["disable"]
+SpeculativeMode = Literal["disable", "ngram", "small_draft"]
 AttentionBackend = Literal["auto", "cpu", "torch", "triton"]
 DecoderBackend = Literal["auto", "compiled", "transformers"]
 Quantization = Literal["none", "int8"]
@@ -48,9 +48,13 @@ class EngineConfig:
         prefix_cache_mode: ``"radix"`` keeps computed prompts for reuse; ``"disable"`` does not.
         prefix_cache_max_num_recycling_seqs: Most finished sequences whose blocks are kept; None is unlimited.
         prefill_mode: ``"hybrid"`` computes prefill chunks and decodes in one step; ``"chunked"`` in separate steps.
-        additional_models: Draft models for speculative decoding. Must be empty: not available yet.
-        speculative_mode: Must be ``"disable"``: not available yet.
-        spec_draft_length: Must be 0: not available yet.
+        additional_models: The draft model of ``speculative_mode="small_draft"``, named as `model` is: one with the same
+            vocabulary. Empty otherwise.
+        speculative_mode: Who guesses tokens ahead, which one step of the model then verifies: ``"ngram"`` looks for the
+            last tokens further up in the text, ``"small_draft"`` asks a smaller model, ``"disable"`` guesses none. The
+            output is the same.
+        spec_draft_length: Most tokens guessed for each sequence in a step; 0 decides by load and by how many guesses
+            were right so far.
         tensor_parallel_shards: Must be 1: not available yet.
         attention_backend: ``"cpu"`` is the compiled kernel for the CPU, ``"triton"`` the one for CUDA, ``"torch"``
             needs no compiler and runs on any device, ``"auto"`` takes the fastest that works.
@@ -120,9 +124,28 @@ class EngineConfig:
         if not isinstance(self.additional_models, (list, tuple)):
             raise ConfigError(f"additional_models is {self.additional_models!r}; expected a list")
         object.__setattr__(self, "additional_models", tuple(self.additional_models))
-        for name, only in (("additional_models", ()), ("spec_draft_length", 0), ("tensor_parallel_shards", 1)):
-            if getattr(self, name) != only:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; only {only!r} is available in this version")
+        for model in self.additional_models:
+            _text("additional_models", model)
+        wanted = int(self.speculative_mode == "small_draft")
+        if len(self.additional_models) != wanted:
+            raise ConfigError(
+                f"additional_models is {self.additional_models!r} with speculative_mode {self.speculative_mode!r}; "
+                + ("expected one draft model" if wanted else "only 'small_draft' takes a model")
+            )
+        if self.spec_draft_length is None:
+            raise ConfigError("spec_draft_length is None; expected an integer in 0..32")
+        _integer("spec_draft_length", self.spec_draft_length, minimum=0)
+        if self.spec_draft_length > 32:
+            raise ConfigError(f"spec_draft_length is {self.spec_draft_length}; expected an integer in 0..32")
+        if self.spec_draft_length and self.speculative_mode == "disable":
+            raise ConfigError(
+                f"spec_draft_length is {self.spec_draft_length} with speculative_mode 'disable'; expected 0, or "
+                "another speculative_mode"
+            )
+        if self.tensor_parallel_shards != 1:
+            raise ConfigError(
+                f"tensor_parallel_shards is {self.tensor_parallel_shards!r}; only 1 is available in this version"
+            )
 
     @classmethod
     def from_json(cls, text: str) -> EngineConfig:

@@ -51,6 +51,8 @@ class Counters:
     preemptions: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
     admission_rejections: int = 0
     steps: int = 0
     batched_sequences: int = 0

@@ -34,6 +34,8 @@ class Usage:
         queue_seconds: From admission to the first step.
         first_token_seconds: From admission to the first token; None if there was none.
         total_seconds: From admission to the end.
+        draft_tokens: Tokens that speculative decoding guessed, over all branches.
+        accepted_draft_tokens: How many of them were right and so cost no step of their own.
     """
 
     prompt_tokens: int
@@ -43,6 +45,8 @@ class Usage:
     queue_seconds: float = 0.0
     first_token_seconds: float | None = None
     total_seconds: float = 0.0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:

@@ -36,12 +36,16 @@ WRONG: list[tuple[str, Any, str]] = [
     ("prefix_cache_mode", "lru", "allowed: 'radix', 'disable'"),
     ("prefix_cache_max_num_recycling_seqs", -1, "expected an integer >= 0"),
     ("prefill_mode", "mixed", "allowed: 'hybrid', 'chunked'"),
-    ("additional_models", ("draft",), "only () is available"),
-    ("additional_models", ["draft"], "only () is available"),
+    ("additional_models", ("draft",), "only 'small_draft' takes a model"),
+    ("additional_models", ["draft"], "only 'small_draft' takes a model"),
+    ("additional_models", [""], "expected a non-empty string"),
     ("additional_models", "draft", "expected a list"),
     ("additional_models", 5, "expected a list"),
-    ("speculative_mode", "eagle", "allowed: 'disable'"),
-    ("spec_draft_length", 4, "only 0 is available"),
+    ("speculative_mode", "eagle", "allowed: 'disable', 'ngram', 'small_draft'"),
+    ("spec_draft_length", 4, "expected 0, or another speculative_mode"),
+    ("spec_draft_length", -1, "expected an integer >= 0"),
+    ("spec_draft_length", 33, "expected an integer in 0..32"),
+    ("spec_draft_length", None, "expected an integer in 0..32"),
     ("tensor_parallel_shards", 2, "only 1 is available"),
     ("attention_backend", "flash", "allowed: 'auto', 'cpu', 'torch', 'triton'"),
     ("grammar_backend", "outlines", "allowed: 'auto', 'llguidance', 'xgrammar'"),
@@ -140,3 +144,13 @@ def test_is_immutable_and_hashable() -> None:
 def test_is_a_value_error_too() -> None:
     with pytest.raises(ValueError, match="model is ''"):
         EngineConfig("")
+
+
+def test_a_draft_model_is_named_beside_the_mode_that_uses_it() -> None:
+    config = EngineConfig("x", speculative_mode="small_draft", additional_models=["y"], spec_draft_length=4)  # type: ignore[arg-type]
+    assert config.additional_models == ("y",)
+    assert EngineConfig.from_json(config.to_json()) == config
+    with pytest.raises(
+        ConfigError, match=r"additional_models is \(\) with speculative_mode 'small_draft'; expected one"
+    ):
+        EngineConfig("x", speculative_mode="small_draft")

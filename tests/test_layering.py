@@ -63,6 +63,11 @@ def test_the_step_side_imports_no_asyncio_and_no_torch(path: Path) -> None:
     assert not forbidden(path, "asyncengine.loop", "asyncengine.model", "asyncengine.testing")
 
 
+@pytest.mark.parametrize("path", files("speculation"), ids=named)
+def test_speculation_imports_no_asyncio_and_no_torch(path: Path) -> None:
+    assert not forbidden(path, "asyncio", "anyio", "uvloop", "torch", "asyncengine.model", "asyncengine.loop")
+
+
 @pytest.mark.parametrize("path", VALUES, ids=named)
 def test_what_both_sides_see_imports_neither(path: Path) -> None:
     assert not forbidden(path, "asyncio", "anyio", "uvloop", "concurrent", "torch", "transformers")

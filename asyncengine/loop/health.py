@@ -40,6 +40,7 @@ def health_of(thread: StepThread) -> Health:
         problems.append(f"the device is lost: {core.failure!r}; call restart")
     if thread.died is not None:
         problems.append(f"the step thread died: {thread.died!r}")
-    return Health(
-        not problems, state, tuple(problems), () if loaded is None else loaded.notes, core.reloading.phase, running
-    )
+    notes = () if loaded is None else loaded.notes
+    if loaded is not None and loaded.drafting is not None and loaded.drafting.failure is not None:
+        notes = (*notes, f"speculation: drafting failed, there are no drafts any more: {loaded.drafting.failure!r}")
+    return Health(not problems, state, tuple(problems), notes, core.reloading.phase, running)

@@ -36,8 +36,11 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
+_EMBEDDED = {"tiny": tiny.PATH, "tiny-draft": tiny.DRAFT_PATH}
+
+
 def locate(model: str) -> Path:
-    """Directory of a model that is named by a path, by the id of a cached model, or as ``"tiny"``.
+    """Directory of a model that is named by a path, by the id of a cached model, or as ``"tiny"`` or ``"tiny-draft"``.
 
     Never touches the network.
 
@@ -47,8 +50,8 @@ def locate(model: str) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    if model == "tiny":
-        return tiny.PATH
+    if model in _EMBEDDED:
+        return _EMBEDDED[model]
     if path.exists():
         raise CheckpointError(f"model {model!r} is a file; expected a checkpoint directory")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
@@ -195,6 +198,20 @@ def tokenizer_sources(path: Path) -> str:
             content = file.read_bytes()
             digest.update(f"{file.relative_to(path)}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
+
+
+def same_vocabulary(one: Path, other: Path) -> bool:
+    """Whether two directories' tokenizers have the same tokens under the same ids, as far as both have a fast one."""
+    files = [path / "tokenizer.json" for path in (one, other)]
+    if not all(file.exists() for file in files):
+        return True
+    texts = [file.read_bytes() for file in files]
+    if texts[0] == texts[1]:
+        return True
+    first, second = (json.loads(text) for text in texts)
+    same: bool = first["model"].get("vocab") == second["model"].get("vocab")
+    added = [{token["content"]: token["id"] for token in own.get("added_tokens", ())} for own in (first, second)]
+    return same and added[0] == added[1]
 
 
 def _tensors(file: Path) -> Iterator[StoredTensor]:

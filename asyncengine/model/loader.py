@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,13 @@ from asyncengine.errors import (
     UnsupportedModelError,
 )
 from asyncengine.model import memory
+from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.memory import GIB
+from asyncengine.speculation.lengths import LONGEST, DraftLengths
+from asyncengine.speculation.ngram import NgramDrafter
+from asyncengine.speculation.protocol import Drafter
 from asyncengine.step.batch import StepBatch
+from asyncengine.step.drafting import Drafting
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.step.scheduler import Limits
 from asyncengine.tokenizer import Tokenizer
@@ -31,6 +37,8 @@ _BUILDING = threading.Lock()
 """Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at
 once restore each other's."""
 
+CPU_SATURATION, CUDA_SATURATION = 8.0, 128.0
+"""Tokens in a step whose arithmetic takes about as long as reading the weights."""
 SLACK = 256 << 20
 """Bytes for whatever else a load needs: modules, a tokenizer, activations of the first steps."""
 
@@ -45,6 +53,12 @@ class _Details:
     weight_bytes: int
     max_length: int
     present_tokenizer: Tokenizer | None
+    draft: _Details | None = None
+
+    @property
+    def all_weight_bytes(self) -> int:
+        """Those of the draft model included."""
+        return self.weight_bytes + (0 if self.draft is None else self.draft.weight_bytes)
 
 
 class TransformersLoader:
@@ -64,21 +78,30 @@ class TransformersLoader:
         hf_config = architecture.read_config(checkpoint)
         text = architecture.text_config(hf_config)
         longest = getattr(text, "max_position_embeddings", None) or 2048
+        dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
+        draft = None
+        for name in config.additional_models:
+            draft = _check_draft(name, checkpoint, text.vocab_size, device, dtype)
+            longest = min(longest, draft.max_length)
         max_length = config.max_single_sequence_length or longest
         if max_length > longest:
+            whose = "the model's" if draft is None else "the model's or its draft model's"
             raise ConfigError(
-                f"max_single_sequence_length is {max_length}; the model's max_position_embeddings allows 1..{longest}"
+                f"max_single_sequence_length is {max_length}; {whose} max_position_embeddings allows 1..{longest}"
             )
         architecture.check_rope(hf_config, max_length)
         _check_on_meta(architecture, hf_config)
+        if draft is not None:
+            draft = dataclasses.replace(draft, max_length=max_length)
+            architecture.check_rope(draft.hf_config, max_length)
+            _check_on_meta(architecture, draft.hf_config)
         _select(config, device)
-        dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
         if config.quantization != "none" and dtype is not torch.bfloat16:
             given = str(dtype).removeprefix("torch.")
             raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
         weights = checkpoint.weight_bytes(dtype)
         present = None if current is None else current.tokenizer
-        details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present)
+        details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present, draft)
         return LoadPlan(config, _fits(details, current), tokenizer_key(tokenizer_path), details)
 
     def load(self, plan: LoadPlan) -> LoadedModel:
@@ -95,25 +118,113 @@ class TransformersLoader:
             memory.give_back()
 
 
+def _check_draft(name: str, target: Any, vocab_size: int, device: torch.device, dtype: torch.dtype) -> _Details:
+    """A draft model, whose tokens must be the target's. Its longest sequence is its own."""
+    from asyncengine.model import architecture
+    from asyncengine.model.checkpoint import Checkpoint, locate, same_vocabulary
+
+    checkpoint = Checkpoint(locate(name))
+    hf_config = architecture.read_config(checkpoint)
+    text = architecture.text_config(hf_config)
+    if text.vocab_size != vocab_size:
+        raise ConfigError(
+            f"additional_models is [{name!r}], whose vocabulary has {text.vocab_size} tokens; the model's has "
+            f"{vocab_size}, and a draft model needs the same"
+        )
+    if not same_vocabulary(checkpoint.path, target.path):
+        raise ConfigError(
+            f"additional_models is [{name!r}], whose tokenizer has other tokens than the model's; a draft model needs "
+            "the same"
+        )
+    longest = getattr(text, "max_position_embeddings", None) or 2048
+    weights = checkpoint.weight_bytes(dtype)
+    return _Details(checkpoint, checkpoint.path, hf_config, device, dtype, weights, longest, None)
+
+
 def _load(plan: LoadPlan) -> LoadedModel:
-    from asyncengine.model import architecture, verification
-    from asyncengine.model.decoder.blueprint import NotRecognised
-    from asyncengine.model.graphs import capture_steps
+    from asyncengine.model import architecture
     from asyncengine.model.hidden_states import hidden_size
-    from asyncengine.model.runner import PagedLayers, TorchModel, weight_bytes
-    from asyncengine.model.sampler import Sampler
     from asyncengine.model.tokenizer import load_tokenizer
 
     details, config = plan.details, plan.config
     assert isinstance(details, _Details)
-    device, dtype = details.device, details.dtype
     tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
-    selection = _select(config, device)
+    selection = _select(config, details.device)
     backend = selection.backend
     notes = [] if selection.fallback_reason is None else [f"attention: {selection.fallback_reason}"]
+    built = _built(config, details, backend)
+    draft = None if details.draft is None else _built(config, details.draft, backend)
+    limits, complete = _limits(plan, built, draft, backend)
+    vocab_size = architecture.text_config(details.hf_config).vocab_size
+    model, _, slower = _serving(built, details, backend, limits, vocab_size)
+    notes += [*built.notes, *slower]
+    drafting = None
+    memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(built.layers, backend, limits, details.dtype)
+    try:
+        if draft is not None:
+            assert details.draft is not None
+            draft_model, draft_sampler, slower = _serving(draft, details.draft, backend, limits, vocab_size)
+            drafter = model.companion = DraftModel(draft_model, draft_sampler, limits)
+            drafting = _drafting(config, drafter, limits, details.device, draft.nbytes / built.nbytes)
+            notes += [f"draft model: {note}" for note in (*draft.notes, *slower)]
+            memory_bytes += draft.nbytes
+            memory_bytes += limits.num_blocks * kv_bytes_per_block(draft.layers, backend, limits, details.dtype)
+        elif config.speculative_mode == "ngram":
+            drafting = _drafting(config, NgramDrafter(), limits, details.device)
+    except BaseException:
+        model.close()
+        raise
+    return LoadedModel(
+        model=model,
+        limits=limits,
+        config=complete.replace(
+            attention_backend=backend.name, decoder_backend="transformers" if built.program is None else "compiled"
+        ),
+        vocab_size=vocab_size,
+        eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < vocab_size),
+        default_generation_config=details.checkpoint.generation_defaults,
+        tokenizer=tokenizer,
+        tokenizer_key=plan.tokenizer_key,
+        memory_bytes=memory_bytes,
+        notes=tuple(notes),
+        drafting=drafting,
+        hidden_size=hidden_size(built.model),
+        pooling=details.checkpoint.pooling,
+    )
+
+
+def _drafting(
+    config: EngineConfig, drafter: Drafter, limits: Limits, device: torch.device, draft_cost: float = 0.0
+) -> Drafting:
+    saturation = CUDA_SATURATION if device.type == "cuda" else CPU_SATURATION
+    return Drafting(drafter, DraftLengths(limits.max_num_sequence, config.spec_draft_length, saturation, draft_cost))
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """A model with its weights and without its KV cache."""
+
+    model: Any
+    layers: Any
+    program: Any
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        from asyncengine.model.runner import weight_bytes
+
+        return weight_bytes(self.model) if self.program is None else int(self.program.nbytes)
+
+
+def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
+    from asyncengine.model import architecture, verification
+    from asyncengine.model.decoder.blueprint import NotRecognised
+
+    notes: list[str] = []
+    name = str(details.checkpoint.path)
     model = _build(details)
     layers = architecture.record(model)
-    trial = verification.Trial(model, layers, device)
+    trial = verification.Trial(model, layers, details.device)
     trial.run(model, backend)
     try:
         program = _compile(config, details, model, layers, backend)
@@ -121,44 +232,35 @@ def _load(plan: LoadPlan) -> LoadedModel:
             trial.run(model, backend, program)
     except (NotRecognised, UnsupportedModelError) as error:
         if config.decoder_backend == "compiled" or config.quantization != "none":
-            raise UnsupportedModelError(f"{config.model!r} cannot run as a compiled step: {error}") from error
+            raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
         notes.append(f"decoder: runs as transformers has it: {error}")
         program = None
         if isinstance(error, UnsupportedModelError):  # it has given its weights up
             model = _build(details)
             layers = architecture.record(model)
-    limits, complete = _limits(plan, layers, backend, model)
-    paged = PagedLayers(layers, backend, limits, dtype, device)
+    return _Built(model, layers, program, tuple(notes))
+
+
+def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, vocab_size: int) -> Any:
+    """A model with its KV cache, warmed up; its sampler; and what is slower than it could be, in words."""
+    from asyncengine.model.graphs import capture_steps
+    from asyncengine.model.runner import PagedLayers, TorchModel
+    from asyncengine.model.sampler import Sampler
+
+    device = details.device
+    paged = PagedLayers(built.layers, backend, limits, details.dtype, device)
     paged.allocate()
-    vocab_size = architecture.text_config(details.hf_config).vocab_size
     sampler = Sampler(limits.max_num_sequence, vocab_size, device)
-    torch_model = TorchModel(model, paged, sampler, device, program)
+    model = TorchModel(built.model, paged, sampler, device, built.program)
     try:
-        _warm_up(torch_model, limits)
-        graphs, slower = capture_steps(torch_model, backend.name, limits.max_num_sequence, device)
+        _warm_up(model, limits)
+        graphs, slower = capture_steps(model, backend.name, limits.max_num_sequence, device)
     except BaseException:
-        torch_model.close()
+        model.close()
         raise
-    notes += slower
     if graphs is not None:
-        torch_model.use_graphs(graphs)
-    return LoadedModel(
-        model=torch_model,
-        limits=limits,
-        config=complete.replace(
-            attention_backend=backend.name, decoder_backend="transformers" if program is None else "compiled"
-        ),
-        vocab_size=vocab_size,
-        eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < vocab_size),
-        default_generation_config=details.checkpoint.generation_defaults,
-        tokenizer=tokenizer,
-        tokenizer_key=plan.tokenizer_key,
-        memory_bytes=(weight_bytes(model) if program is None else program.nbytes)
-        + limits.num_blocks * kv_bytes_per_block(layers, backend, limits, dtype),
-        notes=tuple(notes),
-        hidden_size=hidden_size(model),
-        pooling=details.checkpoint.pooling,
-    )
+        model.use_graphs(graphs)
+    return model, sampler, slower
 
 
 def _build(details: _Details) -> Any:
@@ -213,7 +315,7 @@ def _select(config: EngineConfig, device: torch.device) -> Any:
         raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
 
 
-def _limits(plan: LoadPlan, layers: Any, backend: Any, model: Any) -> tuple[Limits, EngineConfig]:
+def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -> tuple[Limits, EngineConfig]:
     """Fills in everything that the configuration leaves open."""
     config, details = plan.config, plan.details
     cuda = details.device.type == "cuda"
@@ -221,10 +323,12 @@ def _limits(plan: LoadPlan, layers: Any, backend: Any, model: Any) -> tuple[Limi
     length = details.max_length
     chunk = min(config.prefill_chunk_size or (2048 if cuda else 512), length)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
+    layers = built.layers if draft is None else [*built.layers, *draft.layers]  # they share the blocks
     per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.dtype) for layer in layers)
     share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
     if cuda:
-        activations = _profile(model, layers, chunk, sequences, details.device)
+        drafts = 0 if config.speculative_mode == "disable" else sequences * (config.spec_draft_length or LONGEST)
+        activations = _profile(built.model, built.layers, chunk, sequences + min(drafts, chunk), details.device)
         used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
         available = int(memory.total_bytes(details.device) * share) - used - activations
         share = 1.0
@@ -340,7 +444,7 @@ def _fits(details: _Details, current: LoadedModel | None) -> bool:
         InsufficientMemoryError: It does not fit even without it.
     """
     free = memory.free_bytes(details.device)
-    need = details.weight_bytes + SLACK
+    need = details.all_weight_bytes + SLACK
     if current is None:
         if need > free:
             raise InsufficientMemoryError(_arithmetic(details, free, 0))
@@ -356,7 +460,7 @@ def _fits(details: _Details, current: LoadedModel | None) -> bool:
 
 def _arithmetic(details: _Details, free: int, held: int) -> str:
     text = (
-        f"{details.checkpoint.path} does not fit on {details.device}: weights {details.weight_bytes / GIB:.2f} GiB in "
-        f"{details.dtype} + {SLACK / GIB:.2f} GiB for everything else > {free / GIB:.2f} GiB free"
+        f"{details.checkpoint.path} does not fit on {details.device}: weights {details.all_weight_bytes / GIB:.2f} GiB "
+        f"in {details.dtype} + {SLACK / GIB:.2f} GiB for everything else > {free / GIB:.2f} GiB free"
     )
     return text + (f" + {held / GIB:.2f} GiB of the present model" if held else "")

@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from asyncengine.errors import ReloadError
 from asyncengine.generation import SamplingParams
-from asyncengine.model import memory
+from asyncengine.model import memory, verified_draw
 from asyncengine.model.architecture import RecordedLayer, attach
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.decoder.program import CompiledDecoder
@@ -23,7 +23,7 @@ from asyncengine.model.graphs import StepGraphs
 from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.sampler import Sampler
 from asyncengine.model.step_inputs import StepInputs
-from asyncengine.step.batch import Int32, StepBatch, StepTokens
+from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
 from asyncengine.step.scheduler import Limits
 
 
@@ -76,9 +76,13 @@ class PagedLayers:
     def begin(self, batch: StepBatch) -> Any:
         """Prepares a step: copies blocks, then plans; returns the plan."""
         if len(batch.copies):
-            self._backend.copy_blocks(self.caches, torch.from_numpy(batch.copies))
+            self.copy_blocks(batch.copies)
         self.plan = self._backend.plan(batch, self._limits.page_size, self._device)
         return self.plan
+
+    def copy_blocks(self, copies: Int64) -> None:
+        """Copies whole blocks: (C, 2) of source and destination."""
+        self._backend.copy_blocks(self.caches, torch.from_numpy(copies))
 
     def _hook(self, layer: RecordedLayer, cache: Any) -> Callable[..., torch.Tensor]:
         attend, spec, sinks = self._backend.attend, layer.spec, layer.sinks
@@ -89,6 +93,22 @@ class PagedLayers:
             return attend(spec, cache, self.plan, query, key, value, sinks)
 
         return hook
+
+
+class Companion(Protocol):
+    """What sleeps, wakes and goes with a model."""
+
+    def sleep(self) -> None:
+        """Gives its KV cache's memory back."""
+        ...
+
+    def wake(self) -> None:
+        """Undoes `sleep`."""
+        ...
+
+    def close(self) -> None:
+        """Lets everything go."""
+        ...
 
 
 class TorchModel:
@@ -120,6 +140,7 @@ class TorchModel:
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._graphs: StepGraphs | None = None
         self._inputs = StepInputs(device)
+        self.companion: Companion | None = None
 
     def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
         """As the protocol says."""
@@ -143,7 +164,10 @@ class TorchModel:
             scores = self._sampler.score(logits[drawn:], batch.score_token_ids, batch.score_tops)
         if not drawn:
             return StepTokens(np.empty(0, dtype=np.int32), scores=scores)
-        tokens = self._sampler.sample(logits[:drawn], batch.sample_slots, batch.sample_positions)
+        if batch.draft_lengths is None:
+            tokens = self._sampler.sample(logits[:drawn], batch.sample_slots, batch.sample_positions)
+        else:
+            tokens = verified_draw.draw(self._sampler, logits[:drawn], batch)
         return dataclasses.replace(tokens, scores=scores) if scores else tokens
 
     def _pooling(self, batch: StepBatch) -> StepTokens:
@@ -167,6 +191,10 @@ class TorchModel:
         if self._program is not None:
             return self._program.logits(batch, plan)
         return self.forward(*self._inputs.send(batch))
+
+    def copy_blocks(self, copies: Int64) -> None:
+        """Copies whole blocks of the KV cache: (C, 2) of source and destination."""
+        self._layers.copy_blocks(copies)
 
     def begin(self, batch: StepBatch) -> Any:
         """Prepares a step and returns the attention's plan."""
@@ -202,6 +230,8 @@ class TorchModel:
     def sleep(self) -> None:
         """Frees the KV cache; on CUDA the weights wait in host memory."""
         assert self._model is not None
+        if self.companion is not None:
+            self.companion.sleep()
         if self._graphs is not None:
             self._graphs.clear()
         self._layers.free()
@@ -219,6 +249,8 @@ class TorchModel:
             self._program.bind(self._layers.caches)
         if self._graphs is not None:
             self._graphs.capture()
+        if self.companion is not None:
+            self.companion.wake()
 
     def update_weights(self, weights: Mapping[str, Any]) -> None:
         """As the protocol says. The old values are kept until all new ones are in place."""
@@ -271,6 +303,9 @@ class TorchModel:
 
     def close(self) -> None:
         """Lets weights and KV cache go and returns their memory."""
+        companion, self.companion = self.companion, None
+        if companion is not None:
+            companion.close()
         if self._model is None:
             return
         self._graphs = None

@@ -122,6 +122,10 @@ class Sampler:
         self._masks.remove(slot)
         self._processors.remove(slot)
 
+    def remembers(self, slots: Int64) -> NDArray[np.bool_]:
+        """(rows,) whether what a slot draws depends on the tokens that it has drawn before."""
+        return self._penalties.has(slots) | self._masks.has(slots) | self._processors.has(slots)
+
     def sample(self, logits: Tensor, slots: Int64, positions: Int64) -> StepTokens:
         """Draws one token for each row, and counts it for the slot's penalties.
 
@@ -133,7 +137,7 @@ class Sampler:
 
         Args:
             logits: (rows, vocab) of any float type; may be overwritten.
-            slots: (rows,) which slot each row is of. A slot with penalties appears once.
+            slots: (rows,) which slot each row is of. One that `remembers` appears once.
             positions: (rows,) how many tokens the slot's sequence has generated before this one.
         """
         if not len(slots):

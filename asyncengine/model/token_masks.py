@@ -177,6 +177,10 @@ class TokenMasks:
         if self._masks.pop(slot, None) is not None:
             self._has[slot] = False
 
+    def has(self, slots: Int64) -> NDArray[np.bool_]:
+        """(rows,) whether each slot has masks."""
+        return self._has[slots]
+
     def rows(self, slots: Int64) -> Int64:
         """Which rows of a batch have masks."""
         return np.flatnonzero(self._has[slots])

@@ -59,6 +59,11 @@ class TokenPenalties:
             if not len(self):
                 self._forget_rows()
 
+    def has(self, slots: Int64) -> NDArray[np.bool_]:
+        """(rows,) whether each slot is counted."""
+        found: NDArray[np.bool_] = self._row[slots] >= 0
+        return found
+
     def apply(self, logits: torch.Tensor, slots: Int64) -> None:
         """Penalises the rows of a batch in place.
 

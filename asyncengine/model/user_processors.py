@@ -58,6 +58,10 @@ class UserProcessors:
         if self._slots.pop(slot, None) is not None:
             self._has[slot] = False
 
+    def has(self, slots: Int64) -> NDArray[np.bool_]:
+        """(rows,) whether each slot has processors."""
+        return self._has[slots]
+
     def apply(self, logits: Tensor, slots: Int64, failed: dict[int, Exception]) -> None:
         """Calls the processors of the rows of a batch; what one raises is noted for its row.
 

@@ -43,6 +43,8 @@ _GAUGES = {
 _COUNTERS = {
     "prompt_tokens": "Prompt tokens computed or found in the prefix cache.",
     "generation_tokens": "Tokens generated.",
+    "draft_tokens": "Tokens guessed by speculative decoding.",
+    "accepted_draft_tokens": "Guessed tokens that were right.",
     "preemptions": "How often a sequence lost its blocks and was computed again.",
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found there.",

@@ -24,8 +24,9 @@ _NO_SUMS: Float32 = np.empty((0, 0), dtype=np.float32)
 class StepBatch:
     """One flattened batch of R rows (sequences) with T query tokens in all; row r's tokens lie one after the other.
 
-    Rows that decode come first, each with one query token; rows in prefill follow. The keys and values of the query
-    tokens are written before anything is attended: row r's token at position p attends to positions 0..p.
+    Rows that decode come first, each with one query token and those that were drafted after it; rows in prefill follow.
+    The keys and values of the query tokens are written before anything is attended: row r's token at position p attends
+    to positions 0..p.
 
     Attributes:
         token_ids: (T,) input tokens.
@@ -34,7 +35,8 @@ class StepBatch:
         context_lens: (R,) tokens of the row that were in the KV cache before this step.
         block_tables: (R, B) physical block of each logical block; entries past the row's end are arbitrary.
         slot_mapping: (T,) where each token's key and value go: physical block * page size + offset.
-        sample_index: (M,) index into the T tokens of each row of logits; several may name the same token.
+        sample_index: (M,) index into the T tokens of each row of logits; several may name the same token. With drafts,
+            all tokens of the rows that decode come first.
         sample_slots: (M,) the sequence slot that each sampled token is for.
         sample_positions: (M,) number of tokens that the slot's sequence has generated before this one.
         copies: (C, 2) physical blocks (source, destination) to copy before anything else.
@@ -43,6 +45,7 @@ class StepBatch:
         score_token_ids: (S,) the token whose log-probability is wanted from each of them.
         score_tops: (S,) how many of the likeliest tokens are wanted beside it.
         pool_spans: (P, 2) index into the T tokens, from and to, of each run of tokens whose hidden states are summed.
+        draft_lengths: (num_decodes,) how many of each row's query tokens, at its end, are drafts; None if none are.
     """
 
     token_ids: Int32
@@ -60,6 +63,7 @@ class StepBatch:
     score_token_ids: Int32 = field(default_factory=lambda: _NO_TOKENS)
     score_tops: Int64 = field(default_factory=lambda: _NOTHING)
     pool_spans: Int64 = field(default_factory=lambda: _NO_SPANS)
+    draft_lengths: Int64 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,9 @@ class StepTokens:
         forced: Entries to further tokens after theirs, which their grammar leaves no choice about.
         scores: (S,) one for each entry of `StepBatch.score_index`.
         pooled: (P, hidden) the sum of the hidden states behind the last norm, for each of `StepBatch.pool_spans`.
+        taken: (num_decodes,) with drafts, how many tokens at the beginning of each row's entries count: those up to the
+            first that differs from the draft which stands there. Where fewer than that could be drawn, the entry
+            after them has failed.
     """
 
     token_ids: Int32
@@ -98,3 +105,4 @@ class StepTokens:
     forced: Mapping[int, list[int]] = field(default_factory=dict)
     scores: list[TokenLogprobs] = field(default_factory=list)
     pooled: Float32 = field(default_factory=lambda: _NO_SUMS)
+    taken: Int64 | None = None

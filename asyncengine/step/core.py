@@ -271,14 +271,16 @@ class Core:
 
     def install(self, loaded: LoadedModel) -> None:
         """Serves a model from now on; what waits goes on with it."""
-        model = loaded.model
+        model, drafting = loaded.model, loaded.drafting
 
         def place(sequence: Any, tokens: Any) -> None:
             new = sequence.request.new
             prompt = len(new.prompt)
             model.place(sequence.slot, new.params, sequence.branch, tokens[:prompt], tokens[prompt:])
+            if drafting is not None:
+                drafting.place(sequence.slot, new.params, sequence.branch)
 
-        scheduler = Scheduler(loaded.limits, place)
+        scheduler = Scheduler(loaded.limits, place, drafting)
         self._keep_counts()
         self._epoch += 1
         self.loaded, self.scheduler, self.failure = loaded, scheduler, None

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from asyncengine.config import EngineConfig
 from asyncengine.generation import GenerationConfig, SamplingParams
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
+from asyncengine.step.drafting import Drafting
 from asyncengine.step.scheduler import Limits
 from asyncengine.tokenizer import Tokenizer
 
@@ -99,6 +100,7 @@ class LoadedModel:
         limits: What it can take.
         memory_bytes: What weights and KV cache take on their device.
         notes: What is not as fast as it could be, in words.
+        drafting: Guesses tokens for speculative decoding; None for none.
     """
 
     model: Model
@@ -113,6 +115,7 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     hidden_size: int | None = None
     pooling: str = "mean"
+    drafting: Drafting | None = None
 
     def view(self, epoch: int) -> ModelView:
         """What the event loops may know of it."""

@@ -11,6 +11,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Usage
 from asyncengine.step.arriving import Arriving
 from asyncengine.step.batch import Float32, Int32, Int64, StepTokens, TokenLogprobs
+from asyncengine.step.drafting import Drafts
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.scheduler import Chunk, Plan, Scheduler
 from asyncengine.step.sequence import EMPTY, Request, Sequence, SequenceState
@@ -69,6 +71,9 @@ class _Rows:
     steps_left: int
 
 
+_NO_ROWS = _Rows([], [], [], np.empty((0, 0), dtype=np.int32), 0)
+
+
 class RequestTable:
     """Requests between admission and end."""
 
@@ -91,7 +96,7 @@ class RequestTable:
         self._waiting_new = 0  # requests that have not had their first step
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, str]] = []
-        self._rows = _Rows([], [], [], np.empty((0, 0), dtype=np.int32), 0)
+        self._rows = _NO_ROWS
 
     # What is there
 
@@ -317,14 +322,21 @@ class RequestTable:
             self._end_branches(sequence.request, FinishReason.ERROR, error)
 
     def drop_rows(self, plan: Plan, failed: Mapping[int, Exception]) -> None:
-        """Ends the requests for which the model could not draw; what is in the cache of them is right."""
+        """Ends the requests for which the model could not draw; what is in the cache of them is right.
+
+        Rows with drafts are left to `commit`: they may have had tokens before.
+        """
         rows = [*plan.decodes, *(branch for chunk in plan.chunks for branch in chunk.branches)]
+        ahead = 0 if plan.drafts is None else len(plan.drafts.token_ids)
         for row, cause in failed.items():
-            request = rows[row].request
-            if not request.ended:
-                error = RequestDroppedError(f"request {request.new.request_id}: no token could be drawn: {cause!r}")
-                error.__cause__ = cause
-                self._end_branches(request, FinishReason.ERROR, error)
+            if not ahead or row >= plan.num_decode_samples:
+                self._drop_undrawn(rows[row - ahead].request, cause)
+
+    def _drop_undrawn(self, request: Request, cause: Exception) -> None:
+        if not request.ended:
+            error = RequestDroppedError(f"request {request.new.request_id}: no token could be drawn: {cause!r}")
+            error.__cause__ = cause
+            self._end_branches(request, FinishReason.ERROR, error)
 
     def fail(self, plan: Plan, cause: Exception) -> None:
         """Ends the requests that took part in a failed step; the others are computed again."""
@@ -387,6 +399,8 @@ class RequestTable:
             queue_seconds=(now if request.started_at is None else request.started_at) - request.arrived_at,
             first_token_seconds=None if first is None else first - request.arrived_at,
             total_seconds=total,
+            draft_tokens=request.draft_tokens,
+            accepted_draft_tokens=request.accepted_draft_tokens,
         )
         self.outbox.add(request.mailbox, RequestEnded(number, usage, error))
         self.counters.requests[str(reason)] += 1
@@ -466,7 +480,7 @@ class RequestTable:
             interrupted: Whether a sequence of the plan may have been ended since.
         """
         now = self._clock()
-        decodes = len(plan.decodes)
+        decodes = plan.num_decode_samples
         beyond: dict[int, _Beyond] = {
             row: (drawn.forced.get(row, []), row in drawn.finished) for row in {*drawn.finished, *drawn.forced}
         }
@@ -474,7 +488,9 @@ class RequestTable:
             self._commit_scores(plan, drawn.scores)
         if len(drawn.pooled):
             self._commit_pooled(plan, drawn.pooled)
-        if decodes:
+        if plan.drafts is not None:
+            self._commit_drafts(plan, plan.drafts, drawn, beyond, now)
+        elif decodes:
             slots, ids, logprobs, sequences = plan.decode_slots, drawn.token_ids[:decodes], drawn.logprobs, plan.decodes
             if logprobs is not None:
                 logprobs = logprobs[:decodes]
@@ -568,6 +584,87 @@ class RequestTable:
         for row, (tokens, complete) in beyond.items():
             if tokens and sequences[row].state is not SequenceState.ENDED:
                 self._jump(sequences[row], tokens, complete)
+
+    def _commit_drafts(
+        self, plan: Plan, drafts: Drafts, drawn: StepTokens, beyond: Mapping[int, _Beyond], now: float
+    ) -> None:
+        """As `_commit_decodes`, where a row may have several tokens: those that were drafted rightly, and one more."""
+        assert self.scheduler is not None and self.scheduler.drafting is not None and drawn.taken is not None
+        lengths = self.scheduler.drafting.lengths
+        self._rows = _NO_ROWS  # the steps that are left are others now
+        token_ids = drawn.token_ids.tolist()
+        guesses = iter(drafts.token_ids.tolist())
+        at = 0
+        for sequence, slot, drafted, taken in zip(
+            plan.decodes, plan.decode_slots.tolist(), drafts.lengths.tolist(), drawn.taken.tolist(), strict=True
+        ):
+            start, at = at, at + drafted + 1
+            guessed = [next(guesses) for _ in range(drafted)]
+            if sequence.state is not SequenceState.DECODE:  # it was ended during the step
+                continue
+            ids = token_ids[start : start + taken]
+            if drafted:
+                kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(guessed, ids, strict=False)))
+                lengths.learn(slot, drafted, kept)
+                self.counters.draft_tokens += drafted
+                sequence.request.draft_tokens += drafted
+            logprobs = None if drawn.logprobs is None else drawn.logprobs[start : start + taken]
+            if ids:
+                own = beyond.get(start + taken - 1, ([], False))
+                self._commit_run(sequence, guessed, ids, logprobs, own, now)
+            cause = drawn.failed.get(start + taken)
+            if cause is not None and taken <= drafted and sequence.state is SequenceState.DECODE:
+                self._drop_undrawn(sequence.request, cause)
+
+    def _commit_run(
+        self,
+        sequence: Sequence,
+        guessed: list[int],
+        ids: list[int],
+        logprobs: list[TokenLogprobs | None] | None,
+        beyond: _Beyond,
+        now: float,
+    ) -> None:
+        """Gives a branch the tokens that it has drawn in one step, as far as it does not end among them."""
+        assert self.scheduler is not None
+        table, request, forced = self.scheduler.slots, sequence.request, beyond[0]
+        params, generated = request.new.params, int(table.num_tokens[sequence.slot]) - len(request.new.prompt)
+        gap = now - float(table.last_token_at[sequence.slot])
+        table.last_token_at[sequence.slot] = now
+        complete = beyond[1] and not forced
+        end: tuple[FinishReason, int | str | None] | None = None
+        told = 0
+        for taken, token_id in enumerate(ids, 1):
+            generated += 1
+            if taken <= len(guessed) and guessed[taken - 1] == token_id:
+                request.accepted_draft_tokens += 1
+                self.counters.accepted_draft_tokens += 1
+            stops = token_id in params.stop_token_ids and generated > params.min_tokens
+            full = self._is_full(sequence, generated)
+            if stops or full or taken == len(ids) or sequence.text is not None:
+                # Told before the text is read, which may end the request.
+                self.scheduler.take(sequence, ids[told:taken])
+                own = None if logprobs is None else logprobs[told:taken]
+                self.outbox.add(request.mailbox, Tokens((sequence.key,) * (taken - told), ids[told:taken], own))
+                told = taken
+            if stops:
+                end = (FinishReason.STOP, token_id)
+            elif sequence.text is not None and (stop := self._read_text(sequence, token_id)) is not None:
+                end = (FinishReason.STOP, stop)
+            elif sequence.state is SequenceState.ENDED:
+                break
+            elif complete and taken == len(ids):
+                end = (FinishReason.STOP, None)
+            elif full:
+                end = (FinishReason.LENGTH, None)
+            if end is not None:
+                break
+        self.counters.generation_tokens += told
+        self.counters.inter_token_latency_seconds.observe(gap / told, told)
+        if end is not None:
+            self._end_branch(sequence, *end)
+        elif forced and sequence.state is not SequenceState.ENDED:
+            self._jump(sequence, forced, beyond[1])
 
     def _commit_prefill(
         self,

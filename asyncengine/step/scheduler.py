@@ -16,6 +16,7 @@ import numpy as np
 
 from asyncengine.step.batch import Int32, Int64, StepBatch
 from asyncengine.step.block_pool import BlockPool
+from asyncengine.step.drafting import Drafting, Drafts
 from asyncengine.step.prefix_tree import PrefixTree
 from asyncengine.step.sequence import EMPTY, Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
@@ -94,12 +95,19 @@ class Plan:
         decodes: The sequences that decode, one per row; the same list object while they stay the same.
         decode_slots: (decodes,) theirs.
         chunks: The rows after those.
+        drafts: What is guessed of the rows that decode.
     """
 
     batch: StepBatch
     decodes: list[Sequence]
     decode_slots: Int64
     chunks: list[Chunk]
+    drafts: Drafts | None = None
+
+    @property
+    def num_decode_samples(self) -> int:
+        """How many entries of the batch's samples are of rows that decode; they come first."""
+        return len(self.decodes) + (0 if self.drafts is None else len(self.drafts.token_ids))
 
 
 class Scheduler:
@@ -109,9 +117,12 @@ class Scheduler:
         limits: What the model can take.
         place: Hands a sequence's sampling parameters to the model when it gets a slot. If that raises, the sequence
             goes to `dropped` and takes no part.
+        drafting: Guesses tokens of sequences that decode; None for none.
     """
 
-    def __init__(self, limits: Limits, place: Callable[[Sequence, Int32], None]) -> None:
+    def __init__(
+        self, limits: Limits, place: Callable[[Sequence, Int32], None], drafting: Drafting | None = None
+    ) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks)
         self.tree = PrefixTree(self.pool, limits.page_size, limits.max_recycling)
@@ -122,6 +133,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_queries = 0  # tokens looked up
         self.prefix_hits = 0  # tokens found
+        self.drafting = drafting
         self._place = place
         self._prefilling: list[Sequence] = []
         self._decoding: dict[Sequence, None] = {}
@@ -165,16 +177,32 @@ class Scheduler:
             decode_slots = self._decode_slots
         if not decodes and not chunks:
             return None
+        if self.drafting is not None and (drafts := self._draft(decode_slots, chunks)) is not None:
+            return Plan(self._batch(decode_slots, chunks, drafts), decodes, decode_slots, chunks, drafts)
         return Plan(self._batch(decode_slots, chunks), decodes, decode_slots, chunks)
 
     def advance(self, plan: Plan) -> None:
-        """Notes that the step's keys and values are in the cache."""
+        """Notes that the step's keys and values are in the cache; of drafts see `take`."""
         slots = self.slots
         slots.num_computed[plan.decode_slots] += 1
         for chunk in plan.chunks:
             if chunk.sequence.resident:
                 slots.num_computed[chunk.sequence.slot] += chunk.count
                 self._publish(chunk.sequence, keep=True)
+        if self.drafting is not None and plan.chunks:
+            going_on = (chunk.sequence for chunk in plan.chunks if chunk.sequence.request.new.params.max_tokens > 0)
+            filled = [sequence.slot for sequence in going_on if sequence.resident]
+            self.drafting.follow(slots, np.array(filled, dtype=np.int64))
+
+    def take(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """Gives a decoding sequence tokens of which all but the last were drafted, so that their keys and values are
+        in the cache. Those of drafts that were not taken are written over; until then nobody looks at them.
+        """
+        slot, slots = sequence.slot, self.slots
+        have = int(slots.num_tokens[slot])
+        slots.tokens[slot, have : have + len(token_ids)] = token_ids
+        slots.num_tokens[slot] = have + len(token_ids)
+        slots.num_computed[slot] = have + len(token_ids) - 1
 
     def begin_decoding(self, sequence: Sequence) -> None:
         """Moves a sequence whose prefill is complete among those that decode."""
@@ -471,8 +499,29 @@ class Scheduler:
             self._decode_slots = np.array([sequence.slot for sequence in self._decodes], dtype=np.int64)
         return self._decodes
 
-    def _batch(self, decode_slots: Int64, chunks: list[Chunk]) -> StepBatch:
-        if not chunks:
+    def _draft(self, rows: Int64, chunks: list[Chunk]) -> Drafts | None:
+        """Guesses for the rows that decode, as far as there are blocks for them without preempting anyone."""
+        drafting, slots, page_size = self.drafting, self.slots, self.limits.page_size
+        assert drafting is not None
+        if self._copies:
+            drafting.copy(self._resident_copies())
+        if not len(rows):
+            return None
+        prefill = sum(chunk.count for chunk in chunks)
+        lengths = drafting.lengths.wanted(rows, len(rows) + prefill)
+        lengths = np.minimum(lengths, slots.max_tokens[rows] - slots.num_tokens[rows] - 1)  # one is drawn at the end
+        lengths[np.cumsum(lengths) > self.limits.prefill_chunk_size - prefill] = 0
+        have = slots.num_blocks[rows] * page_size - slots.num_computed[rows] - 1
+        for row in np.flatnonzero(lengths > have).tolist():
+            need = -(-int(lengths[row] - have[row]) // page_size)
+            if self._make_room(need, spare=self.num_running):
+                slots.append_blocks(int(rows[row]), self.pool.allocate(need))
+            else:
+                lengths[row] = have[row]
+        return drafting.propose(slots, rows, lengths)
+
+    def _batch(self, decode_slots: Int64, chunks: list[Chunk], drafts: Drafts | None = None) -> StepBatch:
+        if not chunks and drafts is None:
             return self._decode_batch(decode_slots)
         slots, page_size = self.slots, self.limits.page_size
         decodes = len(decode_slots)
@@ -480,13 +529,19 @@ class Scheduler:
         context = slots.num_computed[rows]
         counts = np.ones(len(rows), dtype=np.int64)
         counts[decodes:] = [chunk.count for chunk in chunks]
+        if drafts is not None:
+            counts[:decodes] += drafts.lengths
         query_start = np.zeros(len(rows) + 1, dtype=np.int32)
         np.cumsum(counts, out=query_start[1:])
         token_rows = np.repeat(rows, counts)
         offsets = np.arange(query_start[-1], dtype=np.int64) - np.repeat(query_start[:-1], counts)
         positions = np.repeat(context, counts) + offsets
-        sample_index = np.arange(decodes, dtype=np.int64)
-        sample_slots = decode_slots
+        token_ids = slots.tokens[token_rows, positions]
+        decoded = int(query_start[decodes])
+        if drafts is not None:
+            token_ids[:decoded][offsets[:decoded] > 0] = drafts.token_ids
+        sample_index = np.arange(decoded, dtype=np.int64)
+        sample_slots = token_rows[:decoded]
         drawing = [(i, branch) for i, chunk in enumerate(chunks) for branch in chunk.branches]
         if drawing:
             last = query_start[1:] - 1
@@ -496,7 +551,8 @@ class Scheduler:
         if drawing:
             # A branch about to be born has a slot but no tokens in it yet.
             born = np.array([branch.state is not SequenceState.UNBORN for _, branch in drawing])
-            sample_positions[decodes:] *= born
+            sample_positions[decoded:] *= born
+        sample_positions[:decoded] += offsets[:decoded]
         scores: dict[str, Any] = {}
         if any(chunk.num_scored for chunk in chunks):
             scores = self._scores(chunks, query_start[decodes:], context[decodes:])
@@ -508,7 +564,7 @@ class Scheduler:
         if spans:
             scores["pool_spans"] = np.array(spans, dtype=np.int64)
         return StepBatch(
-            token_ids=slots.tokens[token_rows, positions],
+            token_ids=token_ids,
             positions=positions.astype(np.int32),
             query_start=query_start,
             context_lens=context.astype(np.int32),
@@ -520,6 +576,7 @@ class Scheduler:
             sample_positions=sample_positions,
             copies=self._due_copies(),
             num_decodes=decodes,
+            draft_lengths=None if drafts is None else drafts.lengths,
             **scores,
         )
 
@@ -561,8 +618,12 @@ class Scheduler:
         )
 
     def _due_copies(self) -> Int64:
-        copies = [(source, to) for source, to, branch in self._copies if branch.resident]
+        copies = self._resident_copies()
         self._copies.clear()
+        return copies
+
+    def _resident_copies(self) -> Int64:
+        copies = [(source, to) for source, to, branch in self._copies if branch.resident]
         return np.array(copies, dtype=np.int64).reshape(-1, 2)
 
 

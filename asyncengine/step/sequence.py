@@ -40,6 +40,8 @@ class Request:
         scored: How many of the prompt's positions have been looked at, where all are: for the log-probability of the
             token after them, or for their hidden state.
         pooled: (hidden,) sum of the hidden states that have been looked at.
+        draft_tokens: Tokens guessed, over all branches.
+        accepted_draft_tokens: How many of them were kept.
         ended: Whether its end has been told.
     """
 
@@ -56,6 +58,8 @@ class Request:
     arriving: Arriving | None = None
     computed_ahead: int = 0
     pooled: Float64 | None = None
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
     ended: bool = False
 
     @property

@@ -13,7 +13,11 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import ReloadError
 from asyncengine.generation import GenerationConfig, SamplingParams
 from asyncengine.grammar.protocol import Matcher
+from asyncengine.speculation.lengths import DraftLengths
+from asyncengine.speculation.ngram import NgramDrafter
+from asyncengine.speculation.protocol import Drafter
 from asyncengine.step.batch import Int32, StepBatch, StepTokens, TokenLogprobs
+from asyncengine.step.drafting import Drafting
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.step.scheduler import Limits
 from asyncengine.testing.tokenizer import ByteTokenizer
@@ -154,7 +158,7 @@ class ScriptedModel:
         self._cache[batch.slot_mapping] = batch.token_ids
 
     def _read(self, batch: StepBatch, row: int) -> list[int]:
-        """Tokens of a row as they are in the cache."""
+        """Tokens of a row as they are in the cache, drafts included."""
         page_size = self.limits.page_size
         start, end = batch.query_start[row : row + 2]
         length = int(batch.context_lens[row] + end - start)
@@ -170,11 +174,22 @@ class ScriptedModel:
         logprobs: list[TokenLogprobs | None] = []
         finished: list[int] = []
         failed: dict[int, Exception] = {}
-        for slot, position, row in zip(
-            batch.sample_slots.tolist(), batch.sample_positions.tolist(), rows.tolist(), strict=True
+        over: set[int] = set()  # rows of which no more tokens count
+        taken = None if batch.draft_lengths is None else np.zeros(batch.num_decodes, dtype=np.int64)
+        for entry, (slot, position, row) in enumerate(
+            zip(batch.sample_slots.tolist(), batch.sample_positions.tolist(), rows.tolist(), strict=True)
         ):
             tokens = self._tokens[slot]
             found = self._read(batch, row)
+            if taken is not None and row < batch.num_decodes:
+                found = found[: len(found) - int(batch.query_start[row + 1] - 1 - batch.sample_index[entry])]
+                begins = batch.sample_index[entry] == batch.query_start[row]
+                if not begins and (row in over or found != tokens):  # it follows a draft that was wrong
+                    over.add(row)
+                    token_ids.append(-1)
+                    logprobs.append(None)
+                    continue
+                taken[row] += 1
             assert found == tokens, f"the cache of slot {slot} has {found}, the sequence {tokens}"
             answer = self._answers[slot]
             token_id = answer[position] if position < len(answer) else self._eos
@@ -183,8 +198,12 @@ class ScriptedModel:
                 try:
                     if _accept(matcher, token_id):
                         finished.append(len(token_ids))
+                        over.add(row)
                 except Exception as error:
                     failed[len(token_ids)] = error
+                    over.add(row)
+                    if taken is not None and row < batch.num_decodes:
+                        taken[row] -= 1
             tokens.append(token_id)
             token_ids.append(token_id)
             wanted = self._num_logprobs[slot]
@@ -211,6 +230,7 @@ class ScriptedModel:
             failed,
             scores=scores,
             pooled=np.array(pooled, dtype=np.float32),
+            taken=taken,
         )
 
     def device_lost(self, error: BaseException) -> bool:
@@ -265,6 +285,7 @@ class ScriptedLoader:
         tokenizer: Given to the engine; None for none.
         vocab_size: Of the models.
         fits_beside: Whether a new model is loaded while the old one serves.
+        make_drafter: Makes who drafts for a model, whatever `speculative_mode` says; None leaves it to that.
 
     Attributes:
         models: All models loaded so far, the newest last.
@@ -282,12 +303,14 @@ class ScriptedLoader:
         tokenizer: Tokenizer | None = None,
         vocab_size: int = ByteTokenizer.vocab_size,
         fits_beside: bool = True,
+        make_drafter: Callable[[ScriptedModel], Drafter] | None = None,
     ) -> None:
         self.script = script
         self.step_seconds = step_seconds
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.fits_beside = fits_beside
+        self.make_drafter = make_drafter
         self.models: list[ScriptedModel] = []
         self.check_errors: dict[str, BaseException] = {}
         self.load_errors: dict[str, BaseException] = {}
@@ -351,4 +374,14 @@ class ScriptedLoader:
             tokenizer=self.tokenizer,
             tokenizer_key="bytes" if self.tokenizer is not None else None,
             hidden_size=self.hidden_size,
+            drafting=self._drafting(model, complete),
         )
+
+    def _drafting(self, model: ScriptedModel, config: EngineConfig) -> Drafting | None:
+        if self.make_drafter is not None:
+            drafter = self.make_drafter(model)
+        elif config.speculative_mode == "ngram":
+            drafter = NgramDrafter()
+        else:
+            return None
+        return Drafting(drafter, DraftLengths(model.limits.max_num_sequence, config.spec_draft_length, 8.0))

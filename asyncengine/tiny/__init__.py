@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["PATH"]
+__all__ = ["DRAFT_PATH", "PATH"]
 
 PATH = Path(__file__).resolve().parent / "checkpoint"
+
+DRAFT_PATH = Path(__file__).resolve().parent / "draft"
+"""A smaller one with the same tokens, which drafts for it: ``python -m asyncengine.tiny.train --draft`` made it."""

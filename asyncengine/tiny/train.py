@@ -1,9 +1,11 @@
-"""Makes the embedded checkpoint: ``python -m asyncengine.tiny.train [--output DIR] [--seed N] [--steps N]``.
+"""Makes the embedded checkpoint: ``python -m asyncengine.tiny.train [--draft] [--output DIR] [--seed N] [--steps N]``.
 
 Trains tokenizer and model from nothing on the generated corpus, in about two minutes on two cores, and prints the
-held-out loss and the share of held-out prompts that are answered rightly. Everything is seeded: two runs on one machine
-write the same files. While other programs keep the cores busy, ``OMP_WAIT_POLICY=PASSIVE`` in the environment makes it
-several times faster, because torch's threads then do not spin while they wait for each other.
+held-out loss and the share of held-out prompts that are answered rightly. With ``--draft`` it makes the smaller model
+that drafts for it in speculative decoding, from the same corpus and with the embedded model's tokenizer. Everything is
+seeded: two runs on one machine write the same files. While other programs keep the cores busy,
+``OMP_WAIT_POLICY=PASSIVE`` in the environment makes it several times faster, because torch's threads then do not spin
+while they wait for each other.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch.nn import functional
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from asyncengine.tiny import PATH, corpus
+from asyncengine.tiny import DRAFT_PATH, PATH, corpus
 from asyncengine.tiny.packing import IGNORED, Document, Row, encode_chat, encode_text, pack
 from asyncengine.tiny.tokenizer import BOS, CHAT_TEMPLATE, END, PAD, VOCAB_SIZE, token_id, train_tokenizer
 
@@ -43,7 +45,8 @@ THREADS = 2
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the embedded tiny chat model.")
-    parser.add_argument("--output", type=Path, default=PATH, help="checkpoint directory to write")
+    parser.add_argument("--draft", action="store_true", help="train the draft model instead")
+    parser.add_argument("--output", type=Path, help="checkpoint directory to write")
     parser.add_argument("--seed", type=int, default=0, help="of corpus, initialisation and order")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="chats of each category to test with")
@@ -58,16 +61,19 @@ def main() -> None:
     texts = corpus.texts(rng, TEXTS_PER_STEP * arguments.steps)
     other = random.Random(f"held out of {arguments.seed}")
     held_out = {category: corpus.held_out(other, category, arguments.held_out, known) for category in corpus.WEIGHTS}
-    tokenizer = train_tokenizer(itertools.chain(texts, *map(_contents, known)))
+    if arguments.draft:  # its tokens must be those of the model that it drafts for
+        tokenizer = Tokenizer.from_file(str(PATH / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(itertools.chain(texts, *map(_contents, known)))
     documents = [
         *(encode_chat(tokenizer, chat) for chat in known),
         *(encode_text(tokenizer, text) for text in texts),
     ]
     rng.shuffle(documents)
-    model = new_model()
+    model = new_model(arguments.draft)
     print(f"{model.num_parameters():,} parameters, {len(documents):,} documents")
     train(model, batches(documents), arguments.steps)
-    checkpoint = save(model, tokenizer, arguments.output)
+    checkpoint = save(model, tokenizer, arguments.output or (DRAFT_PATH if arguments.draft else PATH))
     print(f"trained in {time.perf_counter() - wall:.0f} s ({time.process_time() - cpu:.0f} s of CPU time)")
 
     asked = list(itertools.chain.from_iterable(held_out.values()))
@@ -78,15 +84,18 @@ def main() -> None:
         print(f"{category:>14}  {sum(chat in right for chat in chats)} of {len(chats)}")
 
 
-def new_model() -> LlamaForCausalLM:
-    """An untrained Llama of about one million parameters, with two query heads to each key and value head."""
+def new_model(draft: bool = False) -> LlamaForCausalLM:
+    """An untrained Llama of about one million parameters, with two query heads to each key and value head.
+
+    The draft model has a sixth of that.
+    """
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=64 if draft else 128,
+        intermediate_size=160 if draft else 320,
+        num_hidden_layers=2 if draft else 5,
+        num_attention_heads=2 if draft else 4,
+        num_key_value_heads=1 if draft else 2,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=token_id(BOS),

@@ -8,7 +8,9 @@ from __future__ import annotations
 from tests.model.wishes import FEATURES, Asked, case
 
 ENOUGH = 3
-ENGINE = ["small chunks", "separate prefill", "prefix cache", "preemption", "transformers' modules", "compiled step"]
+ENGINE = [
+    "small chunks", "separate prefill", "prefix cache", "preemption", "transformers' modules", "compiled step", "speculation",
+]  # fmt: skip
 REMARKS = {
     ("jump-forward", "log-probabilities"): "a",
     ("jump-forward", "logits processors"): "a",

@@ -89,6 +89,8 @@ def combine(path: Path, seed: int, requests: int, engines: int, end: int) -> Non
     drawn = case(seed, vocabulary, end, tokenizer(letters.STORY).input_ids, requests, engines)
     preempted, short = 0, False
     for knobs in drawn.engines:
+        if knobs.get("speculative_mode") == "small_draft":
+            knobs = {**knobs, "additional_models": [str(path)]}
         config = EngineConfig.from_dict({
             "model": str(path), "device": "cpu", "dtype": "float32",
             "max_single_sequence_length": LIMIT, "max_total_sequence_length": 4096, "max_num_sequence": 32,

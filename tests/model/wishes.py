@@ -38,7 +38,11 @@ KNOBS: list[dict[str, Any]] = [
 ]
 """How an engine may be set; `max_total_sequence_length` where it shall preempt."""
 
-MODES: list[dict[str, Any]] = [{}]
+MODES: list[dict[str, Any]] = [
+    {},
+    {"speculative_mode": "ngram", "spec_draft_length": 3},
+    {"speculative_mode": "small_draft"},  # the model is its own draft
+]
 """Ways to decode, each combined with some of the knobs."""
 
 
@@ -149,7 +153,7 @@ def case(seed: int, vocabulary: int, end: int, story: list[int], requests: int, 
     return Case(
         [draw.prompt() for _ in range(requests)],
         [draw.config() for _ in range(requests)],
-        [KNOBS[(seed * engines + index) % len(KNOBS)] | MODES[draw.integer(0, len(MODES))] for index in range(engines)],
+        [KNOBS[(seed * engines + index) % len(KNOBS)] | MODES[(seed + index) % len(MODES)] for index in range(engines)],
     )
 
 
@@ -182,4 +186,5 @@ FEATURES: dict[str, Callable[[Asked], bool]] = {
     "preemption": lambda asked: "max_total_sequence_length" in asked.knobs,
     "transformers' modules": lambda asked: asked.knobs.get("decoder_backend") == "transformers",
     "compiled step": lambda asked: "decoder_backend" not in asked.knobs,
+    "speculation": lambda asked: "speculative_mode" in asked.knobs,
 }

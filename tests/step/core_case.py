@@ -80,7 +80,7 @@ class Box:
             self.log.append(event)
             match event:
                 case Tokens():
-                    assert len(set(event.keys)) == len(event.keys) == len(event.token_ids)
+                    assert len(event.keys) == len(event.token_ids)
                     for row, (key, token_id) in enumerate(zip(event.keys, event.token_ids, strict=True)):
                         assert key not in self.branch_ends, f"a token for {key} after its end"
                         self.tokens.setdefault(key, []).append(token_id)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from asyncengine.tiny import PATH, corpus, stories
+from asyncengine.tiny import DRAFT_PATH, PATH, corpus, stories
 from asyncengine.tiny.packing import IGNORED, OPEN_ROWS, PADDING, Document, encode_chat, pack
 from asyncengine.tiny.questions import CATEGORIES
 
@@ -51,6 +51,11 @@ def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
 
 def test_checkpoint_is_at_most_five_megabytes() -> None:
     assert sum(file.stat().st_size for file in PATH.iterdir()) <= 5 * MEGABYTE
+
+
+def test_draft_model_is_at_most_one_megabyte_and_has_the_same_tokens() -> None:
+    assert sum(file.stat().st_size for file in DRAFT_PATH.iterdir()) <= MEGABYTE
+    assert (DRAFT_PATH / "tokenizer.json").read_bytes() == (PATH / "tokenizer.json").read_bytes()
 
 
 def test_model_has_about_one_million_parameters_in_float32(model: Any) -> None:
