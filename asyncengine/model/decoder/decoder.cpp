@@ -648,10 +648,12 @@ extern "C" void decoder_pack(int64_t dtype, const void *from, int64_t outputs, i
   switch (dtype) {
     case 0:
       return pack<Float32, Float32>(packing);
+#if !defined(FLOAT32_ALONE)
     case 1:
       return scales ? pack<BFloat16, Int8>(packing) : pack<BFloat16, BFloat16>(packing);
-    default:
+    case 2:
       return pack<Float16, Float16>(packing);
+#endif
   }
 }
 
@@ -660,9 +662,12 @@ extern "C" int decoder_step(const Decoder *decoder, const DecoderStep *step) {
   switch (decoder->dtype) {
     case 0:
       return run_decoder<Float32>(*decoder, *step);
+#if !defined(FLOAT32_ALONE)
     case 1:
       return run_decoder<BFloat16>(*decoder, *step);
-    default:
+    case 2:
       return run_decoder<Float16>(*decoder, *step);
+#endif
   }
+  return 1;
 }
