@@ -9,8 +9,14 @@ from tests.model.wishes import FEATURES, Asked, case
 
 ENOUGH = 3
 ENGINE = [
-    "small chunks", "separate prefill", "prefix cache", "preemption", "transformers' modules", "compiled step", "speculation",
-]  # fmt: skip
+    "small chunks",
+    "separate prefill",
+    "prefix cache",
+    "preemption",
+    "transformers' modules",
+    "compiled step",
+    "speculation",
+]
 REMARKS = {
     ("jump-forward", "log-probabilities"): "a",
     ("jump-forward", "logits processors"): "a",

@@ -1,111 +1,55 @@
 """Recognises decoders that the compiled step can run, by their parts and not by their names.
 
 What is looked for is the family that most decoders are of: per layer, a norm, projections to queries, keys and values
-(with biases, and norms of queries and keys, or without), rotary positions, attention, an output projection; a norm, and
-an MLP with or without a gate; norms after either branch, or none. Whatever does not fit says why, and runs as
-transformers has it. A model that has all the parts but adds something between them is found out by its numbers:
-`asyncengine.model.verification` compares the compiled step with transformers before it serves.
+(with biases, and norms of queries and keys, or without), positions that rotate or are added to the embeddings,
+attention, an output projection; after it or beside it a norm, and an MLP with or without a gate; norms after either
+branch, or none. Whatever does not fit says why, and runs as transformers has it. A model that has all the parts but
+adds something between them is found out by its numbers: `asyncengine.model.verification` compares the compiled step
+with transformers before it serves.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from asyncengine.model.architecture import RecordedLayer, text_config
+from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
+from asyncengine.model.decoder.rotation import Rotation, rotation
+
+__all__ = ["Blueprint", "LayerParts", "NormPart", "NotRecognised", "Projection", "recognise"]
 
 ALIGNMENT = 16
 """Sizes must be multiples of it: so many floats are in the widest vector."""
 
-ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1, "gelu": 2}
+ACTIVATIONS = {
+    "silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1, "gelu": 2, "relu": 3, "relu2": 4,
+}  # fmt: skip
 
-
-class NotRecognised(Exception):  # it is an answer, not an error
-    """The model is not of the family; the message says what differs."""
-
-
-@dataclass(frozen=True, slots=True)
-class NormPart:
-    """x / rms(x) * (weight + offset).
-
-    Attributes:
-        module: Has the weight.
-        epsilon: Added to the mean square.
-        offset: 1 where the weights are stored less one (Gemma), else 0.
-    """
-
-    module: nn.Module
-    epsilon: float
-    offset: float
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """Some outputs of a linear layer: all of them, unless the model has fused several projections into one layer."""
-
-    linear: nn.Linear
-    start: int
-    stop: int
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """(outputs, inputs)"""
-        return self.linear.weight[self.start : self.stop]
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """(outputs,) or None"""
-        bias = self.linear.bias
-        return None if bias is None else bias[self.start : self.stop]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerParts:
-    """One layer. A norm that is None is not there.
-
-    Attributes:
-        qkv: Projections to queries, keys and values, in this order.
-        gate_up: Gate and up projection.
-        cosines: (positions, rotary / 2) float32; the same tensor for layers that rotate alike.
-        sines: Likewise.
-    """
-
-    before_attention: NormPart | None
-    after_attention: NormPart | None
-    before_mlp: NormPart | None
-    after_mlp: NormPart | None
-    query_norm: NormPart | None
-    key_norm: NormPart | None
-    qkv: tuple[Projection, Projection, Projection]
-    output: Projection
-    gate_up: tuple[Projection, Projection]
-    down: Projection
-    cosines: torch.Tensor
-    sines: torch.Tensor
-    recorded: RecordedLayer
-
-
-@dataclass(frozen=True, slots=True)
-class Blueprint:
-    """A whole decoder, in the modules that hold its weights.
-
-    Attributes:
-        embedding_scale: What embeddings are multiplied by.
-    """
-
-    embedding: nn.Embedding
-    layers: tuple[LayerParts, ...]
-    norm: NormPart
-    head: nn.Linear
-    activation: int
-    embedding_scale: float
-    residual_scale: float
-    logit_scale: float
-    logit_cap: float
+# What transformers calls the same part. The first that a module has is taken.
+_EMBEDDING = ("embed_tokens", "wte", "embed_in")
+_POSITIONS = ("embed_positions", "wpe")
+_LAYERS = ("layers", "h")
+_LAST_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+_ATTENTION = ("self_attn", "attention", "attn")
+_FIRST_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm")
+_AFTER_ATTENTION = ("post_self_attn_layernorm",)
+_SECOND_NORM = ("post_attention_layernorm", "ln_2", "final_layer_norm")  # before the MLP, unless there is one more
+_BEFORE_MLP = ("pre_feedforward_layernorm",)
+_AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
+_QUERY_NORM = ("q_norm", "q_layernorm")
+_KEY_NORM = ("k_norm", "k_layernorm")
+_FUSED_QKV = ("qkv_proj", "c_attn")  # queries, then keys, then values
+_QKV_BY_HEAD = ("query_key_value",)  # of every head: query, key, value
+_OUTPUT = ("o_proj", "c_proj", "out_proj", "dense")
+_UP = ("up_proj", "fc1", "c_fc", "dense_h_to_4h")
+_DOWN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
+_ACTIVATION = ("act_fn", "activation_fn", "act")
 
 
 @torch.no_grad()
@@ -122,87 +66,187 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int) -> Blu
     """
     config = text_config(model.config)
     stack = model.get_decoder() if hasattr(model, "get_decoder") else None
-    blocks = getattr(stack, "layers", None)
+    stack = getattr(stack, "decoder", stack)
+    blocks = None if stack is None else _first(stack, _LAYERS)
     if stack is None or not isinstance(blocks, nn.ModuleList) or len(blocks) != len(recorded):
         raise NotRecognised("there is no plain list of layers")
     head = model.get_output_embeddings()
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise NotRecognised("embedding or head is more than a matrix")
-    _expect(stack, {"embed_tokens", "layers", "norm", "rotary_emb"}, "the model")
-    norm = _norm(stack, "norm")
+    _expect(stack, {*_EMBEDDING, *_POSITIONS, *_LAYERS, *_LAST_NORM, "rotary_emb"}, "the model")
+    norm = _norm(stack, _LAST_NORM)
     if norm is None:
         raise NotRecognised("there is no last norm")
-    kinds = getattr(config, "layer_types", None) or [None] * len(blocks)
-    rotations = {kind: _rotation(stack.rotary_emb, kind, embedding.weight.device, max_length) for kind in set(kinds)}
-    layers = tuple(
-        _layer(block, entry, *rotations[kind]) for block, entry, kind in zip(blocks, recorded, kinds, strict=True)
-    )
-    if len({layer.cosines.shape for layer in layers}) > 1:
-        raise NotRecognised("its layers rotate different numbers of dimensions")
-    for size in (config.hidden_size, *(layer.down.linear.in_features for layer in layers)):
+    rotations = _rotations(stack, config, recorded, max_length)
+    layers = tuple(_layer(*each) for each in zip(blocks, recorded, rotations, strict=True))
+    for size in (config.hidden_size, *(layer.down.inputs for layer in layers)):
         _aligned(size)
-    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    activation = next((name for key in names if (name := getattr(config, key, None))), None)
     if activation not in ACTIVATIONS:
         raise NotRecognised(f"its activation is {activation!r}")
+    positions, first_position = _positions(stack, config.hidden_size, max_length)
+    rotated = rotations[0]
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
     return Blueprint(
         embedding=embedding,
+        positions=positions,
+        first_position=first_position,
         layers=layers,
         norm=norm,
         head=head,
         activation=ACTIVATIONS[activation],
+        rotary=0 if rotated is None else 2 * rotated.cosines.shape[1],
+        pairs=rotated is not None and rotated.pairs,
         embedding_scale=_embedding_scale(embedding, config),
         residual_scale=float(getattr(config, "residual_multiplier", None) or 1.0),
-        logit_scale=1.0 / float(getattr(config, "logits_scaling", None) or 1.0),
+        logit_scale=scale / float(getattr(config, "logits_scaling", None) or 1.0),
         logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
     )
 
 
-def _layer(block: nn.Module, recorded: RecordedLayer, cosines: torch.Tensor, sines: torch.Tensor) -> LayerParts:
+def _rotations(
+    stack: nn.Module, config: Any, recorded: Sequence[RecordedLayer], max_length: int
+) -> list[Rotation | None]:
+    """For each layer, how it rotates; one object for those that rotate alike."""
+    rotary = getattr(stack, "rotary_emb", None)
+    if rotary is None:
+        return [None] * len(recorded)
+    kinds = getattr(config, "layer_types", None) or [None] * len(recorded)
+    first = {kind: layer for kind, layer in zip(reversed(kinds), reversed(recorded), strict=True)}
+    found = {kind: rotation(rotary, layer.module, kind, max_length) for kind, layer in first.items()}
+    if len({(each.cosines.shape, each.pairs) for each in found.values()}) > 1:
+        raise NotRecognised("its layers rotate in different ways")
+    widest = 2 * next(iter(found.values())).cosines.shape[1]
+    if any(widest > layer.spec.key_dim for layer in recorded):
+        raise NotRecognised("it rotates more dimensions than a head has")
+    return [found[kind] for kind in kinds]
+
+
+def _positions(stack: nn.Module, hidden: int, max_length: int) -> tuple[nn.Embedding | None, int]:
+    """The embedding of positions, and its row for position 0."""
+    positions = _first(stack, _POSITIONS)
+    if positions is None:
+        return None, 0
+    first = getattr(positions, "offset", 0)
+    if not isinstance(positions, nn.Embedding) or not isinstance(first, int):
+        raise NotRecognised("its positions are more than a matrix")
+    if positions.weight.shape[1] != hidden or positions.weight.shape[0] < first + max_length:
+        raise NotRecognised(f"its embeddings of positions are fewer than {max_length}, or of another size")
+    return positions, first
+
+
+def _layer(block: nn.Module, recorded: RecordedLayer, rotation: Rotation | None) -> LayerParts:
     attention, spec = recorded.module, recorded.spec
-    _expect(
-        block,
-        {
-            "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        },
-        "a layer",
-    )  # fmt: skip
-    _expect(attention, {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}, "attention")
     mlp = getattr(block, "mlp", None)
-    if mlp is None or getattr(block, "self_attn", None) is not attention:
+    own = {*_ATTENTION, *_FIRST_NORM, *_AFTER_ATTENTION, *_SECOND_NORM, *_BEFORE_MLP, *_AFTER_MLP, "mlp"}
+    of_mlp = {"gate_proj", "gate_up_proj", *_UP, *_DOWN, *_ACTIVATION}
+    _expect(block, own if mlp is not None else own | of_mlp, "a layer")
+    if _first(block, _ATTENTION) is not attention:
         raise NotRecognised("a layer is not attention and an MLP")
-    _expect(mlp, {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}, "an MLP")
-    pre, post = _norm(block, "input_layernorm"), _norm(block, "post_attention_layernorm")
-    pre_mlp, post_mlp = _norm(block, "pre_feedforward_layernorm"), _norm(block, "post_feedforward_layernorm")
-    if pre_mlp is None and post_mlp is None:  # the name says where it stands: after attention, and before the MLP
-        post, pre_mlp = None, post
+    of_attention = {"q_proj", "k_proj", "v_proj", *_FUSED_QKV, *_QKV_BY_HEAD, *_OUTPUT, *_QUERY_NORM, *_KEY_NORM}
+    _expect(attention, of_attention, "attention")
+    if mlp is None:
+        mlp = block  # which has its linear layers
+    else:
+        _expect(mlp, of_mlp, "an MLP")
+    pre, post, pre_mlp, post_mlp, parallel = _norms_of(block)
     widths = (spec.num_heads * spec.key_dim, spec.num_kv_heads * spec.key_dim, spec.num_kv_heads * spec.value_dim)
-    down = _linears(mlp, ["down_proj"])[0]
-    inner = down.linear.in_features
-    qkv = _linears(attention, ["q_proj", "k_proj", "v_proj"], "qkv_proj", widths)
-    gate_up = _linears(mlp, ["gate_proj", "up_proj"], "gate_up_proj", (inner, inner))
+    down = _linear(mlp, _DOWN)
     layer = LayerParts(
         before_attention=pre,
         after_attention=post,
         before_mlp=pre_mlp,
         after_mlp=post_mlp,
-        query_norm=_norm(attention, "q_norm"),
-        key_norm=_norm(attention, "k_norm"),
-        qkv=(qkv[0], qkv[1], qkv[2]),
-        output=_linears(attention, ["o_proj"])[0],
-        gate_up=(gate_up[0], gate_up[1]),
+        query_norm=_norm(attention, _QUERY_NORM, spec.key_dim, spec.num_heads),
+        key_norm=_norm(attention, _KEY_NORM, spec.key_dim, spec.num_kv_heads),
+        qkv=_qkv(attention, widths, spec.num_heads == spec.num_kv_heads),
+        output=_linear(attention, _OUTPUT),
+        gate_up=_gate_up(mlp, down.inputs),
         down=down,
-        cosines=cosines,
-        sines=sines,
+        rotation=None if rotation is None else (rotation.cosines, rotation.sines),
+        parallel=parallel,
+        query_scale=_query_scale(recorded),
         recorded=recorded,
     )
     for size in (*widths, spec.key_dim, spec.num_heads * spec.value_dim):
         _aligned(size)
-    for norm, whole in ((layer.query_norm, widths[0]), (layer.key_norm, widths[1])):
-        if norm is not None and norm.module.weight.numel() not in (spec.key_dim, whole):  # type: ignore[operator]
-            raise NotRecognised("a norm of queries or keys is neither of a head nor of all heads")
     return layer
+
+
+def _query_scale(recorded: RecordedLayer) -> float:
+    """What queries are multiplied by before attention, where that is told to scale by 1 and the module by more."""
+    own = getattr(recorded.module, "scaling", 1.0)
+    return own if recorded.spec.scaling == 1.0 and isinstance(own, float) else 1.0
+
+
+def _norms_of(
+    block: nn.Module,
+) -> tuple[NormPart | None, NormPart | None, NormPart | None, NormPart | None, bool]:
+    """Norms before and after attention, before and after the MLP; and whether the two stand side by side."""
+    pre, second = _norm(block, _FIRST_NORM), _norm(block, _SECOND_NORM)
+    post, pre_mlp, post_mlp = _norm(block, _AFTER_ATTENTION), _norm(block, _BEFORE_MLP), _norm(block, _AFTER_MLP)
+    if post is None and (pre_mlp is not None or post_mlp is not None):
+        post = second
+    elif pre_mlp is None:
+        pre_mlp = second
+    elif second is not None:
+        raise NotRecognised("a layer has more norms than places for them")
+    # With one norm there is nothing that could stand between the two.
+    alone = pre is not None and post is None and pre_mlp is None and post_mlp is None
+    return pre, post, pre_mlp, post_mlp, alone or bool(getattr(block, "use_parallel_residual", False))
+
+
+def _qkv(attention: nn.Module, widths: tuple[int, int, int], equal_heads: bool) -> tuple[Projection, ...]:
+    by_head = _first(attention, _QKV_BY_HEAD)
+    if by_head is not None:
+        whole = _linear(attention, _QKV_BY_HEAD)
+        if not equal_heads or len(set(widths)) > 1 or whole.weight.shape[0] != sum(widths):
+            raise NotRecognised("query_key_value is not a query, a key and a value for each head")
+        size = attention.head_size if hasattr(attention, "head_size") else attention.head_dim
+        assert isinstance(size, int)
+        starts = (0, size, 2 * size)
+        return tuple(Projection(whole.linear, at, at + size, 3 * size, whole.transposed) for at in starts)
+    if _first(attention, _FUSED_QKV) is not None:
+        return _blocks(_linear(attention, _FUSED_QKV), widths)
+    found = tuple(_linear(attention, (name,)) for name in ("q_proj", "k_proj", "v_proj"))
+    if tuple(part.weight.shape[0] for part in found) != widths:
+        raise NotRecognised("q_proj, k_proj, v_proj do not give what is taken from them")
+    return found
+
+
+def _gate_up(mlp: nn.Module, inner: int) -> tuple[Projection, ...]:
+    if hasattr(mlp, "gate_up_proj"):
+        return _blocks(_linear(mlp, ("gate_up_proj",)), (inner, inner))
+    gate = () if getattr(mlp, "gate_proj", None) is None else (_linear(mlp, ("gate_proj",)),)
+    found = (*gate, _linear(mlp, _UP))
+    if any(part.weight.shape[0] != inner for part in found):
+        raise NotRecognised("an MLP's two layers do not fit")
+    return found
+
+
+def _blocks(whole: Projection, widths: Sequence[int]) -> tuple[Projection, ...]:
+    """The parts, `widths` outputs wide, of a linear layer that stands for several."""
+    ends = list(itertools.accumulate(widths))
+    if whole.weight.shape[0] != ends[-1]:
+        raise NotRecognised("a fused layer is not the projections that it stands for")
+    return tuple(
+        Projection(whole.linear, end - width, end, transposed=whole.transposed)
+        for end, width in zip(ends, widths, strict=True)
+    )
+
+
+def _linear(module: nn.Module, names: Sequence[str]) -> Projection:
+    linear = _first(module, names)
+    if type(linear) not in (nn.Linear, Conv1D):
+        raise NotRecognised(f"{names[0]} is not a linear layer")
+    return Projection(linear, transposed=type(linear) is Conv1D)
+
+
+def _first(module: nn.Module, names: Sequence[str]) -> Any:
+    """The part that has one of these names, or None."""
+    return next((part for name in names if (part := getattr(module, name, None)) is not None), None)
 
 
 def _expect(module: nn.Module, names: set[str], what: str) -> None:
@@ -212,65 +256,33 @@ def _expect(module: nn.Module, names: set[str], what: str) -> None:
         raise NotRecognised(f"{what} has a part called {strange[0]}")
 
 
-def _linears(
-    module: nn.Module, names: list[str], fused: str | None = None, widths: tuple[int, ...] | None = None
-) -> list[Projection]:
-    """The linear layers of these names, or the parts, `widths` outputs wide, of the one that is called `fused`."""
-    if fused is not None and widths is not None and hasattr(module, fused):
-        linear = getattr(module, fused)
-        ends = list(itertools.accumulate(widths))
-        if type(linear) is not nn.Linear or linear.out_features != ends[-1]:
-            raise NotRecognised(f"{fused} is not the projections that it stands for")
-        return [Projection(linear, end - width, end) for end, width in zip(ends, widths, strict=True)]
-    found = []
-    for name in names:
-        linear = getattr(module, name, None)
-        if type(linear) is not nn.Linear:
-            raise NotRecognised(f"{name} is not a linear layer")
-        found.append(Projection(linear, 0, linear.out_features))
-    if widths is not None and [part.stop for part in found] != list(widths):
-        raise NotRecognised(f"{', '.join(names)} do not give what is taken from them")
-    return found
-
-
-def _norm(module: nn.Module, name: str) -> NormPart | None:
-    """Recognises a norm by what it does to numbers."""
-    norm = getattr(module, name, None)
+def _norm(module: nn.Module, names: Sequence[str], head: int = 0, heads: int = 0) -> NormPart | None:
+    """Recognises a norm by what it does to numbers; of queries or keys, where it is given what they are."""
+    norm = _first(module, names)
     if norm is None or isinstance(norm, nn.Identity):
         return None
-    weight = getattr(norm, "weight", None)
+    name = names[0]
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or not isinstance(epsilon, float):
+    if not isinstance(weight, torch.Tensor) or not isinstance(epsilon, float):
         raise NotRecognised(f"{name} is not a norm with a weight")
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, weight.numel(), generator=generator).to(weight.dtype)
+    if head and tuple(weight.shape) not in ((head,), (heads * head,), (heads, head)):
+        raise NotRecognised("a norm of queries or keys is neither of a head nor of all heads")
+    if not head and weight.ndim != 1:
+        raise NotRecognised(f"{name} is not a norm of a row")
+    x = torch.randn(3, *weight.shape, generator=torch.Generator().manual_seed(0)).add(1.0).to(weight.dtype)
     try:
         found = norm(x).double()
     except Exception as error:
         raise NotRecognised(f"{name} takes more than a tensor") from error
-    plain = x.double() / (x.double().square().mean(-1, keepdim=True) + epsilon).sqrt()
-    for offset in (0.0, 1.0):
-        if torch.allclose(found, plain * (weight.double() + offset), rtol=2e-2, atol=2e-2 * float(found.abs().max())):
-            return NormPart(norm, epsilon, offset)
-    raise NotRecognised(f"{name} is not a norm by the root mean square")
-
-
-def _rotation(
-    rotary: nn.Module, kind: str | None, device: torch.device, max_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position, from the model's own module, for layers of a kind."""
-    x, positions = torch.empty(1, 1, 1, dtype=torch.float32, device=device), torch.arange(max_length)[None]
-    try:
-        cosines, sines = rotary(x, positions)
-    except Exception:
-        try:
-            cosines, sines = rotary(x, positions, kind)
-        except Exception as error:
-            raise NotRecognised("its rotary embedding takes more than positions and a kind of layer") from error
-    half = cosines.shape[-1] // 2
-    if cosines.shape[0] != 1 or half % 8 or not torch.equal(cosines[..., :half], cosines[..., half:]):
-        raise NotRecognised("its rotary embedding does not rotate halves")
-    return cosines[0, :, :half].float().contiguous(), sines[0, :, :half].float().contiguous()
+    for centred in (False, True):
+        wide = x.double() - x.double().mean(-1, keepdim=True) if centred else x.double()
+        plain = wide / (wide.square().mean(-1, keepdim=True) + epsilon).sqrt()
+        for offset in (0.0, 1.0):
+            wanted = plain * (weight.double() + offset) + (0.0 if bias is None else bias.double())
+            if torch.allclose(found, wanted, rtol=2e-2, atol=2e-2 * float(found.abs().max())):
+                return NormPart(norm, epsilon, offset, centred, of_heads=weight.shape[-1] == head)
+    raise NotRecognised(f"{name} divides neither by the root mean square nor by the deviation")
 
 
 def _embedding_scale(embedding: nn.Embedding, config: Any) -> float:

@@ -27,15 +27,20 @@ struct Matrix {
   int64_t outputs, inputs;
 };
 
-struct Norm {  // x / rms(x) * weight
-  const float *weight;  // (size), or null: there is none
+struct Norm {  // (x - mean(x)) / deviation(x) * weight + bias, or x / rms(x) * weight + bias
+  const float *weight;  // null: there is no norm
+  const float *bias;    // like weight, or null
   int64_t size;         // 0: the whole row; else each head of this size
+  int64_t stride;       // from the weights of one head to those of the next; 0: they share them
+  int64_t centred;      // whether the mean is taken off
   double epsilon;
 };
 
 struct DecoderLayer {
   Norm before_attention, after_attention, before_mlp, after_mlp, query_norm, key_norm;
-  Matrix qkv, output, gate_up, down;  // gate and up by turns, a group of each
+  Matrix qkv, output, gate_up, down;  // gate and up by turns, a group of each; or up alone
+  int64_t gated;                      // whether there is a gate
+  int64_t parallel;                   // whether the MLP sees what attention sees, not what it leaves
   const float *cosines, *sines;       // (positions, rotary / 2), or null: no rotation
   const float *sinks;                 // (heads) or null
   Layer attention;
@@ -47,8 +52,10 @@ struct Decoder {
   int64_t dtype;  // as Layer's
   int64_t int8;   // whether the weights are int8; with bfloat16 only
   int64_t hidden, intermediate, rotary;
-  int64_t activation;  // 0 silu, 1 gelu by tanh, 2 gelu by erf
-  Matrix embedding;    // packed like the head
+  int64_t activation;      // 0 silu, 1 gelu by tanh, 2 gelu by erf, 3 relu, 4 relu squared
+  int64_t pairs;           // whether dimensions 2 i and 2 i + 1 rotate together; else i and i + rotary / 2
+  const float *positions;  // (positions, hidden), added to embeddings, or null
+  Matrix embedding;        // packed like the head
   double embedding_scale, residual_scale, logit_scale, logit_cap;  // a cap of 0 is off
   Norm norm;
   Matrix head;
@@ -178,29 +185,55 @@ inline Vec activate(Vec x, int64_t kind) {
     }
     case 1:
       return 0.5f * x * (1.0f + tanh_of(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-    default:
+    case 2:
       return 0.5f * x * (1.0f + erf_of(x * 0.7071067811865476f));
+    default: {
+      Vec positive = maximum(x, splat(0.0f));
+      return kind == 3 ? positive : positive * positive;
+    }
   }
 }
 
-inline Vec square_sum(const float *x, int64_t count) {
+inline Vec square_sum(const float *x, int64_t count, Vec mean) {
   Vec sum[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes)
     for (int j = 0; j < 4; ++j) {
-      Vec v = load<Vec>(x + i + j * kLanes);
+      Vec v = load<Vec>(x + i + j * kLanes) - mean;
       sum[j] = sum[j] + v * v;
     }
   for (; i < count; i += kLanes) {
-    Vec v = load<Vec>(x + i);
+    Vec v = load<Vec>(x + i) - mean;
     sum[0] = sum[0] + v * v;
   }
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-inline float inverse_rms(const float *x, int64_t count, double epsilon) {
-  return 1.0f / std::sqrt(lanes_sum(square_sum(x, count)) / float(count) + float(epsilon));
+inline float row_sum(const float *x, int64_t count) {
+  Vec sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) sum[j] = sum[j] + load<Vec>(x + i + j * kLanes);
+  for (; i < count; i += kLanes) sum[0] = sum[0] + load<Vec>(x + i);
+  return lanes_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
+
+// What a norm makes of one row, or of one head.
+struct Normed {
+  const float *x, *weight, *bias;
+  Vec mean, factor;
+  Normed(const float *from, int64_t count, const Norm &norm, int64_t first_weight = 0)
+      : x(from), weight(norm.weight + first_weight), bias(norm.bias ? norm.bias + first_weight : nullptr) {
+    const float middle = norm.centred ? row_sum(x, count) / float(count) : 0.0f;
+    mean = splat(middle);
+    const float squares = lanes_sum(square_sum(x, count, mean));
+    factor = splat(1.0f / std::sqrt(squares / float(count) + float(norm.epsilon)));
+  }
+  Vec at(int64_t i) const {
+    const Vec v = (load<Vec>(x + i) - mean) * factor * load<Vec>(weight + i);
+    return bias ? v + load<Vec>(bias + i) : v;
+  }
+};
 
 constexpr int64_t kItemBytes = 128 << 10;
 
@@ -362,8 +395,14 @@ struct Run {
       store(to + c, norm_follows ? load<Vec>(sums + c) : load<Vec>(to + c) + load<Vec>(sums + c) * scale);
   }
 
-  void activate_inner(int64_t row, int64_t group, int64_t cols, const float *sums) const {
-    Input *to = inner + row * (decoder.intermediate / W::kPair);
+  void activate_inner(const DecoderLayer &layer, int64_t row, int64_t group, int64_t cols, const float *sums) const {
+    Input *to = inner + row * (layer.down.inputs / W::kPair);
+    if (!layer.gated) {
+      for (int64_t c = 0; c < cols; ++c)
+        W::pack_vector(to + (group + c) * (kLanes / W::kPair),
+                       activate(load<Vec>(sums + c * kLanes), decoder.activation));
+      return;
+    }
     for (int64_t c = 0; c < cols; c += 2) {  // gate, up
       const Vec gate = activate(load<Vec>(sums + c * kLanes), decoder.activation);
       W::pack_vector(to + (group + c) / 2 * (kLanes / W::kPair), gate * load<Vec>(sums + (c + 1) * kLanes));
@@ -388,14 +427,17 @@ struct Run {
     const float scale = float(decoder.embedding_scale) * (matrix.scales ? matrix.scales[id] : 1.0f);
     for (int64_t i = 0; i < steps; ++i, from += kLanes * W::kPair)
       for (int p = 0; p < W::kPair; ++p) to[i * W::kPair + p] = W::widen(from[p]) * scale;
+    if (!decoder.positions) return;
+    const float *added = decoder.positions + step.positions[token] * decoder.hidden;
+    for (int64_t i = 0; i < decoder.hidden; ++i) to[i] += added[i];
   }
 
   void enter(const float *x, const Norm &norm, Input *to) const {
-    const float factor = norm.weight ? inverse_rms(x, decoder.hidden, norm.epsilon) : 1.0f;
-    for (int64_t i = 0; i < decoder.hidden; i += kLanes) {
-      Vec v = load<Vec>(x + i);
-      if (norm.weight) v = v * factor * load<Vec>(norm.weight + i);
-      W::pack_vector(to + i / W::kPair, v);
+    if (norm.weight) {
+      const Normed row(x, decoder.hidden, norm);
+      for (int64_t i = 0; i < decoder.hidden; i += kLanes) W::pack_vector(to + i / W::kPair, row.at(i));
+    } else {
+      for (int64_t i = 0; i < decoder.hidden; i += kLanes) W::pack_vector(to + i / W::kPair, load<Vec>(x + i));
     }
   }
 
@@ -408,9 +450,9 @@ struct Run {
     if (!norm.weight) return;
     float *to = hidden + token * decoder.hidden;
     const float *x = branch + token * decoder.hidden;
-    const float factor = inverse_rms(x, decoder.hidden, norm.epsilon), scale = float(decoder.residual_scale);
-    for (int64_t i = 0; i < decoder.hidden; i += kLanes)
-      store(to + i, load<Vec>(to + i) + load<Vec>(x + i) * factor * load<Vec>(norm.weight + i) * scale);
+    const float scale = float(decoder.residual_scale);
+    const Normed row(x, decoder.hidden, norm);
+    for (int64_t i = 0; i < decoder.hidden; i += kLanes) store(to + i, load<Vec>(to + i) + row.at(i) * scale);
   }
 
   // Hidden states as the head sees them, but not rounded, one after the other.
@@ -431,20 +473,20 @@ struct Run {
   static void norm_heads(float *x, int64_t count, const Norm &norm) {
     if (!norm.weight) return;
     const int64_t size = norm.size ? norm.size : count;
-    for (int64_t start = 0; start < count; start += size) {
-      const float factor = inverse_rms(x + start, size, norm.epsilon);
-      for (int64_t i = 0; i < size; i += kLanes)
-        store(x + start + i, load<Vec>(x + start + i) * factor * load<Vec>(norm.weight + i));
+    for (int64_t start = 0, weights = 0; start < count; start += size, weights += norm.stride) {
+      const Normed head(x + start, size, norm, weights);
+      for (int64_t i = 0; i < size; i += kLanes) store(x + start + i, head.at(i));
     }
   }
 
   void rotate(float *x, int64_t count, int64_t dim, const float *cosine, const float *sine) const {
-    const int64_t half = decoder.rotary / 2;
+    const int64_t half = decoder.rotary / 2, apart = decoder.pairs ? 1 : half, onward = decoder.pairs ? 2 : 1;
     for (int64_t head = 0; head < count; head += dim)
-      for (int64_t i = head; i < head + half; ++i) {
-        const float a = x[i], b = x[i + half], c = cosine[i - head], s = sine[i - head];
-        x[i] = a * c - b * s;
-        x[i + half] = b * c + a * s;
+      for (int64_t i = 0; i < half; ++i) {
+        float *first = x + head + i * onward, *second = first + apart;
+        const float a = *first, b = *second, c = cosine[i], s = sine[i];
+        *first = a * c - b * s;
+        *second = b * c + a * s;
       }
   }
 
@@ -495,7 +537,10 @@ struct Run {
       product(next(), layer.qkv, normed, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
         std::memcpy(qkv + row * qkv_width + group * kLanes, sums, size_t(cols * kLanes) * sizeof(float));
       });
-      rows(next(), tokens, [&](int64_t token) { position(token, layer); });
+      rows(next(), tokens, [&](int64_t token) {
+        position(token, layer);
+        if (layer.parallel && layer.before_mlp.weight) enter_next(token, layer.before_mlp);
+      });
       attention[size_t(i)].work();
       attention[size_t(i)].wait();
       const int64_t width = layer.attention.heads * layer.attention.value_dim;
@@ -506,10 +551,10 @@ struct Run {
               });
       rows(next(), tokens, [&](int64_t token) {
         leave(token, layer.after_attention);
-        enter_next(token, layer.before_mlp);
+        if (!layer.parallel) enter_next(token, layer.before_mlp);
       });
       product(next(), layer.gate_up, normed, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-        activate_inner(row, group, cols, sums);
+        activate_inner(layer, row, group, cols, sums);
       });
       product(next(), layer.down, inner, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
         add(row, group, cols, sums, layer.after_mlp.weight);
@@ -622,10 +667,12 @@ extern "C" void decoder_pack(int64_t dtype, const void *from, int64_t outputs, i
   switch (dtype) {
     case 0:
       return pack<Float32, Float32>(packing);
+#if !defined(FLOAT32_ALONE)
     case 1:
       return scales ? pack<BFloat16, Int8>(packing) : pack<BFloat16, BFloat16>(packing);
-    default:
+    case 2:
       return pack<Float16, Float16>(packing);
+#endif
   }
 }
 
@@ -634,9 +681,12 @@ extern "C" int decoder_step(const Decoder *decoder, const DecoderStep *step) {
   switch (decoder->dtype) {
     case 0:
       return run_decoder<Float32>(*decoder, *step);
+#if !defined(FLOAT32_ALONE)
     case 1:
       return run_decoder<BFloat16>(*decoder, *step);
-    default:
+    case 2:
       return run_decoder<Float16>(*decoder, *step);
+#endif
   }
+  return 1;
 }

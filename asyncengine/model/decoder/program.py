@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from asyncengine.model.attention.cpu import CpuCache, CpuPlan
-from asyncengine.model.decoder.blueprint import Blueprint, LayerParts, NormPart, Projection
+from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Projection
 from asyncengine.model.decoder.weights import (
     DTYPES,
     MatrixStruct,
     NormStruct,
     PackedMatrix,
     PackedNorm,
+    PackedVector,
     release,
 )
 from asyncengine.step.batch import Float32, StepBatch
@@ -46,6 +47,7 @@ class _LayerStruct(ctypes.Structure):
             "before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm",
         )),
         *((name, MatrixStruct) for name in ("qkv", "output", "gate_up", "down")),
+        ("gated", ctypes.c_int64), ("parallel", ctypes.c_int64),
         ("cosines", ctypes.c_void_p), ("sines", ctypes.c_void_p), ("sinks", ctypes.c_void_p),
         ("attention", _AttentionStruct),
     )  # fmt: skip
@@ -57,8 +59,9 @@ class _DecoderStruct(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in (
-            "num_layers", "dtype", "int8", "hidden", "intermediate", "rotary", "activation",
+            "num_layers", "dtype", "int8", "hidden", "intermediate", "rotary", "activation", "pairs",
         )),
+        ("positions", ctypes.c_void_p),
         ("embedding", MatrixStruct),
         *((name, ctypes.c_double) for name in ("embedding_scale", "residual_scale", "logit_scale", "logit_cap")),
         ("norm", NormStruct), ("head", MatrixStruct),
@@ -91,18 +94,25 @@ class _Layer:
         self.matrices = {
             "qkv": packed(parts.qkv),
             "output": packed([parts.output]),
-            "gate_up": packed(parts.gate_up, interleaved=True),
+            "gate_up": packed(parts.gate_up, interleaved=len(parts.gate_up) > 1),
             "down": packed([parts.down]),
         }
-        self.norms = {
-            "before_attention": (PackedNorm(parts.before_attention), parts.before_attention),
-            "after_attention": (PackedNorm(parts.after_attention), parts.after_attention),
-            "before_mlp": (PackedNorm(parts.before_mlp), parts.before_mlp),
-            "after_mlp": (PackedNorm(parts.after_mlp), parts.after_mlp),
-            "query_norm": (PackedNorm(parts.query_norm, spec.num_heads * spec.key_dim), parts.query_norm),
-            "key_norm": (PackedNorm(parts.key_norm, spec.num_kv_heads * spec.key_dim), parts.key_norm),
+        norms = {
+            "before_attention": (parts.before_attention, 0),
+            "after_attention": (parts.after_attention, 0),
+            "before_mlp": (parts.before_mlp, 0),
+            "after_mlp": (parts.after_mlp, 0),
+            "query_norm": (parts.query_norm, spec.key_dim),
+            "key_norm": (parts.key_norm, spec.key_dim),
         }
-        self.rotation = (parts.cosines, parts.sines)
+        self.norms = {
+            name: (PackedNorm(part, size if part.of_heads else 0), part)
+            for name, (part, size) in norms.items()
+            if part is not None
+        }
+        self.parallel = parts.parallel
+        self.query_scale = parts.query_scale
+        self.rotation = parts.rotation
         self.sinks = None if parts.recorded.sinks is None else parts.recorded.sinks.float().contiguous()
         self.spec = spec
 
@@ -136,17 +146,21 @@ class CompiledDecoder:
         self._layers = [_Layer(library, parts, int8) for parts in blueprint.layers]
         self._norm = (PackedNorm(blueprint.norm), blueprint.norm)
         for _, part in self._norms():
-            if part is not None:
-                release(part.module, "weight")
+            release(part.module, "weight")
+            release(part.module, "bias")
+        self._positions = None if blueprint.positions is None else PackedVector(blueprint.positions.weight)
+        position_rows = None if self._positions is None else self._positions.values[blueprint.first_position :]
         tied = blueprint.head.weight is blueprint.embedding.weight
         self._head = PackedMatrix(library, [blueprint.head.weight], [blueprint.head.bias], int8=int8)
         self._embedding = self._head if tied else PackedMatrix(library, [blueprint.embedding.weight], [None], int8=int8)
         for module in (blueprint.head, blueprint.embedding):
             release(module, "weight")
+        if blueprint.positions is not None:
+            release(blueprint.positions, "weight")
         if tied:
             blueprint.head.weight = blueprint.embedding.weight
         release(blueprint.head, "bias")
-        self._modules = (blueprint.embedding, blueprint.head)
+        self._modules = (blueprint.embedding, blueprint.head, blueprint.positions)
         self.vocab_size = blueprint.head.out_features
         embedding = MatrixStruct.from_buffer_copy(self._embedding.struct)
         embedding.bias = None
@@ -157,9 +171,11 @@ class CompiledDecoder:
             DTYPES[dtype],
             int(int8),
             blueprint.embedding.embedding_dim,
-            blueprint.layers[0].down.linear.in_features,
-            2 * blueprint.layers[0].cosines.shape[1],
+            max(layer.down.inputs for layer in blueprint.layers),
+            blueprint.rotary,
             blueprint.activation,
+            int(blueprint.pairs),
+            None if position_rows is None else position_rows.data_ptr(),
             embedding,
             blueprint.embedding_scale,
             blueprint.residual_scale,
@@ -183,10 +199,13 @@ class CompiledDecoder:
                 setattr(struct, name, norm.struct)
             for name, (matrix, _) in layer.matrices.items():
                 setattr(struct, name, matrix.struct)
-            struct.cosines, struct.sines = (table.data_ptr() for table in layer.rotation)
+            struct.gated, struct.parallel = len(layer.matrices["gate_up"][1]) > 1, layer.parallel
+            if layer.rotation is not None:
+                struct.cosines, struct.sines = (table.data_ptr() for table in layer.rotation)
             struct.sinks = None if layer.sinks is None else layer.sinks.data_ptr()
             described = cache.layers.get(layer.spec) or cache.layer(layer.spec)
             struct.attention = _AttentionStruct.from_buffer_copy(described.buffer)
+            struct.attention.scaling *= layer.query_scale
 
     def logits(self, batch: StepBatch, plan: CpuPlan) -> torch.Tensor:
         """Runs a step; returns (M, vocabulary) float32, one row per entry of `batch.sample_index`."""
@@ -218,26 +237,30 @@ class CompiledDecoder:
         found: dict[int, list[Writer]] = {}
 
         def note(matrix: PackedMatrix, number: int, part: Projection) -> None:
-            linear, rows = part.linear, slice(part.start, part.stop)
-            write = Writer(lambda value: matrix.write(number, value[rows]), matrix.restorer)
+            linear = part.linear
+            write = Writer(lambda value: matrix.write(number, part.weight_of(value)), matrix.restorer)
             found.setdefault(id(linear.weight), []).append(write)
             if getattr(linear, "bias", None) is not None:
-                write = Writer(lambda value: matrix.write_bias(number, value[rows]), matrix.restorer)
+                write = Writer(lambda value: matrix.write_bias(number, part.bias_of(value)), matrix.restorer)
                 found.setdefault(id(linear.bias), []).append(write)
 
         for layer in self._layers:
             for matrix, parts in layer.matrices.values():
                 for number, part in enumerate(parts):
                     note(matrix, number, part)
-        embedding, head = self._modules
-        note(self._head, 0, Projection(head, 0, head.out_features))
+        embedding, head, positions = self._modules
+        note(self._head, 0, Projection(head))
         if self._embedding is not self._head:
             write = Writer(lambda value: self._embedding.write(0, value), self._embedding.restorer)
             found[id(embedding.weight)] = [write]
         for norm, norm_part in self._norms():
-            if norm_part is not None:
-                found[id(norm_part.module.weight)] = [Writer(norm.write, norm.restorer)]
+            vectors = [(norm_part.module.weight, norm.weight), (getattr(norm_part.module, "bias", None), norm.bias)]
+            for parameter, vector in vectors:
+                if vector is not None:
+                    found[id(parameter)] = [Writer(vector.write, vector.restorer)]
+        if positions is not None and self._positions is not None:
+            found[id(positions.weight)] = [Writer(self._positions.write, self._positions.restorer)]
         return found
 
-    def _norms(self) -> list[tuple[PackedNorm, NormPart | None]]:
+    def _norms(self) -> list[tuple[PackedNorm, NormPart]]:
         return [self._norm, *(norm for layer in self._layers for norm in layer.norms.values())]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncengine.model.decoder.blueprint import NormPart
+from asyncengine.model.decoder.parts import NormPart
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _HUGE = 1 << 21  # bytes
@@ -30,7 +30,11 @@ class MatrixStruct(ctypes.Structure):
 class NormStruct(ctypes.Structure):
     """As `Norm` in decoder.cpp."""
 
-    _fields_ = (("weight", ctypes.c_void_p), ("size", ctypes.c_int64), ("epsilon", ctypes.c_double))
+    _fields_ = (
+        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("size", "stride", "centred")),
+        ("epsilon", ctypes.c_double),
+    )  # fmt: skip
 
 
 class PackedMatrix:
@@ -127,37 +131,54 @@ class PackedMatrix:
         return sum(tensor.nbytes for tensor in (self.weights, self.scales, self.bias) if tensor is not None)
 
 
-class PackedNorm:
-    """The weight of a norm, as float32."""
+class PackedVector:
+    """A parameter as float32, or a table of several rows.
 
-    def __init__(self, part: NormPart | None, whole: int = 0) -> None:
-        self.offset = 0.0 if part is None else part.offset
-        self.weight: torch.Tensor | None = None
-        self.struct = NormStruct(None, 0, 0.0)
-        if part is not None:
-            weight = part.module.weight
-            assert isinstance(weight, torch.Tensor)
-            self.weight = torch.empty(weight.numel(), dtype=torch.float32)
-            self.write(weight)
-            size = 0 if weight.numel() == whole else weight.numel()
-            self.struct = NormStruct(self.weight.data_ptr(), size, part.epsilon)
+    Args:
+        parameter: What it is made of.
+        offset: Added to it.
+    """
 
-    def write(self, weight: torch.Tensor) -> None:
-        """Replaces the weight."""
-        assert self.weight is not None
-        self.weight.copy_(weight.detach().float() + self.offset)
+    def __init__(self, parameter: torch.Tensor, offset: float = 0.0) -> None:
+        self._offset = offset
+        self.values = torch.empty(parameter.shape, dtype=torch.float32)
+        self.write(parameter)
+
+    def write(self, parameter: torch.Tensor) -> None:
+        """Replaces the contents."""
+        self.values.copy_(parameter.detach().float() + self._offset)
 
     def restorer(self) -> Callable[[], None]:
         """What puts the present contents back."""
-        weight = self.weight
-        assert weight is not None
-        kept = weight.clone()
-        return lambda: (weight.copy_(kept), None)[1]
+        kept = self.values.clone()
+        return lambda: (self.values.copy_(kept), None)[1]
+
+
+class PackedNorm:
+    """The weight and the bias of a norm.
+
+    Args:
+        part: Where they are.
+        head: The size of a head, if that is what is normed; 0 is the whole row.
+    """
+
+    def __init__(self, part: NormPart, head: int = 0) -> None:
+        self.weight = PackedVector(part.weight, part.offset)
+        self.bias = None if part.bias is None else PackedVector(part.bias)
+        weights = part.weight.numel()
+        self.struct = NormStruct(
+            self.weight.values.data_ptr(),
+            None if self.bias is None else self.bias.values.data_ptr(),
+            head,
+            head if head and weights > head else 0,
+            int(part.centred),
+            part.epsilon,
+        )
 
 
 def release(module: nn.Module, name: str) -> None:
     """Lets a parameter's memory go; its name, shape and dtype stay."""
-    parameter = getattr(module, name)
+    parameter = getattr(module, name, None)
     if parameter is not None:
         setattr(module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 

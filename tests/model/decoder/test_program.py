@@ -83,8 +83,12 @@ def logits(loaded: LoadedModel, batch: StepBatch) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "architecture", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "granite", "phi3"]
-)
+    "architecture",
+    [
+        "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "granite", "phi3", "gpt2", "gpt_neox", "cohere",
+        "starcoder2", "opt", "glm4", "phi",
+    ],
+)  # fmt: skip
 def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
     """In low precision: of the rounded weights computed in float32, to which it is nearer than transformers is."""
     path = checkpoint(architecture)
@@ -99,9 +103,12 @@ def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype,
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_token_gets_the_same_bits_in_any_batch(dtype: str, threads: int, checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gpt_neox"])
+def test_a_token_gets_the_same_bits_in_any_batch(
+    architecture: str, dtype: str, threads: int, checkpoint: Checkpoint
+) -> None:
     """Contract 16: alone or beside others, prefilled at once, in chunks or token by token."""
-    loaded = load(checkpoint("qwen3"), dtype=dtype)
+    loaded = load(checkpoint(architecture), dtype=dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -170,7 +177,7 @@ def test_the_model_gives_its_weights_up(checkpoint: Checkpoint) -> None:
     loaded.model.close()
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "phi3"])
+@pytest.mark.parametrize("architecture", ["qwen2", "phi3", "gpt2", "gpt_neox", "opt", "cohere"])
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_new_weights_are_those_of_a_new_model(architecture: str, quantization: str, checkpoint: Checkpoint) -> None:
     """Every parameter finds its place: biases, norms, projections that were fused, embedding and head."""

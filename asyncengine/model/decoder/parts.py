@@ -1,0 +1,152 @@
+"""The parts of a decoder that the compiled step can run: where its weights are and what is done with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from asyncengine.model.architecture import RecordedLayer
+
+
+class NotRecognised(Exception):  # it is an answer, not an error
+    """The model is not of the family; the message says what differs."""
+
+
+@dataclass(frozen=True, slots=True)
+class NormPart:
+    """x / rms(x) * (weight + offset) + bias.
+
+    Attributes:
+        module: Has the weight, and the bias if there is one.
+        epsilon: Added to the mean square.
+        offset: 1 where the weights are stored less one (Gemma), else 0.
+        centred: Whether the mean of x is taken off first (LayerNorm).
+        of_heads: Whether each head is normed by itself.
+    """
+
+    module: nn.Module
+    epsilon: float
+    offset: float
+    centred: bool
+    of_heads: bool = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(size,), or (heads, size) where each head has its own."""
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Like `weight`, or None."""
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, torch.Tensor) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Some outputs of a linear layer: all of them, unless the model has fused several projections into one layer.
+
+    Attributes:
+        linear: The layer.
+        start: The first output that is taken of every `period`.
+        stop: The one after the last; None is the end.
+        period: So many outputs lie together; None is all. Fewer, where every head has its query, key and value.
+        transposed: Whether the layer stores (inputs, outputs).
+    """
+
+    linear: nn.Module
+    start: int = 0
+    stop: int | None = None
+    period: int | None = None
+    transposed: bool = False
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(outputs, inputs)"""
+        weight = self.linear.weight
+        assert isinstance(weight, torch.Tensor)
+        return self.weight_of(weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(outputs,) or None"""
+        bias = getattr(self.linear, "bias", None)
+        return self.bias_of(bias) if isinstance(bias, torch.Tensor) else None
+
+    @property
+    def inputs(self) -> int:
+        """How many."""
+        return self.weight.shape[1]
+
+    def weight_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """What of the layer's weight belongs to the projection; (outputs, inputs)."""
+        return self._taken(whole.T if self.transposed else whole)
+
+    def bias_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """What of the layer's bias belongs to the projection; (outputs,)."""
+        return self._taken(whole)
+
+    def _taken(self, whole: torch.Tensor) -> torch.Tensor:
+        if self.period is None:
+            return whole[self.start : self.stop]
+        return whole.view(-1, self.period, *whole.shape[1:])[:, self.start : self.stop].flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """One layer. A norm that is None is not there.
+
+    Attributes:
+        qkv: Projections to queries, keys and values, in this order.
+        gate_up: Gate and up projection, or the latter alone.
+        rotation: Cosines and sines, (positions, rotary / 2) float32 each; the same tensors for layers that rotate
+            alike.
+        parallel: Whether the MLP stands beside attention: it sees what attention sees, through its own norm if it has
+            one.
+        query_scale: What queries are multiplied by before attention.
+    """
+
+    before_attention: NormPart | None
+    after_attention: NormPart | None
+    before_mlp: NormPart | None
+    after_mlp: NormPart | None
+    query_norm: NormPart | None
+    key_norm: NormPart | None
+    qkv: tuple[Projection, ...]
+    output: Projection
+    gate_up: tuple[Projection, ...]
+    down: Projection
+    rotation: tuple[torch.Tensor, torch.Tensor] | None
+    parallel: bool
+    query_scale: float
+    recorded: RecordedLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A whole decoder, in the modules that hold its weights.
+
+    Attributes:
+        positions: Embeddings of positions, added to those of tokens; row `first_position` is that of position 0.
+        embedding_scale: What embeddings are multiplied by.
+        rotary: How many dimensions of a head rotate.
+        pairs: Whether neighbouring dimensions rotate together; else those of the two halves do.
+    """
+
+    embedding: nn.Embedding
+    positions: nn.Embedding | None
+    first_position: int
+    layers: tuple[LayerParts, ...]
+    norm: NormPart
+    head: nn.Linear
+    activation: int
+    rotary: int
+    pairs: bool
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float
+    logit_cap: float

@@ -1,0 +1,92 @@
+"""How a decoder rotates queries and keys: asked of its own modules."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncengine.model.decoder.parts import NotRecognised
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Rotary positions.
+
+    Attributes:
+        cosines: (positions, rotary / 2) float32.
+        sines: Likewise.
+        pairs: Whether dimensions 2 i and 2 i + 1 rotate together; else i and i + rotary / 2.
+    """
+
+    cosines: torch.Tensor
+    sines: torch.Tensor
+    pairs: bool
+
+
+def rotation(rotary: nn.Module, attention: nn.Module, kind: str | None, max_length: int) -> Rotation:
+    """Finds how layers of a kind rotate positions below `max_length`.
+
+    Args:
+        rotary: Gives cosines and sines.
+        attention: Of such a layer.
+        kind: Its entry in the configuration's layer types, if there are any.
+        max_length: How many positions will be asked for.
+
+    Raises:
+        NotRecognised: In no way that is known here.
+    """
+    x, positions = torch.empty(1, 1, 1, dtype=torch.float32), torch.arange(max_length)[None]
+    try:
+        cosines, sines = rotary(x, positions)
+    except Exception:
+        try:
+            cosines, sines = rotary(x, positions, kind)
+        except Exception as error:
+            raise NotRecognised("its rotary embedding takes more than positions and a kind of layer") from error
+    if cosines.shape[0] != 1:
+        raise NotRecognised("its rotary embedding has more than one axis")
+    known = _known_tables(cosines[0], sines[0])
+    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    for found in known:
+        if apply is None or _rotates_like(apply, cosines, sines, found):
+            return found
+    raise NotRecognised("its rotary embedding rotates neither halves nor pairs")
+
+
+def _known_tables(cosines: torch.Tensor, sines: torch.Tensor) -> list[Rotation]:
+    """The ways in which a model may mean its cosines; the likeliest first."""
+    half = cosines.shape[-1] // 2
+    first, second = cosines[:, :half], cosines[:, half:]
+    tables = []
+    if 2 * half == cosines.shape[-1] and torch.equal(first, second):
+        tables += [Rotation(_table(first), _table(sines[:, :half]), pairs) for pairs in (False, True)]
+    elif torch.equal(cosines[:, ::2], cosines[:, 1::2]):
+        tables += [Rotation(_table(cosines[:, ::2]), _table(sines[:, ::2]), True)]
+    return tables + [Rotation(_table(cosines), _table(sines), pairs) for pairs in (False, True)]
+
+
+def _rotates_like(apply: Any, cosines: torch.Tensor, sines: torch.Tensor, rotation: Rotation) -> bool:
+    """Whether the model's own function does to random numbers what `rotation` says."""
+    half = rotation.cosines.shape[1]
+    count = min(cosines.shape[1], 3)
+    x = torch.randn(1, 1, count, 2 * half, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    try:
+        found, _ = apply(x, x, cosines[:, -count:], sines[:, -count:])
+    except Exception:
+        return False
+    if rotation.pairs:
+        a, b = x[..., ::2], x[..., 1::2]
+    else:
+        a, b = x[..., :half], x[..., half:]
+    c, s = rotation.cosines[-count:], rotation.sines[-count:]
+    rotated = (a * c - b * s, b * c + a * s)
+    wanted = torch.stack(rotated, -1).flatten(-2) if rotation.pairs else torch.cat(rotated, -1)
+    return found.shape == wanted.shape and torch.allclose(found.float(), wanted, atol=1e-4)
+
+
+def _table(values: torch.Tensor) -> torch.Tensor:
+    return values.float().contiguous()

@@ -1,0 +1,55 @@
+"""How many instructions a step takes, counted by callgrind: the same on any machine and however busy that is."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from asyncengine.model.attention import kernel
+
+VALGRIND = shutil.which("valgrind")
+PRODUCTS = 2 * (256 * 512 + 256 * 256 + 3 * 256 * 512)
+"""Multiply-adds for a token in the layers' products; the head's, which are as many in any step, are apart."""
+HEAD = 512 * 256
+
+pytestmark = pytest.mark.skipif(
+    VALGRIND is None or platform.machine() != "x86_64" or "avx2" not in kernel._processor(),
+    reason="needs valgrind and a processor with AVX2",
+)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("driver") / "driver"
+    flags = [flag for flag in kernel._FLAGS if flag not in ("-shared", "-fPIC")]
+    source = Path(__file__).with_name("instruction_driver.cpp")
+    command = [*kernel.find_compiler(), *flags, "-march=x86-64-v3", "-DPAGED_ATTENTION_SERIAL", "-DFLOAT32_ALONE"]
+    subprocess.run([*command, str(source), "-o", str(program)], check=True)
+    return program
+
+
+def count(driver: Path, tokens: int, context: int) -> int:
+    assert VALGRIND is not None
+    command = [
+        VALGRIND, "--tool=callgrind", "--callgrind-out-file=/dev/null", "--toggle-collect=decoder_step", str(driver),
+    ]  # fmt: skip
+    finished = subprocess.run([*command, str(tokens), str(context)], capture_output=True, text=True, check=True)
+    found = re.search(r"Collected : (\d+)", finished.stderr)
+    assert found is not None, finished.stderr
+    return int(found[1])
+
+
+@pytest.mark.parametrize(("tokens", "context", "bound"), [(1, 127, 4.3), (12, 0, 2.8)], ids=["decode", "prefill"])
+def test_a_step_takes_no_more_instructions_than_it_did(tokens: int, context: int, bound: float, driver: Path) -> None:
+    """Per eight multiply-adds, which is what one instruction of AVX2 does: 3.9 and 2.6 when this was written.
+
+    Prefill costs less because a vector of weights that was loaded serves several tokens.
+    """
+    first, second = (count(driver, tokens, context) for _ in range(2))
+    assert first == second
+    assert 1 < first / ((PRODUCTS * tokens + HEAD) / 8) < bound
