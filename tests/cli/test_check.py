@@ -50,10 +50,10 @@ def test_our_own_server_differs_in_nothing() -> None:
         done = run("check", address, "--api-key", "secret")
         assert done.status == 0, done.out
         assert " differs " not in done.out
-        assert done.out.splitlines()[-1] == f"{len(ENTRIES) - 3} ok, 0 differs, 3 missing"
+        assert done.out.splitlines()[-1] == f"{len(ENTRIES) - 2} ok, 0 differs, 2 missing"
         found = [json.loads(line) for line in run("check", address, "--api-key", "secret", "--jsonl").out.splitlines()]
         assert [entry["check"] for entry in found if entry["verdict"] == "missing"] == [
-            "tools", "json_schema", "embeddings",
+            "tools", "json_schema",
         ]  # fmt: skip
         wrong = run("check", address)
         assert wrong.status == 1 and "/v1/models answers 401" in wrong.err

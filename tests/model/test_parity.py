@@ -29,17 +29,16 @@ def prompts() -> list[list[int]]:
     return [*mixed, [*prefix, 5, 6, 7], [*prefix, 5, 6, 8, 9], prefix]
 
 
-def reference(path: Path, prompt: list[int]) -> list[int]:
+def generated(path: Path) -> list[list[int]]:
+    """What transformers generates, one prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model.generation_config.eos_token_id = None
-    output = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-    )
-    tokens: list[int] = output[0, len(prompt) :].tolist()
-    return tokens
+    found = []
+    for prompt in prompts():
+        ones = torch.ones(1, len(prompt), dtype=torch.long)
+        output = model.generate(torch.tensor([prompt]), attention_mask=ones, max_new_tokens=NEW_TOKENS, do_sample=False)
+        found.append(output[0, len(prompt) :].tolist())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def test_greedy_equals_transformers(
 ) -> None:
     path = checkpoint(architecture)
     if architecture not in references:
-        references[architecture] = [reference(path, prompt) for prompt in prompts()]
+        references[architecture] = generated(path)
     expected = references[architecture]
     config = EngineConfig(
         str(path),

@@ -462,10 +462,11 @@ struct Run {
     for (int64_t i = 0; i < decoder.hidden; ++i) to[i] = 0.0f;
     for (int64_t token = step.pool_spans[2 * pool]; token < step.pool_spans[2 * pool + 1]; ++token) {
       const float *x = hidden + token * decoder.hidden;
-      const float factor = norm.weight ? inverse_rms(x, decoder.hidden, norm.epsilon) : 1.0f;
-      for (int64_t i = 0; i < decoder.hidden; i += kLanes) {
-        const Vec v = load<Vec>(x + i);
-        store(to + i, load<Vec>(to + i) + (norm.weight ? v * factor * load<Vec>(norm.weight + i) : v));
+      if (norm.weight) {
+        const Normed row(x, decoder.hidden, norm);
+        for (int64_t i = 0; i < decoder.hidden; i += kLanes) store(to + i, load<Vec>(to + i) + row.at(i));
+      } else {
+        for (int64_t i = 0; i < decoder.hidden; i += kLanes) store(to + i, load<Vec>(to + i) + load<Vec>(x + i));
       }
     }
   }
@@ -479,15 +480,24 @@ struct Run {
     }
   }
 
+  // With a stride known to the compiler, so that it makes vectors of the usual kind.
+  template <int kStride>
+  static void rotate_head(float *first, float *second, int64_t half, const float *cosine, const float *sine) {
+    for (int64_t i = 0; i < half; ++i) {
+      const float a = first[i * kStride], b = second[i * kStride], c = cosine[i], s = sine[i];
+      first[i * kStride] = a * c - b * s;
+      second[i * kStride] = b * c + a * s;
+    }
+  }
+
   void rotate(float *x, int64_t count, int64_t dim, const float *cosine, const float *sine) const {
-    const int64_t half = decoder.rotary / 2, apart = decoder.pairs ? 1 : half, onward = decoder.pairs ? 2 : 1;
-    for (int64_t head = 0; head < count; head += dim)
-      for (int64_t i = 0; i < half; ++i) {
-        float *first = x + head + i * onward, *second = first + apart;
-        const float a = *first, b = *second, c = cosine[i], s = sine[i];
-        *first = a * c - b * s;
-        *second = b * c + a * s;
-      }
+    const int64_t half = decoder.rotary / 2;
+    for (int64_t head = 0; head < count; head += dim) {
+      if (decoder.pairs)
+        rotate_head<2>(x + head, x + head + 1, half, cosine, sine);
+      else
+        rotate_head<1>(x + head, x + head + half, half, cosine, sine);
+    }
   }
 
   void position(int64_t token, const DecoderLayer &layer) const {
