@@ -64,9 +64,20 @@ def build(recipe: Recipe, compiler: Sequence[str], progress: Callable[[str], Non
         progress: Called with a sentence before something slow happens.
 
     Raises:
-        BuildError: The compiler failed.
+        BuildError: The compiler failed, or there is no place for what it makes.
     """
-    home = cache_directory() / f"{recipe.name}-{_key(recipe, compiler)}"
+    try:
+        return _build(recipe, compiler, progress)
+    except OSError as error:
+        raise BuildError(f"{recipe.what} could not be compiled: {error}") from error
+
+
+def _build(recipe: Recipe, compiler: Sequence[str], progress: Callable[[str], None] | None) -> Path:
+    name = f"{recipe.name}-{_key(recipe, compiler)}"
+    try:
+        home = cache_directory() / name
+    except RuntimeError:  # this user has no home directory, as in a container
+        home = Path(os.devnull, name)
     if _is_intact(home, recipe):
         return home / recipe.library
     if progress is not None:
@@ -98,7 +109,10 @@ def find_compiler(variable: str = "CXX", names: Sequence[str] = ("c++", "g++", "
     """
     wanted = os.environ.get(variable)
     if wanted:
-        name, *arguments = shlex.split(wanted)  # as in "ccache g++"
+        try:
+            name, *arguments = shlex.split(wanted)  # as in "ccache g++"
+        except ValueError as error:
+            raise BuildError(f"${variable} is {wanted!r}, which is not a command: {error}") from error
         if found := shutil.which(name):
             return [found, *arguments]
         raise BuildError(f"${variable} is {wanted!r}, which cannot be run")
@@ -148,9 +162,15 @@ def _compile(recipe: Recipe, compiler: Sequence[str], workspace: Path) -> Path:
         command = [*compiler, *recipe.before, *target, source, "-o", str(library), *recipe.after]
         try:
             finished = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_COMPILE_SECONDS,
+                check=False,
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except subprocess.TimeoutExpired as error:
             raise BuildError(f"{recipe.what} could not be compiled: {error}") from error
         if finished.returncode == 0:
             return library

@@ -141,6 +141,9 @@ static void
 reader_dealloc(Reader *self)
 {
     PyTypeObject *type = Py_TYPE(self);
+    if (self->waiting != NULL && PyObject_CallFinalizerFromDealloc((PyObject *)self) < 0) {
+        return; /* it lives on */
+    }
     PyObject_GC_UnTrack(self);
     reader_clear(self);
     type->tp_free(self);
@@ -165,6 +168,9 @@ take(Reader *self, Py_ssize_t start, Py_ssize_t end)
         Py_XDECREF(read);
         return NULL;
     }
+#if PY_VERSION_HEX >= 0x030E0000
+    ((PyTupleObject *)output)->ob_hash = -1; /* not known yet; 0 would be taken for it */
+#endif
     PyTuple_SET_ITEM(output, 0, Py_NewRef(known.empty));
     PyTuple_SET_ITEM(output, 1, ids);
     PyTuple_SET_ITEM(output, 2, Py_NewRef(Py_None));
@@ -342,6 +348,18 @@ reader_close(Reader *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+/* It is dropped; while it waits, that is leaving, as it is with a coroutine. */
+static void
+reader_finalize(PyObject *self)
+{
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    if (leave((Reader *)self) < 0) {
+        PyErr_WriteUnraisable(self);
+    }
+    PyErr_Restore(type, error, traceback);
+}
+
 static PyMethodDef reader_methods[] = {
     {"send", (PyCFunction)reader_send_method, METH_O, NULL},
     {"throw", (PyCFunction)reader_throw, METH_VARARGS, NULL},
@@ -352,6 +370,7 @@ static PyMethodDef reader_methods[] = {
 static PyType_Slot reader_slots[] = {
     {Py_tp_new, reader_new},
     {Py_tp_dealloc, reader_dealloc},
+    {Py_tp_finalize, reader_finalize},
     {Py_tp_traverse, reader_traverse},
     {Py_tp_clear, reader_clear},
     {Py_tp_iter, reader_self},

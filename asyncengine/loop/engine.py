@@ -31,7 +31,7 @@ from asyncengine.loop.embedding import EmbeddingOptions
 from asyncengine.loop.feed import feed
 from asyncengine.loop.health import Health, health_of
 from asyncengine.loop.many import ManyStream, PendingStream
-from asyncengine.loop.observer import Operation, RequestBegun, RequestObserver
+from asyncengine.loop.observer import Operation, RequestBegun, RequestObserver, begin
 from asyncengine.loop.prepare import (
     NO_TOKENS,
     Conversation,
@@ -598,7 +598,7 @@ class AsyncEngine:
                 if self.observer is not None:
                     operation = _operation(prompt, embedding)
                     begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config)
-                    inbox.on_over = self.observer.begin(begun)
+                    inbox.on_over = begin(self.observer, begun)
                 router.register(inbox)
                 streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
             add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)

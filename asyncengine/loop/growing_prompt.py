@@ -33,10 +33,15 @@ class GrowingPrompt:
         self._encoded = 0  # characters, when the text was last encoded
         self._page_size = view.config.kv_cache_page_size or 1
         self._given: Int32 = np.empty(0, dtype=np.int32)
+        self._behind: list[Int32] = []  # pieces given after those: put together once, not each time
+        self._count = 0  # tokens given
 
     @property
     def token_ids(self) -> Int32:
         """(tokens,) those that were given so far."""
+        if self._behind:
+            self._given = np.concatenate([self._given, *self._behind])
+            self._behind.clear()
         return self._given
 
     async def add(self, piece: object) -> tuple[int, Int32]:
@@ -46,7 +51,7 @@ class GrowingPrompt:
             InvalidRequestError: It is not text or token ids, as the others are; or the prompt is too long.
         """
         if isinstance(piece, str):
-            if len(self._given) and not self._texts:
+            if self._count and not self._texts:
                 raise InvalidRequestError(
                     f"the prompt's pieces are token ids and {piece!r:.40}; expected token ids alone"
                 )
@@ -63,9 +68,9 @@ class GrowingPrompt:
         """
         if self._texts:
             return self._give(await encode("".join(self._texts), self._view))
-        if not len(self._given):
+        if not self._count:
             raise InvalidRequestError("the prompt is empty: no piece had a token; allowed: at least one token")
-        return len(self._given), self._given[:0]
+        return self._count, self._given[:0]
 
     def _add_ids(self, piece: object) -> tuple[int, Int32]:
         if isinstance(piece, (bytes, bytearray, Mapping)):
@@ -79,10 +84,14 @@ class GrowingPrompt:
                 raise InvalidRequestError(
                     f"the prompt has the piece {piece!r:.40}; expected text or token ids"
                 ) from error
-        kept = len(self._given)
+        kept = self._count
         if not ids:
             return kept, self._given[:0]
-        return self._give(np.concatenate([self._given, token_ids_of(ids, self._view)]))
+        new = token_ids_of(ids, self._view)
+        check_length(kept + len(new), self._view)
+        self._behind.append(new)
+        self._count += len(new)
+        return kept, new
 
     async def _add_text(self, piece: str) -> tuple[int, Int32]:
         if piece:
@@ -105,4 +114,5 @@ class GrowingPrompt:
         different = np.flatnonzero(token_ids[:length] != self._given[:length])
         keep = int(different[0]) if len(different) else length
         self._given = token_ids
+        self._count = len(token_ids)
         return keep, token_ids[keep:]

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
+from anyio import CancelScope
+
 from asyncengine.errors import IllegalStateError
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import RequestOutput, RequestResult
@@ -21,25 +23,33 @@ class PendingStream:
     everything else are as in `RequestStream`.
     """
 
-    __slots__ = ("_add", "_beginning", "_closed", "_stream")
+    __slots__ = ("_add", "_beginning", "_closed", "_scope", "_stream")
 
     def __init__(self, add: Callable[[], Awaitable[RequestStream]]) -> None:
         self._add = add
         self._beginning = False
         self._closed = False
+        self._scope: CancelScope | None = None
         self._stream: RequestStream | None = None
 
     async def _begin(self) -> RequestStream:
+        stream = await self._begin_unless_closed()
+        if stream is None:
+            _check_unbegun(False, self._closed)
+        assert stream is not None
+        return stream
+
+    async def _begin_unless_closed(self) -> RequestStream | None:
         if self._stream is None:
             _check_unbegun(self._beginning, self._closed)
             self._beginning = True
             try:
-                stream = await self._add()
+                with CancelScope() as self._scope:
+                    self._stream = await self._add()
             finally:
-                self._beginning = False
-            self._stream = stream
-            if self._closed:  # by another task, meanwhile
-                await stream.aclose()
+                self._beginning, self._scope = False, None
+            if self._closed and self._stream is not None:  # by another task, meanwhile
+                await self._stream.aclose()
         return self._stream
 
     @property
@@ -64,12 +74,16 @@ class PendingStream:
         if stream is None:
             if self._closed:
                 raise StopAsyncIteration
-            stream = await self._begin()
+            stream = await self._begin_unless_closed()
+            if stream is None:
+                raise StopAsyncIteration
         return await stream.__anext__()
 
     async def aclose(self) -> None:
-        """Aborts the request if it has begun, and ends the iteration for whoever reads."""
+        """Aborts the request if it has begun or is about to, and ends the iteration for whoever reads."""
         self._closed = True
+        if self._scope is not None:  # its prompt may be long in coming
+            self._scope.cancel()
         if self._stream is not None:
             await self._stream.aclose()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -46,7 +47,10 @@ class RequestOver:
 
 
 class RequestObserver(Protocol):
-    """Told on the event loop, in the context of the task that adds the request."""
+    """Told on the event loop, in the context of the task that adds the request.
+
+    What it raises is reported to the event loop's exception handler; the request goes on as if nobody watched.
+    """
 
     def begin(self, begun: RequestBegun) -> Callable[[RequestOver], None]:
         """Notes that a request begins; returns what is called, once, when it is over."""
@@ -55,3 +59,25 @@ class RequestObserver(Protocol):
     def within(self, headers: Mapping[str, str]) -> AbstractContextManager[object]:
         """A context in which requests belong to whoever sent these HTTP headers."""
         ...
+
+
+def begin(observer: RequestObserver, begun: RequestBegun) -> Callable[[RequestOver], None] | None:
+    """Tells an observer that a request begins; returns what tells it of the end. Neither raises."""
+    loop = asyncio.get_running_loop()
+
+    def report(error: Exception) -> None:
+        loop.call_exception_handler({"message": f"the observer of {begun.request_id} failed", "exception": error})
+
+    try:
+        tell = observer.begin(begun)
+    except Exception as error:
+        report(error)
+        return None
+
+    def on_over(over: RequestOver) -> None:
+        try:
+            tell(over)
+        except Exception as error:
+            report(error)
+
+    return on_over

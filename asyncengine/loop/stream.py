@@ -213,10 +213,13 @@ class RequestStream:
 
     def _leave(self, future: Waiter) -> None:
         """Notes that the reader was cancelled, or sits on a loop on which it can never be woken."""
-        if any(branch.waiter is future for branch in self._inbox.branches):
+        awaited = any(branch.waiter is future for branch in self._inbox.branches)
+        if awaited:
             self._inbox.expect(None)
         try:
             self._check_loop()
+            if awaited and not future.done():
+                future.set_result(None)  # another task may wait for it, by the same compiled reader
         except RuntimeError:
             pass  # no loop runs here: the reader is closed from outside, as by the end of its loop or the collector
         self.abort()

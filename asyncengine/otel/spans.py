@@ -84,6 +84,7 @@ def _end(span: Span, started: int | None, over: RequestOver) -> None:
     span.set_attribute("gen_ai.response.finish_reasons", tuple(str(reason) for reason in over.finish_reasons))
     usage = over.usage
     if usage is not None:
+        span.set_attribute("gen_ai.usage.input_tokens", usage.prompt_tokens)  # a prompt in pieces was not known before
         span.set_attribute("gen_ai.usage.output_tokens", usage.completion_tokens)
         span.set_attribute("gen_ai.usage.cache_read.input_tokens", usage.cached_tokens)
         span.set_attribute("asyncengine.preemptions", usage.preemptions)

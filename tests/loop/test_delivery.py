@@ -118,6 +118,48 @@ async def test_one_iterator_in_two_tasks_is_told(way: str) -> None:
         assert (await first).token_ids
 
 
+async def test_a_task_that_gives_an_iterator_up_does_not_strand_another_that_took_its_delta(way: str) -> None:
+    async with Rig(endless) as rig:
+        stream = await rig.add_held("x", TOKENS)
+        (branch,) = stream._inbox.branches
+        iterator = aiter(stream)
+        await anext(iterator)
+        first = asyncio.ensure_future(anext(iterator))
+        await asyncio.sleep(0)
+
+        async def take_two() -> list[RequestOutput | None]:
+            return [await anext(iterator, None), await anext(iterator, None)]
+
+        second = asyncio.create_task(take_two())
+        delivery.deliver_tokens([branch], [7])  # wakes `first`, but `second` runs before it
+        first.cancel()
+        rig.model.release()
+        taken = await asyncio.wait_for(second, 5.0)
+        assert taken[0] is not None and taken[0].token_ids == [7]
+        assert taken[1] is not None
+        assert first.cancelled()
+        await rig.comes_to_rest()
+
+
+async def test_dropping_what_waits_for_a_delta_aborts(way: str) -> None:
+    async with Rig(endless) as rig:
+        stream = await rig.add_held("x", TOKENS)
+        await anext(aiter(stream))
+        waits = aiter(stream).__anext__()
+        assert asyncio.isfuture(waits.send(None))  # type: ignore[attr-defined]
+        del waits
+        rig.model.release()
+        assert (await stream).finish_reason is FinishReason.ABORT
+        await rig.comes_to_rest()
+
+
+async def test_a_delta_has_no_hash_of_its_own(way: str) -> None:
+    async with Rig(endless) as rig:
+        async for delta in await rig.engine.add_request("x", TOKENS):
+            with pytest.raises(TypeError, match="unhashable type: 'list'"):
+                hash(delta)
+
+
 async def test_the_next_delta_may_be_a_task_and_may_time_out(way: str) -> None:
     async with Rig(endless) as rig:
         stream = await rig.engine.add_request("x", TOKENS)

@@ -18,6 +18,7 @@ from asyncengine import (
     EngineState,
     FinishReason,
     GenerationConfig,
+    IllegalStateError,
     InvalidRequestError,
     ModelNotLoadedError,
     RequestOptions,
@@ -242,6 +243,32 @@ async def test_at_every_await(rig: Rig, way: str) -> None:
 
     assert await cancelled_at_every_await(use, rig.comes_to_rest) >= 4
     await rig.serves()
+
+
+@pytest.mark.parametrize("way", ["iteration", "result", "context"])
+async def test_closing_a_stream_while_a_piece_is_awaited(rig: Rig, way: str) -> None:
+    given = Pieces("x" * 40)
+    pending = rig.engine.stream(given.read())
+
+    async def use() -> object:
+        match way:
+            case "iteration":
+                return [output async for output in pending]
+            case "result":
+                return await pending
+            case _:
+                return await pending.__aenter__()
+
+    using = asyncio.create_task(use())
+    await eventually(lambda: rig.model.steps == 1)
+    await pending.aclose()
+    if way == "iteration":
+        assert await asyncio.wait_for(using, 5.0) == []
+    else:
+        with pytest.raises(IllegalStateError, match="closed before it began"):
+            await asyncio.wait_for(using, 5.0)
+    assert given.left == 1
+    await rig.comes_to_rest()
 
 
 async def test_a_stream_of_pieces_that_was_never_used(rig: Rig) -> None:

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from asyncengine import EngineConfig, GenerationConfig, InvalidRequestError, tiny
+from asyncengine.loop import growing_prompt
 from asyncengine.loop.growing_prompt import GrowingPrompt
 from asyncengine.model.tokenizer import FastTokenizer, load_tokenizer
 from asyncengine.step.model import ModelView
@@ -113,6 +114,19 @@ def test_token_ids_are_certain_at_once(pieces: list[list[int] | int]) -> None:
     else:
         with pytest.raises(InvalidRequestError, match="empty"):
             fed(prompt, pieces)
+
+
+def test_token_ids_are_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_together = []
+
+    def concatenate(arrays: Sequence[Any]) -> Any:
+        put_together.append(sum(map(len, arrays)))
+        return together(arrays)
+
+    together = np.concatenate
+    monkeypatch.setattr(growing_prompt.np, "concatenate", concatenate)
+    assert fed(GrowingPrompt(view(None)), range(1000))[1] == list(range(1000))
+    assert put_together == [1000]
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 20])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -85,6 +85,20 @@ async def test_a_request_is_a_span_below_its_callers(exporter: InMemorySpanExpor
     [event] = span.events
     assert event.name == "first token" and span.start_time <= event.timestamp <= span.end_time  # type: ignore[operator]
     assert span.status.status_code is StatusCode.UNSET
+
+
+async def test_a_prompt_in_pieces_is_counted_once_it_is_whole(
+    exporter: InMemorySpanExporter, provider: TracerProvider
+) -> None:
+    async def pieces() -> AsyncIterator[str]:
+        yield "hel"
+        yield "lo"
+
+    async with echo_engine() as engine:
+        instrument(engine, provider)
+        await engine.generate(pieces())
+        [span] = await finished(exporter, engine, 1)
+    assert attributes(span)["gen_ai.usage.input_tokens"] == len("hello")
 
 
 async def test_names_are_those_of_the_conventions(exporter: InMemorySpanExporter, provider: TracerProvider) -> None:

@@ -1,0 +1,69 @@
+"""Where nothing can be compiled, that is a `BuildError`, and never anything else: whoever builds can do without."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from asyncengine import builds
+from asyncengine.builds import BuildError, Recipe, build, find_compiler
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    source = tmp_path / "source.c"
+    source.write_text("int answer(void) { return 42; }")
+    return Recipe("the answer", "answer", (source,), ())
+
+
+def compiler(directory: Path, script: str) -> list[str]:
+    """One that writes what it is told to, or fails."""
+    command = directory / "cc"
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+    return [str(command)]
+
+
+@pytest.mark.parametrize(("given", "says"), [("gcc 'unclosed", "No closing quotation"), (" ", "not a command")])
+def test_a_compiler_that_is_no_command(given: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", given)
+    with pytest.raises(BuildError, match=says):
+        find_compiler("CC", ("cc",))
+
+
+def test_a_user_without_a_home(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(builds.Path, "home", homeless)
+    library = build(recipe, compiler(tmp_path, 'echo built > "$3"'))
+    assert library.read_text() == "built\n"
+
+
+def test_no_place_to_write_to(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(BuildError, match="the answer could not be compiled: No usable temporary directory"):
+        build(recipe, compiler(tmp_path, "exit 0"))
+
+
+def test_a_source_that_is_gone(recipe: Recipe, tmp_path: Path) -> None:
+    recipe.sources[0].unlink()
+    with pytest.raises(BuildError, match=r"source\.c"):
+        build(recipe, compiler(tmp_path, "exit 0"))
+
+
+def test_a_compiler_that_speaks_another_encoding(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(BuildError, match="wrong: "):
+        build(recipe, compiler(tmp_path, r"printf 'wrong: \377\376' >&2; exit 1"))
+    assert not list((tmp_path / "cache" / "asyncengine").iterdir())
