@@ -1,8 +1,9 @@
 """Captured steps: the launches of a whole forward, replayed at once, for a few token counts. Owned by the step thread.
 
 A step of decodes alone is padded to a bucket and replayed; everything else runs as it is. With drafts a row has several
-query tokens: then a graph serves where such a step launches what a graph has, and none is captured for it. Ids, positions and rows reach the device in one packed copy, at addresses that a graph knows; the attention's plan
-reaches it in another one.
+query tokens: then a graph serves where such a step launches what a graph has, and none is captured for it. Ids,
+positions and rows reach the device in one packed copy, at addresses that a graph knows; the attention's plan reaches it
+in another one.
 
 Capturing can fail for reasons that lie in a model's code (it looks at a value on the host, or allocates in its own
 way). Then the model runs without graphs, and a note says why.
