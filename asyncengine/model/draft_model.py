@@ -149,10 +149,12 @@ class DraftModel:
         """(tokens,) fingerprints of a slot's text up to each of its tokens from `_computed` to `end`."""
         first = int(self._computed[slot])
         products = self._products(table.tokens[slot, first:end], np.arange(first, end))
-        return self._prints[slot] + np.cumsum(products, dtype=np.uint64)
+        prints: UInt64 = self._prints[slot] + np.cumsum(products, dtype=np.uint64)
+        return prints
 
     def _products(self, token_ids: Int32, positions: Int64) -> UInt64:
-        return (token_ids.astype(np.uint64) + np.uint64(1)) * self._factors[positions]
+        products: UInt64 = (token_ids.astype(np.uint64) + np.uint64(1)) * self._factors[positions]
+        return products
 
     def _same(self, table: SlotTable, slot: int, first: int, prints: UInt64) -> int:
         """How many of a slot's tokens, from `first` on, are found at their places."""
