@@ -1,8 +1,9 @@
 """Captured steps: the launches of a whole forward, replayed at once, for a few token counts. Owned by the step thread.
 
-A step of at most one query token per row (decodes alone) is padded to a bucket and replayed; everything else runs as it
-is. Ids, positions and rows reach the device in one packed copy, at addresses that a graph knows; the attention's plan
-reaches it in another one.
+A step of decodes alone is padded to a bucket and replayed; everything else runs as it is. With drafts a row has several
+query tokens: then a graph serves where such a step launches what a graph has, and none is captured for it. Ids,
+positions and rows reach the device in one packed copy, at addresses that a graph knows; the attention's plan reaches it
+in another one.
 
 Capturing can fail for reasons that lie in a model's code (it looks at a value on the host, or allocates in its own
 way). Then the model runs without graphs, and a note says why.
@@ -144,6 +145,9 @@ class StepGraphs:
         self._send(step)
         captured = self._graphs[size]
         if captured.key != _key(plan):
+            if batch.draft_lengths is not None:
+                # How many tokens its rows have decides what is launched, and the next step has other rows.
+                return self._forward(size)[: len(batch.sample_index)]
             # Memory that the graph refers to was replaced by a larger one. This step is the first with the new one.
             del self._graphs[size]
             if not self._capture(size, step):

@@ -285,7 +285,7 @@ class Core:
         self._epoch += 1
         self.loaded, self.scheduler, self.failure = loaded, scheduler, None
         self.requests.max_queue_size = loaded.config.max_queue_size
-        self.requests.attach(scheduler, loaded.tokenizer, loaded.vocab_size)
+        self.requests.attach(scheduler, loaded.tokenizer, loaded.vocab_size, loaded.hidden_size is not None)
         self.view = loaded.view(self._epoch)
 
     def drop_model(self) -> None:

@@ -86,6 +86,7 @@ class RequestTable:
         self.max_queue_size = max_queue_size
         self._tokenizer: Tokenizer | None = None
         self._vocab_size = 0
+        self._embeds = True
         self._trace = trace
         self._clock = clock
         self._requests: dict[int, Request] = {}
@@ -412,11 +413,12 @@ class RequestTable:
 
     # Life cycle of the model
 
-    def attach(self, scheduler: Scheduler, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    def attach(self, scheduler: Scheduler, tokenizer: Tokenizer | None, vocab_size: int, embeds: bool) -> None:
         """Goes on with another model. Requests that do not fit it are ended."""
         self.scheduler = scheduler
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._embeds = embeds
         for request in list(self._requests.values()):
             if request.pooled is not None:  # hidden states of another model are not to be added to
                 request.pooled, request.scored = None, 0
@@ -449,6 +451,8 @@ class RequestTable:
             return InvalidRequestError(
                 f"request {new.request_id}: it has token ids outside the new vocabulary of {vocab_size}"
             )
+        if new.pooling is not None and not self._embeds:
+            return InvalidRequestError(f"request {new.request_id}: the new model gives out no hidden states to embed")
         return None
 
     def detach(self) -> None:

@@ -505,7 +505,7 @@ class Scheduler:
         assert drafting is not None
         if self._copies:
             drafting.copy(self._resident_copies())
-        if not len(rows):
+        if not len(rows) or drafting.failure is not None:
             return None
         prefill = sum(chunk.count for chunk in chunks)
         lengths = drafting.lengths.wanted(rows, len(rows) + prefill)

@@ -153,6 +153,35 @@ def test_other_memory_means_another_capture() -> None:
     assert graphs.captured == (1, 2, 4)
 
 
+def test_a_step_with_drafts_uses_a_graph_or_none_and_never_replaces_one() -> None:
+    class LongRows(Model):
+        """Launches other kernels where a row has more than two tokens, as the Triton attention does."""
+
+        def begin(self, batch: StepBatch) -> Plan:
+            super().begin(batch)
+            return Plan((len(batch.token_ids), bool((np.diff(batch.query_start) > 2).any())))
+
+    def drafted(*counts: int) -> StepBatch:
+        starts = np.cumsum([0, *counts]).astype(np.int32)
+        return dataclasses.replace(
+            decodes(sum(counts)),
+            query_start=starts,
+            context_lens=np.zeros(len(counts), np.int32),
+            num_decodes=len(counts),
+            draft_lengths=np.array(counts) - 1,
+        )
+
+    model, recorder = LongRows(), Replayer()
+    graphs = captured(model, recorder=recorder)
+    for counts in ((3,), (2, 2), (1, 3), (2,)):
+        for batch in (drafted(*counts), decodes(sum(counts))):
+            logits = graphs.run(batch)
+            assert logits is not None
+            assert logits.tolist() == [[100 + i, 3 * i] for i in range(sum(counts))]
+    assert recorder.recorded == 3  # the three buckets, before the first step
+    assert recorder.replayed == 4 + 2  # all without drafts, and those whose rows are short
+
+
 def test_a_capture_that_fails_in_a_step_does_not_cost_the_step() -> None:
     model = Model()
     graphs = captured(model, recorder=Replayer(fails_at=3))

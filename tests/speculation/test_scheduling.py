@@ -173,6 +173,18 @@ def test_a_drafter_that_raises_is_not_asked_again_and_hurts_nobody() -> None:
     assert str(scheduler.drafting.failure) == "the drafter is broken"
 
 
+def test_nothing_is_held_for_a_drafter_that_has_failed() -> None:
+    case = drafted(Broken, answer("abcdefghijklmnopqrst"))
+    case.add("1234")
+    case.step(2)
+    scheduler = case.core.scheduler
+    assert scheduler is not None and scheduler.drafting is not None and scheduler.drafting.failure is not None
+    case.add("5678")
+    case.step(2)
+    held = {len(scheduler.tokens_of(sequence)): sequence for sequence in scheduler.running()}
+    assert int(scheduler.slots.num_blocks[held[6].slot]) == 2  # of 4 tokens
+
+
 def test_steps_without_drafts_count_down_to_max_tokens_beside_those_with_some() -> None:
     """A sequence goes from steps with drafts to steps without and back, as an adaptive length does."""
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -20,11 +21,13 @@ from asyncengine.errors import (
     InvalidRequestError,
     ReloadError,
 )
+from asyncengine.events import Pooled, PromptLogprobs
 from asyncengine.instructions import Deadlines, NewRequest
 from asyncengine.outputs import FinishReason
 from asyncengine.state import EngineState
 from asyncengine.step.sequence import SequenceState
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
+from tests.speculation.drafters import Broken, Guesser, Liar, Oracle
 
 from .core_case import EOS, Case, config, prompt_of
 
@@ -78,6 +81,18 @@ ADDED: dict[str, Any] = {
     "when_full": st.sampled_from(["wait", "raise"]),
     "count": st.integers(1, 3),
     "same_id": st.booleans(),
+    "kind": st.sampled_from(["text", "text", "text", "text", "scored", "mean", "last"]),
+}
+LOADED: dict[str, Any] = {
+    "drafts": st.sampled_from(["none", "right", "guessed", "guessed", "wrong", "repeated", "broken"]),
+    "longest": st.sampled_from([0, 1, 3, 20]),
+}
+
+DRAFTERS: dict[str, Any] = {
+    "right": Oracle,
+    "guessed": lambda model: Guesser(model, 1),
+    "wrong": Liar,
+    "broken": Broken,
 }
 
 
@@ -119,6 +134,11 @@ class CoreMachine(RuleBasedStateMachine):
         else:
             self.case.give(make(to))
 
+    def drafts_by(self, drafts: str, longest: int) -> dict[str, Any]:
+        """Lets the models that are loaded from now on have a drafter; returns what else to load them with."""
+        self.case.loader.make_drafter = DRAFTERS.get(drafts)
+        return {} if drafts == "none" else {"speculative_mode": "ngram", "spec_draft_length": longest}
+
     # Rules
 
     @initialize(
@@ -128,8 +148,19 @@ class CoreMachine(RuleBasedStateMachine):
         hybrid=st.sampled_from(["hybrid", "chunked"]),
         recycling=st.sampled_from([None, 1]),
         queue=st.sampled_from([None, 2]),
+        **LOADED,
     )
-    def load(self, size: int, slots: int, chunk: int, hybrid: Any, recycling: int | None, queue: int | None) -> None:
+    def load(
+        self,
+        size: int,
+        slots: int,
+        chunk: int,
+        hybrid: Any,
+        recycling: int | None,
+        queue: int | None,
+        drafts: str,
+        longest: int,
+    ) -> None:
         self.limits.add(size)
         self.case.load(
             max_total_sequence_length=size,
@@ -138,6 +169,7 @@ class CoreMachine(RuleBasedStateMachine):
             prefill_mode=hybrid,
             prefix_cache_max_num_recycling_seqs=recycling,
             max_queue_size=queue,
+            **self.drafts_by(drafts, longest),
         )
 
     @precondition(alive)
@@ -166,8 +198,15 @@ class CoreMachine(RuleBasedStateMachine):
         when_full: ins.WhenFull,
         count: int,
         same_id: bool,
+        kind: str,
     ) -> None:
         view = self.core.view
+        limits: dict[str, Any] = {}
+        pooling: Any = None
+        if kind == "scored":
+            limits = {"num_prompt_logprobs": 0}
+        elif kind != "text":
+            pooling, n, max_tokens = kind, 1, 0
         prompt = prefix + tail
         room = 1000 if view is None else view.max_tokens - len(prompt)
         if room < 1:
@@ -185,9 +224,11 @@ class CoreMachine(RuleBasedStateMachine):
                 stop_token_ids=(EOS, *range(200, 212 if many_stop_ids else 200)),
                 deadlines=deadlines,
                 pin=pin,
+                **limits,
             )
             for i in range(count)
         ]
+        news = [dataclasses.replace(new, pooling=pooling) for new in news]
         epoch = None
         if view is not None and any(len(new.prompt) >= view.max_tokens for new in news):
             return
@@ -281,6 +322,7 @@ class CoreMachine(RuleBasedStateMachine):
         recycling=st.sampled_from([None, None, 0, 1, 3]),
         queue=st.sampled_from([None, 1, 2]),
         length=st.sampled_from([24, 40, 64]),
+        **LOADED,
     )
     def reload(
         self,
@@ -296,6 +338,8 @@ class CoreMachine(RuleBasedStateMachine):
         recycling: int | None,
         queue: int | None,
         length: int,
+        drafts: str,
+        longest: int,
     ) -> None:
         loader = self.case.loader
         loader.fits_beside = fits
@@ -312,6 +356,7 @@ class CoreMachine(RuleBasedStateMachine):
             prefix_cache_max_num_recycling_seqs=recycling,
             max_queue_size=queue,
             max_single_sequence_length=length,
+            **self.drafts_by(drafts, longest),
         )
         self.later(data, lambda to: ins.Reload(new, in_flight, to))
 
@@ -381,6 +426,12 @@ class CoreMachine(RuleBasedStateMachine):
             assert core.loaded is None and not len(core.requests)
 
     @invariant()
+    def drafters_see_what_is_true(self) -> None:
+        loaded = self.core.loaded
+        if loaded is not None and loaded.drafting is not None and loaded.drafting.failure is not None:
+            assert str(loaded.drafting.failure) == "the drafter is broken"
+
+    @invariant()
     def what_was_delivered_is_true(self) -> None:
         box = self.case.box
         for number, new in self.news.items():
@@ -404,10 +455,37 @@ class CoreMachine(RuleBasedStateMachine):
                     assert len(got) == new.params.max_tokens or full, f"{got}, {new.params.max_tokens}"
                     assert stop is None or len(got) < len(tokens)
         for number, end in box.ends.items():
+            usage = end.usage
+            assert 0 <= usage.accepted_draft_tokens <= min(usage.draft_tokens, usage.completion_tokens)
             reasons = {box.branch_ends[number, branch].finish_reason for branch in range(self.news[number].params.n)}
             assert (FinishReason.ERROR not in reasons) or isinstance(end.error, AsyncEngineError)
             if isinstance(end.error, DeadlineExceededError):
                 assert self.news[number].deadlines is not None
+
+    def prompts_were_looked_at_once(self) -> None:
+        """Scores and hidden states are of every position of the prompt, in order, whatever happened meanwhile."""
+        scores: dict[int, list[float]] = {}
+        pooled: dict[int, list[float]] = {}
+        for event in self.case.box.log:
+            if isinstance(event, PromptLogprobs):
+                scores.setdefault(event.number, []).extend(entry.logprob for entry in event.logprobs)
+            elif isinstance(event, Pooled):
+                assert event.number not in pooled
+                pooled[event.number] = event.vector.tolist()
+        for number, new in self.news.items():
+            prompt = new.prompt.tolist()
+            found = scores.get(number, [])
+            assert found == [-float(position) for position in range(len(found))]
+            unbroken = number in self.case.box.ends and self.case.box.ends[number].error is None
+            complete = unbroken and FinishReason.ABORT not in {
+                self.case.box.branch_ends[number, branch].finish_reason for branch in range(new.params.n)
+            }
+            if new.params.num_prompt_logprobs >= 0 and complete:
+                assert len(found) == len(prompt) - 1
+            if new.pooling is not None and complete:
+                states = np.array([[token, position, 1] for position, token in enumerate(prompt)], dtype=np.float64)
+                wanted = states.mean(axis=0) if new.pooling == "mean" else states[-1]
+                assert np.allclose(pooled[number], wanted)
 
     @precondition(lambda self: self.core.closed)
     @rule()
@@ -462,6 +540,7 @@ class CoreMachine(RuleBasedStateMachine):
             if at_rest and core.state is not EngineState.FAILED:  # the last step may have lost the device
                 break
         note(f"{core.state} {core.reloading.phase} {core.requests.request_ids()}")
+        self.prompts_were_looked_at_once()
         case.check()
         assert core.closed or not core.reloading.busy
         assert not len(core.requests)
@@ -493,7 +572,7 @@ class CoreMachine(RuleBasedStateMachine):
 
 TestCore = CoreMachine.TestCase
 TestCore.settings = settings(
-    max_examples=int(os.environ.get("EXAMPLES", "150")),
+    max_examples=int(os.environ.get("EXAMPLES", "90")),
     stateful_step_count=int(os.environ.get("STEPS", "40")),
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -290,6 +291,19 @@ class TestInFlight:
             assert "vocabulary of 90" in str(case.end_error(number))
         case.run()
         assert case.tokens(fresh.number) == [70, 70, 70, EOS]
+
+    def test_carry_to_a_model_that_cannot_embed_ends_embeddings_alone(self) -> None:
+        case = loaded(prefill_chunk_size=4)
+        text = case.add("abcdef")
+        embedding = dataclasses.replace(case.new("abcdefghi", max_tokens=0), pooling="mean")
+        case.give(case.adding(embedding))
+        case.step(2)
+        case.loader.hidden_size = None
+        reload(case, "other", "carry")
+        case.run_jobs()
+        case.run()
+        assert isinstance(case.end_error(embedding.number), InvalidRequestError)
+        assert case.text(text) == "abcdef"
 
     @FITS
     def test_carry_to_another_tokenizer_is_refused(self, fits_beside: bool) -> None:
