@@ -91,19 +91,24 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
 
+    def read(self, seconds: float) -> bool:
+        """Waits so long for anything; False if the process has gone."""
+        if select.select([self._descriptor], [], [], seconds)[0]:
+            try:
+                read = os.read(self._descriptor, 65536)
+            except OSError:
+                read = b""
+            self.text += read.decode().replace("\r\n", "\n")
+            return bool(read)
+        return True
+
     def until(self, piece: str, seconds: float = 60.0) -> str:
         """Waits for some text; returns what came up to it, and forgets that."""
         end = time.monotonic() + seconds
         while piece not in self.text:
             left = end - time.monotonic()
             assert left > 0, f"{piece!r} did not come in {self.text!r}"
-            if select.select([self._descriptor], [], [], left)[0]:
-                try:
-                    read = os.read(self._descriptor, 65536)
-                except OSError:  # the process has gone
-                    read = b""
-                assert read, f"{piece!r} did not come in {self.text!r}"
-                self.text += read.decode().replace("\r\n", "\n")
+            assert self.read(left), f"{piece!r} did not come in {self.text!r}"
         before, _, self.text = self.text.partition(piece)
         return before
 
