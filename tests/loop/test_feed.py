@@ -87,8 +87,7 @@ async def test_by_every_way_in(rig: Rig) -> None:
 async def test_pieces_are_computed_as_they_arrive(rig: Rig) -> None:
     given = Pieces("x" * 40)
     adding = asyncio.create_task(rig.engine.generate(given.read()))
-    await eventually(lambda: rig.model.steps == 1)
-    assert rig.metrics().kv_blocks_used == 0
+    await eventually(lambda: rig.model.steps == 1 and rig.metrics().kv_blocks_used == 0)
     given.put("y" * 40)
     await eventually(lambda: rig.model.steps == 2)
     assert (rig.metrics().num_requests_running, waiting(rig)) == (0, 1)
