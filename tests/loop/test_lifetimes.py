@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import signal
 import re
+import signal
 import subprocess
 import sys
 import textwrap
