@@ -91,9 +91,8 @@ class RequestTable:
         self._clock = clock
         self._requests: dict[int, Request] = {}
         self._numbers: dict[str, int] = {}
-        self._queued: OrderedDict[int, _Queued] = (
-            OrderedDict()
-        )  # a dict finds its first entry slowly after many deletions
+        # Ordered, because a dict finds its first entry slowly after many deletions.
+        self._queued: OrderedDict[int, _Queued] = OrderedDict()
         self._waiting_new = 0  # requests that have not had their first step
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, str]] = []

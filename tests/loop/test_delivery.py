@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 from harness import Rig, endless, eventually
 
-from asyncengine import FinishReason, GenerationConfig, IllegalStateError, RequestOutput, RequestStream, StepError
+from asyncengine import (
+    AsyncEngine,
+    EngineConfig,
+    FinishReason,
+    GenerationConfig,
+    IllegalStateError,
+    RequestOutput,
+    RequestStream,
+    StepError,
+)
 from asyncengine.builds import BuildError
 from asyncengine.loop import delivery
 from asyncengine.loop.branch import Branch
@@ -248,3 +257,13 @@ def test_without_what_it_takes_python_goes_on(lacking: str, monkeypatch: pytest.
         delivery.use_compiled()
     assert delivery.deliver_tokens is delivery.deliver_tokens_in_python
     assert delivery.reader_type is None
+
+
+async def test_an_engine_says_when_its_tokens_are_delivered_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise BuildError("no compiler today")
+
+    monkeypatch.setattr(delivery, "use_compiled", fail)
+    async with AsyncEngine(EngineConfig("tiny", device="cpu")) as engine:
+        assert any("no compiler today" in note for note in engine.health().notes)
+        assert (await engine.generate("Once", GenerationConfig(max_tokens=3))).usage.completion_tokens > 0
