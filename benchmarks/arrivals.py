@@ -9,9 +9,10 @@ alone; of several rounds, in which the sides alternate, the one with the median 
 
 * asyncengine: ``engine.stream`` in this process;
 * transformers: its continuous batching (``init_continuous_batching``), also in this process;
-* ``--server NAME URL COMMAND``, any number of times: a server with OpenAI's completions, started by that command (in
-  which ``{model}`` is the checkpoint's directory) once for every round and asked by token ids over HTTP, as its users
-  would. A chunk without a count of its own counts as one token; the rest is counted with the last one.
+* ``--server NAME URL COMMAND``, any number of times: a server with OpenAI's completions, started by that command once
+  for every round and asked by token ids over HTTP, as its users would. In the command ``{model}`` is the checkpoint's
+  directory and ``{gguf}`` the same as a file for llama.cpp (needs the package ``gguf``). A chunk without a count of its
+  own counts as one token.
 
 The last line is one JSON object.
 
@@ -43,6 +44,7 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.cli.figures import Figures
 from asyncengine.cli.workload import Sample
 from benchmarks import shapes
+from benchmarks.llama_cpp import write_gguf
 
 LENGTH = 1024
 Ask = Callable[[list[int], int], AsyncIterator[int]]
@@ -150,7 +152,7 @@ async def server(url: str, command: str, path: Path, arguments: argparse.Namespa
     import httpx
 
     process = await asyncio.create_subprocess_exec(
-        *(part.replace("{model}", str(path)) for part in shlex.split(command)),
+        *(part.format(model=path, gguf=path / "model.gguf") for part in shlex.split(command)),
         stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
@@ -236,6 +238,8 @@ def main() -> None:
         path = shapes.write(Path(directory), arguments.shape, arguments.dtype)
         if arguments.server:  # servers want one even if they are asked by token ids
             shapes.write_tokenizer(path, shapes.SHAPES[arguments.shape]["vocab_size"])
+        if any("{gguf}" in command for _, _, command in arguments.server):
+            write_gguf(path, path / "model.gguf", arguments.shape, q8_0=False)
         results = uvloop.run(measure(arguments, path))
     print(f"{'':>14}{'total s':>9}{'tokens/s':>10}{'TTFT p50':>10}{'p99':>9}{'ITL p50':>9}{'p99':>9}  ms")
     for side, found in results.items():
