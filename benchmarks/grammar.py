@@ -22,7 +22,6 @@ import argparse
 import asyncio
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -31,7 +30,7 @@ from typing import Any
 
 import uvloop
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, JsonSchema, tiny
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, JsonSchema
 from benchmarks import shapes
 
 PROMPT_TOKENS = 32
@@ -81,7 +80,6 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     """Both kinds of round, alternating."""
     config = EngineConfig(
         str(path),
-        tokenizer="tiny",
         device="cpu",
         dtype=arguments.dtype,
         max_num_sequence=arguments.requests,
@@ -121,8 +119,7 @@ def main() -> None:
     hf_logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as directory:
         path = shapes.write(Path(directory), arguments.shape, arguments.dtype)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(tiny.PATH / name, path / name)
+        shapes.write_tokenizer(path, shapes.SHAPES[arguments.shape]["vocab_size"])
         result = uvloop.run(measure(arguments, path))
     print(
         json.dumps({"benchmark": "grammar", "unit": "tokens/s per plain request", "shape": arguments.shape, **result})
