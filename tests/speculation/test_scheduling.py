@@ -238,6 +238,7 @@ class _Fussy:
         class Matcher:
             at = 0
             finished = False
+            forces = False
 
             def fill(self, row: Any) -> None:
                 row[:] = -1
