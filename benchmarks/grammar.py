@@ -11,8 +11,8 @@ the plain requests alone. Before it, one round of each kind warms up, compilatio
 the median over the pairs of (rate of a plain request in "half" / rate of a plain request in "plain"), so 1.0 means that
 nobody notices. Applying ready masks is also timed on its own.
 
-Besides, on the embedded model: the steps that documents of a fixed shape take in which all but a few tokens are names of
-properties, with and without jumping over tokens that leave no choice; of 16 seeds at temperature 1, one at a time.
+Besides, on the embedded model: the steps that documents of a fixed shape take, in which all but a few tokens are names
+of properties, with and without jumping over tokens that leave no choice; 16 seeds at temperature 1, one at a time.
 
 The last line is one JSON object. --rounds 0 leaves the timed part out.
 

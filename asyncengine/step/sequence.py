@@ -95,7 +95,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "branch", "key", "learnt", "num_output", "order", "request", "slot", "state", "text", "tokens", "weight_version",
+        "branch", "key", "learnt", "num_output", "order", "request", "slot", "state", "text", "tokens",
+        "weight_version",
     )  # fmt: skip
 
     def __init__(self, request: Request, branch: int) -> None:
