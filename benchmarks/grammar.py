@@ -9,7 +9,9 @@ batch alternate in one run, over pairs of rounds:
 Counted is the time from the first request given until the last plain request has its last token; the rate is that of
 the plain requests alone. Before it, one round of each kind warms up, compilation of the schema included. The figure is
 the median over the pairs of (rate of a plain request in "half" / rate of a plain request in "plain"), so 1.0 means that
-nobody notices. Applying ready masks is also timed on its own.
+nobody notices. Beside it, as the machine's other work disturbs it less, the same of the CPU seconds that the process
+takes for the whole batch, which in "half" has the constrained requests' own work in it. Applying ready masks is also
+timed on its own.
 
 Besides, on the embedded model: the steps that documents of a fixed shape take, in which all but a few tokens are names
 of properties, with and without jumping over tokens that leave no choice; 16 seeds at temperature 1, one at a time.
@@ -66,13 +68,13 @@ async def steps_of_documents() -> dict[str, int]:
     return found
 
 
-async def round_of(engine: AsyncEngine, requests: int, tokens: int, constrained: bool) -> float:
-    """Tokens per second of one plain request."""
+async def round_of(engine: AsyncEngine, requests: int, tokens: int, constrained: bool) -> tuple[float, float]:
+    """Tokens per second of one plain request, and CPU seconds of the batch."""
     plain = GenerationConfig(temperature=0, max_tokens=tokens, ignore_eos=True)
     shaped = plain.replace(response_format=SCHEMA)
     prompts = [[(7 * i + j) % 900 + 10 for j in range(PROMPT_TOKENS)] for i in range(requests)]
     configs = [shaped if constrained and i % 2 else plain for i in range(requests)]
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     ends: list[float] = []
 
     async def read(prompt: list[int], config: GenerationConfig) -> None:
@@ -82,8 +84,9 @@ async def round_of(engine: AsyncEngine, requests: int, tokens: int, constrained:
             ends.append(time.perf_counter() - begun)
 
     await asyncio.gather(*(read(prompt, config) for prompt, config in zip(prompts, configs, strict=True)))
+    cpu = time.process_time() - cpu
     await engine.reset()
-    return tokens / max(ends)
+    return tokens / max(ends), cpu
 
 
 def mask_microseconds(vocab: int, rows: int) -> float:
@@ -117,17 +120,21 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     async with AsyncEngine(config) as engine:
         vocab = engine._thread.core.view.vocab_size  # type: ignore[union-attr]
         rates: dict[bool, list[float]] = {False: [], True: []}
+        busy: dict[bool, list[float]] = {False: [], True: []}
         for attempt in range(arguments.rounds + 1):
             for constrained in (False, True) if attempt % 2 else (True, False):
-                rate = await round_of(engine, arguments.requests, arguments.tokens, constrained)
+                rate, seconds = await round_of(engine, arguments.requests, arguments.tokens, constrained)
                 if attempt:
                     rates[constrained].append(rate)
+                    busy[constrained].append(seconds)
         ratios = [half / plain for plain, half in zip(rates[False], rates[True], strict=True)]
+        cpu_ratios = [plain / half for plain, half in zip(busy[False], busy[True], strict=True)]
     return {
         "plain": round(statistics.median(rates[False]), 2),
         "half": round(statistics.median(rates[True]), 2),
         "ratio": round(statistics.median(ratios), 4),
         "ratios": [round(ratio, 3) for ratio in ratios],
+        "cpu_ratio": round(statistics.median(cpu_ratios), 4),
         "mask_us_per_row": round(mask_microseconds(vocab, max(arguments.requests // 2, 1)), 1),
         "vocabulary": vocab,
     }
