@@ -60,10 +60,12 @@ class Needs:
         architecture: Of transformers.
         parameters: Elements of all weights.
         tensors: How many weights there are.
-        weight_bytes: Of all weights in `dtype`.
+        weight_bytes: Of all weights in `dtype`, the draft model's included.
+        draft_bytes: Of the draft model's weights; 0 without one.
         dtype: Of weights and KV cache.
         device: What it would run on.
         layers: Attention layers and how often each kind is there.
+        draft_layers: The draft model's.
         page_size: Tokens per block.
         bytes_per_block: Of KV cache, all layers together.
         max_length: Most tokens in one sequence.
@@ -74,9 +76,11 @@ class Needs:
     parameters: int
     tensors: int
     weight_bytes: int
+    draft_bytes: int
     dtype: torch.dtype
     device: torch.device
     layers: list[tuple[LayerSpec, int]]
+    draft_layers: list[tuple[LayerSpec, int]]
     page_size: int
     bytes_per_block: int
     max_length: int
@@ -100,20 +104,26 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
     from asyncengine.model.checkpoint import Checkpoint, locate
+    from asyncengine.model.loader import check_draft
 
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
     checkpoint = Checkpoint(locate(config.model))
     hf_config = architecture.read_config(checkpoint)
-    longest = getattr(architecture.text_config(hf_config), "max_position_embeddings", None) or 2048
+    text = architecture.text_config(hf_config)
+    dtype: torch.dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    drafts = [check_draft(name, checkpoint, text.vocab_size, device, dtype) for name in config.additional_models]
+    longest = min([getattr(text, "max_position_embeddings", None) or 2048, *(draft.max_length for draft in drafts)])
     length = config.max_single_sequence_length or longest
     if length > longest:
+        whose = "the model's or its draft model's" if drafts else "the model's"
         raise ConfigError(
-            f"max_single_sequence_length is {length}; the model's max_position_embeddings allows 1..{longest}"
+            f"max_single_sequence_length is {length}; {whose} max_position_embeddings allows 1..{longest}"
         )
     architecture.check_rope(hf_config, length)
-    dtype: torch.dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     specs = _specs(architecture, hf_config)
+    draft_specs = [spec for draft in drafts for spec in _specs(architecture, draft.hf_config)]
+    draft_bytes = sum(draft.weight_bytes for draft in drafts)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
     bytes_of = TorchAttention().bytes_per_block if cuda else CpuAttention.bytes_per_block
     names = getattr(hf_config, "architectures", None)
@@ -121,12 +131,14 @@ def read(config: EngineConfig) -> Needs:
         architecture=names[0] if names else type(hf_config).__name__,
         parameters=sum(prod(tensor.shape) for tensor in checkpoint.tensors),
         tensors=len(checkpoint.tensors),
-        weight_bytes=checkpoint.weight_bytes(dtype),
+        weight_bytes=checkpoint.weight_bytes(dtype) + draft_bytes,
+        draft_bytes=draft_bytes,
         dtype=dtype,
         device=device,
         layers=list(Counter(specs).items()),
+        draft_layers=list(Counter(draft_specs).items()),
         page_size=page_size,
-        bytes_per_block=sum(bytes_of(spec, page_size, dtype) for spec in specs),
+        bytes_per_block=sum(bytes_of(spec, page_size, dtype) for spec in [*specs, *draft_specs]),
         max_length=length,
         max_sequences=config.max_num_sequence or (256 if cuda else 64),
     )
@@ -190,14 +202,16 @@ class Room:
 def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
     dtype = str(needs.dtype).removeprefix("torch.")
     yield "model", f"{needs.architecture}, {needs.parameters / 1e6:,.1f} M parameters in {needs.tensors} tensors"
-    yield "weights", f"{_gib(needs.weight_bytes)} in {dtype}"
-    for spec, count in needs.layers:
-        window = "" if spec.sliding_window is None else f", window {spec.sliding_window}"
-        yield (
-            "KV cache",
-            f"{count} layers x {spec.num_kv_heads} heads x ({spec.key_dim} + {spec.value_dim}) x "
-            f"{needs.dtype.itemsize} bytes{window}",
-        )
+    of_draft = f", {_gib(needs.draft_bytes)} of them the draft model's" if needs.draft_bytes else ""
+    yield "weights", f"{_gib(needs.weight_bytes)} in {dtype}{of_draft}"
+    for whose, layers in (("", needs.layers), (" of the draft model", needs.draft_layers)):
+        for spec, count in layers:
+            window = "" if spec.sliding_window is None else f", window {spec.sliding_window}"
+            yield (
+                "KV cache",
+                f"{count} layers{whose} x {spec.num_kv_heads} heads x ({spec.key_dim} + {spec.value_dim}) x "
+                f"{needs.dtype.itemsize} bytes{window}",
+            )
     per_token = needs.bytes_per_block / needs.page_size
     yield (
         "",

@@ -33,6 +33,10 @@ class EngineFlags:
     quantization: Annotated[
         Literal["none", "int8"], typer.Option(help="int8: weights of one byte each, on the CPU, with bfloat16.")
     ] = "none"
+    speculative_model: Annotated[
+        str | None, typer.Option(help="Who guesses tokens ahead: a smaller model of the same vocabulary, or 'ngram'.")
+    ] = None
+    num_speculative_tokens: Annotated[int, typer.Option(help="Most tokens guessed at a time; 0 adapts.")] = 0
     enable_prefix_caching: Annotated[bool, typer.Option(help="Keep computed prompts for reuse.")] = True
 
     def config(self, model: str, **more: Any) -> EngineConfig:
@@ -43,8 +47,17 @@ class EngineFlags:
         """
         from asyncengine.config import EngineConfig
 
+        guesses = self.speculative_model
+        if guesses is None:
+            drafts: dict[str, Any] = {}
+        elif guesses == "ngram":
+            drafts = {"speculative_mode": "ngram"}
+        else:
+            drafts = {"speculative_mode": "small_draft", "additional_models": (guesses,)}
         return EngineConfig(
             model,
+            **drafts,
+            spec_draft_length=self.num_speculative_tokens,
             max_single_sequence_length=self.max_model_len,
             max_num_sequence=self.max_num_seqs,
             prefill_chunk_size=self.max_num_batched_tokens,
@@ -88,6 +101,9 @@ FLAG_OF_FIELD = {
     "prefill_chunk_size": "--max-num-batched-tokens",
     "kv_cache_page_size": "--block-size",
     "gpu_memory_utilization": "--gpu-memory-utilization",
+    "additional_models": "--speculative-model",
+    "speculative_mode": "--speculative-model",
+    "spec_draft_length": "--num-speculative-tokens",
     "max_queue_size": "--max-queue-size",
     "max_concurrency": "--max-concurrency",
     "max_tokens": "--max-tokens",

@@ -103,6 +103,11 @@ class LlguidanceMatcher:
         self._compute(self._next)
         return not self._next.any()
 
+    @property
+    def forces(self) -> bool:
+        """As the protocol says. A token that has no rival leaves its first byte none either."""
+        return bool(self._matcher.compute_ff_bytes())
+
     def fill(self, row: Int32) -> None:
         """As the protocol says."""
         if self._next is not None:

@@ -16,6 +16,15 @@ class Matcher(Protocol):
         """Whether the text is complete and nothing can follow it."""
         ...
 
+    @property
+    def forces(self) -> bool:
+        """Whether it may be that one token alone can come next; takes far less time than `fill`.
+
+        False where there is a choice for certain, and then nobody looks for tokens to jump over: a row is filled while
+        the device computes the logits that it is for.
+        """
+        ...
+
     def fill(self, row: Int32) -> None:
         """Writes which tokens may come next.
 

@@ -117,6 +117,14 @@ class XgrammarMatcher:
         self._compute()  # a text that may end has ended if nothing else can follow
         return not (self._computed[0] & self._others).any()
 
+    @property
+    def forces(self) -> bool:
+        """As the protocol says."""
+        try:
+            return bool(self._matcher.find_jump_forward_string())
+        except UnicodeError:  # it begins in the middle of a character
+            return True
+
     def fill(self, row: Int32) -> None:
         """As the protocol says."""
         self._compute()

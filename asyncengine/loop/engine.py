@@ -413,7 +413,7 @@ class AsyncEngine:
 
         Args:
             weights: Tensors by their names in the checkpoint. Names, shapes and dtypes are checked first; either all
-                are replaced or none.
+                are replaced or none. A draft model keeps its own.
 
         Returns:
             The new weight version. The prefix cache begins anew with it.

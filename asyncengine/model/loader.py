@@ -81,7 +81,7 @@ class TransformersLoader:
         dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
         draft = None
         for name in config.additional_models:
-            draft = _check_draft(name, checkpoint, text.vocab_size, device, dtype)
+            draft = check_draft(name, checkpoint, text.vocab_size, device, dtype)
             longest = min(longest, draft.max_length)
         max_length = config.max_single_sequence_length or longest
         if max_length > longest:
@@ -118,7 +118,7 @@ class TransformersLoader:
             memory.give_back()
 
 
-def _check_draft(name: str, target: Any, vocab_size: int, device: torch.device, dtype: torch.dtype) -> _Details:
+def check_draft(name: str, target: Any, vocab_size: int, device: torch.device, dtype: torch.dtype) -> _Details:
     """A draft model, whose tokens must be the target's. Its longest sequence is its own."""
     from asyncengine.model import architecture
     from asyncengine.model.checkpoint import Checkpoint, locate, same_vocabulary

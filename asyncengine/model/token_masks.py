@@ -39,6 +39,7 @@ class _SlotMask:
         "_matcher",
         "_max_tokens",
         "_min_tokens",
+        "_ready",
         "_stops",
     )
 
@@ -55,6 +56,7 @@ class _SlotMask:
         self._jumps = params.jumps
         self._max_tokens = params.max_tokens
         self._error: BaseException | None = None  # of a token that was not delivered yet
+        self._ready: Int32 | None = None  # the next row, if `forced` had to look at it
         if self._matcher is not None:
             for token_id in output.tolist():
                 self._matcher.accept(token_id)
@@ -71,6 +73,9 @@ class _SlotMask:
         """
         if self._error is not None:
             raise self._error
+        if self._ready is not None:
+            row[:], self._ready = self._ready, None
+            return
         if self._matcher is None:
             row[:] = -1
         else:
@@ -122,12 +127,16 @@ class _SlotMask:
             The tokens, and whether the text is complete with them.
         """
         tokens: list[int] = []
-        row = np.zeros(words, np.int32)
-        while self._jumps and position + len(tokens) < self._max_tokens:
+        matcher = self._matcher
+        while self._jumps and matcher is not None and position + len(tokens) < self._max_tokens:
             try:
+                if not matcher.forces:
+                    break
+                row = np.zeros(words, np.int32)
                 self.fill(row, position + len(tokens))
                 token_id = _only_bit(row)
                 if token_id is None:
+                    self._ready = row
                     break
                 finished = self.accept(token_id)
             except BaseException as error:  # to be told where the token would have been drawn

@@ -15,6 +15,10 @@ _DECAY = 0.9
 _PRIOR = 0.7  # the share of drafts that is expected to be kept before anything is known ...
 _PRIOR_WEIGHT = 2.0  # ... as if seen so often
 
+Learnt = tuple[float, float]
+"""Of a sequence: how many of its drafts were looked at, and how many of them kept; moving averages."""
+NOTHING: Learnt = (_PRIOR_WEIGHT, _PRIOR * _PRIOR_WEIGHT)
+
 
 class DraftLengths:
     """Decides by load and by what was kept before.
@@ -36,15 +40,18 @@ class DraftLengths:
         self._fixed = fixed
         self._saturation = saturation
         self._draft_cost = draft_cost
-        self._tried = np.full(num_slots, _PRIOR_WEIGHT)
-        self._kept = np.full(num_slots, _PRIOR * _PRIOR_WEIGHT)
+        self._tried = np.full(num_slots, NOTHING[0])
+        self._kept = np.full(num_slots, NOTHING[1])
         self._idle = np.zeros(num_slots, dtype=np.int64)
 
-    def place(self, slot: int) -> None:
-        """Begins anew for a slot."""
-        self._tried[slot] = _PRIOR_WEIGHT
-        self._kept[slot] = _PRIOR * _PRIOR_WEIGHT
+    def place(self, slot: int, learnt: Learnt = NOTHING) -> None:
+        """Begins anew for a slot, or goes on with what was learnt of its sequence in another."""
+        self._tried[slot], self._kept[slot] = learnt
         self._idle[slot] = 0
+
+    def learnt(self, slot: int) -> Learnt:
+        """What was learnt of a slot's sequence."""
+        return float(self._tried[slot]), float(self._kept[slot])
 
     def acceptance(self, slots: Int64) -> NDArray[np.float64]:
         """(rows,) the probability that a draft is kept whose predecessors were: a moving average for each slot."""

@@ -285,7 +285,7 @@ class Core:
             prompt = len(new.prompt)
             model.place(sequence.slot, new.params, sequence.branch, tokens[:prompt], tokens[prompt:])
             if drafting is not None:
-                drafting.place(sequence.slot, new.params, sequence.branch)
+                drafting.place(sequence.slot, new.params, sequence.branch, sequence.learnt)
 
         scheduler = Scheduler(loaded.limits, place, drafting)
         self._keep_counts()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from asyncengine.generation import SamplingParams
-from asyncengine.speculation.lengths import DraftLengths
+from asyncengine.speculation.lengths import NOTHING, DraftLengths, Learnt
 from asyncengine.speculation.protocol import Drafter
 from asyncengine.step.batch import Int32, Int64
 from asyncengine.step.slots import SlotTable
@@ -38,9 +38,9 @@ class Drafting:
         self.failure: Exception | None = None
         self._drafter = drafter
 
-    def place(self, slot: int, params: SamplingParams, branch: int) -> None:
-        """A sequence takes a slot."""
-        self.lengths.place(slot)
+    def place(self, slot: int, params: SamplingParams, branch: int, learnt: Learnt = NOTHING) -> None:
+        """A sequence takes a slot; what was learnt of it before it was preempted still holds."""
+        self.lengths.place(slot, learnt)
         if self.failure is None:
             try:
                 self._drafter.place(slot, params, branch)

@@ -217,7 +217,8 @@ class RequestTable:
         arriving.take(piece.keep, piece.tokens, piece.complete)
         if request.started_at is not None:
             self.counters.prompt_tokens += len(arriving.tokens) - before
-        error = None if self.scheduler is None else self._misfit(request.new, [arriving.tokens], self._vocab_size)
+        looked_at = len(arriving.tokens) - len(piece.tokens)
+        error = None if self.scheduler is None else self._misfit(request.new, [piece.tokens], looked_at)
         if error is not None:
             self._end_branches(request, FinishReason.ERROR, error)
         elif request.branches[0].state is not SequenceState.PREFILL:  # or else, once that is done
@@ -431,18 +432,19 @@ class RequestTable:
                 for branch in unfinished:
                     if branch.state is SequenceState.WAITING:
                         scheduler.add(branch)
-            error = self._misfit(request.new, sequences, vocab_size)
+            error = self._misfit(request.new, sequences)
             if error is not None:
                 self._end_branches(request, FinishReason.ERROR, error)
         for number, queued in list(self._queued.items()):
-            error = self._misfit(queued.new, [queued.new.prompt], vocab_size)
+            error = self._misfit(queued.new, [queued.new.prompt])
             if error is not None:
                 self._end_queued(number, error, FinishReason.ERROR)
 
-    def _misfit(self, new: NewRequest, sequences: list[Int32], vocab_size: int) -> InvalidRequestError | None:
+    def _misfit(self, new: NewRequest, sequences: list[Int32], looked_at: int = 0) -> InvalidRequestError | None:
+        """Why a request does not fit the model; `looked_at` tokens before those of each sequence do."""
         assert self.scheduler is not None
-        most = self.scheduler.limits.max_tokens
-        if any(len(tokens) >= most for tokens in sequences):
+        most, vocab_size = self.scheduler.limits.max_tokens, self._vocab_size
+        if any(looked_at + len(tokens) >= most for tokens in sequences):
             return InvalidRequestError(
                 f"request {new.request_id}: its tokens do not fit the new model: at most {most} tokens"
             )

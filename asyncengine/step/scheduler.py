@@ -289,6 +289,8 @@ class Scheduler:
         self._leave(sequence)
         sequence.tokens = self.slots.known_tokens(sequence.slot).copy()
         sequence.num_output = len(sequence.tokens) - len(sequence.request.new.prompt)
+        if self.drafting is not None:
+            sequence.learnt = self.drafting.lengths.learnt(sequence.slot)
         self._release_slot(sequence)
         self._free_unborn(sequence)
         sequence.request.preemptions += 1

@@ -9,6 +9,7 @@ import numpy as np
 
 from asyncengine.detokenizer import TextStream
 from asyncengine.instructions import Mailbox, NewRequest
+from asyncengine.speculation.lengths import NOTHING, Learnt
 from asyncengine.step.arriving import Arriving
 from asyncengine.step.batch import Float64, Int32
 
@@ -90,10 +91,12 @@ class Sequence:
         num_output: Tokens generated, as of when it last gave up a slot.
         weight_version: Of the weights that all its keys and values were computed with.
         text: Looks for stop strings, where the request has some.
+        learnt: How its drafts fared, as of when it last gave up a slot.
     """
 
     __slots__ = (
-        "branch", "key", "num_output", "order", "request", "slot", "state", "text", "tokens", "weight_version",
+        "branch", "key", "learnt", "num_output", "order", "request", "slot", "state", "text", "tokens",
+        "weight_version",
     )  # fmt: skip
 
     def __init__(self, request: Request, branch: int) -> None:
@@ -107,6 +110,7 @@ class Sequence:
         self.num_output = 0
         self.weight_version = -1
         self.text: TextStream | None = None
+        self.learnt: Learnt = NOTHING
 
     @property
     def resident(self) -> bool:

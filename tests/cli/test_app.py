@@ -11,6 +11,7 @@ import pytest
 
 import asyncengine
 from asyncengine.cli import app
+from asyncengine.cli.flags import EngineFlags
 from tests.cli.programs import run, run_process
 from tests.test_import import HEAVY
 
@@ -67,6 +68,15 @@ def test_a_wrong_command_and_a_wrong_flag_are_answered_with_the_nearest() -> Non
     assert wrong.status == 2 and "Did you mean 'serve'?" in wrong.err
     wrong = run("serve", "--max-model-length", "3")
     assert wrong.status == 2 and "--max-model-len" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("given", "mode", "models"), [(None, "disable", ()), ("ngram", "ngram", ()), ("small", "small_draft", ("small",))]
+)
+def test_a_flag_names_who_guesses(given: str | None, mode: str, models: tuple[str, ...]) -> None:
+    length = 0 if given is None else 3
+    config = EngineFlags(speculative_model=given, num_speculative_tokens=length).config("large")
+    assert (config.speculative_mode, config.additional_models, config.spec_draft_length) == (mode, models, length)
 
 
 def test_an_error_of_the_engine_names_the_flag() -> None:

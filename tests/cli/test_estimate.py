@@ -96,6 +96,24 @@ async def test_it_reckons_as_the_loader_does(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
+async def test_a_draft_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SLACK + (8 << 20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    config = EngineConfig("tiny", device="cpu", speculative_mode="small_draft", additional_models=("tiny-draft",))
+    needs, alone = read(config), read(EngineConfig("tiny", device="cpu"))
+    weights = sum(tensor.numel() * 4 for tensor in safetensors(tiny.DRAFT_PATH / "model.safetensors").values())
+    assert needs.weight_bytes - alone.weight_bytes == needs.draft_bytes == weights
+    async with AsyncEngine(config) as engine:
+        complete = engine.complete_engine_config
+        assert complete is not None and complete.max_total_sequence_length is not None
+        assert complete.max_single_sequence_length == needs.max_length
+        # The loader asks what is free once the weights are there, so nothing is taken off again.
+        assert complete.max_total_sequence_length // needs.page_size == int(free * 0.4) // needs.bytes_per_block
+    told = run("estimate", "tiny", "--speculative-model", "tiny-draft", "--memory", "1").out
+    assert f"{weights / 2**20:,.1f} MiB of them the draft model's" in told
+    assert "layers of the draft model x" in told
+
+
 def safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -109,6 +127,9 @@ def safetensors(path: Path) -> dict[str, torch.Tensor]:
         (["./nowhere"], "model './nowhere': there is no such directory"),
         (["tiny", "--max-model-len", "4096"], "--max-model-len (max_single_sequence_length) is 4096"),
         (["tiny", "--quantization", "int8"], "--quantization is 'int8'"),
+        (["tiny", "--speculative-model", "./nowhere"], "model './nowhere': there is no such directory"),
+        (["tiny", "--num-speculative-tokens", "3"], "--num-speculative-tokens (spec_draft_length) is 3 with"),
+        (["tiny", "--speculative-model", "ngram", "--num-speculative-tokens", "33"], "expected an integer in 0..32"),
     ],
 )
 def test_what_cannot_be_reckoned_is_one_line(arguments: list[str], said: str) -> None:

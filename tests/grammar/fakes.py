@@ -18,6 +18,7 @@ class FakeMatcher:
 
     def __init__(self, token_id: int, on_fill: Callable[[int], None], on_accept: Callable[[int], None]) -> None:
         self.finished = False
+        self.forces = True
         self._token_id = token_id
         self._on_fill = on_fill
         self._on_accept = on_accept

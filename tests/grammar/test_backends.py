@@ -98,6 +98,25 @@ def test_a_text_that_may_end_allows_the_end_token(backend: GrammarBackend) -> No
     assert matcher.finished
 
 
+@pytest.mark.parametrize("wanted", ALL, ids=repr)
+def test_where_one_token_alone_may_come_it_says_that_it_may_be_so(library: GrammarLibrary, wanted: Any) -> None:
+    tokenizer = load_tokenizer(tiny.PATH)
+    assert tokenizer is not None
+    grammar = make_backend(library, tokenizer, 1024, (2,)).compile(wanted)
+    generator = np.random.default_rng(1)
+    forced, free = [], []
+    for _ in range(10):
+        matcher = grammar.matcher()
+        for _ in range(40):
+            forces, choices = matcher.forces, sorted(allowed(matcher, 1024))
+            (forced if len(choices) == 1 else free).append(forces)
+            matcher.accept(int(generator.choice(choices)))
+            if matcher.finished:
+                break
+    assert all(forced)
+    assert not all(free), "it would not spare a look"
+
+
 def test_matchers_of_a_grammar_know_nothing_of_each_other(backend: GrammarBackend) -> None:
     grammar = backend.compile(Choice(("ab", "cd")))
     one, other = grammar.matcher(), grammar.matcher()

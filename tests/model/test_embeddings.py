@@ -110,6 +110,31 @@ async def test_share_steps_with_everything_else_and_change_nothing_of_it(
     assert np.abs(embedded.vector - reference(embedded_model, story(), "mean")).max() < 2e-5
 
 
+@pytest.mark.parametrize("backend", ["auto", "transformers"])
+def test_drafts_scores_and_vectors_share_the_chunks_of_a_step(backend: Any, embedded_model: Any) -> None:
+    greedy = GenerationConfig(temperature=0, max_tokens=60, ignore_eos=True, prompt_logprobs=1)
+    drafts: dict[str, Any] = {"speculative_mode": "ngram", "spec_draft_length": 3}
+
+    async def served(changes: dict[str, Any]) -> tuple[Any, Any, AsyncEngine]:
+        async with AsyncEngine(EngineConfig("tiny", **CONFIG, decoder_backend=backend, **changes)) as engine:
+            generated, embedded, again = await asyncio.gather(
+                engine.generate(STORY, greedy), engine.embed([STORY], "mean"), engine.generate(STORY[::-1], greedy)
+            )
+            return [generated, again], embedded[0], engine
+
+    async def both() -> None:
+        plain, _, _ = await served({})
+        drafted, embedded, engine = await served(drafts)
+        for result, wanted in zip(drafted, plain, strict=True):
+            assert result.token_ids == wanted.token_ids
+            entries = zip(result.prompt_logprobs[1:], wanted.prompt_logprobs[1:], strict=True)
+            assert all(abs(entry.logprob - like.logprob) < 1e-4 for entry, like in entries)
+        assert np.abs(embedded.vector - reference(embedded_model, story(), "mean")).max() < 2e-5
+        assert engine.metrics().counters.accepted_draft_tokens > 0
+
+    asyncio.run(both())
+
+
 async def test_a_last_token_is_embedded_after_a_prefix_hit_and_a_mean_computes_the_prompt_again(
     engine: AsyncEngine, embedded_model: Any
 ) -> None:

@@ -117,6 +117,26 @@ def test_outputs_are_those_without_drafts(
             assert (counters.preemptions > 0) == ("squeezed" in name)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "qwen3", "phi3", "gpt_neox", "olmo2"])
+def test_so_it_is_with_other_architectures(
+    architecture: str, pair: Callable[[str], tuple[Path, Path]], subtests: pytest.Subtests
+) -> None:
+    target, draft = pair(architecture)
+    asked = wishes()[:4]
+    plain = EngineConfig(str(target), **LIMITS)
+    expected, _ = asyncio.run(outputs(plain, asked))
+    ways = {"ngram": NGRAM}
+    if architecture not in ("gemma2", "gpt2"):
+        ways["draft"] = {
+            "speculative_mode": "small_draft", "additional_models": [str(draft)], "spec_draft_length": 2,
+        }  # fmt: skip
+    for name, changes in ways.items():
+        with subtests.test(name):
+            found, counters = asyncio.run(outputs(plain.replace(**changes), asked))
+            same(found, expected)
+            assert counters.accepted_draft_tokens > 0  # type: ignore[attr-defined]
+
+
 def test_text_grammar_and_stop_strings_are_those_without_drafts(subtests: pytest.Subtests) -> None:
     free = GenerationConfig(temperature=0, max_tokens=60)
     sampled = GenerationConfig(temperature=1.0, seed=5, max_tokens=50)
@@ -198,6 +218,26 @@ async def test_a_sleep_and_new_weights_leave_drafts_right() -> None:
     assert before.token_ids == after.token_ids == again.token_ids == expected.token_ids
     counts = {result.usage.accepted_draft_tokens for result in (before, after, again)}
     assert len(counts) == 1 and counts.pop() > 10
+
+
+async def test_new_weights_that_the_draft_model_does_not_know_are_those_that_count() -> None:
+    wanted = GenerationConfig(temperature=0, max_tokens=40, ignore_eos=True)
+    old = load_file(tiny.PATH / "model.safetensors")
+    noise = torch.Generator().manual_seed(2)
+    new = {
+        name: weight + 0.3 * weight.std() * torch.randn(weight.shape, generator=noise)
+        for name, weight in old.items()
+        if weight.dim() > 1
+    }
+    found = []
+    for changes in ({}, TINY_DRAFT | {"spec_draft_length": 4}):
+        async with AsyncEngine(EngineConfig("tiny", **LIMITS, **changes)) as engine:
+            before = await engine.generate(STORY, wanted)
+            await engine.update_weights(new)
+            found.append((before, await engine.generate(STORY, wanted)))
+    (plain_before, plain), (drafted_before, drafted) = found
+    assert plain.token_ids == drafted.token_ids != plain_before.token_ids == drafted_before.token_ids
+    assert drafted.usage.accepted_draft_tokens < drafted_before.usage.accepted_draft_tokens
 
 
 async def test_a_cached_prompt_keeps_its_drafts(pair: Callable[[str], tuple[Path, Path]]) -> None:

@@ -57,3 +57,12 @@ def test_acceptance_is_measured_per_draft_that_was_looked_at() -> None:
     for _ in range(100):
         lengths.learn(0, 4, 1)  # one kept, one looked at and not kept, two never looked at
     assert abs(float(lengths.acceptance(SLOTS[:1])[0]) - 0.5) < 0.05
+
+
+def test_what_was_learnt_goes_along_to_another_slot() -> None:
+    lengths = adaptive()
+    for _ in range(20):
+        lengths.learn(0, 4, 0)
+    lengths.place(2, lengths.learnt(0))
+    assert lengths.acceptance(SLOTS)[2] == lengths.acceptance(SLOTS)[0] < lengths.acceptance(SLOTS)[1]
+    assert lengths.wanted(SLOTS, 4).tolist()[2] == 0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from asyncengine import instructions as ins
 from asyncengine.errors import RequestDroppedError
+from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, ScriptedModel
 from asyncengine.testing.scripted import Script, echo
 from tests.speculation.drafters import Broken, Guesser, Liar, Oracle, Scripted
@@ -124,6 +125,27 @@ def test_preempted_sequences_go_on_with_the_same_tokens() -> None:
     assert case.core.metrics().counters.preemptions > 0
 
 
+def test_a_preempted_sequence_takes_along_how_its_drafts_fared() -> None:
+    case = drafted(Liar, answer("abcdefghijklmnopqrstuvwxyz"), length=0)
+    number = case.add("1234")
+    case.step(6)
+    scheduler = case.core.scheduler
+    assert scheduler is not None and scheduler.drafting is not None
+    lengths = scheduler.drafting.lengths
+    (sequence,) = scheduler.running()
+    learnt, fresh = lengths.learnt(sequence.slot), DraftLengths(1, 0, 8.0).learnt(0)
+    assert learnt != fresh
+    scheduler.preempt(sequence)
+    case.step()
+    assert sequence.resident and lengths.learnt(sequence.slot) == learnt
+    case.add("5678")
+    case.step()
+    (other,) = set(scheduler.running()) - {sequence}
+    assert lengths.learnt(other.slot) == fresh
+    case.run()
+    assert case.text(number) == "abcdefghijklmnopqrstuvwxyz"
+
+
 def test_an_abort_during_a_verify_step_ends_the_request_before_its_run_is_published() -> None:
     case = drafted(Oracle, answer("abcdefghijklmnopqrstuvwxyz"))
     first, second = case.add("1234"), case.add("5678")
@@ -216,6 +238,7 @@ class _Fussy:
         class Matcher:
             at = 0
             finished = False
+            forces = False
 
             def fill(self, row: Any) -> None:
                 row[:] = -1

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from asyncengine import tiny
 from asyncengine.model import verified_draw
 from asyncengine.model.sampler import Sampler
 from asyncengine.step.batch import StepBatch
@@ -82,6 +84,24 @@ def p_value(counts: NDArray[np.int64], expected: NDArray[np.float64]) -> float:
     statistic = float(((counts - expected) ** 2 / expected).sum())
     freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
     return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
+
+
+def merged(
+    counts: NDArray[np.int64], expected: NDArray[np.float64], least: float = 5.0
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Cells of which fewer than `least` are expected put together, from the rarest on, until each has as many."""
+    order = np.argsort(expected)
+    cells = np.zeros(len(order), dtype=np.int64)
+    cell, held = 0, 0.0
+    left = float(expected.sum())
+    for index in order.tolist():
+        cells[index] = cell
+        held += float(expected[index])
+        left -= float(expected[index])
+        if held >= least and left >= least:
+            cell, held = cell + 1, 0.0
+    number = cell + 1
+    return np.bincount(cells, counts, number).astype(np.int64), np.bincount(cells, expected, number)
 
 
 def push(logits: torch.Tensor, row: Any) -> None:
@@ -179,3 +199,44 @@ def test_the_second_token_of_a_run_has_the_models_distribution(draft: str) -> No
     assert np.array_equal(kept, tokens[:, 0] == guesses)
     given = torch.softmax(table.double(), 1).numpy()[guesses[kept]].sum(axis=0)
     assert p_value(np.bincount(tokens[kept, 1], minlength=VOCAB), given) > 0.01
+
+
+def test_over_the_tiny_models_vocabulary_the_distribution_is_the_models() -> None:
+    """20,000 draws of the embedded model at temperature 1.5, with drafts of the embedded draft model.
+
+    Of the first token, and of the one after a draft that was kept; cells of which fewer than 5 are expected are merged.
+    """
+    rows, part = 20_000, 2_000
+    tokenizer = AutoTokenizer.from_pretrained(tiny.PATH)
+    prompt = torch.tensor(tokenizer("It was a very").input_ids)
+    model, draft = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tiny.PATH, tiny.DRAFT_PATH))
+    random = np.random.default_rng(3)
+    with torch.inference_mode():
+        first, guess = (torch.log_softmax(own(prompt[None]).logits[0, -1].double() / 1.5, 0) for own in (model, draft))
+        guesses = random.choice(len(guess), rows, p=guess.exp().numpy())
+        known, which = np.unique(guesses, return_inverse=True)
+        texts = torch.cat([prompt.expand(len(known), -1), torch.from_numpy(known)[:, None]], dim=1)
+        second = torch.log_softmax(model(texts, logits_to_keep=1).logits[:, 0].double() / 1.5, 1)
+    vocabulary = len(first)
+    assert vocabulary == 1024
+    keys = random.integers(0, 2**63, rows).astype(np.uint64)
+    tokens, kept = np.empty((rows, 2), np.int64), np.empty(rows, np.bool_)
+    for start in range(0, rows, part):
+        own = slice(start, start + part)
+        sampler = Sampler(part, vocabulary, CPU)
+        sampler._key[:], sampler._way[:] = keys[own], 3  # plain
+        logits = torch.stack([first.expand(part, -1), second[which[own]]], dim=1).float().reshape(2 * part, -1)
+        result = verified_draw.draw(sampler, logits, batch_of(np.zeros(part, np.int64), guesses[own, None], 0))
+        assert result.taken is not None
+        tokens[own], kept[own] = result.token_ids.reshape(part, 2), result.taken == 2
+    assert np.array_equal(kept, tokens[:, 0] == guesses)
+    assert 0.02 < kept.mean() < 0.9, "some drafts are right and some are wrong"
+    for drawn, expected in (
+        (tokens[:, 0], first.exp().numpy() * rows),
+        (tokens[kept, 1], second.exp().numpy()[which[kept]].sum(axis=0)),
+    ):
+        counts, cells = merged(np.bincount(drawn, minlength=vocabulary), expected)
+        assert len(cells) > 10
+        assert p_value(counts, cells) > 0.01
+        wrong = np.roll(cells, 1)
+        assert p_value(counts, wrong * cells.sum() / wrong.sum()) < 1e-6, "the test would not notice"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from asyncengine import instructions as ins
@@ -255,6 +258,25 @@ def test_a_prompt_that_outgrows_the_model_ends_its_request() -> None:
     case.piece(number, PIECE)
     assert isinstance(case.end_error(number), InvalidRequestError)
     assert case.reason(number) is FinishReason.ERROR
+
+
+def test_of_each_piece_its_own_tokens_alone_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = loaded()
+    requests, looked_at = case.core.requests, []
+    misfit = requests._misfit
+
+    def spied(new: Any, sequences: list[Any], *more: Any) -> Any:
+        looked_at.append(sum(map(len, sequences)))
+        return misfit(new, sequences, *more)
+
+    monkeypatch.setattr(requests, "_misfit", spied)
+    number = case.open()
+    for _ in range(3):
+        case.piece(number, PIECE)
+        case.run()
+    assert looked_at == [8, 8, 8]
+    case.give(ins.ExtendPrompt(number, 20, np.array([97, 98, 10_000], dtype=np.int32), True))
+    assert isinstance(case.end_error(number), InvalidRequestError)
 
 
 def test_a_failed_step_ends_the_request_whose_piece_was_computed() -> None:
