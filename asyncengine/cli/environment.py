@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 _PACKAGES = (
@@ -24,6 +23,8 @@ def environment() -> None:
 
 
 def _rows() -> Iterator[tuple[str, str]]:
+    from importlib import metadata  # brings the email package
+
     from asyncengine._version import __version__
 
     yield "asyncengine", __version__

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 import asyncengine
-from asyncengine.cli import app
-from tests.cli.programs import run, run_process
+from tests.cli.programs import APP, run, run_process
 from tests.test_import import HEAVY
 
-COMMANDS = [command.name for command in app.registered_commands]
+COMMANDS = [command.name for command in APP.registered_commands]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
@@ -29,7 +28,7 @@ def test_help_imports_no_model_code(arguments: list[str]) -> None:
         [sys.executable, "-W", "error", "-c", program, *arguments],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    slow = {*HEAVY, "numpy", "asyncio", "anyio", "uvloop", "rich", "starlette", "uvicorn", "httpx"}
+    slow = {*HEAVY, "pydantic", "numpy", "asyncio", "anyio", "uvloop", "rich", "starlette", "uvicorn", "httpx"}
     assert not set(done.stderr.split()) & slow
     assert "asyncengine" in done.stdout
 
@@ -51,7 +50,7 @@ def test_every_command_says_what_it_does() -> None:
 def test_there_are_few_flags() -> None:
     import typer.main
 
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(APP)
     flags = {
         name
         for command in group.commands.values()  # type: ignore[attr-defined]
