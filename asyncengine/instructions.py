@@ -17,6 +17,10 @@ from asyncengine.step.batch import Int32
 InFlight = Literal["abort", "wait", "carry"]
 """What a reload does with requests that have begun: end them, let them finish, or go on with them on the new model."""
 
+NewRequests = Literal["wait", "serve"]
+"""What a reload does with requests that are given after it: let them wait for the new model, or let the present model
+serve them as long as it is there."""
+
 WhenFull = Literal["wait", "raise"]
 
 _FAR = sys.float_info.max  # there are integers beyond it
@@ -136,6 +140,7 @@ class Reload:
     config: EngineConfig
     in_flight: InFlight = "abort"
     reply_to: ReplyTo | None = None
+    new_requests: NewRequests = "wait"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,16 @@ latency; tokens that come together share what they took. Each side is loaded, wa
 alone; of several rounds, in which the sides alternate, the one with the median total time is given.
 
 * asyncengine: ``engine.stream`` in this process;
-* transformers: its continuous batching (``init_continuous_batching``), also in this process.
+* transformers: its continuous batching (``init_continuous_batching``), also in this process;
+* ``--server NAME URL COMMAND``, any number of times: a server with OpenAI's completions, started by that command once
+  for every round and asked by token ids over HTTP, as its users would. In the command ``{model}`` is the checkpoint's
+  directory and ``{gguf}`` the same as a file for llama.cpp (needs the package ``gguf``). A chunk without a count of its
+  own counts as one token.
 
 The last line is one JSON object.
 
     python -m benchmarks.arrivals [--shape S] [--dtype bfloat16] [--requests 64] [--rate 4] [--rounds 1]
-        [--tiny]
+        [--sides asyncengine transformers] [--server NAME URL COMMAND] [--tiny]
 """
 
 from __future__ import annotations
@@ -21,9 +25,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
+import shlex
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -37,6 +44,7 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.cli.figures import Figures
 from asyncengine.cli.workload import Sample
 from benchmarks import shapes
+from benchmarks.llama_cpp import write_gguf
 
 LENGTH = 1024
 Ask = Callable[[list[int], int], AsyncIterator[int]]
@@ -139,12 +147,62 @@ async def transformers(path: Path, arguments: argparse.Namespace) -> AsyncIterat
         manager.destroy()
 
 
+@contextlib.asynccontextmanager
+async def server(url: str, command: str, path: Path, arguments: argparse.Namespace) -> AsyncIterator[Ask]:
+    import httpx
+
+    process = await asyncio.create_subprocess_exec(
+        *(part.format(model=path, gguf=path / "model.gguf") for part in shlex.split(command)),
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=None)) as client:
+            models: list[Any] = []
+            while not models:  # it does not serve yet
+                if process.returncode is not None:
+                    raise RuntimeError(f"{command!r} ended with {process.returncode}")
+                await asyncio.sleep(0.5)
+                with contextlib.suppress(httpx.TransportError):
+                    if (await client.get("/health")).status_code == 200:
+                        models = (await client.get("/v1/models")).json()["data"]
+            model = models[0]["id"]
+            yield functools.partial(_completions, client, model)
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            await process.wait()
+
+
+async def _completions(client: Any, model: str, prompt: list[int], tokens: int) -> AsyncIterator[int]:
+    body = {
+        "model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }  # fmt: skip
+    had = 0
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if usage := chunk.get("usage"):
+                now = usage["completion_tokens"]
+            else:
+                now = had + bool(chunk.get("choices"))
+            if now > had:
+                yield now - had
+                had = now
+
+
 async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     """All sides, alternating."""
     longest = 12 if arguments.tiny else 384
     vocabulary = shapes.SHAPES[arguments.shape]["vocab_size"]
     work = arrivals(arguments.requests, arguments.rate, vocabulary, longest)
-    sides = {"asyncengine": asyncengine, "transformers": transformers}
+    known = {"asyncengine": asyncengine, "transformers": transformers}
+    sides: dict[str, Any] = {name: known[name] for name in arguments.sides}
+    for name, url, command in arguments.server:
+        sides[name] = functools.partial(server, url, command)
     rounds: dict[str, list[Figures]] = {}
     for _ in range(arguments.rounds):
         for side, serve in sides.items():
@@ -163,6 +221,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rate", type=float, default=4.0, help="arrivals per second")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--sides", nargs="+", choices=["asyncengine", "transformers"], default=["asyncengine", "transformers"]
+    )
+    parser.add_argument("--server", nargs=3, action="append", default=[], metavar=("NAME", "URL", "COMMAND"))
     parser.add_argument("--tiny", action="store_true", help="smallest shapes, for the tests")
     arguments = parser.parse_args()
     if arguments.tiny:
@@ -174,6 +236,10 @@ def main() -> None:
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as directory:
         path = shapes.write(Path(directory), arguments.shape, arguments.dtype)
+        if arguments.server:  # servers want one even if they are asked by token ids
+            shapes.write_tokenizer(path, shapes.SHAPES[arguments.shape]["vocab_size"])
+        if any("{gguf}" in command for _, _, command in arguments.server):
+            write_gguf(path, path / "model.gguf", arguments.shape, q8_0=False)
         results = uvloop.run(measure(arguments, path))
     print(f"{'':>14}{'total s':>9}{'tokens/s':>10}{'TTFT p50':>10}{'p99':>9}{'ITL p50':>9}{'p99':>9}  ms")
     for side, found in results.items():

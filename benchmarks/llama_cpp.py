@@ -35,7 +35,7 @@ _LAYER = {
 
 
 def write_gguf(checkpoint: Path, path: Path, shape: str, q8_0: bool) -> None:
-    """The checkpoint's weights as a GGUF file without a vocabulary."""
+    """The checkpoint's weights as a GGUF file, with its vocabulary if it has a tokenizer."""
     import gguf
     import torch
     from safetensors.torch import load_file
@@ -55,7 +55,15 @@ def write_gguf(checkpoint: Path, path: Path, shape: str, q8_0: bool) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(head_dim)
     writer.add_vocab_size(values["vocab_size"])
-    writer.add_tokenizer_model("none")
+    if (checkpoint / "tokenizer.json").exists():
+        tokenizer = json.loads((checkpoint / "tokenizer.json").read_text("utf-8"))["model"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
+        writer.add_token_types([gguf.TokenType.NORMAL] * len(tokenizer["vocab"]))
+        writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    else:
+        writer.add_tokenizer_model("none")
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
         found = _name(name)
         if found is None:

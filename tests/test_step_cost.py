@@ -73,6 +73,16 @@ def test_requests_that_wait_cost_a_step_nothing() -> None:
     assert calls_of_a_step(decoding(16, waiting=5000)) == calls_of_a_step(decoding(16))
 
 
+@pytest.mark.parametrize("running", [1, 256])
+def test_the_trace_adds_two_spans_to_a_step(running: int) -> None:
+    core = decoding(running)
+    off = calls_of_a_step(core)
+    core.trace.start()
+    on = calls_of_a_step(core)
+    assert len(core.trace) == 2 * 5
+    assert on == off + 2
+
+
 def admission_seconds(count: int) -> float:
     """Of the step thread's time, per request, to take so many requests that come in one instruction."""
     core = loaded_core(4)

@@ -13,7 +13,7 @@ from asyncengine import instructions as ins
 from asyncengine.config import EngineConfig
 from asyncengine.errors import ConfigError, EngineClosedError, ModelNotLoadedError
 from asyncengine.generation import GenerationConfig
-from asyncengine.instructions import InFlight, Instruction, ReplyTo
+from asyncengine.instructions import InFlight, Instruction, NewRequests, ReplyTo
 from asyncengine.loop.default_loader import DefaultLoader
 from asyncengine.loop.health import Health, health_of
 from asyncengine.loop.observer import RequestObserver
@@ -95,17 +95,22 @@ class EngineControl:
 
     # Life cycle
 
-    async def reload(self, config: EngineConfig | str, in_flight: InFlight = "abort") -> EngineConfig:
+    async def reload(
+        self, config: EngineConfig | str, in_flight: InFlight = "abort", new_requests: NewRequests = "wait"
+    ) -> EngineConfig:
         """Loads a model in place of the present one, if there is one; returns its completed configuration.
 
         Everything that can be checked is checked before the present model is let go, and where both fit in memory,
-        it serves until the new one is ready. Requests given after the reload wait for the new model.
+        it serves until the new one is ready.
 
         Args:
             config: An `EngineConfig`, or its JSON.
             in_flight: What happens to requests that were given before: ``"abort"`` ends them at the swap, ``"wait"``
                 lets them finish first, ``"carry"`` goes on with them on the new model, which must have the same
                 tokenizer.
+            new_requests: What happens to requests that are given after the reload: ``"wait"`` keeps the order, they
+                wait for the new model; ``"serve"`` lets the present model serve them as long as it is there, and
+                then `in_flight` holds for them as well.
 
         Raises:
             ConfigError: The configuration is wrong; nothing was changed.
@@ -118,7 +123,9 @@ class EngineControl:
         complete = _config(config)
         if in_flight not in ("abort", "wait", "carry"):
             raise ConfigError(f"in_flight is {in_flight!r}; allowed: 'abort', 'wait', 'carry'")
-        loaded: EngineConfig = await self._call(lambda to: ins.Reload(complete, in_flight, to))
+        if new_requests not in ("wait", "serve"):
+            raise ConfigError(f"new_requests is {new_requests!r}; allowed: 'wait', 'serve'")
+        loaded: EngineConfig = await self._call(lambda to: ins.Reload(complete, in_flight, to, new_requests))
         return loaded
 
     async def unload(self) -> None:

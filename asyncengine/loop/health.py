@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from asyncengine.state import EngineState
 from asyncengine.step.thread import StepThread
 
+_ADMITTING = (EngineState.READY, EngineState.PAUSED, EngineState.SLEEPING)
+
 
 @dataclass(frozen=True, slots=True)
 class Health:
@@ -16,6 +18,7 @@ class Health:
     problems: What is wrong, in words; empty if all is well.
     notes: What works but not as fast as it could, in words.
     loading: What a reload is doing, if one is under way.
+    admits: Whether a request that is given now waits for no model: there is one, and no reload that lets new ones wait.
     step_running_seconds: How long the present step has been running; 0 between steps.
     """
 
@@ -24,6 +27,7 @@ class Health:
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     loading: str | None
+    admits: bool
     step_running_seconds: float
 
 
@@ -43,4 +47,5 @@ def health_of(thread: StepThread) -> Health:
     notes = () if loaded is None else loaded.notes
     if loaded is not None and loaded.drafting is not None and loaded.drafting.failure is not None:
         notes = (*notes, f"speculation: drafting failed, there are no drafts any more: {loaded.drafting.failure!r}")
-    return Health(not problems, state, tuple(problems), notes, core.reloading.phase, running)
+    admits = state in _ADMITTING or core.reloading.serves_new_requests
+    return Health(not problems, state, tuple(problems), notes, core.reloading.phase, admits, running)

@@ -225,7 +225,7 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
     model = _build(details)
     layers = architecture.record(model)
     trial = verification.Trial(model, layers, details.device)
-    trial.run(model, backend)
+    program = None
     try:
         program = _compile(config, details, model, layers, backend)
         if program is not None:
@@ -235,9 +235,12 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
             raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
         notes.append(f"decoder: runs as transformers has it: {error}")
         program = None
-        if isinstance(error, UnsupportedModelError):  # it has given its weights up
+        if isinstance(error, UnsupportedModelError):  # it has taken the weights
             model = _build(details)
             layers = architecture.record(model)
+            trial.layers = layers
+    if program is None:
+        trial.run(model, backend)
     return _Built(model, layers, program, tuple(notes))
 
 

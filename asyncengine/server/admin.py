@@ -24,10 +24,14 @@ _LOOK_SECONDS = 0.05
 
 
 class ReloadBody(msgspec.Struct, kw_only=True):
-    """What ``/admin/reload`` takes: fields of the engine's configuration, and what happens to requests in flight."""
+    """What ``/admin/reload`` takes: fields of the engine's configuration, and what happens to requests.
+
+    Unless told otherwise nobody notices: the present model serves to the end what comes until the next one is ready.
+    """
 
     config: dict[str, Any]
-    in_flight: Literal["abort", "wait", "carry"] = "abort"
+    in_flight: Literal["abort", "wait", "carry"] = "wait"
+    new_requests: Literal["wait", "serve"] = "serve"
     stream: bool = True
 
 
@@ -63,7 +67,7 @@ def routes(service: Service) -> list[Route]:
             config = EngineConfig.from_dict(body.config)
         except TypeError as error:
             raise Refusal(400, f"config: {error}", "invalid_field", "config") from error
-        load = asyncio.ensure_future(engine.reload(config, body.in_flight))
+        load = asyncio.ensure_future(engine.reload(config, body.in_flight, body.new_requests))
         loads.add(load)  # goes on when the client leaves
         load.add_done_callback(loads.discard)
         load.add_done_callback(_retrieve)

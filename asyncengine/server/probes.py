@@ -21,10 +21,10 @@ def routes(service: Service) -> list[Route]:
         return reply(value, 200 if found.ok and found.state is not EngineState.CLOSED else 503)
 
     async def ready(request: Request) -> Response:
-        state = service.engine.state
-        if state is not EngineState.READY:
-            service.unavailable(state)
-        return reply({"ready": True, "state": state.value, "model": service.name})
+        found = service.engine.health()
+        if not found.admits or found.state in (EngineState.PAUSED, EngineState.SLEEPING):
+            service.unavailable(found)
+        return reply({"ready": True, "state": found.state.value, "model": service.name})
 
     async def metrics(request: Request) -> Response:
         return Response(await service.traffic.text(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from asyncengine.errors import ModelNotLoadedError
 from asyncengine.loop.engine import AsyncEngine
+from asyncengine.loop.health import Health
 from asyncengine.server.call_layout import CallLayout, call_layout
 from asyncengine.server.exposition import Traffic
 from asyncengine.server.naming import model_name
@@ -27,9 +28,6 @@ from asyncengine.tokenizer import ParsingTokenizer, Tokenizer
 logger = logging.getLogger("asyncengine.server")
 
 T = TypeVar("T")
-
-_SERVING = (EngineState.READY, EngineState.PAUSED, EngineState.SLEEPING)
-"""States in which a request is admitted; while paused or asleep it waits."""
 
 
 class Service:
@@ -70,21 +68,21 @@ class Service:
         Raises:
             Refusal: There is none just now (503), or another one was asked for (404).
         """
-        state = self.engine.state
-        if state not in _SERVING:
-            self.unavailable(state)
+        health = self.engine.health()
+        if not health.admits:
+            self.unavailable(health)
         name = self.name or ""
         if model is not None and model != name:
             raise Refusal(404, f"the model {model!r} does not exist; there is {name!r}", "model_not_found", "model")
         return name
 
-    def unavailable(self, state: EngineState) -> NoReturn:
+    def unavailable(self, health: Health) -> NoReturn:
         """Refuses because of the engine's state.
 
         Raises:
             Refusal: Always.
         """
-        health = self.engine.health()
+        state = health.state
         words = {
             EngineState.LOADING: f"the model is being loaded ({health.loading or 'just begun'})",
             EngineState.UNLOADED: self.problem or "there is no model",

@@ -123,10 +123,17 @@ class Core:
         if self._later:
             instructions, self._later = [*self._later, *instructions], []
         for instruction in instructions:
-            if self.reloading.busy and not isinstance(instruction, _NEVER_HELD):
+            if self._must_wait(instruction):
                 self._held.append(instruction)
             else:
                 self._execute(instruction)
+
+    def _must_wait(self, instruction: Instruction) -> bool:
+        """Whether a reload holds it up. Nothing overtakes what waits already."""
+        if not self.reloading.busy or isinstance(instruction, _NEVER_HELD):
+            return False
+        serves = isinstance(instruction, ins.AddRequests) and self.reloading.serves_new_requests
+        return not serves or bool(self._held)
 
     def release_held(self) -> None:
         """Goes on with what was given after a reload, now that it is through."""
@@ -165,12 +172,12 @@ class Core:
                 self.reloading.job_done(instruction)
                 return
             case ins.Reload():
-                self.reloading.begin(Action.RELOAD, instruction.config, instruction.in_flight, reply_to)
+                self.reloading.begin(Action.RELOAD, instruction)
                 return
             case ins.Restart():
                 after = next_state(Action.RESTART, self.state)
                 assert self.loaded is not None and after is EngineState.LOADING
-                self.reloading.begin(Action.RESTART, self.loaded.config, "carry", reply_to)
+                self.reloading.begin(Action.RESTART, ins.Reload(self.loaded.config, "carry", reply_to))
                 return
             case ins.Unload():
                 self.move(Action.UNLOAD)

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from asyncengine.config import EngineConfig
 from asyncengine.errors import AsyncEngineError, IllegalStateError, ReloadError
-from asyncengine.instructions import InFlight, JobDone, ReplyTo
+from asyncengine.instructions import JobDone, Reload
 from asyncengine.state import Action, EngineState, next_state
 from asyncengine.step.model import LoadedModel, Loader, LoadPlan
 
@@ -34,9 +33,7 @@ class _Phase(enum.Enum):
 
 @dataclass(slots=True)
 class _Reload:
-    config: EngineConfig
-    in_flight: InFlight
-    reply_to: ReplyTo | None
+    asked: Reload
     state_before: EngineState
     phase: _Phase = _Phase.CHECKING
     plan: LoadPlan | None = None
@@ -74,7 +71,18 @@ class Reloading:
         """Whether the present model must not be stepped: it was paused, asleep or lost before."""
         return self._reload is not None and self._reload.state_before is not EngineState.READY
 
-    def begin(self, action: Action, config: EngineConfig, in_flight: InFlight, reply_to: ReplyTo | None) -> None:
+    @property
+    def serves_new_requests(self) -> bool:
+        """Whether requests that are given now go to the present model."""
+        reload = self._reload
+        return (
+            reload is not None
+            and reload.asked.new_requests == "serve"
+            and reload.state_before is EngineState.READY
+            and reload.phase in (_Phase.CHECKING, _Phase.LOADING_BESIDE)
+        )
+
+    def begin(self, action: Action, asked: Reload) -> None:
         """Begins a reload, or a restart.
 
         Raises:
@@ -83,15 +91,15 @@ class Reloading:
         core = self._core
         before = core.state
         after = next_state(action, before)
-        if in_flight == "wait" and before in (EngineState.PAUSED, EngineState.SLEEPING) and len(core.requests):
+        if asked.in_flight == "wait" and before in (EngineState.PAUSED, EngineState.SLEEPING) and len(core.requests):
             raise IllegalStateError(
                 f"in_flight is 'wait', but the engine is {before.value} and its {len(core.requests)} requests "
                 "will not finish; resume or wake it first, or choose 'abort' or 'carry'"
             )
         core.state = after
-        self._reload = _Reload(config, in_flight, reply_to, before)
+        self._reload = _Reload(asked, before)
         current, loader = core.loaded, self._loader
-        self._start(lambda: loader.check(config, current))
+        self._start(lambda: loader.check(asked.config, current))
 
     def job_done(self, done: JobDone) -> None:
         """Moves on when a job has ended."""
@@ -146,9 +154,9 @@ class Reloading:
 
     def _empty(self, reload: _Reload) -> None:
         core = self._core
-        if reload.in_flight == "abort":
+        if reload.asked.in_flight == "abort":
             core.requests.abort_all()
-        elif reload.in_flight == "wait" and len(core.requests):
+        elif reload.asked.in_flight == "wait" and len(core.requests):
             if not self.holds_steps:
                 return
             # Those that wait behind a lost device cannot finish on it.
@@ -177,7 +185,7 @@ class Reloading:
         self._job += 1
         if reload.beside is not None:
             reload.beside.model.close()
-        self._core.outbox.reply(reload.reply_to, error=error)
+        self._core.outbox.reply(reload.asked.reply_to, error=error)
 
     def discard(self, done: JobDone) -> None:
         """Lets go of what a job made that nobody waits for any longer."""
@@ -196,7 +204,8 @@ class Reloading:
         return view is None or plan is None or plan.tokenizer_key == view.tokenizer_key
 
     def _may_carry(self, reload: _Reload) -> bool:
-        if reload.in_flight != "carry" or not len(self._core.requests) or self._same_tokenizer(reload):
+        may_be_some = len(self._core.requests) or self.serves_new_requests
+        if reload.asked.in_flight != "carry" or not may_be_some or self._same_tokenizer(reload):
             return True
         self._fail(ReloadError("in_flight is 'carry', but the new model has another tokenizer than the present one"))
         return False
@@ -212,7 +221,7 @@ class Reloading:
             raise
         self._reload = None
         core.move(Action.LOADED)
-        core.outbox.reply(reload.reply_to, loaded.config)
+        core.outbox.reply(reload.asked.reply_to, loaded.config)
         core.release_held()
 
     def _fail(self, cause: BaseException) -> None:
@@ -223,14 +232,14 @@ class Reloading:
             reload.beside.model.close()
         error = cause
         if not isinstance(cause, AsyncEngineError):
-            error = ReloadError(f"loading {reload.config.model!r} failed: {cause!r}")
+            error = ReloadError(f"loading {reload.asked.config.model!r} failed: {cause!r}")
             error.__cause__ = cause
         if core.loaded is not None:
             core.state = reload.state_before
         else:
-            lost = ReloadError(f"the model was let go and {reload.config.model!r} failed to load")
+            lost = ReloadError(f"the model was let go and {reload.asked.config.model!r} failed to load")
             lost.__cause__ = cause
             core.requests.abort_all(lost)
             core.move(Action.LOAD_FAILED)
-        core.outbox.reply(reload.reply_to, error=error)
+        core.outbox.reply(reload.asked.reply_to, error=error)
         core.release_held()

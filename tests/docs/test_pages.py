@@ -83,6 +83,12 @@ def test_every_way_to_leave_names_its_test() -> None:
     assert not [row for row in rows if "`test_" not in row]
 
 
+def test_every_promise_names_its_tests() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.+) \| (.+) \|$", text(ROOT / "docs/promises.md"), re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 35))
+    assert not [number for number, _, tests in rows if "`test" not in tests and "cancellation.md" not in tests]
+
+
 @pytest.mark.parametrize("page", NAMED, ids=name)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):

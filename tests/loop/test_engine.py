@@ -296,10 +296,12 @@ async def test_a_wrong_configuration_changes_nothing(rig: Rig, config: Any, mess
             AsyncEngine(config)
 
 
-async def test_an_unknown_treatment_of_requests_in_flight_changes_nothing(rig: Rig) -> None:
-    for in_flight in ("drop", None, [], 3):
+async def test_an_unknown_treatment_of_requests_changes_nothing(rig: Rig) -> None:
+    for wrong in ("drop", None, [], 3):
         with pytest.raises(ConfigError, match="in_flight"):
-            await rig.engine.reload(rig.config, in_flight)  # type: ignore[arg-type]
+            await rig.engine.reload(rig.config, wrong)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"new_requests is .*; allowed: 'wait', 'serve'"):
+            await rig.engine.reload(rig.config, new_requests=wrong)  # type: ignore[arg-type]
     await rig.serves()
 
 
@@ -351,6 +353,19 @@ async def test_instructions_given_after_a_reload_wait_for_the_new_model(rig: Rig
     await rig.engine.resume()
     assert (await adding).text == "new"
     assert [result.text for result in await many] == ["new", "new"]
+    await rig.comes_to_rest()
+
+
+async def test_new_requests_may_be_served_while_the_new_model_is_loaded(rig: Rig) -> None:
+    rig.loader.gate = threading.Event()
+    rig.loader.script = lambda prompt, branch: b"new"
+    reloading = asyncio.create_task(rig.engine.reload(rig.config, "wait", "serve"))
+    await asyncio.sleep(0)
+    assert (await rig.engine.generate("old")).text == "old"
+    assert rig.engine.state is S.LOADING and rig.engine.health().admits
+    rig.loader.gate.set()
+    await reloading
+    assert (await rig.engine.generate("old")).text == "new"
     await rig.comes_to_rest()
 
 

@@ -201,8 +201,8 @@ class Machine:
         elif name == "take" and (track := self.pick(value)):
             track.take(1 + value % 4)
         elif name == "reload":
-            kind, in_flight = value
-            self.call(engine.reload(self.rig.config.replace(model=kind), in_flight))
+            kind, in_flight, new_requests = value
+            self.call(engine.reload(self.rig.config.replace(model=kind), in_flight, new_requests))
         elif name == "update_weights":
             self.call(engine.update_weights({"w": value or None}))
         elif name == "pin":
@@ -373,7 +373,9 @@ OPERATIONS = st.one_of(
     st.tuples(
         st.just("reload"),
         st.tuples(
-            st.sampled_from(["scripted", "scripted", "refused", "broken"]), st.sampled_from(["abort", "wait", "carry"])
+            st.sampled_from(["scripted", "scripted", "refused", "broken"]),
+            st.sampled_from(["abort", "wait", "carry"]),
+            st.sampled_from(["wait", "serve"]),
         ),
     ),
     st.tuples(

@@ -54,8 +54,8 @@ async def test_a_reload_tells_of_its_progress() -> None:
         body = {"config": {"model": "other", "max_num_sequence": 3}}
         call = asyncio.ensure_future(client.post("/admin/reload", json=body))
         await until(lambda: engine.state.value == "loading")
-        waiting = await client.post("/v1/completions", json=completion(), headers=AUTH)
-        assert waiting.status_code == 503
+        assert (await client.post("/v1/completions", json=completion())).status_code == 200  # by the present model
+        assert (await client.get("/ready")).status_code == 200
         await asyncio.sleep(0.06)  # so that the load is seen to be under way
         loader.gate.set()
         found = named_events((await call).text)
@@ -63,6 +63,19 @@ async def test_a_reload_tells_of_its_progress() -> None:
         assert any(payload["state"] == "loading" for name, payload in found if name == "progress")
         assert found[-1][1]["config"]["max_num_sequence"] == 3
         assert (await client.get("/v1/models")).json()["data"][0]["id"] == "other"
+
+
+async def test_a_reload_may_have_new_requests_wait() -> None:
+    async with administered() as (client, engine, loader):
+        loader.gate = threading.Event()
+        body = {"config": {"model": "other"}, "new_requests": "wait", "stream": False}
+        call = asyncio.ensure_future(client.post("/admin/reload", json=body))
+        await until(lambda: engine.state.value == "loading")
+        refused = await client.post("/v1/completions", json=completion())
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        assert (await client.get("/ready")).status_code == 503
+        loader.gate.set()
+        assert (await call).status_code == 200
 
 
 async def test_a_reload_that_fails_says_why_and_the_old_model_serves() -> None:
@@ -83,6 +96,7 @@ async def test_a_reload_that_fails_says_why_and_the_old_model_serves() -> None:
         ({"config": {"model": "a", "colour": 1}}, "colour"),
         ({"config": {"model": "a", "max_num_sequence": 0}}, "max_num_sequence"),
         ({"config": {"model": "a"}, "in_flight": "maybe"}, "in_flight"),
+        ({"config": {"model": "a"}, "new_requests": "drop"}, "new_requests"),
     ],
 )
 async def test_a_wrong_configuration_is_refused_before_anything_happens(body: dict[str, Any], word: str) -> None:

@@ -312,6 +312,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         in_flight=st.sampled_from(["abort", "wait", "carry"]),
+        new_requests=st.sampled_from(["wait", "serve"]),
         model=st.sampled_from(["a", "b", "c", "fails check", "fails load"]),
         fits=st.booleans(),
         size=st.sampled_from([32, 48, 64, 96]),
@@ -328,6 +329,7 @@ class CoreMachine(RuleBasedStateMachine):
         self,
         data: st.DataObject,
         in_flight: ins.InFlight,
+        new_requests: ins.NewRequests,
         model: str,
         fits: bool,
         size: int,
@@ -358,7 +360,7 @@ class CoreMachine(RuleBasedStateMachine):
             max_single_sequence_length=length,
             **self.drafts_by(drafts, longest),
         )
-        self.later(data, lambda to: ins.Reload(new, in_flight, to))
+        self.later(data, lambda to: ins.Reload(new, in_flight, to, new_requests))
 
     @precondition(lambda self: bool(self.case.jobs))
     @rule(lost=st.booleans())

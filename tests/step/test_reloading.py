@@ -24,8 +24,14 @@ from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from .core_case import EOS, Case, config, loaded
 
 
-def reload(case: Case, model: str = "other", in_flight: ins.InFlight = "abort", **changes: Any) -> int:
-    return case.call(lambda to: ins.Reload(config(model, **changes), in_flight, to))
+def reload(
+    case: Case,
+    model: str = "other",
+    in_flight: ins.InFlight = "abort",
+    new_requests: ins.NewRequests = "wait",
+    **changes: Any,
+) -> int:
+    return case.call(lambda to: ins.Reload(config(model, **changes), in_flight, to, new_requests))
 
 
 def names(case: Case) -> list[bool]:
@@ -174,6 +180,79 @@ class TestOnlyOneFits:
 
 
 FITS = pytest.mark.parametrize("fits_beside", [True, False])
+
+
+class TestNewRequests:
+    def test_are_served_by_the_present_model_until_the_next_one_is_there(self) -> None:
+        case = loaded()
+        ticket = reload(case, "other", "wait", "serve")
+        while_checking = case.add("abc")
+        case.step()
+        assert case.text(while_checking) == "a"
+        case.run_job()
+        while_loading = case.add("xyz")
+        case.step()
+        assert case.text(while_loading) == "x" and not case.core._held
+        case.run_job()
+        later = case.new("new")
+        admission = case.call(lambda to: case.adding(later, to=to))
+        assert not case.answered(admission)  # or else the swap might never come
+        case.run()
+        assert case.text(while_checking) == "abc" and case.text(while_loading) == "xyz"
+        assert case.answered(ticket) and case.answer(admission) is False
+        assert names(case) == [True, False]
+
+    @FITS
+    @pytest.mark.parametrize(("in_flight", "outcome"), [("abort", "abort"), ("carry", "stop")])
+    def test_share_the_lot_of_those_before(self, fits_beside: bool, in_flight: Any, outcome: str) -> None:
+        case = loaded(fits_beside=fits_beside)
+        reload(case, "other", in_flight, "serve")
+        number = case.add("abcdef")
+        case.step(2)
+        case.run_jobs()
+        case.run()
+        assert case.reason(number) == outcome
+
+    def test_wait_where_there_is_no_model_to_serve_them(self) -> None:
+        case = loaded(fits_beside=False)
+        reload(case, "other", "abort", "serve")
+        case.run_job()
+        held = case.call(lambda to: case.adding(case.new("abc"), to=to))
+        assert not case.answered(held)
+        case.run_jobs()
+        assert case.answered(held)
+
+    @pytest.mark.parametrize("instruction", [ins.Pause, ins.Sleep])
+    def test_wait_where_the_present_model_does_not_step(self, instruction: Any) -> None:
+        case = loaded()
+        case.ask(instruction)
+        reload(case, "other", "abort", "serve")
+        held = case.call(lambda to: case.adding(case.new("abc"), to=to))
+        case.run_job()
+        assert not case.answered(held)
+
+    def test_overtake_nothing_that_waits(self) -> None:
+        case = loaded()
+        reload(case, "other", "abort", "serve")
+        paused = case.call(ins.Pause)
+        held = case.call(lambda to: case.adding(case.new("abc"), to=to))
+        assert not case.answered(paused) and not case.answered(held)
+
+    def test_to_be_carried_to_another_tokenizer_are_refused_before_there_are_any(self) -> None:
+        case = loaded()
+        case.loader.tokenizer = None
+        ticket = reload(case, "other", "carry", "serve")
+        case.run_jobs()
+        assert "another tokenizer" in str(case.error(ticket)) and case.state is EngineState.READY
+
+    def test_go_on_after_a_load_that_failed(self) -> None:
+        case = loaded()
+        case.loader.load_errors = {"bad": OSError("gone")}
+        reload(case, "bad", "abort", "serve")
+        number = case.add("abc")
+        case.run_jobs()
+        case.run()
+        assert case.text(number) == "abc" and case.state is EngineState.READY
 
 
 class TestInFlight:
