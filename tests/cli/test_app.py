@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def test_help_imports_no_model_code(arguments: list[str]) -> None:
     slow = {*HEAVY, "pydantic", "numpy", "asyncio", "anyio", "uvloop", "rich", "starlette", "uvicorn", "httpx"}
     assert not set(done.stderr.split()) & slow
     assert "asyncengine" in done.stdout
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"]], ids=["all", "one"])
+def test_help_is_there_at_once(arguments: list[str]) -> None:
+    def seconds(*command: str) -> float:
+        best = float("inf")
+        for _ in range(5):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
+            best = min(best, time.perf_counter() - begun)
+        return best
+
+    assert seconds("-m", "asyncengine", *arguments) < max(0.3, 3 * seconds("-c", "import typer"))
 
 
 def test_the_console_script_and_the_module_are_the_same_command() -> None:
