@@ -9,11 +9,13 @@ that only counts. All three alternate within a round; the server process's CPU t
 * CPU per token: of the server process, step thread included. A token costs less where deltas are merged: "chunks" says
   how many events there were per token.
 * requests/s: the same with answers of one token, not streamed, 256 at a time.
-* added first token: one request at a time over a socket, from sending to the first content, less the same without HTTP.
+* first token: the median over the requests, all of which begin at once, from the call, or from sending, to the first
+  content; "added" is the difference to "engine". And of one request at a time, on an engine that does nothing else.
 
-The last line is one JSON object.
+Tokens are delivered by the compiled code, as with any real model. The last line is one JSON object. It takes some two
+minutes.
 
-    python -m benchmarks.server [--streams 256] [--tokens 200] [--step-ms 8] [--rounds 5]
+    python -m benchmarks.server [--streams 256] [--tokens 200] [--step-ms 8 25] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -36,6 +38,7 @@ import uvicorn
 import uvloop
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from asyncengine.loop import delivery
 from asyncengine.server import create_app
 from asyncengine.step.batch import StepBatch, StepTokens
 from asyncengine.testing import ByteTokenizer
@@ -75,18 +78,43 @@ def request_head(length: int) -> str:
     return f"POST {PATH} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
 
 
-async def through_engine(engine: AsyncEngine, tokens: int, stream: bool) -> int:
-    config = GenerationConfig(max_tokens=tokens)
+@dataclasses.dataclass(slots=True)
+class Seen:
+    """What readers saw.
+
+    Attributes:
+        chunks: Events with content.
+        firsts: Seconds to the first of them, one per request that streams.
+    """
+
+    chunks: int = 0
+    firsts: list[float] = dataclasses.field(default_factory=list)
+
+    def add(self, begun: float, chunks: int = 1) -> None:
+        """Notes events of a request; the first ones say when."""
+        if not self.chunks and chunks:
+            self.firsts.append(time.perf_counter() - begun)
+        self.chunks += chunks
+
+
+def together(seen: Iterable[Seen]) -> Seen:
+    """Of all."""
+    every = list(seen)
+    return Seen(sum(one.chunks for one in every), [first for one in every for first in one.firsts])
+
+
+async def through_engine(engine: AsyncEngine, tokens: int, stream: bool) -> Seen:
+    config, seen, begun = GenerationConfig(max_tokens=tokens), Seen(), time.perf_counter()
     if not stream:
-        return len((await engine.chat(MESSAGES, config)).text)
-    chunks = 0
+        return Seen(len((await engine.chat(MESSAGES, config)).text))
     async for output in engine.chat(MESSAGES, config):
-        chunks += bool(output.text)
-    return chunks
+        if output.text:
+            seen.add(begun)
+    return seen
 
 
-async def through_app(app: Any, tokens: int, stream: bool) -> int:
-    chunks, asked = 0, False
+async def through_app(app: Any, tokens: int, stream: bool) -> Seen:
+    seen, asked, begun = Seen(), False, time.perf_counter()
     content = body(tokens, stream)
     never = asyncio.Event()
 
@@ -98,10 +126,12 @@ async def through_app(app: Any, tokens: int, stream: bool) -> int:
         return {"type": "http.request", "body": content, "more_body": False}
 
     async def send(message: dict[str, Any]) -> None:
-        nonlocal chunks
         if message["type"] == "http.response.start":
             assert message["status"] == 200
-        chunks += message.get("more_body", False)
+        if stream:
+            seen.add(begun, message.get("body", b"").count(b'"content":"a'))
+        else:
+            seen.chunks += message["type"] == "http.response.body"
 
     scope = {
         "type": "http",
@@ -113,43 +143,44 @@ async def through_app(app: Any, tokens: int, stream: bool) -> int:
         "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())],
     }
     await app(scope, receive, send)
-    return chunks
+    return seen
 
 
-async def over_socket(port: int, requests: int, tokens: int, stream: bool) -> int:
+async def over_socket(port: int, requests: int, tokens: int, stream: bool) -> Seen:
     """Sends requests one after the other on one connection; counts events, and checks that each ended."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    content, chunks = body(tokens, stream), 0
-    head = (
-        f"POST {PATH} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-    )
+    content, every = body(tokens, stream), []
+    head = request_head(len(content)).encode()
     for _ in range(requests):
-        writer.write(head.encode() + content)
+        seen, begun = Seen(), time.perf_counter()
+        every.append(seen)
+        writer.write(head + content)
         if stream:
             tail = b""
             while not tail.endswith(b"0\r\n\r\n"):
                 data = await reader.read(1 << 16)
                 assert data, "the server closed the connection"
-                chunks += data.count(b"data: {")
+                seen.add(begun, data.count(b'"content":"a'))
                 tail = (tail + data)[-5:]
         else:
             headers = await reader.readuntil(b"\r\n\r\n")
             assert headers.startswith(b"HTTP/1.1 200"), headers
             length = int(headers.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
             await reader.readexactly(length)
-            chunks += 1
+            seen.chunks += 1
     writer.close()
-    return chunks
+    return together(every)
 
 
 def client(port: int, streams: int, requests: int, tokens: int, stream: bool) -> None:
-    """The other process: begins when it is told to, and says how many events there were."""
+    """The other process: begins when it is told to, and says what it saw."""
 
-    async def run() -> int:
-        return sum(await asyncio.gather(*[over_socket(port, requests, tokens, stream) for _ in range(streams)]))
+    async def run() -> Seen:
+        return together(await asyncio.gather(*[over_socket(port, requests, tokens, stream) for _ in range(streams)]))
 
+    print("ready", flush=True)
     sys.stdin.readline()
-    print(uvloop.run(run()), flush=True)
+    print(json.dumps(dataclasses.asdict(uvloop.run(run()))), flush=True)
 
 
 @asynccontextmanager
@@ -165,11 +196,12 @@ async def served(app: Any) -> Any:
         await serving
 
 
-async def timed(work: Callable[[], Awaitable[int]], tokens: int) -> dict[str, float]:
+async def timed(work: Callable[[], Awaitable[Seen]], tokens: int) -> dict[str, float]:
     cpu, begun = time.process_time(), time.perf_counter()
-    chunks = await work()
+    seen = await work()
     seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    return {"per_second": tokens / seconds, "cpu_us": cpu / tokens * 1e6, "chunks": chunks / tokens}
+    first = {"first_ms": statistics.median(seen.firsts) * 1e3} if seen.firsts else {}
+    return {"per_second": tokens / seconds, "cpu_us": cpu / tokens * 1e6, "chunks": seen.chunks / tokens, **first}
 
 
 async def measured(step: float, streams: int, requests: int, tokens: int, stream: bool) -> dict[str, dict[str, float]]:
@@ -178,12 +210,14 @@ async def measured(step: float, streams: int, requests: int, tokens: int, stream
         app = create_app(engine)
         total = streams * requests * (tokens if stream else 1)
 
-        async def repeat(one: Callable[[], Awaitable[int]]) -> int:
-            return sum([await one() for _ in range(requests)])
+        async def repeat(one: Callable[[], Awaitable[Seen]]) -> Seen:
+            return together([await one() for _ in range(requests)])
 
-        async def all_of(one: Callable[[], Awaitable[int]]) -> int:
-            return sum(await asyncio.gather(*[repeat(one) for _ in range(streams)]))
+        async def all_of(one: Callable[[], Awaitable[Seen]]) -> Seen:
+            return together(await asyncio.gather(*[repeat(one) for _ in range(streams)]))
 
+        await through_engine(engine, 1, stream)  # what the first one alone costs
+        await through_app(app, 1, stream)
         found = {
             "engine": await timed(lambda: all_of(lambda: through_engine(engine, tokens, stream)), total),
             "app": await timed(lambda: all_of(lambda: through_app(app, tokens, stream)), total),
@@ -193,9 +227,11 @@ async def measured(step: float, streams: int, requests: int, tokens: int, stream
             command = [sys.executable, "-m", "benchmarks.server", "--client", *arguments]
             pipe = subprocess.PIPE
             with await asyncio.to_thread(subprocess.Popen, command, stdin=pipe, stdout=pipe, text=True) as other:
+                assert other.stdout is not None
+                assert await asyncio.to_thread(other.stdout.readline) == "ready\n"
 
-                async def ask() -> int:
-                    return int((await asyncio.to_thread(other.communicate, "go\n"))[0])
+                async def ask() -> Seen:
+                    return Seen(**json.loads((await asyncio.to_thread(other.communicate, "go\n"))[0]))
 
                 found["http"] = await timed(ask, total)
         return found
@@ -227,13 +263,17 @@ def medians(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, fl
     for way in ("engine", "app", "http"):
         found[way] = {key: statistics.median(r[way][key] for r in rounds) for key in rounds[0][way]}
         found[way]["kept"] = statistics.median(r[way]["per_second"] / r["engine"]["per_second"] for r in rounds)
+        if "first_ms" in found[way]:
+            found[way]["added_ms"] = statistics.median(r[way]["first_ms"] - r["engine"]["first_ms"] for r in rounds)
     return {way: {key: round(value, 3) for key, value in row.items()} for way, row in found.items()}
 
 
 def show(title: str, rows: dict[str, dict[str, float]]) -> None:
-    print(f"{title:>24} {'per second':>12} {'kept':>7} {'CPU us':>9} {'chunks':>8}")
+    print(f"{title:>24} {'per second':>12} {'kept':>7} {'CPU us':>9} {'chunks':>8} {'first ms':>9} {'added ms':>9}")
     for way, row in rows.items():
-        print(f"{way:>24} {row['per_second']:>12,.0f} {row['kept']:>7.3f} {row['cpu_us']:>9.1f} {row['chunks']:>8.2f}")
+        first = f"{row['first_ms']:>9.1f} {row['added_ms']:>9.1f}" if "first_ms" in row else ""
+        told = f"{row['per_second']:>12,.0f} {row['kept']:>7.3f} {row['cpu_us']:>9.1f} {row['chunks']:>8.2f}"
+        print(f"{way:>24} {told} {first}", flush=True)
 
 
 def main() -> None:
@@ -245,8 +285,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--step-ms", type=float, nargs="+", default=[8.0, 25.0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    delivery.use_compiled()
     results: dict[str, Any] = {}
     for step in arguments.step_ms:
         rounds = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import json
 import os
@@ -11,12 +12,22 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PORT = int(os.environ.get("PORT", "8765"))
 ROOT = f"http://127.0.0.1:{PORT}"
 TINY = f"http://127.0.0.1:{PORT + 1}"
+NAMED = f"http://127.0.0.1:{PORT + 2}"
 CHECKPOINT = Path(__file__).resolve().parent.parent / "asyncengine/tiny/checkpoint"
 ANSWER = "The answer is 42."
+OPENAI_TESTS = {
+    "chat/test_completions.py": ("gpt-6-astra", "create and not all_params"),
+    "test_completions.py": ("gpt-3.5-turbo-instruct", "create and not all_params"),
+    "test_embeddings.py": ("text-embedding-3-small", "create and (loose or all_params)"),
+    "test_models.py": ("gpt-6-astra", "retrieve or list"),
+}
+"""Of each file: the model that it asks for, and which of its tests are run. Those with all parameters send ``audio`` or
+``suffix``, which are refused; the client's own type has no place for the base64 that it asks for by itself."""
 CAPITALS = {
     "France": ["Paris", "Rome", "Tokyo"],
     "Italy": ["Rome", "Berlin", "Paris"],
@@ -34,7 +45,26 @@ def served(which: str) -> None:
     if which == "tiny":
         sys.exit(serve(EngineConfig("tiny", mode="local"), port=PORT + 1))
     loader = ScriptedLoader(lambda prompt, branch: ANSWER.encode(), tokenizer=ByteTokenizer())
+    if which == "named":
+        asyncio.run(_served_by_names(loader))
+        sys.exit()
     sys.exit(serve(EngineConfig("scripted"), port=PORT, loader=loader))
+
+
+async def _served_by_names(loader: Any) -> None:
+    """One engine below ``/NAME`` for every name that OpenAI's own tests ask for."""
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    from asyncengine import AsyncEngine, EngineConfig
+    from asyncengine.server import create_app
+
+    async with AsyncEngine(EngineConfig("scripted"), loader=loader) as engine:
+        names = sorted({name for name, _ in OPENAI_TESTS.values()})
+        mounts = [Mount(f"/{name}", create_app(engine, served_model_name=name)) for name in names]
+        config = uvicorn.Config(Starlette(routes=mounts), port=PORT + 2, log_level="error", lifespan="off")
+        await uvicorn.Server(config).serve()
 
 
 def litellm() -> str:
@@ -130,6 +160,27 @@ def schemathesis() -> str:
     return "no server error, and every answer as the document says"
 
 
+def openai_sdist() -> str:
+    """The API tests in the source distribution of OpenAI's client, strictly and not, by each of its HTTP clients."""
+    [root] = [path for path in SDIST.iterdir() if path.is_dir()]
+    passed = []
+    for file, (name, chosen) in OPENAI_TESTS.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", chosen]
+        environment = os.environ | {"TEST_API_BASE_URL": f"{NAMED}/{name}/v1"}
+        run = subprocess.run(
+            [*command, f"tests/api_resources/{file}"],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+            cwd=root,
+            env=environment,
+        )
+        assert run.returncode == 0, run.stdout[-3000:]
+        passed.append(f"{file} {run.stdout.strip().splitlines()[-1].split(' in ')[0].split(',')[0]}")
+    return "its own API tests that create, retrieve and list: " + ", ".join(passed)
+
+
 def openai_in_javascript() -> str:
     """OpenAI's client for Node, which `scripts/judges` has put beside the other judges."""
     program = Path(__file__).resolve().with_suffix(".mjs")
@@ -141,6 +192,8 @@ def openai_in_javascript() -> str:
 
 def version_of(judge: str) -> str:
     """Which version of it was asked."""
+    if judge == "openai (sdist)":
+        return importlib.metadata.version("openai")
     if judge != "openai (JavaScript)":
         return importlib.metadata.version(judge)
     package = json.loads((NODE / "node_modules/openai/package.json").read_text())
@@ -154,6 +207,9 @@ JUDGES: dict[str, Callable[[], str]] = {
     "lm-eval": lm_eval,
     "schemathesis": schemathesis,
 }
+SDIST = Path(sys.prefix) / "openai-sdist"
+if SDIST.exists():
+    JUDGES["openai (sdist)"] = openai_sdist
 NODE = Path(sys.prefix) / "node"
 if (NODE / "node_modules/openai").exists():
     JUDGES["openai (JavaScript)"] = openai_in_javascript

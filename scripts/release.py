@@ -17,11 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 5_000_000
 NEEDED = (
     "py.typed", "tiny/checkpoint/model.safetensors", "tiny/checkpoint/tokenizer.json", "server/page.html",
-    "cli/timeline.html", "model/attention/paged_attention.cpp", "model/decoder/decoder.cpp",
+    "cli/timeline.html", "loop/delivery.c", "model/attention/paged_attention.cpp", "model/decoder/decoder.cpp",
+    "tiny/draft/model.safetensors",
 )  # fmt: skip
 IN_SDIST = (
-    "asyncengine", "tests", "benchmarks", "docs", "scripts", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml",
-    "PKG-INFO", ".gitignore",
+    "asyncengine", "tests", "benchmarks", "docs", "scripts", "README.md", "CHANGELOG.md", "LICENSE", "mkdocs.yml",
+    "pyproject.toml", "PKG-INFO", ".gitignore",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import subprocess
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -94,3 +95,8 @@ def test_an_sdist_has_nothing_else(release: ModuleType, tmp_path: Path) -> None:
                 release.check_sdist(path)
         else:
             release.check_sdist(path)
+
+
+def test_what_the_project_puts_into_an_sdist_is_allowed_there(release: ModuleType) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert set(project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]) <= set(release.IN_SDIST)

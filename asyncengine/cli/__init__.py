@@ -5,6 +5,6 @@ asyncengine serve ./checkpoint        OpenAI's and Anthropic's API on port 8000
 asyncengine estimate ./checkpoint     what it would take to serve it
 """
 
-from asyncengine.cli.app import app, main
+from asyncengine.cli.app import application, main
 
-__all__ = ["app", "main"]
+__all__ = ["application", "main"]

@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 _PACKAGES = (
@@ -24,6 +23,8 @@ def environment() -> None:
 
 
 def _rows() -> Iterator[tuple[str, str]]:
+    from importlib import metadata  # brings the email package
+
     from asyncengine._version import __version__
 
     yield "asyncengine", __version__
@@ -64,12 +65,19 @@ def _compiler() -> Iterator[tuple[str, str]]:
         yield "compiler", shlex.join(find_compiler())
     except BuildError as error:
         yield "compiler", str(error)
-    home = cache_directory()
+    try:
+        home = cache_directory()
+    except RuntimeError as error:
+        yield "kernel cache", f"none: {error} XDG_CACHE_HOME may name a directory"
+        return
     builds = [build for build in sorted(home.iterdir()) if build.is_dir()] if home.is_dir() else []
     size = sum(file.stat().st_size for build in builds for file in build.iterdir())
     yield "kernel cache", f"{_short(home)}, {len(builds)} builds, {size / 1e6:.1f} MB"
 
 
 def _short(path: Path) -> str:
-    home = Path.home()
+    try:
+        home = Path.home()
+    except RuntimeError:  # this user has none, as in a container
+        return str(path)
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)

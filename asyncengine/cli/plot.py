@@ -13,6 +13,8 @@ _PANEL_WIDTH, _PANEL_HEIGHT = 360, 200
 CORNERS = ((70, 80), (510, 80), (70, 360), (510, 360))
 _POINTS = 240
 _BINS = 60
+_MARK_WIDTH = 70
+"""Room that the name of a mark takes."""
 
 Points = list[tuple[float, float]]
 
@@ -101,7 +103,9 @@ class Panel:
             x = self._x(value)
             yield f'<path d="M{x:.1f} {top}V{bottom}" stroke="#c2410c" stroke-dasharray="3 3"/>'
             text = f"{name} {_number(value)}"
-            yield f'<text x="{x - 4:.1f}" y="{top + 12 + 16 * row}" text-anchor="end" fill="#c2410c">{text}</text>'
+            left_of_it = x - left > _MARK_WIDTH
+            place = f'x="{x - 4:.1f}" text-anchor="end"' if left_of_it else f'x="{x + 4:.1f}"'
+            yield f'<text {place} y="{top + 12 + 16 * row}" fill="#c2410c">{text}</text>'
         if self._limit:
             path = "L".join(f"{self._x(x):.1f} {self._y(y):.1f}" for x, y in self._limit)
             yield f'<path d="M{path}" fill="none" stroke="#c2410c" stroke-width="2" stroke-dasharray="5 4"/>'

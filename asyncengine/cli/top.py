@@ -118,7 +118,7 @@ class Look:
             ("inter-token", _time(self.mean(before, "inter_token_latency_seconds"))),
             ("step", _time(self.mean(before, "step_seconds"))),
             ("batch", _number(self.mean(before, "batch_size"))),
-            ("loop lag", _time(self.of("event_loop_lag_seconds"))),
+            ("loop lag", _time(self.mean(before, "event_loop_lag_seconds"))),
             ("preempted", f"{self.of('preemptions_total'):.0f}"),
             ("ended", f"{sum(self.ended.values()):.0f}"),
         ]

@@ -19,7 +19,8 @@ typedef struct {
 } Known;
 static Known known;
 
-static PyObject *str_set_result, *str_blocking, *str_done, *str_next_now, *str_leave, *str_expect, *str_skipped;
+static PyObject *str_set_result, *str_blocking, *str_done, *str_next_now, *str_leave, *str_expect;
+static PyObject *str_skipped, *str_aclose;
 
 static inline PyObject **
 slot(PyObject *branch, Field field)
@@ -348,6 +349,13 @@ reader_close(Reader *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+/* The stream's own: whoever waits, by this reader or another, finds the end of the iteration. */
+static PyObject *
+reader_aclose(Reader *self, PyObject *unused)
+{
+    return PyObject_CallMethodNoArgs(self->stream, str_aclose);
+}
+
 /* It is dropped; while it waits, that is leaving, as it is with a coroutine. */
 static void
 reader_finalize(PyObject *self)
@@ -364,6 +372,7 @@ static PyMethodDef reader_methods[] = {
     {"send", (PyCFunction)reader_send_method, METH_O, NULL},
     {"throw", (PyCFunction)reader_throw, METH_VARARGS, NULL},
     {"close", (PyCFunction)reader_close, METH_NOARGS, NULL},
+    {"aclose", (PyCFunction)reader_aclose, METH_NOARGS, NULL},
     {NULL},
 };
 
@@ -440,6 +449,7 @@ PyInit_delivery(void)
     str_next_now = PyUnicode_InternFromString("_next_now");
     str_leave = PyUnicode_InternFromString("_leave");
     str_expect = PyUnicode_InternFromString("wait_with");
+    str_aclose = PyUnicode_InternFromString("aclose");
     str_skipped = PyUnicode_InternFromString("_note_merged");
     PyObject *module = PyModule_Create(&definition);
     if (module == NULL) {

@@ -11,15 +11,29 @@ import sys
 import sysconfig
 import threading
 from asyncio import InvalidStateError
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 from asyncengine.builds import BuildError, Recipe, build, find_compiler
 from asyncengine.loop.branch import Branch
 from asyncengine.outputs import RequestOutput
 
 SOURCE = Path(__file__).with_name("delivery.c")
+
+
+class Deltas(Protocol):
+    """What ``async for`` over a stream iterates with: the stream itself, or the compiled reader of it."""
+
+    def __aiter__(self) -> Deltas: ...
+
+    def __anext__(self) -> Awaitable[RequestOutput]: ...
+
+    async def aclose(self) -> None:
+        """As `RequestStream.aclose`."""
+        ...
+
 
 _MAC = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
 _loading = threading.Lock()
@@ -41,7 +55,7 @@ def deliver_tokens_in_python(branches: list[Branch], token_ids: list[int]) -> No
 
 deliver_tokens: Callable[[list[Branch], list[int]], None] = deliver_tokens_in_python
 """The one that is used."""
-reader_type: Callable[..., AsyncIterator[RequestOutput]] | None = None
+reader_type: Callable[..., Deltas] | None = None
 """What ``async for`` over a stream iterates with; None is the stream itself."""
 
 

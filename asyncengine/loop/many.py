@@ -11,6 +11,7 @@ from typing import Any, Self
 from anyio import CancelScope
 
 from asyncengine.errors import IllegalStateError
+from asyncengine.loop.delivery import Deltas
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import RequestOutput, RequestResult
 
@@ -23,7 +24,7 @@ class PendingStream:
     everything else are as in `RequestStream`.
     """
 
-    __slots__ = ("_add", "_beginning", "_closed", "_scope", "_stream")
+    __slots__ = ("_add", "_beginning", "_closed", "_deltas", "_scope", "_stream")
 
     def __init__(self, add: Callable[[], Awaitable[RequestStream]]) -> None:
         self._add = add
@@ -31,6 +32,7 @@ class PendingStream:
         self._closed = False
         self._scope: CancelScope | None = None
         self._stream: RequestStream | None = None
+        self._deltas: Deltas | None = None  # of the stream, once it has begun
 
     async def _begin(self) -> RequestStream:
         stream = await self._begin_unless_closed()
@@ -69,15 +71,21 @@ class PendingStream:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> RequestOutput:
-        stream = self._stream
-        if stream is None:
+    def __anext__(self) -> Awaitable[RequestOutput]:
+        # No coroutine of its own per delta: what the stream's reader gives is what is awaited.
+        deltas = self._deltas
+        return self._first() if deltas is None else deltas.__anext__()
+
+    async def _first(self) -> RequestOutput:
+        if self._stream is None:
             if self._closed:
                 raise StopAsyncIteration
-            stream = await self._begin_unless_closed()
-            if stream is None:
+            if await self._begin_unless_closed() is None:
                 raise StopAsyncIteration
-        return await stream.__anext__()
+        assert self._stream is not None
+        if self._deltas is None:
+            self._deltas = aiter(self._stream)
+        return await self._deltas.__anext__()
 
     async def aclose(self) -> None:
         """Aborts the request if it has begun or is about to, and ends the iteration for whoever reads."""

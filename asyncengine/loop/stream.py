@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import get_running_loop
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
@@ -123,7 +123,7 @@ class RequestStream:
         if get_running_loop() is self._router.loop:  # elsewhere, the reader is woken by the request's end
             self._inbox.wake()
 
-    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+    def __aiter__(self) -> delivery.Deltas:
         # The compiled iterator reads the same inbox as `__anext__`, and leaves to this class whatever is rare.
         reader = delivery.reader_type
         return self if reader is None else reader(self, self._only, self._create_future)

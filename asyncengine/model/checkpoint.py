@@ -47,7 +47,10 @@ def locate(model: str) -> Path:
     Raises:
         CheckpointError: It is not there.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # no such user, or one without a home
+        raise CheckpointError(f"model {model!r}: {error}") from error
     if path.is_dir():
         return path
     if model in _EMBEDDED:

@@ -22,6 +22,7 @@ from asyncengine.server.chunks import (
     PromptLogprobs,
     UsageRecord,
 )
+from asyncengine.server.infilling import around_gap
 from asyncengine.server.logprobs import CompletionTokens, joined, prompt_logprobs
 from asyncengine.server.prompts import prompts_of
 from asyncengine.server.refusal import Refusal
@@ -41,6 +42,7 @@ class CompletionBody(Sampling, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     echo: bool = False
+    suffix: str | None = None
     best_of: int | None = None
 
 
@@ -49,13 +51,11 @@ BODY = Body(
     ignored=IGNORED,
     refused=OTHERS
     | {
-        "suffix": "the model is not asked to fill a gap",
         "messages": "it is a field of /v1/chat/completions",
         "tools": "it is a field of /v1/chat/completions",
         "top_logprobs": "here, logprobs is the number",
         "max_completion_tokens": "it is a field of /v1/chat/completions; use max_tokens",
     },
-    harmless={"suffix": ("",)},
 )
 
 
@@ -83,6 +83,10 @@ class Completing:
         self.config = generation_config(body, **changes)
         self.options = request_options(body, self.id, label)
         self.prompts = prompts_of(body.prompt, "prompt")
+        if body.suffix:
+            if body.echo:
+                raise Refusal(400, "echo beside suffix: there is no text to repeat", "unsupported_field", "echo")
+            self.prompts = around_gap(self.prompts, body.suffix, self.tokenizer)
 
     async def begin(self) -> Answer:
         """Adds the requests to the engine."""

@@ -22,6 +22,7 @@ from asyncengine import metrics
 from asyncengine.loop.engine import AsyncEngine
 from asyncengine.metrics import LATENCY_BUCKETS, EngineMetrics
 from asyncengine.outputs import Usage
+from asyncengine.server.loop_lag import LoopLag
 from asyncengine.server.naming import model_name
 from asyncengine.server.settings import ServerSettings
 
@@ -68,13 +69,14 @@ class Traffic:
         active: Requests under way that use the engine.
         requests: HTTP requests by method, route and status.
         rejections: Requests refused because of ``max_concurrency``.
+        lag: How late the event loop is.
     """
 
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
         self._engine = engine
         self._settings = settings
         self.active = 0
-        self._lag = 0.0
+        self.lag = LoopLag()
         self._registry = CollectorRegistry(auto_describe=False)
         self.requests = Counter(
             "asyncengine_http_requests",
@@ -116,24 +118,18 @@ class Traffic:
         return model_name(self._engine, self._settings) or "", self._settings.engine_name
 
     async def text(self) -> bytes:
-        """Everything, as Prometheus reads it. The event loop's lag is measured now, by a timer of a millisecond."""
+        """Everything, as Prometheus reads it. A timer of a millisecond adds to what is known of the loop's lag."""
         asked = 0.001
         begun = time.perf_counter()
         await anyio.sleep(asked)
-        self._lag = max(time.perf_counter() - begun - asked, 0.0)
+        self.lag.observe(time.perf_counter() - begun - asked)
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
         """What the engine counts, now."""
         now, labels = self._engine.metrics(), self.labels()
-        lag = GaugeMetricFamily(
-            "asyncengine_event_loop_lag_seconds",
-            "How late a timer of a millisecond was at this scrape.",
-            None,
-            _LABELS,
-        )
-        lag.add_metric(labels, self._lag)
-        yield lag
+        text = "How late a timer of the event loop was, sampled while there are requests."
+        yield _histogram("asyncengine_event_loop_lag_seconds", text, self.lag.seconds, labels)
         yield from _families(now, labels)
 
 

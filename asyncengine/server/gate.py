@@ -64,6 +64,7 @@ class Gate:
         path = _path(scope)
         counted = path not in UNCOUNTED
         self._traffic.active += counted
+        self._traffic.lag.keep_on()
         try:
             self._check(path, counted, headers)
             observer = self._engine.observer

@@ -14,11 +14,12 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from asyncengine.cli import app
+from asyncengine.cli import application
 from asyncengine.step.model import Loader
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from asyncengine.testing.scripted import Script
 
+APP = application()
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"} | {
     "OMP_NUM_THREADS": "1",
     "PYTHONUNBUFFERED": "1",
@@ -55,7 +56,7 @@ class Done:
 
 def run(*arguments: str, stdin: str = "", loader: Loader | None = None) -> Done:
     """Runs a command in this process."""
-    result = CliRunner().invoke(app, arguments, input=stdin, obj=loader or scripted_loader(), catch_exceptions=False)
+    result = CliRunner().invoke(APP, arguments, input=stdin, obj=loader or scripted_loader(), catch_exceptions=False)
     return Done(result.exit_code, result.stdout, result.stderr)
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
 
 import asyncengine
-from asyncengine.cli import app
 from asyncengine.cli.flags import EngineFlags
-from tests.cli.programs import run, run_process
+from tests.cli.programs import APP, run, run_process
 from tests.test_import import HEAVY
 
-COMMANDS = [command.name for command in app.registered_commands]
+COMMANDS = [command.name for command in APP.registered_commands]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
@@ -30,9 +30,23 @@ def test_help_imports_no_model_code(arguments: list[str]) -> None:
         [sys.executable, "-W", "error", "-c", program, *arguments],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    slow = {*HEAVY, "numpy", "asyncio", "anyio", "uvloop", "rich", "starlette", "uvicorn", "httpx"}
+    slow = {*HEAVY, "pydantic", "numpy", "asyncio", "anyio", "uvloop", "rich", "starlette", "uvicorn", "httpx"}
     assert not set(done.stderr.split()) & slow
     assert "asyncengine" in done.stdout
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"]], ids=["all", "one"])
+def test_help_is_there_at_once(arguments: list[str]) -> None:
+    def seconds(*command: str) -> float:
+        best = float("inf")
+        for _ in range(5):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
+            best = min(best, time.perf_counter() - begun)
+        return best
+
+    assert seconds("-m", "asyncengine", *arguments) < max(0.3, 3 * seconds("-c", "import typer"))
 
 
 def test_the_console_script_and_the_module_are_the_same_command() -> None:
@@ -52,7 +66,7 @@ def test_every_command_says_what_it_does() -> None:
 def test_there_are_few_flags() -> None:
     import typer.main
 
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(APP)
     flags = {
         name
         for command in group.commands.values()  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import pytest
 
 from asyncengine.cli.command import Failure
 from asyncengine.cli.figures import Figures, percentile
-from asyncengine.cli.plot import draw, ticks
+from asyncengine.cli.plot import Panel, draw, ticks
 from asyncengine.cli.targets import HttpTarget
 from asyncengine.cli.workload import Sample, Workload
 from asyncengine.generation import GenerationConfig
@@ -122,6 +122,13 @@ def test_the_plot_shows_each_distribution_within_its_panel() -> None:
             assert left <= x <= left + 360 and top <= y <= top + 200
     texts = [text.text for text in svg.iter(f"{space}text")]
     assert "p50 250" in texts and "p99 490" in texts
+
+
+@pytest.mark.parametrize(("value", "anchor"), [(5.0, None), (900.0, "end")])
+def test_the_name_of_a_mark_stands_within_the_panel(value: float, anchor: str | None) -> None:
+    parts = "".join(Panel((70, 80), "ms", "%", [(0.0, 0.0), (1000.0, 100.0)]).draw([("p50", value)]))
+    [name] = [text for text in ElementTree.fromstring(f"<svg>{parts}</svg>").iter("text") if "p50" in (text.text or "")]
+    assert name.get("text-anchor") == anchor and float(name.get("x") or 0) > 70
 
 
 def test_a_plot_of_nothing_is_a_plot() -> None:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from asyncengine.cli import app
-from tests.cli.programs import server
+from tests.cli.programs import APP, server
 from tests.docs.pages import ROOT, Block, blocks
 
 PAGE = ROOT / "docs/cli.md"
@@ -58,7 +57,7 @@ def test_a_block_runs(block: Block, address: str, tmp_path: Path, monkeypatch: p
             assert words[0] == "echo"
             stdin, words = " ".join(words[1:cut]) + "\n", words[cut + 1 :]
         assert words[0] == "asyncengine"
-        done = CliRunner().invoke(app, words[1:], input=stdin, catch_exceptions=False)
+        done = CliRunner().invoke(APP, words[1:], input=stdin, catch_exceptions=False)
         fails = block.output is not None and '"error"' in block.output
         assert done.exit_code == int(fails), done.output
         if block.output is not None:
@@ -68,14 +67,14 @@ def test_a_block_runs(block: Block, address: str, tmp_path: Path, monkeypatch: p
 def test_every_command_has_its_row_and_its_block() -> None:
     text = PAGE.read_text(encoding="utf-8")
     used = {word for block in BLOCKS for word in re.findall(r"\basyncengine (\w+)", block.code)}
-    names = {str(command.name) for command in app.registered_commands}
+    names = {str(command.name) for command in APP.registered_commands}
     assert used == names == set(re.findall(r"^\| `(\w+)", text, re.MULTILINE))
 
 
 def test_every_flag_on_the_page_exists() -> None:
     import typer.main
 
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(APP)
     known = {name for command in group.commands.values() for parameter in command.params for name in parameter.opts}
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", PAGE.read_text(encoding="utf-8"))) - {"--help"}
     assert named <= known

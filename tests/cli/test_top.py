@@ -23,7 +23,8 @@ asyncengine_prefix_cache_hits_total{engine="0",model_name="a{b}"} HITS
 asyncengine_step_seconds_bucket{engine="0",le="0.1",model_name="a{b}"} 7.0
 asyncengine_step_seconds_count{engine="0",model_name="a{b}"} STEPS
 asyncengine_step_seconds_sum{engine="0",model_name="a{b}"} SECONDS
-asyncengine_event_loop_lag_seconds{engine="0",model_name="a{b}"} 0.0005
+asyncengine_event_loop_lag_seconds_count{engine="0",model_name="a{b}"} 20.0
+asyncengine_event_loop_lag_seconds_sum{engine="0",model_name="a{b}"} 0.01
 asyncengine_requests_total{engine="0",finish_reason="stop",model_name="a{b}"} 4.0
 asyncengine_requests_total{engine="0",finish_reason="length",model_name="a{b}"} 5.0
 """

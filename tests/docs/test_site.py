@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
+import asyncengine
 from tests.docs.pages import ROOT, name
 
 SOURCES = sorted((ROOT / "docs").rglob("*.md"))
@@ -35,8 +36,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("zensical")
     pytest.importorskip("mkdocstrings_handlers.python")
     root = tmp_path_factory.mktemp("project")
-    for part in ("asyncengine", "docs"):
-        shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    for part in (Path(asyncengine.__file__).parent, ROOT / "docs"):
+        shutil.copytree(part, root / part.name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     (root / "mkdocs.yml").write_text((ROOT / "mkdocs.yml").read_text("utf-8"), "utf-8")
     build = subprocess.run(
         [sys.executable, "-m", "zensical", "build", "--strict"],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import sysconfig
 import weakref
 from collections.abc import Iterator
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from asyncengine import (
     FinishReason,
     GenerationConfig,
     IllegalStateError,
+    PendingStream,
     RequestOutput,
     RequestStream,
     StepError,
@@ -192,6 +195,96 @@ async def test_closing_wakes_whoever_waits(way: str) -> None:
         assert await task == []
         await rig.engine.resume()
         await rig.comes_to_rest()
+
+
+async def test_an_iterator_can_be_closed_by_itself(way: str) -> None:
+    async with Rig(endless) as rig:
+        stream = await rig.add_held("x", TOKENS)
+        async with aclosing(aiter(stream)) as deltas:
+            assert (await anext(deltas)).token_ids
+            waiting = asyncio.ensure_future(anext(deltas, None))
+            await asyncio.sleep(0)
+            await deltas.aclose()
+            assert await waiting is None
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        rig.model.release()
+        await rig.comes_to_rest()
+
+
+async def test_a_pending_stream_hands_on_what_its_reader_gives(way: str) -> None:
+    async with Rig(endless) as rig:
+        pending = rig.engine.stream("x", TOKENS)
+        ids = list((await anext(pending)).token_ids)
+        following = pending.__anext__()
+        assert inspect.iscoroutine(following) is (way == "python")
+        ids += (await following).token_ids
+        ids += [token for delta in [delta async for delta in pending] for token in delta.token_ids]
+        assert pending.stream is not None
+        assert ids == pending.stream.result().token_ids
+        await rig.comes_to_rest()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "timed out", "closed", "dropped", "body"])
+async def test_leaving_a_pending_stream_that_has_begun_ends_its_request(way: str, how: str) -> None:
+    async with Rig(endless) as rig:
+        rig.model.hold()
+        pending = rig.engine.chat([{"role": "user", "content": "x"}], TOKENS)
+        reading = asyncio.ensure_future(anext(pending))
+        await rig.held()
+        rig.model.let()
+        assert (await reading).token_ids == [ord("a")]
+        await rig.held()
+        waiting = asyncio.ensure_future(anext(pending))
+        await asyncio.sleep(0)
+        if how == "cancelled":
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            assert waiting.cancelled()
+        elif how == "timed out":
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(waiting, 0.001)
+        elif how == "closed":
+            await pending.aclose()
+            with pytest.raises(StopAsyncIteration):
+                await waiting
+        else:
+            rig.model.let()
+            assert (await waiting).token_ids == [ord("b")]
+            await rig.held()
+        kept = [pending]
+        del pending, waiting, reading
+        if how == "dropped":
+            kept.clear()
+        elif how == "body":
+            task = asyncio.create_task(_stays_in_the_body(kept))
+            rig.model.let()
+            await rig.held()
+            task.cancel()
+            await asyncio.wait([task])
+        rig.model.release()
+        await rig.comes_to_rest()
+        assert rig.model.steps < 10
+
+
+async def _stays_in_the_body(pending: list[PendingStream]) -> None:
+    async for _ in pending.pop():
+        await asyncio.sleep(3600)
+
+
+async def test_two_readers_of_a_pending_stream_are_told(way: str) -> None:
+    async with Rig(endless) as rig:
+        pending = rig.engine.stream("x", TOKENS)
+        await anext(pending)
+        await rig.engine.pause()
+        assert pending.stream is not None
+        pending.stream.take()
+        first = asyncio.ensure_future(anext(pending))
+        await asyncio.sleep(0)
+        with pytest.raises(IllegalStateError, match="another task is reading"):
+            await anext(pending)
+        await rig.engine.resume()
+        assert (await first).token_ids
 
 
 async def test_an_error_comes_once(way: str) -> None:

@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from asyncengine import ConfigError
-from asyncengine.server import ServerSettings, create_app
+from asyncengine.server import ServerSettings, create_app, gate
 from tests.server.serving import (
     AUTH,
     KEY,
@@ -67,6 +67,22 @@ async def test_a_wrong_key_is_refused(headers: dict[str, str]) -> None:
     async with served(api_key=KEY) as client:
         raw = {name: value.encode("latin-1") for name, value in headers.items()}
         assert (await client.get("/v1/models", headers=raw)).status_code == 401
+
+
+async def test_keys_are_compared_in_constant_time_and_at_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[tuple[int, int]] = []
+
+    def compare(given: bytes, known: bytes) -> bool:
+        lengths.append((len(given), len(known)))
+        return compare_digest(given, known)
+
+    compare_digest = gate.hmac.compare_digest
+    monkeypatch.setattr(gate.hmac, "compare_digest", compare)
+    async with served(api_key=KEY) as client:
+        for key in ("", "k", KEY[:-1], KEY, KEY * 50):
+            headers = {"x-api-key": key, "authorization": f"Bearer {key}"}
+            assert (await client.get("/ready", headers=headers)).status_code == (200 if key == KEY else 401)
+    assert lengths == [(32, 32)] * 10  # both that are given, also where the first one is right
 
 
 async def test_a_request_s_id_comes_back_and_one_is_made_up_where_there_is_none() -> None:

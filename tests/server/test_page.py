@@ -211,6 +211,9 @@ def test_metrics_and_the_timeline_are_shown(browser: Any) -> None:
         wide = page.text("#span")
         page.at("timeline").send_keys("+")
         page.until(lambda: page.text("#span") != wide)
+        closer = page.text("#span")
+        page.at("wider").click()  # who has no keyboard
+        page.until(lambda: page.text("#span") != closer)
         drawn = "const c = document.querySelector('#timeline');"
         drawn += "return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0)"
         assert page.browser.execute_script(drawn)
