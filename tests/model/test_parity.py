@@ -1,7 +1,7 @@
 """Contract 17: greedy float32 output equals transformers' `generate`, token for token, with everything switched on."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ COMPILED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3", "granite", "smollm3",
     "gpt2", "gpt_neox", "cohere", "starcoder2", "opt", "glm4", "phi",
 )  # fmt: skip
+LONGEST = 6  # of the prompts below
 GREEDY = GenerationConfig(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
@@ -29,16 +30,38 @@ def prompts() -> list[list[int]]:
     return [*mixed, [*prefix, 5, 6, 7], [*prefix, 5, 6, 8, 9], prefix]
 
 
-def generated(path: Path) -> list[list[int]]:
-    """What transformers generates, one prompt at a time."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    found = []
-    for prompt in prompts():
+class Reference:
+    """What transformers says: in one forward over a prompt and the tokens that are said to follow it, or step by step.
+
+    A model that finds each of the tokens the likeliest after those before it generates just these, by induction.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.model.generation_config.eos_token_id = None
+
+    def after_each(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """The likeliest token after the prompt, after the prompt and the first token, and so on."""
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([[*prompt, *tokens[:-1]]]), use_cache=False).logits[0]
+        return logits[len(prompt) - 1 :].argmax(-1).tolist()
+
+    def generated(self, prompt: Sequence[int]) -> list[int]:
         ones = torch.ones(1, len(prompt), dtype=torch.long)
-        output = model.generate(torch.tensor([prompt]), attention_mask=ones, max_new_tokens=NEW_TOKENS, do_sample=False)
-        found.append(output[0, len(prompt) :].tolist())
-    return found
+        output = self.model.generate(
+            torch.tensor([prompt]), attention_mask=ones, max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+        return output[0, len(prompt) :].tolist()
+
+
+def verified(path: Path, results: Sequence[RequestResult]) -> list[list[int]]:
+    """The tokens of the results, each of which is transformers' own."""
+    reference = Reference(path)
+    for index, (prompt, result) in enumerate(zip(prompts(), results, strict=True)):
+        assert len(result.token_ids) == NEW_TOKENS
+        assert result.token_ids == reference.after_each(prompt, result.token_ids), f"prompt {index}"
+    assert results[LONGEST].token_ids == reference.generated(prompts()[LONGEST])
+    return [result.token_ids for result in results]
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +78,6 @@ def test_greedy_equals_transformers(
     references: dict[str, list[list[int]]],
 ) -> None:
     path = checkpoint(architecture)
-    if architecture not in references:
-        references[architecture] = generated(path)
-    expected = references[architecture]
     config = EngineConfig(
         str(path),
         dtype="float32",
@@ -82,6 +102,9 @@ def test_greedy_equals_transformers(
 
     # What is tested is the model, not the loop: each back end gets one of the two.
     results, again, metrics = (asyncio if backend == "cpu" else uvloop).run(serve())
+    if architecture not in references:
+        references[architecture] = verified(path, results)
+    expected = references[architecture]
     for index, (result, tokens) in enumerate(zip(results, expected, strict=True)):
         for branch in result.outputs:
             assert branch.token_ids == tokens, f"prompt {index}, branch {branch.index}"
