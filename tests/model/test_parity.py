@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import uvloop
-from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, EngineMetrics, GenerationConfig, RequestResult
 from tests.model.checkpoints import ARCHITECTURES
+from tests.model.reference import Reference
 
 NEW_TOKENS = 40
 COMPILED = (
@@ -30,37 +30,13 @@ def prompts() -> list[list[int]]:
     return [*mixed, [*prefix, 5, 6, 7], [*prefix, 5, 6, 8, 9], prefix]
 
 
-class Reference:
-    """What transformers says: in one forward over a prompt and the tokens that are said to follow it, or step by step.
-
-    A model that finds each of the tokens the likeliest after those before it generates just these, by induction.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        self.model.generation_config.eos_token_id = None
-
-    def after_each(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """The likeliest token after the prompt, after the prompt and the first token, and so on."""
-        with torch.inference_mode():
-            logits = self.model(torch.tensor([[*prompt, *tokens[:-1]]]), use_cache=False).logits[0]
-        return logits[len(prompt) - 1 :].argmax(-1).tolist()
-
-    def generated(self, prompt: Sequence[int]) -> list[int]:
-        ones = torch.ones(1, len(prompt), dtype=torch.long)
-        output = self.model.generate(
-            torch.tensor([prompt]), attention_mask=ones, max_new_tokens=NEW_TOKENS, do_sample=False
-        )
-        return output[0, len(prompt) :].tolist()
-
-
 def verified(path: Path, results: Sequence[RequestResult]) -> list[list[int]]:
     """The tokens of the results, each of which is transformers' own."""
     reference = Reference(path)
     for index, (prompt, result) in enumerate(zip(prompts(), results, strict=True)):
         assert len(result.token_ids) == NEW_TOKENS
         assert result.token_ids == reference.after_each(prompt, result.token_ids), f"prompt {index}"
-    assert results[LONGEST].token_ids == reference.generated(prompts()[LONGEST])
+    assert results[LONGEST].token_ids == reference.generated(prompts()[LONGEST], NEW_TOKENS)
     return [result.token_ids for result in results]
 
 
