@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SUBSET = ("tests/test_import.py", "tests/test_public_names.py", "tests/testing", "tests/loop/test_stream.py")
+SUBSET = ("tests/test_public_names.py", "tests/testing", "tests/loop/test_feed.py")
 SERVE = """
 import asyncio, asyncengine
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
