@@ -20,20 +20,66 @@ from benchmarks.lag import innermost, waited
 ROOT = Path(__file__).parents[1]
 
 
-def run(module: str, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    """A benchmark's exit status, the JSON object that it prints last, and all that it said."""
+Reports = dict[str, tuple[int, str, str]]  # by module: exit status, standard output, standard error
+Ended = tuple[int, dict[str, Any], str]  # exit status, the JSON object that is printed last, all that was said
+TOGETHER = """
+import contextlib, io, json, runpy, sys, traceback
+
+for module, *sys.argv[1:] in json.loads(sys.argv[1]):
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_module(f"benchmarks.{module}", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except Exception:
+            status = 1
+            traceback.print_exc()
+    print(json.dumps([module, status, out.getvalue(), err.getvalue()]))
+"""
+
+
+def start(*command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False,
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
-    said = ended.stdout + ended.stderr
-    assert ended.stdout, said
-    return ended.returncode, json.loads(ended.stdout.splitlines()[-1]), said
 
 
-def test_gpu_runs_end_to_end_on_the_cpu() -> None:
-    status, result, said = run("gpu", "--tiny")
+def ended(status: int, out: str, err: str) -> Ended:
+    assert out, err
+    return status, json.loads(out.splitlines()[-1]), out + err
+
+
+def run(module: str, *arguments: str) -> Ended:
+    """A benchmark in a process of its own."""
+    process = start("-m", f"benchmarks.{module}", *arguments)
+    return ended(process.returncode, process.stdout, process.stderr)
+
+
+@pytest.fixture(scope="module")
+def plots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plots")
+
+
+@pytest.fixture(scope="module")
+def reports(plots: Path) -> Reports:
+    """The programs that serve models, one after the other in one process: torch is imported once for all of them."""
+    programs = [
+        ["gpu", "--tiny"],
+        ["lag", "--tiny", "--only", "serve", "load"],
+        ["scale", "--tiny", "--write", str(plots)],
+        ["arrivals", "--tiny"],
+    ]
+    process = start("-c", TOGETHER, json.dumps(programs))
+    assert process.returncode == 0, process.stdout + process.stderr
+    return {module: (status, out, err) for module, status, out, err in map(json.loads, process.stdout.splitlines())}
+
+
+@pytest.mark.timeout(300)
+def test_gpu_runs_end_to_end_on_the_cpu(reports: Reports) -> None:
+    status, result, said = ended(*reports["gpu"])
     assert result["errors"] == {}, said
     assert result["skipped"] == []
     assert status == 0
@@ -69,8 +115,9 @@ def test_attention_kernels_compile_for_hopper_without_spills() -> None:
     assert result["kernels"] == 14
 
 
-def test_lag_measures_every_phase() -> None:
-    status, result, said = run("lag", "--tiny", "--only", "serve", "load")
+@pytest.mark.timeout(300)
+def test_lag_measures_every_phase(reports: Reports) -> None:
+    status, result, said = ended(*reports["lag"])
     assert status == 0, said
     assert list(result["results"]) == ["idle", "decode 2", "decode 4", "load", "reload"]
     for phase in result["results"].values():
@@ -103,19 +150,21 @@ def test_a_call_that_holds_the_loop_counts_for_every_moment_that_it_takes() -> N
     assert waited(lags, 0.85) == 0
 
 
-def test_scale_draws_every_curve(tmp_path: Path) -> None:
-    status, result, said = run("scale", "--tiny", "--write", str(tmp_path))
+@pytest.mark.timeout(300)
+def test_scale_draws_every_curve(reports: Reports, plots: Path) -> None:
+    status, result, said = ended(*reports["scale"])
     assert status == 0, said
     for name in ("running", "context", "waiting", "prefix"):
         assert len(result[name]) >= 2
-        drawn = ElementTree.parse(tmp_path / f"scale-{name}.svg")
+        drawn = ElementTree.parse(plots / f"scale-{name}.svg")
         assert len(drawn.findall("{*}path")) > 10
     assert [row["hit_tokens"] for row in result["prefix"]] == [0, 32]
     assert [row["kv_mb"] for row in result["running"]] == sorted(row["kv_mb"] for row in result["running"])
 
 
-def test_arrivals_serves_the_same_requests_on_both_sides() -> None:
-    status, result, said = run("arrivals", "--tiny")
+@pytest.mark.timeout(300)
+def test_arrivals_serves_the_same_requests_on_both_sides(reports: Reports) -> None:
+    status, result, said = ended(*reports["arrivals"])
     assert status == 0, said
     assert set(result["results"]) == {"asyncengine", "transformers"}
     ours, theirs = result["results"].values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import asyncengine
 ROOT = Path(asyncengine.__file__).parent
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Names of all modules that a file imports, in whatever place, except for type checkers alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -26,7 +28,7 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path.name} has a relative import"
             assert node.module is not None
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+    return frozenset(found)
 
 
 def forbidden(path: Path, *names: str) -> set[str]:

@@ -11,20 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.pages import blocks
+
 ROOT = Path(__file__).parents[1]
-SUBSET = ("tests/test_import.py", "tests/test_public_names.py", "tests/testing", "tests/loop/test_stream.py")
-SERVE = """
-import asyncio, asyncengine
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
-
-async def main():
-    async with AsyncEngine(EngineConfig("tiny")) as engine:
-        messages = [{"role": "user", "content": "What is the capital of France?"}]
-        print((await engine.chat(messages, GenerationConfig(temperature=0, max_tokens=32))).text)
-
-asyncio.run(main())
-print(asyncengine.__file__)
-"""
+SUBSET = ("tests/test_public_names.py", "tests/testing", "tests/loop/test_feed.py")
+WHERE = "import asyncengine\nprint()\nprint(asyncengine.__file__)\n"
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +72,11 @@ def test_the_wheel_has_what_the_package_needs_and_nothing_else(wheel: Path) -> N
     assert wheel.stat().st_size < 5e6
 
 
-def test_the_wheel_serves_the_embedded_model(elsewhere: Path) -> None:
-    answer, path = run(elsewhere, "-c", SERVE).splitlines()
-    assert answer == "The capital of France is Paris."
+def test_the_wheel_serves_the_embedded_model_with_the_lines_that_the_readme_begins_with(elsewhere: Path) -> None:
+    first = blocks(ROOT / "README.md")[0]
+    *answer, path = run(elsewhere, "-c", first.code + WHERE).splitlines()
+    assert first.output is not None
+    assert "\n".join(answer).strip() == first.output.strip()
     assert Path(path).is_relative_to(elsewhere / "site")
 
 

@@ -36,6 +36,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _BUILDING = threading.Lock()
 """Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at
 once restore each other's."""
+_WATCHED: set[str] = set()
+"""Configurations whose models ran without weights, and are not watched again: what is found depends on nothing else."""
 
 CPU_SATURATION, CUDA_SATURATION = 8.0, 128.0
 """Tokens in a step whose arithmetic takes about as long as reading the weights."""
@@ -426,9 +428,12 @@ def _device(name: str) -> torch.device:
 
 
 def _check_on_meta(architecture: Any, hf_config: Any) -> None:
-    """Watches the model run without weights, as far as it does."""
+    """Watches the model run without weights, as far as it does, unless one of the same configuration was watched."""
     from transformers import AutoModelForCausalLM
 
+    configuration = f"{type(hf_config).__qualname__} {hf_config.to_json_string(use_diff=False)}"
+    if configuration in _WATCHED:
+        return
     try:
         with _BUILDING, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
@@ -438,6 +443,7 @@ def _check_on_meta(architecture: Any, hf_config: Any) -> None:
     except Exception:
         # Some models cannot run without weights (their control flow reads them). They are watched once they are loaded.
         return
+    _WATCHED.add(configuration)
 
 
 def _fits(details: _Details, current: LoadedModel | None) -> bool:

@@ -99,20 +99,10 @@ def test_files_of_a_page_pass_their_own_tests(page: Path, tmp_path: Path) -> Non
     assert pytest_run.returncode == 0, pytest_run.stdout + pytest_run.stderr
 
 
-def test_the_readme_begins_with_lines_that_run_as_they_are() -> None:
+def test_the_readme_begins_with_few_lines_that_say_what_they_print() -> None:
+    """That they run as they are, in a process of their own, is seen with the wheel."""
     first = blocks(ROOT / "README.md")[0]
-    script = subprocess.run(
-        [sys.executable, "-"],
-        input=first.code,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert script.returncode == 0, script.stderr
     assert first.output is not None
-    assert script.stdout.strip() == first.output.strip()
     assert len([line for line in first.code.splitlines() if line]) <= 10
 
 

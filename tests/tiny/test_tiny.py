@@ -189,7 +189,7 @@ def test_a_document_longer_than_a_row_is_left_out() -> None:
 
 def train(directory: Path) -> str:
     """Runs the script for a few steps and returns what it printed."""
-    options = ["--steps", "5", "--held-out", "1", "--output", str(directory)]
+    options = ["--steps", "2", "--held-out", "1", "--output", str(directory)]
     command = [sys.executable, "-m", "asyncengine.tiny.train", *options]
     # Threads that wait without spinning: otherwise a busy machine slows training down many times over.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}

@@ -21,7 +21,7 @@ from asyncengine.model.loader import TransformersLoader
 def test_models_compute_what_transformers_computes(name: str, checkpoint: Callable[..., Path]) -> None:
     require_triton()
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint(name), dtype=torch.float32, attn_implementation=architecture.ATTENTION
+        checkpoint(name, num_hidden_layers=2), dtype=torch.float32, attn_implementation=architecture.ATTENTION
     ).to(DEVICE)
     layers = architecture.record(model.eval())
     backend = TritonAttention(programs=4, parts_bytes=1 << 16)
