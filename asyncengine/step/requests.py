@@ -329,8 +329,11 @@ class RequestTable:
         rows = [*plan.decodes, *(branch for chunk in plan.chunks for branch in chunk.branches)]
         ahead = 0 if plan.drafts is None else len(plan.drafts.token_ids)
         for row, cause in failed.items():
-            if not ahead or row >= plan.num_decode_samples:
-                self._drop_undrawn(rows[row - ahead].request, cause)
+            if ahead and row < plan.num_decode_samples:
+                continue
+            sequence = rows[row - ahead]
+            if sequence.state is not SequenceState.ENDED:
+                self._drop_undrawn(sequence.request, cause)
 
     def _drop_undrawn(self, request: Request, cause: Exception) -> None:
         if not request.ended:
@@ -342,6 +345,7 @@ class RequestTable:
         """Ends the requests that took part in a failed step; the others are computed again."""
         assert self.scheduler is not None
         batch = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
+        batch = [sequence for sequence in batch if sequence.resident]  # one that has ended may have a row yet
         for request in {sequence.request.new.number: sequence.request for sequence in batch}.values():
             error = StepError(f"request {request.new.request_id}: the step failed: {cause}")
             error.__cause__ = cause
@@ -482,11 +486,12 @@ class RequestTable:
             drawn: Its tokens.
             interrupted: Whether a sequence of the plan may have been ended since.
         """
+        assert self.scheduler is not None
         now = self._clock()
         decodes = plan.num_decode_samples
-        beyond: dict[int, _Beyond] = {
-            row: (drawn.forced.get(row, []), row in drawn.finished) for row in {*drawn.finished, *drawn.forced}
-        }
+        beyond: dict[int, _Beyond] = {}
+        if drawn.finished or drawn.forced:
+            beyond = {row: (drawn.forced.get(row, []), row in drawn.finished) for row in {*drawn.finished, *drawn.forced}}
         if drawn.scores:
             self._commit_scores(plan, drawn.scores)
         if len(drawn.pooled):
@@ -501,6 +506,8 @@ class RequestTable:
             if interrupted:
                 alive = [i for i, sequence in enumerate(sequences) if sequence.state is SequenceState.DECODE]
                 sequences = [sequences[i] for i in alive]
+                if sequences == self.scheduler.decodes:  # as they will be in the next step
+                    sequences = self.scheduler.decodes
                 slots, ids = slots[alive], ids[alive]
                 own = {i: beyond[row] for i, row in enumerate(alive) if row in beyond} if beyond else beyond
                 logprobs = None if logprobs is None else [logprobs[i] for i in alive]

@@ -342,9 +342,18 @@ class Case:
         assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
 
 
-def loaded(script: Script = echo, *, tokenizer: bool = True, fits_beside: bool = True, **changes: Any) -> Case:
+def loaded(
+    script: Script = echo,
+    *,
+    tokenizer: bool = True,
+    fits_beside: bool = True,
+    run_ahead: bool = False,
+    **changes: Any,
+) -> Case:
     """A core that serves a scripted model."""
-    loader = ScriptedLoader(script, tokenizer=ByteTokenizer() if tokenizer else None, fits_beside=fits_beside)
+    loader = ScriptedLoader(
+        script, tokenizer=ByteTokenizer() if tokenizer else None, fits_beside=fits_beside, run_ahead=run_ahead
+    )
     case = Case(loader)
     case.load(**changes)
     return case

@@ -65,6 +65,7 @@ class Line:
         """What happens once the model has drawn."""
         scheduler = self.scheduler
         scheduler.advance(plan)
+        scheduler.settle(plan)
         if plan.decodes:
             scheduler.slots.append_tokens(plan.decode_slots, np.full(len(plan.decodes), token, dtype=np.int32))
         for chunk in plan.chunks:
