@@ -491,7 +491,9 @@ class RequestTable:
         decodes = plan.num_decode_samples
         beyond: dict[int, _Beyond] = {}
         if drawn.finished or drawn.forced:
-            beyond = {row: (drawn.forced.get(row, []), row in drawn.finished) for row in {*drawn.finished, *drawn.forced}}
+            beyond = {
+                row: (drawn.forced.get(row, []), row in drawn.finished) for row in {*drawn.finished, *drawn.forced}
+            }
         if drawn.scores:
             self._commit_scores(plan, drawn.scores)
         if len(drawn.pooled):
