@@ -99,7 +99,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "branch", "in_flight", "key", "num_output", "order", "request", "slot", "state", "text", "tokens", "weight_version",
+        "branch", "in_flight", "key", "num_output", "order", "request", "slot", "state", "text", "tokens",
+        "weight_version",
     )  # fmt: skip
 
     def __init__(self, request: Request, branch: int) -> None:
