@@ -32,7 +32,8 @@ from asyncengine.step.arriving import Arriving
 from asyncengine.step.batch import Float32, Int32, Int64, StepTokens, TokenLogprobs
 from asyncengine.step.drafting import Drafts
 from asyncengine.step.outbox import Outbox
-from asyncengine.step.scheduler import Chunk, Plan, Scheduler
+from asyncengine.step.plan import Chunk, Plan
+from asyncengine.step.scheduler import Scheduler
 from asyncengine.step.sequence import EMPTY, Request, Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
 from asyncengine.tokenizer import Tokenizer

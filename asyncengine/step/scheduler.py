@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from asyncengine.step.batch import NO_INDEX, NO_PAIRS, Int32, Int64, StepBatch
+from asyncengine.step.batch import NO_PAIRS, Int32, Int64
+from asyncengine.step.batches import Batches
 from asyncengine.step.block_pool import BlockPool
 from asyncengine.step.drafting import Drafting, Drafts
+from asyncengine.step.plan import Chunk, Plan
 from asyncengine.step.prefix_tree import PrefixTree
 from asyncengine.step.sequence import EMPTY, Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
@@ -63,64 +63,6 @@ class Limits:
         return min(self.max_single_sequence_length, self.num_blocks * self.page_size)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A piece of one sequence's prefill.
-
-    Attributes:
-        count: Tokens computed in this step.
-        last: Whether that completes it, so that a token is drawn.
-        branches: Who draws from the last token: the sequence and those unborn branches that have a slot.
-        scored: Positions of the prompt, from and to, whose logits are looked at for the log-probability of the token
-            after each.
-        pooled: Positions of the prompt, from and to, whose hidden states are summed.
-    """
-
-    sequence: Sequence
-    count: int
-    last: bool
-    branches: tuple[Sequence, ...]
-    scored: tuple[int, int] = (0, 0)
-    pooled: tuple[int, int] = (0, 0)
-
-    @property
-    def num_scored(self) -> int:
-        """How many positions that are."""
-        return self.scored[1] - self.scored[0]
-
-    @property
-    def pools(self) -> bool:
-        """Whether hidden states are summed."""
-        return self.pooled[0] < self.pooled[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: what the model computes, and whom it concerns.
-
-    Attributes:
-        decodes: The sequences that decode, one per row; the same list object while they stay the same.
-        decode_slots: (decodes,) theirs.
-        chunks: The rows after those.
-        drafts: What is guessed of the rows that decode.
-        bound: Whether it must be through, with its tokens at hand, before the next one can be scheduled.
-        departures: Of the scheduler, then.
-    """
-
-    batch: StepBatch
-    decodes: list[Sequence]
-    decode_slots: Int64
-    chunks: list[Chunk]
-    drafts: Drafts | None = None
-    bound: bool = False
-    departures: int = 0
-
-    @property
-    def num_decode_samples(self) -> int:
-        """How many entries of the batch's samples are of rows that decode; they come first."""
-        return len(self.decodes) + (0 if self.drafts is None else len(self.drafts.token_ids))
-
-
 class Scheduler:
     """Sequences between waiting and ended.
 
@@ -142,6 +84,7 @@ class Scheduler:
         self.tree = PrefixTree(self.pool, limits.page_size, limits.max_recycling)
         self.slots = SlotTable(limits.max_num_sequence, limits.max_single_sequence_length, limits.page_size)
         self.waiting = WaitingQueue()
+        self._batches = Batches(self.slots)
         self.weight_version = 0
         self.dropped: list[tuple[Sequence, Exception]] = []
         self.num_preemptions = 0
@@ -159,7 +102,6 @@ class Scheduler:
         self._decodes_bound = False
         self._steps_left = 0  # that may be launched before one of those that decode has all its tokens
         self._copies: list[tuple[int, int, Sequence]] = []
-        self._counting: Int64 = np.empty(0, dtype=np.int64)  # 0, 1, 2, ...
 
     # What is there
 
@@ -220,7 +162,8 @@ class Scheduler:
         if ahead and bound:
             return None
         drafts = None if self.drafting is None else self._draft(decode_slots, chunks)
-        batch = self._batch(decode_slots, chunks, drafts, ahead)
+        copies = self._due_copies() if self._copies else NO_PAIRS
+        batch = self._batches.of(decode_slots, chunks, copies, drafts, ahead)
         return Plan(batch, decodes, decode_slots, chunks, drafts, bound, self.departures)
 
     def advance(self, plan: Plan) -> None:
@@ -610,115 +553,6 @@ class Scheduler:
             else:
                 lengths[row] = have[row]
         return drafting.propose(slots, rows, lengths)
-
-    def _batch(
-        self, decode_slots: Int64, chunks: list[Chunk], drafts: Drafts | None = None, ahead: bool = False
-    ) -> StepBatch:
-        if not chunks and drafts is None:
-            return self._decode_batch(decode_slots, ahead)
-        slots, page_size = self.slots, self.limits.page_size
-        decodes = len(decode_slots)
-        rows = np.concatenate([decode_slots, np.array([c.sequence.slot for c in chunks], dtype=np.int64)])
-        context = slots.num_computed[rows]
-        counts = np.ones(len(rows), dtype=np.int64)
-        counts[decodes:] = [chunk.count for chunk in chunks]
-        if drafts is not None:
-            counts[:decodes] += drafts.lengths
-        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        token_rows = np.repeat(rows, counts)
-        offsets = np.arange(query_start[-1], dtype=np.int64) - np.repeat(query_start[:-1], counts)
-        positions = np.repeat(context, counts) + offsets
-        token_ids = slots.tokens[token_rows, positions]
-        decoded = int(query_start[decodes])
-        if drafts is not None:
-            token_ids[:decoded][offsets[:decoded] > 0] = drafts.token_ids
-        sample_index = np.arange(decoded, dtype=np.int64)
-        sample_slots = token_rows[:decoded]
-        drawing = [(i, branch) for i, chunk in enumerate(chunks) for branch in chunk.branches]
-        if drawing:
-            last = query_start[1:] - 1
-            sample_index = np.append(sample_index, [last[decodes + i] for i, _ in drawing]).astype(np.int64)
-            sample_slots = np.append(sample_slots, [branch.slot for _, branch in drawing]).astype(np.int64)
-        sample_positions = positions[sample_index] + 1 - slots.prompt_tokens[sample_slots]
-        if drawing:
-            # A branch about to be born has a slot but no tokens in it yet.
-            born = np.array([branch.state is not SequenceState.UNBORN for _, branch in drawing])
-            sample_positions[decoded:] *= born
-        scores: dict[str, Any] = {}
-        if any(chunk.num_scored for chunk in chunks):
-            scores = self._scores(chunks, query_start[decodes:], context[decodes:])
-        spans = [
-            [position - computed + start for position in chunk.pooled]
-            for chunk, start, computed in zip(chunks, query_start[decodes:-1].tolist(), context[decodes:], strict=True)
-            if chunk.pools
-        ]
-        if spans:
-            scores["pool_spans"] = np.array(spans, dtype=np.int64)
-        return StepBatch(
-            token_ids=token_ids,
-            positions=positions.astype(np.int32),
-            query_start=query_start,
-            context_lens=context.astype(np.int32),
-            block_tables=slots.blocks[rows, : slots.num_blocks[rows].max()],
-            slot_mapping=slots.blocks[token_rows, positions // page_size].astype(np.int64) * page_size
-            + positions % page_size,
-            sample_index=sample_index,
-            sample_slots=sample_slots,
-            sample_positions=sample_positions,
-            copies=self._due_copies(),
-            num_decodes=decodes,
-            draft_lengths=None if drafts is None else drafts.lengths,
-            unknown=self._unknown(decode_slots, context[:decodes]) if ahead else None,
-            **scores,
-        )
-
-    def _scores(self, chunks: list[Chunk], query_start: Int32, context: Int64) -> dict[str, Any]:
-        """The fields of the batch that say which of the chunks' logits are looked at."""
-        index, token_ids, tops = [], [], []
-        for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
-            first, end = chunk.scored
-            index.append(np.arange(first, end, dtype=np.int64) - computed + start)
-            token_ids.append(self.slots.tokens[chunk.sequence.slot, first + 1 : end + 1])
-            top = chunk.sequence.request.new.params.num_prompt_logprobs
-            tops.append(np.full(end - first, top, dtype=np.int64))
-        return {
-            "score_index": np.concatenate(index),
-            "score_token_ids": np.concatenate(token_ids),
-            "score_tops": np.concatenate(tops),
-        }
-
-    def _unknown(self, rows: Int64, context: Int64) -> NDArray[np.bool_] | None:
-        """Which decoding rows' input tokens are still being drawn; None if none is."""
-        unknown = context >= self.slots.num_tokens[rows]
-        return unknown if unknown.any() else None
-
-    def _decode_batch(self, rows: Int64, ahead: bool) -> StepBatch:
-        """The same where every row has one token: most steps, so with as few operations as can be."""
-        slots, page_size, count = self.slots, self.limits.page_size, len(rows)
-        if len(self._counting) <= count:
-            self._counting = np.arange(2 * count + 1, dtype=np.int64)
-        context = slots.num_computed[rows]
-        blocks = context // page_size
-        positions = context.astype(np.int32)
-        return StepBatch(
-            token_ids=slots.tokens[rows, context],
-            positions=positions,
-            query_start=self._counting[: count + 1].astype(np.int32),
-            context_lens=positions,
-            block_tables=slots.blocks[rows, : slots.num_blocks[rows].max()],
-            slot_mapping=slots.blocks[rows, blocks].astype(np.int64) * page_size + (context - blocks * page_size),
-            sample_index=self._counting[:count],
-            sample_slots=rows,
-            sample_positions=context + 1 - slots.prompt_tokens[rows],
-            copies=self._due_copies() if self._copies else NO_PAIRS,
-            num_decodes=count,
-            score_index=NO_INDEX,
-            score_token_ids=EMPTY,
-            score_tops=NO_INDEX,
-            pool_spans=NO_PAIRS,
-            unknown=self._unknown(rows, context) if ahead else None,
-        )
 
     def _due_copies(self) -> Int64:
         copies = self._resident_copies()

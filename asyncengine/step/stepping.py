@@ -21,7 +21,8 @@ from asyncengine.errors import StepError
 from asyncengine.instructions import Instruction
 from asyncengine.step.batch import StepTokens
 from asyncengine.step.model import LaunchingModel
-from asyncengine.step.scheduler import Plan, Scheduler
+from asyncengine.step.plan import Plan
+from asyncengine.step.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from asyncengine.step.core import Core
