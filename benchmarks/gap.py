@@ -11,15 +11,18 @@ in alternation:
   being one period.
 
 "kept" is the steps per second over those of idle of the same way, the median of the rounds' ratios; "of the device"
-over what the device can do without any gap. The last line is one JSON object.
+over what the device can do without any gap. With `--freeze` the program has called `gc.freeze()` before, so that
+Python's full collections, 60 ms and more each, have nothing to look through. The last line is one JSON object.
 
-    python -m benchmarks.gap [--requests 256 1024] [--step-ms 8] [--steps 250] [--rounds 5] [--burn 0.2] [--ways ...]
+    python -m benchmarks.gap [--requests 256 1024] [--step-ms 8] [--steps 250] [--rounds 5] [--burn 0.2]
+        [--ways "one by one" ahead] [--freeze]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import statistics
 import time
@@ -105,7 +108,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burn", type=float, default=0.2, help="share of the loop's time")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--freeze", action="store_true", help="call gc.freeze() first")
     arguments = parser.parse_args()
+    if arguments.freeze:
+        gc.freeze()
     delivery.use_compiled()
     results = {str(requests): measure(arguments, requests) for requests in arguments.requests}
     print(json.dumps({"benchmark": "gap", "step_ms": arguments.step_ms, "burn": arguments.burn, "results": results}))
