@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from asyncengine import AsyncEngine, EngineConfig, tiny
+from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.model.loader import TransformersLoader
 from benchmarks import gpu_speed
 from benchmarks.arrivals import arrivals
@@ -56,7 +56,7 @@ def test_gpu_runs_end_to_end_on_the_cpu() -> None:
 
 async def test_a_probe_sees_steps_that_are_launched_ahead() -> None:
     """As they are on CUDA."""
-    config = EngineConfig(tiny.PATH, device="cpu", dtype="float32", prefix_cache_mode="disable")
+    config = EngineConfig("tiny", device="cpu", dtype="float32", prefix_cache_mode="disable")
     async with AsyncEngine(config, loader=TransformersLoader(run_ahead=True)) as engine:
         with gpu_speed.probing(torch.device("cpu")) as probe:
             await engine.generate([5, 6, 7], gpu_speed.greedy(9))

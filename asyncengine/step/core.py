@@ -319,8 +319,8 @@ class Core:
         """Does what is due: deadlines, one model step, the ends of drains and reloads.
 
         Args:
-            pending: Returns the instructions that have come since the last `handle`; asked once, after the model
-                and before its tokens are published, so that aborts among them take effect at once.
+            pending: Returns the instructions that have come since it was asked last, or since the last `handle`; asked
+                after the model and before its tokens are published, so that aborts among them take effect at once.
         """
         self.requests.expire()
         if self.scheduler is not None:
