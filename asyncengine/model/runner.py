@@ -179,7 +179,7 @@ class TorchModel:
             logits, slots = self._logits_and_slots(batch)
             if not len(batch.sample_index):
                 return Flight(None, self._back.send(()))
-            drawn = self._sampler.draw(logits, batch.sample_slots, batch.sample_positions)
+            drawn = self._sampler.draw(logits, batch.sample_slots, batch.sample_positions, follows=False)
             self._last.store(slots, drawn.tokens)
             return Flight(drawn, self._back.send(drawn.tensors))
 

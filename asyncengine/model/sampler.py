@@ -77,12 +77,18 @@ class Drawn:
 
     Attributes:
         tokens: (rows,) int64.
+        slots: (rows,) as given, as are the positions.
+        masked: Rows that have masks.
+        follows: Whether what follows the tokens on the host goes on by them.
+        failed: Rows that could not be drawn, and why.
+        described: Log-probabilities of those rows that asked for them.
     """
 
     tokens: Tensor
     slots: Int64
     positions: Int64
     masked: Int64
+    follows: bool
     failed: dict[int, Exception]
     described: list[_Described]
 
@@ -186,10 +192,16 @@ class Sampler:
         drawn = self.draw(logits, slots, positions)
         return self.finish(drawn, [tensor.cpu().numpy() for tensor in drawn.tensors])
 
-    def draw(self, logits: Tensor, slots: Int64, positions: Int64) -> Drawn:
+    def draw(self, logits: Tensor, slots: Int64, positions: Int64, follows: bool = True) -> Drawn:
         """The first half of `sample`: queues what the device does, and waits for nothing there.
 
-        Where the next draw of a slot depends on the token on the host, `finish` must come before it.
+        Args:
+            logits: As of `sample`.
+            slots: As of `sample`.
+            positions: As of `sample`.
+            follows: Whether `finish` goes on by the tokens, which must then come before anything else happens to the
+                slots. Without, a slot may belong to another sequence by then; none may have a grammar, bad words or
+                processors.
         """
         with torch.inference_mode():
             ways = self._way[slots]
@@ -219,7 +231,7 @@ class Sampler:
                 for rows, values in ((raw, raw_logits), (processed, log_weights))
                 if values is not None
             ]
-            return Drawn(tokens, slots, positions, masked, failed, described)
+            return Drawn(tokens, slots, positions, masked, follows, failed, described)
 
     def finish(self, drawn: Drawn, tensors: Sequence[NDArray[Any]]) -> StepTokens:
         """The second half: what the host makes of it.
@@ -232,11 +244,12 @@ class Sampler:
         token_ids = tensors[0].astype(np.int32)
         finished: tuple[int, ...] = ()
         forced: dict[int, list[int]] = {}
-        if len(masked):
-            finished, forced = self._masks.accept(masked, slots, positions, token_ids, failed)
-            self._record(slots, forced)
-        if len(self._processors):
-            self._processors.record(slots, token_ids)
+        if drawn.follows:
+            if len(masked):
+                finished, forced = self._masks.accept(masked, slots, positions, token_ids, failed)
+                self._record(slots, forced)
+            if len(self._processors):
+                self._processors.record(slots, token_ids)
         if not drawn.described:
             return StepTokens(token_ids, None, finished, failed, forced)
         logprobs: list[TokenLogprobs | None] = [None] * len(slots)

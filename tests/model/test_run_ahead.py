@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestResult
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, LogitsRow, RequestResult
 from asyncengine.model import runner
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.graphs import StepGraphs, _nothing
 from asyncengine.model.last_tokens import LastTokens, sources_of
 from asyncengine.model.loader import TransformersLoader
+from asyncengine.model.sampler import Sampler
 from asyncengine.model.step_inputs import StepInputs
 from asyncengine.model.way_back import WayBack
 from asyncengine.step.batch import StepBatch
 from tests.model.test_graphs import Replayer
+from tests.step.core_case import params
 
 CPU = torch.device("cpu")
 STORY = [7, 19, 3, 44, 120, 65, 9, 9, 31, 150, 77, 8, 101, 5, 60, 12, 90, 33, 2, 71, 18, 55, 140, 27]
@@ -285,3 +287,23 @@ class TestWayBack:
             assert tokens.tolist() == [step, step + 1, step + 2]
             assert values.tolist() == [[step, step]] * 2 and values.dtype == np.float64
         assert [str(of) for what, of in device.log if what == "synchronize"] == ["side", "side"]
+
+
+def test_a_slot_may_have_another_sequence_before_the_tokens_of_the_last_one_are_there() -> None:
+    """As after an abort while a step is under way."""
+    sampler, rows = Sampler(2, 8, CPU), []
+
+    def look(logits: torch.Tensor, row: LogitsRow) -> None:
+        rows.append(row.token_ids.tolist())
+
+    empty, slots = np.empty(0, np.int32), np.array([0, 1])
+    for slot in slots.tolist():
+        sampler.place(slot, params(allowed_token_ids=(3, 4)), 0, np.array([1], np.int32), empty)
+    logits = torch.arange(16.0).reshape(2, 8)
+    drawn = sampler.draw(logits, slots, np.zeros(2, np.int64), follows=False)
+    sampler.place(0, params(logits_processors=(look,)), 0, np.array([2], np.int32), empty)
+    sampler.place(1, params(), 0, np.array([2], np.int32), empty)
+    tokens = sampler.finish(drawn, [tensor.numpy() for tensor in drawn.tensors])
+    assert tokens.token_ids.tolist() == [4, 4] and not tokens.failed
+    sampler.sample(torch.zeros(1, 8), slots[:1], np.zeros(1, np.int64))
+    assert rows == [[]]  # the new one has not seen the old one's token
