@@ -25,6 +25,7 @@ from asyncengine.errors import (
 from asyncengine.instructions import Instruction, ReplyTo
 from asyncengine.metrics import Counters, EngineMetrics
 from asyncengine.state import Action, EngineState, next_state
+from asyncengine.step.commits import Commits
 from asyncengine.step.model import LoadedModel, Loader, ModelView
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.reloading import Reloading
@@ -59,6 +60,7 @@ class Core:
         self.outbox = Outbox()
         self.counters = Counters()
         self.requests = RequestTable(self.outbox, self.counters, self.trace, clock, None)
+        self.commits = Commits(self.requests)
         self.state = EngineState.UNLOADED
         self.view: ModelView | None = None
         self.loaded: LoadedModel | None = None

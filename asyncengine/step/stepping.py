@@ -186,7 +186,7 @@ class Stepping:
         core.take_aborts(self._pending())
         if drawn.failed:
             core.requests.drop_rows(plan, drawn.failed)
-        core.requests.commit(plan, drawn, scheduler.departures != plan.departures)
+        core.commits.commit(plan, drawn, scheduler.departures != plan.departures)
 
     def _count(self, plan: Plan, begun: float, model_begun: float, model_ended: float) -> None:
         core, batch = self._core, plan.batch

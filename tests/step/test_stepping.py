@@ -559,9 +559,9 @@ class TestFaults:
         def defect(*_: Any) -> None:
             raise ZeroDivisionError("ours")
 
-        case.core.requests.commit = defect  # type: ignore[method-assign]
+        case.core.commits.commit = defect  # type: ignore[method-assign]
         case.step()
-        del case.core.requests.commit
+        del case.core.commits.commit
         assert case.ended(early) and case.ended(late) and not under_way(case)
         again = case.add("abc")
         case.run()
