@@ -198,6 +198,11 @@ class SamplingParams:
     logits_processors: tuple[LogitsProcessor, ...] = ()
     num_prompt_logprobs: int = -1
 
+    @property
+    def follows_tokens(self) -> bool:
+        """Whether what may be drawn depends, on the host, on the tokens that were drawn before."""
+        return self.grammar is not None or bool(self.bad_words or self.logits_processors)
+
 
 def resolve(
     config: GenerationConfig,

@@ -14,7 +14,7 @@ read. "free" is the engine without lock-step, where deltas are merged as in prod
 
 The last line is one JSON object.
 
-    python -m benchmarks.fanout [--readers 1 16 128 1024] [--tokens 300000] [--rounds 5] [--python]
+    python -m benchmarks.fanout [--readers 1 16 128 1024] [--tokens 300000] [--rounds 5] [--python] [--ahead]
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Pace:
             self._semaphore.release()
 
 
-async def engine_rate(readers: int, tokens: int, lock_step: bool) -> tuple[float, float]:
+async def engine_rate(readers: int, tokens: int, lock_step: bool, run_ahead: bool = False) -> tuple[float, float]:
     """Tokens per second after the first of each reader, and how many seconds it takes until all have that."""
-    engine, model = zero_cost_engine()
+    engine, model = zero_cost_engine(run_ahead=run_ahead)
     pace = Pace(readers)
     async with engine:
         config = GenerationConfig(max_tokens=tokens, detokenize=False, ignore_eos=True)
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--readers", type=int, nargs="+", default=[1, 16, 128, 1024])
     parser.add_argument("--tokens", type=int, default=300_000, help="per round, over all readers")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ahead", action="store_true", help="launch steps ahead")
     parser.add_argument("--python", action="store_true", help="deliver by Python code alone")
     arguments = parser.parse_args()
     if not arguments.python:
@@ -178,10 +179,10 @@ def main() -> None:
         tokens = max(min(arguments.tokens // readers, 8000), 2)
         rounds = []
         for _ in range(arguments.rounds):
-            engine, begin = uvloop.run(engine_rate(readers, tokens, lock_step=True))
+            engine, begin = uvloop.run(engine_rate(readers, tokens, lock_step=True, run_ahead=arguments.ahead))
             bare = uvloop.run(bare_rate(readers, tokens, Slot))
             lists = uvloop.run(bare_rate(readers, tokens, ListSlot))
-            free, _ = uvloop.run(engine_rate(readers, tokens, lock_step=False))
+            free, _ = uvloop.run(engine_rate(readers, tokens, lock_step=False, run_ahead=arguments.ahead))
             rounds.append((engine, bare, lists, engine / bare, engine / lists, free, begin / readers * 1e6))
         medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
         engine, bare, lists, ratio, to_lists, free, begin = medians

@@ -2,22 +2,27 @@
 
 N requests decode on a model whose step takes 8 ms without the GIL, as one on a GPU does. The gap is the time from the
 end of one model step to the beginning of the next: bookkeeping, publishing, scheduling, and waiting for the GIL. It is
-measured, in alternation:
+measured one step by one and ("ahead") with steps that are launched ahead, where it is how long the device idles; and,
+in alternation:
 
 * idle: with nobody reading;
 * readers: with one task per request that reads every token;
 * application: with nobody reading, while a task on the loop computes in pure Python for `--burn` of its time, 10 ms
   being one period.
 
-"kept" is the steps per second over those of idle, the median of the rounds' ratios. The last line is one JSON object.
+"kept" is the steps per second over those of idle of the same way, the median of the rounds' ratios; "of the device"
+over what the device can do without any gap. With `--freeze` the program has called `gc.freeze()` before, so that
+Python's full collections, 60 ms and more each, have nothing to look through. The last line is one JSON object.
 
     python -m benchmarks.gap [--requests 256 1024] [--step-ms 8] [--steps 250] [--rounds 5] [--burn 0.2]
+        [--ways "one by one" ahead] [--freeze]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import statistics
 import time
@@ -29,6 +34,7 @@ from asyncengine.loop import delivery
 from benchmarks.zero_cost import zero_cost_engine
 
 CONDITIONS = ("idle", "readers", "application")
+WAYS = ("one by one", "ahead")
 PERIOD = 0.01
 
 
@@ -44,10 +50,10 @@ async def burn(share: float) -> None:
 
 
 async def run(
-    requests: int, step_seconds: float, steps: int, condition: str, share: float
+    requests: int, step_seconds: float, steps: int, condition: str, share: float, run_ahead: bool
 ) -> tuple[list[float], float]:
     """Gaps in seconds, and steps per second."""
-    engine, model = zero_cost_engine(step_seconds)
+    engine, model = zero_cost_engine(step_seconds, run_ahead)
     async with engine:
         config = GenerationConfig(max_tokens=steps + 50, detokenize=False, ignore_eos=True)
         await engine.pause()
@@ -69,24 +75,27 @@ async def run(
     return gaps, (len(begun) - 1) / (begun[-1] - begun[0])
 
 
-def measure(arguments: argparse.Namespace, requests: int) -> dict[str, dict[str, float]]:
-    """All conditions, in alternation."""
-    rows: dict[str, list[tuple[float, float, float]]] = {condition: [] for condition in CONDITIONS}
+def measure(arguments: argparse.Namespace, requests: int) -> dict[str, dict[str, dict[str, float]]]:
+    """All conditions in all ways, in alternation."""
+    cases = [(way, condition) for condition in CONDITIONS for way in arguments.ways]
+    rows: dict[tuple[str, str], list[tuple[float, float, float]]] = {case: [] for case in cases}
+    seconds = arguments.step_ms / 1e3
     for _ in range(arguments.rounds):
-        for condition in CONDITIONS:
-            gaps, rate = uvloop.run(run(requests, arguments.step_ms / 1e3, arguments.steps, condition, arguments.burn))
+        for way, condition in cases:
+            gaps, rate = uvloop.run(run(requests, seconds, arguments.steps, condition, arguments.burn, way == "ahead"))
             gaps.sort()
-            rows[condition].append((statistics.median(gaps) * 1e6, gaps[int(len(gaps) * 0.99)] * 1e6, rate))
-    results = {}
-    for condition, found in rows.items():
+            rows[way, condition].append((statistics.median(gaps) * 1e6, gaps[int(len(gaps) * 0.99)] * 1e6, rate))
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for (way, condition), found in rows.items():
         p50, p99, rate = (statistics.median(column) for column in zip(*found, strict=True))
-        kept = statistics.median(b[2] / a[2] for a, b in zip(rows["idle"], found, strict=True))
-        results[condition] = {
+        kept = statistics.median(b[2] / a[2] for a, b in zip(rows[way, "idle"], found, strict=True))
+        results.setdefault(way, {})[condition] = {
             "gap_p50_us": round(p50, 1), "gap_p99_us": round(p99, 1), "steps_per_second": round(rate, 2),
-            "kept": round(kept, 4),
+            "kept": round(kept, 4), "of_the_device": round(rate * seconds, 4),
         }  # fmt: skip
         print(
-            f"{requests:>5} {condition:>11}: gap p50 {p50:7.1f} µs, p99 {p99:7.1f} µs, {rate:.2f} steps/s, {kept:.3f}"
+            f"{requests:>5} {condition:>11} {way:>10}: gap p50 {p50:7.1f} µs, p99 {p99:7.1f} µs, {rate:.2f} steps/s, "
+            f"{kept:.3f}, {rate * seconds:.3f} of the device"
         )
     return results
 
@@ -98,7 +107,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burn", type=float, default=0.2, help="share of the loop's time")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--freeze", action="store_true", help="call gc.freeze() first")
     arguments = parser.parse_args()
+    if arguments.freeze:
+        gc.freeze()
     delivery.use_compiled()
     results = {str(requests): measure(arguments, requests) for requests in arguments.requests}
     print(json.dumps({"benchmark": "gap", "step_ms": arguments.step_ms, "burn": arguments.burn, "results": results}))

@@ -1,9 +1,9 @@
 """What the device can do, and what the engine makes of it. The parts of `benchmarks.gpu` that need the engine.
 
-Steps are watched from the outside: a probe around the model's `execute` notes begin, end and size of each step, and, on
-a CUDA device, records an event once the step's plan is there and another one when its tokens are on the host. "Idle" is
-the share of the time from the latter to the next step's former, in which the device has nothing to do; what it waits
-for within a step does not count.
+Steps are watched from the outside: a probe around the model's `execute`, or `launch` and `collect`, notes begin, end
+and size of each step, and, on a CUDA device, records an event once the step's plan is there and another one behind its
+draw. "Idle" is the share of the time from the latter to the next step's former, in which the device has nothing to do;
+what it waits for within a step does not count. A step that was launched behind another one begins where that one ends.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Probe:
 def probing(device: torch.device) -> Iterator[Probe]:
     """Puts a probe around every step in the process."""
     probe, plain_execute, plain_begin = Probe(), TorchModel.execute, TorchModel.begin
+    plain_launch, plain_collect = TorchModel.launch, TorchModel.collect
+    launched: dict[int, Step] = {}
     cuda = device.type == "cuda"
     events: list[Any] = []
 
@@ -75,19 +77,40 @@ def probing(device: torch.device) -> Iterator[Probe]:
     def execute(self: TorchModel, batch: StepBatch) -> Any:
         begun = time.perf_counter()
         tokens = plain_execute(self, batch)
-        ended = time.perf_counter()
+        probe.steps.append(noted(batch, begun))
+        return tokens
+
+    def noted(batch: StepBatch, begun: float) -> Step:
         if cuda:
             events[1].record()
         pair = (events[0], events[1]) if cuda else None
         context = int(batch.context_lens.sum())
-        probe.steps.append(Step(begun, ended, len(batch.token_ids), batch.num_decodes, context, pair))
+        return Step(begun, time.perf_counter(), len(batch.token_ids), batch.num_decodes, context, pair)
+
+    def launch(self: TorchModel, batch: StepBatch) -> Any:
+        begun = time.perf_counter()
+        flight = plain_launch(self, batch)
+        launched[id(flight)] = noted(batch, begun)
+        return flight
+
+    def collect(self: TorchModel, flight: Any) -> Any:
+        step = launched.pop(id(flight))
+        tokens = plain_collect(self, flight)
+        if probe.steps:
+            step.begun = max(step.begun, probe.steps[-1].ended)
+        step.ended = time.perf_counter()
+        probe.steps.append(step)
         return tokens
 
-    TorchModel.execute, TorchModel.begin = execute, begin  # type: ignore[method-assign]
+    probed = {"execute": execute, "begin": begin, "launch": launch, "collect": collect}
+    plain = {name: getattr(TorchModel, name) for name in probed}
+    for name, function in probed.items():
+        setattr(TorchModel, name, function)
     try:
         yield probe
     finally:
-        TorchModel.execute, TorchModel.begin = plain_execute, plain_begin  # type: ignore[method-assign]
+        for name, function in plain.items():
+            setattr(TorchModel, name, function)
 
 
 def ceilings(device: torch.device, megabytes: int, size: int, dtype: torch.dtype) -> dict[str, float]:

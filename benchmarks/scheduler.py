@@ -6,7 +6,7 @@ stop conditions, events, metrics. "decode" is the median over steps that only de
 line. "turnover" is the median over steps in each of which one request ends and the next one in line starts, so that
 the waiting queue is worked at. Both ought not to depend on how many wait. The last line is one JSON object.
 
-    python -m benchmarks.scheduler [--running 1 16 64 256 512] [--waiting 0 1000 100000] [--steps 300]
+    python -m benchmarks.scheduler [--running 1 16 64 256 512] [--waiting 0 1000 100000] [--steps 300] [--ahead]
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Nowhere:
         return True
 
 
-def loaded_core(max_num_sequence: int, max_length: int = 8192) -> Core:
+def loaded_core(max_num_sequence: int, max_length: int = 8192, run_ahead: bool = False) -> Core:
     """A core with a zero-cost model."""
-    return core_with(ZeroCostLoader(0.0, max_num_sequence, max_length), EngineConfig("zero-cost"))
+    return core_with(ZeroCostLoader(0.0, max_num_sequence, max_length, run_ahead), EngineConfig("zero-cost"))
 
 
 def core_with(loader: Loader, config: EngineConfig) -> Core:
@@ -56,9 +56,9 @@ def core_with(loader: Loader, config: EngineConfig) -> Core:
     return core
 
 
-def filled_core(running: int, waiting: int, tokens: Callable[[int], int]) -> Core:
+def filled_core(running: int, waiting: int, tokens: Callable[[int], int], run_ahead: bool = False) -> Core:
     """A core with so many requests that decode and so many that wait; `tokens` says how many each generates."""
-    core = loaded_core(running)
+    core = loaded_core(running, run_ahead=run_ahead)
     assert core.view is not None
     rng = np.random.default_rng(0)
     prompts = rng.integers(4, 1000, (running + waiting, 32), dtype=np.int32)
@@ -89,15 +89,17 @@ def step_seconds(core: Core, steps: int) -> list[float]:
     return times[20:]
 
 
-def decode(running: int, steps: int, waiting: int) -> float:
+def decode(running: int, steps: int, waiting: int, run_ahead: bool = False) -> float:
     """Median seconds of a step in which all decode and none ends."""
-    return statistics.median(step_seconds(filled_core(running, waiting, lambda _: steps + 50), steps))
+    return statistics.median(step_seconds(filled_core(running, waiting, lambda _: steps + 50, run_ahead), steps))
 
 
-def turnover(running: int, steps: int, waiting: int) -> float:
+def turnover(running: int, steps: int, waiting: int, run_ahead: bool = False) -> float:
     """Median seconds of a step in which one request ends and one starts; the ends are spread over the steps."""
     # The first ones end one by one; whoever comes after runs for as many steps as there are slots.
-    core = filled_core(running, waiting + steps + 40, lambda number: 25 + number if number < running else running + 1)
+    core = filled_core(
+        running, waiting + steps + 40, lambda number: 25 + number if number < running else running + 1, run_ahead
+    )
     return statistics.median(step_seconds(core, steps))
 
 
@@ -106,13 +108,14 @@ def main() -> None:
     parser.add_argument("--running", type=int, nargs="+", default=[1, 16, 64, 256, 512])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--waiting", type=int, nargs="+", default=[0, 1000, 100_000])
+    parser.add_argument("--ahead", action="store_true", help="launch steps ahead")
     arguments = parser.parse_args()
     results: dict[str, dict[str, dict[str, float]]] = {}
     print(f"{'running':>8} {'waiting':>8} {'decode µs/request':>18} {'decode µs/step':>15} {'turnover µs/step':>17}")
     for running in arguments.running:
         for waiting in arguments.waiting:
-            decoding = decode(running, arguments.steps, waiting) * 1e6
-            turning = turnover(running, arguments.steps, waiting) * 1e6
+            decoding = decode(running, arguments.steps, waiting, arguments.ahead) * 1e6
+            turning = turnover(running, arguments.steps, waiting, arguments.ahead) * 1e6
             results.setdefault(str(running), {})[str(waiting)] = {
                 "decode_us_per_request": round(decoding / running, 3),
                 "decode_us": round(decoding, 1),

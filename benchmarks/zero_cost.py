@@ -15,10 +15,14 @@ from asyncengine.step.scheduler import Limits
 
 
 class ZeroCostModel:
-    """Draws token 7 for everyone; each step takes `step_seconds`, spent without the GIL."""
+    """Draws token 7 for everyone; each step takes `step_seconds`, spent without the GIL.
+
+    Steps that are launched are computed one after the other, as on a GPU; `begun` and `ended` are that device's times.
+    """
 
     def __init__(self, step_seconds: float) -> None:
         self.step_seconds = step_seconds
+        self.free_at = 0.0  # when the last step that was launched is through
         self.wait: Callable[[], object] | None = None  # called in every step, if set
         self.begun: list[float] = []
         self.ended: list[float] = []
@@ -35,6 +39,20 @@ class ZeroCostModel:
         tokens = StepTokens(np.full(len(batch.sample_index), 7, dtype=np.int32))
         self.ended.append(time.perf_counter())
         return tokens
+
+    def launch(self, batch: StepBatch) -> tuple[float, StepTokens]:
+        self.begun.append(max(time.perf_counter(), self.free_at))
+        self.free_at = self.begun[-1] + self.step_seconds
+        self.ended.append(self.free_at)
+        return self.free_at, StepTokens(np.full(len(batch.sample_index), 7, dtype=np.int32))
+
+    def collect(self, flight: tuple[float, StepTokens]) -> StepTokens:
+        if self.wait is not None:
+            self.wait()
+        left = flight[0] - time.perf_counter()
+        if left > 0:
+            time.sleep(left)
+        return flight[1]
 
     def device_lost(self, error: BaseException) -> bool:
         return False
@@ -58,7 +76,14 @@ class ZeroCostModel:
 class ZeroCostLoader:
     """Loads one `ZeroCostModel`; requests have no tokenizer and no text."""
 
-    def __init__(self, step_seconds: float = 0.0, max_num_sequence: int = 1024, max_length: int = 8192) -> None:
+    def __init__(
+        self,
+        step_seconds: float = 0.0,
+        max_num_sequence: int = 1024,
+        max_length: int = 8192,
+        run_ahead: bool = False,
+    ) -> None:
+        self.run_ahead = run_ahead
         self.model = ZeroCostModel(step_seconds)
         self.max_num_sequence = max_num_sequence
         self.max_length = max_length
@@ -70,12 +95,11 @@ class ZeroCostLoader:
         limits = Limits(
             self.max_num_sequence, self.max_length, self.max_length, 16, self.max_num_sequence * self.max_length // 16
         )
-        return LoadedModel(
-            self.model, limits, plan.config.replace(max_queue_size=None), 1000, (), GenerationConfig(), None, None
-        )
+        config, launching = plan.config.replace(max_queue_size=None), self.model if self.run_ahead else None
+        return LoadedModel(self.model, limits, config, 1000, (), GenerationConfig(), None, None, launching=launching)
 
 
-def zero_cost_engine(step_seconds: float = 0.0) -> tuple[AsyncEngine, ZeroCostModel]:
+def zero_cost_engine(step_seconds: float = 0.0, run_ahead: bool = False) -> tuple[AsyncEngine, ZeroCostModel]:
     """An engine over a `ZeroCostModel`, and the model."""
-    loader = ZeroCostLoader(step_seconds)
+    loader = ZeroCostLoader(step_seconds, run_ahead=run_ahead)
     return AsyncEngine(EngineConfig("zero-cost"), loader=loader), loader.model

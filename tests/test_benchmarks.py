@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
+from asyncengine import AsyncEngine, EngineConfig
+from asyncengine.model.loader import TransformersLoader
+from benchmarks import gpu_speed
 from benchmarks.arrivals import arrivals
 from benchmarks.gpu import Report
 from benchmarks.lag import innermost, waited
@@ -93,6 +98,19 @@ def test_gpu_runs_end_to_end_on_the_cpu(reports: Reports) -> None:
         "0.6b transformers continuous batching",
     }  # fmt: skip
     assert set(result["ratios"]) == {"workload_over_continuous_batching", "batch_1_over_static_cache"}
+
+
+async def test_a_probe_sees_steps_that_are_launched_ahead() -> None:
+    """As they are on CUDA."""
+    config = EngineConfig("tiny", device="cpu", dtype="float32", prefix_cache_mode="disable")
+    async with AsyncEngine(config, loader=TransformersLoader(run_ahead=True)) as engine:
+        with gpu_speed.probing(torch.device("cpu")) as probe:
+            await engine.generate([5, 6, 7], gpu_speed.greedy(9))
+        (run,) = probe.decodes(1)
+        assert [step.tokens for step in probe.steps] == [3] + 8 * [1] and run == probe.steps[1:]
+        assert all(step.begun <= step.ended for step in run)
+        assert all(before.ended <= after.begun for before, after in itertools.pairwise(run))
+        assert [step.context for step in run] == list(range(3, 11))
 
 
 def test_a_part_of_gpu_that_fails_or_has_no_time_stops_no_other(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,5 +204,8 @@ def test_scheduler_and_gap_measure_what_they_say() -> None:
     assert set(result["results"]["4"]) == {"0", "50"}
     status, result, said = run("gap", "--requests", "4", "--steps", "20", "--rounds", "1", "--step-ms", "1")
     assert status == 0, said
-    assert set(result["results"]["4"]) == {"idle", "readers", "application"}
-    assert result["results"]["4"]["idle"]["kept"] == 1
+    assert set(result["results"]["4"]) == {"one by one", "ahead"}
+    for found in result["results"]["4"].values():
+        assert set(found) == {"idle", "readers", "application"}
+        assert found["idle"]["kept"] == 1
+        assert found["idle"]["of_the_device"] <= 1

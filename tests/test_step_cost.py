@@ -23,9 +23,9 @@ from benchmarks.scheduler import Nowhere, loaded_core
 ROOT = Path(__file__).parents[1]
 
 
-def decoding(running: int, waiting: int = 0) -> Core:
+def decoding(running: int, waiting: int = 0, run_ahead: bool = False) -> Core:
     """A core with so many requests that decode, over a model that costs nothing."""
-    core = loaded_core(running)
+    core = loaded_core(running, run_ahead=run_ahead)
     assert core.view is not None
     config = GenerationConfig(max_tokens=4000)
     params = resolve(config, GenerationConfig(), vocab_size=1000, eos_token_ids=(3,), max_tokens=8000, seed=0)
@@ -67,6 +67,7 @@ def calls_of_a_step(core: Core) -> int:
 @pytest.mark.parametrize("running", [1, 64, 256])
 def test_a_decode_step_is_a_few_python_calls_however_many_requests_decode(running: int) -> None:
     assert calls_of_a_step(decoding(running)) <= 55
+    assert calls_of_a_step(decoding(running, run_ahead=True)) <= 65
 
 
 def test_requests_that_wait_cost_a_step_nothing() -> None:
@@ -104,9 +105,9 @@ def test_to_admit_a_request_costs_the_same_however_many_come_at_once() -> None:
     assert admission_seconds(60_000) < 4 * few  # it was 10 times as much when the first in line was searched for
 
 
-def leaves_nothing() -> None:
+def leaves_nothing(run_ahead: bool) -> None:
     """For a process of its own: other threads of a test session leave garbage, too."""
-    core = decoding(256)
+    core = decoding(256, run_ahead=run_ahead)
     gc.collect()
     gc.disable()
     blocks = sys.getallocatedblocks()
@@ -119,8 +120,9 @@ def leaves_nothing() -> None:
     print(garbage, sys.getallocatedblocks() - blocks)
 
 
-def test_a_decode_step_leaves_no_cyclic_garbage_and_keeps_nothing() -> None:
-    command = [sys.executable, "-c", "from tests.test_step_cost import leaves_nothing; leaves_nothing()"]
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_a_decode_step_leaves_no_cyclic_garbage_and_keeps_nothing(run_ahead: bool) -> None:
+    command = [sys.executable, "-c", f"from tests.test_step_cost import leaves_nothing; leaves_nothing({run_ahead})"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
     garbage, kept = map(int, out.split())
     assert garbage == 0

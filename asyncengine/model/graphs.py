@@ -18,8 +18,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from asyncengine.model.buckets import Buckets, padded
+from asyncengine.model.last_tokens import LastTokens, sources_of
 from asyncengine.model.packed_buffer import PackedBuffer
 from asyncengine.step.batch import StepBatch
 
@@ -85,17 +87,25 @@ class StepGraphs:
         buckets: For which token counts.
         device: Where.
         recorder: Captures; CUDA graphs if not given.
+        last: Has the tokens that the host does not know.
     """
 
     def __init__(
-        self, model: Steppable, buckets: Buckets, device: torch.device, recorder: Recorder | None = None
+        self,
+        model: Steppable,
+        buckets: Buckets,
+        device: torch.device,
+        recorder: Recorder | None = None,
+        last: LastTokens | None = None,
     ) -> None:
         self._model = model
         self._buckets = buckets
         self._device = device
         self._recorder: Recorder | None = recorder or CudaRecorder(device)
-        self._buffer = PackedBuffer(device, 3 * _aligned(buckets.sizes[-1]))
+        self._last = last
+        self._buffer = PackedBuffer(device, 5 * _aligned(buckets.sizes[-1]))
         self._graphs: dict[int, _Captured] = {}
+        self._slots = torch.empty(0, dtype=torch.int32, device=device)
         self.notes: list[str] = []
         """What did not work, in words."""
 
@@ -186,21 +196,32 @@ class StepGraphs:
         self._graphs[size] = _Captured(_key(plan), replay, output)
         return True
 
+    @property
+    def sample_slots(self) -> torch.Tensor:
+        """(M,) int64 slots of the samples of the step that was run last, on the device."""
+        return self._slots.long()
+
     def _send(self, step: StepBatch) -> None:
         """One copy to the device; the sections' places depend on the number of tokens alone."""
         tokens = len(step.token_ids)
         index = np.zeros(tokens, np.int64)
         index[: len(step.sample_index)] = step.sample_index
-        self._buffer.send_sections({"ids": step.token_ids, "positions": step.positions, "index": index})
+        sections: dict[str, NDArray[Any]] = {"ids": step.token_ids, "positions": step.positions, "index": index}
+        if self._last is not None:
+            sections |= {"sources": sources_of(step), "slots": step.sample_slots}
+        sent = self._buffer.send_sections(sections)
+        self._slots = sent.get("slots", self._slots)
 
     def _forward(self, size: int) -> torch.Tensor:
         place = _aligned(size)
         ids, positions, index = (self._buffer.tensor[i * place : i * place + size].long() for i in range(3))
+        if self._last is not None:
+            ids = self._last.fill(ids, self._buffer.tensor[3 * place : 3 * place + size])
         return self._model.forward(ids[None], positions[None], index)
 
 
 def capture_steps(
-    model: Steppable, backend_name: str, sequences: int, device: torch.device
+    model: Steppable, backend_name: str, sequences: int, device: torch.device, last: LastTokens | None = None
 ) -> tuple[StepGraphs | None, tuple[str, ...]]:
     """Captures the decodes of up to `sequences` sequences, where device and attention allow it.
 
@@ -211,7 +232,7 @@ def capture_steps(
         return None, ()
     if backend_name != "triton":
         return None, (f"graphs: the {backend_name} attention plans in tensors of changing sizes; none are captured",)
-    graphs = StepGraphs(model, Buckets.upto(sequences), device)
+    graphs = StepGraphs(model, Buckets.upto(sequences), device, last=last)
     graphs.capture()
     return graphs, tuple(graphs.notes)
 

@@ -64,7 +64,15 @@ class _Details:
 
 
 class TransformersLoader:
-    """As `asyncengine.step.model.Loader`, for checkpoint directories and cached models."""
+    """As `asyncengine.step.model.Loader`, for checkpoint directories and cached models.
+
+    Args:
+        run_ahead: Whether steps are launched ahead of the tokens of the steps before; None where that hides something,
+            which is on CUDA: on the CPU a launch is the computation itself.
+    """
+
+    def __init__(self, run_ahead: bool | None = None) -> None:
+        self._run_ahead = run_ahead
 
     def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
         """As the protocol says: everything that can be known without the weights."""
@@ -109,7 +117,7 @@ class TransformersLoader:
     def load(self, plan: LoadPlan) -> LoadedModel:
         """As the protocol says."""
         try:
-            return _load(plan)
+            return _load(plan, self._run_ahead)
         except AsyncEngineError:
             raise
         except torch.OutOfMemoryError as error:
@@ -143,7 +151,7 @@ def check_draft(name: str, target: Any, vocab_size: int, device: torch.device, d
     return _Details(checkpoint, checkpoint.path, hf_config, device, dtype, weights, longest, None)
 
 
-def _load(plan: LoadPlan) -> LoadedModel:
+def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     from asyncengine.model import architecture
     from asyncengine.model.hidden_states import hidden_size
     from asyncengine.model.tokenizer import load_tokenizer
@@ -158,7 +166,10 @@ def _load(plan: LoadPlan) -> LoadedModel:
     draft = None if details.draft is None else _built(config, details.draft, backend)
     limits, complete = _limits(plan, built, draft, backend)
     vocab_size = architecture.text_config(details.hf_config).vocab_size
-    model, _, slower = _serving(built, details, backend, limits, vocab_size)
+    if run_ahead is None:
+        run_ahead = details.device.type == "cuda"
+    run_ahead &= config.speculative_mode == "disable"
+    model, _, slower = _serving(built, details, backend, limits, vocab_size, run_ahead)
     notes += [*built.notes, *slower]
     drafting = None
     memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(built.layers, backend, limits, details.dtype)
@@ -190,6 +201,7 @@ def _load(plan: LoadPlan) -> LoadedModel:
         memory_bytes=memory_bytes,
         notes=tuple(notes),
         drafting=drafting,
+        launching=model if run_ahead else None,
         hidden_size=hidden_size(built.model),
         pooling=details.checkpoint.pooling,
     )
@@ -246,9 +258,12 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
     return _Built(model, layers, program, tuple(notes))
 
 
-def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, vocab_size: int) -> Any:
+def _serving(
+    built: _Built, details: _Details, backend: Any, limits: Limits, vocab_size: int, run_ahead: bool = False
+) -> Any:
     """A model with its KV cache, warmed up; its sampler; and what is slower than it could be, in words."""
     from asyncengine.model.graphs import capture_steps
+    from asyncengine.model.last_tokens import LastTokens
     from asyncengine.model.runner import PagedLayers, TorchModel
     from asyncengine.model.sampler import Sampler
 
@@ -256,10 +271,11 @@ def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, voc
     paged = PagedLayers(built.layers, backend, limits, details.dtype, device)
     paged.allocate()
     sampler = Sampler(limits.max_num_sequence, vocab_size, device)
-    model = TorchModel(built.model, paged, sampler, device, built.program)
+    last = LastTokens(limits.max_num_sequence, device) if run_ahead else None
+    model = TorchModel(built.model, paged, sampler, device, built.program, last)
     try:
         _warm_up(model, limits)
-        graphs, slower = capture_steps(model, backend.name, limits.max_num_sequence, device)
+        graphs, slower = capture_steps(model, backend.name, limits.max_num_sequence, device, last)
     except BaseException:
         model.close()
         raise

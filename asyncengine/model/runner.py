@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,8 +22,10 @@ from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.graphs import StepGraphs
 from asyncengine.model.hidden_states import hidden_states, summed
-from asyncengine.model.sampler import Sampler
+from asyncengine.model.last_tokens import LastTokens
+from asyncengine.model.sampler import Drawn, Sampler
 from asyncengine.model.step_inputs import StepInputs
+from asyncengine.model.way_back import OnItsWay, WayBack
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
 from asyncengine.step.scheduler import Limits
 
@@ -111,8 +114,16 @@ class Companion(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was launched: what it draws, and the way on which that comes to the host."""
+
+    drawn: Drawn | None
+    back: OnItsWay
+
+
 class TorchModel:
-    """As `asyncengine.step.model.Model`, over a transformers model.
+    """As `asyncengine.step.model.Model` and `LaunchingModel`, over a transformers model.
 
     Args:
         model: The model; with a program it has given its weights up.
@@ -120,6 +131,7 @@ class TorchModel:
         sampler: Draws from its logits.
         device: Where all of that is.
         program: Runs whole steps in the model's place.
+        last: Keeps the tokens that are drawn on the device, so that steps can be launched; None if they never are.
     """
 
     def __init__(
@@ -129,6 +141,7 @@ class TorchModel:
         sampler: Sampler,
         device: torch.device,
         program: CompiledDecoder | None = None,
+        last: LastTokens | None = None,
     ) -> None:
         self._model: nn.Module | None = model
         self._layers = layers
@@ -139,7 +152,9 @@ class TorchModel:
             program.bind(layers.caches)
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._graphs: StepGraphs | None = None
-        self._inputs = StepInputs(device)
+        self._inputs = StepInputs(device, last=last)
+        self._last = last
+        self._back = None if last is None else WayBack(device)
         self.companion: Companion | None = None
 
     def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
@@ -156,6 +171,35 @@ class TorchModel:
             # Further rows of logits, after those that are drawn from.
             rows = np.append(batch.sample_index, batch.score_index)
             return self._draw(batch, self.logits(dataclasses.replace(batch, sample_index=rows)))
+
+    def launch(self, batch: StepBatch) -> Flight:
+        """As the protocol says: nothing here waits for the device."""
+        assert self._last is not None and self._back is not None
+        with torch.inference_mode():
+            logits, slots = self._logits_and_slots(batch)
+            if not len(batch.sample_index):
+                return Flight(None, self._back.send(()))
+            drawn = self._sampler.draw(logits, batch.sample_slots, batch.sample_positions, follows=False)
+            self._last.store(slots, drawn.tokens)
+            return Flight(drawn, self._back.send(drawn.tensors))
+
+    def collect(self, flight: Flight) -> StepTokens:
+        """As the protocol says."""
+        tensors = flight.back.wait()
+        if flight.drawn is None:
+            return StepTokens(np.empty(0, dtype=np.int32))
+        return self._sampler.finish(flight.drawn, tensors)
+
+    def _logits_and_slots(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `logits`, of a batch whose tokens the host need not know; and its (M,) slots on the device."""
+        assert self._last is not None
+        if self._program is not None:
+            batch = self._last.known(batch)
+            return self.logits(batch), torch.from_numpy(batch.sample_slots)
+        if self._graphs is not None and (replayed := self._graphs.run(batch)) is not None:
+            return replayed, self._graphs.sample_slots
+        self.begin(batch)
+        return self.forward(*self._inputs.send(batch)), self._inputs.sample_slots
 
     def _draw(self, batch: StepBatch, logits: torch.Tensor) -> StepTokens:
         """Tokens and scores from logits, those that are drawn from first."""

@@ -15,6 +15,9 @@ and the result is token 0 where nothing is left.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +52,50 @@ class _Way(enum.IntEnum):
     NARROW = 1
     NUCLEUS = 2
     PLAIN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """Log-probabilities of some rows of a batch, on the device.
+
+    Attributes:
+        rows: (rows,) of the batch.
+        numbers: (rows,) how many of the likeliest were asked for.
+        ids: (rows, 1 + most) the drawn token and the likeliest.
+        values: Theirs, float64.
+    """
+
+    rows: Int64
+    numbers: Int64
+    ids: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What was drawn for a batch, on the device, and what the host needs to make `StepTokens` of it.
+
+    Attributes:
+        tokens: (rows,) int64.
+        slots: (rows,) as given, as are the positions.
+        masked: Rows that have masks.
+        follows: Whether what follows the tokens on the host goes on by them.
+        failed: Rows that could not be drawn, and why.
+        described: Log-probabilities of those rows that asked for them.
+    """
+
+    tokens: Tensor
+    slots: Int64
+    positions: Int64
+    masked: Int64
+    follows: bool
+    failed: dict[int, Exception]
+    described: list[_Described]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the host must have."""
+        return [self.tokens, *(tensor for part in self.described for tensor in (part.ids, part.values))]
 
 
 class Sampler:
@@ -127,7 +174,7 @@ class Sampler:
         return self._penalties.has(slots) | self._masks.has(slots) | self._processors.has(slots)
 
     def sample(self, logits: Tensor, slots: Int64, positions: Int64) -> StepTokens:
-        """Draws one token for each row, and counts it for the slot's penalties.
+        """Draws one token for each row, waits for them, and counts them for the slots' penalties.
 
         Log-probabilities are of the untouched logits (raw), or of the distribution that was drawn from (processed; for
         a greedy row the one after bias, penalties and mask, at temperature 1). A token with probability 0 is not
@@ -142,6 +189,20 @@ class Sampler:
         """
         if not len(slots):
             return StepTokens(np.empty(0, np.int32))
+        drawn = self.draw(logits, slots, positions)
+        return self.finish(drawn, [tensor.cpu().numpy() for tensor in drawn.tensors])
+
+    def draw(self, logits: Tensor, slots: Int64, positions: Int64, follows: bool = True) -> Drawn:
+        """The first half of `sample`: queues what the device does, and waits for nothing there.
+
+        Args:
+            logits: As of `sample`.
+            slots: As of `sample`.
+            positions: As of `sample`.
+            follows: Whether `finish` goes on by the tokens, which must then come before anything else happens to the
+                slots. Without, a slot may belong to another sequence by then; none may have a grammar, bad words or
+                processors.
+        """
         with torch.inference_mode():
             ways = self._way[slots]
             asked = np.flatnonzero(self._num_logprobs[slots] >= 0)
@@ -165,23 +226,37 @@ class Sampler:
             tokens = self._draw(logits, slots, positions, ways)
             if len(self._penalties):
                 self._penalties.record(slots, tokens)
-            token_ids = tokens.to(torch.int32).cpu().numpy()
-            finished: tuple[int, ...] = ()
-            forced: dict[int, list[int]] = {}
+            described = [
+                _describe(values, self._rows(tokens, rows), rows, self._num_logprobs[slots[rows]])
+                for rows, values in ((raw, raw_logits), (processed, log_weights))
+                if values is not None
+            ]
+            return Drawn(tokens, slots, positions, masked, follows, failed, described)
+
+    def finish(self, drawn: Drawn, tensors: Sequence[NDArray[Any]]) -> StepTokens:
+        """The second half: what the host makes of it.
+
+        Args:
+            drawn: What was drawn.
+            tensors: `drawn.tensors`, on the host.
+        """
+        slots, positions, masked, failed = drawn.slots, drawn.positions, drawn.masked, drawn.failed
+        token_ids = tensors[0].astype(np.int32)
+        finished: tuple[int, ...] = ()
+        forced: dict[int, list[int]] = {}
+        if drawn.follows:
             if len(masked):
                 finished, forced = self._masks.accept(masked, slots, positions, token_ids, failed)
                 self._record(slots, forced)
             if len(self._processors):
                 self._processors.record(slots, token_ids)
-            if not len(asked):
-                return StepTokens(token_ids, None, finished, failed, forced)
-            logprobs: list[TokenLogprobs | None] = [None] * len(slots)
-            for rows, values in ((raw, raw_logits), (processed, log_weights)):
-                if values is not None:
-                    entries = _logprobs(values, self._rows(tokens, rows), self._num_logprobs[slots[rows]])
-                    for row, entry in zip(rows.tolist(), entries, strict=True):
-                        logprobs[row] = entry
-            return StepTokens(token_ids, logprobs, finished, failed, forced)
+        if not drawn.described:
+            return StepTokens(token_ids, None, finished, failed, forced)
+        logprobs: list[TokenLogprobs | None] = [None] * len(slots)
+        for described, ids, values in zip(drawn.described, tensors[1::2], tensors[2::2], strict=True):
+            for row, entry in zip(described.rows.tolist(), _listed(ids, values, described.numbers), strict=True):
+                logprobs[row] = entry
+        return StepTokens(token_ids, logprobs, finished, failed, forced)
 
     def _record(self, slots: Int64, forced: dict[int, list[int]]) -> None:
         """Counts tokens that were not drawn for the penalties of their slots."""
@@ -203,7 +278,9 @@ class Sampler:
             for start in range(0, len(token_ids), _SCORED):
                 rows = slice(start, start + _SCORED)
                 part = logits[rows].to(torch.float32, copy=True)
-                entries += _logprobs(part, to_device(token_ids[rows].astype(np.int64), self._device), tops[rows])
+                of = to_device(token_ids[rows].astype(np.int64), self._device)
+                described = _describe(part, of, _NO_ROWS, tops[rows])
+                entries += _listed(described.ids.cpu().numpy(), described.values.cpu().numpy(), described.numbers)
         return entries
 
     def _adjust(self, logits: Tensor, slots: Int64, positions: Int64, failed: dict[int, Exception]) -> None:
@@ -313,12 +390,13 @@ def _way(params: SamplingParams) -> _Way:
     return _Way.NUCLEUS if params.top_p < 1 else _Way.PLAIN
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, numbers: Int64) -> list[TokenLogprobs]:
+def _describe(logits: Tensor, tokens: Tensor, rows: Int64, numbers: Int64) -> _Described:
     """Describes the drawn tokens.
 
     Args:
         logits: (rows, vocab) float32; overwritten.
         tokens: (rows,) int64.
+        rows: (rows,) of the batch.
         numbers: (rows,) how many of the likeliest to name.
     """
     top = torch.finfo(torch.float32).max
@@ -326,9 +404,13 @@ def _logprobs(logits: Tensor, tokens: Tensor, numbers: Int64) -> list[TokenLogpr
     ids = tokens.unsqueeze(1)
     if numbers.max() > 0:
         ids = torch.cat([ids, top_tokens(logits, min(int(numbers.max()), logits.shape[1]))], dim=1)
-    values = (logits.gather(1, ids).double() - log_total(logits)).tolist()
-    described = []
-    for row_ids, row_values, number in zip(ids.tolist(), values, numbers.tolist(), strict=True):
+    return _Described(rows, numbers, ids, logits.gather(1, ids).double() - log_total(logits))
+
+
+def _listed(ids: NDArray[Any], values: NDArray[Any], numbers: Int64) -> list[TokenLogprobs]:
+    """What was described, once it is on the host."""
+    listed = []
+    for row_ids, row_values, number in zip(ids.tolist(), values.tolist(), numbers.tolist(), strict=True):
         likeliest = [pair for pair in zip(row_ids[1:], row_values[1:], strict=True) if pair[1] > -np.inf][:number]
-        described.append(TokenLogprobs(row_values[0], tuple(i for i, _ in likeliest), tuple(v for _, v in likeliest)))
-    return described
+        listed.append(TokenLogprobs(row_values[0], tuple(i for i, _ in likeliest), tuple(v for _, v in likeliest)))
+    return listed

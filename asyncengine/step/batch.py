@@ -14,9 +14,9 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 
-_NOTHING: Int64 = np.empty(0, dtype=np.int64)
+NO_INDEX: Int64 = np.empty(0, dtype=np.int64)
 _NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
-_NO_SPANS: Int64 = np.empty((0, 2), dtype=np.int64)
+NO_PAIRS: Int64 = np.empty((0, 2), dtype=np.int64)
 _NO_SUMS: Float32 = np.empty((0, 0), dtype=np.float32)
 
 
@@ -46,6 +46,8 @@ class StepBatch:
         score_tops: (S,) how many of the likeliest tokens are wanted beside it.
         pool_spans: (P, 2) index into the T tokens, from and to, of each run of tokens whose hidden states are summed.
         draft_lengths: (num_decodes,) how many of each row's query tokens, at its end, are drafts; None if none are.
+        unknown: (num_decodes,) rows whose token the host does not know yet: it is the one that the model has drawn last
+            for the row's slot, and what stands in `token_ids` means nothing. None if it knows all.
     """
 
     token_ids: Int32
@@ -59,11 +61,12 @@ class StepBatch:
     sample_positions: Int64
     copies: Int64
     num_decodes: int
-    score_index: Int64 = field(default_factory=lambda: _NOTHING)
+    score_index: Int64 = field(default_factory=lambda: NO_INDEX)
     score_token_ids: Int32 = field(default_factory=lambda: _NO_TOKENS)
-    score_tops: Int64 = field(default_factory=lambda: _NOTHING)
-    pool_spans: Int64 = field(default_factory=lambda: _NO_SPANS)
+    score_tops: Int64 = field(default_factory=lambda: NO_INDEX)
+    pool_spans: Int64 = field(default_factory=lambda: NO_PAIRS)
     draft_lengths: Int64 | None = None
+    unknown: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,13 @@ from asyncengine.errors import (
 from asyncengine.instructions import Instruction, ReplyTo
 from asyncengine.metrics import Counters, EngineMetrics
 from asyncengine.state import Action, EngineState, next_state
+from asyncengine.step.commits import Commits
 from asyncengine.step.model import LoadedModel, Loader, ModelView
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.reloading import Reloading
 from asyncengine.step.requests import RequestTable
-from asyncengine.step.scheduler import Plan, Scheduler
+from asyncengine.step.scheduler import Scheduler
+from asyncengine.step.stepping import Stepping
 from asyncengine.trace import Trace
 
 StartJob = Callable[[int, Callable[[], Any]], None]
@@ -58,12 +60,14 @@ class Core:
         self.outbox = Outbox()
         self.counters = Counters()
         self.requests = RequestTable(self.outbox, self.counters, self.trace, clock, None)
+        self.commits = Commits(self.requests)
         self.state = EngineState.UNLOADED
         self.view: ModelView | None = None
         self.loaded: LoadedModel | None = None
         self.scheduler: Scheduler | None = None
         self.stepping_since: float | None = None
         self.failure: BaseException | None = None
+        self.stepping = Stepping(self)
         self.reloading = Reloading(self, loader, start_job)
         self._epoch = 0
         self._held: deque[Instruction] = deque()
@@ -78,7 +82,9 @@ class Core:
     @property
     def runnable(self) -> bool:
         """Whether `step` has something to do now."""
-        return bool(self._later) or (self.scheduler is not None and self._may_step and self.scheduler.has_work)
+        return bool(self._later) or (
+            self.scheduler is not None and self._may_step and (self.scheduler.has_work or self.stepping.under_way)
+        )
 
     @property
     def _may_step(self) -> bool:
@@ -120,13 +126,14 @@ class Core:
 
     def handle(self, instructions: Sequence[Instruction]) -> None:
         """Executes instructions in order. Errors go to whoever gave the instruction."""
-        if self._later:
-            instructions, self._later = [*self._later, *instructions], []
-        for instruction in instructions:
-            if self._must_wait(instruction):
-                self._held.append(instruction)
-            else:
-                self._execute(instruction)
+        self._later += instructions
+        while self._later:  # more may come while one of them waits for the step under way
+            due, self._later = self._later, []
+            for instruction in due:
+                if self._must_wait(instruction):
+                    self._held.append(instruction)
+                else:
+                    self._execute(instruction)
 
     def _must_wait(self, instruction: Instruction) -> bool:
         """Whether a reload holds it up. Nothing overtakes what waits already."""
@@ -160,6 +167,8 @@ class Core:
 
     def _dispatch(self, instruction: Instruction) -> None:
         reply_to = instruction.reply_to
+        if not isinstance(instruction, _DURING_STEPS):
+            self.stepping.land()
         match instruction:
             case ins.AddRequests():
                 self._add(instruction)
@@ -288,6 +297,7 @@ class Core:
                 drafting.place(sequence.slot, new.params, sequence.branch, sequence.learnt)
 
         scheduler = Scheduler(loaded.limits, place, drafting)
+        self.stepping.forget()
         self._keep_counts()
         self._epoch += 1
         self.loaded, self.scheduler, self.failure = loaded, scheduler, None
@@ -297,6 +307,7 @@ class Core:
 
     def drop_model(self) -> None:
         """Lets the model go. Requests that are left wait for the next one."""
+        self.stepping.forget()
         loaded, self.loaded, self.view = self.loaded, None, None
         self.requests.detach()
         self._keep_counts()
@@ -317,107 +328,41 @@ class Core:
         """Does what is due: deadlines, one model step, the ends of drains and reloads.
 
         Args:
-            pending: Returns the instructions that have come since the last `handle`; asked once, after the model
-                and before its tokens are published, so that aborts among them take effect at once.
+            pending: Returns the instructions that have come since it was asked last, or since the last `handle`; asked
+                after the model and before its tokens are published, so that aborts among them take effect at once.
         """
         self.requests.expire()
         if self.scheduler is not None:
             self.requests.admit_queued()
-        if self.scheduler is not None and self._may_step and self.scheduler.has_work:
-            try:
-                self._step(self.scheduler, pending)
-            except Exception as error:  # a defect of ours: nothing about the requests can be trusted
-                self._fail_all(error)
+        if self.scheduler is not None and self._may_step and (self.scheduler.has_work or self.stepping.under_way):
+            self.stepping.step(self.scheduler, pending)
         self.reloading.look()
         if self.scheduler is not None:
             self.requests.admit_queued()  # or else nobody would, if nothing else is left to do
         self._look_at_drains()
 
-    def _step(self, scheduler: Scheduler, pending: Callable[[], list[Instruction]]) -> None:
-        assert self.loaded is not None
-        begun = self.clock()
-        self.stepping_since = begun
-        try:
-            plan = scheduler.schedule()
-            interrupted = bool(scheduler.dropped)
-            if interrupted:
-                self.requests.drop()
-            if plan is None:
-                if not interrupted and not scheduler.num_running:
-                    self._end_stuck_head(scheduler)
-                return
-            self.requests.begin(plan)
-            model_begun = self.clock()
-            try:
-                drawn = self.loaded.model.execute(plan.batch)
-                if len(drawn.token_ids) != len(plan.batch.sample_index):
-                    raise StepError(
-                        f"the model drew {len(drawn.token_ids)} tokens; {len(plan.batch.sample_index)} were due"
-                    )
-                if len(drawn.pooled) != len(plan.batch.pool_spans):
-                    raise StepError("the model gives out no hidden states")
-            except Exception as error:
-                self._model_failed(plan, error)
-                return
-            model_ended = self.clock()
-            scheduler.advance(plan)
-            interrupted |= self._take_aborts(pending())
-            if drawn.failed:
-                self.requests.drop_rows(plan, drawn.failed)
-                interrupted = True
-            self.requests.commit(plan, drawn, interrupted)
-        finally:
-            self.stepping_since = None
-        ended = self.clock()
-        self.counters.steps += 1
-        self.counters.batched_sequences += len(plan.batch.context_lens)
-        self.counters.step_seconds.observe(ended - begun)
-        self.counters.model_seconds.observe(model_ended - model_begun)
-        if self.trace.enabled:
-            batch = plan.batch
-            self.trace.span(
-                "step", begun, ended, tokens=len(batch.token_ids), decodes=batch.num_decodes, prefills=len(plan.chunks)
-            )
-            self.trace.span("model", model_begun, model_ended)
-
-    def _take_aborts(self, instructions: list[Instruction]) -> bool:
-        """Executes the aborts among new instructions ahead of the others; returns whether one hit something."""
-        hit = False
+    def take_aborts(self, instructions: list[Instruction]) -> None:
+        """Executes the aborts among new instructions ahead of the others."""
         for instruction in instructions:
             if isinstance(instruction, ins.AbortRequests):
                 numbers = {*instruction.numbers, *self.requests.numbers_of(instruction.request_ids)}
-                hit |= self.requests.abort(numbers)
+                self.requests.abort(numbers)
         # They stay in line too: one may be meant for a request whose `AddRequests` is right before it.
-        self._later = instructions
-        return hit
+        self._later += instructions
 
-    def _end_stuck_head(self, scheduler: Scheduler) -> None:
-        pool, page_size = scheduler.pool, scheduler.limits.page_size
-        head = scheduler.waiting.head()
-        if head is not None:
-            self.requests.end_head(
-                StepError(
-                    f"request {head.request.new.request_id}: {len(head.tokens)} tokens need "
-                    f"{-(-len(head.tokens) // page_size)} blocks of {page_size}; of {pool.num_blocks} blocks only "
-                    f"{pool.num_free + pool.num_cached} can be had while nothing runs (the others are pinned)"
-                )
-            )
+    def device_lost(self, error: Exception) -> None:
+        """Goes into the state in which only a restart, a reload or an unload helps."""
+        self.failure = error
+        if self.reloading.busy:
+            self.reloading.device_lost()
+        else:
+            self.move(Action.FAIL)
+            failed = EngineFailedError("the device was lost while the engine was draining; call restart or reload")
+            failed.__cause__ = error
+            self._end_drains(failed)
 
-    def _model_failed(self, plan: Plan, error: Exception) -> None:
-        assert self.loaded is not None
-        self.counters.failed_steps += 1
-        self.requests.fail(plan, error)
-        if self.loaded.model.device_lost(error):
-            self.failure = error
-            if self.reloading.busy:
-                self.reloading.device_lost()
-            else:
-                self.move(Action.FAIL)
-                failed = EngineFailedError("the device was lost while the engine was draining; call restart or reload")
-                failed.__cause__ = error
-                self._end_drains(failed)
-
-    def _fail_all(self, error: Exception) -> None:
+    def fail_all(self, error: Exception) -> None:
+        """Ends everything that was admitted, because of a defect of ours, and goes on with the model."""
         self.counters.failed_steps += 1
         failure = StepError(f"the engine failed in a step: {error!r}")
         failure.__cause__ = error
@@ -476,6 +421,7 @@ class Core:
         self.reloading.cancel(EngineClosedError("the engine was shut down while the model was loading"))
 
     def _finish_shutdown(self) -> None:
+        self.stepping.land()
         left = self.requests.request_ids()
         self._give_up_loading()
         self.requests.abort_all()
@@ -493,4 +439,6 @@ class Core:
         self._shutdown_at = None
 
 
+_DURING_STEPS = (ins.AddRequests, ins.ExtendPrompt, ins.AbortRequests, ins.Unpin, ins.Drain, ins.Shutdown)
+"""What may be executed while a step is under way: it changes neither the model nor what was launched."""
 _NEVER_HELD = (ins.AbortRequests, ins.ExtendPrompt, ins.Shutdown, ins.JobDone, ins.Unpin)

@@ -60,6 +60,27 @@ class Model(Protocol):
         ...
 
 
+class LaunchingModel(Protocol):
+    """A model whose steps can be launched without waiting for them, so that one may be computed behind the other.
+
+    What was launched, and whatever other methods change on the device, happens in the order of the calls. At most two
+    steps are under way at a time, and they are collected in the order in which they were launched, all but those that a
+    model was let go with.
+    """
+
+    def launch(self, batch: StepBatch) -> Any:
+        """Queues one step; returns what `collect` needs of it.
+
+        The input tokens of `batch.unknown` rows are those that the steps before have drawn last for their slots. An
+        exception means that nothing was launched; it ends the batch's requests with `StepError`.
+        """
+        ...
+
+    def collect(self, flight: Any) -> StepTokens:
+        """Blocks until the tokens of a launched step are on the host; an exception is as one of `execute`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ModelView:
     """What the event loops know of a loaded model. Immutable.
@@ -101,6 +122,7 @@ class LoadedModel:
         memory_bytes: What weights and KV cache take on their device.
         notes: What is not as fast as it could be, in words.
         drafting: Guesses tokens for speculative decoding; None for none.
+        launching: The model again, if its steps may be launched ahead; None if each is executed and waited for.
     """
 
     model: Model
@@ -116,6 +138,7 @@ class LoadedModel:
     hidden_size: int | None = None
     pooling: str = "mean"
     drafting: Drafting | None = None
+    launching: LaunchingModel | None = None
 
     def view(self, epoch: int) -> ModelView:
         """What the event loops may know of it."""

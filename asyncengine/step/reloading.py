@@ -154,6 +154,9 @@ class Reloading:
 
     def _empty(self, reload: _Reload) -> None:
         core = self._core
+        if reload.asked.in_flight == "wait" and len(core.requests) and not self.holds_steps:
+            return
+        core.stepping.land()
         if reload.asked.in_flight == "abort":
             core.requests.abort_all()
         elif reload.asked.in_flight == "wait" and len(core.requests):

@@ -11,9 +11,6 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
-
-import numpy as np
 
 from asyncengine.detokenizer import TextStream
 from asyncengine.errors import (
@@ -24,17 +21,16 @@ from asyncengine.errors import (
     RequestDroppedError,
     StepError,
 )
-from asyncengine.events import BranchEnded, BranchKey, Pooled, PromptLogprobs, RequestEnded, Tokens
+from asyncengine.events import BranchEnded, RequestEnded
 from asyncengine.instructions import AddRequests, ExtendPrompt, Mailbox, NewRequest, ReplyTo
 from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Usage
 from asyncengine.step.arriving import Arriving
-from asyncengine.step.batch import Float32, Int32, Int64, StepTokens, TokenLogprobs
-from asyncengine.step.drafting import Drafts
+from asyncengine.step.batch import Int32
 from asyncengine.step.outbox import Outbox
-from asyncengine.step.scheduler import Chunk, Plan, Scheduler
+from asyncengine.step.plan import Plan
+from asyncengine.step.scheduler import Scheduler
 from asyncengine.step.sequence import EMPTY, Request, Sequence, SequenceState
-from asyncengine.step.slots import SlotTable
 from asyncengine.tokenizer import Tokenizer
 from asyncengine.trace import Trace
 
@@ -46,32 +42,6 @@ class _Queued:
     new: NewRequest
     mailbox: Mailbox
     reply_to: ReplyTo | None
-
-
-_Beyond = tuple[list[int], bool]
-"""What a grammar says of a drawn token: which tokens follow without a choice, and whether the text is complete then."""
-
-
-@dataclass(slots=True)
-class _Rows:
-    """What is derived from a list of decoding sequences, kept while the list stays the same.
-
-    Attributes:
-        decodes: The sequences.
-        keys: For each mailbox: its rows (None is all), and their keys.
-        watched: Rows that have stop strings.
-        stop_ids: (rows, columns) stop tokens.
-        steps_left: Steps after which the first of them has all its tokens.
-    """
-
-    decodes: list[Sequence]
-    keys: list[tuple[Mailbox, Int64 | None, tuple[BranchKey, ...]]]
-    watched: list[tuple[int, Sequence]]
-    stop_ids: Int32
-    steps_left: int
-
-
-_NO_ROWS = _Rows([], [], [], np.empty((0, 0), dtype=np.int32), 0)
 
 
 class RequestTable:
@@ -87,8 +57,8 @@ class RequestTable:
         self._tokenizer: Tokenizer | None = None
         self._vocab_size = 0
         self._embeds = True
-        self._trace = trace
-        self._clock = clock
+        self.trace = trace
+        self.clock = clock
         self._requests: dict[int, Request] = {}
         self._numbers: dict[str, int] = {}
         # Ordered, because a dict finds its first entry slowly after many deletions.
@@ -96,7 +66,6 @@ class RequestTable:
         self._waiting_new = 0  # requests that have not had their first step
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, str]] = []
-        self._rows = _NO_ROWS
 
     # What is there
 
@@ -181,7 +150,7 @@ class RequestTable:
 
     def _admit(self, new: NewRequest, mailbox: Mailbox) -> None:
         assert self.scheduler is not None
-        now = self._clock()
+        now = self.clock()
         self._arrivals += 1
         self._waiting_new += 1
         request = Request(new, mailbox, self._arrivals, now)
@@ -198,8 +167,8 @@ class RequestTable:
             if len(self._deadlines) > 64 + 6 * len(self._requests):  # most are of requests that have ended
                 self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
                 heapq.heapify(self._deadlines)
-        if self._trace.enabled:
-            self._trace.mark("b", "request", now, new.number, id=new.request_id, prompt_tokens=len(new.prompt))
+        if self.trace.enabled:
+            self.trace.mark("b", "request", now, new.number, id=new.request_id, prompt_tokens=len(new.prompt))
         if new.arriving:
             request.arriving = Arriving()
             request.branches[0].state = SequenceState.HELD
@@ -220,11 +189,11 @@ class RequestTable:
         looked_at = len(arriving.tokens) - len(piece.tokens)
         error = None if self.scheduler is None else self._misfit(request.new, [piece.tokens], looked_at)
         if error is not None:
-            self._end_branches(request, FinishReason.ERROR, error)
+            self.end_branches(request, FinishReason.ERROR, error)
         elif request.branches[0].state is not SequenceState.PREFILL:  # or else, once that is done
-            self._compute_ahead(request, arriving)
+            self.compute_ahead(request, arriving)
 
-    def _compute_ahead(self, request: Request, arriving: Arriving) -> None:
+    def compute_ahead(self, request: Request, arriving: Arriving) -> None:
         """Lets a request whose prompt has not come whole compute what is due of it, or wait for more."""
         first, scheduler = request.branches[0], self.scheduler
         if scheduler is not None and first in scheduler.waiting:
@@ -256,7 +225,7 @@ class RequestTable:
             request = self._requests.get(number)
             if request is not None:
                 known = True
-                self._end_branches(request, FinishReason.ABORT, error)
+                self.end_branches(request, FinishReason.ABORT, error)
         return known
 
     def abort_all(self, error: AsyncEngineError | None = None) -> None:
@@ -291,7 +260,7 @@ class RequestTable:
 
     def expire(self) -> None:
         """Ends the requests whose deadlines have passed."""
-        now = self._clock()
+        now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             _, number, kind = heapq.heappop(self._deadlines)
             request = self._requests.get(number)
@@ -300,7 +269,7 @@ class RequestTable:
             met = {"queue": request.started_at, "first_token": request.first_token_at}.get(kind)
             if met is None:
                 limit = getattr(request.new.deadlines, kind)
-                self._end_branches(
+                self.end_branches(
                     request,
                     FinishReason.ABORT,
                     DeadlineExceededError(f"request {request.new.request_id}: the {kind} deadline of {limit} s passed"),
@@ -311,7 +280,7 @@ class RequestTable:
         assert self.scheduler is not None
         head = self.scheduler.waiting.head()
         if head is not None:
-            self._end_branches(head.request, FinishReason.ERROR, error)
+            self.end_branches(head.request, FinishReason.ERROR, error)
 
     def drop(self) -> None:
         """Ends the requests whose parameters the model refused."""
@@ -320,7 +289,7 @@ class RequestTable:
         for sequence, cause in dropped:
             error = RequestDroppedError(f"request {sequence.request.new.request_id}: {cause}")
             error.__cause__ = cause
-            self._end_branches(sequence.request, FinishReason.ERROR, error)
+            self.end_branches(sequence.request, FinishReason.ERROR, error)
 
     def drop_rows(self, plan: Plan, failed: Mapping[int, Exception]) -> None:
         """Ends the requests for which the model could not draw; what is in the cache of them is right.
@@ -330,26 +299,31 @@ class RequestTable:
         rows = [*plan.decodes, *(branch for chunk in plan.chunks for branch in chunk.branches)]
         ahead = 0 if plan.drafts is None else len(plan.drafts.token_ids)
         for row, cause in failed.items():
-            if not ahead or row >= plan.num_decode_samples:
-                self._drop_undrawn(rows[row - ahead].request, cause)
+            if ahead and row < plan.num_decode_samples:
+                continue
+            sequence = rows[row - ahead]
+            if sequence.state is not SequenceState.ENDED:
+                self.drop_undrawn(sequence.request, cause)
 
-    def _drop_undrawn(self, request: Request, cause: Exception) -> None:
+    def drop_undrawn(self, request: Request, cause: Exception) -> None:
+        """Ends a request for which the model could not draw a token."""
         if not request.ended:
             error = RequestDroppedError(f"request {request.new.request_id}: no token could be drawn: {cause!r}")
             error.__cause__ = cause
-            self._end_branches(request, FinishReason.ERROR, error)
+            self.end_branches(request, FinishReason.ERROR, error)
 
     def fail(self, plan: Plan, cause: Exception) -> None:
         """Ends the requests that took part in a failed step; the others are computed again."""
         assert self.scheduler is not None
         batch = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
+        batch = [sequence for sequence in batch if sequence.resident]  # one that has ended may have a row yet
         for request in {sequence.request.new.number: sequence.request for sequence in batch}.values():
             error = StepError(f"request {request.new.request_id}: the step failed: {cause}")
             error.__cause__ = cause
             # What the failed step was writing must not reach the prefix cache, nor anyone who shares blocks.
             for branch in request.branches:
                 branch.weight_version = -1
-            self._end_branches(request, FinishReason.ERROR, error)
+            self.end_branches(request, FinishReason.ERROR, error)
         self.scheduler.preempt_all()
 
     def end_without_accounts(self, error: AsyncEngineError) -> None:
@@ -359,20 +333,29 @@ class RequestTable:
             for branch in request.branches:
                 if scheduler is not None and branch.resident:
                     branch.num_output = len(scheduler.tokens_of(branch)) - len(request.new.prompt)
-            self._end_branches(request, FinishReason.ERROR, error)
+            self.end_branches(request, FinishReason.ERROR, error)
 
-    def _end_branches(self, request: Request, reason: FinishReason, error: AsyncEngineError | None = None) -> None:
+    def end_branches(self, request: Request, reason: FinishReason, error: AsyncEngineError | None = None) -> None:
+        """Ends those branches of a request that have not ended."""
         for branch in request.branches:
             if branch.state is not SequenceState.ENDED:
-                self._end_branch(branch, reason, error=error)
+                self.end_branch(branch, reason, error=error)
 
-    def _end_branch(
+    def end_branch(
         self,
         branch: Sequence,
         reason: FinishReason,
         stop_reason: int | str | None = None,
         error: AsyncEngineError | None = None,
     ) -> None:
+        """Ends a branch, and with the last one its request.
+
+        Args:
+            branch: One that has not ended.
+            reason: Why it ends.
+            stop_reason: The stop token or string.
+            error: Told with the end of the request.
+        """
         if self.scheduler is None:
             branch.state = SequenceState.ENDED
         else:
@@ -383,7 +366,7 @@ class RequestTable:
             self._end(request, reason, error)
 
     def _end(self, request: Request, reason: FinishReason, error: AsyncEngineError | None) -> None:
-        now, number = self._clock(), request.new.number
+        now, number = self.clock(), request.new.number
         assert not request.ended
         request.ended = True
         del self._requests[number]
@@ -406,8 +389,8 @@ class RequestTable:
         self.outbox.add(request.mailbox, RequestEnded(number, usage, error))
         self.counters.requests[str(reason)] += 1
         self.counters.e2e_request_latency_seconds.observe(total)
-        if self._trace.enabled:
-            self._trace.mark(
+        if self.trace.enabled:
+            self.trace.mark(
                 "e", "request", now, number, finish_reason=str(reason), completion_tokens=usage.completion_tokens
             )
 
@@ -427,14 +410,14 @@ class RequestTable:
             if (arriving := request.arriving) is not None:
                 sequences.append(arriving.tokens)
                 arriving.computed = 0
-                self._compute_ahead(request, arriving)
+                self.compute_ahead(request, arriving)
             else:
                 for branch in unfinished:
                     if branch.state is SequenceState.WAITING:
                         scheduler.add(branch)
             error = self._misfit(request.new, sequences)
             if error is not None:
-                self._end_branches(request, FinishReason.ERROR, error)
+                self.end_branches(request, FinishReason.ERROR, error)
         for number, queued in list(self._queued.items()):
             error = self._misfit(queued.new, [queued.new.prompt])
             if error is not None:
@@ -469,344 +452,9 @@ class RequestTable:
         for chunk in plan.chunks:
             request = chunk.sequence.request
             if request.started_at is None:
-                request.started_at = now = self._clock()
+                request.started_at = now = self.clock()
                 self._waiting_new -= 1
                 self.counters.request_queue_seconds.observe(now - request.arrived_at)
                 self.counters.prompt_tokens += request.prompt_tokens
-            if self._trace.enabled:
-                self._trace.mark("n", "prefill", self._clock(), request.new.number, tokens=chunk.count)
-
-    def commit(self, plan: Plan, drawn: StepTokens, interrupted: bool) -> None:
-        """Gives each sequence its token, ends those that are complete, and writes it all to the outbox.
-
-        Args:
-            plan: The step.
-            drawn: Its tokens.
-            interrupted: Whether a sequence of the plan may have been ended since.
-        """
-        now = self._clock()
-        decodes = plan.num_decode_samples
-        beyond: dict[int, _Beyond] = {
-            row: (drawn.forced.get(row, []), row in drawn.finished) for row in {*drawn.finished, *drawn.forced}
-        }
-        if drawn.scores:
-            self._commit_scores(plan, drawn.scores)
-        if len(drawn.pooled):
-            self._commit_pooled(plan, drawn.pooled)
-        if plan.drafts is not None:
-            self._commit_drafts(plan, plan.drafts, drawn, beyond, now)
-        elif decodes:
-            slots, ids, logprobs, sequences = plan.decode_slots, drawn.token_ids[:decodes], drawn.logprobs, plan.decodes
-            if logprobs is not None:
-                logprobs = logprobs[:decodes]
-            own = {row: what for row, what in beyond.items() if row < decodes} if beyond else beyond
-            if interrupted:
-                alive = [i for i, sequence in enumerate(sequences) if sequence.state is SequenceState.DECODE]
-                sequences = [sequences[i] for i in alive]
-                slots, ids = slots[alive], ids[alive]
-                own = {i: beyond[row] for i, row in enumerate(alive) if row in beyond} if beyond else beyond
-                logprobs = None if logprobs is None else [logprobs[i] for i in alive]
-            if sequences:
-                self._commit_decodes(sequences, slots, ids, logprobs, own, now)
-        at = decodes
-        for chunk in plan.chunks:
-            count = len(chunk.branches)
-            if chunk.last and chunk.sequence.state is SequenceState.PREFILL:
-                logprobs = None if drawn.logprobs is None else drawn.logprobs[at : at + count]
-                own = {row - at: what for row, what in beyond.items() if at <= row < at + count}
-                self._commit_prefill(chunk, drawn.token_ids[at : at + count], logprobs, own, now)
-            at += count
-
-    def _commit_scores(self, plan: Plan, scores: list[TokenLogprobs]) -> None:
-        at = 0
-        for chunk in plan.chunks:
-            request, count = chunk.sequence.request, chunk.num_scored
-            if count and not request.ended:
-                self.outbox.add(request.mailbox, PromptLogprobs(request.new.number, scores[at : at + count]))
-                request.scored = chunk.scored[1]
-            at += count
-
-    def _commit_pooled(self, plan: Plan, sums: Float32) -> None:
-        """Adds up the hidden states, in double precision so that the pieces do not show; tells whose are complete."""
-        pooling = (chunk for chunk in plan.chunks if chunk.pools)
-        for chunk, part in zip(pooling, sums, strict=True):
-            request = chunk.sequence.request
-            if request.ended:
-                continue
-            request.pooled = part.astype(np.float64) + (0.0 if request.pooled is None else request.pooled)
-            request.scored = chunk.pooled[1]
-            if chunk.last:
-                count = len(request.new.prompt) if request.new.pooling == "mean" else 1
-                vector = (request.pooled / count).astype(np.float32)
-                self.outbox.add(request.mailbox, Pooled(request.new.number, vector))
-
-    def _commit_decodes(
-        self,
-        sequences: list[Sequence],
-        slots: Int64,
-        ids: Int32,
-        logprobs: list[TokenLogprobs | None] | None,
-        beyond: Mapping[int, _Beyond],
-        now: float,
-    ) -> None:
-        assert self.scheduler is not None
-        table = self.scheduler.slots
-        table.append_tokens(slots, ids)
-        gaps = now - table.last_token_at[slots]
-        table.last_token_at[slots] = now
-        self._observe_gaps(gaps)
-        if self._rows.decodes is not sequences:
-            self._rows = _derive_rows(sequences, table, slots)
-        derived = self._rows
-        token_ids = ids.tolist()
-        self.counters.generation_tokens += len(token_ids)
-        for mailbox, rows, keys in derived.keys:
-            if rows is None:
-                self.outbox.add(mailbox, Tokens(keys, token_ids, logprobs))
-            else:
-                own = None if logprobs is None else [logprobs[row] for row in rows.tolist()]
-                self.outbox.add(mailbox, Tokens(keys, ids[rows].tolist(), own))
-        stopped = table.stopped(slots, ids, derived.stop_ids)
-        watched: dict[int, str] = {}
-        for row, sequence in derived.watched:
-            if not stopped[row] and (stop := self._read_text(sequence, token_ids[row])) is not None:
-                watched[row] = stop
-        derived.steps_left -= 1
-        if derived.steps_left >= 0 and not watched and not beyond and not stopped.any():
-            return
-        ending = stopped | (table.num_tokens[slots] >= table.max_tokens[slots])
-        if watched:
-            ending[list(watched)] = True
-        finished = [row for row, (tokens, complete) in beyond.items() if complete and not tokens]
-        if finished:
-            ending[finished] = True
-        for row in np.flatnonzero(ending).tolist():
-            if sequences[row].state is SequenceState.ENDED:
-                continue
-            stop = token_ids[row] if stopped[row] else watched.get(row)
-            by_length = stop is None and row not in finished
-            self._end_branch(sequences[row], FinishReason.LENGTH if by_length else FinishReason.STOP, stop)
-        for row, (tokens, complete) in beyond.items():
-            if tokens and sequences[row].state is not SequenceState.ENDED:
-                self._jump(sequences[row], tokens, complete)
-
-    def _commit_drafts(
-        self, plan: Plan, drafts: Drafts, drawn: StepTokens, beyond: Mapping[int, _Beyond], now: float
-    ) -> None:
-        """As `_commit_decodes`, where a row may have several tokens: those that were drafted rightly, and one more."""
-        assert self.scheduler is not None and self.scheduler.drafting is not None and drawn.taken is not None
-        lengths = self.scheduler.drafting.lengths
-        self._rows = _NO_ROWS  # the steps that are left are others now
-        token_ids = drawn.token_ids.tolist()
-        guesses = iter(drafts.token_ids.tolist())
-        at = 0
-        for sequence, slot, drafted, taken in zip(
-            plan.decodes, plan.decode_slots.tolist(), drafts.lengths.tolist(), drawn.taken.tolist(), strict=True
-        ):
-            start, at = at, at + drafted + 1
-            guessed = [next(guesses) for _ in range(drafted)]
-            if sequence.state is not SequenceState.DECODE:  # it was ended during the step
-                continue
-            ids = token_ids[start : start + taken]
-            if drafted:
-                kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(guessed, ids, strict=False)))
-                lengths.learn(slot, drafted, kept)
-                self.counters.draft_tokens += drafted
-                sequence.request.draft_tokens += drafted
-            logprobs = None if drawn.logprobs is None else drawn.logprobs[start : start + taken]
-            if ids:
-                own = beyond.get(start + taken - 1, ([], False))
-                self._commit_run(sequence, guessed, ids, logprobs, own, now)
-            cause = drawn.failed.get(start + taken)
-            if cause is not None and taken <= drafted and sequence.state is SequenceState.DECODE:
-                self._drop_undrawn(sequence.request, cause)
-
-    def _commit_run(
-        self,
-        sequence: Sequence,
-        guessed: list[int],
-        ids: list[int],
-        logprobs: list[TokenLogprobs | None] | None,
-        beyond: _Beyond,
-        now: float,
-    ) -> None:
-        """Gives a branch the tokens that it has drawn in one step, as far as it does not end among them."""
-        assert self.scheduler is not None
-        table, request, forced = self.scheduler.slots, sequence.request, beyond[0]
-        params, generated = request.new.params, int(table.num_tokens[sequence.slot]) - len(request.new.prompt)
-        gap = now - float(table.last_token_at[sequence.slot])
-        table.last_token_at[sequence.slot] = now
-        complete = beyond[1] and not forced
-        end: tuple[FinishReason, int | str | None] | None = None
-        told = 0
-        for taken, token_id in enumerate(ids, 1):
-            generated += 1
-            if taken <= len(guessed) and guessed[taken - 1] == token_id:
-                request.accepted_draft_tokens += 1
-                self.counters.accepted_draft_tokens += 1
-            stops = token_id in params.stop_token_ids and generated > params.min_tokens
-            full = self._is_full(sequence, generated)
-            if stops or full or taken == len(ids) or sequence.text is not None:
-                # Told before the text is read, which may end the request.
-                self.scheduler.take(sequence, ids[told:taken])
-                own = None if logprobs is None else logprobs[told:taken]
-                self.outbox.add(request.mailbox, Tokens((sequence.key,) * (taken - told), ids[told:taken], own))
-                told = taken
-            if stops:
-                end = (FinishReason.STOP, token_id)
-            elif sequence.text is not None and (stop := self._read_text(sequence, token_id)) is not None:
-                end = (FinishReason.STOP, stop)
-            elif sequence.state is SequenceState.ENDED:
-                break
-            elif complete and taken == len(ids):
-                end = (FinishReason.STOP, None)
-            elif full:
-                end = (FinishReason.LENGTH, None)
-            if end is not None:
-                break
-        self.counters.generation_tokens += told
-        self.counters.inter_token_latency_seconds.observe(gap / told, told)
-        if end is not None:
-            self._end_branch(sequence, *end)
-        elif forced and sequence.state is not SequenceState.ENDED:
-            self._jump(sequence, forced, beyond[1])
-
-    def _commit_prefill(
-        self,
-        chunk: Chunk,
-        ids: Int32,
-        logprobs: list[TokenLogprobs | None] | None,
-        beyond: Mapping[int, _Beyond],
-        now: float,
-    ) -> None:
-        """A prefill is complete: its sequence goes on decoding, and so do the branches that shared it."""
-        assert self.scheduler is not None
-        scheduler, trunk, request = self.scheduler, chunk.sequence, chunk.sequence.request
-        new = request.new
-        if (arriving := request.arriving) is not None:
-            scheduler.hold(trunk)
-            arriving.note(new.prompt)
-            self._compute_ahead(request, arriving)
-            return
-        if new.pin is not None:
-            scheduler.tree.pin(new.pin, new.prompt[: len(new.prompt) - len(new.prompt) % scheduler.limits.page_size])
-        if not chunk.branches:  # max_tokens = 0
-            self._end_branches(request, FinishReason.LENGTH)
-            return
-        if request.first_token_at is None:
-            request.first_token_at = now
-            self.counters.time_to_first_token_seconds.observe(now - request.arrived_at)
-            if self._trace.enabled:
-                self._trace.mark("n", "first token", now, new.number)
-        scheduler.begin_decoding(trunk)
-        scheduler.slots.append_tokens(np.array([trunk.slot]), ids[:1])
-        token_ids = ids.tolist()
-        self.counters.generation_tokens += len(token_ids)
-        for branch, token_id in zip(chunk.branches[1:], token_ids[1:], strict=True):
-            scheduler.fork(trunk, branch, token_id)
-        for branch in request.branches:
-            if branch.state is SequenceState.UNBORN:  # there were not enough slots for all
-                scheduler.add(branch)
-        keys = tuple(branch.key for branch in chunk.branches)
-        self.outbox.add(request.mailbox, Tokens(keys, token_ids, logprobs))
-        for row, (branch, token_id) in enumerate(zip(chunk.branches, token_ids, strict=True)):
-            if branch.state is not SequenceState.ENDED:
-                self._commit_first(branch, token_id, beyond.get(row, ([], False)), now)
-
-    def _commit_first(self, branch: Sequence, token_id: int, beyond: _Beyond, now: float) -> None:
-        assert self.scheduler is not None
-        params = branch.request.new.params
-        if branch.resident:
-            self.scheduler.slots.last_token_at[branch.slot] = now
-        generated = len(self.scheduler.tokens_of(branch)) - len(branch.request.new.prompt)
-        if token_id in params.stop_token_ids and generated > params.min_tokens:
-            self._end_branch(branch, FinishReason.STOP, token_id)
-            return
-        if branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
-            self._end_branch(branch, FinishReason.STOP, stop)
-        elif branch.state is SequenceState.ENDED:
-            return
-        elif beyond[0]:
-            self._jump(branch, *beyond)
-        elif beyond[1]:
-            self._end_branch(branch, FinishReason.STOP)
-        elif self._is_full(branch, generated):
-            self._end_branch(branch, FinishReason.LENGTH)
-
-    def _is_full(self, branch: Sequence, generated: int) -> bool:
-        assert self.scheduler is not None
-        most, new = self.scheduler.limits.max_tokens, branch.request.new
-        return generated >= new.params.max_tokens or len(new.prompt) + generated >= most
-
-    def _jump(self, branch: Sequence, tokens: list[int], complete: bool) -> None:
-        """Gives a branch tokens that it had no choice about, as far as it does not end among them.
-
-        Jump-forward decoding is of SGLang (Zheng et al., 2024). Here a token is jumped over where it is the only one
-        that the masks allow, so that the tokens are those that would have been drawn one by one.
-        """
-        assert self.scheduler is not None
-        new = branch.request.new
-        generated = len(self.scheduler.tokens_of(branch)) - len(new.prompt)
-        end: tuple[FinishReason, int | str | None] | None = None
-        taken = 0
-        for token_id in tokens:
-            taken += 1
-            if token_id in new.params.stop_token_ids and generated + taken > new.params.min_tokens:
-                end = (FinishReason.STOP, token_id)
-            elif branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
-                end = (FinishReason.STOP, stop)
-            elif branch.state is SequenceState.ENDED:
-                return
-            elif complete and taken == len(tokens):
-                end = (FinishReason.STOP, None)
-            elif self._is_full(branch, generated + taken):
-                end = (FinishReason.LENGTH, None)
-            if end is not None:
-                break
-        self.scheduler.extend(branch, tokens[:taken])
-        self.counters.generation_tokens += taken
-        self.outbox.add(branch.request.mailbox, Tokens((branch.key,) * taken, tokens[:taken]))
-        if end is not None:
-            self._end_branch(branch, *end)
-
-    def _read_text(self, branch: Sequence, token_id: int) -> str | None:
-        """Feeds a token to a branch's text; returns the stop string that it completes."""
-        assert branch.text is not None
-        try:
-            branch.text.push([token_id])
-        except Exception as cause:  # the tokenizer is not ours
-            error = RequestDroppedError(f"request {branch.request.new.request_id}: cannot decode {token_id}: {cause}")
-            error.__cause__ = cause
-            self._end_branches(branch.request, FinishReason.ERROR, error)
-            return None
-        return branch.text.stopped_by
-
-    def _observe_gaps(self, gaps: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
-        histogram = self.counters.inter_token_latency_seconds
-        first = float(gaps[0])
-        if (gaps == first).all():  # the usual case: all of them had a token in the step before
-            histogram.observe(first, len(gaps))
-        else:
-            for gap in gaps.tolist():
-                histogram.observe(gap)
-
-
-def _derive_rows(sequences: list[Sequence], table: SlotTable, slots: Int64) -> _Rows:
-    mailboxes: dict[Mailbox, list[int]] = {}
-    for row, sequence in enumerate(sequences):
-        mailboxes.setdefault(sequence.request.mailbox, []).append(row)
-    whole = len(mailboxes) == 1
-    return _Rows(
-        decodes=sequences,
-        keys=[
-            (
-                mailbox,
-                None if whole else np.array(rows, dtype=np.int64),
-                tuple(sequences[row].key for row in rows),
-            )
-            for mailbox, rows in mailboxes.items()
-        ],
-        watched=[(row, sequence) for row, sequence in enumerate(sequences) if sequence.text is not None],
-        stop_ids=table.stop_columns(slots),
-        steps_left=int((table.max_tokens[slots] - table.num_tokens[slots]).min()),
-    )
+            if self.trace.enabled:
+                self.trace.mark("n", "prefill", self.clock(), request.new.number, tokens=chunk.count)

@@ -4,19 +4,26 @@ Every step takes all decodes, then prefill chunks within a budget of tokens (Sar
 that a long prompt never holds up sequences that run already. Sequences start in order of priority, then arrival. When
 blocks run out, the newest of the least urgent sequences is preempted: its blocks are released and it waits to be
 computed again, at its old place in the queue.
+
+A step may be scheduled *ahead*, while the one before is still computed. What it needs to know of that one is known
+without its tokens: `advance` notes at the launch how many tokens each sequence will have in the cache, and a sequence
+that will be complete leaves the batch. `settle` notes that it was computed indeed; only then do its blocks go to the
+prefix cache. Blocks and slots may be given back, and to others, while a launched step still writes to them: a device
+computes launched steps in their order, so whoever gets them writes later and reads what was written last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from asyncengine.step.batch import Int32, Int64, StepBatch
+from asyncengine.step.batch import NO_PAIRS, Int32, Int64
+from asyncengine.step.batches import Batches
 from asyncengine.step.block_pool import BlockPool
 from asyncengine.step.drafting import Drafting, Drafts
+from asyncengine.step.plan import Chunk, Plan
 from asyncengine.step.prefix_tree import PrefixTree
 from asyncengine.step.sequence import EMPTY, Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
@@ -56,60 +63,6 @@ class Limits:
         return min(self.max_single_sequence_length, self.num_blocks * self.page_size)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A piece of one sequence's prefill.
-
-    Attributes:
-        count: Tokens computed in this step.
-        last: Whether that completes it, so that a token is drawn.
-        branches: Who draws from the last token: the sequence and those unborn branches that have a slot.
-        scored: Positions of the prompt, from and to, whose logits are looked at for the log-probability of the token
-            after each.
-        pooled: Positions of the prompt, from and to, whose hidden states are summed.
-    """
-
-    sequence: Sequence
-    count: int
-    last: bool
-    branches: tuple[Sequence, ...]
-    scored: tuple[int, int] = (0, 0)
-    pooled: tuple[int, int] = (0, 0)
-
-    @property
-    def num_scored(self) -> int:
-        """How many positions that are."""
-        return self.scored[1] - self.scored[0]
-
-    @property
-    def pools(self) -> bool:
-        """Whether hidden states are summed."""
-        return self.pooled[0] < self.pooled[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step: what the model computes, and whom it concerns.
-
-    Attributes:
-        decodes: The sequences that decode, one per row; the same list object while they stay the same.
-        decode_slots: (decodes,) theirs.
-        chunks: The rows after those.
-        drafts: What is guessed of the rows that decode.
-    """
-
-    batch: StepBatch
-    decodes: list[Sequence]
-    decode_slots: Int64
-    chunks: list[Chunk]
-    drafts: Drafts | None = None
-
-    @property
-    def num_decode_samples(self) -> int:
-        """How many entries of the batch's samples are of rows that decode; they come first."""
-        return len(self.decodes) + (0 if self.drafts is None else len(self.drafts.token_ids))
-
-
 class Scheduler:
     """Sequences between waiting and ended.
 
@@ -118,6 +71,9 @@ class Scheduler:
         place: Hands a sequence's sampling parameters to the model when it gets a slot. If that raises, the sequence
             goes to `dropped` and takes no part.
         drafting: Guesses tokens of sequences that decode; None for none.
+
+    Attributes:
+        departures: How often a sequence has left the steps; so whoever remembers the number knows whether one has.
     """
 
     def __init__(
@@ -128,36 +84,52 @@ class Scheduler:
         self.tree = PrefixTree(self.pool, limits.page_size, limits.max_recycling)
         self.slots = SlotTable(limits.max_num_sequence, limits.max_single_sequence_length, limits.page_size)
         self.waiting = WaitingQueue()
+        self._batches = Batches(self.slots)
         self.weight_version = 0
         self.dropped: list[tuple[Sequence, Exception]] = []
         self.num_preemptions = 0
         self.prefix_queries = 0  # tokens looked up
         self.prefix_hits = 0  # tokens found
         self.drafting = drafting
+        self.departures = 0
         self._place = place
         self._prefilling: list[Sequence] = []
         self._decoding: dict[Sequence, None] = {}
+        self._finishing: dict[Sequence, None] = {}  # their last token is being drawn
         self._decodes: list[Sequence] = []
         self._decode_slots: Int64 = np.empty(0, dtype=np.int64)
         self._decodes_changed = False
+        self._decodes_bound = False
+        self._steps_left = 0  # that may be launched before one of those that decode has all its tokens
         self._copies: list[tuple[int, int, Sequence]] = []
-        self._counting: Int64 = np.empty(0, dtype=np.int64)  # 0, 1, 2, ...
 
     # What is there
 
     @property
     def num_running(self) -> int:
         """Sequences that take part in steps."""
-        return len(self._prefilling) + len(self._decoding)
+        return len(self._prefilling) + len(self._decoding) + len(self._finishing)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
         return bool(self._decoding or self._prefilling or len(self.waiting))
 
+    @property
+    def decodes(self) -> list[Sequence]:
+        """The sequences of which the next step draws another token; the same list while they stay the same."""
+        if self._decodes_changed:
+            self._decodes_changed = False
+            self._decodes = list(self._decoding)
+            self._decode_slots = rows = np.array([sequence.slot for sequence in self._decodes], dtype=np.int64)
+            self._decodes_bound = any(s.request.new.params.follows_tokens for s in self._decodes)
+            left = self.slots.max_tokens[rows] - self.slots.num_computed[rows]
+            self._steps_left = int(left.min(initial=1 << 30)) - 1
+        return self._decodes
+
     def running(self) -> list[Sequence]:
         """Sequences that take part in steps."""
-        return [*self._decoding, *self._prefilling]
+        return [*self._decoding, *self._finishing, *self._prefilling]
 
     def tokens_of(self, sequence: Sequence) -> Int32:
         """Prompt and output, wherever they are."""
@@ -165,34 +137,65 @@ class Scheduler:
 
     # One step
 
-    def schedule(self) -> Plan | None:
-        """Chooses the next step and allocates its blocks; None if nothing can run."""
-        self._grow_decodes()
+    def schedule(self, ahead: bool = False) -> Plan | None:
+        """Chooses the next step and allocates its blocks; None if nothing can run.
+
+        Args:
+            ahead: Whether the step before is still computed. Then it is None, too, where its tokens must be at hand
+                first: somebody is to be preempted, or what may be drawn depends on them.
+        """
+        if not self._grow_decodes(preempt=not ahead):
+            return None
         chunks = self._continue_prefills()
-        self._start_waiting(chunks)
-        decodes = self._current_decodes()
+        if not self._start_waiting(chunks, ahead):
+            return None
+        decodes = self._decodes  # brought up to date when they were grown
         if chunks and not self.limits.hybrid:
             decodes, decode_slots = [], np.empty(0, dtype=np.int64)
         else:
             decode_slots = self._decode_slots
         if not decodes and not chunks:
             return None
-        if self.drafting is not None and (drafts := self._draft(decode_slots, chunks)) is not None:
-            return Plan(self._batch(decode_slots, chunks, drafts), decodes, decode_slots, chunks, drafts)
-        return Plan(self._batch(decode_slots, chunks), decodes, decode_slots, chunks)
+        bound = bool(decodes) and self._decodes_bound
+        if chunks:
+            bound |= any(chunk.sequence.request.bound for chunk in chunks)
+        if ahead and bound:
+            return None
+        drafts = None if self.drafting is None else self._draft(decode_slots, chunks)
+        copies = self._due_copies() if self._copies else NO_PAIRS
+        batch = self._batches.of(decode_slots, chunks, copies, drafts, ahead)
+        return Plan(batch, decodes, decode_slots, chunks, drafts, bound, self.departures)
 
     def advance(self, plan: Plan) -> None:
-        """Notes that the step's keys and values are in the cache; of drafts see `take`."""
+        """Notes that a step was launched: its keys and values will be in the cache of whatever comes after it."""
         slots = self.slots
         slots.num_computed[plan.decode_slots] += 1
         for chunk in plan.chunks:
             if chunk.sequence.resident:
                 slots.num_computed[chunk.sequence.slot] += chunk.count
+                chunk.sequence.in_flight += chunk.count
+        if plan.decodes is self._decodes:
+            self._steps_left -= 1
+
+    def finish_full(self) -> None:
+        """Lets those sequences sit out of which the steps that were launched draw the last token."""
+        if self.decodes and self._steps_left <= 0:
+            rows = self._decode_slots
+            for row in np.flatnonzero(self.slots.num_computed[rows] + 1 >= self.slots.max_tokens[rows]).tolist():
+                del self._decoding[self._decodes[row]]
+                self._finishing[self._decodes[row]] = None
+            self._decodes_changed = True
+
+    def settle(self, plan: Plan) -> None:
+        """Notes that a step's keys and values are in the cache indeed; of drafts see `take`."""
+        for chunk in plan.chunks:
+            if chunk.sequence.resident:
+                chunk.sequence.in_flight -= chunk.count
                 self._publish(chunk.sequence, keep=True)
         if self.drafting is not None and plan.chunks:
             going_on = (chunk.sequence for chunk in plan.chunks if chunk.sequence.request.new.params.max_tokens > 0)
             filled = [sequence.slot for sequence in going_on if sequence.resident]
-            self.drafting.follow(slots, np.array(filled, dtype=np.int64))
+            self.drafting.follow(self.slots, np.array(filled, dtype=np.int64))
 
     def take(self, sequence: Sequence, token_ids: list[int]) -> None:
         """Gives a decoding sequence tokens of which all but the last were drafted, so that their keys and values are
@@ -284,7 +287,10 @@ class Scheduler:
         sequence.state = SequenceState.ENDED
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes blocks and slot from a sequence and lets it wait; what it computed goes to the prefix cache."""
+        """Takes blocks and slot from a sequence and lets it wait; what it computed goes to the prefix cache.
+
+        No step with it may be under way, or else its token must not be committed any more.
+        """
         self._publish(sequence, keep=False)
         self._leave(sequence)
         sequence.tokens = self.slots.known_tokens(sequence.slot).copy()
@@ -328,20 +334,26 @@ class Scheduler:
 
     # How
 
-    def _grow_decodes(self) -> None:
-        """Gives each decoding sequence a block for its next token, preempting the newest where there is none."""
+    def _grow_decodes(self, preempt: bool) -> bool:
+        """Gives each decoding sequence a block for its next token, preempting the newest where there is none.
+
+        Returns:
+            False where that would have been needed and is not allowed.
+        """
         slots, page_size = self.slots, self.limits.page_size
-        while self._decoding:
-            self._current_decodes()
+        while self.decodes:
             rows = self._decode_slots
             needy = rows[slots.num_computed[rows] >= slots.num_blocks[rows] * page_size]
             if not len(needy):
-                return
+                return True
             if self._make_room(len(needy)):
                 slots.blocks[needy, slots.num_blocks[needy]] = self.pool.allocate(len(needy))
                 slots.num_blocks[needy] += 1
-                return
+                return True
+            if not preempt:
+                return False
             self.preempt(max(self.running(), key=lambda sequence: sequence.order))
+        return True
 
     def _continue_prefills(self) -> list[Chunk]:
         budget = self.limits.prefill_chunk_size
@@ -352,19 +364,27 @@ class Scheduler:
             budget -= self._add_chunk(chunks, sequence, budget)
         return chunks
 
-    def _start_waiting(self, chunks: list[Chunk]) -> None:
-        budget = self.limits.prefill_chunk_size - sum(chunk.count for chunk in chunks)
+    def _start_waiting(self, chunks: list[Chunk], ahead: bool) -> bool:
+        """Starts whoever waits, as far as there is room; False if one can start, but not ahead."""
+        budget = self.limits.prefill_chunk_size
+        if chunks:
+            budget -= sum(chunk.count for chunk in chunks)
         while budget > 0 and self.slots.num_free and (sequence := self.waiting.head()) is not None:
+            if ahead and sequence.request.bound:
+                return not self._fits(sequence)
             if not self._start(sequence):
-                return
+                break
             if sequence.state is SequenceState.PREFILL:
                 budget -= self._add_chunk(chunks, sequence, budget)
+        return True
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
         """Adds the sequence's next chunk, where there is room for the logits that are looked at; returns its tokens."""
         slots, request = self.slots, sequence.request
         computed = int(slots.num_computed[sequence.slot])
         left = int(slots.num_tokens[sequence.slot]) - computed
+        if not left:  # its last piece is under way
+            return 0
         count = min(left, budget)
         scored = pooled = (0, 0)
         if request.new.pooling is not None:
@@ -387,10 +407,7 @@ class Scheduler:
         """Gives the head of the queue a slot and all blocks of its prefill; False if there are not enough."""
         page_size = self.limits.page_size
         tokens = sequence.tokens
-        # The last token is always computed: its logits are what the next one is drawn from.
-        # Nor has the cache the logits or hidden states of prompt tokens that are to be looked at.
-        known = tokens[: sequence.request.scored] if sequence.request.unscored else tokens[:-1]
-        cached = self.tree.match(known) if self.limits.prefix_cache else EMPTY
+        cached = self._cached(sequence)
         self.pool.retain(cached)
         need = -(-len(tokens) // page_size) - len(cached)
         # Those that run already will need blocks soon: starting one more must not preempt it or them at once.
@@ -404,6 +421,7 @@ class Scheduler:
         self.slots.num_computed[sequence.slot] = len(cached) * page_size
         sequence.state = SequenceState.PREFILL
         sequence.weight_version = self.weight_version
+        sequence.in_flight = 0
         self._prefilling.append(sequence)
         request = sequence.request
         found = max(len(cached) * page_size - request.computed_ahead, 0)
@@ -427,6 +445,22 @@ class Scheduler:
                 sequence.state = SequenceState.WAITING  # in no queue; the core ends it
                 break
         return True
+
+    def _cached(self, sequence: Sequence) -> Int32:
+        """The blocks at the beginning of a sequence that need not be computed."""
+        # The last token is always computed: its logits are what the next one is drawn from.
+        # Nor has the cache the logits or hidden states of prompt tokens that are to be looked at.
+        known = sequence.tokens[: sequence.request.scored] if sequence.request.unscored else sequence.tokens[:-1]
+        return self.tree.match(known) if self.limits.prefix_cache else EMPTY
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether there are blocks enough to start it."""
+        cached = self._cached(sequence)
+        self.pool.retain(cached)
+        need = -(-len(sequence.tokens) // self.limits.page_size) - len(cached)
+        fits = self._make_room(need, spare=self.num_running)
+        self.pool.release(cached)
+        return fits
 
     def _fill(self, sequence: Sequence, slot: int) -> None:
         new = sequence.request.new
@@ -454,7 +488,11 @@ class Scheduler:
         if not self.limits.prefix_cache or sequence.weight_version != self.weight_version:
             return
         slot, page_size = sequence.slot, self.limits.page_size
-        whole = int(self.slots.num_computed[slot]) // page_size
+        # What is under way may fail, and what the tokens are that are drawn there is not known.
+        settled = int(self.slots.num_computed[slot]) - sequence.in_flight
+        if sequence.state is SequenceState.DECODE:
+            settled = min(settled, int(self.slots.num_tokens[slot]) - 1)
+        whole = settled // page_size
         if not whole:
             return
         own = self.slots.blocks[slot, :whole]
@@ -471,9 +509,12 @@ class Scheduler:
         """Takes a sequence out of the steps and releases its blocks."""
         if sequence.state is SequenceState.PREFILL:
             self._prefilling.remove(sequence)
-        elif sequence.state is SequenceState.DECODE:
+        elif sequence in self._finishing:
+            del self._finishing[sequence]
+        else:
             del self._decoding[sequence]
             self._decodes_changed = True
+        self.departures += 1
         if self._copies:
             self._copies = [copy for copy in self._copies if copy[2] is not sequence]
         self.pool.release(self.slots.block_table(sequence.slot))
@@ -493,13 +534,6 @@ class Scheduler:
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
         self.waiting.push(sequence)
-
-    def _current_decodes(self) -> list[Sequence]:
-        if self._decodes_changed:
-            self._decodes_changed = False
-            self._decodes = list(self._decoding)
-            self._decode_slots = np.array([sequence.slot for sequence in self._decodes], dtype=np.int64)
-        return self._decodes
 
     def _draft(self, rows: Int64, chunks: list[Chunk]) -> Drafts | None:
         """Guesses for the rows that decode, as far as there are blocks for them without preempting anyone."""
@@ -522,103 +556,6 @@ class Scheduler:
                 lengths[row] = have[row]
         return drafting.propose(slots, rows, lengths)
 
-    def _batch(self, decode_slots: Int64, chunks: list[Chunk], drafts: Drafts | None = None) -> StepBatch:
-        if not chunks and drafts is None:
-            return self._decode_batch(decode_slots)
-        slots, page_size = self.slots, self.limits.page_size
-        decodes = len(decode_slots)
-        rows = np.concatenate([decode_slots, np.array([c.sequence.slot for c in chunks], dtype=np.int64)])
-        context = slots.num_computed[rows]
-        counts = np.ones(len(rows), dtype=np.int64)
-        counts[decodes:] = [chunk.count for chunk in chunks]
-        if drafts is not None:
-            counts[:decodes] += drafts.lengths
-        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        token_rows = np.repeat(rows, counts)
-        offsets = np.arange(query_start[-1], dtype=np.int64) - np.repeat(query_start[:-1], counts)
-        positions = np.repeat(context, counts) + offsets
-        token_ids = slots.tokens[token_rows, positions]
-        decoded = int(query_start[decodes])
-        if drafts is not None:
-            token_ids[:decoded][offsets[:decoded] > 0] = drafts.token_ids
-        sample_index = np.arange(decoded, dtype=np.int64)
-        sample_slots = token_rows[:decoded]
-        drawing = [(i, branch) for i, chunk in enumerate(chunks) for branch in chunk.branches]
-        if drawing:
-            last = query_start[1:] - 1
-            sample_index = np.append(sample_index, [last[decodes + i] for i, _ in drawing]).astype(np.int64)
-            sample_slots = np.append(sample_slots, [branch.slot for _, branch in drawing]).astype(np.int64)
-        sample_positions = slots.num_tokens[sample_slots] - slots.prompt_tokens[sample_slots]
-        if drawing:
-            # A branch about to be born has a slot but no tokens in it yet.
-            born = np.array([branch.state is not SequenceState.UNBORN for _, branch in drawing])
-            sample_positions[decoded:] *= born
-        sample_positions[:decoded] += offsets[:decoded]
-        scores: dict[str, Any] = {}
-        if any(chunk.num_scored for chunk in chunks):
-            scores = self._scores(chunks, query_start[decodes:], context[decodes:])
-        spans = [
-            [position - computed + start for position in chunk.pooled]
-            for chunk, start, computed in zip(chunks, query_start[decodes:-1].tolist(), context[decodes:], strict=True)
-            if chunk.pools
-        ]
-        if spans:
-            scores["pool_spans"] = np.array(spans, dtype=np.int64)
-        return StepBatch(
-            token_ids=token_ids,
-            positions=positions.astype(np.int32),
-            query_start=query_start,
-            context_lens=context.astype(np.int32),
-            block_tables=slots.blocks[rows, : slots.num_blocks[rows].max()],
-            slot_mapping=slots.blocks[token_rows, positions // page_size].astype(np.int64) * page_size
-            + positions % page_size,
-            sample_index=sample_index,
-            sample_slots=sample_slots,
-            sample_positions=sample_positions,
-            copies=self._due_copies(),
-            num_decodes=decodes,
-            draft_lengths=None if drafts is None else drafts.lengths,
-            **scores,
-        )
-
-    def _scores(self, chunks: list[Chunk], query_start: Int32, context: Int64) -> dict[str, Any]:
-        """The fields of the batch that say which of the chunks' logits are looked at."""
-        index, token_ids, tops = [], [], []
-        for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
-            first, end = chunk.scored
-            index.append(np.arange(first, end, dtype=np.int64) - computed + start)
-            token_ids.append(self.slots.tokens[chunk.sequence.slot, first + 1 : end + 1])
-            top = chunk.sequence.request.new.params.num_prompt_logprobs
-            tops.append(np.full(end - first, top, dtype=np.int64))
-        return {
-            "score_index": np.concatenate(index),
-            "score_token_ids": np.concatenate(token_ids),
-            "score_tops": np.concatenate(tops),
-        }
-
-    def _decode_batch(self, rows: Int64) -> StepBatch:
-        """The same where every row has one token: most steps, so with as few operations as can be."""
-        slots, page_size, count = self.slots, self.limits.page_size, len(rows)
-        if len(self._counting) <= count:
-            self._counting = np.arange(2 * count + 1, dtype=np.int64)
-        context = slots.num_computed[rows]
-        blocks = context // page_size
-        positions = context.astype(np.int32)
-        return StepBatch(
-            token_ids=slots.tokens[rows, context],
-            positions=positions,
-            query_start=self._counting[: count + 1].astype(np.int32),
-            context_lens=positions,
-            block_tables=slots.blocks[rows, : slots.num_blocks[rows].max()],
-            slot_mapping=slots.blocks[rows, blocks].astype(np.int64) * page_size + (context - blocks * page_size),
-            sample_index=self._counting[:count],
-            sample_slots=rows,
-            sample_positions=slots.num_tokens[rows] - slots.prompt_tokens[rows],
-            copies=self._due_copies() if self._copies else _NO_COPIES,
-            num_decodes=count,
-        )
-
     def _due_copies(self) -> Int64:
         copies = self._resident_copies()
         self._copies.clear()
@@ -627,6 +564,3 @@ class Scheduler:
     def _resident_copies(self) -> Int64:
         copies = [(source, to) for source, to, branch in self._copies if branch.resident]
         return np.array(copies, dtype=np.int64).reshape(-1, 2)
-
-
-_NO_COPIES: Int64 = np.empty((0, 2), dtype=np.int64)

@@ -74,6 +74,11 @@ class Request:
         return len(self.new.prompt if self.arriving is None else self.arriving.tokens)
 
     @property
+    def bound(self) -> bool:
+        """Whether a step with it must be through before the next one is scheduled."""
+        return self.new.params.follows_tokens or self.unscored or self.new.pooling is not None
+
+    @property
     def unscored(self) -> bool:
         """Whether positions of the prompt are to be looked at that were not yet."""
         if self.new.pooling is not None:
@@ -90,12 +95,13 @@ class Sequence:
         tokens: Prompt and output while it has no slot; the slot table has them otherwise.
         num_output: Tokens generated, as of when it last gave up a slot.
         weight_version: Of the weights that all its keys and values were computed with.
+        in_flight: Tokens in prefill that a step computes which was launched and is not settled.
         text: Looks for stop strings, where the request has some.
         learnt: How its drafts fared, as of when it last gave up a slot.
     """
 
     __slots__ = (
-        "branch", "key", "learnt", "num_output", "order", "request", "slot", "state", "text", "tokens",
+        "branch", "in_flight", "key", "learnt", "num_output", "order", "request", "slot", "state", "text", "tokens",
         "weight_version",
     )  # fmt: skip
 
@@ -109,6 +115,7 @@ class Sequence:
         self.tokens: Int32 = request.new.prompt
         self.num_output = 0
         self.weight_version = -1
+        self.in_flight = 0
         self.text: TextStream | None = None
         self.learnt: Learnt = NOTHING
 

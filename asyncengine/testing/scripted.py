@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,10 @@ class ScriptedModel:
     It also keeps a paged "KV cache" of its own, in which every token is written where the scheduler says, and before
     it answers it reads each sequence back through its block table: a mistake of the engine about blocks raises.
 
+    Steps may be launched ahead, as on a GPU: each takes its time after the one before, and whoever collects it waits
+    without the GIL. What a step computes is what the state was when it was launched; behind one that fails, nothing
+    but rubbish is computed.
+
     Args:
         script: What is generated.
         limits: Of the model.
@@ -75,6 +81,10 @@ class ScriptedModel:
         self._num_logprobs: dict[int, int] = {}
         self._matchers: dict[int, Matcher] = {}
         self._faults: list[BaseException] = []
+        self._launch_faults: list[BaseException] = []
+        self._last: dict[int, int] = {}  # the token that was drawn last for each slot
+        self._free_at = 0.0  # when the last step that was launched will be through
+        self._broken: _Flight | None = None  # a step that failed, until it is collected
         self._refuse: BaseException | None = None
         self._gate: threading.Semaphore | None = None
         self._entered = threading.Semaphore(0)
@@ -83,8 +93,12 @@ class ScriptedModel:
     # What a test does
 
     def fail_next(self, error: BaseException) -> None:
-        """Lets the next step raise."""
+        """Lets the next step raise; one that is launched, where it is collected."""
         self._faults.append(error)
+
+    def fail_next_launch(self, error: BaseException) -> None:
+        """Lets the next launch raise."""
+        self._launch_faults.append(error)
 
     def lose_device(self) -> None:
         """Lets the next step raise what the engine takes for the loss of the device."""
@@ -133,20 +147,59 @@ class ScriptedModel:
 
     def execute(self, batch: StepBatch) -> StepTokens:
         """As `asyncengine.step.model.Model`."""
+        self._begin(batch)
+        self._wait(self._step_seconds)
+        if self._faults:
+            raise self._faults.pop(0)
+        return self._compute(batch)
+
+    def launch(self, batch: StepBatch) -> _Flight:
+        """As `asyncengine.step.model.LaunchingModel`."""
+        if self._launch_faults:
+            raise self._launch_faults.pop(0)
+        self._begin(batch)
+        self._free_at = max(self._free_at, time.perf_counter()) + self._step_seconds
+        if self._broken is not None:
+            return _Flight(self._free_at, StepTokens(np.full(len(batch.sample_index), -1, dtype=np.int32)))
+        if self._faults:
+            self._broken = _Flight(self._free_at, self._faults.pop(0))
+            return self._broken
+        return _Flight(self._free_at, self._compute(batch))
+
+    def collect(self, flight: _Flight) -> StepTokens:
+        """As `asyncengine.step.model.LaunchingModel`."""
+        self._wait(flight.until - time.perf_counter())
+        if flight is self._broken:
+            self._broken = None
+        if isinstance(flight.outcome, BaseException):
+            raise flight.outcome
+        return flight.outcome
+
+    def _begin(self, batch: StepBatch) -> None:
         assert not self.closed, "a model that was let go is stepped"
         assert not self.asleep, "a model that sleeps is stepped"
         self.steps += 1
         self.batches.append((len(batch.context_lens), len(batch.token_ids)))
+
+    def _wait(self, seconds: float) -> None:
         gate = self._gate
         if gate is not None:
             self._entered.release()
             gate.acquire()
-        if self._step_seconds:
-            time.sleep(self._step_seconds)
-        if self._faults:
-            raise self._faults.pop(0)
+        if seconds > 0:
+            time.sleep(seconds)
+
+    def _compute(self, batch: StepBatch) -> StepTokens:
+        if batch.unknown is not None:
+            token_ids = batch.token_ids.copy()
+            for row in np.flatnonzero(batch.unknown).tolist():
+                token_ids[batch.query_start[row]] = self._last[int(batch.sample_slots[row])]
+            batch = dataclasses.replace(batch, token_ids=token_ids)
         self._write(batch)
-        return self._draw(batch)
+        drawn = self._draw(batch)
+        if batch.draft_lengths is None:
+            self._last.update(zip(batch.sample_slots.tolist(), drawn.token_ids.tolist(), strict=True))
+        return drawn
 
     def _write(self, batch: StepBatch) -> None:
         page_size = self.limits.page_size
@@ -262,6 +315,14 @@ class ScriptedModel:
         self.closed = True
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flight:
+    """A step that was launched: when it will be through, and what comes of it."""
+
+    until: float
+    outcome: StepTokens | BaseException
+
+
 def _accept(matcher: Matcher, token_id: int) -> bool:
     """Whether the text is complete with the token.
 
@@ -286,6 +347,8 @@ class ScriptedLoader:
         vocab_size: Of the models.
         fits_beside: Whether a new model is loaded while the old one serves.
         make_drafter: Makes who drafts for a model, whatever `speculative_mode` says; None leaves it to that.
+        run_ahead: Whether the engine launches steps ahead of the tokens of the steps before. Then a step more may be
+            under way than a test expects that counts them.
 
     Attributes:
         models: All models loaded so far, the newest last.
@@ -304,6 +367,7 @@ class ScriptedLoader:
         vocab_size: int = ByteTokenizer.vocab_size,
         fits_beside: bool = True,
         make_drafter: Callable[[ScriptedModel], Drafter] | None = None,
+        run_ahead: bool = False,
     ) -> None:
         self.script = script
         self.step_seconds = step_seconds
@@ -311,6 +375,7 @@ class ScriptedLoader:
         self.vocab_size = vocab_size
         self.fits_beside = fits_beside
         self.make_drafter = make_drafter
+        self.run_ahead = run_ahead
         self.models: list[ScriptedModel] = []
         self.check_errors: dict[str, BaseException] = {}
         self.load_errors: dict[str, BaseException] = {}
@@ -375,6 +440,7 @@ class ScriptedLoader:
             tokenizer_key="bytes" if self.tokenizer is not None else None,
             hidden_size=self.hidden_size,
             drafting=self._drafting(model, complete),
+            launching=model if self.run_ahead else None,
         )
 
     def _drafting(self, model: ScriptedModel, config: EngineConfig) -> Drafting | None:

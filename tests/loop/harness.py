@@ -47,11 +47,16 @@ class Rig:
         *,
         step_seconds: float = 0.0,
         fits_beside: bool = True,
+        run_ahead: bool = False,
         tokenizer: ByteTokenizer | None = None,
         **config: Any,
     ) -> None:
         self.loader = ScriptedLoader(
-            script, step_seconds=step_seconds, fits_beside=fits_beside, tokenizer=tokenizer or ByteTokenizer()
+            script,
+            step_seconds=step_seconds,
+            fits_beside=fits_beside,
+            run_ahead=run_ahead,
+            tokenizer=tokenizer or ByteTokenizer(),
         )
         self.config = EngineConfig("scripted", **(LIMITS | config))
         self.engine = AsyncEngine(self.config, loader=self.loader)

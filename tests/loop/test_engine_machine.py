@@ -100,8 +100,8 @@ class Track:
 class Machine:
     """An engine whose steps are held, and the operations on it."""
 
-    def __init__(self, config: dict[str, Any], fits_beside: bool) -> None:
-        self.rig = Rig(script, fits_beside=fits_beside, **config)
+    def __init__(self, config: dict[str, Any], fits_beside: bool, run_ahead: bool) -> None:
+        self.rig = Rig(script, fits_beside=fits_beside, run_ahead=run_ahead, **config)
         self.engine = self.rig.engine
         self.holding = True
         self.held: ScriptedModel | None = None
@@ -213,6 +213,8 @@ class Machine:
             self.call(getattr(engine, value)())
         elif name == "fail" and model is not None:
             model.fail_next(ValueError("fail"))
+        elif name == "fail a launch" and model is not None:
+            model.fail_next_launch(ValueError("fail"))
         elif name == "lose" and model is not None:
             model.lose_device()
         elif name == "refuse" and model is not None:
@@ -289,6 +291,7 @@ class Machine:
             for model in self.rig.loader.models:
                 model.release()
                 model._faults.clear()
+                model._launch_faults.clear()
                 model._refuse = None
                 while model._entered.acquire(blocking=False):
                     pass
@@ -383,7 +386,7 @@ OPERATIONS = st.one_of(
         st.sampled_from(["reset", "unload", "pause", "resume", "resume", "sleep", "wake", "wake", "drain", "restart"]),
     ),
     st.tuples(st.sampled_from(["pin", "unpin", "update_weights"]), SOME),
-    st.tuples(st.sampled_from(["fail", "lose", "refuse"]), st.none()),
+    st.tuples(st.sampled_from(["fail", "fail a launch", "lose", "refuse"]), st.none()),
 )
 CONFIGS = st.fixed_dictionaries(
     {
@@ -397,8 +400,8 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-async def play(config: dict[str, Any], fits_beside: bool, operations: list[tuple[str, Any]]) -> None:
-    machine = Machine(config, fits_beside)
+async def play(config: dict[str, Any], fits_beside: bool, run_ahead: bool, operations: list[tuple[str, Any]]) -> None:
+    machine = Machine(config, fits_beside, run_ahead)
     async with machine.rig:
         machine.watch()
         for name, value in operations:
@@ -416,22 +419,28 @@ async def play(config: dict[str, Any], fits_beside: bool, operations: list[tuple
 
 @pytest.mark.timeout(3600)
 @settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-@given(config=CONFIGS, fits_beside=st.booleans(), operations=st.lists(OPERATIONS, min_size=5, max_size=40))
+@given(
+    config=CONFIGS,
+    fits_beside=st.booleans(),
+    run_ahead=st.booleans(),
+    operations=st.lists(OPERATIONS, min_size=5, max_size=40),
+)
 def test_any_interleaving(
     loop_factory: Callable[[], asyncio.AbstractEventLoop],
     config: dict[str, Any],
     fits_beside: bool,
+    run_ahead: bool,
     operations: list[tuple[str, Any]],
 ) -> None:
     reported: list[dict[str, Any]] = []
 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
-        await play(config, fits_beside, operations)
+        await play(config, fits_beside, run_ahead, operations)
         this = asyncio.current_task()
         assert [task for task in asyncio.all_tasks() if task is not this] == []
 
-    note(f"{config} {fits_beside}")
+    note(f"{config} {fits_beside} {run_ahead}")
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main())
     assert reported == []

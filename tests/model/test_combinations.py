@@ -24,6 +24,7 @@ from asyncengine import (
     tiny,
 )
 from asyncengine.grammar.select import make_backend
+from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.tokenizer import load_tokenizer
 from tests.model import letters
 from tests.model.scalar_reference import Reference, check_entry
@@ -50,9 +51,9 @@ async def outcome(engine: AsyncEngine, drawn: Case, index: int) -> Outcome:
         return stream.result(), error
 
 
-async def served(config: EngineConfig, drawn: Case) -> tuple[list[Outcome], int]:
+async def served(config: EngineConfig, drawn: Case, run_ahead: bool) -> tuple[list[Outcome], int]:
     """All requests at once; and how often one was preempted."""
-    async with AsyncEngine(config) as engine:
+    async with AsyncEngine(config, loader=TransformersLoader(run_ahead=run_ahead)) as engine:
         outcomes = await asyncio.gather(*(outcome(engine, drawn, index) for index in range(len(drawn.wishes))))
         metrics = engine.metrics()
         assert metrics.kv_blocks_used == 0
@@ -88,7 +89,7 @@ def combine(path: Path, seed: int, requests: int, engines: int, end: int) -> Non
     reference = Reference(model, tokenizer, backend.compile, end)
     drawn = case(seed, vocabulary, end, tokenizer(letters.STORY).input_ids, requests, engines)
     preempted, short = 0, False
-    for knobs in drawn.engines:
+    for index, knobs in enumerate(drawn.engines):
         if knobs.get("speculative_mode") == "small_draft":
             knobs = {**knobs, "additional_models": [str(path)]}
         config = EngineConfig.from_dict({
@@ -96,7 +97,7 @@ def combine(path: Path, seed: int, requests: int, engines: int, end: int) -> Non
             "max_single_sequence_length": LIMIT, "max_total_sequence_length": 4096, "max_num_sequence": 32,
             "kv_cache_page_size": 8, **knobs,
         })  # fmt: skip
-        outcomes, preemptions = asyncio.run(served(config, drawn))
+        outcomes, preemptions = asyncio.run(served(config, drawn, run_ahead=index % 2 == 0))
         preempted, short = preempted + preemptions, short or "max_total_sequence_length" in knobs
         check(reference, drawn, outcomes)
     assert preempted > 0 or not short, "blocks were meant to run out"

@@ -17,6 +17,7 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.model import graphs as graphs_module
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.graphs import StepGraphs, _nothing, capture_steps
+from asyncengine.model.loader import TransformersLoader
 from asyncengine.step.batch import StepBatch
 
 CPU = torch.device("cpu")
@@ -221,8 +222,8 @@ def engine_config(path: Path) -> EngineConfig:
     )
 
 
-async def tokens_of(config: EngineConfig) -> tuple[list[list[int]], tuple[str, ...]]:
-    async with AsyncEngine(config) as engine:
+async def tokens_of(config: EngineConfig, run_ahead: bool = False) -> tuple[list[list[int]], tuple[str, ...]]:
+    async with AsyncEngine(config, loader=TransformersLoader(run_ahead=run_ahead)) as engine:
         results = await engine.generate_many(PROMPTS, GREEDY)
         await engine.sleep()
         await engine.wake()
@@ -231,21 +232,22 @@ async def tokens_of(config: EngineConfig) -> tuple[list[list[int]], tuple[str, .
         return [result.token_ids for result in results], engine.health().notes
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
 async def test_an_engine_generates_the_same_with_captured_steps(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, run_ahead: bool
 ) -> None:
     config = engine_config(checkpoint("llama"))
     expected, notes = await tokens_of(config)
     assert notes == ()
     recorder = Replayer()
 
-    def capture(model: Any, backend_name: str, sequences: int, device: torch.device) -> Any:
-        graphs = StepGraphs(model, Buckets.upto(sequences), device, recorder)
+    def capture(model: Any, backend_name: str, sequences: int, device: torch.device, last: Any) -> Any:
+        graphs = StepGraphs(model, Buckets.upto(sequences), device, recorder, last)
         graphs.capture()
         return graphs, tuple(graphs.notes)
 
     monkeypatch.setattr(graphs_module, "capture_steps", capture)
-    found, notes = await tokens_of(config)
+    found, notes = await tokens_of(config, run_ahead)
     assert found == expected
     assert notes == ()
     assert recorder.recorded == 6  # 1, 2 and 4 sequences, once more after waking
@@ -257,8 +259,8 @@ async def test_an_engine_that_cannot_capture_serves_and_says_so(
 ) -> None:
     config = engine_config(checkpoint("llama"))
 
-    def capture(model: Any, backend_name: str, sequences: int, device: torch.device) -> Any:
-        graphs = StepGraphs(model, Buckets.upto(sequences), device, Replayer(fails_at=0))
+    def capture(model: Any, backend_name: str, sequences: int, device: torch.device, last: Any) -> Any:
+        graphs = StepGraphs(model, Buckets.upto(sequences), device, Replayer(fails_at=0), last)
         graphs.capture()
         return graphs, tuple(graphs.notes)
 

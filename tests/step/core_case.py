@@ -333,18 +333,31 @@ class Case:
         for blocks in tree._pins.values():
             np.add.at(refs, blocks, 1)
         stack = list(tree._root.children.values())
+        assert core.loaded is not None
+        model: Any = core.loaded.model
+        cache = model._cache.reshape(pool.num_blocks, -1)
         while stack:
             node = stack.pop()
             stack += node.children.values()
             np.add.at(in_tree, node.blocks, 1)
+            assert model.asleep or np.array_equal(cache[node.blocks].ravel(), node.tokens), "not what is known"
         assert in_tree.max(initial=0) <= 1
         assert np.array_equal(pool._refs, refs + in_tree), "a block is held by nobody, or freed too early"
         assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
 
 
-def loaded(script: Script = echo, *, tokenizer: bool = True, fits_beside: bool = True, **changes: Any) -> Case:
+def loaded(
+    script: Script = echo,
+    *,
+    tokenizer: bool = True,
+    fits_beside: bool = True,
+    run_ahead: bool = False,
+    **changes: Any,
+) -> Case:
     """A core that serves a scripted model."""
-    loader = ScriptedLoader(script, tokenizer=ByteTokenizer() if tokenizer else None, fits_beside=fits_beside)
+    loader = ScriptedLoader(
+        script, tokenizer=ByteTokenizer() if tokenizer else None, fits_beside=fits_beside, run_ahead=run_ahead
+    )
     case = Case(loader)
     case.load(**changes)
     return case

@@ -27,6 +27,7 @@ from asyncengine.outputs import FinishReason
 from asyncengine.state import EngineState
 from asyncengine.step.sequence import SequenceState
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
+from asyncengine.testing.scripted import DeviceLostError
 from tests.speculation.drafters import Broken, Guesser, Liar, Oracle
 
 from .core_case import EOS, Case, config, prompt_of
@@ -55,8 +56,9 @@ def whole(new: NewRequest, branch: int) -> tuple[list[int], int | str | None]:
 
 
 DISTURBANCES = [
-    "weights", "bad weights", "unpin", "unpin", "wait a little", "wait", "shutdown", "a fault", "a lost device",
-    "a refusal", "Unload", "Reset", "Drain", "Pause", "Sleep", "Resume", "Wake", "Restart",
+    "weights", "bad weights", "unpin", "unpin", "wait a little", "wait", "shutdown", "a fault", "a fault in a launch",
+    "a lost device", "a device lost in a launch", "a refusal",
+    "Unload", "Reset", "Drain", "Pause", "Sleep", "Resume", "Wake", "Restart",
 ]  # fmt: skip
 
 CURES: dict[EngineState, Any] = {
@@ -101,9 +103,11 @@ def alive_and_open(machine: CoreMachine) -> bool:
 
 
 class CoreMachine(RuleBasedStateMachine):
+    run_ahead = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.case = Case(ScriptedLoader(script, tokenizer=ByteTokenizer()))
+        self.case = Case(ScriptedLoader(script, tokenizer=ByteTokenizer(), run_ahead=self.run_ahead))
         self.news: dict[int, NewRequest] = {}
         self.limits = {48}  # of whatever was loaded so far, and of what `recover` loads
         self.admissions: dict[int, tuple[NewRequest, ...]] = {}
@@ -384,11 +388,15 @@ class CoreMachine(RuleBasedStateMachine):
                 if data.draw(st.integers(0, 3), label="sure") == 0:
                     drain = data.draw(st.sampled_from([0.0, 2.0, 100.0]), label="drain")
                     self.later(data, lambda to: ins.Shutdown(drain, to))
-            case "a fault" | "a lost device" | "a refusal":
+            case "a fault" | "a fault in a launch" | "a lost device" | "a device lost in a launch" | "a refusal":
                 if loaded is None:
                     return
                 if what == "a fault":
                     loaded.model.fail_next(ValueError("a fault"))
+                elif what == "a fault in a launch":
+                    loaded.model.fail_next_launch(ValueError("a fault"))
+                elif what == "a device lost in a launch":
+                    loaded.model.fail_next_launch(DeviceLostError("lost"))
                 elif what == "a lost device":
                     loaded.model.lose_device()
                 else:
@@ -572,10 +580,17 @@ class CoreMachine(RuleBasedStateMachine):
             assert model.closed
 
 
-TestCore = CoreMachine.TestCase
-TestCore.settings = settings(
-    max_examples=int(os.environ.get("EXAMPLES", "90")),
+class AheadMachine(CoreMachine):
+    run_ahead = True
+
+
+SETTINGS = settings(
+    max_examples=int(os.environ.get("EXAMPLES", "45")),
     stateful_step_count=int(os.environ.get("STEPS", "40")),
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+TestCore = CoreMachine.TestCase
+TestCore.settings = SETTINGS
+TestCoreThatRunsAhead = AheadMachine.TestCase
+TestCoreThatRunsAhead.settings = SETTINGS

@@ -14,7 +14,8 @@ import pytest
 from asyncengine import instructions as ins
 from asyncengine.instructions import NewRequest
 from asyncengine.step.batch import Int32
-from asyncengine.step.scheduler import Limits, Plan, Scheduler
+from asyncengine.step.plan import Plan
+from asyncengine.step.scheduler import Limits, Scheduler
 from asyncengine.step.sequence import Request, Sequence, SequenceState
 
 from .core_case import Box, loaded, params, prompt_of
@@ -65,6 +66,7 @@ class Line:
         """What happens once the model has drawn."""
         scheduler = self.scheduler
         scheduler.advance(plan)
+        scheduler.settle(plan)
         if plan.decodes:
             scheduler.slots.append_tokens(plan.decode_slots, np.full(len(plan.decodes), token, dtype=np.int32))
         for chunk in plan.chunks:

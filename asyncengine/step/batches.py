@@ -1,0 +1,144 @@
+"""What a step's batch is built from: the columns of the slot table, turned into rows. Owned by the step thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncengine.step.batch import NO_INDEX, NO_PAIRS, Int32, Int64, StepBatch
+from asyncengine.step.drafting import Drafts
+from asyncengine.step.plan import Chunk
+from asyncengine.step.sequence import EMPTY, SequenceState
+from asyncengine.step.slots import SlotTable
+
+
+class Batches:
+    """Builds them.
+
+    Args:
+        slots: What is known of the sequences.
+    """
+
+    def __init__(self, slots: SlotTable) -> None:
+        self._slots = slots
+        self._counting: Int64 = np.empty(0, dtype=np.int64)  # 0, 1, 2, ...
+
+    def of(
+        self, decode_slots: Int64, chunks: list[Chunk], copies: Int64, drafts: Drafts | None = None, ahead: bool = False
+    ) -> StepBatch:
+        """The batch of a step.
+
+        Args:
+            decode_slots: (decodes,) of the sequences that decode.
+            chunks: What is prefilled.
+            copies: (C, 2) blocks to copy first.
+            drafts: Of the rows that decode.
+            ahead: Whether the step before is still computed.
+        """
+        if not chunks and drafts is None:
+            return self._of_decodes(decode_slots, copies, ahead)
+        slots, page_size = self._slots, self._slots.page_size
+        decodes = len(decode_slots)
+        rows = np.concatenate([decode_slots, np.array([c.sequence.slot for c in chunks], dtype=np.int64)])
+        context = slots.num_computed[rows]
+        counts = np.ones(len(rows), dtype=np.int64)
+        counts[decodes:] = [chunk.count for chunk in chunks]
+        if drafts is not None:
+            counts[:decodes] += drafts.lengths
+        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        token_rows = np.repeat(rows, counts)
+        offsets = np.arange(query_start[-1], dtype=np.int64) - np.repeat(query_start[:-1], counts)
+        positions = np.repeat(context, counts) + offsets
+        token_ids = slots.tokens[token_rows, positions]
+        decoded = int(query_start[decodes])
+        if drafts is not None:
+            token_ids[:decoded][offsets[:decoded] > 0] = drafts.token_ids
+        sample_index = np.arange(decoded, dtype=np.int64)
+        sample_slots = token_rows[:decoded]
+        drawing = [(i, branch) for i, chunk in enumerate(chunks) for branch in chunk.branches]
+        if drawing:
+            last = query_start[1:] - 1
+            sample_index = np.append(sample_index, [last[decodes + i] for i, _ in drawing]).astype(np.int64)
+            sample_slots = np.append(sample_slots, [branch.slot for _, branch in drawing]).astype(np.int64)
+        sample_positions = positions[sample_index] + 1 - slots.prompt_tokens[sample_slots]
+        if drawing:
+            # A branch about to be born has a slot but no tokens in it yet.
+            born = np.array([branch.state is not SequenceState.UNBORN for _, branch in drawing])
+            sample_positions[decoded:] *= born
+        scores: dict[str, Any] = {}
+        if any(chunk.num_scored for chunk in chunks):
+            scores = self._scores(chunks, query_start[decodes:], context[decodes:])
+        spans = [
+            [position - computed + start for position in chunk.pooled]
+            for chunk, start, computed in zip(chunks, query_start[decodes:-1].tolist(), context[decodes:], strict=True)
+            if chunk.pools
+        ]
+        if spans:
+            scores["pool_spans"] = np.array(spans, dtype=np.int64)
+        return StepBatch(
+            token_ids=token_ids,
+            positions=positions.astype(np.int32),
+            query_start=query_start,
+            context_lens=context.astype(np.int32),
+            block_tables=slots.blocks[rows, : slots.num_blocks[rows].max()],
+            slot_mapping=slots.blocks[token_rows, positions // page_size].astype(np.int64) * page_size
+            + positions % page_size,
+            sample_index=sample_index,
+            sample_slots=sample_slots,
+            sample_positions=sample_positions,
+            copies=copies,
+            num_decodes=decodes,
+            draft_lengths=None if drafts is None else drafts.lengths,
+            unknown=self._unknown(decode_slots, context[:decodes]) if ahead else None,
+            **scores,
+        )
+
+    def _scores(self, chunks: list[Chunk], query_start: Int32, context: Int64) -> dict[str, Any]:
+        """The fields of the batch that say which of the chunks' logits are looked at."""
+        index, token_ids, tops = [], [], []
+        for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
+            first, end = chunk.scored
+            index.append(np.arange(first, end, dtype=np.int64) - computed + start)
+            token_ids.append(self._slots.tokens[chunk.sequence.slot, first + 1 : end + 1])
+            top = chunk.sequence.request.new.params.num_prompt_logprobs
+            tops.append(np.full(end - first, top, dtype=np.int64))
+        return {
+            "score_index": np.concatenate(index),
+            "score_token_ids": np.concatenate(token_ids),
+            "score_tops": np.concatenate(tops),
+        }
+
+    def _unknown(self, rows: Int64, context: Int64) -> NDArray[np.bool_] | None:
+        """Which decoding rows' input tokens are still being drawn; None if none is."""
+        unknown = context >= self._slots.num_tokens[rows]
+        return unknown if unknown.any() else None
+
+    def _of_decodes(self, rows: Int64, copies: Int64, ahead: bool) -> StepBatch:
+        """The same where every row has one token: most steps, so with as few operations as can be."""
+        slots, page_size, count = self._slots, self._slots.page_size, len(rows)
+        if len(self._counting) <= count:
+            self._counting = np.arange(2 * count + 1, dtype=np.int64)
+        context = slots.num_computed[rows]
+        blocks = context // page_size
+        positions = context.astype(np.int32)
+        return StepBatch(
+            token_ids=slots.tokens[rows, context],
+            positions=positions,
+            query_start=self._counting[: count + 1].astype(np.int32),
+            context_lens=positions,
+            block_tables=slots.blocks[rows, : slots.num_blocks[rows].max()],
+            slot_mapping=slots.blocks[rows, blocks].astype(np.int64) * page_size + (context - blocks * page_size),
+            sample_index=self._counting[:count],
+            sample_slots=rows,
+            sample_positions=context + 1 - slots.prompt_tokens[rows],
+            copies=copies,
+            num_decodes=count,
+            score_index=NO_INDEX,
+            score_token_ids=EMPTY,
+            score_tops=NO_INDEX,
+            pool_spans=NO_PAIRS,
+            unknown=self._unknown(rows, context) if ahead else None,
+        )

@@ -1,0 +1,398 @@
+"""What the tokens of a step mean: who has them, who ends by them, and what is told of it. Owned by the step thread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+
+from asyncengine.errors import RequestDroppedError
+from asyncengine.events import BranchKey, Pooled, PromptLogprobs, Tokens
+from asyncengine.instructions import Mailbox
+from asyncengine.outputs import FinishReason
+from asyncengine.step.batch import Float32, Int32, Int64, StepTokens, TokenLogprobs
+from asyncengine.step.drafting import Drafts
+from asyncengine.step.plan import Chunk, Plan
+from asyncengine.step.requests import RequestTable
+from asyncengine.step.sequence import Sequence, SequenceState
+from asyncengine.step.slots import SlotTable
+
+_Beyond = tuple[list[int], bool]
+"""What a grammar says of a drawn token: which tokens follow without a choice, and whether the text is complete then."""
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What is derived from a list of decoding sequences, kept while the list stays the same.
+
+    Attributes:
+        decodes: The sequences.
+        keys: For each mailbox: its rows (None is all), and their keys.
+        watched: Rows that have stop strings.
+        stop_ids: (rows, columns) stop tokens.
+        steps_left: Steps after which the first of them has all its tokens.
+    """
+
+    decodes: list[Sequence]
+    keys: list[tuple[Mailbox, Int64 | None, tuple[BranchKey, ...]]]
+    watched: list[tuple[int, Sequence]]
+    stop_ids: Int32
+    steps_left: int
+
+
+_NO_ROWS = _Rows([], [], [], np.empty((0, 0), dtype=np.int32), 0)
+
+
+class Commits:
+    """Commits steps to the requests of a table.
+
+    Args:
+        table: Has the requests, and ends them.
+    """
+
+    def __init__(self, table: RequestTable) -> None:
+        self._table = table
+        self._rows = _NO_ROWS
+
+    def commit(self, plan: Plan, drawn: StepTokens, interrupted: bool) -> None:
+        """Gives each sequence its token, ends those that are complete, and writes it all to the outbox.
+
+        Args:
+            plan: The step.
+            drawn: Its tokens.
+            interrupted: Whether a sequence of the plan may have been ended since.
+        """
+        assert self._table.scheduler is not None
+        now = self._table.clock()
+        decodes = plan.num_decode_samples
+        beyond: dict[int, _Beyond] = {}
+        if drawn.finished or drawn.forced:
+            beyond = {
+                row: (drawn.forced.get(row, []), row in drawn.finished) for row in {*drawn.finished, *drawn.forced}
+            }
+        if drawn.scores:
+            self._commit_scores(plan, drawn.scores)
+        if len(drawn.pooled):
+            self._commit_pooled(plan, drawn.pooled)
+        if plan.drafts is not None:
+            self._commit_drafts(plan, plan.drafts, drawn, beyond, now)
+        elif decodes:
+            slots, ids, logprobs, sequences = plan.decode_slots, drawn.token_ids[:decodes], drawn.logprobs, plan.decodes
+            if logprobs is not None:
+                logprobs = logprobs[:decodes]
+            own = {row: what for row, what in beyond.items() if row < decodes} if beyond else beyond
+            if interrupted:
+                alive = [i for i, sequence in enumerate(sequences) if sequence.state is SequenceState.DECODE]
+                sequences = [sequences[i] for i in alive]
+                if sequences == self._table.scheduler.decodes:  # as they will be in the next step
+                    sequences = self._table.scheduler.decodes
+                slots, ids = slots[alive], ids[alive]
+                own = {i: beyond[row] for i, row in enumerate(alive) if row in beyond} if beyond else beyond
+                logprobs = None if logprobs is None else [logprobs[i] for i in alive]
+            if sequences:
+                self._commit_decodes(sequences, slots, ids, logprobs, own, now)
+        at = decodes
+        for chunk in plan.chunks:
+            count = len(chunk.branches)
+            if chunk.last and chunk.sequence.state is SequenceState.PREFILL:
+                logprobs = None if drawn.logprobs is None else drawn.logprobs[at : at + count]
+                own = {row - at: what for row, what in beyond.items() if at <= row < at + count}
+                self._commit_prefill(chunk, drawn.token_ids[at : at + count], logprobs, own, now)
+            at += count
+
+    def _commit_scores(self, plan: Plan, scores: list[TokenLogprobs]) -> None:
+        at = 0
+        for chunk in plan.chunks:
+            request, count = chunk.sequence.request, chunk.num_scored
+            if count and not request.ended:
+                self._table.outbox.add(request.mailbox, PromptLogprobs(request.new.number, scores[at : at + count]))
+                request.scored = chunk.scored[1]
+            at += count
+
+    def _commit_pooled(self, plan: Plan, sums: Float32) -> None:
+        """Adds up the hidden states, in double precision so that the pieces do not show; tells whose are complete."""
+        pooling = (chunk for chunk in plan.chunks if chunk.pools)
+        for chunk, part in zip(pooling, sums, strict=True):
+            request = chunk.sequence.request
+            if request.ended:
+                continue
+            request.pooled = part.astype(np.float64) + (0.0 if request.pooled is None else request.pooled)
+            request.scored = chunk.pooled[1]
+            if chunk.last:
+                count = len(request.new.prompt) if request.new.pooling == "mean" else 1
+                vector = (request.pooled / count).astype(np.float32)
+                self._table.outbox.add(request.mailbox, Pooled(request.new.number, vector))
+
+    def _commit_decodes(
+        self,
+        sequences: list[Sequence],
+        slots: Int64,
+        ids: Int32,
+        logprobs: list[TokenLogprobs | None] | None,
+        beyond: Mapping[int, _Beyond],
+        now: float,
+    ) -> None:
+        assert self._table.scheduler is not None
+        table = self._table.scheduler.slots
+        table.append_tokens(slots, ids)
+        gaps = now - table.last_token_at[slots]
+        table.last_token_at[slots] = now
+        self._observe_gaps(gaps)
+        if self._rows.decodes is not sequences:
+            self._rows = _derive_rows(sequences, table, slots)
+        derived = self._rows
+        token_ids = ids.tolist()
+        self._table.counters.generation_tokens += len(token_ids)
+        for mailbox, rows, keys in derived.keys:
+            if rows is None:
+                self._table.outbox.add(mailbox, Tokens(keys, token_ids, logprobs))
+            else:
+                own = None if logprobs is None else [logprobs[row] for row in rows.tolist()]
+                self._table.outbox.add(mailbox, Tokens(keys, ids[rows].tolist(), own))
+        stopped = table.stopped(slots, ids, derived.stop_ids)
+        watched: dict[int, str] = {}
+        for row, sequence in derived.watched:
+            if not stopped[row] and (stop := self._read_text(sequence, token_ids[row])) is not None:
+                watched[row] = stop
+        derived.steps_left -= 1
+        if derived.steps_left >= 0 and not watched and not beyond and not stopped.any():
+            return
+        ending = stopped | (table.num_tokens[slots] >= table.max_tokens[slots])
+        if watched:
+            ending[list(watched)] = True
+        finished = [row for row, (tokens, complete) in beyond.items() if complete and not tokens]
+        if finished:
+            ending[finished] = True
+        for row in np.flatnonzero(ending).tolist():
+            if sequences[row].state is SequenceState.ENDED:
+                continue
+            stop = token_ids[row] if stopped[row] else watched.get(row)
+            by_length = stop is None and row not in finished
+            self._table.end_branch(sequences[row], FinishReason.LENGTH if by_length else FinishReason.STOP, stop)
+        for row, (tokens, complete) in beyond.items():
+            if tokens and sequences[row].state is not SequenceState.ENDED:
+                self._jump(sequences[row], tokens, complete)
+
+    def _commit_drafts(
+        self, plan: Plan, drafts: Drafts, drawn: StepTokens, beyond: Mapping[int, _Beyond], now: float
+    ) -> None:
+        """As `_commit_decodes`, where a row may have several tokens: those that were drafted rightly, and one more."""
+        assert self._table.scheduler is not None and self._table.scheduler.drafting is not None
+        assert drawn.taken is not None
+        lengths = self._table.scheduler.drafting.lengths
+        self._rows = _NO_ROWS  # the steps that are left are others now
+        token_ids = drawn.token_ids.tolist()
+        guesses = iter(drafts.token_ids.tolist())
+        at = 0
+        for sequence, slot, drafted, taken in zip(
+            plan.decodes, plan.decode_slots.tolist(), drafts.lengths.tolist(), drawn.taken.tolist(), strict=True
+        ):
+            start, at = at, at + drafted + 1
+            guessed = [next(guesses) for _ in range(drafted)]
+            if sequence.state is not SequenceState.DECODE:  # it was ended during the step
+                continue
+            ids = token_ids[start : start + taken]
+            if drafted:
+                kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(guessed, ids, strict=False)))
+                lengths.learn(slot, drafted, kept)
+                self._table.counters.draft_tokens += drafted
+                sequence.request.draft_tokens += drafted
+            logprobs = None if drawn.logprobs is None else drawn.logprobs[start : start + taken]
+            if ids:
+                own = beyond.get(start + taken - 1, ([], False))
+                self._commit_run(sequence, guessed, ids, logprobs, own, now)
+            cause = drawn.failed.get(start + taken)
+            if cause is not None and taken <= drafted and sequence.state is SequenceState.DECODE:
+                self._table.drop_undrawn(sequence.request, cause)
+
+    def _commit_run(
+        self,
+        sequence: Sequence,
+        guessed: list[int],
+        ids: list[int],
+        logprobs: list[TokenLogprobs | None] | None,
+        beyond: _Beyond,
+        now: float,
+    ) -> None:
+        """Gives a branch the tokens that it has drawn in one step, as far as it does not end among them."""
+        assert self._table.scheduler is not None
+        table, request, forced = self._table.scheduler.slots, sequence.request, beyond[0]
+        params, generated = request.new.params, int(table.num_tokens[sequence.slot]) - len(request.new.prompt)
+        gap = now - float(table.last_token_at[sequence.slot])
+        table.last_token_at[sequence.slot] = now
+        complete = beyond[1] and not forced
+        end: tuple[FinishReason, int | str | None] | None = None
+        told = 0
+        for taken, token_id in enumerate(ids, 1):
+            generated += 1
+            if taken <= len(guessed) and guessed[taken - 1] == token_id:
+                request.accepted_draft_tokens += 1
+                self._table.counters.accepted_draft_tokens += 1
+            stops = token_id in params.stop_token_ids and generated > params.min_tokens
+            full = self._is_full(sequence, generated)
+            if stops or full or taken == len(ids) or sequence.text is not None:
+                # Told before the text is read, which may end the request.
+                self._table.scheduler.take(sequence, ids[told:taken])
+                own = None if logprobs is None else logprobs[told:taken]
+                self._table.outbox.add(request.mailbox, Tokens((sequence.key,) * (taken - told), ids[told:taken], own))
+                told = taken
+            if stops:
+                end = (FinishReason.STOP, token_id)
+            elif sequence.text is not None and (stop := self._read_text(sequence, token_id)) is not None:
+                end = (FinishReason.STOP, stop)
+            elif sequence.state is SequenceState.ENDED:
+                break
+            elif complete and taken == len(ids):
+                end = (FinishReason.STOP, None)
+            elif full:
+                end = (FinishReason.LENGTH, None)
+            if end is not None:
+                break
+        self._table.counters.generation_tokens += told
+        self._table.counters.inter_token_latency_seconds.observe(gap / told, told)
+        if end is not None:
+            self._table.end_branch(sequence, *end)
+        elif forced and sequence.state is not SequenceState.ENDED:
+            self._jump(sequence, forced, beyond[1])
+
+    def _commit_prefill(
+        self,
+        chunk: Chunk,
+        ids: Int32,
+        logprobs: list[TokenLogprobs | None] | None,
+        beyond: Mapping[int, _Beyond],
+        now: float,
+    ) -> None:
+        """A prefill is complete: its sequence goes on decoding, and so do the branches that shared it."""
+        assert self._table.scheduler is not None
+        scheduler, trunk, request = self._table.scheduler, chunk.sequence, chunk.sequence.request
+        new = request.new
+        if (arriving := request.arriving) is not None:
+            scheduler.hold(trunk)
+            arriving.note(new.prompt)
+            self._table.compute_ahead(request, arriving)
+            return
+        if new.pin is not None:
+            scheduler.tree.pin(new.pin, new.prompt[: len(new.prompt) - len(new.prompt) % scheduler.limits.page_size])
+        if not chunk.branches:  # max_tokens = 0
+            self._table.end_branches(request, FinishReason.LENGTH)
+            return
+        if request.first_token_at is None:
+            request.first_token_at = now
+            self._table.counters.time_to_first_token_seconds.observe(now - request.arrived_at)
+            if self._table.trace.enabled:
+                self._table.trace.mark("n", "first token", now, new.number)
+        scheduler.begin_decoding(trunk)
+        scheduler.slots.append_tokens(np.array([trunk.slot]), ids[:1])
+        token_ids = ids.tolist()
+        self._table.counters.generation_tokens += len(token_ids)
+        for branch, token_id in zip(chunk.branches[1:], token_ids[1:], strict=True):
+            scheduler.fork(trunk, branch, token_id)
+        for branch in request.branches:
+            if branch.state is SequenceState.UNBORN:  # there were not enough slots for all
+                scheduler.add(branch)
+        keys = tuple(branch.key for branch in chunk.branches)
+        self._table.outbox.add(request.mailbox, Tokens(keys, token_ids, logprobs))
+        for row, (branch, token_id) in enumerate(zip(chunk.branches, token_ids, strict=True)):
+            if branch.state is not SequenceState.ENDED:
+                self._commit_first(branch, token_id, beyond.get(row, ([], False)), now)
+
+    def _commit_first(self, branch: Sequence, token_id: int, beyond: _Beyond, now: float) -> None:
+        assert self._table.scheduler is not None
+        params = branch.request.new.params
+        if branch.resident:
+            self._table.scheduler.slots.last_token_at[branch.slot] = now
+        generated = len(self._table.scheduler.tokens_of(branch)) - len(branch.request.new.prompt)
+        if token_id in params.stop_token_ids and generated > params.min_tokens:
+            self._table.end_branch(branch, FinishReason.STOP, token_id)
+            return
+        if branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
+            self._table.end_branch(branch, FinishReason.STOP, stop)
+        elif branch.state is SequenceState.ENDED:
+            return
+        elif beyond[0]:
+            self._jump(branch, *beyond)
+        elif beyond[1]:
+            self._table.end_branch(branch, FinishReason.STOP)
+        elif self._is_full(branch, generated):
+            self._table.end_branch(branch, FinishReason.LENGTH)
+
+    def _is_full(self, branch: Sequence, generated: int) -> bool:
+        assert self._table.scheduler is not None
+        most, new = self._table.scheduler.limits.max_tokens, branch.request.new
+        return generated >= new.params.max_tokens or len(new.prompt) + generated >= most
+
+    def _jump(self, branch: Sequence, tokens: list[int], complete: bool) -> None:
+        """Gives a branch tokens that it had no choice about, as far as it does not end among them.
+
+        Jump-forward decoding is of SGLang (Zheng et al., 2024). Here a token is jumped over where it is the only one
+        that the masks allow, so that the tokens are those that would have been drawn one by one.
+        """
+        assert self._table.scheduler is not None
+        new = branch.request.new
+        generated = len(self._table.scheduler.tokens_of(branch)) - len(new.prompt)
+        end: tuple[FinishReason, int | str | None] | None = None
+        taken = 0
+        for token_id in tokens:
+            taken += 1
+            if token_id in new.params.stop_token_ids and generated + taken > new.params.min_tokens:
+                end = (FinishReason.STOP, token_id)
+            elif branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
+                end = (FinishReason.STOP, stop)
+            elif branch.state is SequenceState.ENDED:
+                return
+            elif complete and taken == len(tokens):
+                end = (FinishReason.STOP, None)
+            elif self._is_full(branch, generated + taken):
+                end = (FinishReason.LENGTH, None)
+            if end is not None:
+                break
+        self._table.scheduler.extend(branch, tokens[:taken])
+        self._table.counters.generation_tokens += taken
+        self._table.outbox.add(branch.request.mailbox, Tokens((branch.key,) * taken, tokens[:taken]))
+        if end is not None:
+            self._table.end_branch(branch, *end)
+
+    def _read_text(self, branch: Sequence, token_id: int) -> str | None:
+        """Feeds a token to a branch's text; returns the stop string that it completes."""
+        assert branch.text is not None
+        try:
+            branch.text.push([token_id])
+        except Exception as cause:  # the tokenizer is not ours
+            error = RequestDroppedError(f"request {branch.request.new.request_id}: cannot decode {token_id}: {cause}")
+            error.__cause__ = cause
+            self._table.end_branches(branch.request, FinishReason.ERROR, error)
+            return None
+        return branch.text.stopped_by
+
+    def _observe_gaps(self, gaps: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+        histogram = self._table.counters.inter_token_latency_seconds
+        first = float(gaps[0])
+        if (gaps == first).all():  # the usual case: all of them had a token in the step before
+            histogram.observe(first, len(gaps))
+        else:
+            for gap in gaps.tolist():
+                histogram.observe(gap)
+
+
+def _derive_rows(sequences: list[Sequence], table: SlotTable, slots: Int64) -> _Rows:
+    mailboxes: dict[Mailbox, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        mailboxes.setdefault(sequence.request.mailbox, []).append(row)
+    whole = len(mailboxes) == 1
+    return _Rows(
+        decodes=sequences,
+        keys=[
+            (
+                mailbox,
+                None if whole else np.array(rows, dtype=np.int64),
+                tuple(sequences[row].key for row in rows),
+            )
+            for mailbox, rows in mailboxes.items()
+        ],
+        watched=[(row, sequence) for row, sequence in enumerate(sequences) if sequence.text is not None],
+        stop_ids=table.stop_columns(slots),
+        steps_left=int((table.max_tokens[slots] - table.num_tokens[slots]).min()),
+    )
