@@ -159,12 +159,9 @@ class Reloading:
         core.stepping.land()
         if reload.asked.in_flight == "abort":
             core.requests.abort_all()
-        elif reload.asked.in_flight == "wait" and len(core.requests):
-            if not self.holds_steps:
-                return
+        elif reload.asked.in_flight == "wait" and len(core.requests) and not self._same_tokenizer(reload):
             # Those that wait behind a lost device cannot finish on it.
-            if not self._same_tokenizer(reload):
-                core.requests.abort_all(ReloadError("the device was lost and the new model has another tokenizer"))
+            core.requests.abort_all(ReloadError("the device was lost and the new model has another tokenizer"))
         if reload.beside is not None:
             core.drop_model()
             self._finish(reload.beside)
