@@ -19,6 +19,7 @@ SpeculativeMode = Literal["disable", "ngram", "small_draft"]
 AttentionBackend = Literal["auto", "cpu", "torch", "triton"]
 DecoderBackend = Literal["auto", "compiled", "transformers"]
 Quantization = Literal["none", "int8"]
+KVCacheDType = Literal["auto", "fp8_e4m3"]
 GrammarLibrary = Literal["auto", "llguidance", "xgrammar"]
 
 
@@ -34,6 +35,9 @@ class EngineConfig:
         tokenizer: Where to read the tokenizer from instead of the checkpoint directory.
         device: ``"auto"`` (CUDA if there is one, else CPU), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         dtype: Of weights and KV cache. ``"auto"`` is the checkpoint's own.
+        kv_cache_dtype: ``"fp8_e4m3"`` keeps keys and values as one byte each, so that the same memory holds twice as
+            many tokens as in 16 bits; needs the attention back end ``"triton"`` (compute capability 8.9 or later) or
+            ``"torch"``. ``"auto"`` keeps them in `dtype`.
         mode: How limits that are not given are derived, after MLC LLM. ``"interactive"``: one sequence.
             ``"local"``: at most 4 sequences. Both keep one context window of KV cache per sequence.
             ``"server"``: many sequences, and as much KV cache as memory allows.
@@ -73,6 +77,7 @@ class EngineConfig:
     tokenizer: str | None = field(default=None, kw_only=True)
     device: str = field(default="auto", kw_only=True)
     dtype: DType = field(default="auto", kw_only=True)
+    kv_cache_dtype: KVCacheDType = field(default="auto", kw_only=True)
     mode: Mode = field(default="server", kw_only=True)
     max_num_sequence: int | None = field(default=None, kw_only=True)
     max_total_sequence_length: int | None = field(default=None, kw_only=True)
@@ -196,6 +201,7 @@ class EngineConfig:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": get_args(DType),
+    "kv_cache_dtype": get_args(KVCacheDType),
     "mode": get_args(Mode),
     "prefix_cache_mode": get_args(PrefixCacheMode),
     "prefill_mode": get_args(PrefillMode),

@@ -61,7 +61,8 @@ class Needs:
         parameters: Elements of all weights.
         tensors: How many weights there are.
         weight_bytes: Of all weights in `dtype`.
-        dtype: Of weights and KV cache.
+        dtype: Of weights.
+        kv_dtype: Of the KV cache.
         device: What it would run on.
         layers: Attention layers and how often each kind is there.
         page_size: Tokens per block.
@@ -75,6 +76,7 @@ class Needs:
     tensors: int
     weight_bytes: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     device: torch.device
     layers: list[tuple[LayerSpec, int]]
     page_size: int
@@ -100,6 +102,7 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
     from asyncengine.model.checkpoint import Checkpoint, locate
+    from asyncengine.model.loader import KV_DTYPES
 
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
@@ -115,7 +118,9 @@ def read(config: EngineConfig) -> Needs:
     dtype: torch.dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     specs = _specs(architecture, hf_config)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
-    bytes_of = TorchAttention().bytes_per_block if cuda else CpuAttention.bytes_per_block
+    kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
+    plain = cuda or kv_dtype is not dtype  # the kernel for the CPU has a layout of its own, and no fp8
+    bytes_of = TorchAttention().bytes_per_block if plain else CpuAttention.bytes_per_block
     names = getattr(hf_config, "architectures", None)
     return Needs(
         architecture=names[0] if names else type(hf_config).__name__,
@@ -123,10 +128,11 @@ def read(config: EngineConfig) -> Needs:
         tensors=len(checkpoint.tensors),
         weight_bytes=checkpoint.weight_bytes(dtype),
         dtype=dtype,
+        kv_dtype=kv_dtype,
         device=device,
         layers=list(Counter(specs).items()),
         page_size=page_size,
-        bytes_per_block=sum(bytes_of(spec, page_size, dtype) for spec in specs),
+        bytes_per_block=sum(bytes_of(spec, page_size, kv_dtype) for spec in specs),
         max_length=length,
         max_sequences=config.max_num_sequence or (256 if cuda else 64),
     )
@@ -196,7 +202,7 @@ def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
         yield (
             "KV cache",
             f"{count} layers x {spec.num_kv_heads} heads x ({spec.key_dim} + {spec.value_dim}) x "
-            f"{needs.dtype.itemsize} bytes{window}",
+            f"{needs.kv_dtype.itemsize} bytes{window}",
         )
     per_token = needs.bytes_per_block / needs.page_size
     yield (

@@ -33,6 +33,8 @@ from asyncengine.step.scheduler import Limits
 from asyncengine.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
+"""What `EngineConfig.kv_cache_dtype` may be, besides "auto"."""
 _BUILDING = threading.Lock()
 """Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at
 once restore each other's."""
@@ -53,6 +55,7 @@ class _Details:
     weight_bytes: int
     max_length: int
     present_tokenizer: Tokenizer | None
+    kv_dtype: torch.dtype
     draft: _Details | None = None
 
     @property
@@ -79,9 +82,10 @@ class TransformersLoader:
         text = architecture.text_config(hf_config)
         longest = getattr(text, "max_position_embeddings", None) or 2048
         dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
+        kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
         draft = None
         for name in config.additional_models:
-            draft = _check_draft(name, checkpoint, text.vocab_size, device, dtype)
+            draft = _check_draft(name, checkpoint, text.vocab_size, device, dtype, kv_dtype)
             longest = min(longest, draft.max_length)
         max_length = config.max_single_sequence_length or longest
         if max_length > longest:
@@ -95,13 +99,13 @@ class TransformersLoader:
             draft = dataclasses.replace(draft, max_length=max_length)
             architecture.check_rope(draft.hf_config, max_length)
             _check_on_meta(architecture, draft.hf_config)
-        _select(config, device)
+        _check_kv_dtype(config, _select(config, device).backend, kv_dtype, device)
         if config.quantization != "none" and dtype is not torch.bfloat16:
             given = str(dtype).removeprefix("torch.")
             raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
         weights = checkpoint.weight_bytes(dtype)
         present = None if current is None else current.tokenizer
-        details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present, draft)
+        details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present, kv_dtype, draft)
         return LoadPlan(config, _fits(details, current), tokenizer_key(tokenizer_path), details)
 
     def load(self, plan: LoadPlan) -> LoadedModel:
@@ -118,7 +122,9 @@ class TransformersLoader:
             memory.give_back()
 
 
-def _check_draft(name: str, target: Any, vocab_size: int, device: torch.device, dtype: torch.dtype) -> _Details:
+def _check_draft(
+    name: str, target: Any, vocab_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> _Details:
     """A draft model, whose tokens must be the target's. Its longest sequence is its own."""
     from asyncengine.model import architecture
     from asyncengine.model.checkpoint import Checkpoint, locate, same_vocabulary
@@ -138,7 +144,7 @@ def _check_draft(name: str, target: Any, vocab_size: int, device: torch.device, 
         )
     longest = getattr(text, "max_position_embeddings", None) or 2048
     weights = checkpoint.weight_bytes(dtype)
-    return _Details(checkpoint, checkpoint.path, hf_config, device, dtype, weights, longest, None)
+    return _Details(checkpoint, checkpoint.path, hf_config, device, dtype, weights, longest, None, kv_dtype)
 
 
 def _load(plan: LoadPlan) -> LoadedModel:
@@ -159,7 +165,7 @@ def _load(plan: LoadPlan) -> LoadedModel:
     model, _, slower = _serving(built, details, backend, limits, vocab_size)
     notes += [*built.notes, *slower]
     drafting = None
-    memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(built.layers, backend, limits, details.dtype)
+    memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(built.layers, backend, limits, details.kv_dtype)
     try:
         if draft is not None:
             assert details.draft is not None
@@ -168,7 +174,7 @@ def _load(plan: LoadPlan) -> LoadedModel:
             drafting = _drafting(config, drafter, limits, details.device, draft.nbytes / built.nbytes)
             notes += [f"draft model: {note}" for note in (*draft.notes, *slower)]
             memory_bytes += draft.nbytes
-            memory_bytes += limits.num_blocks * kv_bytes_per_block(draft.layers, backend, limits, details.dtype)
+            memory_bytes += limits.num_blocks * kv_bytes_per_block(draft.layers, backend, limits, details.kv_dtype)
         elif config.speculative_mode == "ngram":
             drafting = _drafting(config, NgramDrafter(), limits, details.device)
     except BaseException:
@@ -226,6 +232,9 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
     layers = architecture.record(model)
     trial = verification.Trial(model, layers, details.device)
     trial.run(model, backend)
+    if details.kv_dtype is not details.dtype:
+        error = trial.run(model, backend, kv_dtype=details.kv_dtype)
+        notes.append(f"KV cache: {config.kv_cache_dtype}: logits of a trial are {error:.1%} of their norm off")
     try:
         program = _compile(config, details, model, layers, backend)
         if program is not None:
@@ -248,7 +257,7 @@ def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, voc
     from asyncengine.model.sampler import Sampler
 
     device = details.device
-    paged = PagedLayers(built.layers, backend, limits, details.dtype, device)
+    paged = PagedLayers(built.layers, backend, limits, details.kv_dtype, device)
     paged.allocate()
     sampler = Sampler(limits.max_num_sequence, vocab_size, device)
     model = TorchModel(built.model, paged, sampler, device, built.program)
@@ -315,6 +324,25 @@ def _select(config: EngineConfig, device: torch.device) -> Any:
         raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
 
 
+def _check_kv_dtype(config: EngineConfig, backend: Any, kv_dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses a KV cache that the attention back end cannot keep.
+
+    Raises:
+        ConfigError: As it says.
+    """
+    from asyncengine.model.attention.protocol import BackendUnavailableError
+
+    if config.kv_cache_dtype == "auto":
+        return
+    try:
+        backend.check_dtype(kv_dtype, device)
+    except BackendUnavailableError as error:
+        raise ConfigError(
+            f"kv_cache_dtype is {config.kv_cache_dtype!r} with attention_backend {config.attention_backend!r} on "
+            f"{device}: {error}; allowed: 'auto', or attention_backend 'torch' or, on CUDA, 'triton'"
+        ) from error
+
+
 def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -> tuple[Limits, EngineConfig]:
     """Fills in everything that the configuration leaves open."""
     config, details = plan.config, plan.details
@@ -324,7 +352,7 @@ def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -
     chunk = min(config.prefill_chunk_size or (2048 if cuda else 512), length)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
     layers = built.layers if draft is None else [*built.layers, *draft.layers]  # they share the blocks
-    per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.dtype) for layer in layers)
+    per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.kv_dtype) for layer in layers)
     share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
     if cuda:
         drafts = 0 if config.speculative_mode == "disable" else sequences * (config.spec_draft_length or LONGEST)

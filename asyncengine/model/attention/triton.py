@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
-from asyncengine.model.attention import work_list
+from asyncengine.model.attention import fp8, work_list
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
 from asyncengine.model.attention.triton_tiles import Launch, Tiles, padded, tiles_for
 from asyncengine.model.attention.work_list import Cut
 from asyncengine.model.packed_buffer import PackedBuffer
 from asyncengine.step.batch import StepBatch
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, fp8.E4M3)
+_FP8_CAPABILITY = (8, 9)
+"""The first devices that turn fp8 into other numbers by themselves (Ada, Hopper)."""
 # Programs of the persistent grid, for each multiprocessor. Small tiles wait for memory, so several share one.
 _SHORT_PROGRAMS, _LONG_PROGRAMS = 4, 2
 WRITE_LAUNCH = Launch(rows=16, warps=4, stages=1)
@@ -100,6 +102,19 @@ class TritonAttention:
         self._processors = 0
         self._generation = 0
 
+    def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:
+        """As the protocol says."""
+        if dtype not in _DTYPES:
+            known = ", ".join(str(name).removeprefix("torch.") for name in _DTYPES)
+            raise BackendUnavailableError(f"the triton attention back end stores {known}, not {dtype}")
+        if dtype is fp8.E4M3 and device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            if capability < _FP8_CAPABILITY:
+                raise BackendUnavailableError(
+                    "the triton attention back end stores fp8 on devices of compute capability 8.9 and later, not "
+                    f"{capability[0]}.{capability[1]} ({torch.cuda.get_device_name(device)})"
+                )
+
     def bytes_per_block(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block of one layer takes."""
         return page_size * spec.num_kv_heads * (spec.key_dim + spec.value_dim) * dtype.itemsize
@@ -112,9 +127,7 @@ class TritonAttention:
         Raises:
             BackendUnavailableError: The kernel does not know the dtype or the size of the heads.
         """
-        if dtype not in _DTYPES:
-            known = ", ".join(str(name).removeprefix("torch.") for name in _DTYPES)
-            raise BackendUnavailableError(f"the triton attention back end stores {known}, not {dtype}")
+        self.check_dtype(dtype, device)
         if tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim) is None:
             raise BackendUnavailableError(
                 f"the triton attention back end has no tiles for heads of {spec.key_dim} and {spec.value_dim}"
@@ -214,9 +227,9 @@ class TritonAttention:
         self, spec: LayerSpec, cache: TritonCache, plan: TritonPlan, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         self._kernels.write[(-(-plan.tokens * spec.num_kv_heads // WRITE_LAUNCH.rows),)](
-            plan.buffer, key, value, cache.keys, cache.values, plan.tokens,
+            plan.buffer, key, value, fp8.movable(cache.keys), fp8.movable(cache.values), plan.tokens,
             key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-            **write_constants(spec, cache.keys.shape[2]), **launch_options(WRITE_LAUNCH),
+            **write_constants(spec, cache.keys.dtype, cache.keys.shape[2]), **launch_options(WRITE_LAUNCH),
         )  # fmt: skip
 
     def _attend(
@@ -265,8 +278,8 @@ class TritonAttention:
             copies = copies.pin_memory().to(device, non_blocking=True)
         source, destination = copies.long().unbind(1)
         for cache in caches:
-            cache.keys.index_copy_(0, destination, cache.keys[source])
-            cache.values.index_copy_(0, destination, cache.values[source])
+            for numbers in (fp8.movable(cache.keys), fp8.movable(cache.values)):
+                numbers.index_copy_(0, destination, numbers[source])
 
 
 def launch_options(launch: Launch) -> dict[str, Any]:
@@ -298,11 +311,12 @@ def attend_constants(
         # Without tf32, whose 10 bits of mantissa are not what float32 was asked for.
         "PRECISION": "ieee" if dtype is torch.float32 else None,
         "WIDEN": widen,
+        "FP8": dtype is fp8.E4M3,
         "STAGES": launch.stages,
     }
 
 
-def write_constants(spec: LayerSpec, page_size: int) -> dict[str, Any]:
+def write_constants(spec: LayerSpec, dtype: torch.dtype, page_size: int) -> dict[str, Any]:
     """What the kernel `write` is compiled for."""
     return {
         "KV_HEADS": spec.num_kv_heads,
@@ -312,6 +326,7 @@ def write_constants(spec: LayerSpec, page_size: int) -> dict[str, Any]:
         "VALUE_PAD": padded(spec.value_dim),
         "PAGE": page_size,
         "ROWS": WRITE_LAUNCH.rows,
+        "FP8": dtype is fp8.E4M3,
     }
 
 
