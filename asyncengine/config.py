@@ -18,7 +18,7 @@ PrefillMode = Literal["hybrid", "chunked"]
 SpeculativeMode = Literal["disable", "ngram", "small_draft"]
 AttentionBackend = Literal["auto", "cpu", "torch", "triton"]
 DecoderBackend = Literal["auto", "compiled", "transformers"]
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "fp8"]
 KVCacheDType = Literal["auto", "fp8_e4m3"]
 GrammarLibrary = Literal["auto", "llguidance", "xgrammar"]
 
@@ -66,7 +66,9 @@ class EngineConfig:
             knows; ``"transformers"`` runs the model's own modules around the attention; ``"auto"`` takes the first
             where it can.
         quantization: ``"int8"`` stores the weights as one byte each, with one scale for each output; needs the
-            compiled decoder and dtype bfloat16. ``"none"`` stores them in `dtype`.
+            compiled decoder and dtype bfloat16. ``"fp8"`` stores and multiplies linear layers in fp8, with one
+            scale for each output and for each token; needs dtype bfloat16, and a CUDA device of compute capability 8.9
+            or later (a CPU computes the same, slowly). ``"none"`` stores them in `dtype`.
         grammar_backend: Compiles `GenerationConfig.response_format`: ``"llguidance"``, ``"xgrammar"``, or ``"auto"``,
             which takes the first of these that is installed.
         max_queue_size: Most requests that wait for their first step; None is unlimited.

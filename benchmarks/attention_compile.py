@@ -136,9 +136,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two head sizes in bfloat16 only")
     quick = parser.parse_args().quick
     results = {}
-    for case in (
-        cases(QUICK, [torch.bfloat16, fp8.E4M3]) if quick else cases(HEADS, list(NAMES))
-    ):
+    for case in cases(QUICK, [torch.bfloat16, fp8.E4M3]) if quick else cases(HEADS, list(NAMES)):
         results[case.name] = found = compiled(case)
         print(f"{case.name:<55} {found}", flush=True)
     spilling = [name for name, found in results.items() if found["spilled"]]

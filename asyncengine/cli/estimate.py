@@ -37,7 +37,7 @@ def estimate(
     """
     config = flags.config(model)
     if config.quantization != "none":
-        raise Failure("--quantization is 'int8'; the estimate knows 'none' alone", 2)
+        raise Failure(f"--quantization is {config.quantization!r}; the estimate knows 'none' alone", 2)
     needs = read(config)
     room = Room.of(needs, config, None if memory is None else int(memory * _GIB))
     for name, text in [*_needs_rows(needs), *_room_rows(needs, room)]:

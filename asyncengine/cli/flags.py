@@ -34,7 +34,8 @@ class EngineFlags:
     ] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     quantization: Annotated[
-        Literal["none", "int8"], typer.Option(help="int8: weights of one byte each, on the CPU, with bfloat16.")
+        Literal["none", "int8", "fp8"],
+        typer.Option(help="Weights of one byte each, with bfloat16: int8 on the CPU, fp8 on CUDA."),
     ] = "none"
     enable_prefix_caching: Annotated[bool, typer.Option(help="Keep computed prompts for reuse.")] = True
 

@@ -103,9 +103,13 @@ class TransformersLoader:
         if config.quantization != "none" and dtype is not torch.bfloat16:
             given = str(dtype).removeprefix("torch.")
             raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
+        if config.quantization == "fp8":
+            _check_fp8(config, device)
         weights = checkpoint.weight_bytes(dtype)
         present = None if current is None else current.tokenizer
-        details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present, kv_dtype, draft)
+        details = _Details(
+            checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present, kv_dtype, draft
+        )
         return LoadPlan(config, _fits(details, current), tokenizer_key(tokenizer_path), details)
 
     def load(self, plan: LoadPlan) -> LoadedModel:
@@ -165,7 +169,9 @@ def _load(plan: LoadPlan) -> LoadedModel:
     model, _, slower = _serving(built, details, backend, limits, vocab_size)
     notes += [*built.notes, *slower]
     drafting = None
-    memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(built.layers, backend, limits, details.kv_dtype)
+    memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(
+        built.layers, backend, limits, details.kv_dtype
+    )
     try:
         if draft is not None:
             assert details.draft is not None
@@ -232,15 +238,17 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
     layers = architecture.record(model)
     trial = verification.Trial(model, layers, details.device)
     trial.run(model, backend)
+    if fp8_weights := config.quantization == "fp8":
+        notes.append(_quantise(model, trial, backend, details))
     if details.kv_dtype is not details.dtype:
-        error = trial.run(model, backend, kv_dtype=details.kv_dtype)
+        error = trial.run(model, backend, kv_dtype=details.kv_dtype, fp8_weights=fp8_weights)
         notes.append(f"KV cache: {config.kv_cache_dtype}: logits of a trial are {error:.1%} of their norm off")
     try:
         program = _compile(config, details, model, layers, backend)
         if program is not None:
             trial.run(model, backend, program)
     except (NotRecognised, UnsupportedModelError) as error:
-        if config.decoder_backend == "compiled" or config.quantization != "none":
+        if config.decoder_backend == "compiled" or config.quantization == "int8":
             raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
         notes.append(f"decoder: runs as transformers has it: {error}")
         program = None
@@ -248,6 +256,20 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
             model = _build(details)
             layers = architecture.record(model)
     return _Built(model, layers, program, tuple(notes))
+
+
+def _quantise(model: Any, trial: Any, backend: Any, details: _Details) -> str:
+    """Turns linear layers into fp8; returns what came of it, in words."""
+    from asyncengine.model.fp8_linear import quantise
+
+    done, of = quantise(model)
+    if not done:
+        raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in fp8")
+    if details.device.type == "cuda":
+        torch.cuda.empty_cache()
+    error = trial.run(model, backend, fp8_weights=True)
+    note = f"quantization: fp8, {done / of:.0%} of the weights: logits of a trial are {error:.1%} of their norm off"
+    return note if details.device.type == "cuda" else f"{note}; slow on {details.device}"
 
 
 def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, vocab_size: int) -> Any:
@@ -273,7 +295,12 @@ def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, voc
 
 
 def _build(details: _Details) -> Any:
-    """The transformers model, with its weights."""
+    """The transformers model, with its weights.
+
+    Weights that are stored in the wanted dtype are mapped, not read: the file's pages are their only copy in host
+    memory, and moving the model copies one parameter after the other from there to the device. What is converted is
+    held in host memory once.
+    """
     from transformers import AutoModelForCausalLM
 
     from asyncengine.model import architecture
@@ -299,7 +326,7 @@ def _compile(config: EngineConfig, details: _Details, model: Any, layers: Any, b
     from asyncengine.model.decoder.blueprint import NotRecognised, recognise
     from asyncengine.model.decoder.program import CompiledDecoder
 
-    if config.decoder_backend == "transformers":
+    if config.decoder_backend == "transformers" or (config.decoder_backend == "auto" and config.quantization == "fp8"):
         return None
     if not isinstance(backend, CpuAttention):
         if config.decoder_backend == "auto" and config.quantization == "none":
@@ -341,6 +368,20 @@ def _check_kv_dtype(config: EngineConfig, backend: Any, kv_dtype: torch.dtype, d
             f"kv_cache_dtype is {config.kv_cache_dtype!r} with attention_backend {config.attention_backend!r} on "
             f"{device}: {error}; allowed: 'auto', or attention_backend 'torch' or, on CUDA, 'triton'"
         ) from error
+
+
+def _check_fp8(config: EngineConfig, device: torch.device) -> None:
+    """Refuses weights in fp8 where nothing multiplies them."""
+    if config.decoder_backend == "compiled":
+        raise ConfigError(
+            "quantization is 'fp8' with decoder_backend 'compiled', which has no products in fp8; allowed: 'auto', "
+            "'transformers'"
+        )
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise ConfigError(
+            f"quantization is 'fp8' on a device of compute capability {capability[0]}.{capability[1]} "
+            f"({torch.cuda.get_device_name(device)}); allowed: 8.9 and later"
+        )
 
 
 def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -> tuple[Limits, EngineConfig]:

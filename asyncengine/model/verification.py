@@ -31,8 +31,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 _COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.2e-1}
 """The same for the compiled step, which keeps more digits between its products than the model does."""
 _INT8_TOLERANCE = 0.3
-_FP8_CACHE_TOLERANCE = 0.4
-"""Of a KV cache in fp8. Larger: its keys or values do not fit into the numbers from 2 ** -9 to 448."""
+_FP8_TOLERANCE = 0.4
+"""Of a KV cache or weights in fp8. Larger: the model's numbers do not fit into it."""
 
 
 class Trial:
@@ -60,6 +60,7 @@ class Trial:
         backend: AttentionBackend,
         program: CompiledDecoder | None = None,
         kv_dtype: torch.dtype | None = None,
+        fp8_weights: bool = False,
     ) -> float:
         """Compares paged with plain logits.
 
@@ -68,6 +69,7 @@ class Trial:
             backend: How it attends.
             program: Runs in the model's place.
             kv_dtype: Of keys and values, if it is not the model's.
+            fp8_weights: Whether the model was quantised since.
 
         Returns:
             Relative error of the median row.
@@ -94,8 +96,8 @@ class Trial:
             paged.free()
         expected = self._expected
         error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).flatten().median().item()
-        if kv_dtype not in (None, self._dtype):
-            tolerance = _FP8_CACHE_TOLERANCE
+        if fp8_weights or kv_dtype not in (None, self._dtype):
+            tolerance = _FP8_TOLERANCE
         elif program is None:
             tolerance = _TOLERANCE[self._dtype]
         else:
@@ -103,7 +105,7 @@ class Trial:
         if not error <= tolerance:  # NaN is no less a failure
             raise UnsupportedModelError(
                 f"{self._name} does not compute over a paged KV cache what it computes without one: relative "
-                f"error {error:.2g}, allowed {tolerance:g} in {kv_dtype or self._dtype}"
+                f"error {error:.2g}, allowed {tolerance:g} in {'fp8' if fp8_weights else kv_dtype or self._dtype}"
             )
         return float(error)
 

@@ -70,6 +70,25 @@ def test_a_model_that_fits_only_alone_is_not_loaded_beside(
     assert not TransformersLoader().check(config, loaded).fits_beside
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no list of memory maps")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_weights_are_mapped_from_the_file_and_not_copied_in_host_memory(
+    architecture: str, checkpoint: Callable[..., Path]
+) -> None:
+    """So that moving them to a device, one parameter after the other, is the only copy that is made."""
+    path = checkpoint(architecture)
+    loader = TransformersLoader()
+    model = loader_module._build(loader.check(EngineConfig(str(path), device="cpu"), None).details)
+    spans = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(path / "model.safetensors"))
+    ]
+    for name, parameter in model.named_parameters():
+        begin = parameter.data_ptr()
+        assert any(low <= begin and begin + parameter.nbytes <= high for low, high in spans), name
+
+
 def test_the_loader_leaves_torch_as_it_is(checkpoint: Callable[..., Path]) -> None:
     before = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.random.get_rng_state())
     load(EngineConfig(str(checkpoint("gpt_oss")), device="cpu", dtype="bfloat16"))

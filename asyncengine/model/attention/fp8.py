@@ -6,7 +6,7 @@ import torch
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
-"""What is larger is cut off. From 2 ** -6 on the relative error is at most 1/16, below it the error is at most 2 ** -10."""
+"""What is larger is cut off. The relative error is 1/16 at most; below 2 ** -6 the error is 2 ** -10 at most."""
 
 
 def stored(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

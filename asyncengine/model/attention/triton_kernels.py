@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from asyncengine.model.attention import work_list
+from asyncengine.model.fp8_kernels import e4m3
 
 _SLOTS = tl.constexpr(work_list.SLOTS)
 _TABLES = tl.constexpr(work_list.TABLES)
@@ -69,20 +70,6 @@ def _finish(total, total_max, total_sum, sink, HAS_SINKS: tl.constexpr):
     return total / tl.where(total_sum == 0.0, 1.0, total_sum)[:, None]
 
 
-@triton.jit
-def _e4m3(number):
-    """The byte of fp8_e4m3 that is nearest, ties to even, at most 448. In integers: interpreted, a cast is not exact."""
-    number = number.to(tl.float32)
-    size = tl.abs(number)
-    bits = tl.minimum(size, 448.0).to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # 3 bits of mantissa, the bias from 127 to 7
-    # Below 2 ** -6 the bytes are multiples of 2 ** -9, which is what the last bit of numbers from 2 ** 14 on stands for.
-    small = (size + 16384.0).to(tl.int32, bitcast=True) & 0xFF
-    code = tl.where(size < 0.015625, small, normal)
-    code = tl.where(size == size, code, 0x7F)  # not a number
-    return tl.where(number < 0, code | 0x80, code).to(tl.uint8)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def write(
     plan, key, value, keys, values, tokens,
@@ -102,12 +89,12 @@ def write(
     dim = tl.arange(0, KEY_PAD)[None, :]
     mask = written & (dim < KEY_DIM)
     numbers = tl.load(key + token * key_token + head * key_head + dim, mask=mask)
-    numbers = _e4m3(numbers) if FP8 else numbers.to(keys.dtype.element_ty)
+    numbers = e4m3(numbers) if FP8 else numbers.to(keys.dtype.element_ty)
     tl.store(keys + here * KEY_DIM + dim, numbers, mask=mask)
     dim = tl.arange(0, VALUE_PAD)[None, :]
     mask = written & (dim < VALUE_DIM)
     numbers = tl.load(value + token * value_token + head * value_head + dim, mask=mask)
-    numbers = _e4m3(numbers) if FP8 else numbers.to(values.dtype.element_ty)
+    numbers = e4m3(numbers) if FP8 else numbers.to(values.dtype.element_ty)
     tl.store(values + here * VALUE_DIM + dim, numbers, mask=mask)
 
 
