@@ -166,18 +166,22 @@ def _load(plan: LoadPlan) -> LoadedModel:
     draft = None if details.draft is None else _built(config, details.draft, backend)
     limits, complete = _limits(plan, built, draft, backend)
     vocab_size = architecture.text_config(details.hf_config).vocab_size
-    model, _, slower = _serving(built, details, backend, limits, vocab_size)
-    notes += [*built.notes, *slower]
+    model, _ = _serving(built, details, backend, limits, vocab_size)
     drafting = None
     memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(
         built.layers, backend, limits, details.kv_dtype
     )
     try:
+        draft_model = None
         if draft is not None:
             assert details.draft is not None
-            draft_model, draft_sampler, slower = _serving(draft, details.draft, backend, limits, vocab_size)
+            draft_model, draft_sampler = _serving(draft, details.draft, backend, limits, vocab_size)
             drafter = model.companion = DraftModel(draft_model, draft_sampler, limits)
             drafting = _drafting(config, drafter, limits, details.device, draft.nbytes / built.nbytes)
+        # Both caches are there by now: they share the attention's plan, and what one adds to it changes its addresses.
+        notes += [*built.notes, *_captured(model, details, backend, limits)]
+        if draft is not None and draft_model is not None:
+            slower = _captured(draft_model, details, backend, limits)
             notes += [f"draft model: {note}" for note in (*draft.notes, *slower)]
             memory_bytes += draft.nbytes
             memory_bytes += limits.num_blocks * kv_bytes_per_block(draft.layers, backend, limits, details.kv_dtype)
@@ -273,8 +277,7 @@ def _quantise(model: Any, trial: Any, backend: Any, details: _Details) -> str:
 
 
 def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, vocab_size: int) -> Any:
-    """A model with its KV cache, warmed up; its sampler; and what is slower than it could be, in words."""
-    from asyncengine.model.graphs import capture_steps
+    """A model with its KV cache, and its sampler."""
     from asyncengine.model.runner import PagedLayers, TorchModel
     from asyncengine.model.sampler import Sampler
 
@@ -282,16 +285,18 @@ def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, voc
     paged = PagedLayers(built.layers, backend, limits, details.kv_dtype, device)
     paged.allocate()
     sampler = Sampler(limits.max_num_sequence, vocab_size, device)
-    model = TorchModel(built.model, paged, sampler, device, built.program)
-    try:
-        _warm_up(model, limits)
-        graphs, slower = capture_steps(model, backend.name, limits.max_num_sequence, device)
-    except BaseException:
-        model.close()
-        raise
+    return TorchModel(built.model, paged, sampler, device, built.program), sampler
+
+
+def _captured(model: Any, details: _Details, backend: Any, limits: Limits) -> tuple[str, ...]:
+    """Warms a model up and captures its steps; returns what is slower than it could be, in words."""
+    from asyncengine.model.graphs import capture_steps
+
+    _warm_up(model, limits)
+    graphs, slower = capture_steps(model, backend.name, limits.max_num_sequence, details.device)
     if graphs is not None:
         model.use_graphs(graphs)
-    return model, sampler, slower
+    return slower
 
 
 def _build(details: _Details) -> Any:
