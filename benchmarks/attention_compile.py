@@ -10,6 +10,7 @@ should be none: the exit status is 1 if there is one. The last line is one JSON 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from asyncengine.model.attention import fp8
+from asyncengine.model.attention import fp8, tuned_tiles
 from asyncengine.model.attention import triton_kernels as kernels
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention.triton import (
@@ -74,10 +75,21 @@ def cases(heads: list[tuple[int, int]], dtypes: list[torch.dtype]) -> Iterator[C
             for features, values in FEATURES.items():
                 spec = LayerSpec(32, 8, key_dim, value_dim, key_dim**-0.5, **values)
                 name = f"{number} {key_dim}/{value_dim} {features}"
-                yield from _cases_of(name, spec, dtype, number, tiles)
+                yield from cases_of(name, spec, dtype, tiles)
 
 
-def _cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, number: str, tiles: Tiles) -> Iterator[Case]:
+def stored() -> Iterator[Case]:
+    """Every kernel that tiles which were tuned on a device would run."""
+    of_size = {1: fp8.E4M3, 2: torch.bfloat16, 4: torch.float32}
+    for path in sorted(tuned_tiles.DIRECTORY.glob("*.json")):
+        for (itemsize, key_dim, value_dim), tiles in tuned_tiles.read(path.stem).items():
+            spec = LayerSpec(32, 8, key_dim, value_dim, key_dim**-0.5)
+            yield from cases_of(f"{path.stem} {itemsize} {key_dim}/{value_dim}", spec, of_size[itemsize], tiles)
+
+
+def cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, tiles: Tiles) -> Iterator[Case]:
+    """Every kernel that one layer would run, with one way to cut it."""
+    number = NAMES[dtype]
     sinks = "*fp32" if spec.has_sinks else "constexpr"
     model = "bf16" if dtype is fp8.E4M3 else number  # what queries are in
     types = {
@@ -136,7 +148,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two head sizes in bfloat16 only")
     quick = parser.parse_args().quick
     results = {}
-    for case in cases(QUICK, [torch.bfloat16, fp8.E4M3]) if quick else cases(HEADS, list(NAMES)):
+    wanted = cases(QUICK, [torch.bfloat16, fp8.E4M3]) if quick else cases(HEADS, list(NAMES))
+    for case in itertools.chain(wanted, stored()):
         results[case.name] = found = compiled(case)
         print(f"{case.name:<55} {found}", flush=True)
     spilling = [name for name, found in results.items() if found["spilled"]]

@@ -1,22 +1,23 @@
 """Paged attention on CUDA: Triton kernels that work through a list which the host makes for each step.
 
 The kernels are described at the top of triton_kernels.py, the list in work_list.py, the sizes of tiles in
-triton_tiles.py.
+triton_tiles.py and, where they were measured on a device, in tuned_tiles.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from asyncengine.model.attention import fp8, work_list
+from asyncengine.model.attention import fp8, tuned_tiles, work_list
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
 from asyncengine.model.attention.triton_tiles import Launch, Tiles, padded, tiles_for
+from asyncengine.model.attention.tuned_tiles import Key
 from asyncengine.model.attention.work_list import Cut
 from asyncengine.model.packed_buffer import PackedBuffer
 from asyncengine.step.batch import StepBatch
@@ -76,12 +77,15 @@ class TritonAttention:
 
     name = "triton"
 
-    def __init__(self, programs: int | None = None, parts_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, programs: int | None = None, parts_bytes: int = 64 << 20, tuned: Mapping[Key, Tiles] | None = None
+    ) -> None:
         """Imports the kernels.
 
         Args:
             programs: Programs that run side by side; as many as the device holds, if not given.
             parts_bytes: Memory for what programs hand on when they share a row's context.
+            tuned: How layers are cut; what was found for the device, if not given. The others as the tables say.
 
         Raises:
             BackendUnavailableError: Triton is not there, or does not work.
@@ -92,6 +96,7 @@ class TritonAttention:
             raise BackendUnavailableError(f"triton cannot be imported: {error}") from error
         self._given_programs = programs
         self._parts_bytes = parts_bytes
+        self._tuned = tuned
         self._cuts: list[Cut] = []
         self._buffer: PackedBuffer | None = None
         self._parts: torch.Tensor | None = None
@@ -128,11 +133,11 @@ class TritonAttention:
             BackendUnavailableError: The kernel does not know the dtype or the size of the heads.
         """
         self.check_dtype(dtype, device)
-        if tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim) is None:
+        self._prepare(device)
+        if self._tiles(spec, dtype) is None:
             raise BackendUnavailableError(
                 f"the triton attention back end has no tiles for heads of {spec.key_dim} and {spec.value_dim}"
             )
-        self._prepare(device)
         assert self._buffer is not None
         # Room for block tables in which every block stands twice. More, where rows share a prefix, makes it grow later.
         self._buffer.reserve((1 << 16) + 2 * num_blocks)
@@ -151,6 +156,18 @@ class TritonAttention:
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         )
+        self._look_up(device)
+
+    def _look_up(self, device: torch.device) -> None:
+        """Finds what was tuned on such a device."""
+        if self._tuned is None:
+            self._tuned = tuned_tiles.read(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+
+    def _tiles(self, spec: LayerSpec, dtype: torch.dtype) -> Tiles | None:
+        """How a layer is cut, or None where its heads are too large for the kernel."""
+        assert self._tuned is not None
+        found = self._tuned.get((dtype.itemsize, spec.key_dim, spec.value_dim))
+        return found or tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim)
 
     def _know(self, spec: LayerSpec, dtype: torch.dtype) -> int:
         """The index of the layer's cut, and room for its parts."""
@@ -163,7 +180,9 @@ class TritonAttention:
             self._parts = torch.empty(self._max_parts * self._widest, dtype=torch.float32, device=device)
             self._statistics = torch.empty(self._max_parts * self._heads * 2, dtype=torch.float32, device=device)
             self._generation += 1
-        cut = _cut(spec, _tiles(spec, dtype))
+        tiles = self._tiles(spec, dtype)
+        assert tiles is not None
+        cut = _cut(spec, tiles)
         if cut not in self._cuts:
             self._cuts.append(cut)
         return self._cuts.index(cut)
@@ -211,7 +230,8 @@ class TritonAttention:
             # The plan was made before a layer like this was known. Those before have been queued: it may be replaced.
             again = self._plan(plan.batch, plan.page_size)
             plan.cuts, plan.launched, plan.merged, plan.buffer = again.cuts, again.launched, again.merged, again.buffer
-        tiles = _tiles(spec, dtype)
+        tiles = self._tiles(spec, dtype)
+        assert tiles is not None
         with _current(query.device):
             self._write(spec, cache, plan, key, value)
             for i in plan.launched:
@@ -340,12 +360,6 @@ def merge_constants(spec: LayerSpec, index: int) -> dict[str, Any]:
         "HAS_SINKS": spec.has_sinks,
         "STAGES": MERGE_LAUNCH.stages,
     }
-
-
-def _tiles(spec: LayerSpec, dtype: torch.dtype) -> Tiles:
-    tiles = tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim)
-    assert tiles is not None
-    return tiles
 
 
 def _cut(spec: LayerSpec, tiles: Tiles) -> Cut:
