@@ -18,7 +18,8 @@ PrefillMode = Literal["hybrid", "chunked"]
 SpeculativeMode = Literal["disable", "ngram", "small_draft"]
 AttentionBackend = Literal["auto", "cpu", "torch", "triton"]
 DecoderBackend = Literal["auto", "compiled", "transformers"]
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "fp8"]
+KVCacheDType = Literal["auto", "fp8_e4m3"]
 GrammarLibrary = Literal["auto", "llguidance", "xgrammar"]
 
 
@@ -34,6 +35,9 @@ class EngineConfig:
         tokenizer: Where to read the tokenizer from instead of the checkpoint directory.
         device: ``"auto"`` (CUDA if there is one, else CPU), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         dtype: Of weights and KV cache. ``"auto"`` is the checkpoint's own.
+        kv_cache_dtype: ``"fp8_e4m3"`` keeps keys and values as one byte each, so that the same memory holds twice as
+            many tokens as in 16 bits; needs the attention back end ``"triton"`` (compute capability 8.9 or later) or
+            ``"torch"``. ``"auto"`` keeps them in `dtype`.
         mode: How limits that are not given are derived, after MLC LLM. ``"interactive"``: one sequence.
             ``"local"``: at most 4 sequences. Both keep one context window of KV cache per sequence.
             ``"server"``: many sequences, and as much KV cache as memory allows.
@@ -62,7 +66,9 @@ class EngineConfig:
             knows; ``"transformers"`` runs the model's own modules around the attention; ``"auto"`` takes the first
             where it can.
         quantization: ``"int8"`` stores the weights as one byte each, with one scale for each output; needs the
-            compiled decoder and dtype bfloat16. ``"none"`` stores them in `dtype`.
+            compiled decoder and dtype bfloat16. ``"fp8"`` stores and multiplies linear layers in fp8, with one
+            scale for each output and for each token; needs dtype bfloat16, and a CUDA device of compute capability 8.9
+            or later (a CPU computes the same, slowly). ``"none"`` stores them in `dtype`.
         grammar_backend: Compiles `GenerationConfig.response_format`: ``"llguidance"``, ``"xgrammar"``, or ``"auto"``,
             which takes the first of these that is installed.
         max_queue_size: Most requests that wait for their first step; None is unlimited.
@@ -73,6 +79,7 @@ class EngineConfig:
     tokenizer: str | None = field(default=None, kw_only=True)
     device: str = field(default="auto", kw_only=True)
     dtype: DType = field(default="auto", kw_only=True)
+    kv_cache_dtype: KVCacheDType = field(default="auto", kw_only=True)
     mode: Mode = field(default="server", kw_only=True)
     max_num_sequence: int | None = field(default=None, kw_only=True)
     max_total_sequence_length: int | None = field(default=None, kw_only=True)
@@ -196,6 +203,7 @@ class EngineConfig:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": get_args(DType),
+    "kv_cache_dtype": get_args(KVCacheDType),
     "mode": get_args(Mode),
     "prefix_cache_mode": get_args(PrefixCacheMode),
     "prefill_mode": get_args(PrefillMode),

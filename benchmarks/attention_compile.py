@@ -10,6 +10,7 @@ should be none: the exit status is 1 if there is one. The last line is one JSON 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from asyncengine.model.attention import fp8, tuned_tiles
 from asyncengine.model.attention import triton_kernels as kernels
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention.triton import (
@@ -49,7 +51,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window, soft cap, sinks": {"sliding_window": 1024, "soft_cap": 50.0, "has_sinks": True},
 }
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", fp8.E4M3: "fp8e4nv"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,27 +75,40 @@ def cases(heads: list[tuple[int, int]], dtypes: list[torch.dtype]) -> Iterator[C
             for features, values in FEATURES.items():
                 spec = LayerSpec(32, 8, key_dim, value_dim, key_dim**-0.5, **values)
                 name = f"{number} {key_dim}/{value_dim} {features}"
-                yield from _cases_of(name, spec, dtype, number, tiles)
+                yield from cases_of(name, spec, dtype, tiles)
 
 
-def _cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, number: str, tiles: Tiles) -> Iterator[Case]:
+def stored() -> Iterator[Case]:
+    """Every kernel that tiles which were tuned on a device would run."""
+    of_size = {1: fp8.E4M3, 2: torch.bfloat16, 4: torch.float32}
+    for path in sorted(tuned_tiles.DIRECTORY.glob("*.json")):
+        for (itemsize, key_dim, value_dim), tiles in tuned_tiles.read(path.stem).items():
+            spec = LayerSpec(32, 8, key_dim, value_dim, key_dim**-0.5)
+            yield from cases_of(f"{path.stem} {itemsize} {key_dim}/{value_dim}", spec, of_size[itemsize], tiles)
+
+
+def cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, tiles: Tiles) -> Iterator[Case]:
+    """Every kernel that one layer would run, with one way to cut it."""
+    number = NAMES[dtype]
     sinks = "*fp32" if spec.has_sinks else "constexpr"
+    model = "bf16" if dtype is fp8.E4M3 else number  # what queries are in
     types = {
-        "plan": "*i32", "query": f"*{number}", "keys": f"*{number}", "values": f"*{number}", "sinks": sinks,
-        "output": f"*{number}", "parts": "*fp32", "statistics": "*fp32", "query_token": "i32", "query_head": "i32",
+        "plan": "*i32", "query": f"*{model}", "keys": f"*{number}", "values": f"*{number}", "sinks": sinks,
+        "output": f"*{model}", "parts": "*fp32", "statistics": "*fp32", "query_token": "i32", "query_head": "i32",
         "scaling": "fp32", "soft_cap": "fp32",
     }  # fmt: skip
     for kind, launch, index in (("short", tiles.short, 0), ("long", tiles.long, 1)):
         constants = attend_constants(spec, dtype, 16, index, launch, tiles)
         yield Case(f"attend {kind} {name}", kernels.attend, types, constants, launch)
-    types = {"plan": "*i32", "sinks": sinks, "output": f"*{number}", "parts": "*fp32", "statistics": "*fp32"}
+    types = {"plan": "*i32", "sinks": sinks, "output": f"*{model}", "parts": "*fp32", "statistics": "*fp32"}
     yield Case(f"merge {name}", kernels.merge, types, merge_constants(spec, 0), MERGE_LAUNCH)
     if not spec.has_sinks:
+        cached = "u8" if dtype is fp8.E4M3 else number
         types = {
-            "plan": "*i32", "key": f"*{number}", "value": f"*{number}", "keys": f"*{number}", "values": f"*{number}",
+            "plan": "*i32", "key": f"*{model}", "value": f"*{model}", "keys": f"*{cached}", "values": f"*{cached}",
             "tokens": "i32", "key_token": "i32", "key_head": "i32", "value_token": "i32", "value_head": "i32",
         }  # fmt: skip
-        yield Case(f"write {name}", kernels.write, types, write_constants(spec, 16), WRITE_LAUNCH)
+        yield Case(f"write {name}", kernels.write, types, write_constants(spec, dtype, 16), WRITE_LAUNCH)
 
 
 def compiled(case: Case) -> dict[str, int]:
@@ -130,12 +145,13 @@ def resources(ptx: str) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two head sizes in bfloat16 only")
+    parser.add_argument("--quick", action="store_true", help="two head sizes in bfloat16, one in fp8")
     quick = parser.parse_args().quick
     results = {}
-    for case in (
-        cases(QUICK, [torch.bfloat16]) if quick else cases(HEADS, [torch.bfloat16, torch.float16, torch.float32])
-    ):
+    wanted: Iterator[Case] = cases(HEADS, list(NAMES))
+    if quick:
+        wanted = itertools.chain(cases(QUICK, [torch.bfloat16]), cases(QUICK[:1], [fp8.E4M3]))
+    for case in itertools.chain(wanted, stored()):
         results[case.name] = found = compiled(case)
         print(f"{case.name:<55} {found}", flush=True)
     spilling = [name for name, found in results.items() if found["spilled"]]

@@ -6,6 +6,7 @@ First parity with transformers (`gpu_parity.py`: median relative error of logits
 * ceilings: bandwidth of a copy (read plus written) and rate of a matrix product, measured here;
 * the 8 B shape: a compiled static-cache decode by transformers; decode at batch 1, 8, 64 and 256 with a context of 1 k,
   as a share of the copy's bandwidth; prefill as a share of the product's rate; time to first token of 128 tokens;
+  decode at batch 64 with a KV cache in fp8, and with weights in fp8 as well;
 * the 0.6 B shape: 256 requests, inputs and outputs uniform in 100-1024, seed 0, and a share of them by transformers'
   continuous batching; gaps between steps that decode 1,024 sequences with nobody reading and with a task for each.
 
@@ -65,6 +66,7 @@ class Scale:
     peer_requests: int
     readers: int
     reader_steps: int
+    fp8_batch: int
 
 
 FULL = Scale(
@@ -72,12 +74,13 @@ FULL = Scale(
     parity_lengths=(1, 2, 15, 16, 17, 33, 70, 300, 700), long_context=32768, copy_megabytes=4096, matrix=8192,
     large="L", small="M", batches=(1, 8, 64, 256), context=1024, decode_steps=64, chunk=2048, first_token_prompt=128,
     first_token_load=64, repeats=9, requests=256, lengths=(100, 1024), peer_requests=64, readers=1024, reader_steps=150,
+    fp8_batch=64,
 )  # fmt: skip
 TINY = Scale(
     device="cpu", dtype="float32", parity_dtypes=("float32",), parity_lengths=(1, 17, 40), long_context=80,
     copy_megabytes=1, matrix=64, large="tiny", small="tiny", batches=(1, 4), context=24, decode_steps=8, chunk=16,
     first_token_prompt=8, first_token_load=2, repeats=2, requests=6, lengths=(4, 16), peer_requests=2, readers=8,
-    reader_steps=12,
+    reader_steps=12, fp8_batch=4,
 )  # fmt: skip
 
 
@@ -166,13 +169,15 @@ def description(model: Any, scale: Scale, ceilings: dict[str, float]) -> dict[st
         "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()) - table,
         # A product with the output matrix is made for the last token of a prompt alone.
         "parameters": sum(p.numel() for p in model.parameters()) - embedding * (1 if config.tie_word_embeddings else 2),
+        "weight_table_bytes": table,
+        "itemsize": itemsize,
         "kv_bytes_per_token": config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim * itemsize,
         "chunk": scale.chunk,
         "vocab": config.vocab_size,
     }
 
 
-def engine_config(path: Path, scale: Scale, sequences: int, length: int) -> Any:
+def engine_config(path: Path, scale: Scale, sequences: int, length: int, **changes: Any) -> Any:
     from asyncengine import EngineConfig
 
     length = -(-length // 64) * 64  # whole pages, so that all sequences fit at once
@@ -180,7 +185,7 @@ def engine_config(path: Path, scale: Scale, sequences: int, length: int) -> Any:
     return EngineConfig(
         str(path), device=scale.device, dtype=scale.dtype, max_num_sequence=sequences, prefill_chunk_size=scale.chunk,
         max_single_sequence_length=length, max_total_sequence_length=tokens, max_queue_size=None,
-    )  # fmt: skip
+    ).replace(**changes)  # fmt: skip
 
 
 def large(scale: Scale, report: Report, device: Any, ceilings: dict[str, float], directory: Path) -> None:
@@ -219,6 +224,44 @@ def large(scale: Scale, report: Report, device: Any, ceilings: dict[str, float],
                     )  # fmt: skip
 
     run_async(measure())
+    for weights in (False, True):
+        run_async(large_in_fp8(scale, report, device, path, known, weights))
+
+
+async def large_in_fp8(
+    scale: Scale, report: Report, device: Any, path: Path, known: dict[str, Any], weights: bool
+) -> None:
+    """Decode of the 8 B shape with a KV cache in fp8, and with weights in fp8 if they are to be."""
+    from asyncengine import AsyncEngine
+    from benchmarks import gpu_speed
+
+    name = f"8b decode, batch {scale.fp8_batch}, {'weights and ' if weights else ''}KV cache in fp8"
+    needs = 40.0 if scale.device == "cuda" else 0.0
+    if time.monotonic() + needs > report._until:
+        report.part(name, needs, dict)
+        return
+    length = scale.context + scale.decode_steps
+    length += gpu_speed.until_all_decode(scale.fp8_batch, scale.context, scale.chunk)
+    changes: dict[str, Any] = {"kv_cache_dtype": "fp8_e4m3"}
+    if weights:  # products are quantised from bfloat16 alone
+        changes |= {"quantization": "fp8", "dtype": "bfloat16"}
+    if scale.device == "cpu":
+        changes["attention_backend"] = "torch"
+    config = engine_config(path, scale, scale.fp8_batch, length, **changes)
+    release()
+    async with AsyncEngine(config) as engine:
+        layers = await engine.debug_call_func_on_all_workers("weight_bytes")
+        table = known["weight_table_bytes"]
+        small = known | {
+            "weight_bytes": layers[0] - table,
+            "kv_bytes_per_token": known["kv_bytes_per_token"] // known["itemsize"],
+        }
+        print(f"{name}: {engine.health().notes}", flush=True)
+        with gpu_speed.probing(device) as probe:
+            await part(
+                report, name, 0,
+                gpu_speed.decode, engine, probe, device, scale.fp8_batch, scale.context, scale.decode_steps, small,
+            )  # fmt: skip
 
 
 def small(scale: Scale, report: Report, device: Any, directory: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from asyncengine.model import architecture
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.attention.select import select
+from asyncengine.model.fp8_linear import quantise
 from asyncengine.model.graphs import capture_steps
 from asyncengine.model.runner import PagedLayers, TorchModel
 from asyncengine.step.batch import StepBatch
@@ -27,6 +28,8 @@ from asyncengine.step.scheduler import Limits
 PAGE = 16
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 """Largest allowed median of the rows' errors."""
+FP8_TOLERANCE = 3e-1
+"""The same where weights and KV cache are in fp8."""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 499, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -50,6 +53,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": ("MixtralConfig", _COMMON | _EXPERTS),
 }  # fmt: skip
+FP8 = ("llama", "gemma3")
+"""Those that are looked at with weights and KV cache in fp8 as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +111,18 @@ def step_batch(step: list[Piece], ids: list[np.ndarray], tables: np.ndarray) -> 
 
 
 def paged_logits(
-    model: Any, backend: AttentionBackend, ids: list[np.ndarray], chunk: int, device: torch.device, last: int
+    model: Any,
+    backend: AttentionBackend,
+    ids: list[np.ndarray],
+    chunk: int,
+    device: torch.device,
+    last: int,
+    kv_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    """The last `last` rows of logits of every sequence, (rows, vocabulary) each, on the host in float32."""
+    """The last `last` rows of logits of every sequence, (rows, vocabulary) each, on the host in float32.
+
+    Keys and values are kept in the model's dtype, or in `kv_dtype`.
+    """
     lengths = [len(sequence) for sequence in ids]
     blocks = [-(-length // PAGE) for length in lengths]
     order = np.random.default_rng(1).permutation(sum(blocks))
@@ -117,7 +131,8 @@ def paged_logits(
         tables[row, :count] = order[end - count : end]
     limits = Limits(len(ids), max(lengths), chunk * len(ids), PAGE, sum(blocks))
     model.set_attn_implementation(architecture.ATTENTION)
-    paged = PagedLayers(architecture.record(model), backend, limits, next(model.parameters()).dtype, device)
+    kv_dtype = kv_dtype or next(model.parameters()).dtype
+    paged = PagedLayers(architecture.record(model), backend, limits, kv_dtype, device)
     paged.allocate()
     runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
     graphs, notes = capture_steps(runner, backend.name, len(ids), device)
@@ -136,10 +151,24 @@ def paged_logits(
 
 
 def errors(
-    model: Any, backend: AttentionBackend, ids: list[np.ndarray], chunk: int, device: torch.device, last: int
+    model: Any,
+    backend: AttentionBackend,
+    ids: list[np.ndarray],
+    chunk: int,
+    device: torch.device,
+    last: int,
+    fp8: bool = False,
 ) -> torch.Tensor:
-    """(rows,) relative errors of all sequences' last rows."""
-    found = paged_logits(model, backend, ids, chunk, device, last)
+    """(rows,) relative errors of all sequences' last rows; with `fp8`, the errors of weights and KV cache in fp8."""
+    expected = plain_logits(model, ids, device, last)
+    if fp8:
+        quantise(model)
+    found = paged_logits(model, backend, ids, chunk, device, last, torch.float8_e4m3fn if fp8 else None)
+    return torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(found, expected, strict=True)])
+
+
+def plain_logits(model: Any, ids: list[np.ndarray], device: torch.device, last: int) -> list[torch.Tensor]:
+    """As `paged_logits`, by transformers alone."""
     # Eager attention knows everything that a model may ask for, but its scores of a long context fill the memory.
     model.set_attn_implementation("eager" if max(map(len, ids)) <= 4096 else "sdpa")
     expected = []
@@ -147,30 +176,32 @@ def errors(
         for sequence in ids:
             given = torch.from_numpy(sequence)[None].to(device)
             expected.append(model(input_ids=given, use_cache=False, logits_to_keep=last).logits[0].float().cpu())
-    return torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(found, expected, strict=True)])
+    return expected
 
 
 def check(
     names: list[str], dtypes: list[torch.dtype], lengths: list[int], long_context: int, device: torch.device
 ) -> dict[str, Any]:
-    """Errors of each architecture in each dtype, and of one long context."""
+    """Errors of each architecture in each dtype, of one long context, and of weights and KV cache in fp8."""
     generator = np.random.default_rng(0)
     results: dict[str, Any] = {}
-    cases = [(name, dtype, lengths, 24, 1 << 20) for dtype in dtypes for name in names]
-    cases.append(("llama", dtypes[-1], [long_context], min(2048, long_context), 64))
-    for name, dtype, sizes, chunk, last in cases:
+    cases = [(name, dtype, lengths, 24, 1 << 20, False) for dtype in dtypes for name in names]
+    cases.append(("llama", dtypes[-1], [long_context], min(2048, long_context), 64, False))
+    cases += [(name, torch.bfloat16, lengths, 24, 1 << 20, True) for name in FP8 if name in names]
+    for name, dtype, sizes, chunk, last, fp8 in cases:
         model = make(name, dtype, device)
         ids = [generator.integers(1, 499, size).astype(np.int64) for size in sizes]
-        backend = select("auto", device).backend
-        found = errors(model, backend, ids, chunk, device, last)
+        backend = select("torch" if fp8 and device.type == "cpu" else "auto", device).backend
+        found = errors(model, backend, ids, chunk, device, last, fp8)
         median = float(found.median())
         key = f"{name} {str(dtype).removeprefix('torch.')}" + (f" {sizes[0]} tokens" if len(sizes) == 1 else "")
+        key += ", fp8 weights and KV cache" if fp8 else ""
         results[key] = {
             "attention": backend.name,
             "rows": len(found),
             "median_error": float(f"{median:.2g}"),
             "largest_error": float(f"{float(found.max()):.2g}"),
-            "ok": median <= TOLERANCE[dtype],
+            "ok": median <= (FP8_TOLERANCE if fp8 else TOLERANCE[dtype]),
         }
-        print(f"  {key:<28} {results[key]}", flush=True)
+        print(f"  {key:<50} {results[key]}", flush=True)
     return results

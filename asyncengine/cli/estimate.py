@@ -37,7 +37,7 @@ def estimate(
     """
     config = flags.config(model)
     if config.quantization != "none":
-        raise Failure("--quantization is 'int8'; the estimate knows 'none' alone", 2)
+        raise Failure(f"--quantization is {config.quantization!r}; the estimate knows 'none' alone", 2)
     needs = read(config)
     room = Room.of(needs, config, None if memory is None else int(memory * _GIB))
     for name, text in [*_needs_rows(needs), *_room_rows(needs, room)]:
@@ -62,7 +62,8 @@ class Needs:
         tensors: How many weights there are.
         weight_bytes: Of all weights in `dtype`, the draft model's included.
         draft_bytes: Of the draft model's weights; 0 without one.
-        dtype: Of weights and KV cache.
+        dtype: Of weights.
+        kv_dtype: Of the KV cache.
         device: What it would run on.
         layers: Attention layers and how often each kind is there.
         draft_layers: The draft model's.
@@ -78,6 +79,7 @@ class Needs:
     weight_bytes: int
     draft_bytes: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     device: torch.device
     layers: list[tuple[LayerSpec, int]]
     draft_layers: list[tuple[LayerSpec, int]]
@@ -104,7 +106,7 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
     from asyncengine.model.checkpoint import Checkpoint, locate
-    from asyncengine.model.loader import check_draft
+    from asyncengine.model.loader import KV_DTYPES, check_draft
 
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
@@ -112,7 +114,10 @@ def read(config: EngineConfig) -> Needs:
     hf_config = architecture.read_config(checkpoint)
     text = architecture.text_config(hf_config)
     dtype: torch.dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    drafts = [check_draft(name, checkpoint, text.vocab_size, device, dtype) for name in config.additional_models]
+    kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
+    drafts = [
+        check_draft(name, checkpoint, text.vocab_size, device, dtype, kv_dtype) for name in config.additional_models
+    ]
     longest = min([getattr(text, "max_position_embeddings", None) or 2048, *(draft.max_length for draft in drafts)])
     length = config.max_single_sequence_length or longest
     if length > longest:
@@ -125,7 +130,8 @@ def read(config: EngineConfig) -> Needs:
     draft_specs = [spec for draft in drafts for spec in _specs(architecture, draft.hf_config)]
     draft_bytes = sum(draft.weight_bytes for draft in drafts)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
-    bytes_of = TorchAttention().bytes_per_block if cuda else CpuAttention.bytes_per_block
+    plain = cuda or kv_dtype is not dtype  # the kernel for the CPU has a layout of its own, and no fp8
+    bytes_of = TorchAttention().bytes_per_block if plain else CpuAttention.bytes_per_block
     names = getattr(hf_config, "architectures", None)
     return Needs(
         architecture=names[0] if names else type(hf_config).__name__,
@@ -134,11 +140,12 @@ def read(config: EngineConfig) -> Needs:
         weight_bytes=checkpoint.weight_bytes(dtype) + draft_bytes,
         draft_bytes=draft_bytes,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         device=device,
         layers=list(Counter(specs).items()),
         draft_layers=list(Counter(draft_specs).items()),
         page_size=page_size,
-        bytes_per_block=sum(bytes_of(spec, page_size, dtype) for spec in [*specs, *draft_specs]),
+        bytes_per_block=sum(bytes_of(spec, page_size, kv_dtype) for spec in [*specs, *draft_specs]),
         max_length=length,
         max_sequences=config.max_num_sequence or (256 if cuda else 64),
     )
@@ -210,7 +217,7 @@ def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
             yield (
                 "KV cache",
                 f"{count} layers{whose} x {spec.num_kv_heads} heads x ({spec.key_dim} + {spec.value_dim}) x "
-                f"{needs.dtype.itemsize} bytes{window}",
+                f"{needs.kv_dtype.itemsize} bytes{window}",
             )
     per_token = needs.bytes_per_block / needs.page_size
     yield (

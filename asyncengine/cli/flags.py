@@ -29,9 +29,13 @@ class EngineFlags:
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of weights and KV cache.")
     ] = "auto"
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8_e4m3"], typer.Option(help="fp8_e4m3: keys and values of one byte each, on CUDA.")
+    ] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     quantization: Annotated[
-        Literal["none", "int8"], typer.Option(help="int8: weights of one byte each, on the CPU, with bfloat16.")
+        Literal["none", "int8", "fp8"],
+        typer.Option(help="Weights of one byte each, with bfloat16: int8 on the CPU, fp8 on CUDA."),
     ] = "none"
     speculative_model: Annotated[
         str | None, typer.Option(help="Who guesses tokens ahead: a smaller model of the same vocabulary, or 'ngram'.")
@@ -64,6 +68,7 @@ class EngineFlags:
             kv_cache_page_size=self.block_size,
             gpu_memory_utilization=self.gpu_memory_utilization,
             dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
             device=self.device,
             quantization=self.quantization,
             prefix_cache_mode="radix" if self.enable_prefix_caching else "disable",

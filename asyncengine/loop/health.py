@@ -16,7 +16,7 @@ class Health:
     ok: Whether the engine does what its state promises.
     state: Of the engine.
     problems: What is wrong, in words; empty if all is well.
-    notes: What works but not as fast as it could, in words.
+    notes: What works but not as fast, or not as exactly, as it could, in words.
     loading: What a reload is doing, if one is under way.
     admits: Whether a request that is given now waits for no model: there is one, and no reload that lets new ones wait.
     step_running_seconds: How long the present step has been running; 0 between steps.

@@ -33,6 +33,8 @@ from asyncengine.step.scheduler import Limits
 from asyncengine.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
+"""What `EngineConfig.kv_cache_dtype` may be, besides "auto"."""
 _BUILDING = threading.Lock()
 """Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at
 once restore each other's."""
@@ -55,6 +57,7 @@ class _Details:
     weight_bytes: int
     max_length: int
     present_tokenizer: Tokenizer | None
+    kv_dtype: torch.dtype
     draft: _Details | None = None
 
     @property
@@ -89,9 +92,10 @@ class TransformersLoader:
         text = architecture.text_config(hf_config)
         longest = getattr(text, "max_position_embeddings", None) or 2048
         dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
+        kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
         draft = None
         for name in config.additional_models:
-            draft = check_draft(name, checkpoint, text.vocab_size, device, dtype)
+            draft = check_draft(name, checkpoint, text.vocab_size, device, dtype, kv_dtype)
             longest = min(longest, draft.max_length)
         max_length = config.max_single_sequence_length or longest
         if max_length > longest:
@@ -105,13 +109,17 @@ class TransformersLoader:
             draft = dataclasses.replace(draft, max_length=max_length)
             architecture.check_rope(draft.hf_config, max_length)
             _check_on_meta(architecture, draft.hf_config)
-        _select(config, device)
+        _check_kv_dtype(config, _select(config, device).backend, kv_dtype, device)
         if config.quantization != "none" and dtype is not torch.bfloat16:
             given = str(dtype).removeprefix("torch.")
             raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
+        if config.quantization == "fp8":
+            _check_fp8(config, device)
         weights = checkpoint.weight_bytes(dtype)
         present = None if current is None else current.tokenizer
-        details = _Details(checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present, draft)
+        details = _Details(
+            checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present, kv_dtype, draft
+        )
         return LoadPlan(config, _fits(details, current), tokenizer_key(tokenizer_path), details)
 
     def load(self, plan: LoadPlan) -> LoadedModel:
@@ -128,7 +136,9 @@ class TransformersLoader:
             memory.give_back()
 
 
-def check_draft(name: str, target: Any, vocab_size: int, device: torch.device, dtype: torch.dtype) -> _Details:
+def check_draft(
+    name: str, target: Any, vocab_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> _Details:
     """A draft model, whose tokens must be the target's. Its longest sequence is its own."""
     from asyncengine.model import architecture
     from asyncengine.model.checkpoint import Checkpoint, locate, same_vocabulary
@@ -148,12 +158,13 @@ def check_draft(name: str, target: Any, vocab_size: int, device: torch.device, d
         )
     longest = getattr(text, "max_position_embeddings", None) or 2048
     weights = checkpoint.weight_bytes(dtype)
-    return _Details(checkpoint, checkpoint.path, hf_config, device, dtype, weights, longest, None)
+    return _Details(checkpoint, checkpoint.path, hf_config, device, dtype, weights, longest, None, kv_dtype)
 
 
 def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     from asyncengine.model import architecture
     from asyncengine.model.hidden_states import hidden_size
+    from asyncengine.model.last_tokens import LastTokens
     from asyncengine.model.tokenizer import load_tokenizer
 
     details, config = plan.details, plan.config
@@ -169,19 +180,26 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     if run_ahead is None:
         run_ahead = details.device.type == "cuda"
     run_ahead &= config.speculative_mode == "disable"
-    model, _, slower = _serving(built, details, backend, limits, vocab_size, run_ahead)
-    notes += [*built.notes, *slower]
+    last = LastTokens(limits.max_num_sequence, details.device) if run_ahead else None
+    model, _ = _serving(built, details, backend, limits, vocab_size, last)
     drafting = None
-    memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(built.layers, backend, limits, details.dtype)
+    memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(
+        built.layers, backend, limits, details.kv_dtype
+    )
     try:
+        draft_model = None
         if draft is not None:
             assert details.draft is not None
-            draft_model, draft_sampler, slower = _serving(draft, details.draft, backend, limits, vocab_size)
+            draft_model, draft_sampler = _serving(draft, details.draft, backend, limits, vocab_size)
             drafter = model.companion = DraftModel(draft_model, draft_sampler, limits)
             drafting = _drafting(config, drafter, limits, details.device, draft.nbytes / built.nbytes)
+        # Both caches are there by now: they share the attention's plan, and what one adds to it changes its addresses.
+        notes += [*built.notes, *_captured(model, details, backend, limits, last)]
+        if draft is not None and draft_model is not None:
+            slower = _captured(draft_model, details, backend, limits)
             notes += [f"draft model: {note}" for note in (*draft.notes, *slower)]
             memory_bytes += draft.nbytes
-            memory_bytes += limits.num_blocks * kv_bytes_per_block(draft.layers, backend, limits, details.dtype)
+            memory_bytes += limits.num_blocks * kv_bytes_per_block(draft.layers, backend, limits, details.kv_dtype)
         elif config.speculative_mode == "ngram":
             drafting = _drafting(config, NgramDrafter(), limits, details.device)
     except BaseException:
@@ -245,7 +263,7 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
         if program is not None:
             trial.run(model, backend, program)
     except (NotRecognised, UnsupportedModelError) as error:
-        if config.decoder_backend == "compiled" or config.quantization != "none":
+        if config.decoder_backend == "compiled" or config.quantization == "int8":
             raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
         notes.append(f"decoder: runs as transformers has it: {error}")
         program = None
@@ -255,37 +273,58 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
             trial.layers = layers
     if program is None:
         trial.run(model, backend)
+        if fp8_weights := config.quantization == "fp8":
+            notes.append(_quantise(model, trial, backend, details))
+        if details.kv_dtype is not details.dtype:
+            off = trial.run(model, backend, kv_dtype=details.kv_dtype, fp8_weights=fp8_weights)
+            notes.append(f"KV cache: {config.kv_cache_dtype}: logits of a trial are {off:.1%} of their norm off")
     return _Built(model, layers, program, tuple(notes))
 
 
-def _serving(
-    built: _Built, details: _Details, backend: Any, limits: Limits, vocab_size: int, run_ahead: bool = False
-) -> Any:
-    """A model with its KV cache, warmed up; its sampler; and what is slower than it could be, in words."""
-    from asyncengine.model.graphs import capture_steps
-    from asyncengine.model.last_tokens import LastTokens
+def _quantise(model: Any, trial: Any, backend: Any, details: _Details) -> str:
+    """Turns linear layers into fp8; returns what came of it, in words."""
+    from asyncengine.model.fp8_linear import quantise
+
+    done, of = quantise(model)
+    if not done:
+        raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in fp8")
+    if details.device.type == "cuda":
+        torch.cuda.empty_cache()
+    error = trial.run(model, backend, fp8_weights=True)
+    note = f"quantization: fp8, {done / of:.0%} of the weights: logits of a trial are {error:.1%} of their norm off"
+    return note if details.device.type == "cuda" else f"{note}; slow on {details.device}"
+
+
+def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, vocab_size: int, last: Any = None) -> Any:
+    """A model with its KV cache, and its sampler."""
     from asyncengine.model.runner import PagedLayers, TorchModel
     from asyncengine.model.sampler import Sampler
 
     device = details.device
-    paged = PagedLayers(built.layers, backend, limits, details.dtype, device)
+    paged = PagedLayers(built.layers, backend, limits, details.kv_dtype, device)
     paged.allocate()
     sampler = Sampler(limits.max_num_sequence, vocab_size, device)
-    last = LastTokens(limits.max_num_sequence, device) if run_ahead else None
-    model = TorchModel(built.model, paged, sampler, device, built.program, last)
-    try:
-        _warm_up(model, limits)
-        graphs, slower = capture_steps(model, backend.name, limits.max_num_sequence, device, last)
-    except BaseException:
-        model.close()
-        raise
+    return TorchModel(built.model, paged, sampler, device, built.program, last), sampler
+
+
+def _captured(model: Any, details: _Details, backend: Any, limits: Limits, last: Any = None) -> tuple[str, ...]:
+    """Warms a model up and captures its steps; returns what is slower than it could be, in words."""
+    from asyncengine.model.graphs import capture_steps
+
+    _warm_up(model, limits)
+    graphs, slower = capture_steps(model, backend.name, limits.max_num_sequence, details.device, last)
     if graphs is not None:
         model.use_graphs(graphs)
-    return model, sampler, slower
+    return slower
 
 
 def _build(details: _Details) -> Any:
-    """The transformers model, with its weights."""
+    """The transformers model, with its weights.
+
+    Weights that are stored in the wanted dtype are mapped, not read: the file's pages are their only copy in host
+    memory, and moving the model copies one parameter after the other from there to the device. What is converted is
+    held in host memory once.
+    """
     from transformers import AutoModelForCausalLM
 
     from asyncengine.model import architecture
@@ -311,7 +350,7 @@ def _compile(config: EngineConfig, details: _Details, model: Any, layers: Any, b
     from asyncengine.model.decoder.blueprint import NotRecognised, recognise
     from asyncengine.model.decoder.program import CompiledDecoder
 
-    if config.decoder_backend == "transformers":
+    if config.decoder_backend == "transformers" or (config.decoder_backend == "auto" and config.quantization == "fp8"):
         return None
     if not isinstance(backend, CpuAttention):
         if config.decoder_backend == "auto" and config.quantization == "none":
@@ -336,6 +375,39 @@ def _select(config: EngineConfig, device: torch.device) -> Any:
         raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
 
 
+def _check_kv_dtype(config: EngineConfig, backend: Any, kv_dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses a KV cache that the attention back end cannot keep.
+
+    Raises:
+        ConfigError: As it says.
+    """
+    from asyncengine.model.attention.protocol import BackendUnavailableError
+
+    if config.kv_cache_dtype == "auto":
+        return
+    try:
+        backend.check_dtype(kv_dtype, device)
+    except BackendUnavailableError as error:
+        raise ConfigError(
+            f"kv_cache_dtype is {config.kv_cache_dtype!r} with attention_backend {config.attention_backend!r} on "
+            f"{device}: {error}; allowed: 'auto', or attention_backend 'torch' or, on CUDA, 'triton'"
+        ) from error
+
+
+def _check_fp8(config: EngineConfig, device: torch.device) -> None:
+    """Refuses weights in fp8 where nothing multiplies them."""
+    if config.decoder_backend == "compiled":
+        raise ConfigError(
+            "quantization is 'fp8' with decoder_backend 'compiled', which has no products in fp8; allowed: 'auto', "
+            "'transformers'"
+        )
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise ConfigError(
+            f"quantization is 'fp8' on a device of compute capability {capability[0]}.{capability[1]} "
+            f"({torch.cuda.get_device_name(device)}); allowed: 8.9 and later"
+        )
+
+
 def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -> tuple[Limits, EngineConfig]:
     """Fills in everything that the configuration leaves open."""
     config, details = plan.config, plan.details
@@ -345,7 +417,7 @@ def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -
     chunk = min(config.prefill_chunk_size or (2048 if cuda else 512), length)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
     layers = built.layers if draft is None else [*built.layers, *draft.layers]  # they share the blocks
-    per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.dtype) for layer in layers)
+    per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.kv_dtype) for layer in layers)
     share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
     if cuda:
         drafts = 0 if config.speculative_mode == "disable" else sequences * (config.spec_draft_length or LONGEST)

@@ -16,10 +16,10 @@ from torch import nn
 
 from asyncengine.errors import ReloadError
 from asyncengine.generation import SamplingParams
-from asyncengine.model import memory, verified_draw
+from asyncengine.model import fp8_linear, memory, verified_draw
 from asyncengine.model.architecture import RecordedLayer, attach
 from asyncengine.model.attention.protocol import AttentionBackend
-from asyncengine.model.decoder.program import CompiledDecoder
+from asyncengine.model.decoder.program import CompiledDecoder, Writer
 from asyncengine.model.graphs import StepGraphs
 from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
@@ -301,18 +301,21 @@ class TorchModel:
         assert self._model is not None
         known: dict[str, torch.Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
         known.update(self._model.named_buffers(remove_duplicate=False))
+        quantised = fp8_linear.layers(self._model)
         for name, value in weights.items():
             target = known.get(name)
             if target is None:
                 raise ReloadError(f"weight {name!r} is not in the model")
             if not isinstance(value, torch.Tensor):
                 raise ReloadError(f"weight {name!r} is a {type(value).__name__}; expected a torch.Tensor")
-            if value.shape != target.shape or value.dtype != target.dtype:
+            dtype = quantised[id(target)].dtype if id(target) in quantised else target.dtype
+            if value.shape != target.shape or value.dtype != dtype:
                 raise ReloadError(
                     f"weight {name!r} is {tuple(value.shape)} of {value.dtype}; the model's is {tuple(target.shape)} "
-                    f"of {target.dtype}"
+                    f"of {dtype}"
                 )
         packed = {} if self._program is None else self._program.writers()
+        packed |= {identity: [Writer(layer.write, layer.keep)] for identity, layer in quantised.items()}
         restores: list[Callable[[], object]] = []
         with torch.inference_mode():
             try:

@@ -32,6 +32,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 _COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.2e-1}
 """The same for the compiled step, which keeps more digits between its products than the model does."""
 _INT8_TOLERANCE = 0.3
+_FP8_TOLERANCE = 0.4
+"""Of a KV cache or weights in fp8. Larger: the model's numbers do not fit into it."""
 
 
 class Trial:
@@ -56,8 +58,25 @@ class Trial:
         self._dtype = next(model.parameters()).dtype
         self._expected = _plain(model, self._ids, device)
 
-    def run(self, model: Any, backend: AttentionBackend, program: CompiledDecoder | None = None) -> None:
+    def run(
+        self,
+        model: Any,
+        backend: AttentionBackend,
+        program: CompiledDecoder | None = None,
+        kv_dtype: torch.dtype | None = None,
+        fp8_weights: bool = False,
+    ) -> float:
         """Compares paged with plain logits.
+
+        Args:
+            model: As it was given before; without its weights, if they are in `program`.
+            backend: How it attends.
+            program: Runs in the model's place.
+            kv_dtype: Of keys and values, if it is not the model's.
+            fp8_weights: Whether the model was quantised since.
+
+        Returns:
+            Relative error of the median row.
 
         Raises:
             UnsupportedModelError: They differ by more than rounding.
@@ -66,7 +85,7 @@ class Trial:
 
         length = self._ids.shape[1]
         limits = Limits(2, length, 2 * length, _PAGE, 2 * -(-length // _PAGE))
-        paged = PagedLayers(self.layers, backend, limits, self._dtype, self._device)
+        paged = PagedLayers(self.layers, backend, limits, kv_dtype or self._dtype, self._device)
         paged.allocate()
         try:
             runner = TorchModel(model, paged, None, self._device, program)  # type: ignore[arg-type]
@@ -81,15 +100,18 @@ class Trial:
             paged.free()
         expected = self._expected
         error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).flatten().median().item()
-        if program is None:
+        if fp8_weights or kv_dtype not in (None, self._dtype):
+            tolerance = _FP8_TOLERANCE
+        elif program is None:
             tolerance = _TOLERANCE[self._dtype]
         else:
             tolerance = _INT8_TOLERANCE if program.int8 else _COMPILED_TOLERANCE[self._dtype]
         if not error <= tolerance:  # NaN is no less a failure
             raise UnsupportedModelError(
                 f"{self._name} does not compute over a paged KV cache what it computes without one: relative "
-                f"error {error:.2g}, allowed {tolerance:g} in {self._dtype}"
+                f"error {error:.2g}, allowed {tolerance:g} in {'fp8' if fp8_weights else kv_dtype or self._dtype}"
             )
+        return float(error)
 
 
 def _plain(model: Any, ids: Any, device: torch.device) -> torch.Tensor:

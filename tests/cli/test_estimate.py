@@ -114,6 +114,13 @@ async def test_a_draft_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "layers of the draft model x" in told
 
 
+def test_keys_and_values_of_one_byte_are_half_of_those_in_bfloat16() -> None:
+    half = read(EngineConfig("tiny", device="cuda", dtype="bfloat16")).bytes_per_block
+    assert 2 * read(EngineConfig("tiny", device="cuda", kv_cache_dtype="fp8_e4m3")).bytes_per_block == half
+    done = run("estimate", "tiny", "--kv-cache-dtype", "fp8_e4m3", "--memory", "1")
+    assert done.status == 0 and "x 1 bytes" in done.out
+
+
 def safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 

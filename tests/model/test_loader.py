@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InsufficientMemoryError
+from asyncengine.model import graphs, runner
 from asyncengine.model import loader as loader_module
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.step.model import LoadedModel
@@ -68,6 +69,38 @@ def test_a_model_that_fits_only_alone_is_not_loaded_beside(
     need = loader_module.SLACK + loaded.memory_bytes // 2
     monkeypatch.setattr(loader_module.memory, "free_bytes", lambda device: need)
     assert not TransformersLoader().check(config, loaded).fits_beside
+
+
+def test_both_models_have_their_caches_before_any_step_is_captured(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share the attention's plan: a cache that comes later would move what captured steps refer to."""
+    done: list[str] = []
+    allocate, capture = runner.PagedLayers.allocate, graphs.capture_steps
+    monkeypatch.setattr(runner.PagedLayers, "allocate", lambda self: (done.append("allocate"), allocate(self))[1])
+    monkeypatch.setattr(graphs, "capture_steps", lambda *args: (done.append("capture"), capture(*args))[1])
+    paths = checkpoint("llama"), checkpoint("qwen3")
+    load(EngineConfig(str(paths[0]), device="cpu", speculative_mode="small_draft", additional_models=[str(paths[1])]))
+    assert done[-4:] == ["allocate", "allocate", "capture", "capture"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no list of memory maps")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_weights_are_mapped_from_the_file_and_not_copied_in_host_memory(
+    architecture: str, checkpoint: Callable[..., Path]
+) -> None:
+    """So that moving them to a device, one parameter after the other, is the only copy that is made."""
+    path = checkpoint(architecture)
+    loader = TransformersLoader()
+    model = loader_module._build(loader.check(EngineConfig(str(path), device="cpu"), None).details)
+    spans = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(path / "model.safetensors"))
+    ]
+    for name, parameter in model.named_parameters():
+        begin = parameter.data_ptr()
+        assert any(low <= begin and begin + parameter.nbytes <= high for low, high in spans), name
 
 
 def test_the_loader_leaves_torch_as_it_is(checkpoint: Callable[..., Path]) -> None:

@@ -114,6 +114,14 @@ class CpuAttention:
         """Compiles the kernel if the user's cache has none that fits; see `kernel.build`."""
         return kernel.build(progress)
 
+    def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:
+        """As the protocol says."""
+        if device.type != "cpu":
+            raise BackendUnavailableError(f"the cpu attention back end cannot run on {device}")
+        if dtype not in _DTYPES:
+            known = ", ".join(str(name).removeprefix("torch.") for name in _DTYPES)
+            raise BackendUnavailableError(f"the cpu attention back end stores {known}, not {dtype}")
+
     @staticmethod
     def bytes_per_block(spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block of one layer takes."""
@@ -128,11 +136,7 @@ class CpuAttention:
         Raises:
             BackendUnavailableError: The kernel does not know the dtype or the device.
         """
-        if device.type != "cpu":
-            raise BackendUnavailableError(f"the cpu attention back end cannot run on {device}")
-        if dtype not in _DTYPES:
-            known = ", ".join(str(name).removeprefix("torch.") for name in _DTYPES)
-            raise BackendUnavailableError(f"the cpu attention back end stores {known}, not {dtype}")
+        self.check_dtype(dtype, device)
         key_steps, pair = _key_steps(spec, dtype)
         value_pair = pair if page_size % pair == 0 else 1
         cache = CpuCache(

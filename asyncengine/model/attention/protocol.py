@@ -46,6 +46,14 @@ class AttentionBackend(Protocol):
 
     name: str
 
+    def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Looks whether keys and values can be stored in `dtype` on a device.
+
+        Raises:
+            BackendUnavailableError: They cannot; the message says why.
+        """
+        ...
+
     def bytes_per_block(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block of one layer takes."""
         ...

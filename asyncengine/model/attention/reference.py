@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from asyncengine.model.attention import fp8
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.step.batch import Int64, StepBatch
 
@@ -66,6 +67,9 @@ class TorchAttention:
 
     name = "torch"
 
+    def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:
+        """As the protocol says: it stores whatever torch has."""
+
     def bytes_per_block(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block of one layer takes."""
         return page_size * spec.num_kv_heads * (spec.key_dim + spec.value_dim) * dtype.itemsize
@@ -104,14 +108,16 @@ class TorchAttention:
         """See `AttentionBackend.attend`."""
         keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
         written = slice(plan.num_tokens) if plan.writers is None else plan.writers
-        keys.index_copy_(0, plan.slots, key[written].to(keys.dtype))
-        values.index_copy_(0, plan.slots, value[written].to(values.dtype))
+        for cached, given in ((keys, key), (values, value)):
+            numbers = fp8.movable(fp8.stored(given[written], cached.dtype))
+            fp8.movable(cached).index_copy_(0, plan.slots, numbers)
         output = query.new_zeros(query.shape[0], spec.num_heads, spec.value_dim)
         for group in plan.groups:
             rows, n = group.positions.shape
             # (rows, kv heads, context, dim)
-            group_keys = keys[group.slots].transpose(1, 2).float()
-            group_values = values[group.slots].transpose(1, 2).float()
+            group_keys, group_values = (
+                fp8.movable(cached)[group.slots].view(cached.dtype).transpose(1, 2).float() for cached in (keys, values)
+            )
             queries = query[group.tokens].float().view(rows, n, spec.num_heads, spec.key_dim)
             at_once = max(1, _SCORES // (rows * spec.num_heads * group.slots.shape[1]))
             parts = [
@@ -133,8 +139,8 @@ class TorchAttention:
         """Copies whole blocks in every layer, all of them read before any is written; `copies` is (C, 2)."""
         for cache in caches:
             source, destination = copies.to(cache.keys.device).long().unbind(1)
-            cache.keys.index_copy_(0, destination, cache.keys[source])
-            cache.values.index_copy_(0, destination, cache.values[source])
+            for numbers in (fp8.movable(cache.keys), fp8.movable(cache.values)):
+                numbers.index_copy_(0, destination, numbers[source])
 
 
 def _to(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device) -> torch.Tensor:

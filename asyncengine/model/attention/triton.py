@@ -1,27 +1,30 @@
 """Paged attention on CUDA: Triton kernels that work through a list which the host makes for each step.
 
 The kernels are described at the top of triton_kernels.py, the list in work_list.py, the sizes of tiles in
-triton_tiles.py.
+triton_tiles.py and, where they were measured on a device, in tuned_tiles.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from asyncengine.model.attention import work_list
+from asyncengine.model.attention import fp8, tuned_tiles, work_list
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
 from asyncengine.model.attention.triton_tiles import Launch, Tiles, padded, tiles_for
+from asyncengine.model.attention.tuned_tiles import Key
 from asyncengine.model.attention.work_list import Cut
 from asyncengine.model.packed_buffer import PackedBuffer
 from asyncengine.step.batch import StepBatch
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, fp8.E4M3)
+_FP8_CAPABILITY = (8, 9)
+"""The first devices that turn fp8 into other numbers by themselves (Ada, Hopper)."""
 # Programs of the persistent grid, for each multiprocessor. Small tiles wait for memory, so several share one.
 _SHORT_PROGRAMS, _LONG_PROGRAMS = 4, 2
 WRITE_LAUNCH = Launch(rows=16, warps=4, stages=1)
@@ -74,12 +77,15 @@ class TritonAttention:
 
     name = "triton"
 
-    def __init__(self, programs: int | None = None, parts_bytes: int = 64 << 20) -> None:
+    def __init__(
+        self, programs: int | None = None, parts_bytes: int = 64 << 20, tuned: Mapping[Key, Tiles] | None = None
+    ) -> None:
         """Imports the kernels.
 
         Args:
             programs: Programs that run side by side; as many as the device holds, if not given.
             parts_bytes: Memory for what programs hand on when they share a row's context.
+            tuned: How layers are cut; what was found for the device, if not given. The others as the tables say.
 
         Raises:
             BackendUnavailableError: Triton is not there, or does not work.
@@ -90,6 +96,7 @@ class TritonAttention:
             raise BackendUnavailableError(f"triton cannot be imported: {error}") from error
         self._given_programs = programs
         self._parts_bytes = parts_bytes
+        self._tuned = tuned
         self._cuts: list[Cut] = []
         self._buffer: PackedBuffer | None = None
         self._parts: torch.Tensor | None = None
@@ -99,6 +106,19 @@ class TritonAttention:
         self._heads = 0
         self._processors = 0
         self._generation = 0
+
+    def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:
+        """As the protocol says."""
+        if dtype not in _DTYPES:
+            known = ", ".join(str(name).removeprefix("torch.") for name in _DTYPES)
+            raise BackendUnavailableError(f"the triton attention back end stores {known}, not {dtype}")
+        if dtype is fp8.E4M3 and device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            if capability < _FP8_CAPABILITY:
+                raise BackendUnavailableError(
+                    "the triton attention back end stores fp8 on devices of compute capability 8.9 and later, not "
+                    f"{capability[0]}.{capability[1]} ({torch.cuda.get_device_name(device)})"
+                )
 
     def bytes_per_block(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block of one layer takes."""
@@ -112,14 +132,12 @@ class TritonAttention:
         Raises:
             BackendUnavailableError: The kernel does not know the dtype or the size of the heads.
         """
-        if dtype not in _DTYPES:
-            known = ", ".join(str(name).removeprefix("torch.") for name in _DTYPES)
-            raise BackendUnavailableError(f"the triton attention back end stores {known}, not {dtype}")
-        if tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim) is None:
+        self.check_dtype(dtype, device)
+        self._prepare(device)
+        if self._tiles(spec, dtype) is None:
             raise BackendUnavailableError(
                 f"the triton attention back end has no tiles for heads of {spec.key_dim} and {spec.value_dim}"
             )
-        self._prepare(device)
         assert self._buffer is not None
         # Room for block tables in which every block stands twice. More, where rows share a prefix, makes it grow later.
         self._buffer.reserve((1 << 16) + 2 * num_blocks)
@@ -138,6 +156,18 @@ class TritonAttention:
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         )
+        self._look_up(device)
+
+    def _look_up(self, device: torch.device) -> None:
+        """Finds what was tuned on such a device."""
+        if self._tuned is None:
+            self._tuned = tuned_tiles.read(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+
+    def _tiles(self, spec: LayerSpec, dtype: torch.dtype) -> Tiles | None:
+        """How a layer is cut, or None where its heads are too large for the kernel."""
+        assert self._tuned is not None
+        found = self._tuned.get((dtype.itemsize, spec.key_dim, spec.value_dim))
+        return found or tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim)
 
     def _know(self, spec: LayerSpec, dtype: torch.dtype) -> int:
         """The index of the layer's cut, and room for its parts."""
@@ -150,7 +180,9 @@ class TritonAttention:
             self._parts = torch.empty(self._max_parts * self._widest, dtype=torch.float32, device=device)
             self._statistics = torch.empty(self._max_parts * self._heads * 2, dtype=torch.float32, device=device)
             self._generation += 1
-        cut = _cut(spec, _tiles(spec, dtype))
+        tiles = self._tiles(spec, dtype)
+        assert tiles is not None
+        cut = _cut(spec, tiles)
         if cut not in self._cuts:
             self._cuts.append(cut)
         return self._cuts.index(cut)
@@ -198,7 +230,8 @@ class TritonAttention:
             # The plan was made before a layer like this was known. Those before have been queued: it may be replaced.
             again = self._plan(plan.batch, plan.page_size)
             plan.cuts, plan.launched, plan.merged, plan.buffer = again.cuts, again.launched, again.merged, again.buffer
-        tiles = _tiles(spec, dtype)
+        tiles = self._tiles(spec, dtype)
+        assert tiles is not None
         with _current(query.device):
             self._write(spec, cache, plan, key, value)
             for i in plan.launched:
@@ -214,9 +247,9 @@ class TritonAttention:
         self, spec: LayerSpec, cache: TritonCache, plan: TritonPlan, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         self._kernels.write[(-(-plan.tokens * spec.num_kv_heads // WRITE_LAUNCH.rows),)](
-            plan.buffer, key, value, cache.keys, cache.values, plan.tokens,
+            plan.buffer, key, value, fp8.movable(cache.keys), fp8.movable(cache.values), plan.tokens,
             key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-            **write_constants(spec, cache.keys.shape[2]), **launch_options(WRITE_LAUNCH),
+            **write_constants(spec, cache.keys.dtype, cache.keys.shape[2]), **launch_options(WRITE_LAUNCH),
         )  # fmt: skip
 
     def _attend(
@@ -265,8 +298,8 @@ class TritonAttention:
             copies = copies.pin_memory().to(device, non_blocking=True)
         source, destination = copies.long().unbind(1)
         for cache in caches:
-            cache.keys.index_copy_(0, destination, cache.keys[source])
-            cache.values.index_copy_(0, destination, cache.values[source])
+            for numbers in (fp8.movable(cache.keys), fp8.movable(cache.values)):
+                numbers.index_copy_(0, destination, numbers[source])
 
 
 def launch_options(launch: Launch) -> dict[str, Any]:
@@ -298,11 +331,12 @@ def attend_constants(
         # Without tf32, whose 10 bits of mantissa are not what float32 was asked for.
         "PRECISION": "ieee" if dtype is torch.float32 else None,
         "WIDEN": widen,
+        "FP8": dtype is fp8.E4M3,
         "STAGES": launch.stages,
     }
 
 
-def write_constants(spec: LayerSpec, page_size: int) -> dict[str, Any]:
+def write_constants(spec: LayerSpec, dtype: torch.dtype, page_size: int) -> dict[str, Any]:
     """What the kernel `write` is compiled for."""
     return {
         "KV_HEADS": spec.num_kv_heads,
@@ -312,6 +346,7 @@ def write_constants(spec: LayerSpec, page_size: int) -> dict[str, Any]:
         "VALUE_PAD": padded(spec.value_dim),
         "PAGE": page_size,
         "ROWS": WRITE_LAUNCH.rows,
+        "FP8": dtype is fp8.E4M3,
     }
 
 
@@ -325,12 +360,6 @@ def merge_constants(spec: LayerSpec, index: int) -> dict[str, Any]:
         "HAS_SINKS": spec.has_sinks,
         "STAGES": MERGE_LAUNCH.stages,
     }
-
-
-def _tiles(spec: LayerSpec, dtype: torch.dtype) -> Tiles:
-    tiles = tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim)
-    assert tiles is not None
-    return tiles
 
 
 def _cut(spec: LayerSpec, tiles: Tiles) -> Cut:

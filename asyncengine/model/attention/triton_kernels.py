@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 
 from asyncengine.model.attention import work_list
+from asyncengine.model.fp8_kernels import e4m3
 
 _SLOTS = tl.constexpr(work_list.SLOTS)
 _TABLES = tl.constexpr(work_list.TABLES)
@@ -74,9 +75,9 @@ def write(
     plan, key, value, keys, values, tokens,
     key_token, key_head, value_token, value_head,
     KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Writes keys and values to their slots; a row is a pair of a token and a head."""
+    """Writes keys and values to their slots; a row is a pair of a token and a head. With FP8 the slots are bytes."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = row // KV_HEADS
     head = row % KV_HEADS
@@ -88,11 +89,13 @@ def write(
     dim = tl.arange(0, KEY_PAD)[None, :]
     mask = written & (dim < KEY_DIM)
     numbers = tl.load(key + token * key_token + head * key_head + dim, mask=mask)
-    tl.store(keys + here * KEY_DIM + dim, numbers.to(keys.dtype.element_ty), mask=mask)
+    numbers = e4m3(numbers) if FP8 else numbers.to(keys.dtype.element_ty)
+    tl.store(keys + here * KEY_DIM + dim, numbers, mask=mask)
     dim = tl.arange(0, VALUE_PAD)[None, :]
     mask = written & (dim < VALUE_DIM)
     numbers = tl.load(value + token * value_token + head * value_head + dim, mask=mask)
-    tl.store(values + here * VALUE_DIM + dim, numbers.to(values.dtype.element_ty), mask=mask)
+    numbers = e4m3(numbers) if FP8 else numbers.to(values.dtype.element_ty)
+    tl.store(values + here * VALUE_DIM + dim, numbers, mask=mask)
 
 
 @triton.jit
@@ -103,9 +106,14 @@ def attend(
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
     PAGE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Works through one work list, all programs together. Each KV head (and each tile of query heads) is apart."""
+    """Works through one work list, all programs together. Each KV head (and each tile of query heads) is apart.
+
+    With FP8, products are made of float16: the device turns two e4m3 into that at once, and it holds all of them. In
+    any other case keys and values are multiplied as they are stored.
+    """
+    NUMBER: tl.constexpr = tl.float16 if FP8 else keys.dtype.element_ty
     TILE_HEADS: tl.constexpr = GROUP if GROUP < ROWS else ROWS
     HEAD_TILES: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
     WAYS: tl.constexpr = KV_HEADS * HEAD_TILES
@@ -139,7 +147,10 @@ def attend(
             query + at_token[:, None] * query_token + head[:, None] * query_head + key_dim[None, :],
             mask=valid[:, None] & (key_dim[None, :] < KEY_DIM),
             other=0.0,
-        ).to(keys.dtype.element_ty)  # fmt: skip
+        )  # fmt: skip
+        if FP8:
+            queries = tl.clamp(queries.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+        queries = queries.to(NUMBER)
         row_position = position + row_token
         end = position + tokens
         first_seen = position - WINDOW + 1 if WINDOW else 0
@@ -166,7 +177,7 @@ def attend(
                     keys + slot[:, None] * KEY_DIM + key_dim[None, :],
                     mask=written[:, None] & (key_dim[None, :] < KEY_DIM),
                     other=0.0,
-                )  # fmt: skip
+                ).to(NUMBER)  # fmt: skip
                 scores = _dot(queries, tl.trans(block_keys), PRECISION, WIDEN) * scaling
                 if HAS_SOFT_CAP:
                     # cap * tanh(score / cap); an exponential that overflows gives 1, one that vanishes -1
@@ -185,8 +196,8 @@ def attend(
                     values + slot[:, None] * VALUE_DIM + value_dim[None, :],
                     mask=written[:, None] & (value_dim[None, :] < VALUE_DIM),
                     other=0.0,
-                )  # fmt: skip
-                weights = weights.to(values.dtype.element_ty)
+                ).to(NUMBER)  # fmt: skip
+                weights = weights.to(NUMBER)
                 part_total = part_total * keep[:, None] + _dot(weights, block_values, PRECISION, WIDEN)
             if part < 0:
                 total, total_max, total_sum = _fold(total, total_max, total_sum, part_total, part_max, part_sum)

@@ -46,7 +46,13 @@ class Tiles:
 
 
 TABLE: dict[tuple[int, int], Tiles] = {
-    # (bytes of a number, padded size of the larger of key and value head)
+    # (bytes of a stored number, padded size of the larger of key and value head); one byte is fp8
+    (1, 16): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 4, 3)),
+    (1, 32): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 4, 3)),
+    (1, 64): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 4, 3)),
+    (1, 128): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 8, 3)),
+    (1, 256): Tiles(32, 256, Launch(16, 4, 3, 248), Launch(32, 8, 3, 248)),
+    (1, 512): Tiles(32, 256, Launch(16, 8, 2), Launch(16, 8, 2)),
     (2, 16): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 4, 3)),
     (2, 32): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 4, 3)),
     (2, 64): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(64, 4, 3)),
@@ -62,6 +68,9 @@ TABLE: dict[tuple[int, int], Tiles] = {
 }
 EXACT: dict[tuple[int, int, int], Tiles] = {
     # (bytes of a number, size of a key head, of a value head): sizes that need no masks, so fewer registers
+    (1, 64, 64): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(128, 8, 3)),
+    (1, 128, 128): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(128, 8, 3)),
+    (1, 256, 256): Tiles(32, 256, Launch(16, 8, 3), Launch(32, 8, 3)),
     (2, 64, 64): Tiles(64, 256, Launch(16, 4, 3), Launch(128, 8, 3)),
     (2, 128, 128): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(128, 8, 3)),
     (2, 256, 256): Tiles(32, 256, Launch(16, 8, 3), Launch(32, 8, 3)),

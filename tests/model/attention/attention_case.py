@@ -16,6 +16,7 @@ CPU = torch.device("cpu")
 # Largest error against float64, for values of order one: half a unit in the last place of the output, and for
 # bfloat16 that of the softmax's weights as well.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+FP8 = torch.float8_e4m3fn
 
 
 def layer(
@@ -124,8 +125,8 @@ def shuffled_tables(lengths: list[int], page_size: int, seed: int) -> tuple[list
 def fresh_cache(backend: AttentionBackend, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype) -> Any:
     """A cache that is full of NaN: whatever is read without having been written shows."""
     cache = backend.allocate(spec, num_blocks, page_size, dtype, CPU)
-    cache.keys.fill_(torch.nan)
-    cache.values.fill_(torch.nan)
+    for numbers in (cache.keys, cache.values):
+        numbers.copy_(torch.full_like(numbers, torch.nan, dtype=torch.float32))
     return cache
 
 
@@ -137,10 +138,11 @@ def run_paged(
     dtype: torch.dtype,
     sinks: torch.Tensor | None = None,
     seed: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
     """Fills a cache with the rows' contexts, then runs their new tokens as one batch; one output per row."""
     tables, num_blocks = shuffled_tables([row.context + row.new for row in rows], page_size, seed)
-    cache = fresh_cache(backend, spec, num_blocks, page_size, dtype)
+    cache = fresh_cache(backend, spec, num_blocks, page_size, kv_dtype or dtype)
     held = [i for i, row in enumerate(rows) if row.context]
     if held:
         batch = step_batch([rows[i].context for i in held], [0] * len(held), [tables[i] for i in held], page_size)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from asyncengine.model.attention import fp8
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention.triton import TritonAttention, TritonCache, TritonPlan
 from asyncengine.step.batch import Int64, StepBatch
@@ -51,5 +52,6 @@ class TritonOnDevice(TritonAttention):
         """Writes what the cache holds before a step, which takes the interpreter long."""
         page_size = cache.keys.shape[2]
         at = torch.from_numpy(slots).to(DEVICE)
-        cache.keys[at // page_size, :, at % page_size] = keys.to(cache.keys)
-        cache.values[at // page_size, :, at % page_size] = values.to(cache.values)
+        for cached, given in ((cache.keys, keys), (cache.values, values)):
+            numbers = fp8.movable(fp8.stored(given, cached.dtype)).to(DEVICE)
+            fp8.movable(cached)[at // page_size, :, at % page_size] = numbers

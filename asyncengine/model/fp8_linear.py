@@ -1,0 +1,144 @@
+"""Linear layers in fp8: weights with one scale for each output, inputs with one for each token.
+
+Both are multiplied as they are by `torch._scaled_mm`, scaled by rows; on CUDA one kernel of our own quantises the input
+before it. torch has the same product for the CPU, where it is slow: it is there for tests, and to look at the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncengine.model.attention import fp8
+
+ALIGNMENT = 16
+"""Sizes of a layer must be multiples of it, or it stays as it is: the device's products need that."""
+_BLOCK, _WARPS = 4096, 8
+
+
+def quantised(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, columns) numbers in fp8, and the (rows, 1) scales in float32 by which they are to be multiplied."""
+    wide = numbers.float()
+    scales = wide.abs().amax(1, keepdim=True).clamp_min(1e-12) / fp8.LARGEST
+    return fp8.stored(wide / scales, fp8.E4M3), scales
+
+
+class Fp8Linear(nn.Module):
+    """Takes the place of a linear layer, whose weight and bias keep their names.
+
+    Attributes:
+        weight: (outputs, inputs) in fp8.
+        bias: (outputs,), or None, as it was.
+        weight_scale: (1, outputs).
+        dtype: Of the weight that it was made of, of its inputs and of its outputs.
+
+    Args:
+        linear: Its weight is let go.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.dtype = linear.weight.dtype
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = quantised(linear.weight.detach())
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = linear.bias
+        self.weight_scale: torch.Tensor
+        self.register_buffer("weight_scale", scale.view(1, -1), persistent=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) to (..., outputs)."""
+        rows = input.reshape(-1, self.in_features)
+        codes, scales = (_kernel() if rows.device.type == "cuda" else quantised)(rows)
+        output = torch._scaled_mm(
+            codes,
+            self.weight.t(),
+            scale_a=scales,
+            scale_b=self.weight_scale,
+            bias=self.bias,
+            out_dtype=self.dtype,
+            use_fast_accum=True,
+        )
+        return output.view(*input.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def write(self, value: torch.Tensor) -> None:
+        """Replaces the weight by another one in `dtype`."""
+        weight, scale = quantised(value.to(self.weight.device))
+        fp8.movable(self.weight.data).copy_(fp8.movable(weight))
+        self.weight_scale.copy_(scale.view(1, -1))
+
+    def keep(self) -> Callable[[], None]:
+        """What puts the present weight back."""
+        weight, scale = fp8.movable(self.weight.data).clone(), self.weight_scale.clone()
+
+        def restore() -> None:
+            fp8.movable(self.weight.data).copy_(weight)
+            self.weight_scale.copy_(scale)
+
+        return restore
+
+
+def quantise(model: Any) -> tuple[int, int]:
+    """Puts an `Fp8Linear` in the place of every linear layer but the head.
+
+    Returns:
+        How many weights are in fp8 now, and how many there are.
+    """
+    head = model.get_output_embeddings()
+    done = 0
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear and child is not head and not any(n % ALIGNMENT for n in child.weight.shape):
+                done += child.weight.numel()
+                setattr(module, name, Fp8Linear(child))
+                del child
+    return done, sum(parameter.numel() for parameter in model.parameters())
+
+
+def layers(model: nn.Module) -> dict[int, Fp8Linear]:
+    """The layers in fp8, by the identity of their weights."""
+    return {id(module.weight): module for module in model.modules() if isinstance(module, Fp8Linear)}
+
+
+class RowKernel:
+    """Quantises in one launch what `quantised` does in several.
+
+    Raises:
+        ImportError: Triton is not there.
+    """
+
+    def __init__(self) -> None:
+        self._kernel: Any = importlib.import_module("asyncengine.model.fp8_kernels").quantise_rows
+
+    def __call__(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `quantised`."""
+        count, columns = numbers.shape
+        if numbers.stride(1) != 1:
+            numbers = numbers.contiguous()
+        codes = torch.empty(count, columns, dtype=torch.uint8, device=numbers.device)
+        scales = torch.empty(count, 1, dtype=torch.float32, device=numbers.device)
+        on_device = torch.cuda.device(numbers.device) if numbers.device.type == "cuda" else contextlib.nullcontext()
+        if count:
+            with on_device:
+                self._kernel[(count,)](numbers, codes, scales, numbers.stride(0), **constants(columns))
+        return codes.view(fp8.E4M3), scales
+
+
+def constants(columns: int) -> dict[str, int]:
+    """What the kernel `quantise_rows` is compiled for."""
+    return {"COLUMNS": columns, "BLOCK": min(_BLOCK, 1 << (columns - 1).bit_length()), "num_warps": _WARPS}
+
+
+@functools.cache
+def _kernel() -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    try:
+        return RowKernel()
+    except Exception:  # whatever a package that does not fit the system raises when it is imported
+        return quantised

@@ -1,0 +1,158 @@
+"""Linear layers in fp8, and models that are made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from asyncengine import AsyncEngine, ConfigError, EngineConfig, GenerationConfig, ReloadError
+from asyncengine.model import fp8_linear
+from asyncengine.model.fp8_linear import Fp8Linear, RowKernel, quantise, quantised
+from asyncengine.model.loader import TransformersLoader
+from asyncengine.model.runner import TorchModel
+from asyncengine.step.model import LoadedModel
+
+Checkpoint = Callable[..., Path]
+
+
+def load(path: Path, **changes: Any) -> LoadedModel:
+    config = EngineConfig(str(path), device="cpu", dtype="bfloat16", quantization="fp8", mode="interactive")
+    loader = TransformersLoader()
+    return loader.load(loader.check(config.replace(**changes), None))
+
+
+def inner(loaded: LoadedModel) -> Any:
+    assert isinstance(loaded.model, TorchModel)
+    return loaded.model._model
+
+
+def test_each_row_fills_the_range() -> None:
+    numbers = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    numbers *= torch.tensor([1e-6, 1, 50, 1e6, 0])[:, None]
+    codes, scales = quantised(numbers)
+    assert codes.dtype == torch.float8_e4m3fn and scales.shape == (5, 1)
+    assert codes.float().abs().amax(1).tolist() == [448.0] * 4 + [0.0]
+    errors = (codes.float() * scales - numbers).norm(dim=1) / numbers.norm(dim=1).clamp_min(1e-12)
+    assert (errors < 0.03).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [16, 96, 5000])
+def test_the_kernel_quantises_as_torch_does(columns: int, dtype: torch.dtype) -> None:
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    if not torch.cuda.is_available() and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of triton < 3.7 needs numpy < 2.3")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    numbers = torch.randn(4, columns + 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    numbers[1] *= 1e4
+    numbers[2] = 0
+    view = numbers[:, :columns].to(device)
+    codes, scales = RowKernel()(view)
+    wanted_codes, wanted_scales = quantised(view)
+    torch.testing.assert_close(scales, wanted_scales)
+    off = (codes.float() - wanted_codes.float()).abs()
+    # A number that lies between two may fall on either side where the scale's last bit differs.
+    assert (off > 0).float().mean() < 1e-3
+    assert (off <= codes.float().abs() / 8 + 2**-9).all()
+
+
+def test_a_layer_is_near_what_it_was() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2, 7, 64).to(torch.bfloat16)
+    wanted = linear(x)
+    found = Fp8Linear(linear)(x)
+    assert found.shape == wanted.shape and found.dtype == torch.bfloat16
+    error = float((found - wanted).float().norm() / wanted.float().norm())
+    assert 1e-3 < error < 0.05
+
+
+async def test_an_engine_serves_and_says_how_far_off_it_is(checkpoint: Checkpoint) -> None:
+    config = EngineConfig(
+        str(checkpoint("llama")), device="cpu", dtype="bfloat16", quantization="fp8", mode="interactive"
+    )
+    async with AsyncEngine(config) as engine:
+        (note,) = [note for note in engine.health().notes if note.startswith("quantization")]
+        assert "fp8" in note and "of their norm off; slow on cpu" in note
+        result = await engine.generate([1, 2, 3], GenerationConfig(temperature=0, max_tokens=4, ignore_eos=True))
+        assert len(result.token_ids) == 4
+
+
+def test_everything_but_the_head_and_odd_sizes_is_in_fp8(checkpoint: Checkpoint) -> None:
+    loaded = load(checkpoint("qwen2", intermediate_size=100))
+    model = inner(loaded)
+    kept = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    mlp = {f"model.layers.{i}.mlp.{name}_proj" for i in range(3) for name in ("gate", "up", "down")}
+    assert kept == {*mlp, "lm_head"}
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.weight.dtype == torch.float8_e4m3fn and layer.bias.dtype == torch.bfloat16
+    whole = load(checkpoint("qwen2", intermediate_size=100), quantization="none", decoder_backend="transformers")
+    assert loaded.memory_bytes < whole.memory_bytes
+    loaded.model.close()
+    whole.model.close()
+
+
+def test_new_weights_are_those_of_a_new_model(checkpoint: Checkpoint) -> None:
+    old, new = (load(checkpoint("llama", seed=seed)) for seed in (0, 1))
+    weights = AutoModelForCausalLM.from_pretrained(checkpoint("llama", seed=1), dtype=torch.bfloat16).state_dict()
+    old.model.update_weights(weights)
+    for (name, mine), (_, theirs) in zip(inner(old).state_dict().items(), inner(new).state_dict().items(), strict=True):
+        assert torch.equal(mine.float(), theirs.float()), name
+    layers = zip(fp8_linear.layers(inner(old)).values(), fp8_linear.layers(inner(new)).values(), strict=True)
+    assert all(torch.equal(a.weight_scale, b.weight_scale) for a, b in layers)
+    with pytest.raises(ReloadError, match=r"of torch\.float32; the model's is \(64, 64\) of torch\.bfloat16"):
+        old.model.update_weights({"model.layers.0.self_attn.q_proj.weight": torch.zeros(64, 64)})
+    old.model.close()
+    new.model.close()
+
+
+def test_new_weights_that_fail_leave_the_old_ones(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(checkpoint("llama"))
+    model = inner(loaded)
+    before = [(layer.weight.float(), layer.weight_scale.clone()) for layer in fp8_linear.layers(model).values()]
+    last = list(fp8_linear.layers(model).values())[-1]
+
+    def fail(value: torch.Tensor) -> None:
+        raise RuntimeError("the last one fails")
+
+    monkeypatch.setattr(last, "write", fail)
+    state = AutoModelForCausalLM.from_pretrained(checkpoint("llama", seed=3), dtype=torch.bfloat16).state_dict()
+    with pytest.raises(ReloadError, match="none was replaced"):
+        loaded.model.update_weights(state)
+    after = [(layer.weight.float(), layer.weight_scale) for layer in fp8_linear.layers(model).values()]
+    assert all(torch.equal(a, b) and torch.equal(s, t) for (a, s), (b, t) in zip(before, after, strict=True))
+    loaded.model.close()
+
+
+def test_a_model_of_other_layers_alone_has_nothing_to_quantise(checkpoint: Checkpoint) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("gpt2"), dtype=torch.bfloat16)
+    assert quantise(model)[0] == 0
+    with pytest.raises(ReloadError, match="has no linear layers that could be in fp8"):
+        load(checkpoint("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dtype": "float32"}, "quantization is 'fp8' with dtype float32; allowed: bfloat16"),
+        ({"decoder_backend": "compiled"}, "with decoder_backend 'compiled', which has no products in fp8"),
+    ],
+)
+def test_where_nothing_multiplies_it_it_is_refused(changes: dict[str, Any], said: str, checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(checkpoint("llama"), **changes)
+
+
+def test_older_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from asyncengine.model import loader
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ConfigError, match=r"compute capability 8\.0 \(NVIDIA A100\); allowed: 8\.9 and later"):
+        loader._check_fp8(EngineConfig("x", quantization="fp8"), torch.device("cuda"))
