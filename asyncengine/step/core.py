@@ -339,7 +339,16 @@ class Core:
         self.reloading.look()
         if self.scheduler is not None:
             self.requests.admit_queued()  # or else nobody would, if nothing else is left to do
+            if not len(self.requests) and not self.stepping.under_way:
+                self._settle(self.scheduler)
         self._look_at_drains()
+
+    def _settle(self, scheduler: Scheduler) -> None:
+        """Looks at the accounts once nothing is left to do; where they are wrong, they begin anew."""
+        try:
+            scheduler.check_idle()
+        except AssertionError as error:
+            self.fail_all(error)
 
     def take_aborts(self, instructions: list[Instruction]) -> None:
         """Executes the aborts among new instructions ahead of the others."""

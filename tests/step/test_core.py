@@ -832,6 +832,22 @@ class TestLength:
         assert case.reason(none) == "length"
 
 
+class TestAccounts:
+    def test_are_looked_at_when_nothing_is_left_to_do_and_begin_anew_where_they_are_wrong(self) -> None:
+        case = loaded()
+        case.add("abc")
+        case.run()
+        assert case.core.metrics().counters.failed_steps == 0
+        assert case.core.scheduler is not None
+        case.core.scheduler.pool.allocate(2)  # and nobody holds them
+        case.core.step()
+        assert case.core.metrics().counters.failed_steps == 1
+        case.check()
+        number = case.add("xyz")
+        case.run()
+        assert case.text(number) == "xyz"
+
+
 class TestStuckHead:
     def pinned(self) -> Case:
         case = loaded(max_total_sequence_length=32)
