@@ -339,7 +339,7 @@ class Core:
         self.reloading.look()
         if self.scheduler is not None:
             self.requests.admit_queued()  # or else nobody would, if nothing else is left to do
-            if not self.scheduler.decodes and not len(self.requests) and not self.stepping.under_way:
+            if not len(self.requests) and not self.stepping.under_way:
                 self._settle(self.scheduler)
         self._look_at_drains()
 
