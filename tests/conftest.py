@@ -1,8 +1,4 @@
-"""Every async test runs on asyncio and on uvloop; no test may leave anything behind.
-
-Tests of what a model computes are marked ``one_loop``: nothing in them depends on the loop, and each runs on one of
-the two.
-"""
+"""Every async test runs on asyncio and on uvloop; no test may leave anything behind."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import gc
 import os
 import threading
 import time
-import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,10 +47,7 @@ def _watch(factory: Callable[[], asyncio.AbstractEventLoop]) -> Callable[[], asy
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    names = sorted(LOOPS)
-    if item.get_closest_marker("one_loop") is not None:
-        names = [names[zlib.crc32(item.nodeid.encode()) % len(names)]]
-    return {name: _watch(LOOPS[name]) for name in names}
+    return {name: _watch(factory) for name, factory in LOOPS.items()}
 
 
 @pytest.fixture(params=list(LOOPS), ids=list(LOOPS))

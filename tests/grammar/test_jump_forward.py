@@ -13,8 +13,6 @@ from tests.grammar.conftest import CONFIG
 from tests.grammar.fakes import FakeBackend
 from tests.grammar.schemas import SCHEMAS, obj
 
-pytestmark = pytest.mark.one_loop
-
 FIXED = obj(
     {
         "first_measurement": {"type": "boolean"},

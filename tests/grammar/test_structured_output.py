@@ -42,7 +42,6 @@ TEXTS: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.one_loop
 async def test_the_text_matches_and_ends_with_stop(engine: AsyncEngine) -> None:
     for format_, pattern in TEXTS:
         results = await engine.generate_many(["x"] * 8, [sampled(seed, format_) for seed in range(8)])
@@ -51,7 +50,6 @@ async def test_the_text_matches_and_ends_with_stop(engine: AsyncEngine) -> None:
             assert result.finish_reason == "stop"
 
 
-@pytest.mark.one_loop
 async def test_a_text_that_nothing_can_follow_ends_at_once_and_without_an_end_token(engine: AsyncEngine) -> None:
     result = await engine.generate("x", sampled(0, Choice(("maybe",)), min_tokens=40))
     assert result.text == "maybe"
@@ -59,7 +57,6 @@ async def test_a_text_that_nothing_can_follow_ends_at_once_and_without_an_end_to
     assert (result.finish_reason, result.outputs[0].stop_reason) == ("stop", None)
 
 
-@pytest.mark.one_loop
 async def test_a_text_that_may_go_on_ends_with_the_end_token_unless_it_is_ignored(engine: AsyncEngine) -> None:
     result = await engine.generate("x", sampled(0, Regex("[ab]+"), logit_bias={END: 50.0}))
     assert result.token_ids[-1] == END
@@ -72,7 +69,6 @@ async def test_a_text_that_may_go_on_ends_with_the_end_token_unless_it_is_ignore
     assert late.token_ids.index(END) == 20
 
 
-@pytest.mark.one_loop
 async def test_a_model_without_an_end_token_ends_where_nothing_can_follow(tmp_path: Path, random_model: Path) -> None:
     checkpoints.write(tmp_path, "llama", vocab_size=1030, num_hidden_layers=1)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -102,7 +98,6 @@ def spell_the_trigger(logits: Any, row: Any) -> None:
         logits[(LESS, F, N, EQUALS)[at]] += 100.0
 
 
-@pytest.mark.one_loop
 async def test_free_text_has_no_trigger_but_at_the_beginning_of_a_tag(engine: AsyncEngine) -> None:
     config = sampled(3, TAGS, n=16, max_tokens=120, logits_processors=[spell_the_trigger])
     result = await engine.generate("x", config)
@@ -119,7 +114,6 @@ async def test_free_text_has_no_trigger_but_at_the_beginning_of_a_tag(engine: As
     assert free > 16, "there was no free text"
 
 
-@pytest.mark.one_loop
 async def test_special_tokens_may_begin_and_end_a_tag(engine: AsyncEngine) -> None:
     tags = StructuralTags([StructuralTag("<|user|>n=", {"enum": [1, 23]}, "<|assistant|>")], triggers=["<|user|>"])
     result = await engine.generate("x", sampled(1, tags, logit_bias={4: 8.0}, skip_special_tokens=False, n=8))
@@ -157,7 +151,6 @@ async def test_a_grammar_that_does_not_compile_is_refused_before_admission(engin
     assert len((await engine.generate("x", sampled(0, max_tokens=3, ignore_eos=True))).token_ids) == 3
 
 
-@pytest.mark.one_loop
 async def test_each_branch_has_its_own_matcher(engine: AsyncEngine) -> None:
     branches = (await engine.generate("x", sampled(5, JsonSchema(SCHEMA), n=6))).outputs
     for index, branch in enumerate(branches):
@@ -166,7 +159,6 @@ async def test_each_branch_has_its_own_matcher(engine: AsyncEngine) -> None:
     assert len({branch.text for branch in branches}) == 6
 
 
-@pytest.mark.one_loop
 async def test_more_branches_than_slots(random_model: Path) -> None:
     async with AsyncEngine(EngineConfig(str(random_model), **(CONFIG | {"max_num_sequence": 2}))) as few:
         narrow = await few.generate("x", sampled(5, JsonSchema(SCHEMA), n=5))
@@ -175,7 +167,6 @@ async def test_more_branches_than_slots(random_model: Path) -> None:
     assert [branch.token_ids for branch in narrow.outputs] == [branch.token_ids for branch in wide.outputs]
 
 
-@pytest.mark.one_loop
 async def test_preemption_does_not_change_what_is_drawn(random_model: Path) -> None:
     configs = [sampled(seed, JsonSchema(SCHEMA), n=2, frequency_penalty=0.3) for seed in range(6)]
     async with AsyncEngine(EngineConfig(str(random_model), **CONFIG)) as engine:
@@ -190,7 +181,6 @@ async def test_preemption_does_not_change_what_is_drawn(random_model: Path) -> N
         assert [branch.finish_reason for branch in a.outputs] == [branch.finish_reason for branch in b.outputs]
 
 
-@pytest.mark.one_loop
 async def test_a_hit_in_the_prefix_cache_changes_nothing(engine: AsyncEngine) -> None:
     prompt = "Once upon a time there was a bear who lived near a lake and liked to swim in it every day."
     first = await engine.generate(prompt, sampled(1, JsonSchema(SCHEMA)))
@@ -199,7 +189,6 @@ async def test_a_hit_in_the_prefix_cache_changes_nothing(engine: AsyncEngine) ->
     assert second.token_ids == first.token_ids
 
 
-@pytest.mark.one_loop
 async def test_neighbours_do_not_notice_a_grammar(engine: AsyncEngine) -> None:
     plain = [sampled(seed, ignore_eos=True, temperature=0.8) for seed in range(4)]
     alone = await engine.generate_many(["x"] * 4, plain)
@@ -230,7 +219,6 @@ async def test_leaving_frees_what_a_constrained_request_holds(engine: AsyncEngin
     assert engine.metrics().num_requests_running == 0
 
 
-@pytest.mark.one_loop
 async def test_a_stop_string_ends_a_constrained_text_before_it(engine: AsyncEngine) -> None:
     result = await engine.generate("x", sampled(0, Regex('"[a-z]{5}END[a-z]{5}"'), stop_strs=["END"]))
     assert re.fullmatch('"[a-z]{5}', result.text)
@@ -249,14 +237,12 @@ async def test_deltas_add_up_to_the_result(engine: AsyncEngine) -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-@pytest.mark.one_loop
 async def test_max_tokens_is_exact(engine: AsyncEngine, tokens: int) -> None:
     result = await engine.generate("x", sampled(0, Regex("[a-z]{90}"), max_tokens=tokens))
     assert len(result.token_ids) == tokens
     assert result.finish_reason == "length"
 
 
-@pytest.mark.one_loop
 async def test_logprobs_may_be_of_the_masked_distribution(engine: AsyncEngine) -> None:
     config = sampled(0, Choice(("yes", "no")), logprobs=True, top_logprobs=20, logprobs_mode="processed")
     entries = (await engine.generate("x", config)).outputs[0].logprobs
@@ -298,7 +284,6 @@ async def test_a_grammar_that_raises_ends_its_own_request_alone(engine: AsyncEng
     assert engine.metrics().counters.failed_steps == 0
 
 
-@pytest.mark.one_loop
 async def test_a_token_that_the_grammar_refuses_ends_its_request(engine: AsyncEngine) -> None:
     def spoil(logits: Any, row: Any) -> None:
         logits[:] = float("nan")  # nothing can be drawn, and token 0 is taken

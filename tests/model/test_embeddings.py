@@ -16,8 +16,6 @@ from asyncengine import AsyncEngine, Embedding, EngineConfig, GenerationConfig, 
 from asyncengine.outputs import Pooling
 from tests.model.test_parity import COMPILED
 
-pytestmark = pytest.mark.one_loop
-
 CONFIG: dict[str, Any] = {
     "device": "cpu", "max_total_sequence_length": 4096, "max_num_sequence": 8, "kv_cache_page_size": 16,
     "prefill_chunk_size": 24,

@@ -223,7 +223,6 @@ async def test_debug_functions_are_called_beside_the_model(checkpoint: Callable[
             await engine.debug_call_func_on_all_workers("nose")
 
 
-@pytest.mark.one_loop
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 async def test_half_precision_serves_and_agrees_between_alone_and_batched(

@@ -12,8 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InvalidRequestError, TokenLogprobs, tiny
 
-pytestmark = pytest.mark.one_loop
-
 CONFIG: dict[str, Any] = {
     "device": "cpu", "max_total_sequence_length": 4096, "max_num_sequence": 8, "kv_cache_page_size": 16,
     "prefill_chunk_size": 24,
@@ -25,7 +23,8 @@ STORY = (
 
 
 @pytest.fixture(scope="module")
-def lasting_engine() -> Iterator[AsyncEngine]:
+def lasting_engine(expected: torch.Tensor) -> Iterator[AsyncEngine]:
+    """Loads once the reference is there: transformers does not load two models at once in two threads."""
     engine = AsyncEngine(EngineConfig("tiny", **CONFIG))
     engine.reload_nowait()
     yield engine

@@ -20,8 +20,6 @@ from asyncengine.model.loader import TransformersLoader
 from asyncengine.response_format import Choice, JsonSchema, Regex
 from tests.model import checkpoints
 
-pytestmark = pytest.mark.one_loop
-
 LIMITS: dict[str, Any] = {
     "device": "cpu", "max_num_sequence": 16, "kv_cache_page_size": 8, "max_total_sequence_length": 2048,
 }  # fmt: skip
