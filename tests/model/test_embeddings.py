@@ -52,7 +52,8 @@ def story() -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def lasting_engine() -> Iterator[AsyncEngine]:
+def lasting_engine(embedded_model: Any) -> Iterator[AsyncEngine]:
+    """Loads once the reference is there: transformers does not load two models at once in two threads."""
     engine = AsyncEngine(EngineConfig("tiny", **CONFIG))
     engine.reload_nowait()
     yield engine
