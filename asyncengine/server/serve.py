@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import importlib
 import logging
 import signal
 import socket
@@ -88,12 +90,15 @@ def serve(
         engine = AsyncEngine(config, loader=loader)
         if prepare is not None:
             prepare(engine)
-        running = _Running(engine, config, settings, listener, drain_seconds)
+        running = _Running(engine, config, settings, listener, drain_seconds, imports=loader is None)
         address = _address(listener)
         logger.info("listening on %s; loading %s", address, config.model)
         if on_listening is not None:
             on_listening(address)
-        return runner.run(running.run())
+        try:
+            return runner.run(running.run())
+        finally:
+            gc.unfreeze()  # or else some extension modules complain of leaks when the interpreter ends
 
 
 class _Server(uvicorn.Server):
@@ -114,9 +119,11 @@ class _Running:
         settings: ServerSettings,
         listener: socket.socket,
         drain_seconds: float,
+        imports: bool,
     ) -> None:
         self._engine = engine
         self._config = config
+        self._imports = imports
         self._listener = listener
         self._drain_seconds = drain_seconds
         app = create_app(engine, settings)
@@ -158,6 +165,8 @@ class _Running:
 
     async def _load(self) -> bool:
         """Loads the model; says whether there is one."""
+        if self._imports:
+            await asyncio.to_thread(_import_for_good)
         try:
             complete = await self._engine.reload(self._config)
         except AsyncEngineError as error:
@@ -212,6 +221,19 @@ class _Running:
             for number, handler in before.items():
                 loop.remove_signal_handler(number)
                 signal.signal(number, handler)
+
+
+def _import_for_good() -> None:
+    """Imports what a load needs anyway, and takes it out of what full garbage collections look at.
+
+    Hundreds of thousands of objects come with torch and transformers and stay until the process ends; looking at all
+    of them stops every thread for tens of milliseconds. It is done before anything is loaded, so that models are
+    collected as ever. Only a program that is ours may do this to a process.
+    """
+    for name in ("asyncengine.model.loader", "transformers.models.auto.modeling_auto", "transformers.modeling_utils"):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 def _listen(host: str, port: int) -> socket.socket:

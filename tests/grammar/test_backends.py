@@ -1,4 +1,4 @@
-"""Both libraries behind the one protocol. xgrammar is tried where it is installed: it brings a gigabyte of triton."""
+"""Both libraries behind the one protocol. xgrammar is tried where it is installed."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -29,6 +30,26 @@ if sys.argv[2] == "broken":
     loader.load_errors["scripted"] = RuntimeError("the disk is gone")
 sys.exit(serve(EngineConfig("scripted"), port=0, loader=loader, drain_seconds=float(sys.argv[3]),
                on_listening=lambda address: print(address, flush=True)))
+"""
+
+
+# With real weights; once it is ready it prints how many objects are frozen, and ends itself.
+REAL = """
+import gc, os, signal, sys, threading, urllib.request
+from asyncengine import EngineConfig
+from asyncengine.server.serve import serve
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def wait(address):
+    while True:
+        try:
+            opener.open(address + "/ready").close()
+        except OSError:  # an answer of 503, too
+            continue
+        print(gc.get_freeze_count(), flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+sys.exit(serve(EngineConfig("tiny", mode="local"), port=0,
+               on_listening=lambda address: threading.Thread(target=wait, args=(address,)).start()))
 """
 
 
@@ -102,6 +123,15 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_an_error() -> None:
     with process(load="broken") as (running, _, log):
         assert running.wait(timeout=30) == 1
     assert any("scripted cannot be loaded" in line for line in log)
+
+
+def test_full_collections_do_not_look_at_what_was_imported_for_good() -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", REAL], capture_output=True, text=True, env=environment, timeout=60, check=True
+    )
+    assert int(run.stdout) > 100_000
+    assert "leaked" not in run.stderr  # extension modules complain there of what is never collected
 
 
 def test_an_address_that_is_taken_is_an_error_and_not_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
