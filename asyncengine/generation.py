@@ -314,7 +314,9 @@ def _integer(name: str, value: object, low: int | None, high: int | None, *, opt
         or (high is not None and value > high)
     ):
         allowed = "any integer" if low is None else f">= {low}" if high is None else f"{low}..{high}"
-        raise InvalidRequestError(f"{name} is {value!r}; allowed: {allowed}{' or None' if optional else ''}")
+        # Of 1.5 and True a range alone says nothing.
+        kind = "" if _is_integer(value) or low is None else ", an integer"
+        raise InvalidRequestError(f"{name} is {value!r}; allowed: {allowed}{' or None' if optional else ''}{kind}")
 
 
 def _number(name: str, value: object, low: float, high: float | None, *, open_low: bool = False) -> None:
@@ -326,7 +328,7 @@ def _number(name: str, value: object, low: float, high: float | None, *, open_lo
         bad = value < low or (open_low and value == low) or (high is not None and value > high)
     if bad:
         bracket, sign = ("(", ">") if open_low else ("[", ">=")
-        allowed = f"{sign} {low:g}" if high is None else f"{bracket}{low:g}, {high:g}]"
+        allowed = f"{sign} {low:g} and finite" if high is None else f"{bracket}{low:g}, {high:g}]"
         raise InvalidRequestError(f"{name} is {value!r}; allowed: {allowed}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import itertools
 import json
@@ -214,3 +215,28 @@ def test_scheduler_and_gap_measure_what_they_say() -> None:
         assert set(found) == {"idle", "readers", "application"}
         assert found["idle"]["kept"] == 1
         assert found["idle"]["of_the_device"] <= 1
+
+
+def test_fanout_and_latency_measure_what_they_say() -> None:
+    status, result, said = run("fanout", "--readers", "1", "4", "--tokens", "2000", "--rounds", "1")
+    assert status == 0, said
+    assert set(result["results"]) == {"1", "4"}
+    assert "bare" in said.lower()
+    status, result, said = run("latency", "--readers", "1", "4", "--step-ms", "1", "--steps", "20")
+    assert status == 0, said
+    assert set(result["results"]) == {"1", "4"}
+    for found in result["results"].values():
+        assert 0 < found["p50_us"] <= found["p99_us"]
+
+
+NAMED = ("fanout", "scheduler", "gap", "latency", "end_to_end")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_says_what_it_measures_and_is_in_the_table(name: str) -> None:
+    source = (ROOT / "benchmarks" / f"{name}.py").read_text()
+    docstring = ast.get_docstring(ast.parse(source))
+    assert docstring is not None
+    assert f"python -m benchmarks.{name}" in docstring
+    assert "The last line is one JSON object." in " ".join(docstring.split())
+    assert f"| `{name}.py` |" in (ROOT / "benchmarks" / "README.md").read_text()

@@ -47,6 +47,12 @@ class TestRanges:
     def test_top_k(self, value: Any) -> None:
         refused(lambda: GenerationConfig(top_k=value), f"top_k is {value!r}", "allowed: >= 1 or None")
 
+    def test_a_value_inside_the_range_is_told_what_it_is_not(self) -> None:
+        refused(lambda: GenerationConfig(n=1.5), "n is 1.5; allowed: 1..1024, an integer")  # type: ignore[arg-type]
+        refused(lambda: GenerationConfig(top_k=True), "top_k is True; allowed: >= 1 or None, an integer")
+        refused(lambda: GenerationConfig(temperature=math.inf), "temperature is inf; allowed: >= 0 and finite")
+        refused(lambda: GenerationConfig(repetition_penalty=math.inf), "is inf; allowed: > 0 and finite")
+
     @pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty"])
     @pytest.mark.parametrize("value", [-2.01, 2.01, math.nan, math.inf, "0"])
     def test_penalties(self, name: str, value: Any) -> None:
@@ -70,7 +76,7 @@ class TestRanges:
     def test_logprobs_mode(self, value: Any) -> None:
         refused(lambda: GenerationConfig(logprobs_mode=value), f"logprobs_mode is {value!r}", "'raw', 'processed'")
 
-    @pytest.mark.parametrize("name", ["logprobs", "ignore_eos", "skip_special_tokens", "detokenize"])
+    @pytest.mark.parametrize("name", ["logprobs", "ignore_eos", "skip_special_tokens", "detokenize", "jump_forward"])
     @pytest.mark.parametrize("value", [1, 0, None, "yes"])
     def test_switches(self, name: str, value: Any) -> None:
         refused(lambda: GenerationConfig(**{name: value}), f"{name} is {value!r}", "expected True or False")
@@ -267,9 +273,9 @@ class TestPrompt:
     def test_ids_lie_inside_the_vocabulary(self, ids: list[int], bad: int) -> None:
         refused(lambda: token_ids_of(ids, view()), f"token id {bad};", "allowed: 0..256")
 
-    @pytest.mark.parametrize("ids", [["a"], [1.5], [None], [[1]]])
+    @pytest.mark.parametrize("ids", [["a"], [1.5], [None], [[1]], [True], [False]])
     def test_ids_are_integers(self, ids: Any) -> None:
-        refused(lambda: token_ids_of(ids, view()), "not a list of token ids")
+        refused(lambda: token_ids_of(ids, view()), "not a list of token ids", f"it has {ids[0]!r};", "in 0..256")
 
     @pytest.mark.parametrize(
         ("changes", "most"),

@@ -31,6 +31,7 @@ class EngineControl:
 
     def __init__(self, config: EngineConfig | str | None, loader: Loader | None) -> None:
         self._config = None if config is None else _config(config)
+        self._load_was_asked = False
         self.trace = Trace()
         self.observer: RequestObserver | None = None
         self._thread = StepThread(DefaultLoader() if loader is None else loader, self.trace)
@@ -125,6 +126,7 @@ class EngineControl:
             raise ConfigError(f"in_flight is {in_flight!r}; allowed: 'abort', 'wait', 'carry'")
         if new_requests not in ("wait", "serve"):
             raise ConfigError(f"new_requests is {new_requests!r}; allowed: 'wait', 'serve'")
+        self._load_was_asked = True
         loaded: EngineConfig = await self._call(lambda to: ins.Reload(complete, in_flight, to, new_requests))
         return loaded
 
@@ -229,6 +231,7 @@ class EngineControl:
         """
         if self._config is None:
             raise ConfigError("the engine was made without a configuration")
+        self._load_was_asked = True
         self._thread.put(ins.Reload(self._config))
 
     def shutdown_nowait(self, timeout: float = 10.0) -> None:
@@ -287,7 +290,14 @@ class EngineControl:
         while view is None:
             # No requests, for no model: the reply comes when a reload that was given before is through. It raises if
             # there is no model then; there may be none either when the reply has arrived.
-            await self._call(lambda to: ins.AddRequests((), -1, router.stream_back, to))
+            try:
+                await self._call(lambda to: ins.AddRequests((), -1, router.stream_back, to))
+            except ModelNotLoadedError as error:
+                if self._config is None or self._load_was_asked:
+                    raise
+                raise ModelNotLoadedError(
+                    f"there is no model yet: 'async with engine' loads {self._config.model!r}, or call reload first"
+                ) from error
             view = core.view
         return view
 

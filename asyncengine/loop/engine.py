@@ -26,6 +26,7 @@ from asyncengine.loop.prepare import (
     Prompt,
     RequestOptions,
     StreamedPrompt,
+    check_length,
     checked_config,
     compile_grammar,
     encode,
@@ -36,6 +37,7 @@ from asyncengine.loop.prepare import (
 from asyncengine.loop.router import Inbox
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import Embedding, Pooling, PromptScore, RequestResult
+from asyncengine.step.batch import Int32
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
 
@@ -311,7 +313,7 @@ class AsyncEngine(EngineControl):
         while True:
             view = await self._view()
             wanted = [checked_config(config) for config in configs]
-            encoded = [NO_TOKENS if arriving else await encode(prompt, view) for prompt in prompts]
+            encoded = [NO_TOKENS] if arriving else await _encoded(prompts, view, many)
             compiler = self._compiler(view)
             grammars = [await compile_grammar(config, compiler) for config in wanted]
             news = []
@@ -344,6 +346,23 @@ class AsyncEngine(EngineControl):
                 return view, streams
             for stream in streams:  # another model was loaded meanwhile: prepare for that one
                 stream.withdraw()
+
+
+async def _encoded(
+    prompts: Sequence[Prompt | Conversation | StreamedPrompt], view: ModelView, many: bool
+) -> list[Int32]:
+    """Token ids of each prompt; of many, an error names the one that is wrong."""
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        try:
+            encoded.append(await encode(prompt, view))
+            if many:
+                check_length(len(encoded[-1]), view)
+        except InvalidRequestError as error:
+            if not many:
+                raise
+            raise InvalidRequestError(f"prompts[{index}]: {error}") from error
+    return encoded
 
 
 def _check_options(options: object) -> None:

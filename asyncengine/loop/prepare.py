@@ -264,10 +264,14 @@ def _check_messages(messages: object, view: ModelView) -> None:
 
 def token_ids_of(ids: Iterable[int], view: ModelView) -> Int32:
     """Token ids as an array; raises InvalidRequestError if there are none, or some are not in the vocabulary."""
-    try:
-        values = [operator.index(token_id) for token_id in ids]
-    except TypeError as error:
-        raise InvalidRequestError(f"the prompt is not a list of token ids: {error}") from error
+    values: list[int] = []
+    for token_id in ids:
+        try:
+            values.append(operator.index(token_id))
+        except TypeError:
+            raise _no_token_id(token_id, view) from None
+        if isinstance(token_id, bool):
+            raise _no_token_id(token_id, view)
     if not values:
         raise InvalidRequestError("the prompt is empty; allowed: at least one token")
     low, high = min(values), max(values)
@@ -277,3 +281,9 @@ def token_ids_of(ids: Iterable[int], view: ModelView) -> Int32:
             f"(vocabulary of {view.vocab_size})"
         )
     return np.array(values, dtype=np.int32)
+
+
+def _no_token_id(value: object, view: ModelView) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the prompt is not a list of token ids: it has {value!r:.40}; allowed: integers in 0..{view.vocab_size - 1}"
+    )

@@ -1400,3 +1400,32 @@ async def _results(awaitable: Awaitable[Any]) -> Any:
 
 async def _deltas(many: AsyncIterator[Any]) -> list[Any]:
     return [item async for item in many]
+
+
+async def test_whoever_forgets_to_enter_the_engine_is_told_so() -> None:
+    rig = Rig()
+    engine = AsyncEngine(rig.config, loader=rig.loader)
+    with pytest.raises(ModelNotLoadedError, match="there is no model yet: 'async with engine' loads"):
+        await engine.generate("x")
+    async with engine:
+        await engine.generate("x", GenerationConfig(max_tokens=1))
+        await engine.unload()
+        with pytest.raises(ModelNotLoadedError, match="there is no model; call reload first"):
+            await engine.generate("x")
+    with pytest.raises(EngineClosedError):
+        await engine.generate("x")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("", r"prompts\[1\]: the prompt is ''"),
+        ([999], r"prompts\[1\]: the prompt has token id 999; allowed: 0\.\.256"),
+        ([1, True], r"prompts\[1\]: the prompt is not a list of token ids: it has True"),
+        ("x" * 5000, r"prompts\[1\]: the prompt has 5000 tokens; allowed: 1\.\."),
+    ],
+)
+async def test_of_many_prompts_the_wrong_one_is_named(rig: Rig, wrong: Any, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        await rig.engine.generate_many(["one", wrong, "three"])
+    assert rig.router.idle

@@ -70,6 +70,15 @@ class Track:
                 if (output := self.stream.take()) is not None:
                     self.outputs.append(output)
 
+    def check_what_was_read(self) -> None:
+        """The deltas so far, put together, are where the script is; nothing is missing, twice, or out of order."""
+        for branch in range(self.config.n):
+            outputs = [output for output in self.outputs if output.index == branch]
+            tokens = [token for output in outputs for token in output.token_ids]
+            assert tokens == [*script(self.prompt, branch), 256][: len(tokens)]
+            text = "".join(output.text for output in outputs)
+            assert text == bytes(token for token in tokens if token < 256).decode()
+
     def check(self) -> None:
         usage = self.stream.usage
         assert self.stream.ended and usage is not None
@@ -263,6 +272,8 @@ class Machine:
         assert self.engine._thread.died is None
         for key, times in self.ends.items():
             assert times == 1, f"{key} ended {times} times"
+        for track in self.tracks:
+            track.check_what_was_read()
 
     def watch(self) -> None:
         back = self.rig.router.stream_back

@@ -21,6 +21,18 @@ LONGEST = 6  # of the prompts below
 GREEDY = GenerationConfig(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
+NEEDED = {
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox",
+    "olmo2", "granite", "cohere", "starcoder2", "gpt_oss",
+}  # fmt: skip
+
+
+def test_covers_what_was_promised() -> None:
+    assert set(ARCHITECTURES) >= NEEDED
+    window = ARCHITECTURES["mistral"][1]["sliding_window"]
+    assert window < len(prompts()[LONGEST])
+
+
 def prompts() -> list[list[int]]:
     """Mixed lengths, from one token to several chunks; some share a prefix of whole pages and a bit."""
     generator = torch.Generator().manual_seed(1)
