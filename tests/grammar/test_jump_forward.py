@@ -108,6 +108,29 @@ async def test_deltas_add_up_and_usage_counts_every_token(engine: AsyncEngine) -
     assert result.usage.completion_tokens == sum(map(len, ids))
 
 
+async def test_a_jump_goes_on_from_what_was_delivered_however_the_tokenizer_would_spell_the_whole(
+    engine: AsyncEngine,
+) -> None:
+    """A drawn token may end where the tokenizer would not cut: what is forced begins there."""
+    texts = ("Once upon a time", "Once there was", "Only one horse")
+    assert engine.tokenizer is not None
+    own = {tuple(engine.tokenizer.encode(text)[1:]) for text in texts}
+    other = 0
+    for seed in range(24):
+        wanted = config(Choice(texts), seed)
+        stream = await engine.add_request("x", wanted)
+        text, ids = "", []
+        async for output in stream:
+            text += output.text
+            ids += output.token_ids
+            assert any(whole.startswith(text) for whole in texts)
+        assert text == engine.tokenizer.decode(ids, True) == stream.result().text
+        assert text in texts
+        assert ids == (await engine.generate("x", wanted.replace(jump_forward=False))).token_ids
+        other += tuple(ids) not in own
+    assert other > 4, "every text was spelled as the tokenizer would"
+
+
 @pytest.mark.parametrize(
     "limits", [{"max_total_sequence_length": 256, "max_single_sequence_length": 256}, {"prefill_mode": "chunked"}]
 )
