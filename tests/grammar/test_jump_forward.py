@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestDroppedError
 from asyncengine.response_format import Choice, JsonSchema, Regex
 from tests.grammar.conftest import CONFIG
 from tests.grammar.fakes import FakeBackend
@@ -94,6 +94,20 @@ async def test_stop_strings_and_stop_tokens_end_a_branch_within_a_jump(engine: A
     assert jumped == walked
     assert jumped[0][0][1].endswith(" a ")
     assert jumped[0][0][3] == "STOP"
+
+
+async def test_a_stop_token_that_min_tokens_forbids_ends_a_jump_where_it_ends_decoding(engine: AsyncEngine) -> None:
+    format_ = Choice(("once a STOP was here",))
+    tokens = (await engine.generate("x", config(format_))).token_ids
+    at = 3
+    assert tokens[at] not in tokens[:at]
+    for jump_forward in (True, False):
+        wanted = config(format_, stop_token_ids=[tokens[at]], jump_forward=jump_forward)
+        assert (await engine.generate("x", wanted.replace(min_tokens=at))).token_ids == tokens[: at + 1]
+        stream = await engine.add_request("x", wanted.replace(min_tokens=at + 2))
+        with pytest.raises(RequestDroppedError, match="left by the request's other masks"):
+            await stream
+        assert stream.result().token_ids == tokens[:at]
 
 
 async def test_deltas_add_up_and_usage_counts_every_token(engine: AsyncEngine) -> None:
