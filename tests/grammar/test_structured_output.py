@@ -354,6 +354,32 @@ def test_a_library_that_is_not_installed_is_named(backend: Any, extra: str, monk
         make_backend(backend, ByteTokenizer(), 257, (256,))
 
 
+@needs_xgrammar
+def test_where_only_xgrammar_is_installed_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.delitem(sys.modules, "asyncengine.grammar.llguidance_backend", raising=False)
+    backend = make_backend("auto", ByteTokenizer(), 257, (256,))
+    assert type(backend).__name__ == "XgrammarBackend"
+    matcher = backend.compile(Choice(("a",))).matcher()
+    matcher.accept(ord("a"))
+    assert matcher.finished
+    with pytest.raises(
+        InvalidRequestError, match=r"needs llguidance, which is not installed: .*asyncengine\[grammar\]"
+    ):
+        make_backend("llguidance", ByteTokenizer(), 257, (256,))
+
+
+@needs_xgrammar
+async def test_xgrammar_without_an_end_token_says_so(tmp_path: Path, random_model: Path) -> None:
+    checkpoints.write(tmp_path, "llama", vocab_size=1030, num_hidden_layers=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((random_model / name).read_text("utf-8"), "utf-8")
+    async with AsyncEngine(EngineConfig(str(tmp_path), **CONFIG, grammar_backend="xgrammar")) as engine:
+        with pytest.raises(InvalidRequestError, match="needs a model with an end-of-sequence token"):
+            await engine.generate("x", sampled(0, Choice(("a",))))
+        assert len((await engine.generate("x", sampled(0, max_tokens=3))).token_ids) == 3
+
+
 def test_a_tokenizer_that_cannot_tell_its_tokens_is_named() -> None:
     with pytest.raises(InvalidRequestError, match="object cannot tell"):
         make_backend("auto", object(), 257, (256,))
