@@ -63,10 +63,10 @@ class GrammarCompiler:
             return grammar
 
     def _compile(self, wanted: ResponseFormat) -> Grammar:
-        with self._backend_lock:
-            if self._backend is None:
-                self._backend = self._make_backend()
         try:
+            with self._backend_lock:
+                if self._backend is None:
+                    self._backend = self._make_backend()
             return self._backend.compile(wanted)
         except InvalidRequestError:
             raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from asyncengine.response_format import (
     JsonSchema,
     Regex,
     ResponseFormat,
+    StructuralTags,
     Whitespace,
 )
 from asyncengine.step.batch import Int32
@@ -45,42 +48,112 @@ class XgrammarBackend:
             info = xgrammar.TokenizerInfo(tokens, vocab_size=size, stop_token_ids=ends)
         self._size = size
         self._ends = tuple(ends)
+        self._special = [token for token in table.special if token]
         # This engine keeps grammars itself.
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
 
     def compile(self, wanted: ResponseFormat) -> XgrammarGrammar:
         """As the protocol says."""
+        try:
+            compiled = self._compiled(wanted)
+        except RuntimeError as error:
+            raise ValueError(_WHERE_IN_ITS_SOURCE.sub("", str(error)).strip()) from error
+        grammar = XgrammarGrammar(compiled, self._ends, self._size)
+        if grammar.matcher().finished:
+            raise ValueError("no text but the empty one matches it")
+        return grammar
+
+    def _compiled(self, wanted: ResponseFormat) -> xgrammar.CompiledGrammar:
         compiler = self._compiler
         if isinstance(wanted, JsonObject):
-            compiled = compiler.compile_json_schema(
-                '{"type": "object"}', strict_mode=False, **_SPACES[wanted.whitespace]
-            )
-        elif isinstance(wanted, JsonSchema):
-            compiled = compiler.compile_json_schema(wanted.schema, strict_mode=False, **_SPACES[wanted.whitespace])
-        elif isinstance(wanted, Regex):
-            compiled = compiler.compile_regex(wanted.regex)
-        elif isinstance(wanted, EbnfGrammar):
+            return compiler.compile_grammar(_json_grammar('{"type": "object"}', wanted.whitespace))
+        if isinstance(wanted, JsonSchema):
+            return compiler.compile_grammar(_json_grammar(wanted.schema, wanted.whitespace))
+        if isinstance(wanted, Regex):
+            return compiler.compile_regex(wanted.regex)
+        if isinstance(wanted, EbnfGrammar):
             if "::=" not in wanted.grammar:
-                compiled = compiler.compile_lark(wanted.grammar)
-            else:
-                compiled = compiler.compile_grammar(wanted.grammar)
-        elif isinstance(wanted, Choice):
-            compiled = compiler.compile_grammar("root ::= " + " | ".join(json.dumps(text) for text in wanted.choices))
-        else:
-            assert isinstance(wanted.tags, tuple) and isinstance(wanted.triggers, tuple)
-            if wanted.at_least_one or wanted.stop_after_first or not wanted.free_text:
-                raise ValueError("xgrammar takes tags with free text around them, as many as come")
-            tags = [
-                {"type": "tag", "begin": tag.begin, "end": tag.end, "content": _content(tag.schema)}
-                for tag in wanted.tags
-            ]
-            compiled = compiler.compile_structural_tag(
-                {
-                    "type": "structural_tag",
-                    "format": {"type": "triggered_tags", "triggers": list(wanted.triggers), "tags": tags},
-                }
-            )
-        return XgrammarGrammar(compiled, self._ends, self._size)
+                return compiler.compile_lark(wanted.grammar)
+            return compiler.compile_grammar(wanted.grammar)
+        if isinstance(wanted, Choice):
+            texts = (json.dumps(text, ensure_ascii=False) for text in wanted.choices)
+            return compiler.compile_grammar("root ::= " + " | ".join(texts))
+        return compiler.compile_structural_tag(self._structural_tag(wanted))
+
+    def _structural_tag(self, wanted: StructuralTags) -> dict[str, Any]:
+        """The tags in xgrammar's own terms."""
+        assert isinstance(wanted.tags, tuple) and isinstance(wanted.triggers, tuple)
+        if wanted.at_least_one or wanted.stop_after_first or not wanted.free_text:
+            raise ValueError("xgrammar takes tags with free text around them, as many as come")
+        for text in (*wanted.triggers, *(part for tag in wanted.tags for part in (tag.begin, tag.end))):
+            for special in self._special:
+                if special in text:
+                    raise ValueError(f"xgrammar takes no special token in a tag, and {text!r} has {special!r}")
+        tags = [
+            {
+                "type": "tag",
+                "begin": tag.begin,
+                "content": {"type": "grammar", "grammar": _json_grammar(tag.schema, wanted.whitespace)},
+                "end": tag.end,
+            }
+            for tag in wanted.tags
+        ]
+        triggered = {"type": "triggered_tags", "triggers": list(wanted.triggers), "tags": tags}
+        return {"type": "structural_tag", "format": triggered}
+
+
+def _json_grammar(schema: str, whitespace: Whitespace) -> str:
+    """A schema as a grammar.
+
+    The library takes no notice of keywords that it does not know, and its strings may have surrogates in them and,
+    where their length is bounded, control characters, which those of JSON may not.
+
+    Raises:
+        ValueError: The schema has a keyword that the library would leave out.
+    """
+    for keyword in _left_out(json.loads(schema)):
+        raise ValueError(f"xgrammar does not know the schema's {keyword}")
+    text = str(xgrammar.Grammar.from_json_schema(schema, strict_mode=False, **_SPACES[whitespace]))
+    # It writes \xdf before an "e", and would read it as \xdfe.
+    text = _ESCAPE.sub(lambda escape: rf"\u00{escape[1]}" if escape[1] else escape[0], text)
+    for characters in _OF_STRINGS:
+        text = text.replace(characters, _OF_JSON_STRINGS)
+    return text
+
+
+_WHERE_IN_ITS_SOURCE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
+_ESCAPE = re.compile(r"\\(?:x([0-9a-f]{2})|.)")
+_OF_STRINGS = (r"[^\"\\\r\n]", r"[^\0-\u001f\"\\\r\n]")
+_OF_JSON_STRINGS = r"[^\0-\u001f\"\\\ud800-\udfff]"
+_UNKNOWN = frozenset({
+    "contains", "dependencies", "dependentRequired", "dependentSchemas", "else", "if", "maxContains", "minContains",
+    "not", "then",
+})  # fmt: skip
+_SCHEMAS_BY_NAME = frozenset({"$defs", "definitions", "patternProperties", "properties"})
+_VALUES = frozenset({"const", "default", "enum", "examples"})
+
+
+def _left_out(schema: object) -> Iterator[str]:
+    """Keywords anywhere in a schema that xgrammar takes no notice of."""
+    rest = [schema]
+    while rest:
+        node = rest.pop()
+        if isinstance(node, list):
+            rest += node
+        if not isinstance(node, dict):
+            continue
+        yield from (repr(key) for key in node if key in _UNKNOWN)
+        if node.get("uniqueItems") is True:
+            yield "'uniqueItems'"
+        if "multipleOf" in node and node.get("type") != "integer":
+            yield "'multipleOf' where 'type' is not 'integer'"
+        if isinstance(node.get("allOf"), list) and len(node["allOf"]) > 1:
+            yield "'allOf' of more than one"
+        for key, value in node.items():
+            if key in _SCHEMAS_BY_NAME and isinstance(value, dict):
+                rest += value.values()
+            elif key not in _VALUES:
+                rest.append(value)
 
 
 class XgrammarGrammar:
@@ -143,7 +216,3 @@ class XgrammarMatcher:
             if not self._matcher.fill_next_token_bitmask(self._computed):
                 self._computed[:] = -1
             self._ready = True
-
-
-def _content(schema: str) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": json.loads(schema)}

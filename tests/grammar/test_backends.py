@@ -24,10 +24,12 @@ from asyncengine.response_format import (
     Regex,
     StructuralTag,
     StructuralTags,
+    Whitespace,
 )
 from asyncengine.testing import ByteTokenizer
+from tests.grammar.schemas import SCHEMAS, obj
 
-HAS_XGRAMMAR = importlib.util.find_spec("xgrammar") is not None
+needs_xgrammar = pytest.mark.skipif(importlib.util.find_spec("xgrammar") is None, reason="xgrammar is not installed")
 END = ByteTokenizer.eos_token_id
 ALL: list[Any] = [
     JsonObject(),
@@ -36,13 +38,12 @@ ALL: list[Any] = [
     EbnfGrammar('root ::= "a" [0-9] "b"'),
     EbnfGrammar('start: "a" /[0-9]/ "b"'),
     Choice(("yes", "no", "yesterday")),
+    Choice(("🙂1", "ƀa", "ße", 'a "quoted" \\\n')),
     StructuralTags([StructuralTag("<a>", {"const": 1}, "</a>")]),
 ]
 
 
-@pytest.fixture(
-    params=["llguidance", pytest.param("xgrammar", marks=pytest.mark.skipif(not HAS_XGRAMMAR, reason="not installed"))]
-)
+@pytest.fixture(params=["llguidance", pytest.param("xgrammar", marks=needs_xgrammar)])
 def library(request: pytest.FixtureRequest) -> GrammarLibrary:
     name: GrammarLibrary = request.param
     return name
@@ -76,6 +77,9 @@ def read(grammar: Grammar, text: str) -> Matcher:
         (EbnfGrammar('root ::= "a" [0-9] "b"'), "a7b"),
         (EbnfGrammar('start: "a" /[0-9]/ "b"'), "a7b"),
         (Choice(("yes", "no")), "no"),
+        (Choice(("🙂1", "ße", "\x07")), "🙂1"),
+        (Choice(("🙂1", "ße", "\x07")), "\x07"),
+        (JsonSchema({"const": "ße ƀa 🙂1 \\xdfe"}), r'"ße ƀa 🙂1 \\xdfe"'),
         (JsonSchema({"const": {"a": [None]}}), '{"a":[null]}'),
         (JsonSchema({"type": "array", "items": {"type": "null"}, "minItems": 2, "maxItems": 2}), "[null, null]"),
         (JsonObject(), '{"a": {"b": [1, "x"]}}'),
@@ -117,6 +121,14 @@ def test_where_one_token_alone_may_come_it_says_that_it_may_be_so(library: Gramm
     assert not all(free), "it would not spare a look"
 
 
+@pytest.mark.parametrize("schema", [{"type": "string"}, {"type": "string", "maxLength": 5}])
+def test_strings_have_neither_control_characters_nor_half_ones(backend: GrammarBackend, schema: Any) -> None:
+    matcher = read(backend.compile(JsonSchema(schema)), '"a')
+    assert not allowed(matcher) & {*range(32)}
+    matcher.accept(0xED)
+    assert {token for token in allowed(matcher) if token < END} == {*range(0x80, 0xA0)}, "surrogates begin at 0xA0"
+
+
 def test_matchers_of_a_grammar_know_nothing_of_each_other(backend: GrammarBackend) -> None:
     grammar = backend.compile(Choice(("ab", "cd")))
     one, other = grammar.matcher(), grammar.matcher()
@@ -140,10 +152,72 @@ def test_a_row_may_be_of_another_size(backend: GrammarBackend, size: int) -> Non
     }
 
 
-@pytest.mark.parametrize("wanted", [Regex("(a"), JsonSchema({"type": "nothing"}), EbnfGrammar("root ::= nowhere")])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Regex("(a"),
+        Regex("()"),
+        JsonSchema({"type": "nothing"}),
+        JsonSchema(False),
+        JsonSchema({"type": "integer", "minimum": 5, "maximum": 3}),
+        JsonSchema({"$ref": "#/nowhere"}),
+        JsonSchema({"items": {"not": {"type": "null"}}}),
+        JsonSchema({"properties": {"a": {"type": "array", "uniqueItems": True}}}),
+        JsonSchema({"anyOf": [{"if": {"type": "null"}}]}),
+        EbnfGrammar("root ::= nowhere"),
+        EbnfGrammar("start: nowhere"),
+        StructuralTags([StructuralTag("<a>", {"type": "nothing"}, "")]),
+    ],
+    ids=repr,
+)
 def test_what_is_wrong_raises(backend: GrammarBackend, wanted: Any) -> None:
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises(ValueError) as caught:
         backend.compile(wanted)
+    assert str(caught.value).strip()
+    assert ".cc:" not in str(caught.value), "nobody wants to know where in the library's source that is"
+
+
+@needs_xgrammar
+@pytest.mark.parametrize(
+    ("wanted", "part"),
+    [
+        (JsonSchema({"allOf": [{"type": "integer"}, {"minimum": 3}]}), "'allOf' of more than one"),
+        (JsonSchema({"$defs": {"a": {"type": "number", "multipleOf": 2}}}), "'multipleOf'"),
+        (StructuralTags([StructuralTag("<|user|>", True, "")]), "no special token in a tag"),
+        (StructuralTags([StructuralTag("<a>", True, "")], at_least_one=True), "with free text around them"),
+    ],
+)
+def test_what_xgrammar_would_leave_out_is_refused(wanted: Any, part: str) -> None:
+    tokenizer = load_tokenizer(tiny.PATH)
+    with pytest.raises(ValueError, match=part):
+        make_backend("xgrammar", tokenizer, 1024, (2,)).compile(wanted)
+
+
+@needs_xgrammar
+def test_names_and_values_that_are_called_like_keywords_are_none() -> None:
+    names = ("not", "if", "contains", "uniqueItems", "multipleOf")
+    schema = obj({name: {"const": {"not": name}} for name in names}, default={"if": {}})
+    make_backend("xgrammar", ByteTokenizer(), 257, (END,)).compile(JsonSchema(schema))
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+def test_white_space_is_bounded(backend: GrammarBackend, tagged: bool) -> None:
+    def longest(whitespace: Whitespace) -> int:
+        """How many line breaks and spaces there may be after a bracket, up to 40."""
+        schema = {"type": "array", "items": {"const": 1}, "minItems": 1}
+        begin = "<a>[" if tagged else "["
+        wanted: Any = JsonSchema(schema, whitespace)
+        if tagged:
+            wanted = StructuralTags([StructuralTag("<a>", schema, "")], whitespace=whitespace)
+        matcher = read(backend.compile(wanted), begin)
+        for count in range(40):
+            token = ord(" ") if count else ord("\n")
+            if token not in allowed(matcher):
+                return count
+            matcher.accept(token)
+        return 40
+
+    assert (longest("none"), longest("bounded"), longest("any")) == (0, 17, 40)
 
 
 def test_a_tagged_piece_begins_at_its_trigger(backend: GrammarBackend) -> None:
@@ -174,6 +248,37 @@ def test_random_walks_stay_within_the_grammar(library: GrammarLibrary, wanted: A
             jsonschema.validate(json.loads(text), json.loads(wanted.schema))
         elif matcher.finished and isinstance(wanted, Choice):
             assert text in wanted.choices
+
+
+NOT_OF_XGRAMMAR = {"multiple of a fraction", "allOf"}
+
+
+@needs_xgrammar
+def test_what_xgrammar_lets_through_is_accepted_by_the_schema() -> None:
+    """As `tests/grammar/test_schemas.py` for the other library, without a model; formats are not looked at."""
+    tokenizer = load_tokenizer(tiny.PATH)
+    assert tokenizer is not None
+    backend = make_backend("xgrammar", tokenizer, 1024, (2,))
+    generator = np.random.default_rng(0)
+    complete = set()
+    for name in SCHEMAS:
+        if name in NOT_OF_XGRAMMAR:
+            with pytest.raises(ValueError, match="xgrammar does not know"):
+                backend.compile(JsonSchema(SCHEMAS[name]))
+            continue
+        grammar = backend.compile(JsonSchema(SCHEMAS[name]))
+        for _ in range(6):
+            matcher, ids = grammar.matcher(), []
+            while not matcher.finished and len(ids) < 150:
+                choices = sorted(allowed(matcher, 1024))
+                assert choices, name
+                ends = [token for token in choices if token in (7, 66, 98)]  # '"', ']' and '}'
+                ids.append(int(generator.choice(ends if ends and generator.random() < 0.3 else choices)))
+                matcher.accept(ids[-1])
+            if matcher.finished:
+                jsonschema.Draft202012Validator(SCHEMAS[name]).validate(json.loads(tokenizer.decode(ids, True)))
+                complete.add(name)
+    assert complete == set(SCHEMAS) - NOT_OF_XGRAMMAR
 
 
 def test_rows_of_bits_have_the_tokens_that_are_given() -> None:

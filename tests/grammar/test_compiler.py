@@ -73,3 +73,18 @@ def test_what_fails_is_told_and_tried_again() -> None:
     assert len(backend.compiled) == 2
     assert compiler.cached(Regex("a")) is None
     assert not compiler._compiling
+
+
+def test_a_back_end_that_cannot_be_made_is_told_and_tried_again() -> None:
+    made: list[FakeBackend] = []
+
+    def make() -> FakeBackend:
+        made.append(FakeBackend())
+        if len(made) == 1:
+            raise RuntimeError("no such vocabulary")
+        return made[-1]
+
+    compiler = GrammarCompiler(make)
+    with pytest.raises(InvalidRequestError, match="cannot be compiled: no such vocabulary"):
+        compiler.compile(Regex("a"))
+    assert compiler.compile(Regex("a")) is made[1]

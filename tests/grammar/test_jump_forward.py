@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestDroppedError
 from asyncengine.response_format import Choice, JsonSchema, Regex
 from tests.grammar.conftest import CONFIG
 from tests.grammar.fakes import FakeBackend
@@ -96,6 +96,20 @@ async def test_stop_strings_and_stop_tokens_end_a_branch_within_a_jump(engine: A
     assert jumped[0][0][3] == "STOP"
 
 
+async def test_a_stop_token_that_min_tokens_forbids_ends_a_jump_where_it_ends_decoding(engine: AsyncEngine) -> None:
+    format_ = Choice(("once a STOP was here",))
+    tokens = (await engine.generate("x", config(format_))).token_ids
+    at = 3
+    assert tokens[at] not in tokens[:at]
+    for jump_forward in (True, False):
+        wanted = config(format_, stop_token_ids=[tokens[at]], jump_forward=jump_forward)
+        assert (await engine.generate("x", wanted.replace(min_tokens=at))).token_ids == tokens[: at + 1]
+        stream = await engine.add_request("x", wanted.replace(min_tokens=at + 2))
+        with pytest.raises(RequestDroppedError, match="left by the request's other masks"):
+            await stream
+        assert stream.result().token_ids == tokens[:at]
+
+
 async def test_deltas_add_up_and_usage_counts_every_token(engine: AsyncEngine) -> None:
     stream = await engine.add_request("x", config(JsonSchema(FIXED), n=2))
     texts, ids = ["", ""], [[], []]  # type: ignore[var-annotated]
@@ -106,6 +120,29 @@ async def test_deltas_add_up_and_usage_counts_every_token(engine: AsyncEngine) -
     assert [branch.text for branch in result.outputs] == texts
     assert [branch.token_ids for branch in result.outputs] == ids
     assert result.usage.completion_tokens == sum(map(len, ids))
+
+
+async def test_a_jump_goes_on_from_what_was_delivered_however_the_tokenizer_would_spell_the_whole(
+    engine: AsyncEngine,
+) -> None:
+    """A drawn token may end where the tokenizer would not cut: what is forced begins there."""
+    texts = ("Once upon a time", "Once there was", "Only one horse")
+    assert engine.tokenizer is not None
+    own = {tuple(engine.tokenizer.encode(text)[1:]) for text in texts}
+    other = 0
+    for seed in range(24):
+        wanted = config(Choice(texts), seed)
+        stream = await engine.add_request("x", wanted)
+        text, ids = "", []
+        async for output in stream:
+            text += output.text
+            ids += output.token_ids
+            assert any(whole.startswith(text) for whole in texts)
+        assert text == engine.tokenizer.decode(ids, True) == stream.result().text
+        assert text in texts
+        assert ids == (await engine.generate("x", wanted.replace(jump_forward=False))).token_ids
+        other += tuple(ids) not in own
+    assert other > 4, "every text was spelled as the tokenizer would"
 
 
 @pytest.mark.parametrize(

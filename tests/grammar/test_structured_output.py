@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import re
 import sys
 import threading
@@ -19,6 +20,7 @@ from tests.grammar.conftest import CONFIG
 from tests.grammar.fakes import FakeBackend
 from tests.model import checkpoints
 
+needs_xgrammar = pytest.mark.skipif(importlib.util.find_spec("xgrammar") is None, reason="xgrammar is not installed")
 SCHEMA = {
     "type": "object",
     "properties": {"id": {"type": "integer", "minimum": 0}, "word": {"type": "string", "maxLength": 12}},
@@ -292,6 +294,30 @@ async def test_a_token_that_the_grammar_refuses_ends_its_request(engine: AsyncEn
         await engine.generate("x", sampled(0, Choice(("yes", "no")), logits_processors=[spoil]))
 
 
+# The other library
+
+
+@needs_xgrammar
+async def test_an_engine_over_xgrammar_gives_texts_that_match_and_end_with_stop(random_model: Path) -> None:
+    asked = [*TEXTS[:3], TEXTS[4], (JsonSchema(SCHEMA, "none"), r'\{"id":\d+,"word":"[^"]*"\}'), (TAGS, "[^<]*")]
+    asked[2] = (EbnfGrammar('root ::= "(" [0-9]{1,2} ")"'), r"\(\d{1,2}\)")
+    configs = [sampled(seed, format_, n=2, max_tokens=90) for seed, (format_, _) in enumerate(asked)]
+    async with AsyncEngine(EngineConfig(str(random_model), **CONFIG, grammar_backend="xgrammar")) as engine:
+        results = await engine.generate_many(["x"] * len(configs), configs)
+        walked = await engine.generate_many(["x"] * len(configs), [c.replace(jump_forward=False) for c in configs])
+        for (format_, pattern), result, other in zip(asked, results, walked, strict=True):
+            assert [branch.token_ids for branch in result.outputs] == [branch.token_ids for branch in other.outputs]
+            for branch in result.outputs:
+                if format_ is TAGS or branch.finish_reason == "length":
+                    continue
+                assert re.fullmatch(pattern, branch.text), branch.text
+                assert branch.finish_reason == "stop"
+        assert sum(result.finish_reason == "stop" for result in results) >= 4
+        with pytest.raises(InvalidRequestError, match="cannot be compiled: xgrammar does not know the schema's 'not'"):
+            await engine.add_request("x", sampled(0, JsonSchema({"not": {"type": "null"}})))
+        assert engine.metrics().kv_blocks_used == 0
+
+
 # Compiling
 
 
@@ -326,6 +352,32 @@ def test_a_library_that_is_not_installed_is_named(backend: Any, extra: str, monk
         monkeypatch.delitem(sys.modules, f"asyncengine.grammar.{name}_backend", raising=False)
     with pytest.raises(InvalidRequestError, match=rf"asyncengine\[{extra}\]"):
         make_backend(backend, ByteTokenizer(), 257, (256,))
+
+
+@needs_xgrammar
+def test_where_only_xgrammar_is_installed_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.delitem(sys.modules, "asyncengine.grammar.llguidance_backend", raising=False)
+    backend = make_backend("auto", ByteTokenizer(), 257, (256,))
+    assert type(backend).__name__ == "XgrammarBackend"
+    matcher = backend.compile(Choice(("a",))).matcher()
+    matcher.accept(ord("a"))
+    assert matcher.finished
+    with pytest.raises(
+        InvalidRequestError, match=r"needs llguidance, which is not installed: .*asyncengine\[grammar\]"
+    ):
+        make_backend("llguidance", ByteTokenizer(), 257, (256,))
+
+
+@needs_xgrammar
+async def test_xgrammar_without_an_end_token_says_so(tmp_path: Path, random_model: Path) -> None:
+    checkpoints.write(tmp_path, "llama", vocab_size=1030, num_hidden_layers=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((random_model / name).read_text("utf-8"), "utf-8")
+    async with AsyncEngine(EngineConfig(str(tmp_path), **CONFIG, grammar_backend="xgrammar")) as engine:
+        with pytest.raises(InvalidRequestError, match="needs a model with an end-of-sequence token"):
+            await engine.generate("x", sampled(0, Choice(("a",))))
+        assert len((await engine.generate("x", sampled(0, max_tokens=3))).token_ids) == 3
 
 
 def test_a_tokenizer_that_cannot_tell_its_tokens_is_named() -> None:

@@ -116,6 +116,14 @@ async def test_bad_words_never_appear_and_their_beginnings_may(engine: AsyncEngi
     assert one not in (await engine.generate(STORY, greedy(bad_words=[[one]]))).token_ids
 
 
+async def test_the_last_token_of_a_bad_word_may_come_after_others(engine: AsyncEngine) -> None:
+    wanted = sampled(1, allowed_token_ids=[20, 21, 22], bad_words=[[20, 21], [22, 20]], n=8, temperature=8.0)
+    branches = (await engine.generate("x", wanted)).outputs
+    pairs = {pair for branch in branches for pair in zip(branch.token_ids, branch.token_ids[1:], strict=False)}
+    every = {(first, then) for first in (20, 21, 22) for then in (20, 21, 22)}
+    assert pairs == every - {(20, 21), (22, 20)}
+
+
 async def test_bad_words_are_found_across_a_preemption() -> None:
     pairs_of_words = [[a, b] for a in range(300, 330) for b in range(300, 330)]
     configs = [sampled(seed, bad_words=pairs_of_words) for seed in range(3)]

@@ -16,7 +16,7 @@ NAMES = {
     "requests", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "time_to_first_token_seconds",
     "inter_token_latency_seconds", "e2e_request_latency_seconds", "request_queue_seconds", "request_prefill_seconds",
     "request_decode_seconds", "admission_rejections", "step_seconds", "batch_size", "event_loop_lag_seconds",
-    "handoff_seconds", "merged_deltas", "http_requests", "http_rejections",
+    "handoff_seconds", "merged_deltas", "http_requests", "http_rejections", "draft_tokens", "accepted_draft_tokens",
 }  # fmt: skip
 
 

@@ -83,9 +83,10 @@ def test_a_stop_string_in_the_middle_of_a_run_ends_it_there(stop: str) -> None:
     assert (case.reason(number), case.stop_reason(number)) == ("stop", stop)
 
 
-def test_log_probabilities_stay_aligned() -> None:
+@pytest.mark.parametrize("stop_strs", [(), ("never",)], ids=["told at once", "told one by one"])
+def test_log_probabilities_stay_aligned(stop_strs: tuple[str, ...]) -> None:
     case = drafted(lambda model: Guesser(model, 1), answer("abcdefghijklmnop"))
-    number = case.add("?", num_logprobs=1)
+    number = case.add("?", num_logprobs=1, stop_strs=stop_strs)
     case.run()
     entries = case.box.logprobs[number, 0]
     assert [entry.logprob for entry in entries] == [-float(i) for i in range(17)]
