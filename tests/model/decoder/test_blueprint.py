@@ -120,7 +120,7 @@ def test_experts_are_told_by_what_they_do(
 def shaken(model: Any) -> Any:
     """With routers that have preferences: new ones are zero, or nearly."""
     for parameter in model.parameters():
-        if parameter.ndim == 2 and parameter.shape[0] == 4 or parameter.ndim == 1 and parameter.shape[0] == 4:
+        if parameter.ndim < 3 and parameter.shape[0] == 4:
             nn.init.normal_(parameter)
     return model
 
