@@ -2,10 +2,10 @@
 
 What is looked for is the family that most decoders are of: per layer, a norm, projections to queries, keys and values
 (with biases, and norms of queries and keys, or without), positions that rotate or are added to the embeddings,
-attention, an output projection; after it or beside it a norm, and an MLP with or without a gate; norms after either
-branch, or none. Whatever does not fit says why, and runs as transformers has it. A model that has all the parts but
-adds something between them is found out by its numbers: `asyncengine.model.verification` compares the compiled step
-with transformers before it serves.
+attention, an output projection; after it or beside it a norm, and an MLP with or without a gate, or experts with gates;
+norms after either branch, or none. Whatever does not fit says why, and runs as transformers has it. A model that has
+all the parts but adds something between them is found out by its numbers: `asyncengine.model.verification` compares the
+compiled step with transformers before it serves.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from asyncengine.model.architecture import RecordedLayer, text_config
+from asyncengine.model.decoder.experts import ROUTERS, experts_of
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
 from asyncengine.model.decoder.rotation import Rotation, rotation
 
@@ -79,14 +80,14 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int) -> Blu
     if norm is None:
         raise NotRecognised("there is no last norm")
     rotations = _rotations(stack, config, recorded, max_length)
-    layers = tuple(_layer(*each) for each in zip(blocks, recorded, rotations, strict=True))
-    for size in (config.hidden_size, *(layer.down.inputs for layer in layers)):
-        _aligned(size)
+    hidden = config.hidden_size
+    layers = tuple(_layer(*each, hidden) for each in zip(blocks, recorded, rotations, strict=True))
+    _aligned(hidden)
     names = ("hidden_act", "hidden_activation", "activation_function")
     activation = next((name for key in names if (name := getattr(config, key, None))), None)
     if activation not in ACTIVATIONS:
         raise NotRecognised(f"its activation is {activation!r}")
-    positions, first_position = _positions(stack, config.hidden_size, max_length)
+    positions, first_position = _positions(stack, hidden, max_length)
     rotated = rotations[0]
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     return Blueprint(
@@ -137,7 +138,7 @@ def _positions(stack: nn.Module, hidden: int, max_length: int) -> tuple[nn.Embed
     return positions, first
 
 
-def _layer(block: nn.Module, recorded: RecordedLayer, rotation: Rotation | None) -> LayerParts:
+def _layer(block: nn.Module, recorded: RecordedLayer, rotation: Rotation | None, hidden: int) -> LayerParts:
     attention, spec = recorded.module, recorded.spec
     mlp = getattr(block, "mlp", None)
     own = {*_ATTENTION, *_FIRST_NORM, *_AFTER_ATTENTION, *_SECOND_NORM, *_BEFORE_MLP, *_AFTER_MLP, "mlp"}
@@ -147,13 +148,17 @@ def _layer(block: nn.Module, recorded: RecordedLayer, rotation: Rotation | None)
         raise NotRecognised("a layer is not attention and an MLP")
     of_attention = {"q_proj", "k_proj", "v_proj", *_FUSED_QKV, *_QKV_BY_HEAD, *_OUTPUT, *_QUERY_NORM, *_KEY_NORM}
     _expect(attention, of_attention, "attention")
+    experts = None
     if mlp is None:
         mlp = block  # which has its linear layers
+    elif hasattr(mlp, "experts"):
+        _expect(mlp, {*ROUTERS, "experts"}, "an MLP with experts")
+        experts = experts_of(mlp, hidden)
     else:
         _expect(mlp, of_mlp, "an MLP")
     pre, post, pre_mlp, post_mlp, parallel = _norms_of(block)
     widths = (spec.num_heads * spec.key_dim, spec.num_kv_heads * spec.key_dim, spec.num_kv_heads * spec.value_dim)
-    down = _linear(mlp, _DOWN)
+    down = None if experts is not None else _linear(mlp, _DOWN)
     layer = LayerParts(
         before_attention=pre,
         after_attention=post,
@@ -163,14 +168,16 @@ def _layer(block: nn.Module, recorded: RecordedLayer, rotation: Rotation | None)
         key_norm=_norm(attention, _KEY_NORM, spec.key_dim, spec.num_kv_heads),
         qkv=_qkv(attention, widths, spec.num_heads == spec.num_kv_heads),
         output=_linear(attention, _OUTPUT),
-        gate_up=_gate_up(mlp, down.inputs),
+        gate_up=() if down is None else _gate_up(mlp, down.inputs),
         down=down,
+        experts=experts,
         rotation=None if rotation is None else (rotation.cosines, rotation.sines),
         parallel=parallel,
         query_scale=_query_scale(recorded),
         recorded=recorded,
     )
-    for size in (*widths, spec.key_dim, spec.num_heads * spec.value_dim):
+    inner = down.inputs if down is not None else 0 if experts is None else experts.inner
+    for size in (*widths, spec.key_dim, spec.num_heads * spec.value_dim, inner):
         _aligned(size)
     return layer
 

@@ -36,9 +36,20 @@ struct Norm {  // (x - mean(x)) / deviation(x) * weight + bias, or x / rms(x) * 
   double epsilon;
 };
 
+struct Experts {  // in the place of an MLP; each has a gate
+  Matrix router;         // an output for each of them; no experts: there is an MLP
+  Matrix gate_up, down;  // of all of them, one after the other
+  int64_t count, top;    // how many there are, and to how many a token is sent
+  int64_t chosen_first;  // whether the softmax that weighs them is over those that were chosen; else over all
+  int64_t normalised;    // whether the weights of those that were chosen add up to 1
+  int64_t activation;
+  double alpha, limit;  // of activation 5
+};
+
 struct DecoderLayer {
   Norm before_attention, after_attention, before_mlp, after_mlp, query_norm, key_norm;
   Matrix qkv, output, gate_up, down;  // gate and up by turns, a group of each; or up alone
+  Experts experts;
   int64_t gated;                      // whether there is a gate
   int64_t parallel;                   // whether the MLP sees what attention sees, not what it leaves
   const float *cosines, *sines;       // (positions, rotary / 2), or null: no rotation
@@ -52,7 +63,7 @@ struct Decoder {
   int64_t dtype;  // as Layer's
   int64_t int8;   // whether the weights are int8; with bfloat16 only
   int64_t hidden, intermediate, rotary;
-  int64_t activation;      // 0 silu, 1 gelu by tanh, 2 gelu by erf, 3 relu, 4 relu squared
+  int64_t activation;      // 0 silu, 1 gelu by tanh, 2 gelu by erf, 3 relu, 4 relu squared, 5 see `gated`
   int64_t pairs;           // whether dimensions 2 i and 2 i + 1 rotate together; else i and i + rotary / 2
   const float *positions;  // (positions, hidden), added to embeddings, or null
   Matrix embedding;        // packed like the head
@@ -194,6 +205,14 @@ inline Vec activate(Vec x, int64_t kind) {
   }
 }
 
+// What becomes of the outputs of a gate and of an up projection. The last kind, gpt-oss's, clamps both.
+inline Vec gated(Vec gate, Vec up, int64_t kind, float alpha, float limit) {
+  if (kind != 5) return activate(gate, kind) * up;
+  const Vec low = gate > limit ? splat(limit) : gate, bounded = maximum(up > limit ? splat(limit) : up, splat(-limit));
+  const Vec x = alpha * low, e = exp2_nonpositive<false>((x < 0.0f ? x : -x) * kLog2E);
+  return (bounded + 1.0f) * low * ((x < 0.0f ? e : splat(1.0f)) / (1.0f + e));
+}
+
 inline Vec square_sum(const float *x, int64_t count, Vec mean) {
   Vec sum[4] = {};
   int64_t i = 0;
@@ -273,17 +292,27 @@ struct Run {
   const Decoder &decoder;
   const DecoderStep &step;
   const int64_t tokens, threads;
-  int64_t qkv_width = 0, attended_width = 0;
+  int64_t qkv_width = 0, attended_width = 0, most_top = 0, most_experts = 0, expert_inner = 0;
   float *hidden, *branch, *qkv;
   Input *normed, *inner, *widened;
   Stored *heads, *attended;
+  // Of a layer with experts. What is sent to them is sorted by expert: `sent` rows, `top` for each token.
+  float *scores, *shares, *answers;  // (tokens, experts), (sent), (sent, hidden)
+  int32_t *chosen, *place;           // (tokens, top): experts in ascending order; where they are among those sent
+  int32_t *owner, *first, *busy;     // (sent): which entry of `chosen`; (experts + 1); experts that something is sent to
+  int64_t num_busy = 0;
+  Input *sent, *sent_inner;
   std::vector<PaddedPhase> phases;
   std::deque<Step<T>> attention;
 
   Run(const Decoder &d, const DecoderStep &s)
-      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), phases(size_t(d.num_layers * 8 + 4)) {
+      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), phases(size_t(d.num_layers * 13 + 4)) {
     for (int64_t i = 0; i < d.num_layers; ++i) {
       const Layer &a = d.layers[i].attention;
+      const Experts &e = d.layers[i].experts;
+      most_top = std::max(most_top, e.top);
+      most_experts = std::max(most_experts, e.count);
+      expert_inner = std::max(expert_inner, e.down.inputs);
       qkv_width = std::max(qkv_width, a.heads * a.key_dim + a.kv_heads * (a.key_dim + a.value_dim));
       attended_width = std::max(attended_width, a.heads * a.value_dim);
     }
@@ -300,6 +329,17 @@ struct Run {
     widened = memory.take<Input>(kSame ? 0 : tokens * attended_width / W::kPair);
     heads = memory.take<Stored>(tokens * qkv_width);
     attended = memory.take<Stored>(tokens * attended_width);
+    const int64_t rows_sent = tokens * most_top;
+    scores = memory.take<float>(tokens * round_up(most_experts, kLanes));
+    shares = memory.take<float>(rows_sent);
+    answers = memory.take<float>(rows_sent * decoder.hidden);
+    chosen = memory.take<int32_t>(rows_sent);
+    place = memory.take<int32_t>(rows_sent);
+    owner = memory.take<int32_t>(rows_sent);
+    first = memory.take<int32_t>(most_experts + 1);
+    busy = memory.take<int32_t>(most_experts);
+    sent = memory.take<Input>(rows_sent * width);
+    sent_inner = memory.take<Input>(rows_sent * expert_inner / W::kPair);
     return memory.used;
   }
 
@@ -348,43 +388,70 @@ struct Run {
 
   // -- products
 
-  // A product over all rows: `done(row, group, cols, sums)` gets `cols` vectors of outputs.
-  template <class Done>
-  void product(Phase &phase, const Matrix &matrix, const Input *inputs, int64_t rows, Done done) {
-    const int64_t steps = matrix.inputs / W::kPair, groups = (matrix.outputs + kLanes - 1) / kLanes;
-    const int64_t group_stride = steps * kLanes * W::kPair;
+  // Groups `group` to `last` of a matrix's outputs, counted from group `from`, for some rows: `done(row, group, cols,
+  // sums)` gets `cols` vectors of outputs. `M` is W, unless a matrix is stored otherwise.
+  template <class M, class Done>
+  void part(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Input *inputs, int64_t rows,
+            Done done) {
+    alignas(64) float sums[kSums * kLanes];
+    const int64_t steps = matrix.inputs / M::kPair, group_stride = steps * kLanes * M::kPair;
     const int64_t chunks = (rows + kRows - 1) / kRows, most_cols = cols_of(int((rows + chunks - 1) / chunks));
-    // What an item has of the weights stays in the cache while its rows pass; the items are small enough for the
-    // threads to end together.
-    const int64_t group_bytes = group_stride * int64_t(sizeof(typename W::Stored));
-    int64_t each = most_cols;
-    while (2 * each * group_bytes <= kItemBytes && groups >= 12 * threads * each) each *= 2;
-    const int64_t items = (groups + each - 1) / each;
-    const auto *weights = static_cast<const typename W::Stored *>(matrix.weights);
-    phase.run(items, [&](int64_t item) {
-      alignas(64) float sums[kSums * kLanes];
-      const int64_t last = std::min(groups, (item + 1) * each);
-      for (int64_t i = 0; i < chunks; ++i) {
-        const int64_t row = rows * i / chunks, count = rows * (i + 1) / chunks - row;
-        for (int64_t group = item * each, cols; group < last; group += cols) {
-          cols = std::min<int64_t>(most_cols, cols_of(int(count)));
-          while (cols > last - group) cols /= 2;
-          products<W>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride, steps,
-                                      sums, cols * kLanes, i ? 0 : kAhead);
-          for (int64_t r = 0; r < count; ++r) {
-            float *own = sums + r * cols * kLanes;
-            for (int64_t c = 0; c < cols * kLanes; c += kLanes) {
-              Vec sum = load<Vec>(own + c);
-              if (matrix.scales) sum = sum * load<Vec>(matrix.scales + group * kLanes + c);
-              if (matrix.bias) sum = sum + load<Vec>(matrix.bias + group * kLanes + c);
-              store(own + c, sum);
-            }
-            done(row + r, group, cols, own);
+    const auto *weights = static_cast<const typename M::Stored *>(matrix.weights) + from * group_stride;
+    for (int64_t i = 0; i < chunks; ++i) {
+      const int64_t row = rows * i / chunks, count = rows * (i + 1) / chunks - row;
+      for (int64_t group = begin, cols; group < last; group += cols) {
+        cols = std::min<int64_t>(most_cols, cols_of(int(count)));
+        while (cols > last - group) cols /= 2;
+        products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride, steps,
+                                    sums, cols * kLanes, i ? 0 : kAhead);
+        for (int64_t r = 0; r < count; ++r) {
+          float *own = sums + r * cols * kLanes;
+          for (int64_t c = 0; c < cols * kLanes; c += kLanes) {
+            Vec sum = load<Vec>(own + c);
+            if (matrix.scales) sum = sum * load<Vec>(matrix.scales + (from + group) * kLanes + c);
+            if (matrix.bias) sum = sum + load<Vec>(matrix.bias + (from + group) * kLanes + c);
+            store(own + c, sum);
           }
+          done(row + r, group, cols, own);
         }
       }
+    }
+  }
+
+  // How many groups of outputs a thread takes at a time. What an item has of the weights stays in the cache while its
+  // rows pass; the items are small enough for the threads to end together.
+  template <class M>
+  int64_t groups_each(const Matrix &matrix, int64_t groups, int64_t least) const {
+    const int64_t bytes = matrix.inputs * kLanes * int64_t(sizeof(typename M::Stored));
+    int64_t each = least;
+    while (2 * each * bytes <= kItemBytes && groups >= 12 * threads * each) each *= 2;
+    return each;
+  }
+
+  // A product over all rows.
+  template <class M = W, class Done>
+  void product(Phase &phase, const Matrix &matrix, const Input *inputs, int64_t rows, Done done) {
+    const int64_t groups = (matrix.outputs + kLanes - 1) / kLanes, chunks = (rows + kRows - 1) / kRows;
+    const int64_t each = groups_each<M>(matrix, groups, cols_of(int((rows + chunks - 1) / chunks)));
+    const int64_t items = (groups + each - 1) / each;
+    phase.run(items, [&](int64_t item) {
+      part<M>(matrix, 0, item * each, std::min(groups, (item + 1) * each), inputs, rows, done);
     });
     phase.wait(items);
+  }
+
+  // A product of what was sent to each expert with its own part of the matrix.
+  template <class Done>
+  void experts_product(Phase &phase, const Experts &experts, const Matrix &matrix, const Input *inputs, Done done) {
+    const int64_t groups = matrix.outputs / experts.count / kLanes, steps = matrix.inputs / W::kPair;
+    const int64_t each = groups_each<W>(matrix, groups * num_busy, kMostCols), parts = (groups + each - 1) / each;
+    phase.run(num_busy * parts, [&](int64_t item) {
+      const int64_t expert = busy[item / parts], begin = item % parts * each, start = first[expert];
+      part<W>(matrix, expert * groups, begin, std::min(groups, begin + each), inputs + start * steps,
+              first[expert + 1] - start,
+              [&](int64_t row, int64_t group, int64_t cols, const float *sums) { done(start + row, group, cols, sums); });
+    });
+    phase.wait(num_busy * parts);
   }
 
   // hidden += outputs, or where a norm comes in between, branch = outputs.
@@ -403,10 +470,96 @@ struct Run {
                        activate(load<Vec>(sums + c * kLanes), decoder.activation));
       return;
     }
+    activate_pairs(to, group, cols, sums, decoder.activation, 0, 0);
+  }
+
+  static void activate_pairs(Input *to, int64_t group, int64_t cols, const float *sums, int64_t kind, float alpha,
+                             float limit) {
     for (int64_t c = 0; c < cols; c += 2) {  // gate, up
-      const Vec gate = activate(load<Vec>(sums + c * kLanes), decoder.activation);
-      W::pack_vector(to + (group + c) / 2 * (kLanes / W::kPair), gate * load<Vec>(sums + (c + 1) * kLanes));
+      const Vec gate = load<Vec>(sums + c * kLanes), up = load<Vec>(sums + (c + 1) * kLanes);
+      W::pack_vector(to + (group + c) / 2 * (kLanes / W::kPair), gated(gate, up, kind, alpha, limit));
     }
+  }
+
+  // -- experts
+
+  // To which experts a token is sent, in ascending order, and what their answers are multiplied by.
+  void choose(int64_t token, const Experts &experts) const {
+    float *score = scores + token * round_up(experts.count, kLanes), *share = shares + token * experts.top;
+    int32_t *mine = chosen + token * experts.top;
+    for (int64_t k = 0; k < experts.top; ++k) {
+      int64_t best = -1;
+      for (int64_t i = 0; i < experts.count; ++i) {
+        if (std::find(mine, mine + k, int32_t(i)) != mine + k) continue;
+        if (best < 0 || score[i] > score[best]) best = i;
+      }
+      mine[k] = int32_t(best);
+    }
+    const float highest = score[mine[0]];
+    std::sort(mine, mine + experts.top);
+    float all = 0, own = 0;
+    for (int64_t i = 0; i < experts.count; ++i) all += std::exp(score[i] - highest);
+    for (int64_t k = 0; k < experts.top; ++k) own += share[k] = std::exp(score[mine[k]] - highest);
+    const float total = experts.chosen_first || experts.normalised ? own : all;
+    for (int64_t k = 0; k < experts.top; ++k) share[k] /= total;
+  }
+
+  // Sorts what is sent by expert, and within each by token.
+  void arrange(const Experts &experts) {
+    const int64_t count = tokens * experts.top;
+    std::fill_n(first, experts.count + 1, 0);
+    for (int64_t i = 0; i < count; ++i) ++first[chosen[i] + 1];
+    num_busy = 0;
+    for (int64_t i = 0; i < experts.count; ++i) {
+      if (first[i + 1]) busy[num_busy++] = int32_t(i);
+      first[i + 1] += first[i];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t at = first[chosen[i]]++;
+      place[i] = at;
+      owner[at] = int32_t(i);
+    }
+    for (int64_t i = experts.count; i; --i) first[i] = first[i - 1];
+    first[0] = 0;
+  }
+
+  // The answers to a token, weighed and added up.
+  void gather_answers(int64_t token, const DecoderLayer &layer) const {
+    const int64_t top = layer.experts.top;
+    for (int64_t i = 0; i < decoder.hidden; i += kLanes) {
+      Vec sum = {};
+      for (int64_t k = token * top; k < (token + 1) * top; ++k)
+        sum = sum + shares[k] * load<Vec>(answers + place[k] * decoder.hidden + i);
+      add(token, i / kLanes, 1, reinterpret_cast<const float *>(&sum), layer.after_mlp.weight);
+    }
+  }
+
+  template <class Next>
+  void ask_experts(Next next, const DecoderLayer &layer) {
+    const Experts &experts = layer.experts;
+    // int8 leaves the router out: whom a token is sent to must not hang on a byte's precision.
+    typedef typename std::conditional<std::is_same<W, Int8>::value, Float32, W>::type R;
+    const int64_t width = round_up(experts.count, kLanes), steps = decoder.hidden / W::kPair;
+    product<R>(next(), experts.router, normed, tokens,
+               [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                 std::memcpy(scores + row * width + group * kLanes, sums, size_t(cols * kLanes) * sizeof(float));
+               });
+    rows(next(), tokens, [&](int64_t token) { choose(token, experts); });
+    rows(next(), 1, [&](int64_t) { arrange(experts); });
+    rows(next(), tokens * experts.top, [&](int64_t i) {
+      std::memcpy(sent + i * steps, normed + owner[i] / experts.top * steps, size_t(steps) * sizeof(Input));
+    });
+    experts_product(next(), experts, experts.gate_up, sent,
+                    [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                      activate_pairs(sent_inner + row * (experts.down.inputs / W::kPair), group, cols, sums,
+                                     experts.activation, float(experts.alpha), float(experts.limit));
+                    });
+    experts_product(next(), experts, experts.down, sent_inner,
+                    [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                      std::memcpy(answers + row * decoder.hidden + group * kLanes, sums,
+                                  size_t(cols * kLanes) * sizeof(float));
+                    });
+    rows(next(), tokens, [&](int64_t token) { gather_answers(token, layer); });
   }
 
   // -- rows
@@ -563,12 +716,17 @@ struct Run {
         leave(token, layer.after_attention);
         if (!layer.parallel) enter_next(token, layer.before_mlp);
       });
-      product(next(), layer.gate_up, normed, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-        activate_inner(layer, row, group, cols, sums);
-      });
-      product(next(), layer.down, inner, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-        add(row, group, cols, sums, layer.after_mlp.weight);
-      });
+      if (layer.experts.count) {
+        ask_experts(next, layer);
+      } else {
+        product(next(), layer.gate_up, normed, tokens,
+                [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                  activate_inner(layer, row, group, cols, sums);
+                });
+        product(next(), layer.down, inner, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+          add(row, group, cols, sums, layer.after_mlp.weight);
+        });
+      }
       rows(next(), tokens, [&](int64_t token) {
         leave(token, layer.after_mlp);
         if (i + 1 < decoder.num_layers) enter_next(token, following);

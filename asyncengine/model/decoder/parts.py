@@ -97,12 +97,75 @@ class Projection:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertParts:
+    """Experts in the place of an MLP, each with a gate, of which every token is sent to a few.
+
+    Attributes:
+        module: Has their weights, (experts, outputs, inputs) or (experts, inputs, outputs), and perhaps biases.
+        router: Has the weight, (experts, hidden), whose products choose, and its bias if there is one.
+        top: How many a token is sent to.
+        chosen_first: Whether the softmax that weighs them is over those that were chosen; else it is over all.
+        normalised: Whether the weights of those that were chosen add up to 1.
+        activation: As `Blueprint.activation`.
+        alpha: Of the clamped activation.
+        limit: Of the clamped activation.
+        alternating: Whether a gate's and an up projection's outputs alternate; else they follow each other.
+        transposed: Whether a weight is stored as (inputs, outputs).
+    """
+
+    module: nn.Module
+    router: nn.Module
+    top: int
+    chosen_first: bool
+    normalised: bool
+    activation: int
+    alpha: float
+    limit: float
+    alternating: bool
+    transposed: bool
+
+    @property
+    def count(self) -> int:
+        """Experts."""
+        return len(self.down_of(_tensor(self.module, "down_proj")))
+
+    @property
+    def inner(self) -> int:
+        """Outputs of a gate, which are inputs of a down projection."""
+        return self.down_of(_tensor(self.module, "down_proj"))[0].shape[1]
+
+    def gate_up_of(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        """(inner, hidden) each: gate and up projection of the first expert, of the second, and so on."""
+        return self._halves(whole.transpose(1, 2) if self.transposed else whole)
+
+    def gate_up_bias_of(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        """(inner,) each, in the same order."""
+        return self._halves(whole)
+
+    def down_of(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        """(hidden, inner) of each expert."""
+        return list(whole.transpose(1, 2) if self.transposed else whole)
+
+    def _halves(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        halves = (whole[:, ::2], whole[:, 1::2]) if self.alternating else whole.chunk(2, dim=1)
+        return [half[expert] for expert in range(len(whole)) for half in halves]
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    value = getattr(module, name)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
 class LayerParts:
     """One layer. A norm that is None is not there.
 
     Attributes:
         qkv: Projections to queries, keys and values, in this order.
-        gate_up: Gate and up projection, or the latter alone.
+        gate_up: Gate and up projection, or the latter alone; none where there are experts.
+        down: None where there are experts.
+        experts: None where there is an MLP.
         rotation: Cosines and sines, (positions, rotary / 2) float32 each; the same tensors for layers that rotate
             alike.
         parallel: Whether the MLP stands beside attention: it sees what attention sees, through its own norm if it has
@@ -119,7 +182,8 @@ class LayerParts:
     qkv: tuple[Projection, ...]
     output: Projection
     gate_up: tuple[Projection, ...]
-    down: Projection
+    down: Projection | None
+    experts: ExpertParts | None
     rotation: tuple[torch.Tensor, torch.Tensor] | None
     parallel: bool
     query_scale: float
@@ -131,6 +195,7 @@ class Blueprint:
     """A whole decoder, in the modules that hold its weights.
 
     Attributes:
+        activation: 0 silu, 1 gelu by tanh, 2 gelu by erf, 3 relu, 4 relu squared, 5 silu of a clamped gate (gpt-oss).
         positions: Embeddings of positions, added to those of tokens; row `first_position` is that of position 0.
         embedding_scale: What embeddings are multiplied by.
         rotary: How many dimensions of a head rotate.

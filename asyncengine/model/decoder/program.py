@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from asyncengine.model.attention.cpu import CpuCache, CpuPlan
-from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Projection
+from asyncengine.model.decoder.parts import Blueprint, ExpertParts, LayerParts, NormPart, Projection
 from asyncengine.model.decoder.weights import (
     DTYPES,
     MatrixStruct,
@@ -39,6 +39,16 @@ class _AttentionStruct(ctypes.Structure):
     )  # fmt: skip
 
 
+class _ExpertsStruct(ctypes.Structure):
+    """As `Experts`."""
+
+    _fields_ = (
+        ("router", MatrixStruct), ("gate_up", MatrixStruct), ("down", MatrixStruct),
+        *((name, ctypes.c_int64) for name in ("count", "top", "chosen_first", "normalised", "activation")),
+        ("alpha", ctypes.c_double), ("limit", ctypes.c_double),
+    )  # fmt: skip
+
+
 class _LayerStruct(ctypes.Structure):
     """As `DecoderLayer`."""
 
@@ -47,6 +57,7 @@ class _LayerStruct(ctypes.Structure):
             "before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm",
         )),
         *((name, MatrixStruct) for name in ("qkv", "output", "gate_up", "down")),
+        ("experts", _ExpertsStruct),
         ("gated", ctypes.c_int64), ("parallel", ctypes.c_int64),
         ("cosines", ctypes.c_void_p), ("sines", ctypes.c_void_p), ("sinks", ctypes.c_void_p),
         ("attention", _AttentionStruct),
@@ -78,25 +89,106 @@ class _StepStruct(ctypes.Structure):
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Writes a parameter's new value into one of its places.
+
+    Attributes:
+        write: Takes the whole parameter.
+        keep: Returns what puts the present contents back.
+    """
+
+    write: Callable[[torch.Tensor], None]
+    keep: Callable[[], Callable[[], None]]
+
+
+class _Experts:
+    """The weights of one layer's experts, one after the other in one matrix, and of their router."""
+
+    def __init__(self, library: Any, parts: ExpertParts, int8: bool) -> None:
+        self._parts = parts
+        module, router = parts.module, parts.router
+        count = parts.count
+
+        def packed(name: str, split: _Split, split_bias: _Split, turns: int) -> PackedMatrix:
+            weights, bias = split(getattr(module, name)), getattr(module, f"{name}_bias", None)
+            biases = [None] * len(weights) if bias is None else split_bias(bias)
+            matrix = PackedMatrix(library, weights, biases, turns=turns, int8=int8)
+            del weights
+            release(module, name)
+            release(module, f"{name}_bias")
+            return matrix
+
+        self.gate_up = packed("gate_up_proj", parts.gate_up_of, parts.gate_up_bias_of, 2)
+        self.down = packed("down_proj", parts.down_of, list, 1)
+        # Whom a token is sent to must not hang on a byte's precision; its matrix is small.
+        weight = router.weight
+        assert isinstance(weight, torch.Tensor)
+        self.router = PackedMatrix(library, [weight.float() if int8 else weight], [getattr(router, "bias", None)])
+        release(router, "weight")
+        release(router, "bias")
+        self.matrices = (self.router, self.gate_up, self.down)
+        self.struct = _ExpertsStruct(
+            *(matrix.struct for matrix in self.matrices),
+            count,
+            parts.top,
+            int(parts.chosen_first),
+            int(parts.normalised),
+            parts.activation,
+            parts.alpha,
+            parts.limit,
+        )
+
+    def writers(self) -> dict[int, list[Writer]]:
+        """As `CompiledDecoder.writers`."""
+        module, router, parts = self._parts.module, self._parts.router, self._parts
+
+        def each(write: Callable[[int, torch.Tensor], None], split: _Split) -> Callable[[torch.Tensor], None]:
+            def whole(value: torch.Tensor) -> None:
+                for number, part in enumerate(split(value)):
+                    write(number, part)
+
+            return whole
+
+        found = {}
+        for owner, name, matrix, split, split_bias in (
+            (module, "gate_up_proj", self.gate_up, parts.gate_up_of, parts.gate_up_bias_of),
+            (module, "down_proj", self.down, parts.down_of, list),
+            (router, "weight", self.router, _alone, _alone),
+        ):
+            found[id(getattr(owner, name))] = [Writer(each(matrix.write, split), matrix.restorer)]
+            bias = getattr(owner, "bias" if owner is router else f"{name}_bias", None)
+            if bias is not None:
+                found[id(bias)] = [Writer(each(matrix.write_bias, split_bias), matrix.restorer)]
+        return found
+
+
+_Split = Callable[[torch.Tensor], list[torch.Tensor]]
+
+
+def _alone(whole: torch.Tensor) -> list[torch.Tensor]:
+    return [whole]
+
+
 class _Layer:
     """One layer's weights."""
 
     def __init__(self, library: Any, parts: LayerParts, int8: bool) -> None:
-        def packed(parts: Sequence[Projection], interleaved: bool = False) -> tuple[PackedMatrix, Sequence[Projection]]:
+        def packed(parts: Sequence[Projection], turns: int = 1) -> tuple[PackedMatrix, Sequence[Projection]]:
             weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-            matrix = PackedMatrix(library, weights, biases, interleaved=interleaved, int8=int8)
+            matrix = PackedMatrix(library, weights, biases, turns=turns, int8=int8)
             for linear in {part.linear for part in parts}:
                 release(linear, "weight")
                 release(linear, "bias")
             return matrix, parts
 
         spec = parts.recorded.spec
-        self.matrices = {
-            "qkv": packed(parts.qkv),
-            "output": packed([parts.output]),
-            "gate_up": packed(parts.gate_up, interleaved=len(parts.gate_up) > 1),
-            "down": packed([parts.down]),
-        }
+        self.matrices = {"qkv": packed(parts.qkv), "output": packed([parts.output])}
+        if parts.down is not None:
+            self.matrices["gate_up"] = packed(parts.gate_up, turns=len(parts.gate_up))
+            self.matrices["down"] = packed([parts.down])
+        self.experts = None if parts.experts is None else _Experts(library, parts.experts, int8)
+        self.gated = len(parts.gate_up) > 1
         norms = {
             "before_attention": (parts.before_attention, 0),
             "after_attention": (parts.after_attention, 0),
@@ -115,19 +207,6 @@ class _Layer:
         self.rotation = parts.rotation
         self.sinks = None if parts.recorded.sinks is None else parts.recorded.sinks.float().contiguous()
         self.spec = spec
-
-
-@dataclass(frozen=True, slots=True)
-class Writer:
-    """Writes a parameter's new value into one of its places.
-
-    Attributes:
-        write: Takes the whole parameter.
-        keep: Returns what puts the present contents back.
-    """
-
-    write: Callable[[torch.Tensor], None]
-    keep: Callable[[], Callable[[], None]]
 
 
 class CompiledDecoder:
@@ -171,7 +250,7 @@ class CompiledDecoder:
             DTYPES[dtype],
             int(int8),
             blueprint.embedding.embedding_dim,
-            max(layer.down.inputs for layer in blueprint.layers),
+            max((layer.down.inputs for layer in blueprint.layers if layer.down is not None), default=0),
             blueprint.rotary,
             blueprint.activation,
             int(blueprint.pairs),
@@ -190,6 +269,8 @@ class CompiledDecoder:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         layers = sum(matrix.nbytes for layer in self._layers for matrix, _ in layer.matrices.values())
+        experts = (layer.experts for layer in self._layers if layer.experts is not None)
+        layers += sum(matrix.nbytes for each in experts for matrix in each.matrices)
         return layers + self._head.nbytes + (0 if self._embedding is self._head else self._embedding.nbytes)
 
     def bind(self, caches: Sequence[CpuCache]) -> None:
@@ -199,7 +280,9 @@ class CompiledDecoder:
                 setattr(struct, name, norm.struct)
             for name, (matrix, _) in layer.matrices.items():
                 setattr(struct, name, matrix.struct)
-            struct.gated, struct.parallel = len(layer.matrices["gate_up"][1]) > 1, layer.parallel
+            if layer.experts is not None:
+                struct.experts = layer.experts.struct
+            struct.gated, struct.parallel = layer.gated, layer.parallel
             if layer.rotation is not None:
                 struct.cosines, struct.sines = (table.data_ptr() for table in layer.rotation)
             struct.sinks = None if layer.sinks is None else layer.sinks.data_ptr()
@@ -248,6 +331,8 @@ class CompiledDecoder:
             for matrix, parts in layer.matrices.values():
                 for number, part in enumerate(parts):
                     note(matrix, number, part)
+            if layer.experts is not None:
+                found |= layer.experts.writers()
         embedding, head, positions = self._modules
         note(self._head, 0, Projection(head))
         if self._embedding is not self._head:

@@ -6,6 +6,7 @@ The modules they come from keep their names, shapes and dtypes and let their own
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ class PackedMatrix:
         library: The compiled code.
         weights: (outputs, inputs) each, of one dtype.
         biases: Theirs; None where there is none.
-        interleaved: Whether their groups of outputs take turns, as gate and up do; otherwise they follow each other.
+        turns: So many neighbours' groups of outputs take turns, as gate and up do; what has its turn alone follows what
+            was before it.
         int8: Whether to store bytes, with one scale for each output.
     """
 
@@ -54,16 +56,15 @@ class PackedMatrix:
         weights: Sequence[torch.Tensor],
         biases: Sequence[torch.Tensor | None],
         *,
-        interleaved: bool = False,
+        turns: int = 1,
         int8: bool = False,
     ) -> None:
         self._library = library
         lanes = int(library.decoder_lanes())
         groups = [-(-weight.shape[0] // lanes) for weight in weights]
         inputs = weights[0].shape[1]
-        step = len(weights) if interleaved else 1
-        starts = range(len(weights)) if interleaved else [sum(groups[:i]) for i in range(len(weights))]
-        self._places = [(start, step) for start in starts]
+        before = [0, *itertools.accumulate(groups)]
+        self._places = [(before[part - part % turns] + part % turns, turns) for part in range(len(weights))]
         self._lanes = lanes
         outputs = sum(groups) * lanes if len(weights) > 1 else weights[0].shape[0]
         self.dtype = weights[0].dtype

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from asyncengine.model import architecture
 from asyncengine.model.decoder.blueprint import Blueprint, NotRecognised, recognise
+from asyncengine.model.decoder.experts import CLAMPED
 from tests.model.checkpoints import config
 
 
@@ -87,3 +88,75 @@ def test_a_norm_that_computes_something_else_is_refused() -> None:
 def test_an_activation_that_is_not_known_is_refused() -> None:
     with pytest.raises(NotRecognised, match="its activation is 'tanh'"):
         found(model_of("gpt_neox", hidden_act="tanh"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "chosen_first", "normalised", "activation", "alternating", "transposed"),
+    [
+        ("mixtral", {}, False, True, 0, False, False),
+        ("qwen3_moe", {"norm_topk_prob": False}, False, False, 0, False, False),
+        ("qwen3_moe", {"norm_topk_prob": True, "hidden_act": "gelu"}, False, True, 2, False, False),
+        ("gpt_oss", {}, True, True, CLAMPED, True, True),
+    ],
+)
+def test_experts_are_told_by_what_they_do(
+    name: str,
+    changes: dict[str, Any],
+    chosen_first: bool,
+    normalised: bool,
+    activation: int,
+    alternating: bool,
+    transposed: bool,
+) -> None:
+    for layer in found(shaken(model_of(name, **changes))).layers:
+        experts = layer.experts
+        assert experts is not None and layer.down is None and not layer.gate_up
+        assert (experts.count, experts.top, experts.activation) == (4, 2, activation)
+        assert (experts.alternating, experts.transposed) == (alternating, transposed)
+        # Those that were chosen first add up to 1 by themselves; which way is named does not matter then.
+        assert (experts.chosen_first or experts.normalised) == (chosen_first or normalised)
+
+
+def shaken(model: Any) -> Any:
+    """With routers that have preferences: new ones are zero, or nearly."""
+    for parameter in model.parameters():
+        if parameter.ndim < 3 and parameter.shape[0] == 4:
+            nn.init.normal_(parameter)
+    return model
+
+
+def test_layers_with_experts_and_without_may_alternate() -> None:
+    layers = found(shaken(model_of("qwen3_moe", mlp_only_layers=[1]))).layers
+    assert [layer.experts is None for layer in layers] == [False, True, False]
+    assert layers[1].down is not None
+
+
+def test_a_router_that_does_something_else_is_refused() -> None:
+    model = shaken(model_of("mixtral"))
+    router = model.model.layers[1].mlp.gate
+    forward = router.forward
+
+    def biased(x: torch.Tensor) -> Any:
+        logits, scores, indices = forward(x)
+        return logits, scores * 2, indices
+
+    router.forward = biased
+    with pytest.raises(NotRecognised, match="weighs experts otherwise than by a softmax"):
+        found(model)
+    router.forward = lambda x: (lambda logits, scores, indices: (logits, scores, (indices + 1) % 4))(*forward(x))
+    with pytest.raises(NotRecognised, match="does not choose by its products alone"):
+        found(model)
+
+
+def test_a_gate_that_does_something_else_is_refused() -> None:
+    model = shaken(model_of("mixtral"))
+    model.model.layers[2].mlp.experts.act_fn = nn.Tanh()
+    with pytest.raises(NotRecognised, match="its experts are gated in another way"):
+        found(model)
+
+
+def test_experts_with_a_neighbour_are_refused() -> None:
+    model = shaken(model_of("mixtral"))
+    model.model.layers[0].mlp.shared_expert = nn.Linear(64, 64)
+    with pytest.raises(NotRecognised, match="an MLP with experts has a part called shared_expert"):
+        found(model)

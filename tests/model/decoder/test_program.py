@@ -25,6 +25,7 @@ from asyncengine.step.model import LoadedModel
 PAGE = 16
 Checkpoint = Callable[..., Path]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 
 
 def load(path: Path, **changes: Any) -> LoadedModel:
@@ -86,7 +87,7 @@ def logits(loaded: LoadedModel, batch: StepBatch) -> torch.Tensor:
     "architecture",
     [
         "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "granite", "phi3", "gpt2", "gpt_neox", "cohere",
-        "starcoder2", "opt", "glm4", "phi",
+        "starcoder2", "opt", "glm4", "phi", *EXPERTS,
     ],
 )  # fmt: skip
 def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
@@ -94,16 +95,18 @@ def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype,
     path = checkpoint(architecture)
     loaded = load(path, dtype=str(dtype).removeprefix("torch."))
     found = logits(loaded, batch_of([(tokens, 0) for tokens in sequences()]))
+    # A rounding may send a token to another expert.
+    allowed = TOLERANCE[dtype] * (3 if architecture in EXPERTS and dtype is not torch.float32 else 1)
     start = 0
     for wanted in expected(path, sequences(), dtype):
-        assert error(found[start : start + len(wanted)], wanted) < TOLERANCE[dtype]
+        assert error(found[start : start + len(wanted)], wanted) < allowed
         start += len(wanted)
     loaded.model.close()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss"])
 def test_a_token_gets_the_same_bits_in_any_batch(
     architecture: str, dtype: str, threads: int, checkpoint: Checkpoint
 ) -> None:
@@ -128,8 +131,9 @@ def test_a_token_gets_the_same_bits_in_any_batch(
         loaded.model.close()
 
 
-def test_int8_is_near(checkpoint: Checkpoint) -> None:
-    path = checkpoint("llama")
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_int8_is_near(architecture: str, checkpoint: Checkpoint) -> None:
+    path = checkpoint(architecture)
     loaded = load(path, dtype="bfloat16", quantization="int8")
     tokens = sequences()[0]
     off = error(logits(loaded, batch_of([(tokens, 0)])), *expected(path, [tokens], torch.bfloat16))
@@ -144,14 +148,15 @@ def test_int8_needs_bfloat16(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("changes", [{"decoder_backend": "compiled"}, {"quantization": "int8", "dtype": "bfloat16"}])
 def test_what_cannot_be_compiled_is_refused_by_reason(changes: dict[str, Any], checkpoint: Checkpoint) -> None:
-    with pytest.raises(UnsupportedModelError, match="cannot run as a compiled step: an MLP has a part called experts"):
-        load(checkpoint("mixtral"), **{"decoder_backend": "auto", **changes})
+    with pytest.raises(UnsupportedModelError, match="cannot run as a compiled step: attention has a part called kv_a"):
+        load(checkpoint("deepseek_v3"), **{"decoder_backend": "auto", **changes})
 
 
 def test_what_cannot_be_compiled_runs_as_transformers_has_it_and_says_so(checkpoint: Checkpoint) -> None:
-    loaded = load(checkpoint("mixtral"), decoder_backend="auto")
+    loaded = load(checkpoint("deepseek_v3"), decoder_backend="auto")
     assert loaded.config.decoder_backend == "transformers"
-    assert loaded.notes == ("decoder: runs as transformers has it: an MLP has a part called experts",)
+    [note] = loaded.notes
+    assert note.startswith("decoder: runs as transformers has it: attention has a part called ")
     loaded.model.close()
 
 
@@ -177,7 +182,7 @@ def test_the_model_gives_its_weights_up(checkpoint: Checkpoint) -> None:
     loaded.model.close()
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "phi3", "gpt2", "gpt_neox", "opt", "cohere"])
+@pytest.mark.parametrize("architecture", ["qwen2", "phi3", "gpt2", "gpt_neox", "opt", "cohere", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_new_weights_are_those_of_a_new_model(architecture: str, quantization: str, checkpoint: Checkpoint) -> None:
     """Every parameter finds its place: biases, norms, projections that were fused, embedding and head."""
