@@ -24,7 +24,6 @@ def test_sums_are_exact_and_rounded_once(dtype: torch.dtype, bias: bool, monkeyp
     torch.testing.assert_close(found, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-
 def test_float32_goes_through_torch_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(widened, "_linear", None)
     layer, x = nn.Linear(16, 4, dtype=torch.float32), torch.randn(3, 16, dtype=torch.float32)

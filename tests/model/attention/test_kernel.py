@@ -91,6 +91,35 @@ def test_other_target_is_compiled_again(compilations: Path) -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("cache", "stub")
+def test_each_kind_is_compiled_apart(compilations: Path) -> None:
+    assert len({kernel.build(kind) for kind in ("float32", "bfloat16", "float16", "int8")}) == 4
+    assert kernel.build("int8") == kernel.build("int8")
+    assert runs(compilations) == 4
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache", "stub")
+def test_a_library_is_built_when_a_cache_wants_it(compilations: Path) -> None:
+    backend, cpu = CpuAttention("int8"), torch.device("cpu")
+    backend.allocate(layer(), 1, 16, torch.bfloat16, cpu)
+    assert runs(compilations) == 1
+    backend.allocate(layer(), 1, 16, torch.float16, cpu)
+    backend.allocate(layer(), 1, 16, torch.float16, cpu)
+    assert runs(compilations) == 2
+
+
+@needs_compiler
+def test_weights_in_int8_attend_in_bfloat16() -> None:
+    backend, spec = CpuAttention("int8"), layer(heads=2, kv_heads=1)
+    row = random_row(spec, 20, 3, torch.bfloat16, 0)
+    (output,) = run_paged(backend, spec, [row], 16, torch.bfloat16)
+    tolerance = TOLERANCE[torch.bfloat16]
+    torch.testing.assert_close(output.double(), dense(spec, row, None), rtol=tolerance, atol=tolerance)
+    assert list(backend._libraries) == ["int8"]
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache", "stub")
 def test_compiler_with_arguments(compilations: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", f"{os.environ['CXX']} -DANYTHING")
     assert works(kernel.build())
