@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 from asyncengine.builds import BuildError
 from asyncengine.config import EngineConfig
@@ -23,7 +24,9 @@ class DefaultLoader:
         """As `Loader` has it; the delivery is compiled with the first model."""
         from asyncengine.model.loader import TransformersLoader
 
-        loaded = TransformersLoader().load(plan)
+        with ThreadPoolExecutor(1, "asyncengine-delivery") as pool:
+            pool.submit(delivery.compile_ahead)
+            loaded = TransformersLoader().load(plan)
         try:
             delivery.use_compiled()
         except BuildError as error:

@@ -6,6 +6,7 @@ the same objects; it is compiled on first use, when a model is loaded, and serve
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import sysconfig
@@ -78,6 +79,12 @@ def use_compiled() -> None:
             module.know(Branch, RequestOutput, InvalidStateError)
             _module = module
         deliver_tokens, reader_type = _module.deliver_tokens, _module.Reader
+
+
+def compile_ahead() -> None:
+    """Compiles the code, the first time, without using it: so that `use_compiled` returns soon."""
+    with contextlib.suppress(BuildError):
+        _compile()
 
 
 def _compile() -> Path:

@@ -168,6 +168,20 @@ def record(model: PreTrainedModel, tokens: int = 4) -> list[RecordedLayer]:
     return layers
 
 
+def layers_of(model: PreTrainedModel, watched: dict[str, LayerSpec] | None) -> list[RecordedLayer]:
+    """The attention layers of a model with its weights.
+
+    Args:
+        model: It.
+        watched: What `record` found in a model of the same configuration without weights, by name and in order; None
+            if that did not run. Learned sinks are weights, so a model that has some is recorded once more.
+    """
+    modules = dict(model.named_modules())
+    if not watched or any(spec.has_sinks or name not in modules for name, spec in watched.items()):
+        return record(model)
+    return [RecordedLayer(name, modules[name], spec, None) for name, spec in watched.items()]
+
+
 @contextlib.contextmanager
 def hooked(hooks: dict[nn.Module, Any]) -> Iterator[None]:
     """Lets attention modules call `hooks` within the block."""

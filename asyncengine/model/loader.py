@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 _BUILDING = threading.Lock()
 """Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at
 once restore each other's."""
-_WATCHED: set[str] = set()
-"""Configurations whose models ran without weights, and are not watched again: what is found depends on nothing else."""
+_WATCHED: dict[str, dict[str, Any]] = {}
+"""For each configuration whose model ran without weights, its attention layers by name. It is not watched again: what
+is found depends on nothing else."""
 
 CPU_SATURATION, CUDA_SATURATION = 8.0, 128.0
 """Tokens in a step whose arithmetic takes about as long as reading the weights."""
@@ -59,6 +61,7 @@ class _Details:
     present_tokenizer: Tokenizer | None
     kv_dtype: torch.dtype
     draft: _Details | None = None
+    watched: dict[str, Any] | None = None
 
     @property
     def all_weight_bytes(self) -> int:
@@ -80,18 +83,37 @@ class TransformersLoader:
     def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
         """As the protocol says: everything that can be known without the weights."""
         # Imported here and not at the top: whoever uses another loader never pays for transformers.
-        from asyncengine.model import architecture
-        from asyncengine.model.checkpoint import Checkpoint, locate, tokenizer_key
+        from asyncengine.model.attention import select  # noqa: F401  # not on the other thread, beside transformers
+        from asyncengine.model.checkpoint import Checkpoint, locate
 
         device = _device(config.device)
         checkpoint = Checkpoint(locate(config.model))
+        dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
+        # A compiler has most of its work done while transformers is imported and the model is watched.
+        with ThreadPoolExecutor(1, "asyncengine-select") as pool:
+            selecting = pool.submit(_select, config, device, dtype)
+            if device.type != "cpu":
+                wait([selecting])  # it imports triton, and so does transformers
+            return self._check(config, current, checkpoint, device, dtype, selecting)
+
+    def _check(
+        self,
+        config: EngineConfig,
+        current: LoadedModel | None,
+        checkpoint: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        selecting: Future[Any],
+    ) -> LoadPlan:
+        from asyncengine.model import architecture
+        from asyncengine.model.checkpoint import locate, tokenizer_key
+
         tokenizer_path = checkpoint.path if config.tokenizer is None else locate(config.tokenizer)
         if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
             raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
         hf_config = architecture.read_config(checkpoint)
         text = architecture.text_config(hf_config)
         longest = getattr(text, "max_position_embeddings", None) or 2048
-        dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
         kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
         draft = None
         for name in config.additional_models:
@@ -104,12 +126,13 @@ class TransformersLoader:
                 f"max_single_sequence_length is {max_length}; {whose} max_position_embeddings allows 1..{longest}"
             )
         architecture.check_rope(hf_config, max_length)
-        _check_on_meta(architecture, hf_config)
+        watched = _check_on_meta(architecture, hf_config)
         if draft is not None:
-            draft = dataclasses.replace(draft, max_length=max_length)
             architecture.check_rope(draft.hf_config, max_length)
-            _check_on_meta(architecture, draft.hf_config)
-        _check_kv_dtype(config, _select(config, device).backend, kv_dtype, device)
+            draft = dataclasses.replace(
+                draft, max_length=max_length, watched=_check_on_meta(architecture, draft.hf_config)
+            )
+        _check_kv_dtype(config, selecting.result().backend, kv_dtype, device)
         if config.quantization != "none" and dtype is not torch.bfloat16:
             given = str(dtype).removeprefix("torch.")
             raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
@@ -118,7 +141,7 @@ class TransformersLoader:
         weights = checkpoint.weight_bytes(dtype)
         present = None if current is None else current.tokenizer
         details = _Details(
-            checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present, kv_dtype, draft
+            checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present, kv_dtype, draft, watched
         )
         return LoadPlan(config, _fits(details, current), tokenizer_key(tokenizer_path), details)
 
@@ -170,7 +193,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     details, config = plan.details, plan.config
     assert isinstance(details, _Details)
     tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
-    selection = _select(config, details.device)
+    selection = _select(config, details.device, details.dtype)
     backend = selection.backend
     notes = [] if selection.fallback_reason is None else [f"attention: {selection.fallback_reason}"]
     built = _built(config, details, backend)
@@ -255,7 +278,7 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
     notes: list[str] = []
     name = str(details.checkpoint.path)
     model = _build(details)
-    layers = architecture.record(model)
+    layers = architecture.layers_of(model, details.watched)
     trial = verification.Trial(model, layers, details.device)
     program = None
     try:
@@ -269,7 +292,7 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
         program = None
         if isinstance(error, UnsupportedModelError):  # it has taken the weights
             model = _build(details)
-            layers = architecture.record(model)
+            layers = architecture.layers_of(model, details.watched)
             trial.layers = layers
     if program is None:
         trial.run(model, backend)
@@ -311,7 +334,7 @@ def _captured(model: Any, details: _Details, backend: Any, limits: Limits, last:
     """Warms a model up and captures its steps; returns what is slower than it could be, in words."""
     from asyncengine.model.graphs import capture_steps
 
-    _warm_up(model, limits)
+    _warm_up(model, limits, 2 if details.device.type == "cpu" else 64)
     graphs, slower = capture_steps(model, backend.name, limits.max_num_sequence, details.device, last)
     if graphs is not None:
         model.use_graphs(graphs)
@@ -347,6 +370,7 @@ def _compile(config: EngineConfig, details: _Details, model: Any, layers: Any, b
         NotRecognised: The model is not one that the compiled step can run. It keeps its weights.
     """
     from asyncengine.model.attention.cpu import CpuAttention
+    from asyncengine.model.attention.kernel import kind_of
     from asyncengine.model.decoder.blueprint import NotRecognised, recognise
     from asyncengine.model.decoder.program import CompiledDecoder
 
@@ -357,7 +381,8 @@ def _compile(config: EngineConfig, details: _Details, model: Any, layers: Any, b
             return None
         raise NotRecognised(f"it needs the compiled attention of the CPU, not {backend.name!r} on {details.device}")
     blueprint = recognise(model, layers, details.max_length)
-    return CompiledDecoder(blueprint, backend.library, details.dtype, config.quantization == "int8")
+    int8 = config.quantization == "int8"
+    return CompiledDecoder(blueprint, backend.library(kind_of(details.dtype, int8)), details.dtype, int8)
 
 
 def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.dtype) -> int:
@@ -365,12 +390,13 @@ def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.d
     return sum(int(backend.bytes_per_block(layer.spec, limits.page_size, dtype)) for layer in layers)
 
 
-def _select(config: EngineConfig, device: torch.device) -> Any:
+def _select(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    from asyncengine.model.attention.kernel import kind_of
     from asyncengine.model.attention.protocol import BackendUnavailableError
     from asyncengine.model.attention.select import select
 
     try:
-        return select(config.attention_backend, device)
+        return select(config.attention_backend, device, kind_of(dtype, config.quantization == "int8"))
     except BackendUnavailableError as error:
         raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
 
@@ -480,10 +506,13 @@ def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.
     return peak + 4 * sequences * int(vocab) * 4
 
 
-def _warm_up(model: Any, limits: Limits) -> None:
-    """Runs a small prefill and a decode, so that whatever is built on first use is built before the model serves."""
+def _warm_up(model: Any, limits: Limits, prompt: int) -> None:
+    """Runs a prefill and a decode, so that whatever is built on first use is built before the model serves.
+
+    For that a device wants some tokens; on the CPU nothing depends on how many there are.
+    """
     most = min(limits.prefill_chunk_size, limits.max_single_sequence_length, limits.num_blocks * limits.page_size)
-    for count in {min(64, most), 1}:
+    for count in {min(prompt, most), 1}:
         positions = np.arange(count, dtype=np.int32)
         model.execute(
             StepBatch(
@@ -515,23 +544,28 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _check_on_meta(architecture: Any, hf_config: Any) -> None:
-    """Watches the model run without weights, as far as it does, unless one of the same configuration was watched."""
+def _check_on_meta(architecture: Any, hf_config: Any) -> dict[str, Any] | None:
+    """Watches the model run without weights, unless one of the same configuration was watched.
+
+    Returns:
+        Its attention layers by name; None if it does not run without weights.
+    """
     from transformers import AutoModelForCausalLM
 
     configuration = f"{type(hf_config).__qualname__} {hf_config.to_json_string(use_diff=False)}"
-    if configuration in _WATCHED:
-        return
+    if (known := _WATCHED.get(configuration)) is not None:
+        return known
     try:
         with _BUILDING, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
-        architecture.record(model.eval())
+        found = {layer.name: layer.spec for layer in architecture.record(model.eval())}
     except UnsupportedModelError:
         raise
     except Exception:
         # Some models cannot run without weights (their control flow reads them). They are watched once they are loaded.
-        return
-    _WATCHED.add(configuration)
+        return None
+    _WATCHED[configuration] = found
+    return found
 
 
 def _fits(details: _Details, current: LoadedModel | None) -> bool:

@@ -6,6 +6,7 @@ elsewhere) shows here as wrong logits, and the model is refused instead of serve
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -16,14 +17,14 @@ from asyncengine.errors import UnsupportedModelError
 from asyncengine.model.architecture import RecordedLayer, text_config
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.decoder.program import CompiledDecoder
+from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.scheduler import Limits
 
 _PAGE = 4
 _TOKENS = 12
 _CUTS = (0, 6, 10, 11, 12)
-"""Two sequences of 12 tokens are computed in these pieces: prefills of 6 and 4 tokens, then single decodes. In bfloat16
-on a processor without such instructions, where a model of 0.6 B takes 70 ms a token, this is most of the load."""
+"""Two sequences of 12 tokens are computed in these pieces: prefills of 6 and 4 tokens, then single decodes."""
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Relative error of the median row. The median, because in low precision a router may send single tokens elsewhere."""
@@ -118,8 +119,9 @@ def _plain(model: Any, ids: Any, device: torch.device) -> torch.Tensor:
     """Logits by transformers alone; (2, tokens, vocabulary)."""
     ours = model.config._attn_implementation
     model.set_attn_implementation("eager")
+    faster = WidenedLinears() if is_faster(device) else contextlib.nullcontext()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), faster:
             logits: torch.Tensor = model(
                 input_ids=torch.from_numpy(ids.astype(np.int64)).to(device), use_cache=False
             ).logits.float()

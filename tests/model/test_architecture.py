@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from asyncengine.config import EngineConfig
 from asyncengine.errors import UnsupportedModelError
+from asyncengine.model import architecture
 from asyncengine.model.loader import TransformersLoader
 from tests.model.checkpoints import COMMON, write
 
@@ -98,3 +99,35 @@ def test_refuses_a_model_whose_paged_logits_are_wrong(tmp_path: Path, monkeypatc
     monkeypatch.setattr(TorchAttention, "attend", wrong)
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM does not compute over a paged KV cache"):
         loader.load(loader.check(config, None))
+
+
+def model(path: Path, device: str) -> Any:
+    config = transformers.AutoConfig.from_pretrained(path)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=architecture.ATTENTION).eval()
+
+
+def test_what_was_watched_without_weights_is_not_watched_again(tmp_path: Path) -> None:
+    path = write(tmp_path, "gemma3_text")
+    watched = {layer.name: layer.spec for layer in architecture.record(model(path, "meta"))}
+    real = model(path, "cpu")
+    wanted = architecture.record(real)
+    real.forward = None  # it is not run
+    assert architecture.layers_of(real, watched) == wanted
+
+
+@pytest.mark.parametrize("watched", [None, {}, "of another model"])
+def test_what_was_not_watched_is_watched_with_weights(watched: Any, tmp_path: Path) -> None:
+    real = model(write(tmp_path, "llama"), "cpu")
+    wanted = architecture.record(real)
+    if watched:
+        watched = {f"other.{layer.name}": layer.spec for layer in wanted}
+    assert architecture.layers_of(real, watched) == wanted
+
+
+def test_sinks_are_those_of_the_weights(tmp_path: Path) -> None:
+    path = write(tmp_path, "gpt_oss")
+    watched = {layer.name: layer.spec for layer in architecture.record(model(path, "cpu"))}
+    real = model(path, "cpu")
+    for layer in architecture.layers_of(real, watched):
+        assert layer.sinks is layer.module.sinks

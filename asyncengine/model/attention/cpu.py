@@ -9,12 +9,13 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from asyncengine.model.attention import kernel
+from asyncengine.model.attention.kernel import Kind
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
 from asyncengine.step.batch import Int32, Int64, StepBatch
 
@@ -89,30 +90,44 @@ class CpuPlan:
 class CpuAttention:
     """The `AttentionBackend` for the CPU. The same token gets the same bits whatever else is in the batch.
 
-    Attributes:
-        library: The compiled code.
+    Args:
+        kind: Whose library is built, where the user's cache has none that fits, and loaded at once; that for another
+            dtype, when its first cache is allocated.
+        progress: Called with a sentence before something slow happens.
+        target: As `kernel.build` has it.
+
+    Raises:
+        BackendUnavailableError: A library cannot be built or loaded here; the message says why.
     """
 
     name = "cpu"
 
-    def __init__(self, library: Path | None = None) -> None:
-        """Loads the kernel, and builds it first where `build` was not called before.
-
-        Args:
-            library: What `build` returned.
-
-        Raises:
-            BackendUnavailableError: The kernel cannot be built or loaded here; the message says why.
-        """
-        self.library = loaded = kernel.load(library or kernel.build())
-        self._attend = loaded.paged_attention
-        self._advise = loaded.paged_attention_advise
+    def __init__(
+        self,
+        kind: Kind = "float32",
+        progress: Callable[[str], None] | None = None,
+        target: Sequence[str] | None = None,
+    ) -> None:
+        self._target = target
+        self._libraries = {kind: kernel.load(kernel.build(kind, progress, target))}
+        self._attends: dict[torch.dtype, Any] = {}
         self._call = _Struct(_CALL)
 
-    @staticmethod
-    def build(progress: Callable[[str], None] | None = None) -> Path:
-        """Compiles the kernel if the user's cache has none that fits; see `kernel.build`."""
-        return kernel.build(progress)
+    def library(self, kind: Kind) -> ctypes.CDLL:
+        """The compiled code for a kind of numbers.
+
+        Raises:
+            BackendUnavailableError: It cannot be built or loaded.
+        """
+        if kind not in self._libraries:
+            self._libraries[kind] = kernel.load(kernel.build(kind, target=self._target))
+        return self._libraries[kind]
+
+    def _for(self, dtype: torch.dtype) -> ctypes.CDLL:
+        """A library that attends in a dtype; that for weights in int8 does so in bfloat16."""
+        if dtype is torch.bfloat16 and "int8" in self._libraries:
+            return self._libraries["int8"]
+        return self.library(kernel.DTYPES[dtype])
 
     def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:
         """As the protocol says."""
@@ -150,7 +165,7 @@ class CpuAttention:
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         elements = int(np.prod(shape))
         memory = torch.empty(elements + _SLACK, dtype=dtype)
-        self._advise(memory.data_ptr(), memory.nbytes)
+        self._for(dtype).paged_attention_advise(memory.data_ptr(), memory.nbytes)
         return memory[:elements].view(shape)
 
     def plan(self, batch: StepBatch, page_size: int, device: torch.device) -> CpuPlan:
@@ -216,7 +231,10 @@ class CpuAttention:
             output.data_ptr(),
         )
         layer = cache.layers.get(spec) or cache.layer(spec)
-        if self._attend(layer.address, plan.address, self._call.address):
+        attend = self._attends.get(dtype)
+        if attend is None:
+            attend = self._attends[dtype] = self._for(dtype).paged_attention
+        if attend(layer.address, plan.address, self._call.address):
             raise MemoryError("no memory for the attention kernel's scratch space")
         return output if wanted is dtype else output.to(wanted)
 

@@ -1,10 +1,14 @@
-"""The compiled code for the CPU, attention and a decoder's whole step: built by the system's compiler on first use."""
+"""The compiled code for the CPU, attention and a decoder's whole step: built by the system's compiler on first use.
+
+There is a library for each kind of numbers, and only what a model needs is compiled: each kind takes seconds.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -28,16 +32,34 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     ),
     "decoder_step": (ctypes.c_int, (_POINTER, _POINTER)),
 }
+Kind = Literal["float32", "bfloat16", "float16", "int8"]
+"""What a library computes with. The last is bfloat16 with weights in int8."""
+_KINDS: dict[Kind, int] = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}  # as in paged_attention.cpp
+DTYPES: dict[torch.dtype, Kind] = {
+    torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
+}  # fmt: skip
+"""The kind for each dtype that can be stored."""
+
 # Not every compiler knows the first for every processor.
 _TARGETS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
 
 
-def build(progress: Callable[[str], None] | None = None, target: Sequence[str] | None = None) -> Path:
-    """Returns the path of the compiled kernel, compiling it in a subprocess if the cache has none that fits.
+def kind_of(dtype: torch.dtype, int8: bool = False) -> Kind:
+    """What a model of a dtype computes with; int8 says whether its weights are stored so."""
+    return "int8" if int8 else DTYPES.get(dtype, "float32")
+
+
+def build(
+    kind: Kind = "float32",
+    progress: Callable[[str], None] | None = None,
+    target: Sequence[str] | None = None,
+) -> Path:
+    """Returns the path of the library for a kind, compiling it in a subprocess if the cache has none that fits.
 
     Safe to call from several threads and processes at once. Waiting for the compiler does not hold the GIL.
 
     Args:
+        kind: What it computes with.
         progress: Called with a sentence before something slow happens.
         target: The compiler's flags for the processor; None is this machine's own.
 
@@ -47,9 +69,9 @@ def build(progress: Callable[[str], None] | None = None, target: Sequence[str] |
     openmp = _find_openmp()
     recipe = Recipe(
         what="the cpu attention back end",
-        name="kernels",
+        name=f"{kind}-kernels",
         sources=(SOURCE, _INCLUDED),
-        before=_FLAGS,
+        before=(*_FLAGS, f"-DONE_KIND={_KINDS[kind]}"),
         targets=_TARGETS if target is None else (tuple(target),),
         after=(str(openmp), f"-Wl,-rpath,{openmp.parent}") if openmp else ("-DPAGED_ATTENTION_SERIAL",),
     )

@@ -9,6 +9,7 @@ import torch
 
 from asyncengine.config import AttentionBackend as BackendName
 from asyncengine.model.attention.cpu import CpuAttention
+from asyncengine.model.attention.kernel import Kind
 from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavailableError
 from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.attention.triton import TritonAttention
@@ -29,12 +30,18 @@ class Selection:
     fallback_reason: str | None = None
 
 
-def select(name: BackendName, device: torch.device, progress: Callable[[str], None] | None = None) -> Selection:
+def select(
+    name: BackendName,
+    device: torch.device,
+    kind: Kind = "float32",
+    progress: Callable[[str], None] | None = None,
+) -> Selection:
     """Chooses the back end for a device; may compile one, for some seconds.
 
     Args:
         name: "auto" takes the fastest that works here.
         device: What the model runs on.
+        kind: What it computes with.
         progress: Called with a sentence before something slow happens.
 
     Raises:
@@ -46,14 +53,14 @@ def select(name: BackendName, device: torch.device, progress: Callable[[str], No
         case "cpu":
             if device.type != "cpu":
                 raise BackendUnavailableError(f"the cpu attention back end cannot run on {device}")
-            return Selection(CpuAttention(CpuAttention.build(progress)))
+            return Selection(CpuAttention(kind, progress))
         case "triton":
             if device.type != "cuda":
                 raise BackendUnavailableError(f"the triton attention back end needs a CUDA device, not {device}")
             return Selection(TritonAttention())
         case "auto" if device.type in _FASTEST:
             try:
-                return select(_FASTEST[device.type], device, progress)
+                return select(_FASTEST[device.type], device, kind, progress)
             except BackendUnavailableError as error:
                 return Selection(TorchAttention(), fallback_reason=str(error))
         case "auto":

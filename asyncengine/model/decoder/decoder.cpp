@@ -763,13 +763,6 @@ int run_decoder(const Decoder &decoder, const DecoderStep &step) {
   return 0;
 }
 
-template <class T>
-int run_decoder(const Decoder &decoder, const DecoderStep &step) {
-  if constexpr (std::is_same<T, BFloat16>::value)
-    if (decoder.int8) return run_decoder<T, Int8>(decoder, step);
-  return run_decoder<T, T>(decoder, step);
-}
-
 // -- packing
 
 struct Packing {
@@ -833,11 +826,19 @@ extern "C" void decoder_pack(int64_t dtype, const void *from, int64_t outputs, i
                              void *to, int64_t first_group, int64_t group_step, float *scales, int64_t threads) {
   const Packing packing = {from, outputs, inputs, row_stride, to, first_group, group_step, scales, threads};
   switch (dtype) {
+#if HAS_KIND(0)
     case 0:
       return pack<Float32, Float32>(packing);
-#if !defined(FLOAT32_ALONE)
+#endif
     case 1:
-      return scales ? pack<BFloat16, Int8>(packing) : pack<BFloat16, BFloat16>(packing);
+#if HAS_KIND(3)
+      if (scales) return pack<BFloat16, Int8>(packing);
+#endif
+#if HAS_KIND(1)
+      if (!scales) return pack<BFloat16, BFloat16>(packing);
+#endif
+      break;
+#if HAS_KIND(2)
     case 2:
       return pack<Float16, Float16>(packing);
 #endif
@@ -847,13 +848,21 @@ extern "C" void decoder_pack(int64_t dtype, const void *from, int64_t outputs, i
 // Returns 0, or 1 when there is no memory for the step, which the calling thread keeps for its next one.
 extern "C" int decoder_step(const Decoder *decoder, const DecoderStep *step) {
   switch (decoder->dtype) {
+#if HAS_KIND(0)
     case 0:
-      return run_decoder<Float32>(*decoder, *step);
-#if !defined(FLOAT32_ALONE)
+      return run_decoder<Float32, Float32>(*decoder, *step);
+#endif
     case 1:
-      return run_decoder<BFloat16>(*decoder, *step);
+#if HAS_KIND(3)
+      if (decoder->int8) return run_decoder<BFloat16, Int8>(*decoder, *step);
+#endif
+#if HAS_KIND(1)
+      if (!decoder->int8) return run_decoder<BFloat16, BFloat16>(*decoder, *step);
+#endif
+      break;
+#if HAS_KIND(2)
     case 2:
-      return run_decoder<Float16>(*decoder, *step);
+      return run_decoder<Float16, Float16>(*decoder, *step);
 #endif
   }
   return 1;

@@ -64,11 +64,11 @@ def works(library: Path) -> bool:
 @pytest.mark.usefixtures("cache", "stub")
 def test_second_build_runs_no_compiler(compilations: Path) -> None:
     said: list[str] = []
-    first = kernel.build(said.append)
+    first = kernel.build(progress=said.append)
     assert works(first)
     assert runs(compilations) == 1
     assert len(said) == 1
-    assert kernel.build(said.append) == first
+    assert kernel.build(progress=said.append) == first
     assert runs(compilations) == 1
     assert len(said) == 1
 
@@ -87,6 +87,35 @@ def test_changed_source_is_compiled_again(compilations: Path, stub: Path) -> Non
 def test_other_target_is_compiled_again(compilations: Path) -> None:
     assert kernel.build() != kernel.build(target=())
     assert runs(compilations) == 2
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache", "stub")
+def test_each_kind_is_compiled_apart(compilations: Path) -> None:
+    assert len({kernel.build(kind) for kind in ("float32", "bfloat16", "float16", "int8")}) == 4
+    assert kernel.build("int8") == kernel.build("int8")
+    assert runs(compilations) == 4
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache", "stub")
+def test_a_library_is_built_when_a_cache_wants_it(compilations: Path) -> None:
+    backend, cpu = CpuAttention("int8"), torch.device("cpu")
+    backend.allocate(layer(), 1, 16, torch.bfloat16, cpu)
+    assert runs(compilations) == 1
+    backend.allocate(layer(), 1, 16, torch.float16, cpu)
+    backend.allocate(layer(), 1, 16, torch.float16, cpu)
+    assert runs(compilations) == 2
+
+
+@needs_compiler
+def test_weights_in_int8_attend_in_bfloat16() -> None:
+    backend, spec = CpuAttention("int8"), layer(heads=2, kv_heads=1)
+    row = random_row(spec, 20, 3, torch.bfloat16, 0)
+    (output,) = run_paged(backend, spec, [row], 16, torch.bfloat16)
+    tolerance = TOLERANCE[torch.bfloat16]
+    torch.testing.assert_close(output.double(), dense(spec, row, None), rtol=tolerance, atol=tolerance)
+    assert list(backend._libraries) == ["int8"]
 
 
 @needs_compiler
@@ -152,7 +181,7 @@ def test_build_that_loses_the_race_takes_the_winners(monkeypatch: pytest.MonkeyP
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", late)
-    assert kernel.build() == winner[0] / "kernels.so"
+    assert kernel.build() == winner[0] / "float32-kernels.so"
 
 
 @needs_compiler
@@ -195,7 +224,7 @@ def test_library_that_cannot_be_loaded(tmp_path: Path) -> None:
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"nothing")
     with pytest.raises(BackendUnavailableError, match=r"broken\.so"):
-        CpuAttention(broken)
+        kernel.load(broken)
 
 
 def _runs_here(target: str) -> bool:
@@ -212,7 +241,7 @@ def test_older_processors(target: str) -> None:
     """The code for processors without bfloat16 products, without AVX-512, and without half-precision conversions."""
     if not _runs_here(target):
         pytest.skip("not this processor, or what is compiled for it anyway")
-    backend = CpuAttention(kernel.build(target=[target]))
+    backend = CpuAttention(target=[target])
     spec = layer(heads=4, kv_heads=2, key_dim=23, value_dim=40, soft_cap=8.0, sliding_window=90)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rows = [random_row(spec, context, new, dtype, new) for context, new in [(70, 1), (200, 33), (0, 2)]]
@@ -230,7 +259,7 @@ def test_older_processors(target: str) -> None:
 def test_half_precision_extremes_on_older_processors(target: str) -> None:
     if not _runs_here(target):
         pytest.skip("not this processor")
-    backend, spec = CpuAttention(kernel.build(target=[target])), layer(heads=1, kv_heads=1, key_dim=8, value_dim=16)
+    backend, spec = CpuAttention(target=[target]), layer(heads=1, kv_heads=1, key_dim=8, value_dim=16)
     row = random_row(spec, 0, 1, torch.float16, 0)
     row.values[0, 0] = torch.tensor([0.0, 6e-8, -6e-5, 65504, -65504, torch.inf, -torch.inf, 1e-7] * 2)
     (output,) = run_paged(backend, spec, [row], 16, torch.float16)

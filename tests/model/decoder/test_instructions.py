@@ -29,7 +29,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("driver") / "driver"
     flags = [flag for flag in kernel._FLAGS if flag not in ("-shared", "-fPIC")]
     source = Path(__file__).with_name("instruction_driver.cpp")
-    command = [*kernel.find_compiler(), *flags, "-march=x86-64-v3", "-DPAGED_ATTENTION_SERIAL", "-DFLOAT32_ALONE"]
+    command = [*kernel.find_compiler(), *flags, "-march=x86-64-v3", "-DPAGED_ATTENTION_SERIAL", "-DONE_KIND=0"]
     subprocess.run([*command, str(source), "-o", str(program)], check=True)
     return program
 

@@ -225,7 +225,7 @@ def test_new_weights_that_fail_leave_the_old_ones(checkpoint: Checkpoint, monkey
 def test_older_processors(target: str, checkpoint: Checkpoint) -> None:
     """The portable path: no dot products of bfloat16, no wide vectors."""
     path = checkpoint("qwen3")
-    backend = CpuAttention(kernel.build(target=[target]))
+    backend = CpuAttention(target=[target])
     from asyncengine.model import architecture
     from asyncengine.model.attention.protocol import LayerSpec
 
@@ -234,7 +234,7 @@ def test_older_processors(target: str, checkpoint: Checkpoint) -> None:
             path, dtype=dtype, attn_implementation=architecture.ATTENTION
         ).eval()
         layers = architecture.record(model)
-        program = CompiledDecoder(recognise(model, layers, 64), backend.library, dtype)
+        program = CompiledDecoder(recognise(model, layers, 64), backend.library(kernel.DTYPES[dtype]), dtype)
         specs: list[LayerSpec] = [layer.spec for layer in layers]
         caches = [backend.allocate(spec, 64, PAGE, dtype, torch.device("cpu")) for spec in specs]
         program.bind(caches)
