@@ -848,7 +848,6 @@ class TestAccounts:
         case.run()
         assert case.text(number) == "xyz"
 
-
     def test_that_are_wrong_are_logged_since_nobody_else_is_told(self, caplog: pytest.LogCaptureFixture) -> None:
         case = loaded()
         case.add("abc")
