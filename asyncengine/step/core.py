@@ -7,9 +7,11 @@ is kept, while sequences that run already go on.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from asyncengine import instructions as ins
@@ -33,6 +35,8 @@ from asyncengine.step.requests import RequestTable
 from asyncengine.step.scheduler import Scheduler
 from asyncengine.step.stepping import Stepping
 from asyncengine.trace import Trace
+
+logger = logging.getLogger("asyncengine")
 
 StartJob = Callable[[int, Callable[[], Any]], None]
 """Runs a function elsewhere; its outcome must come back to `Core.handle` as `JobDone` with the same number."""
@@ -344,11 +348,16 @@ class Core:
         self._look_at_drains()
 
     def _settle(self, scheduler: Scheduler) -> None:
-        """Looks at the accounts once nothing is left to do; where they are wrong, they begin anew."""
+        """Looks at the accounts once nothing is left to do; where they are wrong, they begin anew.
+
+        Logged, since there is no request left whose reader could be told.
+        """
         try:
             scheduler.check_idle()
         except AssertionError as error:
             self.fail_all(error)
+            with suppress(Exception):  # a handler of the program's own may raise, and must not end the thread
+                logger.error("the accounts of the KV cache were wrong and begin anew: %s", error, exc_info=error)
 
     def take_aborts(self, instructions: list[Instruction]) -> None:
         """Executes the aborts among new instructions ahead of the others."""

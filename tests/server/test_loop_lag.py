@@ -16,7 +16,6 @@ async def test_the_lag_is_sampled_while_there_are_requests_and_for_a_minute_afte
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert loop_lag.PATIENCE == 60
-    monkeypatch.setattr(loop_lag, "PATIENCE", 0.03)
     monkeypatch.setattr(loop_lag, "PERIOD", 0.01)
     async with echo_engine() as engine:
         app = create_app(engine)
@@ -24,16 +23,18 @@ async def test_the_lag_is_sampled_while_there_are_requests_and_for_a_minute_afte
         await engine.generate("hello")
         assert not lag.sampling and not lag.seconds.count
         async with client_of(app) as client:
-            await client.get("/health")
-            assert lag.sampling
-            await until(lambda: not lag.sampling)
-            taken = lag.seconds.count
-            assert taken > 1
-            await asyncio.sleep(0.03)
-            assert lag.seconds.count == taken
-            await client.get("/health")
-            await until(lambda: lag.seconds.count > taken)
-            await until(lambda: not lag.sampling)
+            for _ in range(2):
+                taken = lag.seconds.count
+                monkeypatch.setattr(loop_lag, "PATIENCE", 60)
+                await client.get("/health")
+                assert lag.sampling
+                await until(lambda taken=taken: lag.seconds.count > taken + 1)
+                monkeypatch.setattr(loop_lag, "PATIENCE", 0)
+                await client.get("/health")
+                await until(lambda: not lag.sampling)
+                taken = lag.seconds.count
+                await asyncio.sleep(0.03)
+                assert lag.seconds.count == taken
 
 
 def test_a_second_event_loop_samples_its_own(loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:

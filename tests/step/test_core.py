@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -843,6 +844,44 @@ class TestAccounts:
         case.core.step()
         assert case.core.metrics().counters.failed_steps == 1
         case.check()
+        number = case.add("xyz")
+        case.run()
+        assert case.text(number) == "xyz"
+
+    def test_that_are_wrong_are_logged_since_nobody_else_is_told(self, caplog: pytest.LogCaptureFixture) -> None:
+        case = loaded()
+        case.add("abc")
+        case.run()
+        assert not caplog.records and case.core.scheduler is not None
+        case.core.scheduler.pool.allocate(2)
+        case.core.step()
+        case.core.step()
+        (record,) = caplog.records
+        assert (record.name, record.levelname) == ("asyncengine", "ERROR")
+        assert record.exc_info is not None and record.exc_info[0] is AssertionError
+        assert record.getMessage().startswith("the accounts of the KV cache were wrong and begin anew: ")
+        assert not logging.getLogger("asyncengine").handlers
+
+    def test_go_on_where_the_programs_own_log_handler_raises(self) -> None:
+        class Broken(logging.Handler):
+            emitted = 0
+
+            def emit(self, record: logging.LogRecord) -> None:
+                self.emitted += 1
+                raise OSError("the disk is full")
+
+        case = loaded()
+        case.add("abc")
+        case.run()
+        assert case.core.scheduler is not None
+        case.core.scheduler.pool.allocate(2)
+        logger, broken = logging.getLogger("asyncengine"), Broken()
+        logger.addHandler(broken)
+        try:
+            case.core.step()
+        finally:
+            logger.removeHandler(broken)
+        assert broken.emitted == 1
         number = case.add("xyz")
         case.run()
         assert case.text(number) == "xyz"
