@@ -182,19 +182,40 @@ class StepGraphs:
         if self._recorder is None:
             return False
         try:
-            step = step or _nothing(size)
-            with torch.inference_mode():
-                plan = self._model.begin(step)
-                self._send(step)
-                replay, output = self._recorder.record(lambda: self._forward(size))
+            self._graphs[size] = self._recorded(self._recorder, size, step or _nothing(size))
         except Exception as error:
             self._graphs.clear()
             self._recorder = None
             text = str(error).strip() or type(error).__name__
             self.notes.append(f"graphs: the model cannot be captured, it runs without: {text.splitlines()[0]}")
             return False
-        self._graphs[size] = _Captured(_key(plan), replay, output)
         return True
+
+    def _recorded(self, recorder: Recorder, size: int, step: StepBatch) -> _Captured:
+        with torch.inference_mode():
+            plan = self._model.begin(step)
+            self._send(step)
+            replay, output = recorder.record(lambda: self._forward(size))
+        return _Captured(_key(plan), replay, output)
+
+    def contest(self, size: int, seconds: Callable[[Callable[[], None]], float], ratio: float) -> tuple[float, float]:
+        """Captures a bucket again, of a model that has come to run it in another way, and keeps one of the two graphs.
+
+        Args:
+            size: A bucket that has a graph.
+            seconds: Measures how long a replay takes.
+            ratio: The new one is kept if it takes less than this share of the old one's time.
+
+        Returns:
+            Seconds of the old one and of the new one. If the latter cannot be captured, the error is raised and the
+            old one stays.
+        """
+        assert self._recorder is not None
+        old, new = self._graphs[size], self._recorded(self._recorder, size, _nothing(size))
+        before, after = seconds(old.replay), seconds(new.replay)
+        if after < ratio * before:
+            self._graphs[size] = new
+        return before, after
 
     @property
     def sample_slots(self) -> torch.Tensor:

@@ -15,11 +15,9 @@ from torch.nn import functional
 
 from asyncengine.model import architecture
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
-from asyncengine.model.fused.product import Product, TileRule, load_kernels
-from asyncengine.model.fused.tiles import MOST_TOKENS, tile_for
-
-_HEADS_EACH = 4
-"""Heads that one program norms and rotates."""
+from asyncengine.model.fused import tiles
+from asyncengine.model.fused.product import Product, load_kernels
+from asyncengine.model.fused.tiles import MOST_TOKENS
 
 
 class FusedDecoder:
@@ -30,14 +28,12 @@ class FusedDecoder:
 
     Args:
         blueprint: The model's parts, which keep their weights.
-        tiles: How products are cut.
-        heads_each: Heads that one program norms and rotates; a power of two.
 
     Raises:
         NotRecognised: The kernels cannot run the model.
     """
 
-    def __init__(self, blueprint: Blueprint, tiles: TileRule = tile_for, heads_each: int = _HEADS_EACH) -> None:
+    def __init__(self, blueprint: Blueprint) -> None:
         self.sizes: frozenset[int] = frozenset(range(1, MOST_TOKENS + 1))
         self._embedding = blueprint.embedding
         self._positions = blueprint.positions
@@ -45,14 +41,13 @@ class FusedDecoder:
         self._embedding_scale = blueprint.embedding_scale
         # Layers that rotate alike share one list, so that each table is moved once.
         self._tables = {id(table[0]): list(table) for parts in blueprint.layers if (table := parts.rotation)}
-        self._layers = [_Layer(blueprint, parts, self._tables, tiles, heads_each) for parts in blueprint.layers]
+        self._layers = [_Layer(blueprint, parts, self._tables) for parts in blueprint.layers]
         self._head = Product(
             [Projection(blueprint.head)],
             blueprint.norm,
             factor=blueprint.logit_scale,
             cap=blueprint.logit_cap,
             dtype=torch.float32,
-            tiles=tiles,
         )
 
     def serves(self, tokens: int, samples: int) -> bool:
@@ -91,21 +86,17 @@ class _Layer:
         blueprint: Blueprint,
         parts: LayerParts,
         tables: dict[int, list[torch.Tensor]],
-        tiles: TileRule,
-        heads_each: int,
     ) -> None:
         after = blueprint.residual_scale
         mlp_norm = parts.before_mlp or (parts.before_attention if parts.parallel else None)
-        self._qkv = Product(parts.qkv, parts.before_attention, tiles=tiles)
+        self._qkv = Product(parts.qkv, parts.before_attention)
         table = None if parts.rotation is None else tables[id(parts.rotation[0])]
-        self._positioned = _Positioned(blueprint, parts, table, heads_each)
+        self._positioned = _Positioned(blueprint, parts, table)
         self._module = parts.recorded.module
-        self._output = _Branch(parts.output, parts.after_attention, after, tiles)
+        self._output = _Branch(parts.output, parts.after_attention, after)
         self._parallel = parts.parallel
-        self._gate_up = Product(
-            parts.gate_up, mlp_norm, gated=len(parts.gate_up) > 1, activation=blueprint.activation, tiles=tiles
-        )
-        self._down = _Branch(parts.down, parts.after_mlp, after, tiles)
+        self._gate_up = Product(parts.gate_up, mlp_norm, gated=len(parts.gate_up) > 1, activation=blueprint.activation)
+        self._down = _Branch(parts.down, parts.after_mlp, after)
 
     def run(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """(tokens, hidden) of the same, at (tokens,) int64 positions."""
@@ -119,11 +110,11 @@ class _Layer:
 class _Branch:
     """What comes back to the residual: by a product alone, or through a norm."""
 
-    def __init__(self, part: Projection, norm: NormPart | None, factor: float, tiles: TileRule) -> None:
+    def __init__(self, part: Projection, norm: NormPart | None, factor: float) -> None:
         self._kernels = load_kernels()
         self._norm = norm
         self._factor = factor
-        self._product = Product([part], factor=1.0 if norm is not None else factor, tiles=tiles)
+        self._product = Product([part], factor=1.0 if norm is not None else factor)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         norm = self._norm
@@ -141,20 +132,16 @@ class _Branch:
 class _Positioned:
     """Queries, keys and values of a layer, the first two normed and rotated where the model does so."""
 
-    def __init__(
-        self, blueprint: Blueprint, parts: LayerParts, table: list[torch.Tensor] | None, heads_each: int
-    ) -> None:
+    def __init__(self, blueprint: Blueprint, parts: LayerParts, table: list[torch.Tensor] | None) -> None:
         self._table = table
         self._kernels = load_kernels()
         self._spec = parts.recorded.spec
         self._query_norm, self._key_norm = norms = parts.query_norm, parts.key_norm
         self._scale = parts.query_scale
         self._plain = norms == (None, None) and parts.rotation is None and parts.query_scale == 1.0
-        self._constants = rotate_constants(self._spec, blueprint, parts, heads_each)
+        self._constants = rotate_constants(self._spec, blueprint, parts)
 
-    def __call__(
-        self, qkv: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __call__(self, qkv: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(tokens, heads, dim) each."""
         spec, tokens = self._spec, qkv.shape[0]
         heads, turned = spec.num_heads, spec.num_heads + spec.num_kv_heads
@@ -172,7 +159,7 @@ class _Positioned:
         return both[:, :heads], both[:, heads:], value
 
 
-def rotate_constants(spec: Any, blueprint: Blueprint, parts: LayerParts, heads_each: int) -> dict[str, Any]:
+def rotate_constants(spec: Any, blueprint: Blueprint, parts: LayerParts) -> dict[str, Any]:
     """What the kernel `rotate` is compiled for.
 
     Raises:
@@ -201,7 +188,7 @@ def rotate_constants(spec: Any, blueprint: Blueprint, parts: LayerParts, heads_e
         "KEY_PAD": _power(spec.num_kv_heads * spec.key_dim),
         "ROTARY": 0 if parts.rotation is None else blueprint.rotary,
         "PAIRS": blueprint.pairs,
-        "HEADS_EACH": heads_each,
+        "HEADS_EACH": tiles.HEADS_EACH,
     }
 
 

@@ -85,7 +85,7 @@ def _normed(numbers, norm, norm_bias, at, there, mean, scale, offset, NORM: tl.c
 def _one_token(
     x, norm, norm_bias, first, second, output, outputs, mean, scale, offset, epsilon,
     INPUTS: tl.constexpr, OUTPUTS_EACH: tl.constexpr, INPUTS_AT_ONCE: tl.constexpr,
-    NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, GATED: tl.constexpr,
+    NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of one token for the rows `output` of one matrix, or of two if GATED; (OUTPUTS_EACH, 1) both."""
     step = tl.arange(0, INPUTS_AT_ONCE)
@@ -93,7 +93,7 @@ def _one_token(
     sums = tl.zeros((OUTPUTS_EACH, INPUTS_AT_ONCE), tl.float32)
     second_sums = tl.zeros((OUTPUTS_EACH, INPUTS_AT_ONCE), tl.float32)
     squares = tl.zeros((INPUTS_AT_ONCE,), tl.float32)
-    for start in range(0, INPUTS, INPUTS_AT_ONCE):
+    for start in tl.range(0, INPUTS, INPUTS_AT_ONCE, num_stages=STAGES):
         at = start + step
         there = at < INPUTS
         mask = there[None, :] & (output < outputs)[:, None]
@@ -171,18 +171,11 @@ def project(
     TOKENS: tl.constexpr, OUTPUTS_EACH: tl.constexpr, INPUTS_AT_ONCE: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """result = cap(residual + factor * activation(norm(x) @ weights.T + biases)).
+    """Computes cap(residual + factor * activation(norm(x) @ weights.T + biases)) of (tokens, INPUTS).
 
-    Args:
-        x: (tokens, INPUTS)
-        norm: (INPUTS,), and `norm_bias`.
-        first: (FIRST, INPUTS). If GATED, the gate; `second` is the up projection, and there is no third.
-        second: (SECOND, INPUTS), or (FIRST, INPUTS) if GATED; not there if SECOND is 0.
-        third: Likewise.
-        residual: As the result.
-        result: (tokens, outputs of all matrices), or (tokens, FIRST) if GATED.
-        offset: Added to `norm`.
-        epsilon: Added to the mean square.
+    The matrices are (FIRST, INPUTS), (SECOND, INPUTS) and (THIRD, INPUTS); those of size 0 are not there. If GATED, they
+    are the gate and the up projection, of the same size. The result is (tokens, outputs of all matrices), or (tokens,
+    FIRST) if GATED; the residual is like it. `offset` is added to the weights of the norm, `epsilon` to the mean square.
     """
     BLOCKS: tl.constexpr = (FIRST + OUTPUTS_EACH - 1) // OUTPUTS_EACH
     SECOND_BLOCKS: tl.constexpr = 0 if GATED else (SECOND + OUTPUTS_EACH - 1) // OUTPUTS_EACH
@@ -193,14 +186,14 @@ def project(
     bias = first_bias
     before = 0
     outputs = FIRST
-    if SECOND_BLOCKS:
+    if SECOND_BLOCKS:  # noqa: SIM102 - what the compiler knows must stand alone
         if block >= BLOCKS:
             matrix = second
             bias = second_bias
             before = FIRST
             outputs = SECOND
             block -= BLOCKS
-            if THIRD:
+            if THIRD:  # noqa: SIM102
                 if block >= SECOND_BLOCKS:
                     matrix = third
                     bias = third_bias
@@ -216,7 +209,7 @@ def project(
     if TOKENS == 1:
         sums, second_sums = _one_token(
             x, norm, norm_bias, matrix, second, output, outputs, mean, scale, offset, epsilon,
-            INPUTS, OUTPUTS_EACH, INPUTS_AT_ONCE, NORM, HAS_NORM_BIAS, GATED,
+            INPUTS, OUTPUTS_EACH, INPUTS_AT_ONCE, NORM, HAS_NORM_BIAS, GATED, STAGES,
         )  # fmt: skip
     else:
         sums, second_sums = _some_tokens(
@@ -260,14 +253,9 @@ def rotate(
 ):  # fmt: skip
     """Norms and rotates the queries and keys of one token, HEADS_EACH heads a program.
 
-    Args:
-        qkv: (tokens, WIDTH): query heads, key heads, and values, which are not touched.
-        query_norm: (DIM,); (HEADS, DIM) if heads have OWN_WEIGHTS; all heads are normed as one row unless OF_HEADS.
-        key_norm: Likewise, with KV_HEADS.
-        cosines: (positions, ROTARY / 2), and `sines`.
-        positions: (tokens,) int64.
-        result: (tokens, HEADS + KV_HEADS, DIM)
-        query_scale: What queries are multiplied by.
+    `qkv` is (tokens, WIDTH): query heads, key heads, and values, which are not touched. Norms are (DIM,), or (heads,
+    DIM) where heads have OWN_WEIGHTS; unless OF_HEADS, all heads are normed as one row. Cosines and sines are
+    (positions, ROTARY / 2). The result is (tokens, HEADS + KV_HEADS, DIM).
     """
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS_EACH + tl.arange(0, HEADS_EACH))[:, None]
@@ -326,7 +314,7 @@ def add_normed(
     branch, norm, norm_bias, residual, result, offset, epsilon, factor,
     WIDTH: tl.constexpr, PAD: tl.constexpr, CENTRED: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """result = residual + factor * norm(branch), all (tokens, WIDTH); a program has one token."""
+    """Computes residual + factor * norm(branch), all (tokens, WIDTH); a program has one token."""
     at = tl.arange(0, PAD)
     mask = at < WIDTH
     row = tl.program_id(0).to(tl.int64) * WIDTH

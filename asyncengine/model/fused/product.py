@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from asyncengine.model.decoder.parts import NormPart, NotRecognised, Projection
-from asyncengine.model.fused.tiles import MOST_TOKENS, Tile, tile_for
+from asyncengine.model.fused import tiles
+from asyncengine.model.fused.tiles import MOST_TOKENS, Tile
 
 NO_ACTIVATION = -1
-TileRule = Callable[[int, int, int, int, bool], Tile]
-"""As `tile_for`."""
 
 
 def load_kernels() -> Any:
@@ -59,9 +59,9 @@ class Shape:
     cap: bool = False
     activation: int = NO_ACTIVATION
 
-    def tile(self, tokens: int, rule: TileRule = tile_for) -> Tile:
+    def tile(self, tokens: int) -> Tile:
         """How it is cut for so many tokens."""
-        return rule(tokens, self.inputs, sum(self.outputs), self.dtype.itemsize, self.gated)
+        return tiles.tile_for(tokens, self.inputs, sum(self.outputs), self.dtype.itemsize, self.gated)
 
     def blocks(self, tile: Tile) -> int:
         """How many programs that makes."""
@@ -112,7 +112,6 @@ class Product:
         factor: What the result is multiplied by, before the residual is added.
         cap: What it is capped by, at last; 0 is nothing.
         dtype: Of the result; that of the weights, if not given.
-        tiles: How it is cut.
 
     Raises:
         NotRecognised: The weights do not lie as the kernel reads them.
@@ -128,14 +127,12 @@ class Product:
         factor: float = 1.0,
         cap: float = 0.0,
         dtype: torch.dtype | None = None,
-        tiles: TileRule = tile_for,
     ) -> None:
         self._kernels = load_kernels()
         self._parts = tuple(parts)
         self._norm = norm
         self._factor = factor
         self._cap = cap
-        self._tiles = tiles
         weights = [_rows(part) for part in self._parts]
         biases = [part.bias is not None for part in self._parts]
         if len({weight.dtype for weight in weights}) > 1 or any(biases) != all(biases):
@@ -160,8 +157,8 @@ class Product:
         tokens, shape = x.shape[0], self._shape
         result = torch.empty(tokens, self._width, dtype=self._dtype, device=x.device)
         if residual is not None:
-            shape = Shape(**{name: getattr(shape, name) for name in Shape.__slots__} | {"residual": True})
-        tile = shape.tile(tokens, self._tiles)
+            shape = dataclasses.replace(shape, residual=True)
+        tile = shape.tile(tokens)
         weights = [part.weight for part in self._parts]
         biases = [part.bias for part in self._parts]
         absent = [None] * (3 - len(weights))

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 MOST_TOKENS = 8
 """Tokens of the largest step: so wide is the narrow side of a product in matrix units."""
 
+HEADS_EACH = 4
+"""Heads that one program norms and rotates; a power of two."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
