@@ -27,7 +27,7 @@ import triton
 from triton.compiler import ASTSource
 
 from asyncengine.model.fused import kernels, tiles
-from asyncengine.model.fused.product import Shape, launch_options
+from asyncengine.model.fused.product import OPTIONS, Shape, launch_options
 from asyncengine.model.fused.tiles import MOST_TOKENS
 from benchmarks.attention_compile import HOPPER, NAMES, resources
 
@@ -121,11 +121,11 @@ def others(name: str, decoder: Decoder, dtype: torch.dtype) -> Iterator[Case]:
     for kind, normed, of_heads in (("plain", False, False), ("heads", True, True), ("rows", True, False)):
         own = {"HAS_NORM": normed, "OF_HEADS": of_heads, "OWN_WEIGHTS": normed and not of_heads}
         present = pointers | (norms if normed else {})
-        yield Case(f"{name} rotate {kind}", kernels.rotate, present, constants | own, {"num_warps": 4})
+        yield Case(f"{name} rotate {kind}", kernels.rotate, present, constants | own, OPTIONS | {"num_warps": 4})
     width = decoder.hidden
     constants = {"WIDTH": width, "PAD": triton.next_power_of_2(width), "CENTRED": False, "HAS_NORM_BIAS": False}
     pointers = dict.fromkeys(("branch", "norm", "residual", "result"), number)
-    yield Case(f"{name} add_normed", kernels.add_normed, pointers, constants, {"num_warps": 8})
+    yield Case(f"{name} add_normed", kernels.add_normed, pointers, constants, OPTIONS | {"num_warps": 8})
 
 
 def cases(quick: bool) -> Iterator[Case]:

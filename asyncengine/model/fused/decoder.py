@@ -16,7 +16,7 @@ from torch.nn import functional
 from asyncengine.model import architecture
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
 from asyncengine.model.fused import tiles
-from asyncengine.model.fused.product import Product, load_kernels
+from asyncengine.model.fused.product import OPTIONS, Product, load_kernels
 from asyncengine.model.fused.tiles import MOST_TOKENS
 
 
@@ -24,6 +24,7 @@ class FusedDecoder:
     """A model's weights, where they are, and the kernels that read them.
 
     Attributes:
+        most_tokens: Of the largest step that it can run.
         sizes: The token counts for which it runs in the model's place; any others run as transformers has them.
 
     Args:
@@ -32,6 +33,8 @@ class FusedDecoder:
     Raises:
         NotRecognised: The kernels cannot run the model.
     """
+
+    most_tokens = MOST_TOKENS
 
     def __init__(self, blueprint: Blueprint) -> None:
         self.sizes: frozenset[int] = frozenset(range(1, MOST_TOKENS + 1))
@@ -125,6 +128,7 @@ class _Branch:
         self._kernels.add_normed[(residual.shape[0],)](
             branch, norm.weight, norm.bias, residual, result, norm.offset, norm.epsilon, self._factor,
             WIDTH=width, PAD=_power(width), CENTRED=norm.centred, HAS_NORM_BIAS=norm.bias is not None, num_warps=8,
+            **OPTIONS,
         )  # fmt: skip
         return result
 
@@ -154,7 +158,7 @@ class _Positioned:
                 qkv, None if norm is None else norm.weight, None if key_norm is None else key_norm.weight,
                 *(self._table or (None, None)), positions, both,
                 0.0 if norm is None else norm.offset, 0.0 if norm is None else norm.epsilon, self._scale,
-                **self._constants,
+                **self._constants, **OPTIONS,
             )  # fmt: skip
         return both[:, :heads], both[:, heads:], value
 

@@ -173,9 +173,10 @@ def project(
 ):  # fmt: skip
     """Computes cap(residual + factor * activation(norm(x) @ weights.T + biases)) of (tokens, INPUTS).
 
-    The matrices are (FIRST, INPUTS), (SECOND, INPUTS) and (THIRD, INPUTS); those of size 0 are not there. If GATED, they
-    are the gate and the up projection, of the same size. The result is (tokens, outputs of all matrices), or (tokens,
-    FIRST) if GATED; the residual is like it. `offset` is added to the weights of the norm, `epsilon` to the mean square.
+    The matrices are (FIRST, INPUTS), (SECOND, INPUTS) and (THIRD, INPUTS); those of size 0 are not there. If GATED,
+    they are the gate and the up projection, of the same size. The result is (tokens, outputs of all matrices), or
+    (tokens, FIRST) if GATED; the residual is like it. `offset` is added to the weights of the norm, `epsilon` to the
+    mean square.
     """
     BLOCKS: tl.constexpr = (FIRST + OUTPUTS_EACH - 1) // OUTPUTS_EACH
     SECOND_BLOCKS: tl.constexpr = 0 if GATED else (SECOND + OUTPUTS_EACH - 1) // OUTPUTS_EACH

@@ -15,6 +15,8 @@ from asyncengine.model.fused import tiles
 from asyncengine.model.fused.tiles import MOST_TOKENS, Tile
 
 NO_ACTIVATION = -1
+# Triton 3.10 will not fuse multiplications and additions unless it is asked to.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 def load_kernels() -> Any:
@@ -175,7 +177,8 @@ class Product:
 
 def launch_options(tile: Tile) -> dict[str, Any]:
     """How the compiler is to make `project`."""
-    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    options = OPTIONS | {"num_warps": tile.warps, "num_stages": tile.stages}
+    return options if tile.registers is None else options | {"maxnreg": tile.registers}
 
 
 def _rows(part: Projection) -> torch.Tensor:
