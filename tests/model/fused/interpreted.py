@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from asyncengine.model import verification
 from asyncengine.model.fused import choice, tiles
 from asyncengine.model.fused.tiles import Tile
 from tests.model.attention.triton_device import DEVICE, require_triton
@@ -23,3 +24,4 @@ def fuse_here(monkeypatch: pytest.MonkeyPatch) -> None:
     require_triton()
     large_tiles(monkeypatch)
     monkeypatch.setattr(choice, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(verification, "_FUSED_TOKENS", 4)

@@ -62,11 +62,9 @@ class Case:
         return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "olmo2", "cohere", "glm4", "phi3", "opt", "granite"]
-)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma3_text", "olmo2", "cohere", "glm4", "phi3", "opt"])
 def test_logits_are_those_of_transformers(name: str, checkpoint: Checkpoint) -> None:
-    case = Case(checkpoint(name, num_hidden_layers=2))
+    case = Case(checkpoint(name, num_hidden_layers=1 + (name in ("llama", "gemma3_text"))))
     forwards: list[int] = []
     case.model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
     assert case.error() < 1e-5
@@ -74,7 +72,7 @@ def test_logits_are_those_of_transformers(name: str, checkpoint: Checkpoint) -> 
 
 
 def test_bfloat16_is_as_near_as_transformers_in_bfloat16(checkpoint: Checkpoint) -> None:
-    assert 1e-4 < Case(checkpoint("llama", num_hidden_layers=2), torch.bfloat16).error() < 0.1
+    assert 1e-4 < Case(checkpoint("llama", num_hidden_layers=1), torch.bfloat16).error() < 0.1
 
 
 def test_larger_steps_and_more_samples_are_left_to_transformers(checkpoint: Checkpoint) -> None:
@@ -121,5 +119,5 @@ def test_a_trial_judges_a_single_token_and_several_apart(
         return logits * 1.01 if ids.shape[1] == tokens else logits
 
     monkeypatch.setattr(case.fused, "forward", wrong)
-    with pytest.raises(UnsupportedModelError, match="does not compute over a paged KV cache .* relative error 0.01"):
+    with pytest.raises(UnsupportedModelError, match=r"does not compute over a paged KV cache .* relative error 0.01"):
         case.trial.run_fused(case.model, case.backend, case.fused)
