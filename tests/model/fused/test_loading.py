@@ -49,7 +49,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def config(path: Path, decoder: Any, **changes: Any) -> EngineConfig:
     return EngineConfig(
         str(path), device="cpu", dtype="float32", attention_backend="torch", decoder_backend=decoder,
-        **{"max_num_sequence": 2, "prefill_chunk_size": 16, "max_total_sequence_length": 256, **changes},
+        **{"max_num_sequence": 2, "prefill_chunk_size": 32, "max_total_sequence_length": 256, **changes},
     )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ async def test_an_engine_generates_what_it_generates_without(checkpoint: Checkpo
         assert engine.health().notes == ()
         runs.clear()
         assert await tokens_of(engine) == expected
-    assert set(runs) == {1, 2}
+    assert 2 in runs
 
 
 async def test_new_weights_sleep_and_embeddings(checkpoint: Checkpoint, runs: list[int]) -> None:
@@ -88,9 +88,16 @@ async def test_new_weights_sleep_and_embeddings(checkpoint: Checkpoint, runs: li
         assert runs == []  # hidden states are the modules'
 
 
+def load(path: Path, decoder: str) -> tuple[str, tuple[str, ...]]:
+    loader = TransformersLoader()
+    loaded = loader.load(loader.check(config(path, decoder), None))
+    loaded.model.close()
+    return loaded.config.decoder_backend, loaded.notes
+
+
 @pytest.mark.parametrize(("seconds", "decoder"), [((2.0, 1.0), "compiled"), ((1.0, 2.0), "transformers")])
-async def test_auto_takes_them_where_they_are_measured_to_be_faster(
-    seconds: tuple[float, float], decoder: str, checkpoint: Checkpoint, runs: list[int], monkeypatch: pytest.MonkeyPatch
+def test_auto_takes_them_where_they_are_measured_to_be_faster(
+    seconds: tuple[float, float], decoder: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def capture(model: Any, backend_name: str, sequences: int, device: torch.device, last: Any) -> Any:
         graphs = StepGraphs(model, Buckets.upto(sequences), device, Replayer(), last)
@@ -100,25 +107,11 @@ async def test_auto_takes_them_where_they_are_measured_to_be_faster(
     times = list(2 * seconds)  # of the buckets 1 and 2
     monkeypatch.setattr(graphs_module, "capture_steps", capture)
     monkeypatch.setattr(choice, "cuda_seconds", lambda device: lambda replay: times.pop(0))
-    path = checkpoint("llama", num_hidden_layers=1)
-    async with AsyncEngine(config(path, "transformers")) as engine:
-        expected = await tokens_of(engine)
-    async with AsyncEngine(config(path, "auto")) as engine:
-        complete = engine.complete_engine_config
-        assert complete is not None and complete.decoder_backend == decoder
-        (note,) = engine.health().notes
-        assert note.startswith("decoder: fused kernels are " + ("used" if decoder == "compiled" else "not used"))
-        runs.clear()
-        assert await tokens_of(engine) == expected
+    runs_as, (note,) = load(checkpoint("llama", num_hidden_layers=1), "auto")
+    assert runs_as == decoder
     assert times == []
-    assert bool(runs) == (decoder == "compiled")
-
-
-def load(path: Path, decoder: str) -> tuple[str, tuple[str, ...]]:
-    loader = TransformersLoader()
-    loaded = loader.load(loader.check(config(path, decoder), None))
-    loaded.model.close()
-    return loaded.config.decoder_backend, loaded.notes
+    used = "used for 1, 2 tokens" if decoder == "compiled" else "not used"
+    assert note.startswith(f"decoder: fused kernels are {used}: measured 1 in ")
 
 
 @pytest.mark.parametrize(
