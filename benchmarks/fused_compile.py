@@ -2,8 +2,10 @@
 
 What `asyncengine.model.fused` launches for models of known shapes, for one token and for several, in bfloat16, float16
 and float32. ptxas says how many registers a thread takes and how many bytes it spills; how many loads of 16 bytes the
-code has is counted in the assembly. A kernel that spills is slow, and so is one that reads weights in smaller pieces:
-the exit status is 1 if there is one. The last line is one JSON object.
+code has is counted in the assembly. Who is to stream at 4.8 TB/s with some 0.8 us between asking and getting must have
+29 KiB on the way to each of 132 multiprocessors; how much is, follows from stages, and from how many programs fit.
+A kernel that spills, reads weights in smaller pieces or has less on the way is slow: the exit status is 1 if there is
+one. Whether the others are fast, only a device can tell. The last line is one JSON object.
 
     python -m benchmarks.fused_compile [--quick]
 """
@@ -57,6 +59,7 @@ DECODERS = {
     "qwen3 0.6b": Decoder(1024, 16, 8, 128, 3072, 151936),
     "smollm 135m": Decoder(576, 9, 3, 64, 1536, 49152),
 }
+ON_THE_WAY = 29 << 10
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -67,6 +70,7 @@ class Case:
     Attributes:
         pointers: The arguments that are there, and what they point to.
         loads: Loads of 16 bytes that a thread needs for the weights of one turn of the loop.
+        stages: How many turns are loaded for at a time, and one less is on the way.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Case:
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
     loads: int = 0
+    stages: int = 1
 
 
 def products(decoder: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Shape]]:
@@ -104,6 +109,7 @@ def product(name: str, shape: Shape, tokens: int) -> Case:
         shape.constants(kernels, tokens, tile),
         launch_options(tile),
         pieces // (32 * tile.warps * 16),
+        tile.stages,
     )
 
 
@@ -154,7 +160,16 @@ def compiled(case: Case) -> dict[str, int]:
     kernel = triton.compile(source, target=HOPPER, options=dict(case.options))
     ptx = kernel.asm["ptx"]
     found = resources(ptx) | {"shared": int(kernel.metadata.shared), "wide": len(_WIDE.findall(ptx))}
-    return found | {"needed": case.loads}
+    return found | {"needed": case.loads, "on the way": on_the_way(case, found["registers"], found["shared"])}
+
+
+def on_the_way(case: Case, registers: int, shared: int) -> int:
+    """Bytes of weights that a multiprocessor of an H100 or H200 has asked for at a time."""
+    threads = 32 * int(case.options["num_warps"])
+    of_registers = 65536 // (-(-registers // 8) * 8 * threads)
+    of_memory = (227 << 10) // (shared + 1024)
+    programs = min(of_registers, of_memory, 2048 // threads, 32)
+    return programs * (case.stages - 1) * case.loads * threads * 16
 
 
 def main() -> None:
@@ -165,6 +180,7 @@ def main() -> None:
         results[case.name] = found = compiled(case)
         print(f"{case.name:<45} {found}", flush=True)
     spilling = [name for name, found in results.items() if found["spilled"]]
+    starving = [name for name, found in results.items() if found["needed"] and found["on the way"] < ON_THE_WAY]
     narrow = [name for name, found in results.items() if found["wide"] < found["needed"]]
     print(
         json.dumps(
@@ -175,12 +191,13 @@ def main() -> None:
                 "kernels": len(results),
                 "spilling": spilling,
                 "narrow": narrow,
+                "starving": starving,
                 "most_registers": max(found["registers"] for found in results.values()),
                 "most_shared": max(found["shared"] for found in results.values()),
             }
         )
     )
-    sys.exit(bool(spilling or narrow))
+    sys.exit(bool(spilling or narrow or starving))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ up projection, activation; down projection, residual. They are meant to be captu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from typing import Any
 
@@ -68,7 +69,10 @@ class FusedDecoder:
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Runs the model: (1, tokens) int64 ids and positions, (M,) int64 rows; (M, vocabulary) float32 logits."""
-        ids, positions = ids[0], positions[0]
+        with torch.cuda.device(ids.device) if ids.device.type == "cuda" else contextlib.nullcontext():
+            return self._forward(ids[0], positions[0], index)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         hidden = functional.embedding(ids, self._embedding.weight)  # (tokens, hidden)
         if self._embedding_scale != 1.0:
             hidden = hidden * self._embedding_scale
@@ -77,7 +81,7 @@ class FusedDecoder:
         for layer in self._layers:
             hidden = layer.run(hidden, positions)
         if not index.shape[0]:
-            return hidden.new_empty(0, self._embedding.num_embeddings, dtype=torch.float32)
+            return hidden.new_empty(0, self._head.width, dtype=torch.float32)
         return self._head(hidden[index])
 
 

@@ -106,6 +106,9 @@ class Product:
 
     Weights are read where the modules keep them, each time: who writes into them or moves them need not say so here.
 
+    Attributes:
+        width: How many results a token has.
+
     Args:
         parts: The linear layers.
         norm: Of their input.
@@ -152,12 +155,12 @@ class Product:
             cap=bool(cap),
             activation=activation,
         )
-        self._width = self._shape.outputs[0] if gated else sum(self._shape.outputs)
+        self.width = self._shape.outputs[0] if gated else sum(self._shape.outputs)
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """(tokens, outputs) of (tokens, inputs), both contiguous; of 1 to `MOST_TOKENS` tokens."""
         tokens, shape = x.shape[0], self._shape
-        result = torch.empty(tokens, self._width, dtype=self._dtype, device=x.device)
+        result = torch.empty(tokens, self.width, dtype=self._dtype, device=x.device)
         if residual is not None:
             shape = dataclasses.replace(shape, residual=True)
         tile = shape.tile(tokens)
@@ -177,8 +180,7 @@ class Product:
 
 def launch_options(tile: Tile) -> dict[str, Any]:
     """How the compiler is to make `project`."""
-    options = OPTIONS | {"num_warps": tile.warps, "num_stages": tile.stages}
-    return options if tile.registers is None else options | {"maxnreg": tile.registers}
+    return OPTIONS | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _rows(part: Projection) -> torch.Tensor:

@@ -23,15 +23,13 @@ class Tile:
         outputs: Rows of a matrix; a power of two.
         inputs: How many of their inputs at a time; a power of two.
         warps: Warps of a program.
-        stages: Depth of the pipeline that loads weights through shared memory; 1 is none.
-        registers: Most registers of a thread. Without it the assembler may spill some to fit more programs.
+        stages: Depth of the pipeline that loads through shared memory; 1 is none.
     """
 
     outputs: int
     inputs: int
     warps: int = 4
     stages: int = 1
-    registers: int | None = None
 
 
 def tile_for(tokens: int, inputs: int, outputs: int, itemsize: int, gated: bool) -> Tile:
@@ -46,11 +44,11 @@ def tile_for(tokens: int, inputs: int, outputs: int, itemsize: int, gated: bool)
     """
     if tokens == 1:
         # A thread loads 16 bytes of each row at a time. Few outputs are cut finer, so that all multiprocessors read.
-        widest = 2048 // itemsize
+        # Through shared memory, because the assembler saves registers by loading one row after the other.
         each = 4 if gated or outputs < 8192 else 8
-        return Tile(each, min(widest, _power(inputs)), registers=128 if itemsize == 4 else None)
+        return Tile(each, min(2048 // itemsize, _power(inputs)), stages=3)
     if itemsize == 4:
-        return Tile(16, min(32, _power(inputs)), stages=3)
+        return Tile(16, min(32, _power(inputs)), stages=4)
     return Tile(16 if outputs < 8192 else 32, min(128 if gated else 256, max(16, _power(inputs))), stages=3)
 
 
