@@ -32,6 +32,7 @@ from asyncengine.model.fused import kernels, tiles
 from asyncengine.model.fused.product import OPTIONS, Shape, launch_options
 from asyncengine.model.fused.tiles import MOST_TOKENS
 from benchmarks.attention_compile import HOPPER, NAMES, resources
+from benchmarks.fused_shapes import DECODERS, Decoder, products
 
 _WIDE = re.compile(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global[^;]*, 0x10")
 _SCALARS = {
@@ -40,25 +41,6 @@ _SCALARS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Decoder:
-    """Sizes of a model."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    head: int
-    intermediate: int
-    vocabulary: int
-    bias: bool = False
-
-
-DECODERS = {
-    "llama 8b": Decoder(4096, 32, 8, 128, 14336, 128256),
-    "qwen2 7b": Decoder(3584, 28, 4, 128, 18944, 152064, bias=True),
-    "qwen3 0.6b": Decoder(1024, 16, 8, 128, 3072, 151936),
-    "smollm 135m": Decoder(576, 9, 3, 64, 1536, 49152),
-}
 ON_THE_WAY = 29 << 10
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -80,18 +62,6 @@ class Case:
     options: Mapping[str, Any]
     loads: int = 0
     stages: int = 1
-
-
-def products(decoder: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Shape]]:
-    """Every product of a layer, and the head."""
-    hidden, inner = decoder.hidden, decoder.intermediate
-    query, key = decoder.heads * decoder.head, decoder.kv_heads * decoder.head
-    yield "gate and up", Shape(hidden, (inner, inner), dtype, gated=True, normed=True, activation=0)
-    yield "qkv", Shape(hidden, (query, key, key), dtype, normed=True, bias=decoder.bias)
-    yield "output", Shape(query, (hidden,), dtype, residual=True)
-    yield "down", Shape(inner, (hidden,), dtype, residual=True)
-    yield "head", Shape(hidden, (decoder.vocabulary,), dtype, normed=True)
-    yield "layer norm", Shape(hidden, (inner,), dtype, normed=True, centred=True, norm_bias=True, bias=True)
 
 
 def product(name: str, shape: Shape, tokens: int) -> Case:
@@ -135,8 +105,8 @@ def others(name: str, decoder: Decoder, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Every kernel; if it has to be quick, those that read the most weights."""
-    for name, decoder in list(DECODERS.items())[: 1 if quick else None]:
+    """Every kernel, but for the tiny model; if it has to be quick, those that read the most weights."""
+    for name, decoder in list(DECODERS.items())[: 1 if quick else -1]:
         for dtype in DTYPES[: 1 if quick else None]:
             named = f"{name} {NAMES[dtype]}"
             for part, shape in list(products(decoder, dtype))[: 2 if quick else None]:
