@@ -198,24 +198,22 @@ class StepGraphs:
             replay, output = recorder.record(lambda: self._forward(size))
         return _Captured(_key(plan), replay, output)
 
-    def contest(self, size: int, seconds: Callable[[Callable[[], None]], float], ratio: float) -> tuple[float, float]:
+    def contest(self, size: int, better: Callable[[Callable[[], None], Callable[[], None]], bool]) -> bool:
         """Captures a bucket again, of a model that has come to run it in another way, and keeps one of the two graphs.
 
         Args:
             size: A bucket that has a graph.
-            seconds: Measures how long a replay takes.
-            ratio: The new one is kept if it takes less than this share of the old one's time.
+            better: Takes what replays the old one and what replays the new one; whether the new one is to stay.
 
         Returns:
-            Seconds of the old one and of the new one. If the latter cannot be captured, the error is raised and the
-            old one stays.
+            Whether it does. If it cannot be captured, the error is raised and the old one stays.
         """
         assert self._recorder is not None
-        old, new = self._graphs[size], self._recorded(self._recorder, size, _nothing(size))
-        before, after = seconds(old.replay), seconds(new.replay)
-        if after < ratio * before:
+        new = self._recorded(self._recorder, size, _nothing(size))
+        kept = better(self._graphs[size].replay, new.replay)
+        if kept:
             self._graphs[size] = new
-        return before, after
+        return kept
 
     @property
     def sample_slots(self) -> torch.Tensor:

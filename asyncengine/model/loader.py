@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncengine.config import EngineConfig
+from asyncengine.config import DecoderBackend, EngineConfig
 from asyncengine.errors import (
     AsyncEngineError,
     CheckpointError,
@@ -208,9 +208,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     return LoadedModel(
         model=model,
         limits=limits,
-        config=complete.replace(
-            attention_backend=backend.name, decoder_backend="compiled" if built.compiled else "transformers"
-        ),
+        config=complete.replace(attention_backend=backend.name, decoder_backend=built.decoder_backend(config)),
         vocab_size=vocab_size,
         eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < vocab_size),
         default_generation_config=details.checkpoint.generation_defaults,
@@ -242,10 +240,11 @@ class _Built:
     fused: Any
     notes: tuple[str, ...]
 
-    @property
-    def compiled(self) -> bool:
-        """Whether some of its steps are not run by transformers' modules."""
-        return self.program is not None or bool(self.fused is not None and self.fused.sizes)
+    def decoder_backend(self, config: EngineConfig) -> DecoderBackend:
+        """What the configuration comes to; "auto" where that rests on measurements, so that a restart makes them."""
+        if self.program is not None:
+            return "compiled"
+        return "transformers" if self.fused is None else config.decoder_backend
 
     @property
     def nbytes(self) -> int:

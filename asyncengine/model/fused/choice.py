@@ -17,7 +17,8 @@ _RATIO = 0.98
 """What it must take at most of the modules' time: less of a gain is noise."""
 _ROUNDS, _REPLAYS = 7, 5
 
-Seconds = Callable[[Callable[[], None]], float]
+Replay = Callable[[], None]
+Seconds = Callable[[Replay], float]
 
 
 def choose(graphs: StepGraphs, fused: FusedDecoder, candidates: Collection[int], seconds: Seconds) -> tuple[str, ...]:
@@ -32,14 +33,19 @@ def choose(graphs: StepGraphs, fused: FusedDecoder, candidates: Collection[int],
     Returns:
         What came of it, in words.
     """
-    sizes, won, said = [size for size in graphs.captured if size in candidates], set[int](), list[str]()
+    won, said = set[int](), list[str]()
+
+    def better(old: Replay, new: Replay) -> bool:
+        before, after = seconds(old), seconds(new)
+        said.append(f"{size} in {after * 1e3:.3g} ms (without: {before * 1e3:.3g})")
+        return after < _RATIO * before
+
     try:
-        for size in sizes:
-            fused.use({*won, size})
-            before, after = graphs.contest(size, seconds, _RATIO)
-            if after < _RATIO * before:
-                won.add(size)
-            said.append(f"{size} in {after * 1e3:.3g} ms (without: {before * 1e3:.3g})")
+        for size in graphs.captured:
+            if size in candidates:
+                fused.use({*won, size})
+                if graphs.contest(size, better):
+                    won.add(size)
     except Exception as error:  # whatever a compiler or a driver raises
         text = str(error).strip() or type(error).__name__
         said.append(f"no further, for it cannot be captured: {text.splitlines()[0]}")
@@ -53,7 +59,7 @@ def choose(graphs: StepGraphs, fused: FusedDecoder, candidates: Collection[int],
 def cuda_seconds(device: torch.device) -> Seconds:
     """Times replays by the device's own clock: the median of several rounds."""
 
-    def seconds(replay: Callable[[], None]) -> float:
+    def seconds(replay: Replay) -> float:
         with torch.cuda.device(device):
             for _ in range(_REPLAYS):
                 replay()
