@@ -238,7 +238,7 @@ def project(
 
 @triton.jit
 def _mean_square(x, COUNT: tl.constexpr, PAD: tl.constexpr):
-    """Of COUNT numbers; (1,)."""
+    """Of COUNT numbers."""
     at = tl.arange(0, PAD)
     numbers = tl.load(x + at, mask=at < COUNT, other=0.0).to(tl.float32)
     return tl.sum(numbers * numbers, 0) / COUNT
