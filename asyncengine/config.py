@@ -62,9 +62,10 @@ class EngineConfig:
         tensor_parallel_shards: Must be 1: not available yet.
         attention_backend: ``"cpu"`` is the compiled kernel for the CPU, ``"triton"`` the one for CUDA, ``"torch"``
             needs no compiler and runs on any device, ``"auto"`` takes the fastest that works.
-        decoder_backend: ``"compiled"`` runs a whole step in compiled code, on the CPU, for the family of models that it
-            knows; ``"transformers"`` runs the model's own modules around the attention; ``"auto"`` takes the first
-            where it can.
+        decoder_backend: ``"compiled"`` runs, for the family of models that it knows, a whole step in compiled code on
+            the CPU, and steps of up to 8 tokens through fused kernels on CUDA; ``"transformers"`` runs the model's own
+            modules around the attention; ``"auto"`` takes the first where it can, and on CUDA where it was measured to
+            be faster when the model was loaded.
         quantization: ``"int8"`` stores the weights as one byte each, with one scale for each output; needs the
             compiled decoder and dtype bfloat16. ``"fp8"`` stores and multiplies linear layers in fp8, with one
             scale for each output and for each token; needs dtype bfloat16, and a CUDA device of compute capability 8.9

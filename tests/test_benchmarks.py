@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from asyncengine import AsyncEngine, EngineConfig
+from asyncengine.model.fused.tiles import Tile
 from asyncengine.model.loader import TransformersLoader
-from benchmarks import gpu_speed
+from benchmarks import fused, gpu_speed
 from benchmarks.arrivals import arrivals
 from benchmarks.gpu import Report
 from benchmarks.lag import innermost, waited
+from tests.model.fused import interpreted
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,13 +73,25 @@ def plots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reports(plots: Path) -> Reports:
-    """The programs that serve models, one after the other in one process: torch is imported once for all of them."""
-    programs = [
+    """The programs that serve models."""
+    return together(
         ["gpu", "--tiny"],
         ["lag", "--tiny", "--only", "serve", "load"],
         ["scale", "--tiny", "--write", str(plots)],
         ["arrivals", "--tiny"],
-    ]
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Reports:
+    """The programs that compile kernels for Hopper."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    return together(["attention_compile", "--quick"], ["fused_compile", "--quick"])
+
+
+def together(*programs: list[str]) -> Reports:
+    """Programs one after the other in one process: torch is imported once for all of them."""
     process = start("-c", TOGETHER, json.dumps(programs))
     assert process.returncode == 0, process.stdout + process.stderr
     return {module: (status, out, err) for module, status, out, err in map(json.loads, process.stdout.splitlines())}
@@ -130,13 +144,33 @@ def test_a_part_of_gpu_that_fails_or_has_no_time_stops_no_other(capsys: pytest.C
     assert "late: skipped, it takes about 1000 s" in capsys.readouterr().out
 
 
-def test_attention_kernels_compile_for_hopper_without_spills() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    status, result, said = run("attention_compile", "--quick")
+@pytest.mark.timeout(300)
+def test_attention_kernels_compile_for_hopper_without_spills(compiled: Reports) -> None:
+    status, result, said = ended(*compiled["attention_compile"])
     assert result["spilling"] == [], said
     assert status == 0
     assert result["kernels"] == 21
+
+
+@pytest.mark.timeout(300)
+def test_fused_kernels_compile_for_hopper_without_spills_and_read_much_at_a_time(compiled: Reports) -> None:
+    status, result, said = ended(*compiled["fused_compile"])
+    assert (result["spilling"], result["narrow"], result["starving"]) == ([], [], []), said
+    assert status == 0
+    assert result["kernels"] == 4
+
+
+def test_fused_measures_every_product_and_finds_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreted.require_triton()
+    interpreted.large_tiles(monkeypatch)
+    monkeypatch.setattr(fused, "candidates", lambda tokens: [Tile(128, 64), Tile(256, 32)])
+    result = fused.main(["--model", "tiny", "--sweep"])
+    parts = ("gate and up", "qkv", "output", "down", "head")
+    assert list(result["results"]) == [f"{part}, {tokens}" for part in parts for tokens in (1, 8)]
+    for row in result["results"].values():
+        assert row["off"] < 1e-2
+        assert row["tile"].startswith("Tile(outputs=")
+        assert row["fused_us"] > 0 and row["torch_us"] > 0 and row["best_us"] > 0
 
 
 @pytest.mark.timeout(300)

@@ -51,6 +51,12 @@ def _attend(
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
 
 
+def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Calls what `attach` gave an attention module, in the module's place; (tokens, heads, dim) in and out."""
+    attended: torch.Tensor = getattr(module, _HOOK)(module, query, key, value, {})
+    return attended
+
+
 @dataclass(frozen=True, slots=True)
 class RecordedLayer:
     """One attention module in the order of execution.

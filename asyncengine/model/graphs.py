@@ -182,19 +182,38 @@ class StepGraphs:
         if self._recorder is None:
             return False
         try:
-            step = step or _nothing(size)
-            with torch.inference_mode():
-                plan = self._model.begin(step)
-                self._send(step)
-                replay, output = self._recorder.record(lambda: self._forward(size))
+            self._graphs[size] = self._recorded(self._recorder, size, step or _nothing(size))
         except Exception as error:
             self._graphs.clear()
             self._recorder = None
             text = str(error).strip() or type(error).__name__
             self.notes.append(f"graphs: the model cannot be captured, it runs without: {text.splitlines()[0]}")
             return False
-        self._graphs[size] = _Captured(_key(plan), replay, output)
         return True
+
+    def _recorded(self, recorder: Recorder, size: int, step: StepBatch) -> _Captured:
+        with torch.inference_mode():
+            plan = self._model.begin(step)
+            self._send(step)
+            replay, output = recorder.record(lambda: self._forward(size))
+        return _Captured(_key(plan), replay, output)
+
+    def contest(self, size: int, better: Callable[[Callable[[], None], Callable[[], None]], bool]) -> bool:
+        """Captures a bucket again, of a model that has come to run it in another way, and keeps one of the two graphs.
+
+        Args:
+            size: A bucket that has a graph.
+            better: Takes what replays the old one and what replays the new one; whether the new one is to stay.
+
+        Returns:
+            Whether it does. If it cannot be captured, the error is raised and the old one stays.
+        """
+        assert self._recorder is not None
+        new = self._recorded(self._recorder, size, _nothing(size))
+        kept = better(self._graphs[size].replay, new.replay)
+        if kept:
+            self._graphs[size] = new
+        return kept
 
     @property
     def sample_slots(self) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncengine.config import EngineConfig
+from asyncengine.config import DecoderBackend, EngineConfig
 from asyncengine.errors import (
     AsyncEngineError,
     CheckpointError,
@@ -217,9 +217,9 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
             drafter = model.companion = DraftModel(draft_model, draft_sampler, limits)
             drafting = _drafting(config, drafter, limits, details.device, draft.nbytes / built.nbytes)
         # Both caches are there by now: they share the attention's plan, and what one adds to it changes its addresses.
-        notes += [*built.notes, *_captured(model, details, backend, limits, last)]
+        notes += [*built.notes, *_captured(config, model, built, details, backend, limits, last)]
         if draft is not None and draft_model is not None:
-            slower = _captured(draft_model, details, backend, limits)
+            slower = _captured(config, draft_model, draft, details, backend, limits)
             notes += [f"draft model: {note}" for note in (*draft.notes, *slower)]
             memory_bytes += draft.nbytes
             memory_bytes += limits.num_blocks * kv_bytes_per_block(draft.layers, backend, limits, details.kv_dtype)
@@ -231,9 +231,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     return LoadedModel(
         model=model,
         limits=limits,
-        config=complete.replace(
-            attention_backend=backend.name, decoder_backend="transformers" if built.program is None else "compiled"
-        ),
+        config=complete.replace(attention_backend=backend.name, decoder_backend=built.decoder_backend(config)),
         vocab_size=vocab_size,
         eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < vocab_size),
         default_generation_config=details.checkpoint.generation_defaults,
@@ -262,7 +260,14 @@ class _Built:
     model: Any
     layers: Any
     program: Any
+    fused: Any
     notes: tuple[str, ...]
+
+    def decoder_backend(self, config: EngineConfig) -> DecoderBackend:
+        """What the configuration comes to; "auto" where that rests on measurements, so that a restart makes them."""
+        if self.program is not None:
+            return "compiled"
+        return "transformers" if self.fused is None else config.decoder_backend
 
     @property
     def nbytes(self) -> int:
@@ -294,14 +299,48 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
             model = _build(details)
             layers = architecture.layers_of(model, details.watched)
             trial.layers = layers
+    fused = None
     if program is None:
         trial.run(model, backend)
+        fused, note = _fuse(config, details, model, layers, backend, trial)
+        notes += note
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
         if details.kv_dtype is not details.dtype:
             off = trial.run(model, backend, kv_dtype=details.kv_dtype, fp8_weights=fp8_weights)
             notes.append(f"KV cache: {config.kv_cache_dtype}: logits of a trial are {off:.1%} of their norm off")
-    return _Built(model, layers, program, tuple(notes))
+    return _Built(model, layers, program, fused, tuple(notes))
+
+
+def _fuse(
+    config: EngineConfig, details: _Details, model: Any, layers: Any, backend: Any, trial: Any
+) -> tuple[Any, tuple[str, ...]]:
+    """The model's kernels for steps of few tokens, or None; and why there are none, in words, if they were wanted.
+
+    Raises:
+        UnsupportedModelError: There are none, and nothing else will do.
+    """
+    from asyncengine.model.decoder.blueprint import recognise
+    from asyncengine.model.fused import choice
+    from asyncengine.model.fused.decoder import FusedDecoder
+
+    if (
+        details.device.type not in choice.DEVICES
+        or config.decoder_backend == "transformers"
+        or config.quantization != "none"
+    ):
+        return None, ()
+    try:
+        fused = FusedDecoder(recognise(model, layers, details.max_length))
+        trial.run_fused(model, backend, fused)
+    except Exception as error:  # also what a compiler or a driver raises: the model can be served without
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if config.decoder_backend == "compiled":
+            raise UnsupportedModelError(
+                f"{str(details.checkpoint.path)!r} cannot run as a compiled step: {reason}"
+            ) from error
+        return None, (f"decoder: runs as transformers has it: {reason}",)
+    return fused, ()
 
 
 def _quantise(model: Any, trial: Any, backend: Any, details: _Details) -> str:
@@ -330,14 +369,25 @@ def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, voc
     return TorchModel(built.model, paged, sampler, device, built.program, last), sampler
 
 
-def _captured(model: Any, details: _Details, backend: Any, limits: Limits, last: Any = None) -> tuple[str, ...]:
+def _captured(
+    config: EngineConfig, model: Any, built: _Built, details: _Details, backend: Any, limits: Limits, last: Any = None
+) -> tuple[str, ...]:
     """Warms a model up and captures its steps; returns what is slower than it could be, in words."""
+    from asyncengine.model.fused import choice
     from asyncengine.model.graphs import capture_steps
 
+    fused, candidates = built.fused, frozenset[int]()
+    if fused is not None:
+        model.use_fused(fused)
+        if config.decoder_backend == "auto":  # not before it has been measured
+            candidates = fused.sizes
+            fused.use(())
     _warm_up(model, limits, 2 if details.device.type == "cpu" else 64)
     graphs, slower = capture_steps(model, backend.name, limits.max_num_sequence, details.device, last)
     if graphs is not None:
         model.use_graphs(graphs)
+        if candidates:
+            slower += choice.choose(graphs, fused, candidates, choice.cuda_seconds(details.device))
     return slower
 
 
@@ -373,9 +423,12 @@ def _compile(config: EngineConfig, details: _Details, model: Any, layers: Any, b
     from asyncengine.model.attention.kernel import kind_of
     from asyncengine.model.decoder.blueprint import NotRecognised, recognise
     from asyncengine.model.decoder.program import CompiledDecoder
+    from asyncengine.model.fused.choice import DEVICES
 
     if config.decoder_backend == "transformers" or (config.decoder_backend == "auto" and config.quantization == "fp8"):
         return None
+    if details.device.type in DEVICES and config.quantization == "none":
+        return None  # `_fuse` sees to it
     if not isinstance(backend, CpuAttention):
         if config.decoder_backend == "auto" and config.quantization == "none":
             return None

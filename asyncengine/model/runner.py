@@ -20,6 +20,7 @@ from asyncengine.model import fp8_linear, memory, verified_draw
 from asyncengine.model.architecture import RecordedLayer, attach
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.decoder.program import CompiledDecoder, Writer
+from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import StepGraphs
 from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
@@ -152,6 +153,7 @@ class TorchModel:
             program.bind(layers.caches)
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._graphs: StepGraphs | None = None
+        self._fused: FusedDecoder | None = None
         self._inputs = StepInputs(device, last=last)
         self._last = last
         self._back = None if last is None else WayBack(device)
@@ -223,7 +225,7 @@ class TorchModel:
             logits, pooled = self._program.run(step, plan)
         else:
             with hidden_states(self._model) as hidden:
-                logits = self.forward(*self._inputs.send(step))
+                logits = self._forward(*self._inputs.send(step))
             pooled = summed(hidden, batch.pool_spans)
         return dataclasses.replace(self._draw(batch, logits), pooled=pooled)
 
@@ -246,6 +248,12 @@ class TorchModel:
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Runs the model: (1, tokens) ids and positions, (M,) rows of logits that are wanted; (M, vocabulary)."""
+        if self._fused is not None and self._fused.serves(ids.shape[1], index.shape[0]):
+            return self._fused.forward(ids, positions, index)
+        return self._forward(ids, positions, index)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """As `forward`, by the model's own modules."""
         assert self._model is not None
         if self._some_logits:
             output = self._model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=index)
@@ -258,6 +266,10 @@ class TorchModel:
     def use_graphs(self, graphs: StepGraphs) -> None:
         """Replays steps that were captured, from now on. They were captured from this model."""
         self._graphs = graphs
+
+    def use_fused(self, fused: FusedDecoder) -> None:
+        """Runs steps of the sizes that it serves through the model's fused kernels, from now on."""
+        self._fused = fused
 
     def device_lost(self, error: BaseException) -> bool:
         """Whether CUDA reports an error after which its context is unusable; running out of memory is not one."""
@@ -281,6 +293,8 @@ class TorchModel:
         self._layers.free()
         if self._device.type == "cuda":
             self._model.to("cpu")
+            if self._fused is not None:
+                self._fused.move(torch.device("cpu"))
         memory.give_back()
 
     def wake(self) -> None:
@@ -288,6 +302,8 @@ class TorchModel:
         assert self._model is not None
         if self._program is None:
             self._model.to(self._device)
+        if self._fused is not None:
+            self._fused.move(self._device)
         self._layers.allocate()
         if self._program is not None:
             self._program.bind(self._layers.caches)
@@ -356,6 +372,7 @@ class TorchModel:
         if self._model is None:
             return
         self._graphs = None
+        self._fused = None
         self._layers.free()
         # Modules of transformers refer to each other in circles. A collection would find them, but it holds the
         # interpreter's lock for some 300 ms in a process that has torch; so they are taken apart by hand.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from asyncengine.errors import UnsupportedModelError
 from asyncengine.model.architecture import RecordedLayer, text_config
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.decoder.program import CompiledDecoder
+from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.scheduler import Limits
@@ -32,6 +34,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 _COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.2e-1}
 """The same for the compiled step, which keeps more digits between its products than the model does."""
+_FUSED_TOKENS = 8
+"""Of each sequence, for kernels that run a few tokens at a time."""
 _INT8_TOLERANCE = 0.3
 _FP8_TOLERANCE = 0.4
 """Of a KV cache or weights in fp8. Larger: the model's numbers do not fit into it."""
@@ -82,6 +86,46 @@ class Trial:
         Raises:
             UnsupportedModelError: They differ by more than rounding.
         """
+        length = self._ids.shape[1]
+        cuts = sorted({min(cut, length) for cut in _CUTS})
+        error = self._error(2, cuts, model, backend, program, kv_dtype)
+        if fp8_weights or kv_dtype not in (None, self._dtype):
+            tolerance = _FP8_TOLERANCE
+        elif program is None:
+            tolerance = _TOLERANCE[self._dtype]
+        else:
+            tolerance = _INT8_TOLERANCE if program.int8 else _COMPILED_TOLERANCE[self._dtype]
+        self._judge(error, tolerance, "fp8" if fp8_weights else kv_dtype or self._dtype)
+        return error
+
+    def run_fused(self, model: Any, backend: AttentionBackend, fused: FusedDecoder) -> float:
+        """As `run`, of fused kernels: those for a single token and those for several are judged apart.
+
+        Returns:
+            The larger error of the two.
+
+        Raises:
+            UnsupportedModelError: They differ by more than rounding.
+        """
+        length = min(_FUSED_TOKENS, self._ids.shape[1])
+        several = min(fused.most_tokens // 2, length)  # of each of the two sequences
+        cuts = range(0, length + 1)
+        errors = [self._error(rows, cuts[::step], model, backend, fused=fused) for rows, step in ((1, 1), (2, several))]
+        for error in errors:
+            self._judge(error, _COMPILED_TOLERANCE[self._dtype], self._dtype)
+        return max(errors)
+
+    def _error(
+        self,
+        rows: int,
+        cuts: Sequence[int],
+        model: Any,
+        backend: AttentionBackend,
+        program: CompiledDecoder | None = None,
+        kv_dtype: torch.dtype | None = None,
+        fused: FusedDecoder | None = None,
+    ) -> float:
+        """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut."""
         from asyncengine.model.runner import PagedLayers, TorchModel
 
         length = self._ids.shape[1]
@@ -90,29 +134,26 @@ class Trial:
         paged.allocate()
         try:
             runner = TorchModel(model, paged, None, self._device, program)  # type: ignore[arg-type]
-            cuts = sorted({min(cut, length) for cut in _CUTS})
+            if fused is not None:
+                runner.use_fused(fused)
             with torch.inference_mode():
                 pieces = [
-                    runner.logits(_piece(self._ids, start, end)).reshape(2, end - start, -1)
+                    runner.logits(_piece(self._ids[:rows], start, end)).reshape(rows, end - start, -1)
                     for start, end in itertools.pairwise(cuts)
                 ]
             found = torch.cat(pieces, dim=1).float()
         finally:
             paged.free()
-        expected = self._expected
-        error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)).flatten().median().item()
-        if fp8_weights or kv_dtype not in (None, self._dtype):
-            tolerance = _FP8_TOLERANCE
-        elif program is None:
-            tolerance = _TOLERANCE[self._dtype]
-        else:
-            tolerance = _INT8_TOLERANCE if program.int8 else _COMPILED_TOLERANCE[self._dtype]
+        expected = self._expected[:rows, : cuts[-1]]
+        error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+        return float(error.flatten().median())
+
+    def _judge(self, error: float, tolerance: float, number: object) -> None:
         if not error <= tolerance:  # NaN is no less a failure
             raise UnsupportedModelError(
                 f"{self._name} does not compute over a paged KV cache what it computes without one: relative "
-                f"error {error:.2g}, allowed {tolerance:g} in {'fp8' if fp8_weights else kv_dtype or self._dtype}"
+                f"error {error:.2g}, allowed {tolerance:g} in {number}"
             )
-        return float(error)
 
 
 def _plain(model: Any, ids: Any, device: torch.device) -> torch.Tensor:
@@ -131,21 +172,21 @@ def _plain(model: Any, ids: Any, device: torch.device) -> torch.Tensor:
 
 
 def _piece(ids: Any, start: int, end: int) -> StepBatch:
-    """Tokens start:end of both sequences as one step; every token's logits are wanted."""
-    count, blocks = end - start, -(-ids.shape[1] // _PAGE)
-    tables = np.arange(2 * blocks, dtype=np.int32).reshape(2, blocks)
-    positions = np.tile(np.arange(start, end), 2)
-    rows = np.repeat([0, 1], count)
+    """Tokens start:end of every sequence as one step; every token's logits are wanted."""
+    sequences, count, blocks = len(ids), end - start, -(-ids.shape[1] // _PAGE)
+    tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
+    positions = np.tile(np.arange(start, end), sequences)
+    rows = np.repeat(np.arange(sequences), count)
     return StepBatch(
         token_ids=ids[:, start:end].reshape(-1).copy(),
         positions=positions.astype(np.int32),
-        query_start=np.array([0, count, 2 * count], dtype=np.int32),
-        context_lens=np.full(2, start, dtype=np.int32),
+        query_start=np.arange(sequences + 1, dtype=np.int32) * np.int32(count),
+        context_lens=np.full(sequences, start, dtype=np.int32),
         block_tables=tables,
         slot_mapping=tables[rows, positions // _PAGE].astype(np.int64) * _PAGE + positions % _PAGE,
-        sample_index=np.arange(2 * count, dtype=np.int64),
-        sample_slots=np.zeros(2 * count, dtype=np.int64),
-        sample_positions=np.zeros(2 * count, dtype=np.int64),
+        sample_index=np.arange(sequences * count, dtype=np.int64),
+        sample_slots=np.zeros(sequences * count, dtype=np.int64),
+        sample_positions=np.zeros(sequences * count, dtype=np.int64),
         copies=np.empty((0, 2), dtype=np.int64),
-        num_decodes=2 if count == 1 else 0,
+        num_decodes=sequences if count == 1 else 0,
     )

@@ -277,7 +277,7 @@ def _norm(module: nn.Module, names: Sequence[str], head: int = 0, heads: int = 0
         raise NotRecognised("a norm of queries or keys is neither of a head nor of all heads")
     if not head and weight.ndim != 1:
         raise NotRecognised(f"{name} is not a norm of a row")
-    x = torch.randn(3, *weight.shape, generator=torch.Generator().manual_seed(0)).add(1.0).to(weight.dtype)
+    x = torch.randn(3, *weight.shape, generator=torch.Generator().manual_seed(0)).add(1.0).to(weight)
     try:
         found = norm(x).double()
     except Exception as error:
@@ -296,7 +296,8 @@ def _embedding_scale(embedding: nn.Embedding, config: Any) -> float:
     """What an embedding is multiplied by, by the module itself and by the model."""
     row = int(embedding.weight[:64].double().norm(dim=1).argmax())  # not that of a padding token
     weight = embedding.weight[row].double()
-    within = float(embedding(torch.tensor([row])).double().flatten() @ weight / (weight @ weight))
+    at = torch.tensor([row], device=weight.device)
+    within = float(embedding(at).double().flatten() @ weight / (weight @ weight))
     return (within if within == within else 1.0) * float(getattr(config, "embedding_multiplier", None) or 1.0)
 
 

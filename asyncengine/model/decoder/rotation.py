@@ -39,7 +39,9 @@ def rotation(rotary: nn.Module, attention: nn.Module, kind: str | None, max_leng
     Raises:
         NotRecognised: In no way that is known here.
     """
-    x, positions = torch.empty(1, 1, 1, dtype=torch.float32), torch.arange(max_length)[None]
+    device = next(attention.parameters()).device
+    x = torch.empty(1, 1, 1, dtype=torch.float32, device=device)
+    positions = torch.arange(max_length, device=device)[None]
     try:
         cosines, sines = rotary(x, positions)
     except Exception:
@@ -74,6 +76,7 @@ def _rotates_like(apply: Any, cosines: torch.Tensor, sines: torch.Tensor, rotati
     half = rotation.cosines.shape[1]
     count = min(cosines.shape[1], 3)
     x = torch.randn(1, 1, count, 2 * half, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+    x = x.to(cosines.device)
     try:
         found, _ = apply(x, x, cosines[:, -count:], sines[:, -count:])
     except Exception:

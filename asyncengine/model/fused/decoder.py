@@ -1,0 +1,206 @@
+"""`FusedDecoder`: a decoder's step for a few tokens on CUDA. Owned by the step thread.
+
+Where the compiled step of the CPU is one call, this is a handful of launches a layer around the attention: norm, query,
+key and value projection; norms of queries and keys, rotation; attention; output projection, residual; norm, gate and
+up projection, activation; down projection, residual. They are meant to be captured, so that launching costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from asyncengine.model import architecture
+from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
+from asyncengine.model.fused import tiles
+from asyncengine.model.fused.product import OPTIONS, Product, load_kernels
+from asyncengine.model.fused.tiles import MOST_TOKENS
+
+
+class FusedDecoder:
+    """A model's weights, where they are, and the kernels that read them.
+
+    Attributes:
+        most_tokens: Of the largest step that it can run.
+        sizes: The token counts for which it runs in the model's place; any others run as transformers has them.
+
+    Args:
+        blueprint: The model's parts, which keep their weights.
+
+    Raises:
+        NotRecognised: The kernels cannot run the model.
+    """
+
+    most_tokens = MOST_TOKENS
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        self.sizes: frozenset[int] = frozenset(range(1, MOST_TOKENS + 1))
+        self._embedding = blueprint.embedding
+        self._positions = blueprint.positions
+        self._first_position = blueprint.first_position
+        self._embedding_scale = blueprint.embedding_scale
+        # Layers that rotate alike share one list, so that each table is moved once.
+        self._tables = {id(table[0]): list(table) for parts in blueprint.layers if (table := parts.rotation)}
+        self._layers = [_Layer(blueprint, parts, self._tables) for parts in blueprint.layers]
+        self._head = Product(
+            [Projection(blueprint.head)],
+            blueprint.norm,
+            factor=blueprint.logit_scale,
+            cap=blueprint.logit_cap,
+            dtype=torch.float32,
+        )
+
+    def serves(self, tokens: int, samples: int) -> bool:
+        """Whether it runs a step of so many tokens, of which so many rows of logits are wanted."""
+        return tokens in self.sizes and samples <= MOST_TOKENS
+
+    def use(self, sizes: Collection[int]) -> None:
+        """Runs steps of these token counts from now on, and no others."""
+        self.sizes = frozenset(sizes)
+
+    def move(self, device: torch.device) -> None:
+        """Takes what is not the model's own along when that moves."""
+        for table in self._tables.values():
+            table[:] = [tensor.to(device) for tensor in table]
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Runs the model: (1, tokens) int64 ids and positions, (M,) int64 rows; (M, vocabulary) float32 logits."""
+        with torch.cuda.device(ids.device) if ids.device.type == "cuda" else contextlib.nullcontext():
+            return self._forward(ids[0], positions[0], index)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        hidden = functional.embedding(ids, self._embedding.weight)  # (tokens, hidden)
+        if self._embedding_scale != 1.0:
+            hidden = hidden * self._embedding_scale
+        if self._positions is not None:
+            hidden = hidden + functional.embedding(positions + self._first_position, self._positions.weight)
+        for layer in self._layers:
+            hidden = layer.run(hidden, positions)
+        if not index.shape[0]:
+            return hidden.new_empty(0, self._head.width, dtype=torch.float32)
+        return self._head(hidden[index])
+
+
+class _Layer:
+    """One layer."""
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        parts: LayerParts,
+        tables: dict[int, list[torch.Tensor]],
+    ) -> None:
+        if parts.down is None:
+            raise NotRecognised("its kernels for a few tokens have no experts")
+        after = blueprint.residual_scale
+        mlp_norm = parts.before_mlp or (parts.before_attention if parts.parallel else None)
+        self._qkv = Product(parts.qkv, parts.before_attention)
+        table = None if parts.rotation is None else tables[id(parts.rotation[0])]
+        self._positioned = _Positioned(blueprint, parts, table)
+        self._module = parts.recorded.module
+        self._output = _Branch(parts.output, parts.after_attention, after)
+        self._parallel = parts.parallel
+        self._gate_up = Product(parts.gate_up, mlp_norm, gated=len(parts.gate_up) > 1, activation=blueprint.activation)
+        self._down = _Branch(parts.down, parts.after_mlp, after)
+
+    def run(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """(tokens, hidden) of the same, at (tokens,) int64 positions."""
+        qkv = self._qkv(hidden)
+        query, key, value = self._positioned(qkv, positions)
+        attended = architecture.attend(self._module, query, key, value)  # (tokens, heads, value_dim)
+        beside = self._output(attended.view(hidden.shape[0], -1), hidden)
+        return self._down(self._gate_up(hidden if self._parallel else beside), beside)
+
+
+class _Branch:
+    """What comes back to the residual: by a product alone, or through a norm."""
+
+    def __init__(self, part: Projection, norm: NormPart | None, factor: float) -> None:
+        self._kernels = load_kernels()
+        self._norm = norm
+        self._factor = factor
+        self._product = Product([part], factor=1.0 if norm is not None else factor)
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        norm = self._norm
+        if norm is None:
+            return self._product(x, residual)
+        branch, result = self._product(x), torch.empty_like(residual)
+        width = residual.shape[1]
+        self._kernels.add_normed[(residual.shape[0],)](
+            branch, norm.weight, norm.bias, residual, result, norm.offset, norm.epsilon, self._factor,
+            WIDTH=width, PAD=_power(width), CENTRED=norm.centred, HAS_NORM_BIAS=norm.bias is not None, num_warps=8,
+            **OPTIONS,
+        )  # fmt: skip
+        return result
+
+
+class _Positioned:
+    """Queries, keys and values of a layer, the first two normed and rotated where the model does so."""
+
+    def __init__(self, blueprint: Blueprint, parts: LayerParts, table: list[torch.Tensor] | None) -> None:
+        self._table = table
+        self._kernels = load_kernels()
+        self._spec = parts.recorded.spec
+        self._query_norm, self._key_norm = norms = parts.query_norm, parts.key_norm
+        self._scale = parts.query_scale
+        self._plain = norms == (None, None) and parts.rotation is None and parts.query_scale == 1.0
+        self._constants = rotate_constants(self._spec, blueprint, parts)
+
+    def __call__(self, qkv: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens, heads, dim) each."""
+        spec, tokens = self._spec, qkv.shape[0]
+        heads, turned = spec.num_heads, spec.num_heads + spec.num_kv_heads
+        value = qkv[:, turned * spec.key_dim :].view(tokens, spec.num_kv_heads, spec.value_dim)
+        both = qkv[:, : turned * spec.key_dim].view(tokens, turned, spec.key_dim)
+        if not self._plain:
+            norm, key_norm = self._query_norm, self._key_norm
+            both = torch.empty(tokens, turned, spec.key_dim, dtype=qkv.dtype, device=qkv.device)
+            self._kernels.rotate[(tokens, -(-turned // self._constants["HEADS_EACH"]))](
+                qkv, None if norm is None else norm.weight, None if key_norm is None else key_norm.weight,
+                *(self._table or (None, None)), positions, both,
+                0.0 if norm is None else norm.offset, 0.0 if norm is None else norm.epsilon, self._scale,
+                **self._constants, **OPTIONS,
+            )  # fmt: skip
+        return both[:, :heads], both[:, heads:], value
+
+
+def rotate_constants(spec: Any, blueprint: Blueprint, parts: LayerParts) -> dict[str, Any]:
+    """What the kernel `rotate` is compiled for.
+
+    Raises:
+        NotRecognised: Queries and keys are not normed alike, or not as the kernel does it.
+    """
+    query, key = parts.query_norm, parts.key_norm
+    if (query is None) != (key is None):
+        raise NotRecognised("either queries or keys are normed, not both")
+    kinds = {(n.offset, n.epsilon, n.centred, n.of_heads, n.weight.ndim) for n in (query, key) if n is not None}
+    norm = query
+    if len(kinds) > 1 or any(n is not None and n.bias is not None for n in (query, key)):
+        raise NotRecognised("norms of queries and keys differ, or have a bias")
+    if norm is not None and norm.centred and not norm.of_heads:
+        raise NotRecognised("queries are centred over all heads")
+    return {
+        "HEADS": spec.num_heads,
+        "KV_HEADS": spec.num_kv_heads,
+        "DIM": spec.key_dim,
+        "DIM_PAD": _power(spec.key_dim),
+        "WIDTH": (spec.num_heads + spec.num_kv_heads) * spec.key_dim + spec.num_kv_heads * spec.value_dim,
+        "HAS_NORM": norm is not None,
+        "OF_HEADS": norm is not None and norm.of_heads,
+        "OWN_WEIGHTS": norm is not None and (norm.weight.ndim > 1 or not norm.of_heads),
+        "CENTRED": norm is not None and norm.centred,
+        "QUERY_PAD": _power(spec.num_heads * spec.key_dim),
+        "KEY_PAD": _power(spec.num_kv_heads * spec.key_dim),
+        "ROTARY": 0 if parts.rotation is None else blueprint.rotary,
+        "PAIRS": blueprint.pairs,
+        "HEADS_EACH": tiles.HEADS_EACH,
+    }
+
+
+def _power(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,27 @@
+"""The fused kernels where there is something to run them: a CUDA device, else Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+
+from asyncengine.model import verification
+from asyncengine.model.fused import choice, tiles
+from asyncengine.model.fused.tiles import Tile
+from tests.model.attention.triton_device import DEVICE, require_triton
+
+__all__ = ["DEVICE", "fuse_here", "large_tiles", "require_triton"]
+
+
+def large_tiles(monkeypatch: pytest.MonkeyPatch, outputs: int = 256) -> None:
+    """The interpreter takes about as long for a program whatever its size: so there are few."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(tiles, "tile_for", lambda *_: Tile(outputs, 128))
+        monkeypatch.setattr(tiles, "HEADS_EACH", 16)
+
+
+def fuse_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the loader take the fused kernels for models on the CPU as well."""
+    require_triton()
+    large_tiles(monkeypatch)
+    monkeypatch.setattr(choice, "DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(verification, "_FUSED_TOKENS", 4)

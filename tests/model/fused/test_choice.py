@@ -1,0 +1,108 @@
+"""Which token counts run through the fused kernels: with a clock that the test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from asyncengine.model.buckets import Buckets
+from asyncengine.model.fused import choice
+from asyncengine.model.graphs import StepGraphs
+from tests.model.test_graphs import CPU, Model, Replayer, decodes
+
+
+class Fused:
+    """A fused decoder as far as `choose` sees it."""
+
+    def __init__(self) -> None:
+        self.sizes: frozenset[int] = frozenset()
+
+    def use(self, sizes: Any) -> None:
+        self.sizes = frozenset(sizes)
+
+
+class Switching(Model):
+    """Its logits have a third column: whether a step was run fused."""
+
+    def __init__(self, fused: Fused) -> None:
+        super().__init__()
+        self._fused = fused
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        fused = torch.full_like(index, ids.shape[1] in self._fused.sizes)
+        return torch.stack((ids[0, index], positions[0, index], fused), 1)
+
+
+class Clock:
+    """Says that replays take so long, in the order in which it is asked."""
+
+    def __init__(self, *seconds: float) -> None:
+        self._seconds = list(seconds)
+
+    def __call__(self, replay: Callable[[], None]) -> float:
+        replay()
+        return self._seconds.pop(0)
+
+
+def chosen(*seconds: float, fails_at: int | None = None) -> tuple[Fused, StepGraphs, tuple[str, ...]]:
+    fused = Fused()
+    graphs = StepGraphs(Switching(fused), Buckets((1, 2, 4, 16)), CPU, Replayer(fails_at))
+    graphs.capture(60.0)
+    return fused, graphs, choice.choose(graphs, fused, range(1, 9), Clock(*seconds))  # type: ignore[arg-type]
+
+
+def ran_fused(graphs: StepGraphs, count: int) -> bool:
+    logits = graphs.run(decodes(count))
+    assert logits is not None
+    return bool(logits[0, 2])
+
+
+def test_each_bucket_keeps_what_was_measured_to_be_faster() -> None:
+    fused, graphs, notes = chosen(0.004, 0.003, 0.004, 0.0045, 0.005, 0.0025)
+    assert fused.sizes == {1, 4}
+    assert [ran_fused(graphs, count) for count in (1, 2, 3, 4, 16)] == [True, False, True, True, False]
+    assert notes == (
+        "decoder: fused kernels are used for 1, 4 tokens: measured 1 in 3 ms (without: 4); 2 in 4.5 ms (without: 4); "
+        "4 in 2.5 ms (without: 5)",
+    )
+
+
+def test_a_gain_that_is_noise_is_none() -> None:
+    fused, graphs, notes = chosen(1.0, 0.99, 1.0, 0.99, 1.0, 0.97)
+    assert fused.sizes == {4}
+    assert [ran_fused(graphs, count) for count in (1, 2, 4)] == [False, False, True]
+    assert "used for 4 tokens" in notes[0]
+
+
+def test_what_is_never_faster_is_not_used() -> None:
+    fused, graphs, notes = chosen(*6 * [1.0])
+    assert fused.sizes == frozenset()
+    assert "fused kernels are not used: measured 1 in" in notes[0]
+    assert not ran_fused(graphs, 1)
+
+
+@pytest.mark.parametrize(("fails_at", "won"), [(4, set[int]()), (5, {1})])
+def test_what_cannot_be_captured_leaves_the_graphs_that_are_there(fails_at: int, won: set[int]) -> None:
+    fused, graphs, notes = chosen(2.0, 1.0, fails_at=fails_at)
+    assert fused.sizes == won
+    assert graphs.captured == (1, 2, 4, 16)
+    assert [ran_fused(graphs, count) for count in (1, 2, 4)] == [1 in won, False, False]
+    assert notes[0].endswith("no further, for it cannot be captured: operation not permitted when stream is capturing")
+
+
+def test_captured_again_the_choice_holds() -> None:
+    _, graphs, _ = chosen(2.0, 1.0, 1.0, 2.0, 1.0, 2.0)
+    graphs.clear()
+    graphs.capture()
+    assert [ran_fused(graphs, count) for count in (1, 2, 4)] == [True, False, False]
+
+
+def test_where_nothing_was_captured_nothing_is_chosen_or_said() -> None:
+    fused = Fused()
+    graphs = StepGraphs(Switching(fused), Buckets((1, 2)), CPU, Replayer(0))
+    graphs.capture()
+    assert choice.choose(graphs, fused, range(1, 9), Clock()) == ()  # type: ignore[arg-type]
+    assert fused.sizes == frozenset()

@@ -1,0 +1,123 @@
+"""Whole models through the fused kernels against transformers, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from asyncengine.errors import UnsupportedModelError
+from asyncengine.model import architecture, verification
+from asyncengine.model.attention.reference import TorchAttention
+from asyncengine.model.decoder.blueprint import recognise
+from asyncengine.model.decoder.parts import NotRecognised
+from asyncengine.model.fused.decoder import FusedDecoder
+from asyncengine.model.fused.tiles import MOST_TOKENS
+from asyncengine.model.runner import PagedLayers, TorchModel
+from asyncengine.model.verification import Trial, _piece
+from asyncengine.step.scheduler import Limits
+from tests.model.fused.interpreted import DEVICE, large_tiles, require_triton
+
+require_triton()
+
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    large_tiles(monkeypatch)
+
+
+class Case:
+    """A model of transformers, its fused kernels, and a runner with a KV cache."""
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=architecture.ATTENTION
+        )
+        self.model = self.model.to(DEVICE).eval().requires_grad_(False)
+        self.layers = architecture.record(self.model)
+        self.trial = Trial(self.model, self.layers, DEVICE)
+        self.fused = FusedDecoder(recognise(self.model, self.layers, 64))
+        self.backend = TorchAttention()
+        self.paged = PagedLayers(self.layers, self.backend, Limits(2, 12, 24, 4, 6), dtype, DEVICE)
+        self.paged.allocate()
+        self.runner = TorchModel(self.model, self.paged, None, DEVICE)  # type: ignore[arg-type]
+        self.runner.use_fused(self.fused)
+
+    @torch.inference_mode()
+    def error(self) -> float:
+        """The largest of 9 tokens: a step of 8, and, for each of two sequences, one of a single token."""
+        ids, expected = self.trial._ids[:, :5], self.trial._expected[:, :5]
+        together = self.runner.logits(_piece(ids, 0, 4)).reshape(2, 4, -1)
+        alone = self.runner.logits(_piece(ids[:1], 4, 5))
+        found, wanted = (
+            torch.cat((together.flatten(0, 1), alone)),
+            torch.cat((expected[:, :4].flatten(0, 1), expected[0, 4:])),
+        )
+        return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma3_text", "olmo2", "cohere", "glm4", "phi3", "opt"])
+def test_logits_are_those_of_transformers(name: str, checkpoint: Checkpoint) -> None:
+    case = Case(checkpoint(name, num_hidden_layers=1 + (name in ("llama", "gemma3_text"))))
+    forwards: list[int] = []
+    case.model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
+    assert case.error() < 1e-5
+    assert forwards == []  # nothing of it is by transformers' modules
+
+
+def test_bfloat16_is_as_near_as_transformers_in_bfloat16(checkpoint: Checkpoint) -> None:
+    assert 1e-4 < Case(checkpoint("llama", num_hidden_layers=1), torch.bfloat16).error() < 0.1
+
+
+def test_larger_steps_and_more_samples_are_left_to_transformers(checkpoint: Checkpoint) -> None:
+    fused = Case(checkpoint("llama", num_hidden_layers=1)).fused
+    assert [fused.serves(tokens, 1) for tokens in (0, 1, MOST_TOKENS, MOST_TOKENS + 1)] == [False, True, True, False]
+    assert not fused.serves(1, MOST_TOKENS + 1)
+    fused.use({1, 2})
+    assert [fused.serves(tokens, 1) for tokens in (1, 2, 3)] == [True, True, False]
+
+
+def test_no_samples_make_no_logits(checkpoint: Checkpoint) -> None:
+    case = Case(checkpoint("llama", num_hidden_layers=1))
+    batch = _piece(case.trial._ids[:1], 0, 1)
+    ids, positions = (torch.tensor([[0]], device=DEVICE) for _ in range(2))
+    with torch.inference_mode():
+        case.runner.begin(batch)
+        logits = case.runner.forward(ids, positions, torch.empty(0, dtype=torch.long, device=DEVICE))
+    assert logits.shape == (0, 199)
+
+
+def test_layers_that_rotate_alike_share_a_table_wherever_it_is(checkpoint: Checkpoint) -> None:
+    fused = Case(checkpoint("gemma3_text", num_hidden_layers=3)).fused
+    assert len(fused._tables) == 2  # of full attention, and of sliding attention
+    fused.move(torch.device("meta"))
+    assert {tensor.device.type for table in fused._tables.values() for tensor in table} == {"meta"}
+    assert len({id(layer._positioned._table) for layer in fused._layers}) == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_weights_in_another_order_are_refused(name: str, checkpoint: Checkpoint) -> None:
+    with pytest.raises(NotRecognised, match="not rows that follow each other"):
+        Case(checkpoint(name, **({"n_layer": 1} if name == "gpt2" else {"num_hidden_layers": 1})))
+
+
+def test_a_trial_judges_a_single_token_and_several_apart(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "_FUSED_TOKENS", 4)
+    case = Case(checkpoint("llama", num_hidden_layers=1))
+    right = case.fused.forward
+    for tokens in (1, MOST_TOKENS):
+
+        def wrong(ids: torch.Tensor, *others: torch.Tensor, tokens: int = tokens) -> torch.Tensor:
+            return right(ids, *others) * (1.01 if ids.shape[1] == tokens else 1.0)
+
+        monkeypatch.setattr(case.fused, "forward", wrong)
+        with pytest.raises(UnsupportedModelError, match=r"not compute over a paged KV cache .* relative error 0\.01"):
+            case.trial.run_fused(case.model, case.backend, case.fused)

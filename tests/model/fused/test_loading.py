@@ -1,0 +1,154 @@
+"""Engines that serve through the fused kernels, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from asyncengine.errors import UnsupportedModelError
+from asyncengine.model import graphs as graphs_module
+from asyncengine.model.buckets import Buckets
+from asyncengine.model.fused import choice
+from asyncengine.model.fused.decoder import FusedDecoder
+from asyncengine.model.graphs import StepGraphs
+from asyncengine.model.loader import TransformersLoader
+from tests.model.fused.interpreted import DEVICE, fuse_here
+from tests.model.test_graphs import Replayer
+
+Checkpoint = Callable[..., Path]
+
+GREEDY = GenerationConfig(temperature=0, max_tokens=3, ignore_eos=True)
+PROMPTS = [[5, 6, 7], list(range(1, 20))]
+
+
+@pytest.fixture(autouse=True)
+def fused_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_here(monkeypatch)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The token counts of the steps that were run by fused kernels."""
+    counts: list[int] = []
+    forward = FusedDecoder.forward
+
+    def counting(self: FusedDecoder, ids: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        counts.append(ids.shape[1])
+        return forward(self, ids, *others)
+
+    monkeypatch.setattr(FusedDecoder, "forward", counting)
+    return counts
+
+
+def config(path: Path, decoder: Any, **changes: Any) -> EngineConfig:
+    return EngineConfig(
+        str(path), device=DEVICE.type, dtype="float32", attention_backend="torch", decoder_backend=decoder,
+        **{"max_num_sequence": 2, "prefill_chunk_size": 32, "max_total_sequence_length": 256, **changes},
+    )  # fmt: skip
+
+
+def about_decoder(notes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(note for note in notes if note.startswith("decoder: "))
+
+
+async def tokens_of(engine: AsyncEngine) -> list[list[int]]:
+    return [result.token_ids for result in await engine.generate_many(PROMPTS, GREEDY)]
+
+
+async def test_an_engine_generates_what_it_generates_without(checkpoint: Checkpoint, runs: list[int]) -> None:
+    path = checkpoint("llama", num_hidden_layers=1)
+    async with AsyncEngine(config(path, "transformers")) as engine:
+        expected = await tokens_of(engine)
+    assert runs == []
+    async with AsyncEngine(config(path, "compiled")) as engine:
+        complete = engine.complete_engine_config
+        assert complete is not None and complete.decoder_backend == "compiled"
+        assert not about_decoder(engine.health().notes)
+        runs.clear()
+        assert await tokens_of(engine) == expected
+    assert 2 in runs
+
+
+async def test_new_weights_sleep_and_embeddings(checkpoint: Checkpoint, runs: list[int]) -> None:
+    path, other = (checkpoint("llama", num_hidden_layers=1, seed=seed) for seed in (0, 1))
+    async with AsyncEngine(config(other, "transformers")) as engine:
+        expected = await tokens_of(engine)
+    weights = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32).state_dict()
+    async with AsyncEngine(config(path, "compiled")) as engine:
+        await engine.update_weights(weights)
+        await engine.sleep()
+        await engine.wake()
+        runs.clear()
+        assert await tokens_of(engine) == expected
+        assert runs
+        runs.clear()
+        await engine.embed([[5, 6, 7]])
+        assert runs == []  # hidden states are the modules'
+
+
+def load(path: Path, decoder: str) -> tuple[str, tuple[str, ...]]:
+    loader = TransformersLoader()
+    loaded = loader.load(loader.check(config(path, decoder), None))
+    loaded.model.close()
+    return loaded.config.decoder_backend, about_decoder(loaded.notes)
+
+
+@pytest.mark.parametrize(("seconds", "used"), [((2.0, 1.0), "used for 1, 2 tokens"), ((1.0, 2.0), "not used")])
+def test_auto_takes_them_where_they_are_measured_to_be_faster(
+    seconds: tuple[float, float], used: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(model: Any, backend_name: str, sequences: int, device: torch.device, last: Any) -> Any:
+        graphs = StepGraphs(model, Buckets.upto(sequences), device, Replayer(), last)
+        graphs.capture()
+        return graphs, tuple(graphs.notes)
+
+    times = list(2 * seconds)  # of the buckets 1 and 2
+    monkeypatch.setattr(graphs_module, "capture_steps", capture)
+    monkeypatch.setattr(choice, "cuda_seconds", lambda device: lambda replay: times.pop(0))
+    runs_as, (note,) = load(checkpoint("llama", num_hidden_layers=1), "auto")
+    assert runs_as == "auto"  # a restart measures again
+    assert times == []
+    assert note.startswith(f"decoder: fused kernels are {used}: measured 1 in ")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "decoder", "reason"),
+    [
+        ("mixtral", {}, "auto", "an MLP has a part called experts"),
+        ("mixtral", {}, "compiled", "an MLP has a part called experts"),
+        # Some layers do not rotate, which its parts do not show; the numbers do.
+        ("smollm3", {"no_rope_layers": [1, 0]}, "auto", "SmolLM3ForCausalLM does not compute over a paged"),
+    ],
+)
+def test_what_they_cannot_run_is_run_by_transformers_or_refused(
+    name: str, changes: dict[str, Any], decoder: str, reason: str, checkpoint: Checkpoint
+) -> None:
+    path = checkpoint(name, num_hidden_layers=len(changes) + 1, **changes)
+    if decoder == "auto":
+        runs_as, (note,) = load(path, decoder)
+        assert runs_as == "transformers"
+        assert note.startswith(f"decoder: runs as transformers has it: {reason}")
+        return
+    with pytest.raises(UnsupportedModelError, match=f"cannot run as a compiled step: {reason}"):
+        load(path, decoder)
+
+
+def test_a_compiler_that_fails_keeps_no_model_from_being_served(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("ptxas fatal: no such thing\nand more of it")
+
+    monkeypatch.setattr(FusedDecoder, "forward", fail)
+    path = checkpoint("llama", num_hidden_layers=1)
+    assert load(path, "auto") == (
+        "transformers", ("decoder: runs as transformers has it: ptxas fatal: no such thing",),
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match=r"cannot run as a compiled step: ptxas fatal: no such thing$"):
+        load(path, "compiled")
