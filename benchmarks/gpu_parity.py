@@ -135,7 +135,7 @@ def paged_logits(
     paged = PagedLayers(architecture.record(model), backend, limits, kv_dtype, device)
     paged.allocate()
     runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
-    graphs, notes = capture_steps(runner, backend.name, len(ids), device)
+    graphs, notes = capture_steps(runner, backend.name, len(ids), device, kinds=())
     for note in notes:
         print(f"  {note}", flush=True)
     if graphs is not None:

@@ -1,4 +1,4 @@
-"""Moves host arrays to the device without waiting for it."""
+"""Moves host arrays to the device without waiting for it, and says where the host may look at what is there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
+
+_AT_HAND = "cpu"
+
+
+def at_hand(tensor: torch.Tensor) -> bool:
+    """Whether the host can look at a tensor's values without waiting for a device: only on the CPU."""
+    return tensor.device.type == _AT_HAND
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:

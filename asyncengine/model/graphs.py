@@ -1,9 +1,13 @@
-"""Captured steps: the launches of a whole forward, replayed at once, for a few token counts. Owned by the step thread.
+"""Captured steps: the launches of a whole step, replayed at once, for a few token counts. Owned by the step thread.
 
 A step of decodes alone is padded to a bucket and replayed; everything else runs as it is. With drafts a row has several
-query tokens: then a graph serves where such a step launches what a graph has, and none is captured for it. Ids,
-positions and rows reach the device in one packed copy, at addresses that a graph knows; the attention's plan reaches it
-in another one.
+query tokens: then a graph serves where such a step launches what a graph has, and none is captured for it. Whatever a
+step brings to the device, its attention's plan included, reaches it in one packed copy, where a graph looks for it.
+
+The graph of a bucket takes the likeliest token of each row and keeps it as the last one of the row's slot, so a step of
+greedy rows is one replay. What rows need besides is a graph of its own behind that one, for each bucket and each
+`DrawKind`: the captures are as many as both together, not one times the other of a whole model. A draw that has no
+graph is launched, from the same settings.
 
 Capturing can fail for reasons that lie in a model's code (it looks at a value on the host, or allocates in its own
 way). Then the model runs without graphs, and a note says why.
@@ -11,8 +15,9 @@ way). Then the model runs without graphs, and a note says why.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,20 +25,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from asyncengine.model import token_draw
 from asyncengine.model.buckets import Buckets, padded
+from asyncengine.model.graph_recorder import CudaRecorder, Recorder, Tensors
 from asyncengine.model.last_tokens import LastTokens, sources_of
 from asyncengine.model.packed_buffer import PackedBuffer
-from asyncengine.step.batch import StepBatch
-
-_WARM_UPS = 2
-"""Runs before a capture, so that what is made on first use is not captured."""
+from asyncengine.model.sampler import Sampler
+from asyncengine.model.token_draw import FILTERED, DrawKind, DrawSettings
+from asyncengine.model.token_ranking import argmax
+from asyncengine.step.batch import NO_PAIRS, StepBatch
 
 
 class Steppable(Protocol):
     """What is captured."""
 
-    def begin(self, batch: StepBatch) -> Any:
-        """Prepares a step and returns the attention's plan."""
+    def begin_with(
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]]
+    ) -> tuple[Any, dict[str, torch.Tensor] | None]:
+        """Prepares a step: returns the attention's plan, and the sections on the device if it took them along."""
         ...
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -41,46 +50,40 @@ class Steppable(Protocol):
         ...
 
 
-class Recorder(Protocol):
-    """Captures what a function launches."""
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A step that was queued.
 
-    def record(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """Returns what launches it again, and the tensor that every launch writes to."""
-        ...
+    Attributes:
+        logits: (M, vocabulary); overwritten by the next step.
+        slots: (M,) those of the samples, on the device; none if last tokens are not kept.
+        tokens: (M,) int64 what was drawn, which is the last token of each slot already; None if nothing was drawn.
+    """
 
-
-class CudaRecorder:
-    """Captures CUDA graphs that share one pool of memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def record(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """As the protocol says."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
-                function()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile: an application's own models, a loader.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            output = function()
-        return graph.replay, output
+    logits: torch.Tensor
+    slots: torch.Tensor
+    tokens: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
+    """A bucket's graph: what it reads of what was sent, and what it writes."""
+
     key: Hashable
     replay: Callable[[], None]
-    output: torch.Tensor
+    logits: torch.Tensor
+    likeliest: torch.Tensor
+    sent: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _CapturedDraw:
+    replay: Callable[[], None]
+    tokens: torch.Tensor
 
 
 class StepGraphs:
-    """Captured forwards of one model.
+    """Captured steps of one model.
 
     Args:
         model: What to run.
@@ -88,6 +91,7 @@ class StepGraphs:
         device: Where.
         recorder: Captures; CUDA graphs if not given.
         last: Has the tokens that the host does not know.
+        kinds: The draws that are captured, besides greedy ones.
     """
 
     def __init__(
@@ -97,15 +101,16 @@ class StepGraphs:
         device: torch.device,
         recorder: Recorder | None = None,
         last: LastTokens | None = None,
+        kinds: Sequence[DrawKind] = (),
     ) -> None:
         self._model = model
         self._buckets = buckets
-        self._device = device
         self._recorder: Recorder | None = recorder or CudaRecorder(device)
         self._last = last
-        self._buffer = PackedBuffer(device, 5 * _aligned(buckets.sizes[-1]))
+        self._kinds = tuple(kinds)
+        self._buffer = PackedBuffer(device)
         self._graphs: dict[int, _Captured] = {}
-        self._slots = torch.empty(0, dtype=torch.int32, device=device)
+        self._draws: dict[tuple[int, DrawKind], _CapturedDraw] = {}
         self.notes: list[str] = []
         """What did not work, in words."""
 
@@ -113,6 +118,11 @@ class StepGraphs:
     def captured(self) -> tuple[int, ...]:
         """The buckets for which there is a graph."""
         return tuple(sorted(self._graphs))
+
+    @property
+    def captured_draws(self) -> tuple[tuple[int, DrawKind], ...]:
+        """The buckets and kinds for which there is a graph of a draw."""
+        return tuple(sorted(self._draws))
 
     def capture(
         self,
@@ -122,7 +132,8 @@ class StepGraphs:
     ) -> None:
         """Captures the buckets, largest first, so that the smaller ones fit into the memory of the larger ones.
 
-        A bucket without a graph is padded to the next one that has one; so stopping early costs speed alone.
+        Draws come after all of them. A bucket without a graph is padded to the next one that has one, and a draw
+        without one is launched; so stopping early costs speed alone.
 
         Args:
             budget: Seconds after which no other capture is begun.
@@ -131,44 +142,68 @@ class StepGraphs:
         """
         until = clock() + budget
         sizes = self._buckets.sizes[::-1]
+        draws = [(size, kind) for kind in self._kinds for size in sizes]
+        of = len(sizes) + len(draws)
         for done, size in enumerate(sizes):
             if clock() >= until:
                 self.notes.append(f"graphs: {done} of {len(sizes)} were captured within {budget:g} s")
-                return
+                break
             if not self._capture(size):
                 return
             if progress is not None:
-                progress(done + 1, len(sizes))
+                progress(done + 1, of)
+        for done, (size, kind) in enumerate(draws):
+            if size not in self._graphs:
+                continue
+            if clock() >= until:
+                self.notes.append(f"graphs: {done} of {len(draws)} draws were captured within {budget:g} s")
+                return
+            if not self._capture_draw(size, kind):
+                return
+            if progress is not None:
+                progress(len(sizes) + done + 1, of)
 
-    def run(self, batch: StepBatch) -> torch.Tensor | None:
-        """Logits of a step, (rows, vocabulary), by a graph; None where none fits, and then nothing was done.
+    def run(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
+        """Queues a step by a graph; None where none fits, and then nothing was done.
 
-        The tensor is overwritten by the next step.
+        Args:
+            batch: The step.
+            sampler: Knows what its rows ask for. Without, no tokens are drawn.
         """
         if not self._graphs or not _decodes_alone(batch):
             return None
         size = self._size(len(batch.token_ids))
         if size is None:
             return None
+        rows = len(batch.sample_index)
         step = padded(batch, size)
-        plan = self._model.begin(step)
-        self._send(step)
+        kind, sections = None, self._sections(step)
+        if sampler is not None:
+            slots, positions = batch.sample_slots, batch.sample_positions
+            kind = sampler.kind(slots, positions)
+            sections |= sampler.settings(kind, slots, positions, size)
+        key, sent = self._send(step, sections)
         captured = self._graphs[size]
-        if captured.key != _key(plan):
-            if batch.draft_lengths is not None:
-                # How many tokens its rows have decides what is launched, and the next step has other rows.
-                return self._forward(size)[: len(batch.sample_index)]
-            # Memory that the graph refers to was replaced by a larger one. This step is the first with the new one.
-            del self._graphs[size]
-            if not self._capture(size, step):
-                return self._forward(size)[: len(batch.sample_index)]
+        if captured.key != key:
+            # Where there are drafts, how many tokens its rows have decides what is launched: the next step has others.
+            # Else memory that the graph refers to was replaced by a larger one, and this is the first step with that.
+            replaced = batch.draft_lengths is None and self._replace(size, step, sections)
+            if batch.draft_lengths is None:  # what was sent for the capture lies in its place
+                _, sent = self._send(dataclasses.replace(step, copies=NO_PAIRS), sections)
+            if not replaced:
+                return Ran(self._forward(sent)[:rows], self._slots(sent)[:rows])
             captured = self._graphs[size]
         captured.replay()
-        return captured.output[: len(batch.sample_index)]
+        slots_there, logits = self._slots(sent)[:rows], captured.logits[:rows]
+        if kind is None:
+            return Ran(logits, slots_there)
+        # A copy: on its way to the host it must outlive the next step, which writes to the same place.
+        return Ran(logits, slots_there, self._drawn(size, kind, captured)[:rows].clone())
 
     def clear(self) -> None:
         """Lets go of all graphs: the memory that they refer to is about to be freed. `capture` makes new ones."""
         self._graphs.clear()
+        self._draws.clear()
         self.notes.clear()
 
     def _size(self, tokens: int) -> int | None:
@@ -177,26 +212,36 @@ class StepGraphs:
             return size
         return min((captured for captured in self._graphs if captured >= tokens), default=None)
 
-    def _capture(self, size: int, step: StepBatch | None = None) -> bool:
+    def _drawn(self, size: int, kind: DrawKind, captured: _Captured) -> torch.Tensor:
+        """(size,) the tokens of a step that was replayed."""
+        if kind is DrawKind.GREEDY:
+            return captured.likeliest
+        draw = self._draws.get((size, kind))
+        if draw is None:
+            return self._draw(kind, captured)[0]
+        draw.replay()
+        return draw.tokens
+
+    def _capture(self, size: int, step: StepBatch | None = None, sections: Mapping[str, Any] | None = None) -> bool:
         """Captures one bucket, with a step that is there or one that attends to nothing and writes nowhere."""
         if self._recorder is None:
             return False
         try:
-            self._graphs[size] = self._recorded(self._recorder, size, step or _nothing(size))
+            step = step or _nothing(size)
+            self._graphs[size] = self._recorded(self._recorder, step, sections or self._sections(step))
         except Exception as error:
             self._graphs.clear()
+            self._draws.clear()
             self._recorder = None
-            text = str(error).strip() or type(error).__name__
-            self.notes.append(f"graphs: the model cannot be captured, it runs without: {text.splitlines()[0]}")
+            self.notes.append(f"graphs: the model cannot be captured, it runs without: {_reason(error)}")
             return False
         return True
 
-    def _recorded(self, recorder: Recorder, size: int, step: StepBatch) -> _Captured:
+    def _recorded(self, recorder: Recorder, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> _Captured:
         with torch.inference_mode():
-            plan = self._model.begin(step)
-            self._send(step)
-            replay, output = recorder.record(lambda: self._forward(size))
-        return _Captured(_key(plan), replay, output)
+            key, sent = self._send(step, sections)
+            replay, (logits, likeliest) = recorder.record(lambda: self._step(sent))
+        return _Captured(key, replay, logits, likeliest, sent)
 
     def contest(self, size: int, better: Callable[[Callable[[], None], Callable[[], None]], bool]) -> bool:
         """Captures a bucket again, of a model that has come to run it in another way, and keeps one of the two graphs.
@@ -209,38 +254,113 @@ class StepGraphs:
             Whether it does. If it cannot be captured, the error is raised and the old one stays.
         """
         assert self._recorder is not None
-        new = self._recorded(self._recorder, size, _nothing(size))
+        step = _nothing(size)
+        new = self._recorded(self._recorder, step, self._sections(step))
         kept = better(self._graphs[size].replay, new.replay)
         if kept:
             self._graphs[size] = new
+            self._redraw(size)
         return kept
 
-    @property
-    def sample_slots(self) -> torch.Tensor:
-        """(M,) int64 slots of the samples of the step that was run last, on the device."""
-        return self._slots.long()
+    def _redraw(self, size: int) -> None:
+        """Captures the draws behind a bucket's graph anew."""
+        kinds = [kind for kind in self._kinds if self._draws.pop((size, kind), None) is not None]
+        for kind in kinds:
+            if not self._capture_draw(size, kind):
+                break
 
-    def _send(self, step: StepBatch) -> None:
-        """One copy to the device; the sections' places depend on the number of tokens alone."""
-        tokens = len(step.token_ids)
+    def _capture_draw(self, size: int, kind: DrawKind) -> bool:
+        """Captures a draw behind a bucket's graph, from logits and settings of a step of padding."""
+        if self._recorder is None:
+            return False
+        captured = self._graphs[size]
+        try:
+            with torch.inference_mode():
+                step = _nothing(size)
+                self._send(step, self._sections(step))
+                captured.logits.zero_()
+                captured.likeliest.zero_()
+                replay, (tokens,) = self._recorder.record(lambda: self._draw(kind, captured))
+        except Exception as error:
+            self._draws.clear()
+            self._kinds = ()
+            self.notes.append(f"graphs: draws cannot be captured, they are launched: {_reason(error)}")
+            return False
+        self._draws[size, kind] = _CapturedDraw(replay, tokens)
+        return True
+
+    def _replace(self, size: int, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> bool:
+        """Captures a bucket anew, with a step that is about to be run.
+
+        While that is captured it is run, more than once; so its rows store what they draw nowhere.
+        """
+        del self._graphs[size]
+        sections = dict(sections)
+        if self._last is not None:
+            sections["slots"] = np.full(size, self._last.nowhere)
+        if not self._capture(size, dataclasses.replace(step, copies=NO_PAIRS), sections):
+            return False
+        self._redraw(size)
+        return True
+
+    def _sections(self, step: StepBatch) -> dict[str, NDArray[Any]]:
+        """What a step brings to the device, greedy; where each section goes depends on the number of tokens alone."""
+        tokens, samples = len(step.token_ids), len(step.sample_index)
         index = np.zeros(tokens, np.int64)
-        index[: len(step.sample_index)] = step.sample_index
+        index[:samples] = step.sample_index
         sections: dict[str, NDArray[Any]] = {"ids": step.token_ids, "positions": step.positions, "index": index}
         if self._last is not None:
-            sections |= {"sources": sources_of(step), "slots": step.sample_slots}
-        sent = self._buffer.send_sections(sections)
-        self._slots = sent.get("slots", self._slots)
+            slots = np.full(tokens, self._last.nowhere)
+            slots[: len(step.sample_slots)] = step.sample_slots
+            sections |= {"sources": sources_of(step), "slots": slots}
+        return sections | token_draw.sections(tokens)
 
-    def _forward(self, size: int) -> torch.Tensor:
-        place = _aligned(size)
-        ids, positions, index = (self._buffer.tensor[i * place : i * place + size].long() for i in range(3))
+    def _send(self, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> tuple[Hashable, dict[str, torch.Tensor]]:
+        """One copy to the device, where the attention's plan can take the sections along; else two.
+
+        Returns:
+            Equal for steps that launch the same on the same addresses; and the sections on the device.
+        """
+        plan, sent = self._model.begin_with(step, sections)
+        key: Hashable = getattr(plan, "graph_key", None)
+        if sent is not None:
+            return key, sent
+        sent = self._buffer.send_sections(sections)
+        return (key, self._buffer.generation), sent
+
+    def _step(self, sent: Mapping[str, torch.Tensor]) -> Tensors:
+        logits = self._forward(sent)
+        likeliest = argmax(logits)
+        self._store(sent, likeliest)
+        return logits, likeliest
+
+    def _forward(self, sent: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        ids, positions, index = (sent[name].long() for name in ("ids", "positions", "index"))
         if self._last is not None:
-            ids = self._last.fill(ids, self._buffer.tensor[3 * place : 3 * place + size])
+            ids = self._last.fill(ids, sent["sources"])
         return self._model.forward(ids[None], positions[None], index)
+
+    def _draw(self, kind: DrawKind, captured: _Captured) -> Tensors:
+        settings = DrawSettings.of(captured.sent)
+        tokens = token_draw.draw(kind, captured.logits, captured.likeliest, settings)
+        self._store(captured.sent, tokens)
+        return (tokens,)
+
+    def _store(self, sent: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> None:
+        if self._last is not None:
+            self._last.store(sent["slots"], tokens)
+
+    def _slots(self, sent: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return sent["index"][:0] if self._last is None else sent["slots"]
 
 
 def capture_steps(
-    model: Steppable, backend_name: str, sequences: int, device: torch.device, last: LastTokens | None = None
+    model: Steppable,
+    backend_name: str,
+    sequences: int,
+    device: torch.device,
+    last: LastTokens | None = None,
+    kinds: Sequence[DrawKind] = FILTERED,
 ) -> tuple[StepGraphs | None, tuple[str, ...]]:
     """Captures the decodes of up to `sequences` sequences, where device and attention allow it.
 
@@ -251,7 +371,7 @@ def capture_steps(
         return None, ()
     if backend_name != "triton":
         return None, (f"graphs: the {backend_name} attention plans in tensors of changing sizes; none are captured",)
-    graphs = StepGraphs(model, Buckets.upto(sequences), device, last=last)
+    graphs = StepGraphs(model, Buckets.upto(sequences), device, last=last, kinds=kinds)
     graphs.capture()
     return graphs, tuple(graphs.notes)
 
@@ -278,9 +398,6 @@ def _nothing(tokens: int) -> StepBatch:
     )
 
 
-def _key(plan: Any) -> Hashable:
-    return getattr(plan, "graph_key", None)
-
-
-def _aligned(count: int) -> int:
-    return -(-count // 4) * 4
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

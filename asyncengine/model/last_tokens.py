@@ -14,15 +14,17 @@ class LastTokens:
     """One token per slot, on the device.
 
     Attributes:
-        tensor: (slots,) int64, at an address that never changes: captured launches refer to it.
+        tensor: (slots + 1,) int64, at an address that never changes: captured launches refer to it.
+        nowhere: The slot that nobody has: what is drawn for rows that pad a step goes there.
     """
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
-        self.tensor = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.tensor = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
+        self.nowhere = num_slots
 
     def store(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Notes what was drawn: (rows,) int64 slots, none twice, and tokens; both on the device."""
-        self.tensor.index_copy_(0, slots, tokens)
+        """Notes what was drawn: (rows,) slots, none but `nowhere` twice, and int64 tokens; both on the device."""
+        self.tensor.index_copy_(0, slots.long(), tokens)
 
     def fill(self, ids: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
         """The (tokens,) ids of a step, where those with a source, a slot or -1, are the slot's last token."""

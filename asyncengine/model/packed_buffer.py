@@ -60,14 +60,22 @@ class PackedBuffer:
         self._make(1 << (count - 1).bit_length())
         return True
 
-    def send(self, values: Int32) -> torch.Tensor:
-        """Copies numbers to the device, behind what is queued there already, and returns them; grows if it must."""
-        self.reserve(len(values))
-        self._host_array()[: len(values)] = values
-        return self._copy(len(values))
+    def send(self, values: Int32, start: int = 0) -> torch.Tensor:
+        """Copies numbers to the device, behind what is queued there already, and returns them; grows if it must.
+
+        Args:
+            values: The numbers.
+            start: Where they go. What lies before stays, unless the buffer grows.
+        """
+        self.reserve(start + len(values))
+        self._host_array()[start : start + len(values)] = values
+        return self._copy(start, start + len(values))
 
     def send_sections(self, sections: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
-        """Copies several flat arrays at once; returns the views of them on the device, under their names."""
+        """Copies several flat arrays at once; returns the views of them on the device, under their names.
+
+        Where each lies depends on the lengths of those before it alone.
+        """
         starts, count = {}, 0
         for name, section in sections.items():
             starts[name] = count
@@ -76,7 +84,7 @@ class PackedBuffer:
         array = self._host_array()
         for name, section in sections.items():
             array[starts[name] : starts[name] + len(section)] = section
-        self._copy(count)
+        self._copy(0, count)
         return {name: self.tensor[starts[name] : starts[name] + len(section)] for name, section in sections.items()}
 
     def _host_array(self) -> Int32:
@@ -86,9 +94,9 @@ class PackedBuffer:
         array: Int32 = self._host[self._next].numpy()
         return array
 
-    def _copy(self, count: int) -> torch.Tensor:
-        sent = self.tensor[:count]
-        sent.copy_(self._host[self._next][:count], non_blocking=True)
+    def _copy(self, start: int, end: int) -> torch.Tensor:
+        sent = self.tensor[start:end]
+        sent.copy_(self._host[self._next][start:end], non_blocking=True)
         event = self._events[self._next]
         if event is not None:
             event.record(torch.cuda.current_stream(self._device))

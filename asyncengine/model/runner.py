@@ -12,20 +12,23 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from asyncengine.errors import ReloadError
 from asyncengine.generation import SamplingParams
-from asyncengine.model import fp8_linear, memory, verified_draw
+from asyncengine.model import fp8_linear, memory, token_draw, verified_draw
 from asyncengine.model.architecture import RecordedLayer, attach
-from asyncengine.model.attention.protocol import AttentionBackend
+from asyncengine.model.attention.protocol import AttentionBackend, CarryingBackend
 from asyncengine.model.decoder.program import CompiledDecoder, Writer
 from asyncengine.model.fused.decoder import FusedDecoder
-from asyncengine.model.graphs import StepGraphs
+from asyncengine.model.graphs import Ran, StepGraphs
 from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.sampler import Drawn, Sampler
 from asyncengine.model.step_inputs import StepInputs
+from asyncengine.model.token_draw import DrawSettings
+from asyncengine.model.token_ranking import argmax
 from asyncengine.model.way_back import OnItsWay, WayBack
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
 from asyncengine.step.scheduler import Limits
@@ -79,10 +82,23 @@ class PagedLayers:
 
     def begin(self, batch: StepBatch) -> Any:
         """Prepares a step: copies blocks, then plans; returns the plan."""
-        if len(batch.copies):
-            self.copy_blocks(batch.copies)
+        self._copy(batch)
         self.plan = self._backend.plan(batch, self._limits.page_size, self._device)
         return self.plan
+
+    def begin_with(
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]]
+    ) -> tuple[Any, dict[str, torch.Tensor] | None]:
+        """As `begin`; also returns the sections on the device if the plan's copy could take them along."""
+        if not isinstance(self._backend, CarryingBackend):
+            return self.begin(batch), None
+        self._copy(batch)
+        self.plan, sent = self._backend.plan_with(batch, self._limits.page_size, self._device, sections)
+        return self.plan, sent
+
+    def _copy(self, batch: StepBatch) -> None:
+        if len(batch.copies):
+            self.copy_blocks(batch.copies)
 
     def copy_blocks(self, copies: Int64) -> None:
         """Copies whole blocks: (C, 2) of source and destination."""
@@ -178,11 +194,15 @@ class TorchModel:
         """As the protocol says: nothing here waits for the device."""
         assert self._last is not None and self._back is not None
         with torch.inference_mode():
-            logits, slots = self._logits_and_slots(batch)
+            ran = self._queue(batch)
+            slots, positions = batch.sample_slots, batch.sample_positions
             if not len(batch.sample_index):
                 return Flight(None, self._back.send(()))
-            drawn = self._sampler.draw(logits, batch.sample_slots, batch.sample_positions, follows=False)
-            self._last.store(slots, drawn.tokens)
+            if ran.tokens is not None:
+                drawn = self._sampler.drawn(ran.tokens, slots, positions)
+            else:
+                drawn = self._sampler.draw(ran.logits, slots, positions, follows=False)
+                self._last.store(ran.slots, drawn.tokens)
             return Flight(drawn, self._back.send(drawn.tensors))
 
     def collect(self, flight: Flight) -> StepTokens:
@@ -192,16 +212,38 @@ class TorchModel:
             return StepTokens(np.empty(0, dtype=np.int32))
         return self._sampler.finish(flight.drawn, tensors)
 
-    def _logits_and_slots(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `logits`, of a batch whose tokens the host need not know; and its (M,) slots on the device."""
+    def _queue(self, batch: StepBatch) -> Ran:
+        """Runs the model on a batch whose tokens the host need not know, and draws where nothing but that is needed."""
         assert self._last is not None
         if self._program is not None:
             batch = self._last.known(batch)
-            return self.logits(batch), torch.from_numpy(batch.sample_slots)
-        if self._graphs is not None and (replayed := self._graphs.run(batch)) is not None:
-            return replayed, self._graphs.sample_slots
-        self.begin(batch)
-        return self.forward(*self._inputs.send(batch)), self._inputs.sample_slots
+            return Ran(self.logits(batch), torch.from_numpy(batch.sample_slots))
+        if self._graphs is not None and (replayed := self._graphs.run(batch, self._sampler)) is not None:
+            return replayed
+        kind, settings = None, None
+        slots, positions = batch.sample_slots, batch.sample_positions
+        if self._inputs.packed and len(slots):
+            kind = self._sampler.kind(slots, positions)
+            settings = self._sampler.settings(kind, slots, positions, len(slots))
+        logits = self._send_and_run(batch, self.forward, settings)
+        if kind is None:
+            return Ran(logits, self._inputs.sample_slots)
+        tokens = token_draw.draw(kind, logits, argmax(logits), DrawSettings.of(self._inputs.sent))
+        self._last.store(self._inputs.sample_slots, tokens)
+        return Ran(logits, self._inputs.sample_slots, tokens)
+
+    def _send_and_run(
+        self,
+        batch: StepBatch,
+        run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        others: Mapping[str, NDArray[Any]] | None = None,
+    ) -> torch.Tensor:
+        """Sends a step, and whatever else goes with it, and launches the model."""
+
+        def carry(sections: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor] | None:
+            return self.begin_with(batch, sections)[1]
+
+        return run(*self._inputs.send(batch, others, carry))
 
     def _draw(self, batch: StepBatch, logits: torch.Tensor) -> StepTokens:
         """Tokens and scores from logits, those that are drawn from first."""
@@ -218,25 +260,23 @@ class TorchModel:
 
     def _pooling(self, batch: StepBatch) -> StepTokens:
         """A step in which hidden states are summed: what else is in it is done as ever, with the logits at hand."""
-        plan = self.begin(batch)
         rows = np.append(batch.sample_index, batch.score_index)
         step = dataclasses.replace(batch, sample_index=rows)
         if self._program is not None:
-            logits, pooled = self._program.run(step, plan)
+            logits, pooled = self._program.run(step, self.begin(batch))
         else:
             with hidden_states(self._model) as hidden:
-                logits = self._forward(*self._inputs.send(step))
+                logits = self._send_and_run(step, self._forward)
             pooled = summed(hidden, batch.pool_spans)
         return dataclasses.replace(self._draw(batch, logits), pooled=pooled)
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""
         if self._graphs is not None and (replayed := self._graphs.run(batch)) is not None:
-            return replayed
-        plan = self.begin(batch)
+            return replayed.logits
         if self._program is not None:
-            return self._program.logits(batch, plan)
-        return self.forward(*self._inputs.send(batch))
+            return self._program.logits(batch, self.begin(batch))
+        return self._send_and_run(batch, self.forward)
 
     def copy_blocks(self, copies: Int64) -> None:
         """Copies whole blocks of the KV cache: (C, 2) of source and destination."""
@@ -245,6 +285,12 @@ class TorchModel:
     def begin(self, batch: StepBatch) -> Any:
         """Prepares a step and returns the attention's plan."""
         return self._layers.begin(batch)
+
+    def begin_with(
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]]
+    ) -> tuple[Any, dict[str, torch.Tensor] | None]:
+        """As `PagedLayers.begin_with`."""
+        return self._layers.begin_with(batch, sections)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Runs the model: (1, tokens) ids and positions, (M,) rows of logits that are wanted; (M, vocabulary)."""

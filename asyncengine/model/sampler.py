@@ -25,9 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asyncengine.generation import SamplingParams
-from asyncengine.model.device_copy import to_device
+from asyncengine.model import token_draw
+from asyncengine.model.device_copy import at_hand, to_device
 from asyncengine.model.random_stream import uniforms
 from asyncengine.model.slot_entries import SlotEntries
+from asyncengine.model.token_draw import DrawKind
 from asyncengine.model.token_filters import Kept, is_sound, narrow, nucleus, plain
 from asyncengine.model.token_masks import TokenMasks
 from asyncengine.model.token_mass import log_total
@@ -119,6 +121,7 @@ class Sampler:
         self._min_tokens = np.zeros(num_slots, np.int64)
         self._num_logprobs = np.full(num_slots, -1, np.int64)
         self._processed = np.zeros(num_slots, np.bool_)
+        self._special = np.zeros(num_slots, np.bool_)  # needs more than temperature and filters
         self._bias = SlotEntries(num_slots)
         self._forbidden = SlotEntries(num_slots)
         self._penalties = TokenPenalties(num_slots, vocab_size, device)
@@ -155,6 +158,7 @@ class Sampler:
             self._num_logprobs[slot] = params.num_logprobs
             self._processed[slot] = params.logprobs_mode == "processed"
             self._way[slot] = _way(params)
+            self._special[slot] = params.num_logprobs >= 0 or bool(bias) or bool(self.remembers(np.array([slot]))[0])
         except BaseException:
             self.release(slot)
             raise
@@ -163,6 +167,8 @@ class Sampler:
         """Frees what the slot's sequence holds; does nothing to a free slot."""
         self._way[slot] = _Way.GREEDY
         self._num_logprobs[slot] = -1
+        self._min_tokens[slot] = 0
+        self._special[slot] = False
         self._bias.remove(slot)
         self._forbidden.remove(slot)
         self._penalties.remove(slot)
@@ -172,6 +178,33 @@ class Sampler:
     def remembers(self, slots: Int64) -> NDArray[np.bool_]:
         """(rows,) whether what a slot draws depends on the tokens that it has drawn before."""
         return self._penalties.has(slots) | self._masks.has(slots) | self._processors.has(slots)
+
+    def kind(self, slots: Int64, positions: Int64) -> DrawKind | None:
+        """What a captured draw of these rows needs to be; None where there is none that could do what they ask for."""
+        if self._special[slots].any() or (positions < self._min_tokens[slots]).any():
+            return None
+        ways = set(self._way[slots].tolist())
+        if not ways - {_Way.GREEDY}:
+            return DrawKind.GREEDY
+        if _Way.NARROW not in ways:
+            return DrawKind.NUCLEUS if _Way.NUCLEUS in ways else DrawKind.PLAIN
+        many = int(self._top_k[slots[self._way[slots] == _Way.NARROW]].max()) > token_draw.MOST_CANDIDATES
+        return None if many or _Way.NUCLEUS in ways else DrawKind.NARROW
+
+    def settings(self, kind: DrawKind | None, slots: Int64, positions: Int64, rows: int) -> dict[str, Int32]:
+        """What a draw of some kind takes from the host, of these rows and padded to `rows` ones."""
+        if kind is None or kind is DrawKind.GREEDY:
+            return token_draw.sections(rows)
+        ways = self._way[slots]
+        top_k = np.where(ways == _Way.NARROW, self._top_k[slots], 0)
+        return token_draw.sections(
+            rows,
+            u=uniforms(self._key[slots], positions),
+            top_p=self._top_p[slots],
+            scale=self._scale[slots],
+            min_p=self._min_p[slots],
+            top_k=np.where(ways == _Way.GREEDY, token_draw.GREEDY_ROW, top_k),
+        )
 
     def sample(self, logits: Tensor, slots: Int64, positions: Int64) -> StepTokens:
         """Draws one token for each row, waits for them, and counts them for the slots' penalties.
@@ -191,6 +224,11 @@ class Sampler:
             return StepTokens(np.empty(0, np.int32))
         drawn = self.draw(logits, slots, positions)
         return self.finish(drawn, [tensor.cpu().numpy() for tensor in drawn.tensors])
+
+    @staticmethod
+    def drawn(tokens: Tensor, slots: Int64, positions: Int64) -> Drawn:
+        """The first half of `sample`, of a draw that has a kind: its (rows,) int64 tokens are there."""
+        return Drawn(tokens, slots, positions, _NO_ROWS, False, {}, [])
 
     def draw(self, logits: Tensor, slots: Int64, positions: Int64, follows: bool = True) -> Drawn:
         """The first half of `sample`: queues what the device does, and waits for nothing there.
@@ -321,7 +359,7 @@ class Sampler:
     def _draw_sampled(self, logits: Tensor, slots: Int64, u: Tensor, way: int) -> Tensor:
         sound = is_sound(logits, self._scale_of(slots))
         # Only on the CPU can the host look without waiting.
-        likeliest = argmax(logits) if logits.device.type != "cpu" or not sound.all() else None
+        likeliest = argmax(logits) if not at_hand(logits) or not sound.all() else None
         parts = self._keep(logits, slots, way)
         if parts[0].rows is None:
             drawn = parts[0].draw(u)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asyncengine.model.device_copy import at_hand
 from asyncengine.model.token_mass import draw_dense, draw_sparse, keep_prefix, share, ticks, total_mass
 from asyncengine.model.token_ranking import top_tokens
 
@@ -97,8 +98,8 @@ def nucleus(logits: Tensor, scale: Tensor | None, min_p: Tensor | None, top_p: T
         top_p: (rows, 1) float64.
     """
     weights = _weights(logits, scale, min_p)
-    if weights.device.type != "cpu":
-        _drop_outside_nucleus(weights, top_p)
+    if not at_hand(weights):
+        drop_outside_nucleus(weights, top_p)
         return [Kept(None, None, weights)]
     target = share(total_mass(weights), top_p)
     ids = top_tokens(weights, min(_NUCLEUS_TRY, weights.shape[1]))
@@ -117,7 +118,7 @@ def nucleus(logits: Tensor, scale: Tensor | None, min_p: Tensor | None, top_p: T
         rows = None
     size = max(1, _SEARCH_BLOCK // weights.shape[1])
     for some_weights, some_top_p in zip(torch.split(weights, size), torch.split(top_p, size), strict=True):
-        _drop_outside_nucleus(some_weights, some_top_p)
+        drop_outside_nucleus(some_weights, some_top_p)
     return [*parts, Kept(rows, None, weights)]
 
 
@@ -131,7 +132,7 @@ def _weights(logits: Tensor, scale: Tensor | None, min_p: Tensor | None) -> Tens
     """(rows, vocab) float32 in [0, 1]: in proportion to the probabilities, or zero where min-p drops the token."""
     if scale is not None:
         logits.mul_(scale)
-    if logits.device.type == "cpu":
+    if at_hand(logits):
         weights = torch.softmax(logits, dim=-1, out=logits)  # row after row in the cache: a third of exp's time alone
     else:  # no sum whose order could depend on the batch
         weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
@@ -147,7 +148,7 @@ def _drop_below(weights: Tensor, threshold: Tensor) -> None:
     weights.mul_((weights - below).sign_().relu_())
 
 
-def _drop_outside_nucleus(weights: Tensor, top_p: Tensor) -> None:
+def drop_outside_nucleus(weights: Tensor, top_p: Tensor) -> None:
     """Zeroes the weights outside the nucleus (Holtzman et al., 2019), in place.
 
     Finds the largest weight at and above which the tokens have the mass, from two histograms of mass: over the upper
@@ -175,7 +176,7 @@ def _drop_outside_nucleus(weights: Tensor, top_p: Tensor) -> None:
     each = ticks(threshold).clamp(min=1)
     needed = (missing + each - 1) // each
     equal = lower.gather(1, lower_bin) // each
-    if weights.device.type != "cpu" or (needed < equal).any():
+    if not at_hand(weights) or (needed < equal).any():
         edge = weights == threshold
         weights.mul_(~edge | (edge.cumsum(-1) <= needed))
     _drop_below(weights, threshold)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from asyncengine.model.device_copy import at_hand
+
 _ARGMAX_CHUNK = 128
 _ARGMAX_DIRECT = 1 << 15  # logits: below it, fewer calls are faster
 
@@ -23,7 +25,7 @@ def argmax(logits: Tensor) -> Tensor:
     Returns:
         (rows,) int64.
     """
-    if logits.device.type != "cpu":
+    if not at_hand(logits):
         return _without_nan(logits).argmax(-1)
     if logits.numel() < _ARGMAX_DIRECT:
         tokens = logits.argmax(-1, keepdim=True)

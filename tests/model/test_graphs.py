@@ -16,6 +16,7 @@ import torch
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.model import graphs as graphs_module
 from asyncengine.model.buckets import Buckets
+from asyncengine.model.graph_recorder import Tensors
 from asyncengine.model.graphs import StepGraphs, _nothing, capture_steps
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.step.batch import StepBatch
@@ -31,18 +32,19 @@ class Replayer:
         self.replayed = 0
         self._fails_at = fails_at
 
-    def record(self, function: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    def record(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         if self.recorded == self._fails_at:
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
         self.recorded += 1
-        output = function()
+        outputs = tuple(output.clone() for output in function())
 
         def replay() -> None:
             self.replayed += 1
             with torch.inference_mode():
-                output.copy_(function())
+                for output, again in zip(outputs, function(), strict=True):
+                    output.copy_(again)
 
-        return replay, output
+        return replay, outputs
 
 
 @dataclass
@@ -58,9 +60,9 @@ class Model:
     begun: list[StepBatch] = field(default_factory=list)
     forwards: int = 0
 
-    def begin(self, batch: StepBatch) -> Plan:
+    def begin_with(self, batch: StepBatch, sections: object) -> tuple[Plan, None]:
         self.begun.append(batch)
-        return Plan((len(batch.token_ids), self.key))
+        return Plan((len(batch.token_ids), self.key)), None
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         self.forwards += 1
@@ -101,9 +103,9 @@ def test_a_step_is_padded_to_its_bucket_and_replayed(count: int) -> None:
     model, recorder = Model(), Replayer()
     graphs = captured(model, recorder=recorder)
     for first in (100, 200):
-        logits = graphs.run(decodes(count, first))
-        assert logits is not None
-        assert logits.tolist() == [[first + i, 3 * i] for i in range(count)]
+        ran = graphs.run(decodes(count, first))
+        assert ran is not None
+        assert ran.logits.tolist() == [[first + i, 3 * i] for i in range(count)]
         assert len(model.begun[-1].token_ids) == {1: 1, 2: 2, 3: 4, 4: 4}[count]
         assert model.begun[-1].query_start.tolist() == list(range(count + 1))
     assert recorder.replayed == 2
@@ -126,9 +128,9 @@ def test_out_of_time_smaller_steps_use_the_larger_graphs() -> None:
     graphs.capture(2.0, clock=lambda: float(next(ticks)))  # the third look at the clock is too late
     assert graphs.captured == (4,)
     assert graphs.notes == ["graphs: 1 of 3 were captured within 2 s"]
-    logits = graphs.run(decodes(1))
-    assert logits is not None
-    assert logits.tolist() == [[100, 0]]
+    ran = graphs.run(decodes(1))
+    assert ran is not None
+    assert ran.logits.tolist() == [[100, 0]]
     assert len(model.begun[-1].token_ids) == 4
 
 
@@ -147,9 +149,9 @@ def test_other_memory_means_another_capture() -> None:
     graphs = captured(model, recorder=recorder)
     model.key = 1
     for _ in range(3):
-        logits = graphs.run(decodes(2))
-        assert logits is not None
-        assert logits.tolist() == [[100, 0], [101, 3]]
+        ran = graphs.run(decodes(2))
+        assert ran is not None
+        assert ran.logits.tolist() == [[100, 0], [101, 3]]
     assert recorder.recorded == 4
     assert graphs.captured == (1, 2, 4)
 
@@ -158,9 +160,9 @@ def test_a_step_with_drafts_uses_a_graph_or_none_and_never_replaces_one() -> Non
     class LongRows(Model):
         """Launches other kernels where a row has more than two tokens, as the Triton attention does."""
 
-        def begin(self, batch: StepBatch) -> Plan:
-            super().begin(batch)
-            return Plan((len(batch.token_ids), bool((np.diff(batch.query_start) > 2).any())))
+        def begin_with(self, batch: StepBatch, sections: object) -> tuple[Plan, None]:
+            super().begin_with(batch, sections)
+            return Plan((len(batch.token_ids), bool((np.diff(batch.query_start) > 2).any()))), None
 
     def drafted(*counts: int) -> StepBatch:
         starts = np.cumsum([0, *counts]).astype(np.int32)
@@ -176,9 +178,9 @@ def test_a_step_with_drafts_uses_a_graph_or_none_and_never_replaces_one() -> Non
     graphs = captured(model, recorder=recorder)
     for counts in ((3,), (2, 2), (1, 3), (2,)):
         for batch in (drafted(*counts), decodes(sum(counts))):
-            logits = graphs.run(batch)
-            assert logits is not None
-            assert logits.tolist() == [[100 + i, 3 * i] for i in range(sum(counts))]
+            ran = graphs.run(batch)
+            assert ran is not None
+            assert ran.logits.tolist() == [[100 + i, 3 * i] for i in range(sum(counts))]
     assert recorder.recorded == 3  # the three buckets, before the first step
     assert recorder.replayed == 4 + 2  # all without drafts, and those whose rows are short
 
@@ -187,9 +189,9 @@ def test_a_capture_that_fails_in_a_step_does_not_cost_the_step() -> None:
     model = Model()
     graphs = captured(model, recorder=Replayer(fails_at=3))
     model.key = 1
-    logits = graphs.run(decodes(2))
-    assert logits is not None
-    assert logits.tolist() == [[100, 0], [101, 3]]
+    ran = graphs.run(decodes(2))
+    assert ran is not None
+    assert ran.logits.tolist() == [[100, 0], [101, 3]]
     assert graphs.run(decodes(2)) is None
     assert len(graphs.notes) == 1
 

@@ -42,6 +42,6 @@ def test_a_buffer_that_is_too_small_grows_and_says_so() -> None:
 
 def test_a_step_does_not_write_where_the_one_before_is_still_read_from() -> None:
     buffer = PackedBuffer(CPU, capacity=4, places=3)
-    arrays = [buffer._host_array().ctypes.data for _ in range(4) if buffer._copy(1) is not None]
+    arrays = [buffer._host_array().ctypes.data for _ in range(4) if buffer._copy(0, 1) is not None]
     assert len(set(arrays[:3])) == 3
     assert arrays[3] == arrays[0]

@@ -186,8 +186,8 @@ class TestLastTokens:
 
     def test_captured_steps_take_them_too(self) -> None:
         class Model:
-            def begin(self, batch: StepBatch) -> None:
-                return None
+            def begin_with(self, batch: StepBatch, sections: object) -> tuple[None, None]:
+                return None, None
 
             def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
                 return ids[0, index].float()[:, None]
@@ -200,12 +200,13 @@ class TestLastTokens:
             ([False, False], [4, 5], [100, 101]),
             ([True], [5], [55]),
         ):
-            logits = graphs.run(of_rows(unknown, slots))
-            assert logits is not None and logits[:, 0].tolist() == expected
-            assert graphs.sample_slots.tolist() == slots
+            ran = graphs.run(of_rows(unknown, slots))
+            assert ran is not None and ran.logits[:, 0].tolist() == expected
+            assert ran.slots.tolist() == slots
+            last.store(ran.slots, torch.tensor([11 * slot for slot in slots]))
         last.store(torch.tensor([5]), torch.tensor([66]))
-        logits = graphs.run(of_rows([True], [5]))
-        assert logits is not None and logits.tolist() == [[66.0]]
+        ran = graphs.run(of_rows([True], [5]))
+        assert ran is not None and ran.logits.tolist() == [[66.0]]
         assert recorder.replayed == 4
 
 

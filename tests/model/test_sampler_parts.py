@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from asyncengine.model.slot_entries import SlotEntries
-from asyncengine.model.token_filters import _drop_outside_nucleus, _weights, nucleus
+from asyncengine.model.token_filters import _weights, drop_outside_nucleus, nucleus
 from asyncengine.model.token_mass import TICKS, chunk_mass, draw_dense, draw_sparse, log_total
 from asyncengine.model.token_ranking import top_tokens
 
@@ -84,7 +84,7 @@ class TestNucleus:
         (part,) = nucleus(logits.clone(), None, None, top_p)
         assert part.ids is not None
         weights = _weights(logits.clone(), None, None)
-        _drop_outside_nucleus(weights, top_p)
+        drop_outside_nucleus(weights, top_p)
         assert torch.equal(part.mask(200), weights > 0)
 
     def test_rows_are_split_by_whether_the_likeliest_suffice(self) -> None:

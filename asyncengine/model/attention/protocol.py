@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from numpy.typing import NDArray
 
 from asyncengine.errors import ReloadError
 from asyncengine.step.batch import StepBatch
@@ -96,4 +97,26 @@ class AttentionBackend(Protocol):
 
     def copy_blocks(self, caches: Sequence[Any], copies: torch.Tensor) -> None:
         """Copies whole blocks in every layer; `copies` is (C, 2) of source and destination."""
+        ...
+
+
+@runtime_checkable
+class CarryingBackend(Protocol):
+    """A back end whose plan reaches the device in one copy, which takes along what else the step brings there."""
+
+    def plan_with(
+        self, batch: StepBatch, page_size: int, device: torch.device, sections: Mapping[str, NDArray[Any]]
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """As `AttentionBackend.plan`.
+
+        Args:
+            batch: As of `plan`.
+            page_size: As of `plan`.
+            device: As of `plan`.
+            sections: Flat arrays of numbers that fit into int32.
+
+        Returns:
+            The plan, and the sections on the device: int32 views that hold until the next plan is made. Where they lie
+            depends on their lengths, as long as the plan's `graph_key` stays the same.
+        """
         ...

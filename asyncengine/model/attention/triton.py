@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from asyncengine.model.attention import fp8, tuned_tiles, work_list
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
 from asyncengine.model.attention.triton_tiles import Launch, Tiles, padded, tiles_for
 from asyncengine.model.attention.tuned_tiles import Key
-from asyncengine.model.attention.work_list import Cut
+from asyncengine.model.attention.work_list import Cut, WorkLists
 from asyncengine.model.packed_buffer import PackedBuffer
 from asyncengine.step.batch import StepBatch
 
@@ -27,6 +28,7 @@ _FP8_CAPABILITY = (8, 9)
 """The first devices that turn fp8 into other numbers by themselves (Ada, Hopper)."""
 # Programs of the persistent grid, for each multiprocessor. Small tiles wait for memory, so several share one.
 _SHORT_PROGRAMS, _LONG_PROGRAMS = 4, 2
+_PLAN = "plan"
 WRITE_LAUNCH = Launch(rows=16, warps=4, stages=1)
 MERGE_LAUNCH = Launch(rows=1, warps=1, stages=4)
 
@@ -55,6 +57,7 @@ class TritonPlan:
         cuts: How many kinds of layers it speaks of.
         launched: The work lists that are launched: 2 * cut is its short one, 2 * cut + 1 its long one.
         merged: Those of them whose parts are merged.
+        start: Where its numbers lie in the back end's buffer; what the step brings besides lies before them.
         buffer: The numbers that the kernels read.
         graph_key: Equal for steps that launch the same kernels on the same addresses.
     """
@@ -65,6 +68,7 @@ class TritonPlan:
     cuts: int
     launched: tuple[int, ...]
     merged: tuple[int, ...]
+    start: int
     buffer: torch.Tensor
     graph_key: tuple[Any, ...]
 
@@ -189,22 +193,44 @@ class TritonAttention:
 
     def plan(self, batch: StepBatch, page_size: int, device: torch.device) -> TritonPlan:
         """Makes the work lists and copies them to the device. Nothing waits for the device."""
-        self._prepare(device)
-        return self._plan(batch, page_size)
+        return self.plan_with(batch, page_size, device, {})[0]
 
-    def _plan(self, batch: StepBatch, page_size: int) -> TritonPlan:
+    def plan_with(
+        self, batch: StepBatch, page_size: int, device: torch.device, sections: Mapping[str, NDArray[Any]]
+    ) -> tuple[TritonPlan, dict[str, torch.Tensor]]:
+        """As `CarryingBackend` says: one copy for the sections and the work lists. Nothing waits for the device."""
+        self._prepare(device)
         buffer = self._buffer
         assert buffer is not None
+        lists = self._lists(batch, page_size)
+        sent = buffer.send_sections({**sections, _PLAN: lists.values})
+        numbers = sent.pop(_PLAN)
+        start = int(numbers.storage_offset())
+        return self._plan(batch, page_size, lists, numbers, start), sent
+
+    def _lists(self, batch: StepBatch, page_size: int) -> WorkLists:
         programs = self._given_programs or self._processors * _LONG_PROGRAMS
-        lists = work_list.work_lists(batch, page_size, self._cuts, programs, self._max_parts)
-        buffer.send(lists.values)
+        return work_list.work_lists(batch, page_size, self._cuts, programs, self._max_parts)
+
+    def _plan(
+        self, batch: StepBatch, page_size: int, lists: WorkLists, numbers: torch.Tensor, start: int
+    ) -> TritonPlan:
+        assert self._buffer is not None
         tokens = len(batch.slot_mapping)
         # A step of short rows alone launches the same kernels whatever there is to merge, so that it can be replayed.
         short_alone = not any(lists.items[1::2])
         launched = tuple(i for i, count in enumerate(lists.items) if count or (short_alone and i % 2 == 0))
         merged = tuple(i for i in launched if lists.merges[i] or (short_alone and i % 2 == 0))
-        key = (tokens, buffer.generation, self._generation, launched, merged)
-        return TritonPlan(batch, page_size, tokens, len(self._cuts), launched, merged, buffer.tensor, key)
+        key = (tokens, start, self._buffer.generation, self._generation, launched, merged)
+        return TritonPlan(batch, page_size, tokens, len(self._cuts), launched, merged, start, numbers, key)
+
+    def _replace(self, plan: TritonPlan) -> None:
+        """Makes a plan anew, at its place, for all layers that are known by now."""
+        assert self._buffer is not None
+        lists = self._lists(plan.batch, plan.page_size)
+        numbers = self._buffer.send(lists.values, plan.start)
+        again = self._plan(plan.batch, plan.page_size, lists, numbers, plan.start)
+        plan.cuts, plan.launched, plan.merged, plan.buffer = again.cuts, again.launched, again.merged, again.buffer
 
     def attend(
         self,
@@ -228,8 +254,7 @@ class TritonAttention:
         cut = self._know(spec, dtype)
         if cut >= plan.cuts:
             # The plan was made before a layer like this was known. Those before have been queued: it may be replaced.
-            again = self._plan(plan.batch, plan.page_size)
-            plan.cuts, plan.launched, plan.merged, plan.buffer = again.cuts, again.launched, again.merged, again.buffer
+            self._replace(plan)
         tiles = self._tiles(spec, dtype)
         assert tiles is not None
         with _current(query.device):
