@@ -55,9 +55,9 @@ def chosen(*seconds: float, fails_at: int | None = None) -> tuple[Fused, StepGra
 
 
 def ran_fused(graphs: StepGraphs, count: int) -> bool:
-    logits = graphs.run(decodes(count))
-    assert logits is not None
-    return bool(logits[0, 2])
+    ran = graphs.run(decodes(count))
+    assert ran is not None
+    return bool(ran.logits[0, 2])
 
 
 def test_each_bucket_keeps_what_was_measured_to_be_faster() -> None:

@@ -120,8 +120,8 @@ def test_auto_takes_them_where_they_are_measured_to_be_faster(
 @pytest.mark.parametrize(
     ("name", "changes", "decoder", "reason"),
     [
-        ("mixtral", {}, "auto", "an MLP has a part called experts"),
-        ("mixtral", {}, "compiled", "an MLP has a part called experts"),
+        ("mixtral", {}, "auto", "its kernels for a few tokens have no experts"),
+        ("mixtral", {}, "compiled", "its kernels for a few tokens have no experts"),
         # Some layers do not rotate, which its parts do not show; the numbers do.
         ("smollm3", {"no_rope_layers": [1, 0]}, "auto", "SmolLM3ForCausalLM does not compute over a paged"),
     ],
