@@ -23,6 +23,10 @@ SHAPES = {
         "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
         "intermediate_size": 8192, "vocab_size": 128256,
     },
+    "E": {  # experts: a small Mixtral, 180 M parameters, of which a token uses 65 M
+        "hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "intermediate_size": 1024, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
     "L": {  # the shape of Qwen3-8B
         "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
         "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False,
@@ -31,15 +35,16 @@ SHAPES = {
 
 
 def make(shape: str, dtype: str, device: str = "cpu", max_length: int = 4096) -> Any:
-    """A random Llama (S, 1B, tiny) or Qwen3 (M, L), with tied embeddings but for L, made on a device."""
+    """A random Llama (S, 1B, tiny), Qwen3 (M, L) or Mixtral (E), with tied embeddings but for L, made on a device."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
     values = {
         "tie_word_embeddings": True, "max_position_embeddings": max_length, "bos_token_id": None, "eos_token_id": None,
         "pad_token_id": 0,
     } | SHAPES[shape]  # fmt: skip
-    config = Qwen3Config(**values) if shape in ("M", "L") else LlamaConfig(**values)
+    kind = {"M": Qwen3Config, "L": Qwen3Config, "E": MixtralConfig}.get(shape, LlamaConfig)
+    config = kind(**values)
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
