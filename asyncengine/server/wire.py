@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import anyio
 import msgspec
@@ -72,13 +72,15 @@ class Body(Generic[T]):
             body = msgspec.convert(values, self.shape)
         except msgspec.ValidationError as error:
             message, param = _told(str(error))
+            if "enum value" in message and (allowed := _choices(get_type_hints(self.shape).get(param or ""))):
+                message += f"; allowed: {', '.join(map(repr, allowed))}"
             raise Refusal(400, message, "invalid_field", param) from error
         return body, {IGNORED_HEADER: ", ".join(sorted(ignored))} if ignored else {}
 
     def _hint(self, name: str) -> str:
         known = [*self.shape.__struct_fields__, *self.refused, *self.ignored]  # type: ignore[attr-defined]
         near = difflib.get_close_matches(name, known, n=1)
-        return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+        return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known)) or 'none'}"
 
 
 async def read_json(request: Request, settings: ServerSettings) -> Any:
@@ -113,6 +115,13 @@ async def _read(request: Request, settings: ServerSettings) -> bytes:
             pieces.append(piece)
         return b"".join(pieces)
     raise Refusal(408, f"the body did not come within body_seconds = {settings.body_seconds:g}", "body_too_slow")
+
+
+def _choices(kind: Any) -> list[Any]:
+    """The values that a type of literals allows."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [choice for part in get_args(kind) for choice in _choices(part)]
 
 
 def _told(message: str) -> tuple[str, str | None]:

@@ -147,6 +147,15 @@ async def test_a_response_can_be_aborted_by_its_id() -> None:
         assert rest[-1] == "data: [DONE]" and '"request_aborted"' in rest[-2]
 
 
+async def test_a_value_that_is_not_among_those_allowed_is_told_which_are() -> None:
+    async with administered() as (client, _, _):
+        wrong = await client.post("/admin/trace", json={"action": "dance"})
+        assert wrong.status_code == 400 and error(wrong)["param"] == "action"
+        assert "'dance'; allowed: 'start', 'stop', 'clear'" in error(wrong)["message"]
+        wrong = await client.post("/admin/unload", json={"x": 1})
+        assert error(wrong)["message"] == "unknown field 'x'; known: none"
+
+
 async def test_a_trace_is_recorded_and_read() -> None:
     async with administered() as (client, _, _):
         assert (await client.post("/admin/trace", json={"action": "start"})).json() == {"enabled": True, "events": 0}
