@@ -22,7 +22,7 @@ from asyncengine.server.service import Service, reply
 from asyncengine.server.sse import unless_gone
 from asyncengine.server.wire import Body
 
-_NAMES = {"prompt": "input", **{name: name for name in ("pooling", "normalize", "dimensions")}}
+_NAMES = {"prompt": "input", "prompts": "input", **{name: name for name in ("pooling", "normalize", "dimensions")}}
 MAX_INPUTS = 2048
 """OpenAI's."""
 

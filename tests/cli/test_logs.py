@@ -57,7 +57,7 @@ assert all(found.level == 0 for found in ours.values() if isinstance(found, logg
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['asyncengine.server'] []" and done.stderr == ""
+    assert done.stdout.strip() == "['asyncengine', 'asyncengine.server'] []" and done.stderr == ""
 
 
 def test_without_the_extra_spans_are_refused_with_what_to_install() -> None:

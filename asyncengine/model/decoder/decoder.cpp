@@ -826,7 +826,7 @@ extern "C" void decoder_pack(int64_t dtype, const void *from, int64_t outputs, i
                              void *to, int64_t first_group, int64_t group_step, float *scales, int64_t threads) {
   const Packing packing = {from, outputs, inputs, row_stride, to, first_group, group_step, scales, threads};
   switch (dtype) {
-#if HAS_KIND(0)
+#if HAS_KIND(0) || HAS_KIND(3)  // the router of experts is not in int8
     case 0:
       return pack<Float32, Float32>(packing);
 #endif

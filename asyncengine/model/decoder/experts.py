@@ -61,6 +61,8 @@ def _routing(router: Any, hidden: int) -> tuple[int, bool, bool]:
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.shape[1] != hidden:
         raise NotRecognised("its router is more than a matrix")
     x = torch.randn(16, hidden, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    # So small that no expert has all the weight: then the ways to weigh them could not be told apart.
+    x = x / functional.linear(x, weight).float().std().clamp_min(1.0).to(x.dtype)
     try:
         _, scores, indices = router(x)
         order = indices.sort(-1)

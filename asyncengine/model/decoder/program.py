@@ -205,7 +205,8 @@ class _Layer:
         self.parallel = parts.parallel
         self.query_scale = parts.query_scale
         self.rotation = parts.rotation
-        self.sinks = None if parts.recorded.sinks is None else parts.recorded.sinks.float().contiguous()
+        sinks = parts.recorded.sinks
+        self.sinks = None if sinks is None else (PackedVector(sinks), sinks)
         self.spec = spec
 
 
@@ -285,7 +286,7 @@ class CompiledDecoder:
             struct.gated, struct.parallel = layer.gated, layer.parallel
             if layer.rotation is not None:
                 struct.cosines, struct.sines = (table.data_ptr() for table in layer.rotation)
-            struct.sinks = None if layer.sinks is None else layer.sinks.data_ptr()
+            struct.sinks = None if layer.sinks is None else layer.sinks[0].values.data_ptr()
             described = cache.layers.get(layer.spec) or cache.layer(layer.spec)
             struct.attention = _AttentionStruct.from_buffer_copy(described.buffer)
             struct.attention.scaling *= layer.query_scale
@@ -333,6 +334,9 @@ class CompiledDecoder:
                     note(matrix, number, part)
             if layer.experts is not None:
                 found |= layer.experts.writers()
+            if layer.sinks is not None:
+                values, sinks = layer.sinks
+                found[id(sinks)] = [Writer(values.write, values.restorer)]
         embedding, head, positions = self._modules
         note(self._head, 0, Projection(head))
         if self._embedding is not self._head:
