@@ -136,15 +136,15 @@ def test_a_token_gets_the_same_bits_in_any_batch(
         loaded.model.close()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
-def test_int8_is_near(architecture: str, checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize(("architecture", "most"), [("llama", 0.05), ("mixtral", 0.1)])
+def test_int8_is_near(architecture: str, most: float, checkpoint: Checkpoint) -> None:
     path = checkpoint(architecture)
     loaded = load(path, dtype="bfloat16", quantization="int8")
     tokens = sequences()[0]
     found, [wanted] = logits(loaded, batch_of([(tokens, 0)])), expected(path, [tokens], torch.bfloat16)
     # Of most rows: a rounding may send a token to another expert.
     off = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
-    assert TOLERANCE[torch.bfloat16] / 10 < off < 0.05  # it is quantised, and no worse than it has to be
+    assert TOLERANCE[torch.bfloat16] / 10 < off < most  # it is quantised, and no worse than it has to be
     loaded.model.close()
 
 
