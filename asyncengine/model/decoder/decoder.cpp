@@ -300,13 +300,15 @@ struct Run {
   float *scores, *shares, *answers;  // (tokens, experts), (sent), (sent, hidden)
   int32_t *chosen, *place;           // (tokens, top): experts in ascending order; where they are among those sent
   int32_t *owner, *first, *busy;     // (sent): which entry of `chosen`; (experts + 1); experts that something is sent to
-  int64_t num_busy = 0;
+  // How many of `busy` there are, for each layer by itself: a thread may come to a phase after the others have gone on,
+  // into the next layer, and must then still find how many items the phase had.
+  std::vector<int64_t> num_busy;
   Input *sent, *sent_inner;
   std::vector<PaddedPhase> phases;
   std::deque<Step<T>> attention;
 
   Run(const Decoder &d, const DecoderStep &s)
-      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), phases(size_t(d.num_layers * 13 + 4)) {
+      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), num_busy(size_t(d.num_layers)), phases(size_t(d.num_layers * 13 + 4)) {
     for (int64_t i = 0; i < d.num_layers; ++i) {
       const Layer &a = d.layers[i].attention;
       const Experts &e = d.layers[i].experts;
@@ -440,18 +442,25 @@ struct Run {
     phase.wait(items);
   }
 
+  size_t number_of(const Experts &experts) const {
+    size_t layer = 0;
+    while (&decoder.layers[layer].experts != &experts) ++layer;
+    return layer;
+  }
+
   // A product of what was sent to each expert with its own part of the matrix.
   template <class Done>
   void experts_product(Phase &phase, const Experts &experts, const Matrix &matrix, const Input *inputs, Done done) {
     const int64_t groups = matrix.outputs / experts.count / kLanes, steps = matrix.inputs / W::kPair;
-    const int64_t each = groups_each<W>(matrix, groups * num_busy, kMostCols), parts = (groups + each - 1) / each;
-    phase.run(num_busy * parts, [&](int64_t item) {
+    const int64_t asked = num_busy[number_of(experts)], each = groups_each<W>(matrix, groups * asked, kMostCols);
+    const int64_t parts = (groups + each - 1) / each;
+    phase.run(asked * parts, [&](int64_t item) {
       const int64_t expert = busy[item / parts], begin = item % parts * each, start = first[expert];
       part<W>(matrix, expert * groups, begin, std::min(groups, begin + each), inputs + start * steps,
               first[expert + 1] - start,
               [&](int64_t row, int64_t group, int64_t cols, const float *sums) { done(start + row, group, cols, sums); });
     });
-    phase.wait(num_busy * parts);
+    phase.wait(asked * parts);
   }
 
   // hidden += outputs, or where a norm comes in between, branch = outputs.
@@ -509,9 +518,9 @@ struct Run {
     const int64_t count = tokens * experts.top;
     std::fill_n(first, experts.count + 1, 0);
     for (int64_t i = 0; i < count; ++i) ++first[chosen[i] + 1];
-    num_busy = 0;
+    int64_t asked = 0;
     for (int64_t i = 0; i < experts.count; ++i) {
-      if (first[i + 1]) busy[num_busy++] = int32_t(i);
+      if (first[i + 1]) busy[asked++] = int32_t(i);
       first[i + 1] += first[i];
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -521,6 +530,7 @@ struct Run {
     }
     for (int64_t i = experts.count; i; --i) first[i] = first[i - 1];
     first[0] = 0;
+    num_busy[number_of(experts)] = asked;
   }
 
   // The answers to a token, weighed and added up.
