@@ -21,7 +21,7 @@ from asyncengine.errors import (
     ReloadError,
     UnsupportedModelError,
 )
-from asyncengine.model import memory
+from asyncengine.model import memory, packed_linear
 from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.memory import GIB
 from asyncengine.speculation.lengths import LONGEST, DraftLengths
@@ -301,6 +301,8 @@ def _built(config: EngineConfig, details: _Details, backend: Any) -> _Built:
             trial.layers = layers
     fused = None
     if program is None:
+        if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
+            packed_linear.pack(model)
         trial.run(model, backend)
         fused, note = _fuse(config, details, model, layers, backend, trial)
         notes += note

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -17,10 +16,10 @@ from torch import nn
 
 from asyncengine.errors import ReloadError
 from asyncengine.generation import SamplingParams
-from asyncengine.model import fp8_linear, memory, token_draw, verified_draw
+from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, verified_draw
 from asyncengine.model.architecture import RecordedLayer, attach
 from asyncengine.model.attention.protocol import AttentionBackend, CarryingBackend
-from asyncengine.model.decoder.program import CompiledDecoder, Writer
+from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import Ran, StepGraphs
 from asyncengine.model.hidden_states import hidden_states, summed
@@ -30,6 +29,7 @@ from asyncengine.model.step_inputs import StepInputs
 from asyncengine.model.token_draw import DrawSettings
 from asyncengine.model.token_ranking import argmax
 from asyncengine.model.way_back import OnItsWay, WayBack
+from asyncengine.model.weight_writer import Writer, in_place
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
 from asyncengine.step.scheduler import Limits
 
@@ -376,20 +376,17 @@ class TorchModel:
                     f"weight {name!r} is {tuple(value.shape)} of {value.dtype}; the model's is {tuple(target.shape)} "
                     f"of {dtype}"
                 )
-        packed = {} if self._program is None else self._program.writers()
-        packed |= {identity: [Writer(layer.write, layer.keep)] for identity, layer in quantised.items()}
+        writers = {} if self._program is None else self._program.writers()
+        writers |= {identity: [Writer(layer.write, layer.keep)] for identity, layer in quantised.items()}
+        writers |= packed_linear.writers(self._model)
         restores: list[Callable[[], object]] = []
         with torch.inference_mode():
             try:
                 for name, value in weights.items():
                     target = known[name]
-                    if id(target) in packed:
-                        for writer in packed[id(target)]:
-                            restores.append(writer.keep())
-                            writer.write(value)
-                    else:
-                        restores.append(functools.partial(target.copy_, target.detach().clone()))
-                        target.copy_(value)
+                    for writer in writers.get(id(target)) or [in_place(target)]:
+                        restores.append(writer.keep())
+                        writer.write(value)
             except Exception as error:
                 for restore in reversed(restores):
                     restore()

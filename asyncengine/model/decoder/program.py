@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from asyncengine.model.decoder.weights import (
     PackedVector,
     release,
 )
+from asyncengine.model.weight_writer import Writer
 from asyncengine.step.batch import Float32, StepBatch
 
 
@@ -87,19 +87,6 @@ class _StepStruct(ctypes.Structure):
         ("samples", ctypes.c_int64), ("logits", ctypes.c_void_p), ("plan", ctypes.c_void_p),
         ("pool_spans", ctypes.c_void_p), ("pools", ctypes.c_int64), ("pooled", ctypes.c_void_p),
     )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Writer:
-    """Writes a parameter's new value into one of its places.
-
-    Attributes:
-        write: Takes the whole parameter.
-        keep: Returns what puts the present contents back.
-    """
-
-    write: Callable[[torch.Tensor], None]
-    keep: Callable[[], Callable[[], None]]
 
 
 class _Experts:
