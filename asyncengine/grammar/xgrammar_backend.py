@@ -194,9 +194,14 @@ class XgrammarMatcher:
     def forces(self) -> bool:
         """As the protocol says."""
         try:
-            return bool(self._matcher.find_jump_forward_string())
-        except UnicodeError:  # it begins in the middle of a character
+            if self._matcher.find_jump_forward_string():
+                return True
+        except UnicodeError:  # it begins in the middle of a character; up to xgrammar 0.2.8
             return True
+        # Since 0.2.9 the string is empty there. The mask is wanted next in any case.
+        self._compute()
+        words = self._computed[0][self._computed[0] != 0].view(np.uint32).tolist()
+        return len(words) == 1 and not words[0] & (words[0] - 1)
 
     def fill(self, row: Int32) -> None:
         """As the protocol says."""
