@@ -10,6 +10,7 @@ are what the script says, and nothing is left.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -118,6 +119,7 @@ class Machine:
         self.tasks: list[asyncio.Task[Any]] = []
         self.ends: Counter[object] = Counter()
         self.names = 0
+        self.before = set(threading.enumerate())
         self.speech = asyncio.Event()  # the next pieces of all prompts that come in pieces
         load = self.rig.loader.load
 
@@ -274,6 +276,20 @@ class Machine:
             assert times == 1, f"{key} ended {times} times"
         for track in self.tracks:
             track.check_what_was_read()
+        self.check_what_is_held()
+
+    def check_what_is_held(self) -> None:
+        """Tasks are the caller's own, a stream that has ended is forgotten, and one thread steps."""
+        router = self.rig.router
+        own = {asyncio.current_task(), *self.tasks, *(track.reader for track in self.tracks)}
+        assert not asyncio.all_tasks() - own
+        for track in self.tracks:
+            assert track.stream.ended == (track.stream._inbox.number not in router._inboxes)
+        waiting = [task for task in self.tasks if not task.done() or task.cancelled()]
+        assert len([future for future in router._futures.values() if not future.cancelled()]) <= len(waiting)
+        assert {thread for thread in threading.enumerate() if thread not in self.before} <= {
+            self.engine._thread._thread
+        }
 
     def watch(self) -> None:
         back = self.rig.router.stream_back
