@@ -166,7 +166,9 @@ class _Running:
     async def _load(self) -> bool:
         """Loads the model; says whether there is one."""
         if self._imports:
+            self._service.problem = "the model is being loaded (importing)"
             await asyncio.to_thread(_import_for_good)
+            self._service.problem = None
         try:
             complete = await self._engine.reload(self._config)
         except AsyncEngineError as error:
