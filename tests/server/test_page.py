@@ -308,7 +308,8 @@ function paint(...colours) {
   return pen.getImageData(0, 0, 1, 1).data;
 }
 function luminance(rgb) {
-  const [r, g, b] = [...rgb].slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const [r, g, b] = [...rgb].slice(0, 3).map(v => linear(v / 255));
   return .2126 * r + .7152 * g + .0722 * b;
 }
 function behind(element) {
@@ -318,7 +319,8 @@ function behind(element) {
 }
 const poor = [];
 function check(element, colour, least, what) {
-  const under = behind(element), [a, b] = [paint(...under, colour), paint(...under)].map(luminance).sort((x, y) => y - x);
+  const under = behind(element), both = [paint(...under, colour), paint(...under)].map(luminance);
+  const [a, b] = both.sort((x, y) => y - x);
   const found = (a + .05) / (b + .05);
   if (found < least) poor.push(`${element.tagName} ${element.id} ${element.className} ${what}: ${found.toFixed(2)}`);
 }
