@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.server import create_app
@@ -106,11 +108,14 @@ def as_admin(page: Page) -> Page:
     return Page(page.browser, page.url.replace("//", f"//me:{KEY}@"))
 
 
-def drive(browser: Any, engine: AsyncEngine, script: Callable[[Page], None], **settings: Any) -> None:
-    """Serves an engine and lets `script` use the page, on a thread of its own."""
+def drive(
+    browser: Any, engine: AsyncEngine, script: Callable[[Page], None], *, below: str = "", **settings: Any
+) -> None:
+    """Serves an engine, perhaps below a path, and lets `script` use the page, on a thread of its own."""
 
     async def main() -> None:
-        async with engine, listening(create_app(engine, **settings)) as url:
+        app = create_app(engine, **settings)
+        async with engine, listening(Starlette(routes=[Mount(below, app)]) if below else app) as url:
             await asyncio.to_thread(lambda: script(Page(browser, url)))
             await asyncio.to_thread(browser.get, "about:blank")
 
@@ -284,6 +289,18 @@ def test_overload_and_a_server_that_goes_away_are_said(browser: Any) -> None:
             browser.get_log("browser")
 
     asyncio.run(main())
+
+
+def test_it_works_below_another_application(browser: Any) -> None:
+    def script(page: Page) -> None:
+        page.type("hello", page.keys.ENTER)
+        assert "user: hello" in page.answered()
+        page.until(lambda: page.text("#state") == "ready")
+        page.at("tab-trace").click()
+        page.at("record").click()
+        page.until(lambda: "without its admin routes" in page.text("#traced"))
+
+    drive(browser, echo_engine(), lambda page: script(Page(page.browser, f"{page.url}/llm")), below="/llm")
 
 
 def test_a_wrong_key_is_said(browser: Any) -> None:
