@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import MutableMapping
 from typing import Any
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -77,7 +78,7 @@ class Gate:
             names = {**NAMES, **scope["state"].get("names", {})}
             refusal = refusal_of(error, names, self._settings.retry_after_seconds)
             if refusal.status == 500:
-                logger.exception("%s %s failed (%s)", scope["method"], path, request_id)
+                logger.exception("%s %s failed (%s)", scope["method"], quote(path), request_id)
             if refusal.code == "max_concurrency":
                 self._traffic.rejections.inc()
             if status:
@@ -88,8 +89,9 @@ class Gate:
             seconds = time.perf_counter() - begun
             self._traffic.requests.labels(scope["method"], _route(scope), str(status or 499)).inc()
             level = logging.INFO if counted else logging.DEBUG  # probes come every second
-            line = (scope["method"], path, status or 499, round(seconds * 1000, 1), request_id)
             if logger.isEnabledFor(level):
+                # As it was sent: a path may hold line breaks and what a terminal obeys
+                line = (scope["method"], quote(path), status or 499, round(seconds * 1000, 1), request_id)
                 logger.log(level, "%s %s %d %.1f ms %s", *line, extra=dict(zip(_LOGGED, line, strict=True)))
 
     def _check(self, path: str, counted: bool, headers: Headers) -> None:

@@ -165,6 +165,7 @@ class _Running:
 
     async def _load(self) -> bool:
         """Loads the model; says whether there is one."""
+        self._service.problem = "the model is being loaded (just begun)"
         if self._imports:
             await asyncio.to_thread(_import_for_good)
         try:
@@ -175,6 +176,7 @@ class _Running:
             logger.error("%s cannot be loaded: %s", self._config.model, error)
             self._service.problem = f"{self._service.settings.served_model_name or 'the model'} could not be loaded"
             return False
+        self._service.problem = None
         logger.info(
             "ready: %s on %s in %s, at most %s sequences",
             self._service.name,

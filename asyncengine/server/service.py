@@ -38,7 +38,7 @@ class Service:
         settings: How.
         traffic: What is counted.
         created: When, in seconds since 1970.
-        problem: Why there is no model, where loading one has failed.
+        problem: Why there is no model, where one is on its way or loading it has failed.
     """
 
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:

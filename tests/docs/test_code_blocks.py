@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import codeop
 import contextlib
 import gc
 import inspect
@@ -97,6 +98,21 @@ def test_files_of_a_page_pass_their_own_tests(page: Path, tmp_path: Path) -> Non
         check=False,
     )
     assert pytest_run.returncode == 0, pytest_run.stdout + pytest_run.stderr
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs/tutorial.md"], ids=name)
+def test_blocks_can_be_typed_line_by_line(page: Path) -> None:
+    """As those pages say: a shell takes each block, and has taken the whole of it after an empty line."""
+    assert "python -m asyncio" in page.read_text("utf-8")
+    for block in snippets(page):
+        complete = codeop.CommandCompiler()
+        complete.compiler.flags |= ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        typed: list[str] = []
+        for line in [*block.code.splitlines(), ""]:
+            typed.append(line)
+            if complete("\n".join(typed), f"{page}:{block.line}", "single") is not None:
+                typed = []
+        assert not typed, f"{page}:{block.line}"
 
 
 def test_the_readme_begins_with_few_lines_that_say_what_they_print() -> None:

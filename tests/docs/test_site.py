@@ -87,6 +87,19 @@ def test_every_link_and_anchor_of_the_site_leads_somewhere(site: Path) -> None:
     assert not dead
 
 
+def test_every_picture_script_and_style_of_the_site_is_there(site: Path) -> None:
+    found = {}
+    for path in site.rglob("*.html"):
+        if path.name != "404.html":  # its addresses are those of the web site
+            text = path.read_text("utf-8")
+            sources = re.findall(r'<(?:img|script|source)\b[^>]*?\bsrc="?([^"\s>]+)', text)
+            sources += re.findall(r'<link\b[^>]*?\brel="?stylesheet[^>]*?\bhref="?([^"\s>]+)', text)
+            for source in sources:
+                found[source] = source.startswith("data:") or (path.parent / unquote(html.unescape(source))).exists()
+    assert any(source.endswith(".svg") for source in found) and any(source.endswith("tables.css") for source in found)
+    assert not [source for source, there in found.items() if not there]
+
+
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     shown = set().union(*(anchors(path.read_text("utf-8")) for path in (site / "reference").glob("*.html")))
     public = {f"{module}.{known}" for module in PUBLIC for known in importlib.import_module(module).__all__}

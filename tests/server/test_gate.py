@@ -219,6 +219,14 @@ async def test_a_line_per_request_is_logged_for_whoever_listens(caplog: pytest.L
     assert not logging.getLogger("asyncengine.server").handlers
 
 
+async def test_a_path_cannot_write_lines_of_its_own_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "asyncengine.server"):
+        async with served() as client:
+            assert (await client.get("/x%0AINFO%20all%20is%20well%1B%5B2J")).status_code == 404
+    [line] = caplog.messages
+    assert line.startswith("GET /x%0AINFO%20all%20is%20well%1B%5B2J 404 ")
+
+
 async def test_an_application_can_be_mounted_below_another() -> None:
     async with echo_engine() as engine:
         outer = Starlette(routes=[Mount("/llm", create_app(engine, api_key=KEY))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -33,19 +34,23 @@ sys.exit(serve(EngineConfig("scripted"), port=0, loader=loader, drain_seconds=fl
 """
 
 
-# With real weights; once it is ready it prints how many objects are frozen, and ends itself.
+# With real weights; once it is ready it prints how many objects are frozen and what it said before, and ends itself.
 REAL = """
-import gc, os, signal, sys, threading, urllib.request
+import gc, json, os, signal, sys, threading, urllib.error, urllib.request
 from asyncengine import EngineConfig
 from asyncengine.server.serve import serve
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def wait(address):
+    said = []
     while True:
         try:
             opener.open(address + "/ready").close()
-        except OSError:  # an answer of 503, too
+        except urllib.error.HTTPError as error:
+            said.append(json.load(error)["error"]["message"])
             continue
-        print(gc.get_freeze_count(), flush=True)
+        except OSError:
+            continue
+        print(json.dumps({"frozen": gc.get_freeze_count(), "said": said}), flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         return
 sys.exit(serve(EngineConfig("tiny", mode="local"), port=0,
@@ -130,7 +135,9 @@ def test_full_collections_do_not_look_at_what_was_imported_for_good() -> None:
     run = subprocess.run(
         [sys.executable, "-c", REAL], capture_output=True, text=True, env=environment, timeout=60, check=True
     )
-    assert int(run.stdout) > 100_000
+    printed = json.loads(run.stdout)
+    assert printed["frozen"] > 100_000
+    assert printed["said"] and all(message.startswith("the model is being loaded") for message in printed["said"])
     assert "leaked" not in run.stderr  # extension modules complain there of what is never collected
 
 
