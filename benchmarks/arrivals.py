@@ -1,11 +1,12 @@
 """Requests of mixed length that arrive over time: total time, TTFT and inter-token latency, beside peers.
 
-64 requests (`--requests`) with prompts of 16 to 384 and outputs of 16 to 128 tokens, uniformly drawn, arrive in a
-Poisson process of `--rate` per second; all of it from one seed, the same for every side. Greedy, end-of-sequence
-ignored, the same checkpoint and dtype, as many threads. A token's time is that at which the client has it. Given are
-the seconds from the first arrival to the last token, and p50 and p99 of TTFT (from the arrival) and of the inter-token
-latency; tokens that come together share what they took. Each side is loaded, warmed up with two requests and measured
-alone; of several rounds, in which the sides alternate, the one with the median total time is given.
+64 requests (`--requests`) with prompts of 16 to 384 and outputs of 16 to 128 tokens (`--prompt-tokens`,
+`--output-tokens`), uniformly drawn, arrive in a Poisson process of `--rate` per second; all of it from one seed, the
+same for every side. A rate of a million is all of them at once. Greedy, end-of-sequence ignored, the same checkpoint
+and dtype, as many threads. A token's time is that at which the client has it. Given are the seconds from the first
+arrival to the last token, and p50 and p99 of TTFT (from the arrival) and of the inter-token latency; tokens that come
+together share what they took. Each side is loaded, warmed up with two requests and measured alone; of several rounds,
+in which the sides alternate, the one with the median total time is given.
 
 * asyncengine: ``engine.stream`` in this process;
 * transformers: its continuous batching (``init_continuous_batching``), also in this process;
@@ -17,7 +18,8 @@ alone; of several rounds, in which the sides alternate, the one with the median 
 The last line is one JSON object.
 
     python -m benchmarks.arrivals [--shape S] [--dtype bfloat16] [--requests 64] [--rate 4] [--rounds 1]
-        [--sides asyncengine transformers] [--server NAME URL COMMAND] [--tiny]
+        [--prompt-tokens 16 384] [--output-tokens 16 128] [--sides asyncengine transformers]
+        [--server NAME URL COMMAND] [--tiny]
 """
 
 from __future__ import annotations
@@ -60,13 +62,15 @@ class Arrival:
     tokens: int
 
 
-def arrivals(requests: int, rate: float, vocabulary: int, longest: int, seed: int = 0) -> list[Arrival]:
-    """A Poisson process; `longest` bounds prompts, a third of it outputs."""
+def arrivals(
+    requests: int, rate: float, vocabulary: int, prompts: Sequence[int], outputs: Sequence[int], seed: int = 0
+) -> list[Arrival]:
+    """A Poisson process; `prompts` and `outputs` are the fewest and the most tokens of a request's."""
     draw, at, found = random.Random(seed), 0.0, []
     for _ in range(requests):
         at += draw.expovariate(rate)
-        prompt = draw.choices(range(1, vocabulary), k=draw.randint(min(16, longest), longest))
-        found.append(Arrival(at, prompt, draw.randint(min(16, longest // 3), longest // 3)))
+        prompt = draw.choices(range(1, vocabulary), k=draw.randint(*prompts))
+        found.append(Arrival(at, prompt, draw.randint(*outputs)))
     return found
 
 
@@ -196,9 +200,8 @@ async def _completions(client: Any, model: str, prompt: list[int], tokens: int) 
 
 async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     """All sides, alternating."""
-    longest = 12 if arguments.tiny else 384
     vocabulary = shapes.SHAPES[arguments.shape]["vocab_size"]
-    work = arrivals(arguments.requests, arguments.rate, vocabulary, longest)
+    work = arrivals(arguments.requests, arguments.rate, vocabulary, arguments.prompt_tokens, arguments.output_tokens)
     known = {"asyncengine": asyncengine, "transformers": transformers}
     sides: dict[str, Any] = {name: known[name] for name in arguments.sides}
     for name, url, command in arguments.server:
@@ -220,6 +223,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rate", type=float, default=4.0, help="arrivals per second")
+    for name, default in (("prompt", [16, 384]), ("output", [16, 128])):
+        parser.add_argument(
+            f"--{name}-tokens", type=int, nargs=2, default=default, metavar=("MIN", "MAX"), help="of each request"
+        )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(
         "--sides", nargs="+", choices=["asyncengine", "transformers"], default=["asyncengine", "transformers"]
@@ -229,6 +236,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tiny:
         arguments.shape, arguments.requests, arguments.rate = "tiny", 4, 50.0
+        arguments.prompt_tokens, arguments.output_tokens = (12, 12), (4, 4)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers.utils import logging
 

@@ -231,9 +231,9 @@ def test_arrivals_serves_the_same_requests_on_both_sides(reports: Reports) -> No
 
 
 def test_arrivals_are_the_same_for_the_same_seed() -> None:
-    work = arrivals(64, 4.0, 1000, 384)
-    assert work == arrivals(64, 4.0, 1000, 384)
-    assert work != arrivals(64, 4.0, 1000, 384, seed=1)
+    work = arrivals(64, 4.0, 1000, (16, 384), (16, 128))
+    assert work == arrivals(64, 4.0, 1000, (16, 384), (16, 128))
+    assert work != arrivals(64, 4.0, 1000, (16, 384), (16, 128), seed=1)
     assert 8 < work[-1].at < 32  # 64 at 4 per second
     assert all(16 <= len(each.prompt) <= 384 and 16 <= each.tokens <= 128 for each in work)
 
