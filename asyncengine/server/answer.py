@@ -76,7 +76,8 @@ class Answer:
 
     def usage(self) -> UsageRecord:
         """What all of it cost."""
-        return usage_of(self.usages())
+        config = self.service.engine.complete_engine_config
+        return usage_of(self.usages(), config is not None and config.speculative_mode != "disable")
 
     def prompt_tokens(self) -> int:
         """Tokens of all prompts."""

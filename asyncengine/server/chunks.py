@@ -15,6 +15,13 @@ class PromptDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionDetails(msgspec.Struct):
+    """Of what was guessed ahead by speculative decoding."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class UsageRecord(msgspec.Struct):
     """Token counts."""
 
@@ -22,6 +29,7 @@ class UsageRecord(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails | None = None
+    completion_tokens_details: CompletionDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class TopLogprob(msgspec.Struct):
@@ -165,11 +173,21 @@ class Completion(msgspec.Struct):
     object: str = "text_completion"
 
 
-def usage_of(records: list[Usage]) -> UsageRecord:
-    """The sum of what requests cost."""
+def usage_of(records: list[Usage], speculates: bool) -> UsageRecord:
+    """The sum of what requests cost.
+
+    Args:
+        records: Of each request.
+        speculates: Whether tokens are guessed ahead, so that it is said how many of them were right.
+    """
     prompt, completion = sum(u.prompt_tokens for u in records), sum(u.completion_tokens for u in records)
     cached = sum(u.cached_tokens for u in records)
-    return UsageRecord(prompt, completion, prompt + completion, PromptDetails(cached))
+    found = UsageRecord(prompt, completion, prompt + completion, PromptDetails(cached))
+    guessed = sum(u.draft_tokens for u in records)
+    if speculates or guessed:
+        accepted = sum(u.accepted_draft_tokens for u in records)
+        found.completion_tokens_details = CompletionDetails(accepted, guessed - accepted)
+    return found
 
 
 def jsonable(value: Any) -> Any:
