@@ -78,6 +78,18 @@ class EngineControl:
             raise ModelNotLoadedError("there is no model; call reload first")
         return view.tokenizer
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the loaded model lie below it.
+
+        Raises:
+            ModelNotLoadedError: There is no model.
+        """
+        view = self._thread.core.view
+        if view is None:
+            raise ModelNotLoadedError("there is no model; call reload first")
+        return view.vocab_size
+
     def metrics(self) -> EngineMetrics:
         """A snapshot of counts and latencies. Never waits for a step."""
         metrics = self._thread.core.metrics()

@@ -82,6 +82,11 @@ def routes(service: Service) -> list[Route]:
         body, headers = await service.read(request, DETOKENIZE)
         service.check_serving(body.model)
         tokenizer = service.tokenizer()
+        most = service.engine.vocab_size - 1
+        for index, token_id in enumerate(body.tokens):
+            if not 0 <= token_id <= most:
+                message = f"tokens[{index}] is {token_id}; allowed: 0..{most}"
+                raise Refusal(400, message, "invalid_field", f"tokens[{index}]")
         try:
             text = tokenizer.decode(body.tokens, body.skip_special_tokens)
         except Exception as error:

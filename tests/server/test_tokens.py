@@ -31,7 +31,9 @@ async def test_tokens_of_a_conversation_are_those_of_its_template() -> None:
         ("/tokenize", {"prompt": "a", "add_special_tokens": False}, "add_special_tokens"),
         ("/tokenize", {"messages": [{"role": "nobody", "content": "a"}]}, "messages[0].role"),
         ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
-        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [104, 257]}, "tokens[1]"),
+        ("/detokenize", {"tokens": [1 << 40]}, "tokens[0]"),
         ("/detokenize", {}, "tokens"),
     ],
 )
