@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import re
 import time
 from collections.abc import AsyncGenerator
 from typing import Any, Literal
@@ -14,10 +16,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine.config import EngineConfig
+from asyncengine.errors import AsyncEngineError, CheckpointError, ConfigError
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service, reply
 from asyncengine.server.sse import EventStream, named
 from asyncengine.server.wire import Body
+
+_BAD_KEY = re.compile(r"(?:unknown configuration key|the configuration has no) '(\w+)'")
+_FIRST_WORD = re.compile(rf"({'|'.join(field.name for field in dataclasses.fields(EngineConfig))})\b")
 
 _LOOK_SECONDS = 0.05
 """How often a load is looked at while somebody watches it."""
@@ -67,13 +73,18 @@ def routes(service: Service) -> list[Route]:
             config = EngineConfig.from_dict(body.config)
         except TypeError as error:
             raise Refusal(400, f"config: {error}", "invalid_field", "config") from error
+        except ConfigError as error:
+            raise _refusal(service, error) from error
         load = asyncio.ensure_future(engine.reload(config, body.in_flight, body.new_requests))
         loads.add(load)  # goes on when the client leaves
         load.add_done_callback(loads.discard)
         load.add_done_callback(_retrieve)
         if body.stream:
             return EventStream(_progress(service, load), headers, service.settings.ping_seconds)
-        complete = await asyncio.shield(load)
+        try:
+            complete = await asyncio.shield(load)
+        except AsyncEngineError as error:
+            raise _refusal(service, error) from error
         return reply({"config": msgspec.to_builtins(complete)}, headers=headers)
 
     async def unload(request: Request) -> Response:
@@ -115,6 +126,16 @@ def _retrieve(load: asyncio.Task[EngineConfig]) -> None:
         load.exception()  # whoever watched has been told
 
 
+def _refusal(service: Service, error: Exception) -> Refusal:
+    """What a client is told, with the field of ``config`` that is at fault: an error names it, at its beginning."""
+    refusal = service.refusal(error)
+    if isinstance(error, (ConfigError, CheckpointError)):
+        found = _BAD_KEY.match(refusal.message) or _FIRST_WORD.match(refusal.message)
+        if found is not None:
+            refusal.param = f"config.{found[1]}"
+    return refusal
+
+
 async def _progress(service: Service, load: asyncio.Task[EngineConfig]) -> AsyncGenerator[bytes, None]:
     """What the load is doing, whenever that changes; then how it ended."""
     begun, last = time.perf_counter(), None
@@ -129,7 +150,7 @@ async def _progress(service: Service, load: asyncio.Task[EngineConfig]) -> Async
     try:
         config = load.result()
     except Exception as error:
-        yield named("error", service.refusal(error).payload())
+        yield named("error", _refusal(service, error).payload())
     else:
         service.problem = None
         seconds = round(time.perf_counter() - begun, 3)

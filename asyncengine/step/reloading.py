@@ -123,8 +123,9 @@ class Reloading:
             assert isinstance(plan, LoadPlan)
             if not self._may_carry(reload):
                 return
-            # Nothing goes beside a lost device.
-            if plan.fits_beside and reload.state_before is not EngineState.FAILED:
+            # Nothing goes beside a lost device, and where there is no model, none is beside.
+            alone = self._core.loaded is None or reload.state_before is EngineState.FAILED
+            if plan.fits_beside and not alone:
                 reload.phase = _Phase.LOADING_BESIDE
                 loader = self._loader
                 self._start(lambda: loader.load(plan))

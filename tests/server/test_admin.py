@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from asyncengine import AsyncEngine, EngineConfig
+from asyncengine import AsyncEngine, ConfigError, EngineConfig
 from asyncengine.server import create_app
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from tests.server.serving import AUTH, KEY, MODEL, chat, client_of, completion, echo_engine, error, served, until
@@ -89,21 +89,43 @@ async def test_a_reload_that_fails_says_why_and_the_old_model_serves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "word"),
+    ("body", "param"),
     [
         ({}, "config"),
-        ({"config": {}}, "model"),
-        ({"config": {"model": "a", "colour": 1}}, "colour"),
-        ({"config": {"model": "a", "max_num_sequence": 0}}, "max_num_sequence"),
+        ({"config": {}}, "config.model"),
+        ({"config": {"model": "a", "colour": 1}}, "config.colour"),
+        ({"config": {"model": "a", "max_num_sequence": 0}}, "config.max_num_sequence"),
+        ({"config": {"model": 3}}, "config.model"),
         ({"config": {"model": "a"}, "in_flight": "maybe"}, "in_flight"),
         ({"config": {"model": "a"}, "new_requests": "drop"}, "new_requests"),
     ],
 )
-async def test_a_wrong_configuration_is_refused_before_anything_happens(body: dict[str, Any], word: str) -> None:
+async def test_a_wrong_configuration_is_refused_before_anything_happens(body: dict[str, Any], param: str) -> None:
     async with administered() as (client, _, loader):
         refused = await client.post("/admin/reload", json=body)
-        assert refused.status_code == 400 and word in error(refused)["message"]
+        assert refused.status_code == 400 and param.rpartition(".")[2] in error(refused)["message"]
+        assert error(refused)["param"] == param
         assert len(loader.models) == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_field_that_does_not_fit_the_model_is_named(stream: bool) -> None:
+    async with administered() as (client, _, loader):
+        loader.check_errors["other"] = ConfigError("max_single_sequence_length is 9; the model's allows 1..8")
+        answer = await client.post("/admin/reload", json={"config": {"model": "other"}, "stream": stream})
+        found = named_events(answer.text)[-1][1]["error"] if stream else error(answer)
+        assert found["param"] == "config.max_single_sequence_length"
+
+
+async def test_a_load_without_a_present_model_is_beside_none() -> None:
+    async with administered() as (client, engine, loader):
+        await client.post("/admin/unload", json={})
+        loader.gate = threading.Event()
+        call = asyncio.ensure_future(client.post("/admin/reload", json={"config": {"model": "other"}}))
+        await until(lambda: engine.health().loading not in (None, "checking"))
+        assert engine.health().loading == "loading"
+        loader.gate.set()
+        assert named_events((await call).text)[-1][0] == "done"
 
 
 async def test_answers_go_on_across_a_reload_that_carries_them() -> None:
