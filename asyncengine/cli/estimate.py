@@ -105,8 +105,9 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model import architecture
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
-    from asyncengine.model.checkpoint import Checkpoint, locate
+    from asyncengine.model.checkpoint import Checkpoint
     from asyncengine.model.loader import KV_DTYPES, check_draft
+    from asyncengine.model.location import locate
 
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)

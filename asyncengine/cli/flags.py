@@ -43,11 +43,18 @@ class EngineFlags:
     num_speculative_tokens: Annotated[int, typer.Option(help="Most tokens guessed at a time; 0 adapts.")] = 0
     enable_prefix_caching: Annotated[bool, typer.Option(help="Keep computed prompts for reuse.")] = True
 
-    def config(self, model: str, **more: Any) -> EngineConfig:
+    def config(self, model: str, loader: object = None, **more: Any) -> EngineConfig:
         """The engine's configuration.
+
+        Args:
+            model: What is to be loaded.
+            loader: How, as in `AsyncEngine`. If None, what is not on disk is refused here, before anything that takes
+                time is imported.
+            **more: Fields that no flag stands for.
 
         Raises:
             ConfigError: A value is wrong.
+            CheckpointError: A model is not there.
         """
         from asyncengine.config import EngineConfig
 
@@ -58,7 +65,7 @@ class EngineFlags:
             drafts = {"speculative_mode": "ngram"}
         else:
             drafts = {"speculative_mode": "small_draft", "additional_models": (guesses,)}
-        return EngineConfig(
+        config = EngineConfig(
             model,
             **drafts,
             spec_draft_length=self.num_speculative_tokens,
@@ -74,6 +81,11 @@ class EngineFlags:
             prefix_cache_mode="radix" if self.enable_prefix_caching else "disable",
             **more,
         )
+        if loader is None:
+            from asyncengine.model.location import check_there
+
+            check_there(config)
+        return config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,7 @@ def serve(
     It listens at once and answers 503 while the model loads. The first Ctrl-C lets requests finish for five
     seconds, a second one ends them.
     """
-    config = flags.config(model, max_queue_size=max_queue_size)
+    config = flags.config(model, ctx.obj, max_queue_size=max_queue_size)
     if admin and api_key is None:
         raise Failure("--admin needs --api-key: these routes can unload the model", 2)
     from asyncengine.cli.loading import quiet

@@ -15,7 +15,10 @@ class DefaultLoader:
     """Loads with transformers, which is imported on the loader's thread: making an engine costs the loop nothing."""
 
     def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
-        """As `Loader` has it."""
+        """As `Loader` has it; what is not there is said before transformers is imported."""
+        from asyncengine.model.location import check_there
+
+        check_there(config)
         from asyncengine.model.loader import TransformersLoader
 
         return TransformersLoader().check(config, current)

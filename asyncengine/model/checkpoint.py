@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from asyncengine import tiny
 from asyncengine.errors import CheckpointError, InvalidRequestError
 from asyncengine.generation import GenerationConfig
 
@@ -34,41 +33,6 @@ class StoredTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-
-
-_EMBEDDED = {"tiny": tiny.PATH, "tiny-draft": tiny.DRAFT_PATH}
-
-
-def locate(model: str) -> Path:
-    """Directory of a model that is named by a path, by the id of a cached model, or as ``"tiny"`` or ``"tiny-draft"``.
-
-    Never touches the network.
-
-    Raises:
-        CheckpointError: It is not there.
-    """
-    try:
-        path = Path(model).expanduser()
-    except RuntimeError as error:  # no such user, or one without a home
-        raise CheckpointError(f"model {model!r}: {error}") from error
-    if path.is_dir():
-        return path
-    if model in _EMBEDDED:
-        return _EMBEDDED[model]
-    if path.exists():
-        raise CheckpointError(f"model {model!r} is a file; expected a checkpoint directory")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise CheckpointError(f"model {model!r}: there is no such directory")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, local_files_only=True))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"model {model!r} is neither a directory nor in the local Hugging Face cache; download it with "
-            f"'hf download {model}'"
-        ) from error
 
 
 class Checkpoint:

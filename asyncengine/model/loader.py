@@ -84,7 +84,8 @@ class TransformersLoader:
         """As the protocol says: everything that can be known without the weights."""
         # Imported here and not at the top: whoever uses another loader never pays for transformers.
         from asyncengine.model.attention import select  # noqa: F401  # not on the other thread, beside transformers
-        from asyncengine.model.checkpoint import Checkpoint, locate
+        from asyncengine.model.checkpoint import Checkpoint
+        from asyncengine.model.location import locate
 
         device = _device(config.device)
         checkpoint = Checkpoint(locate(config.model))
@@ -106,7 +107,8 @@ class TransformersLoader:
         selecting: Future[Any],
     ) -> LoadPlan:
         from asyncengine.model import architecture
-        from asyncengine.model.checkpoint import locate, tokenizer_key
+        from asyncengine.model.checkpoint import tokenizer_key
+        from asyncengine.model.location import locate
 
         tokenizer_path = checkpoint.path if config.tokenizer is None else locate(config.tokenizer)
         if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
@@ -164,7 +166,8 @@ def check_draft(
 ) -> _Details:
     """A draft model, whose tokens must be the target's. Its longest sequence is its own."""
     from asyncengine.model import architecture
-    from asyncengine.model.checkpoint import Checkpoint, locate, same_vocabulary
+    from asyncengine.model.checkpoint import Checkpoint, same_vocabulary
+    from asyncengine.model.location import locate
 
     checkpoint = Checkpoint(locate(name))
     hf_config = architecture.read_config(checkpoint)

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -84,7 +85,9 @@ def serve(
     try:
         listener = _listen(host, port)
     except OSError as error:
-        logger.error("cannot listen on %s port %s: %s", host, port, error.strerror or error)
+        # Python adds to the system's words that it attempted to bind.
+        words = os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror or error
+        logger.error("cannot listen on %s port %s: %s", host, port, words)
         return 1
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         engine = AsyncEngine(config, loader=loader)
@@ -166,9 +169,9 @@ class _Running:
     async def _load(self) -> bool:
         """Loads the model; says whether there is one."""
         self._service.problem = "the model is being loaded (just begun)"
-        if self._imports:
-            await asyncio.to_thread(_import_for_good)
         try:
+            if self._imports:
+                await asyncio.to_thread(_import_for_good, self._config)
             complete = await self._engine.reload(self._config)
         except AsyncEngineError as error:
             if self._stop.is_set():
@@ -225,13 +228,17 @@ class _Running:
                 signal.signal(number, handler)
 
 
-def _import_for_good() -> None:
+def _import_for_good(config: EngineConfig) -> None:
     """Imports what a load needs anyway, and takes it out of what full garbage collections look at.
 
     Hundreds of thousands of objects come with torch and transformers and stay until the process ends; looking at all
     of them stops every thread for tens of milliseconds. It is done before anything is loaded, so that models are
     collected as ever. Only a program that is ours may do this to a process.
+
+    Raises:
+        CheckpointError: A model is not there, so that nothing was imported.
     """
+    importlib.import_module("asyncengine.model.location").check_there(config)
     for name in ("asyncengine.model.loader", "transformers.models.auto.modeling_auto", "transformers.modeling_utils"):
         importlib.import_module(name)
     gc.collect()

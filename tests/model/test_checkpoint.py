@@ -8,45 +8,13 @@ import torch
 
 from asyncengine import tiny
 from asyncengine.errors import CheckpointError
-from asyncengine.model.checkpoint import Checkpoint, locate, tokenizer_key
+from asyncengine.model.checkpoint import Checkpoint, tokenizer_key
 
 
 @pytest.fixture
 def llama(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(copytree(checkpoint("llama"), tmp_path / "llama"))
-
-
-def test_locates_directories_and_the_embedded_model(llama: Path) -> None:
-    assert locate(str(llama)) == llama
-    assert locate("tiny") == tiny.PATH
-
-
-@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "~/nowhere", "nowhere", "a/b/c"])
-def test_a_path_that_does_not_exist_is_said_to_be_missing(name: str) -> None:
-    with pytest.raises(CheckpointError, match="there is no such directory"):
-        locate(name)
-
-
-def test_a_hub_id_is_looked_up_in_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"nor in the local Hugging Face cache.*hf download someone/model"):
-        locate("someone/model")
-
-
-def test_a_cached_hub_id_is_found(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = "0" * 40
-    repository = tmp_path / "cache" / "models--someone--model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    copytree(llama, repository / "snapshots" / commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert locate("someone/model") == repository / "snapshots" / commit
-
-
-def test_a_file_is_no_checkpoint(llama: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a file; expected a checkpoint directory"):
-        locate(str(llama / "config.json"))
 
 
 def test_a_missing_configuration_is_named(llama: Path) -> None:

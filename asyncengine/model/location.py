@@ -1,0 +1,61 @@
+"""Where a model is on disk. Imports no torch: a name that leads nowhere is refused before anything that takes time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from asyncengine import tiny
+from asyncengine.config import EngineConfig
+from asyncengine.errors import CheckpointError
+
+_EMBEDDED = {"tiny": tiny.PATH, "tiny-draft": tiny.DRAFT_PATH}
+
+
+def locate(model: str) -> Path:
+    """Directory of a model that is named by a path, by the id of a cached model, or as ``"tiny"`` or ``"tiny-draft"``.
+
+    Never touches the network.
+
+    Raises:
+        CheckpointError: It is not there.
+    """
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # no such user, or one without a home
+        raise CheckpointError(f"model {model!r}: {error}") from error
+    try:
+        if path.is_dir():
+            return path
+        there = path.exists()
+    except (OSError, ValueError) as error:  # nothing on a disk is called that, or it may not be looked at
+        raise CheckpointError(f"model {model!r:.200}: {getattr(error, 'strerror', None) or error}") from error
+    if model in _EMBEDDED:
+        return _EMBEDDED[model]
+    if there:
+        raise CheckpointError(f"model {model!r} is a file; expected a checkpoint directory")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"model {model!r}: there is no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"model {model!r} is neither a directory nor in the local Hugging Face cache; download it with "
+            f"'hf download {model}'"
+        ) from error
+
+
+def check_there(config: EngineConfig) -> None:
+    """Whether all that a configuration names is there. What is in it, `asyncengine.model.checkpoint` looks at.
+
+    Raises:
+        CheckpointError: A directory is missing, or the model's has no ``config.json``.
+    """
+    for model in (config.model, *config.additional_models):
+        wanted = locate(model) / "config.json"
+        if not wanted.exists():
+            raise CheckpointError(f"{wanted} does not exist")
+    if config.tokenizer is not None:
+        locate(config.tokenizer)
