@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from asyncengine.cli.command import Failure, given, refuse
+from asyncengine.cli.command import Failure, check_writable, given, refuse
 from asyncengine.cli.flags import ENGINE_FLAGS, EngineFlags, GenerationFlags, Model
-from asyncengine.cli.remote import ApiKey
+from asyncengine.cli.remote import ApiKey, root
 
 if TYPE_CHECKING:
     from asyncengine.cli.targets import Endpoint
@@ -43,15 +44,16 @@ def bench(
     its turn comes, however late the client is. Every answer has --max-tokens tokens (64) where the server lets it.
     Behind a URL an event counts as one token. The last line is one JSON object. Exit status 1: a request failed.
     """
-    if rate is not None and not rate > 0:
+    if rate is not None and not 0 < rate < math.inf:
         raise Failure(f"--rate is {rate}; expected requests per second > 0", 2)
-    if plot is not None and not plot.parent.is_dir():
-        raise Failure(f"--plot is {str(plot)!r}; there is no such directory", 2)
+    if plot is not None:
+        check_writable("--plot", plot)
     if rate is not None:
         refuse(ctx, ["concurrency"], "and --rate: a loop is closed or open")
     if url is None:
         refuse(ctx, ["api_key"], "without --url")
     else:
+        root(url)
         refuse(ctx, ENGINE_FLAGS, "and --url: it is for an engine in this process")
     from asyncengine.cli.workload import Workload
 
@@ -80,11 +82,12 @@ class Run:
 def _in_process(
     model: str, flags: EngineFlags, loader: Any, workload: Workload, config: GenerationConfig, endpoint: Endpoint
 ) -> Run:
+    engine_config = flags.config(model, loader)
     from asyncengine.cli.loading import loaded
     from asyncengine.cli.targets import EngineTarget
     from asyncengine.cli.workload import Sample
 
-    with loaded(flags.config(model), loader) as (engine, runner):
+    with loaded(engine_config, loader) as (engine, runner):
         target = EngineTarget(engine, config, endpoint)
         runner.run(target.ask(workload.prompts()[0], Sample(0.0)))  # not counted
         samples, cpu = runner.run(_measured(target, workload))

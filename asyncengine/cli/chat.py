@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asyncengine.cli.command import read_utf8
 from asyncengine.cli.flags import EngineFlags, GenerationFlags, Model
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def chat(
     a pipe, every line is a question, and the conversation goes on from line to line.
     """
     config = generation.config()
-    engine_config = flags.config(model)
+    engine_config = flags.config(model, ctx.obj)
     from asyncengine.cli.loading import loaded
 
     with loaded(engine_config, ctx.obj) as (engine, runner):
@@ -129,5 +130,6 @@ def _typed() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
+    read_utf8()
     for line in sys.stdin:
         yield line.rstrip("\n")

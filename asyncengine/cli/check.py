@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from asyncengine.cli import remote
 from asyncengine.cli.remote import ApiKey, Url
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def check(
     ok: as OpenAI's. missing: not there, or refused by name, which a client can live with. differs: something else
     than a client expects. Exit status 1: something differs, or one of the basics is missing.
     """
-    from asyncengine.cli import remote
+    remote.root(url)
     from asyncengine.cli.conformance import ENTRIES, Server
     from asyncengine.cli.loading import runner
     from asyncengine.cli.progress import bar

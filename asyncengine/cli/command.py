@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import io
+import os
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -47,6 +50,33 @@ def refuse(ctx: typer.Context, names: Iterable[str], because: str) -> None:
     for name in names:
         if given(ctx, name):
             raise Failure(f"--{name.replace('_', '-')} is given, {because}", 2)
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Refuses a file that could not be written in the end, before anything is done for it.
+
+    Raises:
+        Failure: There is no such directory, it is a directory itself, or it may not be written.
+    """
+    parent = path.parent
+    if not parent.is_dir():
+        reason = f"there is no directory {str(parent)!r}"
+    elif path.is_dir():
+        reason = "it is a directory; expected a file"
+    elif not os.access(path if path.exists() else parent, os.W_OK):
+        reason = "it may not be written"
+    else:
+        return
+    raise Failure(f"{flag} is {str(path)!r}; {reason}", 2)
+
+
+def read_utf8() -> None:
+    """Has standard input read as UTF-8, whatever the terminal speaks; what is none becomes lone surrogates.
+
+    No tokenizer takes those: the line that has them is refused, and no other.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:

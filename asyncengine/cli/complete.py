@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asyncengine.cli.command import read_utf8
 from asyncengine.cli.flags import EngineFlags, GenerationFlags, Model
 from asyncengine.errors import AsyncEngineError, InvalidRequestError
 
@@ -34,12 +35,31 @@ def complete(
     Without it, a line is a prompt, and an answer is printed as it is. Exit status 1: some line failed.
     """
     config = generation.config()
-    engine_config = flags.config(model)
+    engine_config = flags.config(model, ctx.obj)
+    lines = _read_lines()
+    if not lines:
+        return 0
     from asyncengine.cli.loading import loaded
 
-    lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
     with loaded(engine_config, ctx.obj) as (engine, runner):
         return runner.run(Completion(engine, config, jsonl).run(lines))
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of standard input that is not blank; the first has number 1."""
+
+    number: int
+    text: str
+
+
+def _read_lines() -> list[Line]:
+    """All of standard input; nothing but an end of line ends a line, so that JSON may hold any character."""
+    if sys.stdin.isatty():
+        print("Prompts, one per line; Ctrl-D ends them.", file=sys.stderr, flush=True)
+    read_utf8()
+    texts = sys.stdin.read().removeprefix("\ufeff").split("\n")
+    return [Line(number, text) for number, text in enumerate(texts, 1) if text.strip()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +85,7 @@ class Completion:
         self._config = config
         self._jsonl = jsonl
 
-    async def run(self, lines: list[str]) -> int:
+    async def run(self, lines: list[Line]) -> int:
         """Answers all lines; returns the exit status."""
         import asyncio
 
@@ -73,7 +93,7 @@ class Completion:
 
         loaded = self._engine.complete_engine_config
         assert loaded is not None and loaded.max_num_sequence is not None
-        waiting: Iterator[tuple[int, str]] = iter(enumerate(lines))
+        waiting: Iterator[tuple[int, Line]] = iter(enumerate(lines))
         answers: dict[int, RequestResult | AsyncEngineError] = {}
         written, failed = 0, False
         gone: list[BrokenPipeError] = []
@@ -82,7 +102,7 @@ class Completion:
             async def work() -> None:
                 nonlocal written, failed
                 for index, line in waiting:
-                    answers[index] = await self._answer(line)
+                    answers[index] = await self._answer(line.text)
                     while written in answers and not gone:
                         try:
                             failed = not self._write(written, lines[written], answers.pop(written)) or failed
@@ -120,17 +140,27 @@ class Completion:
             raise InvalidRequestError("expected one of 'prompt' and 'messages'")
         return Ask(prompt, messages, self._config.replace(**fields))
 
-    def _write(self, index: int, line: str, answer: RequestResult | AsyncEngineError) -> bool:
+    def _write(self, index: int, line: Line, answer: RequestResult | AsyncEngineError) -> bool:
         """Writes an answer; says whether it is one."""
         good = not isinstance(answer, AsyncEngineError)
         if self._jsonl:
-            print(json.dumps(_entry(index, line, answer), ensure_ascii=False), flush=True)
+            print(_json(_entry(index, line.text, answer)), flush=True)
         elif isinstance(answer, AsyncEngineError):
             print(flush=True)
-            print(f"asyncengine: line {index + 1}: {answer}", file=sys.stderr, flush=True)
+            print(f"asyncengine: line {line.number}: {answer}", file=sys.stderr, flush=True)
         else:
             print(answer.text, flush=True)
         return good
+
+
+def _json(entry: dict[str, Any]) -> str:
+    """An object as JSON, with its characters as they are where standard output can take them."""
+    text = json.dumps(entry, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(entry)
+    return text
 
 
 def _object(line: str) -> dict[str, Any]:

@@ -99,19 +99,20 @@ class Panel:
         x_name, y_name = self._names
         yield f'<text x="{(left + right) / 2}" y="{bottom + 36}" text-anchor="middle">{x_name}</text>'
         yield f'<text x="{left}" y="{top - 8}">{y_name}</text>'
-        for row, (name, value) in enumerate(marks):
-            x = self._x(value)
-            yield f'<path d="M{x:.1f} {top}V{bottom}" stroke="#c2410c" stroke-dasharray="3 3"/>'
-            text = f"{name} {_number(value)}"
-            left_of_it = x - left > _MARK_WIDTH
-            place = f'x="{x - 4:.1f}" text-anchor="end"' if left_of_it else f'x="{x + 4:.1f}"'
-            yield f'<text {place} y="{top + 12 + 16 * row}" fill="#c2410c">{text}</text>'
+        for _, value in marks:
+            yield f'<path d="M{self._x(value):.1f} {top}V{bottom}" stroke="#c2410c" stroke-dasharray="3 3"/>'
         if self._limit:
             path = "L".join(f"{self._x(x):.1f} {self._y(y):.1f}" for x, y in self._limit)
             yield f'<path d="M{path}" fill="none" stroke="#c2410c" stroke-width="2" stroke-dasharray="5 4"/>'
         if self._points:
             path = "L".join(f"{self._x(x):.1f} {self._y(y):.1f}" for x, y in self._points)
             yield f'<path d="M{path}" fill="none" stroke="#1d4ed8" stroke-width="2" stroke-linejoin="round"/>'
+        for row, (name, value) in enumerate(marks):
+            # A share that has been reached stays reached: right of a mark and low, the curve is not in the way.
+            x = self._x(value)
+            place = f'x="{x + 4:.1f}"' if right - x > _MARK_WIDTH else f'x="{x - 4:.1f}" text-anchor="end"'
+            halo = 'stroke="#fff" stroke-width="4" paint-order="stroke"'
+            yield f'<text {place} y="{bottom - 24 + 16 * row}" fill="#c2410c" {halo}>{name} {_number(value)}</text>'
 
     def _x(self, value: float) -> float:
         least, most = self._x_least, self._x_most

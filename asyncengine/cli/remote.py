@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,15 +23,20 @@ ApiKey = Annotated[str | None, typer.Option(help="What the server asks for.")]
 
 
 def root(url: str) -> str:
-    """A server's address without the ``/v1`` that clients are often given.
+    """A server's address without the ``/v1`` that clients are often given; ``HOST:PORT`` is enough.
 
     Raises:
         Failure: It is no address.
     """
     whole = url if "://" in url else f"http://{url}"
-    parts = urlsplit(whole)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise Failure(f"the URL is {url!r}; expected http://HOST:PORT or https://HOST", 2)
+    try:
+        parts = urlsplit(whole)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and not re.search(r"\s|[?#]", whole)
+        port = parts.port
+    except ValueError:  # the port is no number or too large, or a bracket is missing
+        good, port = False, None
+    if not good or (port is None and "://" not in url):  # a word alone is rather a mistake than a host
+        raise Failure(f"the URL is {url!r}; expected http://HOST:PORT, https://HOST or HOST:PORT", 2)
     return whole.rstrip("/").removesuffix("/v1")
 
 
@@ -59,7 +65,17 @@ async def connected(url: str, api_key: str | None, seconds: float | None = 60.0)
         try:
             yield client
         except httpx.TransportError as error:
-            raise Failure(f"{base} cannot be reached: {str(error) or type(error).__name__}") from error
+            raise Failure(f"{base} cannot be reached: {_reason(error)}") from error
+
+
+def _reason(error: httpx.TransportError) -> str:
+    """Why, in the system's words where they are there: what is raised says that all attempts have failed."""
+    found, cause = str(error) or type(error).__name__, error.__cause__ or error.__context__
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            found = cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return found
 
 
 async def model_name(client: httpx.AsyncClient) -> str:

@@ -24,9 +24,14 @@ def page(trace: dict[str, Any], title: str) -> str:
     return f"{before}{place.replace('{}', data)}{after}"
 
 
+def files(stem: Path) -> tuple[Path, Path]:
+    """``stem.json`` and ``stem.html``."""
+    return stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.html")
+
+
 def write(trace: dict[str, Any], title: str, stem: Path) -> tuple[Path, Path]:
-    """Writes ``stem.json`` and ``stem.html``; returns their paths."""
-    data, view = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.html")
+    """Writes the `files` of `stem`; returns their paths."""
+    data, view = files(stem)
     data.write_text(json.dumps(trace), encoding="utf-8")
     view.write_text(page(trace, title), encoding="utf-8")
     return data, view

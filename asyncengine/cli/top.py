@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asyncengine.cli import remote
 from asyncengine.cli.command import Failure
 from asyncengine.cli.remote import ApiKey, Url
 
@@ -29,6 +30,7 @@ def top(
 
     In a terminal the figures stay in place; elsewhere every look is a line. Rates and means are since the look before.
     """
+    remote.root(url)
     from asyncengine.cli.loading import runner
 
     with runner() as running:
@@ -127,8 +129,6 @@ class Look:
 async def _watch(url: str, api_key: str | None, interval: float, count: int | None) -> None:
     import asyncio
 
-    from asyncengine.cli import remote
-
     before: Look | None = None
     looks = 0
     async with remote.connected(url, api_key, seconds=10.0) as client:
@@ -176,7 +176,7 @@ class _Screen:
     def show(self, now: Look, before: Look | None) -> None:
         rows = now.rows(before)
         if self._live is not None:
-            self._live.update(_table(f"{now.model} at {self._address}", rows), refresh=True)
+            self._live.update(_table(f"{now.model or 'no model'} at {self._address}", rows), refresh=True)
             return
         if not self._headed:
             self._headed = True

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncengine.cli.command import Failure, refuse
+from asyncengine.cli.command import Failure, check_writable, refuse
 from asyncengine.cli.flags import ENGINE_FLAGS, EngineFlags, GenerationFlags, Model
-from asyncengine.cli.remote import ApiKey
+from asyncengine.cli.remote import ApiKey, root
+from asyncengine.cli.timeline import files
 
 if TYPE_CHECKING:
     import httpx
@@ -36,8 +37,10 @@ def trace(
 
     Writes OUT.json, which Perfetto (ui.perfetto.dev) and Chrome open, and OUT.html, a page that needs nothing else.
     """
-    if not out.parent.is_dir():
-        raise Failure(f"--out is {str(out)!r}; there is no directory {str(out.parent)!r}", 2)
+    if not out.name:
+        raise Failure(f"--out is {str(out)!r}; expected the name of a file, without .json and .html", 2)
+    for path in files(out):
+        check_writable("--out", path)
     if url is None:
         refuse(ctx, ["api_key", "seconds"], "without --url")
         from asyncengine.cli.workload import Workload
@@ -49,17 +52,22 @@ def trace(
         recorded, title = _in_process(model, flags, ctx.obj, workload, config), f"{model}, in process"
     else:
         unused = ("model", "concurrency", "num_prompts", "prompt_words", "max_tokens", "temperature", "top_p", "seed")
+        root(url)
         refuse(ctx, (*unused, *ENGINE_FLAGS), "and --url: the server's own requests are recorded")
         recorded, title = _from_server(url, api_key, seconds)
-    return _write(recorded, title, out)
+    return _write(recorded, title, out, seconds)
 
 
-def _write(recorded: dict[str, Any], title: str, out: Path) -> int:
+def _write(recorded: dict[str, Any], title: str, out: Path, seconds: float | None) -> int:
     from asyncengine.cli.timeline import write
 
     events = [event for event in recorded.get("traceEvents", ()) if event.get("ph") != "M"]
     if not events:
-        raise Failure("nothing was recorded; with --url, --seconds 10 records for ten seconds")
+        raise Failure(
+            "the server has recorded nothing; --seconds 10 records for ten seconds"
+            if seconds is None
+            else f"nothing was recorded: the server had no requests for {seconds:g} seconds"
+        )
     requests = {event["id"] for event in events if event.get("cat") == "request"}
     steps = sum(event["name"] == "step" for event in events)
     data, view = write(recorded, title, out)
@@ -72,11 +80,12 @@ def _in_process(
 ) -> dict[str, Any]:
     import json
 
+    engine_config = flags.config(model, loader)
     from asyncengine.cli.loading import loaded
     from asyncengine.cli.progress import bar
     from asyncengine.cli.targets import EngineTarget
 
-    with loaded(flags.config(model), loader) as (engine, runner):
+    with loaded(engine_config, loader) as (engine, runner):
         engine.trace.start()
         with bar("recording", workload.num_prompts) as advance:
             samples = runner.run(workload.run(EngineTarget(engine, config, "chat"), advance))

@@ -38,8 +38,7 @@ class FastTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """As `asyncengine.tokenizer.Tokenizer`."""
-        ids: list[int] = self._backend.encode(text).ids
-        return ids
+        return self._encoded(text, True)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """As `asyncengine.tokenizer.Tokenizer`."""
@@ -51,7 +50,14 @@ class FastTokenizer:
         return _encode_chat(self, self._chat, messages, template_arguments, self._encode_piece)
 
     def _encode_piece(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return self._encoded(text, False)
+
+    def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # which says that a string is none
+            text.encode()  # says which half of a surrogate pair stands where
+            raise
         return ids
 
     def token_table(self) -> TokenTable:

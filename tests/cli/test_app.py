@@ -35,6 +35,40 @@ def test_help_imports_no_model_code(arguments: list[str]) -> None:
     assert "asyncengine" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["chat", "complete", "serve", "bench", "trace", "estimate"])
+def test_a_model_that_is_not_there_is_refused_before_anything_is_imported(name: str) -> None:
+    program = (
+        "import sys\n"
+        "from asyncengine.cli import main\n"
+        "try:\n    main()\nfinally:\n    print(*sorted({'torch', 'transformers', 'uvicorn'} & set(sys.modules)))"
+    )
+    wrong = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, name, "./nowhere"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert wrong.returncode == 1
+    assert wrong.stderr == "asyncengine: model './nowhere': there is no such directory\n"
+    assert wrong.stdout == "\n"
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["top"], ["bench", "--url"], ["trace", "--url"]])
+def test_a_url_that_is_none_is_refused_before_anything_is_imported(arguments: list[str]) -> None:
+    program = (
+        "import sys; sys.modules['httpx'] = sys.modules['asyncio'] = None; from asyncengine.cli import main; main()"
+    )
+    wrong = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, *arguments, "http://here:80a"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("asyncengine: the URL is 'http://here:80a'; expected http://HOST:PORT")
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)])
+def test_help_is_readable_in_eighty_columns(arguments: list[str]) -> None:
+    assert max(map(len, run(*arguments, "--help").out.splitlines())) <= 80
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"]], ids=["all", "one"])
 def test_help_is_there_at_once(arguments: list[str]) -> None:

@@ -26,7 +26,7 @@ def test_lines_are_answered_in_their_order() -> None:
 
 def test_nothing_in_is_nothing_out() -> None:
     done = run("complete", stdin="\n\n")
-    assert (done.status, done.out) == (0, "")
+    assert (done.status, done.out, done.err) == (0, "", "")  # no model is loaded for it
 
 
 def test_a_line_that_fails_is_empty_and_the_exit_status_says_so() -> None:
@@ -88,6 +88,7 @@ def test_a_bar_moves_in_a_terminal_and_nowhere_else() -> None:
     assert "completing" not in run("complete", stdin="one\ntwo\n").err
     if sys.platform != "win32":
         with terminal("complete", step_seconds=0) as complete:
+            complete.until("Prompts, one per line; Ctrl-D ends them.")
             complete.type("one\ntwo\n\x04")
             complete.until("2/2")
             assert complete.ended() == 0
@@ -127,3 +128,31 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
         process.stdout.close()
         assert process.wait(timeout=30) == 1
         assert "Traceback" not in process.stderr.read()
+
+
+def test_only_an_end_of_line_ends_a_line() -> None:
+    lines = [json.dumps({"prompt": f"a{mark}b"}, ensure_ascii=False) for mark in ("\u2028", "\x85", "\u00e9")]
+    done = run("complete", "--jsonl", stdin="\ufeff" + "\r\n".join(lines))
+    assert done.status == 0, done.out
+    assert [json.loads(line)["text"] for line in done.out.split("\n")[:-1]] == ["a\u2028b", "a\x85b", "a\u00e9b"]
+
+
+def test_what_is_no_character_is_an_error_of_its_line_alone() -> None:
+    lines = ['{"prompt": "\\ud800"}', '{"prompt": "fine", "id": "\\ud800"}', '{"prompt": "fine"}']
+    done = run("complete", "--jsonl", stdin="\n".join(lines))
+    assert done.status == 1
+    wrong, strange, fine = entries(done.out)
+    assert "surrogates not allowed" in wrong["error"]["message"]
+    assert strange["id"] == "\ud800" and strange["text"] == fine["text"] == "fine"
+
+
+@pytest.mark.parametrize("name", ["complete", "chat"])
+def test_bytes_that_are_no_text_are_an_error_of_their_line_alone(name: str) -> None:
+    done = subprocess.run(
+        command(name, step_seconds=0), input=b"one\n\n\xff\xfe\nthree\n", capture_output=True, timeout=60, check=False,
+        env=ENVIRONMENT | {"PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.split() == [b"one", b"three"]
+    assert b"surrogates not allowed" in done.stderr and b"Traceback" not in done.stderr
+    assert name == "chat" or b"asyncengine: line 3: " in done.stderr

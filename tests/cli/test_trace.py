@@ -85,6 +85,13 @@ def test_a_directory_that_is_not_there_is_refused_before_anything_is_recorded(tm
     assert wrong.status == 2 and "there is no directory" in wrong.err
 
 
+def test_a_name_that_no_file_can_have_is_refused_before_anything_is_recorded(tmp_path: Path) -> None:
+    assert "expected the name of a file" in run("trace", "--out", "/").err
+    (tmp_path / "t.html").mkdir()
+    wrong = run("trace", "--out", str(tmp_path / "t"))
+    assert wrong.status == 2 and "t.html'; it is a directory; expected a file" in wrong.err
+
+
 def test_the_page_shows_what_was_recorded(tmp_path: Path, browser: Any) -> None:
     run("trace", "--num-prompts", "3", "--max-tokens", "4", "--out", str(tmp_path / "t"))
     browser.get(f"file://{tmp_path / 't.html'}")
