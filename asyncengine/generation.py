@@ -139,7 +139,8 @@ class GenerationConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
+                begun = [name for name in known if name.startswith(f"{key}_")]  # OpenAI's "stop" is "stop_strs"
+                near = begun or difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
                 raise InvalidRequestError(f"unknown generation key {key!r}{hint}")
         return cls(**values)

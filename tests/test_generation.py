@@ -169,6 +169,7 @@ class TestRanges:
 class TestDict:
     def test_unknown_keys_are_refused_with_a_suggestion(self) -> None:
         refused(lambda: GenerationConfig.from_dict({"temprature": 1}), "'temprature'", "did you mean 'temperature'?")
+        refused(lambda: GenerationConfig.from_dict({"stop": "x"}), "'stop'", "did you mean 'stop_strs'?")
         refused(lambda: GenerationConfig.from_dict({"zzz": 1}), "'zzz'", "known: n, temperature")
         refused(lambda: GenerationConfig.from_dict({5: 1}), "unknown generation key 5")  # type: ignore[dict-item]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -57,6 +58,8 @@ async def connected(url: str, api_key: str | None, seconds: float | None = 60.0)
     except ModuleNotFoundError as error:
         raise missing("cli", error) from error
     base = root(url)
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise Failure(f"--api-key is {api_key!r}; expected printable ASCII, which is what a header can carry", 2)
     headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(
@@ -72,8 +75,8 @@ def _reason(error: httpx.TransportError) -> str:
     """Why, in the system's words where they are there: what is raised says that all attempts have failed."""
     found, cause = str(error) or type(error).__name__, error.__cause__ or error.__context__
     while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            found = cause.strerror
+        if isinstance(cause, OSError) and cause.strerror:  # asyncio puts its own words there, a resolver has no other
+            found = os.strerror(cause.errno) if cause.errno > 0 else cause.strerror
         cause = cause.__cause__ or cause.__context__
     return found
 

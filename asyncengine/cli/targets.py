@@ -87,7 +87,8 @@ class HttpTarget:
                     sample.came(1)
                 usage = event.get("usage")
                 if usage:
-                    sample.tokens, sample.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
+                    sample.tokens = usage.get("completion_tokens") or 0
+                    sample.prompt_tokens = usage.get("prompt_tokens") or 0
         sample.tokens = sample.tokens or len(sample.deltas)
 
 

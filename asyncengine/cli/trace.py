@@ -114,7 +114,7 @@ def _from_server(url: str, api_key: str | None, seconds: float | None) -> tuple[
                     await _told(client, "stop")
             response = await client.get("/admin/trace")
             _check(response)
-            return response.json(), remote.root(url)
+            return read_trace(response), remote.root(url)
 
     with runner() as running:
         return running.run(run())
@@ -122,6 +122,21 @@ def _from_server(url: str, api_key: str | None, seconds: float | None) -> tuple[
 
 async def _told(client: httpx.AsyncClient, action: str) -> None:
     _check(await client.post("/admin/trace", json={"action": action}))
+
+
+def read_trace(response: httpx.Response) -> dict[str, Any]:
+    """What a server has recorded.
+
+    Raises:
+        Failure: The answer is no trace.
+    """
+    try:
+        found = response.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("traceEvents"), list):
+        raise Failure("/admin/trace answers with something that is no trace: it is another kind of server")
+    return found
 
 
 def _check(response: httpx.Response) -> None:

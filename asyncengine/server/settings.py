@@ -51,6 +51,8 @@ class ServerSettings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} is {value!r}; expected a non-empty string or None")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigError("api_key has other characters than printable ASCII, which a header cannot carry")
         if self.admin and self.api_key is None:
             raise ConfigError("admin is True and api_key is None; the admin routes need an API key")
         if isinstance(self.cors_origins, str):

@@ -12,7 +12,7 @@ import pytest
 
 import asyncengine
 from asyncengine.cli.flags import EngineFlags
-from tests.cli.programs import APP, run, run_process
+from tests.cli.programs import APP, run, run_process, scripted_loader
 from tests.test_import import HEAVY
 
 COMMANDS = [command.name for command in APP.registered_commands]
@@ -84,7 +84,7 @@ def test_help_is_there_at_once(arguments: list[str]) -> None:
 
 
 def test_the_console_script_and_the_module_are_the_same_command() -> None:
-    project = tomllib.loads((Path(asyncengine.__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["scripts"] == {"asyncengine": "asyncengine.cli:main"}
     assert run_process("--version").out == f"asyncengine {asyncengine.__version__}\n"
 
@@ -123,7 +123,7 @@ def test_a_wrong_command_and_a_wrong_flag_are_answered_with_the_nearest() -> Non
 )
 def test_a_flag_names_who_guesses(given: str | None, mode: str, models: tuple[str, ...]) -> None:
     length = 0 if given is None else 3
-    config = EngineFlags(speculative_model=given, num_speculative_tokens=length).config("large")
+    config = EngineFlags(speculative_model=given, num_speculative_tokens=length).config("large", scripted_loader())
     assert (config.speculative_mode, config.additional_models, config.spec_draft_length) == (mode, models, length)
 
 

@@ -131,6 +131,17 @@ def test_the_name_of_a_mark_stands_within_the_panel(value: float, anchor: str | 
     assert name.get("text-anchor") == anchor and float(name.get("x") or 0) > 70
 
 
+def test_the_name_of_a_mark_does_not_stand_on_the_curve() -> None:
+    values = [(float(n), float(n)) for n in range(101)]
+    parts = "".join(Panel((70, 80), "ms", "%", values, 100.0).draw([("p50", 50.0), ("p99", 99.0)]))
+    found = ElementTree.fromstring(f"<svg>{parts}</svg>")
+    p50, p99 = [text for text in found.iter("text") if (text.text or "").startswith("p")]
+    half_way = 80 + 200 / 2
+    assert float(p50.get("x") or 0) > 70 + 360 / 2 and float(p50.get("y") or 0) - 12 > half_way
+    assert float(p99.get("y") or 0) - 12 > half_way and p99.get("text-anchor") == "end"
+    assert p50.get("paint-order") == "stroke" and list(found)[-1] is p99  # over the lines, with a rim of its own
+
+
 def test_a_plot_of_nothing_is_a_plot() -> None:
     ElementTree.fromstring(draw(Figures.of([]), "nothing"))
 
@@ -240,6 +251,14 @@ async def test_a_server_that_refuses_our_own_fields_is_measured_without_them() -
     assert len(bodies) == 3 and "stream_options" in bodies[-1]
     assert bodies[-1]["max_tokens"] == 3 and bodies[-1]["temperature"] == 0.5
     assert found.tokens == 2  # its events, as it does not tell
+
+
+@pytest.mark.parametrize("usage", ['{"total_tokens": 9}', '{"completion_tokens": null, "prompt_tokens": 7}'])
+async def test_a_server_whose_usage_says_little_has_its_events_counted(usage: str) -> None:
+    text = f'{STREAM}data: {{"choices": [], "usage": {usage}}}\n\ndata: [DONE]\n\n'
+    found = Sample(0.0)
+    await answering(lambda body: httpx.Response(200, text=text)).ask("hello", found)
+    assert found.tokens == 2
 
 
 async def test_an_error_within_a_stream_is_a_failure() -> None:

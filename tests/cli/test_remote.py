@@ -33,6 +33,12 @@ def test_what_is_no_address_is_refused_with_what_is_expected(url: str) -> None:
     assert repr(url) in str(wrong.value) and wrong.value.status == 2
 
 
+async def test_a_key_that_no_header_can_carry_is_refused() -> None:
+    with pytest.raises(Failure, match="--api-key is 'schl\u00fcssel'; expected printable ASCII"):
+        async with connected("here:1", "schl\u00fcssel"):
+            pass
+
+
 @pytest.mark.parametrize("base", ["http://127.0.0.1:1", "http://localhost:1"])
 async def test_why_a_server_cannot_be_reached_is_said_in_the_system_s_words(base: str) -> None:
     with pytest.raises(Failure) as wrong:

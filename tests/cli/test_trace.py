@@ -11,7 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from asyncengine.cli.command import Failure
 from asyncengine.cli.timeline import page
+from asyncengine.cli.trace import read_trace
 from tests.cli.programs import run, server
 from tests.server.test_page import browser
 
@@ -62,7 +64,7 @@ def test_reads_a_server_s(tmp_path: Path) -> None:
     with server("--api-key", "secret", "--admin") as (_, address, _):
         common = ("trace", "--url", address, "--out", str(tmp_path / "t"))
         nothing = run(*common, "--api-key", "secret")
-        assert nothing.status == 1 and "nothing was recorded; with --url, --seconds 10 records" in nothing.err
+        assert nothing.status == 1 and "has recorded nothing; --seconds 10 records" in nothing.err
         refused = run(*common)
         assert refused.status == 1 and "/admin/trace answers 401" in refused.err
         with httpx.Client(base_url=address, headers={"authorization": "Bearer secret"}, trust_env=False) as client:
@@ -71,13 +73,19 @@ def test_reads_a_server_s(tmp_path: Path) -> None:
         done = run(*common, "--api-key", "secret")
         assert done.status == 0 and done.out.startswith("1 requests, ")
         empty = run(*common, "--api-key", "secret", "--seconds", "0")  # which begins anew
-        assert empty.status == 1 and "nothing was recorded" in empty.err
+        assert empty.status == 1 and "the server had no requests for 0 seconds" in empty.err
 
 
 def test_a_server_without_the_route_is_told_apart(tmp_path: Path) -> None:
     with server() as (_, address, _):
         wrong = run("trace", "--url", address, "--out", str(tmp_path / "t"))
         assert wrong.status == 1 and "start it with --admin and --api-key" in wrong.err
+
+
+@pytest.mark.parametrize("body", [{"text": "<html>"}, {"json": []}, {"json": {"traceEvents": 3}}])
+def test_another_kind_of_server_is_told_apart(body: Any) -> None:
+    with pytest.raises(Failure, match="another kind of server"):
+        read_trace(httpx.Response(200, **body))
 
 
 def test_a_directory_that_is_not_there_is_refused_before_anything_is_recorded(tmp_path: Path) -> None:

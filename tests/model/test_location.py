@@ -51,7 +51,7 @@ def test_a_file_is_no_checkpoint(llama: Path) -> None:
         locate(str(llama / "config.json"))
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a/" + "b" * 300, "./" + "c" * 5000])
+@pytest.mark.parametrize("name", ["x" * 300, "./" + "y" * 300, "/" + "z/" * 5000])
 def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="File name too long"):
         locate(name)

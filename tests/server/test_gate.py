@@ -250,6 +250,8 @@ async def test_its_own_lifespan_enters_and_leaves_the_engine() -> None:
     [
         {"admin": True},
         {"api_key": ""},
+        {"api_key": "schl\u00fcssel"},
+        {"api_key": "two\nlines"},
         {"cors_origins": "*"},
         {"max_body_bytes": 0},
         {"max_body_bytes": True},

@@ -143,8 +143,11 @@ def test_full_collections_do_not_look_at_what_was_imported_for_good() -> None:
 
 def test_an_address_that_is_taken_is_an_error_and_not_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert serve(EngineConfig(MODEL), port=taken.getsockname()[1]) == 1
-    assert "cannot listen on 127.0.0.1" in caplog.text
+        port = taken.getsockname()[1]
+        assert serve(EngineConfig(MODEL), port=port) == 1
+    assert [record.message for record in caplog.records] == [
+        f"cannot listen on 127.0.0.1 port {port}: Address already in use"
+    ]
 
 
 @pytest.mark.parametrize("fields", [{"admin": True}, {"drain_seconds": -1}, {"max_concurrency": 0}])
