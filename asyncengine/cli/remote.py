@@ -75,8 +75,10 @@ def _reason(error: httpx.TransportError) -> str:
     """Why, in the system's words where they are there: what is raised says that all attempts have failed."""
     found, cause = str(error) or type(error).__name__, error.__cause__ or error.__context__
     while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:  # asyncio puts its own words there, a resolver has no other
-            found = os.strerror(cause.errno) if cause.errno > 0 else cause.strerror
+        if isinstance(cause, OSError) and cause.strerror:
+            found = cause.strerror
+            if found.startswith("Connect call failed") and cause.errno is not None:  # asyncio's own words
+                found = os.strerror(cause.errno)
         cause = cause.__cause__ or cause.__context__
     return found
 

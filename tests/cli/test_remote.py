@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from asyncengine.cli.command import Failure
@@ -37,6 +39,18 @@ async def test_a_key_that_no_header_can_carry_is_refused() -> None:
     with pytest.raises(Failure, match="--api-key is 'schl\u00fcssel'; expected printable ASCII"):
         async with connected("here:1", "schl\u00fcssel"):
             pass
+
+
+async def test_a_server_without_tls_is_told_by_the_words_of_ssl() -> None:
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"this is no TLS\n")
+        writer.close()
+
+    async with await asyncio.start_server(hear, "127.0.0.1", 0) as listening:
+        base = f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        with pytest.raises(Failure, match=r"cannot be reached: .*(SSL|EOF)"):
+            async with connected(base, None) as client:
+                await client.get("/health")
 
 
 @pytest.mark.parametrize("base", ["http://127.0.0.1:1", "http://localhost:1"])

@@ -7,7 +7,7 @@ from shutil import copytree
 
 import pytest
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, tiny
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InvalidRequestError, tiny
 from asyncengine.model.tokenizer import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -40,3 +40,10 @@ async def test_a_reload_takes_an_edited_chat_template(copied: Path) -> None:
         await engine.reload(settings)
         after = (await engine.chat(MESSAGES, GenerationConfig(max_tokens=1))).usage.prompt_tokens
     assert before != after
+
+
+async def test_half_of_a_surrogate_pair_is_refused_by_its_place() -> None:
+    async with AsyncEngine(EngineConfig("tiny", device="cpu", mode="interactive")) as engine:
+        for ask in (engine.generate("a\ud800b"), engine.chat([{"role": "user", "content": "a\ud800b"}])):
+            with pytest.raises(InvalidRequestError, match=r"'\\ud800' in position \d+: surrogates not allowed"):
+                await ask
