@@ -50,7 +50,10 @@ def check_before(root: Path) -> None:
     version = version_of(root)
     titles = re.findall(r"^## \[?([^\]\s]+)", (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     if version not in titles:
-        raise SystemExit(f"CHANGELOG.md has no entry for version {version}; it has {', '.join(titles) or 'none'}")
+        raise SystemExit(
+            f"CHANGELOG.md has no entry for version {version}; it has {', '.join(titles) or 'none'}. A release sets "
+            "__version__ in asyncengine/_version.py, and names that version there"
+        )
 
 
 def check_wheel(wheel: Path) -> None:

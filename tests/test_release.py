@@ -68,7 +68,9 @@ def test_a_dirty_tree_is_refused(release: ModuleType, checkout: Path) -> None:
 def test_a_version_without_an_entry_is_refused(release: ModuleType, checkout: Path) -> None:
     (checkout / "asyncengine/_version.py").write_text('__version__ = "1.3.0.dev0"\n')
     commit(checkout)
-    with pytest.raises(SystemExit, match=r"no entry for version 1\.3\.0\.dev0; it has Unreleased, 1\.2\.0, 1\.1\.0"):
+    with pytest.raises(
+        SystemExit, match=r"no entry for version 1\.3\.0\.dev0; it has Unreleased, 1\.2\.0, 1\.1\.0\. A release sets"
+    ):
         release.check_before(checkout)
 
 

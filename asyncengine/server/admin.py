@@ -74,17 +74,17 @@ def routes(service: Service) -> list[Route]:
         except TypeError as error:
             raise Refusal(400, f"config: {error}", "invalid_field", "config") from error
         except ConfigError as error:
-            raise _refusal(service, error) from error
+            raise _refusal(service, error, body.config) from error
         load = asyncio.ensure_future(engine.reload(config, body.in_flight, body.new_requests))
         loads.add(load)  # goes on when the client leaves
         load.add_done_callback(loads.discard)
         load.add_done_callback(_retrieve)
         if body.stream:
-            return EventStream(_progress(service, load), headers, service.settings.ping_seconds)
+            return EventStream(_progress(service, load, body.config), headers, service.settings.ping_seconds)
         try:
             complete = await asyncio.shield(load)
         except AsyncEngineError as error:
-            raise _refusal(service, error) from error
+            raise _refusal(service, error, body.config) from error
         return reply({"config": msgspec.to_builtins(complete)}, headers=headers)
 
     async def unload(request: Request) -> Response:
@@ -126,17 +126,25 @@ def _retrieve(load: asyncio.Task[EngineConfig]) -> None:
         load.exception()  # whoever watched has been told
 
 
-def _refusal(service: Service, error: Exception) -> Refusal:
-    """What a client is told, with the field of ``config`` that is at fault: an error names it, at its beginning."""
-    refusal = service.refusal(error)
-    if isinstance(error, (ConfigError, CheckpointError)):
+def _refusal(service: Service, error: Exception, given: dict[str, Any]) -> Refusal:
+    """What a client is told, with the field of the configuration it has given that is at fault."""
+    refusal, field = service.refusal(error), None
+    if isinstance(error, ConfigError):  # which begins with it
         found = _BAD_KEY.match(refusal.message) or _FIRST_WORD.match(refusal.message)
-        if found is not None:
-            refusal.param = f"config.{found[1]}"
+        field = None if found is None else found[1]
+    elif isinstance(error, CheckpointError):  # which quotes what is not there
+        named = {name: [given[name]] for name in ("model", "tokenizer") if given.get(name) is not None}
+        named["additional_models"] = list(given.get("additional_models") or ())
+        quoting = (name for name, values in named.items() if any(repr(value) in refusal.message for value in values))
+        field = next(quoting, None)
+    if field is not None:
+        refusal.param = f"config.{field}"
     return refusal
 
 
-async def _progress(service: Service, load: asyncio.Task[EngineConfig]) -> AsyncGenerator[bytes, None]:
+async def _progress(
+    service: Service, load: asyncio.Task[EngineConfig], given: dict[str, Any]
+) -> AsyncGenerator[bytes, None]:
     """What the load is doing, whenever that changes; then how it ended."""
     begun, last = time.perf_counter(), None
     while not load.done():
@@ -150,7 +158,7 @@ async def _progress(service: Service, load: asyncio.Task[EngineConfig]) -> Async
     try:
         config = load.result()
     except Exception as error:
-        yield named("error", _refusal(service, error).payload())
+        yield named("error", _refusal(service, error, given).payload())
     else:
         service.problem = None
         seconds = round(time.perf_counter() - begun, 3)

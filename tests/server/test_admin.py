@@ -117,6 +117,24 @@ async def test_a_field_that_does_not_fit_the_model_is_named(stream: bool) -> Non
         assert found["param"] == "config.max_single_sequence_length"
 
 
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"model": "./nowhere"}, "config.model"),
+        ({"model": "tiny", "tokenizer": "./nowhere"}, "config.tokenizer"),
+        (
+            {"model": "tiny", "speculative_mode": "small_draft", "additional_models": ["./nowhere"]},
+            "config.additional_models",
+        ),
+    ],
+)
+async def test_a_model_that_is_not_there_is_named(given: dict[str, Any], param: str) -> None:
+    async with AsyncEngine() as engine, client_of(create_app(engine, api_key=KEY, admin=True), headers=AUTH) as client:
+        refused = await client.post("/admin/reload", json={"config": given, "stream": False})
+        assert refused.status_code == 422 and error(refused)["param"] == param
+        assert error(refused)["message"] == "model './nowhere': there is no such directory"
+
+
 async def test_a_load_without_a_present_model_is_beside_none() -> None:
     async with administered() as (client, engine, loader):
         await client.post("/admin/unload", json={})
