@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,6 +35,8 @@ def estimate(
 
     Reads headers, no weights. Exit status 1: it does not fit, or cannot be served.
     """
+    if memory is not None and not isfinite(memory):
+        raise Failure(f"--memory is {memory}; expected GiB >= 0", 2)
     config = flags.config(model)
     if config.quantization != "none":
         raise Failure(f"--quantization is {config.quantization!r}; the estimate knows 'none' alone", 2)
