@@ -84,7 +84,7 @@ def _in_process(
     from asyncengine.cli.targets import EngineTarget
     from asyncengine.cli.workload import Sample
 
-    with loaded(flags.config(model), loader) as (engine, runner):
+    with loaded(flags.config(model, graph_capture="load"), loader) as (engine, runner):
         target = EngineTarget(engine, config, endpoint)
         runner.run(target.ask(workload.prompts()[0], Sample(0.0)))  # not counted
         samples, cpu = runner.run(_measured(target, workload))

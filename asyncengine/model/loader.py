@@ -209,8 +209,8 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(
         built.layers, backend, limits, details.kv_dtype
     )
+    draft_model = None
     try:
-        draft_model = None
         if draft is not None:
             assert details.draft is not None
             draft_model, draft_sampler = _serving(draft, details.draft, backend, limits, vocab_size)
@@ -241,6 +241,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         notes=tuple(notes),
         drafting=drafting,
         launching=model if run_ahead else None,
+        warming=_warming(model, draft_model),
         hidden_size=hidden_size(built.model),
         pooling=details.checkpoint.pooling,
     )
@@ -251,6 +252,14 @@ def _drafting(
 ) -> Drafting:
     saturation = CUDA_SATURATION if device.type == "cuda" else CPU_SATURATION
     return Drafting(drafter, DraftLengths(limits.max_num_sequence, config.spec_draft_length, saturation, draft_cost))
+
+
+def _warming(*models: Any) -> Any:
+    """What is left to be captured of models that are there, or None."""
+    from asyncengine.model.capturing import CapturesOf
+
+    capturing = [model.capturing for model in models if model is not None and model.capturing is not None]
+    return CapturesOf(capturing) if capturing else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,7 +368,8 @@ def _quantise(model: Any, trial: Any, backend: Any, details: _Details) -> str:
 
 def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, vocab_size: int, last: Any = None) -> Any:
     """A model with its KV cache, and its sampler."""
-    from asyncengine.model.runner import PagedLayers, TorchModel
+    from asyncengine.model.paged_layers import PagedLayers
+    from asyncengine.model.runner import TorchModel
     from asyncengine.model.sampler import Sampler
 
     device = details.device
@@ -372,9 +382,10 @@ def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, voc
 def _captured(
     config: EngineConfig, model: Any, built: _Built, details: _Details, backend: Any, limits: Limits, last: Any = None
 ) -> tuple[str, ...]:
-    """Warms a model up and captures its steps; returns what is slower than it could be, in words."""
+    """Warms a model up and captures the first of its steps; returns what is slower than it could be, in words."""
+    from asyncengine.model.capturing import Capturing
     from asyncengine.model.fused import choice
-    from asyncengine.model.graphs import capture_steps
+    from asyncengine.model.graphs import graphs_for
 
     fused, candidates = built.fused, frozenset[int]()
     if fused is not None:
@@ -383,11 +394,14 @@ def _captured(
             candidates = fused.sizes
             fused.use(())
     _warm_up(model, limits, 2 if details.device.type == "cpu" else 64)
-    graphs, slower = capture_steps(model, backend.name, limits.max_num_sequence, details.device, last)
+    graphs, slower = graphs_for(model, backend.name, limits.max_num_sequence, details.device, last)
     if graphs is not None:
-        model.use_graphs(graphs)
+        measured = None
         if candidates:
-            slower += choice.choose(graphs, fused, candidates, choice.cuda_seconds(details.device))
+            measured = choice.Choice(graphs, fused, candidates, choice.cuda_seconds(details.device))
+        capturing = Capturing(graphs, measured, at_once=config.graph_capture == "load")
+        capturing.begin()
+        model.use_graphs(capturing)
     return slower
 
 

@@ -1,4 +1,4 @@
-"""A model that is warmed up while its engine is idle: what requests, instructions and readers of metrics see of that."""
+"""A model that is warmed up while its engine is idle: what requests, instructions and readers see of that."""
 
 from __future__ import annotations
 

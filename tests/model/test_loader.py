@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InsufficientMemoryError
-from asyncengine.model import graphs, runner
+from asyncengine.model import graphs
 from asyncengine.model import loader as loader_module
 from asyncengine.model.loader import TransformersLoader
+from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.step.model import LoadedModel
 
 
@@ -76,9 +77,9 @@ def test_both_models_have_their_caches_before_any_step_is_captured(
 ) -> None:
     """They share the attention's plan: a cache that comes later would move what captured steps refer to."""
     done: list[str] = []
-    allocate, capture = runner.PagedLayers.allocate, graphs.capture_steps
-    monkeypatch.setattr(runner.PagedLayers, "allocate", lambda self: (done.append("allocate"), allocate(self))[1])
-    monkeypatch.setattr(graphs, "capture_steps", lambda *args: (done.append("capture"), capture(*args))[1])
+    allocate, capture = PagedLayers.allocate, graphs.graphs_for
+    monkeypatch.setattr(PagedLayers, "allocate", lambda self: (done.append("allocate"), allocate(self))[1])
+    monkeypatch.setattr(graphs, "graphs_for", lambda *args: (done.append("capture"), capture(*args))[1])
     paths = checkpoint("llama"), checkpoint("qwen3")
     load(EngineConfig(str(paths[0]), device="cpu", speculative_mode="small_draft", additional_models=[str(paths[1])]))
     assert done[-4:] == ["allocate", "allocate", "capture", "capture"]
