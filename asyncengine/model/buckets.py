@@ -44,7 +44,7 @@ class Buckets:
         return cls((*(size for size in steps if size < largest), largest))
 
     def coarse(self) -> tuple[int, ...]:
-        """A few of the sizes, the largest first; with those of `upto`, a step is padded to at most four times its tokens."""
+        """A few of the sizes, the largest first: with those of `upto`, a step is padded at most fourfold."""
         chosen = [self.sizes[-1]]
         for size, smaller in itertools.pairwise((*self.sizes[-2::-1], 0)):
             if 4 * smaller < chosen[-1]:

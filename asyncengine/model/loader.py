@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -383,7 +384,7 @@ def _captured(
     config: EngineConfig, model: Any, built: _Built, details: _Details, backend: Any, limits: Limits, last: Any = None
 ) -> tuple[str, ...]:
     """Warms a model up and captures the first of its steps; returns what is slower than it could be, in words."""
-    from asyncengine.model.capturing import Capturing
+    from asyncengine.model.capturing import Capturing, Room
     from asyncengine.model.fused import choice
     from asyncengine.model.graphs import graphs_for
 
@@ -399,7 +400,11 @@ def _captured(
         measured = None
         if candidates:
             measured = choice.Choice(graphs, fused, candidates, choice.cuda_seconds(details.device))
-        capturing = Capturing(graphs, measured, at_once=config.graph_capture == "load")
+        room = None
+        if details.device.type == "cuda":
+            aside = _graphs_of(config, details, limits.max_num_sequence).nbytes
+            room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
+        capturing = Capturing(graphs, measured, at_once=config.graph_capture == "load", room=room)
         capturing.begin()
         model.use_graphs(capturing)
     return slower
@@ -511,6 +516,7 @@ def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
     layers = built.layers if draft is None else [*built.layers, *draft.layers]  # they share the blocks
     per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.kv_dtype) for layer in layers)
+    graphs = None
     share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
     if cuda:
         drafts = 0 if config.speculative_mode == "disable" else sequences * (config.spec_draft_length or LONGEST)
@@ -518,6 +524,7 @@ def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -
         used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
         available = int(memory.total_bytes(details.device) * share) - used - activations
         share = 1.0
+        graphs = _graph_reserve(config, details, backend, sequences)
     else:
         available = memory.free_bytes(details.device)
     budget = memory.kv_budget(
@@ -527,6 +534,7 @@ def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -
         page_size=page_size,
         wanted_tokens=config.max_total_sequence_length,
         useful_tokens=sequences * length,
+        graphs=graphs,
     )
     limits = Limits(
         max_num_sequence=sequences,
@@ -552,9 +560,25 @@ def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -
     return limits, complete
 
 
+def _graph_reserve(config: EngineConfig, details: _Details, backend: Any, sequences: int) -> memory.GraphReserve | None:
+    """What the captured steps of a model and of the one that drafts for it will take; None if there will be none."""
+    if backend.name != "triton" or details.device.type != "cuda":
+        return None
+    needs = [details] if details.draft is None else [details, details.draft]
+    return sum((_graphs_of(config, each, sequences) for each in needs), memory.GraphReserve())
+
+
+def _graphs_of(config: EngineConfig, details: _Details, sequences: int) -> memory.GraphReserve:
+    from asyncengine.model import architecture, graph_memory
+
+    draws = config.speculative_mode == "disable"  # else no token stays on the device
+    return graph_memory.reserve(architecture.text_config(details.hf_config), details.dtype, sequences, draws)
+
+
 def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.device) -> int:
     """Bytes that the activations of the largest step take, measured."""
     from asyncengine.model import architecture
+    from asyncengine.model.graph_memory import draw_bytes
 
     def nothing(module: Any, query: Any, key: Any, value: Any, kwargs: Any) -> Any:
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
@@ -569,8 +593,8 @@ def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.
     peak = int(torch.cuda.max_memory_allocated(device)) - before
     torch.cuda.empty_cache()
     # Sampling works on a few copies of the logits in float32.
-    vocab = architecture.text_config(model.config).vocab_size
-    return peak + 4 * sequences * int(vocab) * 4
+    vocab = int(architecture.text_config(model.config).vocab_size)
+    return peak + max(4 * sequences * vocab * 4, draw_bytes(sequences, vocab))
 
 
 def _warm_up(model: Any, limits: Limits, prompt: int) -> None:
