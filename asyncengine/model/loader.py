@@ -414,8 +414,8 @@ def _build(details: _Details) -> Any:
     """The transformers model, with its weights.
 
     Weights that are stored in the wanted dtype are mapped, not read: the file's pages are their only copy in host
-    memory, and moving the model copies one parameter after the other from there to the device. What is converted is
-    held in host memory once.
+    memory, and moving the model copies one parameter after the other from there to the device. What is converted, and
+    experts that transformers puts together, are held in host memory once, besides the file's pages.
     """
     from transformers import AutoModelForCausalLM
 

@@ -73,5 +73,5 @@ class Warming:
             core.stepping_since = None
         if core.trace.enabled:
             progress = self.progress
-            core.trace.span("warm-up", begun, core.clock(), what=what, done=progress.done, of=progress.of)
+            core.trace.span("warm-up", begun, core.clock(), piece=what, done=progress.done, of=progress.of)
         return True

@@ -86,11 +86,14 @@ def test_both_models_have_their_caches_before_any_step_is_captured(
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no list of memory maps")
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_weights_are_mapped_from_the_file_and_not_copied_in_host_memory(
     architecture: str, checkpoint: Callable[..., Path]
 ) -> None:
-    """So that moving them to a device, one parameter after the other, is the only copy that is made."""
+    """So that moving them to a device, one parameter after the other, is the only copy that is made.
+
+    Experts that are stored one by one are put together by transformers, and so are copied.
+    """
     path = checkpoint(architecture)
     loader = TransformersLoader()
     model = loader_module._build(loader.check(EngineConfig(str(path), device="cpu"), None).details)
@@ -101,7 +104,8 @@ def test_weights_are_mapped_from_the_file_and_not_copied_in_host_memory(
     ]
     for name, parameter in model.named_parameters():
         begin = parameter.data_ptr()
-        assert any(low <= begin and begin + parameter.nbytes <= high for low, high in spans), name
+        mapped = any(low <= begin and begin + parameter.nbytes <= high for low, high in spans)
+        assert mapped == (".experts." not in name), name
 
 
 def test_the_loader_leaves_torch_as_it_is(checkpoint: Callable[..., Path]) -> None:

@@ -190,6 +190,6 @@ def test_each_piece_is_in_the_trace() -> None:
         pass
     spans = [event for event in case.core.trace.events() if event["name"] == "warm-up"]
     assert [span["args"] for span in spans] == [
-        {"what": "piece 1", "done": 1, "of": 2},
-        {"what": "piece 2", "done": 2, "of": 2},
+        {"piece": "piece 1", "done": 1, "of": 2},
+        {"piece": "piece 2", "done": 2, "of": 2},
     ]
