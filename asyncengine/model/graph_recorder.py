@@ -30,9 +30,7 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         """As the protocol says."""
-        with torch.cuda.device(
-            self._device
-        ):  # what follows synchronises the thread's device, and gives its memory back
+        with torch.cuda.device(self._device):  # it is the thread's present device that a capture synchronises
             return self._record(function)
 
     def _record(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:

@@ -102,6 +102,19 @@ def test_never_while_there_is_a_request(run_ahead: bool) -> None:
     assert case.core.warming.advance()
 
 
+def test_never_while_a_step_is_under_way_though_its_request_is_gone() -> None:
+    case = case_of(run_ahead=True)
+    number = case.add("hello")
+    case.step(2)
+    case.abort(number)
+    assert case.core.stepping.under_way and not len(case.core.requests)
+    pass_quietly(case)
+    assert case.core.next_deadline is None and not case.core.warming.advance()
+    case.run()
+    pass_quietly(case)
+    assert case.core.warming.advance()
+
+
 def test_a_prompt_that_is_still_coming_is_a_request() -> None:
     case = case_of()
     number = case.open()
