@@ -24,7 +24,7 @@ def capturing_of(
     sizes: tuple[int, ...] = (1, 2, 4, 16), kinds: tuple[DrawKind, ...] = (), fails_at: int | None = None, **others: Any
 ) -> Capturing:
     graphs = StepGraphs(Model(), Buckets(sizes), CPU, Replayer(fails_at), LastTokens(16, CPU), kinds)
-    return Capturing(graphs, **others)
+    return Capturing(graphs, **{"clock": lambda: 0.0, **others})
 
 
 def the_rest(capturing: Capturing) -> list[str]:

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.errors import UnsupportedModelError
-from asyncengine.model import capturing
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.loader import TransformersLoader
@@ -105,7 +104,6 @@ def test_auto_takes_them_where_they_are_measured_to_be_faster(
     times = list(2 * seconds)  # of the buckets 2 and 1
     graphs_here(monkeypatch, Replayer())
     monkeypatch.setattr(choice, "cuda_seconds", lambda device: lambda replay: times.pop(0))
-    monkeypatch.setattr(capturing, "FIRST_SECONDS", 600.0)
     runs_as, (note,) = load(checkpoint("llama", num_hidden_layers=1), "auto")
     assert runs_as == "auto"  # a restart measures again
     assert times == []
