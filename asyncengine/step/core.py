@@ -135,7 +135,7 @@ class Core:
     def handle(self, instructions: Sequence[Instruction]) -> None:
         """Executes instructions in order. Errors go to whoever gave the instruction."""
         if instructions:
-            self.warming.busy()
+            self.warming.quiet_since = None
         self._later += instructions
         while self._later:  # more may come while one of them waits for the step under way
             due, self._later = self._later, []
@@ -347,12 +347,13 @@ class Core:
             self.requests.admit_queued()
         if self.scheduler is not None and self._may_step and (self.scheduler.has_work or self.stepping.under_way):
             self.stepping.step(self.scheduler, pending)
-            self.warming.busy()
+            self.warming.quiet_since = None
         self.reloading.look()
         if self.scheduler is not None:
             self.requests.admit_queued()  # or else nobody would, if nothing else is left to do
             if not len(self.requests) and not self.stepping.under_way:
                 self._settle(self.scheduler)
+                self.warming.rest()
         self._look_at_drains()
 
     def _settle(self, scheduler: Scheduler) -> None:

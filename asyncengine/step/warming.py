@@ -21,16 +21,21 @@ QUIET_SECONDS = 0.1
 
 
 class Warming:
-    """Warms the core's model up."""
+    """Warms the core's model up.
+
+    Attributes:
+        quiet_since: When it was seen that nothing is left to do, by the core's clock; None if there is something.
+    """
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._busy_at = 0.0
+        self.quiet_since: float | None = None
         self._failure: str | None = None  # what the present model's warm-up raised, in words
 
-    def busy(self) -> None:
-        """Notes that there was something to do."""
-        self._busy_at = self._core.clock()
+    def rest(self) -> None:
+        """Notes that there is nothing to do."""
+        if self.quiet_since is None:
+            self.quiet_since = self._core.clock()
 
     @property
     def progress(self) -> WarmUp:
@@ -50,9 +55,9 @@ class Warming:
     @property
     def due_at(self) -> float | None:
         """When the next piece may be done, in seconds of the clock; None if nothing but an instruction changes that."""
-        core = self._core
+        core, since = self._core, self.quiet_since
         rests = core.state is EngineState.READY and not len(core.requests) and not core.stepping.under_way
-        return self._busy_at + QUIET_SECONDS if rests and self.progress.goes_on else None
+        return since + QUIET_SECONDS if since is not None and rests and self.progress.goes_on else None
 
     def advance(self) -> bool:
         """Does one piece if that is due; returns whether it did. What it raises ends the warm-up, and nothing else."""

@@ -307,6 +307,8 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(pieces=st.integers(1, 4), quiet=st.booleans())
     def rest(self, pieces: int, quiet: bool) -> None:
         """What the thread does when nothing is runnable."""
+        if not self.core.runnable:
+            self.case.step()
         self.case.now += QUIET_SECONDS if quiet else 0.0
         for _ in range(pieces):
             idle = not self.core.runnable and not len(self.core.requests) and self.core.state is EngineState.READY
