@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from asyncengine.step.batch import TokenLogprobs
     from asyncengine.tokenizer import Tokenizer
     from asyncengine.trace import Trace
+    from asyncengine.warm_up import WarmUp
 
 __all__ = [
     "AsyncEngine",
@@ -117,6 +118,7 @@ __all__ = [
     "Trace",
     "UnsupportedModelError",
     "Usage",
+    "WarmUp",
     "__version__",
 ]
 
@@ -179,6 +181,7 @@ _HOMES = {
     "asyncengine.step.batch": ("TokenLogprobs",),
     "asyncengine.tokenizer": ("Tokenizer",),
     "asyncengine.trace": ("Trace",),
+    "asyncengine.warm_up": ("WarmUp",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -20,6 +20,7 @@ AttentionBackend = Literal["auto", "cpu", "torch", "triton"]
 DecoderBackend = Literal["auto", "compiled", "transformers"]
 Quantization = Literal["none", "int8", "fp8"]
 KVCacheDType = Literal["auto", "fp8_e4m3"]
+GraphCapture = Literal["idle", "load"]
 GrammarLibrary = Literal["auto", "llguidance", "xgrammar"]
 
 
@@ -70,6 +71,9 @@ class EngineConfig:
             compiled decoder and dtype bfloat16. ``"fp8"`` stores and multiplies linear layers in fp8, with one
             scale for each output and for each token; needs dtype bfloat16, and a CUDA device of compute capability 8.9
             or later (a CPU computes the same, slowly). ``"none"`` stores them in `dtype`.
+        graph_capture: When CUDA graphs are captured. ``"idle"``: a few when the model is loaded, so that it is ready
+            soon, and the others while there are no requests. ``"load"``: all when it is loaded, so that it is as fast
+            as it will be when it is ready; for benchmarks, and for engines that are never idle.
         grammar_backend: Compiles `GenerationConfig.response_format`: ``"llguidance"``, ``"xgrammar"``, or ``"auto"``,
             which takes the first of these that is installed.
         max_queue_size: Most requests that wait for their first step; None is unlimited.
@@ -99,6 +103,7 @@ class EngineConfig:
     grammar_backend: GrammarLibrary = field(default="auto", kw_only=True)
     decoder_backend: DecoderBackend = field(default="auto", kw_only=True)
     quantization: Quantization = field(default="none", kw_only=True)
+    graph_capture: GraphCapture = field(default="idle", kw_only=True)
     max_queue_size: int | None = field(default=None, kw_only=True)
     step_timeout: float = field(default=60.0, kw_only=True)
 
@@ -205,6 +210,7 @@ class EngineConfig:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": get_args(DType),
     "kv_cache_dtype": get_args(KVCacheDType),
+    "graph_capture": get_args(GraphCapture),
     "mode": get_args(Mode),
     "prefix_cache_mode": get_args(PrefixCacheMode),
     "prefill_mode": get_args(PrefillMode),

@@ -91,6 +91,8 @@ class EngineMetrics:
         handoff_max_seconds: What the longest took.
         merged_deltas: Tokens on the calling loop that were added to a delta nobody had read yet.
         step_running_seconds: How long the present step has been running; 0 between steps.
+        warm_up_pieces: Pieces of work, such as CUDA graphs to capture, that make the loaded model faster.
+        warm_up_pieces_done: Those that are through.
     """
 
     state: str
@@ -106,6 +108,8 @@ class EngineMetrics:
     handoff_max_seconds: float = 0.0
     merged_deltas: int = 0
     step_running_seconds: float = 0.0
+    warm_up_pieces: int = 0
+    warm_up_pieces_done: int = 0
 
     def on_loop(self, wakeups: int, handoff: float, handoff_max: float, merged: int) -> EngineMetrics:
         """The same with an event loop's own numbers."""

@@ -185,6 +185,7 @@ def engine_config(path: Path, scale: Scale, sequences: int, length: int, **chang
     return EngineConfig(
         str(path), device=scale.device, dtype=scale.dtype, max_num_sequence=sequences, prefill_chunk_size=scale.chunk,
         max_single_sequence_length=length, max_total_sequence_length=tokens, max_queue_size=None,
+        graph_capture="load",
     ).replace(**changes)  # fmt: skip
 
 
@@ -209,7 +210,9 @@ def large(scale: Scale, report: Report, device: Any, ceilings: dict[str, float],
         length += gpu_speed.until_all_decode(max(scale.batches), scale.context, scale.chunk)
         begun = time.monotonic()
         async with AsyncEngine(engine_config(path, scale, max(scale.batches), length)) as engine:
-            loaded = {"seconds": round(time.monotonic() - begun, 1), "notes": engine.health().notes}
+            health = engine.health()
+            loaded = {"seconds": round(time.monotonic() - begun, 1), "notes": health.notes}
+            loaded["graph_bytes"] = health.warm_up.nbytes
             report.part("8b load", 0, lambda: loaded)
             with gpu_speed.probing(device) as probe:
                 for batch in scale.batches:

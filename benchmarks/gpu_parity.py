@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM
 from asyncengine.model import architecture
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.attention.select import select
+from asyncengine.model.capturing import Capturing
 from asyncengine.model.fp8_linear import quantise
-from asyncengine.model.graphs import capture_steps
-from asyncengine.model.runner import PagedLayers, TorchModel
+from asyncengine.model.graphs import graphs_for
+from asyncengine.model.paged_layers import PagedLayers
+from asyncengine.model.runner import TorchModel
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.scheduler import Limits
 
@@ -135,11 +137,14 @@ def paged_logits(
     paged = PagedLayers(architecture.record(model), backend, limits, kv_dtype, device)
     paged.allocate()
     runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
-    graphs, notes = capture_steps(runner, backend.name, len(ids), device, kinds=())
+    graphs, notes = graphs_for(runner, backend.name, len(ids), device)
+    if graphs is not None:
+        capturing = Capturing(graphs, at_once=True)
+        capturing.begin()
+        runner.use_graphs(capturing)
+        notes += capturing.warmth.notes
     for note in notes:
         print(f"  {note}", flush=True)
-    if graphs is not None:
-        runner.use_graphs(graphs)
     rows: list[list[torch.Tensor]] = [[] for _ in ids]
     with torch.inference_mode():
         for step in mixed_steps(lengths, chunk):

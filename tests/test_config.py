@@ -51,6 +51,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("grammar_backend", "outlines", "allowed: 'auto', 'llguidance', 'xgrammar'"),
     ("decoder_backend", "own", "allowed: 'auto', 'compiled', 'transformers'"),
     ("kv_cache_dtype", "fp8_e5m2", "allowed: 'auto', 'fp8_e4m3'"),
+    ("graph_capture", "never", "allowed: 'idle', 'load'"),
     ("quantization", "int4", "allowed: 'none', 'int8', 'fp8'"),
     ("max_queue_size", 0, "expected an integer >= 1"),
     ("step_timeout", 0, "expected a number in (0.0, inf]"),

@@ -55,6 +55,7 @@ PUBLIC = [
     "Trace",
     "UnsupportedModelError",
     "Usage",
+    "WarmUp",
     "__version__",
 ]
 

@@ -82,7 +82,7 @@ class Run:
 def _in_process(
     model: str, flags: EngineFlags, loader: Any, workload: Workload, config: GenerationConfig, endpoint: Endpoint
 ) -> Run:
-    engine_config = flags.config(model, loader)
+    engine_config = flags.config(model, loader, graph_capture="load")
     from asyncengine.cli.loading import loaded
     from asyncengine.cli.targets import EngineTarget
     from asyncengine.cli.workload import Sample

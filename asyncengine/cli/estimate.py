@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from asyncengine.config import EngineConfig
     from asyncengine.model.attention.protocol import LayerSpec
+    from asyncengine.model.memory import GraphReserve
 
 _GIB = 1 << 30
 
@@ -73,6 +74,7 @@ class Needs:
         bytes_per_block: Of KV cache, all layers together.
         max_length: Most tokens in one sequence.
         max_sequences: Most sequences in one step.
+        graphs: What captured steps take on a GPU; None if there are none.
     """
 
     architecture: str
@@ -89,6 +91,7 @@ class Needs:
     bytes_per_block: int
     max_length: int
     max_sequences: int
+    graphs: GraphReserve | None = None
 
 
 def read(config: EngineConfig) -> Needs:
@@ -104,12 +107,13 @@ def read(config: EngineConfig) -> Needs:
 
     quiet()
     from asyncengine.errors import ConfigError
-    from asyncengine.model import architecture
+    from asyncengine.model import architecture, graph_memory
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
     from asyncengine.model.checkpoint import Checkpoint
     from asyncengine.model.loader import KV_DTYPES, check_draft
     from asyncengine.model.location import locate
+    from asyncengine.model.memory import GraphReserve
 
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
@@ -135,6 +139,12 @@ def read(config: EngineConfig) -> Needs:
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
     plain = cuda or kv_dtype is not dtype  # the kernel for the CPU has a layout of its own, and no fp8
     bytes_of = TorchAttention().bytes_per_block if plain else CpuAttention.bytes_per_block
+    sequences = config.max_num_sequence or (256 if cuda else 64)
+    graphs = None
+    if cuda and config.attention_backend in ("auto", "triton"):
+        texts = [text, *(architecture.text_config(draft.hf_config) for draft in drafts)]
+        draws = config.speculative_mode == "disable"
+        graphs = sum((graph_memory.reserve(each, dtype, sequences, draws) for each in texts), GraphReserve())
     names = getattr(hf_config, "architectures", None)
     return Needs(
         architecture=names[0] if names else type(hf_config).__name__,
@@ -150,7 +160,8 @@ def read(config: EngineConfig) -> Needs:
         page_size=page_size,
         bytes_per_block=sum(bytes_of(spec, page_size, kv_dtype) for spec in [*specs, *draft_specs]),
         max_length=length,
-        max_sequences=config.max_num_sequence or (256 if cuda else 64),
+        max_sequences=sequences,
+        graphs=graphs,
     )
 
 
@@ -196,6 +207,9 @@ class Room:
             share = config.gpu_memory_utilization or memory.CUDA_SHARE
             available = int(total * share) - needs.weight_bytes - SLACK
             text = f"{share:g} x {_gib(total)} - {rest}"
+            if needs.graphs is not None:
+                available -= needs.graphs.nbytes
+                text += f" - {needs.graphs}"
         else:
             free = memory.free_bytes(needs.device) if given is None else given
             share = config.gpu_memory_utilization or memory.CPU_SHARE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -28,6 +28,9 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     max_queue_size: Annotated[int | None, typer.Option(help="Most requests that wait; more are a 429.")] = None,
     max_concurrency: Annotated[int | None, typer.Option(help="Most requests under way; more are a 429.")] = None,
+    graph_capture: Annotated[
+        Literal["idle", "load"], typer.Option(help="When most CUDA graphs are captured; load: before it is ready.")
+    ] = "idle",
     admin: Annotated[bool, typer.Option("--admin", help="Routes to reload, abort, trace. Needs --api-key.")] = False,
     log_format: Annotated[LogFormat, typer.Option(help="json: one object per line.")] = "text",
     otel: Annotated[bool, typer.Option("--otel", help="OpenTelemetry spans, to the provider of the process.")] = False,
@@ -39,7 +42,7 @@ def serve(
     It listens at once and answers 503 while the model loads. The first Ctrl-C lets requests finish for five
     seconds, a second one ends them.
     """
-    config = flags.config(model, ctx.obj, max_queue_size=max_queue_size)
+    config = flags.config(model, ctx.obj, max_queue_size=max_queue_size, graph_capture=graph_capture)
     if admin and api_key is None:
         raise Failure("--admin needs --api-key: these routes can unload the model", 2)
     from asyncengine.cli.loading import quiet

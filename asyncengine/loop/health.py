@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from asyncengine.state import EngineState
 from asyncengine.step.thread import StepThread
+from asyncengine.warm_up import WarmUp
 
 _ADMITTING = (EngineState.READY, EngineState.PAUSED, EngineState.SLEEPING)
 
@@ -20,6 +21,7 @@ class Health:
     loading: What a reload is doing, if one is under way.
     admits: Whether a request that is given now waits for no model: there is one, and no reload that lets new ones wait.
     step_running_seconds: How long the present step has been running; 0 between steps.
+    warm_up: How much of what makes the loaded model faster is done; its notes are among `notes`.
     """
 
     ok: bool
@@ -29,6 +31,7 @@ class Health:
     loading: str | None
     admits: bool
     step_running_seconds: float
+    warm_up: WarmUp
 
 
 def health_of(thread: StepThread) -> Health:
@@ -47,5 +50,7 @@ def health_of(thread: StepThread) -> Health:
     notes = () if loaded is None else loaded.notes
     if loaded is not None and loaded.drafting is not None and loaded.drafting.failure is not None:
         notes = (*notes, f"speculation: drafting failed, there are no drafts any more: {loaded.drafting.failure!r}")
+    warm_up = core.warming.progress
+    notes = (*notes, *warm_up.notes)
     admits = state in _ADMITTING or core.reloading.serves_new_requests
-    return Health(not problems, state, tuple(problems), notes, core.reloading.phase, admits, running)
+    return Health(not problems, state, tuple(problems), notes, core.reloading.phase, admits, running, warm_up)

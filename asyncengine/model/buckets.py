@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,14 @@ class Buckets:
             raise ValueError(f"largest is {largest}; expected at least 1")
         steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 64), *range(512, largest, 256)]
         return cls((*(size for size in steps if size < largest), largest))
+
+    def coarse(self) -> tuple[int, ...]:
+        """A few of the sizes, the largest first: with those of `upto`, a step is padded at most fourfold."""
+        chosen = [self.sizes[-1]]
+        for size, smaller in itertools.pairwise((*self.sizes[-2::-1], 0)):
+            if 4 * smaller < chosen[-1]:
+                chosen.append(size)
+        return tuple(chosen)
 
     def of(self, tokens: int) -> int | None:
         """The smallest bucket that holds so many tokens; None where none does, or where there is no token."""

@@ -30,6 +30,10 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         """As the protocol says."""
+        with torch.cuda.device(self._device):  # it is the thread's present device that a capture synchronises
+            return self._record(function)
+
+    def _record(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):

@@ -10,13 +10,12 @@ greedy rows is one replay. What rows need besides is a graph of its own behind t
 graph is launched, from the same settings.
 
 Capturing can fail for reasons that lie in a model's code (it looks at a value on the host, or allocates in its own
-way). Then the model runs without graphs, and a note says why.
+way). Then there are no further graphs, and a note says why. What is captured when is told by `capturing.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -91,7 +90,10 @@ class StepGraphs:
         device: Where.
         recorder: Captures; CUDA graphs if not given.
         last: Has the tokens that the host does not know.
-        kinds: The draws that are captured, besides greedy ones.
+        kinds: The draws that can be captured, besides greedy ones.
+
+    Attributes:
+        notes: What did not work, in words.
     """
 
     def __init__(
@@ -112,7 +114,21 @@ class StepGraphs:
         self._graphs: dict[int, _Captured] = {}
         self._draws: dict[tuple[int, DrawKind], _CapturedDraw] = {}
         self.notes: list[str] = []
-        """What did not work, in words."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The buckets, rising."""
+        return self._buckets.sizes
+
+    @property
+    def kinds(self) -> tuple[DrawKind, ...]:
+        """The draws that can be captured, as far as is known."""
+        return self._kinds
+
+    @property
+    def capturable(self) -> bool:
+        """Whether steps can be captured, as far as is known."""
+        return self._recorder is not None
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -124,44 +140,44 @@ class StepGraphs:
         """The buckets and kinds for which there is a graph of a draw."""
         return tuple(sorted(self._draws))
 
-    def capture(
-        self,
-        budget: float = 20.0,
-        progress: Callable[[int, int], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Captures the buckets, largest first, so that the smaller ones fit into the memory of the larger ones.
+    def capture(self, size: int) -> bool:
+        """Captures one bucket, of a step that attends to nothing and writes nowhere; whether that was possible.
 
-        Draws come after all of them. A bucket without a graph is padded to the next one that has one, and a draw
-        without one is launched; so stopping early costs speed alone.
-
-        Args:
-            budget: Seconds after which no other capture is begun.
-            progress: Called with how many are done, and of how many.
-            clock: Tells the time.
+        The largest comes first, so that the others fit into its memory. A step whose bucket has no graph is padded to
+        the next one that has.
         """
-        until = clock() + budget
-        sizes = self._buckets.sizes[::-1]
-        draws = [(size, kind) for kind in self._kinds for size in sizes]
-        of = len(sizes) + len(draws)
-        for done, size in enumerate(sizes):
-            if clock() >= until:
-                self.notes.append(f"graphs: {done} of {len(sizes)} were captured within {budget:g} s")
-                break
-            if not self._capture(size):
-                return
-            if progress is not None:
-                progress(done + 1, of)
-        for done, (size, kind) in enumerate(draws):
-            if size not in self._graphs:
-                continue
-            if clock() >= until:
-                self.notes.append(f"graphs: {done} of {len(draws)} draws were captured within {budget:g} s")
-                return
-            if not self._capture_draw(size, kind):
-                return
-            if progress is not None:
-                progress(len(sizes) + done + 1, of)
+        if self._recorder is None:
+            return False
+        step = _nothing(size)
+        try:
+            self._graphs[size] = self._recorded(self._recorder, step, self._sections(step))
+        except Exception as error:
+            self._give_up(error)
+            return False
+        return True
+
+    def capture_draw(self, size: int, kind: DrawKind) -> bool:
+        """Captures a draw behind a bucket's graph, from logits and settings of a step of padding; whether it could be.
+
+        A draw without a graph is launched.
+        """
+        if self._recorder is None or kind not in self._kinds:
+            return False
+        captured = self._graphs[size]
+        try:
+            with torch.inference_mode():
+                step = _nothing(size)
+                self._send(step, self._sections(step))
+                captured.logits.zero_()
+                captured.likeliest.zero_()
+                replay, (tokens,) = self._recorder.record(lambda: self._draw(kind, captured))
+        except Exception as error:
+            self._kinds = ()
+            what = "no further draws are captured" if self._draws else "draws cannot be captured"
+            self.notes.append(f"graphs: {what}, they are launched: {_reason(error)}")
+            return False
+        self._draws[size, kind] = _CapturedDraw(replay, tokens)
+        return True
 
     def run(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
         """Queues a step by a graph; None where none fits, and then nothing was done.
@@ -201,10 +217,9 @@ class StepGraphs:
         return Ran(logits, slots_there, self._drawn(size, kind, captured)[:rows].clone())
 
     def clear(self) -> None:
-        """Lets go of all graphs: the memory that they refer to is about to be freed. `capture` makes new ones."""
+        """Lets go of all graphs: the memory that they refer to is about to be freed. They can be captured anew."""
         self._graphs.clear()
         self._draws.clear()
-        self.notes.clear()
 
     def _size(self, tokens: int) -> int | None:
         size = self._buckets.of(tokens)
@@ -222,20 +237,11 @@ class StepGraphs:
         draw.replay()
         return draw.tokens
 
-    def _capture(self, size: int, step: StepBatch | None = None, sections: Mapping[str, Any] | None = None) -> bool:
-        """Captures one bucket, with a step that is there or one that attends to nothing and writes nowhere."""
-        if self._recorder is None:
-            return False
-        try:
-            step = step or _nothing(size)
-            self._graphs[size] = self._recorded(self._recorder, step, sections or self._sections(step))
-        except Exception as error:
-            self._graphs.clear()
-            self._draws.clear()
-            self._recorder = None
-            self.notes.append(f"graphs: the model cannot be captured, it runs without: {_reason(error)}")
-            return False
-        return True
+    def _give_up(self, error: Exception) -> None:
+        """Captures no further steps."""
+        self._recorder = None
+        what = "no further steps are captured" if self._graphs else "the model cannot be captured, it runs without"
+        self.notes.append(f"graphs: {what}: {_reason(error)}")
 
     def _recorded(self, recorder: Recorder, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> _Captured:
         with torch.inference_mode():
@@ -264,30 +270,11 @@ class StepGraphs:
 
     def _redraw(self, size: int) -> None:
         """Captures the draws behind a bucket's graph anew."""
-        kinds = [kind for kind in self._kinds if self._draws.pop((size, kind), None) is not None]
+        kinds = [kind for captured, kind in self._draws if captured == size]
         for kind in kinds:
-            if not self._capture_draw(size, kind):
-                break
-
-    def _capture_draw(self, size: int, kind: DrawKind) -> bool:
-        """Captures a draw behind a bucket's graph, from logits and settings of a step of padding."""
-        if self._recorder is None:
-            return False
-        captured = self._graphs[size]
-        try:
-            with torch.inference_mode():
-                step = _nothing(size)
-                self._send(step, self._sections(step))
-                captured.logits.zero_()
-                captured.likeliest.zero_()
-                replay, (tokens,) = self._recorder.record(lambda: self._draw(kind, captured))
-        except Exception as error:
-            self._draws.clear()
-            self._kinds = ()
-            self.notes.append(f"graphs: draws cannot be captured, they are launched: {_reason(error)}")
-            return False
-        self._draws[size, kind] = _CapturedDraw(replay, tokens)
-        return True
+            del self._draws[size, kind]
+        for kind in kinds:
+            self.capture_draw(size, kind)
 
     def _replace(self, size: int, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> bool:
         """Captures a bucket anew, with a step that is about to be run.
@@ -295,10 +282,16 @@ class StepGraphs:
         While that is captured it is run, more than once; so its rows store what they draw nowhere.
         """
         del self._graphs[size]
+        if self._recorder is None:
+            return False
         sections = dict(sections)
         if self._last is not None:
             sections["slots"] = np.full(size, self._last.nowhere)
-        if not self._capture(size, dataclasses.replace(step, copies=NO_PAIRS), sections):
+        try:
+            self._graphs[size] = self._recorded(self._recorder, dataclasses.replace(step, copies=NO_PAIRS), sections)
+        except Exception as error:
+            self.clear()  # the others refer to what was replaced, too
+            self._give_up(error)
             return False
         self._redraw(size)
         return True
@@ -354,26 +347,22 @@ class StepGraphs:
         return sent["index"][:0] if self._last is None else sent["slots"]
 
 
-def capture_steps(
-    model: Steppable,
-    backend_name: str,
-    sequences: int,
-    device: torch.device,
-    last: LastTokens | None = None,
-    kinds: Sequence[DrawKind] = FILTERED,
+def graphs_for(
+    model: Steppable, backend_name: str, sequences: int, device: torch.device, last: LastTokens | None = None
 ) -> tuple[StepGraphs | None, tuple[str, ...]]:
-    """Captures the decodes of up to `sequences` sequences, where device and attention allow it.
+    """Graphs, none of them captured yet, of the decodes of up to `sequences` sequences.
+
+    Without last tokens on the device nobody draws behind a graph, and draws cannot be captured.
 
     Returns:
-        The graphs, or None, and what does not work, in words.
+        The graphs, or None where device or attention do not allow them; and what does not work, in words.
     """
     if device.type != "cuda":
         return None, ()
     if backend_name != "triton":
         return None, (f"graphs: the {backend_name} attention plans in tensors of changing sizes; none are captured",)
-    graphs = StepGraphs(model, Buckets.upto(sequences), device, last=last, kinds=kinds)
-    graphs.capture()
-    return graphs, tuple(graphs.notes)
+    kinds = () if last is None else FILTERED
+    return StepGraphs(model, Buckets.upto(sequences), device, last=last, kinds=kinds), ()
 
 
 def _decodes_alone(batch: StepBatch) -> bool:

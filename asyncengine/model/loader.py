@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -212,8 +213,8 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(
         built.layers, backend, limits, details.kv_dtype
     )
+    draft_model = None
     try:
-        draft_model = None
         if draft is not None:
             assert details.draft is not None
             draft_model, draft_sampler = _serving(draft, details.draft, backend, limits, vocab_size)
@@ -244,6 +245,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         notes=tuple(notes),
         drafting=drafting,
         launching=model if run_ahead else None,
+        warming=_warming(model, draft_model),
         hidden_size=hidden_size(built.model),
         pooling=details.checkpoint.pooling,
     )
@@ -254,6 +256,14 @@ def _drafting(
 ) -> Drafting:
     saturation = CUDA_SATURATION if device.type == "cuda" else CPU_SATURATION
     return Drafting(drafter, DraftLengths(limits.max_num_sequence, config.spec_draft_length, saturation, draft_cost))
+
+
+def _warming(*models: Any) -> Any:
+    """What is left to be captured of models that are there, or None."""
+    from asyncengine.model.capturing import CapturesOf
+
+    capturing = [model.capturing for model in models if model is not None and model.capturing is not None]
+    return CapturesOf(capturing) if capturing else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +374,8 @@ def _quantise(model: Any, trial: Any, backend: Any, details: _Details) -> str:
 
 def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, vocab_size: int, last: Any = None) -> Any:
     """A model with its KV cache, and its sampler."""
-    from asyncengine.model.runner import PagedLayers, TorchModel
+    from asyncengine.model.paged_layers import PagedLayers
+    from asyncengine.model.runner import TorchModel
     from asyncengine.model.sampler import Sampler
 
     device = details.device
@@ -377,9 +388,10 @@ def _serving(built: _Built, details: _Details, backend: Any, limits: Limits, voc
 def _captured(
     config: EngineConfig, model: Any, built: _Built, details: _Details, backend: Any, limits: Limits, last: Any = None
 ) -> tuple[str, ...]:
-    """Warms a model up and captures its steps; returns what is slower than it could be, in words."""
+    """Warms a model up and captures the first of its steps; returns what is slower than it could be, in words."""
+    from asyncengine.model.capturing import Capturing, Room
     from asyncengine.model.fused import choice
-    from asyncengine.model.graphs import capture_steps
+    from asyncengine.model.graphs import graphs_for
 
     fused, candidates = built.fused, frozenset[int]()
     if fused is not None:
@@ -388,11 +400,18 @@ def _captured(
             candidates = fused.sizes
             fused.use(())
     _warm_up(model, limits, 2 if details.device.type == "cpu" else 64)
-    graphs, slower = capture_steps(model, backend.name, limits.max_num_sequence, details.device, last)
+    graphs, slower = graphs_for(model, backend.name, limits.max_num_sequence, details.device, last)
     if graphs is not None:
-        model.use_graphs(graphs)
+        measured = None
         if candidates:
-            slower += choice.choose(graphs, fused, candidates, choice.cuda_seconds(details.device))
+            measured = choice.Choice(graphs, fused, candidates, choice.cuda_seconds(details.device))
+        room = None
+        if details.device.type == "cuda":
+            aside = _graphs_of(config, details, limits.max_num_sequence).nbytes
+            room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
+        capturing = Capturing(graphs, measured, at_once=config.graph_capture == "load", room=room)
+        capturing.begin()
+        model.use_graphs(capturing)
     return slower
 
 
@@ -400,8 +419,8 @@ def _build(details: _Details) -> Any:
     """The transformers model, with its weights.
 
     Weights that are stored in the wanted dtype are mapped, not read: the file's pages are their only copy in host
-    memory, and moving the model copies one parameter after the other from there to the device. What is converted is
-    held in host memory once.
+    memory, and moving the model copies one parameter after the other from there to the device. What is converted, and
+    experts that transformers puts together, are held in host memory once, besides the file's pages.
     """
     from transformers import AutoModelForCausalLM
 
@@ -502,6 +521,7 @@ def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
     layers = built.layers if draft is None else [*built.layers, *draft.layers]  # they share the blocks
     per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.kv_dtype) for layer in layers)
+    graphs = None
     share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
     if cuda:
         drafts = 0 if config.speculative_mode == "disable" else sequences * (config.spec_draft_length or LONGEST)
@@ -509,6 +529,7 @@ def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -
         used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
         available = int(memory.total_bytes(details.device) * share) - used - activations
         share = 1.0
+        graphs = _graph_reserve(config, details, backend, sequences)
     else:
         available = memory.free_bytes(details.device)
     budget = memory.kv_budget(
@@ -518,6 +539,7 @@ def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -
         page_size=page_size,
         wanted_tokens=config.max_total_sequence_length,
         useful_tokens=sequences * length,
+        graphs=graphs,
     )
     limits = Limits(
         max_num_sequence=sequences,
@@ -543,9 +565,25 @@ def _limits(plan: LoadPlan, built: _Built, draft: _Built | None, backend: Any) -
     return limits, complete
 
 
+def _graph_reserve(config: EngineConfig, details: _Details, backend: Any, sequences: int) -> memory.GraphReserve | None:
+    """What the captured steps of a model and of the one that drafts for it will take; None if there will be none."""
+    if backend.name != "triton" or details.device.type != "cuda":
+        return None
+    needs = [details] if details.draft is None else [details, details.draft]
+    return sum((_graphs_of(config, each, sequences) for each in needs), memory.GraphReserve())
+
+
+def _graphs_of(config: EngineConfig, details: _Details, sequences: int) -> memory.GraphReserve:
+    from asyncengine.model import architecture, graph_memory
+
+    draws = config.speculative_mode == "disable"  # else no token stays on the device
+    return graph_memory.reserve(architecture.text_config(details.hf_config), details.dtype, sequences, draws)
+
+
 def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.device) -> int:
     """Bytes that the activations of the largest step take, measured."""
     from asyncengine.model import architecture
+    from asyncengine.model.graph_memory import draw_bytes
 
     def nothing(module: Any, query: Any, key: Any, value: Any, kwargs: Any) -> Any:
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
@@ -560,8 +598,8 @@ def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.
     peak = int(torch.cuda.max_memory_allocated(device)) - before
     torch.cuda.empty_cache()
     # Sampling works on a few copies of the logits in float32.
-    vocab = architecture.text_config(model.config).vocab_size
-    return peak + 4 * sequences * int(vocab) * 4
+    vocab = int(architecture.text_config(model.config).vocab_size)
+    return peak + max(4 * sequences * vocab * 4, draw_bytes(sequences, vocab))
 
 
 def _warm_up(model: Any, limits: Limits, prompt: int) -> None:

@@ -37,6 +37,13 @@ def total_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def unheld_bytes(device: torch.device) -> int:
+    """Bytes of a CUDA device that nobody holds, once the allocator has given back what it only keeps."""
+    with torch.cuda.device(device):
+        torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 def give_back() -> None:
     """Returns to the operating system what the allocator keeps of freed memory, where it can be asked to."""
     if torch.cuda.is_available():
@@ -46,6 +53,25 @@ def give_back() -> None:
             ctypes.CDLL(None).malloc_trim(0)
         except (OSError, AttributeError):
             pass  # not glibc
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReserve:
+    """Memory that is set aside for captured steps.
+
+    Attributes:
+        nbytes: How much.
+        graphs: For how many graphs.
+    """
+
+    nbytes: int = 0
+    graphs: int = 0
+
+    def __add__(self, other: GraphReserve) -> GraphReserve:
+        return GraphReserve(self.nbytes + other.nbytes, self.graphs + other.graphs)
+
+    def __str__(self) -> str:
+        return f"{self.nbytes / GIB:.2f} GiB for {self.graphs} CUDA graphs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +95,7 @@ def kv_budget(
     page_size: int,
     wanted_tokens: int | None,
     useful_tokens: int,
+    graphs: GraphReserve | None = None,
 ) -> KVBudget:
     """Decides how many blocks the KV cache gets.
 
@@ -79,14 +106,19 @@ def kv_budget(
         page_size: Tokens per block.
         wanted_tokens: What the configuration demands; None takes what there is.
         useful_tokens: More could never be used.
+        graphs: What of the available memory captured steps will take, if there will be any.
 
     Raises:
         InsufficientMemoryError: The demand does not fit, or not even two blocks do.
     """
+    what, fewer = f"{available / GIB:.2f} GiB available", ""
+    if graphs is not None:
+        what, fewer = f"({what} - {graphs})", ", or lower max_num_sequence, so that there are fewer graphs"
+        available = max(available - graphs.nbytes, 0)
     fitting = int(available * share) // bytes_per_block
     text = (
-        f"{share:g} x {available / GIB:.2f} GiB available / {bytes_per_block / 1024:.1f} KiB per block of {page_size} "
-        f"tokens = {fitting} blocks = {fitting * page_size} tokens"
+        f"{share:g} x {what} / {bytes_per_block / 1024:.1f} KiB per block of {page_size} tokens = {fitting} blocks = "
+        f"{fitting * page_size} tokens"
     )
     if wanted_tokens is not None:
         wanted = -(-wanted_tokens // page_size)
@@ -94,12 +126,12 @@ def kv_budget(
             raise InsufficientMemoryError(
                 f"the KV cache does not fit: max_total_sequence_length = {wanted_tokens} needs {wanted} blocks = "
                 f"{wanted * bytes_per_block / GIB:.2f} GiB, but {text}; lower max_total_sequence_length or raise "
-                "gpu_memory_utilization"
+                f"gpu_memory_utilization{fewer}"
             )
         return KVBudget(wanted, text)
     if fitting < 2:
         raise InsufficientMemoryError(
-            f"the KV cache does not fit: {text}; raise gpu_memory_utilization or lower kv_cache_page_size"
+            f"the KV cache does not fit: {text}; raise gpu_memory_utilization or lower kv_cache_page_size{fewer}"
         )
     return KVBudget(min(fitting, -(-useful_tokens // page_size)), text)
 

@@ -17,13 +17,13 @@ from torch import nn
 from asyncengine.errors import ReloadError
 from asyncengine.generation import SamplingParams
 from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, verified_draw
-from asyncengine.model.architecture import RecordedLayer, attach
-from asyncengine.model.attention.protocol import AttentionBackend, CarryingBackend
+from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import Ran, StepGraphs
 from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
+from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.sampler import Drawn, Sampler
 from asyncengine.model.step_inputs import StepInputs
 from asyncengine.model.token_draw import DrawSettings
@@ -31,88 +31,6 @@ from asyncengine.model.token_ranking import argmax
 from asyncengine.model.way_back import OnItsWay, WayBack
 from asyncengine.model.weight_writer import Writer, in_place
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
-from asyncengine.step.scheduler import Limits
-
-
-class PagedLayers:
-    """The KV cache of all layers, and the plan of the present step that they share.
-
-    Attributes:
-        caches: One per layer; none until they are allocated.
-        plan: Of the present step.
-
-    Args:
-        layers: In the order of execution.
-        backend: How they attend.
-        limits: Number and size of blocks.
-        dtype: Of keys and values.
-        device: Theirs.
-    """
-
-    def __init__(
-        self,
-        layers: list[RecordedLayer],
-        backend: AttentionBackend,
-        limits: Limits,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._layers = layers
-        self._backend = backend
-        self._limits = limits
-        self._dtype = dtype
-        self._device = device
-        self.caches: list[Any] = []
-        self.plan: Any = None
-
-    def allocate(self) -> None:
-        """Makes the cache; its contents are undefined."""
-        limits = self._limits
-        self.caches = [
-            self._backend.allocate(layer.spec, limits.num_blocks, limits.page_size, self._dtype, self._device)
-            for layer in self._layers
-        ]
-        attach({layer.module: self._hook(layer, cache) for layer, cache in zip(self._layers, self.caches, strict=True)})
-
-    def free(self) -> None:
-        """Lets the cache go."""
-        self.caches = []
-        self.plan = None
-        attach(dict.fromkeys((layer.module for layer in self._layers), _no_cache))
-
-    def begin(self, batch: StepBatch) -> Any:
-        """Prepares a step: copies blocks, then plans; returns the plan."""
-        self._copy(batch)
-        self.plan = self._backend.plan(batch, self._limits.page_size, self._device)
-        return self.plan
-
-    def begin_with(
-        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]]
-    ) -> tuple[Any, dict[str, torch.Tensor] | None]:
-        """As `begin`; also returns the sections on the device if the plan's copy could take them along."""
-        if not isinstance(self._backend, CarryingBackend):
-            return self.begin(batch), None
-        self._copy(batch)
-        self.plan, sent = self._backend.plan_with(batch, self._limits.page_size, self._device, sections)
-        return self.plan, sent
-
-    def _copy(self, batch: StepBatch) -> None:
-        if len(batch.copies):
-            self.copy_blocks(batch.copies)
-
-    def copy_blocks(self, copies: Int64) -> None:
-        """Copies whole blocks: (C, 2) of source and destination."""
-        self._backend.copy_blocks(self.caches, torch.from_numpy(copies))
-
-    def _hook(self, layer: RecordedLayer, cache: Any) -> Callable[..., torch.Tensor]:
-        attend, spec, sinks = self._backend.attend, layer.spec, layer.sinks
-
-        def hook(
-            module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
-        ) -> torch.Tensor:
-            return attend(spec, cache, self.plan, query, key, value, sinks)
-
-        return hook
 
 
 class Companion(Protocol):
@@ -149,6 +67,10 @@ class TorchModel:
         device: Where all of that is.
         program: Runs whole steps in the model's place.
         last: Keeps the tokens that are drawn on the device, so that steps can be launched; None if they never are.
+
+    Attributes:
+        capturing: What is captured of its steps, if anything is.
+        companion: What sleeps, wakes and goes with it.
     """
 
     def __init__(
@@ -168,7 +90,7 @@ class TorchModel:
         if program is not None:
             program.bind(layers.caches)
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._graphs: StepGraphs | None = None
+        self.capturing: Capturing | None = None
         self._fused: FusedDecoder | None = None
         self._inputs = StepInputs(device, last=last)
         self._last = last
@@ -309,9 +231,13 @@ class TorchModel:
         logits = output.logits[0, index]
         return logits
 
-    def use_graphs(self, graphs: StepGraphs) -> None:
-        """Replays steps that were captured, from now on. They were captured from this model."""
-        self._graphs = graphs
+    @property
+    def _graphs(self) -> StepGraphs | None:
+        return None if self.capturing is None else self.capturing.graphs
+
+    def use_graphs(self, capturing: Capturing) -> None:
+        """Replays steps that are captured, from now on. They are captured from this model."""
+        self.capturing = capturing
 
     def use_fused(self, fused: FusedDecoder) -> None:
         """Runs steps of the sizes that it serves through the model's fused kernels, from now on."""
@@ -334,8 +260,8 @@ class TorchModel:
         assert self._model is not None
         if self.companion is not None:
             self.companion.sleep()
-        if self._graphs is not None:
-            self._graphs.clear()
+        if self.capturing is not None:
+            self.capturing.clear()
         self._layers.free()
         if self._device.type == "cuda":
             self._model.to("cpu")
@@ -353,8 +279,8 @@ class TorchModel:
         self._layers.allocate()
         if self._program is not None:
             self._program.bind(self._layers.caches)
-        if self._graphs is not None:
-            self._graphs.capture()
+        if self.capturing is not None:
+            self.capturing.begin()
         if self.companion is not None:
             self.companion.wake()
 
@@ -414,7 +340,9 @@ class TorchModel:
             companion.close()
         if self._model is None:
             return
-        self._graphs = None
+        if self.capturing is not None:
+            self.capturing.clear()
+            self.capturing = None
         self._fused = None
         self._layers.free()
         # Modules of transformers refer to each other in circles. A collection would find them, but it holds the
@@ -451,7 +379,3 @@ DEBUG_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "weight_bytes": weight_bytes,
     "structure": structure,
 }
-
-
-def _no_cache(*_: Any) -> torch.Tensor:
-    raise RuntimeError("the KV cache was freed")

@@ -20,6 +20,10 @@ from asyncengine.model.token_ranking import top_tokens
 _NUCLEUS_TRY = 256
 _SEARCH_BLOCK = 1 << 18  # weights whose search stays in the processor's cache
 _LOW_BITS = 15
+SEARCH_ROWS = 64
+"""Rows that are searched for their nucleus at once: enough to keep any device busy."""
+HISTOGRAM_BYTES = 36 << _LOW_BITS
+"""Of a row that is searched: its histogram of mass, and what is made of that, beside what grows with the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +155,22 @@ def _drop_below(weights: Tensor, threshold: Tensor) -> None:
 def drop_outside_nucleus(weights: Tensor, top_p: Tensor) -> None:
     """Zeroes the weights outside the nucleus (Holtzman et al., 2019), in place.
 
-    Finds the largest weight at and above which the tokens have the mass, from two histograms of mass: over the upper
-    bits of the weights, then over the lower bits within the bin where the mass is reached. No sort, no shape
-    that depends on the data, and exact. Of the tokens with just that weight only as many as needed are kept.
-
     Args:
         weights: (rows, vocab) float32 in [0, 1].
         top_p: (rows, 1) float64.
+    """
+    for some_weights, some_top_p in zip(
+        torch.split(weights, SEARCH_ROWS), torch.split(top_p, SEARCH_ROWS), strict=True
+    ):
+        _drop_outside_nucleus(some_weights, some_top_p)
+
+
+def _drop_outside_nucleus(weights: Tensor, top_p: Tensor) -> None:
+    """As `drop_outside_nucleus`, for a few rows.
+
+    Finds the largest weight at and above which the tokens have the mass, from two histograms of mass: over the upper
+    bits of the weights, then over the lower bits within the bin where the mass is reached. No sort, no shape
+    that depends on the data, and exact. Of the tokens with just that weight only as many as needed are kept.
     """
     bits = weights.view(torch.int32)  # below 2**30, and in the order of the weights, as none is negative
     mass = ticks(weights)

@@ -126,7 +126,8 @@ class Trial:
         fused: FusedDecoder | None = None,
     ) -> float:
         """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut."""
-        from asyncengine.model.runner import PagedLayers, TorchModel
+        from asyncengine.model.paged_layers import PagedLayers
+        from asyncengine.model.runner import TorchModel
 
         length = self._ids.shape[1]
         limits = Limits(2, length, 2 * length, _PAGE, 2 * -(-length // _PAGE))

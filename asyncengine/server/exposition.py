@@ -38,6 +38,8 @@ _GAUGES = {
     "kv_blocks_free": "Blocks held by nobody.",
     "kv_blocks_cached": "Blocks held by the prefix cache alone.",
     "step_running_seconds": "How long the present step has been running.",
+    "warm_up_pieces": "Pieces of work, such as CUDA graphs to capture, that make the loaded model faster.",
+    "warm_up_pieces_done": "Those that are through.",
     "handoff_seconds": "What the newest wake-up of the event loop took from the step thread.",
     "handoff_max_seconds": "What the longest took.",
 }

@@ -17,7 +17,14 @@ def routes(service: Service) -> list[Route]:
 
     async def health(request: Request) -> Response:
         found = service.engine.health()
-        value = {"ok": found.ok, "state": found.state.value, "problems": found.problems, "notes": found.notes}
+        warm = found.warm_up
+        value = {
+            "ok": found.ok,
+            "state": found.state.value,
+            "problems": found.problems,
+            "notes": found.notes,
+            "warm_up": {"done": warm.done, "of": warm.of, "goes_on": warm.goes_on},
+        }
         return reply(value, 200 if found.ok and found.state is not EngineState.CLOSED else 503)
 
     async def ready(request: Request) -> Response:

@@ -34,6 +34,7 @@ from asyncengine.step.reloading import Reloading
 from asyncengine.step.requests import RequestTable
 from asyncengine.step.scheduler import Scheduler
 from asyncengine.step.stepping import Stepping
+from asyncengine.step.warming import Warming
 from asyncengine.trace import Trace
 
 logger = logging.getLogger("asyncengine")
@@ -72,6 +73,7 @@ class Core:
         self.stepping_since: float | None = None
         self.failure: BaseException | None = None
         self.stepping = Stepping(self)
+        self.warming = Warming(self)
         self.reloading = Reloading(self, loader, start_job)
         self._epoch = 0
         self._held: deque[Instruction] = deque()
@@ -102,14 +104,14 @@ class Core:
 
     @property
     def next_deadline(self) -> float | None:
-        """When `step` must be called even if nothing is runnable, in seconds of the clock."""
-        times = [at for at in (self.requests.next_deadline, self._shutdown_at) if at is not None]
+        """When `step` or `warming.advance` must be called though nothing is runnable, in seconds of the clock."""
+        times = [t for t in (self.requests.next_deadline, self._shutdown_at, self.warming.due_at) if t is not None]
         return min(times, default=None)
 
     def metrics(self) -> EngineMetrics:
         """A snapshot. May be called from any thread; numbers that change meanwhile may be a step apart."""
         scheduler, since = self.scheduler, self.stepping_since
-        counters = self.counters.copy()
+        counters, warm_up = self.counters.copy(), self.warming.progress
         if scheduler is not None:
             counters.preemptions += scheduler.num_preemptions
             counters.prefix_cache_queries += scheduler.prefix_queries
@@ -124,12 +126,16 @@ class Core:
             kv_blocks_cached=scheduler.pool.num_cached if scheduler else 0,
             counters=counters,
             step_running_seconds=0.0 if since is None else self.clock() - since,
+            warm_up_pieces=warm_up.of,
+            warm_up_pieces_done=warm_up.done,
         )
 
     # Instructions
 
     def handle(self, instructions: Sequence[Instruction]) -> None:
         """Executes instructions in order. Errors go to whoever gave the instruction."""
+        if instructions:
+            self.warming.quiet_since = None
         self._later += instructions
         while self._later:  # more may come while one of them waits for the step under way
             due, self._later = self._later, []
@@ -313,6 +319,7 @@ class Core:
         """Lets the model go. Requests that are left wait for the next one."""
         self.stepping.forget()
         loaded, self.loaded, self.view = self.loaded, None, None
+        self.warming.forget()
         self.requests.detach()
         self._keep_counts()
         self.scheduler = None
@@ -340,11 +347,13 @@ class Core:
             self.requests.admit_queued()
         if self.scheduler is not None and self._may_step and (self.scheduler.has_work or self.stepping.under_way):
             self.stepping.step(self.scheduler, pending)
+            self.warming.quiet_since = None
         self.reloading.look()
         if self.scheduler is not None:
             self.requests.admit_queued()  # or else nobody would, if nothing else is left to do
             if not len(self.requests) and not self.stepping.under_way:
                 self._settle(self.scheduler)
+                self.warming.rest()
         self._look_at_drains()
 
     def _settle(self, scheduler: Scheduler) -> None:

@@ -12,6 +12,7 @@ from asyncengine.step.batch import Int32, StepBatch, StepTokens
 from asyncengine.step.drafting import Drafting
 from asyncengine.step.scheduler import Limits
 from asyncengine.tokenizer import Tokenizer
+from asyncengine.warm_up import WarmUp
 
 
 class Model(Protocol):
@@ -81,6 +82,23 @@ class LaunchingModel(Protocol):
         ...
 
 
+class WarmingModel(Protocol):
+    """A model that is served at once and becomes faster by work that is done while there is nothing else to do."""
+
+    @property
+    def warmth(self) -> WarmUp:
+        """How far it is. Read from any thread, also while the model is let go."""
+        ...
+
+    def warm_up(self) -> str:
+        """Does the next piece of that work; returns what it was, in words.
+
+        Called between two steps, while `warmth.goes_on` and there are no requests. Whatever comes meanwhile waits, so a
+        piece takes some tens of milliseconds. An exception ends the work.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ModelView:
     """What the event loops know of a loaded model. Immutable.
@@ -123,6 +141,7 @@ class LoadedModel:
         notes: What is not as fast as it could be, in words.
         drafting: Guesses tokens for speculative decoding; None for none.
         launching: The model again, if its steps may be launched ahead; None if each is executed and waited for.
+        warming: The model again, if there is more to do that makes it faster.
     """
 
     model: Model
@@ -139,6 +158,7 @@ class LoadedModel:
     pooling: str = "mean"
     drafting: Drafting | None = None
     launching: LaunchingModel | None = None
+    warming: WarmingModel | None = None
 
     def view(self, epoch: int) -> ModelView:
         """What the event loops may know of it."""

@@ -90,6 +90,8 @@ class StepThread:
             core.step(queue.drain)
             if self._flush() or core.closed or core.runnable or len(queue):
                 continue
+            if core.warming.advance():
+                continue  # whatever came meanwhile goes first
             deadline = core.next_deadline
             queue.wait(None if deadline is None else deadline - core.clock())
 

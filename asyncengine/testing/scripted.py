@@ -23,6 +23,7 @@ from asyncengine.step.drafting import Drafting
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.step.scheduler import Limits
 from asyncengine.testing.tokenizer import ByteTokenizer
+from asyncengine.testing.warming import ScriptedWarmUp
 from asyncengine.tokenizer import Tokenizer
 
 Script = Callable[[Sequence[int], int], Iterable[int]]
@@ -64,6 +65,7 @@ class ScriptedModel:
         steps: How many steps have been executed.
         batches: (rows, tokens) of each.
         closed: Whether the engine has let it go.
+        under_way: How many steps were launched and not collected yet.
     """
 
     def __init__(self, script: Script, limits: Limits, step_seconds: float = 0.0, eos_token_id: int = 256) -> None:
@@ -71,6 +73,7 @@ class ScriptedModel:
         self.steps = 0
         self.batches: list[tuple[int, int]] = []
         self.closed = False
+        self.under_way = 0
         self.asleep = False
         self.weights: dict[str, Any] = {}
         self._script = script
@@ -158,6 +161,7 @@ class ScriptedModel:
         if self._launch_faults:
             raise self._launch_faults.pop(0)
         self._begin(batch)
+        self.under_way += 1
         self._free_at = max(self._free_at, time.perf_counter()) + self._step_seconds
         if self._broken is not None:
             return _Flight(self._free_at, StepTokens(np.full(len(batch.sample_index), -1, dtype=np.int32)))
@@ -169,6 +173,7 @@ class ScriptedModel:
     def collect(self, flight: _Flight) -> StepTokens:
         """As `asyncengine.step.model.LaunchingModel`."""
         self._wait(flight.until - time.perf_counter())
+        self.under_way -= 1
         if flight is self._broken:
             self._broken = None
         if isinstance(flight.outcome, BaseException):
@@ -349,9 +354,12 @@ class ScriptedLoader:
         make_drafter: Makes who drafts for a model, whatever `speculative_mode` says; None leaves it to that.
         run_ahead: Whether the engine launches steps ahead of the tokens of the steps before. Then a step more may be
             under way than a test expects that counts them.
+        warm_up_pieces: Pieces of work that the engine lets a model do while there are no requests.
 
     Attributes:
         models: All models loaded so far, the newest last.
+        hold_warm_ups: Whether the warm-ups of models that are loaded from now on are held.
+        warm_ups: Theirs, where `warm_up_pieces` was more than 0 when they were loaded.
         check_errors: Model name to what checking it raises.
         load_errors: Model name to what loading it raises.
         gate: If set, loading waits until the event is.
@@ -368,6 +376,7 @@ class ScriptedLoader:
         fits_beside: bool = True,
         make_drafter: Callable[[ScriptedModel], Drafter] | None = None,
         run_ahead: bool = False,
+        warm_up_pieces: int = 0,
     ) -> None:
         self.script = script
         self.step_seconds = step_seconds
@@ -376,6 +385,9 @@ class ScriptedLoader:
         self.fits_beside = fits_beside
         self.make_drafter = make_drafter
         self.run_ahead = run_ahead
+        self.warm_up_pieces = warm_up_pieces
+        self.hold_warm_ups = False
+        self.warm_ups: list[ScriptedWarmUp] = []
         self.models: list[ScriptedModel] = []
         self.check_errors: dict[str, BaseException] = {}
         self.load_errors: dict[str, BaseException] = {}
@@ -429,6 +441,11 @@ class ScriptedLoader:
         )
         model = ScriptedModel(self.script, limits, self.step_seconds)
         self.models.append(model)
+        warming = ScriptedWarmUp(model, self.warm_up_pieces) if self.warm_up_pieces else None
+        if warming is not None:
+            self.warm_ups.append(warming)
+            if self.hold_warm_ups:
+                warming.hold()
         return LoadedModel(
             model=model,
             limits=limits,
@@ -441,6 +458,7 @@ class ScriptedLoader:
             hidden_size=self.hidden_size,
             drafting=self._drafting(model, complete),
             launching=model if self.run_ahead else None,
+            warming=warming,
         )
 
     def _drafting(self, model: ScriptedModel, config: EngineConfig) -> Drafting | None:

@@ -121,6 +121,23 @@ def test_keys_and_values_of_one_byte_are_half_of_those_in_bfloat16() -> None:
     assert done.status == 0 and "x 1 bytes" in done.out
 
 
+def test_graphs_of_a_gpu_are_taken_off() -> None:
+    needs = read(EngineConfig("tiny", device="cuda", max_num_sequence=64))
+    assert needs.graphs is not None and needs.graphs.graphs == 11 + 3 * 11
+    done = run("estimate", "tiny", "--device", "cuda", "--max-num-seqs", "64", "--memory", "8")
+    left = int(8 * 2**30 * 0.9) - needs.weight_bytes - SLACK - needs.graphs.nbytes
+    assert f"0.25 GiB for everything else - {needs.graphs} = {left / 2**30:.2f} GiB" in done.out
+    assert f"= {left // needs.bytes_per_block:,} blocks" in done.out
+    drafted = read(
+        EngineConfig(
+            "tiny", device="cuda", max_num_sequence=64, speculative_mode="small_draft", additional_models=["tiny-draft"]
+        )
+    )
+    assert drafted.graphs is not None and drafted.graphs.graphs == 2 * 11
+    for config in (EngineConfig("tiny", device="cpu"), EngineConfig("tiny", device="cuda", attention_backend="torch")):
+        assert read(config).graphs is None
+
+
 def safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 

@@ -70,6 +70,8 @@ class Rig:
     ) -> None:
         for model in self.loader.models:
             model.release()
+        for warm_up in self.loader.warm_ups:
+            warm_up.release()
         if self.loader.gate is not None:
             self.loader.gate.set()
         await self.engine.__aexit__(exc_type, exc, traceback)

@@ -84,6 +84,7 @@ async def test_an_aborted_one_raises() -> None:
     task = asyncio.ensure_future(engine.embed([PROMPT], options=RequestOptions(request_id="mine")))
     await held_in_the_middle(engine, loader.model)
     aborting = asyncio.ensure_future(engine.abort_request("mine-0"))
+    await asyncio.sleep(0)  # now the instruction is given, and the step is not over
     loader.model.release()
     await aborting
     with pytest.raises(RequestDroppedError, match="mine-0: it was aborted"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -49,3 +51,13 @@ def test_padding_belongs_to_no_row_and_is_written_nowhere() -> None:
     with pytest.raises(ValueError, match="3 tokens does not fit into 2"):
         padded(step, 2)
     assert np.dtype(longer.slot_mapping.dtype) == np.int64
+
+
+@pytest.mark.parametrize("largest", [1, 2, 3, 5, 16, 100, 256, 777, 1024])
+def test_a_few_of_them_pad_a_step_to_at_most_four_times_its_tokens(largest: int) -> None:
+    buckets = Buckets.upto(largest)
+    few = buckets.coarse()
+    assert few == tuple(sorted(few, reverse=True)) and set(few) <= set(buckets.sizes)
+    for tokens in range(1, largest + 1):
+        assert min(size for size in few if size >= tokens) <= 4 * tokens
+    assert len(few) <= 2 + math.log(largest, 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import itertools
+import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +15,25 @@ import numpy as np
 import pytest
 import torch
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, WarmUp
+from asyncengine.model import capturing as capturing_module
 from asyncengine.model import graphs as graphs_module
 from asyncengine.model.buckets import Buckets
+from asyncengine.model.capturing import Capturing
 from asyncengine.model.graph_recorder import Tensors
-from asyncengine.model.graphs import StepGraphs, _nothing, capture_steps
+from asyncengine.model.graphs import StepGraphs, _nothing, graphs_for
 from asyncengine.model.loader import TransformersLoader
+from asyncengine.model.token_draw import FILTERED
 from asyncengine.step.batch import StepBatch
 
 CPU = torch.device("cpu")
 
 
 class Replayer:
-    """Stands in for CUDA graphs: runs the function again, into the tensor that the first run returned."""
+    """Stands in for CUDA graphs: runs the function again, into the tensor that the first run returned.
+
+    After so many captures one fails, where that is wanted.
+    """
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.recorded = 0
@@ -34,6 +42,7 @@ class Replayer:
 
     def record(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         if self.recorded == self._fails_at:
+            self._fails_at = None
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
         self.recorded += 1
         outputs = tuple(output.clone() for output in function())
@@ -83,19 +92,14 @@ def decodes(count: int, first: int = 100) -> StepBatch:
     )
 
 
-def captured(model: Model, sizes: tuple[int, ...] = (1, 2, 4), **others: Any) -> StepGraphs:
-    graphs = StepGraphs(model, Buckets(sizes), CPU, others.pop("recorder", None) or Replayer())
-    graphs.capture(60.0, **others)
+def capture_all(graphs: StepGraphs) -> StepGraphs:
+    """Captures whatever can be."""
+    Capturing(graphs, at_once=True).begin()
     return graphs
 
 
-def test_captures_the_largest_first_and_reports_each() -> None:
-    model, said = Model(), list[tuple[int, int]]()
-    graphs = captured(model, progress=lambda done, of: said.append((done, of)))
-    assert [len(batch.token_ids) for batch in model.begun] == [4, 2, 1]
-    assert said == [(1, 3), (2, 3), (3, 3)]
-    assert graphs.captured == (1, 2, 4)
-    assert graphs.notes == []
+def captured(model: Model, recorder: Replayer | None = None) -> StepGraphs:
+    return capture_all(StepGraphs(model, Buckets((1, 2, 4)), CPU, recorder or Replayer()))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -121,27 +125,24 @@ def test_larger_steps_and_prefills_are_left_alone() -> None:
     assert len(model.begun) == before
 
 
-def test_out_of_time_smaller_steps_use_the_larger_graphs() -> None:
-    model = Model()
-    ticks = itertools.count()
-    graphs = StepGraphs(model, Buckets((1, 2, 4)), CPU, Replayer())
-    graphs.capture(2.0, clock=lambda: float(next(ticks)))  # the third look at the clock is too late
-    assert graphs.captured == (4,)
-    assert graphs.notes == ["graphs: 1 of 3 were captured within 2 s"]
-    ran = graphs.run(decodes(1))
-    assert ran is not None
-    assert ran.logits.tolist() == [[100, 0]]
-    assert len(model.begun[-1].token_ids) == 4
-
-
-@pytest.mark.parametrize("fails_at", [0, 2])
-def test_a_failed_capture_leaves_a_model_without_graphs_and_a_note(fails_at: int) -> None:
-    graphs = captured(Model(), recorder=Replayer(fails_at))
-    assert graphs.captured == ()
+def test_a_model_that_cannot_be_captured_runs_without_and_a_note_says_so() -> None:
+    graphs = captured(Model(), recorder=Replayer(0))
+    assert graphs.captured == () and not graphs.capturable
     assert graphs.notes == [
         "graphs: the model cannot be captured, it runs without: operation not permitted when stream is capturing"
     ]
     assert graphs.run(decodes(1)) is None
+
+
+def test_a_capture_that_fails_leaves_the_graphs_that_are_there() -> None:
+    graphs = captured(Model(), recorder=Replayer(2))
+    assert graphs.captured == (1, 4) and not graphs.capturable
+    assert graphs.notes == ["graphs: no further steps are captured: operation not permitted when stream is capturing"]
+    for count in (1, 2):
+        ran = graphs.run(decodes(count))
+        assert ran is not None
+        assert ran.logits.tolist() == [[100 + i, 3 * i] for i in range(count)]
+    assert not graphs.capture(2)
 
 
 def test_other_memory_means_another_capture() -> None:
@@ -200,16 +201,16 @@ def test_cleared_graphs_can_be_captured_again() -> None:
     graphs = captured(Model())
     graphs.clear()
     assert graphs.run(decodes(1)) is None
-    graphs.capture()
+    capture_all(graphs)
     assert graphs.captured == (1, 2, 4)
 
 
 def test_the_cpu_has_no_graphs() -> None:
-    assert capture_steps(Model(), "cpu", 4, CPU) == (None, ())
+    assert graphs_for(Model(), "cpu", 4, CPU) == (None, ())
 
 
 def test_attention_whose_plan_has_no_fixed_place_is_not_captured() -> None:
-    graphs, notes = capture_steps(Model(), "torch", 4, torch.device("cuda"))
+    graphs, notes = graphs_for(Model(), "torch", 4, torch.device("cuda"))
     assert graphs is None
     assert notes == ("graphs: the torch attention plans in tensors of changing sizes; none are captured",)
 
@@ -224,49 +225,116 @@ def engine_config(path: Path) -> EngineConfig:
     )
 
 
+def graphs_here(monkeypatch: pytest.MonkeyPatch, recorder: Replayer) -> None:
+    """Captures steps on the CPU, from now on, with a recorder, and however long a load takes."""
+
+    def made(model: Any, backend_name: str, sequences: int, device: torch.device, last: Any) -> Any:
+        kinds = () if last is None else FILTERED
+        return StepGraphs(model, Buckets.upto(sequences), device, recorder, last, kinds), ()
+
+    monkeypatch.setattr(graphs_module, "graphs_for", made)
+    monkeypatch.setattr(capturing_module, "FIRST_SECONDS", 600.0)
+
+
+async def warmed_up(engine: AsyncEngine) -> WarmUp:
+    """Returns once nothing is left to be captured."""
+    until = time.monotonic() + 60
+    while (progress := engine.health().warm_up).goes_on:
+        assert time.monotonic() < until
+        await asyncio.sleep(0.001)
+    return progress
+
+
 async def tokens_of(config: EngineConfig, run_ahead: bool = False) -> tuple[list[list[int]], tuple[str, ...]]:
+    """What an engine says while it is warmed up, afterwards, and anew after a sleep."""
     async with AsyncEngine(config, loader=TransformersLoader(run_ahead=run_ahead)) as engine:
         results = await engine.generate_many(PROMPTS, GREEDY)
+        await warmed_up(engine)
+        second = await engine.generate_many(PROMPTS, GREEDY)
         await engine.sleep()
         await engine.wake()
-        again = await engine.generate_many(PROMPTS, GREEDY)
-        assert [result.token_ids for result in again] == [result.token_ids for result in results]
+        await warmed_up(engine)
+        for again in (second, await engine.generate_many(PROMPTS, GREEDY)):
+            assert [result.token_ids for result in again] == [result.token_ids for result in results]
         return [result.token_ids for result in results], engine.health().notes
 
 
+@pytest.mark.parametrize("when", ["idle", "load"])
 @pytest.mark.parametrize("run_ahead", [False, True])
 async def test_an_engine_generates_the_same_with_captured_steps(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, run_ahead: bool
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, run_ahead: bool, when: Any
 ) -> None:
-    config = engine_config(checkpoint("llama"))
+    config = engine_config(checkpoint("llama")).replace(graph_capture=when)
     expected, notes = await tokens_of(config)
     assert notes == ()
     recorder = Replayer()
-
-    def capture(model: Any, backend_name: str, sequences: int, device: torch.device, last: Any) -> Any:
-        graphs = StepGraphs(model, Buckets.upto(sequences), device, recorder, last)
-        graphs.capture()
-        return graphs, tuple(graphs.notes)
-
-    monkeypatch.setattr(graphs_module, "capture_steps", capture)
+    graphs_here(monkeypatch, recorder)
     found, notes = await tokens_of(config, run_ahead)
     assert found == expected
     assert notes == ()
-    assert recorder.recorded == 6  # 1, 2 and 4 sequences, once more after waking
-    assert recorder.replayed >= 2 * 11
+    # 1, 2 and 4 sequences, with three draws each where tokens stay on the device; once more after waking.
+    assert recorder.recorded == 2 * (12 if run_ahead else 3)
+    assert recorder.replayed >= 3 * 11
+
+
+async def test_a_few_steps_are_captured_at_once_and_the_others_while_the_engine_is_idle(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = engine_config(checkpoint("llama"))
+    recorder = Replayer()
+    graphs_here(monkeypatch, recorder)
+    begin, at_load = Capturing.begin, list[int]()
+    monkeypatch.setattr(Capturing, "begin", lambda self: (begin(self), at_load.append(recorder.recorded))[0])
+    async with AsyncEngine(config) as engine:
+        assert await warmed_up(engine) == WarmUp(3, 3, False)
+        assert (at_load, recorder.recorded) == ([2], 3)
+        await engine.unload()
+        assert engine.health().warm_up == WarmUp(0, 0, False)
+        await engine.reload(config.replace(graph_capture="load"))
+        assert engine.health().warm_up == WarmUp(3, 3, False)
+        await engine.sleep()
+        assert engine.health().warm_up == WarmUp(0, 0, False)
+        await engine.wake()
+        assert engine.health().warm_up == WarmUp(3, 3, False)
+
+
+async def test_graphs_are_let_go_with_their_model(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of their capture, and without a garbage collection."""
+    config = engine_config(checkpoint("llama"))
+    graphs_here(monkeypatch, Replayer())
+    made: list[weakref.ref[StepGraphs]] = []
+    begin = Capturing.begin
+    monkeypatch.setattr(Capturing, "begin", lambda self: (made.append(weakref.ref(self.graphs)), begin(self))[1])
+    async with AsyncEngine(config) as engine:
+        for _ in range(2):
+            await engine.unload()
+            await engine.reload(config)
+        await engine.sleep()
+        await engine.unload()
+    assert len(made) == 3 and all(graphs() is None for graphs in made)
 
 
 async def test_an_engine_that_cannot_capture_serves_and_says_so(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = engine_config(checkpoint("llama"))
-
-    def capture(model: Any, backend_name: str, sequences: int, device: torch.device, last: Any) -> Any:
-        graphs = StepGraphs(model, Buckets.upto(sequences), device, Replayer(fails_at=0), last)
-        graphs.capture()
-        return graphs, tuple(graphs.notes)
-
-    monkeypatch.setattr(graphs_module, "capture_steps", capture)
+    graphs_here(monkeypatch, Replayer(fails_at=0))
     found, notes = await tokens_of(config)
     assert len(found[0]) == 12
     assert [note for note in notes if note.startswith("graphs: the model cannot be captured")]
+
+
+async def test_a_capture_that_fails_while_the_engine_is_idle_costs_nothing_but_the_rest(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = engine_config(checkpoint("llama"))
+    graphs_here(monkeypatch, Replayer(fails_at=2))
+    async with AsyncEngine(config) as engine:
+        progress = await warmed_up(engine)
+        assert (progress.done, progress.of) == (2, 3)
+        assert engine.health().ok
+        assert engine.health().notes == progress.notes
+        assert progress.notes[0].startswith("graphs: no further steps are captured: operation not permitted")
+        assert [len(result.token_ids) for result in await engine.generate_many(PROMPTS, GREEDY)] == [12, 12, 12]

@@ -22,7 +22,7 @@ from asyncengine.model.sampler import Sampler
 from asyncengine.model.step_inputs import StepInputs
 from asyncengine.model.way_back import WayBack
 from asyncengine.step.batch import StepBatch
-from tests.model.test_graphs import Replayer
+from tests.model.test_graphs import Replayer, capture_all
 from tests.step.core_case import params
 
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ class TestLastTokens:
 
         last, recorder = self.last(), Replayer()
         graphs = StepGraphs(Model(), Buckets((1, 2, 4)), CPU, recorder, last)
-        graphs.capture()
+        capture_all(graphs)
         for unknown, slots, expected in (
             ([True, False, True], [4, 0, 1], [44, 101, 11]),
             ([False, False], [4, 5], [100, 101]),

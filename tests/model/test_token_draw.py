@@ -20,7 +20,7 @@ from asyncengine.model.sampler import Sampler
 from asyncengine.model.token_draw import FILTERED, DrawKind, DrawSettings
 from asyncengine.model.token_ranking import argmax
 from asyncengine.step.batch import StepBatch
-from tests.model.test_graphs import Replayer
+from tests.model.test_graphs import Replayer, capture_all
 from tests.model.test_sampler import params
 
 CPU = torch.device("cpu")
@@ -187,7 +187,7 @@ def decodes(slots: list[int], position: int, ids: list[int] | None = None) -> St
 def graphs() -> tuple[StepGraphs, Replayer, LastTokens]:
     last, recorder = LastTokens(8, CPU), Replayer()
     made = StepGraphs(Echo(), Buckets((1, 2, 4)), CPU, recorder, last, FILTERED)
-    made.capture()
+    capture_all(made)
     return made, recorder, last
 
 
@@ -231,9 +231,9 @@ class TestCapturedDraws:
 
     @pytest.mark.usefixtures("out_of_reach")
     def test_draws_that_cannot_be_captured_are_launched_and_noted(self) -> None:
-        last, recorder = LastTokens(4, CPU), Replayer(fails_at=4)
+        last, recorder = LastTokens(4, CPU), Replayer(fails_at=2)
         captured = StepGraphs(Echo(), Buckets((1, 2, 4)), CPU, recorder, last, FILTERED)
-        captured.capture()
+        capture_all(captured)
         assert captured.captured == (1, 2, 4) and captured.captured_draws == ()
         assert captured.notes == [
             "graphs: draws cannot be captured, they are launched: operation not permitted when stream is capturing"
@@ -245,13 +245,19 @@ class TestCapturedDraws:
         assert ran is not None and ran.tokens is not None and torch.equal(ran.tokens, expected)
         assert torch.equal(last.tensor[[1, 2]], expected)
 
-    def test_out_of_time_the_models_come_first(self) -> None:
-        ticks = iter(range(100))
-        captured = StepGraphs(Echo(), Buckets((1, 2)), CPU, Replayer(), LastTokens(4, CPU), FILTERED)
-        captured.capture(4.0, clock=lambda: float(next(ticks)))
-        assert captured.captured == (1, 2)
-        assert captured.captured_draws == ((2, DrawKind.PLAIN),)
-        assert captured.notes == ["graphs: 1 of 6 draws were captured within 4 s"]
+    @pytest.mark.usefixtures("out_of_reach")
+    def test_those_that_are_captured_stay_where_others_cannot_be(self) -> None:
+        last, recorder = LastTokens(4, CPU), Replayer(fails_at=3)
+        captured = capture_all(StepGraphs(Echo(), Buckets((1, 2, 4)), CPU, recorder, last, FILTERED))
+        assert captured.captured == (1, 2, 4) and captured.captured_draws == ((4, DrawKind.PLAIN),)
+        assert captured.notes[0].startswith("graphs: no further draws are captured, they are launched: operation not")
+        sampler = placed(ROWS[DrawKind.PLAIN])
+        for slots in ([0, 1, 2], [1, 2]):
+            with torch.inference_mode():
+                ran = captured.run(decodes(slots, 3, [5, 6, 7][: len(slots)]), sampler)
+            rows = Echo().table[[5, 6, 7][: len(slots)]]
+            expected = sampler.draw(rows, np.array(slots), np.full(len(slots), 3)).tokens
+            assert ran is not None and ran.tokens is not None and torch.equal(ran.tokens, expected)
 
     @pytest.mark.usefixtures("out_of_reach")
     def test_a_capture_in_a_step_draws_nothing_twice(self) -> None:
@@ -265,7 +271,7 @@ class TestCapturedDraws:
 
         model, last, recorder = Grows(), LastTokens(4, CPU), Replayer()
         captured = StepGraphs(model, Buckets((1, 2)), CPU, recorder, last, FILTERED)
-        captured.capture()
+        capture_all(captured)
         sampler = placed(ROWS[DrawKind.PLAIN])
         first = captured.run(decodes([1, 2], 0, [5, 6]), sampler)
         model.key = 1

@@ -17,6 +17,7 @@ NAMES = {
     "inter_token_latency_seconds", "e2e_request_latency_seconds", "request_queue_seconds", "request_prefill_seconds",
     "request_decode_seconds", "admission_rejections", "step_seconds", "batch_size", "event_loop_lag_seconds",
     "handoff_seconds", "merged_deltas", "http_requests", "http_rejections", "draft_tokens", "accepted_draft_tokens",
+    "warm_up_pieces", "warm_up_pieces_done",
 }  # fmt: skip
 
 
@@ -41,6 +42,22 @@ async def test_metrics_are_valid_prometheus_text_with_the_names_that_were_promis
     assert samples["asyncengine_num_requests_running", None].labels == {"model_name": MODEL, "engine": "0"}
     assert samples["asyncengine_request_decode_seconds_count", None].value == 2
     assert samples["asyncengine_batch_size_count", None].value > 0
+
+
+async def test_health_and_metrics_tell_how_far_a_warm_up_is() -> None:
+    loader = ScriptedLoader(tokenizer=ByteTokenizer(), warm_up_pieces=3)
+    loader.hold_warm_ups = True
+    async with AsyncEngine(EngineConfig(MODEL), loader=loader) as engine, client_of(create_app(engine)) as client:
+        [warm_up] = loader.warm_ups
+        assert (await client.get("/health")).json()["warm_up"] == {"done": 0, "of": 3, "goes_on": True}
+        assert (await client.get("/ready")).status_code == 200
+        warm_up.let(3)
+        await until(lambda: not engine.health().warm_up.goes_on)
+        assert (await client.get("/health")).json()["warm_up"] == {"done": 3, "of": 3, "goes_on": False}
+        assert (
+            'asyncengine_warm_up_pieces_done{engine="0",model_name="scripted"} 3.0'
+            in (await client.get("/metrics")).text
+        )
 
 
 async def test_histograms_are_cumulative_and_end_at_their_count() -> None:

@@ -26,6 +26,7 @@ from asyncengine.instructions import Deadlines, NewRequest
 from asyncengine.outputs import FinishReason
 from asyncengine.state import EngineState
 from asyncengine.step.sequence import SequenceState
+from asyncengine.step.warming import QUIET_SECONDS
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from asyncengine.testing.scripted import DeviceLostError
 from tests.speculation.drafters import Broken, Guesser, Liar, Oracle
@@ -58,7 +59,7 @@ def whole(new: NewRequest, branch: int) -> tuple[list[int], int | str | None]:
 DISTURBANCES = [
     "weights", "bad weights", "unpin", "unpin", "wait a little", "wait", "shutdown", "a fault", "a fault in a launch",
     "a lost device", "a device lost in a launch", "a refusal",
-    "Unload", "Reset", "Drain", "Pause", "Sleep", "Resume", "Wake", "Restart",
+    "a fault in a warm-up", "Unload", "Reset", "Drain", "Pause", "Sleep", "Resume", "Wake", "Restart",
 ]  # fmt: skip
 
 CURES: dict[EngineState, Any] = {
@@ -107,7 +108,8 @@ class CoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.case = Case(ScriptedLoader(script, tokenizer=ByteTokenizer(), run_ahead=self.run_ahead))
+        loader = ScriptedLoader(script, tokenizer=ByteTokenizer(), run_ahead=self.run_ahead, warm_up_pieces=3)
+        self.case = Case(loader)
         self.news: dict[int, NewRequest] = {}
         self.limits = {48}  # of whatever was loaded so far, and of what `recover` loads
         self.admissions: dict[int, tuple[NewRequest, ...]] = {}
@@ -302,6 +304,20 @@ class CoreMachine(RuleBasedStateMachine):
         self.step(steps)
 
     @precondition(alive)
+    @rule(pieces=st.integers(1, 4), quiet=st.booleans())
+    def rest(self, pieces: int, quiet: bool) -> None:
+        """What the thread does when nothing is runnable."""
+        if not self.core.runnable:
+            self.case.step()
+        self.case.now += QUIET_SECONDS if quiet else 0.0
+        for _ in range(pieces):
+            idle = not self.core.runnable and not len(self.core.requests) and self.core.state is EngineState.READY
+            before = self.core.warming.progress
+            advanced = self.core.warming.advance()
+            assert not advanced or (idle and before.goes_on)
+            assert advanced or not (quiet and idle and before.goes_on)
+
+    @precondition(alive)
     @rule(data=st.data(), by_id=st.booleans())
     def abort(self, data: st.DataObject, by_id: bool) -> None:
         known = sorted(self.news)
@@ -401,6 +417,9 @@ class CoreMachine(RuleBasedStateMachine):
                     loaded.model.lose_device()
                 else:
                     loaded.model.refuse_next(ValueError("a refusal"))
+            case "a fault in a warm-up":
+                if self.case.loader.warm_ups:
+                    self.case.loader.warm_ups[-1].fail_next(ValueError("a fault"))
             case _:
                 self.later(data, getattr(ins, what))
 
@@ -434,6 +453,12 @@ class CoreMachine(RuleBasedStateMachine):
             assert all(branch in running or branch.state is not SequenceState.DECODE for branch in copied)
         if core.closed:
             assert core.loaded is None and not len(core.requests)
+
+    @invariant()
+    def warm_ups_are_done_when_they_may_be(self) -> None:
+        progress = self.core.warming.progress
+        assert progress.goes_on or not progress.of or progress.done == progress.of or progress.notes
+        assert all("ValueError('a fault')" in note for note in progress.notes)
 
     @invariant()
     def drafters_see_what_is_true(self) -> None:

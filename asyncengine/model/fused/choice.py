@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Collection
 
@@ -21,39 +22,55 @@ Replay = Callable[[], None]
 Seconds = Callable[[Replay], float]
 
 
-def choose(graphs: StepGraphs, fused: FusedDecoder, candidates: Collection[int], seconds: Seconds) -> tuple[str, ...]:
+class Choice:
     """Measures captured steps both ways, and keeps the faster for each bucket.
 
     Args:
-        graphs: Steps of the model's own modules, captured.
-        fused: Runs the same model; from now on for those token counts alone for which it is faster.
+        graphs: Steps of the model's own modules.
+        fused: Runs the same model; for no step until it was measured.
         candidates: Token counts for which it could be used.
         seconds: How long a replay takes.
 
-    Returns:
-        What came of it, in words.
+    Attributes:
+        notes: What came of it, in words.
     """
-    won, said = set[int](), list[str]()
 
-    def better(old: Replay, new: Replay) -> bool:
-        before, after = seconds(old), seconds(new)
-        said.append(f"{size} in {after * 1e3:.3g} ms (without: {before * 1e3:.3g})")
+    def __init__(self, graphs: StepGraphs, fused: FusedDecoder, candidates: Collection[int], seconds: Seconds) -> None:
+        self._graphs = graphs
+        self._fused = fused
+        self._open = set(candidates)
+        self._seconds = seconds
+        self._won = set[int]()
+        self._said = list[str]()
+        self.notes: tuple[str, ...] = ()
+        fused.use(())
+
+    def is_open(self, size: int) -> bool:
+        """Whether a bucket is yet to be measured."""
+        return size in self._open
+
+    def decide(self, size: int) -> bool:
+        """Measures a bucket that is captured, and keeps the faster graph; whether that was possible."""
+        self._open.discard(size)
+        self._fused.use({*self._won, size})
+        try:
+            if self._graphs.contest(size, functools.partial(self._better, size)):
+                self._won.add(size)
+        except Exception as error:  # whatever a compiler or a driver raises
+            text = str(error).strip() or type(error).__name__
+            self._said.append(f"no further, for it cannot be captured: {text.splitlines()[0]}")
+            self._open.clear()
+            return False
+        finally:
+            self._fused.use(self._won)
+            where = f"used for {', '.join(map(str, sorted(self._won)))} tokens" if self._won else "not used"
+            self.notes = (f"decoder: fused kernels are {where}: measured {'; '.join(self._said)}",)
+        return True
+
+    def _better(self, size: int, old: Replay, new: Replay) -> bool:
+        before, after = self._seconds(old), self._seconds(new)
+        self._said.append(f"{size} in {after * 1e3:.3g} ms (without: {before * 1e3:.3g})")
         return after < _RATIO * before
-
-    try:
-        for size in graphs.captured:
-            if size in candidates:
-                fused.use({*won, size})
-                if graphs.contest(size, better):
-                    won.add(size)
-    except Exception as error:  # whatever a compiler or a driver raises
-        text = str(error).strip() or type(error).__name__
-        said.append(f"no further, for it cannot be captured: {text.splitlines()[0]}")
-    fused.use(won)
-    if not said:
-        return ()
-    where = f"used for {', '.join(map(str, sorted(won)))} tokens" if won else "not used"
-    return (f"decoder: fused kernels are {where}: measured {'; '.join(said)}",)
 
 
 def cuda_seconds(device: torch.device) -> Seconds:

@@ -21,7 +21,7 @@ from asyncengine.model.packed_buffer import PackedBuffer
 from asyncengine.model.step_inputs import StepInputs
 from asyncengine.model.token_draw import FILTERED, DrawKind, DrawSettings
 from asyncengine.step.batch import StepBatch
-from tests.model.test_graphs import Replayer
+from tests.model.test_graphs import Replayer, capture_all
 from tests.model.test_token_draw import ROWS, Echo, decodes, placed
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_of_a_captured_step(kind: DrawKind, copies: list[str]) -> None:
     model, last = Planned(), LastTokens(8, CPU)
     graphs = StepGraphs(model, Buckets((1, 2, 4)), CPU, Replayer(), last, FILTERED)
-    graphs.capture()
+    capture_all(graphs)
     recorded, rows = len(model.plans), placed(ROWS[kind][:2])
     for position in range(3):
         copies.clear()

@@ -17,7 +17,8 @@ from asyncengine.model.decoder.blueprint import recognise
 from asyncengine.model.decoder.parts import NotRecognised
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.tiles import MOST_TOKENS
-from asyncengine.model.runner import PagedLayers, TorchModel
+from asyncengine.model.paged_layers import PagedLayers
+from asyncengine.model.runner import TorchModel
 from asyncengine.model.verification import Trial, _piece
 from asyncengine.step.scheduler import Limits
 from tests.model.fused.interpreted import DEVICE, large_tiles, require_triton

@@ -12,14 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.errors import UnsupportedModelError
-from asyncengine.model import graphs as graphs_module
-from asyncengine.model.buckets import Buckets
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
-from asyncengine.model.graphs import StepGraphs
 from asyncengine.model.loader import TransformersLoader
 from tests.model.fused.interpreted import DEVICE, fuse_here
-from tests.model.test_graphs import Replayer
+from tests.model.test_graphs import Replayer, graphs_here
 
 Checkpoint = Callable[..., Path]
 
@@ -95,26 +92,22 @@ async def test_new_weights_sleep_and_embeddings(checkpoint: Checkpoint, runs: li
 def load(path: Path, decoder: str) -> tuple[str, tuple[str, ...]]:
     loader = TransformersLoader()
     loaded = loader.load(loader.check(config(path, decoder), None))
+    notes = (*loaded.notes, *(loaded.warming.warmth.notes if loaded.warming is not None else ()))
     loaded.model.close()
-    return loaded.config.decoder_backend, about_decoder(loaded.notes)
+    return loaded.config.decoder_backend, about_decoder(notes)
 
 
 @pytest.mark.parametrize(("seconds", "used"), [((2.0, 1.0), "used for 1, 2 tokens"), ((1.0, 2.0), "not used")])
 def test_auto_takes_them_where_they_are_measured_to_be_faster(
     seconds: tuple[float, float], used: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def capture(model: Any, backend_name: str, sequences: int, device: torch.device, last: Any) -> Any:
-        graphs = StepGraphs(model, Buckets.upto(sequences), device, Replayer(), last)
-        graphs.capture()
-        return graphs, tuple(graphs.notes)
-
-    times = list(2 * seconds)  # of the buckets 1 and 2
-    monkeypatch.setattr(graphs_module, "capture_steps", capture)
+    times = list(2 * seconds)  # of the buckets 2 and 1
+    graphs_here(monkeypatch, Replayer())
     monkeypatch.setattr(choice, "cuda_seconds", lambda device: lambda replay: times.pop(0))
     runs_as, (note,) = load(checkpoint("llama", num_hidden_layers=1), "auto")
     assert runs_as == "auto"  # a restart measures again
     assert times == []
-    assert note.startswith(f"decoder: fused kernels are {used}: measured 1 in ")
+    assert note.startswith(f"decoder: fused kernels are {used}: measured 2 in ")
 
 
 @pytest.mark.parametrize(

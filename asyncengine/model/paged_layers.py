@@ -1,0 +1,100 @@
+"""The KV cache of a model's layers, and how they attend over it. Owned by the step thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from asyncengine.model.architecture import RecordedLayer, attach
+from asyncengine.model.attention.protocol import AttentionBackend, CarryingBackend
+from asyncengine.step.batch import Int64, StepBatch
+from asyncengine.step.scheduler import Limits
+
+
+class PagedLayers:
+    """The KV cache of all layers, and the plan of the present step that they share.
+
+    Attributes:
+        caches: One per layer; none until they are allocated.
+        plan: Of the present step.
+
+    Args:
+        layers: In the order of execution.
+        backend: How they attend.
+        limits: Number and size of blocks.
+        dtype: Of keys and values.
+        device: Theirs.
+    """
+
+    def __init__(
+        self,
+        layers: list[RecordedLayer],
+        backend: AttentionBackend,
+        limits: Limits,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._layers = layers
+        self._backend = backend
+        self._limits = limits
+        self._dtype = dtype
+        self._device = device
+        self.caches: list[Any] = []
+        self.plan: Any = None
+
+    def allocate(self) -> None:
+        """Makes the cache; its contents are undefined."""
+        limits = self._limits
+        self.caches = [
+            self._backend.allocate(layer.spec, limits.num_blocks, limits.page_size, self._dtype, self._device)
+            for layer in self._layers
+        ]
+        attach({layer.module: self._hook(layer, cache) for layer, cache in zip(self._layers, self.caches, strict=True)})
+
+    def free(self) -> None:
+        """Lets the cache go."""
+        self.caches = []
+        self.plan = None
+        attach(dict.fromkeys((layer.module for layer in self._layers), _no_cache))
+
+    def begin(self, batch: StepBatch) -> Any:
+        """Prepares a step: copies blocks, then plans; returns the plan."""
+        self._copy(batch)
+        self.plan = self._backend.plan(batch, self._limits.page_size, self._device)
+        return self.plan
+
+    def begin_with(
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]]
+    ) -> tuple[Any, dict[str, torch.Tensor] | None]:
+        """As `begin`; also returns the sections on the device if the plan's copy could take them along."""
+        if not isinstance(self._backend, CarryingBackend):
+            return self.begin(batch), None
+        self._copy(batch)
+        self.plan, sent = self._backend.plan_with(batch, self._limits.page_size, self._device, sections)
+        return self.plan, sent
+
+    def _copy(self, batch: StepBatch) -> None:
+        if len(batch.copies):
+            self.copy_blocks(batch.copies)
+
+    def copy_blocks(self, copies: Int64) -> None:
+        """Copies whole blocks: (C, 2) of source and destination."""
+        self._backend.copy_blocks(self.caches, torch.from_numpy(copies))
+
+    def _hook(self, layer: RecordedLayer, cache: Any) -> Callable[..., torch.Tensor]:
+        attend, spec, sinks = self._backend.attend, layer.spec, layer.sinks
+
+        def hook(
+            module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+        ) -> torch.Tensor:
+            return attend(spec, cache, self.plan, query, key, value, sinks)
+
+        return hook
+
+
+def _no_cache(*_: Any) -> torch.Tensor:
+    raise RuntimeError("the KV cache was freed")
