@@ -111,7 +111,7 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
     from asyncengine.model.checkpoint import Checkpoint
-    from asyncengine.model.loader import KV_DTYPES, check_draft
+    from asyncengine.model.load_check import KV_DTYPES, check_draft
     from asyncengine.model.location import locate
     from asyncengine.model.memory import GraphReserve
 
@@ -197,9 +197,9 @@ class Room:
 
     @classmethod
     def of(cls, needs: Needs, config: EngineConfig, given: int | None) -> Room:
-        """As `asyncengine.model.loader` reckons: a share of what is free after loading, or of a whole GPU."""
+        """As `asyncengine.model.capacity` reckons: a share of what is free after loading, or of a whole GPU."""
         from asyncengine.model import memory
-        from asyncengine.model.loader import SLACK
+        from asyncengine.model.load_check import SLACK
 
         rest = f"{_gib(needs.weight_bytes)} weights - {_gib(SLACK)} for everything else"
         if needs.device.type == "cuda":

@@ -14,7 +14,7 @@ import torch
 from asyncengine import AsyncEngine, EngineConfig, tiny
 from asyncengine.cli.estimate import Room, read
 from asyncengine.model import memory
-from asyncengine.model.loader import SLACK
+from asyncengine.model.load_check import SLACK
 from tests.cli.programs import run
 
 LAYERS, HIDDEN, VOCABULARY = 3, 2048, 32000

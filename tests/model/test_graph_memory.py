@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen3Config
 
 from asyncengine import EngineConfig, InsufficientMemoryError
-from asyncengine.model import architecture, device_copy, memory, token_draw
-from asyncengine.model import loader as loader_module
+from asyncengine.model import architecture, capacity, device_copy, memory, token_draw
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.graph_memory import DRAW_GRAPH, STEP_GRAPH, activation_numbers, draw_bytes, reserve
 from asyncengine.model.memory import GraphReserve
@@ -89,7 +88,7 @@ def test_a_load_sets_aside_what_it_will_capture(backend: str, device: str, mode:
         device=torch.device(device), draft=None, hf_config=LlamaConfig(**SIZES), dtype=torch.bfloat16
     )
     config = EngineConfig("m", speculative_mode=mode)
-    found = loader_module._graph_reserve(config, details, SimpleNamespace(name=backend), 16)
+    found = capacity.graph_reserve(config, details, SimpleNamespace(name=backend), 16)
     assert (None if found is None else found.graphs) == graphs
 
 
@@ -97,7 +96,7 @@ def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.Monkey
     gib = 1 << 30
     monkeypatch.setattr(memory, "total_bytes", lambda device: 80 * gib)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 60 * gib)
-    monkeypatch.setattr(loader_module, "_profile", lambda *args: 2 * gib)
+    monkeypatch.setattr(capacity, "_profile", lambda *args: 2 * gib)
     details: Any = SimpleNamespace(
         device=torch.device("cuda", 0), draft=None, hf_config=LlamaConfig(**SIZES), dtype=torch.bfloat16,
         kv_dtype=torch.bfloat16, max_length=1 << 20,
@@ -105,10 +104,10 @@ def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.Monkey
     backend = SimpleNamespace(name="triton", bytes_per_block=lambda spec, page_size, dtype: 1 << 20)
     built: Any = SimpleNamespace(model=None, layers=[SimpleNamespace(spec=None)])
     config = EngineConfig("m", gpu_memory_utilization=0.5)
-    limits, _ = loader_module._limits(LoadPlan(config, True, None, details), built, None, backend)
+    limits, _ = capacity.limits_of(LoadPlan(config, True, None, details), built, None, backend)
     graphs = reserve(details.hf_config, torch.bfloat16, 256, True)
     assert graphs.nbytes > 1 << 20
     assert limits.num_blocks == (40 * gib - 20 * gib - 2 * gib - graphs.nbytes) >> 20
     with pytest.raises(InsufficientMemoryError, match=rf"\(18\.00 GiB available - {graphs}\)"):
         wanted = config.replace(max_total_sequence_length=18 * 1024 * 16)
-        loader_module._limits(LoadPlan(wanted, True, None, details), built, None, backend)
+        capacity.limits_of(LoadPlan(wanted, True, None, details), built, None, backend)

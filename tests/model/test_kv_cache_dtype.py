@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, ConfigError, EngineConfig, GenerationConfig, UnsupportedModelError
-from asyncengine.model import architecture
-from asyncengine.model import loader as loader_module
+from asyncengine.model import architecture, load_check
 from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.verification import Trial
@@ -42,7 +41,7 @@ async def test_an_engine_serves_over_it_and_says_how_far_off_it_is(checkpoint: C
 def test_the_same_memory_holds_twice_as_many_tokens_as_in_bfloat16(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module.memory, "free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(load_check.memory, "free_bytes", lambda device: 1 << 30)
     half = config(checkpoint("llama"), dtype="bfloat16", kv_cache_page_size=16, gpu_memory_utilization=0.001)
     loader, blocks = TransformersLoader(), []
     for given in (half, half.replace(kv_cache_dtype="fp8_e4m3")):

@@ -127,13 +127,13 @@ async def test_a_warm_up_that_raises_leaves_the_old_model_serving(
 async def test_a_load_that_fails_after_the_old_model_is_gone_leaves_a_usable_engine(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from asyncengine.model import loader
+    from asyncengine.model import load_check
 
     bad = Path(copytree(checkpoint("llama", seed=1), tmp_path / "bad"))
     break_shapes(bad)
     async with AsyncEngine(config(checkpoint("llama"))) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr(loader, "_fits", lambda details, current: False)
+            patch.setattr(load_check, "fits", lambda details, current: False)
             with pytest.raises(ReloadError):
                 await engine.reload(config(bad))
         assert engine.state is EngineState.UNLOADED
@@ -145,7 +145,7 @@ async def test_a_load_that_fails_after_the_old_model_is_gone_leaves_a_usable_eng
 async def test_a_request_is_carried_over_to_the_next_model(
     beside: bool, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from asyncengine.model import loader, runner
+    from asyncengine.model import load_check, loader, runner
 
     first, second = checkpoint("llama"), checkpoint("qwen3")
     # The first model is slowed down until it may be swapped; between its steps the reload goes on.
@@ -164,7 +164,7 @@ async def test_a_request_is_carried_over_to_the_next_model(
             due.set()
 
     async with AsyncEngine(config(first)) as engine:
-        monkeypatch.setattr(loader, "_fits", lambda details, current: beside)
+        monkeypatch.setattr(load_check, "fits", lambda details, current: beside)
         monkeypatch.setattr(runner.TorchModel, "execute", held)
         monkeypatch.setattr(loader.TransformersLoader, phase, noted)
         stream = await engine.add_request(PROMPT, GREEDY.replace(max_tokens=300))

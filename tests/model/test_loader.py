@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InsufficientMemoryError
-from asyncengine.model import graphs
-from asyncengine.model import loader as loader_module
+from asyncengine.model import graphs, load_check
+from asyncengine.model.built_model import _with_weights
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.step.model import LoadedModel
@@ -45,7 +45,7 @@ def test_the_completed_configuration_has_no_gaps_and_loads_again(checkpoint: Cal
 def test_kv_capacity_is_a_share_of_free_memory(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module.memory, "free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(load_check.memory, "free_bytes", lambda device: 1 << 30)
     config = EngineConfig(str(checkpoint("llama")), device="cpu", kv_cache_page_size=16, gpu_memory_utilization=0.001)
     limits = load(config).limits
     per_block = 3 * 2 * 2 * 16 * 16 * 4  # layers, key and value, heads, head size, tokens, bytes
@@ -55,7 +55,7 @@ def test_kv_capacity_is_a_share_of_free_memory(
 def test_weights_that_do_not_fit_are_refused_with_the_arithmetic(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader_module.memory, "free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(load_check.memory, "free_bytes", lambda device: 1 << 20)
     with pytest.raises(InsufficientMemoryError, match=r"weights 0\.00 GiB .* \+ 0\.25 GiB .* > 0\.00 GiB free"):
         TransformersLoader().check(EngineConfig(str(checkpoint("llama")), device="cpu"), None)
 
@@ -67,8 +67,8 @@ def test_a_model_that_fits_only_alone_is_not_loaded_beside(
     loaded = load(config)
     assert loaded.memory_bytes > 512 * 3 * 2 * 2 * 16 * 4
     assert TransformersLoader().check(config, loaded).fits_beside
-    need = loader_module.SLACK + loaded.memory_bytes // 2
-    monkeypatch.setattr(loader_module.memory, "free_bytes", lambda device: need)
+    need = load_check.SLACK + loaded.memory_bytes // 2
+    monkeypatch.setattr(load_check.memory, "free_bytes", lambda device: need)
     assert not TransformersLoader().check(config, loaded).fits_beside
 
 
@@ -96,7 +96,7 @@ def test_weights_are_mapped_from_the_file_and_not_copied_in_host_memory(
     """
     path = checkpoint(architecture)
     loader = TransformersLoader()
-    model = loader_module._build(loader.check(EngineConfig(str(path), device="cpu"), None).details)
+    model = _with_weights(loader.check(EngineConfig(str(path), device="cpu"), None).details)
     spans = [
         tuple(int(end, 16) for end in line.split()[0].split("-"))
         for line in Path("/proc/self/maps").read_text().splitlines()

@@ -1,0 +1,172 @@
+"""A model with its weights, as it will run, tried against transformers. Made on the loader's thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncengine.config import DecoderBackend, EngineConfig
+from asyncengine.errors import UnsupportedModelError
+from asyncengine.model import packed_linear
+from asyncengine.model.load_check import BUILDING, Details
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model with its weights and without its KV cache."""
+
+    model: Any
+    layers: Any
+    program: Any
+    fused: Any
+    notes: tuple[str, ...]
+
+    def decoder_backend(self, config: EngineConfig) -> DecoderBackend:
+        """What the configuration comes to; "auto" where that rests on measurements, so that a restart makes them."""
+        if self.program is not None:
+            return "compiled"
+        return "transformers" if self.fused is None else config.decoder_backend
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights."""
+        from asyncengine.model.runner import weight_bytes
+
+        return weight_bytes(self.model) if self.program is None else int(self.program.nbytes)
+
+
+def build(config: EngineConfig, details: Details, backend: Any) -> Built:
+    """Reads the weights, and tries the model in every form in which it may run.
+
+    Raises:
+        UnsupportedModelError: It does not compute what transformers does, or not in the form that is asked for.
+    """
+    from asyncengine.model import architecture, verification
+    from asyncengine.model.decoder.blueprint import NotRecognised
+
+    notes: list[str] = []
+    name = str(details.checkpoint.path)
+    model = _with_weights(details)
+    layers = architecture.layers_of(model, details.watched)
+    trial = verification.Trial(model, layers, details.device)
+    program = None
+    try:
+        program = _compile(config, details, model, layers, backend)
+        if program is not None:
+            trial.run(model, backend, program)
+    except (NotRecognised, UnsupportedModelError) as error:
+        if config.decoder_backend == "compiled" or config.quantization == "int8":
+            raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
+        notes.append(f"decoder: runs as transformers has it: {error}")
+        program = None
+        if isinstance(error, UnsupportedModelError):  # it has taken the weights
+            model = _with_weights(details)
+            layers = architecture.layers_of(model, details.watched)
+            trial.layers = layers
+    fused = None
+    if program is None:
+        if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
+            packed_linear.pack(model)
+        trial.run(model, backend)
+        fused, note = _fuse(config, details, model, layers, backend, trial)
+        notes += note
+        if fp8_weights := config.quantization == "fp8":
+            notes.append(_quantise(model, trial, backend, details))
+        if details.kv_dtype is not details.dtype:
+            off = trial.run(model, backend, kv_dtype=details.kv_dtype, fp8_weights=fp8_weights)
+            notes.append(f"KV cache: {config.kv_cache_dtype}: logits of a trial are {off:.1%} of their norm off")
+    return Built(model, layers, program, fused, tuple(notes))
+
+
+def _fuse(
+    config: EngineConfig, details: Details, model: Any, layers: Any, backend: Any, trial: Any
+) -> tuple[Any, tuple[str, ...]]:
+    """The model's kernels for steps of few tokens, or None; and why there are none, in words, if they were wanted.
+
+    Raises:
+        UnsupportedModelError: There are none, and nothing else will do.
+    """
+    from asyncengine.model.decoder.blueprint import recognise
+    from asyncengine.model.fused import choice
+    from asyncengine.model.fused.decoder import FusedDecoder
+
+    if (
+        details.device.type not in choice.DEVICES
+        or config.decoder_backend == "transformers"
+        or config.quantization != "none"
+    ):
+        return None, ()
+    try:
+        fused = FusedDecoder(recognise(model, layers, details.max_length))
+        trial.run_fused(model, backend, fused)
+    except Exception as error:  # also what a compiler or a driver raises: the model can be served without
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if config.decoder_backend == "compiled":
+            raise UnsupportedModelError(
+                f"{str(details.checkpoint.path)!r} cannot run as a compiled step: {reason}"
+            ) from error
+        return None, (f"decoder: runs as transformers has it: {reason}",)
+    return fused, ()
+
+
+def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
+    """Turns linear layers into fp8; returns what came of it, in words."""
+    from asyncengine.model.fp8_linear import quantise
+
+    done, of = quantise(model)
+    if not done:
+        raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in fp8")
+    if details.device.type == "cuda":
+        torch.cuda.empty_cache()
+    error = trial.run(model, backend, fp8_weights=True)
+    note = f"quantization: fp8, {done / of:.0%} of the weights: logits of a trial are {error:.1%} of their norm off"
+    return note if details.device.type == "cuda" else f"{note}; slow on {details.device}"
+
+
+def _with_weights(details: Details) -> Any:
+    """The transformers model, with its weights.
+
+    Weights that are stored in the wanted dtype are mapped, not read: the file's pages are their only copy in host
+    memory, and moving the model copies one parameter after the other from there to the device. What is converted, and
+    experts that transformers puts together, are held in host memory once, besides the file's pages.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from asyncengine.model import architecture
+
+    with BUILDING:
+        model = AutoModelForCausalLM.from_pretrained(
+            details.checkpoint.path,
+            config=details.hf_config,
+            dtype=details.dtype,
+            attn_implementation=architecture.ATTENTION,
+            local_files_only=True,
+        )
+    return model.to(details.device).eval().requires_grad_(False)
+
+
+def _compile(config: EngineConfig, details: Details, model: Any, layers: Any, backend: Any) -> Any:
+    """The model as a compiled step, which takes its weights; None if that is not wanted or not for this device.
+
+    Raises:
+        NotRecognised: The model is not one that the compiled step can run. It keeps its weights.
+    """
+    from asyncengine.model.attention.cpu import CpuAttention
+    from asyncengine.model.attention.kernel import kind_of
+    from asyncengine.model.decoder.blueprint import NotRecognised, recognise
+    from asyncengine.model.decoder.program import CompiledDecoder
+    from asyncengine.model.fused.choice import DEVICES
+
+    if config.decoder_backend == "transformers" or (config.decoder_backend == "auto" and config.quantization == "fp8"):
+        return None
+    if details.device.type in DEVICES and config.quantization == "none":
+        return None  # `_fuse` sees to it
+    if not isinstance(backend, CpuAttention):
+        if config.decoder_backend == "auto" and config.quantization == "none":
+            return None
+        raise NotRecognised(f"it needs the compiled attention of the CPU, not {backend.name!r} on {details.device}")
+    blueprint = recognise(model, layers, details.max_length)
+    int8 = config.quantization == "int8"
+    return CompiledDecoder(blueprint, backend.library(kind_of(details.dtype, int8)), details.dtype, int8)

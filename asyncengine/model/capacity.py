@@ -1,0 +1,112 @@
+"""How much a model can take at once: what the configuration leaves open, filled in from the memory that there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from asyncengine.config import EngineConfig
+from asyncengine.model import memory
+from asyncengine.model.built_model import Built
+from asyncengine.model.load_check import Details
+from asyncengine.speculation.lengths import LONGEST
+from asyncengine.step.model import LoadPlan
+from asyncengine.step.scheduler import Limits
+
+
+def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -> tuple[Limits, EngineConfig]:
+    """Fills in everything that the configuration leaves open."""
+    config, details = plan.config, plan.details
+    cuda = details.device.type == "cuda"
+    sequences = config.max_num_sequence or {"interactive": 1, "local": 4, "server": 256 if cuda else 64}[config.mode]
+    length = details.max_length
+    chunk = min(config.prefill_chunk_size or (2048 if cuda else 512), length)
+    page_size = config.kv_cache_page_size or (16 if cuda else 32)
+    layers = built.layers if draft is None else [*built.layers, *draft.layers]  # they share the blocks
+    per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.kv_dtype) for layer in layers)
+    graphs = None
+    share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
+    if cuda:
+        drafts = 0 if config.speculative_mode == "disable" else sequences * (config.spec_draft_length or LONGEST)
+        activations = _profile(built.model, built.layers, chunk, sequences + min(drafts, chunk), details.device)
+        used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
+        available = int(memory.total_bytes(details.device) * share) - used - activations
+        share = 1.0
+        graphs = graph_reserve(config, details, backend, sequences)
+    else:
+        available = memory.free_bytes(details.device)
+    budget = memory.kv_budget(
+        available=max(available, 0),
+        share=share,
+        bytes_per_block=per_block,
+        page_size=page_size,
+        wanted_tokens=config.max_total_sequence_length,
+        useful_tokens=sequences * length,
+        graphs=graphs,
+    )
+    limits = Limits(
+        max_num_sequence=sequences,
+        max_single_sequence_length=length,
+        prefill_chunk_size=chunk,
+        page_size=page_size,
+        num_blocks=budget.num_blocks,
+        hybrid=config.prefill_mode == "hybrid",
+        prefix_cache=config.prefix_cache_mode == "radix",
+        max_recycling=config.prefix_cache_max_num_recycling_seqs,
+    )
+    complete = config.replace(
+        tokenizer=config.tokenizer or (config.model if plan.tokenizer_key else None),
+        device=str(details.device),
+        dtype=str(details.dtype).removeprefix("torch."),
+        max_num_sequence=sequences,
+        max_total_sequence_length=budget.num_blocks * page_size,
+        max_single_sequence_length=length,
+        prefill_chunk_size=chunk,
+        kv_cache_page_size=page_size,
+        gpu_memory_utilization=config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE),
+    )
+    return limits, complete
+
+
+def graph_reserve(config: EngineConfig, details: Details, backend: Any, sequences: int) -> memory.GraphReserve | None:
+    """What the captured steps of a model and of the one that drafts for it will take; None if there will be none."""
+    if backend.name != "triton" or details.device.type != "cuda":
+        return None
+    needs = [details] if details.draft is None else [details, details.draft]
+    return sum((graphs_of(config, each, sequences) for each in needs), memory.GraphReserve())
+
+
+def graphs_of(config: EngineConfig, details: Details, sequences: int) -> memory.GraphReserve:
+    """What the captured steps of one model will take."""
+    from asyncengine.model import architecture, graph_memory
+
+    draws = config.speculative_mode == "disable"  # else no token stays on the device
+    return graph_memory.reserve(architecture.text_config(details.hf_config), details.dtype, sequences, draws)
+
+
+def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.dtype) -> int:
+    """Bytes of one block of KV cache, all layers together."""
+    return sum(int(backend.bytes_per_block(layer.spec, limits.page_size, dtype)) for layer in layers)
+
+
+def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.device) -> int:
+    """Bytes that the activations of the largest step take, measured."""
+    from asyncengine.model import architecture
+    from asyncengine.model.graph_memory import draw_bytes
+
+    def nothing(module: Any, query: Any, key: Any, value: Any, kwargs: Any) -> Any:
+        return query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
+
+    tokens = chunk + sequences
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with architecture.hooked({layer.module: nothing for layer in layers}), torch.inference_mode():
+        positions = torch.arange(tokens, device=device)[None] % 16
+        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=sequences)
+    peak = int(torch.cuda.max_memory_allocated(device)) - before
+    torch.cuda.empty_cache()
+    # Sampling works on a few copies of the logits in float32.
+    vocab = int(architecture.text_config(model.config).vocab_size)
+    return peak + max(4 * sequences * vocab * 4, draw_bytes(sequences, vocab))

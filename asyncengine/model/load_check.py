@@ -1,0 +1,275 @@
+"""What is known of a load before any weight is read, and everything that can be wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asyncengine.config import EngineConfig
+from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, UnsupportedModelError
+from asyncengine.model import memory
+from asyncengine.model.memory import GIB
+from asyncengine.step.model import LoadedModel, LoadPlan
+from asyncengine.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What `EngineConfig.dtype` may be, besides "auto"."""
+KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
+"""What `EngineConfig.kv_cache_dtype` may be, besides "auto"."""
+BUILDING = threading.Lock()
+"""Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at
+once restore each other's."""
+_WATCHED: dict[str, dict[str, Any]] = {}
+"""For each configuration whose model ran without weights, its attention layers by name. It is not watched again: what
+is found depends on nothing else."""
+SLACK = 256 << 20
+"""Bytes for whatever else a load needs: modules, a tokenizer, activations of the first steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What a load needs to know of a model.
+
+    Attributes:
+        checkpoint: An `asyncengine.model.checkpoint.Checkpoint`.
+        tokenizer_path: Directory of the tokenizer.
+        hf_config: As transformers reads it.
+        device: Where it will be.
+        dtype: Of weights and activations.
+        weight_bytes: Bytes of its weights in that dtype.
+        max_length: Most tokens in one sequence.
+        present_tokenizer: That of the model that is loaded, if there is one.
+        kv_dtype: Of the KV cache.
+        draft: The same of the model that drafts for it.
+        watched: Its attention layers by name; None if it does not run without weights.
+    """
+
+    checkpoint: Any
+    tokenizer_path: Path
+    hf_config: Any
+    device: torch.device
+    dtype: torch.dtype
+    weight_bytes: int
+    max_length: int
+    present_tokenizer: Tokenizer | None
+    kv_dtype: torch.dtype
+    draft: Details | None = None
+    watched: dict[str, Any] | None = None
+
+    @property
+    def all_weight_bytes(self) -> int:
+        """Those of the draft model included."""
+        return self.weight_bytes + (0 if self.draft is None else self.draft.weight_bytes)
+
+
+def plan_of(
+    config: EngineConfig,
+    current: LoadedModel | None,
+    checkpoint: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    selecting: Future[Any],
+) -> LoadPlan:
+    """A load, if all is well.
+
+    Args:
+        config: What is wanted.
+        current: The model that is loaded.
+        checkpoint: An `asyncengine.model.checkpoint.Checkpoint`.
+        device: Where.
+        dtype: Of weights and activations.
+        selecting: Comes to what attends.
+
+    Raises:
+        AsyncEngineError: It cannot be loaded; the kind says why.
+    """
+    from asyncengine.model import architecture
+    from asyncengine.model.checkpoint import tokenizer_key
+    from asyncengine.model.location import locate
+
+    tokenizer_path = checkpoint.path if config.tokenizer is None else locate(config.tokenizer)
+    if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
+        raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
+    hf_config = architecture.read_config(checkpoint)
+    text = architecture.text_config(hf_config)
+    longest = getattr(text, "max_position_embeddings", None) or 2048
+    kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
+    draft = None
+    for name in config.additional_models:
+        draft = check_draft(name, checkpoint, text.vocab_size, device, dtype, kv_dtype)
+        longest = min(longest, draft.max_length)
+    max_length = config.max_single_sequence_length or longest
+    if max_length > longest:
+        whose = "the model's" if draft is None else "the model's or its draft model's"
+        raise ConfigError(
+            f"max_single_sequence_length is {max_length}; {whose} max_position_embeddings allows 1..{longest}"
+        )
+    architecture.check_rope(hf_config, max_length)
+    watched = watch(architecture, hf_config)
+    if draft is not None:
+        architecture.check_rope(draft.hf_config, max_length)
+        draft = dataclasses.replace(draft, max_length=max_length, watched=watch(architecture, draft.hf_config))
+    check_kv_dtype(config, selecting.result().backend, kv_dtype, device)
+    if config.quantization != "none" and dtype is not torch.bfloat16:
+        given = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
+    if config.quantization == "fp8":
+        check_fp8(config, device)
+    weights = checkpoint.weight_bytes(dtype)
+    present = None if current is None else current.tokenizer
+    details = Details(
+        checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present, kv_dtype, draft, watched
+    )
+    return LoadPlan(config, fits(details, current), tokenizer_key(tokenizer_path), details)
+
+
+def check_draft(
+    name: str, target: Any, vocab_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> Details:
+    """A draft model, whose tokens must be the target's. Its longest sequence is its own."""
+    from asyncengine.model import architecture
+    from asyncengine.model.checkpoint import Checkpoint, same_vocabulary
+    from asyncengine.model.location import locate
+
+    checkpoint = Checkpoint(locate(name))
+    hf_config = architecture.read_config(checkpoint)
+    text = architecture.text_config(hf_config)
+    if text.vocab_size != vocab_size:
+        raise ConfigError(
+            f"additional_models is [{name!r}], whose vocabulary has {text.vocab_size} tokens; the model's has "
+            f"{vocab_size}, and a draft model needs the same"
+        )
+    if not same_vocabulary(checkpoint.path, target.path):
+        raise ConfigError(
+            f"additional_models is [{name!r}], whose tokenizer has other tokens than the model's; a draft model needs "
+            "the same"
+        )
+    longest = getattr(text, "max_position_embeddings", None) or 2048
+    weights = checkpoint.weight_bytes(dtype)
+    return Details(checkpoint, checkpoint.path, hf_config, device, dtype, weights, longest, None, kv_dtype)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `EngineConfig.device` means.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda"):
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device is {name!r}, but torch {torch.__version__} finds no CUDA device")
+    index = int(name[5:]) if ":" in name else 0
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device is {name!r}; there are {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", index)
+
+
+def select_attention(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """An attention back end, as `asyncengine.model.attention.select` chooses it.
+
+    Raises:
+        ConfigError: The one that is wanted cannot be had.
+    """
+    from asyncengine.model.attention.kernel import kind_of
+    from asyncengine.model.attention.protocol import BackendUnavailableError
+    from asyncengine.model.attention.select import select
+
+    try:
+        return select(config.attention_backend, device, kind_of(dtype, config.quantization == "int8"))
+    except BackendUnavailableError as error:
+        raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
+
+
+def check_kv_dtype(config: EngineConfig, backend: Any, kv_dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses a KV cache that the attention back end cannot keep.
+
+    Raises:
+        ConfigError: As it says.
+    """
+    from asyncengine.model.attention.protocol import BackendUnavailableError
+
+    if config.kv_cache_dtype == "auto":
+        return
+    try:
+        backend.check_dtype(kv_dtype, device)
+    except BackendUnavailableError as error:
+        raise ConfigError(
+            f"kv_cache_dtype is {config.kv_cache_dtype!r} with attention_backend {config.attention_backend!r} on "
+            f"{device}: {error}; allowed: 'auto', or attention_backend 'torch' or, on CUDA, 'triton'"
+        ) from error
+
+
+def check_fp8(config: EngineConfig, device: torch.device) -> None:
+    """Refuses weights in fp8 where nothing multiplies them."""
+    if config.decoder_backend == "compiled":
+        raise ConfigError(
+            "quantization is 'fp8' with decoder_backend 'compiled', which has no products in fp8; allowed: 'auto', "
+            "'transformers'"
+        )
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise ConfigError(
+            f"quantization is 'fp8' on a device of compute capability {capability[0]}.{capability[1]} "
+            f"({torch.cuda.get_device_name(device)}); allowed: 8.9 and later"
+        )
+
+
+def watch(architecture: Any, hf_config: Any) -> dict[str, Any] | None:
+    """Watches the model run without weights, unless one of the same configuration was watched.
+
+    Returns:
+        Its attention layers by name; None if it does not run without weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    configuration = f"{type(hf_config).__qualname__} {hf_config.to_json_string(use_diff=False)}"
+    if (known := _WATCHED.get(configuration)) is not None:
+        return known
+    try:
+        with BUILDING, torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
+        found = {layer.name: layer.spec for layer in architecture.record(model.eval())}
+    except UnsupportedModelError:
+        raise
+    except Exception:
+        # Some models cannot run without weights (their control flow reads them). They are watched once they are loaded.
+        return None
+    _WATCHED[configuration] = found
+    return found
+
+
+def fits(details: Details, current: LoadedModel | None) -> bool:
+    """Whether a model fits beside the present one.
+
+    Raises:
+        InsufficientMemoryError: It does not fit even without it.
+    """
+    free = memory.free_bytes(details.device)
+    need = details.all_weight_bytes + SLACK
+    if current is None:
+        if need > free:
+            raise InsufficientMemoryError(_arithmetic(details, free, 0))
+        return True
+    held = current.memory_bytes if current.config.device == str(details.device) else 0
+    if need > free + held:
+        raise InsufficientMemoryError(_arithmetic(details, free, held))
+    if details.device.type == "cuda":
+        # The present model's KV cache takes all that its share leaves; beside it, the new one's would be tiny.
+        return False if held else need <= free
+    return need <= free
+
+
+def _arithmetic(details: Details, free: int, held: int) -> str:
+    text = (
+        f"{details.checkpoint.path} does not fit on {details.device}: weights {details.all_weight_bytes / GIB:.2f} GiB "
+        f"in {details.dtype} + {SLACK / GIB:.2f} GiB for everything else > {free / GIB:.2f} GiB free"
+    )
+    return text + (f" + {held / GIB:.2f} GiB of the present model" if held else "")
