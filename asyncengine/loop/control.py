@@ -61,10 +61,7 @@ class EngineControl:
         Raises:
             ModelNotLoadedError: There is no model.
         """
-        view = self._thread.core.view
-        if view is None:
-            raise ModelNotLoadedError("there is no model; call reload first")
-        return view.default_generation_config
+        return self._model.default_generation_config
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -73,10 +70,7 @@ class EngineControl:
         Raises:
             ModelNotLoadedError: There is no model.
         """
-        view = self._thread.core.view
-        if view is None:
-            raise ModelNotLoadedError("there is no model; call reload first")
-        return view.tokenizer
+        return self._model.tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -85,10 +79,14 @@ class EngineControl:
         Raises:
             ModelNotLoadedError: There is no model.
         """
+        return self._model.vocab_size
+
+    @property
+    def _model(self) -> ModelView:
         view = self._thread.core.view
         if view is None:
             raise ModelNotLoadedError("there is no model; call reload first")
-        return view.vocab_size
+        return view
 
     def metrics(self) -> EngineMetrics:
         """A snapshot of counts and latencies. Never waits for a step."""
