@@ -25,7 +25,7 @@ from asyncengine.model.graphs import graphs_for
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.batch import StepBatch
-from asyncengine.step.scheduler import Limits
+from asyncengine.step.limits import Limits
 
 PAGE = 16
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}

@@ -10,8 +10,8 @@ import numpy as np
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
+from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
-from asyncengine.step.scheduler import Limits
 
 
 class ZeroCostModel:

@@ -11,8 +11,8 @@ from asyncengine.model import memory
 from asyncengine.model.built_model import Built
 from asyncengine.model.load_check import Details
 from asyncengine.speculation.lengths import LONGEST
+from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadPlan
-from asyncengine.step.scheduler import Limits
 
 
 def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -> tuple[Limits, EngineConfig]:

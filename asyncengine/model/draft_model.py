@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from asyncengine.generation import SamplingParams
 from asyncengine.model.sampler import Sampler
 from asyncengine.step.batch import Int32, Int64, StepBatch
-from asyncengine.step.scheduler import Limits
+from asyncengine.step.limits import Limits
 from asyncengine.step.sequence import EMPTY
 from asyncengine.step.slots import SlotTable
 

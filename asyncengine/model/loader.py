@@ -21,8 +21,8 @@ from asyncengine.speculation.ngram import NgramDrafter
 from asyncengine.speculation.protocol import Drafter
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.drafting import Drafting
+from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
-from asyncengine.step.scheduler import Limits
 
 CPU_SATURATION, CUDA_SATURATION = 8.0, 128.0
 """Tokens in a step whose arithmetic takes about as long as reading the weights."""

@@ -12,7 +12,7 @@ from torch import nn
 from asyncengine.model.architecture import RecordedLayer, attach
 from asyncengine.model.attention.protocol import AttentionBackend, CarryingBackend
 from asyncengine.step.batch import Int64, StepBatch
-from asyncengine.step.scheduler import Limits
+from asyncengine.step.limits import Limits
 
 
 class PagedLayers:

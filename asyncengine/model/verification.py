@@ -21,7 +21,7 @@ from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import StepBatch
-from asyncengine.step.scheduler import Limits
+from asyncengine.step.limits import Limits
 
 _PAGE = 4
 _TOKENS = 12

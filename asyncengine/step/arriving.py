@@ -15,8 +15,8 @@ import numpy as np
 from asyncengine.step.batch import Int32
 
 if TYPE_CHECKING:
+    from asyncengine.step.limits import Limits
     from asyncengine.step.prefix_tree import PrefixTree
-    from asyncengine.step.scheduler import Limits
 
 
 @dataclass(slots=True)

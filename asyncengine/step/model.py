@@ -10,7 +10,7 @@ from asyncengine.config import EngineConfig
 from asyncengine.generation import GenerationConfig, SamplingParams
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
 from asyncengine.step.drafting import Drafting
-from asyncengine.step.scheduler import Limits
+from asyncengine.step.limits import Limits
 from asyncengine.tokenizer import Tokenizer
 from asyncengine.warm_up import WarmUp
 

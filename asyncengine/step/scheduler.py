@@ -15,7 +15,6 @@ computes launched steps in their order, so whoever gets them writes later and re
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
 from asyncengine.step.block_pool import BlockPool
 from asyncengine.step.drafting import Drafting, Drafts
+from asyncengine.step.limits import Limits
 from asyncengine.step.plan import Chunk, Plan
 from asyncengine.step.prefix_tree import PrefixTree
 from asyncengine.step.sequence import EMPTY, Sequence, SequenceState
@@ -31,36 +31,6 @@ from asyncengine.step.waiting import WaitingQueue
 
 MAX_SCORED = 256
 """Most rows of logits that a step looks at for prompt log-probabilities: they are as wide as the vocabulary."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a loaded model can take.
-
-    Attributes:
-        max_num_sequence: Slots.
-        max_single_sequence_length: Tokens in one sequence.
-        prefill_chunk_size: Prompt tokens in one step.
-        page_size: Tokens per block.
-        num_blocks: Blocks.
-        hybrid: Whether prefill chunks and decodes share a step.
-        prefix_cache: Whether computed sequences are kept.
-        max_recycling: Most finished sequences that are kept; None is unlimited.
-    """
-
-    max_num_sequence: int
-    max_single_sequence_length: int
-    prefill_chunk_size: int
-    page_size: int
-    num_blocks: int
-    hybrid: bool = True
-    prefix_cache: bool = True
-    max_recycling: int | None = None
-
-    @property
-    def max_tokens(self) -> int:
-        """Most tokens in one sequence, by its own limit and by the KV cache's capacity."""
-        return min(self.max_single_sequence_length, self.num_blocks * self.page_size)
 
 
 class Scheduler:

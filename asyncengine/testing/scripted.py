@@ -20,8 +20,8 @@ from asyncengine.speculation.ngram import NgramDrafter
 from asyncengine.speculation.protocol import Drafter
 from asyncengine.step.batch import Int32, StepBatch, StepTokens, TokenLogprobs
 from asyncengine.step.drafting import Drafting
+from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
-from asyncengine.step.scheduler import Limits
 from asyncengine.testing.tokenizer import ByteTokenizer
 from asyncengine.testing.warming import ScriptedWarmUp
 from asyncengine.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.runner import TorchModel
 from asyncengine.model.sampler import Sampler
 from asyncengine.step.batch import Int64, StepBatch
-from asyncengine.step.scheduler import Limits
+from asyncengine.step.limits import Limits
 from asyncengine.step.slots import SlotTable
 from tests.step.core_case import params, prompt_of
 

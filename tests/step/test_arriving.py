@@ -13,8 +13,8 @@ from asyncengine.instructions import Deadlines
 from asyncengine.outputs import FinishReason
 from asyncengine.step.arriving import Arriving
 from asyncengine.step.block_pool import BlockPool
+from asyncengine.step.limits import Limits
 from asyncengine.step.prefix_tree import PrefixTree
-from asyncengine.step.scheduler import Limits
 
 from .core_case import Case, answer, loaded, prompt_of
 

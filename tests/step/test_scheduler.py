@@ -14,8 +14,9 @@ import pytest
 from asyncengine import instructions as ins
 from asyncengine.instructions import NewRequest
 from asyncengine.step.batch import Int32
+from asyncengine.step.limits import Limits
 from asyncengine.step.plan import Plan
-from asyncengine.step.scheduler import Limits, Scheduler
+from asyncengine.step.scheduler import Scheduler
 from asyncengine.step.sequence import Request, Sequence, SequenceState
 
 from .core_case import Box, loaded, params, prompt_of

@@ -20,7 +20,7 @@ from asyncengine.model.fused.tiles import MOST_TOKENS
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.runner import TorchModel
 from asyncengine.model.verification import Trial, _piece
-from asyncengine.step.scheduler import Limits
+from asyncengine.step.limits import Limits
 from tests.model.fused.interpreted import DEVICE, large_tiles, require_triton
 
 require_triton()

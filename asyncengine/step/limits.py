@@ -1,0 +1,35 @@
+"""What a loaded model can take at once. Immutable; the loader makes it, and everybody may read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a loaded model can take.
+
+    Attributes:
+        max_num_sequence: Slots.
+        max_single_sequence_length: Tokens in one sequence.
+        prefill_chunk_size: Prompt tokens in one step.
+        page_size: Tokens per block.
+        num_blocks: Blocks.
+        hybrid: Whether prefill chunks and decodes share a step.
+        prefix_cache: Whether computed sequences are kept.
+        max_recycling: Most finished sequences that are kept; None is unlimited.
+    """
+
+    max_num_sequence: int
+    max_single_sequence_length: int
+    prefill_chunk_size: int
+    page_size: int
+    num_blocks: int
+    hybrid: bool = True
+    prefix_cache: bool = True
+    max_recycling: int | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens in one sequence, by its own limit and by the KV cache's capacity."""
+        return min(self.max_single_sequence_length, self.num_blocks * self.page_size)
