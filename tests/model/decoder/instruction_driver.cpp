@@ -1,7 +1,7 @@
 // One step of a small decoder, for callgrind to count: driver TOKENS CONTEXT. Weights are zero: what is counted does not
 // depend on them.
 
-#include "../../../asyncengine/model/decoder/decoder.cpp"
+#include "decoder.cpp"
 
 namespace {
 

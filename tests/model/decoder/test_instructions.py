@@ -29,7 +29,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("driver") / "driver"
     flags = [flag for flag in kernel._FLAGS if flag not in ("-shared", "-fPIC")]
     source = Path(__file__).with_name("instruction_driver.cpp")
-    command = [*kernel.find_compiler(), *flags, "-march=x86-64-v3", "-DPAGED_ATTENTION_SERIAL", "-DONE_KIND=0"]
+    included = Path(kernel.__file__).parents[1] / "decoder"  # wherever the package is installed
+    flags += [f"-I{included}", "-march=x86-64-v3", "-DPAGED_ATTENTION_SERIAL", "-DONE_KIND=0"]
+    command = [*kernel.find_compiler(), *flags]
     subprocess.run([*command, str(source), "-o", str(program)], check=True)
     return program
 
