@@ -150,6 +150,8 @@ class Capturing:
             return False
         if piece.task is _Task.STEP:
             return self.graphs.capture(piece.size)
+        if not self.graphs.renew(piece.size):  # steps that were run meanwhile may have needed more memory
+            return False
         if piece.task is _Task.DRAW:
             return self.graphs.capture_draw(piece.size, piece.kind)
         assert self._choice is not None
