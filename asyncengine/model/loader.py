@@ -366,7 +366,7 @@ def _quantise(model: Any, trial: Any, backend: Any, details: _Details) -> str:
     if not done:
         raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in fp8")
     if details.device.type == "cuda":
-        torch.cuda.empty_cache()
+        memory.empty_cache()
     error = trial.run(model, backend, fp8_weights=True)
     note = f"quantization: fp8, {done / of:.0%} of the weights: logits of a trial are {error:.1%} of their norm off"
     return note if details.device.type == "cuda" else f"{note}; slow on {details.device}"
@@ -596,7 +596,7 @@ def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.
         positions = torch.arange(tokens, device=device)[None] % 16
         model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=sequences)
     peak = int(torch.cuda.max_memory_allocated(device)) - before
-    torch.cuda.empty_cache()
+    memory.empty_cache()
     # Sampling works on a few copies of the logits in float32.
     vocab = int(architecture.text_config(model.config).vocab_size)
     return peak + max(4 * sequences * vocab * 4, draw_bytes(sequences, vocab))
