@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from asyncengine.config import DecoderBackend, EngineConfig
 from asyncengine.errors import UnsupportedModelError
-from asyncengine.model import packed_linear
+from asyncengine.model import memory, packed_linear
 from asyncengine.model.load_check import BUILDING, Details
 
 
@@ -119,7 +117,7 @@ def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     if not done:
         raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in fp8")
     if details.device.type == "cuda":
-        torch.cuda.empty_cache()
+        memory.empty_cache()
     error = trial.run(model, backend, fp8_weights=True)
     note = f"quantization: fp8, {done / of:.0%} of the weights: logits of a trial are {error:.1%} of their norm off"
     return note if details.device.type == "cuda" else f"{note}; slow on {details.device}"

@@ -106,7 +106,7 @@ def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.
         positions = torch.arange(tokens, device=device)[None] % 16
         model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=sequences)
     peak = int(torch.cuda.max_memory_allocated(device)) - before
-    torch.cuda.empty_cache()
+    memory.empty_cache()
     # Sampling works on a few copies of the logits in float32.
     vocab = int(architecture.text_config(model.config).vocab_size)
     return peak + max(4 * sequences * vocab * 4, draw_bytes(sequences, vocab))

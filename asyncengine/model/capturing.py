@@ -66,7 +66,7 @@ class Capturing:
     """The captures of one model, in their order.
 
     At first a few buckets and their draws, the largest first: from then on every step that can be replayed is, padded
-    to at most four times its tokens. Then the others.
+    to at most four times its tokens unless the time was too short for all of them. Then the others.
 
     Args:
         graphs: What is captured.
@@ -150,6 +150,8 @@ class Capturing:
             return False
         if piece.task is _Task.STEP:
             return self.graphs.capture(piece.size)
+        if not self.graphs.renew(piece.size):  # steps that were run meanwhile may have needed more memory
+            return False
         if piece.task is _Task.DRAW:
             return self.graphs.capture_draw(piece.size, piece.kind)
         assert self._choice is not None

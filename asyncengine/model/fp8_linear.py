@@ -93,12 +93,14 @@ def quantise(model: Any) -> tuple[int, int]:
     """
     head = model.get_output_embeddings()
     done = 0
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+    # No list of layers: each weight is let go before the next one is turned into fp8.
+    for module in [module for module in model.modules() if module._modules]:
+        for name in list(module._modules):
+            child = module._modules[name]
             if type(child) is nn.Linear and child is not head and not any(n % ALIGNMENT for n in child.weight.shape):
                 done += child.weight.numel()
                 setattr(module, name, Fp8Linear(child))
-                del child
+            del child
     return done, sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from asyncengine.model import memory
+
 Tensors = tuple[torch.Tensor, ...]
 _WARM_UPS = 2
 """Runs before a capture, so that what is made on first use is not captured."""
@@ -39,9 +41,10 @@ class CudaRecorder:
             for _ in range(_WARM_UPS):
                 function()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile: an application's own models, a loader.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = function()
+        with memory.CAPTURES:
+            torch.cuda.synchronize(self._device)
+            # Other threads may use the device meanwhile: an application's own models, a loader.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                outputs = function()
         return graph.replay, outputs

@@ -268,6 +268,17 @@ class StepGraphs:
             self._redraw(size)
         return kept
 
+    def renew(self, size: int) -> bool:
+        """Captures a bucket anew if memory that its graph refers to was replaced since; whether that was possible.
+
+        The old graph must not be replayed: where it looks for a step lies that of another time, which is written again.
+        """
+        step = _nothing(size)
+        sections = self._sections(step)
+        with torch.inference_mode():
+            key, _ = self._send(step, sections)
+        return self._graphs[size].key == key or self._replace(size, step, sections)
+
     def _redraw(self, size: int) -> None:
         """Captures the draws behind a bucket's graph anew."""
         kinds = [kind for captured, kind in self._draws if captured == size]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from asyncengine.errors import InsufficientMemoryError
 GIB = 1 << 30
 CPU_SHARE = 0.4
 CUDA_SHARE = 0.9
+CAPTURES = threading.Lock()
+"""Held while a CUDA graph is captured, and by whoever waits for a whole device or empties torch's cache of its memory:
+torch captures one graph at a time in a process, and CUDA refuses to wait for a device while one is captured. Engines
+that share a process come to do both at once, each on its own thread."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -40,14 +45,20 @@ def total_bytes(device: torch.device) -> int:
 def unheld_bytes(device: torch.device) -> int:
     """Bytes of a CUDA device that nobody holds, once the allocator has given back what it only keeps."""
     with torch.cuda.device(device):
-        torch.cuda.empty_cache()
+        empty_cache()
     return int(torch.cuda.mem_get_info(device)[0])
+
+
+def empty_cache() -> None:
+    """Returns what the allocator of CUDA memory only keeps; waits for a capture that is under way."""
+    with CAPTURES:
+        torch.cuda.empty_cache()
 
 
 def give_back() -> None:
     """Returns to the operating system what the allocator keeps of freed memory, where it can be asked to."""
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        empty_cache()
     if sys.platform == "linux":
         try:
             ctypes.CDLL(None).malloc_trim(0)

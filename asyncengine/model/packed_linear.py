@@ -78,17 +78,20 @@ def pack(model: nn.Module) -> int:
         How many there are.
     """
     holders: dict[int, int] = {}
+    places: dict[int, list[tuple[nn.Module, str]]] = {}  # of each layer; its weight is held by nothing but the model
     for module in model.modules():
         for parameter in module._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    done = 0
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+        for name, child in module._modules.items():
             if type(child) is nn.Linear and child.weight.numel() >= _LEAST:
-                setattr(module, name, PackedLinear(child, holders[id(child.weight)] > 1))
-                done += 1
-                del child
-    return done
+                places.setdefault(id(child), []).append((module, name))
+    for (module, name), *others in places.values():
+        child = getattr(module, name)
+        packed = PackedLinear(child, holders[id(child.weight)] > 1)
+        for holder, called in ((module, name), *others):
+            setattr(holder, called, packed)
+        del child
+    return len(places)
 
 
 def writers(model: nn.Module) -> dict[int, list[Writer]]:
@@ -96,8 +99,11 @@ def writers(model: nn.Module) -> dict[int, list[Writer]]:
     found: dict[int, list[Writer]] = {}
     for layer in model.modules():
         if isinstance(layer, PackedLinear):
-            each = [Writer(layer.write, layer.keep), *map(in_place, layer.tied)]
-            found |= {id(weight): each for weight in (layer.weight, *layer.tied)}
+            each = [in_place(weight) for weight in layer.tied]
+            for weight in layer.tied:  # whose places another layer may have begun to list
+                each = found.setdefault(id(weight), each)
+            each.append(Writer(layer.write, layer.keep))
+            found[id(layer.weight)] = each
     return found
 
 

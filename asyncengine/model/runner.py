@@ -250,7 +250,8 @@ class TorchModel:
         if isinstance(error, torch.AcceleratorError):
             return True
         try:
-            torch.cuda.synchronize(self._device)
+            with memory.CAPTURES:  # another engine's, which would make it an error to wait
+                torch.cuda.synchronize(self._device)
         except RuntimeError:
             return True
         return False

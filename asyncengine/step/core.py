@@ -222,6 +222,7 @@ class Core:
                     self.scheduler.preempt_all()
                     self.scheduler.forget_cache()
                     self.loaded.model.sleep()
+                    self.warming.forget()
                     self.move(Action.SLEEP)
             case ins.Wake():
                 if self.state is EngineState.SLEEPING:

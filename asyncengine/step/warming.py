@@ -49,7 +49,7 @@ class Warming:
         return progress
 
     def forget(self) -> None:
-        """Notes that the model is let go."""
+        """Notes that the model is let go, or sleeps and will begin anew."""
         self._failure = None
 
     @property

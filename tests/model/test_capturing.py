@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 
 from asyncengine import WarmUp
@@ -92,6 +94,21 @@ def test_a_step_that_needs_another_graph_and_gets_none_ends_it_too() -> None:
     assert note.startswith("graphs: the model cannot be captured, it runs without")
     assert the_rest(capturing) == ["step of 2 tokens"]  # nothing of it is done
     assert capturing.graphs.captured == ()
+
+
+def test_a_draw_is_never_captured_behind_a_graph_whose_memory_was_replaced() -> None:
+    """There lies the step that was run last: its slots, which may be another request's by now."""
+    ticks, last = itertools.count(), LastTokens(16, CPU)
+    graphs = StepGraphs(Model(), Buckets((1, 2)), CPU, Replayer(), last, PLAIN)
+    capturing = Capturing(graphs, clock=lambda: float(next(ticks)))
+    capturing.begin()
+    assert (graphs.captured, graphs.captured_draws) == ((1, 2), ())  # there was no time for more
+    graphs.run(dataclasses.replace(decodes(2), sample_slots=np.array([3, 5])))
+    graphs._buffer.reserve(2 * graphs._buffer.capacity)  # as for a step that brings more along
+    last.tensor[:] = 7
+    assert the_rest(capturing) == ["draw of 2 tokens, plain", "draw of 1 tokens, plain"]
+    assert last.tensor[: last.nowhere].tolist() == 16 * [7]
+    assert capturing.warmth == WarmUp(4, 4, False)
 
 
 class Device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,25 @@ def test_new_weights_that_fail_leave_the_old_ones(checkpoint: Checkpoint, monkey
     after = [(layer.weight.float(), layer.weight_scale) for layer in fp8_linear.layers(model).values()]
     assert all(torch.equal(a, b) and torch.equal(s, t) for (a, s), (b, t) in zip(before, after, strict=True))
     loaded.model.close()
+
+
+def test_each_weight_is_let_go_before_the_next_one_is_quantised(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.bfloat16).requires_grad_(False)
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    weights = [weakref.ref(layer.weight) for layer in layers]
+    del layers
+    alive, made = [], fp8_linear.quantised
+
+    def counted(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alive.append(sum(weight() is not None for weight in weights))
+        return made(numbers)
+
+    monkeypatch.setattr(fp8_linear, "quantised", counted)
+    quantise(model)
+    assert alive == list(range(len(weights), 0, -1))
 
 
 def test_a_model_of_other_layers_alone_has_nothing_to_quantise(checkpoint: Checkpoint) -> None:

@@ -38,11 +38,11 @@ class Replayer:
     def __init__(self, fails_at: int | None = None) -> None:
         self.recorded = 0
         self.replayed = 0
-        self._fails_at = fails_at
+        self.fails_at = fails_at
 
     def record(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
-        if self.recorded == self._fails_at:
-            self._fails_at = None
+        if self.recorded == self.fails_at:
+            self.fails_at = None
             raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
         self.recorded += 1
         outputs = tuple(output.clone() for output in function())

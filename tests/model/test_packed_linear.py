@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ReloadError
+from asyncengine.model import packed_linear
 from asyncengine.model.packed_linear import PackedLinear, pack, supports, writers
 
 Checkpoint = Callable[..., Path]
@@ -75,6 +77,44 @@ def test_a_tied_weight_is_written_in_both_places_and_put_back() -> None:
         restore()
     assert torch.equal(model.embedding.weight, before)
     torch.testing.assert_close(model.head(x), functional.linear(x, before), rtol=1e-4, atol=1e-4)
+
+
+def test_each_weight_is_let_go_before_the_next_one_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512)) for _ in range(2)]
+    model = nn.Sequential(*blocks).requires_grad_(False)
+    weights = [weakref.ref(parameter) for parameter in model.parameters() if parameter.dim() == 2]
+    del blocks
+    alive, made = [], packed_linear._packed
+
+    def packed(weight: torch.Tensor) -> Any:
+        alive.append(sum(weight() is not None for weight in weights))
+        return made(weight)
+
+    monkeypatch.setattr(packed_linear, "_packed", packed)
+    assert pack(model) == 4
+    assert alive == [4, 3, 2, 1]
+
+
+class Shared(nn.Module):
+    """Two heads with one weight, and a layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(512, 1024, bias=False) for _ in range(2))
+        self.second.weight = self.first.weight
+        self.third = self.fourth = nn.Linear(512, 1024, bias=False)
+        self.requires_grad_(False)
+
+
+@pytest.mark.parametrize("names", [("first", "second"), ("second", "first"), ("third", "fourth"), ("fourth", "third")])
+def test_a_weight_of_several_layers_is_written_for_all_of_them(names: tuple[str, str]) -> None:
+    model = Shared()
+    assert pack(model) == 3
+    value, x = torch.randn(1024, 512), torch.randn(2, 512)
+    for writer in writers(model)[id(dict(model.named_parameters(remove_duplicate=False))[f"{names[0]}.weight"])]:
+        writer.write(value)
+    for name in names:
+        torch.testing.assert_close(getattr(model, name)(x), functional.linear(x, value), rtol=1e-4, atol=1e-4)
 
 
 def _packed(model: Any) -> list[str]:

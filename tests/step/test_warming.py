@@ -195,6 +195,18 @@ def test_a_piece_that_raises_ends_the_warm_up_and_nothing_else() -> None:
     assert case.core.warming.progress == WarmUp(0, 3, True)
 
 
+def test_after_a_sleep_it_begins_anew_though_a_piece_had_failed() -> None:
+    case = case_of()
+    warm_up_of(case).fail_next(MemoryError("no room"))
+    pass_quietly(case)
+    assert case.core.warming.advance() and not case.core.warming.progress.goes_on
+    case.ask(ins.Sleep)
+    case.ask(ins.Wake)
+    pass_quietly(case)
+    assert case.core.warming.advance()
+    assert case.core.warming.progress == WarmUp(1, 3, True)
+
+
 def test_a_device_that_is_lost_meanwhile_is_noticed_at_once() -> None:
     case = case_of()
     warm_up_of(case).fail_next(DeviceLostError("lost"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from asyncengine import WarmUp
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.fused import choice
+from asyncengine.model.graph_recorder import Tensors
 from asyncengine.model.graphs import StepGraphs
 from tests.model.test_graphs import CPU, Model, Replayer, decodes
 
@@ -101,6 +103,44 @@ def test_what_cannot_be_captured_leaves_the_graphs_that_are_there(fails_at: int,
     told = "no further, for it cannot be captured: operation not permitted when stream is capturing"
     assert capturing.warmth.notes[0].endswith(told)
     assert not capturing.warmth.goes_on
+
+
+class Dated(Replayer):
+    """Counts replays of graphs that refer to memory which the model has replaced."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.stale = 0
+        self._model = model
+
+    def record(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
+        key = self._model.key
+        replay, outputs = super().record(function)
+
+        def counted() -> None:
+            self.stale += self._model.key != key
+            replay()
+
+        return counted, outputs
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_whose_memory_was_replaced_since_is_not_measured(fails: bool) -> None:
+    """While the engine is idle steps lie between both captures; a replay would write where one of them wrote."""
+    fused = Fused()
+    model = Switching(fused)
+    recorder = Dated(model)
+    graphs = StepGraphs(model, Buckets((1,)), CPU, recorder)
+    measured = choice.Choice(graphs, fused, (1,), Clock(2.0, 1.0))  # type: ignore[arg-type]
+    ticks = itertools.count(0.0, 2.0)
+    capturing = Capturing(graphs, measured, clock=lambda: next(ticks))
+    capturing.begin()
+    assert capturing.warmth.done == 1 and capturing.warmth.goes_on
+    model.key = 1
+    recorder.fails_at = recorder.recorded if fails else None
+    assert capturing.advance() == "choice of 1 tokens"
+    assert recorder.stale == 0 and not capturing.warmth.goes_on
+    assert (graphs.captured, fused.sizes) == (((), set()) if fails else ((1,), {1}))
 
 
 def test_captured_again_the_choice_holds() -> None:
