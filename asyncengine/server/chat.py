@@ -181,9 +181,10 @@ class Chat:
                             yield head + encode(output.text) + tail
                         continue
                     generated += len(output.token_ids)
+                    # Several pieces of one delta are chunks of their own: clients read a chunk's first choice alone.
                     choices = self._choices(output, found[output.index])
                     if choices:
-                        yield chunk(choices)
+                        yield b"".join(chunk([choice]) for choice in choices)
         except Exception as error:
             yield data(self.service.refusal(error).payload())
         else:

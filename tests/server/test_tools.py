@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
+import pytest
+
+from asyncengine import RequestOutput
+from asyncengine.server.answer import Answer
 from tests.server.serving import MODEL, chat, events, served
 from tests.server.tooling import TOOL, call, think, tool_engine
 
@@ -29,6 +34,27 @@ async def test_a_tool_call_comes_whole_and_streamed() -> None:
         [streamed] = [made for delta in deltas for made in delta.get("tool_calls", [])]
         assert streamed["index"] == 0 and json.loads(streamed["function"]["arguments"]) == {"a": 2}
         assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_a_delta_of_several_pieces_is_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy loop finds many tokens at once. Clients read the first choice of a chunk and no other."""
+    outputs = Answer.outputs
+
+    async def merged(self: Answer) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        parts = [output async for _, output in outputs(self)]
+        ids = [token for part in parts for token in part.token_ids]
+        yield 0, parts[-1]._replace(text="".join(part.text for part in parts), token_ids=ids)
+
+    monkeypatch.setattr(Answer, "outputs", merged)
+    async with served(tool_engine(think("easy") + "Adding." + call("add", a=2))) as client:
+        body = chat(tools=[TOOL], tool_choice="auto", stop_token_ids=[2], stream=True)
+        chunks = events((await client.post(URL, json=body)).text)
+    assert all(len(chunk["choices"]) == 1 for chunk in chunks)
+    firsts = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(first["delta"].get("content", "") for first in firsts) == "Adding."
+    assert [made["function"]["name"] for first in firsts for made in first["delta"].get("tool_calls", [])] == ["add"]
+    assert [first["finish_reason"] for first in firsts if first["finish_reason"]] == ["tool_calls"]
+    assert firsts[-1]["finish_reason"] == "tool_calls"
 
 
 async def test_tools_are_shown_to_the_model_unless_no_call_is_wanted() -> None:
