@@ -7,6 +7,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from asyncengine.step.batch import Float64
+
 LATENCY_BUCKETS = (
     0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
@@ -26,6 +30,13 @@ class Histogram:
         self.counts[bisect.bisect_left(LATENCY_BUCKETS, seconds)] += times
         self.total += seconds * times
         self.count += times
+
+    def observe_all(self, seconds: Float64) -> None:
+        """Adds each of several values."""
+        for bucket in np.searchsorted(LATENCY_BUCKETS, seconds).tolist():
+            self.counts[bucket] += 1
+        self.total += float(seconds.sum())
+        self.count += len(seconds)
 
     def copy(self) -> Histogram:
         """An independent copy."""

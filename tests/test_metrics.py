@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +29,10 @@ def test_observing_several_times_is_observing_once_several_times(values: list[tu
             often.observe(value)
     assert (once.counts, once.count) == (often.counts, often.count)
     assert once.total == pytest.approx(often.total)
+    many = Histogram()
+    many.observe_all(np.array([value for value, times in values for _ in range(times)]))
+    assert (once.counts, once.count) == (many.counts, many.count)
+    assert once.total == pytest.approx(many.total)
 
 
 def test_a_quantile_is_the_bound_of_its_bucket() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from asyncengine.step.batch import NO_INDEX, NO_PAIRS, Int32, Int64, StepBatch
+from asyncengine.step.batch import Int32, Int64, StepBatch
+from asyncengine.step.decode_rows import DecodeRows
 from asyncengine.step.drafting import Drafts
 from asyncengine.step.plan import Chunk
-from asyncengine.step.sequence import EMPTY, SequenceState
+from asyncengine.step.sequence import SequenceState
 from asyncengine.step.slots import SlotTable
 
 
@@ -23,25 +23,22 @@ class Batches:
 
     def __init__(self, slots: SlotTable) -> None:
         self._slots = slots
-        self._counting: Int64 = np.empty(0, dtype=np.int64)  # 0, 1, 2, ...
 
     def of(
-        self, decode_slots: Int64, chunks: list[Chunk], copies: Int64, drafts: Drafts | None = None, ahead: bool = False
+        self, decoding: DecodeRows, chunks: list[Chunk], copies: Int64, drafts: Drafts | None, ahead: bool
     ) -> StepBatch:
         """The batch of a step.
 
         Args:
-            decode_slots: (decodes,) of the sequences that decode.
+            decoding: The sequences that decode.
             chunks: What is prefilled.
             copies: (C, 2) blocks to copy first.
             drafts: Of the rows that decode.
             ahead: Whether the step before is still computed.
         """
-        if not chunks and drafts is None:
-            return self._of_decodes(decode_slots, copies, ahead)
         slots, page_size = self._slots, self._slots.page_size
-        decodes = len(decode_slots)
-        rows = np.concatenate([decode_slots, np.array([c.sequence.slot for c in chunks], dtype=np.int64)])
+        decodes = len(decoding.slots)
+        rows = np.concatenate([decoding.slots, np.array([c.sequence.slot for c in chunks], dtype=np.int64)])
         context = slots.num_computed[rows]
         counts = np.ones(len(rows), dtype=np.int64)
         counts[decodes:] = [chunk.count for chunk in chunks]
@@ -92,7 +89,7 @@ class Batches:
             copies=copies,
             num_decodes=decodes,
             draft_lengths=None if drafts is None else drafts.lengths,
-            unknown=self._unknown(decode_slots, context[:decodes]) if ahead else None,
+            unknown=decoding.unknown() if ahead else None,
             **scores,
         )
 
@@ -110,35 +107,3 @@ class Batches:
             "score_token_ids": np.concatenate(token_ids),
             "score_tops": np.concatenate(tops),
         }
-
-    def _unknown(self, rows: Int64, context: Int64) -> NDArray[np.bool_] | None:
-        """Which decoding rows' input tokens are still being drawn; None if none is."""
-        unknown = context >= self._slots.num_tokens[rows]
-        return unknown if unknown.any() else None
-
-    def _of_decodes(self, rows: Int64, copies: Int64, ahead: bool) -> StepBatch:
-        """The same where every row has one token: most steps, so with as few operations as can be."""
-        slots, page_size, count = self._slots, self._slots.page_size, len(rows)
-        if len(self._counting) <= count:
-            self._counting = np.arange(2 * count + 1, dtype=np.int64)
-        context = slots.num_computed[rows]
-        blocks = context // page_size
-        positions = context.astype(np.int32)
-        return StepBatch(
-            token_ids=slots.tokens[rows, context],
-            positions=positions,
-            query_start=self._counting[: count + 1].astype(np.int32),
-            context_lens=positions,
-            block_tables=slots.blocks[rows, : slots.num_blocks[rows].max()],
-            slot_mapping=slots.blocks[rows, blocks].astype(np.int64) * page_size + (context - blocks * page_size),
-            sample_index=self._counting[:count],
-            sample_slots=rows,
-            sample_positions=context + 1 - slots.prompt_tokens[rows],
-            copies=copies,
-            num_decodes=count,
-            score_index=NO_INDEX,
-            score_token_ids=EMPTY,
-            score_tops=NO_INDEX,
-            pool_spans=NO_PAIRS,
-            unknown=self._unknown(rows, context) if ahead else None,
-        )

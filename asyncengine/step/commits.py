@@ -12,7 +12,7 @@ from asyncengine.errors import RequestDroppedError
 from asyncengine.events import BranchKey, Pooled, PromptLogprobs, Tokens
 from asyncengine.instructions import Mailbox
 from asyncengine.outputs import FinishReason
-from asyncengine.step.batch import Float32, Int32, Int64, StepTokens, TokenLogprobs
+from asyncengine.step.batch import NO_PAIRS, Float32, Int32, Int64, StepTokens, TokenLogprobs
 from asyncengine.step.drafting import Drafts
 from asyncengine.step.plan import Chunk, Plan
 from asyncengine.step.requests import RequestTable
@@ -33,6 +33,8 @@ class _Rows:
         watched: Rows that have stop strings.
         stop_ids: (rows, columns) stop tokens.
         steps_left: Steps after which the first of them has all its tokens.
+        places: (2, rows) where the next tokens go in the slot table's `flat_tokens`, and how many tokens they have.
+        last_token_at: When all of them had their newest token; None if not at the same time.
     """
 
     decodes: list[Sequence]
@@ -40,9 +42,11 @@ class _Rows:
     watched: list[tuple[int, Sequence]]
     stop_ids: Int32
     steps_left: int
+    places: Int64
+    last_token_at: float | None = None
 
 
-_NO_ROWS = _Rows([], [], [], np.empty((0, 0), dtype=np.int32), 0)
+_NO_ROWS = _Rows([], [], [], np.empty((0, 0), dtype=np.int32), 0, NO_PAIRS)
 
 
 class Commits:
@@ -136,13 +140,19 @@ class Commits:
     ) -> None:
         assert self._table.scheduler is not None
         table = self._table.scheduler.slots
-        table.append_tokens(slots, ids)
-        gaps = now - table.last_token_at[slots]
-        table.last_token_at[slots] = now
-        self._observe_gaps(gaps)
         if self._rows.decodes is not sequences:
             self._rows = _derive_rows(sequences, table, slots)
         derived = self._rows
+        places, num_tokens = derived.places
+        table.flat_tokens[places] = ids
+        derived.places += 1
+        table.num_tokens[slots] = num_tokens
+        gaps = self._table.counters.inter_token_latency_seconds
+        if derived.last_token_at is None:
+            gaps.observe_all(now - table.last_token_at[slots])
+        else:
+            gaps.observe(now - derived.last_token_at, len(sequences))
+        table.last_token_at[slots] = derived.last_token_at = now
         token_ids = ids.tolist()
         self._table.counters.generation_tokens += len(token_ids)
         for mailbox, rows, keys in derived.keys:
@@ -151,24 +161,23 @@ class Commits:
             else:
                 own = None if logprobs is None else [logprobs[row] for row in rows.tolist()]
                 self._table.outbox.add(mailbox, Tokens(keys, ids[rows].tolist(), own))
-        stopped = table.stopped(slots, ids, derived.stop_ids)
+        stopped = set(table.stopped(slots, ids, derived.stop_ids))
         watched: dict[int, str] = {}
         for row, sequence in derived.watched:
-            if not stopped[row] and (stop := self._read_text(sequence, token_ids[row])) is not None:
+            if row not in stopped and (stop := self._read_text(sequence, token_ids[row])) is not None:
                 watched[row] = stop
         derived.steps_left -= 1
-        if derived.steps_left >= 0 and not watched and not beyond and not stopped.any():
+        if derived.steps_left > 0 and not watched and not beyond and not stopped:
             return
-        ending = stopped | (table.num_tokens[slots] >= table.max_tokens[slots])
-        if watched:
-            ending[list(watched)] = True
+        ending = table.num_tokens[slots] >= table.max_tokens[slots]
+        ending[[*stopped, *watched]] = True
         finished = [row for row, (tokens, complete) in beyond.items() if complete and not tokens]
         if finished:
             ending[finished] = True
         for row in np.flatnonzero(ending).tolist():
             if sequences[row].state is SequenceState.ENDED:
                 continue
-            stop = token_ids[row] if stopped[row] else watched.get(row)
+            stop = token_ids[row] if row in stopped else watched.get(row)
             by_length = stop is None and row not in finished
             self._table.end_branch(sequences[row], FinishReason.LENGTH if by_length else FinishReason.STOP, stop)
         for row, (tokens, complete) in beyond.items():
@@ -367,32 +376,26 @@ class Commits:
             return None
         return branch.text.stopped_by
 
-    def _observe_gaps(self, gaps: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
-        histogram = self._table.counters.inter_token_latency_seconds
-        first = float(gaps[0])
-        if (gaps == first).all():  # the usual case: all of them had a token in the step before
-            histogram.observe(first, len(gaps))
-        else:
-            for gap in gaps.tolist():
-                histogram.observe(gap)
-
 
 def _derive_rows(sequences: list[Sequence], table: SlotTable, slots: Int64) -> _Rows:
-    mailboxes: dict[Mailbox, list[int]] = {}
-    for row, sequence in enumerate(sequences):
-        mailboxes.setdefault(sequence.request.mailbox, []).append(row)
-    whole = len(mailboxes) == 1
+    mailboxes = [sequence.request.mailbox for sequence in sequences]
+    keys: list[tuple[Mailbox, Int64 | None, tuple[BranchKey, ...]]]
+    if mailboxes.count(mailboxes[0]) == len(mailboxes):
+        keys = [(mailboxes[0], None, tuple([sequence.key for sequence in sequences]))]
+    else:
+        rows: dict[Mailbox, list[int]] = {}
+        for row, mailbox in enumerate(mailboxes):
+            rows.setdefault(mailbox, []).append(row)
+        keys = [
+            (mailbox, np.array(own, dtype=np.int64), tuple([sequences[row].key for row in own]))
+            for mailbox, own in rows.items()
+        ]
+    num_tokens = table.num_tokens[slots]
     return _Rows(
         decodes=sequences,
-        keys=[
-            (
-                mailbox,
-                None if whole else np.array(rows, dtype=np.int64),
-                tuple(sequences[row].key for row in rows),
-            )
-            for mailbox, rows in mailboxes.items()
-        ],
+        keys=keys,
         watched=[(row, sequence) for row, sequence in enumerate(sequences) if sequence.text is not None],
         stop_ids=table.stop_columns(slots),
-        steps_left=int((table.max_tokens[slots] - table.num_tokens[slots]).min()),
+        steps_left=int((table.max_tokens[slots] - num_tokens).min()),
+        places=np.stack([slots * table.tokens.shape[1] + num_tokens, num_tokens]),
     )

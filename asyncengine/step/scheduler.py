@@ -21,6 +21,7 @@ import numpy as np
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
 from asyncengine.step.block_pool import BlockPool
+from asyncengine.step.decode_rows import DecodeRows
 from asyncengine.step.drafting import Drafting, Drafts
 from asyncengine.step.limits import Limits
 from asyncengine.step.plan import Chunk, Plan
@@ -66,11 +67,8 @@ class Scheduler:
         self._prefilling: list[Sequence] = []
         self._decoding: dict[Sequence, None] = {}
         self._finishing: dict[Sequence, None] = {}  # their last token is being drawn
-        self._decodes: list[Sequence] = []
-        self._decode_slots: Int64 = np.empty(0, dtype=np.int64)
-        self._decodes_changed = False
-        self._decodes_bound = False
-        self._steps_left = 0  # that may be launched before one of those that decode has all its tokens
+        self._rows = DecodeRows([], self.slots)
+        self._rows_changed = False
         self._copies: list[tuple[int, int, Sequence]] = []
 
     # What is there
@@ -88,14 +86,7 @@ class Scheduler:
     @property
     def decodes(self) -> list[Sequence]:
         """The sequences of which the next step draws another token; the same list while they stay the same."""
-        if self._decodes_changed:
-            self._decodes_changed = False
-            self._decodes = list(self._decoding)
-            self._decode_slots = rows = np.array([sequence.slot for sequence in self._decodes], dtype=np.int64)
-            self._decodes_bound = any(s.request.new.params.follows_tokens for s in self._decodes)
-            left = self.slots.max_tokens[rows] - self.slots.num_computed[rows]
-            self._steps_left = int(left.min(initial=1 << 30)) - 1
-        return self._decodes
+        return self._decode_rows().sequences
 
     def running(self) -> list[Sequence]:
         """Sequences that take part in steps."""
@@ -119,45 +110,46 @@ class Scheduler:
         chunks = self._continue_prefills()
         if not self._start_waiting(chunks, ahead):
             return None
-        decodes = self._decodes  # brought up to date when they were grown
+        rows = self._rows  # brought up to date when they were grown
         if chunks and not self.limits.hybrid:
-            decodes, decode_slots = [], np.empty(0, dtype=np.int64)
-        else:
-            decode_slots = self._decode_slots
+            rows = DecodeRows([], self.slots)
+        decodes, decode_slots = rows.sequences, rows.slots
         if not decodes and not chunks:
             return None
-        bound = bool(decodes) and self._decodes_bound
+        bound = rows.bound
         if chunks:
             bound |= any(chunk.sequence.request.bound for chunk in chunks)
         if ahead and bound:
             return None
         drafts = None if self.drafting is None else self._draft(decode_slots, chunks)
         copies = self._due_copies() if self._copies else NO_PAIRS
-        batch = self._batches.of(decode_slots, chunks, copies, drafts, ahead)
+        if chunks or drafts is not None:
+            batch = self._batches.of(rows, chunks, copies, drafts, ahead)
+        else:
+            batch = rows.batch(copies, ahead)
         return Plan(batch, decodes, decode_slots, chunks, drafts, bound, self.departures)
 
     def advance(self, plan: Plan) -> None:
         """Notes that a step was launched: its keys and values will be in the cache of whatever comes after it."""
-        slots = self.slots
-        slots.num_computed[plan.decode_slots] += 1
+        if plan.decodes:
+            assert plan.decodes is self._rows.sequences, "the plan is an old one"
+            self._rows.advance()
         for chunk in plan.chunks:
             if chunk.sequence.resident:
-                slots.num_computed[chunk.sequence.slot] += chunk.count
+                self.slots.num_computed[chunk.sequence.slot] += chunk.count
                 chunk.sequence.in_flight += chunk.count
-        if plan.decodes is self._decodes:
-            self._steps_left -= 1
 
     def finish_full(self) -> None:
         """Lets those sequences sit out of which the steps that were launched draw the last token."""
-        if self.decodes and self._steps_left <= 0:
-            rows = self._decode_slots
-            for row in np.flatnonzero(self.slots.num_computed[rows] + 1 >= self.slots.max_tokens[rows]).tolist():
-                del self._decoding[self._decodes[row]]
-                self._finishing[self._decodes[row]] = None
-            self._decodes_changed = True
+        for sequence in self._decode_rows().full():
+            del self._decoding[sequence]
+            self._finishing[sequence] = None
+            self._rows_changed = True
 
     def settle(self, plan: Plan) -> None:
         """Notes that a step's keys and values are in the cache indeed; of drafts see `take`."""
+        if plan.decodes and plan.decodes is self._rows.sequences:
+            self._rows.in_flight -= 1
         for chunk in plan.chunks:
             if chunk.sequence.resident:
                 chunk.sequence.in_flight -= chunk.count
@@ -176,13 +168,14 @@ class Scheduler:
         slots.tokens[slot, have : have + len(token_ids)] = token_ids
         slots.num_tokens[slot] = have + len(token_ids)
         slots.num_computed[slot] = have + len(token_ids) - 1
+        self._rows_changed = True
 
     def begin_decoding(self, sequence: Sequence) -> None:
         """Moves a sequence whose prefill is complete among those that decode."""
         self._prefilling.remove(sequence)
         sequence.state = SequenceState.DECODE
         self._decoding[sequence] = None
-        self._decodes_changed = True
+        self._rows_changed = True
 
     def fork(self, trunk: Sequence, branch: Sequence, token_id: int) -> None:
         """Lets an unborn branch begin with its first token, on the prompt's blocks that `trunk` computed.
@@ -210,7 +203,7 @@ class Scheduler:
         branch.state = SequenceState.DECODE
         branch.weight_version = trunk.weight_version
         self._decoding[branch] = None
-        self._decodes_changed = True
+        self._rows_changed = True
 
     def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
         """Gives a sequence further tokens that were not drawn; one that decodes computes them as a piece of prefill.
@@ -234,7 +227,7 @@ class Scheduler:
             slots.append_blocks(slot, self.pool.allocate(need))
         if sequence.state is SequenceState.DECODE:
             del self._decoding[sequence]
-            self._decodes_changed = True
+            self._rows_changed = True
             sequence.state = SequenceState.PREFILL
             self._prefilling.append(sequence)
 
@@ -312,21 +305,25 @@ class Scheduler:
 
     # How
 
+    def _decode_rows(self) -> DecodeRows:
+        if self._rows_changed:
+            self._rows_changed = False
+            self._rows = DecodeRows(list(self._decoding), self.slots)
+        return self._rows
+
     def _grow_decodes(self, preempt: bool) -> bool:
         """Gives each decoding sequence a block for its next token, preempting the newest where there is none.
 
         Returns:
             False where that would have been needed and is not allowed.
         """
-        slots, page_size = self.slots, self.limits.page_size
-        while self.decodes:
-            rows = self._decode_slots
-            needy = rows[slots.num_computed[rows] >= slots.num_blocks[rows] * page_size]
-            if not len(needy):
-                return True
-            if self._make_room(len(needy)):
-                slots.blocks[needy, slots.num_blocks[needy]] = self.pool.allocate(len(needy))
-                slots.num_blocks[needy] += 1
+        slots = self.slots
+        while (rows := self._decode_rows()).sequences and not rows.placed:
+            lacking = rows.lacking()
+            if self._make_room(len(lacking)):
+                slots.blocks[lacking, slots.num_blocks[lacking]] = self.pool.allocate(len(lacking))
+                slots.num_blocks[lacking] += 1
+                rows.place()
                 return True
             if not preempt:
                 return False
@@ -451,6 +448,7 @@ class Scheduler:
             min(prompt_tokens + new.params.max_tokens, self.limits.max_tokens),
             prompt_tokens + new.params.min_tokens,
             new.params.stop_token_ids,
+            new.params.follows_tokens,
         )
 
     def _make_room(self, count: int, spare: int = 0) -> bool:
@@ -491,7 +489,7 @@ class Scheduler:
             del self._finishing[sequence]
         else:
             del self._decoding[sequence]
-            self._decodes_changed = True
+            self._rows_changed = True
         self.departures += 1
         if self._copies:
             self._copies = [copy for copy in self._copies if copy[2] is not sequence]

@@ -7,6 +7,7 @@ many sequences decode.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from asyncengine.step.batch import Int32, Int64
 
@@ -18,11 +19,13 @@ class SlotTable:
 
     Attributes:
         tokens: (slots, max length) prompt and output.
+        flat_tokens: (slots * max length,) the same memory.
         num_tokens: (slots,) how many of them there are.
         num_computed: (slots,) how many of them have their keys and values in the cache.
         max_tokens: (slots,) number of tokens at which the sequence ends with reason "length".
         min_tokens: (slots,) number of tokens below which no stop token counts.
         prompt_tokens: (slots,) how many of the tokens are the prompt.
+        bound: (slots,) whether what it may draw depends on the token before.
         stop_ids: (slots, 8) tokens that end the sequence, padded with -1. Longer lists are in `more_stop_ids`.
         blocks: (slots, max blocks) block table.
         num_blocks: (slots,) how many blocks it has.
@@ -33,12 +36,14 @@ class SlotTable:
         max_blocks = -(-max_length // page_size)
         # zeros, not empty or full: the pages of rows that are never used are never touched.
         self.tokens = np.zeros((num_slots, max_length), dtype=np.int32)
+        self.flat_tokens = self.tokens.reshape(-1)
         self.blocks = np.zeros((num_slots, max_blocks), dtype=np.int32)
         self.num_tokens = np.zeros(num_slots, dtype=np.int64)
         self.num_computed = np.zeros(num_slots, dtype=np.int64)
         self.max_tokens = np.zeros(num_slots, dtype=np.int64)
         self.min_tokens = np.zeros(num_slots, dtype=np.int64)
         self.prompt_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.bound = np.zeros(num_slots, dtype=np.bool_)
         self.num_blocks = np.zeros(num_slots, dtype=np.int64)
         self.stop_ids = np.full((num_slots, _STOP_IDS), -1, dtype=np.int32)
         self.more_stop_ids: dict[int, Int32] = {}
@@ -62,7 +67,14 @@ class SlotTable:
         self._free.append(slot)
 
     def fill(
-        self, slot: int, tokens: Int32, prompt_tokens: int, max_tokens: int, min_tokens: int, stop_ids: tuple[int, ...]
+        self,
+        slot: int,
+        tokens: Int32,
+        prompt_tokens: int,
+        max_tokens: int,
+        min_tokens: int,
+        stop_ids: tuple[int, ...],
+        bound: bool = False,
     ) -> None:
         """Writes a sequence that has nothing in the cache yet."""
         self.tokens[slot, : len(tokens)] = tokens
@@ -72,6 +84,7 @@ class SlotTable:
         self.prompt_tokens[slot] = prompt_tokens
         self.max_tokens[slot] = max_tokens
         self.min_tokens[slot] = min_tokens
+        self.bound[slot] = bound
         self.stop_ids[slot] = -1
         if len(stop_ids) <= _STOP_IDS:
             self.stop_ids[slot, : len(stop_ids)] = stop_ids
@@ -102,25 +115,25 @@ class SlotTable:
         ids = self.stop_ids[slots]
         return ids[:, : int((ids >= 0).sum(axis=1).max(initial=0))]
 
-    def stopped(
-        self, slots: Int64, token_ids: Int32, stop_ids: Int32 | None = None
-    ) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Which sequences end at the token just appended because it is one of their stop tokens.
+    def stopped(self, slots: Int64, token_ids: Int32, stop_ids: Int32) -> list[int]:
+        """Indices of the sequences that end at the token just appended because it is one of their stop tokens.
 
         Args:
             slots: Of the sequences.
             token_ids: (slots,) the tokens.
-            stop_ids: Their `stop_columns`, if the caller has kept them.
+            stop_ids: Their `stop_columns`.
         """
-        if stop_ids is None:
-            stop_ids = self.stop_columns(slots)
-        hit: np.ndarray[tuple[int], np.dtype[np.bool_]]
-        hit = stop_ids[:, 0] == token_ids if stop_ids.shape[1] == 1 else (stop_ids == token_ids[:, None]).any(axis=1)
+        columns = stop_ids.shape[1]
+        if not columns and not self.more_stop_ids:
+            return []
+        hit: NDArray[np.bool_]
+        hit = stop_ids[:, 0] == token_ids if columns == 1 else (stop_ids == token_ids[:, None]).any(axis=1)
         if self.more_stop_ids:
             for row, slot in enumerate(slots.tolist()):
                 ids = self.more_stop_ids.get(slot)
                 if ids is not None:
                     hit[row] = token_ids[row] in ids
-        if hit.any():
-            hit &= self.num_tokens[slots] > self.min_tokens[slots]
-        return hit
+        if not np.count_nonzero(hit):
+            return []
+        rows: list[int] = np.flatnonzero(hit & (self.num_tokens[slots] > self.min_tokens[slots])).tolist()
+        return rows

@@ -104,6 +104,16 @@ class Line:
         written = batch.slot_mapping // self.scheduler.limits.page_size
         assert (pool._refs[written] == 1).all(), "a block that is shared is written to"
         assert sum(chunk.count for chunk in plan.chunks) <= self.scheduler.limits.prefill_chunk_size
+        slots, page_size = self.scheduler.slots, self.scheduler.limits.page_size
+        for row, sequence in enumerate(plan.decodes):  # the columns that were moved on say what the table says
+            slot, position = sequence.slot, int(slots.num_computed[sequence.slot])
+            assert (plan.decode_slots[row], batch.sample_slots[row]) == (slot, slot)
+            assert batch.token_ids[row] == slots.tokens[slot, position]
+            assert batch.positions[row] == batch.context_lens[row] == position
+            blocks = slots.block_table(slot)
+            assert batch.block_tables[row, : len(blocks)].tolist() == blocks.tolist()
+            assert batch.slot_mapping[row] == blocks[position // page_size] * page_size + position % page_size
+            assert batch.sample_positions[row] == position + 1 - len(sequence.request.new.prompt)
 
 
 def states(request: Request) -> list[str]:
@@ -174,6 +184,33 @@ class TestDecodes:
         third, fourth = line.step(), line.step()
         assert third.decodes is first.decodes
         assert fourth.decodes is not first.decodes
+
+    def test_enter_their_blocks_each_at_its_own_step(self) -> None:
+        line = Line()
+        for length in (1, 3, 4, 6, 9):
+            line.add("a" * length)
+        line.step(15)  # `Line.check` compares each batch with the slot table
+        late = line.add("b" * 7)
+        line.step(2)
+        assert late.branches[0].state is SequenceState.DECODE
+        line.step(10)
+        line.end(late)
+        line.step(5)
+
+    def test_are_known_to_be_unknown_while_their_step_is_under_way(self) -> None:
+        line = Line()
+        line.add("abc")
+        line.step()
+        launched = line.schedule()
+        line.scheduler.advance(launched)
+        ahead = line.scheduler.schedule(ahead=True)
+        assert ahead is not None and ahead.batch.unknown is not None and ahead.batch.unknown.tolist() == [True]
+        assert ahead.batch.positions.tolist() == [launched.batch.positions[0] + 1]
+        line.scheduler.settle(launched)
+        line.scheduler.slots.append_tokens(launched.decode_slots, prompt_of("x"))
+        again = line.scheduler.schedule(ahead=True)
+        assert again is not None and again.batch.unknown is None
+        assert again.batch.token_ids.tolist() == [ord("x")]
 
     def test_lie_before_prefills_in_the_batch(self) -> None:
         line = Line()
