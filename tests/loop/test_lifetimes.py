@@ -433,8 +433,9 @@ def test_ctrl_c_that_is_handled_by_hand(loop_factory: LoopFactory, tmp_path: Pat
         async def main():
             engine.reload_nowait()
             await engine.pause()
+            stream = await engine.add_request("x")
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-            async for output in engine.stream("x"):
+            async for output in stream:
                 pass
         loop = asyncio.new_event_loop()
         task = loop.create_task(main())
