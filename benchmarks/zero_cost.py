@@ -22,6 +22,7 @@ class ZeroCostModel:
 
     def __init__(self, step_seconds: float) -> None:
         self.step_seconds = step_seconds
+        self._sevens = np.full(1 << 16, 7, dtype=np.int32)
         self.free_at = 0.0  # when the last step that was launched is through
         self.wait: Callable[[], object] | None = None  # called in every step, if set
         self.begun: list[float] = []
@@ -36,7 +37,7 @@ class ZeroCostModel:
             self.wait()
         if self.step_seconds:
             time.sleep(self.step_seconds)
-        tokens = StepTokens(np.full(len(batch.sample_index), 7, dtype=np.int32))
+        tokens = self._draw(batch)
         self.ended.append(time.perf_counter())
         return tokens
 
@@ -44,7 +45,10 @@ class ZeroCostModel:
         self.begun.append(max(time.perf_counter(), self.free_at))
         self.free_at = self.begun[-1] + self.step_seconds
         self.ended.append(self.free_at)
-        return self.free_at, StepTokens(np.full(len(batch.sample_index), 7, dtype=np.int32))
+        return self.free_at, self._draw(batch)
+
+    def _draw(self, batch: StepBatch) -> StepTokens:
+        return StepTokens(self._sevens[: len(batch.sample_index)])
 
     def collect(self, flight: tuple[float, StepTokens]) -> StepTokens:
         if self.wait is not None:

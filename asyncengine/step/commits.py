@@ -12,8 +12,9 @@ from asyncengine.errors import RequestDroppedError
 from asyncengine.events import BranchKey, Pooled, PromptLogprobs, Tokens
 from asyncengine.instructions import Mailbox
 from asyncengine.outputs import FinishReason
-from asyncengine.step.batch import NO_PAIRS, Float32, Int32, Int64, StepTokens, TokenLogprobs
+from asyncengine.step.batch import NO_INDEX, Float32, Int32, Int64, StepTokens, TokenLogprobs
 from asyncengine.step.drafting import Drafts
+from asyncengine.step.pieces import Pieces
 from asyncengine.step.plan import Chunk, Plan
 from asyncengine.step.requests import RequestTable
 from asyncengine.step.sequence import Sequence, SequenceState
@@ -33,7 +34,10 @@ class _Rows:
         watched: Rows that have stop strings.
         stop_ids: (rows, columns) stop tokens.
         steps_left: Steps after which the first of them has all its tokens.
-        places: (2, rows) where the next tokens go in the slot table's `flat_tokens`, and how many tokens they have.
+        any_stop: All stop tokens of all rows.
+        places: (rows,) where the next tokens go in the slot table's `flat_tokens`.
+        num_tokens: (rows,) how many tokens they have.
+        pieces: For columns of the rows' length.
         last_token_at: When all of them had their newest token; None if not at the same time.
     """
 
@@ -42,11 +46,14 @@ class _Rows:
     watched: list[tuple[int, Sequence]]
     stop_ids: Int32
     steps_left: int
+    any_stop: frozenset[int]
     places: Int64
+    num_tokens: Int64
+    pieces: Pieces
     last_token_at: float | None = None
 
 
-_NO_ROWS = _Rows([], [], [], np.empty((0, 0), dtype=np.int32), 0, NO_PAIRS)
+_NO_ROWS = _Rows([], [], [], np.empty((0, 0), dtype=np.int32), 0, frozenset(), NO_INDEX, NO_INDEX, Pieces(0))
 
 
 class Commits:
@@ -143,16 +150,18 @@ class Commits:
         if self._rows.decodes is not sequences:
             self._rows = _derive_rows(sequences, table, slots)
         derived = self._rows
-        places, num_tokens = derived.places
-        table.flat_tokens[places] = ids
-        derived.places += 1
-        table.num_tokens[slots] = num_tokens
+        pieces = derived.pieces
+        pieces.put(table.flat_tokens, derived.places, ids)
+        derived.places = pieces.plus_one(derived.places)
+        derived.num_tokens = pieces.plus_one(derived.num_tokens)
+        pieces.put(table.num_tokens, slots, derived.num_tokens)
         gaps = self._table.counters.inter_token_latency_seconds
         if derived.last_token_at is None:
             gaps.observe_all(now - table.last_token_at[slots])
         else:
             gaps.observe(now - derived.last_token_at, len(sequences))
-        table.last_token_at[slots] = derived.last_token_at = now
+        pieces.put_all(table.last_token_at, slots, now)
+        derived.last_token_at = now
         token_ids = ids.tolist()
         self._table.counters.generation_tokens += len(token_ids)
         for mailbox, rows, keys in derived.keys:
@@ -161,7 +170,9 @@ class Commits:
             else:
                 own = None if logprobs is None else [logprobs[row] for row in rows.tolist()]
                 self._table.outbox.add(mailbox, Tokens(keys, ids[rows].tolist(), own))
-        stopped = set(table.stopped(slots, ids, derived.stop_ids))
+        stopped: set[int] = set()
+        if not derived.any_stop.isdisjoint(token_ids):
+            stopped = set(table.stopped(slots, ids, derived.stop_ids))
         watched: dict[int, str] = {}
         for row, sequence in derived.watched:
             if row not in stopped and (stop := self._read_text(sequence, token_ids[row])) is not None:
@@ -390,12 +401,15 @@ def _derive_rows(sequences: list[Sequence], table: SlotTable, slots: Int64) -> _
             (mailbox, np.array(own, dtype=np.int64), tuple([sequences[row].key for row in own]))
             for mailbox, own in rows.items()
         ]
-    num_tokens = table.num_tokens[slots]
+    num_tokens, stop_ids = table.num_tokens[slots], table.stop_columns(slots)
     return _Rows(
         decodes=sequences,
         keys=keys,
         watched=[(row, sequence) for row, sequence in enumerate(sequences) if sequence.text is not None],
-        stop_ids=table.stop_columns(slots),
+        stop_ids=stop_ids,
         steps_left=int((table.max_tokens[slots] - num_tokens).min()),
-        places=np.stack([slots * table.tokens.shape[1] + num_tokens, num_tokens]),
+        any_stop=frozenset(np.unique(stop_ids).tolist()).union(*(ids.tolist() for ids in table.more_stop_ids.values())),
+        places=slots * table.tokens.shape[1] + num_tokens,
+        num_tokens=num_tokens,
+        pieces=Pieces(len(slots)),
     )

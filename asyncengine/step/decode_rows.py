@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncengine.step.batch import NO_INDEX, NO_PAIRS, Int32, Int64, StepBatch
+from asyncengine.step.pieces import Pieces
 from asyncengine.step.sequence import EMPTY, Sequence
 from asyncengine.step.slots import SlotTable
 
@@ -34,8 +35,9 @@ class DecodeRows:
     """
 
     __slots__ = (
-        "_all_unknown", "_block_begins", "_columns", "_counting", "_page_size", "_positions", "_query_start",
-        "_steps_in_blocks", "_table", "_tables", "bound", "in_flight", "sequences", "slots", "steps_left",
+        "_all_unknown", "_block_begins", "_columns", "_counting", "_of_columns", "_page_size", "_positions",
+        "_query_start", "_rows", "_steps_in_blocks", "_table", "_tables", "bound", "in_flight", "sequences", "slots",
+        "steps_left",
     )  # fmt: skip
 
     def __init__(self, sequences: list[Sequence], slots: SlotTable) -> None:
@@ -50,6 +52,7 @@ class DecodeRows:
         self.steps_left = int((slots.max_tokens[rows] - context).min(initial=1 << 30)) - 1
         place = rows * slots.tokens.shape[1] + context
         self._columns = np.stack([context, place, place, context + 1 - slots.prompt_tokens[rows]])
+        self._rows, self._of_columns = Pieces(count), Pieces(self._columns.size)
         self._positions: Int32 = context.astype(np.int32)
         self._counting = np.arange(count, dtype=np.int64)
         self._query_start = np.arange(count + 1, dtype=np.int32)
@@ -99,7 +102,7 @@ class DecodeRows:
         """
         _, place, mapping, generated = self._columns
         return StepBatch(
-            token_ids=self._table.flat_tokens.take(place),
+            token_ids=self._rows.take(self._table.flat_tokens, place),
             positions=self._positions,
             query_start=self._query_start,
             context_lens=self._positions,
@@ -126,9 +129,9 @@ class DecodeRows:
 
     def advance(self) -> None:
         """Notes that a step with all of them was launched."""
-        self._columns = columns = self._columns + 1
-        self._positions = self._positions + 1
-        self._table.num_computed[self.slots] = columns[_CONTEXT]
+        self._columns = columns = self._of_columns.plus_one(self._columns.reshape(-1)).reshape(self._columns.shape)
+        self._positions = self._rows.plus_one(self._positions)
+        self._rows.put(self._table.num_computed, self.slots, columns[_CONTEXT])
         self._steps_in_blocks -= 1
         self.steps_left -= 1
         self.in_flight += 1
