@@ -7,15 +7,17 @@ in alternation:
 
 * idle: with nobody reading;
 * readers: with one task per request that reads every token;
-* application: with nobody reading, while a task on the loop computes in pure Python for `--burn` of its time, 10 ms
-  being one period.
+* application: with nobody reading, while a task on the loop computes in pure Python for `--burn` of its time. It
+  begins to compute after exponentially distributed times, `--period` on average. With `--fixed` it begins every
+  `--period`; then step and application may lock: a step that waited for the end of one computation ends during the
+  next, and so on, wherever the step takes about as long as the period.
 
 "kept" is the steps per second over those of idle of the same way, the median of the rounds' ratios; "of the device"
 over what the device can do without any gap. With `--freeze` the program has called `gc.freeze()` before, so that
 Python's full collections, 60 ms and more each, have nothing to look through. The last line is one JSON object.
 
     python -m benchmarks.gap [--requests 256 1024] [--step-ms 8] [--steps 250] [--rounds 5] [--burn 0.2]
-        [--ways "one by one" ahead] [--freeze]
+        [--period 0.01] [--fixed] [--ways "one by one" ahead] [--freeze]
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import argparse
 import asyncio
 import gc
 import json
+import random
 import statistics
 import time
 
@@ -35,25 +38,27 @@ from benchmarks.zero_cost import zero_cost_engine
 
 CONDITIONS = ("idle", "readers", "application")
 WAYS = ("one by one", "ahead")
-PERIOD = 0.01
 
 
-async def burn(share: float) -> None:
+async def burn(share: float, period: float, fixed: bool) -> None:
     """Computes for a share of the loop's time."""
+    times = random.Random(0)
     due = time.perf_counter()
     while True:
-        until = time.perf_counter() + share * PERIOD
+        seconds = period if fixed else times.expovariate(1 / period)
+        until = time.perf_counter() + share * seconds
         while time.perf_counter() < until:
             pass
-        due += PERIOD
+        due += seconds
         await asyncio.sleep(max(due - time.perf_counter(), 0.0))
 
 
 async def run(
-    requests: int, step_seconds: float, steps: int, condition: str, share: float, run_ahead: bool
+    requests: int, condition: str, run_ahead: bool, arguments: argparse.Namespace
 ) -> tuple[list[float], float]:
     """Gaps in seconds, and steps per second."""
-    engine, model = zero_cost_engine(step_seconds, run_ahead)
+    steps = arguments.steps
+    engine, model = zero_cost_engine(arguments.step_ms / 1e3, run_ahead)
     async with engine:
         config = GenerationConfig(max_tokens=steps + 50, detokenize=False, ignore_eos=True)
         await engine.pause()
@@ -63,7 +68,8 @@ async def run(
             async for _ in stream:
                 pass
 
-        application = asyncio.create_task(burn(share)) if condition == "application" else None
+        computes = burn(arguments.burn, arguments.period, arguments.fixed) if condition == "application" else None
+        application = asyncio.create_task(computes) if computes else None
         tasks = [asyncio.create_task(reader(stream)) for stream in streams] if condition == "readers" else []
         await engine.resume()
         await (tasks[0] if tasks else streams[0])
@@ -82,7 +88,7 @@ def measure(arguments: argparse.Namespace, requests: int) -> dict[str, dict[str,
     seconds = arguments.step_ms / 1e3
     for _ in range(arguments.rounds):
         for way, condition in cases:
-            gaps, rate = uvloop.run(run(requests, seconds, arguments.steps, condition, arguments.burn, way == "ahead"))
+            gaps, rate = uvloop.run(run(requests, condition, way == "ahead", arguments))
             gaps.sort()
             rows[way, condition].append((statistics.median(gaps) * 1e6, gaps[int(len(gaps) * 0.99)] * 1e6, rate))
     results: dict[str, dict[str, dict[str, float]]] = {}
@@ -107,6 +113,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burn", type=float, default=0.2, help="share of the loop's time")
+    parser.add_argument("--period", type=float, default=0.01, help="seconds from one computation to the next")
+    parser.add_argument("--fixed", action="store_true", help="not a random time but always the period")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--freeze", action="store_true", help="call gc.freeze() first")
     arguments = parser.parse_args()

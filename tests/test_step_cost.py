@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +130,39 @@ def test_a_decode_step_leaves_no_cyclic_garbage_and_keeps_nothing(run_ahead: boo
     garbage, kept = map(int, out.split())
     assert garbage == 0
     assert kept < 100  # less than one object a step: blocks of the KV cache
+
+
+def hand_overs(running: int, steps: int) -> None:
+    """For a process of its own: prints how often another thread, which always wants it, got the interpreter's lock."""
+    core, count = decoding(running), 0
+    pause = ctypes.CDLL(None).usleep
+
+    def other() -> None:
+        nonlocal count
+        while True:
+            pause(1)
+            count += 1
+
+    sys.setswitchinterval(1000)  # so that it gets the lock only where it is given up
+    threading.Thread(target=other, daemon=True).start()
+    while count < 10:
+        time.sleep(0.01)
+    got = 0
+    for _ in range(steps):
+        looks_up_blocks = not core.scheduler._decode_rows().placed  # type: ignore[union-attr]
+        before = count
+        step(core)
+        got += 0 if looks_up_blocks else count - before
+    print(got, flush=True)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("running", [128, 1024])
+def test_a_decode_step_keeps_the_lock_beside_its_model(running: int) -> None:
+    """Beside a busy loop, whoever gives it up waits for it."""
+    command = [sys.executable, "-c", f"from tests.test_step_cost import hand_overs; hand_overs({running}, 400)"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert int(out) == 0
 
 
 @pytest.mark.parametrize("rows", [1, 8])

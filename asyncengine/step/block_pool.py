@@ -42,6 +42,8 @@ class BlockPool:
 
     def retain(self, blocks: Int32) -> None:
         """Holds each of the blocks, all different, once more."""
+        if not len(blocks):
+            return
         only_tree = self._in_tree[blocks] & (self._refs[blocks] == 1)
         self.num_cached -= int(np.count_nonzero(only_tree))
         self._refs[blocks] += 1
