@@ -408,7 +408,7 @@ def _derive_rows(sequences: list[Sequence], table: SlotTable, slots: Int64) -> _
         watched=[(row, sequence) for row, sequence in enumerate(sequences) if sequence.text is not None],
         stop_ids=stop_ids,
         steps_left=int((table.max_tokens[slots] - num_tokens).min()),
-        any_stop=frozenset(np.unique(stop_ids).tolist()).union(*(ids.tolist() for ids in table.more_stop_ids.values())),
+        any_stop=frozenset(stop_ids.reshape(-1).tolist()).union(*map(np.ndarray.tolist, table.more_stop_ids.values())),
         places=slots * table.tokens.shape[1] + num_tokens,
         num_tokens=num_tokens,
         pieces=Pieces(len(slots)),

@@ -13,18 +13,96 @@ from asyncengine.step.slots import SlotTable
 _CONTEXT, _PLACE, _MAPPING, _GENERATED = range(4)
 
 
+class _Columns:
+    """What a step takes of its rows, looked up in the slot table once and then moved on by one in each step.
+
+    So a step of the same sequences costs a handful of operations on short arrays. Only rows whose next token begins a
+    block are looked up again. Arrays that were given out in a batch are never written to, but for entries of block
+    tables past a row's end.
+
+    Attributes:
+        context: (rows,) tokens in the KV cache.
+        left: Steps before a row has to be looked up again.
+        pieces: For columns of the rows' length.
+        unknown: (rows,) all true.
+    """
+
+    __slots__ = (
+        "_begins", "_columns", "_counting", "_of_columns", "_positions", "_query_start", "_slots", "_table", "_tables",
+        "context", "left", "pieces", "unknown",
+    )  # fmt: skip
+
+    def __init__(self, slots: Int64, table: SlotTable) -> None:
+        self._slots, self._table = slots, table
+        count = len(slots)
+        self.context: Int64 = table.num_computed[slots]
+        context = self.context
+        place = slots * table.tokens.shape[1] + context
+        self._columns = np.stack([context, place, place, context + 1 - table.prompt_tokens[slots]])
+        self._positions: Int32 = context.astype(np.int32)
+        self.pieces, self._of_columns = Pieces(count), Pieces(self._columns.size)
+        self._counting = np.arange(count, dtype=np.int64)
+        self._query_start = np.arange(count + 1, dtype=np.int32)
+        self._begins = context  # the position at which a row's next block begins; at first, all are looked up
+        self._tables: Int32 = np.empty((count, 0), dtype=np.int32)
+        self.unknown: NDArray[np.bool_] = np.ones(count, dtype=np.bool_)
+        self.left = 0
+
+    def look_up(self) -> None:
+        """Looks up the blocks of rows whose next token begins one; they have it by now."""
+        table, page_size, context = self._table, self._table.page_size, self.context
+        entering = np.flatnonzero(context >= self._begins)
+        slots, entered = self._slots[entering], context[entering]
+        logical = entered // page_size
+        physical = table.blocks[slots, logical]
+        begins = logical * page_size
+        self._columns[_MAPPING, entering] = physical.astype(np.int64) * page_size + (entered - begins)
+        if len(entering) == len(context):
+            self._begins = begins + page_size
+        else:
+            self._begins[entering] = begins + page_size
+        if int(logical.max()) < self._tables.shape[1]:
+            self._tables[entering, logical] = physical
+        else:
+            self._tables = table.blocks[self._slots, : table.num_blocks[self._slots].max()]
+        self.left = int((self._begins - context).min())
+
+    def batch(self, copies: Int64, unknown: NDArray[np.bool_] | None) -> StepBatch:
+        """The step in which each row decodes one token."""
+        _, place, mapping, generated = self._columns
+        return StepBatch(
+            token_ids=self.pieces.take(self._table.flat_tokens, place),
+            positions=self._positions,
+            query_start=self._query_start,
+            context_lens=self._positions,
+            block_tables=self._tables,
+            slot_mapping=mapping,
+            sample_index=self._counting,
+            sample_slots=self._slots,
+            sample_positions=generated,
+            copies=copies,
+            num_decodes=len(self._slots),
+            score_index=NO_INDEX,
+            score_token_ids=EMPTY,
+            score_tops=NO_INDEX,
+            pool_spans=NO_PAIRS,
+            unknown=unknown,
+        )
+
+    def move_on(self) -> None:
+        """By one token."""
+        self._columns = columns = self._of_columns.plus_one(self._columns.reshape(-1)).reshape(self._columns.shape)
+        self.context = columns[_CONTEXT]
+        self._positions = self.pieces.plus_one(self._positions)
+        self.left -= 1
+
+
 class DecodeRows:
-    """What the next decode step takes of its rows.
-
-    It is looked up in the slot table once, when the set of sequences changes. After that a step moves every column on
-    by one, so that a step of the same sequences costs a handful of operations on short arrays; only rows whose next
-    token begins a block are looked up again.
-
-    Arrays that were given out in a batch are never written to, but for entries of block tables past a row's end.
+    """The rows that decode.
 
     Args:
         sequences: Those that decode, in the order of their rows.
-        slots: The table; whoever changes it otherwise than by what is here makes new rows.
+        table: Knows them; whoever changes it otherwise than by what is here makes new rows.
 
     Attributes:
         sequences: As given.
@@ -34,111 +112,64 @@ class DecodeRows:
         in_flight: Steps of these rows that were launched and are not settled.
     """
 
-    __slots__ = (
-        "_all_unknown", "_block_begins", "_columns", "_counting", "_of_columns", "_page_size", "_positions",
-        "_query_start", "_rows", "_steps_in_blocks", "_table", "_tables", "bound", "in_flight", "sequences", "slots",
-        "steps_left",
-    )  # fmt: skip
+    __slots__ = ("_columns", "_table", "bound", "in_flight", "sequences", "slots", "steps_left")
 
-    def __init__(self, sequences: list[Sequence], slots: SlotTable) -> None:
+    def __init__(self, sequences: list[Sequence], table: SlotTable) -> None:
         self.sequences = sequences
         self.slots: Int64 = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
-        self.bound = bool(slots.bound[self.slots].any())
+        self.bound = bool(np.count_nonzero(table.bound[self.slots]))
+        self.steps_left = int((table.max_tokens[self.slots] - table.num_computed[self.slots]).min(initial=1 << 30)) - 1
         self.in_flight = 0
-        self._table = slots
-        self._page_size = slots.page_size
-        rows, count = self.slots, len(sequences)
-        context = slots.num_computed[rows]
-        self.steps_left = int((slots.max_tokens[rows] - context).min(initial=1 << 30)) - 1
-        place = rows * slots.tokens.shape[1] + context
-        self._columns = np.stack([context, place, place, context + 1 - slots.prompt_tokens[rows]])
-        self._rows, self._of_columns = Pieces(count), Pieces(self._columns.size)
-        self._positions: Int32 = context.astype(np.int32)
-        self._counting = np.arange(count, dtype=np.int64)
-        self._query_start = np.arange(count + 1, dtype=np.int32)
-        self._all_unknown: NDArray[np.bool_] = np.ones(count, dtype=np.bool_)
-        self._block_begins = context  # the position at which a row's next block begins; at first, all are looked up
-        self._steps_in_blocks = 0  # before one of them has to be looked up again
-        self._tables: Int32 = np.empty((count, 0), dtype=np.int32)
+        self._table = table
+        self._columns: _Columns | None = None  # from the first step on in which they are alone
 
     @property
     def placed(self) -> bool:
-        """Whether it is known where the keys and values of every row's next token go."""
-        return self._steps_in_blocks > 0
+        """Whether every row is known to have the block that its next token goes to."""
+        return self._columns is not None and self._columns.left > 0
 
     def lacking(self) -> Int64:
         """The slots of those rows whose next token has no block yet."""
-        slots, context = self._table, self._columns[_CONTEXT]
-        entering = context >= self._block_begins
-        rows, context = self.slots[entering], context[entering]
-        lacking: Int64 = rows[slots.num_blocks[rows] * self._page_size <= context]
+        context = self._table.num_computed[self.slots]
+        lacking: Int64 = self.slots[context >= self._table.num_blocks[self.slots] * self._table.page_size]
         return lacking
 
-    def place(self) -> None:
-        """Looks up the blocks of rows whose next token begins one; they have it by now."""
-        slots, page_size, context = self._table, self._page_size, self._columns[_CONTEXT]
-        entering = np.flatnonzero(context >= self._block_begins)
-        rows, entered = self.slots[entering], context[entering]
-        logical = entered // page_size
-        physical = slots.blocks[rows, logical]
-        begins = logical * page_size
-        self._columns[_MAPPING, entering] = physical.astype(np.int64) * page_size + (entered - begins)
-        if len(entering) == len(context):
-            self._block_begins = begins + page_size
-        else:
-            self._block_begins[entering] = begins + page_size
-        if int(logical.max()) < self._tables.shape[1]:
-            self._tables[entering, logical] = physical
-        else:
-            self._tables = slots.blocks[self.slots, : slots.num_blocks[self.slots].max()]
-        self._steps_in_blocks = int((self._block_begins - context).min())
-
     def batch(self, copies: Int64, ahead: bool) -> StepBatch:
-        """The step in which each of them decodes one token; they are placed.
+        """The step in which each of them decodes one token; none is lacking a block.
 
         Args:
             copies: (C, 2) blocks to copy first.
             ahead: Whether the step before is still computed.
         """
-        _, place, mapping, generated = self._columns
-        return StepBatch(
-            token_ids=self._rows.take(self._table.flat_tokens, place),
-            positions=self._positions,
-            query_start=self._query_start,
-            context_lens=self._positions,
-            block_tables=self._tables,
-            slot_mapping=mapping,
-            sample_index=self._counting,
-            sample_slots=self.slots,
-            sample_positions=generated,
-            copies=copies,
-            num_decodes=len(self.sequences),
-            score_index=NO_INDEX,
-            score_token_ids=EMPTY,
-            score_tops=NO_INDEX,
-            pool_spans=NO_PAIRS,
-            unknown=self.unknown() if ahead else None,
-        )
+        columns = self._columns
+        if columns is None:
+            columns = self._columns = _Columns(self.slots, self._table)
+        if columns.left <= 0:
+            columns.look_up()
+        unknown = None
+        if ahead:
+            unknown = columns.unknown if self.in_flight else self.unknown()
+        return columns.batch(copies, unknown)
 
     def unknown(self) -> NDArray[np.bool_] | None:
-        """Which rows' input tokens are still being drawn; None if none is."""
-        if self.in_flight:
-            return self._all_unknown
-        unknown = self._columns[_CONTEXT] >= self._table.num_tokens[self.slots]
+        """(rows,) which rows' input tokens are still being drawn; None if none is."""
+        unknown = self._table.num_computed[self.slots] >= self._table.num_tokens[self.slots]
         return unknown if unknown.any() else None
 
     def advance(self) -> None:
         """Notes that a step with all of them was launched."""
-        self._columns = columns = self._of_columns.plus_one(self._columns.reshape(-1)).reshape(self._columns.shape)
-        self._positions = self._rows.plus_one(self._positions)
-        self._rows.put(self._table.num_computed, self.slots, columns[_CONTEXT])
-        self._steps_in_blocks -= 1
         self.steps_left -= 1
         self.in_flight += 1
+        columns = self._columns
+        if columns is None:
+            self._table.num_computed[self.slots] += 1
+        else:
+            columns.move_on()
+            columns.pieces.put(self._table.num_computed, self.slots, columns.context)
 
     def full(self) -> list[Sequence]:
         """Those of which the steps that were launched draw the last token."""
         if self.steps_left > 0:
             return []
-        full = self._columns[_CONTEXT] + 1 >= self._table.max_tokens[self.slots]
+        full = self._table.num_computed[self.slots] + 1 >= self._table.max_tokens[self.slots]
         return [self.sequences[row] for row in np.flatnonzero(full).tolist()]

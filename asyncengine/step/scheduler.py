@@ -321,9 +321,9 @@ class Scheduler:
         while (rows := self._decode_rows()).sequences and not rows.placed:
             lacking = rows.lacking()
             if self._make_room(len(lacking)):
-                slots.blocks[lacking, slots.num_blocks[lacking]] = self.pool.allocate(len(lacking))
-                slots.num_blocks[lacking] += 1
-                rows.place()
+                if len(lacking):
+                    slots.blocks[lacking, slots.num_blocks[lacking]] = self.pool.allocate(len(lacking))
+                    slots.num_blocks[lacking] += 1
                 return True
             if not preempt:
                 return False
