@@ -30,7 +30,9 @@ _FP8_CAPABILITY = (8, 9)
 _SHORT_PROGRAMS, _LONG_PROGRAMS = 4, 2
 _PLAN = "plan"
 WRITE_LAUNCH = Launch(rows=16, warps=4, stages=1)
-MERGE_LAUNCH = Launch(rows=1, warps=1, stages=4)
+# A program folds the splits of a row one after the other, 128 of them in a context of 32 k: it would mostly wait for
+# memory if it had not asked for the next seven by then.
+MERGE_LAUNCH = Launch(rows=1, warps=1, stages=8)
 
 
 @dataclass(frozen=True, slots=True)
