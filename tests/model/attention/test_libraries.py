@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,11 @@ import torch
 from attention_case import CPU, dense, fresh_cache, layer, random_row, shuffled_tables, step_batch
 from fake_libraries import modules
 from test_parity import MIXED, assert_matches_dense
+from transformers import AutoModelForCausalLM
 
 from asyncengine.config import EngineConfig
 from asyncengine.errors import ConfigError
+from asyncengine.model import architecture, verification
 from asyncengine.model.attention import flashinfer
 from asyncengine.model.attention.flash_attention import FlashAttention3
 from asyncengine.model.attention.flashinfer import FlashInferAttention
@@ -192,3 +196,14 @@ def test_runs_without_graphs_and_says_so(name: str) -> None:
     graphs, notes = graphs_for(None, name, 4, CUDA)  # type: ignore[arg-type]
     assert graphs is None
     assert notes == (f"graphs: the {name} attention plans in tensors of changing sizes; none are captured",)
+
+
+def test_whole_models_compute_what_transformers_computes(backend: Backend, checkpoint: Callable[..., Path]) -> None:
+    """Windows in some layers, several KV heads, and a KV cache of bfloat16."""
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint("gemma3_text", num_hidden_layers=2, head_dim=64),
+        dtype=torch.bfloat16,
+        attn_implementation=architecture.ATTENTION,
+    )
+    layers = architecture.record(model.eval())
+    assert verification.Trial(model, layers, CPU).run(model, backend) < 0.05
