@@ -88,13 +88,14 @@ class TritonAttention:
     name = "triton"
 
     def __init__(
-        self, programs: int | None = None, parts_bytes: int = 64 << 20, tuned: Mapping[Key, Tiles] | None = None
+        self, programs: int | None = None, parts_bytes: int | None = None, tuned: Mapping[Key, Tiles] | None = None
     ) -> None:
         """Imports the kernels.
 
         Args:
             programs: Programs that run side by side; as many as the device holds, if not given.
-            parts_bytes: Memory for what programs hand on when they share a row's context.
+            parts_bytes: Memory for what programs hand on when they share a row's context; by the device's size, if not
+                given.
             tuned: How layers are cut; what was found for the device, if not given. The others as the tables say.
 
         Raises:
@@ -105,7 +106,8 @@ class TritonAttention:
         except Exception as error:  # whatever a package that does not fit the system raises when it is imported
             raise BackendUnavailableError(f"triton cannot be imported: {error}") from error
         self._given_programs = programs
-        self._parts_bytes = parts_bytes
+        self._given_parts_bytes = parts_bytes
+        self._parts_bytes = 0
         self._tuned = tuned
         self._cuts: list[Cut] = []
         self._buffer: PackedBuffer | None = None
@@ -163,8 +165,10 @@ class TritonAttention:
         if self._buffer is not None:
             return
         self._buffer = PackedBuffer(device)
-        self._processors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        self._processors = 1 if properties is None else properties.multi_processor_count
+        self._parts_bytes = self._given_parts_bytes or parts_bytes_of(
+            0 if properties is None else properties.total_memory
         )
         self._look_up(device)
 
@@ -331,6 +335,15 @@ class TritonAttention:
         for cache in caches:
             for numbers in (fp8.movable(cache.keys), fp8.movable(cache.values)):
                 numbers.index_copy_(0, destination, numbers[source])
+
+
+def parts_bytes_of(device_bytes: int) -> int:
+    """Memory for parts on a device of that size: allocated with a model's first layer, before the KV cache is sized.
+
+    What is shared out are few rows, fewer than can run side by side, but they may be long. A part for each 256 tokens
+    of a KV cache takes far less than a 512th of it, and what rows have in common counts in each of them.
+    """
+    return max(64 << 20, device_bytes // 512)
 
 
 def _cut(spec: LayerSpec, tiles: Tiles) -> Cut:
