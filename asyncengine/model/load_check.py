@@ -214,18 +214,18 @@ def check_kv_dtype(config: EngineConfig, backend: Any, kv_dtype: torch.dtype, de
 def check_layers(
     config: EngineConfig, backend: Any, watched: dict[str, Any] | None, kv_dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Refuses a model that an attention back end which is particular about layers does not know, if it was watched.
+    """Refuses a model for which an attention back end that is particular has no kernels, as far as it was watched.
 
     Raises:
         ConfigError: As it says.
     """
     from asyncengine.model.attention.protocol import BackendUnavailableError, ParticularBackend
 
-    if not isinstance(backend, ParticularBackend) or watched is None:
+    if not isinstance(backend, ParticularBackend):
         return
     try:
         backend.check_dtype(kv_dtype, device)
-        for spec in watched.values():
+        for spec in (watched or {}).values():
             backend.check_layer(spec)
     except BackendUnavailableError as error:
         raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error

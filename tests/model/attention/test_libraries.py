@@ -16,15 +16,14 @@ from fake_libraries import modules
 from test_parity import MIXED, assert_matches_dense
 from transformers import AutoModelForCausalLM
 
-from asyncengine.config import EngineConfig
-from asyncengine.errors import ConfigError
-from asyncengine.model import architecture, verification
+from asyncengine import AsyncEngine, ConfigError, EngineConfig, GenerationConfig
+from asyncengine.model import architecture, loader, verification
 from asyncengine.model.attention import flashinfer
 from asyncengine.model.attention.flash_attention import FlashAttention3
 from asyncengine.model.attention.flashinfer import FlashInferAttention
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec, ParticularBackend
 from asyncengine.model.attention.reference import TorchAttention
-from asyncengine.model.attention.select import select
+from asyncengine.model.attention.select import Selection, select
 from asyncengine.model.graphs import graphs_for
 from asyncengine.model.load_check import check_layers
 
@@ -207,3 +206,49 @@ def test_whole_models_compute_what_transformers_computes(backend: Backend, check
     )
     layers = architecture.record(model.eval())
     assert verification.Trial(model, layers, CPU).run(model, backend) < 0.05
+
+
+@pytest.fixture
+def chosen(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """As a load on CUDA would have chosen it."""
+    monkeypatch.setattr(loader, "select_attention", lambda config, device, dtype: Selection(backend))
+    return backend
+
+
+async def test_an_engine_serves_over_it(chosen: Backend, checkpoint: Callable[..., Path]) -> None:
+    config = EngineConfig(
+        str(checkpoint("llama", num_hidden_layers=2, head_dim=64)),
+        device="cpu",
+        dtype="bfloat16",
+        mode="interactive",
+        attention_backend=chosen.name,
+        prefill_chunk_size=16,
+    )
+    async with AsyncEngine(config) as engine:
+        assert engine.complete_engine_config.attention_backend == chosen.name
+        greedy = GenerationConfig(temperature=0, max_tokens=8, ignore_eos=True)
+        first = await engine.generate(list(range(1, 80)), greedy)
+        again = await engine.generate(list(range(1, 80)), greedy)
+        assert again.usage.cached_tokens > 0
+        assert len(first.token_ids) == 8 and first.token_ids == again.token_ids
+
+
+@pytest.mark.usefixtures("chosen")
+def test_a_load_is_refused_before_there_are_weights(checkpoint: Callable[..., Path]) -> None:
+    config = EngineConfig(str(checkpoint("llama", head_dim=20)), device="cpu", dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"takes key and value heads of one size, .* not of 20 and 20"):
+        loader.TransformersLoader().check(config, None)
+    config = EngineConfig(str(checkpoint("llama", head_dim=64)), device="cpu", dtype="float32")
+    with pytest.raises(ConfigError, match="stores bfloat16 and float16, not float32"):
+        loader.TransformersLoader().check(config, None)
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype is 'fp8_e4m3' .*stores bfloat16 and float16"):
+        loader.TransformersLoader().check(config.replace(dtype="bfloat16", kv_cache_dtype="fp8_e4m3"), None)
+
+
+@pytest.mark.usefixtures("chosen")
+def test_a_model_that_cannot_be_watched_is_refused_when_it_is_loaded(checkpoint: Callable[..., Path]) -> None:
+    config = EngineConfig(str(checkpoint("gpt_oss", head_dim=64)), device="cpu", dtype="bfloat16")
+    plan = loader.TransformersLoader().check(config, None)
+    plan = dataclasses.replace(plan, details=dataclasses.replace(plan.details, watched=None))
+    with pytest.raises(BackendUnavailableError, match="no attention sinks"):
+        loader.TransformersLoader().load(plan)
