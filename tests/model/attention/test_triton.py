@@ -183,6 +183,17 @@ def test_steps_of_one_shape_have_one_graph_key() -> None:
     assert key([40], [0]) != key([1] * 40, [0] * 40)
 
 
+def test_room_for_parts_is_made_with_the_first_layer_and_stays() -> None:
+    """What a trial of the model allocates counts as in use when the KV cache is sized."""
+    triton = backend(parts_bytes=1 << 16)
+    triton.allocate(layer(), 2, 16, torch.float32, CPU)
+    parts, statistics = triton._parts, triton._statistics
+    assert parts is not None and parts.nbytes == 1 << 16
+    triton.allocate(layer(), 500, 16, torch.bfloat16, CPU)
+    triton.allocate(layer(sliding_window=9), 500, 16, torch.float32, CPU)
+    assert triton._parts is parts and triton._statistics is statistics
+
+
 def test_unknown_dtypes_and_head_sizes_are_refused() -> None:
     with pytest.raises(BackendUnavailableError, match="float64"):
         backend().allocate(layer(), 1, 16, torch.float64, CPU)
