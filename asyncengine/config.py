@@ -16,7 +16,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 PrefixCacheMode = Literal["radix", "disable"]
 PrefillMode = Literal["hybrid", "chunked"]
 SpeculativeMode = Literal["disable", "ngram", "small_draft"]
-AttentionBackend = Literal["auto", "cpu", "torch", "triton"]
+AttentionBackend = Literal["auto", "cpu", "torch", "triton", "flashinfer", "flash_attention_3"]
 DecoderBackend = Literal["auto", "compiled", "transformers"]
 Quantization = Literal["none", "int8", "fp8"]
 KVCacheDType = Literal["auto", "fp8_e4m3"]
@@ -62,7 +62,9 @@ class EngineConfig:
             were right so far.
         tensor_parallel_shards: Must be 1: not available yet.
         attention_backend: ``"cpu"`` is the compiled kernel for the CPU, ``"triton"`` the one for CUDA, ``"torch"``
-            needs no compiler and runs on any device, ``"auto"`` takes the fastest that works.
+            needs no compiler and runs on any device, ``"auto"`` takes the fastest of these that works. ``"flashinfer"``
+            and ``"flash_attention_3"`` are the kernels of those packages, if they are installed: for bfloat16 and
+            float16, without attention sinks, CUDA graphs, or the promise that the batch changes no bits.
         decoder_backend: ``"compiled"`` runs, for the family of models that it knows, a whole step in compiled code on
             the CPU, and steps of up to 8 tokens through fused kernels on CUDA; ``"transformers"`` runs the model's own
             modules around the attention; ``"auto"`` takes the first where it can, and on CUDA where it was measured to

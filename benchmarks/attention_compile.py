@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 from asyncengine.model.attention import fp8, tuned_tiles
 from asyncengine.model.attention import triton_kernels as kernels
 from asyncengine.model.attention.protocol import LayerSpec
-from asyncengine.model.attention.triton import (
+from asyncengine.model.attention.triton_launch import (
     MERGE_LAUNCH,
     WRITE_LAUNCH,
     attend_constants,

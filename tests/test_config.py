@@ -47,7 +47,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("spec_draft_length", 33, "expected an integer in 0..32"),
     ("spec_draft_length", None, "expected an integer in 0..32"),
     ("tensor_parallel_shards", 2, "only 1 is available"),
-    ("attention_backend", "flash", "allowed: 'auto', 'cpu', 'torch', 'triton'"),
+    ("attention_backend", "flash", "allowed: 'auto', 'cpu', 'torch', 'triton', 'flashinfer', 'flash_attention_3'"),
     ("grammar_backend", "outlines", "allowed: 'auto', 'llguidance', 'xgrammar'"),
     ("decoder_backend", "own", "allowed: 'auto', 'compiled', 'transformers'"),
     ("kv_cache_dtype", "fp8_e5m2", "allowed: 'auto', 'fp8_e4m3'"),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 _PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "numpy", "anyio", "uvloop", "triton",
-    "starlette", "uvicorn", "msgspec", "prometheus-client", "httpx", "typer", "rich",
+    "flashinfer-python", "flash-attn-3", "starlette", "uvicorn", "msgspec", "prometheus-client", "httpx", "typer",
+    "rich",
 )  # fmt: skip
 
 

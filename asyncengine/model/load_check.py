@@ -115,7 +115,10 @@ def plan_of(
     if draft is not None:
         architecture.check_rope(draft.hf_config, max_length)
         draft = dataclasses.replace(draft, max_length=max_length, watched=watch(architecture, draft.hf_config))
-    check_kv_dtype(config, selecting.result().backend, kv_dtype, device)
+    backend = selecting.result().backend
+    check_kv_dtype(config, backend, kv_dtype, device)
+    for layers in (watched, None if draft is None else draft.watched):
+        check_layers(config, backend, layers, kv_dtype, device)
     if config.quantization != "none" and dtype is not torch.bfloat16:
         given = str(dtype).removeprefix("torch.")
         raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
@@ -206,6 +209,26 @@ def check_kv_dtype(config: EngineConfig, backend: Any, kv_dtype: torch.dtype, de
             f"kv_cache_dtype is {config.kv_cache_dtype!r} with attention_backend {config.attention_backend!r} on "
             f"{device}: {error}; allowed: 'auto', or attention_backend 'torch' or, on CUDA, 'triton'"
         ) from error
+
+
+def check_layers(
+    config: EngineConfig, backend: Any, watched: dict[str, Any] | None, kv_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuses a model for which an attention back end that is particular has no kernels, as far as it was watched.
+
+    Raises:
+        ConfigError: As it says.
+    """
+    from asyncengine.model.attention.protocol import BackendUnavailableError, ParticularBackend
+
+    if not isinstance(backend, ParticularBackend):
+        return
+    try:
+        backend.check_dtype(kv_dtype, device)
+        for spec in (watched or {}).values():
+            backend.check_layer(spec)
+    except BackendUnavailableError as error:
+        raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
 
 
 def check_fp8(config: EngineConfig, device: torch.device) -> None:

@@ -101,6 +101,19 @@ class AttentionBackend(Protocol):
 
 
 @runtime_checkable
+class ParticularBackend(AttentionBackend, Protocol):
+    """A back end that does not know every kind of layer, and can say so before there is a model."""
+
+    def check_layer(self, spec: LayerSpec) -> None:
+        """Looks whether such a layer can be attended to.
+
+        Raises:
+            BackendUnavailableError: It cannot; the message says why.
+        """
+        ...
+
+
+@runtime_checkable
 class CarryingBackend(Protocol):
     """A back end whose plan reaches the device in one copy, which takes along what else the step brings there."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,24 +10,12 @@ import torch
 
 from asyncengine.model.attention import fp8
 from asyncengine.model.attention.protocol import LayerSpec
+from asyncengine.model.attention.token_major import TokenMajorCache, TokenMajorLayout, Writes
 from asyncengine.step.batch import Int64, StepBatch
 
 # How many context tokens one group may gather, and how many scores it may hold at once: bounds on memory.
 _GATHERED_TOKENS = 1 << 17
 _SCORES = 1 << 25
-
-
-@dataclass(frozen=True, slots=True)
-class TorchCache:
-    """The KV cache of one layer.
-
-    Attributes:
-        keys: (blocks, page size, kv heads, key_dim).
-        values: (blocks, page size, kv heads, value_dim).
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +38,15 @@ class TorchPlan:
     """What all layers of one step share, on the device.
 
     Attributes:
-        writers: Indices of the tokens that are written, or None for the first `num_tokens`.
-        slots: Where the written tokens' keys and values go.
+        writes: Where keys and values go.
         groups: Together they hold every row once.
-        num_tokens: Query tokens that the batch speaks of; the model may be given more, as padding.
     """
 
-    writers: torch.Tensor | None
-    slots: torch.Tensor
+    writes: Writes
     groups: tuple[RowGroup, ...]
-    num_tokens: int
 
 
-class TorchAttention:
+class TorchAttention(TokenMajorLayout):
     """The reference `AttentionBackend`: needs no compiler and runs on every device."""
 
     name = "torch"
@@ -70,35 +54,17 @@ class TorchAttention:
     def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:
         """As the protocol says: it stores whatever torch has."""
 
-    def bytes_per_block(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one block of one layer takes."""
-        return page_size * spec.num_kv_heads * (spec.key_dim + spec.value_dim) * dtype.itemsize
-
-    def allocate(
-        self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> TorchCache:
-        """Returns the uninitialised KV cache of one layer."""
-        shape = (num_blocks, page_size, spec.num_kv_heads)
-        return TorchCache(
-            torch.empty(*shape, spec.key_dim, dtype=dtype, device=device),
-            torch.empty(*shape, spec.value_dim, dtype=dtype, device=device),
-        )
-
     def plan(self, batch: StepBatch, page_size: int, device: torch.device) -> TorchPlan:
         """Groups the rows and copies their slots to the device. Nothing waits for the device."""
-        written = np.flatnonzero(batch.slot_mapping >= 0)
-        all_written = len(written) == len(batch.slot_mapping)
         return TorchPlan(
-            writers=None if all_written else _to(written, device),
-            slots=_to(batch.slot_mapping if all_written else batch.slot_mapping[written], device),
+            writes=Writes.of(batch, device),
             groups=tuple(_group(batch, rows, page_size, device) for rows in _similar_rows(batch)),
-            num_tokens=int(batch.query_start[-1]),
         )
 
     def attend(
         self,
         spec: LayerSpec,
-        cache: TorchCache,
+        cache: TokenMajorCache,
         plan: TorchPlan,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -106,11 +72,8 @@ class TorchAttention:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
+        plan.writes.write(cache, key, value)
         keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
-        written = slice(plan.num_tokens) if plan.writers is None else plan.writers
-        for cached, given in ((keys, key), (values, value)):
-            numbers = fp8.movable(fp8.stored(given[written], cached.dtype))
-            fp8.movable(cached).index_copy_(0, plan.slots, numbers)
         output = query.new_zeros(query.shape[0], spec.num_heads, spec.value_dim)
         for group in plan.groups:
             rows, n = group.positions.shape
@@ -134,13 +97,6 @@ class TorchAttention:
             attended = torch.cat(parts, 1).flatten(0, 1)
             output.index_copy_(0, group.tokens, attended.to(output.dtype))
         return output
-
-    def copy_blocks(self, caches: Sequence[TorchCache], copies: torch.Tensor) -> None:
-        """Copies whole blocks in every layer, all of them read before any is written; `copies` is (C, 2)."""
-        for cache in caches:
-            source, destination = copies.to(cache.keys.device).long().unbind(1)
-            for numbers in (fp8.movable(cache.keys), fp8.movable(cache.values)):
-                numbers.index_copy_(0, destination, numbers[source])
 
 
 def _to(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]], device: torch.device) -> torch.Tensor:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from asyncengine.config import AttentionBackend as BackendName
 from asyncengine.model.attention.cpu import CpuAttention
+from asyncengine.model.attention.flash_attention import FlashAttention3
+from asyncengine.model.attention.flashinfer import FlashInferAttention
 from asyncengine.model.attention.kernel import Kind
 from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavailableError
 from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.attention.triton import TritonAttention
 
 _FASTEST: dict[str, BackendName] = {"cpu": "cpu", "cuda": "triton"}
+_ON_CUDA: dict[BackendName, Callable[[], AttentionBackend]] = {
+    "triton": TritonAttention,
+    "flashinfer": FlashInferAttention,
+    "flash_attention_3": FlashAttention3,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +62,10 @@ def select(
             if device.type != "cpu":
                 raise BackendUnavailableError(f"the cpu attention back end cannot run on {device}")
             return Selection(CpuAttention(kind, progress))
-        case "triton":
+        case "triton" | "flashinfer" | "flash_attention_3":
             if device.type != "cuda":
-                raise BackendUnavailableError(f"the triton attention back end needs a CUDA device, not {device}")
-            return Selection(TritonAttention())
+                raise BackendUnavailableError(f"the {name} attention back end needs a CUDA device, not {device}")
+            return Selection(_ON_CUDA[name]())
         case "auto" if device.type in _FASTEST:
             try:
                 return select(_FASTEST[device.type], device, kind, progress)
@@ -66,4 +74,6 @@ def select(
         case "auto":
             return Selection(TorchAttention(), fallback_reason=f"there is no faster back end for {device.type} yet")
         case _:
-            raise BackendUnavailableError(f"no attention back end is called {name!r}: try auto, cpu, torch or triton")
+            raise BackendUnavailableError(
+                f"no attention back end is called {name!r}; there are {', '.join(get_args(BackendName))}"
+            )

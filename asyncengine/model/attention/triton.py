@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 
 from asyncengine.model.attention import fp8, tuned_tiles, work_list
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
-from asyncengine.model.attention.triton_tiles import Launch, Tiles, padded, tiles_for
+from asyncengine.model.attention.triton_launch import (
+    MERGE_LAUNCH,
+    WRITE_LAUNCH,
+    attend_constants,
+    launch_options,
+    merge_constants,
+    write_constants,
+)
+from asyncengine.model.attention.triton_tiles import Launch, Tiles, tiles_for
 from asyncengine.model.attention.tuned_tiles import Key
 from asyncengine.model.attention.work_list import Cut, WorkLists
 from asyncengine.model.packed_buffer import PackedBuffer
@@ -29,8 +37,6 @@ _FP8_CAPABILITY = (8, 9)
 # Programs of the persistent grid, for each multiprocessor. Small tiles wait for memory, so several share one.
 _SHORT_PROGRAMS, _LONG_PROGRAMS = 4, 2
 _PLAN = "plan"
-WRITE_LAUNCH = Launch(rows=16, warps=4, stages=1)
-MERGE_LAUNCH = Launch(rows=1, warps=1, stages=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +88,14 @@ class TritonAttention:
     name = "triton"
 
     def __init__(
-        self, programs: int | None = None, parts_bytes: int = 64 << 20, tuned: Mapping[Key, Tiles] | None = None
+        self, programs: int | None = None, parts_bytes: int | None = None, tuned: Mapping[Key, Tiles] | None = None
     ) -> None:
         """Imports the kernels.
 
         Args:
             programs: Programs that run side by side; as many as the device holds, if not given.
-            parts_bytes: Memory for what programs hand on when they share a row's context.
+            parts_bytes: Memory for what programs hand on when they share a row's context; by the device's size, if not
+                given.
             tuned: How layers are cut; what was found for the device, if not given. The others as the tables say.
 
         Raises:
@@ -99,7 +106,8 @@ class TritonAttention:
         except Exception as error:  # whatever a package that does not fit the system raises when it is imported
             raise BackendUnavailableError(f"triton cannot be imported: {error}") from error
         self._given_programs = programs
-        self._parts_bytes = parts_bytes
+        self._given_parts_bytes = parts_bytes
+        self._parts_bytes = 0
         self._tuned = tuned
         self._cuts: list[Cut] = []
         self._buffer: PackedBuffer | None = None
@@ -157,8 +165,10 @@ class TritonAttention:
         if self._buffer is not None:
             return
         self._buffer = PackedBuffer(device)
-        self._processors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        self._processors = 1 if properties is None else properties.multi_processor_count
+        self._parts_bytes = self._given_parts_bytes or parts_bytes_of(
+            0 if properties is None else properties.total_memory
         )
         self._look_up(device)
 
@@ -327,64 +337,13 @@ class TritonAttention:
                 numbers.index_copy_(0, destination, numbers[source])
 
 
-def launch_options(launch: Launch) -> dict[str, Any]:
-    """How the compiler is to make a kernel."""
-    # Triton 3.10 will not fuse multiplications and additions unless it is asked to.
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    return options if launch.registers is None else options | {"maxnreg": launch.registers}
+def parts_bytes_of(device_bytes: int) -> int:
+    """Memory for parts on a device of that size: allocated with a model's first layer, before the KV cache is sized.
 
-
-def attend_constants(
-    spec: LayerSpec, dtype: torch.dtype, page_size: int, index: int, launch: Launch, tiles: Tiles, widen: bool = False
-) -> dict[str, Any]:
-    """What the kernel `attend` is compiled for: a layer, and the index of a work list."""
-    return {
-        "LIST": work_list.LISTS + work_list.LIST * index,
-        "KV_HEADS": spec.num_kv_heads,
-        "GROUP": spec.num_heads // spec.num_kv_heads,
-        "KEY_DIM": spec.key_dim,
-        "VALUE_DIM": spec.value_dim,
-        "KEY_PAD": padded(spec.key_dim),
-        "VALUE_PAD": padded(spec.value_dim),
-        "PAGE": page_size,
-        "WINDOW": spec.sliding_window or 0,
-        "HAS_SOFT_CAP": spec.soft_cap is not None,
-        "HAS_SINKS": spec.has_sinks,
-        "ROWS": launch.rows,
-        "KEYS": tiles.keys,
-        "SPLIT": tiles.split,
-        # Without tf32, whose 10 bits of mantissa are not what float32 was asked for.
-        "PRECISION": "ieee" if dtype is torch.float32 else None,
-        "WIDEN": widen,
-        "FP8": dtype is fp8.E4M3,
-        "STAGES": launch.stages,
-    }
-
-
-def write_constants(spec: LayerSpec, dtype: torch.dtype, page_size: int) -> dict[str, Any]:
-    """What the kernel `write` is compiled for."""
-    return {
-        "KV_HEADS": spec.num_kv_heads,
-        "KEY_DIM": spec.key_dim,
-        "VALUE_DIM": spec.value_dim,
-        "KEY_PAD": padded(spec.key_dim),
-        "VALUE_PAD": padded(spec.value_dim),
-        "PAGE": page_size,
-        "ROWS": WRITE_LAUNCH.rows,
-        "FP8": dtype is fp8.E4M3,
-    }
-
-
-def merge_constants(spec: LayerSpec, index: int) -> dict[str, Any]:
-    """What the kernel `merge` is compiled for."""
-    return {
-        "LIST": work_list.LISTS + work_list.LIST * index,
-        "HEADS": spec.num_heads,
-        "VALUE_DIM": spec.value_dim,
-        "VALUE_PAD": padded(spec.value_dim),
-        "HAS_SINKS": spec.has_sinks,
-        "STAGES": MERGE_LAUNCH.stages,
-    }
+    What is shared out are few rows, fewer than can run side by side, but they may be long. A part for each 256 tokens
+    of a KV cache takes far less than a 512th of it, and what rows have in common counts in each of them.
+    """
+    return max(64 << 20, device_bytes // 512)
 
 
 def _cut(spec: LayerSpec, tiles: Tiles) -> Cut:

@@ -99,6 +99,19 @@ def test_features(features: dict[str, Any], dtype: torch.dtype) -> None:
     assert_matches_dense(backend(), layer(2, 1, **features), [(40, 1), (95, 1), (30, 9)], 16, dtype)
 
 
+@pytest.mark.parametrize("features", [{}, {"has_sinks": True, "soft_cap": 5.0, "sliding_window": 20_000}], ids=str)
+def test_long_contexts_are_shared_out(features: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode and a verification at 32 k, a short row and a prefill chunk, in splits of 512 keys."""
+    monkeypatch.setitem(triton_tiles.TABLE, (4, 16), Tiles(512, 512, Launch(16, 4, 1), Launch(32, 4, 1)))
+    spec = layer(2, 1, key_dim=16, value_dim=8, **features)
+    shapes = [(32_000, 1), (32_700, 3), (40, 1), (1000, 12)]
+    triton = backend(programs=66)
+    assert_matches_dense(triton, spec, shapes, 64, torch.float32)
+    tables, _ = shuffled_tables([context + new for context, new in shapes], 64, 0)
+    plan = triton.plan(step_batch([1, 3, 1, 12], [context for context, _ in shapes], tables, 64), 64, CPU)
+    assert plan.launched == plan.merged == (0, 1)
+
+
 @pytest.mark.usefixtures("small_splits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_alone_and_in_a_batch_and_however_the_work_is_shared_out(dtype: torch.dtype) -> None:
@@ -168,6 +181,17 @@ def test_steps_of_one_shape_have_one_graph_key() -> None:
     assert key([1, 1], [5, 300]) == key([1, 1], [40, 1])
     assert key([1, 1], [5, 300]) != key([1, 1, 1], [5, 300, 1])
     assert key([40], [0]) != key([1] * 40, [0] * 40)
+
+
+def test_room_for_parts_is_made_with_the_first_layer_and_stays() -> None:
+    """What a trial of the model allocates counts as in use when the KV cache is sized."""
+    triton = backend(parts_bytes=1 << 16)
+    triton.allocate(layer(), 2, 16, torch.float32, CPU)
+    parts, statistics = triton._parts, triton._statistics
+    assert parts is not None and parts.nbytes == 1 << 16
+    triton.allocate(layer(), 500, 16, torch.bfloat16, CPU)
+    triton.allocate(layer(sliding_window=9), 500, 16, torch.float32, CPU)
+    assert triton._parts is parts and triton._statistics is statistics
 
 
 def test_unknown_dtypes_and_head_sizes_are_refused() -> None:

@@ -10,6 +10,7 @@ from attention_case import step_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asyncengine.model.attention.triton import parts_bytes_of
 from asyncengine.model.attention.work_list import (
     ITEM,
     LIST,
@@ -118,6 +119,20 @@ def test_a_full_batch_is_not_shared_out_and_a_single_row_is() -> None:
     assert full.items == (256, 0) and full.merges == (0, 0) and full.parts == 0
     single = work_lists(batch_of([1], [1000]), 16, [PLAIN], 264, 4096)
     assert single.items == (4, 0) and single.merges == (1, 0) and single.parts == 4
+
+
+@pytest.mark.parametrize(("ways", "group"), [(8, 4), (4, 7), (2, 8), (1, 8)])
+@pytest.mark.parametrize("rows", [1, 3, 8, 16])
+@pytest.mark.parametrize("context", [32_000, 131_000])
+def test_few_long_rows_keep_a_whole_device_busy(ways: int, group: int, rows: int, context: int) -> None:
+    """On an H200, and heads of 128: no program gets more than its fair share, rounded up to a split."""
+    cut = dataclasses.replace(PLAIN, ways=ways, group=group)
+    max_parts = parts_bytes_of(141 << 30) // (4 * ways * group * 128)
+    lists = work_lists(batch_of([1] * rows, [context] * rows), 16, [cut], 264, max_parts)
+    items = items_of(lists, 0)
+    assert lists.parts == rows * (context // 256 + 1)
+    fair = -(-rows * (context // 256 + 1) // (264 // ways))
+    assert (items[:, 5] - items[:, 4]).max() <= fair
 
 
 def test_long_work_comes_first() -> None:

@@ -1,0 +1,95 @@
+"""What the kernels of other projects have in common: how they are imported, what they store, how they take rows."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncengine.model.attention.protocol import BackendUnavailableError
+from asyncengine.step.batch import Int32, StepBatch
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_CAPABILITY = (8, 0)
+
+
+def imported(module: str, whose: str) -> Any:
+    """A module.
+
+    Raises:
+        BackendUnavailableError: It is not there, or does not fit the system.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # whatever a package that does not fit the system raises when it is imported
+        raise BackendUnavailableError(f"{module}, the module of {whose}, cannot be imported: {error}") from error
+
+
+def check_numbers(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Looks whether keys and values are in 16 bits, on a device that has matrix units for both kinds.
+
+    Raises:
+        BackendUnavailableError: They are not; the message speaks of the back end of that name.
+    """
+    if dtype not in _DTYPES:
+        given = str(dtype).removeprefix("torch.")
+        raise BackendUnavailableError(f"the {name} attention back end stores bfloat16 and float16, not {given}")
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
+        raise BackendUnavailableError(
+            f"the {name} attention back end needs a device of compute capability 8.0 or later, not "
+            f"{capability[0]}.{capability[1]} ({torch.cuda.get_device_name(device)})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PagedRows:
+    """A step's R rows that have query tokens, on the host; row r's are the last ones of its context.
+
+    Attributes:
+        query_start: (R + 1,) row r owns the query tokens query_start[r]:query_start[r + 1].
+        lengths: (R,) tokens of the row, those of this step included.
+        tables: (R, longest row's blocks) blocks, zero past the row's end.
+        filled: (R, longest row's blocks) which of them are blocks of the row.
+        longest_query: Query tokens of the row that has most.
+    """
+
+    query_start: Int32
+    lengths: Int32
+    tables: Int32
+    filled: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+    longest_query: int
+
+    @classmethod
+    def of(cls, batch: StepBatch, page_size: int) -> PagedRows:
+        """Those of a step."""
+        queries = np.diff(batch.query_start)
+        rows = np.flatnonzero(queries)
+        queries = queries[rows]
+        lengths = (batch.context_lens[rows] + queries).astype(np.int32)
+        blocks = -(-lengths // page_size)
+        width = int(blocks.max(initial=0))
+        filled = np.arange(width) < blocks[:, None]
+        return cls(
+            query_start=np.concatenate(([0], np.cumsum(queries))).astype(np.int32),
+            lengths=lengths,
+            tables=np.where(filled, batch.block_tables[rows, :width], 0).astype(np.int32),
+            filled=filled,
+            longest_query=int(queries.max(initial=0)),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of all rows."""
+        return int(self.query_start[-1])
+
+
+def with_padding(attended: torch.Tensor, tokens: int) -> torch.Tensor:
+    """What was attended to, and zeros for the tokens that pad the step to `tokens`."""
+    if attended.shape[0] == tokens:
+        return attended
+    output = attended.new_zeros(tokens, *attended.shape[1:])
+    output[: attended.shape[0]] = attended
+    return output
