@@ -171,7 +171,7 @@ class Commits:
                 own = None if logprobs is None else [logprobs[row] for row in rows.tolist()]
                 self._table.outbox.add(mailbox, Tokens(keys, ids[rows].tolist(), own))
         stopped: set[int] = set()
-        if not derived.any_stop.isdisjoint(token_ids):
+        if derived.any_stop and not derived.any_stop.isdisjoint(token_ids):
             stopped = set(table.stopped(slots, ids, derived.stop_ids))
         watched: dict[int, str] = {}
         for row, sequence in derived.watched:

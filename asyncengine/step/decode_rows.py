@@ -10,7 +10,7 @@ from asyncengine.step.pieces import Pieces
 from asyncengine.step.sequence import EMPTY, Sequence
 from asyncengine.step.slots import SlotTable
 
-_CONTEXT, _PLACE, _MAPPING, _GENERATED = range(4)
+_PLACE, _MAPPING, _GENERATED = range(3)
 
 
 class _Columns:
@@ -28,7 +28,7 @@ class _Columns:
     """
 
     __slots__ = (
-        "_begins", "_columns", "_counting", "_of_columns", "_positions", "_query_start", "_slots", "_table", "_tables",
+        "_begins", "_columns", "_counting", "_positions", "_query_start", "_slots", "_table", "_tables",
         "context", "left", "pieces", "unknown",
     )  # fmt: skip
 
@@ -38,9 +38,9 @@ class _Columns:
         self.context: Int64 = table.num_computed[slots]
         context = self.context
         place = slots * table.tokens.shape[1] + context
-        self._columns = np.stack([context, place, place, context + 1 - table.prompt_tokens[slots]])
+        self._columns = np.stack([place, place, context + 1 - table.prompt_tokens[slots]])
         self._positions: Int32 = context.astype(np.int32)
-        self.pieces, self._of_columns = Pieces(count), Pieces(self._columns.size)
+        self.pieces = Pieces(count)
         self._counting = np.arange(count, dtype=np.int64)
         self._query_start = np.arange(count + 1, dtype=np.int32)
         self._begins = context  # the position at which a row's next block begins; at first, all are looked up
@@ -69,17 +69,17 @@ class _Columns:
 
     def batch(self, copies: Int64, unknown: NDArray[np.bool_] | None) -> StepBatch:
         """The step in which each row decodes one token."""
-        _, place, mapping, generated = self._columns
+        columns = self._columns
         return StepBatch(
-            token_ids=self.pieces.take(self._table.flat_tokens, place),
+            token_ids=self.pieces.take(self._table.flat_tokens, columns[_PLACE]),
             positions=self._positions,
             query_start=self._query_start,
             context_lens=self._positions,
             block_tables=self._tables,
-            slot_mapping=mapping,
+            slot_mapping=columns[_MAPPING],
             sample_index=self._counting,
             sample_slots=self._slots,
-            sample_positions=generated,
+            sample_positions=columns[_GENERATED],
             copies=copies,
             num_decodes=len(self._slots),
             score_index=NO_INDEX,
@@ -91,9 +91,10 @@ class _Columns:
 
     def move_on(self) -> None:
         """By one token."""
-        self._columns = columns = self._of_columns.plus_one(self._columns.reshape(-1)).reshape(self._columns.shape)
-        self.context = columns[_CONTEXT]
-        self._positions = self.pieces.plus_one(self._positions)
+        pieces = self.pieces
+        self._columns = pieces.plus_one(self._columns)
+        self._positions = pieces.plus_one(self._positions)
+        self.context = pieces.plus_one(self.context)
         self.left -= 1
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MOST = 500
+_ONES = {np.dtype(kind): np.ones((), dtype=kind) for kind in (np.int32, np.int64)}
+"""Ones of no dimension: adding them takes half the time that adding a Python number does."""
 
 
 class Pieces:
@@ -28,14 +30,17 @@ class Pieces:
         self._count = count
         self._slices = [slice(at, at + _MOST) for at in range(0, count, _MOST)]
 
-    def plus_one(self, column: NDArray[Any]) -> NDArray[Any]:
-        """A new column, one more everywhere."""
-        if self._count <= _MOST:
-            more: NDArray[Any] = column + 1
+    def plus_one(self, columns: NDArray[Any]) -> NDArray[Any]:
+        """New columns, (..., count), one more everywhere."""
+        one = _ONES[columns.dtype]
+        if columns.size <= _MOST:
+            more: NDArray[Any] = columns + one
             return more
-        more = np.empty_like(column)
-        for piece in self._slices:
-            np.add(column[piece], 1, out=more[piece])
+        more = np.empty_like(columns)
+        shape = (-1, self._count)
+        for column, increased in zip(columns.reshape(shape), more.reshape(shape), strict=True):
+            for piece in self._slices:
+                np.add(column[piece], one, out=increased[piece])
         return more
 
     def take(self, array: NDArray[Any], index: NDArray[np.int64]) -> NDArray[Any]:
@@ -50,10 +55,16 @@ class Pieces:
 
     def put(self, array: NDArray[Any], index: NDArray[np.int64], values: NDArray[Any]) -> None:
         """`array[index] = values`."""
+        if self._count <= _MOST:
+            array[index] = values
+            return
         for piece in self._slices:
             array[index[piece]] = values[piece]
 
     def put_all(self, array: NDArray[Any], index: NDArray[np.int64], value: float) -> None:
         """`array[index] = value`."""
+        if self._count <= _MOST:
+            array[index] = value
+            return
         for piece in self._slices:
             array[index[piece]] = value

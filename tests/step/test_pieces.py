@@ -11,6 +11,7 @@ def test_pieces_are_the_whole(count: int) -> None:
     pieces, random = Pieces(count), np.random.default_rng(0)
     column = random.integers(0, 100, count)
     assert pieces.plus_one(column).tolist() == (column + 1).tolist()
+    assert pieces.plus_one(np.stack([column, -column])).tolist() == [(column + 1).tolist(), (1 - column).tolist()]
     index = random.permutation(2000)[:count]
     table = random.integers(0, 100, 2000)
     assert pieces.take(table, index).tolist() == table[index].tolist()
