@@ -18,7 +18,7 @@ from asyncengine.errors import CheckpointError, InvalidRequestError
 from asyncengine.generation import GenerationConfig
 
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json",
 )  # fmt: skip
@@ -58,8 +58,8 @@ class Checkpoint:
         for tensor in self.tensors:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + prod(tensor.shape)
         for name in sorted(sizes, key=lambda name: -sizes[name]):
-            if name in _TORCH_DTYPES:
-                return _TORCH_DTYPES[name]
+            if name in TORCH_DTYPES:
+                return TORCH_DTYPES[name]
         named = self.config.get("dtype", self.config.get("torch_dtype"))
         dtype = getattr(torch, named, None) if isinstance(named, str) else None
         return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -12,10 +12,10 @@ import torch
 from asyncengine.config import EngineConfig
 from asyncengine.errors import AsyncEngineError, InsufficientMemoryError, ReloadError
 from asyncengine.model import memory
-from asyncengine.model.built_model import Built, build
+from asyncengine.model.built_model import Built, build, recalled
 from asyncengine.model.capacity import graphs_of, kv_bytes_per_block, limits_of
 from asyncengine.model.draft_model import DraftModel
-from asyncengine.model.load_check import DTYPES, Details, device_of, plan_of, select_attention
+from asyncengine.model.load_check import DTYPES, Details, device_of, plan_of, select_attention, without_findings
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
 from asyncengine.speculation.protocol import Drafter
@@ -71,21 +71,27 @@ class TransformersLoader:
 
 
 def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
-    from asyncengine.model import architecture
-    from asyncengine.model.hidden_states import hidden_size
     from asyncengine.model.last_tokens import LastTokens
     from asyncengine.model.tokenizer import load_tokenizer
 
     details, config = plan.details, plan.config
     assert isinstance(details, Details)
-    tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
     selection = select_attention(config, details.device, details.dtype)
     backend = selection.backend
     notes = [] if selection.fallback_reason is None else [f"attention: {selection.fallback_reason}"]
-    built = build(config, details, backend)
+    built = None
+    # Where all is known already, nothing of transformers is imported beside the tokenizer; else one follows the other.
+    with ThreadPoolExecutor(1, "asyncengine-tokenizer") as pool:
+        reading = pool.submit(load_tokenizer, details.tokenizer_path, details.present_tokenizer)
+        if details.findings is not None:
+            built = recalled(config, details, backend)
+    tokenizer = reading.result()
+    if built is None:
+        details = details if details.findings is None else without_findings(details)
+        built = build(config, details, backend)
     draft = None if details.draft is None else build(config, details.draft, backend)
     limits, complete = limits_of(plan, built, draft, backend)
-    vocab_size = architecture.text_config(details.hf_config).vocab_size
+    vocab_size = details.vocab_size
     if run_ahead is None:
         run_ahead = details.device.type == "cuda"
     run_ahead &= config.speculative_mode == "disable"
@@ -128,7 +134,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         drafting=drafting,
         launching=model if run_ahead else None,
         warming=_warming(model, draft_model),
-        hidden_size=hidden_size(built.model),
+        hidden_size=built.hidden_size,
         pooling=details.checkpoint.pooling,
     )
 

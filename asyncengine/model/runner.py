@@ -25,6 +25,7 @@ from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.sampler import Drawn, Sampler
+from asyncengine.model.skeleton import Skeleton
 from asyncengine.model.step_inputs import StepInputs
 from asyncengine.model.token_draw import DrawSettings
 from asyncengine.model.token_ranking import argmax
@@ -332,7 +333,8 @@ class TorchModel:
                     f"there is no debug function {name!r}; there are {', '.join(sorted(DEBUG_FUNCTIONS))}, and any "
                     "'package.module:function'"
                 )
-        return [function(self._model, *args)]
+        model = self._model.transformed() if isinstance(self._model, Skeleton) else self._model
+        return [function(model, *args)]
 
     def close(self) -> None:
         """Lets weights and KV cache go and returns their memory."""
