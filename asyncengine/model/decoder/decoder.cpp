@@ -808,18 +808,29 @@ void pack_group(const Packing &p, int64_t group) {
 }
 
 template <class T, class W>
-void pack(const Packing &packing, int64_t threads) {
-  struct Work {
-    const Packing &packing;
-    Phase phase;
-  } work{packing, {}};
-  GOMP_parallel(
-      [](void *data) {
-        Work &mine = *static_cast<Work *>(data);
-        const int64_t groups = (mine.packing.outputs + kLanes - 1) / kLanes;
-        mine.phase.run(groups, [&](int64_t group) { pack_group<T, W>(mine.packing, group); });
-      },
-      &work, unsigned(threads), 0);
+void pack_as(const Packing &packing, Phase &phase) {
+  phase.run((packing.outputs + kLanes - 1) / kLanes, [&](int64_t group) { pack_group<T, W>(packing, group); });
+}
+
+void pack(const Packing &packing, Phase &phase) {
+  switch (packing.dtype) {
+#if HAS_KIND(0) || HAS_KIND(3)  // the router of experts is not in int8
+    case 0:
+      return pack_as<Float32, Float32>(packing, phase);
+#endif
+    case 1:
+#if HAS_KIND(3)
+      if (packing.scales) return pack_as<BFloat16, Int8>(packing, phase);
+#endif
+#if HAS_KIND(1)
+      if (!packing.scales) return pack_as<BFloat16, BFloat16>(packing, phase);
+#endif
+      break;
+#if HAS_KIND(2)
+    case 2:
+      return pack_as<Float16, Float16>(packing, phase);
+#endif
+  }
 }
 
 }  // namespace
@@ -830,34 +841,18 @@ extern "C" int64_t decoder_lanes() { return kLanes; }
 // Inputs that lie beside each other in packed weights of a dtype.
 extern "C" int64_t decoder_pair(int64_t dtype) { return dtype == 1 ? BFloat16::kPair : 1; }
 
-namespace {
-
-void pack_any(const Packing &packing, int64_t threads) {
-  switch (packing.dtype) {
-#if HAS_KIND(0) || HAS_KIND(3)  // the router of experts is not in int8
-    case 0:
-      return pack<Float32, Float32>(packing, threads);
-#endif
-    case 1:
-#if HAS_KIND(3)
-      if (packing.scales) return pack<BFloat16, Int8>(packing, threads);
-#endif
-#if HAS_KIND(1)
-      if (!packing.scales) return pack<BFloat16, BFloat16>(packing, threads);
-#endif
-      break;
-#if HAS_KIND(2)
-    case 2:
-      return pack<Float16, Float16>(packing, threads);
-#endif
-  }
-}
-
-}  // namespace
-
-// Packs one matrix after the other; bfloat16 with scales to int8, with one scale for each output.
+// Packs matrices, one after the other; bfloat16 with scales to int8, with one scale for each output.
 extern "C" void decoder_pack(const Packing *packings, int64_t count, int64_t threads) {
-  for (int64_t i = 0; i < count; ++i) pack_any(packings[i], threads);
+  struct Work {
+    const Packing *packings;
+    std::deque<Phase> phases;
+  } work{packings, std::deque<Phase>(size_t(count))};
+  GOMP_parallel(
+      [](void *data) {
+        Work &mine = *static_cast<Work *>(data);
+        for (size_t i = 0; i < mine.phases.size(); ++i) pack(mine.packings[i], mine.phases[i]);
+      },
+      &work, unsigned(threads), 0);
 }
 
 // Returns 0, or 1 when there is no memory for the step, which the calling thread keeps for its next one.
