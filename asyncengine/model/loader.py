@@ -50,7 +50,8 @@ class TransformersLoader:
         checkpoint = Checkpoint(locate(config.model))
         dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
         # A compiler has most of its work done while transformers is imported and the model is watched.
-        with ThreadPoolExecutor(1, "asyncengine-select") as pool:
+        with ThreadPoolExecutor(2, "asyncengine-check") as pool:
+            pool.submit(checkpoint.read_ahead, memory.free_bytes(torch.device("cpu")))
             selecting = pool.submit(select_attention, config, device, dtype)
             if device.type != "cpu":
                 wait([selecting])  # it imports triton, and so does transformers
