@@ -16,6 +16,7 @@ from asyncengine.model.built_model import Built, build, recalled
 from asyncengine.model.capacity import graphs_of, kv_bytes_per_block, limits_of
 from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.load_check import DTYPES, Details, device_of, plan_of, select_attention, without_findings
+from asyncengine.model.tokenizer import load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
 from asyncengine.speculation.protocol import Drafter
@@ -73,7 +74,6 @@ class TransformersLoader:
 
 def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     from asyncengine.model.last_tokens import LastTokens
-    from asyncengine.model.tokenizer import load_tokenizer
 
     details, config = plan.details, plan.config
     assert isinstance(details, Details)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -21,6 +21,8 @@ from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Pro
 from asyncengine.model.findings import Findings
 from asyncengine.model.hidden_states import hidden_size
 from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm")
 _NUMBERS = (
@@ -49,6 +51,12 @@ class Skeleton(nn.Module):
             module = module.get_submodule(step)
         return module, last
 
+    def add(self, name: str, module: Kind) -> Kind:
+        """Puts a module under a dotted name."""
+        holder, last = self.place(name)
+        holder.add_module(last, module)
+        return module
+
     def transformed(self) -> Any:
         """The model that it stands for, without weights. That takes seconds, and is for debugging."""
         from transformers import AutoModelForCausalLM
@@ -60,6 +68,16 @@ class Skeleton(nn.Module):
         with BUILDING, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=architecture.ATTENTION)
         return model.eval().requires_grad_(False)
+
+
+class _Head(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Initialises nothing: random numbers without memory would make torch import its compiler."""
+
+
+class _Table(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """As that of `_Head`."""
 
 
 def described(model: Any, layers: list[RecordedLayer], parts: Blueprint, checkpoint: Checkpoint) -> Findings | None:
@@ -136,32 +154,31 @@ def assembled(
     """
     about = findings.description
     skeleton = Skeleton(checkpoint.path)
-    wanted = set(about["parameters"])
-    for file in checkpoint.weight_files:
-        with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118  # it is no mapping
-                if name in wanted:
-                    _add(skeleton, name, stored.get_tensor(name), about)
+    parameters = _mapped(checkpoint, set(about["parameters"]))
+    embedding_at, head_at, positions_at = about["embedding"], about["head"], about["positions"]
+    if about["tied"]:
+        parameters[f"{head_at}.weight"] = parameters[f"{embedding_at}.weight"]
+    with torch.device("meta"):
+        embedding = skeleton.add(embedding_at, _Table(*parameters[f"{embedding_at}.weight"].shape))
+        outputs, inputs = parameters[f"{head_at}.weight"].shape
+        head = skeleton.add(head_at, _Head(inputs, outputs, bias=False))
+        positions = None
+        if positions_at is not None:
+            positions = skeleton.add(positions_at, _Table(*parameters[f"{positions_at}.weight"].shape))
+    for name, parameter in parameters.items():
+        module, last = skeleton.place(name)
+        module.register_parameter(last, parameter)
     for name, shape, dtype in about["buffers"]:
         module, last = skeleton.place(name)
         module.register_buffer(last, torch.empty(shape, dtype=getattr(torch, dtype), device="meta"))
-    embedding = skeleton.get_submodule(about["embedding"])
-    if about["tied"]:
-        module, last = skeleton.place(about["head"])
-        module.add_module(last, _linear(embedding.weight))
-    head = skeleton.get_submodule(about["head"])
-    assert isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)
     rotations = []
     for number, scale in enumerate(about["scales"]):
         rotations.append(_tables(max_length, findings.tensors[f"frequencies.{number}"], scale))
-    parameters = dict(skeleton.named_parameters())
     layers = []
     for each in about["layers"]:
         module = skeleton.get_submodule(each["module"])
         sinks = None if each["sinks"] is None else parameters[each["sinks"]]
         layers.append(RecordedLayer(each["module"], module, LayerSpec(**each["spec"]), sinks))
-    positions = None if about["positions"] is None else skeleton.get_submodule(about["positions"])
-    assert positions is None or isinstance(positions, nn.Embedding)
     norm = _norm_from(about["norm"], skeleton)
     assert norm is not None
     blueprint = Blueprint(
@@ -189,25 +206,15 @@ def assembled(
     return skeleton, layers, blueprint
 
 
-def _add(skeleton: Skeleton, name: str, value: torch.Tensor, about: dict[str, Any]) -> None:
-    """Adds a parameter; where the kind of its module matters, in a module of that kind."""
-    owner, _, last = name.rpartition(".")
-    module, own = skeleton.place(owner)
-    if own not in module._modules:
-        if last == "weight" and owner in (about["embedding"], about["positions"]):
-            module.add_module(own, nn.Embedding.from_pretrained(value))  # type: ignore[no-untyped-call]
-            return
-        module.add_module(own, _linear(value) if last == "weight" and owner == about["head"] else nn.Module())
-    holder = skeleton.get_submodule(owner)
-    holder.register_parameter(last, nn.Parameter(value, requires_grad=False))
-
-
-def _linear(weight: torch.Tensor | nn.Module) -> nn.Linear:
-    assert isinstance(weight, torch.Tensor)
-    outputs, inputs = weight.shape
-    linear = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=weight.dtype)
-    linear.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
-    return linear
+def _mapped(checkpoint: Checkpoint, names: set[str]) -> dict[str, nn.Parameter]:
+    """Parameters whose only copy in memory is the page cache."""
+    found = {}
+    for file in checkpoint.weight_files:
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  # it is no mapping
+                if name in names:
+                    found[name] = nn.Parameter(stored.get_tensor(name), requires_grad=False)
+    return found
 
 
 def _frequencies(model: nn.Module, cosines: torch.Tensor, sines: torch.Tensor) -> tuple[torch.Tensor, float] | None:
