@@ -8,6 +8,7 @@ from typing import Any
 from asyncengine.config import DecoderBackend, EngineConfig
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model import memory, packed_linear
+from asyncengine.model.findings import Findings
 from asyncengine.model.load_check import BUILDING, Details
 
 
@@ -17,6 +18,7 @@ class Built:
 
     Attributes:
         hidden_size: Width of its hidden states; None if there is no telling.
+        findings: What the next load of it need not find out; None if that is not to be kept.
     """
 
     model: Any
@@ -25,6 +27,7 @@ class Built:
     fused: Any
     notes: tuple[str, ...]
     hidden_size: int | None
+    findings: Findings | None = None
 
     def decoder_backend(self, config: EngineConfig) -> DecoderBackend:
         """What the configuration comes to; "auto" where that rests on measurements, so that a restart makes them."""
@@ -55,13 +58,13 @@ def build(config: EngineConfig, details: Details, backend: Any) -> Built:
     model = _with_weights(details)
     layers = architecture.layers_of(model, details.watched)
     trial = verification.Trial.of(model, layers, details.device)
-    program = None
+    program, findings = None, None
     try:
         blueprint = _blueprint(config, details, model, layers, backend)
         if blueprint is not None:
             program = _compile(config, details, blueprint, backend)
             trial.run(model, backend, program)
-            _keep(details, model, layers, blueprint, trial)
+            findings = _findings(details, model, layers, blueprint, trial)
     except (NotRecognised, UnsupportedModelError) as error:
         if config.decoder_backend == "compiled" or config.quantization == "int8":
             raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
@@ -83,7 +86,7 @@ def build(config: EngineConfig, details: Details, backend: Any) -> Built:
         if details.kv_dtype is not details.dtype:
             off = trial.run(model, backend, kv_dtype=details.kv_dtype, fp8_weights=fp8_weights)
             notes.append(f"KV cache: {config.kv_cache_dtype}: logits of a trial are {off:.1%} of their norm off")
-    return Built(model, layers, program, fused, tuple(notes), hidden_size(model))
+    return Built(model, layers, program, fused, tuple(notes), hidden_size(model), findings)
 
 
 def recalled(config: EngineConfig, details: Details, backend: Any) -> Built | None:
@@ -107,15 +110,14 @@ def recalled(config: EngineConfig, details: Details, backend: Any) -> Built | No
     return Built(model, layers, program, None, (), findings.description["hidden_size"])
 
 
-def _keep(details: Details, model: Any, layers: Any, blueprint: Any, trial: Any) -> None:
-    """Keeps what was found out for the next load, if it could do with that."""
-    from asyncengine.model.findings import Findings, keep
+def _findings(details: Details, model: Any, layers: Any, blueprint: Any, trial: Any) -> Findings | None:
+    """What was found out, if that is to be kept and the next load could do with it."""
     from asyncengine.model.skeleton import described
 
     if details.findings_at is None or (found := described(model, layers, blueprint, details.checkpoint)) is None:
-        return
+        return None
     kept = trial.kept()
-    keep(details.findings_at, Findings(found.description | kept.description, found.tensors | kept.tensors))
+    return Findings(found.description | kept.description, found.tensors | kept.tensors)
 
 
 def _fuse(

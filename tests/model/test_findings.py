@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from asyncengine import CheckpointError, EngineConfig
-from asyncengine.model import built_model, findings, loader
+from asyncengine.model import built_model, findings, loader, tokenizer
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.findings import Findings, keep, recall
 from asyncengine.model.loader import TransformersLoader
@@ -219,6 +219,27 @@ def test_a_broken_tokenizer_is_refused_as_ever(tmp_path: Path, checkpoint: Calla
         load(path)
 
 
+def test_the_tokenizer_is_that_of_the_first_load(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which transformers chose by reading all of the configuration; if an outline leads elsewhere, it does so again."""
+    path = checkpoint("llama", vocab_size=4096)
+    text, messages = "Once upon a time", [{"role": "user", "content": "hello"}]
+    first, second = (load(path, tokenizer="tiny") for _ in range(2))
+    assert recalled(second)
+    loaded = [first, second]
+    kinds: list[str] = []
+    outlined = tokenizer._outlined
+    monkeypatch.setattr(tokenizer, "_outlined", lambda path, kind: kinds.append(kind) or outlined(path, "another"))
+    loaded.append(load(path, tokenizer="tiny"))
+    assert recalled(loaded[-1]) and kinds == [first.tokenizer.kind]
+    for each in loaded:
+        assert each.tokenizer is not None and each.tokenizer.kind == first.tokenizer.kind
+        assert each.tokenizer.encode(text) == first.tokenizer.encode(text)
+        assert each.tokenizer.encode_chat(messages, {}) == first.tokenizer.encode_chat(messages, {})
+        each.model.close()
+
+
 def test_a_compiler_that_is_gone_is_no_obstacle(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,14 +255,14 @@ import sys
 from asyncengine import EngineConfig
 from asyncengine.model.loader import TransformersLoader
 loader = TransformersLoader()
-loader.load(loader.check(EngineConfig(sys.argv[1], device="cpu"), None)).model.close()
+loader.load(loader.check(EngineConfig(sys.argv[1], device="cpu", tokenizer="tiny"), None)).model.close()
 print(*(name for name in ("transformers.modeling_utils", "sympy", "torch._dynamo", "triton") if name in sys.modules))
 """
 
 
 def test_the_modules_of_models_are_not_imported(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
-    """They are most of what a first load takes."""
-    path = checkpoint("llama")
+    """They are most of what a first load takes. Of these some would be imported for the tokenizer."""
+    path = checkpoint("llama", vocab_size=4096)
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
 
     def imported() -> str:
