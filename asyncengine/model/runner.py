@@ -321,7 +321,10 @@ class TorchModel:
                 raise ReloadError(f"replacing weights failed, none was replaced: {error}") from error
 
     def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
-        """Calls ``package.module:function`` with the transformers model first, or a debug function of this module."""
+        """Calls ``package.module:function`` with the transformers model first, or a debug function of this module.
+
+        Where none was needed to load, one is made for it, without weights.
+        """
         assert self._model is not None
         if ":" in name:
             module, _, attribute = name.partition(":")
