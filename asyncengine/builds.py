@@ -141,11 +141,12 @@ def _key(recipe: Recipe, compiler: Sequence[str]) -> str:
         recipe.targets,
         recipe.after,
     )
-    seed = f"{identity}{platform.machine()}{sys.platform}{_processor()}".encode()
+    seed = f"{identity}{platform.machine()}{sys.platform}{processor()}".encode()
     return hashlib.sha256(seed + b"".join(source.read_bytes() for source in recipe.sources)).hexdigest()[:32]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the system says of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

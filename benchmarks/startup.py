@@ -1,17 +1,21 @@
-"""From nothing to the first token: a process that imports, loads a random checkpoint and generates, beside reading it.
+"""From an engine to a model that is loaded, and to its first token, beside reading the checkpoint's file.
 
-For each round a process of its own takes these times, in seconds:
+For each round and each state of the file a process of its own takes these times, in seconds:
 
-* ``read``: reading the checkpoint's file from beginning to end, as plain as can be;
+* ``read``: reading the checkpoint's weights from beginning to end, as plain as can be;
 * ``imports``: torch, transformers and the engine;
-* ``load``: ``await engine.reload(config)``, with a cache of compiled code that is already there;
+* ``load``: ``await engine.reload(config)``;
 * ``first token``: of the first request, 16 tokens long.
 
-``build`` is what ``load`` takes longer in a first process whose cache of compiled code is empty; it is measured once.
-The file is in the page cache in all of them, or in none with ``--cold`` (the kernel is asked to forget the file, which
-needs no privileges). Given is the median, and ``load`` over ``read``. The last line is one JSON object.
+The checkpoint is random, with a tokenizer of its vocabulary. ``warm`` has its weights in the page cache, ``cold`` has
+not: before `read` and before `load` the kernel is asked to forget them, which needs no privileges. Both find compiled
+code, and what an earlier load kept of the checkpoint, in their cache. ``first`` is one process more at the beginning,
+whose cache is empty, and ``unknown`` (warm) are processes that find the compiled code alone, as for a checkpoint that
+this machine has never loaded.
 
-    python -m benchmarks.startup [--shape M] [--dtype bfloat16] [--rounds 3] [--cold]
+Given are medians, and the median of ``load`` over ``read``. The last line is one JSON object.
+
+    python -m benchmarks.startup [--shape M] [--dtype bfloat16] [--rounds 3] [--no-tokenizer]
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +33,8 @@ import time
 from pathlib import Path
 
 from benchmarks import shapes
+
+STATES = ("warm", "cold", "unknown")
 
 
 def child(path: Path, dtype: str, cold: bool) -> dict[str, float]:
@@ -38,11 +45,10 @@ def child(path: Path, dtype: str, cold: bool) -> dict[str, float]:
     times = {}
     begun = time.perf_counter()
     with weights.open("rb", buffering=0) as file:
-        while file.read(1 << 24):
+        buffer = bytearray(1 << 24)
+        while file.readinto(buffer):
             pass
     times["read"] = time.perf_counter() - begun
-    if cold:
-        _forget(weights)
 
     begun = time.perf_counter()
     import torch  # noqa: F401
@@ -51,10 +57,12 @@ def child(path: Path, dtype: str, cold: bool) -> dict[str, float]:
     from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 
     times["imports"] = time.perf_counter() - begun
+    if cold:
+        _forget(weights)
 
     async def serve() -> None:
-        engine = AsyncEngine()
         begun = time.perf_counter()
+        engine = AsyncEngine()
         await engine.reload(EngineConfig(str(path), device="cpu", dtype=dtype, max_total_sequence_length=4096))
         times["load"] = time.perf_counter() - begun
         begun = time.perf_counter()
@@ -77,32 +85,45 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(shapes.SHAPES), default="M")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--no-tokenizer", dest="tokenizer", action="store_false")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
         print(json.dumps(child(arguments.child, arguments.dtype, arguments.cold)))
         return
     with tempfile.TemporaryDirectory() as directory:
         path = shapes.write(Path(directory) / "checkpoint", arguments.shape, arguments.dtype)
-        command = [sys.executable, "-m", "benchmarks.startup", "--child", str(path), "--dtype", arguments.dtype]
-        command += ["--cold"] * arguments.cold
-        cache = os.environ | {"XDG_CACHE_HOME": str(Path(directory) / "cache"), "HF_HUB_OFFLINE": "1"}
-        rounds = []
-        for _ in range(1 + arguments.rounds):
-            done = subprocess.run(command, env=cache, stdout=subprocess.PIPE, text=True, check=True)
-            rounds.append(json.loads(done.stdout.splitlines()[-1]))
+        if arguments.tokenizer:
+            shapes.write_tokenizer(path, shapes.SHAPES[arguments.shape]["vocab_size"])
+        cache = Path(directory) / "cache"
+
+        def run(cold: bool = False) -> dict[str, float]:
+            command = [sys.executable, "-m", "benchmarks.startup", "--child", str(path), "--dtype", arguments.dtype]
+            environment = os.environ | {"XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(
+                [*command, *["--cold"] * cold], env=environment, stdout=subprocess.PIPE, text=True, check=True
+            )
+            times: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+            return times
+
+        first = run()
+        rounds: dict[str, list[dict[str, float]]] = {state: [] for state in STATES}
+        for _ in range(arguments.rounds):
+            shutil.rmtree(cache / "asyncengine" / "findings", ignore_errors=True)
+            rounds["unknown"].append(run())
+            rounds["warm"].append(run())
+            rounds["cold"].append(run(cold=True))
         megabytes = (path / "model.safetensors").stat().st_size / 1e6
-    first, rest = rounds[0], rounds[1:]
-    results = {name: statistics.median(times[name] for times in rest) for name in first}
-    results["build"] = first["load"] - results["load"]
-    ratio = statistics.median(times["load"] / times["read"] for times in rest)
-    for name, seconds in results.items():
-        print(f"{name:>12}: {seconds:7.2f} s")
-    print(f"load over read: {ratio:.2f}, {megabytes:.0f} MB")
-    rounded = {name.replace(" ", "_") + "_s": round(seconds, 3) for name, seconds in results.items()}
-    names = {"benchmark": "startup", "shape": arguments.shape, "dtype": arguments.dtype, "cold": arguments.cold}
-    print(json.dumps({**names, "megabytes": round(megabytes), "results": rounded, "load_over_read": round(ratio, 3)}))
+    print(f"{'seconds':>12}" + "".join(f"{name:>13}" for name in (*first, "load / read")))
+    results = {}
+    for state, found in {"first": [first], **rounds}.items():
+        medians = {name: statistics.median(times[name] for times in found) for name in first}
+        medians["load over read"] = statistics.median(times["load"] / times["read"] for times in found)
+        print(f"{state:>12}" + "".join(f"{value:13.2f}" for value in medians.values()))
+        results[state] = {name.replace(" ", "_"): round(value, 3) for name, value in medians.items()}
+    names = {"benchmark": "startup", "shape": arguments.shape, "dtype": arguments.dtype}
+    print(json.dumps({**names, "megabytes": round(megabytes), "results": results}))
 
 
 if __name__ == "__main__":

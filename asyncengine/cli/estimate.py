@@ -110,6 +110,7 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model import architecture, graph_memory
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
+    from asyncengine.model.attention_modules import text_config
     from asyncengine.model.checkpoint import Checkpoint
     from asyncengine.model.load_check import KV_DTYPES, check_draft
     from asyncengine.model.location import locate
@@ -119,7 +120,7 @@ def read(config: EngineConfig) -> Needs:
     device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
     checkpoint = Checkpoint(locate(config.model))
     hf_config = architecture.read_config(checkpoint)
-    text = architecture.text_config(hf_config)
+    text = text_config(hf_config)
     dtype: torch.dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
     drafts = [
@@ -142,7 +143,7 @@ def read(config: EngineConfig) -> Needs:
     sequences = config.max_num_sequence or (256 if cuda else 64)
     graphs = None
     if cuda and config.attention_backend in ("auto", "triton"):
-        texts = [text, *(architecture.text_config(draft.hf_config) for draft in drafts)]
+        texts = [text, *(text_config(draft.hf_config) for draft in drafts)]
         draws = config.speculative_mode == "disable"
         graphs = sum((graph_memory.reserve(each, dtype, sequences, draws) for each in texts), GraphReserve())
     names = getattr(hf_config, "architectures", None)

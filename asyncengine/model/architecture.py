@@ -6,9 +6,6 @@ What cannot be served shows in the same way: layers that do not attend, attend t
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +15,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.attention.protocol import LayerSpec
+from asyncengine.model.attention_modules import HOOK, RecordedLayer, hooked, text_config
 from asyncengine.model.checkpoint import Checkpoint
 
 ATTENTION = "asyncengine"
 """Name under which our attention is known to transformers."""
-
-_HOOK = "asyncengine_attention"
-"""Attribute of an attention module that takes its calls."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _HARMLESS = {
@@ -43,40 +38,12 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls; (1, heads, tokens, dim) in, (1, tokens, heads, dim) out."""
-    hook = getattr(module, _HOOK)
+    hook = getattr(module, HOOK)
     kwargs["attention_mask"] = attention_mask
     return hook(module, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), kwargs)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
-
-
-def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Calls what `attach` gave an attention module, in the module's place; (tokens, heads, dim) in and out."""
-    attended: torch.Tensor = getattr(module, _HOOK)(module, query, key, value, {})
-    return attended
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedLayer:
-    """One attention module in the order of execution.
-
-    Attributes:
-        name: Of the module.
-        module: Itself.
-        spec: What it needs.
-        sinks: Its learned sink logits, (heads,), if it has some.
-    """
-
-    name: str
-    module: nn.Module
-    spec: LayerSpec
-    sinks: torch.Tensor | None
-
-
-def text_config(config: Any) -> Any:
-    """The part of a configuration that is about text."""
-    return config.get_text_config(decoder=True)
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
@@ -186,23 +153,6 @@ def layers_of(model: PreTrainedModel, watched: dict[str, LayerSpec] | None) -> l
     if not watched or any(spec.has_sinks or name not in modules for name, spec in watched.items()):
         return record(model)
     return [RecordedLayer(name, modules[name], spec, None) for name, spec in watched.items()]
-
-
-@contextlib.contextmanager
-def hooked(hooks: dict[nn.Module, Any]) -> Iterator[None]:
-    """Lets attention modules call `hooks` within the block."""
-    attach(hooks)
-    try:
-        yield
-    finally:
-        for module in hooks:
-            delattr(module, _HOOK)
-
-
-def attach(hooks: dict[nn.Module, Any]) -> None:
-    """Lets each attention module call its hook: (module, query, key, value, arguments) -> output."""
-    for module, hook in hooks.items():
-        setattr(module, _HOOK, hook)
 
 
 def _recorded(

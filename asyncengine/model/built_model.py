@@ -8,18 +8,26 @@ from typing import Any
 from asyncengine.config import DecoderBackend, EngineConfig
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model import memory, packed_linear
+from asyncengine.model.findings import Findings
 from asyncengine.model.load_check import BUILDING, Details
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A model with its weights and without its KV cache."""
+    """A model with its weights and without its KV cache.
+
+    Attributes:
+        hidden_size: Width of its hidden states; None if there is no telling.
+        findings: What the next load of it need not find out; None if that is not to be kept.
+    """
 
     model: Any
     layers: Any
     program: Any
     fused: Any
     notes: tuple[str, ...]
+    hidden_size: int | None
+    findings: Findings | None = None
 
     def decoder_backend(self, config: EngineConfig) -> DecoderBackend:
         """What the configuration comes to; "auto" where that rests on measurements, so that a restart makes them."""
@@ -42,18 +50,21 @@ def build(config: EngineConfig, details: Details, backend: Any) -> Built:
         UnsupportedModelError: It does not compute what transformers does, or not in the form that is asked for.
     """
     from asyncengine.model import architecture, verification
-    from asyncengine.model.decoder.blueprint import NotRecognised
+    from asyncengine.model.decoder.parts import NotRecognised
+    from asyncengine.model.hidden_states import hidden_size
 
     notes: list[str] = []
     name = str(details.checkpoint.path)
     model = _with_weights(details)
     layers = architecture.layers_of(model, details.watched)
-    trial = verification.Trial(model, layers, details.device)
-    program = None
+    trial = verification.Trial.of(model, layers, details.device)
+    program, findings = None, None
     try:
-        program = _compile(config, details, model, layers, backend)
-        if program is not None:
+        blueprint = _blueprint(config, details, model, layers, backend)
+        if blueprint is not None:
+            program = _compile(config, details, blueprint, backend)
             trial.run(model, backend, program)
+            findings = _findings(details, model, layers, blueprint, trial)
     except (NotRecognised, UnsupportedModelError) as error:
         if config.decoder_backend == "compiled" or config.quantization == "int8":
             raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
@@ -75,7 +86,38 @@ def build(config: EngineConfig, details: Details, backend: Any) -> Built:
         if details.kv_dtype is not details.dtype:
             off = trial.run(model, backend, kv_dtype=details.kv_dtype, fp8_weights=fp8_weights)
             notes.append(f"KV cache: {config.kv_cache_dtype}: logits of a trial are {off:.1%} of their norm off")
-    return Built(model, layers, program, fused, tuple(notes))
+    return Built(model, layers, program, fused, tuple(notes), hidden_size(model), findings)
+
+
+def recalled(config: EngineConfig, details: Details, backend: Any) -> Built | None:
+    """The compiled step of a model that an earlier load found everything out about; it is tried as it was then.
+
+    Returns:
+        None, if it does not compute what transformers did then.
+    """
+    from asyncengine.model import verification
+    from asyncengine.model.skeleton import assembled
+
+    findings = details.findings
+    assert findings is not None
+    model, layers, blueprint = assembled(findings, details.checkpoint, details.max_length)
+    program = _compile(config, details, blueprint, backend, mapped=True)
+    trial = verification.Trial.recalled(findings, details.dtype, layers, details.device)
+    try:
+        trial.run(model, backend, program)
+    except UnsupportedModelError:
+        return None
+    return Built(model, layers, program, None, (), findings.description["hidden_size"])
+
+
+def _findings(details: Details, model: Any, layers: Any, blueprint: Any, trial: Any) -> Findings | None:
+    """What was found out, if that is to be kept and the next load could do with it."""
+    from asyncengine.model.skeleton import described
+
+    if details.findings_at is None or (found := described(model, layers, blueprint, details.checkpoint)) is None:
+        return None
+    kept = trial.kept()
+    return Findings(found.description | kept.description, found.tensors | kept.tensors)
 
 
 def _fuse(
@@ -145,16 +187,14 @@ def _with_weights(details: Details) -> Any:
     return model.to(details.device).eval().requires_grad_(False)
 
 
-def _compile(config: EngineConfig, details: Details, model: Any, layers: Any, backend: Any) -> Any:
-    """The model as a compiled step, which takes its weights; None if that is not wanted or not for this device.
+def _blueprint(config: EngineConfig, details: Details, model: Any, layers: Any, backend: Any) -> Any:
+    """The parts of a model that is to be compiled; None if that is not wanted or not for this device.
 
     Raises:
-        NotRecognised: The model is not one that the compiled step can run. It keeps its weights.
+        NotRecognised: The model is not one that the compiled step can run.
     """
     from asyncengine.model.attention.cpu import CpuAttention
-    from asyncengine.model.attention.kernel import kind_of
     from asyncengine.model.decoder.blueprint import NotRecognised, recognise
-    from asyncengine.model.decoder.program import CompiledDecoder
     from asyncengine.model.fused.choice import DEVICES
 
     if config.decoder_backend == "transformers" or (config.decoder_backend == "auto" and config.quantization == "fp8"):
@@ -165,6 +205,13 @@ def _compile(config: EngineConfig, details: Details, model: Any, layers: Any, ba
         if config.decoder_backend == "auto" and config.quantization == "none":
             return None
         raise NotRecognised(f"it needs the compiled attention of the CPU, not {backend.name!r} on {details.device}")
-    blueprint = recognise(model, layers, details.max_length)
+    return recognise(model, layers, details.max_length)
+
+
+def _compile(config: EngineConfig, details: Details, blueprint: Any, backend: Any, mapped: bool = False) -> Any:
+    """The model as a compiled step, which takes its weights."""
+    from asyncengine.model.attention.kernel import kind_of
+    from asyncengine.model.decoder.program import CompiledDecoder
+
     int8 = config.quantization == "int8"
-    return CompiledDecoder(blueprint, backend.library(kind_of(details.dtype, int8)), details.dtype, int8)
+    return CompiledDecoder(blueprint, backend.library(kind_of(details.dtype, int8)), details.dtype, int8, mapped)

@@ -8,6 +8,7 @@ import torch
 
 from asyncengine.config import EngineConfig
 from asyncengine.model import memory
+from asyncengine.model.attention_modules import hooked, text_config
 from asyncengine.model.built_model import Built
 from asyncengine.model.load_check import Details
 from asyncengine.speculation.lengths import LONGEST
@@ -79,10 +80,10 @@ def graph_reserve(config: EngineConfig, details: Details, backend: Any, sequence
 
 def graphs_of(config: EngineConfig, details: Details, sequences: int) -> memory.GraphReserve:
     """What the captured steps of one model will take."""
-    from asyncengine.model import architecture, graph_memory
+    from asyncengine.model import graph_memory
 
     draws = config.speculative_mode == "disable"  # else no token stays on the device
-    return graph_memory.reserve(architecture.text_config(details.hf_config), details.dtype, sequences, draws)
+    return graph_memory.reserve(text_config(details.hf_config), details.dtype, sequences, draws)
 
 
 def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.dtype) -> int:
@@ -92,7 +93,6 @@ def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.d
 
 def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.device) -> int:
     """Bytes that the activations of the largest step take, measured."""
-    from asyncengine.model import architecture
     from asyncengine.model.graph_memory import draw_bytes
 
     def nothing(module: Any, query: Any, key: Any, value: Any, kwargs: Any) -> Any:
@@ -102,11 +102,11 @@ def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    with architecture.hooked({layer.module: nothing for layer in layers}), torch.inference_mode():
+    with hooked({layer.module: nothing for layer in layers}), torch.inference_mode():
         positions = torch.arange(tokens, device=device)[None] % 16
         model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=sequences)
     peak = int(torch.cuda.max_memory_allocated(device)) - before
     memory.empty_cache()
     # Sampling works on a few copies of the logits in float32.
-    vocab = int(architecture.text_config(model.config).vocab_size)
+    vocab = int(text_config(model.config).vocab_size)
     return peak + max(4 * sequences * vocab * 4, draw_bytes(sequences, vocab))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from asyncengine.errors import CheckpointError, InvalidRequestError
 from asyncengine.generation import GenerationConfig
 
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json",
 )  # fmt: skip
 
+_AHEAD = 1 << 21
+"""Bytes that are asked for at once. Linux reads only the beginning of what is more than a device takes in one piece."""
 _TOKENIZER_SOURCES = (".json", ".jinja", ".txt", ".model", ".py")
 
 
@@ -58,8 +61,8 @@ class Checkpoint:
         for tensor in self.tensors:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + prod(tensor.shape)
         for name in sorted(sizes, key=lambda name: -sizes[name]):
-            if name in _TORCH_DTYPES:
-                return _TORCH_DTYPES[name]
+            if name in TORCH_DTYPES:
+                return TORCH_DTYPES[name]
         named = self.config.get("dtype", self.config.get("torch_dtype"))
         dtype = getattr(torch, named, None) if isinstance(named, str) else None
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
@@ -70,6 +73,20 @@ class Checkpoint:
             return sum(file.stat().st_size for file in self.weight_files)
         floats = ("F64", "F32", "F16", "BF16")
         return sum(prod(t.shape) * (dtype.itemsize if t.dtype in floats else _DTYPES[t.dtype]) for t in self.tensors)
+
+    def read_ahead(self, free: int) -> None:
+        """Asks the system to read the weight files, and does not wait for them: much of a load is something else.
+
+        Args:
+            free: Bytes of memory that can be had. If the files are more than half of it, nothing is asked for.
+        """
+        sizes = {file: file.stat().st_size for file in self.weight_files}
+        if 2 * sum(sizes.values()) > free or not hasattr(os, "posix_fadvise"):
+            return
+        for path, size in sizes.items():
+            with path.open("rb") as file:
+                for start in range(0, size, _AHEAD):
+                    os.posix_fadvise(file.fileno(), start, _AHEAD, os.POSIX_FADV_WILLNEED)
 
     @cached_property
     def tokenizer_key(self) -> str | None:

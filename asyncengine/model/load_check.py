@@ -14,6 +14,8 @@ import torch
 from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, UnsupportedModelError
 from asyncengine.model import memory
+from asyncengine.model.attention_modules import text_config
+from asyncengine.model.findings import Findings, place_of, recall
 from asyncengine.model.memory import GIB
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer
@@ -28,6 +30,8 @@ once restore each other's."""
 _WATCHED: dict[str, dict[str, Any]] = {}
 """For each configuration whose model ran without weights, its attention layers by name. It is not watched again: what
 is found depends on nothing else."""
+DEFAULT_LONGEST = 2048
+"""Tokens in one sequence, where the configuration does not say how many positions there are."""
 SLACK = 256 << 20
 """Bytes for whatever else a load needs: modules, a tokenizer, activations of the first steps."""
 
@@ -40,6 +44,7 @@ class Details:
         checkpoint: An `asyncengine.model.checkpoint.Checkpoint`.
         tokenizer_path: Directory of the tokenizer.
         hf_config: As transformers reads it.
+        vocab_size: Tokens that have logits.
         device: Where it will be.
         dtype: Of weights and activations.
         weight_bytes: Bytes of its weights in that dtype.
@@ -48,11 +53,14 @@ class Details:
         kv_dtype: Of the KV cache.
         draft: The same of the model that drafts for it.
         watched: Its attention layers by name; None if it does not run without weights.
+        findings: What an earlier load of it found out, if that was kept. Then there is no `hf_config`.
+        findings_at: Where what is found out is kept; None if it is not.
     """
 
     checkpoint: Any
     tokenizer_path: Path
     hf_config: Any
+    vocab_size: int
     device: torch.device
     dtype: torch.dtype
     weight_bytes: int
@@ -61,6 +69,8 @@ class Details:
     kv_dtype: torch.dtype
     draft: Details | None = None
     watched: dict[str, Any] | None = None
+    findings: Findings | None = None
+    findings_at: Path | None = None
 
     @property
     def all_weight_bytes(self) -> int:
@@ -89,20 +99,29 @@ def plan_of(
     Raises:
         AsyncEngineError: It cannot be loaded; the kind says why.
     """
-    from asyncengine.model import architecture
     from asyncengine.model.checkpoint import tokenizer_key
     from asyncengine.model.location import locate
 
     tokenizer_path = checkpoint.path if config.tokenizer is None else locate(config.tokenizer)
     if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
-    hf_config = architecture.read_config(checkpoint)
-    text = architecture.text_config(hf_config)
-    longest = getattr(text, "max_position_embeddings", None) or 2048
+    findings_at = place_of(config, checkpoint, device, dtype)
+    findings = recall(findings_at)
+    if findings is not None and selecting.result().backend.name != "cpu":
+        findings = None
+    if findings is None:
+        from asyncengine.model import architecture
+
+        hf_config = architecture.read_config(checkpoint)
+        text = text_config(hf_config)
+        vocab_size, longest = text.vocab_size, getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST
+    else:
+        hf_config = None
+        vocab_size, longest = findings.description["vocab_size"], findings.description["longest"]
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
     draft = None
     for name in config.additional_models:
-        draft = check_draft(name, checkpoint, text.vocab_size, device, dtype, kv_dtype)
+        draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype)
         longest = min(longest, draft.max_length)
     max_length = config.max_single_sequence_length or longest
     if max_length > longest:
@@ -110,8 +129,10 @@ def plan_of(
         raise ConfigError(
             f"max_single_sequence_length is {max_length}; {whose} max_position_embeddings allows 1..{longest}"
         )
-    architecture.check_rope(hf_config, max_length)
-    watched = watch(architecture, hf_config)
+    watched = None
+    if findings is None:
+        architecture.check_rope(hf_config, max_length)
+        watched = watch(architecture, hf_config)
     if draft is not None:
         architecture.check_rope(draft.hf_config, max_length)
         draft = dataclasses.replace(draft, max_length=max_length, watched=watch(architecture, draft.hf_config))
@@ -127,7 +148,20 @@ def plan_of(
     weights = checkpoint.weight_bytes(dtype)
     present = None if current is None else current.tokenizer
     details = Details(
-        checkpoint, tokenizer_path, hf_config, device, dtype, weights, max_length, present, kv_dtype, draft, watched
+        checkpoint,
+        tokenizer_path,
+        hf_config,
+        vocab_size,
+        device,
+        dtype,
+        weights,
+        max_length,
+        present,
+        kv_dtype,
+        draft,
+        watched,
+        findings,
+        findings_at,
     )
     return LoadPlan(config, fits(details, current), tokenizer_key(tokenizer_path), details)
 
@@ -142,7 +176,7 @@ def check_draft(
 
     checkpoint = Checkpoint(locate(name))
     hf_config = architecture.read_config(checkpoint)
-    text = architecture.text_config(hf_config)
+    text = text_config(hf_config)
     if text.vocab_size != vocab_size:
         raise ConfigError(
             f"additional_models is [{name!r}], whose vocabulary has {text.vocab_size} tokens; the model's has "
@@ -153,9 +187,9 @@ def check_draft(
             f"additional_models is [{name!r}], whose tokenizer has other tokens than the model's; a draft model needs "
             "the same"
         )
-    longest = getattr(text, "max_position_embeddings", None) or 2048
+    longest = getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST
     weights = checkpoint.weight_bytes(dtype)
-    return Details(checkpoint, checkpoint.path, hf_config, device, dtype, weights, longest, None, kv_dtype)
+    return Details(checkpoint, checkpoint.path, hf_config, vocab_size, device, dtype, weights, longest, None, kv_dtype)
 
 
 def device_of(name: str) -> torch.device:
@@ -243,6 +277,20 @@ def check_fp8(config: EngineConfig, device: torch.device) -> None:
             f"quantization is 'fp8' on a device of compute capability {capability[0]}.{capability[1]} "
             f"({torch.cuda.get_device_name(device)}); allowed: 8.9 and later"
         )
+
+
+def without_findings(details: Details) -> Details:
+    """The same load, with what is known of the configuration alone: what an earlier one had kept does not hold.
+
+    Raises:
+        UnsupportedModelError: It cannot be served, as it turns out.
+    """
+    from asyncengine.model import architecture
+
+    hf_config = architecture.read_config(details.checkpoint)
+    architecture.check_rope(hf_config, details.max_length)
+    watched = watch(architecture, hf_config)
+    return dataclasses.replace(details, hf_config=hf_config, watched=watched, findings=None)
 
 
 def watch(architecture: Any, hf_config: Any) -> dict[str, Any] | None:

@@ -12,10 +12,12 @@ import torch
 from asyncengine.config import EngineConfig
 from asyncengine.errors import AsyncEngineError, InsufficientMemoryError, ReloadError
 from asyncengine.model import memory
-from asyncengine.model.built_model import Built, build
+from asyncengine.model.built_model import Built, build, recalled
 from asyncengine.model.capacity import graphs_of, kv_bytes_per_block, limits_of
 from asyncengine.model.draft_model import DraftModel
-from asyncengine.model.load_check import DTYPES, Details, device_of, plan_of, select_attention
+from asyncengine.model.findings import Findings, keep
+from asyncengine.model.load_check import DTYPES, Details, device_of, plan_of, select_attention, without_findings
+from asyncengine.model.tokenizer import FastTokenizer, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
 from asyncengine.speculation.protocol import Drafter
@@ -23,6 +25,7 @@ from asyncengine.step.batch import StepBatch
 from asyncengine.step.drafting import Drafting
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
+from asyncengine.tokenizer import Tokenizer
 
 CPU_SATURATION, CUDA_SATURATION = 8.0, 128.0
 """Tokens in a step whose arithmetic takes about as long as reading the weights."""
@@ -50,7 +53,8 @@ class TransformersLoader:
         checkpoint = Checkpoint(locate(config.model))
         dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
         # A compiler has most of its work done while transformers is imported and the model is watched.
-        with ThreadPoolExecutor(1, "asyncengine-select") as pool:
+        with ThreadPoolExecutor(2, "asyncengine-check") as pool:
+            pool.submit(checkpoint.read_ahead, memory.free_bytes(torch.device("cpu")))
             selecting = pool.submit(select_attention, config, device, dtype)
             if device.type != "cpu":
                 wait([selecting])  # it imports triton, and so does transformers
@@ -71,21 +75,28 @@ class TransformersLoader:
 
 
 def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
-    from asyncengine.model import architecture
-    from asyncengine.model.hidden_states import hidden_size
     from asyncengine.model.last_tokens import LastTokens
-    from asyncengine.model.tokenizer import load_tokenizer
 
     details, config = plan.details, plan.config
     assert isinstance(details, Details)
-    tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
     selection = select_attention(config, details.device, details.dtype)
     backend = selection.backend
     notes = [] if selection.fallback_reason is None else [f"attention: {selection.fallback_reason}"]
-    built = build(config, details, backend)
+    built = None
+    # Where all is known already, nothing of transformers is imported beside the tokenizer; else one follows the other.
+    with ThreadPoolExecutor(1, "asyncengine-tokenizer") as pool:
+        known = None if details.findings is None else details.findings.description["tokenizer"]
+        reading = pool.submit(load_tokenizer, details.tokenizer_path, details.present_tokenizer, known)
+        if details.findings is not None:
+            built = recalled(config, details, backend)
+    tokenizer = reading.result()
+    if built is None:
+        details = details if details.findings is None else without_findings(details)
+        built = build(config, details, backend)
+        _keep(details, built, tokenizer)
     draft = None if details.draft is None else build(config, details.draft, backend)
     limits, complete = limits_of(plan, built, draft, backend)
-    vocab_size = architecture.text_config(details.hf_config).vocab_size
+    vocab_size = details.vocab_size
     if run_ahead is None:
         run_ahead = details.device.type == "cuda"
     run_ahead &= config.speculative_mode == "disable"
@@ -128,9 +139,18 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         drafting=drafting,
         launching=model if run_ahead else None,
         warming=_warming(model, draft_model),
-        hidden_size=hidden_size(built.model),
+        hidden_size=built.hidden_size,
         pooling=details.checkpoint.pooling,
     )
+
+
+def _keep(details: Details, built: Built, tokenizer: Tokenizer | None) -> None:
+    """Keeps what this load found out for the next one."""
+    if details.findings_at is None or built.findings is None:
+        return
+    known = (tokenizer.sources, tokenizer.kind) if isinstance(tokenizer, FastTokenizer) else None
+    about = built.findings.description | {"tokenizer": known}
+    keep(details.findings_at, Findings(about, built.findings.tensors))
 
 
 def _drafting(

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from asyncengine.model.architecture import RecordedLayer, attach
 from asyncengine.model.attention.protocol import AttentionBackend, CarryingBackend
+from asyncengine.model.attention_modules import RecordedLayer, attach
 from asyncengine.step.batch import Int64, StepBatch
 from asyncengine.step.limits import Limits
 

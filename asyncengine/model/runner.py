@@ -25,6 +25,7 @@ from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.sampler import Drawn, Sampler
+from asyncengine.model.skeleton import Skeleton
 from asyncengine.model.step_inputs import StepInputs
 from asyncengine.model.token_draw import DrawSettings
 from asyncengine.model.token_ranking import argmax
@@ -320,7 +321,10 @@ class TorchModel:
                 raise ReloadError(f"replacing weights failed, none was replaced: {error}") from error
 
     def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
-        """Calls ``package.module:function`` with the transformers model first, or a debug function of this module."""
+        """Calls ``package.module:function`` with the transformers model first, or a debug function of this module.
+
+        Where none was needed to load, one is made for it, without weights.
+        """
         assert self._model is not None
         if ":" in name:
             module, _, attribute = name.partition(":")
@@ -332,7 +336,8 @@ class TorchModel:
                     f"there is no debug function {name!r}; there are {', '.join(sorted(DEBUG_FUNCTIONS))}, and any "
                     "'package.module:function'"
                 )
-        return [function(self._model, *args)]
+        model = self._model.transformed() if isinstance(self._model, Skeleton) else self._model
+        return [function(model, *args)]
 
     def close(self) -> None:
         """Lets weights and KV cache go and returns their memory."""

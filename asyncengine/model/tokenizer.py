@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ class FastTokenizer:
 
     Attributes:
         sources: Digest of what it was made of; None if that is not known.
+        kind: The name of the class that transformers chose for it.
     """
 
     def __init__(self, tokenizer: Any, sources: str | None = None) -> None:
         self.sources = sources
+        self.kind = _kind(tokenizer)
         self._chat = tokenizer
         # The library's own object: the wrapper's encode changes shared truncation settings on every call.
         self._backend = tokenizer.backend_tokenizer
@@ -104,13 +107,14 @@ class SlowTokenizer:
             return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
-def load_tokenizer(path: Path, present: Tokenizer | None = None) -> Tokenizer | None:
+def load_tokenizer(path: Path, present: Tokenizer | None = None, known: Any = None) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory; None if it has none.
 
     Args:
         path: The directory.
         present: One that is loaded. It is returned if it was made of the same files: to read them again would hold the
             interpreter's lock for hundreds of milliseconds if the vocabulary is large.
+        known: The `sources` of one that transformers read before, and its `kind`.
 
     Raises:
         CheckpointError: Its files cannot be read.
@@ -120,13 +124,36 @@ def load_tokenizer(path: Path, present: Tokenizer | None = None) -> Tokenizer | 
     sources = tokenizer_sources(path)
     if isinstance(present, FastTokenizer) and present.sources == sources:
         return present
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = _outlined(path, known[1]) if known is not None and known[0] == sources else None
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
     return FastTokenizer(tokenizer, sources) if tokenizer.is_fast else SlowTokenizer(tokenizer)
+
+
+def _outlined(path: Path, kind: str) -> Any:
+    """The tokenizer, read with an outline of the model's configuration; None if another class comes of that.
+
+    transformers reads the configuration to choose a class, and to read one of some models it imports much of torch.
+    """
+    from transformers import AutoTokenizer, PreTrainedConfig
+
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        outline = PreTrainedConfig(name_or_path=str(path), tokenizer_class=values.get("tokenizer_class"))
+        outline.model_type = values["model_type"]
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, config=outline)
+    except Exception:  # it is read again, and then says what is wrong
+        return None
+    return tokenizer if _kind(tokenizer) == kind else None
+
+
+def _kind(tokenizer: Any) -> str:
+    return f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
 
 
 def _encode_chat(

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from asyncengine.errors import UnsupportedModelError
-from asyncengine.model.architecture import RecordedLayer, text_config
 from asyncengine.model.attention.protocol import AttentionBackend
+from asyncengine.model.attention_modules import RecordedLayer, text_config
 from asyncengine.model.decoder.program import CompiledDecoder
+from asyncengine.model.findings import Findings
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import StepBatch
@@ -34,6 +36,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 _COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.2e-1}
 """The same for the compiled step, which keeps more digits between its products than the model does."""
+_KEPT_COLUMNS = 4096
 _FUSED_TOKENS = 8
 """Of each sequence, for kernels that run a few tokens at a time."""
 _INT8_TOLERANCE = 0.3
@@ -48,20 +51,55 @@ class Trial:
         layers: The attention layers of what is tried next.
 
     Args:
-        model: With its weights.
+        name: Of the model, for messages.
+        dtype: Its own.
         layers: Its attention layers.
         device: Where it is.
+        ids: (2, tokens) the sequences.
+        expected: (2, tokens, columns) what transformers makes of them.
+        every: Which columns of the logits these are: those whose numbers are multiples of it.
     """
 
-    def __init__(self, model: Any, layers: list[RecordedLayer], device: torch.device) -> None:
-        text = text_config(model.config)
-        length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
-        self._ids = np.random.default_rng(0).integers(0, text.vocab_size, size=(2, length), dtype=np.int32)
+    def __init__(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        layers: list[RecordedLayer],
+        device: torch.device,
+        ids: NDArray[np.int32],
+        expected: torch.Tensor,
+        every: int = 1,
+    ) -> None:
         self.layers = layers
+        self._name = name
+        self._dtype = dtype
         self._device = device
-        self._name = type(model).__name__
-        self._dtype = next(model.parameters()).dtype
-        self._expected = _plain(model, self._ids, device)
+        self._ids = ids
+        self._expected = expected
+        self._every = every
+
+    @classmethod
+    def of(cls, model: Any, layers: list[RecordedLayer], device: torch.device) -> Trial:
+        """A trial of a model with its weights: transformers computes what is expected."""
+        text = text_config(model.config)
+        ids = _sequences(text.vocab_size, getattr(text, "max_position_embeddings", None) or _TOKENS)
+        dtype = next(model.parameters()).dtype
+        return cls(type(model).__name__, dtype, layers, device, ids, _plain(model, ids, device))
+
+    @classmethod
+    def recalled(
+        cls, findings: Findings, dtype: torch.dtype, layers: list[RecordedLayer], device: torch.device
+    ) -> Trial:
+        """A trial whose expected logits were computed by an earlier load."""
+        about = findings.description
+        ids = _sequences(about["vocab_size"], about["longest"])
+        return cls(about["name"], dtype, layers, device, ids, findings.tensors["expected"], about["every"])
+
+    def kept(self) -> Findings:
+        """What `recalled` needs: a sample of the expected logits, since all of them would be megabytes."""
+        every = -(-self._expected.shape[-1] // _KEPT_COLUMNS)
+        expected = self._expected[..., ::every].contiguous()
+        return Findings({"name": self._name, "every": every}, {"expected": expected})
 
     def run(
         self,
@@ -145,6 +183,7 @@ class Trial:
             found = torch.cat(pieces, dim=1).float()
         finally:
             paged.free()
+        found = found[..., :: self._every]
         expected = self._expected[:rows, : cuts[-1]]
         error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
         return float(error.flatten().median())
@@ -155,6 +194,10 @@ class Trial:
                 f"{self._name} does not compute over a paged KV cache what it computes without one: relative "
                 f"error {error:.2g}, allowed {tolerance:g} in {number}"
             )
+
+
+def _sequences(vocab_size: int, longest: int) -> NDArray[np.int32]:
+    return np.random.default_rng(0).integers(0, vocab_size, size=(2, min(_TOKENS, longest)), dtype=np.int32)
 
 
 def _plain(model: Any, ids: Any, device: torch.device) -> torch.Tensor:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTr
 
 from asyncengine import EngineConfig, InsufficientMemoryError
 from asyncengine.model import architecture, capacity, device_copy, memory, token_draw
+from asyncengine.model.attention_modules import hooked
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.graph_memory import DRAW_GRAPH, STEP_GRAPH, activation_numbers, draw_bytes, reserve
 from asyncengine.model.memory import GraphReserve
@@ -59,7 +60,11 @@ def test_a_layer_has_no_more_at_hand_than_is_reckoned(config: PreTrainedConfig, 
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
 
     ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
-    with architecture.hooked({layer.module: nothing for layer in layers}), torch.inference_mode(), LiveBytes() as live:
+    with (
+        hooked({layer.module: nothing for layer in layers}),
+        torch.inference_mode(),
+        LiveBytes() as live,
+    ):
         model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
     reckoned = activation_numbers(config) * tokens * 2
     assert live.peak <= reckoned <= at_most * live.peak

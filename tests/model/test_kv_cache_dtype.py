@@ -66,7 +66,7 @@ def test_a_model_whose_keys_do_not_fit_into_it_is_refused(checkpoint: Checkpoint
         for layer in model.model.layers:
             layer.self_attn.v_proj.weight.mul_(1e4)
     layers = architecture.record(model)
-    trial = Trial(model, layers, torch.device("cpu"))
+    trial = Trial.of(model, layers, torch.device("cpu"))
     assert trial.run(model, TorchAttention()) < 1e-3
     with pytest.raises(UnsupportedModelError, match=r"allowed 0\.4 in torch\.float8_e4m3fn"):
         trial.run(model, TorchAttention(), kv_dtype=torch.float8_e4m3fn)

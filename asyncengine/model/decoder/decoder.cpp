@@ -18,7 +18,7 @@
 #include <deque>
 #include <type_traits>
 
-// The structures below are mirrored in program.py.
+// The structures below are mirrored in program.py and weights.py.
 extern "C" {
 struct Matrix {
   const void *weights;  // packed; null: there is none
@@ -81,6 +81,15 @@ struct DecoderStep {
   const int64_t *pool_spans;  // (pools, 2) tokens, from and to, whose hidden states are summed
   int64_t pools;
   float *pooled;  // (pools, hidden), behind the last norm
+};
+
+struct Packing {  // one matrix that is to be packed
+  int64_t dtype;  // as Layer's
+  const void *from;
+  int64_t outputs, inputs, row_stride;
+  void *to;
+  int64_t first_group, group_step;  // group g of the outputs becomes group first_group + g * group_step
+  float *scales;                    // of int8 weights, or null
 };
 }
 
@@ -775,15 +784,6 @@ int run_decoder(const Decoder &decoder, const DecoderStep &step) {
 
 // -- packing
 
-struct Packing {
-  const void *from;
-  int64_t outputs, inputs, row_stride;
-  void *to;
-  int64_t first_group, group_step;
-  float *scales;
-  int64_t threads;
-};
-
 template <class T, class W>
 void pack_group(const Packing &p, int64_t group) {
   const int64_t steps = p.inputs / W::kPair;
@@ -808,18 +808,29 @@ void pack_group(const Packing &p, int64_t group) {
 }
 
 template <class T, class W>
-void pack(const Packing &packing) {
-  struct Work {
-    const Packing &packing;
-    Phase phase;
-  } work{packing, {}};
-  GOMP_parallel(
-      [](void *data) {
-        Work &mine = *static_cast<Work *>(data);
-        const int64_t groups = (mine.packing.outputs + kLanes - 1) / kLanes;
-        mine.phase.run(groups, [&](int64_t group) { pack_group<T, W>(mine.packing, group); });
-      },
-      &work, unsigned(packing.threads), 0);
+void pack_as(const Packing &packing, Phase &phase) {
+  phase.run((packing.outputs + kLanes - 1) / kLanes, [&](int64_t group) { pack_group<T, W>(packing, group); });
+}
+
+void pack(const Packing &packing, Phase &phase) {
+  switch (packing.dtype) {
+#if HAS_KIND(0) || HAS_KIND(3)  // the router of experts is not in int8
+    case 0:
+      return pack_as<Float32, Float32>(packing, phase);
+#endif
+    case 1:
+#if HAS_KIND(3)
+      if (packing.scales) return pack_as<BFloat16, Int8>(packing, phase);
+#endif
+#if HAS_KIND(1)
+      if (!packing.scales) return pack_as<BFloat16, BFloat16>(packing, phase);
+#endif
+      break;
+#if HAS_KIND(2)
+    case 2:
+      return pack_as<Float16, Float16>(packing, phase);
+#endif
+  }
 }
 
 }  // namespace
@@ -830,29 +841,18 @@ extern "C" int64_t decoder_lanes() { return kLanes; }
 // Inputs that lie beside each other in packed weights of a dtype.
 extern "C" int64_t decoder_pair(int64_t dtype) { return dtype == 1 ? BFloat16::kPair : 1; }
 
-// Packs (outputs, inputs) of a dtype; bfloat16 with scales to int8, with one scale for each output. Group g of the outputs
-// becomes group first_group + g * group_step.
-extern "C" void decoder_pack(int64_t dtype, const void *from, int64_t outputs, int64_t inputs, int64_t row_stride,
-                             void *to, int64_t first_group, int64_t group_step, float *scales, int64_t threads) {
-  const Packing packing = {from, outputs, inputs, row_stride, to, first_group, group_step, scales, threads};
-  switch (dtype) {
-#if HAS_KIND(0) || HAS_KIND(3)  // the router of experts is not in int8
-    case 0:
-      return pack<Float32, Float32>(packing);
-#endif
-    case 1:
-#if HAS_KIND(3)
-      if (scales) return pack<BFloat16, Int8>(packing);
-#endif
-#if HAS_KIND(1)
-      if (!scales) return pack<BFloat16, BFloat16>(packing);
-#endif
-      break;
-#if HAS_KIND(2)
-    case 2:
-      return pack<Float16, Float16>(packing);
-#endif
-  }
+// Packs matrices, one after the other; bfloat16 with scales to int8, with one scale for each output.
+extern "C" void decoder_pack(const Packing *packings, int64_t count, int64_t threads) {
+  struct Work {
+    const Packing *packings;
+    std::deque<Phase> phases;
+  } work{packings, std::deque<Phase>(size_t(count))};
+  GOMP_parallel(
+      [](void *data) {
+        Work &mine = *static_cast<Work *>(data);
+        for (size_t i = 0; i < mine.phases.size(); ++i) pack(mine.packings[i], mine.phases[i]);
+      },
+      &work, unsigned(threads), 0);
 }
 
 // Returns 0, or 1 when there is no memory for the step, which the calling thread keeps for its next one.

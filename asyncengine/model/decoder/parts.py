@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from asyncengine.model.architecture import RecordedLayer
+from asyncengine.model.attention_modules import RecordedLayer
 
 
 class NotRecognised(Exception):  # it is an answer, not an error

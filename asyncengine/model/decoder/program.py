@@ -21,6 +21,7 @@ from asyncengine.model.decoder.weights import (
     PackedMatrix,
     PackedNorm,
     PackedVector,
+    Packing,
     release,
 )
 from asyncengine.model.weight_writer import Writer
@@ -160,10 +161,10 @@ def _alone(whole: torch.Tensor) -> list[torch.Tensor]:
 class _Layer:
     """One layer's weights."""
 
-    def __init__(self, library: Any, parts: LayerParts, int8: bool) -> None:
+    def __init__(self, library: Any, parts: LayerParts, int8: bool, later: Packing | None) -> None:
         def packed(parts: Sequence[Projection], turns: int = 1) -> tuple[PackedMatrix, Sequence[Projection]]:
             weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-            matrix = PackedMatrix(library, weights, biases, turns=turns, int8=int8)
+            matrix = PackedMatrix(library, weights, biases, turns=turns, int8=int8, later=later)
             for linear in {part.linear for part in parts}:
                 release(linear, "weight")
                 release(linear, "bias")
@@ -205,12 +206,17 @@ class CompiledDecoder:
         library: The compiled code.
         dtype: Of weights and KV cache.
         int8: Whether the weights are stored as int8 with one scale for each output.
+        mapped: Whether they lie in a file's pages, and so take no memory that had better be let go matrix by matrix.
+            Then all are packed by one call: whoever holds the GIL meanwhile is not in the way.
     """
 
-    def __init__(self, blueprint: Blueprint, library: Any, dtype: torch.dtype, int8: bool = False) -> None:
+    def __init__(
+        self, blueprint: Blueprint, library: Any, dtype: torch.dtype, int8: bool = False, mapped: bool = False
+    ) -> None:
         self._library = library
         self.int8 = int8
-        self._layers = [_Layer(library, parts, int8) for parts in blueprint.layers]
+        later = Packing(library) if mapped else None
+        self._layers = [_Layer(library, parts, int8, later) for parts in blueprint.layers]
         self._norm = (PackedNorm(blueprint.norm), blueprint.norm)
         for _, part in self._norms():
             release(part.module, "weight")
@@ -218,8 +224,10 @@ class CompiledDecoder:
         self._positions = None if blueprint.positions is None else PackedVector(blueprint.positions.weight)
         position_rows = None if self._positions is None else self._positions.values[blueprint.first_position :]
         tied = blueprint.head.weight is blueprint.embedding.weight
-        self._head = PackedMatrix(library, [blueprint.head.weight], [blueprint.head.bias], int8=int8)
-        self._embedding = self._head if tied else PackedMatrix(library, [blueprint.embedding.weight], [None], int8=int8)
+        self._head = PackedMatrix(library, [blueprint.head.weight], [blueprint.head.bias], int8=int8, later=later)
+        self._embedding = self._head
+        if not tied:
+            self._embedding = PackedMatrix(library, [blueprint.embedding.weight], [None], int8=int8, later=later)
         for module in (blueprint.head, blueprint.embedding):
             release(module, "weight")
         if blueprint.positions is not None:
@@ -252,6 +260,8 @@ class CompiledDecoder:
             self._head.struct,
         )
         self._step = _StepStruct()
+        if later is not None:
+            later.run()
 
     @property
     def nbytes(self) -> int:

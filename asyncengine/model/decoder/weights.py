@@ -28,6 +28,35 @@ class MatrixStruct(ctypes.Structure):
     )  # fmt: skip
 
 
+class PackingStruct(ctypes.Structure):
+    """As `Packing`."""
+
+    _fields_ = (
+        ("dtype", ctypes.c_int64), ("source", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "row_stride")),
+        ("target", ctypes.c_void_p), ("first_group", ctypes.c_int64), ("group_step", ctypes.c_int64),
+        ("scales", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+class Packing:
+    """What is to be packed into the order of the compiled code. It is kept alive until that is done."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self._waiting: list[tuple[PackingStruct, torch.Tensor]] = []
+
+    def add(self, job: PackingStruct, source: torch.Tensor) -> None:
+        """Notes one matrix."""
+        self._waiting.append((job, source))
+
+    def run(self) -> None:
+        """Packs all of it in one call without the GIL, in the order in which it lies in memory, or in a file."""
+        waiting, self._waiting = sorted(self._waiting, key=lambda one: one[1].data_ptr()), []
+        jobs = (PackingStruct * len(waiting))(*(job for job, _ in waiting))
+        self._library.decoder_pack(jobs, len(jobs), torch.get_num_threads())
+
+
 class NormStruct(ctypes.Structure):
     """As `Norm` in decoder.cpp."""
 
@@ -48,6 +77,7 @@ class PackedMatrix:
         turns: So many neighbours' groups of outputs take turns, as gate and up do; what has its turn alone follows what
             was before it.
         int8: Whether to store bytes, with one scale for each output.
+        later: Takes what is to be packed; None packs at once.
     """
 
     def __init__(
@@ -58,6 +88,7 @@ class PackedMatrix:
         *,
         turns: int = 1,
         int8: bool = False,
+        later: Packing | None = None,
     ) -> None:
         self._library = library
         lanes = int(library.decoder_lanes())
@@ -75,7 +106,7 @@ class PackedMatrix:
         if any(bias is not None for bias in biases):
             self.bias = torch.zeros(sum(groups) * lanes, dtype=torch.float32)
         for part, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            self.write(part, weight)
+            self._pack(part, weight, later)
             if bias is not None:
                 self.write_bias(part, bias)
         self.struct = MatrixStruct(
@@ -88,11 +119,15 @@ class PackedMatrix:
 
     def write(self, part: int, weight: torch.Tensor) -> None:
         """Packs one layer's weights into their place; without the GIL."""
+        self._pack(part, weight, None)
+
+    def _pack(self, part: int, weight: torch.Tensor, later: Packing | None) -> None:
+        packing = Packing(self._library) if later is None else later
         weight = weight.detach().to(self.dtype)
         if weight.stride(1) != 1:
             weight = weight.contiguous()
         start, step = self._places[part]
-        self._library.decoder_pack(
+        job = PackingStruct(
             DTYPES[self.dtype],
             weight.data_ptr(),
             weight.shape[0],
@@ -102,8 +137,10 @@ class PackedMatrix:
             start,
             step,
             None if self.scales is None else self.scales.data_ptr(),
-            torch.get_num_threads(),
         )
+        packing.add(job, weight)
+        if later is None:
+            packing.run()
 
     def write_bias(self, part: int, bias: torch.Tensor) -> None:
         """Writes one layer's bias."""

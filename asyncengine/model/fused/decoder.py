@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from asyncengine.model import architecture
+from asyncengine.model import attention_modules
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
 from asyncengine.model.fused import tiles
 from asyncengine.model.fused.product import OPTIONS, Product, load_kernels
@@ -111,7 +111,7 @@ class _Layer:
         """(tokens, hidden) of the same, at (tokens,) int64 positions."""
         qkv = self._qkv(hidden)
         query, key, value = self._positioned(qkv, positions)
-        attended = architecture.attend(self._module, query, key, value)  # (tokens, heads, value_dim)
+        attended = attention_modules.attend(self._module, query, key, value)  # (tokens, heads, value_dim)
         beside = self._output(attended.view(hidden.shape[0], -1), hidden)
         return self._down(self._gate_up(hidden if self._parallel else beside), beside)
 

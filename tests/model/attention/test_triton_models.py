@@ -25,7 +25,7 @@ def test_models_compute_what_transformers_computes(name: str, checkpoint: Callab
     ).to(DEVICE)
     layers = architecture.record(model.eval())
     backend = TritonAttention(programs=4, parts_bytes=1 << 16)
-    verification.Trial(model, layers, DEVICE).run(model, backend)
+    verification.Trial.of(model, layers, DEVICE).run(model, backend)
 
 
 def test_a_load_on_the_cpu_with_triton_is_refused(checkpoint: Callable[..., Path]) -> None:

@@ -19,7 +19,7 @@ PRODUCTS = 2 * (256 * 512 + 256 * 256 + 3 * 256 * 512)
 HEAD = 512 * 256
 
 pytestmark = pytest.mark.skipif(
-    VALGRIND is None or platform.machine() != "x86_64" or "avx2" not in builds._processor(),
+    VALGRIND is None or platform.machine() != "x86_64" or "avx2" not in builds.processor(),
     reason="needs valgrind and a processor with AVX2",
 )
 

@@ -42,7 +42,7 @@ class Case:
         )
         self.model = self.model.to(DEVICE).eval().requires_grad_(False)
         self.layers = architecture.record(self.model)
-        self.trial = Trial(self.model, self.layers, DEVICE)
+        self.trial = Trial.of(self.model, self.layers, DEVICE)
         self.fused = FusedDecoder(recognise(self.model, self.layers, 64))
         self.backend = TorchAttention()
         self.paged = PagedLayers(self.layers, self.backend, Limits(2, 12, 24, 4, 6), dtype, DEVICE)

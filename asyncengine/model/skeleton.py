@@ -1,0 +1,254 @@
+"""A model that needs no transformers: the parameters that the compiled step takes, under their names, and its parts.
+
+`described` writes down what `recognise` found in a model of transformers'; `assembled` makes the same out of that and
+of the weight files. The modules of a `Skeleton` compute nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from asyncengine.model.attention.protocol import LayerSpec
+from asyncengine.model.attention_modules import RecordedLayer, text_config
+from asyncengine.model.checkpoint import TORCH_DTYPES, Checkpoint
+from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Projection
+from asyncengine.model.findings import Findings
+from asyncengine.model.hidden_states import hidden_size
+from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
+_NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm")
+_NUMBERS = (
+    "first_position", "activation", "rotary", "pairs", "embedding_scale", "residual_scale", "logit_scale", "logit_cap",
+)  # fmt: skip
+
+
+class Skeleton(nn.Module):
+    """Stands for a model of transformers' whose weights the compiled step has.
+
+    Args:
+        path: Of the checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that a dotted name leads through, made where there is none, and the last part of the name."""
+        module: nn.Module = self
+        *path, last = name.split(".")
+        for step in path:
+            if step not in module._modules:
+                module.add_module(step, nn.Module())
+            module = module.get_submodule(step)
+        return module, last
+
+    def add(self, name: str, module: Kind) -> Kind:
+        """Puts a module under a dotted name."""
+        holder, last = self.place(name)
+        holder.add_module(last, module)
+        return module
+
+    def transformed(self) -> Any:
+        """The model that it stands for, without weights. That takes seconds, and is for debugging."""
+        from transformers import AutoModelForCausalLM
+
+        from asyncengine.model import architecture
+
+        config = architecture.read_config(Checkpoint(self._path))
+        dtype = next(self.parameters()).dtype
+        with BUILDING, torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=architecture.ATTENTION)
+        return model.eval().requires_grad_(False)
+
+
+class _Head(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Initialises nothing: random numbers without memory would make torch import its compiler."""
+
+
+class _Table(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """As that of `_Head`."""
+
+
+def described(model: Any, layers: list[RecordedLayer], parts: Blueprint, checkpoint: Checkpoint) -> Findings | None:
+    """What `assembled` needs to know of a model that is compiled; None if it could not do without transformers.
+
+    It cannot where a parameter is not stored as it is, or is none of the compiled step's, or where layers have experts,
+    or where positions rotate in a way that is more than frequencies.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    parameters = dict(model.named_parameters())
+    sinks = [id(layer.sinks) for layer in layers if layer.sinks is not None]
+    stored = {tensor.name: tensor for tensor in checkpoint.tensors}
+    for name, parameter in parameters.items():
+        own = stored.get(name)
+        if own is None or own.shape != tuple(parameter.shape) or TORCH_DTYPES.get(own.dtype) is not parameter.dtype:
+            return None
+        if not parameter.is_meta and id(parameter) not in sinks:
+            return None
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if any(name not in named for name in model.state_dict()):
+        return None  # a buffer with contents
+    if any(part.experts is not None for part in parts.layers):
+        return None
+    tables = list({id(part.rotation[0]): part.rotation for part in parts.layers if part.rotation is not None}.values())
+    rotations = [_frequencies(model, *table) for table in tables]
+    if any(found is None for found in rotations):
+        return None
+    numbers = {id(table[0]): number for number, table in enumerate(tables)}
+    own_names = {id(parameter): name for name, parameter in parameters.items()}
+    text = text_config(model.config)
+    description = {
+        "vocab_size": text.vocab_size,
+        "longest": getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST,
+        "hidden_size": hidden_size(model),
+        "parameters": list(parameters),
+        "buffers": [[name, list(buffer.shape), str(buffer.dtype)[6:]] for name, buffer in model.named_buffers()],
+        "tied": parts.head.weight is parts.embedding.weight,
+        "head": names[parts.head],
+        "embedding": names[parts.embedding],
+        "positions": None if parts.positions is None else names[parts.positions],
+        "norm": _norm_to(parts.norm, names),
+        "numbers": {name: getattr(parts, name) for name in _NUMBERS},
+        "scales": [found[1] for found in rotations if found is not None],
+        "layers": [
+            {
+                "module": layer.name,
+                "spec": dataclasses.asdict(layer.spec),
+                "sinks": None if layer.sinks is None else own_names[id(layer.sinks)],
+                "norms": {name: _norm_to(norm, names) for name in _NORMS if (norm := getattr(part, name)) is not None},
+                "qkv": [_projection_to(each, names) for each in part.qkv],
+                "output": _projection_to(part.output, names),
+                "gate_up": [_projection_to(each, names) for each in part.gate_up],
+                "down": None if part.down is None else _projection_to(part.down, names),
+                "rotation": None if part.rotation is None else numbers[id(part.rotation[0])],
+                "parallel": part.parallel,
+                "query_scale": part.query_scale,
+            }
+            for layer, part in zip(layers, parts.layers, strict=True)
+        ],
+    }
+    tensors = {f"frequencies.{number}": found[0] for number, found in enumerate(rotations) if found is not None}
+    return Findings(description, tensors)
+
+
+def assembled(
+    findings: Findings, checkpoint: Checkpoint, max_length: int
+) -> tuple[Skeleton, list[RecordedLayer], Blueprint]:
+    """A skeleton whose weights are mapped from their files, its attention layers, and its parts.
+
+    Args:
+        findings: What `described` found of the same checkpoint.
+        checkpoint: It.
+        max_length: How many positions will be asked for.
+    """
+    about = findings.description
+    skeleton = Skeleton(checkpoint.path)
+    parameters = _mapped(checkpoint, set(about["parameters"]))
+    embedding_at, head_at, positions_at = about["embedding"], about["head"], about["positions"]
+    if about["tied"]:
+        parameters[f"{head_at}.weight"] = parameters[f"{embedding_at}.weight"]
+    with torch.device("meta"):
+        embedding = skeleton.add(embedding_at, _Table(*parameters[f"{embedding_at}.weight"].shape))
+        outputs, inputs = parameters[f"{head_at}.weight"].shape
+        head = skeleton.add(head_at, _Head(inputs, outputs, bias=False))
+        positions = None
+        if positions_at is not None:
+            positions = skeleton.add(positions_at, _Table(*parameters[f"{positions_at}.weight"].shape))
+    for name, parameter in parameters.items():
+        module, last = skeleton.place(name)
+        module.register_parameter(last, parameter)
+    for name, shape, dtype in about["buffers"]:
+        module, last = skeleton.place(name)
+        module.register_buffer(last, torch.empty(shape, dtype=getattr(torch, dtype), device="meta"))
+    rotations = []
+    for number, scale in enumerate(about["scales"]):
+        rotations.append(_tables(max_length, findings.tensors[f"frequencies.{number}"], scale))
+    layers = []
+    for each in about["layers"]:
+        module = skeleton.get_submodule(each["module"])
+        sinks = None if each["sinks"] is None else parameters[each["sinks"]]
+        layers.append(RecordedLayer(each["module"], module, LayerSpec(**each["spec"]), sinks))
+    norm = _norm_from(about["norm"], skeleton)
+    assert norm is not None
+    blueprint = Blueprint(
+        embedding=embedding,
+        positions=positions,
+        layers=tuple(
+            LayerParts(
+                **{name: _norm_from(each["norms"].get(name), skeleton) for name in _NORMS},
+                qkv=tuple(_projection_from(part, skeleton) for part in each["qkv"]),
+                output=_projection_from(each["output"], skeleton),
+                gate_up=tuple(_projection_from(part, skeleton) for part in each["gate_up"]),
+                down=None if each["down"] is None else _projection_from(each["down"], skeleton),
+                experts=None,
+                rotation=None if each["rotation"] is None else rotations[each["rotation"]],
+                parallel=each["parallel"],
+                query_scale=each["query_scale"],
+                recorded=layer,
+            )
+            for each, layer in zip(about["layers"], layers, strict=True)
+        ),
+        norm=norm,
+        head=head,
+        **about["numbers"],
+    )
+    return skeleton, layers, blueprint
+
+
+def _mapped(checkpoint: Checkpoint, names: set[str]) -> dict[str, nn.Parameter]:
+    """Parameters whose only copy in memory is the page cache."""
+    found = {}
+    for file in checkpoint.weight_files:
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  # it is no mapping
+                if name in names:
+                    found[name] = nn.Parameter(stored.get_tensor(name), requires_grad=False)
+    return found
+
+
+def _frequencies(model: nn.Module, cosines: torch.Tensor, sines: torch.Tensor) -> tuple[torch.Tensor, float] | None:
+    """What makes the tables of a rotation, bit for bit: frequencies, which the model has as a buffer, and a factor."""
+    scale = float(cosines[0, 0])  # position 0 is not rotated
+    for buffer in model.buffers():
+        if buffer.dtype is torch.float32 and buffer.shape == cosines.shape[1:] and not buffer.is_meta:
+            made = _tables(len(cosines), buffer, scale)
+            if torch.equal(made[0], cosines) and torch.equal(made[1], sines):
+                return buffer.clone(), scale
+    return None
+
+
+def _tables(count: int, frequencies: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of `count` positions, (count, rotary / 2) each."""
+    angles = torch.arange(count, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def _projection_to(part: Projection, names: dict[nn.Module, str]) -> list[Any]:
+    return [names[part.linear], part.start, part.stop, part.period, part.transposed]
+
+
+def _projection_from(written: list[Any], skeleton: Skeleton) -> Projection:
+    name, *others = written
+    return Projection(skeleton.get_submodule(name), *others)
+
+
+def _norm_to(part: NormPart, names: dict[nn.Module, str]) -> list[Any]:
+    return [names[part.module], part.epsilon, part.offset, part.centred, part.of_heads]
+
+
+def _norm_from(written: list[Any] | None, skeleton: Skeleton) -> NormPart | None:
+    if written is None:
+        return None
+    name, *others = written
+    return NormPart(skeleton.get_submodule(name), *others)

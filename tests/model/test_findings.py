@@ -1,0 +1,300 @@
+"""A load of a checkpoint that an earlier one found everything out about."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from asyncengine import CheckpointError, EngineConfig
+from asyncengine.model import built_model, findings, loader, tokenizer
+from asyncengine.model.checkpoint import Checkpoint
+from asyncengine.model.findings import Findings, keep, recall
+from asyncengine.model.loader import TransformersLoader
+from asyncengine.model.runner import TorchModel
+from asyncengine.model.skeleton import Skeleton
+from asyncengine.step.model import LoadedModel
+from tests.model.checkpoints import ARCHITECTURES
+from tests.model.decoder.test_program import batch_of, load, logits, sequences
+
+NOT_KEPT = {"mixtral", "qwen3_moe", "gpt_oss", "gpt_neox"}
+"""Experts are put together by transformers, and the head of the last is stored under another name."""
+COMPILED = sorted(set(ARCHITECTURES) - {"deepseek_v3"})
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where findings are kept meanwhile."""
+    monkeypatch.setattr(findings, "cache_directory", lambda: tmp_path / "kept")
+    return tmp_path / "kept" / "findings"
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list to which each model that transformers builds with its weights is added."""
+    built: list[str] = []
+    with_weights = built_model._with_weights
+    monkeypatch.setattr(built_model, "_with_weights", lambda details: (built.append("one"), with_weights(details))[1])
+    return built
+
+
+def recalled(loaded: LoadedModel) -> bool:
+    model = loaded.model
+    assert isinstance(model, TorchModel)
+    return isinstance(model._model, Skeleton)
+
+
+@pytest.mark.parametrize("architecture", COMPILED)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_known_checkpoint_needs_no_model_of_transformers(
+    architecture: str, quantization: str, tmp_path: Path, checkpoint: Callable[..., Path], builds: list[str]
+) -> None:
+    """And what it computes is the same, bit for bit."""
+    path = checkpoint(architecture)
+    dtype = "float32"
+    if quantization == "int8":  # which is for bfloat16; weights in another dtype than stored are transformers' business
+        dtype = "bfloat16"
+        path = shutil.copytree(path, tmp_path / "model")
+        stored = load_file(path / "model.safetensors")
+        values = {name: value.bfloat16() for name, value in stored.items()}
+        save_file(values, path / "model.safetensors", {"format": "pt"})
+    first, second = (load(path, dtype=dtype, quantization=quantization) for _ in range(2))
+    assert (recalled(first), recalled(second)) == (False, architecture not in NOT_KEPT)
+    assert len(builds) == (2 if architecture in NOT_KEPT else 1)
+    batch = batch_of([(tokens, 0) for tokens in sequences()])
+    assert torch.equal(logits(first, batch), logits(second, batch))
+    for name in ("config", "limits", "vocab_size", "hidden_size", "notes", "eos_token_ids", "memory_bytes"):
+        assert getattr(first, name) == getattr(second, name), name
+    first.model.close()
+    second.model.close()
+
+
+def test_weights_that_changed_are_another_checkpoint(
+    tmp_path: Path, checkpoint: Callable[..., Path], builds: list[str]
+) -> None:
+    """Even if they are as many bytes as before and somebody has set the file's time back."""
+    path = shutil.copytree(checkpoint("qwen3"), tmp_path / "model")
+    load(path).model.close()
+    weights = path / "model.safetensors"
+    before = weights.stat()
+    content = (checkpoint("qwen3", seed=1) / "model.safetensors").read_bytes()
+    with weights.open("r+b") as file:
+        file.write(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = weights.stat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+    loaded, wanted = load(path), load(checkpoint("qwen3", seed=1))
+    assert not recalled(loaded)
+    batch = batch_of([(sequences()[0], 0)])
+    assert torch.equal(logits(loaded, batch), logits(wanted, batch))
+    loaded.model.close()
+    wanted.model.close()
+
+
+def test_what_was_kept_of_other_weights_does_not_pass_the_trial(
+    tmp_path: Path, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, builds: list[str]
+) -> None:
+    """Should a name ever stand for another checkpoint: the logits are compared, and then all is found out anew."""
+    monkeypatch.setattr(findings, "_stamps", lambda files: iter(()))
+    load(checkpoint("llama")).model.close()
+    loaded = load(checkpoint("llama", seed=1))
+    assert len(builds) == 2 and not recalled(loaded)
+    again = load(checkpoint("llama", seed=1))
+    assert len(builds) == 2 and recalled(again), "what was found out anew is kept in its place"
+    batch = batch_of([(sequences()[0], 0)])
+    assert torch.equal(logits(loaded, batch), logits(again, batch))
+    loaded.model.close()
+    again.model.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"dtype": "bfloat16"}, {"max_single_sequence_length": 64}, {"decoder_backend": "transformers"}],
+    ids=str,
+)
+def test_another_configuration_is_found_out_by_itself(
+    changes: dict[str, Any], checkpoint: Callable[..., Path], builds: list[str]
+) -> None:
+    path = checkpoint("llama")
+    load(path).model.close()
+    load(path, **changes).model.close()
+    assert len(builds) == 2
+
+
+def test_another_version_is_found_out_by_itself(
+    checkpoint: Callable[..., Path], builds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(checkpoint("llama")).model.close()
+    monkeypatch.setattr(findings, "_version", lambda name: "another")
+    load(checkpoint("llama")).model.close()
+    assert len(builds) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"x" * 100, None], ids=["empty", "short", "one bit"])
+def test_a_damaged_file_is_none(
+    damage: bytes | None, kept: Path, checkpoint: Callable[..., Path], builds: list[str]
+) -> None:
+    load(checkpoint("llama")).model.close()
+    (file,) = kept.iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content if damage is None else damage)
+    load(checkpoint("llama")).model.close()
+    assert len(builds) == 2
+    load(checkpoint("llama")).model.close()
+    assert len(builds) == 2, "it was written anew"
+
+
+def test_without_a_place_to_write_to_nothing_is_kept(
+    kept: Path, checkpoint: Callable[..., Path], builds: list[str]
+) -> None:
+    kept.parent.write_text("not a directory")
+    for _ in range(2):
+        load(checkpoint("llama")).model.close()
+    assert len(builds) == 2
+
+
+def test_only_so_many_files_are_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(findings, "MOST_FILES", 3)
+    for number in range(5):
+        keep(kept / str(number), Findings({"number": number}, {}))
+        os.utime(kept / str(number), (number, number))
+    assert sorted(file.name for file in kept.iterdir()) == ["2", "3", "4"]
+    found = recall(kept / "4")
+    assert found is not None and found.description == {"number": 4}
+
+
+def test_what_is_too_large_is_not_kept(kept: Path) -> None:
+    keep(kept / "large", Findings({}, {"table": torch.zeros(findings.MOST_BYTES, dtype=torch.uint8)}))
+    assert recall(kept / "large") is None
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "phi3", "phi", "gpt2", "opt", "cohere", "gemma2"])
+def test_new_weights_find_their_places(architecture: str, checkpoint: Callable[..., Path]) -> None:
+    load(checkpoint(architecture)).model.close()
+    loaded, wanted = load(checkpoint(architecture)), load(checkpoint(architecture, seed=1))
+    assert recalled(loaded)
+    weights = AutoModelForCausalLM.from_pretrained(checkpoint(architecture, seed=1), dtype=torch.float32).state_dict()
+    loaded.model.update_weights(weights)
+    batch = batch_of([(sequences()[0], 0)])
+    assert torch.equal(logits(loaded, batch), logits(wanted, batch))
+    loaded.model.close()
+    wanted.model.close()
+
+
+def test_debug_functions_get_a_model_of_transformers(checkpoint: Callable[..., Path]) -> None:
+    first, second = (load(checkpoint("gemma3_text")) for _ in range(2))
+    assert recalled(second)
+    for name in ("structure", "num_parameters", "weight_bytes"):
+        assert second.model.debug_call(name, ()) == first.model.debug_call(name, ())
+    first.model.close()
+    second.model.close()
+
+
+def test_it_sleeps_and_wakes(checkpoint: Callable[..., Path]) -> None:
+    load(checkpoint("llama")).model.close()
+    loaded = load(checkpoint("llama"))
+    batch = batch_of([(sequences()[0], 0)])
+    before = logits(loaded, batch)
+    loaded.model.sleep()
+    loaded.model.wake()
+    assert torch.equal(logits(loaded, batch), before)
+    loaded.model.close()
+
+
+def test_a_broken_tokenizer_is_refused_as_ever(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
+    path = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    load(path).model.close()
+    (path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be loaded"):
+        load(path)
+
+
+def test_the_tokenizer_is_that_of_the_first_load(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which transformers chose by reading all of the configuration; if an outline leads elsewhere, it does so again."""
+    path = checkpoint("llama", vocab_size=4096)
+    text, messages = "Once upon a time", [{"role": "user", "content": "hello"}]
+    first, second = (load(path, tokenizer="tiny") for _ in range(2))
+    assert recalled(second)
+    loaded = [first, second]
+    kinds: list[str] = []
+    outlined = tokenizer._outlined
+    monkeypatch.setattr(tokenizer, "_outlined", lambda path, kind: kinds.append(kind) or outlined(path, "another"))
+    loaded.append(load(path, tokenizer="tiny"))
+    assert recalled(loaded[-1]) and kinds == [first.tokenizer.kind]
+    for each in loaded:
+        assert each.tokenizer is not None and each.tokenizer.kind == first.tokenizer.kind
+        assert each.tokenizer.encode(text) == first.tokenizer.encode(text)
+        assert each.tokenizer.encode_chat(messages, {}) == first.tokenizer.encode_chat(messages, {})
+        each.model.close()
+
+
+def test_a_compiler_that_is_gone_is_no_obstacle(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint("llama")
+    load(path, decoder_backend="auto").model.close()
+    loaded = load(path, decoder_backend="auto", attention_backend="torch")
+    assert not recalled(loaded) and loaded.config.decoder_backend == "transformers"
+    loaded.model.close()
+
+
+KNOWN = """
+import sys
+from asyncengine import EngineConfig
+from asyncengine.model.loader import TransformersLoader
+loader = TransformersLoader()
+loader.load(loader.check(EngineConfig(sys.argv[1], device="cpu", tokenizer="tiny"), None)).model.close()
+print(*(name for name in ("transformers.modeling_utils", "sympy", "torch._dynamo", "triton") if name in sys.modules))
+"""
+
+
+def test_the_modules_of_models_are_not_imported(tmp_path: Path, checkpoint: Callable[..., Path]) -> None:
+    """They are most of what a first load takes. Of these some would be imported for the tokenizer."""
+    path = checkpoint("llama", vocab_size=4096)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def imported() -> str:
+        command = [sys.executable, "-c", KNOWN, str(path)]
+        return subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
+
+    assert "transformers.modeling_utils" in imported()
+    assert imported() == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice about files")
+def test_weights_are_asked_for_before_they_are_needed(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append((start, length)))
+    path = checkpoint("llama")
+    size = (path / "model.safetensors").stat().st_size
+    TransformersLoader().check(EngineConfig(str(path), device="cpu"), None)
+    assert asked[0][0] == 0 and sum(length for _, length in asked) >= size
+    asked.clear()
+    Checkpoint(path).read_ahead(free=2 * size - 1)
+    assert not asked, "they would push out of memory what else is there"
+
+
+def test_a_model_that_is_refused_is_not_looked_at_on_the_tokenizer_thread(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where transformers makes a model, its tokenizer was read before: it does not bear two threads at a time."""
+    order: list[str] = []
+    read, build = loader.load_tokenizer, loader.build
+    monkeypatch.setattr(loader, "load_tokenizer", lambda *args: (read(*args), order.append("tokenizer"))[0])
+    monkeypatch.setattr(loader, "build", lambda *args: (order.append("model"), build(*args))[1])
+    load(checkpoint("llama")).model.close()
+    assert order == ["tokenizer", "model"]
