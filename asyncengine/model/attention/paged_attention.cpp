@@ -35,6 +35,8 @@
 #include <unistd.h>
 #endif
 
+#include "tiles.h"
+
 // The entry points of torch's own OpenMP runtime, called directly: a second runtime would bring a second thread pool,
 // and this way any compiler will do, with or without OpenMP of its own.
 extern "C" {

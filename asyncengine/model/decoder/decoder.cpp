@@ -121,6 +121,7 @@ constexpr int cols_of(int rows) {
   return cols;
 }
 constexpr int64_t kAhead = 1024;  // bytes that weights are fetched ahead, where they come from memory
+constexpr int64_t kTileAhead = 2048;
 
 // sums[row][lane] of `Rows` tokens and `Cols` groups of outputs.
 template <class W, int Rows, int Cols>
@@ -181,6 +182,67 @@ struct Products {
 };
 template <class W>
 constexpr Products<W> products;
+
+#if HAS_TILES
+// As `multiply`, with the bits that tiles give. Each output has three sums, so there are half as many.
+template <class W, int Rows, int Cols>
+__attribute__((noinline)) void multiply_like_tiles(const typename W::Weight *inputs, int64_t input_stride,
+                                                   const typename W::Stored *weights, int64_t group_stride,
+                                                   int64_t steps, float *sums, int64_t sum_stride, int64_t ahead) {
+  const NoDenormals flushed;
+  const Words second = Words{} + 0xffff0000u;
+  Vec sum[Rows][Cols] = {};
+  const typename W::Stored *column[Cols];
+#pragma GCC unroll 8
+  for (int c = 0; c < Cols; ++c) column[c] = weights + c * group_stride;
+  for (int64_t step = 0; step < steps;) {
+    Vec firsts[Rows][Cols] = {}, seconds[Rows][Cols] = {};
+    for (const int64_t end = std::min(step + kTile, steps); step < end; ++step) {
+      Words w[Rows];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) w[r] = Words{} + inputs[r * input_stride + step];
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c) {
+        const Words b = (Words)W::operand(column[c]);
+        prefetch(reinterpret_cast<const char *>(column[c]) + ahead);
+        column[c] += kLanes * W::kPair;
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+          firsts[r][c] = fused((Vec)(w[r] << 16), (Vec)(b << 16), firsts[r][c]);
+          seconds[r][c] = fused((Vec)(w[r] & second), (Vec)(b & second), seconds[r][c]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c) sum[r][c] = sum[r][c] + (firsts[r][c] + seconds[r][c]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < Cols; ++c) store(sums + r * sum_stride + c * kLanes, sum[r][c]);
+}
+
+constexpr int kFewRows = 3;
+constexpr int few_cols_of(int rows) { return rows == 1 ? kMostCols : kMostCols / 2; }
+
+template <class W>
+struct FewRowsProducts {
+  decltype(&multiply_like_tiles<W, 1, 1>) of[kFewRows + 1][kMostCols + 1];
+  template <int Rows, int Cols>
+  constexpr void fill() {
+    of[Rows][Cols] = multiply_like_tiles<W, Rows, Cols>;
+    if constexpr (Cols > 1)
+      fill<Rows, Cols / 2>();
+    else if constexpr (Rows > 1)
+      fill<Rows - 1, few_cols_of(Rows - 1)>();
+  }
+  constexpr FewRowsProducts() : of() { fill<kFewRows, few_cols_of(kFewRows)>(); }
+};
+template <class W>
+constexpr FewRowsProducts<W> few_rows_products;
+#endif
 
 inline Vec erf_of(Vec x) {
   Vec y = x;
@@ -395,6 +457,10 @@ struct Run {
   template <class M, class Done>
   void part(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Input *inputs, int64_t rows,
             Done done) {
+#if HAS_TILES
+    if constexpr (std::is_same<M, BFloat16>::value)
+      if (tiles_allowed()) return part_by_tiles<M>(matrix, from, begin, last, inputs, rows, done);
+#endif
     alignas(64) float sums[kSums * kLanes];
     const int64_t steps = matrix.inputs / M::kPair, group_stride = steps * kLanes * M::kPair;
     const int64_t chunks = (rows + kRows - 1) / kRows, most_cols = cols_of(int((rows + chunks - 1) / chunks));
@@ -406,19 +472,71 @@ struct Run {
         while (cols > last - group) cols /= 2;
         products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride, steps,
                                     sums, cols * kLanes, i ? 0 : kAhead);
-        for (int64_t r = 0; r < count; ++r) {
-          float *own = sums + r * cols * kLanes;
-          for (int64_t c = 0; c < cols * kLanes; c += kLanes) {
-            Vec sum = load<Vec>(own + c);
-            if (matrix.scales) sum = sum * load<Vec>(matrix.scales + (from + group) * kLanes + c);
-            if (matrix.bias) sum = sum + load<Vec>(matrix.bias + (from + group) * kLanes + c);
-            store(own + c, sum);
-          }
-          done(row + r, group, cols, own);
-        }
+        finish(matrix, from, row, count, group, cols, sums, cols * kLanes, done);
       }
     }
   }
+
+  // Sums become outputs.
+  template <class Done>
+  static void finish(const Matrix &matrix, int64_t from, int64_t row, int64_t count, int64_t group, int64_t cols,
+                     float *sums, int64_t sum_stride, Done done) {
+    for (int64_t r = 0; r < count; ++r) {
+      float *own = sums + r * sum_stride;
+      for (int64_t c = 0; c < cols * kLanes; c += kLanes) {
+        Vec sum = load<Vec>(own + c);
+        if (matrix.scales) sum = sum * load<Vec>(matrix.scales + (from + group) * kLanes + c);
+        if (matrix.bias) sum = sum + load<Vec>(matrix.bias + (from + group) * kLanes + c);
+        store(own + c, sum);
+      }
+      done(row + r, group, cols, own);
+    }
+  }
+
+#if HAS_TILES
+  template <class M, class Done>
+  static void part_by_tiles(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Input *inputs,
+                            int64_t rows, Done done) {
+    alignas(64) float sums[4 * kTile * kTile];
+    const int64_t steps = matrix.inputs / M::kPair, group_stride = steps * kLanes * M::kPair;
+    const auto *weights = static_cast<const typename M::Stored *>(matrix.weights) + from * group_stride;
+    if (rows <= kFewRows) {
+      for (int64_t group = begin, cols; group < last; group += cols) {
+        cols = few_cols_of(int(rows));
+        while (cols > last - group) cols /= 2;
+        few_rows_products<M>.of[rows][cols](inputs, steps, weights + group * group_stride, group_stride, steps, sums,
+                                            cols * kLanes, kAhead);
+        finish(matrix, from, 0, rows, group, cols, sums, cols * kLanes, done);
+      }
+      return;
+    }
+    // What is left behind the last whole tile is copied beside zeros.
+    alignas(64) Input last_rows[2 * kTile * kTile] = {};
+    alignas(64) typename M::Stored last_lanes[4][kTileNumbers] = {};
+    const int64_t whole = steps / kTile, left = steps % kTile;
+    for (int64_t row = 0; row < rows; row += 2 * kTile) {
+      const int64_t count = std::min<int64_t>(rows - row, 2 * kTile), wide = count > kTile ? 2 : 4;
+      if (row == 0 || count < 2 * kTile) configure_tiles(int(count));
+      TileOperands runs[] = {{inputs + row * steps, steps, {}, 4 * kTile, whole},
+                             {last_rows, kTile, {}, 4 * kTile, left ? 1 : 0}};
+      for (int64_t r = 0; left && r < count; ++r)
+        std::memcpy(last_rows + r * kTile, inputs + (row + r) * steps + whole * kTile, size_t(left) * sizeof(Input));
+      for (int64_t group = begin; group < last; group += wide) {
+        for (int64_t c = 0; c < 4; ++c) {  // the last one again in the place of those that there are not
+          runs[0].lanes[c] = weights + std::min(group + c, last - 1) * group_stride;
+          runs[1].lanes[c] = last_lanes[c];
+          std::memcpy(last_lanes[c], runs[0].lanes[c] + whole * kTileNumbers,
+                      size_t(left * kLanes * M::kPair) * sizeof(typename M::Stored));
+        }
+        if (wide == 2)
+          multiply_tall(runs, sums);
+        else
+          multiply_flat(runs, sums, kTileAhead);
+        finish(matrix, from, row, count, group, std::min(wide, last - group), sums, wide * kLanes, done);
+      }
+    }
+  }
+#endif
 
   // How many groups of outputs a thread takes at a time. What an item has of the weights stays in the cache while its
   // rows pass; the items are small enough for the threads to end together.
@@ -697,6 +815,13 @@ struct Run {
   // -- the step
 
   void work() {
+    work_through();
+#if HAS_TILES
+    if (tiles_allowed()) _tile_release();  // else the system would keep their contents whenever the thread waits
+#endif
+  }
+
+  void work_through() {
     Phase *phase = nullptr;
     size_t at = 0;
     auto next = [&]() -> Phase & { return *(phase = &phases[at++]); };
