@@ -57,6 +57,12 @@ struct TileOperands {
   int64_t tiles;        // that many, one after the other
 };
 
+// A tile of lanes that lies so many bytes further on.
+inline void fetch_tile(const uint16_t *lanes, int64_t ahead) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) __builtin_prefetch(reinterpret_cast<const char *>(lanes) + i * 64 + ahead);
+}
+
 // sums (rows, 4 groups) of up to 16 rows, over two runs of tiles.
 inline void multiply_flat(const TileOperands (&runs)[2], float *sums, int64_t ahead) {
   finish_writing();
@@ -67,24 +73,23 @@ inline void multiply_flat(const TileOperands (&runs)[2], float *sums, int64_t ah
   for (const TileOperands &run : runs) {
     const uint16_t *lanes[4];
     std::memcpy(lanes, run.lanes, sizeof lanes);
-    auto fetch = [&](int group) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i) __builtin_prefetch(reinterpret_cast<const char *>(lanes[group]) + i * 64 + ahead);
+    auto pass = [&](int group) {
+      fetch_tile(lanes[group], ahead);
       lanes[group] += kTileNumbers;
     };
     for (int64_t tile = 0; tile < run.tiles; ++tile) {
       _tile_loadd(4, run.rows + tile * kTile, run.row_stride * 4);
       _tile_loadd(5, lanes[0], run.step_stride);
-      fetch(0);
+      pass(0);
       _tile_dpbf16ps(0, 4, 5);
       _tile_loadd(6, lanes[1], run.step_stride);
-      fetch(1);
+      pass(1);
       _tile_dpbf16ps(1, 4, 6);
       _tile_loadd(7, lanes[2], run.step_stride);
-      fetch(2);
+      pass(2);
       _tile_dpbf16ps(2, 4, 7);
       _tile_loadd(5, lanes[3], run.step_stride);
-      fetch(3);
+      pass(3);
       _tile_dpbf16ps(3, 4, 5);
     }
   }
@@ -95,7 +100,7 @@ inline void multiply_flat(const TileOperands (&runs)[2], float *sums, int64_t ah
 }
 
 // sums (rows, 2 groups) of 17 to 32 rows, over two runs of tiles.
-inline void multiply_tall(const TileOperands (&runs)[2], float *sums) {
+inline void multiply_tall(const TileOperands (&runs)[2], float *sums, int64_t ahead) {
   finish_writing();
   _tile_zero(0);
   _tile_zero(1);
@@ -105,6 +110,10 @@ inline void multiply_tall(const TileOperands (&runs)[2], float *sums) {
     const uint16_t *first = run.lanes[0], *second = run.lanes[1];
     const uint32_t *upper = run.rows, *lower = run.rows + kTile * run.row_stride;
     for (int64_t tile = 0; tile < run.tiles; ++tile) {
+      if (ahead) {
+        fetch_tile(first, ahead);
+        fetch_tile(second, ahead);
+      }
       _tile_loadd(6, first, run.step_stride);
       _tile_loadd(4, upper, run.row_stride * 4);
       _tile_loadd(7, second, run.step_stride);

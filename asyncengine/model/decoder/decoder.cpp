@@ -318,6 +318,10 @@ struct Normed {
 
 constexpr int64_t kItemBytes = 128 << 10;
 
+// Where tiles multiply, weights are not all there is to read: many rows are shared out as well, and what is read of them
+// stays in the cache for more of the weights.
+constexpr int64_t kRowsEach = 64, kManyRowsItemBytes = 512 << 10;
+
 struct Memory {  // hands out pieces of one allocation, or counts what they would take
   char *base;
   int64_t used = 0;
@@ -452,6 +456,15 @@ struct Run {
 
   // -- products
 
+  template <class M>
+  static bool by_tiles() {
+#if HAS_TILES
+    return std::is_same<M, BFloat16>::value && tiles_allowed();
+#else
+    return false;
+#endif
+  }
+
   // Groups `group` to `last` of a matrix's outputs, counted from group `from`, for some rows: `done(row, group, cols,
   // sums)` gets `cols` vectors of outputs. `M` is W, unless a matrix is stored otherwise.
   template <class M, class Done>
@@ -459,7 +472,7 @@ struct Run {
             Done done) {
 #if HAS_TILES
     if constexpr (std::is_same<M, BFloat16>::value)
-      if (tiles_allowed()) return part_by_tiles<M>(matrix, from, begin, last, inputs, rows, done);
+      if (by_tiles<M>()) return part_by_tiles<M>(matrix, from, begin, last, inputs, rows, done);
 #endif
     alignas(64) float sums[kSums * kLanes];
     const int64_t steps = matrix.inputs / M::kPair, group_stride = steps * kLanes * M::kPair;
@@ -483,7 +496,7 @@ struct Run {
                      float *sums, int64_t sum_stride, Done done) {
     for (int64_t r = 0; r < count; ++r) {
       float *own = sums + r * sum_stride;
-      for (int64_t c = 0; c < cols * kLanes; c += kLanes) {
+      for (int64_t c = 0; (matrix.scales || matrix.bias) && c < cols * kLanes; c += kLanes) {
         Vec sum = load<Vec>(own + c);
         if (matrix.scales) sum = sum * load<Vec>(matrix.scales + (from + group) * kLanes + c);
         if (matrix.bias) sum = sum + load<Vec>(matrix.bias + (from + group) * kLanes + c);
@@ -529,7 +542,7 @@ struct Run {
                       size_t(left * kLanes * M::kPair) * sizeof(typename M::Stored));
         }
         if (wide == 2)
-          multiply_tall(runs, sums);
+          multiply_tall(runs, sums, row == 0 ? kTileAhead : 0);
         else
           multiply_flat(runs, sums, kTileAhead);
         finish(matrix, from, row, count, group, std::min(wide, last - group), sums, wide * kLanes, done);
@@ -541,10 +554,11 @@ struct Run {
   // How many groups of outputs a thread takes at a time. What an item has of the weights stays in the cache while its
   // rows pass; the items are small enough for the threads to end together.
   template <class M>
-  int64_t groups_each(const Matrix &matrix, int64_t groups, int64_t least) const {
+  int64_t groups_each(const Matrix &matrix, int64_t groups, int64_t least, int64_t row_parts = 1) const {
     const int64_t bytes = matrix.inputs * kLanes * int64_t(sizeof(typename M::Stored));
+    const int64_t most = row_parts > 1 ? kManyRowsItemBytes : kItemBytes;
     int64_t each = least;
-    while (2 * each * bytes <= kItemBytes && groups >= 12 * threads * each) each *= 2;
+    while (2 * each * bytes <= most && groups * row_parts >= 12 * threads * each) each *= 2;
     return each;
   }
 
@@ -552,10 +566,14 @@ struct Run {
   template <class M = W, class Done>
   void product(Phase &phase, const Matrix &matrix, const Input *inputs, int64_t rows, Done done) {
     const int64_t groups = (matrix.outputs + kLanes - 1) / kLanes, chunks = (rows + kRows - 1) / kRows;
-    const int64_t each = groups_each<M>(matrix, groups, cols_of(int((rows + chunks - 1) / chunks)));
-    const int64_t items = (groups + each - 1) / each;
+    const int64_t row_parts = by_tiles<M>() ? (rows + kRowsEach - 1) / kRowsEach : 1, steps = matrix.inputs / M::kPair;
+    const int64_t each = groups_each<M>(matrix, groups, cols_of(int((rows + chunks - 1) / chunks)), row_parts);
+    const int64_t items = (groups + each - 1) / each * row_parts;
     phase.run(items, [&](int64_t item) {
-      part<M>(matrix, 0, item * each, std::min(groups, (item + 1) * each), inputs, rows, done);
+      const int64_t begin = item / row_parts * each, row = item % row_parts * kRowsEach;
+      part<M>(matrix, 0, begin, std::min(groups, begin + each), inputs + row * steps,
+              row_parts > 1 ? std::min(rows - row, kRowsEach) : rows,
+              [&](int64_t r, int64_t group, int64_t cols, auto *sums) { done(row + r, group, cols, sums); });
     });
     phase.wait(items);
   }
