@@ -14,10 +14,11 @@
 #define HAS_TILES 0
 #endif
 
+constexpr int kTile = 16;  // rows, steps and lanes of a tile
+
 #if HAS_TILES
 namespace {
 
-constexpr int kTile = 16;  // rows, steps and lanes of a tile
 constexpr int kTileNumbers = 2 * kTile * kTile;
 
 // Whether this process may use tiles: Linux lets those who ask. Asked once, so that no model changes its bits.
@@ -48,7 +49,7 @@ inline void configure_tiles(int rows) {
   _tile_loadconfig(&config);
 }
 
-// Both sides of a product over some tiles' steps.
+// Both sides of a product over the steps of some tiles.
 struct TileOperands {
   const uint32_t *rows;  // pairs
   int64_t row_stride;    // pairs
@@ -63,40 +64,47 @@ inline void fetch_tile(const uint16_t *lanes, int64_t ahead) {
   for (int i = 0; i < kTile; ++i) __builtin_prefetch(reinterpret_cast<const char *>(lanes) + i * 64 + ahead);
 }
 
-// sums (rows, 4 groups) of up to 16 rows, over two runs of tiles.
-inline void multiply_flat(const TileOperands (&runs)[2], float *sums, int64_t ahead) {
+// sums[group] (rows, lanes) of up to 16 rows and four groups over some runs of tiles, onto what is there or from zero.
+// `fetch(group, lanes)` is called beside each tile.
+template <class Fetch>
+inline void multiply_flat(const TileOperands *runs, int count, float *const (&sums)[4], int64_t sum_stride, bool onto,
+                          Fetch fetch) {
   finish_writing();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (const TileOperands &run : runs) {
+  if (onto) {
+    _tile_loadd(0, sums[0], sum_stride * 4);
+    _tile_loadd(1, sums[1], sum_stride * 4);
+    _tile_loadd(2, sums[2], sum_stride * 4);
+    _tile_loadd(3, sums[3], sum_stride * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (const TileOperands *run = runs; run < runs + count; ++run) {
     const uint16_t *lanes[4];
-    std::memcpy(lanes, run.lanes, sizeof lanes);
-    auto pass = [&](int group) {
-      fetch_tile(lanes[group], ahead);
-      lanes[group] += kTileNumbers;
-    };
-    for (int64_t tile = 0; tile < run.tiles; ++tile) {
-      _tile_loadd(4, run.rows + tile * kTile, run.row_stride * 4);
-      _tile_loadd(5, lanes[0], run.step_stride);
-      pass(0);
+    std::memcpy(lanes, run->lanes, sizeof lanes);
+    for (int64_t tile = 0; tile < run->tiles; ++tile) {
+      _tile_loadd(4, run->rows + tile * kTile, run->row_stride * 4);
+      _tile_loadd(5, lanes[0], run->step_stride);
+      fetch(0, lanes[0]);
       _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, lanes[1], run.step_stride);
-      pass(1);
+      _tile_loadd(6, lanes[1], run->step_stride);
+      fetch(1, lanes[1]);
       _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(7, lanes[2], run.step_stride);
-      pass(2);
+      _tile_loadd(7, lanes[2], run->step_stride);
+      fetch(2, lanes[2]);
       _tile_dpbf16ps(2, 4, 7);
-      _tile_loadd(5, lanes[3], run.step_stride);
-      pass(3);
+      _tile_loadd(5, lanes[3], run->step_stride);
+      fetch(3, lanes[3]);
       _tile_dpbf16ps(3, 4, 5);
+      for (const uint16_t *&each : lanes) each += run->step_stride * (kTile / 2);
     }
   }
-  _tile_stored(0, sums, 256);
-  _tile_stored(1, sums + kTile, 256);
-  _tile_stored(2, sums + 2 * kTile, 256);
-  _tile_stored(3, sums + 3 * kTile, 256);
+  _tile_stored(0, sums[0], sum_stride * 4);
+  _tile_stored(1, sums[1], sum_stride * 4);
+  _tile_stored(2, sums[2], sum_stride * 4);
+  _tile_stored(3, sums[3], sum_stride * 4);
 }
 
 // sums (rows, 2 groups) of 17 to 32 rows, over two runs of tiles.
@@ -141,5 +149,12 @@ struct NoDenormals {
   ~NoDenormals() { _mm_setcsr(before); }
 };
 
+// For who is done: the system keeps the contents of tiles that are in use whenever a thread waits.
+inline void release_tiles() {
+  if (tiles_allowed()) _tile_release();
+}
+
 }  // namespace
+#else
+inline void release_tiles() {}
 #endif

@@ -16,7 +16,6 @@
 #include "../attention/paged_attention.cpp"
 
 #include <deque>
-#include <type_traits>
 
 // The structures below are mirrored in program.py.
 extern "C" {
@@ -544,7 +543,8 @@ struct Run {
         if (wide == 2)
           multiply_tall(runs, sums, row == 0 ? kTileAhead : 0);
         else
-          multiply_flat(runs, sums, kTileAhead);
+          multiply_flat(runs, 2, {sums, sums + kTile, sums + 2 * kTile, sums + 3 * kTile}, 4 * kTile, false,
+                        [](int, const uint16_t *lanes) { fetch_tile(lanes, kTileAhead); });
         finish(matrix, from, row, count, group, std::min(wide, last - group), sums, wide * kLanes, done);
       }
     }
@@ -834,9 +834,7 @@ struct Run {
 
   void work() {
     work_through();
-#if HAS_TILES
-    if (tiles_allowed()) _tile_release();  // else the system would keep their contents whenever the thread waits
-#endif
+    release_tiles();
   }
 
   void work_through() {
