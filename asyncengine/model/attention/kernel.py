@@ -26,6 +26,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "paged_attention": (ctypes.c_int, (_POINTER, _POINTER, _POINTER)),
     "paged_attention_advise": (None, (_POINTER, _INTEGER)),
     "decoder_lanes": (_INTEGER, ()),
+    "decoder_int8_router": (_INTEGER, ()),
     "decoder_pack": (
         None,
         (_INTEGER, _POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _INTEGER, _INTEGER, _POINTER, _INTEGER),

@@ -227,6 +227,10 @@ inline Vec tanh_of(Vec x) {
 // Each says how a vector of the cache becomes an operand, how a query or a weight is packed for it, and how the two
 // are multiplied. `Weight` is one step of a row: what is multiplied with all lanes of an operand.
 
+struct Halves {  // of a vector of pairs
+  Vec first, second;
+};
+
 struct Float32 {
   static constexpr bool kCoarse = false;
   typedef float Stored;
@@ -259,6 +263,8 @@ struct BFloat16 {
   typedef uint32_t Weight;  // two bfloat16
   typedef __m512i Operand;
   static Operand operand(const Stored *p) { return _mm512_loadu_si512(p); }
+  static Halves halves(Words pairs) { return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)}; }
+  static Halves halves(const Stored *p) { return halves(load<Words>(p)); }
   static Operand first_of_pair(const Stored *p) {
     return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0xffff));
   }
@@ -277,9 +283,7 @@ struct BFloat16 {
   struct Weight {
     float first, second;
   };
-  struct Operand {
-    Vec first, second;
-  };
+  typedef Halves Operand;
   static Operand operand(const Stored *p) {
     Words pairs = load<Words>(p);
     return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};

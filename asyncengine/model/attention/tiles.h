@@ -107,8 +107,9 @@ inline void multiply_flat(const TileOperands *runs, int count, float *const (&su
   _tile_stored(3, sums[3], sum_stride * 4);
 }
 
-// sums (rows, 2 groups) of 17 to 32 rows, over two runs of tiles.
-inline void multiply_tall(const TileOperands (&runs)[2], float *sums, int64_t ahead) {
+// sums (rows, 2 groups) of 17 to 32 rows, over two runs of tiles, from zero.
+template <class Fetch>
+inline void multiply_tall(const TileOperands (&runs)[2], float *sums, bool fetches, Fetch fetch) {
   finish_writing();
   _tile_zero(0);
   _tile_zero(1);
@@ -118,9 +119,9 @@ inline void multiply_tall(const TileOperands (&runs)[2], float *sums, int64_t ah
     const uint16_t *first = run.lanes[0], *second = run.lanes[1];
     const uint32_t *upper = run.rows, *lower = run.rows + kTile * run.row_stride;
     for (int64_t tile = 0; tile < run.tiles; ++tile) {
-      if (ahead) {
-        fetch_tile(first, ahead);
-        fetch_tile(second, ahead);
+      if (fetches) {
+        fetch(0, first);
+        fetch(1, second);
       }
       _tile_loadd(6, first, run.step_stride);
       _tile_loadd(4, upper, run.row_stride * 4);

@@ -85,7 +85,20 @@ struct DecoderStep {
 
 namespace {
 
-// Weights of one byte, one scale per output. Integers are exact in float32, so the scale is applied to the sum.
+// Weights of one byte, one scale per output. Integers are exact in float32 and, so small, in bfloat16, so the scale is
+// applied to the sum.
+#if HAS_TILES
+struct Int8 : BFloat16 {  // what enters a product is bfloat16; a step is the first numbers of its pairs, then the second
+  typedef int8_t Stored;
+  static Vec vector(const Stored *p) { return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p))); }
+  static Halves halves(const Stored *p) { return {vector(p), vector(p + kLanes)}; }
+  static Operand operand(const Stored *p) {
+    const Halves pairs = halves(p);
+    return (Operand)((Words)pairs.first >> 16 | ((Words)pairs.second & 0xffff0000u));
+  }
+  static float widen(Stored x) { return float(x); }
+};
+#else
 struct Int8 {
   typedef int8_t Stored;
   typedef float Weight;
@@ -105,6 +118,16 @@ struct Int8 {
   static void pack_vector(Weight *to, Vec x) { store(to, x); }
   static float widen(Stored x) { return float(x); }
 };
+#endif
+
+// int8 leaves the router of experts out, which is as exact as what enters the products.
+typedef std::conditional<Int8::kPair == 2, BFloat16, Float32>::type RouterOfInt8;
+
+// Where a number lies in its step.
+template <class W>
+constexpr int64_t place_of(int64_t lane, int64_t of_pair) {
+  return std::is_same<W, Int8>::value ? of_pair * kLanes + lane : lane * W::kPair + of_pair;
+}
 
 // Rows at once, and the most columns with so many rows: enough sums to hide an addition's latency, not more than there
 // are registers.
@@ -189,7 +212,6 @@ __attribute__((noinline)) void multiply_like_tiles(const typename W::Weight *inp
                                                    const typename W::Stored *weights, int64_t group_stride,
                                                    int64_t steps, float *sums, int64_t sum_stride, int64_t ahead) {
   const NoDenormals flushed;
-  const Words second = Words{} + 0xffff0000u;
   Vec sum[Rows][Cols] = {};
   const typename W::Stored *column[Cols];
 #pragma GCC unroll 8
@@ -197,18 +219,18 @@ __attribute__((noinline)) void multiply_like_tiles(const typename W::Weight *inp
   for (int64_t step = 0; step < steps;) {
     Vec firsts[Rows][Cols] = {}, seconds[Rows][Cols] = {};
     for (const int64_t end = std::min(step + kTile, steps); step < end; ++step) {
-      Words w[Rows];
+      Halves w[Rows];
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) w[r] = Words{} + inputs[r * input_stride + step];
+      for (int r = 0; r < Rows; ++r) w[r] = BFloat16::halves(Words{} + inputs[r * input_stride + step]);
 #pragma GCC unroll 8
       for (int c = 0; c < Cols; ++c) {
-        const Words b = (Words)W::operand(column[c]);
+        const Halves b = W::halves(column[c]);
         prefetch(reinterpret_cast<const char *>(column[c]) + ahead);
         column[c] += kLanes * W::kPair;
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
-          firsts[r][c] = fused((Vec)(w[r] << 16), (Vec)(b << 16), firsts[r][c]);
-          seconds[r][c] = fused((Vec)(w[r] & second), (Vec)(b & second), seconds[r][c]);
+          firsts[r][c] = fused(w[r].first, b.first, firsts[r][c]);
+          seconds[r][c] = fused(w[r].second, b.second, seconds[r][c]);
         }
       }
     }
@@ -369,6 +391,8 @@ struct Run {
   // into the next layer, and must then still find how many items the phase had.
   std::vector<int64_t> num_busy;
   Input *sent, *sent_inner;
+  uint16_t *widened_weights;  // (threads, what an item has of them), where tiles multiply bytes
+  int64_t widened_count = 0;
   std::vector<PaddedPhase> phases;
   std::deque<Step<T>> attention;
 
@@ -382,6 +406,10 @@ struct Run {
       expert_inner = std::max(expert_inner, e.down.inputs);
       qkv_width = std::max(qkv_width, a.heads * a.key_dim + a.kv_heads * (a.key_dim + a.value_dim));
       attended_width = std::max(attended_width, a.heads * a.value_dim);
+    }
+    if (std::is_same<W, Int8>::value && by_tiles<W>()) {
+      const int64_t inputs = std::max({decoder.hidden, decoder.intermediate, attended_width, expert_inner});
+      widened_count = std::max(kManyRowsItemBytes / 2, kMostCols * kLanes * inputs);
     }
   }
 
@@ -407,6 +435,7 @@ struct Run {
     busy = memory.take<int32_t>(most_experts);
     sent = memory.take<Input>(rows_sent * width);
     sent_inner = memory.take<Input>(rows_sent * expert_inner / W::kPair);
+    widened_weights = memory.take<uint16_t>(threads * widened_count);
     return memory.used;
   }
 
@@ -458,7 +487,7 @@ struct Run {
   template <class M>
   static bool by_tiles() {
 #if HAS_TILES
-    return std::is_same<M, BFloat16>::value && tiles_allowed();
+    return (std::is_same<M, BFloat16>::value || std::is_same<M, Int8>::value) && tiles_allowed();
 #else
     return false;
 #endif
@@ -470,7 +499,7 @@ struct Run {
   void part(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Input *inputs, int64_t rows,
             Done done) {
 #if HAS_TILES
-    if constexpr (std::is_same<M, BFloat16>::value)
+    if constexpr (M::kPair == 2)
       if (by_tiles<M>()) return part_by_tiles<M>(matrix, from, begin, last, inputs, rows, done);
 #endif
     alignas(64) float sums[kSums * kLanes];
@@ -506,25 +535,45 @@ struct Run {
   }
 
 #if HAS_TILES
+  static const uint16_t *widen_weights(const uint16_t *stored, int64_t, int64_t) { return stored; }
+
+  // In this thread's own memory, which stays in its cache; at the same places, counted from what is returned.
+  const uint16_t *widen_weights(const int8_t *stored, int64_t begin, int64_t end) const {
+    uint16_t *to = widened_weights + omp_get_thread_num() * widened_count - begin;
+    for (int64_t i = begin; i < end; i += 2 * kLanes) {
+      prefetch(reinterpret_cast<const char *>(stored + i) + kAhead);
+      _mm512_store_si512(to + i, Int8::operand(stored + i));
+    }
+    return to;
+  }
+
   template <class M, class Done>
-  static void part_by_tiles(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Input *inputs,
-                            int64_t rows, Done done) {
+  void part_by_tiles(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Input *inputs, int64_t rows,
+                     Done done) const {
     alignas(64) float sums[4 * kTile * kTile];
     const int64_t steps = matrix.inputs / M::kPair, group_stride = steps * kLanes * M::kPair;
-    const auto *weights = static_cast<const typename M::Stored *>(matrix.weights) + from * group_stride;
+    const auto *stored = static_cast<const typename M::Stored *>(matrix.weights) + from * group_stride;
     if (rows <= kFewRows) {
       for (int64_t group = begin, cols; group < last; group += cols) {
         cols = few_cols_of(int(rows));
         while (cols > last - group) cols /= 2;
-        few_rows_products<M>.of[rows][cols](inputs, steps, weights + group * group_stride, group_stride, steps, sums,
+        few_rows_products<M>.of[rows][cols](inputs, steps, stored + group * group_stride, group_stride, steps, sums,
                                             cols * kLanes, kAhead);
         finish(matrix, from, 0, rows, group, cols, sums, cols * kLanes, done);
       }
       return;
     }
+    const uint16_t *weights = widen_weights(stored, begin * group_stride, last * group_stride);
+    // Where they are read only once or twice, what they are made of is fetched for the thread's next item meanwhile.
+    const int64_t next_item = std::is_same<M, Int8>::value ? threads * (last - begin) * group_stride : 0;
+    auto fetch = [=](int, const uint16_t *lanes) {
+      if (!next_item) return fetch_tile(lanes, kTileAhead);
+      const char *at = reinterpret_cast<const char *>(stored + (lanes - weights) + next_item);
+      for (int i = 0; i < kTile / 2; ++i) prefetch(at + i * 64);
+    };
     // What is left behind the last whole tile is copied beside zeros.
     alignas(64) Input last_rows[2 * kTile * kTile] = {};
-    alignas(64) typename M::Stored last_lanes[4][kTileNumbers] = {};
+    alignas(64) uint16_t last_lanes[4][kTileNumbers] = {};
     const int64_t whole = steps / kTile, left = steps % kTile;
     for (int64_t row = 0; row < rows; row += 2 * kTile) {
       const int64_t count = std::min<int64_t>(rows - row, 2 * kTile), wide = count > kTile ? 2 : 4;
@@ -537,14 +586,13 @@ struct Run {
         for (int64_t c = 0; c < 4; ++c) {  // the last one again in the place of those that there are not
           runs[0].lanes[c] = weights + std::min(group + c, last - 1) * group_stride;
           runs[1].lanes[c] = last_lanes[c];
-          std::memcpy(last_lanes[c], runs[0].lanes[c] + whole * kTileNumbers,
-                      size_t(left * kLanes * M::kPair) * sizeof(typename M::Stored));
+          std::memcpy(last_lanes[c], runs[0].lanes[c] + whole * kTileNumbers, size_t(left * kLanes) * 4);
         }
         if (wide == 2)
-          multiply_tall(runs, sums, row == 0 ? kTileAhead : 0);
+          multiply_tall(runs, sums, row == 0, fetch);
         else
           multiply_flat(runs, 2, {sums, sums + kTile, sums + 2 * kTile, sums + 3 * kTile}, 4 * kTile, false,
-                        [](int, const uint16_t *lanes) { fetch_tile(lanes, kTileAhead); });
+                        fetch);
         finish(matrix, from, row, count, group, std::min(wide, last - group), sums, wide * kLanes, done);
       }
     }
@@ -555,7 +603,7 @@ struct Run {
   // rows pass; the items are small enough for the threads to end together.
   template <class M>
   int64_t groups_each(const Matrix &matrix, int64_t groups, int64_t least, int64_t row_parts = 1) const {
-    const int64_t bytes = matrix.inputs * kLanes * int64_t(sizeof(typename M::Stored));
+    const int64_t bytes = matrix.inputs * kLanes * (by_tiles<M>() ? 2 : int64_t(sizeof(typename M::Stored)));
     const int64_t most = row_parts > 1 ? kManyRowsItemBytes : kItemBytes;
     int64_t each = least;
     while (2 * each * bytes <= most && groups * row_parts >= 12 * threads * each) each *= 2;
@@ -684,7 +732,7 @@ struct Run {
   void ask_experts(Next next, const DecoderLayer &layer) {
     const Experts &experts = layer.experts;
     // int8 leaves the router out: whom a token is sent to must not hang on a byte's precision.
-    typedef typename std::conditional<std::is_same<W, Int8>::value, Float32, W>::type R;
+    typedef typename std::conditional<!std::is_same<W, Int8>::value, W, RouterOfInt8>::type R;
     const int64_t width = round_up(experts.count, kLanes), steps = decoder.hidden / W::kPair;
     product<R>(next(), experts.router, normed, tokens,
                [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
@@ -721,11 +769,11 @@ struct Run {
     const Matrix &matrix = decoder.embedding;
     const int64_t id = step.token_ids[token], steps = decoder.hidden / W::kPair;
     const auto *from = static_cast<const typename W::Stored *>(matrix.weights) +
-                       (id / kLanes * steps * kLanes + id % kLanes) * W::kPair;
+                       id / kLanes * steps * kLanes * W::kPair;
     float *to = hidden + token * decoder.hidden;
     const float scale = float(decoder.embedding_scale) * (matrix.scales ? matrix.scales[id] : 1.0f);
     for (int64_t i = 0; i < steps; ++i, from += kLanes * W::kPair)
-      for (int p = 0; p < W::kPair; ++p) to[i * W::kPair + p] = W::widen(from[p]) * scale;
+      for (int p = 0; p < W::kPair; ++p) to[i * W::kPair + p] = W::widen(from[place_of<W>(id % kLanes, p)]) * scale;
     if (!decoder.positions) return;
     const float *added = decoder.positions + step.positions[token] * decoder.hidden;
     for (int64_t i = 0; i < decoder.hidden; ++i) to[i] += added[i];
@@ -934,13 +982,16 @@ void pack_group(const Packing &p, int64_t group) {
     const auto *row = static_cast<const typename T::Stored *>(p.from) + output * p.row_stride;
     if (output >= p.outputs) {
       for (int64_t step = 0; step < steps; ++step)
-        for (int i = 0; i < W::kPair; ++i) to[(step * kLanes + lane) * W::kPair + i] = 0;
+        for (int i = 0; i < W::kPair; ++i) to[step * kLanes * W::kPair + place_of<W>(lane, i)] = 0;
     } else if constexpr (std::is_same<W, Int8>::value) {
       float most = 0;
       for (int64_t i = 0; i < p.inputs; ++i) most = std::max(most, std::fabs(T::widen(row[i])));
       const float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
       p.scales[(p.first_group + group * p.group_step) * kLanes + lane] = scale;
-      for (int64_t i = 0; i < p.inputs; ++i) to[i * kLanes + lane] = int8_t(std::nearbyint(T::widen(row[i]) * inverse));
+      for (int64_t i = 0; i < p.inputs; ++i) {
+        const int8_t x = int8_t(std::nearbyint(T::widen(row[i]) * inverse));
+        to[i / W::kPair * kLanes * W::kPair + place_of<W>(lane, i % W::kPair)] = x;
+      }
     } else {
       for (int64_t step = 0; step < steps; ++step)
         std::memcpy(to + (step * kLanes + lane) * W::kPair, row + step * W::kPair, sizeof(*row) * W::kPair);
@@ -968,8 +1019,8 @@ void pack(const Packing &packing) {
 // Outputs that lie beside each other in packed weights.
 extern "C" int64_t decoder_lanes() { return kLanes; }
 
-// Inputs that lie beside each other in packed weights of a dtype.
-extern "C" int64_t decoder_pair(int64_t dtype) { return dtype == 1 ? BFloat16::kPair : 1; }
+// The dtype of the router of experts whose weights are int8: that of what enters the products.
+extern "C" int64_t decoder_int8_router() { return std::is_same<RouterOfInt8, BFloat16>::value; }
 
 // Packs (outputs, inputs) of a dtype; bfloat16 with scales to int8, with one scale for each output. Group g of the outputs
 // becomes group first_group + g * group_step.
@@ -985,7 +1036,7 @@ extern "C" void decoder_pack(int64_t dtype, const void *from, int64_t outputs, i
 #if HAS_KIND(3)
       if (scales) return pack<BFloat16, Int8>(packing);
 #endif
-#if HAS_KIND(1)
+#if HAS_KIND(1) || HAS_KIND(3)
       if (!scales) return pack<BFloat16, BFloat16>(packing);
 #endif
       break;
