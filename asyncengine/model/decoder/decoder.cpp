@@ -553,13 +553,17 @@ struct Run {
     alignas(64) float sums[4 * kTile * kTile];
     const int64_t steps = matrix.inputs / M::kPair, group_stride = steps * kLanes * M::kPair;
     const auto *stored = static_cast<const typename M::Stored *>(matrix.weights) + from * group_stride;
-    if (rows <= kFewRows) {
+    if (rows <= (std::is_same<M, Int8>::value ? 2 * kFewRows : kFewRows)) {  // to widen bytes for tiles pays off later
+      const int64_t chunks = (rows + kFewRows - 1) / kFewRows;
       for (int64_t group = begin, cols; group < last; group += cols) {
         cols = few_cols_of(int(rows));
         while (cols > last - group) cols /= 2;
-        few_rows_products<M>.of[rows][cols](inputs, steps, stored + group * group_stride, group_stride, steps, sums,
-                                            cols * kLanes, kAhead);
-        finish(matrix, from, 0, rows, group, cols, sums, cols * kLanes, done);
+        for (int64_t i = 0; i < chunks; ++i) {
+          const int64_t row = rows * i / chunks, count = rows * (i + 1) / chunks - row;
+          few_rows_products<M>.of[count][cols](inputs + row * steps, steps, stored + group * group_stride, group_stride,
+                                               steps, sums, cols * kLanes, i ? 0 : kAhead);
+          finish(matrix, from, row, count, group, cols, sums, cols * kLanes, done);
+        }
       }
       return;
     }
