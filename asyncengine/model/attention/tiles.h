@@ -67,8 +67,8 @@ inline void fetch_tile(const uint16_t *lanes, int64_t ahead) {
 // sums[group] (rows, lanes) of up to 16 rows and four groups over some runs of tiles, onto what is there or from zero.
 // `fetch(group, lanes)` is called beside each tile.
 template <class Fetch>
-inline void multiply_flat(const TileOperands *runs, int count, float *const (&sums)[4], int64_t sum_stride, bool onto,
-                          Fetch fetch) {
+__attribute__((noinline)) void multiply_flat(const TileOperands *runs, int count, float *const (&sums)[4],
+                                             int64_t sum_stride, bool onto, Fetch fetch) {
   finish_writing();
   if (onto) {
     _tile_loadd(0, sums[0], sum_stride * 4);
@@ -109,7 +109,8 @@ inline void multiply_flat(const TileOperands *runs, int count, float *const (&su
 
 // sums (rows, 2 groups) of 17 to 32 rows, over two runs of tiles, from zero.
 template <class Fetch>
-inline void multiply_tall(const TileOperands (&runs)[2], float *sums, bool fetches, Fetch fetch) {
+__attribute__((noinline)) void multiply_tall(const TileOperands (&runs)[2], float *sums, bool fetches,
+                                             Fetch fetch) {
   finish_writing();
   _tile_zero(0);
   _tile_zero(1);

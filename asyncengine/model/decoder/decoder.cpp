@@ -245,6 +245,22 @@ __attribute__((noinline)) void multiply_like_tiles(const typename W::Weight *inp
     for (int c = 0; c < Cols; ++c) store(sums + r * sum_stride + c * kLanes, sum[r][c]);
 }
 
+// What to bring nearer while a tile of weights is multiplied: those that follow; or where weights were widened before,
+// what the thread will probably widen for its next item.
+template <class Stored>
+struct FetchWeights {
+  const uint16_t *weights;
+  const Stored *next_item;
+  void operator()(int, const uint16_t *lanes) const {
+    if constexpr (std::is_same<Stored, uint16_t>::value) {
+      fetch_tile(lanes, kTileAhead);
+    } else {
+      const char *at = reinterpret_cast<const char *>(next_item + (lanes - weights));
+      for (int i = 0; i < kTileNumbers; i += 64) prefetch(at + i);
+    }
+  }
+};
+
 constexpr int kFewRows = 3;
 constexpr int few_cols_of(int rows) { return rows == 1 ? kMostCols : kMostCols / 2; }
 
@@ -568,13 +584,7 @@ struct Run {
       return;
     }
     const uint16_t *weights = widen_weights(stored, begin * group_stride, last * group_stride);
-    // Where they are read only once or twice, what they are made of is fetched for the thread's next item meanwhile.
-    const int64_t next_item = std::is_same<M, Int8>::value ? threads * (last - begin) * group_stride : 0;
-    auto fetch = [=](int, const uint16_t *lanes) {
-      if (!next_item) return fetch_tile(lanes, kTileAhead);
-      const char *at = reinterpret_cast<const char *>(stored + (lanes - weights) + next_item);
-      for (int i = 0; i < kTile / 2; ++i) prefetch(at + i * 64);
-    };
+    const FetchWeights<typename M::Stored> fetch{weights, stored + threads * (last - begin) * group_stride};
     // What is left behind the last whole tile is copied beside zeros.
     alignas(64) Input last_rows[2 * kTile * kTile] = {};
     alignas(64) uint16_t last_lanes[4][kTileNumbers] = {};
