@@ -596,7 +596,7 @@ struct Step {
     State running, total;
     float *scores;
     Stored *keys, *values;
-    Stored *key_ends, *value_tiles;  // where tiles multiply: steps of a block that do not make whole tiles where they lie
+    Stored *key_ends, *value_tiles;  // where tiles multiply: what does not make whole ones where it lies
     int64_t bytes;
   };
 
@@ -828,8 +828,8 @@ struct Step {
     const int64_t fetch_stride = fetch ? layer.value_dim * kLanes * int64_t(sizeof(Stored)) / key_steps : 0;
     for (int g = chunk.first; g < chunk.last;) {
       const bool wide = g + kMaxCols <= chunk.last;
-      loops<T>.keys[chunk.rows][wide](s.queries + chunk.row * query_steps, query_steps, block.keys + g, stride, key_steps,
-                                      s.scores + g * kLanes, {block.values + g, 0, fetch_stride, 0});
+      loops<T>.keys[chunk.rows][wide](s.queries + chunk.row * query_steps, query_steps, block.keys + g, stride,
+                                      key_steps, s.scores + g * kLanes, {block.values + g, 0, fetch_stride, 0});
       g += wide ? kMaxCols : 1;
     }
   }
@@ -890,7 +890,8 @@ struct Step {
         const int64_t count = tokens / T::kPair * T::kPair * layer.value_dim;
         std::memcpy(to, from, size_t(count) * sizeof(Stored));
         std::memset(to + count, 0, size_t(group_values - count) * sizeof(Stored));
-        for (int64_t i = count; tokens % T::kPair && i < count + T::kPair * layer.value_dim; i += T::kPair) to[i] = from[i];
+        if (tokens % T::kPair)
+          for (int64_t i = count; i < count + T::kPair * layer.value_dim; i += T::kPair) to[i] = from[i];
       }
     }
     return tiles;
@@ -911,10 +912,10 @@ struct Step {
           runs[1].lanes[c] = s.key_ends + std::max(group, block.first) * kTileNumbers;
           values[c] = static_cast<const char *>(block.values[group]);
         }
-        float *scores = s.scores + g * kLanes;
+        float *to = s.scores + g * kLanes;
         const int64_t each = whole ? (lines + whole - 1) / whole : 0;
-        multiply_flat(runs, key_steps % kTile ? 2 : 1, {scores, scores + kLanes, scores + 2 * kLanes, scores + 3 * kLanes},
-                      kBlock, false, [&](int c, const uint16_t *) {
+        multiply_flat(runs, key_steps % kTile ? 2 : 1, {to, to + kLanes, to + 2 * kLanes, to + 3 * kLanes}, kBlock, false,
+                      [&](int c, const uint16_t *) {
                         for (int64_t i = 0; i < each; ++i, values[c] += 64) prefetch(values[c]);
                       });
       }
@@ -929,7 +930,8 @@ struct Step {
         for (int64_t i = 0; chunk.correction[r] != 1.0f && i < sum_width; i += kLanes)
           store(sums + r * sum_width + i, load<Vec>(sums + r * sum_width + i) * chunk.correction[r]);
       const int64_t passes = (sum_width + 4 * kLanes - 1) / (4 * kLanes), parts = 2 * passes;
-      const int64_t lines = fetch ? (key_steps + parts - 1) / parts : 0, stride = layer.page_size * T::kPair * sizeof(Stored);
+      const int64_t lines = fetch ? (key_steps + parts - 1) / parts : 0;
+      const int64_t stride = layer.page_size * T::kPair * sizeof(Stored);
       for (int64_t pass = 0; pass < passes; ++pass) {
         TileOperands runs[kGroups / 2];
         float *to[4];

@@ -4,8 +4,8 @@
 // numbers: rows, packed weights and pages are read as they lie in memory.
 //
 // The instruction sums up the first and the second numbers of a tile's pairs by themselves, and adds both to what was
-// there. A chain of dot products gives other bits. So where there are tiles, few rows, for which a tile is not worth its
-// while, are multiplied in the order of the tiles.
+// there. A chain of dot products gives other bits. So where there are tiles, few rows, for which they do not pay, are
+// multiplied in the same order.
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define HAS_TILES 1
@@ -31,8 +31,9 @@ inline bool tiles_allowed() {
 // For compilers, which do not know what tiles read: everything is written by now.
 inline void finish_writing() { __asm__ volatile("" ::: "memory"); }
 
-// Gives this thread's tiles their sizes. Up to 16 rows: sums of four groups of lanes in 0 to 3, rows in 4, lanes in 5 to
-// 7. Up to 32 rows: sums of two groups in 0 and 1, and of the second 16 rows in 2 and 3; rows in 4 and 5, lanes in 6 and 7.
+// Gives this thread's tiles their sizes. Up to 16 rows: sums of four groups of lanes in 0 to 3, rows in 4, lanes in 5
+// to 7. Up to 32 rows: sums of two groups in 0 and 1, those of the second 16 rows in 2 and 3; rows in 4 and 5, lanes in 6
+// and 7.
 inline void configure_tiles(int rows) {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};

@@ -6,8 +6,8 @@
 //     weights (group, step, lane, pair)    group = output / lanes, step = input / pair
 //
 // and are read once for up to kMaxRows tokens at a time. Each output is one chain of additions over its inputs, in
-// ascending order, in one accumulator: a token gets the same bits whatever else is in the batch, on any number of
-// threads, whether it decodes or is prefilled.
+// ascending order, in one accumulator, or in the order that tiles.h tells: a token gets the same bits whatever else is in
+// the batch, on any number of threads, whether it decodes or is prefilled.
 //
 // One team of threads runs through all phases of a step. Within a phase they share out items; between phases they wait
 // for the items, not for each other (see Phase). Activations between layers are float32; what enters a product is
@@ -88,7 +88,7 @@ namespace {
 // Weights of one byte, one scale per output. Integers are exact in float32 and, so small, in bfloat16, so the scale is
 // applied to the sum.
 #if HAS_TILES
-struct Int8 : BFloat16 {  // what enters a product is bfloat16; a step is the first numbers of its pairs, then the second
+struct Int8 : BFloat16 {  // what enters a product is bfloat16; a step has its pairs' first numbers, then the second
   typedef int8_t Stored;
   static Vec vector(const Stored *p) { return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p))); }
   static Halves halves(const Stored *p) { return {vector(p), vector(p + kLanes)}; }
@@ -355,8 +355,8 @@ struct Normed {
 
 constexpr int64_t kItemBytes = 128 << 10;
 
-// Where tiles multiply, weights are not all there is to read: many rows are shared out as well, and what is read of them
-// stays in the cache for more of the weights.
+// Where tiles multiply, weights are not all there is to read: many rows are shared out as well, and stay in the cache for
+// more of the weights.
 constexpr int64_t kRowsEach = 64, kManyRowsItemBytes = 512 << 10;
 
 struct Memory {  // hands out pieces of one allocation, or counts what they would take

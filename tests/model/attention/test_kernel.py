@@ -21,6 +21,7 @@ STUB = """
 extern "C" int paged_attention(void *, void *, void *) { return 42; }
 extern "C" void paged_attention_advise(void *, long) {}
 extern "C" void decoder_lanes() {}
+extern "C" void decoder_int8_router() {}
 extern "C" void decoder_pack() {}
 extern "C" void decoder_step() {}
 """
