@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_BYTES = 5_000_000
 NEEDED = (
     "py.typed", "tiny/checkpoint/model.safetensors", "tiny/checkpoint/tokenizer.json", "server/page.html",
-    "cli/timeline.html", "loop/delivery.c", "model/attention/paged_attention.cpp", "model/decoder/decoder.cpp",
+    "cli/timeline.html", "loop/delivery.c", "model/attention/paged_attention.cpp", "model/attention/tiles.h",
+    "model/decoder/decoder.cpp",
     "tiny/draft/model.safetensors",
 )  # fmt: skip
 IN_SDIST = (

@@ -17,7 +17,7 @@ from asyncengine.builds import BuildError, Recipe
 from asyncengine.model.attention.protocol import BackendUnavailableError
 
 SOURCE = Path(__file__).parents[1] / "decoder" / "decoder.cpp"
-_INCLUDED = Path(__file__).with_name("paged_attention.cpp")
+_INCLUDED = tuple(Path(__file__).with_name(name) for name in ("paged_attention.cpp", "tiles.h"))
 
 # Infinities and NaN keep their meaning: masks are made of the former, and a model's own NaN must not be hidden.
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
@@ -27,6 +27,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "paged_attention_advise": (None, (_POINTER, _INTEGER)),
     "decoder_lanes": (_INTEGER, ()),
     "decoder_pack": (None, (_POINTER, _INTEGER, _INTEGER)),
+    "decoder_int8_router": (_INTEGER, ()),
     "decoder_step": (ctypes.c_int, (_POINTER, _POINTER)),
 }
 Kind = Literal["float32", "bfloat16", "float16", "int8"]
@@ -67,7 +68,7 @@ def build(
     recipe = Recipe(
         what="the cpu attention back end",
         name=f"{kind}-kernels",
-        sources=(SOURCE, _INCLUDED),
+        sources=(SOURCE, *_INCLUDED),
         before=(*_FLAGS, f"-DONE_KIND={_KINDS[kind]}"),
         targets=_TARGETS if target is None else (tuple(target),),
         after=(str(openmp), f"-Wl,-rpath,{openmp.parent}") if openmp else ("-DPAGED_ATTENTION_SERIAL",),

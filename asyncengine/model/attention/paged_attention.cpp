@@ -26,6 +26,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -34,6 +35,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
+
+#include "tiles.h"
 
 // The entry points of torch's own OpenMP runtime, called directly: a second runtime would bring a second thread pool,
 // and this way any compiler will do, with or without OpenMP of its own.
@@ -113,6 +116,11 @@ constexpr int kBlock = 128;  // tokens to one update of the running maximum
 constexpr int kGroups = kBlock / kLanes;
 constexpr int kSplit = 512;    // tokens to one partial result
 constexpr int kTileRows = 48;  // (token, head) pairs that share one pass over the keys and values
+#if HAS_TILES
+constexpr int kChunkRows = kTile;  // the most of them that are multiplied at once
+#else
+constexpr int kChunkRows = kMaxRows;
+#endif
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504088896340736f;
 
@@ -219,6 +227,10 @@ inline Vec tanh_of(Vec x) {
 // Each says how a vector of the cache becomes an operand, how a query or a weight is packed for it, and how the two
 // are multiplied. `Weight` is one step of a row: what is multiplied with all lanes of an operand.
 
+struct Halves {  // of a vector of pairs
+  Vec first, second;
+};
+
 struct Float32 {
   static constexpr bool kCoarse = false;
   typedef float Stored;
@@ -251,6 +263,8 @@ struct BFloat16 {
   typedef uint32_t Weight;  // two bfloat16
   typedef __m512i Operand;
   static Operand operand(const Stored *p) { return _mm512_loadu_si512(p); }
+  static Halves halves(Words pairs) { return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)}; }
+  static Halves halves(const Stored *p) { return halves(load<Words>(p)); }
   static Operand first_of_pair(const Stored *p) {
     return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0xffff));
   }
@@ -269,9 +283,7 @@ struct BFloat16 {
   struct Weight {
     float first, second;
   };
-  struct Operand {
-    Vec first, second;
-  };
+  typedef Halves Operand;
   static Operand operand(const Stored *p) {
     Words pairs = load<Words>(p);
     return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};
@@ -494,7 +506,8 @@ struct Step {
   const Layer layer;
   const Plan plan;
   const Call call;
-  const int64_t per_kv_head, key_steps, value_pair, key_block, value_block, sum_width, max_rows;
+  const bool tiled;  // whether tiles multiply, see tiles.h
+  const int64_t per_kv_head, key_steps, query_steps, value_pair, key_block, value_block, sum_width, max_rows;
   const bool direct;  // pages can be read where they are
   const float score_scale, tanh_scale;
   std::vector<Tile> &tiles;
@@ -509,8 +522,10 @@ struct Step {
       : layer(l),
         plan(p),
         call(c),
+        tiled(by_tiles()),
         per_kv_head(l.heads / l.kv_heads),
         key_steps((l.key_dim + T::kPair - 1) / T::kPair),
+        query_steps(tiled ? round_up(key_steps, kTile) : key_steps),
         value_pair(l.page_size % T::kPair ? 1 : T::kPair),
         key_block(key_steps * l.page_size * T::kPair),
         value_block(l.page_size * l.value_dim),
@@ -521,6 +536,14 @@ struct Step {
         tanh_scale(l.soft_cap != 0 ? float(l.scaling / l.soft_cap) : 0.0f),
         tiles(t),
         units(u) {}
+
+  static bool by_tiles() {
+#if HAS_TILES
+    return std::is_same<T, BFloat16>::value && tiles_allowed();
+#else
+    return false;
+#endif
+  }
 
   // -- sizes and shares
 
@@ -573,6 +596,7 @@ struct Step {
     State running, total;
     float *scores;
     Stored *keys, *values;
+    Stored *key_ends, *value_tiles;  // where tiles multiply: what does not make whole ones where it lies
     int64_t bytes;
   };
 
@@ -584,9 +608,9 @@ struct Step {
       return at;
     };
     Scratch s;
-    s.queries = reinterpret_cast<Weight *>(take(max_rows * key_steps * sizeof(Weight)));
-    s.weights = reinterpret_cast<Weight *>(take(kMaxRows * (kBlock / T::kPair) * sizeof(Weight)));
-    s.scores = reinterpret_cast<float *>(take(kMaxRows * kBlock * 4));
+    s.queries = reinterpret_cast<Weight *>(take(max_rows * query_steps * sizeof(Weight)));
+    s.weights = reinterpret_cast<Weight *>(take(kChunkRows * (kBlock / T::kPair) * sizeof(Weight)));
+    s.scores = reinterpret_cast<float *>(take(kChunkRows * kBlock * 4));
     for (State *state : {&s.running, &s.total}) {
       state->maximum = reinterpret_cast<float *>(take(max_rows * 4));
       state->total = reinterpret_cast<float *>(take(max_rows * kLanes * 4));
@@ -595,6 +619,8 @@ struct Step {
     // One vector more than the block: lanes past the last dimension are read and dropped.
     s.keys = reinterpret_cast<Stored *>(take(direct ? 0 : key_steps * kBlock * T::kPair * sizeof(Stored)));
     s.values = reinterpret_cast<Stored *>(take(direct ? 0 : (layer.value_dim * kBlock + 64) * sizeof(Stored)));
+    s.key_ends = reinterpret_cast<Stored *>(take(tiled ? kBlock * kTile * T::kPair * sizeof(Stored) : 0));
+    s.value_tiles = reinterpret_cast<Stored *>(take(tiled ? (layer.value_dim * kBlock + 64) * sizeof(Stored) : 0));
     s.bytes = round_up(used, 4096);
     return s;
   }
@@ -637,10 +663,10 @@ struct Step {
 
   void pack_queries(const Tile &tile, int64_t kv_head, Weight *to) const {
     for (int64_t t = 0; t < tile.count; ++t)
-      for (int64_t g = 0; g < per_kv_head; ++g, to += key_steps) {
+      for (int64_t g = 0; g < per_kv_head; ++g, to += query_steps) {
         const Stored *query = static_cast<const Stored *>(call.query) + (tile.first + t) * call.query_token +
                               (kv_head * per_kv_head + g) * call.query_head;
-        if (layer.key_dim % T::kPair) to[key_steps - 1] = Weight{};
+        for (int64_t step = layer.key_dim / T::kPair; step < query_steps; ++step) to[step] = Weight{};
         if (sizeof(Weight) == sizeof(Stored) * T::kPair)
           std::memcpy(to, query, layer.key_dim * sizeof(Stored));
         else
@@ -705,7 +731,7 @@ struct Step {
     int rows;
     int64_t context, per_kv_head;  // of the tile
     int first, last;               // groups of the block that some row sees
-    float correction[kMaxRows];    // what the sums so far are multiplied by
+    float correction[kChunkRows];  // what the sums so far are multiplied by
     int64_t limit(int r) const { return context + (row + r) / per_kv_head + 1; }
   };
 
@@ -760,23 +786,38 @@ struct Step {
   }
 
   // One block against all of a tile's (token, head) rows; `next` is the block after it, or the same again.
-  void attend_block(const Tile &tile, int64_t kv_head, const Block &block, const Block &next, const Scratch &s) const {
+  void attend_block(const Tile &tile, int64_t kv_head, const Block &block, const Block &next, const Scratch &s,
+                    int &configured) const {
     if (!direct) gather(tile, kv_head, block, s);
-    const int64_t rows = tile.count * per_kv_head, chunks = (rows + kMaxRows - 1) / kMaxRows;
+    const int64_t at_once = tiled ? kChunkRows : kMaxRows;
+    const int64_t rows = tile.count * per_kv_head, chunks = (rows + at_once - 1) / at_once;
+    ValueTiles values = {};
+    if (tiled) values = arrange_tiles(block, s);
     for (int64_t i = 0; i < chunks; ++i) {
-      const int64_t row = rows * i / chunks;
-      const int count = int(rows * (i + 1) / chunks - row);
+      const int64_t row = tiled ? i * at_once : rows * i / chunks;
+      const int count = int((tiled ? std::min(rows, row + at_once) : rows * (i + 1) / chunks) - row);
       Chunk chunk = {row, count, tile.context, per_kv_head, block.first, block.last, {}};
       const int64_t lowest = chunk.limit(0), highest = chunk.limit(chunk.rows - 1);
       if (highest <= block.begin || (layer.window && lowest - layer.window >= block.begin + kBlock)) continue;
       chunk.last = int(std::min<int64_t>(block.last, (highest - block.begin + kLanes - 1) / kLanes));
-      multiply_keys(block, chunk, i == 0, s);
+      if (tiled) {
+        chunk.first = chunk.first / 2 * 2;
+        chunk.last = (chunk.last + 1) / 2 * 2;
+        configure(count, configured);
+        multiply_keys_by_tiles(block, chunk, i == 0, s);
+      } else {
+        multiply_keys(block, chunk, i == 0, s);
+      }
       const bool all_see_all =
           lowest >= block.begin + kBlock && (!layer.window || highest - layer.window <= block.begin);
       if (all_see_all && layer.soft_cap == 0)
         softmax<true>(block, chunk, s);
       else
         softmax<false>(block, chunk, s);
+      if (tiled) {
+        multiply_values_by_tiles(values, next, chunk, i == 0, s);
+        continue;
+      }
       const int64_t in_last = highest - block.begin - (chunk.last - 1) * kLanes;
       multiply_values(block, next, chunk, int(std::min<int64_t>(in_last, kLanes)), i == 0, s);
     }
@@ -787,8 +828,8 @@ struct Step {
     const int64_t fetch_stride = fetch ? layer.value_dim * kLanes * int64_t(sizeof(Stored)) / key_steps : 0;
     for (int g = chunk.first; g < chunk.last;) {
       const bool wide = g + kMaxCols <= chunk.last;
-      loops<T>.keys[chunk.rows][wide](s.queries + chunk.row * key_steps, key_steps, block.keys + g, stride, key_steps,
-                                      s.scores + g * kLanes, {block.values + g, 0, fetch_stride, 0});
+      loops<T>.keys[chunk.rows][wide](s.queries + chunk.row * query_steps, query_steps, block.keys + g, stride,
+                                      key_steps, s.scores + g * kLanes, {block.values + g, 0, fetch_stride, 0});
       g += wide ? kMaxCols : 1;
     }
   }
@@ -808,6 +849,117 @@ struct Step {
       ahead.offset += kSteps * lines * ahead.stride;
     }
   }
+
+  // -- by tiles, of 16 steps of keys or of 32 tokens' values
+
+  struct ValueTiles {
+    const Stored *at[kBlock / (2 * kTile)];
+  };
+
+#if HAS_TILES
+  static void configure(int rows, int &configured) {
+    if (rows != configured) configure_tiles(rows);
+    configured = rows;
+  }
+
+  // Copies, beside zeros, what does not make a whole tile where it lies: a key's last steps; values on two pages, or of
+  // tokens that were never written, which may be NaN.
+  ValueTiles arrange_tiles(const Block &block, const Scratch &s) const {
+    if constexpr (!std::is_same<T, BFloat16>::value) return {};
+    const int64_t whole = key_steps / kTile, left = key_steps % kTile;
+    const int64_t key_stride = (direct ? layer.page_size : kBlock) * T::kPair;
+    for (int g = block.first; left && g < kGroups; ++g) {
+      const Stored *from = static_cast<const Stored *>(block.keys[g]) + whole * kTile * key_stride;
+      Stored *to = s.key_ends + g * kLanes * kTile * T::kPair;
+      std::memset(to, 0, kLanes * kTile * T::kPair * sizeof(Stored));
+      for (int64_t step = 0; step < left; ++step)
+        std::memcpy(to + step * kLanes * T::kPair, from + step * key_stride, kLanes * T::kPair * sizeof(Stored));
+    }
+    ValueTiles tiles;
+    const int64_t group_values = kLanes * layer.value_dim;
+    for (int g = 0; g < kGroups; g += 2) {
+      tiles.at[g / 2] = static_cast<const Stored *>(block.values[g]);
+      if (g >= block.first && block.end - block.begin >= (g + 2) * kLanes && layer.page_size % (2 * kLanes) == 0)
+        continue;
+      Stored *to = s.value_tiles + g * group_values;
+      tiles.at[g / 2] = to;
+      for (int part = g; part < g + 2; ++part, to += group_values) {
+        const bool read = part >= block.first && part < block.last;
+        const int64_t tokens = read ? std::min<int64_t>(block.end - block.begin - part * kLanes, kLanes) : 0;
+        const Stored *from = static_cast<const Stored *>(block.values[part]);
+        const int64_t count = tokens / T::kPair * T::kPair * layer.value_dim;
+        std::memcpy(to, from, size_t(count) * sizeof(Stored));
+        std::memset(to + count, 0, size_t(group_values - count) * sizeof(Stored));
+        if (tokens % T::kPair)
+          for (int64_t i = count; i < count + T::kPair * layer.value_dim; i += T::kPair) to[i] = from[i];
+      }
+    }
+    return tiles;
+  }
+
+  void multiply_keys_by_tiles(const Block &block, const Chunk &chunk, bool fetch, const Scratch &s) const {
+    if constexpr (std::is_same<T, BFloat16>::value) {
+      const int64_t whole = key_steps / kTile, stride = (direct ? layer.page_size : kBlock) * T::kPair * sizeof(Stored);
+      const int64_t lines = fetch ? layer.value_dim * kLanes * int64_t(sizeof(Stored)) / 64 : 0;
+      const uint32_t *queries = s.queries + chunk.row * query_steps;
+      for (int g = chunk.first / 4 * 4; g < chunk.last; g += 4) {
+        TileOperands runs[] = {{queries, query_steps, {}, stride, whole},
+                               {queries + whole * kTile, query_steps, {}, 4 * kTile, 1}};
+        const char *values[4];
+        for (int c = 0; c < 4; ++c) {
+          const int group = std::min(std::max(g + c, chunk.first), chunk.last - 1);
+          runs[0].lanes[c] = static_cast<const Stored *>(block.keys[group]);
+          runs[1].lanes[c] = s.key_ends + std::max(group, block.first) * kTileNumbers;
+          values[c] = static_cast<const char *>(block.values[group]);
+        }
+        float *to = s.scores + g * kLanes;
+        const int64_t each = whole ? (lines + whole - 1) / whole : 0;
+        multiply_flat(runs, key_steps % kTile ? 2 : 1, {to, to + kLanes, to + 2 * kLanes, to + 3 * kLanes}, kBlock, false,
+                      [&](int c, const uint16_t *) {
+                        for (int64_t i = 0; i < each; ++i, values[c] += 64) prefetch(values[c]);
+                      });
+      }
+    }
+  }
+
+  void multiply_values_by_tiles(const ValueTiles &values, const Block &next, const Chunk &chunk, bool fetch,
+                                const Scratch &s) const {
+    if constexpr (std::is_same<T, BFloat16>::value) {
+      float *sums = s.running.sums + chunk.row * sum_width;
+      for (int r = 0; r < chunk.rows; ++r)
+        for (int64_t i = 0; chunk.correction[r] != 1.0f && i < sum_width; i += kLanes)
+          store(sums + r * sum_width + i, load<Vec>(sums + r * sum_width + i) * chunk.correction[r]);
+      const int64_t passes = (sum_width + 4 * kLanes - 1) / (4 * kLanes), parts = 2 * passes;
+      const int64_t lines = fetch ? (key_steps + parts - 1) / parts : 0;
+      const int64_t stride = layer.page_size * T::kPair * sizeof(Stored);
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        TileOperands runs[kGroups / 2];
+        float *to[4];
+        int count = 0;
+        for (int tile = chunk.first / 2; tile < chunk.last / 2; ++tile) {
+          TileOperands &run = runs[count++];
+          run = {s.weights + tile * kTile, kBlock / T::kPair, {}, layer.value_dim * 4, 1};
+          for (int64_t c = 0; c < 4; ++c) {  // the last ones again in the place of those that there are not
+            const int64_t at = std::min((pass * 4 + c) * kLanes, sum_width - kLanes);
+            run.lanes[c] = values.at[tile] + at * T::kPair;
+            to[c] = sums + at;
+          }
+        }
+        int group = chunk.first;
+        multiply_flat(runs, count, to, sum_width, true, [&](int c, const uint16_t *) {
+          const char *from = static_cast<const char *>(next.keys[group + c % 2]) + (2 * pass + c / 2) * lines * stride;
+          for (int64_t i = 0; i < lines; ++i) prefetch(from + i * stride);
+          if (c == 3) group += 2;
+        });
+      }
+    }
+  }
+#else
+  static void configure(int, int &) {}
+  ValueTiles arrange_tiles(const Block &, const Scratch &) const { return {}; }
+  void multiply_keys_by_tiles(const Block &, const Chunk &, bool, const Scratch &) const {}
+  void multiply_values_by_tiles(const ValueTiles &, const Block &, const Chunk &, bool, const Scratch &) const {}
+#endif
 
   static void clear(const State &state, int64_t rows, int64_t totals, int64_t sum_width) {
     std::fill_n(state.maximum, rows, -kInfinity);
@@ -852,6 +1004,7 @@ struct Step {
     const int64_t kv_head = item % layer.kv_heads;
     const Tile &tile = tiles[unit.tile];
     const int64_t rows = tile.count * per_kv_head, limit = tile.context + tile.count;
+    int configured = 0;
     pack_queries(tile, kv_head, s.queries);
     if (!split_units) clear(s.total, rows, 1, sum_width);
     for (int64_t split = unit.split; split < unit.split + unit.splits; ++split) {
@@ -862,7 +1015,7 @@ struct Step {
       for (int64_t begin = first; begin < last; begin += kBlock) {
         const int64_t next_begin = begin + kBlock < limit ? begin + kBlock : begin;
         const Block next = locate(tile, kv_head, next_begin, std::min(next_begin + kBlock, limit), s);
-        attend_block(tile, kv_head, block, next, s);
+        attend_block(tile, kv_head, block, next, s, configured);
         block = next;
       }
       if (split_units) {
@@ -924,7 +1077,12 @@ int run(const Layer &layer, const Plan &plan, const Call &call) {
   step.measure();
   step.use(scratch.at_least(size_t(step.scratch_bytes * plan.threads)), partials.at_least(size_t(step.partial_bytes())));
   if (!step.scratch || (step.split_units && !step.partials)) return 1;
-  GOMP_parallel([](void *data) { static_cast<Step<T> *>(data)->work(); }, &step, unsigned(plan.threads), 0);
+  GOMP_parallel(
+      [](void *data) {
+        static_cast<Step<T> *>(data)->work();
+        release_tiles();
+      },
+      &step, unsigned(plan.threads), 0);
   return 0;
 }
 

@@ -6,8 +6,8 @@
 //     weights (group, step, lane, pair)    group = output / lanes, step = input / pair
 //
 // and are read once for up to kMaxRows tokens at a time. Each output is one chain of additions over its inputs, in
-// ascending order, in one accumulator: a token gets the same bits whatever else is in the batch, on any number of
-// threads, whether it decodes or is prefilled.
+// ascending order, in one accumulator, or in the order that tiles.h tells: a token gets the same bits whatever else is in
+// the batch, on any number of threads, whether it decodes or is prefilled.
 //
 // One team of threads runs through all phases of a step. Within a phase they share out items; between phases they wait
 // for the items, not for each other (see Phase). Activations between layers are float32; what enters a product is
@@ -16,7 +16,6 @@
 #include "../attention/paged_attention.cpp"
 
 #include <deque>
-#include <type_traits>
 
 // The structures below are mirrored in program.py and weights.py.
 extern "C" {
@@ -95,7 +94,20 @@ struct Packing {  // one matrix that is to be packed
 
 namespace {
 
-// Weights of one byte, one scale per output. Integers are exact in float32, so the scale is applied to the sum.
+// Weights of one byte, one scale per output. Integers are exact in float32 and, so small, in bfloat16, so the scale is
+// applied to the sum.
+#if HAS_TILES
+struct Int8 : BFloat16 {  // what enters a product is bfloat16; a step has its pairs' first numbers, then the second
+  typedef int8_t Stored;
+  static Vec vector(const Stored *p) { return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p))); }
+  static Halves halves(const Stored *p) { return {vector(p), vector(p + kLanes)}; }
+  static Operand operand(const Stored *p) {
+    const Halves pairs = halves(p);
+    return (Operand)((Words)pairs.first >> 16 | ((Words)pairs.second & 0xffff0000u));
+  }
+  static float widen(Stored x) { return float(x); }
+};
+#else
 struct Int8 {
   typedef int8_t Stored;
   typedef float Weight;
@@ -115,6 +127,16 @@ struct Int8 {
   static void pack_vector(Weight *to, Vec x) { store(to, x); }
   static float widen(Stored x) { return float(x); }
 };
+#endif
+
+// int8 leaves the router of experts out, which is as exact as what enters the products.
+typedef std::conditional<Int8::kPair == 2, BFloat16, Float32>::type RouterOfInt8;
+
+// Where a number lies in its step.
+template <class W>
+constexpr int64_t place_of(int64_t lane, int64_t of_pair) {
+  return std::is_same<W, Int8>::value ? of_pair * kLanes + lane : lane * W::kPair + of_pair;
+}
 
 // Rows at once, and the most columns with so many rows: enough sums to hide an addition's latency, not more than there
 // are registers.
@@ -130,6 +152,7 @@ constexpr int cols_of(int rows) {
   return cols;
 }
 constexpr int64_t kAhead = 1024;  // bytes that weights are fetched ahead, where they come from memory
+constexpr int64_t kTileAhead = 2048;
 
 // sums[row][lane] of `Rows` tokens and `Cols` groups of outputs.
 template <class W, int Rows, int Cols>
@@ -190,6 +213,82 @@ struct Products {
 };
 template <class W>
 constexpr Products<W> products;
+
+#if HAS_TILES
+// As `multiply`, with the bits that tiles give. Each output has three sums, so there are half as many.
+template <class W, int Rows, int Cols>
+__attribute__((noinline)) void multiply_like_tiles(const typename W::Weight *inputs, int64_t input_stride,
+                                                   const typename W::Stored *weights, int64_t group_stride,
+                                                   int64_t steps, float *sums, int64_t sum_stride, int64_t ahead) {
+  const NoDenormals flushed;
+  Vec sum[Rows][Cols] = {};
+  const typename W::Stored *column[Cols];
+#pragma GCC unroll 8
+  for (int c = 0; c < Cols; ++c) column[c] = weights + c * group_stride;
+  for (int64_t step = 0; step < steps;) {
+    Vec firsts[Rows][Cols] = {}, seconds[Rows][Cols] = {};
+    for (const int64_t end = std::min(step + kTile, steps); step < end; ++step) {
+      Halves w[Rows];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) w[r] = BFloat16::halves(Words{} + inputs[r * input_stride + step]);
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c) {
+        const Halves b = W::halves(column[c]);
+        prefetch(reinterpret_cast<const char *>(column[c]) + ahead);
+        column[c] += kLanes * W::kPair;
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+          firsts[r][c] = fused(w[r].first, b.first, firsts[r][c]);
+          seconds[r][c] = fused(w[r].second, b.second, seconds[r][c]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c) sum[r][c] = sum[r][c] + (firsts[r][c] + seconds[r][c]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < Cols; ++c) store(sums + r * sum_stride + c * kLanes, sum[r][c]);
+}
+
+// What to bring nearer while a tile of weights is multiplied: those that follow; or where weights were widened before,
+// what the thread will probably widen for its next item.
+template <class Stored>
+struct FetchWeights {
+  const uint16_t *weights;
+  const Stored *next_item;
+  void operator()(int, const uint16_t *lanes) const {
+    if constexpr (std::is_same<Stored, uint16_t>::value) {
+      fetch_tile(lanes, kTileAhead);
+    } else {
+      const char *at = reinterpret_cast<const char *>(next_item + (lanes - weights));
+      for (int i = 0; i < kTileNumbers; i += 64) prefetch(at + i);
+    }
+  }
+};
+
+constexpr int kFewRows = 3;
+constexpr int few_cols_of(int rows) { return rows == 1 ? kMostCols : kMostCols / 2; }
+
+template <class W>
+struct FewRowsProducts {
+  decltype(&multiply_like_tiles<W, 1, 1>) of[kFewRows + 1][kMostCols + 1];
+  template <int Rows, int Cols>
+  constexpr void fill() {
+    of[Rows][Cols] = multiply_like_tiles<W, Rows, Cols>;
+    if constexpr (Cols > 1)
+      fill<Rows, Cols / 2>();
+    else if constexpr (Rows > 1)
+      fill<Rows - 1, few_cols_of(Rows - 1)>();
+  }
+  constexpr FewRowsProducts() : of() { fill<kFewRows, few_cols_of(kFewRows)>(); }
+};
+template <class W>
+constexpr FewRowsProducts<W> few_rows_products;
+#endif
 
 inline Vec erf_of(Vec x) {
   Vec y = x;
@@ -265,6 +364,10 @@ struct Normed {
 
 constexpr int64_t kItemBytes = 128 << 10;
 
+// Where tiles multiply, weights are not all there is to read: many rows are shared out as well, and stay in the cache for
+// more of the weights.
+constexpr int64_t kRowsEach = 64, kManyRowsItemBytes = 512 << 10;
+
 struct Memory {  // hands out pieces of one allocation, or counts what they would take
   char *base;
   int64_t used = 0;
@@ -313,6 +416,8 @@ struct Run {
   // into the next layer, and must then still find how many items the phase had.
   std::vector<int64_t> num_busy;
   Input *sent, *sent_inner;
+  uint16_t *widened_weights;  // (threads, what an item has of them), where tiles multiply bytes
+  int64_t widened_count = 0;
   std::vector<PaddedPhase> phases;
   std::deque<Step<T>> attention;
 
@@ -326,6 +431,10 @@ struct Run {
       expert_inner = std::max(expert_inner, e.down.inputs);
       qkv_width = std::max(qkv_width, a.heads * a.key_dim + a.kv_heads * (a.key_dim + a.value_dim));
       attended_width = std::max(attended_width, a.heads * a.value_dim);
+    }
+    if (std::is_same<W, Int8>::value && by_tiles<W>()) {
+      const int64_t inputs = std::max({decoder.hidden, decoder.intermediate, attended_width, expert_inner});
+      widened_count = std::max(kManyRowsItemBytes / 2, kMostCols * kLanes * inputs);
     }
   }
 
@@ -351,6 +460,7 @@ struct Run {
     busy = memory.take<int32_t>(most_experts);
     sent = memory.take<Input>(rows_sent * width);
     sent_inner = memory.take<Input>(rows_sent * expert_inner / W::kPair);
+    widened_weights = memory.take<uint16_t>(threads * widened_count);
     return memory.used;
   }
 
@@ -399,11 +509,24 @@ struct Run {
 
   // -- products
 
+  template <class M>
+  static bool by_tiles() {
+#if HAS_TILES
+    return (std::is_same<M, BFloat16>::value || std::is_same<M, Int8>::value) && tiles_allowed();
+#else
+    return false;
+#endif
+  }
+
   // Groups `group` to `last` of a matrix's outputs, counted from group `from`, for some rows: `done(row, group, cols,
   // sums)` gets `cols` vectors of outputs. `M` is W, unless a matrix is stored otherwise.
   template <class M, class Done>
   void part(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Input *inputs, int64_t rows,
             Done done) {
+#if HAS_TILES
+    if constexpr (M::kPair == 2)
+      if (by_tiles<M>()) return part_by_tiles<M>(matrix, from, begin, last, inputs, rows, done);
+#endif
     alignas(64) float sums[kSums * kLanes];
     const int64_t steps = matrix.inputs / M::kPair, group_stride = steps * kLanes * M::kPair;
     const int64_t chunks = (rows + kRows - 1) / kRows, most_cols = cols_of(int((rows + chunks - 1) / chunks));
@@ -415,27 +538,98 @@ struct Run {
         while (cols > last - group) cols /= 2;
         products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride, steps,
                                     sums, cols * kLanes, i ? 0 : kAhead);
-        for (int64_t r = 0; r < count; ++r) {
-          float *own = sums + r * cols * kLanes;
-          for (int64_t c = 0; c < cols * kLanes; c += kLanes) {
-            Vec sum = load<Vec>(own + c);
-            if (matrix.scales) sum = sum * load<Vec>(matrix.scales + (from + group) * kLanes + c);
-            if (matrix.bias) sum = sum + load<Vec>(matrix.bias + (from + group) * kLanes + c);
-            store(own + c, sum);
-          }
-          done(row + r, group, cols, own);
-        }
+        finish(matrix, from, row, count, group, cols, sums, cols * kLanes, done);
       }
     }
   }
 
+  // Sums become outputs.
+  template <class Done>
+  static void finish(const Matrix &matrix, int64_t from, int64_t row, int64_t count, int64_t group, int64_t cols,
+                     float *sums, int64_t sum_stride, Done done) {
+    for (int64_t r = 0; r < count; ++r) {
+      float *own = sums + r * sum_stride;
+      for (int64_t c = 0; (matrix.scales || matrix.bias) && c < cols * kLanes; c += kLanes) {
+        Vec sum = load<Vec>(own + c);
+        if (matrix.scales) sum = sum * load<Vec>(matrix.scales + (from + group) * kLanes + c);
+        if (matrix.bias) sum = sum + load<Vec>(matrix.bias + (from + group) * kLanes + c);
+        store(own + c, sum);
+      }
+      done(row + r, group, cols, own);
+    }
+  }
+
+#if HAS_TILES
+  static const uint16_t *widen_weights(const uint16_t *stored, int64_t, int64_t) { return stored; }
+
+  // In this thread's own memory, which stays in its cache; at the same places, counted from what is returned.
+  const uint16_t *widen_weights(const int8_t *stored, int64_t begin, int64_t end) const {
+    uint16_t *to = widened_weights + omp_get_thread_num() * widened_count - begin;
+    for (int64_t i = begin; i < end; i += 2 * kLanes) {
+      prefetch(reinterpret_cast<const char *>(stored + i) + kAhead);
+      _mm512_store_si512(to + i, Int8::operand(stored + i));
+    }
+    return to;
+  }
+
+  template <class M, class Done>
+  void part_by_tiles(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Input *inputs, int64_t rows,
+                     Done done) const {
+    alignas(64) float sums[4 * kTile * kTile];
+    const int64_t steps = matrix.inputs / M::kPair, group_stride = steps * kLanes * M::kPair;
+    const auto *stored = static_cast<const typename M::Stored *>(matrix.weights) + from * group_stride;
+    if (rows <= (std::is_same<M, Int8>::value ? 2 * kFewRows : kFewRows)) {  // to widen bytes for tiles pays off later
+      const int64_t chunks = (rows + kFewRows - 1) / kFewRows;
+      for (int64_t group = begin, cols; group < last; group += cols) {
+        cols = few_cols_of(int(rows));
+        while (cols > last - group) cols /= 2;
+        for (int64_t i = 0; i < chunks; ++i) {
+          const int64_t row = rows * i / chunks, count = rows * (i + 1) / chunks - row;
+          few_rows_products<M>.of[count][cols](inputs + row * steps, steps, stored + group * group_stride, group_stride,
+                                               steps, sums, cols * kLanes, i ? 0 : kAhead);
+          finish(matrix, from, row, count, group, cols, sums, cols * kLanes, done);
+        }
+      }
+      return;
+    }
+    const uint16_t *weights = widen_weights(stored, begin * group_stride, last * group_stride);
+    const FetchWeights<typename M::Stored> fetch{weights, stored + threads * (last - begin) * group_stride};
+    // What is left behind the last whole tile is copied beside zeros.
+    alignas(64) Input last_rows[2 * kTile * kTile] = {};
+    alignas(64) uint16_t last_lanes[4][kTileNumbers] = {};
+    const int64_t whole = steps / kTile, left = steps % kTile;
+    for (int64_t row = 0; row < rows; row += 2 * kTile) {
+      const int64_t count = std::min<int64_t>(rows - row, 2 * kTile), wide = count > kTile ? 2 : 4;
+      if (row == 0 || count < 2 * kTile) configure_tiles(int(count));
+      TileOperands runs[] = {{inputs + row * steps, steps, {}, 4 * kTile, whole},
+                             {last_rows, kTile, {}, 4 * kTile, left ? 1 : 0}};
+      for (int64_t r = 0; left && r < count; ++r)
+        std::memcpy(last_rows + r * kTile, inputs + (row + r) * steps + whole * kTile, size_t(left) * sizeof(Input));
+      for (int64_t group = begin; group < last; group += wide) {
+        for (int64_t c = 0; c < 4; ++c) {  // the last one again in the place of those that there are not
+          runs[0].lanes[c] = weights + std::min(group + c, last - 1) * group_stride;
+          runs[1].lanes[c] = last_lanes[c];
+          std::memcpy(last_lanes[c], runs[0].lanes[c] + whole * kTileNumbers, size_t(left * kLanes) * 4);
+        }
+        if (wide == 2)
+          multiply_tall(runs, sums, row == 0, fetch);
+        else
+          multiply_flat(runs, 2, {sums, sums + kTile, sums + 2 * kTile, sums + 3 * kTile}, 4 * kTile, false,
+                        fetch);
+        finish(matrix, from, row, count, group, std::min(wide, last - group), sums, wide * kLanes, done);
+      }
+    }
+  }
+#endif
+
   // How many groups of outputs a thread takes at a time. What an item has of the weights stays in the cache while its
   // rows pass; the items are small enough for the threads to end together.
   template <class M>
-  int64_t groups_each(const Matrix &matrix, int64_t groups, int64_t least) const {
-    const int64_t bytes = matrix.inputs * kLanes * int64_t(sizeof(typename M::Stored));
+  int64_t groups_each(const Matrix &matrix, int64_t groups, int64_t least, int64_t row_parts = 1) const {
+    const int64_t bytes = matrix.inputs * kLanes * (by_tiles<M>() ? 2 : int64_t(sizeof(typename M::Stored)));
+    const int64_t most = row_parts > 1 ? kManyRowsItemBytes : kItemBytes;
     int64_t each = least;
-    while (2 * each * bytes <= kItemBytes && groups >= 12 * threads * each) each *= 2;
+    while (2 * each * bytes <= most && groups * row_parts >= 12 * threads * each) each *= 2;
     return each;
   }
 
@@ -443,10 +637,14 @@ struct Run {
   template <class M = W, class Done>
   void product(Phase &phase, const Matrix &matrix, const Input *inputs, int64_t rows, Done done) {
     const int64_t groups = (matrix.outputs + kLanes - 1) / kLanes, chunks = (rows + kRows - 1) / kRows;
-    const int64_t each = groups_each<M>(matrix, groups, cols_of(int((rows + chunks - 1) / chunks)));
-    const int64_t items = (groups + each - 1) / each;
+    const int64_t row_parts = by_tiles<M>() ? (rows + kRowsEach - 1) / kRowsEach : 1, steps = matrix.inputs / M::kPair;
+    const int64_t each = groups_each<M>(matrix, groups, cols_of(int((rows + chunks - 1) / chunks)), row_parts);
+    const int64_t items = (groups + each - 1) / each * row_parts;
     phase.run(items, [&](int64_t item) {
-      part<M>(matrix, 0, item * each, std::min(groups, (item + 1) * each), inputs, rows, done);
+      const int64_t begin = item / row_parts * each, row = item % row_parts * kRowsEach;
+      part<M>(matrix, 0, begin, std::min(groups, begin + each), inputs + row * steps,
+              row_parts > 1 ? std::min(rows - row, kRowsEach) : rows,
+              [&](int64_t r, int64_t group, int64_t cols, auto *sums) { done(row + r, group, cols, sums); });
     });
     phase.wait(items);
   }
@@ -557,7 +755,7 @@ struct Run {
   void ask_experts(Next next, const DecoderLayer &layer) {
     const Experts &experts = layer.experts;
     // int8 leaves the router out: whom a token is sent to must not hang on a byte's precision.
-    typedef typename std::conditional<std::is_same<W, Int8>::value, Float32, W>::type R;
+    typedef typename std::conditional<!std::is_same<W, Int8>::value, W, RouterOfInt8>::type R;
     const int64_t width = round_up(experts.count, kLanes), steps = decoder.hidden / W::kPair;
     product<R>(next(), experts.router, normed, tokens,
                [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
@@ -594,11 +792,11 @@ struct Run {
     const Matrix &matrix = decoder.embedding;
     const int64_t id = step.token_ids[token], steps = decoder.hidden / W::kPair;
     const auto *from = static_cast<const typename W::Stored *>(matrix.weights) +
-                       (id / kLanes * steps * kLanes + id % kLanes) * W::kPair;
+                       id / kLanes * steps * kLanes * W::kPair;
     float *to = hidden + token * decoder.hidden;
     const float scale = float(decoder.embedding_scale) * (matrix.scales ? matrix.scales[id] : 1.0f);
     for (int64_t i = 0; i < steps; ++i, from += kLanes * W::kPair)
-      for (int p = 0; p < W::kPair; ++p) to[i * W::kPair + p] = W::widen(from[p]) * scale;
+      for (int p = 0; p < W::kPair; ++p) to[i * W::kPair + p] = W::widen(from[place_of<W>(id % kLanes, p)]) * scale;
     if (!decoder.positions) return;
     const float *added = decoder.positions + step.positions[token] * decoder.hidden;
     for (int64_t i = 0; i < decoder.hidden; ++i) to[i] += added[i];
@@ -706,6 +904,11 @@ struct Run {
   // -- the step
 
   void work() {
+    work_through();
+    release_tiles();
+  }
+
+  void work_through() {
     Phase *phase = nullptr;
     size_t at = 0;
     auto next = [&]() -> Phase & { return *(phase = &phases[at++]); };
@@ -793,13 +996,16 @@ void pack_group(const Packing &p, int64_t group) {
     const auto *row = static_cast<const typename T::Stored *>(p.from) + output * p.row_stride;
     if (output >= p.outputs) {
       for (int64_t step = 0; step < steps; ++step)
-        for (int i = 0; i < W::kPair; ++i) to[(step * kLanes + lane) * W::kPair + i] = 0;
+        for (int i = 0; i < W::kPair; ++i) to[step * kLanes * W::kPair + place_of<W>(lane, i)] = 0;
     } else if constexpr (std::is_same<W, Int8>::value) {
       float most = 0;
       for (int64_t i = 0; i < p.inputs; ++i) most = std::max(most, std::fabs(T::widen(row[i])));
       const float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
       p.scales[(p.first_group + group * p.group_step) * kLanes + lane] = scale;
-      for (int64_t i = 0; i < p.inputs; ++i) to[i * kLanes + lane] = int8_t(std::nearbyint(T::widen(row[i]) * inverse));
+      for (int64_t i = 0; i < p.inputs; ++i) {
+        const int8_t x = int8_t(std::nearbyint(T::widen(row[i]) * inverse));
+        to[i / W::kPair * kLanes * W::kPair + place_of<W>(lane, i % W::kPair)] = x;
+      }
     } else {
       for (int64_t step = 0; step < steps; ++step)
         std::memcpy(to + (step * kLanes + lane) * W::kPair, row + step * W::kPair, sizeof(*row) * W::kPair);
@@ -822,7 +1028,7 @@ void pack(const Packing &packing, Phase &phase) {
 #if HAS_KIND(3)
       if (packing.scales) return pack_as<BFloat16, Int8>(packing, phase);
 #endif
-#if HAS_KIND(1)
+#if HAS_KIND(1) || HAS_KIND(3)
       if (!packing.scales) return pack_as<BFloat16, BFloat16>(packing, phase);
 #endif
       break;
@@ -838,8 +1044,8 @@ void pack(const Packing &packing, Phase &phase) {
 // Outputs that lie beside each other in packed weights.
 extern "C" int64_t decoder_lanes() { return kLanes; }
 
-// Inputs that lie beside each other in packed weights of a dtype.
-extern "C" int64_t decoder_pair(int64_t dtype) { return dtype == 1 ? BFloat16::kPair : 1; }
+// The dtype of the router of experts whose weights are int8: that of what enters the products.
+extern "C" int64_t decoder_int8_router() { return std::is_same<RouterOfInt8, BFloat16>::value; }
 
 // Packs matrices, one after the other; bfloat16 with scales to int8, with one scale for each output.
 extern "C" void decoder_pack(const Packing *packings, int64_t count, int64_t threads) {

@@ -112,7 +112,9 @@ class _Experts:
         # Whom a token is sent to must not hang on a byte's precision; its matrix is small.
         weight = router.weight
         assert isinstance(weight, torch.Tensor)
-        self.router = PackedMatrix(library, [weight.float() if int8 else weight], [getattr(router, "bias", None)])
+        if int8 and library.decoder_int8_router() == DTYPES[torch.float32]:
+            weight = weight.float()
+        self.router = PackedMatrix(library, [weight], [getattr(router, "bias", None)])
         release(router, "weight")
         release(router, "bias")
         self.matrices = (self.router, self.gate_up, self.down)

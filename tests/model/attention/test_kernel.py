@@ -21,6 +21,7 @@ STUB = """
 extern "C" int paged_attention(void *, void *, void *) { return 42; }
 extern "C" void paged_attention_advise(void *, long) {}
 extern "C" void decoder_lanes() {}
+extern "C" void decoder_int8_router() {}
 extern "C" void decoder_pack() {}
 extern "C" void decoder_step() {}
 """
@@ -231,17 +232,22 @@ def _runs_here(target: str) -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     # The second is what the kernel is compiled for anyway where there is no AVX-512.
-    needed = {"-march=x86-64": "sse2", "-march=x86-64-v3": "avx512vl", "-march=x86-64-v4": "avx512_bf16"}[target]
+    needed = {
+        "-march=x86-64": "sse2", "-march=x86-64-v3": "avx512vl", "-march=x86-64-v4": "avx512_bf16",
+        "-march=native -mno-amx-tile": "amx_bf16",
+    }[target]  # fmt: skip
     return platform.machine() == "x86_64" and needed in flags
 
 
 @needs_compiler
-@pytest.mark.parametrize("target", ["-march=x86-64", "-march=x86-64-v3", "-march=x86-64-v4"])
+@pytest.mark.parametrize(
+    "target", ["-march=x86-64", "-march=x86-64-v3", "-march=x86-64-v4", "-march=native -mno-amx-tile"]
+)
 def test_older_processors(target: str) -> None:
-    """The code for processors without bfloat16 products, without AVX-512, and without half-precision conversions."""
+    """The code for processors without tiles, bfloat16 products, AVX-512, and half-precision conversions."""
     if not _runs_here(target):
         pytest.skip("not this processor, or what is compiled for it anyway")
-    backend = CpuAttention(target=[target])
+    backend = CpuAttention(target=target.split())
     spec = layer(heads=4, kv_heads=2, key_dim=23, value_dim=40, soft_cap=8.0, sliding_window=90)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rows = [random_row(spec, context, new, dtype, new) for context, new in [(70, 1), (200, 33), (0, 2)]]

@@ -110,7 +110,11 @@ def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype,
     [
         # Two threads are quick by themselves, and wait for each other beside another test.
         pytest.param(*case, threads, marks=pytest.mark.alone if threads > 1 else ())
-        for case in itertools.product(["qwen3", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss"], ["float32", "bfloat16"])
+        for case in [
+            *itertools.product(["qwen3", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss"], ["float32", "bfloat16"]),
+            ("qwen3", "int8"),
+            ("qwen3_moe", "int8"),
+        ]
         for threads in (1, 2)
     ],
 )  # fmt: skip
@@ -118,7 +122,8 @@ def test_a_token_gets_the_same_bits_in_any_batch(
     architecture: str, dtype: str, threads: int, checkpoint: Checkpoint
 ) -> None:
     """Contract 16: alone or beside others, prefilled at once, in chunks or token by token."""
-    loaded = load(checkpoint(architecture), dtype=dtype)
+    stored = {"dtype": "bfloat16", "quantization": "int8"} if dtype == "int8" else {"dtype": dtype}
+    loaded = load(checkpoint(architecture), **stored)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
