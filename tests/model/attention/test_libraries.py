@@ -205,7 +205,7 @@ def test_whole_models_compute_what_transformers_computes(backend: Backend, check
         attn_implementation=architecture.ATTENTION,
     )
     layers = architecture.record(model.eval())
-    assert verification.Trial(model, layers, CPU).run(model, backend) < 0.05
+    assert verification.Trial.of(model, layers, CPU).run(model, backend) < 0.05
 
 
 @pytest.fixture
