@@ -9,13 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from asyncengine.model.attention.library import PagedRows, check_numbers, imported, with_padding
-from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
-from asyncengine.model.attention.token_major import TokenMajorCache, TokenMajorLayout, Writes
+from asyncengine.model.attention.library import LibraryAttention, PagedRows, imported, with_padding
+from asyncengine.model.attention.protocol import LayerSpec
+from asyncengine.model.attention.token_major import TokenMajorCache, Writes
 from asyncengine.model.device_copy import to_device
 from asyncengine.step.batch import StepBatch
-
-_LARGEST_HEAD, _HEAD_MULTIPLE = 256, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +37,12 @@ class FlashAttentionPlan:
     longest_query: int
 
 
-class FlashAttention3(TokenMajorLayout):
+class FlashAttention3(LibraryAttention):
     """The `AttentionBackend` over `flash_attn_with_kvcache`. It plans in tensors of changing sizes: no CUDA graphs."""
 
     name = "flash_attention_3"
+    head_dims = tuple(range(8, 257, 8))
+    head_dims_in_words = "a multiple of 8 up to 256"
 
     def __init__(self) -> None:
         """Imports the package.
@@ -51,32 +51,6 @@ class FlashAttention3(TokenMajorLayout):
             BackendUnavailableError: It is not there, or does not fit the system.
         """
         self._package = imported("flash_attn_interface", "FlashAttention-3")
-
-    def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:
-        """As the protocol says."""
-        check_numbers(self.name, dtype, device)
-
-    def check_layer(self, spec: LayerSpec) -> None:
-        """As `ParticularBackend` says."""
-        if spec.has_sinks:
-            raise BackendUnavailableError(f"the {self.name} attention back end has no attention sinks")
-        if spec.key_dim != spec.value_dim or spec.key_dim > _LARGEST_HEAD or spec.key_dim % _HEAD_MULTIPLE:
-            raise BackendUnavailableError(
-                f"the {self.name} attention back end takes key and value heads of one size, a multiple of "
-                f"{_HEAD_MULTIPLE} up to {_LARGEST_HEAD}, not of {spec.key_dim} and {spec.value_dim}"
-            )
-
-    def allocate(
-        self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> TokenMajorCache:
-        """Returns the uninitialised KV cache of one layer.
-
-        Raises:
-            BackendUnavailableError: The package has no kernel for such a layer.
-        """
-        self.check_dtype(dtype, device)
-        self.check_layer(spec)
-        return super().allocate(spec, num_blocks, page_size, dtype, device)
 
     def plan(self, batch: StepBatch, page_size: int, device: torch.device) -> FlashAttentionPlan:
         """Copies the rows to the device. Nothing waits for it."""

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncengine.model.attention.library import PagedRows, check_numbers, imported, with_padding
-from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
-from asyncengine.model.attention.token_major import TokenMajorCache, TokenMajorLayout, Writes
+from asyncengine.model.attention.library import LibraryAttention, PagedRows, imported, with_padding
+from asyncengine.model.attention.protocol import LayerSpec
+from asyncengine.model.attention.token_major import TokenMajorCache, Writes
 from asyncengine.step.batch import Int32, StepBatch
 
-_HEADS = (64, 128, 256)
 WORKSPACE_BYTES = 128 << 20
 """What FlashInfer recommends. All layers share it: they run one after the other."""
 _PLACES = 2
@@ -52,10 +51,12 @@ class _Planner:
     copied: torch.cuda.Event | None
 
 
-class FlashInferAttention(TokenMajorLayout):
+class FlashInferAttention(LibraryAttention):
     """The `AttentionBackend` over `BatchPrefillWithPagedKVCacheWrapper`. Its plans are not captured: no CUDA graphs."""
 
     name = "flashinfer"
+    head_dims = (64, 128, 256)
+    head_dims_in_words = "one of 64, 128, 256"
 
     def __init__(self) -> None:
         """Imports the package.
@@ -68,21 +69,6 @@ class FlashInferAttention(TokenMajorLayout):
         self._planners: dict[tuple[Any, ...], _Planner] = {}
         self._steps = 0
 
-    def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:
-        """As the protocol says."""
-        check_numbers(self.name, dtype, device)
-
-    def check_layer(self, spec: LayerSpec) -> None:
-        """As `ParticularBackend` says."""
-        if spec.has_sinks:
-            raise BackendUnavailableError(f"the {self.name} attention back end has no attention sinks")
-        if spec.key_dim != spec.value_dim or spec.key_dim not in _HEADS:
-            sizes = ", ".join(map(str, _HEADS))
-            raise BackendUnavailableError(
-                f"the {self.name} attention back end takes key and value heads of one size, one of {sizes}, not of "
-                f"{spec.key_dim} and {spec.value_dim}"
-            )
-
     def allocate(
         self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> TokenMajorCache:
@@ -91,11 +77,10 @@ class FlashInferAttention(TokenMajorLayout):
         Raises:
             BackendUnavailableError: The package has no kernel for such a layer.
         """
-        self.check_dtype(dtype, device)
-        self.check_layer(spec)
+        cache = super().allocate(spec, num_blocks, page_size, dtype, device)
         if self._workspace is None:
             self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        return super().allocate(spec, num_blocks, page_size, dtype, device)
+        return cache
 
     def plan(self, batch: StepBatch, page_size: int, device: torch.device) -> FlashInferPlan:
         """Keeps the rows for the kinds of layers, each of which is planned when its first layer attends."""

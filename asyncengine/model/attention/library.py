@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncengine.model.attention.protocol import BackendUnavailableError
+from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
+from asyncengine.model.attention.token_major import TokenMajorCache, TokenMajorLayout
 from asyncengine.step.batch import Int32, StepBatch
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -28,20 +29,57 @@ def imported(module: str, whose: str) -> Any:
         raise BackendUnavailableError(f"{module}, the module of {whose}, cannot be imported: {error}") from error
 
 
-def check_numbers(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Looks whether keys and values are in 16 bits, on a device that has matrix units for both kinds.
+class LibraryAttention(TokenMajorLayout):
+    """What both refuse.
 
-    Raises:
-        BackendUnavailableError: They are not; the message speaks of the back end of that name.
+    Attributes:
+        name: Of the back end.
+        head_dims: The sizes of heads that it takes.
+        head_dims_in_words: The same, for messages.
     """
-    if dtype not in _DTYPES:
-        given = str(dtype).removeprefix("torch.")
-        raise BackendUnavailableError(f"the {name} attention back end stores bfloat16 and float16, not {given}")
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
-        raise BackendUnavailableError(
-            f"the {name} attention back end needs a device of compute capability 8.0 or later, not "
-            f"{capability[0]}.{capability[1]} ({torch.cuda.get_device_name(device)})"
-        )
+
+    name: str
+    head_dims: tuple[int, ...]
+    head_dims_in_words: str
+
+    def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Looks whether keys and values are in 16 bits, on a device that has matrix units for both kinds.
+
+        Raises:
+            BackendUnavailableError: They are not.
+        """
+        if dtype not in _DTYPES:
+            given = str(dtype).removeprefix("torch.")
+            raise BackendUnavailableError(
+                f"the {self.name} attention back end stores bfloat16 and float16, not {given}"
+            )
+        if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
+            raise BackendUnavailableError(
+                f"the {self.name} attention back end needs a device of compute capability 8.0 or later, not "
+                f"{capability[0]}.{capability[1]} ({torch.cuda.get_device_name(device)})"
+            )
+
+    def check_layer(self, spec: LayerSpec) -> None:
+        """As `ParticularBackend` says."""
+        if spec.has_sinks:
+            raise BackendUnavailableError(f"the {self.name} attention back end has no attention sinks")
+        if spec.key_dim != spec.value_dim or spec.key_dim not in self.head_dims:
+            raise BackendUnavailableError(
+                f"the {self.name} attention back end takes key and value heads of one size, {self.head_dims_in_words}, "
+                f"not of {spec.key_dim} and {spec.value_dim}"
+            )
+
+    def allocate(
+        self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> TokenMajorCache:
+        """Returns the uninitialised KV cache of one layer.
+
+        Raises:
+            BackendUnavailableError: The package has no kernel for such a layer.
+        """
+        self.check_dtype(dtype, device)
+        self.check_layer(spec)
+        return super().allocate(spec, num_blocks, page_size, dtype, device)
 
 
 @dataclass(frozen=True, slots=True)
