@@ -67,7 +67,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []
         self._decoding: dict[Sequence, None] = {}
         self._finishing: dict[Sequence, None] = {}  # their last token is being drawn
-        self._rows = DecodeRows([], self.slots)
+        self._rows = self._no_rows = DecodeRows([], self.slots)
         self._rows_changed = False
         self._copies: list[tuple[int, int, Sequence]] = []
 
@@ -112,7 +112,7 @@ class Scheduler:
             return None
         rows = self._rows  # brought up to date when they were grown
         if chunks and not self.limits.hybrid:
-            rows = DecodeRows([], self.slots)
+            rows = self._no_rows
         decodes, decode_slots = rows.sequences, rows.slots
         if not decodes and not chunks:
             return None

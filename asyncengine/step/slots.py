@@ -123,17 +123,11 @@ class SlotTable:
             token_ids: (slots,) the tokens.
             stop_ids: Their `stop_columns`.
         """
-        columns = stop_ids.shape[1]
-        if not columns and not self.more_stop_ids:
-            return []
-        hit: NDArray[np.bool_]
-        hit = stop_ids[:, 0] == token_ids if columns == 1 else (stop_ids == token_ids[:, None]).any(axis=1)
+        hit: NDArray[np.bool_] = (stop_ids == token_ids[:, None]).any(axis=1)
         if self.more_stop_ids:
             for row, slot in enumerate(slots.tolist()):
                 ids = self.more_stop_ids.get(slot)
                 if ids is not None:
                     hit[row] = token_ids[row] in ids
-        if not np.count_nonzero(hit):
-            return []
         rows: list[int] = np.flatnonzero(hit & (self.num_tokens[slots] > self.min_tokens[slots])).tolist()
         return rows
