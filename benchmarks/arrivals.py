@@ -1,25 +1,26 @@
 """Requests of mixed length that arrive over time: total time, TTFT and inter-token latency, beside peers.
 
 64 requests (`--requests`) with prompts of 16 to 384 and outputs of 16 to 128 tokens (`--prompt-tokens`,
-`--output-tokens`), uniformly drawn, arrive in a Poisson process of `--rate` per second; all of it from one seed, the
-same for every side. A rate of a million is all of them at once. Greedy, end-of-sequence ignored, the same checkpoint
-and dtype, as many threads. A token's time is that at which the client has it. Given are the seconds from the first
-arrival to the last token, and p50 and p99 of TTFT (from the arrival) and of the inter-token latency; tokens that come
-together share what they took. Each side is loaded, warmed up with two requests and measured alone; of several rounds,
-in which the sides alternate, the one with the median total time is given.
+`--output-tokens`), uniformly drawn, arrive in a Poisson process of `--rate` per second; all of it from one seed for
+each round, the same for every side. A rate of a million is all of them at once. Greedy, end-of-sequence ignored, the
+same checkpoint and dtype, as many threads. A token's time is that at which the client has it. Given are the seconds
+from the first arrival to the last token, and p50 and p99 of TTFT (from the arrival) and of the inter-token latency;
+tokens that come together share what they took. Each side is loaded, warmed up with two requests and measured alone;
+of several rounds, in which the sides alternate, the one with the median total time is given. With ``--keep`` all
+sides are loaded once and stay, idle while another one is measured, so that rounds follow each other closely.
 
 * asyncengine: ``engine.stream`` in this process;
 * transformers: its continuous batching (``init_continuous_batching``), also in this process;
-* ``--server NAME URL COMMAND``, any number of times: a server with OpenAI's completions, started by that command once
-  for every round and asked by token ids over HTTP, as its users would. In the command ``{model}`` is the checkpoint's
-  directory and ``{gguf}`` the same as a file for llama.cpp (needs the package ``gguf``). A chunk without a count of its
-  own counts as one token.
+* ``--server NAME URL COMMAND``, any number of times: a server with OpenAI's completions, started by that command for
+  every round, or once, and asked by token ids over HTTP, as its users would. In the command ``{model}`` is the
+  checkpoint's directory and ``{gguf}`` the same as a file for llama.cpp (needs the package ``gguf``). A chunk without
+  a count of its own counts as one token.
 
 The last line is one JSON object.
 
     python -m benchmarks.arrivals [--shape S] [--dtype bfloat16] [--requests 64] [--rate 4] [--rounds 1]
         [--prompt-tokens 16 384] [--output-tokens 16 128] [--sides asyncengine transformers]
-        [--server NAME URL COMMAND] [--tiny]
+        [--server NAME URL COMMAND] [--keep] [--tiny]
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ from asyncengine.cli.workload import Sample
 from benchmarks import shapes
 from benchmarks.llama_cpp import write_gguf
 
-LENGTH = 1024
 Ask = Callable[[list[int], int], AsyncIterator[int]]
 """Prompt and number of tokens; yields how many came, whenever some did."""
 
@@ -96,11 +96,18 @@ async def run(ask: Ask, work: Sequence[Arrival]) -> Figures:
     return Figures.of(samples)
 
 
+def _length(arguments: argparse.Namespace) -> int:
+    """Tokens to have room for in each sequence."""
+    longest: int = arguments.prompt_tokens[1] + arguments.output_tokens[1]
+    return max(1024, longest)
+
+
 @contextlib.asynccontextmanager
 async def asyncengine(path: Path, arguments: argparse.Namespace) -> AsyncIterator[Ask]:
+    length = _length(arguments)
     config = EngineConfig(
         str(path), device="cpu", dtype=arguments.dtype, max_num_sequence=arguments.requests,
-        max_total_sequence_length=arguments.requests * LENGTH, max_single_sequence_length=LENGTH,
+        max_total_sequence_length=arguments.requests * length, max_single_sequence_length=length,
     )  # fmt: skip
     async with AsyncEngine(config) as engine:
 
@@ -121,9 +128,10 @@ async def transformers(path: Path, arguments: argparse.Namespace) -> AsyncIterat
     from transformers import GenerationConfig as HFGenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, arguments.dtype))
-    config = HFGenerationConfig(max_new_tokens=LENGTH, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    length = _length(arguments)
+    config = HFGenerationConfig(max_new_tokens=length, do_sample=False, eos_token_id=-1, pad_token_id=0)
     # Left to itself it takes most of the memory; this is room for all requests at once.
-    blocks = ContinuousBatchingConfig(num_blocks=arguments.requests * LENGTH // 256, max_batch_tokens=512)
+    blocks = ContinuousBatchingConfig(num_blocks=arguments.requests * length // 256, max_batch_tokens=512)
     manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=blocks)
     manager.start()
     number = 0
@@ -201,16 +209,25 @@ async def _completions(client: Any, model: str, prompt: list[int], tokens: int) 
 async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     """All sides, alternating."""
     vocabulary = shapes.SHAPES[arguments.shape]["vocab_size"]
-    work = arrivals(arguments.requests, arguments.rate, vocabulary, arguments.prompt_tokens, arguments.output_tokens)
     known = {"asyncengine": asyncengine, "transformers": transformers}
     sides: dict[str, Any] = {name: known[name] for name in arguments.sides}
     for name, url, command in arguments.server:
         sides[name] = functools.partial(server, url, command)
     rounds: dict[str, list[Figures]] = {}
-    for _ in range(arguments.rounds):
-        for side, serve in sides.items():
-            async with serve(path, arguments) as ask:
-                rounds.setdefault(side, []).append(await run(ask, work))
+    async with contextlib.AsyncExitStack() as kept:
+        asks: dict[str, Ask] = {}
+        for side in sides if arguments.keep else ():
+            asks[side] = await kept.enter_async_context(sides[side](path, arguments))
+        for number in range(arguments.rounds):
+            work = arrivals(
+                arguments.requests, arguments.rate, vocabulary, arguments.prompt_tokens, arguments.output_tokens, number
+            )
+            for side in sides if number % 2 == 0 else reversed(sides):
+                async with contextlib.AsyncExitStack() as once:
+                    ask = asks[side] if asks else await once.enter_async_context(sides[side](path, arguments))
+                    figures = await run(ask, work)
+                print(f"round {number + 1}, {side}: {figures.seconds:.2f} s", flush=True)
+                rounds.setdefault(side, []).append(figures)
     results: dict[str, Any] = {}
     for side, found in rounds.items():
         results[side] = sorted(found, key=lambda figures: figures.seconds)[len(found) // 2].json()
@@ -232,6 +249,7 @@ def main() -> None:
         "--sides", nargs="+", choices=["asyncengine", "transformers"], default=["asyncengine", "transformers"]
     )
     parser.add_argument("--server", nargs=3, action="append", default=[], metavar=("NAME", "URL", "COMMAND"))
+    parser.add_argument("--keep", action="store_true", help="load all sides once, not for every round")
     parser.add_argument("--tiny", action="store_true", help="smallest shapes, for the tests")
     arguments = parser.parse_args()
     if arguments.tiny:

@@ -78,7 +78,7 @@ def reports(plots: Path) -> Reports:
         ["gpu", "--tiny"],
         ["lag", "--tiny", "--only", "serve", "load"],
         ["scale", "--tiny", "--write", str(plots)],
-        ["arrivals", "--tiny"],
+        ["arrivals", "--tiny", "--keep", "--rounds", "2"],
     )
 
 
