@@ -138,7 +138,7 @@ def paged_logits(
     paged = PagedLayers(architecture.record(model), backend, limits, kv_dtype, device)
     paged.allocate()
     runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
-    graphs, notes = graphs_for(runner, backend.name, len(ids), device)
+    graphs, notes = graphs_for(runner, backend, len(ids), device)
     if graphs is not None:
         capturing = Capturing(graphs, at_once=True)
         capturing.begin()

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from asyncengine.model import token_draw
+from asyncengine.model.attention.protocol import AttentionBackend, is_capturable
 from asyncengine.model.buckets import Buckets, padded
 from asyncengine.model.graph_recorder import CudaRecorder, Recorder, Tensors
 from asyncengine.model.last_tokens import LastTokens, sources_of
@@ -39,7 +40,7 @@ class Steppable(Protocol):
     """What is captured."""
 
     def begin_with(
-        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]]
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]], captured: bool = False
     ) -> tuple[Any, dict[str, torch.Tensor] | None]:
         """Prepares a step: returns the attention's plan, and the sections on the device if it took them along."""
         ...
@@ -325,7 +326,7 @@ class StepGraphs:
         Returns:
             Equal for steps that launch the same on the same addresses; and the sections on the device.
         """
-        plan, sent = self._model.begin_with(step, sections)
+        plan, sent = self._model.begin_with(step, sections, True)
         key: Hashable = getattr(plan, "graph_key", None)
         if sent is not None:
             return key, sent
@@ -359,7 +360,7 @@ class StepGraphs:
 
 
 def graphs_for(
-    model: Steppable, backend_name: str, sequences: int, device: torch.device, last: LastTokens | None = None
+    model: Steppable, backend: AttentionBackend, sequences: int, device: torch.device, last: LastTokens | None = None
 ) -> tuple[StepGraphs | None, tuple[str, ...]]:
     """Graphs, none of them captured yet, of the decodes of up to `sequences` sequences.
 
@@ -370,8 +371,8 @@ def graphs_for(
     """
     if device.type != "cuda":
         return None, ()
-    if backend_name != "triton":
-        return None, (f"graphs: the {backend_name} attention plans in tensors of changing sizes; none are captured",)
+    if not is_capturable(backend):
+        return None, (f"graphs: the {backend.name} attention plans in tensors of changing sizes; none are captured",)
     kinds = () if last is None else FILTERED
     return StepGraphs(model, Buckets.upto(sequences), device, last=last, kinds=kinds), ()
 

@@ -210,10 +210,10 @@ class TorchModel:
         return self._layers.begin(batch)
 
     def begin_with(
-        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]]
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]], captured: bool = False
     ) -> tuple[Any, dict[str, torch.Tensor] | None]:
         """As `PagedLayers.begin_with`."""
-        return self._layers.begin_with(batch, sections)
+        return self._layers.begin_with(batch, sections, captured)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Runs the model: (1, tokens) ids and positions, (M,) rows of logits that are wanted; (M, vocabulary)."""
