@@ -130,6 +130,9 @@ def test_flashinfer_plans_every_kind_of_layer_before_a_graph_is_replayed(backend
         plan = backend.plan_captured(layers.step([steps, 1], 2, steps)[0], PAGE, CPU)
         assert list(plan.planned.values()) == made and len(made) == len(SPECS)
         assert [wrapper.plans for wrapper in made] == [steps] * len(SPECS)
+    layers.attend(backend.plan_captured(_nothing(3), PAGE, CPU), [[], [], []], 3)
+    assert len(made) == 2 * len(SPECS)
+    assert len({wrapper.schedule.data_ptr() for wrapper in made}) == len(SPECS)  # they take 8 MiB each
 
 
 def test_a_step_with_drafts_is_planned_as_it_is_and_fits_no_graph(backend: Backend) -> None:
