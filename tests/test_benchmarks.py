@@ -21,7 +21,7 @@ from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.model.attention import flashinfer
 from asyncengine.model.fused.tiles import Tile
 from asyncengine.model.loader import TransformersLoader
-from benchmarks import fused, gpu, gpu_speed
+from benchmarks import fused, gpu, gpu_speed, kv_scales
 from benchmarks.arrivals import arrivals
 from benchmarks.gpu import Report
 from benchmarks.lag import innermost, waited
@@ -181,6 +181,14 @@ async def test_a_probe_records_an_event_before_and_after_each_step_on_a_device(m
             await engine.generate([5, 6, 7], gpu_speed.greedy(3))
     assert [event for step in probe.steps for event in step.events or ()] == Event.recorded
     assert len(probe.steps) == 3 and len(Event.recorded) == 6
+
+
+def test_scales_of_a_kv_cache_help_where_numbers_are_cut_off_or_vanish_and_nowhere_else() -> None:
+    found = kv_scales.measure()
+    for kind, errors in found.items():
+        needed = kind in ("keys x 200", "4 channels of keys x 300", "values x 0.005")
+        assert (errors["one"] > 1.5 * errors["engine"]) == needed, kind
+        assert errors["engine"] < 1.5 * errors["head"], kind
 
 
 def test_a_part_of_gpu_that_fails_or_has_no_time_stops_no_other(capsys: pytest.CaptureFixture[str]) -> None:

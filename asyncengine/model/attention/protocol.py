@@ -31,6 +31,8 @@ class LayerSpec:
         sliding_window: A token at position p attends to positions > p - sliding_window; None is unlimited.
         soft_cap: Scores become soft_cap * tanh(score / soft_cap) after scaling; None is off (Gemma 2).
         has_sinks: Whether each head has a learned logit that joins the softmax and attends to nothing (gpt-oss).
+        key_scale: What keys are divided by where they are kept in fp8.
+        value_scale: The same for values.
     """
 
     num_heads: int
@@ -41,6 +43,8 @@ class LayerSpec:
     sliding_window: int | None = None
     soft_cap: float | None = None
     has_sinks: bool = False
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
 
 class AttentionBackend(Protocol):
