@@ -30,7 +30,7 @@ from asyncengine.model.step_inputs import StepInputs
 from asyncengine.model.token_draw import DrawSettings
 from asyncengine.model.token_ranking import argmax
 from asyncengine.model.way_back import OnItsWay, WayBack
-from asyncengine.model.weight_writer import Writer, in_place
+from asyncengine.model.weight_writer import in_place
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
 
 
@@ -305,7 +305,7 @@ class TorchModel:
                     f"of {dtype}"
                 )
         writers = {} if self._program is None else self._program.writers()
-        writers |= {identity: [Writer(layer.write, layer.keep)] for identity, layer in quantised.items()}
+        writers |= fp8_linear.writers(self._model)
         writers |= packed_linear.writers(self._model)
         restores: list[Callable[[], object]] = []
         with torch.inference_mode():
