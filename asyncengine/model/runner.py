@@ -33,6 +33,9 @@ from asyncengine.model.way_back import OnItsWay, WayBack
 from asyncengine.model.weight_writer import in_place
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
 
+_PASSING = frozenset({2, *range(900, 909)})
+"""Errors of CUDA that its context survives: memory (of the host, or of a graph), and those that speak of a capture."""
+
 
 class Companion(Protocol):
     """What sleeps, wakes and goes with a model."""
@@ -245,11 +248,15 @@ class TorchModel:
         self._fused = fused
 
     def device_lost(self, error: BaseException) -> bool:
-        """Whether CUDA reports an error after which its context is unusable; running out of memory is not one."""
+        """Whether CUDA reports an error after which its context is unusable.
+
+        Then it answers every call with that error. Running out of memory is not one, nor is what another thread's
+        capture of a graph makes impossible; while that goes on, nobody may wait for the device and see.
+        """
         if self._device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
             return False
-        if isinstance(error, torch.AcceleratorError):
-            return True
+        if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) in _PASSING:
+            return False
         try:
             with memory.CAPTURES:  # another engine's, which would make it an error to wait
                 torch.cuda.synchronize(self._device)
