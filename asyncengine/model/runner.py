@@ -16,7 +16,7 @@ from torch import nn
 
 from asyncengine.errors import ReloadError
 from asyncengine.generation import SamplingParams
-from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, verified_draw
+from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, token_logprobs, verified_draw
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.fused.decoder import FusedDecoder
@@ -175,7 +175,7 @@ class TorchModel:
         """Tokens and scores from logits, those that are drawn from first."""
         drawn, scores = len(batch.sample_index), []
         if len(batch.score_index):
-            scores = self._sampler.score(logits[drawn:], batch.score_token_ids, batch.score_tops)
+            scores = token_logprobs.scores(logits[drawn:], batch.score_token_ids, batch.score_tops)
         if not drawn:
             return StepTokens(np.empty(0, dtype=np.int32), scores=scores)
         if batch.draft_lengths is None:
