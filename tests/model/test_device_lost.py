@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from asyncengine.model import memory
 from asyncengine.model.runner import TorchModel
 
 
@@ -42,6 +45,20 @@ def test_of_any_other_error_the_device_is_asked(
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     assert model.device_lost(error) == broken
+
+
+def test_a_model_is_let_go_on_a_device_that_is_lost(model: TorchModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def empty_cache() -> None:
+        asked.append(memory.CAPTURES.locked())
+        raise error_of_cuda(719)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    model._layers = SimpleNamespace(free=lambda: None)  # type: ignore[assignment]
+    model.close()
+    assert model._model is None and asked == [True] and not memory.CAPTURES.locked()
 
 
 def test_a_cpu_is_never_lost(model: TorchModel) -> None:

@@ -34,9 +34,11 @@ from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
 
 WORKSPACE_BYTES = 128 << 20
-"""What FlashInfer recommends. All layers share it: they run one after the other."""
+"""What FlashInfer recommends; captured steps of many sequences may need more. All layers share it: they run one after
+the other."""
 SCHEDULE_BYTES = 8 << 20
 """What a wrapper allocates for how it shares out a step."""
+_ALIGNMENT = 256
 _PLACES = 2
 """Wrappers of one kind of layer. Each has a pinned array from which a plan is copied to the device: while a step runs
 and the next one is planned, it must not be written again."""
@@ -139,6 +141,7 @@ class FlashInferAttention(LibraryAttention):
         self._workspace: torch.Tensor | None = None
         self._planners: dict[tuple[Any, ...], _Planner] = {}
         self._decoders: dict[tuple[Any, ...], _Planner] = {}
+        self._specs: set[LayerSpec] = set()
         self._steps = 0
         self._fixed: _Fixed | None = None
         self._kinds: dict[tuple[Any, ...], torch.Tensor] = {}  # of captured steps: how they are shared out
@@ -152,6 +155,7 @@ class FlashInferAttention(LibraryAttention):
             BackendUnavailableError: The package has no kernel for such a layer.
         """
         cache = super().allocate(spec, num_blocks, page_size, dtype, device)
+        self._specs.add(spec)
         if self._workspace is None:
             self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         return cache
@@ -167,7 +171,10 @@ class FlashInferAttention(LibraryAttention):
         rows, blocks = limits.max_num_sequence, -(-limits.max_single_sequence_length // limits.page_size)
         if self._fixed is not None and len(self._fixed.last) >= rows and len(self._fixed.blocks) >= rows * blocks:
             return
-        self._decoders.clear()  # they refer to what is replaced
+        # They refer to what is replaced.
+        self._decoders.clear()
+        self._planners.clear()
+        self._workspace = torch.zeros(_workspace_bytes(self._specs, rows, device), dtype=torch.uint8, device=device)
         self._fixed = _Fixed(
             slots=torch.zeros(rows, dtype=torch.int64, device=device),
             start=torch.zeros(rows + 1, dtype=torch.int32, device=device),
@@ -176,8 +183,9 @@ class FlashInferAttention(LibraryAttention):
         )
 
     def capture_bytes(self, specs: Collection[LayerSpec], sequences: int, device: torch.device) -> int:
-        """What its schedules take, one for each kind of layer, and that of a wrapper that is being made."""
-        return (len(set(specs)) + 1) * SCHEDULE_BYTES
+        """What its schedules take, one for each kind of layer, that of a wrapper that is being made, and work space."""
+        more = _workspace_bytes(specs, sequences, device) - WORKSPACE_BYTES
+        return (len(set(specs)) + 1) * SCHEDULE_BYTES + more
 
     def plan_captured(
         self, batch: StepBatch, page_size: int, device: torch.device
@@ -291,6 +299,22 @@ class FlashInferAttention(LibraryAttention):
             )
         plan.planned[kind] = planner.wrapper
         return planner.wrapper
+
+
+def _workspace_bytes(specs: Collection[LayerSpec], rows: int, device: torch.device) -> int:
+    """Bytes for the parts of contexts that are shared out, in the largest captured step, as FlashInfer lays them out.
+
+    In float32 for each head of each tile of its grid, which has room for two tiles on each multiprocessor, or for one
+    row in each tile.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    most = WORKSPACE_BYTES
+    for spec in specs:
+        group = spec.num_heads // spec.num_kv_heads
+        tile = next(size for size in (16, 64, 128) if group <= size or size == 128)
+        tiles = max(2 * processors // spec.num_kv_heads, -(-rows * group // tile) + rows - 1)
+        most = max(most, 4 * spec.num_heads * tiles * tile * (spec.value_dim + 1) + _ALIGNMENT)
+    return most
 
 
 def _planner(wrapper: Any, device: torch.device) -> _Planner:

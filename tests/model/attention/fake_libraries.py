@@ -133,12 +133,14 @@ class BatchDecodeWithPagedKVCacheWrapper:
         self.rows = len(self.last)
         if len(self.start) != self.rows + 1:
             raise ValueError("The size of paged_kv_indptr_buffer should be batch_size + 1")
+        self.workspace = float_workspace_buffer
         self.schedule = torch.zeros(8 << 20, dtype=torch.uint8)
         self.plans = 0
         self.made.append(self)
 
     def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
         assert int_workspace_buffer.dtype is torch.uint8 and len(int_workspace_buffer) == 8 << 20
+        assert float_workspace_buffer is self.workspace
         self.schedule = int_workspace_buffer
 
     def plan(

@@ -169,11 +169,33 @@ def test_graphs_are_made_and_their_memory_is_set_aside(backend: Backend, monkeyp
     )
     config = EngineConfig("m")
     ours = capacity.graph_reserve(config, details, SimpleNamespace(plan_with=print), 16, SPECS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 128 << 20)
     found = capacity.graph_reserve(config, details, backend, 16, SPECS)
     assert ours is not None and found is not None
     # Schedules of three kinds, and one more; parts of 16 tokens with two heads of 64 or one of 128 for each KV head.
     more = 4 * (8 << 20) if backend.name == "flashinfer" else 132 * 16 * 4 * 130
     assert found.nbytes - ours.nbytes == more and found.graphs == ours.graphs
+
+
+@pytest.mark.parametrize("backend", ["flashinfer"], indirect=True)
+def test_flashinfer_gets_the_work_space_that_its_scheduler_asks_for(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its arithmetic: heads x tiles x rows of a tile x (a value and its sum), in float32."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 128 << 20)
+    schedules, llama = 2 * (8 << 20), layer(heads=32, kv_heads=8, key_dim=128)
+    assert backend.capture_bytes([llama], 256, CUDA) == schedules  # 319 tiles: 84 MB
+    tiles = 1024 * 4 // 16 + 1023
+    assert backend.capture_bytes([llama], 1024, CUDA) == schedules + 32 * tiles * 16 * 129 * 4 + 256 - (128 << 20)
+    one_head = layer(heads=48, kv_heads=1, key_dim=128)  # 264 tiles of 64 rows
+    assert backend.capture_bytes([one_head], 1, CUDA) == schedules + 48 * 264 * 64 * 129 * 4 + 256 - (128 << 20)
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1 << 10)
+    layers = Layers(backend)
+    layers.attend(backend.plan_captured(_nothing(2), PAGE, CPU), [[], [], []], 2)
+    (made, *_) = sys.modules["flashinfer"].BatchDecodeWithPagedKVCacheWrapper.made
+    assert len(made.workspace) >= 4 * 6 * 4 * 16 * 65
 
 
 class Baking:
