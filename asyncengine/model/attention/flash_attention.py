@@ -18,12 +18,11 @@ from asyncengine.model.attention.library import (
     LibraryAttention,
     PagedRows,
     imported,
-    overwrite,
     with_padding,
 )
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention.token_major import TokenMajorCache, Writes
-from asyncengine.model.device_copy import to_device
+from asyncengine.model.device_copy import overwrite, to_device
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
 

@@ -24,12 +24,11 @@ from asyncengine.model.attention.library import (
     LibraryAttention,
     PagedRows,
     imported,
-    overwrite,
     with_padding,
 )
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention.token_major import TokenMajorCache, Writes
-from asyncengine.model.device_copy import to_device
+from asyncengine.model.device_copy import overwrite, pinned, to_device
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
 
@@ -334,6 +333,5 @@ def _common(kind: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _pinned(numbers: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A tensor on the host, where FlashInfer plans; pinned, so that its copy to the device is queued like a kernel."""
-    tensor = torch.from_numpy(numbers.astype(np.int32))
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    """A tensor on the host, where FlashInfer plans."""
+    return pinned(numbers.astype(np.int32), device)

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
 from asyncengine.model.attention.token_major import TokenMajorCache, TokenMajorLayout
-from asyncengine.model.device_copy import to_device
 from asyncengine.step.batch import Int32, Int64, StepBatch
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -167,13 +165,6 @@ class DecodeRows:
         tables[rows:, 0] = nowhere
         slots = np.where(batch.slot_mapping < 0, nowhere * page_size, batch.slot_mapping)
         return cls(slots, lengths, blocks, tables)
-
-
-def overwrite(fixed: torch.Tensor, numbers: NDArray[Any]) -> torch.Tensor:
-    """Writes numbers to the beginning of a tensor on the device, behind what is queued there; returns that part."""
-    part = fixed[: len(numbers)]
-    part.copy_(to_device(numbers, fixed.device))
-    return part
 
 
 def with_padding(attended: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -179,6 +179,24 @@ def test_graphs_are_made_and_their_memory_is_set_aside(backend: Backend, monkeyp
 
 
 @pytest.mark.parametrize("backend", ["flashinfer"], indirect=True)
+def test_pinned_memory_of_a_plan_is_written_when_the_copy_before_is_done(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(backend, FlashInferAttention)
+    layers, said = Layers(backend), list[str]()
+    layers.attend(backend.plan_captured(_nothing(2), PAGE, CPU), [[], [], []], 2)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    for planner in backend._decoders.values():
+        planner.copied = SimpleNamespace(  # type: ignore[assignment]
+            synchronize=lambda: said.append("waited"), record=lambda stream: said.append(f"recorded on {stream}")
+        )
+        plan = planner.wrapper.plan
+        planner.wrapper.plan = lambda *args, plan=plan, **others: (said.append("planned"), plan(*args, **others))[0]
+    backend.plan_captured(_nothing(2), PAGE, CPU)
+    assert said == ["waited", "planned", "recorded on stream"] * len(SPECS)
+
+
+@pytest.mark.parametrize("backend", ["flashinfer"], indirect=True)
 def test_flashinfer_gets_the_work_space_that_its_scheduler_asks_for(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
