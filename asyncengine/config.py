@@ -64,7 +64,7 @@ class EngineConfig:
         attention_backend: ``"cpu"`` is the compiled kernel for the CPU, ``"triton"`` the one for CUDA, ``"torch"``
             needs no compiler and runs on any device, ``"auto"`` takes the fastest of these that works. ``"flashinfer"``
             and ``"flash_attention_3"`` are the kernels of those packages, if they are installed: for bfloat16 and
-            float16, without attention sinks, CUDA graphs, or the promise that the batch changes no bits.
+            float16, without attention sinks or the promise that the batch changes no bits.
         decoder_backend: ``"compiled"`` runs, for the family of models that it knows, a whole step in compiled code on
             the CPU, and steps of up to 8 tokens through fused kernels on CUDA; ``"transformers"`` runs the model's own
             modules around the attention; ``"auto"`` takes the first where it can, and on CUDA where it was measured to

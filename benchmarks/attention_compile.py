@@ -95,18 +95,20 @@ def cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, tiles: Tiles) -> It
     types = {
         "plan": "*i32", "query": f"*{model}", "keys": f"*{number}", "values": f"*{number}", "sinks": sinks,
         "output": f"*{model}", "parts": "*fp32", "statistics": "*fp32", "query_token": "i32", "query_head": "i32",
-        "scaling": "fp32", "soft_cap": "fp32",
+        "scaling": "fp32", "soft_cap": "fp32", "value_scale": "fp32",
     }  # fmt: skip
     for kind, launch, index in (("short", tiles.short, 0), ("long", tiles.long, 1)):
         constants = attend_constants(spec, dtype, 16, index, launch, tiles)
         yield Case(f"attend {kind} {name}", kernels.attend, types, constants, launch)
     types = {"plan": "*i32", "sinks": sinks, "output": f"*{model}", "parts": "*fp32", "statistics": "*fp32"}
+    types["value_scale"] = "fp32"
     yield Case(f"merge {name}", kernels.merge, types, merge_constants(spec, 0), MERGE_LAUNCH)
     if not spec.has_sinks:
         cached = "u8" if dtype is fp8.E4M3 else number
         types = {
             "plan": "*i32", "key": f"*{model}", "value": f"*{model}", "keys": f"*{cached}", "values": f"*{cached}",
             "tokens": "i32", "key_token": "i32", "key_head": "i32", "value_token": "i32", "value_head": "i32",
+            "key_scale": "fp32", "value_scale": "fp32",
         }  # fmt: skip
         yield Case(f"write {name}", kernels.write, types, write_constants(spec, dtype, 16), WRITE_LAUNCH)
 

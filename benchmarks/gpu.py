@@ -4,16 +4,19 @@ First parity with transformers (`gpu_parity.py`: median relative error of logits
 (`gpu_speed.py`) with random weights, beside transformers (`gpu_peers.py`), in this order:
 
 * ceilings: bandwidth of a copy (read plus written) and rate of a matrix product, measured here;
+* attention (`gpu_attention.py`): our kernel, FlashInfer's and FlashAttention-3's where they are installed; parity, then
+  decode and prefill of one layer;
 * the 8 B shape: a compiled static-cache decode by transformers; decode at batch 1, 8, 64 and 256 with a context of 1 k,
   as a share of the copy's bandwidth; prefill as a share of the product's rate; time to first token of 128 tokens;
   decode at batch 64 with a KV cache in fp8, and with weights in fp8 as well;
 * the 0.6 B shape: 256 requests, inputs and outputs uniform in 100-1024, seed 0, and a share of them by transformers'
-  continuous batching; gaps between steps that decode 1,024 sequences with nobody reading and with a task for each.
+  continuous batching; gaps between steps that decode 1,024 sequences with nobody reading and with a task for each;
+* the 8 B shape again: decode at batch 64 over each of those other kernels.
 
 A part that fails is reported under "errors", one for which there is no time left under "skipped"; neither stops the
 others. The exit status is 1 if parity or any part failed. The last line is one JSON object.
 
-    python -m benchmarks.gpu [--write] [--seconds 520] [--only parity 8b 0.6b]
+    python -m benchmarks.gpu [--write] [--seconds 520] [--only parity attention 8b 0.6b]
     python -m benchmarks.gpu --tiny        # the same on the CPU with tiny shapes, to see that it runs
 """
 
@@ -66,7 +69,9 @@ class Scale:
     peer_requests: int
     readers: int
     reader_steps: int
-    fp8_batch: int
+    other_batch: int
+    attention_heads: tuple[int, int]
+    attention_head_dim: int
 
 
 FULL = Scale(
@@ -74,13 +79,14 @@ FULL = Scale(
     parity_lengths=(1, 2, 15, 16, 17, 33, 70, 300, 700), long_context=32768, copy_megabytes=4096, matrix=8192,
     large="L", small="M", batches=(1, 8, 64, 256), context=1024, decode_steps=64, chunk=2048, first_token_prompt=128,
     first_token_load=64, repeats=9, requests=256, lengths=(100, 1024), peer_requests=64, readers=1024, reader_steps=150,
-    fp8_batch=64,
+    other_batch=64, attention_heads=(32, 8), attention_head_dim=128,
 )  # fmt: skip
 TINY = Scale(
     device="cpu", dtype="float32", parity_dtypes=("float32",), parity_lengths=(1, 17, 40), long_context=80,
     copy_megabytes=1, matrix=64, large="tiny", small="tiny", batches=(1, 4), context=24, decode_steps=8, chunk=16,
     first_token_prompt=8, first_token_load=2, repeats=2, requests=6, lengths=(4, 16), peer_requests=2, readers=8,
-    reader_steps=12, fp8_batch=4,
+    reader_steps=12, other_batch=4, attention_heads=(4, 2),
+    attention_head_dim=64,
 )  # fmt: skip
 
 
@@ -158,6 +164,33 @@ def parity(scale: Scale, report: Report, device: Any) -> None:
         report.errors["parity"] = f"not what transformers computes: {', '.join(wrong)}"
 
 
+def attention(scale: Scale, report: Report, device: Any, ceilings: dict[str, float], there: tuple[str, ...]) -> None:
+    """Our kernels of attention and others'."""
+    import torch
+
+    from asyncengine.model.attention.protocol import LayerSpec
+    from benchmarks import gpu_attention
+
+    for name in there:
+        lengths = list(scale.parity_lengths)
+        check = functools.partial(gpu_attention.parity, name, lengths, device)
+        found = report.part(f"attention parity, {name}", 30 if scale.device == "cuda" else 0, check)
+        wrong = [case for case, result in (found or {}).items() if not result["ok"]]
+        if wrong:
+            report.errors[f"attention parity, {name}"] = f"not what transformers computes: {', '.join(wrong)}"
+    heads, kv_heads = scale.attention_heads
+    dim = scale.attention_head_dim
+    layer = gpu_attention.Layer(
+        LayerSpec(heads, kv_heads, dim, dim, dim**-0.5), torch.bfloat16,
+        ceilings["copy_gb_per_s"], ceilings["matmul_tflop_per_s"],
+    )  # fmt: skip
+    for name in ("ours", *there):
+        measure = functools.partial(
+            gpu_attention.measure, name, layer, scale.batches, scale.context, scale.chunk, device
+        )
+        report.part(f"attention, {name}", 15 if scale.device == "cuda" else 0, measure)
+
+
 def description(model: Any, scale: Scale, ceilings: dict[str, float]) -> dict[str, Any]:
     """What the roofline needs to know of a model."""
     config = model.config
@@ -189,8 +222,8 @@ def engine_config(path: Path, scale: Scale, sequences: int, length: int, **chang
     ).replace(**changes)  # fmt: skip
 
 
-def large(scale: Scale, report: Report, device: Any, ceilings: dict[str, float], directory: Path) -> None:
-    """The 8 B shape."""
+def large(scale: Scale, report: Report, device: Any, ceilings: dict[str, float], directory: Path) -> dict[str, Any]:
+    """The 8 B shape. Returns what the roofline needs to know of it."""
     from benchmarks import gpu_peers, gpu_speed, shapes
 
     path = directory / "large"
@@ -227,43 +260,48 @@ def large(scale: Scale, report: Report, device: Any, ceilings: dict[str, float],
                     )  # fmt: skip
 
     run_async(measure())
-    for weights in (False, True):
-        run_async(large_in_fp8(scale, report, device, path, known, weights))
+    in_fp8: dict[str, Any] = {"kv_cache_dtype": "fp8_e4m3"}
+    if scale.device == "cpu":
+        in_fp8["attention_backend"] = "torch"
+    ways = {
+        "KV cache in fp8": in_fp8,
+        # Products are quantised from bfloat16 alone.
+        "weights and KV cache in fp8": in_fp8 | {"quantization": "fp8", "dtype": "bfloat16"},
+    }
+    for way, changes in ways.items():
+        run_async(large_otherwise(scale, report, device, path, known, way, changes))
+    return known
 
 
-async def large_in_fp8(
-    scale: Scale, report: Report, device: Any, path: Path, known: dict[str, Any], weights: bool
+async def large_otherwise(
+    scale: Scale, report: Report, device: Any, path: Path, known: dict[str, Any], way: str, changes: dict[str, Any]
 ) -> None:
-    """Decode of the 8 B shape with a KV cache in fp8, and with weights in fp8 if they are to be."""
+    """Decode of the 8 B shape with something changed in the configuration."""
     from asyncengine import AsyncEngine
     from benchmarks import gpu_speed
 
-    name = f"8b decode, batch {scale.fp8_batch}, {'weights and ' if weights else ''}KV cache in fp8"
+    name = f"8b decode, batch {scale.other_batch}, {way}"
     needs = 40.0 if scale.device == "cuda" else 0.0
     if time.monotonic() + needs > report._until:
         report.part(name, needs, dict)
         return
     length = scale.context + scale.decode_steps
-    length += gpu_speed.until_all_decode(scale.fp8_batch, scale.context, scale.chunk)
-    changes: dict[str, Any] = {"kv_cache_dtype": "fp8_e4m3"}
-    if weights:  # products are quantised from bfloat16 alone
-        changes |= {"quantization": "fp8", "dtype": "bfloat16"}
-    if scale.device == "cpu":
-        changes["attention_backend"] = "torch"
-    config = engine_config(path, scale, scale.fp8_batch, length, **changes)
+    length += gpu_speed.until_all_decode(scale.other_batch, scale.context, scale.chunk)
+    config = engine_config(path, scale, scale.other_batch, length, **changes)
     release()
     async with AsyncEngine(config) as engine:
         layers = await engine.debug_call_func_on_all_workers("weight_bytes")
         table = known["weight_table_bytes"]
+        in_bytes = "kv_cache_dtype" in changes
         small = known | {
             "weight_bytes": layers[0] - table,
-            "kv_bytes_per_token": known["kv_bytes_per_token"] // known["itemsize"],
+            "kv_bytes_per_token": known["kv_bytes_per_token"] // (known["itemsize"] if in_bytes else 1),
         }
         print(f"{name}: {engine.health().notes}", flush=True)
         with gpu_speed.probing(device) as probe:
             await part(
                 report, name, 0,
-                gpu_speed.decode, engine, probe, device, scale.fp8_batch, scale.context, scale.decode_steps, small,
+                gpu_speed.decode, engine, probe, device, scale.other_batch, scale.context, scale.decode_steps, small,
             )  # fmt: skip
 
 
@@ -364,13 +402,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results")
     parser.add_argument("--seconds", type=float, default=520.0, help="no part begins that would end after this time")
-    parser.add_argument("--only", nargs="+", choices=["parity", "8b", "0.6b"], default=["parity", "8b", "0.6b"])
+    groups = ["parity", "attention", "8b", "0.6b"]
+    parser.add_argument("--only", nargs="+", choices=groups, default=groups)
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     from transformers.utils import logging as hf_logging
 
-    from benchmarks import gpu_speed
+    from benchmarks import gpu_attention, gpu_speed
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
@@ -387,13 +426,23 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if "parity" in options.only:
         parity(scale, report, device)
+    others, missing = gpu_attention.installed()
+    if "attention" in options.only and ceilings:
+        whole(report, "attention", lambda: attention(scale, report, device, ceilings, others))
     release()
+    known: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         if "8b" in options.only and ceilings:
-            whole(report, "8b", lambda: large(scale, report, device, ceilings, Path(directory)))
+            whole(report, "8b", lambda: known.update(large(scale, report, device, ceilings, Path(directory))))
             release()
         if "0.6b" in options.only:
             whole(report, "0.6b", lambda: small(scale, report, device, Path(directory)))
+        if known and scale.device == "cuda":
+            for name in others:
+                again = large_otherwise(
+                    scale, report, device, Path(directory, "large"), known, name, {"attention_backend": name}
+                )
+                whole(report, f"8b, {name}", functools.partial(run_async, again))
     result = {
         "benchmark": "gpu",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -403,6 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
         "shapes": {"8b": scale.large, "0.6b": scale.small, "dtype": scale.dtype},
         "results": report.results,
         "ratios": summary(report),
+        "not_installed": missing,
         "skipped": report.skipped,
         "errors": report.errors,
     }

@@ -8,6 +8,7 @@ transformers computes, relative to its norm; reported are the median and the lar
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +138,7 @@ def paged_logits(
     paged = PagedLayers(architecture.record(model), backend, limits, kv_dtype, device)
     paged.allocate()
     runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
-    graphs, notes = graphs_for(runner, backend.name, len(ids), device)
+    graphs, notes = graphs_for(runner, backend, len(ids), device)
     if graphs is not None:
         capturing = Capturing(graphs, at_once=True)
         capturing.begin()
@@ -194,19 +195,50 @@ def check(
     cases.append(("llama", dtypes[-1], [long_context], min(2048, long_context), 64, False))
     cases += [(name, torch.bfloat16, lengths, 24, 1 << 20, True) for name in FP8 if name in names]
     for name, dtype, sizes, chunk, last, fp8 in cases:
-        model = make(name, dtype, device)
         ids = [generator.integers(1, 499, size).astype(np.int64) for size in sizes]
         backend = select("torch" if fp8 and device.type == "cpu" else "auto", device).backend
-        found = errors(model, backend, ids, chunk, device, last, fp8)
-        median = float(found.median())
         key = f"{name} {str(dtype).removeprefix('torch.')}" + (f" {sizes[0]} tokens" if len(sizes) == 1 else "")
         key += ", fp8 weights and KV cache" if fp8 else ""
-        results[key] = {
-            "attention": backend.name,
-            "rows": len(found),
-            "median_error": float(f"{median:.2g}"),
-            "largest_error": float(f"{float(found.max()):.2g}"),
-            "ok": median <= (FP8_TOLERANCE if fp8 else TOLERANCE[dtype]),
-        }
-        print(f"  {key:<50} {results[key]}", flush=True)
+        results[key] = _case(key, make(name, dtype, device), backend, ids, chunk, device, last, fp8)
     return results
+
+
+def check_backend(
+    made: Callable[[], AttentionBackend],
+    names: list[str],
+    dtype: torch.dtype,
+    lengths: list[int],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Errors of each architecture over one kind of attention."""
+    generator = np.random.default_rng(0)
+    results: dict[str, Any] = {}
+    for name in names:
+        ids = [generator.integers(1, 499, size).astype(np.int64) for size in lengths]
+        results[name] = _case(name, make(name, dtype, device), made(), ids, 24, device, 1 << 20)
+    return results
+
+
+def _case(
+    key: str,
+    model: Any,
+    backend: AttentionBackend,
+    ids: list[np.ndarray],
+    chunk: int,
+    device: torch.device,
+    last: int,
+    fp8: bool = False,
+) -> dict[str, Any]:
+    """Errors of one model, and whether they are small enough."""
+    dtype = next(model.parameters()).dtype
+    found = errors(model, backend, ids, chunk, device, last, fp8)
+    median = float(found.median())
+    result = {
+        "attention": backend.name,
+        "rows": len(found),
+        "median_error": float(f"{median:.2g}"),
+        "largest_error": float(f"{float(found.max()):.2g}"),
+        "ok": median <= (FP8_TOLERANCE if fp8 else TOLERANCE[dtype]),
+    }
+    print(f"  {key:<50} {result}", flush=True)
+    return result

@@ -60,14 +60,14 @@ class Probe:
 @contextlib.contextmanager
 def probing(device: torch.device) -> Iterator[Probe]:
     """Puts a probe around every step in the process."""
-    probe, plain_execute, plain_begin = Probe(), TorchModel.execute, TorchModel.begin
+    probe, plain_execute, plain_begin = Probe(), TorchModel.execute, TorchModel.begin_with
     plain_launch, plain_collect = TorchModel.launch, TorchModel.collect
     launched: dict[int, Step] = {}
     cuda = device.type == "cuda"
     events: list[Any] = []
 
-    def begin(self: TorchModel, batch: StepBatch) -> Any:
-        plan = plain_begin(self, batch)
+    def begin_with(self: TorchModel, batch: StepBatch, sections: Any, captured: bool = False) -> Any:
+        plan = plain_begin(self, batch, sections, captured)
         if cuda:
             # Behind the copies of the step's plan: until here the device had nothing to do.
             events[:] = [torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)]
@@ -102,7 +102,7 @@ def probing(device: torch.device) -> Iterator[Probe]:
         probe.steps.append(step)
         return tokens
 
-    probed = {"execute": execute, "begin": begin, "launch": launch, "collect": collect}
+    probed = {"execute": execute, "begin_with": begin_with, "launch": launch, "collect": collect}
     plain = {name: getattr(TorchModel, name) for name in probed}
     for name, function in probed.items():
         setattr(TorchModel, name, function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import itertools
 import json
@@ -10,19 +11,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from asyncengine import AsyncEngine, EngineConfig
+from asyncengine.model.attention import flashinfer
 from asyncengine.model.fused.tiles import Tile
 from asyncengine.model.loader import TransformersLoader
-from benchmarks import fused, gpu_speed
+from benchmarks import fused, gpu, gpu_speed, kv_scales
 from benchmarks.arrivals import arrivals
 from benchmarks.gpu import Report
 from benchmarks.lag import innermost, waited
+from tests.model.attention import fake_libraries
 from tests.model.fused import interpreted
 
 ROOT = Path(__file__).parents[1]
@@ -110,14 +113,42 @@ def test_gpu_runs_end_to_end_on_the_cpu(reports: Reports) -> None:
     ]  # fmt: skip
     assert {case.split()[0] for case in found["parity"]} == {"llama", "qwen3", "gemma3", "gpt_oss", "mixtral"}
     assert set(found) == {
-        "ceilings", "parity", "8b transformers static cache, batch 1", "8b load", "8b decode, batch 1",
-        "8b decode, batch 4", "8b decode, batch 4, KV cache in fp8",
+        "ceilings", "parity", "attention, ours", "8b transformers static cache, batch 1", "8b load",
+        "8b decode, batch 1", "8b decode, batch 4", "8b decode, batch 4, KV cache in fp8",
         "8b decode, batch 4, weights and KV cache in fp8", "8b first token, 0 others", "8b first token, 2 others",
         "0.6b workload",
         "0.6b workload, share for the peer", "0.6b step gap, 0 readers", "0.6b step gap, 8 readers",
         "0.6b transformers continuous batching",
     }  # fmt: skip
     assert set(result["ratios"]) == {"workload_over_continuous_batching", "batch_1_over_static_cache"}
+    if importlib.util.find_spec("flashinfer") is None:
+        assert result["not_installed"]["flashinfer"].startswith("not installed: flashinfer, the module of FlashInfer,")
+
+
+def test_gpu_measures_the_kernels_of_other_packages_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    importlib.import_module("transformers.integrations.flash_attention")  # it looks for the real ones
+    for name, module in fake_libraries.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1 << 10)
+    assert gpu.main(["--tiny", "--only", "attention"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["errors"], result["not_installed"]) == ({}, {})
+    found = result["results"]
+    names = ["flashinfer", "flash_attention_3"]
+    parities, measured = [f"attention parity, {name}" for name in names], [f"attention, {name}" for name in names]
+    assert list(found) == ["ceilings", *parities, "attention, ours", *measured]
+    for name, parity, figures in zip(names, parities, measured, strict=True):
+        assert {case: result["attention"] for case, result in found[parity].items()} == {"llama": name, "gemma3": name}
+        assert found[figures]["attention"]["kernel"] == name
+        assert list(found[figures])[1:] == ["decode, batch 1", "decode, batch 4", "prefill, 16 tokens"]
+        assert all(row["us"] > 0 and row["host_us"] > 0 for row in list(found[figures].values())[1:])
+
+    monkeypatch.setattr(fake_libraries, "attended", lambda query, *_: torch.zeros_like(query))
+    assert gpu.main(["--tiny", "--only", "attention"]) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["errors"] == {parity: "not what transformers computes: llama, gemma3" for parity in parities}
 
 
 async def test_a_probe_sees_steps_that_are_launched_ahead() -> None:
@@ -131,6 +162,33 @@ async def test_a_probe_sees_steps_that_are_launched_ahead() -> None:
         assert all(step.begun <= step.ended for step in run)
         assert all(before.ended <= after.begun for before, after in itertools.pairwise(run))
         assert [step.context for step in run] == list(range(3, 11))
+
+
+async def test_a_probe_records_an_event_before_and_after_each_step_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        recorded: ClassVar[list[Any]] = []
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.recorded.append(self)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    config = EngineConfig("tiny", device="cpu", dtype="float32", decoder_backend="transformers")
+    async with AsyncEngine(config, loader=TransformersLoader(run_ahead=True)) as engine:
+        with gpu_speed.probing(torch.device("cuda")) as probe:
+            await engine.generate([5, 6, 7], gpu_speed.greedy(3))
+    assert [event for step in probe.steps for event in step.events or ()] == Event.recorded
+    assert len(probe.steps) == 3 and len(Event.recorded) == 6
+
+
+def test_scales_of_a_kv_cache_help_where_numbers_are_cut_off_or_vanish_and_nowhere_else() -> None:
+    found = kv_scales.measure()
+    for kind, errors in found.items():
+        needed = kind in ("keys x 200", "4 channels of keys x 300", "values x 0.005")
+        assert (errors["one"] > 1.5 * errors["engine"]) == needed, kind
+        assert errors["engine"] < 1.5 * errors["head"], kind
 
 
 def test_a_part_of_gpu_that_fails_or_has_no_time_stops_no_other(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,8 +84,14 @@ def build(config: EngineConfig, details: Details, backend: Any) -> Built:
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
         if details.kv_dtype is not details.dtype:
+            layers = trial.layers = trial.scaled(model, backend)
             off = trial.run(model, backend, kv_dtype=details.kv_dtype, fp8_weights=fp8_weights)
-            notes.append(f"KV cache: {config.kv_cache_dtype}: logits of a trial are {off:.1%} of their norm off")
+            numbers = [number for layer in layers for number in (layer.spec.key_scale, layer.spec.value_scale)]
+            scaled = sum(number != 1.0 for number in numbers)
+            with_scales = f", {scaled} of {len(numbers)} scaled" if scaled else ""
+            notes.append(
+                f"KV cache: {config.kv_cache_dtype}{with_scales}: logits of a trial are {off:.1%} of their norm off"
+            )
     return Built(model, layers, program, fused, tuple(notes), hidden_size(model), findings)
 
 

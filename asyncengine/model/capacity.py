@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from asyncengine.config import EngineConfig
 from asyncengine.model import memory
+from asyncengine.model.attention.protocol import CapturableBackend, LayerSpec, is_capturable
 from asyncengine.model.attention_modules import hooked, text_config
 from asyncengine.model.built_model import Built
 from asyncengine.model.load_check import Details
@@ -34,7 +36,7 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
         used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
         available = int(memory.total_bytes(details.device) * share) - used - activations
         share = 1.0
-        graphs = graph_reserve(config, details, backend, sequences)
+        graphs = graph_reserve(config, details, backend, sequences, [layer.spec for layer in layers])
     else:
         available = memory.free_bytes(details.device)
     budget = memory.kv_budget(
@@ -70,20 +72,27 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
     return limits, complete
 
 
-def graph_reserve(config: EngineConfig, details: Details, backend: Any, sequences: int) -> memory.GraphReserve | None:
+def graph_reserve(
+    config: EngineConfig, details: Details, backend: Any, sequences: int, specs: Collection[LayerSpec]
+) -> memory.GraphReserve | None:
     """What the captured steps of a model and of the one that drafts for it will take; None if there will be none."""
-    if backend.name != "triton" or details.device.type != "cuda":
+    if not is_capturable(backend) or details.device.type != "cuda":
         return None
     needs = [details] if details.draft is None else [details, details.draft]
-    return sum((graphs_of(config, each, sequences) for each in needs), memory.GraphReserve())
+    return sum((graphs_of(config, each, backend, sequences, specs) for each in needs), memory.GraphReserve())
 
 
-def graphs_of(config: EngineConfig, details: Details, sequences: int) -> memory.GraphReserve:
-    """What the captured steps of one model will take."""
+def graphs_of(
+    config: EngineConfig, details: Details, backend: Any, sequences: int, specs: Collection[LayerSpec]
+) -> memory.GraphReserve:
+    """What the captured steps of one model will take, and its attention for them."""
     from asyncengine.model import graph_memory
 
     draws = config.speculative_mode == "disable"  # else no token stays on the device
-    return graph_memory.reserve(text_config(details.hf_config), details.dtype, sequences, draws)
+    steps = graph_memory.reserve(text_config(details.hf_config), details.dtype, sequences, draws)
+    if not isinstance(backend, CapturableBackend):
+        return steps
+    return steps + memory.GraphReserve(backend.capture_bytes(specs, sequences, details.device))
 
 
 def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.dtype) -> int:

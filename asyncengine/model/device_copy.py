@@ -21,7 +21,17 @@ def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     For a CUDA device the copy goes through pinned memory, so that it is queued like a kernel: a copy from pageable
     memory may make the host wait.
     """
+    return pinned(array, device).to(device, non_blocking=device.type == "cuda")
+
+
+def pinned(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A tensor on the host with the array's values, from which a copy to the device is queued like a kernel."""
     tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def overwrite(fixed: torch.Tensor, array: NDArray[Any]) -> torch.Tensor:
+    """Copies an array to the beginning of a tensor on a device, behind what is queued there; returns that part."""
+    part = fixed[: len(array)]
+    part.copy_(pinned(array, fixed.device), non_blocking=True)
+    return part

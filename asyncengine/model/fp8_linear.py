@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from asyncengine.model.attention import fp8
+from asyncengine.model.weight_writer import Writer
 
 ALIGNMENT = 16
 """Sizes of a layer must be multiples of it, or it stays as it is: the device's products need that."""
@@ -40,17 +42,22 @@ class Fp8Linear(nn.Module):
 
     Args:
         linear: Its weight is let go.
+        tied: A layer in fp8 that was made of the same weight, and shares its own.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, tied: Fp8Linear | None = None) -> None:
         super().__init__()
         self.dtype = linear.weight.dtype
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = quantised(linear.weight.detach())
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        if tied is None:
+            codes, scale = quantised(linear.weight.detach())
+            weight, scale = nn.Parameter(codes, requires_grad=False), scale.view(1, -1)
+        else:
+            weight, scale = tied.weight, tied.weight_scale
+        self.weight: nn.Parameter = weight
         self.bias = linear.bias
         self.weight_scale: torch.Tensor
-        self.register_buffer("weight_scale", scale.view(1, -1), persistent=False)
+        self.register_buffer("weight_scale", scale, persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs)."""
@@ -88,25 +95,73 @@ class Fp8Linear(nn.Module):
 def quantise(model: Any) -> tuple[int, int]:
     """Puts an `Fp8Linear` in the place of every linear layer but the head.
 
+    A layer that has several names stays one, and layers that share a weight share it still. One that shares its weight
+    with anything else, an embedding or the head, stays as it is.
+
     Returns:
         How many weights are in fp8 now, and how many there are.
     """
-    head = model.get_output_embeddings()
+    kept, shared = _in_use_elsewhere(model), _shared(model)
+    made: dict[int, Fp8Linear] = {}  # of what is shared, which lives until all of it is replaced
     done = 0
     # No list of layers: each weight is let go before the next one is turned into fp8.
     for module in [module for module in model.modules() if module._modules]:
         for name in list(module._modules):
             child = module._modules[name]
-            if type(child) is nn.Linear and child is not head and not any(n % ALIGNMENT for n in child.weight.shape):
-                done += child.weight.numel()
-                setattr(module, name, Fp8Linear(child))
+            if (
+                type(child) is not nn.Linear
+                or id(child.weight) in kept
+                or any(n % ALIGNMENT for n in child.weight.shape)
+            ):
+                del child
+                continue
+            layer = made.get(id(child))
+            if layer is None:
+                tied = made.get(id(child.weight))
+                layer = Fp8Linear(child, tied)
+                done += layer.weight.numel() if tied is None else 0
+                made |= {id(each): layer for each in (child, child.weight) if id(each) in shared}
+            setattr(module, name, layer)
             del child
     return done, sum(parameter.numel() for parameter in model.parameters())
+
+
+def _aligned(weight: torch.Tensor) -> bool:
+    return not any(size % ALIGNMENT for size in weight.shape)
+
+
+def _in_use_elsewhere(model: Any) -> set[int]:
+    """Identities of the parameters that something other than a linear layer uses, or the head."""
+    head = model.get_output_embeddings()
+    others = (module for module in model.modules() if type(module) is not nn.Linear or module is head)
+    return {id(parameter) for module in others for parameter in module._parameters.values()}
+
+
+def _shared(model: Any) -> dict[int, Any]:
+    """Linear layers that have several names, and weights of several of them, by their identities."""
+    layers = [child for module in model.modules() for child in module._modules.values() if type(child) is nn.Linear]
+    once = {id(layer): layer for layer in layers}
+    names = Counter(map(id, layers))
+    owners = Counter(id(layer.weight) for layer in once.values())
+    several = {identity: layer for identity, layer in once.items() if names[identity] > 1}
+    return several | {id(layer.weight): layer.weight for layer in once.values() if owners[id(layer.weight)] > 1}
 
 
 def layers(model: nn.Module) -> dict[int, Fp8Linear]:
     """The layers in fp8, by the identity of their weights."""
     return {id(module.weight): module for module in model.modules() if isinstance(module, Fp8Linear)}
+
+
+def writers(model: nn.Module) -> dict[int, list[Writer]]:
+    """What new values of weights in fp8 go through, by the identity of the weights.
+
+    Layers that share a weight each write it: a move to another device leaves each with a scale of its own.
+    """
+    found: dict[int, list[Writer]] = {}
+    for module in model.modules():
+        if isinstance(module, Fp8Linear):
+            found.setdefault(id(module.weight), []).append(Writer(module.write, module.keep))
+    return found
 
 
 class RowKernel:

@@ -5,9 +5,8 @@ query tokens: then a graph serves where such a step launches what a graph has, a
 step brings to the device, its attention's plan included, reaches it in one packed copy, where a graph looks for it.
 
 The graph of a bucket takes the likeliest token of each row and keeps it as the last one of the row's slot, so a step of
-greedy rows is one replay. What rows need besides is a graph of its own behind that one, for each bucket and each
-`DrawKind`: the captures are as many as both together, not one times the other of a whole model. A draw that has no
-graph is launched, from the same settings.
+greedy rows is one replay. What rows need besides is a graph of its own behind that one (`draw_graphs.py`): the captures
+are as many as both together, not one times the other of a whole model.
 
 Capturing can fail for reasons that lie in a model's code (it looks at a value on the host, or allocates in its own
 way). Then there are no further graphs, and a note says why. What is captured when is told by `capturing.py`.
@@ -25,12 +24,14 @@ import torch
 from numpy.typing import NDArray
 
 from asyncengine.model import token_draw
+from asyncengine.model.attention.protocol import AttentionBackend, is_capturable
 from asyncengine.model.buckets import Buckets, padded
+from asyncengine.model.draw_graphs import CapturedStep, DrawGraphs
 from asyncengine.model.graph_recorder import CudaRecorder, Recorder, Tensors
 from asyncengine.model.last_tokens import LastTokens, sources_of
 from asyncengine.model.packed_buffer import PackedBuffer
 from asyncengine.model.sampler import Sampler
-from asyncengine.model.token_draw import FILTERED, DrawKind, DrawSettings
+from asyncengine.model.token_draw import FILTERED, DrawKind
 from asyncengine.model.token_ranking import argmax
 from asyncengine.step.batch import NO_PAIRS, StepBatch
 
@@ -39,7 +40,7 @@ class Steppable(Protocol):
     """What is captured."""
 
     def begin_with(
-        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]]
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]], captured: bool = False
     ) -> tuple[Any, dict[str, torch.Tensor] | None]:
         """Prepares a step: returns the attention's plan, and the sections on the device if it took them along."""
         ...
@@ -62,23 +63,6 @@ class Ran:
     logits: torch.Tensor
     slots: torch.Tensor
     tokens: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    """A bucket's graph: what it reads of what was sent, and what it writes."""
-
-    key: Hashable
-    replay: Callable[[], None]
-    logits: torch.Tensor
-    likeliest: torch.Tensor
-    sent: Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class _CapturedDraw:
-    replay: Callable[[], None]
-    tokens: torch.Tensor
 
 
 class StepGraphs:
@@ -109,10 +93,9 @@ class StepGraphs:
         self._buckets = buckets
         self._recorder: Recorder | None = recorder or CudaRecorder(device)
         self._last = last
-        self._kinds = tuple(kinds)
         self._buffer = PackedBuffer(device)
-        self._graphs: dict[int, _Captured] = {}
-        self._draws: dict[tuple[int, DrawKind], _CapturedDraw] = {}
+        self._graphs: dict[int, CapturedStep] = {}
+        self._draws = DrawGraphs(kinds, last)
         self.notes: list[str] = []
 
     @property
@@ -123,7 +106,7 @@ class StepGraphs:
     @property
     def kinds(self) -> tuple[DrawKind, ...]:
         """The draws that can be captured, as far as is known."""
-        return self._kinds
+        return self._draws.kinds
 
     @property
     def capturable(self) -> bool:
@@ -138,7 +121,7 @@ class StepGraphs:
     @property
     def captured_draws(self) -> tuple[tuple[int, DrawKind], ...]:
         """The buckets and kinds for which there is a graph of a draw."""
-        return tuple(sorted(self._draws))
+        return self._draws.captured
 
     def capture(self, size: int) -> bool:
         """Captures one bucket, of a step that attends to nothing and writes nowhere; whether that was possible.
@@ -161,22 +144,18 @@ class StepGraphs:
 
         A draw without a graph is launched.
         """
-        if self._recorder is None or kind not in self._kinds:
+        if self._recorder is None or kind not in self._draws.kinds:
             return False
-        captured = self._graphs[size]
         try:
             with torch.inference_mode():
                 step = _nothing(size)
                 self._send(step, self._sections(step))
-                captured.logits.zero_()
-                captured.likeliest.zero_()
-                replay, (tokens,) = self._recorder.record(lambda: self._draw(kind, captured))
+                self._draws.capture(self._recorder, size, kind, self._graphs[size])
         except Exception as error:
-            self._kinds = ()
-            what = "no further draws are captured" if self._draws else "draws cannot be captured"
+            self._draws.kinds = ()
+            what = "no further draws are captured" if self._draws.captured else "draws cannot be captured"
             self.notes.append(f"graphs: {what}, they are launched: {_reason(error)}")
             return False
-        self._draws[size, kind] = _CapturedDraw(replay, tokens)
         return True
 
     def run(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
@@ -214,7 +193,7 @@ class StepGraphs:
         if kind is None:
             return Ran(logits, slots_there)
         # A copy: on its way to the host it must outlive the next step, which writes to the same place.
-        return Ran(logits, slots_there, self._drawn(size, kind, captured)[:rows].clone())
+        return Ran(logits, slots_there, self._draws.drawn(size, kind, captured)[:rows].clone())
 
     def clear(self) -> None:
         """Lets go of all graphs: the memory that they refer to is about to be freed. They can be captured anew."""
@@ -227,27 +206,17 @@ class StepGraphs:
             return size
         return min((captured for captured in self._graphs if captured >= tokens), default=None)
 
-    def _drawn(self, size: int, kind: DrawKind, captured: _Captured) -> torch.Tensor:
-        """(size,) the tokens of a step that was replayed."""
-        if kind is DrawKind.GREEDY:
-            return captured.likeliest
-        draw = self._draws.get((size, kind))
-        if draw is None:
-            return self._draw(kind, captured)[0]
-        draw.replay()
-        return draw.tokens
-
     def _give_up(self, error: Exception) -> None:
         """Captures no further steps."""
         self._recorder = None
         what = "no further steps are captured" if self._graphs else "the model cannot be captured, it runs without"
         self.notes.append(f"graphs: {what}: {_reason(error)}")
 
-    def _recorded(self, recorder: Recorder, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> _Captured:
+    def _recorded(self, recorder: Recorder, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> CapturedStep:
         with torch.inference_mode():
             key, sent = self._send(step, sections)
             replay, (logits, likeliest) = recorder.record(lambda: self._step(sent))
-        return _Captured(key, replay, logits, likeliest, sent)
+        return CapturedStep(key, replay, logits, likeliest, sent)
 
     def contest(self, size: int, better: Callable[[Callable[[], None], Callable[[], None]], bool]) -> bool:
         """Captures a bucket again, of a model that has come to run it in another way, and keeps one of the two graphs.
@@ -281,9 +250,8 @@ class StepGraphs:
 
     def _redraw(self, size: int) -> None:
         """Captures the draws behind a bucket's graph anew."""
-        kinds = [kind for captured, kind in self._draws if captured == size]
-        for kind in kinds:
-            del self._draws[size, kind]
+        kinds = self._draws.of(size)
+        self._draws.forget(size)
         for kind in kinds:
             self.capture_draw(size, kind)
 
@@ -325,7 +293,7 @@ class StepGraphs:
         Returns:
             Equal for steps that launch the same on the same addresses; and the sections on the device.
         """
-        plan, sent = self._model.begin_with(step, sections)
+        plan, sent = self._model.begin_with(step, sections, True)
         key: Hashable = getattr(plan, "graph_key", None)
         if sent is not None:
             return key, sent
@@ -344,12 +312,6 @@ class StepGraphs:
             ids = self._last.fill(ids, sent["sources"])
         return self._model.forward(ids[None], positions[None], index)
 
-    def _draw(self, kind: DrawKind, captured: _Captured) -> Tensors:
-        settings = DrawSettings.of(captured.sent)
-        tokens = token_draw.draw(kind, captured.logits, captured.likeliest, settings)
-        self._store(captured.sent, tokens)
-        return (tokens,)
-
     def _store(self, sent: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> None:
         if self._last is not None:
             self._last.store(sent["slots"], tokens)
@@ -359,7 +321,7 @@ class StepGraphs:
 
 
 def graphs_for(
-    model: Steppable, backend_name: str, sequences: int, device: torch.device, last: LastTokens | None = None
+    model: Steppable, backend: AttentionBackend, sequences: int, device: torch.device, last: LastTokens | None = None
 ) -> tuple[StepGraphs | None, tuple[str, ...]]:
     """Graphs, none of them captured yet, of the decodes of up to `sequences` sequences.
 
@@ -370,8 +332,8 @@ def graphs_for(
     """
     if device.type != "cuda":
         return None, ()
-    if backend_name != "triton":
-        return None, (f"graphs: the {backend_name} attention plans in tensors of changing sizes; none are captured",)
+    if not is_capturable(backend):
+        return None, (f"graphs: the {backend.name} attention plans in tensors of changing sizes; none are captured",)
     kinds = () if last is None else FILTERED
     return StepGraphs(model, Buckets.upto(sequences), device, last=last, kinds=kinds), ()
 

@@ -196,14 +196,15 @@ def _captured(
             candidates = fused.sizes
             fused.use(())
     _warm_up(model, limits, 2 if details.device.type == "cpu" else 64)
-    graphs, slower = graphs_for(model, backend.name, limits.max_num_sequence, details.device, last)
+    graphs, slower = graphs_for(model, backend, limits.max_num_sequence, details.device, last)
     if graphs is not None:
         measured = None
         if candidates:
             measured = choice.Choice(graphs, fused, candidates, choice.cuda_seconds(details.device))
         room = None
         if details.device.type == "cuda":
-            aside = graphs_of(config, details, limits.max_num_sequence).nbytes
+            specs = [layer.spec for layer in built.layers]
+            aside = graphs_of(config, details, backend, limits.max_num_sequence, specs).nbytes
             room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
         capturing = Capturing(graphs, measured, at_once=config.graph_capture == "load", room=room)
         capturing.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -50,8 +51,12 @@ def unheld_bytes(device: torch.device) -> int:
 
 
 def empty_cache() -> None:
-    """Returns what the allocator of CUDA memory only keeps; waits for a capture that is under way."""
-    with CAPTURES:
+    """Returns what the allocator of CUDA memory only keeps, where it can; waits for a capture that is under way.
+
+    A device that was lost answers with its error, and torch refuses after a capture that broke off half-way. A model
+    must be let go even then.
+    """
+    with CAPTURES, contextlib.suppress(RuntimeError):
         torch.cuda.empty_cache()
 
 

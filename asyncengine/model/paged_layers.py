@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from asyncengine.model.attention.protocol import AttentionBackend, CarryingBackend
+from asyncengine.model.attention.protocol import AttentionBackend, CapturableBackend, CarryingBackend
 from asyncengine.model.attention_modules import RecordedLayer, attach
 from asyncengine.step.batch import Int64, StepBatch
 from asyncengine.step.limits import Limits
@@ -53,6 +53,8 @@ class PagedLayers:
             self._backend.allocate(layer.spec, limits.num_blocks, limits.page_size, self._dtype, self._device)
             for layer in self._layers
         ]
+        if isinstance(self._backend, CapturableBackend):
+            self._backend.reserve(limits, self._device)
         attach({layer.module: self._hook(layer, cache) for layer, cache in zip(self._layers, self.caches, strict=True)})
 
     def free(self) -> None:
@@ -68,9 +70,19 @@ class PagedLayers:
         return self.plan
 
     def begin_with(
-        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]]
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]], captured: bool = False
     ) -> tuple[Any, dict[str, torch.Tensor] | None]:
-        """As `begin`; also returns the sections on the device if the plan's copy could take them along."""
+        """As `begin`; also returns the sections on the device if the plan's copy could take them along.
+
+        Args:
+            batch: The step.
+            sections: What else it brings to the device.
+            captured: Whether it is padded to the tokens of a graph, which is captured or replayed with this plan.
+        """
+        if captured and isinstance(self._backend, CapturableBackend):
+            self._copy(batch)
+            self.plan = self._backend.plan_captured(batch, self._limits.page_size, self._device)
+            return self.plan, None
         if not isinstance(self._backend, CarryingBackend):
             return self.begin(batch), None
         self._copy(batch)

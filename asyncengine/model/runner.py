@@ -16,7 +16,7 @@ from torch import nn
 
 from asyncengine.errors import ReloadError
 from asyncengine.generation import SamplingParams
-from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, verified_draw
+from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, token_logprobs, verified_draw
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.fused.decoder import FusedDecoder
@@ -30,8 +30,11 @@ from asyncengine.model.step_inputs import StepInputs
 from asyncengine.model.token_draw import DrawSettings
 from asyncengine.model.token_ranking import argmax
 from asyncengine.model.way_back import OnItsWay, WayBack
-from asyncengine.model.weight_writer import Writer, in_place
+from asyncengine.model.weight_writer import in_place
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
+
+_PASSING = frozenset({2, *range(900, 909)})
+"""Errors of CUDA that its context survives: memory (of the host, or of a graph), and those that speak of a capture."""
 
 
 class Companion(Protocol):
@@ -172,7 +175,7 @@ class TorchModel:
         """Tokens and scores from logits, those that are drawn from first."""
         drawn, scores = len(batch.sample_index), []
         if len(batch.score_index):
-            scores = self._sampler.score(logits[drawn:], batch.score_token_ids, batch.score_tops)
+            scores = token_logprobs.scores(logits[drawn:], batch.score_token_ids, batch.score_tops)
         if not drawn:
             return StepTokens(np.empty(0, dtype=np.int32), scores=scores)
         if batch.draft_lengths is None:
@@ -210,10 +213,10 @@ class TorchModel:
         return self._layers.begin(batch)
 
     def begin_with(
-        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]]
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]], captured: bool = False
     ) -> tuple[Any, dict[str, torch.Tensor] | None]:
         """As `PagedLayers.begin_with`."""
-        return self._layers.begin_with(batch, sections)
+        return self._layers.begin_with(batch, sections, captured)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Runs the model: (1, tokens) ids and positions, (M,) rows of logits that are wanted; (M, vocabulary)."""
@@ -245,11 +248,15 @@ class TorchModel:
         self._fused = fused
 
     def device_lost(self, error: BaseException) -> bool:
-        """Whether CUDA reports an error after which its context is unusable; running out of memory is not one."""
+        """Whether CUDA reports an error after which its context is unusable.
+
+        Then it answers every call with that error. Running out of memory is not one, nor is what another thread's
+        capture of a graph makes impossible; while that goes on, nobody may wait for the device and see.
+        """
         if self._device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
             return False
-        if isinstance(error, torch.AcceleratorError):
-            return True
+        if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) in _PASSING:
+            return False
         try:
             with memory.CAPTURES:  # another engine's, which would make it an error to wait
                 torch.cuda.synchronize(self._device)
@@ -305,7 +312,7 @@ class TorchModel:
                     f"of {dtype}"
                 )
         writers = {} if self._program is None else self._program.writers()
-        writers |= {identity: [Writer(layer.write, layer.keep)] for identity, layer in quantised.items()}
+        writers |= fp8_linear.writers(self._model)
         writers |= packed_linear.writers(self._model)
         restores: list[Callable[[], object]] = []
         with torch.inference_mode():

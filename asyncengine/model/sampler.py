@@ -31,10 +31,10 @@ from asyncengine.model.random_stream import uniforms
 from asyncengine.model.slot_entries import SlotEntries
 from asyncengine.model.token_draw import DrawKind
 from asyncengine.model.token_filters import Kept, is_sound, narrow, nucleus, plain
+from asyncengine.model.token_logprobs import Described
 from asyncengine.model.token_masks import TokenMasks
-from asyncengine.model.token_mass import log_total
 from asyncengine.model.token_penalties import TokenPenalties
-from asyncengine.model.token_ranking import argmax, top_tokens
+from asyncengine.model.token_ranking import argmax
 from asyncengine.model.user_processors import UserProcessors
 from asyncengine.step.batch import StepTokens, TokenLogprobs
 
@@ -42,7 +42,6 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 _BLOCK = 1 << 20  # logits
-_SCORED = 32  # rows of logits that are copied at once
 _NO_ROWS: Int64 = np.empty(0, np.int64)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -54,23 +53,6 @@ class _Way(enum.IntEnum):
     NARROW = 1
     NUCLEUS = 2
     PLAIN = 3
-
-
-@dataclass(frozen=True, slots=True)
-class _Described:
-    """Log-probabilities of some rows of a batch, on the device.
-
-    Attributes:
-        rows: (rows,) of the batch.
-        numbers: (rows,) how many of the likeliest were asked for.
-        ids: (rows, 1 + most) the drawn token and the likeliest.
-        values: Theirs, float64.
-    """
-
-    rows: Int64
-    numbers: Int64
-    ids: Tensor
-    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +74,7 @@ class Drawn:
     masked: Int64
     follows: bool
     failed: dict[int, Exception]
-    described: list[_Described]
+    described: list[Described]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -265,7 +247,7 @@ class Sampler:
             if len(self._penalties):
                 self._penalties.record(slots, tokens)
             described = [
-                _describe(values, self._rows(tokens, rows), rows, self._num_logprobs[slots[rows]])
+                Described.of(values, self._rows(tokens, rows), rows, self._num_logprobs[slots[rows]])
                 for rows, values in ((raw, raw_logits), (processed, log_weights))
                 if values is not None
             ]
@@ -292,7 +274,7 @@ class Sampler:
             return StepTokens(token_ids, None, finished, failed, forced)
         logprobs: list[TokenLogprobs | None] = [None] * len(slots)
         for described, ids, values in zip(drawn.described, tensors[1::2], tensors[2::2], strict=True):
-            for row, entry in zip(described.rows.tolist(), _listed(ids, values, described.numbers), strict=True):
+            for row, entry in zip(described.rows.tolist(), described.listed(ids, values), strict=True):
                 logprobs[row] = entry
         return StepTokens(token_ids, logprobs, finished, failed, forced)
 
@@ -302,24 +284,6 @@ class Sampler:
             for row, tokens in forced.items():
                 for token_id in tokens:
                     self._penalties.record(slots[row : row + 1], torch.tensor([token_id], device=self._device))
-
-    def score(self, logits: Tensor, token_ids: Int32, tops: Int64) -> list[TokenLogprobs]:
-        """Log-probabilities of given tokens.
-
-        Args:
-            logits: (rows, vocab) of any float type.
-            token_ids: (rows,)
-            tops: (rows,) how many of the likeliest to name beside each.
-        """
-        entries: list[TokenLogprobs] = []
-        with torch.inference_mode():
-            for start in range(0, len(token_ids), _SCORED):
-                rows = slice(start, start + _SCORED)
-                part = logits[rows].to(torch.float32, copy=True)
-                of = to_device(token_ids[rows].astype(np.int64), self._device)
-                described = _describe(part, of, _NO_ROWS, tops[rows])
-                entries += _listed(described.ids.cpu().numpy(), described.values.cpu().numpy(), described.numbers)
-        return entries
 
     def _adjust(self, logits: Tensor, slots: Int64, positions: Int64, failed: dict[int, Exception]) -> None:
         """Bias, penalties, processors and min-tokens mask, in place; only the entries that they name are touched."""
@@ -426,29 +390,3 @@ def _way(params: SamplingParams) -> _Way:
     if params.top_k > 0:
         return _Way.NARROW
     return _Way.NUCLEUS if params.top_p < 1 else _Way.PLAIN
-
-
-def _describe(logits: Tensor, tokens: Tensor, rows: Int64, numbers: Int64) -> _Described:
-    """Describes the drawn tokens.
-
-    Args:
-        logits: (rows, vocab) float32; overwritten.
-        tokens: (rows,) int64.
-        rows: (rows,) of the batch.
-        numbers: (rows,) how many of the likeliest to name.
-    """
-    top = torch.finfo(torch.float32).max
-    torch.nan_to_num_(logits, nan=-torch.inf, posinf=top, neginf=-torch.inf)
-    ids = tokens.unsqueeze(1)
-    if numbers.max() > 0:
-        ids = torch.cat([ids, top_tokens(logits, min(int(numbers.max()), logits.shape[1]))], dim=1)
-    return _Described(rows, numbers, ids, logits.gather(1, ids).double() - log_total(logits))
-
-
-def _listed(ids: NDArray[Any], values: NDArray[Any], numbers: Int64) -> list[TokenLogprobs]:
-    """What was described, once it is on the host."""
-    listed = []
-    for row_ids, row_values, number in zip(ids.tolist(), values.tolist(), numbers.tolist(), strict=True):
-        likeliest = [pair for pair in zip(row_ids[1:], row_values[1:], strict=True) if pair[1] > -np.inf][:number]
-        listed.append(TokenLogprobs(row_values[0], tuple(i for i, _ in likeliest), tuple(v for _, v in likeliest)))
-    return listed

@@ -7,17 +7,20 @@ elsewhere) shows here as wrong logits, and the model is refused instead of serve
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from asyncengine.errors import UnsupportedModelError
+from asyncengine.model.attention import fp8
 from asyncengine.model.attention.protocol import AttentionBackend
-from asyncengine.model.attention_modules import RecordedLayer, text_config
+from asyncengine.model.attention_modules import HOOK, RecordedLayer, attach, text_config
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.findings import Findings
 from asyncengine.model.fused.decoder import FusedDecoder
@@ -136,6 +139,28 @@ class Trial:
         self._judge(error, tolerance, "fp8" if fp8_weights else kv_dtype or self._dtype)
         return error
 
+    def scaled(self, model: Any, backend: AttentionBackend) -> list[RecordedLayer]:
+        """The layers with what their keys and values are to be divided by in fp8, after the largest of the trial's."""
+        largest: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def watched(hook: Any) -> Any:
+            def watching(module: nn.Module, query: Any, key: Any, value: Any, kwargs: Any) -> Any:
+                seen = (key.abs().max().float(), value.abs().max().float())
+                if before := largest.get(module):
+                    seen = (torch.maximum(before[0], seen[0]), torch.maximum(before[1], seen[1]))
+                largest[module] = seen
+                return hook(module, query, key, value, kwargs)
+
+            return watching
+
+        self._error(2, (0, self._ids.shape[1]), model, backend, around=watched)
+        layers = []
+        for layer in self.layers:
+            key, value = (fp8.scale_for(float(number)) for number in largest[layer.module])
+            spec = dataclasses.replace(layer.spec, key_scale=key, value_scale=value)
+            layers.append(dataclasses.replace(layer, spec=spec))
+        return layers
+
     def run_fused(self, model: Any, backend: AttentionBackend, fused: FusedDecoder) -> float:
         """As `run`, of fused kernels: those for a single token and those for several are judged apart.
 
@@ -162,8 +187,12 @@ class Trial:
         program: CompiledDecoder | None = None,
         kv_dtype: torch.dtype | None = None,
         fused: FusedDecoder | None = None,
+        around: Callable[[Any], Any] | None = None,
     ) -> float:
-        """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut."""
+        """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut.
+
+        Each layer's attention is called through what `around` makes of it.
+        """
         from asyncengine.model.paged_layers import PagedLayers
         from asyncengine.model.runner import TorchModel
 
@@ -171,6 +200,8 @@ class Trial:
         limits = Limits(2, length, 2 * length, _PAGE, 2 * -(-length // _PAGE))
         paged = PagedLayers(self.layers, backend, limits, kv_dtype or self._dtype, self._device)
         paged.allocate()
+        if around is not None:
+            attach({layer.module: around(getattr(layer.module, HOOK)) for layer in self.layers})
         try:
             runner = TorchModel(model, paged, None, self._device, program)  # type: ignore[arg-type]
             if fused is not None:

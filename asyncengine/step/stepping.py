@@ -22,6 +22,7 @@ from asyncengine.instructions import Instruction
 from asyncengine.step.batch import StepTokens
 from asyncengine.step.model import LaunchingModel
 from asyncengine.step.plan import Plan
+from asyncengine.step.released import released
 from asyncengine.step.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -208,6 +209,9 @@ class Stepping:
         core.counters.failed_steps += 1
         core.requests.fail(plan, error)
         errors = [error] if after is None else [error, self._outcome(after)]
+        for each in errors:
+            if isinstance(each, Exception):
+                released(each)
         lost = (e for e in errors if isinstance(e, Exception) and core.loaded.model.device_lost(e))
         if (loss := next(lost, None)) is not None:
             core.device_lost(loss)

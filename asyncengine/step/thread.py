@@ -17,6 +17,7 @@ from asyncengine.instruction_queue import InstructionQueue
 from asyncengine.instructions import Instruction, JobDone, Shutdown
 from asyncengine.step.core import Core
 from asyncengine.step.model import LoadedModel, Loader
+from asyncengine.step.released import released
 from asyncengine.trace import Trace
 
 EXIT_SECONDS = 5.0
@@ -109,7 +110,7 @@ class StepThread:
             try:
                 value = function()
             except BaseException as exception:
-                error = exception
+                error = released(exception)
             try:
                 self.queue.put(JobDone(job, value, error))
             except EngineClosedError:

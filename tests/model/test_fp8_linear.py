@@ -74,6 +74,63 @@ def test_a_layer_is_near_what_it_was() -> None:
     assert 1e-3 < error < 0.05
 
 
+class Tied(nn.Module):
+    """One layer under two names, two layers of one weight, and layers that share theirs with something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = nn.Linear(32, 32, bias=False)
+        self.again = self.one
+        self.inner = nn.ModuleDict({"same": self.one, "weight": nn.Linear(32, 32)})
+        self.inner["weight"].weight = self.one.weight
+        self.alone = nn.Linear(32, 16)
+        self.table = nn.Embedding(64, 32)
+        self.lookup, self.head, self.like_head = (nn.Linear(32, 64, bias=False) for _ in range(3))
+        self.lookup.weight = self.table.weight
+        self.like_head.weight = self.head.weight
+        self.to(torch.bfloat16).requires_grad_(False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shared: torch.Tensor = self.inner["weight"](self.inner["same"](self.again(self.one(x))))
+        return shared
+
+
+def test_layers_that_share_a_weight_share_it_in_fp8() -> None:
+    model = Tied()
+    x = torch.randn(3, 32).to(torch.bfloat16)
+    wanted = model(x)
+    assert quantise(model) == (32 * 32 + 32 * 16, 32 * 32 + 32 + 32 * 16 + 16 + 64 * 32 + 64 * 32)
+    first, other = model.one, model.inner["weight"]
+    assert isinstance(first, Fp8Linear) and isinstance(other, Fp8Linear)
+    assert model.again is first and model.inner["same"] is first and other is not first
+    assert other.weight is first.weight and other.bias is not None and first.bias is None
+    assert isinstance(model.alone, Fp8Linear) and model.alone.weight is not first.weight
+    assert all(type(layer) is nn.Linear for layer in (model.lookup, model.head, model.like_head))
+    assert model.lookup.weight is model.table.weight and model.like_head.weight is model.head.weight
+    assert float((model(x) - wanted).float().norm() / wanted.float().norm()) < 0.1
+
+
+def test_new_weights_of_layers_that_share_them_reach_all_of_them() -> None:
+    model, plain = Tied(), Tied()
+    quantise(model)
+    model.inner["weight"].weight_scale = model.inner["weight"].weight_scale.clone()  # as after a move to another device
+    runner = TorchModel(model, None, None, torch.device("cpu"))  # type: ignore[arg-type]
+    new = torch.randn(32, 32).to(torch.bfloat16) * 3
+    plain.one.weight.copy_(new)
+    x = torch.randn(3, 32).to(torch.bfloat16)
+    for name in ("again.weight", "inner.weight.weight"):
+        for layer in (model.one, model.inner["weight"]):
+            layer.write(torch.zeros(32, 32))
+        runner.update_weights({name: new})
+        assert float((model(x) - plain(x)).float().norm() / plain(x).float().norm()) < 0.1
+    with pytest.raises(ReloadError, match=r"'one\.weight' is \(32, 32\) of torch\.float32"):
+        runner.update_weights({"one.weight": new.float()})
+
+
 async def test_an_engine_serves_and_says_how_far_off_it_is(checkpoint: Checkpoint) -> None:
     config = EngineConfig(
         str(checkpoint("llama")), device="cpu", dtype="bfloat16", quantization="fp8", mode="interactive"

@@ -93,7 +93,8 @@ def test_a_load_sets_aside_what_it_will_capture(backend: str, device: str, mode:
         device=torch.device(device), draft=None, hf_config=LlamaConfig(**SIZES), dtype=torch.bfloat16
     )
     config = EngineConfig("m", speculative_mode=mode)
-    found = capacity.graph_reserve(config, details, SimpleNamespace(name=backend), 16)
+    attention = {"triton": SimpleNamespace(plan_with=print), "torch": SimpleNamespace(name="torch")}[backend]
+    found = capacity.graph_reserve(config, details, attention, 16, [])
     assert (None if found is None else found.graphs) == graphs
 
 
@@ -106,7 +107,7 @@ def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.Monkey
         device=torch.device("cuda", 0), draft=None, hf_config=LlamaConfig(**SIZES), dtype=torch.bfloat16,
         kv_dtype=torch.bfloat16, max_length=1 << 20,
     )  # fmt: skip
-    backend = SimpleNamespace(name="triton", bytes_per_block=lambda spec, page_size, dtype: 1 << 20)
+    backend = SimpleNamespace(plan_with=print, bytes_per_block=lambda spec, page_size, dtype: 1 << 20)
     built: Any = SimpleNamespace(model=None, layers=[SimpleNamespace(spec=None)])
     config = EngineConfig("m", gpu_memory_utilization=0.5)
     limits, _ = capacity.limits_of(LoadPlan(config, True, None, details), built, None, backend)

@@ -18,6 +18,7 @@ import torch
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, WarmUp
 from asyncengine.model import capturing as capturing_module
 from asyncengine.model import graphs as graphs_module
+from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.graph_recorder import Tensors
@@ -69,7 +70,7 @@ class Model:
     begun: list[StepBatch] = field(default_factory=list)
     forwards: int = 0
 
-    def begin_with(self, batch: StepBatch, sections: object) -> tuple[Plan, None]:
+    def begin_with(self, batch: StepBatch, sections: object, captured: bool = False) -> tuple[Plan, None]:
         self.begun.append(batch)
         return Plan((len(batch.token_ids), self.key)), None
 
@@ -161,7 +162,7 @@ def test_a_step_with_drafts_uses_a_graph_or_none_and_never_replaces_one() -> Non
     class LongRows(Model):
         """Launches other kernels where a row has more than two tokens, as the Triton attention does."""
 
-        def begin_with(self, batch: StepBatch, sections: object) -> tuple[Plan, None]:
+        def begin_with(self, batch: StepBatch, sections: object, captured: bool = False) -> tuple[Plan, None]:
             super().begin_with(batch, sections)
             return Plan((len(batch.token_ids), bool((np.diff(batch.query_start) > 2).any()))), None
 
@@ -206,11 +207,11 @@ def test_cleared_graphs_can_be_captured_again() -> None:
 
 
 def test_the_cpu_has_no_graphs() -> None:
-    assert graphs_for(Model(), "cpu", 4, CPU) == (None, ())
+    assert graphs_for(Model(), TorchAttention(), 4, CPU) == (None, ())
 
 
 def test_attention_whose_plan_has_no_fixed_place_is_not_captured() -> None:
-    graphs, notes = graphs_for(Model(), "torch", 4, torch.device("cuda"))
+    graphs, notes = graphs_for(Model(), TorchAttention(), 4, torch.device("cuda"))
     assert graphs is None
     assert notes == ("graphs: the torch attention plans in tensors of changing sizes; none are captured",)
 
@@ -228,7 +229,7 @@ def engine_config(path: Path) -> EngineConfig:
 def graphs_here(monkeypatch: pytest.MonkeyPatch, recorder: Replayer) -> None:
     """Captures steps on the CPU, from now on, with a recorder, and however long a load takes."""
 
-    def made(model: Any, backend_name: str, sequences: int, device: torch.device, last: Any) -> Any:
+    def made(model: Any, backend: Any, sequences: int, device: torch.device, last: Any) -> Any:
         kinds = () if last is None else FILTERED
         return StepGraphs(model, Buckets.upto(sequences), device, recorder, last, kinds), ()
 

@@ -58,7 +58,7 @@ def test_the_kernel_for_the_cpu_refuses_and_names_who_does_not(backend: str, che
         TransformersLoader().check(given, None)
 
 
-def test_a_model_whose_keys_do_not_fit_into_it_is_refused(checkpoint: Checkpoint) -> None:
+def test_a_model_whose_values_do_not_fit_into_it_gets_scales_or_is_refused(checkpoint: Checkpoint) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint("llama"), dtype=torch.float32, attn_implementation=architecture.ATTENTION
     ).eval()
@@ -70,3 +70,25 @@ def test_a_model_whose_keys_do_not_fit_into_it_is_refused(checkpoint: Checkpoint
     assert trial.run(model, TorchAttention()) < 1e-3
     with pytest.raises(UnsupportedModelError, match=r"allowed 0\.4 in torch\.float8_e4m3fn"):
         trial.run(model, TorchAttention(), kv_dtype=torch.float8_e4m3fn)
+    trial.layers = trial.scaled(model, TorchAttention())
+    assert [layer.spec.key_scale for layer in trial.layers] == [1.0] * len(layers)
+    assert all(layer.spec.value_scale > 4 for layer in trial.layers)
+    assert trial.run(model, TorchAttention(), kv_dtype=torch.float8_e4m3fn) < 0.1
+    assert trial.run(model, TorchAttention()) < 1e-3  # they are for fp8 alone
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e-3])
+async def test_an_engine_scales_what_would_be_cut_off_or_vanish(
+    checkpoint: Checkpoint, tmp_path: Path, factor: float
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(factor)
+            layer.self_attn.o_proj.weight.div_(factor)
+    model.save_pretrained(tmp_path)
+    given = config(tmp_path, kv_cache_dtype="fp8_e4m3", mode="interactive")
+    async with AsyncEngine(given) as engine:
+        (note,) = [note for note in engine.health().notes if note.startswith("KV cache")]
+        found = re.fullmatch(r"KV cache: fp8_e4m3, 3 of 6 scaled: logits of a trial are ([\d.]+)% .*", note)
+        assert found is not None and 0 < float(found[1]) < 10

@@ -11,7 +11,7 @@ import torch
 
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
 from asyncengine.model.attention.token_major import TokenMajorCache, TokenMajorLayout
-from asyncengine.step.batch import Int32, StepBatch
+from asyncengine.step.batch import Int32, Int64, StepBatch
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _CAPABILITY = (8, 0)
@@ -41,6 +41,7 @@ class LibraryAttention(TokenMajorLayout):
     name: str
     head_dims: tuple[int, ...]
     head_dims_in_words: str
+    _nowhere: int = 0
 
     def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:
         """Looks whether keys and values are in 16 bits, on a device that has matrix units for both kinds.
@@ -72,14 +73,15 @@ class LibraryAttention(TokenMajorLayout):
     def allocate(
         self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> TokenMajorCache:
-        """Returns the uninitialised KV cache of one layer.
+        """Returns the uninitialised KV cache of one layer, and one block more: captured steps write padding there.
 
         Raises:
             BackendUnavailableError: The package has no kernel for such a layer.
         """
         self.check_dtype(dtype, device)
         self.check_layer(spec)
-        return super().allocate(spec, num_blocks, page_size, dtype, device)
+        self._nowhere = num_blocks
+        return super().allocate(spec, num_blocks + 1, page_size, dtype, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,47 @@ class PagedRows:
     def tokens(self) -> int:
         """Query tokens of all rows."""
         return int(self.query_start[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """A step of one token for each row, on the host, with rows of one token each where it is padded.
+
+    A kernel need not know what to do with an empty row: the rows that pad have their token in a block of nobody's.
+
+    Attributes:
+        slots: (T,) where the keys and values of the tokens go.
+        lengths: (T,) tokens of the row, that of this step included.
+        blocks: (T,) how many blocks that are.
+        tables: (T, longest row's blocks) the blocks, zero past the row's end.
+    """
+
+    slots: Int64
+    lengths: Int32
+    blocks: Int32
+    tables: Int32
+
+    @classmethod
+    def of(cls, batch: StepBatch, page_size: int, nowhere: int) -> DecodeRows | None:
+        """Those of a step, or None where one of its rows has not one token.
+
+        Args:
+            batch: The step; its tokens beyond the last row pad it.
+            page_size: Tokens to a block.
+            nowhere: The block of nobody's.
+        """
+        if (np.diff(batch.query_start) != 1).any():
+            return None
+        tokens, rows = len(batch.slot_mapping), len(batch.context_lens)
+        lengths = np.ones(tokens, np.int32)
+        lengths[:rows] += batch.context_lens
+        blocks = -(-lengths // page_size)
+        tables = np.zeros((tokens, int(blocks.max(initial=1))), np.int32)
+        width = int(blocks[:rows].max(initial=0))
+        tables[:rows, :width] = np.where(np.arange(width) < blocks[:rows, None], batch.block_tables[:, :width], 0)
+        tables[rows:, 0] = nowhere
+        slots = np.where(batch.slot_mapping < 0, nowhere * page_size, batch.slot_mapping)
+        return cls(slots, lengths, blocks, tables)
 
 
 def with_padding(attended: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from asyncengine.errors import ReloadError
 from asyncengine.step.batch import StepBatch
+from asyncengine.step.limits import Limits
 
 
 class BackendUnavailableError(ReloadError):
@@ -30,6 +31,8 @@ class LayerSpec:
         sliding_window: A token at position p attends to positions > p - sliding_window; None is unlimited.
         soft_cap: Scores become soft_cap * tanh(score / soft_cap) after scaling; None is off (Gemma 2).
         has_sinks: Whether each head has a learned logit that joins the softmax and attends to nothing (gpt-oss).
+        key_scale: What keys are divided by where they are kept in fp8.
+        value_scale: The same for values.
     """
 
     num_heads: int
@@ -40,6 +43,8 @@ class LayerSpec:
     sliding_window: int | None = None
     soft_cap: float | None = None
     has_sinks: bool = False
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
 
 class AttentionBackend(Protocol):
@@ -133,3 +138,29 @@ class CarryingBackend(Protocol):
             depends on their lengths, as long as the plan's `graph_key` stays the same.
         """
         ...
+
+
+@runtime_checkable
+class CapturableBackend(Protocol):
+    """A back end with plans of another sort for steps that are captured: what those read never moves."""
+
+    def reserve(self, limits: Limits, device: torch.device) -> None:
+        """Makes room for the plans of steps of one token for each sequence; what is large enough stays where it is."""
+        ...
+
+    def plan_captured(self, batch: StepBatch, page_size: int, device: torch.device) -> Any:
+        """As `AttentionBackend.plan`, of a step of decodes that is padded to the tokens of a graph.
+
+        All that is done on the host is done here, before the graph is replayed. The plan has a `graph_key`, which is
+        None where rows have several tokens: such steps are not replayed.
+        """
+        ...
+
+    def capture_bytes(self, specs: Collection[LayerSpec], sequences: int, device: torch.device) -> int:
+        """Bytes that captured steps of up to `sequences` sequences take beside what others take as well."""
+        ...
+
+
+def is_capturable(backend: object) -> bool:
+    """Whether steps over this attention can be captured: the plans have a place that stays, and a `graph_key`."""
+    return isinstance(backend, CarryingBackend | CapturableBackend)

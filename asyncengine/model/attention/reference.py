@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -72,6 +73,10 @@ class TorchAttention(TokenMajorLayout):
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
+        key_scale, value_scale = fp8.scales(spec, cache.keys.dtype)
+        if (key_scale, value_scale) != (1.0, 1.0):
+            key, value = key.float() / key_scale, value.float() / value_scale
+            spec = dataclasses.replace(spec, scaling=spec.scaling * key_scale)
         plan.writes.write(cache, key, value)
         keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
         output = query.new_zeros(query.shape[0], spec.num_heads, spec.value_dim)
@@ -94,7 +99,7 @@ class TorchAttention(TokenMajorLayout):
                 )
                 for i in range(0, n, at_once)
             ]
-            attended = torch.cat(parts, 1).flatten(0, 1)
+            attended = torch.cat(parts, 1).flatten(0, 1) * value_scale
             output.index_copy_(0, group.tokens, attended.to(output.dtype))
         return output
 

@@ -275,7 +275,7 @@ class TritonAttention:
                     grid = self._given_programs or self._processors * per_processor
                     self._attend(spec, cache, plan, query, sinks, output, i, launch, tiles, grid)
                     if i in plan.merged:
-                        self._merge(spec, plan, sinks, output, i, grid)
+                        self._merge(spec, dtype, plan, sinks, output, i, grid)
         return output
 
     def _write(
@@ -283,7 +283,7 @@ class TritonAttention:
     ) -> None:
         self._kernels.write[(-(-plan.tokens * spec.num_kv_heads // WRITE_LAUNCH.rows),)](
             plan.buffer, key, value, fp8.movable(cache.keys), fp8.movable(cache.values), plan.tokens,
-            key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            key.stride(0), key.stride(1), value.stride(0), value.stride(1), *fp8.scales(spec, cache.keys.dtype),
             **write_constants(spec, cache.keys.dtype, cache.keys.shape[2]), **launch_options(WRITE_LAUNCH),
         )  # fmt: skip
 
@@ -300,9 +300,10 @@ class TritonAttention:
         tiles: Tiles,
         grid: int,
     ) -> None:
+        key_scale, value_scale = fp8.scales(spec, cache.keys.dtype)
         self._kernels.attend[(grid,)](
             plan.buffer, query, cache.keys, cache.values, sinks, output, self._parts, self._statistics,
-            query.stride(0), query.stride(1), float(spec.scaling), float(spec.soft_cap or 0.0),
+            query.stride(0), query.stride(1), spec.scaling * key_scale, float(spec.soft_cap or 0.0), value_scale,
             **attend_constants(spec, cache.keys.dtype, cache.keys.shape[2], index, launch, tiles, self._widen(cache)),
             **launch_options(launch),
         )  # fmt: skip
@@ -313,6 +314,7 @@ class TritonAttention:
     def _merge(
         self,
         spec: LayerSpec,
+        dtype: torch.dtype,
         plan: TritonPlan,
         sinks: torch.Tensor | None,
         output: torch.Tensor,
@@ -320,7 +322,7 @@ class TritonAttention:
         grid: int,
     ) -> None:
         self._kernels.merge[(grid,)](
-            plan.buffer, sinks, output, self._parts, self._statistics,
+            plan.buffer, sinks, output, self._parts, self._statistics, fp8.scales(spec, dtype)[1],
             **merge_constants(spec, index), **launch_options(MERGE_LAUNCH),
         )  # fmt: skip
 

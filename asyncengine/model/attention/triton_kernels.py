@@ -73,11 +73,14 @@ def _finish(total, total_max, total_sum, sink, HAS_SINKS: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens"])
 def write(
     plan, key, value, keys, values, tokens,
-    key_token, key_head, value_token, value_head,
+    key_token, key_head, value_token, value_head, key_scale, value_scale,
     KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Writes keys and values to their slots; a row is a pair of a token and a head. With FP8 the slots are bytes."""
+    """Writes keys and values to their slots; a row is a pair of a token and a head.
+
+    With FP8 the slots are bytes, and what they hold was divided by the scales.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = row // KV_HEADS
     head = row % KV_HEADS
@@ -89,19 +92,19 @@ def write(
     dim = tl.arange(0, KEY_PAD)[None, :]
     mask = written & (dim < KEY_DIM)
     numbers = tl.load(key + token * key_token + head * key_head + dim, mask=mask)
-    numbers = e4m3(numbers) if FP8 else numbers.to(keys.dtype.element_ty)
+    numbers = e4m3(numbers.to(tl.float32) / key_scale) if FP8 else numbers.to(keys.dtype.element_ty)
     tl.store(keys + here * KEY_DIM + dim, numbers, mask=mask)
     dim = tl.arange(0, VALUE_PAD)[None, :]
     mask = written & (dim < VALUE_DIM)
     numbers = tl.load(value + token * value_token + head * value_head + dim, mask=mask)
-    numbers = e4m3(numbers) if FP8 else numbers.to(values.dtype.element_ty)
+    numbers = e4m3(numbers.to(tl.float32) / value_scale) if FP8 else numbers.to(values.dtype.element_ty)
     tl.store(values + here * VALUE_DIM + dim, numbers, mask=mask)
 
 
 @triton.jit
 def attend(
     plan, query, keys, values, sinks, output, parts, statistics,
-    query_token, query_head, scaling, soft_cap,
+    query_token, query_head, scaling, soft_cap, value_scale,
     LIST: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
     PAGE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -215,6 +218,8 @@ def attend(
             if HAS_SINKS:
                 sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * _LOG2E
             mean = _finish(total, total_max, total_sum, sink, HAS_SINKS)
+            if FP8:
+                mean *= value_scale
             tl.store(
                 output + (at_token * HEADS + head)[:, None] * VALUE_DIM + value_dim[None, :],
                 mean.to(output.dtype.element_ty),
@@ -224,7 +229,7 @@ def attend(
 
 @triton.jit
 def merge(
-    plan, sinks, output, parts, statistics,
+    plan, sinks, output, parts, statistics, value_scale,
     LIST: tl.constexpr, HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     HAS_SINKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -252,7 +257,7 @@ def merge(
         sink = total_max
         if HAS_SINKS:
             sink = tl.load(sinks + head + one).to(tl.float32) * _LOG2E
-        mean = _finish(total, total_max, total_sum, sink, HAS_SINKS)
+        mean = _finish(total, total_max, total_sum, sink, HAS_SINKS) * value_scale
         tl.store(
             output + (token * HEADS + head) * VALUE_DIM + dim, mean.to(output.dtype.element_ty), mask=dim < VALUE_DIM
         )

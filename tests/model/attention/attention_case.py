@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from asyncengine.model.attention import fp8
 from asyncengine.model.attention.protocol import AttentionBackend, LayerSpec
 from asyncengine.step.batch import StepBatch
 
@@ -149,7 +150,8 @@ def run_paged(
         keys = torch.cat([rows[i].keys[: rows[i].context] for i in held])
         values = torch.cat([rows[i].values[: rows[i].context] for i in held])
         if fill := getattr(backend, "fill", None):
-            fill(cache, batch.slot_mapping, keys, values)
+            key_scale, value_scale = fp8.scales(spec, kv_dtype or dtype)
+            fill(cache, batch.slot_mapping, keys / key_scale, values / value_scale)
         else:
             queries = torch.zeros(len(keys), spec.num_heads, spec.key_dim, dtype=dtype)
             backend.attend(spec, cache, backend.plan(batch, page_size, CPU), queries, keys, values, sinks)

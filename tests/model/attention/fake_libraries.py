@@ -1,7 +1,8 @@
 """Stand-ins for FlashInfer and FlashAttention-3, which cannot be installed where there is no GPU.
 
 Each takes what the real one documents (names, order, shapes, dtypes, where things lie), refuses everything else, and
-computes in float64. They were written after flashinfer 0.6.18 (`prefill.py`) and flash_attn_3 (`hopper`, August 2026).
+computes in float64. They were written after flashinfer 0.6.18 (`prefill.py`, `decode.py`) and
+flash_attn_3 (`hopper`, August 2026).
 """
 
 from __future__ import annotations
@@ -109,6 +110,94 @@ class BatchPrefillWithPagedKVCacheWrapper:
         return torch.cat(outputs)
 
 
+class BatchDecodeWithPagedKVCacheWrapper:
+    """As flashinfer's of that name, for CUDA graphs: its launches read what `plan` wrote to tensors that were given."""
+
+    made: list[BatchDecodeWithPagedKVCacheWrapper]
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        use_tensor_cores: bool = False,
+        paged_kv_indptr_buffer: torch.Tensor | None = None,
+        paged_kv_indices_buffer: torch.Tensor | None = None,
+        paged_kv_last_page_len_buffer: torch.Tensor | None = None,
+    ) -> None:
+        assert float_workspace_buffer.dtype is torch.uint8 and kv_layout == "NHD"
+        assert use_cuda_graph and use_tensor_cores
+        buffers = (paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer)
+        assert all(isinstance(buffer, torch.Tensor) and buffer.dtype is torch.int32 for buffer in buffers)
+        self.start, self.indices, self.last = (buffer for buffer in buffers if buffer is not None)
+        self.rows = len(self.last)
+        if len(self.start) != self.rows + 1:
+            raise ValueError("The size of paged_kv_indptr_buffer should be batch_size + 1")
+        self.workspace = float_workspace_buffer
+        self.schedule = torch.zeros(8 << 20, dtype=torch.uint8)
+        self.plans = 0
+        self.made.append(self)
+
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
+        assert int_workspace_buffer.dtype is torch.uint8 and len(int_workspace_buffer) == 8 << 20
+        assert float_workspace_buffer is self.workspace
+        self.schedule = int_workspace_buffer
+
+    def plan(
+        self,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        *,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        q_data_type: torch.dtype = torch.float16,
+        kv_data_type: torch.dtype | None = None,
+        sm_scale: float | None = None,
+    ) -> None:
+        if len(last_page_len) != self.rows:
+            raise ValueError("The batch size should be fixed in cudagraph mode")
+        starts = int32(indptr, self.rows + 1)
+        int32(indices, starts[-1])
+        assert all(1 <= tokens <= page_size for tokens in int32(last_page_len, self.rows))
+        assert starts[0] == 0 and all(b > a for a, b in itertools.pairwise(starts))
+        shape = (num_qo_heads, num_kv_heads, head_dim, page_size, window_left, logits_soft_cap or 0.0, sm_scale)
+        assert not self.plans or shape == self.shape
+        self.shape, self.dtypes = shape, (q_data_type, kv_data_type or q_data_type)
+        self.start.copy_(indptr)
+        self.indices[: len(indices)].copy_(indices)
+        self.last.copy_(last_page_len)
+        self._scheduled()[:] = self._wanted()
+        self.plans += 1
+
+    def run(self, q: torch.Tensor, paged_kv_cache: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        # What a captured launch reads: nothing but tensors, at the addresses that they had then.
+        assert torch.equal(self._scheduled(), self._wanted()), "the rows are not those that were planned last"
+        keys, values = paged_kv_cache
+        heads, kv_heads, dim, page_size, window_left, soft_cap, scale = self.shape
+        assert q.shape == (self.rows, heads, dim) and q.is_contiguous()
+        assert keys.shape[1:] == values.shape[1:] == (page_size, kv_heads, dim)
+        assert (q.dtype, keys.dtype) == self.dtypes and values.dtype is keys.dtype
+        outputs = []
+        for row, (begin, end) in enumerate(itertools.pairwise(self.start.tolist())):
+            length = (end - begin - 1) * page_size + int(self.last[row])
+            context = [numbers[self.indices[begin:end].long()].flatten(0, 1)[:length] for numbers in (keys, values)]
+            row_scale = 1 / math.sqrt(dim) if scale is None else scale
+            outputs.append(attended(q[row : row + 1], context[0], context[1], row_scale, window_left, soft_cap))
+        return torch.cat(outputs)
+
+    def _scheduled(self) -> torch.Tensor:
+        return self.schedule.view(torch.int32)[: len(self._wanted())]
+
+    def _wanted(self) -> torch.Tensor:
+        window = torch.tensor([self.rows, self.shape[4]], dtype=torch.int32)
+        return torch.cat((window, self.start, self.last))
+
+
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -149,5 +238,7 @@ def modules() -> dict[str, ModuleType]:
     flashinfer, flash_attn_interface = ModuleType("flashinfer"), ModuleType("flash_attn_interface")
     wrapper: Any = type("Wrapper", (BatchPrefillWithPagedKVCacheWrapper,), {"made": []})
     flashinfer.BatchPrefillWithPagedKVCacheWrapper = wrapper  # type: ignore[attr-defined]
+    decode: Any = type("DecodeWrapper", (BatchDecodeWithPagedKVCacheWrapper,), {"made": []})
+    flashinfer.BatchDecodeWithPagedKVCacheWrapper = decode  # type: ignore[attr-defined]
     flash_attn_interface.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
     return {"flashinfer": flashinfer, "flash_attn_interface": flash_attn_interface}

@@ -23,9 +23,9 @@ from attention_case import (
 from test_invariance import same_bits
 from triton_device import TritonOnDevice, require_triton
 
-from asyncengine.model.attention import triton_tiles
+from asyncengine.model.attention import fp8, triton_tiles
 from asyncengine.model.attention.cpu import CpuAttention
-from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavailableError
+from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavailableError, LayerSpec
 from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.attention.triton_tiles import Launch, Tiles
 
@@ -38,26 +38,39 @@ def backend(request: pytest.FixtureRequest) -> AttentionBackend:
     return TorchAttention() if request.param == "torch" else request.getfixturevalue("triton_backend")
 
 
-def as_kept(row: Any) -> Any:
+def as_kept(row: Any, spec: LayerSpec) -> Any:
     """A row whose keys and values went through fp8."""
-    return dataclasses.replace(row, keys=row.keys.to(FP8).double(), values=row.values.to(FP8).double())
+    keys, values = (
+        (numbers / scale).to(FP8).double() * scale
+        for numbers, scale in ((row.keys, spec.key_scale), (row.values, spec.value_scale))
+    )
+    return dataclasses.replace(row, keys=keys, values=values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("features", [{}, {"sliding_window": 33, "soft_cap": 5.0, "has_sinks": True}], ids=str)
+@pytest.mark.parametrize(
+    "features",
+    [{}, {"sliding_window": 33, "soft_cap": 5.0, "has_sinks": True}, {"key_scale": 64.0, "value_scale": 2.0**-10}],
+    ids=str,
+)
 def test_what_was_rounded_to_fp8_is_attended_to_as_exactly_as_in_the_models_dtype(
     backend: AttentionBackend, features: dict[str, Any], dtype: torch.dtype
 ) -> None:
     spec = layer(**features)
     rows = [random_row(spec, context, new, dtype, i) for i, (context, new) in enumerate(MIXED)]
+    if spec.key_scale != 1.0:  # keys that would be cut off, values that would vanish, scores and output as ever
+        for row in rows:
+            row.keys *= 512
+            row.query /= 512
+            row.values *= 2.0**-10
     sinks = random_sinks(spec)
     outputs = run_paged(backend, spec, rows, 16, dtype, sinks, kv_dtype=FP8)
     # The Triton kernel multiplies in float16, whatever the model's dtype.
     tolerance = max(TOLERANCE[dtype], TOLERANCE[torch.float16])
     for row, output in zip(rows, outputs, strict=True):
         assert output.dtype == dtype
-        expected = dense(spec, as_kept(row), sinks)
-        torch.testing.assert_close(output.double(), expected, rtol=tolerance / 2, atol=tolerance)
+        expected = dense(spec, as_kept(row, spec), sinks) / spec.value_scale
+        torch.testing.assert_close(output.double() / spec.value_scale, expected, rtol=tolerance / 2, atol=tolerance)
         error = (output.double() - dense(spec, row, sinks)).norm() / output.double().norm()
         assert error < 0.06  # a unit in the last of 3 bits of mantissa is 1/8, so one number is at most 1/16 off
 
@@ -149,3 +162,15 @@ def test_devices_that_cannot_convert_fp8_are_refused(monkeypatch: pytest.MonkeyP
                 attention.check_dtype(FP8, device)
         else:
             attention.check_dtype(FP8, device)
+
+
+def test_a_scale_is_a_power_of_two_where_numbers_would_be_cut_off_or_vanish() -> None:
+    for usual in (0.25, 1.0, 56.0, 0.0, float("nan"), float("inf")):
+        assert fp8.scale_for(usual) == 1.0
+    assert fp8.scale_for(56.1) == 2.0
+    assert fp8.scale_for(2000.0) == 64.0
+    assert fp8.scale_for(0.01) == 2.0**-12
+    for largest in (60.0, 1e4, 0.2, 1e-5):
+        assert 28.0 <= largest / fp8.scale_for(largest) <= 56.0
+    assert fp8.scales(layer(key_scale=2.0), torch.bfloat16) == (1.0, 1.0)
+    assert fp8.scales(layer(key_scale=2.0), FP8) == (2.0, 1.0)

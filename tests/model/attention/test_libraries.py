@@ -24,7 +24,6 @@ from asyncengine.model.attention.flashinfer import FlashInferAttention
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec, ParticularBackend
 from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.attention.select import Selection, select
-from asyncengine.model.graphs import graphs_for
 from asyncengine.model.load_check import check_layers
 
 Backend = FlashInferAttention | FlashAttention3
@@ -114,11 +113,12 @@ def test_blocks_are_copied_as_the_reference_does(backend: Backend) -> None:
     spec, copies = layer(key_dim=64), torch.tensor([[0, 2], [2, 1]])
     caches = [each.allocate(spec, 3, 4, torch.float16, CPU) for each in (backend, TorchAttention())]
     for cache in caches:
-        cache.keys.copy_(torch.arange(cache.keys.numel()).view(cache.keys.shape) % 999)
+        cache.keys.copy_(torch.arange(cache.keys.numel()).view(cache.keys.shape) % 999)  # the same in blocks of both
         cache.values.copy_(cache.keys + 1)
     backend.copy_blocks(caches[:1], copies)
     TorchAttention().copy_blocks(caches[1:], copies)
-    assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+    for name in ("keys", "values"):  # its own last block is nobody's
+        assert torch.equal(getattr(caches[0], name)[:3], getattr(caches[1], name))
 
 
 @pytest.mark.usefixtures("installed")
@@ -188,13 +188,6 @@ def test_is_there_only_by_name_on_cuda_where_it_imports(name: Any, monkeypatch: 
     backend = select(name, CUDA).backend
     assert backend.name == name and isinstance(backend, ParticularBackend)
     assert select("auto", CUDA).backend.name in ("triton", "torch")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_runs_without_graphs_and_says_so(name: str) -> None:
-    graphs, notes = graphs_for(None, name, 4, CUDA)  # type: ignore[arg-type]
-    assert graphs is None
-    assert notes == (f"graphs: the {name} attention plans in tensors of changing sizes; none are captured",)
 
 
 def test_whole_models_compute_what_transformers_computes(backend: Backend, checkpoint: Callable[..., Path]) -> None:
