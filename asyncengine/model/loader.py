@@ -15,7 +15,7 @@ from asyncengine.model import memory
 from asyncengine.model.built_model import Built, build, recalled
 from asyncengine.model.capacity import graphs_of, kv_bytes_per_block, limits_of
 from asyncengine.model.draft_model import DraftModel
-from asyncengine.model.findings import Findings, keep
+from asyncengine.model.findings import keep
 from asyncengine.model.load_check import DTYPES, Details, device_of, plan_of, select_attention, without_findings
 from asyncengine.model.tokenizer import FastTokenizer, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
@@ -25,7 +25,6 @@ from asyncengine.step.batch import StepBatch
 from asyncengine.step.drafting import Drafting
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
-from asyncengine.tokenizer import Tokenizer
 
 CPU_SATURATION, CUDA_SATURATION = 8.0, 128.0
 """Tokens in a step whose arithmetic takes about as long as reading the weights."""
@@ -85,15 +84,17 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     built = None
     # Where all is known already, nothing of transformers is imported beside the tokenizer; else one follows the other.
     with ThreadPoolExecutor(1, "asyncengine-tokenizer") as pool:
-        known = None if details.findings is None else details.findings.description["tokenizer"]
-        reading = pool.submit(load_tokenizer, details.tokenizer_path, details.present_tokenizer, known)
+        reading = pool.submit(load_tokenizer, details.tokenizer_path, details.present_tokenizer)
         if details.findings is not None:
             built = recalled(config, details, backend)
-    tokenizer = reading.result()
-    if built is None:
-        details = details if details.findings is None else without_findings(details)
-        built = build(config, details, backend)
-        _keep(details, built, tokenizer)
+        tokenizer = reading.result()
+        if isinstance(tokenizer, FastTokenizer) and tokenizer.keep_at is not None:
+            pool.submit(tokenizer.keep)
+        if built is None:
+            details = details if details.findings is None else without_findings(details)
+            built = build(config, details, backend)
+            if details.findings_at is not None and built.findings is not None:
+                keep(details.findings_at, built.findings)
     draft = None if details.draft is None else build(config, details.draft, backend)
     limits, complete = limits_of(plan, built, draft, backend)
     vocab_size = details.vocab_size
@@ -142,15 +143,6 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         hidden_size=built.hidden_size,
         pooling=details.checkpoint.pooling,
     )
-
-
-def _keep(details: Details, built: Built, tokenizer: Tokenizer | None) -> None:
-    """Keeps what this load found out for the next one."""
-    if details.findings_at is None or built.findings is None:
-        return
-    known = (tokenizer.sources, tokenizer.kind) if isinstance(tokenizer, FastTokenizer) else None
-    about = built.findings.description | {"tokenizer": known}
-    keep(details.findings_at, Findings(about, built.findings.tensors))
 
 
 def _drafting(
