@@ -78,7 +78,7 @@ def keep(place: Path | None, tokenizer: Any) -> bool:
         again = _assembled(content)
         if len(content) > MOST_BYTES or _described(again) != content:
             return False
-        if any(_rendered(again, tools) != _rendered(tokenizer, tools) for tools in (None, [])):
+        if _rendered(again) != _rendered(tokenizer):
             return False
     except Exception:  # whatever is odd about it: it will be read as it was
         return False
@@ -99,7 +99,8 @@ def _described(tokenizer: Any) -> bytes:
         "encode_special_tokens": backend.encode_special_tokens,
         "state": _written(state),
     }
-    return json.dumps(about).encode() + b"\n" + backend.to_str().encode()
+    text: str = backend.to_str()
+    return json.dumps(about).encode() + b"\n" + text.encode()
 
 
 def _assembled(content: bytes) -> Any:
@@ -138,10 +139,10 @@ def _class_of(tokenizer: Any) -> tuple[str, str]:
     raise TypeError(f"{type(tokenizer).__qualname__} is not over the tokenizers library")
 
 
-def _rendered(tokenizer: Any, tools: Any) -> object:
+def _rendered(tokenizer: Any) -> object:
     """A conversation as its template writes it, or what is wrong with that."""
     try:
-        return tokenizer.apply_chat_template(_CONVERSATION, tools=tools, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(_CONVERSATION, tokenize=False, add_generation_prompt=True)
     except Exception as error:
         return type(error), str(error)
 

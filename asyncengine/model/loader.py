@@ -82,11 +82,13 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     backend = selection.backend
     notes = [] if selection.fallback_reason is None else [f"attention: {selection.fallback_reason}"]
     built = None
+    known = None if details.findings is None else recalled(config, details, backend)
     # Where all is known already, nothing of transformers is imported beside the tokenizer; else one follows the other.
     with ThreadPoolExecutor(1, "asyncengine-tokenizer") as pool:
+        # A vocabulary is read with the GIL, for as long as it takes to pack the weights, which is done without.
         reading = pool.submit(load_tokenizer, details.tokenizer_path, details.present_tokenizer)
-        if details.findings is not None:
-            built = recalled(config, details, backend)
+        if known is not None:
+            built = known.built()
         tokenizer = reading.result()
         if isinstance(tokenizer, FastTokenizer) and tokenizer.keep_at is not None:
             pool.submit(tokenizer.keep)

@@ -40,14 +40,13 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def directory(path: Path, kind: str = "TokenizersBackend", **settings: Any) -> Path:
     """A copy of the embedded model's tokenizer, of another class."""
     copytree(tiny.PATH, path)
-    for name, changes in (
-        ("tokenizer_config.json", {"tokenizer_class": kind, "unk_token": "<|pad|>", **settings}),
-        ("config.json", {}),
-    ):
-        values = json.loads((path / name).read_text(encoding="utf-8")) | changes
-        if name == "config.json":
-            values["model_type"] = CLASSES[kind]
-        (path / name).write_text(json.dumps(values), encoding="utf-8")
+    changes = {
+        "tokenizer_config.json": {"tokenizer_class": kind, "unk_token": "<|pad|>", **settings},
+        "config.json": {"model_type": CLASSES[kind]},
+    }
+    for name, values in changes.items():
+        content = json.loads((path / name).read_text(encoding="utf-8"))
+        (path / name).write_text(json.dumps(content | values), encoding="utf-8")
     return path
 
 
