@@ -189,7 +189,8 @@ def _captured(
         if config.decoder_backend == "auto":  # not before it has been measured
             candidates = fused.sizes
             fused.use(())
-    _warm_up(model, limits, 2 if details.device.type == "cpu" else 64)
+    if built.program is None:  # else the trial has run what will run
+        _warm_up(model, limits, 2 if details.device.type == "cpu" else 64)
     graphs, slower = graphs_for(model, backend.name, limits.max_num_sequence, details.device, last)
     if graphs is not None:
         measured = None
