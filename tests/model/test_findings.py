@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from asyncengine import CheckpointError, EngineConfig
 from asyncengine.model import built_model, findings, kept_tokenizer, loader
 from asyncengine.model.checkpoint import Checkpoint
+from asyncengine.model.decoder.weights import Packing
 from asyncengine.model.findings import Findings, keep, recall
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.runner import TorchModel
@@ -268,6 +270,33 @@ def test_the_modules_of_models_are_not_imported(tmp_path: Path, checkpoint: Call
 
     assert "transformers.modeling_utils" in imported()
     assert imported() == ""
+
+
+def test_the_vocabulary_is_read_while_the_weights_are_packed(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it holds the interpreter's lock, so it begins when all is ready for what needs no lock."""
+    load(checkpoint("llama")).model.close()
+    ready, reads = threading.Event(), threading.Event()
+    recall_model, read, run = loader.recalled, loader.load_tokenizer, Packing.run
+    together: list[bool] = []
+    monkeypatch.setattr(loader, "recalled", lambda *args: (recall_model(*args), ready.set())[0])
+    monkeypatch.setattr(
+        loader, "load_tokenizer", lambda *args: (reads.set(), together.append(ready.is_set()), read(*args))[-1]
+    )
+    monkeypatch.setattr(Packing, "run", lambda packing: (together.append(reads.wait(10)), run(packing))[-1])
+    load(checkpoint("llama")).model.close()
+    assert together == [True, True]
+
+
+@pytest.mark.parametrize("backend", ["compiled", "transformers"])
+def test_only_what_no_trial_has_run_as_it_will_run_is_warmed_up(
+    backend: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmed: list[int] = []
+    monkeypatch.setattr(loader, "_warm_up", lambda model, limits, prompt: warmed.append(prompt))
+    load(checkpoint("llama"), decoder_backend=backend).model.close()
+    assert warmed == ([2] if backend == "transformers" else [])
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice about files")
