@@ -189,8 +189,8 @@ def _captured(
         if config.decoder_backend == "auto":  # not before it has been measured
             candidates = fused.sizes
             fused.use(())
-    if built.program is None:  # else the trial has run what will run
-        _warm_up(model, limits, 2 if details.device.type == "cpu" else 64)
+    prompt = 64 if details.device.type != "cpu" else 2 if built.program is None else 1
+    _warm_up(model, limits, prompt)
     graphs, slower = graphs_for(model, backend.name, limits.max_num_sequence, details.device, last)
     if graphs is not None:
         measured = None
@@ -209,7 +209,8 @@ def _captured(
 def _warm_up(model: Any, limits: Limits, prompt: int) -> None:
     """Runs a prefill and a decode, so that whatever is built on first use is built before the model serves.
 
-    For that a device wants some tokens; on the CPU nothing depends on how many there are.
+    For that a device wants some tokens; on the CPU nothing depends on how many there are. A compiled step has been run
+    by the trial, and its prefill and decode are one code: a single token shows that it runs over this cache.
     """
     most = min(limits.prefill_chunk_size, limits.max_single_sequence_length, limits.num_blocks * limits.page_size)
     for count in {min(prompt, most), 1}:
