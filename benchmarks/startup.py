@@ -110,7 +110,8 @@ def main() -> None:
         first = run()
         rounds: dict[str, list[dict[str, float]]] = {state: [] for state in STATES}
         for _ in range(arguments.rounds):
-            shutil.rmtree(cache / "asyncengine" / "findings", ignore_errors=True)
+            for kept in ("findings", "tokenizers"):
+                shutil.rmtree(cache / "asyncengine" / kept, ignore_errors=True)
             rounds["unknown"].append(run())
             rounds["warm"].append(run())
             rounds["cold"].append(run(cold=True))

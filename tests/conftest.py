@@ -30,6 +30,13 @@ if uvloop is not None:
 
 settings.register_profile("long", max_examples=5000)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is compiled and kept lies in pytest's cache, so that runs share it and the user's own stays as it is."""
+    if (cache := getattr(config, "cache", None)) is not None:
+        os.environ["XDG_CACHE_HOME"] = str(cache.mkdir("asyncengine"))
+
+
 _watched: list[asyncio.AbstractEventLoop] = []
 _reported: list[Mapping[str, Any]] = []
 

@@ -95,25 +95,49 @@ def build(config: EngineConfig, details: Details, backend: Any) -> Built:
     return Built(model, layers, program, fused, tuple(notes), hidden_size(model), findings)
 
 
-def recalled(config: EngineConfig, details: Details, backend: Any) -> Built | None:
-    """The compiled step of a model that an earlier load found everything out about; it is tried as it was then.
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """A model that an earlier load found everything out about, but for its weights, which are mapped from their files.
 
-    Returns:
-        None, if it does not compute what transformers did then.
+    All are packed by one call, so whoever holds the GIL meanwhile is not in the way.
     """
-    from asyncengine.model import verification
+
+    details: Details
+    backend: Any
+    model: Any
+    layers: Any
+    program: Any
+    packing: Any
+
+    def built(self) -> Built | None:
+        """Packs the weights, and tries the compiled step as it was tried then.
+
+        Returns:
+            None, if it does not compute what transformers did then.
+        """
+        from asyncengine.model import verification
+
+        findings, details = self.details.findings, self.details
+        assert findings is not None
+        self.packing.run()
+        trial = verification.Trial.recalled(findings, details.dtype, self.layers, details.device)
+        try:
+            trial.run(self.model, self.backend, self.program)
+        except UnsupportedModelError:
+            return None
+        return Built(self.model, self.layers, self.program, None, (), findings.description["hidden_size"])
+
+
+def recalled(config: EngineConfig, details: Details, backend: Any) -> Recalled:
+    """The compiled step of a model whose `details` have findings."""
+    from asyncengine.model.decoder.weights import Packing
     from asyncengine.model.skeleton import assembled
 
-    findings = details.findings
-    assert findings is not None
-    model, layers, blueprint = assembled(findings, details.checkpoint, details.max_length)
-    program = _compile(config, details, blueprint, backend, mapped=True)
-    trial = verification.Trial.recalled(findings, details.dtype, layers, details.device)
-    try:
-        trial.run(model, backend, program)
-    except UnsupportedModelError:
-        return None
-    return Built(model, layers, program, None, (), findings.description["hidden_size"])
+    assert details.findings is not None
+    model, layers, blueprint = assembled(details.findings, details.checkpoint, details.max_length)
+    packing = Packing(_library(config, details, backend))
+    program = _compile(config, details, blueprint, backend, packing)
+    return Recalled(details, backend, model, layers, program, packing)
 
 
 def _findings(details: Details, model: Any, layers: Any, blueprint: Any, trial: Any) -> Findings | None:
@@ -214,10 +238,16 @@ def _blueprint(config: EngineConfig, details: Details, model: Any, layers: Any, 
     return recognise(model, layers, details.max_length)
 
 
-def _compile(config: EngineConfig, details: Details, blueprint: Any, backend: Any, mapped: bool = False) -> Any:
-    """The model as a compiled step, which takes its weights."""
-    from asyncengine.model.attention.kernel import kind_of
+def _compile(config: EngineConfig, details: Details, blueprint: Any, backend: Any, later: Any = None) -> Any:
+    """The model as a compiled step, which takes its weights: at once, or when `later`, a `Packing`, is run."""
     from asyncengine.model.decoder.program import CompiledDecoder
 
-    int8 = config.quantization == "int8"
-    return CompiledDecoder(blueprint, backend.library(kind_of(details.dtype, int8)), details.dtype, int8, mapped)
+    library, int8 = _library(config, details, backend), config.quantization == "int8"
+    return CompiledDecoder(blueprint, library, details.dtype, int8, later)
+
+
+def _library(config: EngineConfig, details: Details, backend: Any) -> Any:
+    """The compiled code."""
+    from asyncengine.model.attention.kernel import kind_of
+
+    return backend.library(kind_of(details.dtype, config.quantization == "int8"))

@@ -162,6 +162,11 @@ class Checkpoint:
         raise CheckpointError(f"{self.path} has no weights: neither model.safetensors nor pytorch_model.bin")
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether a directory has tokenizer files."""
+    return any((path / name).exists() for name in _TOKENIZER_FILES)
+
+
 def tokenizer_key(path: Path) -> str | None:
     """Digest of a directory's tokenizer files; None if there are none."""
     digest = hashlib.sha256()

@@ -13,15 +13,11 @@ transformers, the processor, the configuration, and of each weight file's size, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +29,8 @@ from safetensors.torch import load, save
 import asyncengine
 from asyncengine.builds import cache_directory, processor
 from asyncengine.config import EngineConfig
+from asyncengine.model import kept_file
+from asyncengine.model.kept_file import version
 
 MOST_FILES = 64
 """Kept at a time; the oldest goes first."""
@@ -78,15 +76,13 @@ def place_of(config: EngineConfig, checkpoint: Any, device: torch.device, dtype:
 
 def recall(place: Path | None) -> Findings | None:
     """What was kept there, if it is whole."""
-    if place is None:
+    content = None if place is None else kept_file.read(place)
+    if content is None:
         return None
     try:
-        content = place.read_bytes()
-        if hashlib.sha256(content[32:]).digest() != content[:32]:
-            return None
-        tensors = load(content[32:])
+        tensors = load(content)
         return Findings(json.loads(tensors.pop("description").numpy().tobytes()), tensors)
-    except (OSError, SafetensorError, ValueError, KeyError):
+    except (SafetensorError, ValueError, KeyError):
         return None
 
 
@@ -94,20 +90,8 @@ def keep(place: Path, findings: Findings) -> None:
     """Writes what was found, by one rename. Where that cannot be, the next load finds it out again."""
     text = bytearray(json.dumps(findings.description).encode())
     content = save({**findings.tensors, "description": torch.frombuffer(text, dtype=torch.uint8)})
-    if len(content) > MOST_BYTES:
-        return
-    with contextlib.suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(prefix="writing-", dir=place.parent)
-        try:
-            with os.fdopen(number, "wb") as file:
-                file.write(hashlib.sha256(content).digest() + content)
-            os.replace(name, place)
-        except OSError:
-            os.unlink(name)
-            raise
-        for old in sorted(place.parent.iterdir(), key=lambda file: -file.stat().st_mtime_ns)[MOST_FILES:]:
-            old.unlink()
+    if len(content) <= MOST_BYTES:
+        kept_file.write(place, content, MOST_FILES)
 
 
 def _program() -> tuple[str, ...]:
@@ -119,14 +103,7 @@ def _program() -> tuple[str, ...]:
         if source.suffix in (".py", ".cpp"):
             digest.update(source.read_bytes())
     capability = torch.backends.cpu.get_cpu_capability()
-    return (sys.version, torch.__version__, _version("transformers"), processor(), capability, digest.hexdigest())
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
+    return (sys.version, torch.__version__, version("transformers"), processor(), capability, digest.hexdigest())
 
 
 def _stamps(files: list[Path]) -> Iterator[tuple[str, int, int, int, int, int]]:

@@ -15,7 +15,7 @@ from asyncengine.model import memory
 from asyncengine.model.built_model import Built, build, recalled
 from asyncengine.model.capacity import graphs_of, kv_bytes_per_block, limits_of
 from asyncengine.model.draft_model import DraftModel
-from asyncengine.model.findings import Findings, keep
+from asyncengine.model.findings import keep
 from asyncengine.model.load_check import DTYPES, Details, device_of, plan_of, select_attention, without_findings
 from asyncengine.model.tokenizer import FastTokenizer, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
@@ -25,7 +25,6 @@ from asyncengine.step.batch import StepBatch
 from asyncengine.step.drafting import Drafting
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
-from asyncengine.tokenizer import Tokenizer
 
 CPU_SATURATION, CUDA_SATURATION = 8.0, 128.0
 """Tokens in a step whose arithmetic takes about as long as reading the weights."""
@@ -83,17 +82,21 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     backend = selection.backend
     notes = [] if selection.fallback_reason is None else [f"attention: {selection.fallback_reason}"]
     built = None
+    known = None if details.findings is None else recalled(config, details, backend)
     # Where all is known already, nothing of transformers is imported beside the tokenizer; else one follows the other.
     with ThreadPoolExecutor(1, "asyncengine-tokenizer") as pool:
-        known = None if details.findings is None else details.findings.description["tokenizer"]
-        reading = pool.submit(load_tokenizer, details.tokenizer_path, details.present_tokenizer, known)
-        if details.findings is not None:
-            built = recalled(config, details, backend)
-    tokenizer = reading.result()
-    if built is None:
-        details = details if details.findings is None else without_findings(details)
-        built = build(config, details, backend)
-        _keep(details, built, tokenizer)
+        # A vocabulary is read with the GIL, for as long as it takes to pack the weights, which is done without.
+        reading = pool.submit(load_tokenizer, details.tokenizer_path, details.present_tokenizer)
+        if known is not None:
+            built = known.built()
+        tokenizer = reading.result()
+        if isinstance(tokenizer, FastTokenizer) and tokenizer.keep_at is not None:
+            pool.submit(tokenizer.keep)
+        if built is None:
+            details = details if details.findings is None else without_findings(details)
+            built = build(config, details, backend)
+            if details.findings_at is not None and built.findings is not None:
+                keep(details.findings_at, built.findings)
     draft = None if details.draft is None else build(config, details.draft, backend)
     limits, complete = limits_of(plan, built, draft, backend)
     vocab_size = details.vocab_size
@@ -144,15 +147,6 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     )
 
 
-def _keep(details: Details, built: Built, tokenizer: Tokenizer | None) -> None:
-    """Keeps what this load found out for the next one."""
-    if details.findings_at is None or built.findings is None:
-        return
-    known = (tokenizer.sources, tokenizer.kind) if isinstance(tokenizer, FastTokenizer) else None
-    about = built.findings.description | {"tokenizer": known}
-    keep(details.findings_at, Findings(about, built.findings.tensors))
-
-
 def _drafting(
     config: EngineConfig, drafter: Drafter, limits: Limits, device: torch.device, draft_cost: float = 0.0
 ) -> Drafting:
@@ -195,7 +189,8 @@ def _captured(
         if config.decoder_backend == "auto":  # not before it has been measured
             candidates = fused.sizes
             fused.use(())
-    _warm_up(model, limits, 2 if details.device.type == "cpu" else 64)
+    prompt = 64 if details.device.type != "cpu" else 2 if built.program is None else 1
+    _warm_up(model, limits, prompt)
     graphs, slower = graphs_for(model, backend, limits.max_num_sequence, details.device, last)
     if graphs is not None:
         measured = None
@@ -215,7 +210,8 @@ def _captured(
 def _warm_up(model: Any, limits: Limits, prompt: int) -> None:
     """Runs a prefill and a decode, so that whatever is built on first use is built before the model serves.
 
-    For that a device wants some tokens; on the CPU nothing depends on how many there are.
+    For that a device wants some tokens; on the CPU nothing depends on how many there are. A compiled step has been run
+    by the trial, and its prefill and decode are one code: a single token shows that it runs over this cache.
     """
     most = min(limits.prefill_chunk_size, limits.max_single_sequence_length, limits.num_blocks * limits.page_size)
     for count in {min(prompt, most), 1}:

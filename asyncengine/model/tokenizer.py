@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 from asyncengine.errors import CheckpointError
 from asyncengine.grammar.vocabulary import TokenTable
 from asyncengine.known_turns import encode_known_turns, has_known_turns
-from asyncengine.model.checkpoint import tokenizer_key, tokenizer_sources
+from asyncengine.model import kept_tokenizer
+from asyncengine.model.checkpoint import has_tokenizer, tokenizer_sources
 from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
 
 
@@ -20,12 +20,12 @@ class FastTokenizer:
 
     Attributes:
         sources: Digest of what it was made of; None if that is not known.
-        kind: The name of the class that transformers chose for it.
+        keep_at: Where it is to be kept for the next load; None if it is kept already, or not to be.
     """
 
-    def __init__(self, tokenizer: Any, sources: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, sources: str | None = None, keep_at: Path | None = None) -> None:
         self.sources = sources
-        self.kind = _kind(tokenizer)
+        self.keep_at = keep_at
         self._chat = tokenizer
         # The library's own object: the wrapper's encode changes shared truncation settings on every call.
         self._backend = tokenizer.backend_tokenizer
@@ -38,6 +38,11 @@ class FastTokenizer:
         self.call_marks = (marks[0], marks[1]) if all(isinstance(mark, str) and mark for mark in marks) else None
         self.reasons = any(name in fields for name in ("reasoning_content", "reasoning", "thinking"))
         self.takes_tools = "tools" in str(tokenizer.chat_template or "")
+
+    def keep(self) -> None:
+        """Keeps it where it is to be kept. Takes about as long as reading the vocabulary."""
+        kept_tokenizer.keep(self.keep_at, self._chat)
+        self.keep_at = None
 
     def encode(self, text: str) -> list[int]:
         """As `asyncengine.tokenizer.Tokenizer`."""
@@ -107,53 +112,32 @@ class SlowTokenizer:
             return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
-def load_tokenizer(path: Path, present: Tokenizer | None = None, known: Any = None) -> Tokenizer | None:
+def load_tokenizer(path: Path, present: Tokenizer | None = None) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory; None if it has none.
 
     Args:
         path: The directory.
         present: One that is loaded. It is returned if it was made of the same files: to read them again would hold the
             interpreter's lock for hundreds of milliseconds if the vocabulary is large.
-        known: The `sources` of one that transformers read before, and its `kind`.
 
     Raises:
         CheckpointError: Its files cannot be read.
     """
-    if tokenizer_key(path) is None:
+    if not has_tokenizer(path):
         return None
     sources = tokenizer_sources(path)
     if isinstance(present, FastTokenizer) and present.sources == sources:
         return present
+    place = kept_tokenizer.place_of(path, sources)
+    if (kept := kept_tokenizer.recall(place)) is not None:
+        return FastTokenizer(kept, sources)
     try:
-        tokenizer = _outlined(path, known[1]) if known is not None and known[0] == sources else None
-        if tokenizer is None:
-            from transformers import AutoTokenizer
+        from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
-    return FastTokenizer(tokenizer, sources) if tokenizer.is_fast else SlowTokenizer(tokenizer)
-
-
-def _outlined(path: Path, kind: str) -> Any:
-    """The tokenizer, read with an outline of the model's configuration; None if another class comes of that.
-
-    transformers reads the configuration to choose a class, and to read one of some models it imports much of torch.
-    """
-    from transformers import AutoTokenizer, PreTrainedConfig
-
-    try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        outline = PreTrainedConfig(name_or_path=str(path), tokenizer_class=values.get("tokenizer_class"))
-        outline.model_type = values["model_type"]
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, config=outline)
-    except Exception:  # it is read again, and then says what is wrong
-        return None
-    return tokenizer if _kind(tokenizer) == kind else None
-
-
-def _kind(tokenizer: Any) -> str:
-    return f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}"
+    return FastTokenizer(tokenizer, sources, place) if tokenizer.is_fast else SlowTokenizer(tokenizer)
 
 
 def _encode_chat(

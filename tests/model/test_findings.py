@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncengine import CheckpointError, EngineConfig
-from asyncengine.model import built_model, findings, loader, tokenizer
+from asyncengine.model import built_model, findings, kept_tokenizer, loader
 from asyncengine.model.checkpoint import Checkpoint
+from asyncengine.model.decoder.weights import Packing
 from asyncengine.model.findings import Findings, keep, recall
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.runner import TorchModel
@@ -34,7 +36,8 @@ COMPILED = sorted(set(ARCHITECTURES) - {"deepseek_v3"})
 @pytest.fixture(autouse=True)
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where findings are kept meanwhile."""
-    monkeypatch.setattr(findings, "cache_directory", lambda: tmp_path / "kept")
+    for module in (findings, kept_tokenizer):
+        monkeypatch.setattr(module, "cache_directory", lambda: tmp_path / "kept")
     return tmp_path / "kept" / "findings"
 
 
@@ -134,7 +137,7 @@ def test_another_version_is_found_out_by_itself(
     checkpoint: Callable[..., Path], builds: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(checkpoint("llama")).model.close()
-    monkeypatch.setattr(findings, "_version", lambda name: "another")
+    monkeypatch.setattr(findings, "version", lambda name: "another")
     load(checkpoint("llama")).model.close()
     assert len(builds) == 2
 
@@ -222,19 +225,15 @@ def test_a_broken_tokenizer_is_refused_as_ever(tmp_path: Path, checkpoint: Calla
 def test_the_tokenizer_is_that_of_the_first_load(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which transformers chose by reading all of the configuration; if an outline leads elsewhere, it does so again."""
+    """Which is kept apart: it is the same for another dtype, and without findings."""
     path = checkpoint("llama", vocab_size=4096)
     text, messages = "Once upon a time", [{"role": "user", "content": "hello"}]
-    first, second = (load(path, tokenizer="tiny") for _ in range(2))
-    assert recalled(second)
-    loaded = [first, second]
-    kinds: list[str] = []
-    outlined = tokenizer._outlined
-    monkeypatch.setattr(tokenizer, "_outlined", lambda path, kind: kinds.append(kind) or outlined(path, "another"))
-    loaded.append(load(path, tokenizer="tiny"))
-    assert recalled(loaded[-1]) and kinds == [first.tokenizer.kind]
+    first = load(path, tokenizer="tiny")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **options: pytest.fail("it is read again"))
+    loaded = [first, load(path, tokenizer="tiny"), load(path, tokenizer="tiny", dtype="bfloat16")]
+    assert [recalled(each) for each in loaded] == [False, True, False]
     for each in loaded:
-        assert each.tokenizer is not None and each.tokenizer.kind == first.tokenizer.kind
+        assert each.tokenizer is not None
         assert each.tokenizer.encode(text) == first.tokenizer.encode(text)
         assert each.tokenizer.encode_chat(messages, {}) == first.tokenizer.encode_chat(messages, {})
         each.model.close()
@@ -271,6 +270,37 @@ def test_the_modules_of_models_are_not_imported(tmp_path: Path, checkpoint: Call
 
     assert "transformers.modeling_utils" in imported()
     assert imported() == ""
+
+
+def test_the_vocabulary_is_read_while_the_weights_are_packed(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it holds the interpreter's lock, so it begins when all is ready for what needs no lock."""
+    load(checkpoint("llama")).model.close()
+    ready, reads = threading.Event(), threading.Event()
+    recall_model, read, run = loader.recalled, loader.load_tokenizer, Packing.run
+    together: list[bool] = []
+    monkeypatch.setattr(loader, "recalled", lambda *args: (recall_model(*args), ready.set())[0])
+    monkeypatch.setattr(
+        loader, "load_tokenizer", lambda *args: (reads.set(), together.append(ready.is_set()), read(*args))[-1]
+    )
+    monkeypatch.setattr(Packing, "run", lambda packing: (together.append(reads.wait(10)), run(packing))[-1])
+    load(checkpoint("llama")).model.close()
+    assert together == [True, True]
+
+
+@pytest.mark.parametrize("backend", ["compiled", "transformers"])
+def test_a_compiled_step_is_warmed_up_by_one_token(
+    backend: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step reads all weights, and the trial has run some."""
+    warmed: list[int] = []
+    execute = TorchModel.execute
+    monkeypatch.setattr(
+        TorchModel, "execute", lambda model, batch: (warmed.append(len(batch.token_ids)), execute(model, batch))[1]
+    )
+    load(checkpoint("llama"), decoder_backend=backend).model.close()
+    assert sorted(warmed) == ([1, 2] if backend == "transformers" else [1])
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice about files")

@@ -208,16 +208,19 @@ class CompiledDecoder:
         library: The compiled code.
         dtype: Of weights and KV cache.
         int8: Whether the weights are stored as int8 with one scale for each output.
-        mapped: Whether they lie in a file's pages, and so take no memory that had better be let go matrix by matrix.
-            Then all are packed by one call: whoever holds the GIL meanwhile is not in the way.
+        later: Takes what is to be packed; None packs at once, so that memory is let go matrix by matrix.
     """
 
     def __init__(
-        self, blueprint: Blueprint, library: Any, dtype: torch.dtype, int8: bool = False, mapped: bool = False
+        self,
+        blueprint: Blueprint,
+        library: Any,
+        dtype: torch.dtype,
+        int8: bool = False,
+        later: Packing | None = None,
     ) -> None:
         self._library = library
         self.int8 = int8
-        later = Packing(library) if mapped else None
         self._layers = [_Layer(library, parts, int8, later) for parts in blueprint.layers]
         self._norm = (PackedNorm(blueprint.norm), blueprint.norm)
         for _, part in self._norms():
@@ -262,8 +265,6 @@ class CompiledDecoder:
             self._head.struct,
         )
         self._step = _StepStruct()
-        if later is not None:
-            later.run()
 
     @property
     def nbytes(self) -> int:

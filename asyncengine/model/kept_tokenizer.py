@@ -1,0 +1,176 @@
+"""A tokenizer as transformers made it, kept on disk for the next load of the same files on the same machine.
+
+To make one, transformers imports a list of all its models, reads the vocabulary as JSON in Python, and hands it to the
+`tokenizers` library. Two things come of that: the library's object, which writes itself down as JSON, and a Python
+object of strings, numbers and special tokens. Both are kept; the next load asks the library to read its own JSON, and
+puts the other together without running what made it.
+
+A tokenizer is kept only if, put together again, it is the same: the library's object in what it writes down, which is
+the whole vocabulary and all rules, the other in each attribute and in how it writes a conversation. The file's name is
+a digest of the directory, of everything in it that a tokenizer may be made of, of this program, and of the versions of
+Python, transformers and tokenizers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from asyncengine.builds import cache_directory
+from asyncengine.model import kept_file
+from asyncengine.model.kept_file import version
+
+MOST_FILES = 16
+"""Kept at a time; the oldest goes first."""
+MOST_BYTES = 64 << 20
+"""Of one file. A vocabulary of 152,000 tokens takes 6 MB."""
+
+_PLAIN = "transformers.tokenization_utils_tokenizers", "TokenizersBackend"
+_UNUSED = ("_vocab", "_merges")
+"""Attributes in which transformers' classes leave what they made the library's object of. Nothing but the writing of
+files reads them again, and they are as large as the vocabulary."""
+_CONVERSATION = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+
+
+def place_of(path: Path, sources: str) -> Path | None:
+    """Where a tokenizer is kept; None if this user has no place for such things.
+
+    Args:
+        path: Its directory.
+        sources: Digest of everything in it that a tokenizer may be made of.
+    """
+    program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    about = (program, sys.version, version("transformers"), version("tokenizers"), str(path), sources)
+    name = hashlib.sha256("\0".join(about).encode()).hexdigest()
+    try:
+        return cache_directory() / "tokenizers" / name
+    except RuntimeError:  # no home directory
+        return None
+
+
+def recall(place: Path | None) -> Any:
+    """The tokenizer that is kept there, or None. Of transformers it imports the tokenizer's class and nothing else."""
+    content = None if place is None else kept_file.read(place)
+    if content is None:
+        return None
+    try:
+        return _assembled(content)
+    except Exception:  # transformers reads the tokenizer's own files, and says what is wrong if something is
+        return None
+
+
+def keep(place: Path | None, tokenizer: Any) -> bool:
+    """Keeps a tokenizer over the `tokenizers` library, if it can be put together again.
+
+    It may be used meanwhile, in any thread.
+
+    Returns:
+        Whether it can.
+    """
+    if place is None:
+        return False
+    try:
+        content = _described(tokenizer)
+        again = _assembled(content)
+        if len(content) > MOST_BYTES or _described(again) != content:
+            return False
+        if _rendered(again) != _rendered(tokenizer):
+            return False
+    except Exception:  # whatever is odd about it: it will be read as it was
+        return False
+    kept_file.write(place, content, MOST_FILES)
+    return True
+
+
+def _described(tokenizer: Any) -> bytes:
+    """A line about the Python object, and the other object as the library writes it.
+
+    Raises:
+        TypeError: It has attributes that cannot be written down.
+    """
+    state = {name: value for name, value in vars(tokenizer).items() if name not in _UNUSED}
+    backend = state.pop("_tokenizer")
+    about = {
+        "class": _class_of(tokenizer),
+        "encode_special_tokens": backend.encode_special_tokens,
+        "state": _written(state),
+    }
+    text: str = backend.to_str()
+    return json.dumps(about).encode() + b"\n" + text.encode()
+
+
+def _assembled(content: bytes) -> Any:
+    """What `_described` described."""
+    from tokenizers import Tokenizer
+
+    line, _, text = content.partition(b"\n")
+    about = json.loads(line)
+    backend = Tokenizer.from_buffer(text)
+    backend.encode_special_tokens = about["encode_special_tokens"]
+    module, name = about["class"]
+    kind = getattr(importlib.import_module(module), name)
+    tokenizer = kind.__new__(kind)
+    vars(tokenizer).update(_read(about["state"]), _tokenizer=backend)
+    return tokenizer
+
+
+def _class_of(tokenizer: Any) -> tuple[str, str]:
+    """Module and name of the class that it gets.
+
+    A class of a model that has nothing but a constructor of its own stands for the one that it is derived from, once
+    it has constructed something; to import it would import the list of all models.
+
+    Raises:
+        TypeError: It is none of transformers', which is what may be imported.
+    """
+    for kind in type(tokenizer).__mro__:
+        module, name = kind.__module__, kind.__qualname__
+        if (module, name) == _PLAIN:
+            return module, name
+        own = {key for key, value in vars(kind).items() if callable(value) or hasattr(value, "__get__")}
+        if not own <= {"__init__", "model"}:
+            if not module.startswith("transformers."):
+                raise TypeError(f"{module}.{name} is no class of transformers")
+            return module, name
+    raise TypeError(f"{type(tokenizer).__qualname__} is not over the tokenizers library")
+
+
+def _rendered(tokenizer: Any) -> object:
+    """A conversation as its template writes it, or what is wrong with that."""
+    try:
+        return tokenizer.apply_chat_template(_CONVERSATION, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        return type(error), str(error)
+
+
+def _written(value: Any) -> Any:
+    """A value in JSON's types, so that `_read` makes the same of it."""
+    from tokenizers import AddedToken
+
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        return value
+    if kind in (list, tuple):
+        return [kind.__name__, [_written(each) for each in value]]
+    if kind is dict:
+        return ["dict", [[_written(key), _written(each)] for key, each in value.items()]]
+    if kind is AddedToken:
+        return ["token", value.__getstate__()]
+    raise TypeError(f"a tokenizer with a {kind.__qualname__} in it is not kept")
+
+
+def _read(value: Any) -> Any:
+    from tokenizers import AddedToken
+
+    if not isinstance(value, list):
+        return value
+    kind, content = value
+    if kind == "token":
+        return AddedToken(**content)
+    if kind == "dict":
+        return {_read(key): _read(each) for key, each in content}
+    return (tuple if kind == "tuple" else list)(_read(each) for each in content)
