@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,11 +32,26 @@ _TOKENIZER_SOURCES = (".json", ".jinja", ".txt", ".model", ".py")
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a safetensors file, by its header."""
+    """One tensor of a safetensors file, by its header.
+
+    Attributes:
+        name: Its name.
+        dtype: As the file says it.
+        shape: Its shape.
+        file: The file.
+        start: The byte of the file at which it begins.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    file: Path
+    start: int
+
+    @property
+    def aligned(self) -> bool:
+        """Whether its numbers may be used where they are."""
+        return self.start % _DTYPES.get(self.dtype, 1) == 0
 
 
 class Checkpoint:
@@ -53,6 +69,8 @@ class Checkpoint:
         self.config = self._json("config.json")
         self.weight_files = self._weight_files()
         self.tensors = [tensor for file in self.weight_files for tensor in _tensors(file)]
+        self._reading: threading.Thread | None = None
+        self._enough = threading.Event()
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -75,7 +93,7 @@ class Checkpoint:
         return sum(prod(t.shape) * (dtype.itemsize if t.dtype in floats else _DTYPES[t.dtype]) for t in self.tensors)
 
     def read_ahead(self, free: int) -> None:
-        """Asks the system to read the weight files, and does not wait for them: much of a load is something else.
+        """Asks the system to read the weight files, on a thread: much of a load is something else.
 
         Args:
             free: Bytes of memory that can be had. If the files are more than half of it, nothing is asked for.
@@ -83,10 +101,46 @@ class Checkpoint:
         sizes = {file: file.stat().st_size for file in self.weight_files}
         if 2 * sum(sizes.values()) > free or not hasattr(os, "posix_fadvise"):
             return
-        for path, size in sizes.items():
-            with path.open("rb") as file:
-                for start in range(0, size, _AHEAD):
-                    os.posix_fadvise(file.fileno(), start, _AHEAD, os.POSIX_FADV_WILLNEED)
+
+        def ask() -> None:
+            for path, size in sizes.items():
+                with path.open("rb") as file:
+                    for start in range(0, size, _AHEAD):
+                        if self._enough.is_set():
+                            return
+                        # It waits while the device has as much to do as it can queue.
+                        os.posix_fadvise(file.fileno(), start, _AHEAD, os.POSIX_FADV_WILLNEED)
+
+        self._reading = threading.Thread(target=ask, name="asyncengine-read-ahead", daemon=True)
+        self._reading.start()
+
+    def stop_reading_ahead(self) -> None:
+        """Asks for no more; returns when the thread is gone."""
+        self._enough.set()
+        if self._reading is not None:
+            self._reading.join()
+
+    def mapped(self, names: set[str]) -> dict[str, torch.Tensor]:
+        """Tensors whose only copy in memory is the page cache; nothing is read before somebody looks at it.
+
+        The `safetensors` library looks at each tensor when it is asked for it, and the system then reads all around.
+
+        Args:
+            names: Which ones; each begins at a multiple of its numbers' size, which `StoredTensor.aligned` says.
+        """
+        storages: dict[Path, Any] = {}
+        found = {}
+        for tensor in self.tensors:
+            if tensor.name not in names:
+                continue
+            if tensor.file not in storages:
+                size = tensor.file.stat().st_size
+                storages[tensor.file] = torch.UntypedStorage.from_file(str(tensor.file), False, size)
+            dtype = TORCH_DTYPES[tensor.dtype]
+            whole = torch.empty(0, dtype=dtype).set_(storages[tensor.file])
+            begin = tensor.start // dtype.itemsize
+            found[tensor.name] = whole[begin : begin + prod(tensor.shape)].view(tensor.shape)
+        return found
 
     @cached_property
     def tokenizer_key(self) -> str | None:
@@ -219,6 +273,11 @@ def _tensors(file: Path) -> Iterator[StoredTensor]:
         if end != size:
             raise ValueError(f"{size} bytes; its header describes {end}")
         for name, entry in header.items():
-            yield StoredTensor(name, entry["dtype"], tuple(entry["shape"]))
+            begin, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            each = _DTYPES.get(entry["dtype"])
+            if each is not None and prod(shape) * each != end - begin:
+                raise ValueError(f"{name} of shape {shape} in {end - begin} bytes")
+            yield StoredTensor(name, entry["dtype"], shape, file, 8 + length + begin)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{file} is damaged or incomplete: {error}") from error

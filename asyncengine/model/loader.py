@@ -51,13 +51,17 @@ class TransformersLoader:
         device = device_of(config.device)
         checkpoint = Checkpoint(locate(config.model))
         dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
-        # A compiler has most of its work done while transformers is imported and the model is watched.
-        with ThreadPoolExecutor(2, "asyncengine-check") as pool:
-            pool.submit(checkpoint.read_ahead, memory.free_bytes(torch.device("cpu")))
-            selecting = pool.submit(select_attention, config, device, dtype)
-            if device.type != "cpu":
-                wait([selecting])  # it imports triton, and so does transformers
-            return plan_of(config, current, checkpoint, device, dtype, selecting)
+        checkpoint.read_ahead(memory.free_bytes(torch.device("cpu")))
+        try:
+            # A compiler has most of its work done while transformers is imported and the model is watched.
+            with ThreadPoolExecutor(1, "asyncengine-check") as pool:
+                selecting = pool.submit(select_attention, config, device, dtype)
+                if device.type != "cpu":
+                    wait([selecting])  # it imports triton, and so does transformers
+                return plan_of(config, current, checkpoint, device, dtype, selecting)
+        except BaseException:
+            checkpoint.stop_reading_ahead()
+            raise
 
     def load(self, plan: LoadPlan) -> LoadedModel:
         """As the protocol says."""
@@ -70,6 +74,7 @@ class TransformersLoader:
         except Exception as error:
             raise ReloadError(f"loading {plan.config.model!r} failed: {error}") from error
         finally:
+            plan.details.checkpoint.stop_reading_ahead()
             memory.give_back()
 
 

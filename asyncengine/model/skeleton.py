@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from asyncengine.model.attention.protocol import LayerSpec
@@ -94,6 +93,8 @@ def described(model: Any, layers: list[RecordedLayer], parts: Blueprint, checkpo
         own = stored.get(name)
         if own is None or own.shape != tuple(parameter.shape) or TORCH_DTYPES.get(own.dtype) is not parameter.dtype:
             return None
+        if not own.aligned:
+            return None
         if not parameter.is_meta and id(parameter) not in sinks:
             return None
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -154,7 +155,8 @@ def assembled(
     """
     about = findings.description
     skeleton = Skeleton(checkpoint.path)
-    parameters = _mapped(checkpoint, set(about["parameters"]))
+    mapped = checkpoint.mapped(set(about["parameters"]))
+    parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in mapped.items()}
     embedding_at, head_at, positions_at = about["embedding"], about["head"], about["positions"]
     if about["tied"]:
         parameters[f"{head_at}.weight"] = parameters[f"{embedding_at}.weight"]
@@ -204,17 +206,6 @@ def assembled(
         **about["numbers"],
     )
     return skeleton, layers, blueprint
-
-
-def _mapped(checkpoint: Checkpoint, names: set[str]) -> dict[str, nn.Parameter]:
-    """Parameters whose only copy in memory is the page cache."""
-    found = {}
-    for file in checkpoint.weight_files:
-        with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118  # it is no mapping
-                if name in names:
-                    found[name] = nn.Parameter(stored.get_tensor(name), requires_grad=False)
-    return found
 
 
 def _frequencies(model: nn.Module, cosines: torch.Tensor, sines: torch.Tensor) -> tuple[torch.Tensor, float] | None:

@@ -33,6 +33,9 @@ _TOKENS = 12
 _CUTS = (0, 6, 10, 11, 12)
 """Two sequences of 12 tokens are computed in these pieces: prefills of 6 and 4 tokens, then single decodes."""
 
+_RECALLED_CUTS = (0, 11, 12)
+"""The same where an earlier load has tried more pieces: one prefill and one decode have to do with all weights."""
+
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Relative error of the median row. The median, because in low precision a router may send single tokens elsewhere."""
 
@@ -61,6 +64,7 @@ class Trial:
         ids: (2, tokens) the sequences.
         expected: (2, tokens, columns) what transformers makes of them.
         every: Which columns of the logits these are: those whose numbers are multiples of it.
+        cuts: Between which places the sequences are computed at once.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Trial:
         ids: NDArray[np.int32],
         expected: torch.Tensor,
         every: int = 1,
+        cuts: Sequence[int] = _CUTS,
     ) -> None:
         self.layers = layers
         self._name = name
@@ -80,6 +85,7 @@ class Trial:
         self._ids = ids
         self._expected = expected
         self._every = every
+        self._cuts = sorted({min(cut, ids.shape[1]) for cut in cuts})
 
     @classmethod
     def of(cls, model: Any, layers: list[RecordedLayer], device: torch.device) -> Trial:
@@ -94,15 +100,16 @@ class Trial:
         cls, findings: Findings, dtype: torch.dtype, layers: list[RecordedLayer], device: torch.device
     ) -> Trial:
         """A trial whose expected logits were computed by an earlier load."""
-        about = findings.description
-        ids = _sequences(about["vocab_size"], about["longest"])
-        return cls(about["name"], dtype, layers, device, ids, findings.tensors["expected"], about["every"])
+        about, expected = findings.description, findings.tensors["expected"]
+        ids = findings.tensors["ids"].numpy()  # to draw them again would import numpy's random numbers, for 0.1 s
+        return cls(about["name"], dtype, layers, device, ids, expected, about["every"], _RECALLED_CUTS)
 
     def kept(self) -> Findings:
         """What `recalled` needs: a sample of the expected logits, since all of them would be megabytes."""
         every = -(-self._expected.shape[-1] // _KEPT_COLUMNS)
         expected = self._expected[..., ::every].contiguous()
-        return Findings({"name": self._name, "every": every}, {"expected": expected})
+        ids = torch.from_numpy(self._ids)
+        return Findings({"name": self._name, "every": every}, {"ids": ids, "expected": expected})
 
     def run(
         self,
@@ -127,9 +134,7 @@ class Trial:
         Raises:
             UnsupportedModelError: They differ by more than rounding.
         """
-        length = self._ids.shape[1]
-        cuts = sorted({min(cut, length) for cut in _CUTS})
-        error = self._error(2, cuts, model, backend, program, kv_dtype)
+        error = self._error(2, self._cuts, model, backend, program, kv_dtype)
         if fp8_weights or kv_dtype not in (None, self._dtype):
             tolerance = _FP8_TOLERANCE
         elif program is None:

@@ -1,4 +1,6 @@
 import json
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
@@ -35,6 +37,19 @@ def test_truncated_weights_are_noticed_from_the_header(llama: Path, keep: int) -
     data = file.read_bytes()
     file.write_bytes(data[:keep])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or incomplete"):
+        Checkpoint(llama)
+
+
+def test_a_tensor_that_is_not_as_large_as_its_shape_is_noticed(llama: Path) -> None:
+    file = llama / "model.safetensors"
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    name = next(name for name in header if name != "__metadata__")
+    header[name]["shape"][0] += 1
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} of shape"):
         Checkpoint(llama)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -16,14 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from asyncengine import CheckpointError, EngineConfig
+from asyncengine import CheckpointError, ConfigError, EngineConfig
 from asyncengine.model import built_model, findings, kept_tokenizer, loader
+from asyncengine.model import checkpoint as checkpoint_module
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.decoder.weights import Packing
 from asyncengine.model.findings import Findings, keep, recall
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.runner import TorchModel
 from asyncengine.model.skeleton import Skeleton
+from asyncengine.model.verification import Trial
 from asyncengine.step.model import LoadedModel
 from tests.model.checkpoints import ARCHITECTURES
 from tests.model.decoder.test_program import batch_of, load, logits, sequences
@@ -304,18 +307,119 @@ def test_a_compiled_step_is_warmed_up_by_one_token(
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice about files")
-def test_weights_are_asked_for_before_they_are_needed(
+class TestReadingAhead:
+    """The weight files are asked for as soon as it is known which they are."""
+
+    def test_nothing_waits_for_it(self, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[tuple[int, int]] = []
+        done = threading.Event()
+
+        def advise(file: int, start: int, length: int, advice: int) -> None:
+            asked.append((start, length))
+            assert done.wait(60), "the checks of a load wait until its weights are read"
+
+        monkeypatch.setattr(os, "posix_fadvise", advise)
+        path = checkpoint("llama")
+        size = (path / "model.safetensors").stat().st_size
+        plan = TransformersLoader().check(EngineConfig(str(path), device="cpu"), None)
+        done.set()
+        TransformersLoader().load(plan).model.close()
+        assert asked[0][0] == 0 and sum(length for _, length in asked) >= size
+
+    def test_nothing_is_asked_for_that_would_push_out_what_else_is_in_memory(
+        self, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[int] = []
+        monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append(start))
+        path = checkpoint("llama")
+        for spare in (-1, 0):
+            reading = Checkpoint(path)
+            reading.read_ahead(free=2 * (path / "model.safetensors").stat().st_size + spare)
+            if reading._reading is not None:
+                reading._reading.join()
+            assert bool(asked) == (spare == 0)
+
+    @pytest.mark.parametrize("refused", [True, False], ids=["refused", "loaded"])
+    def test_it_ends_with_the_load(
+        self, refused: bool, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However much there is still to be asked for."""
+        begun, asked = threading.Event(), []
+
+        def advise(file: int, start: int, length: int, advice: int) -> None:
+            begun.set()
+            asked.append(start)
+
+        monkeypatch.setattr(os, "posix_fadvise", advise)
+        monkeypatch.setattr(checkpoint_module, "_AHEAD", 1)
+        path = checkpoint("llama")
+        config = EngineConfig(str(path), device="cpu", max_single_sequence_length=1 << 30 if refused else None)
+        if refused:
+            with pytest.raises(ConfigError):
+                TransformersLoader().check(config, None)
+        else:
+            plan = TransformersLoader().check(config, None)
+            assert begun.wait(60)
+            TransformersLoader().load(plan).model.close()
+        assert not [thread for thread in threading.enumerate() if thread.name == "asyncengine-read-ahead"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "starcoder2", "qwen2"])
+def test_no_weight_is_looked_at_before_all_are_packed(
+    architecture: str, tmp_path: Path, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at a file that has not been read waits for it, and the tokenizer is read meanwhile."""
+    path = shutil.copytree(checkpoint(architecture), tmp_path / "model")
+    load(path).model.close()
+    weights = path / "model.safetensors"
+    others = (checkpoint(architecture, seed=1) / "model.safetensors").read_bytes()
+    run = Packing.run
+
+    def change_and_run(packing: Packing) -> None:
+        with weights.open("r+b") as file:  # the pages that are mapped
+            file.write(others)
+        run(packing)
+
+    monkeypatch.setattr(Packing, "run", change_and_run)
+    expected = load(checkpoint(architecture, seed=1), decoder_backend="transformers")
+    monkeypatch.setattr(Trial, "run", lambda *args, **kwargs: 0.0)
+    loaded = load(path)
+    assert recalled(loaded)
+    batch = batch_of([(sequences()[0], 0)])
+    assert torch.allclose(logits(loaded, batch), logits(expected, batch), atol=1e-4)
+    loaded.model.close()
+    expected.model.close()
+
+
+def test_a_known_checkpoint_is_tried_by_one_prefill_and_one_decode(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append((start, length)))
-    path = checkpoint("llama")
-    size = (path / "model.safetensors").stat().st_size
-    TransformersLoader().check(EngineConfig(str(path), device="cpu"), None)
-    assert asked[0][0] == 0 and sum(length for _, length in asked) >= size
-    asked.clear()
-    Checkpoint(path).read_ahead(free=2 * size - 1)
-    assert not asked, "they would push out of memory what else is there"
+    steps: list[int] = []
+    run = TorchModel.logits
+    monkeypatch.setattr(
+        TorchModel, "logits", lambda model, batch: (steps.append(len(batch.token_ids)), run(model, batch))[1]
+    )
+    load(checkpoint("llama")).model.close()
+    first = len(steps)
+    load(checkpoint("llama")).model.close()
+    assert (steps[:first], steps[first:]) == ([12, 8, 2, 2, 1], [22, 2, 1])  # one to warm up
+
+
+def test_numbers_that_may_not_be_used_where_they_are_are_not_mapped(
+    tmp_path: Path, checkpoint: Callable[..., Path], builds: list[str]
+) -> None:
+    path = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    weights = path / "model.safetensors"
+    content = weights.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    weights.write_bytes(struct.pack("<Q", length + 1) + content[8 : 8 + length] + b" " + content[8 + length :])
+    loaded, wanted = load(path), load(checkpoint("llama"))
+    again = load(path)
+    assert not recalled(again) and builds == ["one"] * 3
+    batch = batch_of([(sequences()[0], 0)])
+    assert torch.equal(logits(again, batch), logits(wanted, batch))
+    for each in (loaded, wanted, again):
+        each.model.close()
 
 
 def test_a_model_that_is_refused_is_not_looked_at_on_the_tokenizer_thread(

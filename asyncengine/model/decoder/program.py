@@ -188,7 +188,7 @@ class _Layer:
             "key_norm": (parts.key_norm, spec.key_dim),
         }
         self.norms = {
-            name: (PackedNorm(part, size if part.of_heads else 0), part)
+            name: (PackedNorm(part, size if part.of_heads else 0, later), part)
             for name, (part, size) in norms.items()
             if part is not None
         }
@@ -196,7 +196,7 @@ class _Layer:
         self.query_scale = parts.query_scale
         self.rotation = parts.rotation
         sinks = parts.recorded.sinks
-        self.sinks = None if sinks is None else (PackedVector(sinks), sinks)
+        self.sinks = None if sinks is None else (PackedVector(sinks, later=later), sinks)
         self.spec = spec
 
 
@@ -222,11 +222,13 @@ class CompiledDecoder:
         self._library = library
         self.int8 = int8
         self._layers = [_Layer(library, parts, int8, later) for parts in blueprint.layers]
-        self._norm = (PackedNorm(blueprint.norm), blueprint.norm)
+        self._norm = (PackedNorm(blueprint.norm, later=later), blueprint.norm)
         for _, part in self._norms():
             release(part.module, "weight")
             release(part.module, "bias")
-        self._positions = None if blueprint.positions is None else PackedVector(blueprint.positions.weight)
+        self._positions = None
+        if blueprint.positions is not None:
+            self._positions = PackedVector(blueprint.positions.weight, later=later)
         position_rows = None if self._positions is None else self._positions.values[blueprint.first_position :]
         tied = blueprint.head.weight is blueprint.embedding.weight
         self._head = PackedMatrix(library, [blueprint.head.weight], [blueprint.head.bias], int8=int8, later=later)

@@ -6,6 +6,7 @@ The modules they come from keep their names, shapes and dtypes and let their own
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,21 +41,34 @@ class PackingStruct(ctypes.Structure):
 
 
 class Packing:
-    """What is to be packed into the order of the compiled code. It is kept alive until that is done."""
+    """What is to be packed into the order of the compiled code. It is kept alive until that is done.
+
+    Before that nobody looks at it: its file may not have been read yet.
+    """
 
     def __init__(self, library: Any) -> None:
         self._library = library
         self._waiting: list[tuple[PackingStruct, torch.Tensor]] = []
+        self._others: list[Callable[[], None]] = []
 
     def add(self, job: PackingStruct, source: torch.Tensor) -> None:
         """Notes one matrix."""
         self._waiting.append((job, source))
 
+    def add_other(self, write: Callable[[], None]) -> None:
+        """Notes what is not a matrix in the order of `nn.Linear`; calling this writes it."""
+        self._others.append(write)
+
     def run(self) -> None:
-        """Packs all of it in one call without the GIL, in the order in which it lies in memory, or in a file."""
+        """Packs all matrices in one call without the GIL, in the order in which they lie in memory, or in a file; then
+        what else there is.
+        """
         waiting, self._waiting = sorted(self._waiting, key=lambda one: one[1].data_ptr()), []
         jobs = (PackingStruct * len(waiting))(*(job for job, _ in waiting))
         self._library.decoder_pack(jobs, len(jobs), torch.get_num_threads())
+        others, self._others = self._others, []
+        for write in others:
+            write()
 
 
 class NormStruct(ctypes.Structure):
@@ -108,7 +122,7 @@ class PackedMatrix:
         for part, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             self._pack(part, weight, later)
             if bias is not None:
-                self.write_bias(part, bias)
+                _write(functools.partial(self.write_bias, part, bias), later)
         self.struct = MatrixStruct(
             self.weights.data_ptr(),
             None if self.scales is None else self.scales.data_ptr(),
@@ -122,10 +136,12 @@ class PackedMatrix:
         self._pack(part, weight, None)
 
     def _pack(self, part: int, weight: torch.Tensor, later: Packing | None) -> None:
+        weight = weight.detach()
+        if weight.stride(1) != 1 or weight.dtype is not self.dtype:  # it is copied first
+            if later is not None:
+                return later.add_other(functools.partial(self._pack, part, weight, None))
+            weight = weight.to(self.dtype).contiguous()
         packing = Packing(self._library) if later is None else later
-        weight = weight.detach().to(self.dtype)
-        if weight.stride(1) != 1:
-            weight = weight.contiguous()
         start, step = self._places[part]
         job = PackingStruct(
             DTYPES[self.dtype],
@@ -175,12 +191,13 @@ class PackedVector:
     Args:
         parameter: What it is made of.
         offset: Added to it.
+        later: Takes what is to be written; None writes at once.
     """
 
-    def __init__(self, parameter: torch.Tensor, offset: float = 0.0) -> None:
+    def __init__(self, parameter: torch.Tensor, offset: float = 0.0, later: Packing | None = None) -> None:
         self._offset = offset
         self.values = torch.empty(parameter.shape, dtype=torch.float32)
-        self.write(parameter)
+        _write(functools.partial(self.write, parameter), later)
 
     def write(self, parameter: torch.Tensor) -> None:
         """Replaces the contents."""
@@ -198,11 +215,12 @@ class PackedNorm:
     Args:
         part: Where they are.
         head: The size of a head, if that is what is normed; 0 is the whole row.
+        later: As that of `PackedVector`.
     """
 
-    def __init__(self, part: NormPart, head: int = 0) -> None:
-        self.weight = PackedVector(part.weight, part.offset)
-        self.bias = None if part.bias is None else PackedVector(part.bias)
+    def __init__(self, part: NormPart, head: int = 0, later: Packing | None = None) -> None:
+        self.weight = PackedVector(part.weight, part.offset, later)
+        self.bias = None if part.bias is None else PackedVector(part.bias, later=later)
         weights = part.weight.numel()
         self.struct = NormStruct(
             self.weight.values.data_ptr(),
@@ -219,6 +237,13 @@ def release(module: nn.Module, name: str) -> None:
     parameter = getattr(module, name, None)
     if parameter is not None:
         setattr(module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+
+
+def _write(write: Callable[[], None], later: Packing | None) -> None:
+    if later is None:
+        write()
+    else:
+        later.add_other(write)
 
 
 def _huge(count: int, dtype: torch.dtype, library: Any) -> torch.Tensor:
