@@ -197,6 +197,25 @@ class TestDecodes:
         line.end(late)
         line.step(5)
 
+    @pytest.mark.parametrize("chunks", [1, 3, 4, 5, 9])
+    @pytest.mark.parametrize("spare", [0, 4])
+    def test_have_all_their_blocks_after_steps_beside_a_prompt_that_came_to_nothing(
+        self, chunks: int, spare: int
+    ) -> None:
+        line = Line(prefill_chunk_size=4)
+        long = line.add("a" * 16)
+        line.step(4)
+        line.add("b")
+        line.step()
+        # Drafts that were not kept leave blocks behind.
+        line.scheduler.slots.append_blocks(long.branches[0].slot, line.scheduler.pool.allocate(spare))
+        same = line.step().decodes
+        given_up = line.add("c" * 40)
+        line.step(chunks)
+        line.end(given_up)
+        for _ in range(6):
+            assert line.step().decodes is same  # `Line.check` compares each batch with the slot table
+
     def test_are_known_to_be_unknown_while_their_step_is_under_way(self) -> None:
         line = Line()
         line.add("abc")
