@@ -67,6 +67,10 @@ class Commits:
         self._table = table
         self._rows = _NO_ROWS
 
+    def forget(self) -> None:
+        """Lets go of the sequences of the last step, with whatever is theirs."""
+        self._rows = _NO_ROWS
+
     def commit(self, plan: Plan, drawn: StepTokens, interrupted: bool) -> None:
         """Gives each sequence its token, ends those that are complete, and writes it all to the outbox.
 

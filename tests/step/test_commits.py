@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -109,6 +111,25 @@ def test_a_reader_who_has_left_takes_nobody_elses_tokens(run_ahead: bool) -> Non
     assert [entry.logprob for entry in case.box.logprobs[stays, 0]] == [
         -float(i) for i in range(len(case.tokens(stays)))
     ]
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize("end", ["by itself", "abort", "unload"])
+def test_an_engine_at_rest_keeps_nothing_of_those_who_have_ended(end: str, run_ahead: bool) -> None:
+    case, box = loaded(letters, run_ahead=run_ahead), Box()
+    number = beside(case, box, "abc", stop_strs=("zzz",))
+    case.step(2)
+    if end == "abort":
+        case.abort(number)
+    elif end == "unload":
+        case.ask(ins.Unload)
+    case.run()
+    case.step()
+    assert number in box.ends
+    left = weakref.ref(box)
+    del box
+    gc.collect()
+    assert left() is None
 
 
 @pytest.mark.parametrize("run_ahead", [False, True])

@@ -14,6 +14,7 @@ import pytest
 from asyncengine import instructions as ins
 from asyncengine.instructions import NewRequest
 from asyncengine.step.batch import Int32
+from asyncengine.step.decode_rows import DecodeRows
 from asyncengine.step.limits import Limits
 from asyncengine.step.plan import Plan
 from asyncengine.step.scheduler import Scheduler
@@ -196,6 +197,19 @@ class TestDecodes:
         line.step(10)
         line.end(late)
         line.step(5)
+
+    def test_are_looked_up_only_where_a_block_begins(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looked_up = []
+        monkeypatch.setattr(
+            DecodeRows, "lacking", lambda self, lacking=DecodeRows.lacking: looked_up.append(self) or lacking(self)
+        )
+        line = Line()
+        for length in (1, 2, 2):
+            line.add("a" * length)
+        line.step(2)
+        looked_up.clear()
+        line.step(12)
+        assert len(looked_up) == 2 * 12 // 4  # in four steps, one row enters a block in one, and two in another
 
     @pytest.mark.parametrize("chunks", [1, 3, 4, 5, 9])
     @pytest.mark.parametrize("spare", [0, 4])
