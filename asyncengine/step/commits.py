@@ -206,7 +206,6 @@ class Commits:
         assert self._table.scheduler is not None and self._table.scheduler.drafting is not None
         assert drawn.taken is not None
         lengths = self._table.scheduler.drafting.lengths
-        self._rows = _NO_ROWS  # the steps that are left are others now
         token_ids = drawn.token_ids.tolist()
         guesses = iter(drafts.token_ids.tolist())
         at = 0
