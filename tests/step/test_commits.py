@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Iterable, Sequence
@@ -111,6 +112,19 @@ def test_a_reader_who_has_left_takes_nobody_elses_tokens(run_ahead: bool) -> Non
     assert [entry.logprob for entry in case.box.logprobs[stays, 0]] == [
         -float(i) for i in range(len(case.tokens(stays)))
     ]
+
+
+def test_who_is_complete_is_told_by_its_own_row_though_another_has_left() -> None:
+    case = loaded(letters)
+    first, second, third = (case.add(prompt) for prompt in ("abc", "abcd", "abcde"))
+    case.step(2)
+    execute = case.model.execute
+    case.model.execute = lambda batch: dataclasses.replace(execute(batch), finished=(1,))  # type: ignore[method-assign]
+    case.step(1, [ins.AbortRequests((first,), (), case.reply_to())])
+    case.model.execute = execute  # type: ignore[method-assign]
+    assert case.reason(first) is FinishReason.ABORT
+    assert (case.reason(second), case.stop_reason(second)) == (FinishReason.STOP, None)
+    assert case.reason(third) is None
 
 
 @pytest.mark.parametrize("run_ahead", [False, True])

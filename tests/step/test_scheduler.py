@@ -204,7 +204,7 @@ class TestDecodes:
             DecodeRows, "lacking", lambda self, lacking=DecodeRows.lacking: looked_up.append(self) or lacking(self)
         )
         line = Line()
-        for length in (1, 2, 2):
+        for length in (1, 3, 3):
             line.add("a" * length)
         line.step(2)
         looked_up.clear()
