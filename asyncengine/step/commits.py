@@ -67,6 +67,10 @@ class Commits:
         self._table = table
         self._rows = _NO_ROWS
 
+    def forget(self) -> None:
+        """Lets go of the sequences of the last step, with whatever is theirs."""
+        self._rows = _NO_ROWS
+
     def commit(self, plan: Plan, drawn: StepTokens, interrupted: bool) -> None:
         """Gives each sequence its token, ends those that are complete, and writes it all to the outbox.
 
@@ -202,7 +206,6 @@ class Commits:
         assert self._table.scheduler is not None and self._table.scheduler.drafting is not None
         assert drawn.taken is not None
         lengths = self._table.scheduler.drafting.lengths
-        self._rows = _NO_ROWS  # the steps that are left are others now
         token_ids = drawn.token_ids.tolist()
         guesses = iter(drafts.token_ids.tolist())
         at = 0

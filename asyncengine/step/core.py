@@ -322,6 +322,7 @@ class Core:
         loaded, self.loaded, self.view = self.loaded, None, None
         self.warming.forget()
         self.requests.detach()
+        self.commits.forget()
         self._keep_counts()
         self.scheduler = None
         if loaded is not None:
@@ -362,6 +363,8 @@ class Core:
 
         Logged, since there is no request left whose reader could be told.
         """
+        self.commits.forget()
+        scheduler.forget_rows()
         try:
             scheduler.check_idle()
         except AssertionError as error:

@@ -22,7 +22,7 @@ class _Columns:
 
     Attributes:
         context: (rows,) tokens in the KV cache.
-        left: Steps before a row has to be looked up again.
+        left: Steps before a row has to be looked up again; below zero where some went by with the rows beside others.
         pieces: For columns of the rows' length.
         unknown: (rows,) all true.
     """
@@ -61,9 +61,9 @@ class _Columns:
             self._begins = begins + page_size
         else:
             self._begins[entering] = begins + page_size
-        if int(logical.max()) < self._tables.shape[1]:
+        if self.left == 0 and int(logical.max()) < self._tables.shape[1]:
             self._tables[entering, logical] = physical
-        else:
+        else:  # a row may have passed a whole block since
             self._tables = table.blocks[self._slots, : table.num_blocks[self._slots].max()]
         self.left = int((self._begins - context).min())
 

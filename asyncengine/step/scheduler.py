@@ -303,6 +303,10 @@ class Scheduler:
         pinned = sum(map(len, self.tree._pins.values()))
         assert 0 <= self.pool.num_used <= pinned, f"{self.pool.num_used} blocks are used while nothing runs"
 
+    def forget_rows(self) -> None:
+        """Lets go of the sequences of the last step; nothing runs."""
+        self._rows = self._no_rows
+
     # How
 
     def _decode_rows(self) -> DecodeRows:

@@ -81,6 +81,7 @@ class Box:
             match event:
                 case Tokens():
                     assert len(event.keys) == len(event.token_ids)
+                    assert event.logprobs is None or len(event.logprobs) == len(event.keys)
                     for row, (key, token_id) in enumerate(zip(event.keys, event.token_ids, strict=True)):
                         assert key not in self.branch_ends, f"a token for {key} after its end"
                         self.tokens.setdefault(key, []).append(token_id)

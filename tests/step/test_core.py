@@ -775,6 +775,17 @@ class TestText:
         case.run()
         assert [case.reason(number, branch) for branch in range(3)] == ["error"] * 3
 
+    def test_a_stop_token_is_not_decoded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = loaded(answer("ab!"))
+        assert case.loader.tokenizer is not None
+        decode = case.loader.tokenizer.decode
+        monkeypatch.setattr(
+            case.loader.tokenizer, "decode", lambda ids, skip: 1 / 0 if ord("!") in ids else decode(ids, skip)
+        )
+        number = case.add("x", stop_token_ids=(ord("!"),), stop_strs=("zz",))
+        case.run()
+        assert case.reason(number) == "stop" and case.stop_reason(number) == ord("!")
+
     def test_a_decoder_that_fails_at_the_first_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
         case = loaded(answer("abc"), max_num_sequence=2)
         monkeypatch.setattr(case.loader.tokenizer, "decode", lambda *_: 1 / 0)

@@ -14,6 +14,7 @@ import pytest
 from asyncengine import instructions as ins
 from asyncengine.instructions import NewRequest
 from asyncengine.step.batch import Int32
+from asyncengine.step.decode_rows import DecodeRows
 from asyncengine.step.limits import Limits
 from asyncengine.step.plan import Plan
 from asyncengine.step.scheduler import Scheduler
@@ -196,6 +197,38 @@ class TestDecodes:
         line.step(10)
         line.end(late)
         line.step(5)
+
+    def test_are_looked_up_only_where_a_block_begins(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looked_up = []
+        monkeypatch.setattr(
+            DecodeRows, "lacking", lambda self, lacking=DecodeRows.lacking: looked_up.append(self) or lacking(self)
+        )
+        line = Line()
+        for length in (1, 3, 3):
+            line.add("a" * length)
+        line.step(2)
+        looked_up.clear()
+        line.step(12)
+        assert len(looked_up) == 2 * 12 // 4  # in four steps, one row enters a block in one, and two in another
+
+    @pytest.mark.parametrize("chunks", [1, 3, 4, 5, 9])
+    @pytest.mark.parametrize("spare", [0, 4])
+    def test_have_all_their_blocks_after_steps_beside_a_prompt_that_came_to_nothing(
+        self, chunks: int, spare: int
+    ) -> None:
+        line = Line(prefill_chunk_size=4)
+        long = line.add("a" * 16)
+        line.step(4)
+        line.add("b")
+        line.step()
+        # Drafts that were not kept leave blocks behind.
+        line.scheduler.slots.append_blocks(long.branches[0].slot, line.scheduler.pool.allocate(spare))
+        same = line.step().decodes
+        given_up = line.add("c" * 40)
+        line.step(chunks)
+        line.end(given_up)
+        for _ in range(6):
+            assert line.step().decodes is same  # `Line.check` compares each batch with the slot table
 
     def test_are_known_to_be_unknown_while_their_step_is_under_way(self) -> None:
         line = Line()

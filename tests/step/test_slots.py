@@ -38,6 +38,16 @@ def test_a_slot_that_was_given_back_remembers_nothing() -> None:
     assert slots.stop_ids[slot].tolist() == [7] + [-1] * 7
 
 
+def test_a_slot_that_is_filled_again_has_the_new_ones_limits() -> None:
+    slots = table()
+    slot = slots.take()
+    slots.fill(slot, prompt_of("abc"), 3, 10, 6, (7, 8, 9), bound=True)
+    slots.fill(slot, prompt_of("xy"), 2, 8, 2, (5,))
+    assert slots.stop_ids[slot].tolist() == [5] + [-1] * 7
+    assert not slots.bound[slot]
+    assert (slots.prompt_tokens[slot], slots.max_tokens[slot], slots.min_tokens[slot]) == (2, 8, 2)
+
+
 def test_tokens_and_blocks_are_appended() -> None:
     slots = table()
     a, b = slots.take(), slots.take()

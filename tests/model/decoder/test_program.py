@@ -143,6 +143,32 @@ def test_a_token_gets_the_same_bits_in_any_batch(
         loaded.model.close()
 
 
+# Sizes that are no whole number of tiles: of steps, of groups of outputs, and of both.
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_a_row_gets_the_same_bits_beside_any_number_of_others(
+    architecture: str, quantization: str, checkpoint: Checkpoint
+) -> None:
+    """Also where numbers are too small to be normal, infinite or none: few rows are multiplied otherwise than many."""
+    path = checkpoint(architecture, hidden_size=80, intermediate_size=112, head_dim=16, tie_word_embeddings=False)
+    loaded = load(path, dtype="bfloat16", quantization=quantization, max_total_sequence_length=16384)
+    outputs = torch.arange(199)
+    scale = torch.tensor([1.0, 1e-36, 1e-37, 1e-38, 3e-39])[outputs % 5]
+    weight = torch.randn(199, 80, generator=torch.Generator().manual_seed(1)) * scale[:, None]
+    if quantization == "none":
+        weight[7::40, 3] = torch.inf
+        weight[8::40, 79] = torch.nan
+    loaded.model.update_weights({"lm_head.weight": weight.to(torch.bfloat16)})
+    tokens = np.random.default_rng(2).integers(1, 199, 130)
+    rows = [(tokens[i : i + 1], 0) for i in range(130)]
+    alone = torch.cat([logits(loaded, batch_of([row])) for row in rows])
+    assert alone.isnan().any() or quantization == "int8"
+    for count in [*range(2, 71), 95, 96, 97, 127, 128, 129]:
+        together = logits(loaded, batch_of(rows[:count]))
+        torch.testing.assert_close(together, alone[:count], rtol=0, atol=0, equal_nan=True)
+    loaded.model.close()
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
 def test_a_thread_that_falls_behind_changes_nothing(architecture: str, checkpoint: Checkpoint) -> None:
