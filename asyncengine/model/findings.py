@@ -100,7 +100,7 @@ def _program() -> tuple[str, ...]:
     sources = [file for folder in ("model", "step") for file in sorted((package / folder).rglob("*"))]
     digest = hashlib.sha256()
     for source in sources:
-        if source.suffix in (".py", ".cpp"):
+        if source.suffix in (".py", ".cpp", ".h"):
             digest.update(source.read_bytes())
     capability = torch.backends.cpu.get_cpu_capability()
     return (sys.version, torch.__version__, version("transformers"), processor(), capability, digest.hexdigest())
