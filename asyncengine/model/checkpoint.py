@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -229,7 +230,7 @@ def tokenizer_key(path: Path) -> str | None:
         file = path / name
         if file.exists():
             found = True
-            digest.update(file.read_bytes())
+            digest.update(_digest(file))
     return digest.hexdigest() if found else None
 
 
@@ -238,9 +239,19 @@ def tokenizer_sources(path: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted([*path.glob("*"), *path.glob("additional_chat_templates/*")]):
         if file.suffix in _TOKENIZER_SOURCES and not file.name.endswith(".index.json") and file.is_file():
-            content = file.read_bytes()
-            digest.update(f"{file.relative_to(path)}\0{len(content)}\0".encode() + content)
+            digest.update(f"{file.relative_to(path)}\0".encode() + _digest(file))
     return digest.hexdigest()
+
+
+def _digest(file: Path) -> bytes:
+    """Of a file's content, which is read once as long as the file stays as it is."""
+    stat = file.stat()
+    return _digest_once(file, stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_once(file: Path, *_stamps: int) -> bytes:
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def same_vocabulary(one: Path, other: Path) -> bool:
