@@ -113,6 +113,46 @@ def test_a_class_that_computes_something_is_imported_and_one_that_constructs_is_
         assert (type(first._chat) is type(second._chat)) == same
 
 
+@pytest.mark.parametrize("space", ["", " ", "\n"], ids=["words", "space", "line"])
+def test_tokens_and_merges_are_kept_by_themselves_where_a_line_can_hold_them(
+    space: str, tmp_path: Path, kept: Path, made: list[Path]
+) -> None:
+    path = directory(tmp_path / "model")
+    content = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    if space:
+        vocabulary = content["model"]["vocab"]
+        for token in (space, f"e{space}"):
+            vocabulary[token] = max(vocabulary.values()) + 1
+        content["model"]["merges"].append(["e", space])
+        (path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    first, second = read_and_keep(path), read(path)
+    assert made == [path]
+    assert first._chat._tokenizer.to_str() == second._chat._tokenizer.to_str()
+    (file,) = kept.iterdir()
+    about = json.loads(file.read_bytes()[32:].partition(b"\n")[0])
+    assert len(about["parts"]) == (1 if space else 3)
+
+
+def test_added_tokens_have_their_numbers_and_ways(tmp_path: Path, made: list[Path]) -> None:
+    """Those that are in the vocabulary and those behind it, special and not, by turns."""
+    path = directory(tmp_path / "model")
+    content = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+    following = max(*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])) + 1
+    for number, special in enumerate((True, False, False, True)):
+        content["added_tokens"].append(
+            {
+                "id": following + number, "content": f"[{number}]", "special": special, "single_word": number == 1,
+                "lstrip": number == 2, "rstrip": number == 3, "normalized": not special,
+            }
+        )  # fmt: skip
+    (path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    first, second = read_and_keep(path), read(path)
+    assert made == [path]
+    for text in ("a [0] b", "a[1]b [1] c", "a [2] b", "a [3] b", "[0][1][2][3]"):
+        assert first.encode(text) == second.encode(text)
+        assert any(token >= following for token in second.encode(text))
+
+
 def test_special_tokens_that_are_text_stay_so(tmp_path: Path) -> None:
     path = directory(tmp_path / "model", split_special_tokens=True)
     first, second = read_and_keep(path), read(path)
