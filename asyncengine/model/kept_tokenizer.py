@@ -135,7 +135,7 @@ def _parts(text: str) -> list[str]:
         return [text]
     tokens = model["vocab"]
     model["vocab"], model["merges"] = {}, []
-    return [json.dumps(whole), json.dumps(tokens), "\n".join(["#version: 0.2", *merges, ""])]
+    return [json.dumps(whole), json.dumps(tokens, ensure_ascii=False), "\n".join(["#version: 0.2", *merges, ""])]
 
 
 def _joined(parts: list[bytes]) -> Any:
