@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -104,6 +105,10 @@ class Checkpoint:
             return
 
         def ask() -> None:
+            with contextlib.suppress(OSError):  # a file system that takes no advice, or a file that has gone
+                ask_for_all()
+
+        def ask_for_all() -> None:
             for path, size in sizes.items():
                 with path.open("rb") as file:
                     for start in range(0, size, _AHEAD):

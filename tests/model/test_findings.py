@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import struct
@@ -338,6 +339,21 @@ class TestReadingAhead:
             if reading._reading is not None:
                 reading._reading.join()
             assert bool(asked) == (spare == 0)
+
+    def test_a_file_system_that_takes_no_advice_is_no_obstacle(
+        self, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = []
+
+        def refuse(file: int, start: int, length: int, advice: int) -> None:
+            asked.append(start)
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+        monkeypatch.setattr(os, "posix_fadvise", refuse)
+        failures: list[object] = []
+        monkeypatch.setattr(threading, "excepthook", failures.append)
+        load(checkpoint("llama")).model.close()
+        assert asked == [0] and not failures
 
     @pytest.mark.parametrize("refused", [True, False], ids=["refused", "loaded"])
     def test_it_ends_with_the_load(

@@ -306,8 +306,8 @@ def test_unload_gives_the_memory_back(large: Callable[[int], Path]) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         back, kept = pool.apply(given_back_and_kept, (path,))
     # The heap, which small things share, is some 50 MB larger or smaller from one time to the next.
-    assert back > 0.7 * size, f"{back / 1e6:.0f} MB of {size / 1e6:.0f} MB come back"
-    assert kept < 0.3 * size, f"{kept / 1e6:.0f} MB of {size / 1e6:.0f} MB stay"
+    assert back > 0.75 * size, f"{back / 1e6:.0f} MB of {size / 1e6:.0f} MB come back"
+    assert kept < 0.25 * size, f"{kept / 1e6:.0f} MB of {size / 1e6:.0f} MB stay"
 
 
 @pytest.mark.alone
