@@ -101,6 +101,7 @@ def main() -> None:
         def run(cold: bool = False) -> dict[str, float]:
             command = [sys.executable, "-m", "benchmarks.startup", "--child", str(path), "--dtype", arguments.dtype]
             environment = os.environ | {"XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process compiles all that it imports
             done = subprocess.run(
                 [*command, *["--cold"] * cold], env=environment, stdout=subprocess.PIPE, text=True, check=True
             )

@@ -96,7 +96,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
             built = known.built()
         tokenizer = reading.result()
         if isinstance(tokenizer, FastTokenizer) and tokenizer.keep_at is not None:
-            pool.submit(tokenizer.keep)
+            tokenizer.keep()
         if built is None:
             details = details if details.findings is None else without_findings(details)
             built = build(config, details, backend)

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 
 from asyncengine.config import AttentionBackend as BackendName
 from asyncengine.model.attention.cpu import CpuAttention
-from asyncengine.model.attention.flash_attention import FlashAttention3
-from asyncengine.model.attention.flashinfer import FlashInferAttention
 from asyncengine.model.attention.kernel import Kind
 from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavailableError
 from asyncengine.model.attention.reference import TorchAttention
-from asyncengine.model.attention.triton import TritonAttention
 
 _FASTEST: dict[str, BackendName] = {"cpu": "cpu", "cuda": "triton"}
-_ON_CUDA: dict[BackendName, Callable[[], AttentionBackend]] = {
-    "triton": TritonAttention,
-    "flashinfer": FlashInferAttention,
-    "flash_attention_3": FlashAttention3,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +57,7 @@ def select(
         case "triton" | "flashinfer" | "flash_attention_3":
             if device.type != "cuda":
                 raise BackendUnavailableError(f"the {name} attention back end needs a CUDA device, not {device}")
-            return Selection(_ON_CUDA[name]())
+            return Selection(_on_cuda(name))
         case "auto" if device.type in _FASTEST:
             try:
                 return select(_FASTEST[device.type], device, kind, progress)
@@ -77,3 +69,18 @@ def select(
             raise BackendUnavailableError(
                 f"no attention back end is called {name!r}; there are {', '.join(get_args(BackendName))}"
             )
+
+
+def _on_cuda(name: Literal["triton", "flashinfer", "flash_attention_3"]) -> AttentionBackend:
+    """Imports no other: whoever loads on the CPU wants none of them."""
+    if name == "triton":
+        from asyncengine.model.attention.triton import TritonAttention
+
+        return TritonAttention()
+    if name == "flashinfer":
+        from asyncengine.model.attention.flashinfer import FlashInferAttention
+
+        return FlashInferAttention()
+    from asyncengine.model.attention.flash_attention import FlashAttention3
+
+    return FlashAttention3()

@@ -16,6 +16,7 @@
 #include "../attention/paged_attention.cpp"
 
 #include <deque>
+#include <utility>
 
 // The structures below are mirrored in program.py and weights.py.
 extern "C" {
@@ -987,14 +988,60 @@ int run_decoder(const Decoder &decoder, const DecoderStep &step) {
 
 // -- packing
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define HAS_SHUFFLES 1
+#endif
+#endif
+
+#if HAS_SHUFFLES
+template <int Half, int... I>
+void exchange(Words &upper, Words &lower, std::integer_sequence<int, I...>) {
+  const Words left = __builtin_shufflevector(upper, lower, (I & Half ? kLanes + I - Half : I)...);
+  lower = __builtin_shufflevector(upper, lower, (I & Half ? kLanes + I : I + Half)...);
+  upper = left;
+}
+
+// Rows become columns: halves of a square change places, then halves of its quarters.
+template <int Half>
+void transpose(Words (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & Half)) exchange<Half>(rows[i], rows[i + Half], std::make_integer_sequence<int, kLanes>());
+  if constexpr (Half > 1) transpose<Half / 2>(rows);
+}
+#endif
+
+// A group of outputs of which all are there, in squares of 32-bit words: as many steps as there are lanes.
+template <class Stored, int Pair>
+int64_t pack_squares(const Stored *from, int64_t row_stride, Stored *to, int64_t steps) {
+  int64_t step = 0;
+#if HAS_SHUFFLES
+  if constexpr (sizeof(Stored) * Pair == sizeof(uint32_t)) {
+    for (; step + kLanes <= steps; step += kLanes) {
+      Words words[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) words[lane] = load<Words>(from + lane * row_stride + step * Pair);
+      transpose<kLanes / 2>(words);
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) std::memcpy(to + (step + lane) * kLanes * Pair, &words[lane], sizeof(Words));
+    }
+  }
+#endif
+  return step;
+}
+
 template <class T, class W>
 void pack_group(const Packing &p, int64_t group) {
   const int64_t steps = p.inputs / W::kPair;
   auto *to = static_cast<typename W::Stored *>(p.to) + (p.first_group + group * p.group_step) * p.inputs * kLanes;
+  const auto *from = static_cast<const typename T::Stored *>(p.from) + group * kLanes * p.row_stride;
+  int64_t done = 0;
+  if constexpr (std::is_same<T, W>::value)
+    if ((group + 1) * kLanes <= p.outputs) done = pack_squares<typename T::Stored, W::kPair>(from, p.row_stride, to, steps);
   for (int lane = 0; lane < kLanes; ++lane) {
-    const int64_t output = group * kLanes + lane;
-    const auto *row = static_cast<const typename T::Stored *>(p.from) + output * p.row_stride;
-    if (output >= p.outputs) {
+    const auto *row = from + lane * p.row_stride;
+    if (group * kLanes + lane >= p.outputs) {
       for (int64_t step = 0; step < steps; ++step)
         for (int i = 0; i < W::kPair; ++i) to[step * kLanes * W::kPair + place_of<W>(lane, i)] = 0;
     } else if constexpr (std::is_same<W, Int8>::value) {
@@ -1007,7 +1054,7 @@ void pack_group(const Packing &p, int64_t group) {
         to[i / W::kPair * kLanes * W::kPair + place_of<W>(lane, i % W::kPair)] = x;
       }
     } else {
-      for (int64_t step = 0; step < steps; ++step)
+      for (int64_t step = done; step < steps; ++step)
         std::memcpy(to + (step * kLanes + lane) * W::kPair, row + step * W::kPair, sizeof(*row) * W::kPair);
     }
   }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable, Collection
 
+import numpy as np
 import torch
 
 from asyncengine.model.fused.decoder import FusedDecoder
@@ -90,6 +90,6 @@ def cuda_seconds(device: torch.device) -> Seconds:
                 end.record()
                 end.synchronize()
                 taken.append(start.elapsed_time(end) / 1e3 / _REPLAYS)
-            return statistics.median(taken)
+            return float(np.median(taken))
 
     return seconds
