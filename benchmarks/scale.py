@@ -4,7 +4,8 @@ The core is driven synchronously, as `benchmarks.scheduler` does, so that a step
 
 * running: N requests decode with 8 to 40 tokens behind them on a real model. The limit is the larger of the bytes of
   weights and KV cache over the memory's bandwidth, and the operations (two for each weight and token) over the rate of
-  a float32 matrix product; both are measured in the same run. "host" is the step without the model.
+  torch's matrix product, in float32 or the model's dtype, whichever is faster; both are measured in the same run.
+  "host" is the step without the model.
 * context: one step of two rows with N tokens behind each, on a real model whose cache was written before. The limit
   is bytes over bandwidth. "host" comes from a model that costs nothing.
 * waiting: N requests in line while 64 decode on a model that costs nothing. "decode" and "turnover" as in
@@ -62,12 +63,13 @@ def machine(arguments: argparse.Namespace) -> Machine:
     import torch
 
     size = 256 if arguments.tiny else 2048
-    left, right = torch.randn(size, size), torch.randn(size, size)
     times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - begun)
+    for dtype in {torch.float32, getattr(torch, arguments.dtype)}:
+        left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        for _ in range(5):
+            begun = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - begun)
     model = shapes.make(arguments.shape, arguments.dtype, "meta")
     weights = sum(parameter.numel() for parameter in model.parameters())
     values = model.config

@@ -298,7 +298,9 @@ class Commits:
             self._table.compute_ahead(request, arriving)
             return
         if new.pin is not None:
-            scheduler.tree.pin(new.pin, new.prompt[: len(new.prompt) - len(new.prompt) % scheduler.limits.page_size])
+            scheduler.blocks.tree.pin(
+                new.pin, new.prompt[: len(new.prompt) - len(new.prompt) % scheduler.limits.page_size]
+            )
         if not chunk.branches:  # max_tokens = 0
             self._table.end_branches(request, FinishReason.LENGTH)
             return

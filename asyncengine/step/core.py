@@ -121,9 +121,9 @@ class Core:
             num_requests_running=self.requests.num_running,
             num_requests_waiting=self.requests.num_waiting,
             num_requests_queued=self.requests.num_queued,
-            kv_blocks_total=scheduler.pool.num_blocks if scheduler else 0,
-            kv_blocks_free=scheduler.pool.num_free if scheduler else 0,
-            kv_blocks_cached=scheduler.pool.num_cached if scheduler else 0,
+            kv_blocks_total=scheduler.blocks.pool.num_blocks if scheduler else 0,
+            kv_blocks_free=scheduler.blocks.pool.num_free if scheduler else 0,
+            kv_blocks_cached=scheduler.blocks.pool.num_cached if scheduler else 0,
             counters=counters,
             step_running_seconds=0.0 if since is None else self.clock() - since,
             warm_up_pieces=warm_up.of,
@@ -207,7 +207,7 @@ class Core:
                 self.move(Action.RESET)
                 self.requests.abort_all()
                 if self.scheduler is not None:
-                    self.scheduler.forget_cache()
+                    self.scheduler.blocks.forget_cache()
                     self.scheduler.num_preemptions = 0
                     self.scheduler.prefix_hits = self.scheduler.prefix_queries = 0
                 self.counters = self.requests.counters = Counters()
@@ -220,7 +220,7 @@ class Core:
                     next_state(Action.SLEEP, self.state)
                     assert self.loaded is not None and self.scheduler is not None
                     self.scheduler.preempt_all()
-                    self.scheduler.forget_cache()
+                    self.scheduler.blocks.forget_cache()
                     self.loaded.model.sleep()
                     self.warming.forget()
                     self.move(Action.SLEEP)
@@ -233,11 +233,13 @@ class Core:
                 next_state(Action.UPDATE_WEIGHTS, self.state)
                 assert self.loaded is not None and self.scheduler is not None
                 self.loaded.model.update_weights(instruction.weights)
-                self.scheduler.forget_cache()
-                self.outbox.reply(reply_to, self.scheduler.weight_version)
+                self.scheduler.blocks.forget_cache()
+                self.outbox.reply(reply_to, self.scheduler.blocks.weight_version)
                 return
             case ins.Unpin():
-                self.outbox.reply(reply_to, self.scheduler is not None and self.scheduler.tree.unpin(instruction.pin))
+                self.outbox.reply(
+                    reply_to, self.scheduler is not None and self.scheduler.blocks.tree.unpin(instruction.pin)
+                )
                 return
             case ins.DebugCall():
                 next_state(Action.DEBUG_CALL, self.state)
@@ -366,7 +368,7 @@ class Core:
         self.commits.forget()
         scheduler.forget_rows()
         try:
-            scheduler.check_idle()
+            scheduler.blocks.check_idle()
         except AssertionError as error:
             self.fail_all(error)
             with suppress(Exception):  # a handler of the program's own may raise, and must not end the thread

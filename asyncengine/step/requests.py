@@ -204,7 +204,7 @@ class RequestTable:
         if arriving.complete:
             tokens, request.arriving = arriving.tokens, None
         elif scheduler is not None and request.new.params.num_prompt_logprobs < 0:  # those are computed from the start
-            tokens = arriving.due(scheduler.limits, scheduler.tree)
+            tokens = arriving.due(scheduler.limits, scheduler.blocks.tree)
         request.new = dataclasses.replace(request.new, prompt=tokens)
         for branch in request.branches:
             branch.tokens = tokens

@@ -1,4 +1,4 @@
-"""Which sequences take part in the next step, and the blocks that they need. Owned by the step thread.
+"""Which sequences take part in the next step, and when they get their blocks. Owned by the step thread.
 
 Every step takes all decodes, then prefill chunks within a budget of tokens (Sarathi-Serve, Agrawal et al., 2024), so
 that a long prompt never holds up sequences that run already. Sequences start in order of priority, then arrival. When
@@ -20,13 +20,12 @@ import numpy as np
 
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
-from asyncengine.step.block_pool import BlockPool
 from asyncengine.step.decode_rows import DecodeRows
 from asyncengine.step.drafting import Drafting, Drafts
+from asyncengine.step.kv_blocks import KVBlocks
 from asyncengine.step.limits import Limits
 from asyncengine.step.plan import Chunk, Plan
-from asyncengine.step.prefix_tree import PrefixTree
-from asyncengine.step.sequence import EMPTY, Sequence, SequenceState
+from asyncengine.step.sequence import Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
 from asyncengine.step.waiting import WaitingQueue
 
@@ -51,12 +50,10 @@ class Scheduler:
         self, limits: Limits, place: Callable[[Sequence, Int32], None], drafting: Drafting | None = None
     ) -> None:
         self.limits = limits
-        self.pool = BlockPool(limits.num_blocks)
-        self.tree = PrefixTree(self.pool, limits.page_size, limits.max_recycling)
         self.slots = SlotTable(limits.max_num_sequence, limits.max_single_sequence_length, limits.page_size)
+        self.blocks = KVBlocks(limits, self.slots)
         self.waiting = WaitingQueue()
         self._batches = Batches(self.slots)
-        self.weight_version = 0
         self.dropped: list[tuple[Sequence, Exception]] = []
         self.num_preemptions = 0
         self.prefix_queries = 0  # tokens looked up
@@ -69,7 +66,6 @@ class Scheduler:
         self._finishing: dict[Sequence, None] = {}  # their last token is being drawn
         self._rows = self._no_rows = DecodeRows([], self.slots)
         self._rows_changed = False
-        self._copies: list[tuple[int, int, Sequence]] = []
 
     # What is there
 
@@ -122,7 +118,7 @@ class Scheduler:
         if ahead and bound:
             return None
         drafts = None if self.drafting is None else self._draft(decode_slots, chunks)
-        copies = self._due_copies() if self._copies else NO_PAIRS
+        copies = self.blocks.due_copies() if self.blocks.copies else NO_PAIRS
         if chunks or drafts is not None:
             batch = self._batches.of(rows, chunks, copies, drafts, ahead)
         else:
@@ -153,7 +149,7 @@ class Scheduler:
         for chunk in plan.chunks:
             if chunk.sequence.resident:
                 chunk.sequence.in_flight -= chunk.count
-                self._publish(chunk.sequence, keep=True)
+                self.blocks.publish(chunk.sequence, keep=True)
         if self.drafting is not None and plan.chunks:
             going_on = (chunk.sequence for chunk in plan.chunks if chunk.sequence.request.new.params.max_tokens > 0)
             filled = [sequence.slot for sequence in going_on if sequence.resident]
@@ -187,18 +183,15 @@ class Scheduler:
         branch.tokens = np.append(prompt, np.int32(token_id))
         branch.num_output = 1
         shared, rest = divmod(len(prompt), self.limits.page_size)
-        if rest and not self._make_room(1):
+        if rest and not self.blocks.make_room(1):
             self._release_slot(branch)
             self._wait(branch)
             return
         table = self.slots.blocks[trunk.slot, : shared + bool(rest)]
         self._fill(branch, branch.slot)
-        self.pool.retain(table[:shared])
-        self.slots.append_blocks(branch.slot, table[:shared])
+        self.blocks.share(branch, table[:shared])
         if rest:
-            own = self.pool.allocate(1)
-            self.slots.append_blocks(branch.slot, own)
-            self._copies.append((int(table[shared]), int(own[0]), branch))
+            self.blocks.copy(int(table[shared]), branch)
         self.slots.num_computed[branch.slot] = len(prompt)
         branch.state = SequenceState.DECODE
         branch.weight_version = trunk.weight_version
@@ -221,10 +214,10 @@ class Scheduler:
         slots.num_tokens[slot] = have + len(tokens)
         need = -(-int(slots.num_tokens[slot]) // self.limits.page_size) - int(slots.num_blocks[slot])
         if need > 0:
-            if not self._make_room(need):
+            if not self.blocks.make_room(need):
                 self.preempt(sequence)
                 return
-            slots.append_blocks(slot, self.pool.allocate(need))
+            self.blocks.give(slot, need)
         if sequence.state is SequenceState.DECODE:
             del self._decoding[sequence]
             self._rows_changed = True
@@ -243,7 +236,7 @@ class Scheduler:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)
         elif sequence.resident:
-            self._publish(sequence, keep=False)
+            self.blocks.publish(sequence, keep=False)
             self._leave(sequence)
             sequence.num_output = int(self.slots.num_tokens[sequence.slot]) - len(sequence.request.new.prompt)
         self._release_slot(sequence)
@@ -254,7 +247,7 @@ class Scheduler:
 
         No step with it may be under way, or else its token must not be committed any more.
         """
-        self._publish(sequence, keep=False)
+        self.blocks.publish(sequence, keep=False)
         self._leave(sequence)
         sequence.tokens = self.slots.known_tokens(sequence.slot).copy()
         sequence.num_output = len(sequence.tokens) - len(sequence.request.new.prompt)
@@ -276,12 +269,7 @@ class Scheduler:
         """Lets every sequence wait, as after the model or its cache has changed."""
         for sequence in self.running():
             self.preempt(sequence)
-        self._copies.clear()
-
-    def forget_cache(self) -> None:
-        """Empties the prefix cache; what runs on stays out of it, since it was computed with other weights."""
-        self.tree.clear()
-        self.weight_version += 1
+        self.blocks.forget_copies()
 
     def check(self) -> None:
         """Compares all accounts with each other.
@@ -289,19 +277,9 @@ class Scheduler:
         Raises:
             AssertionError: They disagree.
         """
-        self.pool.check()
-        self.tree.check()
+        self.blocks.check()
         if not self.running():
-            self.check_idle()
-
-    def check_idle(self) -> None:
-        """Compares what can be compared at once while nothing runs: only what is pinned may be in use.
-
-        Raises:
-            AssertionError: Blocks are used that nobody holds.
-        """
-        pinned = sum(map(len, self.tree._pins.values()))
-        assert 0 <= self.pool.num_used <= pinned, f"{self.pool.num_used} blocks are used while nothing runs"
+            self.blocks.check_idle()
 
     def forget_rows(self) -> None:
         """Lets go of the sequences of the last step; nothing runs."""
@@ -321,13 +299,11 @@ class Scheduler:
         Returns:
             False where that would have been needed and is not allowed.
         """
-        slots = self.slots
         while (rows := self._decode_rows()).sequences and not rows.placed:
             lacking = rows.lacking()
-            if self._make_room(len(lacking)):
+            if self.blocks.make_room(len(lacking)):
                 if len(lacking):
-                    slots.blocks[lacking, slots.num_blocks[lacking]] = self.pool.allocate(len(lacking))
-                    slots.num_blocks[lacking] += 1
+                    self.blocks.give_each(lacking)
                 return True
             if not preempt:
                 return False
@@ -350,7 +326,7 @@ class Scheduler:
             budget -= sum(chunk.count for chunk in chunks)
         while budget > 0 and self.slots.num_free and (sequence := self.waiting.head()) is not None:
             if ahead and sequence.request.bound:
-                return not self._fits(sequence)
+                return not self.blocks.fit(sequence, spare=self.num_running)
             if not self._start(sequence):
                 break
             if sequence.state is SequenceState.PREFILL:
@@ -384,26 +360,19 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> bool:
         """Gives the head of the queue a slot and all blocks of its prefill; False if there are not enough."""
-        page_size = self.limits.page_size
         tokens = sequence.tokens
-        cached = self._cached(sequence)
-        self.pool.retain(cached)
-        need = -(-len(tokens) // page_size) - len(cached)
         # Those that run already will need blocks soon: starting one more must not preempt it or them at once.
-        if not self._make_room(need, spare=self.num_running):
-            self.pool.release(cached)
+        held = self.blocks.hold(sequence, spare=self.num_running)
+        if held is None:
             return False
         self.waiting.remove(sequence)
         self._fill(sequence, self.slots.take())
-        self.slots.append_blocks(sequence.slot, cached)
-        self.slots.append_blocks(sequence.slot, self.pool.allocate(need))
-        self.slots.num_computed[sequence.slot] = len(cached) * page_size
+        computed = self.blocks.begin(sequence, *held)
         sequence.state = SequenceState.PREFILL
-        sequence.weight_version = self.weight_version
         sequence.in_flight = 0
         self._prefilling.append(sequence)
         request = sequence.request
-        found = max(len(cached) * page_size - request.computed_ahead, 0)
+        found = max(computed - request.computed_ahead, 0)
         self.prefix_queries += len(tokens) - request.computed_ahead
         self.prefix_hits += found
         if request.preemptions == 0 and sequence.branch == 0:
@@ -425,22 +394,6 @@ class Scheduler:
                 break
         return True
 
-    def _cached(self, sequence: Sequence) -> Int32:
-        """The blocks at the beginning of a sequence that need not be computed."""
-        # The last token is always computed: its logits are what the next one is drawn from.
-        # Nor has the cache the logits or hidden states of prompt tokens that are to be looked at.
-        known = sequence.tokens[: sequence.request.scored] if sequence.request.unscored else sequence.tokens[:-1]
-        return self.tree.match(known) if self.limits.prefix_cache else EMPTY
-
-    def _fits(self, sequence: Sequence) -> bool:
-        """Whether there are blocks enough to start it."""
-        cached = self._cached(sequence)
-        self.pool.retain(cached)
-        need = -(-len(sequence.tokens) // self.limits.page_size) - len(cached)
-        fits = self._make_room(need, spare=self.num_running)
-        self.pool.release(cached)
-        return fits
-
     def _fill(self, sequence: Sequence, slot: int) -> None:
         new = sequence.request.new
         prompt_tokens = len(new.prompt)
@@ -455,36 +408,6 @@ class Scheduler:
             new.params.follows_tokens,
         )
 
-    def _make_room(self, count: int, spare: int = 0) -> bool:
-        """Sees to it that `count` blocks are free, taking cached ones back; False if that leaves fewer than `spare`."""
-        if count + spare > self.pool.num_free + self.pool.num_cached:
-            return False
-        if count > self.pool.num_free:
-            self.tree.evict(count - self.pool.num_free)
-        return count <= self.pool.num_free
-
-    def _publish(self, sequence: Sequence, *, keep: bool) -> None:
-        """Makes what a sequence has computed known to the prefix cache; with `keep` it goes on using it."""
-        if not self.limits.prefix_cache or sequence.weight_version != self.weight_version:
-            return
-        slot, page_size = sequence.slot, self.limits.page_size
-        # What is under way may fail, and what the tokens are that are drawn there is not known.
-        settled = int(self.slots.num_computed[slot]) - sequence.in_flight
-        if sequence.state is SequenceState.DECODE:
-            settled = min(settled, int(self.slots.num_tokens[slot]) - 1)
-        whole = settled // page_size
-        if not whole:
-            return
-        own = self.slots.blocks[slot, :whole]
-        known = self.tree.insert(self.slots.tokens[slot, : whole * page_size], own)
-        # Another sequence may have computed the same tokens meanwhile. Going on with its blocks keeps every holder
-        # of a block a holder of all blocks before it, which the tree relies on.
-        other = known != own
-        if keep and other.any():
-            self.pool.retain(known[other])
-            self.pool.release(own[other])
-            own[:] = known
-
     def _leave(self, sequence: Sequence) -> None:
         """Takes a sequence out of the steps and releases its blocks."""
         if sequence.state is SequenceState.PREFILL:
@@ -495,11 +418,8 @@ class Scheduler:
             del self._decoding[sequence]
             self._rows_changed = True
         self.departures += 1
-        if self._copies:
-            self._copies = [copy for copy in self._copies if copy[2] is not sequence]
-        self.pool.release(self.slots.block_table(sequence.slot))
-        self.slots.num_blocks[sequence.slot] = 0
-        self.tree.trim(in_use=self.num_running)
+        self.blocks.release(sequence)
+        self.blocks.tree.trim(in_use=self.num_running)
 
     def _release_slot(self, sequence: Sequence) -> None:
         if sequence.slot >= 0:
@@ -519,8 +439,8 @@ class Scheduler:
         """Guesses for the rows that decode, as far as there are blocks for them without preempting anyone."""
         drafting, slots, page_size = self.drafting, self.slots, self.limits.page_size
         assert drafting is not None
-        if self._copies:
-            drafting.copy(self._resident_copies())
+        if self.blocks.copies:
+            drafting.copy(self.blocks.resident_copies())
         if not len(rows) or drafting.failure is not None:
             return None
         prefill = sum(chunk.count for chunk in chunks)
@@ -530,17 +450,8 @@ class Scheduler:
         have = slots.num_blocks[rows] * page_size - slots.num_computed[rows] - 1
         for row in np.flatnonzero(lengths > have).tolist():
             need = -(-int(lengths[row] - have[row]) // page_size)
-            if self._make_room(need, spare=self.num_running):
-                slots.append_blocks(int(rows[row]), self.pool.allocate(need))
+            if self.blocks.make_room(need, spare=self.num_running):
+                self.blocks.give(int(rows[row]), need)
             else:
                 lengths[row] = have[row]
         return drafting.propose(slots, rows, lengths)
-
-    def _due_copies(self) -> Int64:
-        copies = self._resident_copies()
-        self._copies.clear()
-        return copies
-
-    def _resident_copies(self) -> Int64:
-        copies = [(source, to) for source, to, branch in self._copies if branch.resident]
-        return np.array(copies, dtype=np.int64).reshape(-1, 2)

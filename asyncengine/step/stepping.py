@@ -217,7 +217,7 @@ class Stepping:
             core.device_lost(loss)
 
     def _end_stuck_head(self, scheduler: Scheduler) -> None:
-        pool, page_size = scheduler.pool, scheduler.limits.page_size
+        pool, page_size = scheduler.blocks.pool, scheduler.limits.page_size
         head = scheduler.waiting.head()
         if head is not None:
             self._core.requests.end_head(

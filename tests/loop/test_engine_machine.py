@@ -268,7 +268,7 @@ class Machine:
         core = self.engine._thread.core
         if core.scheduler is not None:
             core.scheduler.check()
-            pool = core.scheduler.pool
+            pool = core.scheduler.blocks.pool
             assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
             assert min(pool.num_free, pool.num_cached, pool.num_used) >= 0
         assert self.engine._thread.died is None

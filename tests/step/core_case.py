@@ -265,7 +265,7 @@ class Case:
     @property
     def pool(self) -> Any:
         assert self.core.scheduler is not None
-        return self.core.scheduler.pool
+        return self.core.scheduler.blocks.pool
 
     def tokens(self, number: int, branch: int = 0) -> list[int]:
         return self.box.tokens.get((number, branch), [])
@@ -324,7 +324,7 @@ class Case:
         assert sorted([*slots, *scheduler.slots._free]) == list(range(scheduler.limits.max_num_sequence))
         assert set(scheduler.slots.more_stop_ids) <= set(slots)
         # Who holds each block?
-        pool, tree = scheduler.pool, scheduler.tree
+        pool, tree = scheduler.blocks.pool, scheduler.blocks.tree
         refs = np.zeros(pool.num_blocks, dtype=np.int64)
         in_tree = np.zeros(pool.num_blocks, dtype=np.int64)
         for sequence in running:

@@ -90,7 +90,7 @@ def test_the_first_token_comes_after_one_step_instead_of_many() -> None:
     whole = case.add(PIECE * 12 + "!", max_tokens=1)
     at_once = case.run()
     assert case.ended(whole)
-    case.core.scheduler.forget_cache()  # type: ignore[union-attr]
+    case.core.scheduler.blocks.forget_cache()  # type: ignore[union-attr]
     number = case.open(max_tokens=1)
     for _ in range(12):
         case.piece(number, PIECE)

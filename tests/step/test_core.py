@@ -851,7 +851,7 @@ class TestAccounts:
         case.run()
         assert case.core.metrics().counters.failed_steps == 0
         assert case.core.scheduler is not None
-        case.core.scheduler.pool.allocate(2)  # and nobody holds them
+        case.core.scheduler.blocks.pool.allocate(2)  # and nobody holds them
         case.core.step()
         assert case.core.metrics().counters.failed_steps == 1
         case.check()
@@ -864,7 +864,7 @@ class TestAccounts:
         case.add("abc")
         case.run()
         assert not caplog.records and case.core.scheduler is not None
-        case.core.scheduler.pool.allocate(2)
+        case.core.scheduler.blocks.pool.allocate(2)
         case.core.step()
         case.core.step()
         (record,) = caplog.records
@@ -885,7 +885,7 @@ class TestAccounts:
         case.add("abc")
         case.run()
         assert case.core.scheduler is not None
-        case.core.scheduler.pool.allocate(2)
+        case.core.scheduler.blocks.pool.allocate(2)
         logger, broken = logging.getLogger("asyncengine"), Broken()
         logger.addHandler(broken)
         try:

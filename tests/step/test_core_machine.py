@@ -449,7 +449,7 @@ class CoreMachine(RuleBasedStateMachine):
         core = self.core
         if core.scheduler is not None:
             running = core.scheduler.running()
-            copied = [branch for _, _, branch in core.scheduler._copies]
+            copied = [branch for _, _, branch in core.scheduler.blocks.copies]
             assert all(branch in running or branch.state is not SequenceState.DECODE for branch in copied)
         if core.closed:
             assert core.loaded is None and not len(core.requests)
@@ -590,7 +590,7 @@ class CoreMachine(RuleBasedStateMachine):
                     count = sum(key[0] == new.number for key in case.box.branch_ends)
                     assert count == new.params.n
         if core.scheduler is not None:
-            pool, tree = core.scheduler.pool, core.scheduler.tree
+            pool, tree = core.scheduler.blocks.pool, core.scheduler.blocks.tree
             pinned = {block for blocks in tree._pins.values() for block in blocks.tolist()}
             assert pool.num_used == len(pinned)
             for pin in list(tree._pins):

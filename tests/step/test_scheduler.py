@@ -96,7 +96,7 @@ class Line:
         self.scheduler.check()
 
     def check(self, plan: Plan) -> None:
-        batch, pool = plan.batch, self.scheduler.pool
+        batch, pool = plan.batch, self.scheduler.blocks.pool
         rows = len(batch.context_lens)
         assert rows == len(plan.decodes) + len(plan.chunks) == len(batch.query_start) - 1
         assert batch.num_decodes == len(plan.decodes)
@@ -222,7 +222,7 @@ class TestDecodes:
         line.add("b")
         line.step()
         # Drafts that were not kept leave blocks behind.
-        line.scheduler.slots.append_blocks(long.branches[0].slot, line.scheduler.pool.allocate(spare))
+        line.scheduler.slots.append_blocks(long.branches[0].slot, line.scheduler.blocks.pool.allocate(spare))
         same = line.step().decodes
         given_up = line.add("c" * 40)
         line.step(chunks)
@@ -356,9 +356,9 @@ class TestPreemption:
         line = Line()
         line.add("abcde", n=3)
         line.step()
-        assert line.scheduler._copies
+        assert line.scheduler.blocks.copies
         line.scheduler.preempt_all()
-        assert not line.scheduler._copies
+        assert not line.scheduler.blocks.copies
         assert line.scheduler.num_running == 0
         line.scheduler.check()
 
@@ -413,10 +413,10 @@ class TestStarting:
         first = line.add("a" * 17)
         line.step(2)
         waits = line.add("a" * 16 + "b" * 15)
-        used = line.scheduler.pool.num_used
+        used = line.scheduler.blocks.pool.num_used
         line.step()
         assert states(waits) == ["waiting"]
-        assert line.scheduler.pool.num_used == used
+        assert line.scheduler.blocks.pool.num_used == used
         line.end(first)
         line.step()
         assert states(waits) == ["prefill"] or states(waits) == ["decode"]
@@ -445,7 +445,7 @@ class TestBranches:
         tables = [line.scheduler.slots.block_table(branch.slot).tolist() for branch in request.branches]
         assert tables[0][:2] == tables[1][:2] == tables[2][:2]
         assert len({table[2] for table in tables}) == 3
-        assert line.scheduler.pool.num_used == 5
+        assert line.scheduler.blocks.pool.num_used == 5
 
     def test_copy_the_block_that_is_partly_filled(self) -> None:
         line = Line()
@@ -454,7 +454,7 @@ class TestBranches:
         tables = [line.scheduler.slots.block_table(branch.slot).tolist() for branch in request.branches]
         batch = line.schedule().batch
         assert batch.copies.tolist() == [[tables[0][2], tables[1][2]], [tables[0][2], tables[2][2]]]
-        assert not line.scheduler._copies
+        assert not line.scheduler.blocks.copies
 
     def test_copy_nothing_where_the_prompt_fills_its_blocks(self) -> None:
         line = Line()
@@ -525,8 +525,8 @@ class TestPrefixCache:
         request = line.add("abcdefgh")
         line.step(6)
         line.end(request)
-        assert line.scheduler.pool.num_cached == 3
-        assert line.scheduler.pool.num_used == 0
+        assert line.scheduler.blocks.pool.num_cached == 3
+        assert line.scheduler.blocks.pool.num_used == 0
 
     def test_of_sequences_that_compute_the_same_at_once_one_is_kept(self) -> None:
         line = Line(prefill_chunk_size=32)
@@ -534,14 +534,14 @@ class TestPrefixCache:
         line.step()
         tables = [line.scheduler.slots.block_table(r.branches[0].slot).tolist() for r in (first, second)]
         assert tables[0] == tables[1]
-        assert line.scheduler.pool.num_used == 2
+        assert line.scheduler.blocks.pool.num_used == 2
 
     def test_is_evicted_for_those_that_run(self) -> None:
         line = Line(num_blocks=4)
         first = line.add("a" * 12)
         line.step()
         line.end(first)
-        assert line.scheduler.pool.num_cached == 3
+        assert line.scheduler.blocks.pool.num_cached == 3
         second = line.add("b" * 15)
         line.step()
         assert states(second) == ["decode"]
@@ -550,7 +550,7 @@ class TestPrefixCache:
         line = Line()
         first = line.add("abcdefgh")
         line.step()
-        line.scheduler.forget_cache()
+        line.scheduler.blocks.forget_cache()
         second = line.add("abcdefghi")
         line.step()
         assert second.cached_tokens == 0
@@ -560,7 +560,7 @@ class TestPrefixCache:
         assert third.cached_tokens == 8  # the second's
         line.end(second)
         line.end(third)
-        assert line.scheduler.pool.num_cached == 2
+        assert line.scheduler.blocks.pool.num_cached == 2
 
     def test_keeps_at_most_so_many(self) -> None:
         line = Line(max_recycling=2)
@@ -568,7 +568,7 @@ class TestPrefixCache:
             request = line.add(letter * 8)
             line.step()
             line.end(request)
-        assert line.scheduler.pool.num_cached == 4
+        assert line.scheduler.blocks.pool.num_cached == 4
 
     def test_keeps_none_if_told_so(self) -> None:
         line = Line(max_recycling=0)
@@ -576,7 +576,7 @@ class TestPrefixCache:
         line.step()
         for request in requests:
             line.end(request)
-        assert line.scheduler.pool.num_cached == 0
+        assert line.scheduler.blocks.pool.num_cached == 0
 
     def test_the_same_prompt_at_once_with_few_kept(self) -> None:
         line = Line(max_recycling=1, prefill_chunk_size=12)
@@ -665,6 +665,6 @@ def test_nothing_to_do_is_no_plan() -> None:
 
 def test_check_notices_blocks_that_nobody_holds() -> None:
     line = Line()
-    line.scheduler.pool.allocate(1)
+    line.scheduler.blocks.pool.allocate(1)
     with pytest.raises(AssertionError, match="1 blocks are used while nothing runs"):
         line.scheduler.check()
