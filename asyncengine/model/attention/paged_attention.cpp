@@ -489,9 +489,20 @@ struct Phase {
   template <class Body>
   void run(int64_t count, Body body) {
     int64_t mine = 0;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++mine) body(i);
+    for (int64_t i; (i = take()) < count; ++mine) body(i);
     done.fetch_add(mine, std::memory_order_release);
   }
+  // The same; a body knows which item its thread does after its own, or gets its own again where there is none.
+  template <class Body>
+  void run_in_sight(int64_t count, Body body) {
+    int64_t mine = 0, after;
+    for (int64_t i = take(); i < count; i = after, ++mine) {
+      after = take();
+      body(i, after < count ? after : i);
+    }
+    done.fetch_add(mine, std::memory_order_release);
+  }
+  int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
   void wait(int64_t count) const {
     for (int spins = 0; done.load(std::memory_order_acquire) < count; ++spins)
       if (spins > 1000) std::this_thread::yield();
@@ -868,7 +879,7 @@ struct Step {
     if constexpr (!std::is_same<T, BFloat16>::value) return {};
     const int64_t whole = key_steps / kTile, left = key_steps % kTile;
     const int64_t key_stride = (direct ? layer.page_size : kBlock) * T::kPair;
-    for (int g = block.first; left && g < kGroups; ++g) {
+    for (int g = block.first; left && g < (block.last + 1) / 2 * 2; ++g) {  // tiles take groups in pairs
       const Stored *from = static_cast<const Stored *>(block.keys[g]) + whole * kTile * key_stride;
       Stored *to = s.key_ends + g * kLanes * kTile * T::kPair;
       std::memset(to, 0, kLanes * kTile * T::kPair * sizeof(Stored));
@@ -877,7 +888,7 @@ struct Step {
     }
     ValueTiles tiles;
     const int64_t group_values = kLanes * layer.value_dim;
-    for (int g = 0; g < kGroups; g += 2) {
+    for (int g = block.first / 2 * 2; g < block.last; g += 2) {
       tiles.at[g / 2] = static_cast<const Stored *>(block.values[g]);
       if (g >= block.first && block.end - block.begin >= (g + 2) * kLanes && layer.page_size % (2 * kLanes) == 0)
         continue;
@@ -999,7 +1010,24 @@ struct Step {
     return partials + kv_head * partial_floats + row * (sum_width + kLanes);
   }
 
-  void attend(int64_t item, const Scratch &s) const {
+  // The first block that an item reads.
+  Block first_block(int64_t item, const Scratch &s) const {
+    const Unit &unit = units[item / layer.kv_heads];
+    const Tile &tile = tiles[unit.tile];
+    const int64_t first = std::max(unit.split * kSplit, first_visible(tile.context) / kBlock * kBlock);
+    return locate(tile, item % layer.kv_heads, first, std::min(first + kBlock, tile.context + tile.count), s);
+  }
+
+  // Keys of the groups that have none beside them in the block before; values are fetched beside keys.
+  void fetch_keys(const Block &block, int from) const {
+    const int64_t stride = layer.page_size * T::kPair * int64_t(sizeof(Stored));
+    for (int g = std::max(from, block.first); direct && g < block.last; ++g)
+      for (int64_t step = 0; step < key_steps; ++step)
+        prefetch(static_cast<const char *>(block.keys[g]) + step * stride);
+  }
+
+  // `after` is the item that this thread does next: its first keys are fetched beside the last values of this one.
+  void attend(int64_t item, int64_t after, const Scratch &s) const {
     const Unit &unit = units[item / layer.kv_heads];
     const int64_t kv_head = item % layer.kv_heads;
     const Tile &tile = tiles[unit.tile];
@@ -1013,9 +1041,12 @@ struct Step {
       const int64_t last = std::min((split + 1) * kSplit, limit);
       Block block = locate(tile, kv_head, first, std::min(first + kBlock, last), s);
       for (int64_t begin = first; begin < last; begin += kBlock) {
+        const bool leaves = after != item && begin + kBlock >= last && split + 1 == unit.split + unit.splits;
         const int64_t next_begin = begin + kBlock < limit ? begin + kBlock : begin;
-        const Block next = locate(tile, kv_head, next_begin, std::min(next_begin + kBlock, limit), s);
+        const Block next = leaves ? first_block(after, s)
+                                  : locate(tile, kv_head, next_begin, std::min(next_begin + kBlock, limit), s);
         attend_block(tile, kv_head, block, next, s, configured);
+        if (leaves) fetch_keys(next, block.last);
         block = next;
       }
       if (split_units) {
@@ -1053,7 +1084,7 @@ struct Step {
     const int64_t attends = int64_t(units.size()) * layer.kv_heads;
     writing.run(writes, [&](int64_t i) { write(i); });
     writing.wait(writes);
-    attending.run(attends, [&](int64_t i) { attend(i, s); });
+    attending.run_in_sight(attends, [&](int64_t i, int64_t after) { attend(i, after, s); });
     if (!split_units) return;
     attending.wait(attends);
     merging.run(int64_t(tiles.size()) * layer.kv_heads, [&](int64_t i) { merge(i, s); });
