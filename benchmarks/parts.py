@@ -101,7 +101,9 @@ def synchronous(arguments: argparse.Namespace, shape: str, path: Path, figures: 
         for slot in range(rows):
             model.place(slot, greedy, 0, np.zeros(1, np.int32), np.zeros(0, np.int32))
         batches = [step.batch_of(rows, 1, context, vocabulary) for context in (arguments.context, 0)]
-        attending, alone = [step.median_seconds(model, batch, arguments.steps // 2) for batch in batches]
+        times = [[step.median_seconds(model, batch, 1) for batch in batches] for _ in range(arguments.steps // 4)]
+        attending = statistics.median(with_context for with_context, _ in times)
+        alone = attending - statistics.median(with_context - without for with_context, without in times)
         figures[rows] = {
             "weights": weights / attending,
             "products": (alone - weights) / attending,
