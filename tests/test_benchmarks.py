@@ -82,6 +82,7 @@ def reports(plots: Path) -> Reports:
         ["lag", "--tiny", "--only", "serve", "load"],
         ["scale", "--tiny", "--write", str(plots)],
         ["arrivals", "--tiny", "--keep", "--rounds", "2"],
+        ["parts", "--tiny"],
     )
 
 
@@ -276,6 +277,19 @@ def test_scale_draws_every_curve(reports: Reports, plots: Path) -> None:
         assert len(drawn.findall("{*}path")) > 10
     assert [row["hit_tokens"] for row in result["prefix"]] == [0, 32]
     assert [row["kv_mb"] for row in result["running"]] == sorted(row["kv_mb"] for row in result["running"])
+
+
+@pytest.mark.timeout(300)
+def test_parts_add_up_to_a_step(reports: Reports) -> None:
+    status, result, said = ended(*reports["parts"])
+    assert status == 0, said
+    found = result["results"]["tiny"]
+    assert list(found) == ["1", "2"]
+    for parts in found.values():
+        whole, launches = parts.pop("step"), parts.pop("launches")
+        assert sum(parts.values()) == pytest.approx(whole, abs=1e-3)
+        assert min(parts["weights"], parts["host"]) > 0
+        assert launches > 0
 
 
 @pytest.mark.timeout(300)
