@@ -157,7 +157,7 @@ def processor() -> str:
 
 def _compile(recipe: Recipe, compiler: Sequence[str], workspace: Path) -> Path:
     library = workspace / recipe.library
-    errors = ""
+    said = ""
     for target in recipe.targets:
         source = str(recipe.sources[0])
         command = [*compiler, *recipe.before, *target, source, "-o", str(library), *recipe.after]
@@ -175,8 +175,8 @@ def _compile(recipe: Recipe, compiler: Sequence[str], workspace: Path) -> Path:
             raise BuildError(f"{recipe.what} could not be compiled: {error}") from error
         if finished.returncode == 0:
             return library
-        errors = finished.stderr
-    raise BuildError(f"{recipe.what} could not be compiled with {shlex.join(compiler)}:\n{errors[-2000:]}")
+        said = finished.stderr.strip() or f"exit status {finished.returncode}"
+    raise BuildError(f"{recipe.what} could not be compiled with {shlex.join(compiler)}:\n{said[-2000:]}")
 
 
 def _publish(recipe: Recipe, workspace: Path, home: Path) -> Path:

@@ -35,7 +35,6 @@ import numpy as np
 import uvloop
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
-from asyncengine.generation import resolve
 from benchmarks import scale, scheduler, shapes, step
 
 PARTS = ("step", "weights", "products", "attention", "host", "hand-over")
@@ -76,14 +75,6 @@ def synchronous(arguments: argparse.Namespace, shape: str, path: Path, figures: 
     peak = step.bandwidth(1 << 22 if arguments.tiny else 1 << 27)
     weights = sum(each.nbytes for each in shapes.make(shape, arguments.dtype, "meta").parameters()) / peak
     draw = np.random.default_rng(0)
-    greedy = resolve(
-        GenerationConfig(temperature=0),
-        GenerationConfig(),
-        vocab_size=vocabulary,
-        eos_token_ids=(),
-        max_tokens=9,
-        seed=0,
-    )
     for rows in arguments.rows:
         prompts = [draw.integers(1, vocabulary, arguments.context, dtype=np.int32) for _ in range(rows)]
         before = core.counters.generation_tokens
@@ -98,8 +89,7 @@ def synchronous(arguments: argparse.Namespace, shape: str, path: Path, figures: 
             hosts.append(time.perf_counter() - begun - (core.counters.model_seconds.total - modelled))
         core.requests.abort_all()
         core.step()
-        for slot in range(rows):
-            model.place(slot, greedy, 0, np.zeros(1, np.int32), np.zeros(0, np.int32))
+        step.place_greedy(model, rows, vocabulary)
         batches = [step.batch_of(rows, 1, context, vocabulary) for context in (arguments.context, 0)]
         times = [[step.median_seconds(model, batch, 1) for batch in batches] for _ in range(arguments.steps // 4)]
         attending = statistics.median(with_context for with_context, _ in times)

@@ -166,12 +166,7 @@ def context(arguments: argparse.Namespace, path: Path, limits: Machine) -> list[
     for cache in model._layers.caches:  # type: ignore[attr-defined]  # pages that were never written are all one page
         cache.keys.zero_()
         cache.values.zero_()
-    for slot in range(sequences):
-        greedy = resolve(
-            GenerationConfig(temperature=0), GenerationConfig(), vocab_size=vocabulary, eos_token_ids=(), max_tokens=9,
-            seed=0,
-        )  # fmt: skip
-        model.place(slot, greedy, 0, np.zeros(1, np.int32), np.zeros(0, np.int32))
+    step.place_greedy(model, sequences, vocabulary)
     for length in lengths:
         seconds = step.median_seconds(model, step.batch_of(sequences, 1, length, vocabulary), 7)
         limit = limits.step_seconds(sequences, sequences * length)

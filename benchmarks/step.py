@@ -80,6 +80,17 @@ def load(arguments: argparse.Namespace, path: Path) -> Any:
     return loader.load(loader.check(config, None))
 
 
+def place_greedy(model: Any, rows: int, vocabulary: int) -> None:
+    """Lets the model's first slots draw the most likely token."""
+    greedy = resolve(
+        GenerationConfig(temperature=0), GenerationConfig(), vocab_size=vocabulary, eos_token_ids=(), max_tokens=64,
+        seed=0,
+    )  # fmt: skip
+    prompt = np.zeros(1, np.int32)
+    for slot in range(rows):
+        model.place(slot, greedy, 0, prompt, prompt[:0])
+
+
 def median_seconds(model: Any, batch: StepBatch, repetitions: int) -> float:
     """Of `repetitions` steps after a few to warm up."""
     times = []
@@ -124,17 +135,7 @@ def main() -> None:
         f"{arguments.shape} {arguments.dtype} {loaded.config.decoder_backend}, {torch.get_num_threads()} threads, "
         f"memory {peak / 1e9:.1f} GB/s, loaded in {figures['load_s']:.1f} s"
     )
-    greedy = resolve(
-        GenerationConfig(temperature=0),
-        GenerationConfig(),
-        vocab_size=vocabulary,
-        eos_token_ids=(),
-        max_tokens=64,
-        seed=0,
-    )
-    prompt = np.zeros(1, np.int32)
-    for slot in range(max(arguments.rows)):
-        model.place(slot, greedy, 0, prompt, prompt[:0])
+    place_greedy(model, max(arguments.rows), vocabulary)
     for rows in arguments.rows:
         seconds = median_seconds(model, batch_of(rows, 1, arguments.context, vocabulary), arguments.repetitions)
         read = weights * itemsize + rows * arguments.context * cached * getattr(torch, arguments.dtype).itemsize

@@ -67,3 +67,9 @@ def test_a_compiler_that_speaks_another_encoding(
     with pytest.raises(BuildError, match="wrong: "):
         build(recipe, compiler(tmp_path, r"printf 'wrong: \377\376' >&2; exit 1"))
     assert not list((tmp_path / "cache" / "asyncengine").iterdir())
+
+
+def test_a_compiler_that_fails_without_a_word(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(BuildError, match="exit status 3"):
+        build(recipe, compiler(tmp_path, "exit 3"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,19 @@ def test_cpu_gets_the_kernel(name: str) -> None:
     selection = select(name, CPU)  # type: ignore[arg-type]
     assert isinstance(selection.backend, CpuAttention)
     assert selection.fallback_reason is None
+
+
+def test_the_cpu_imports_nothing_of_other_devices() -> None:
+    program = """
+import sys, torch
+from asyncengine.model.attention.select import select
+
+select("torch", torch.device("cpu"))
+own = [name.rpartition(".")[2] for name in sys.modules if name.startswith("asyncengine.model.attention.")]
+print(sorted({"triton", "flashinfer", "flash_attention"} & set(own)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.usefixtures("no_compiler")
