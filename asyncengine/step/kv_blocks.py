@@ -113,7 +113,7 @@ class KVBlocks:
             own[:] = known
 
     def release(self, sequence: Sequence) -> None:
-        """Takes a sequence's blocks from it."""
+        """Takes a sequence's blocks from it, and the copies that it waits for."""
         if self.copies:
             self.copies = [copy for copy in self.copies if copy[2] is not sequence]
         self.pool.release(self._slots.block_table(sequence.slot))
@@ -123,10 +123,6 @@ class KVBlocks:
         """Empties the prefix cache; what runs on stays out of it, since it was computed with other weights."""
         self.tree.clear()
         self.weight_version += 1
-
-    def forget_copies(self) -> None:
-        """Lets go of copies that nobody waits for any more."""
-        self.copies.clear()
 
     def due_copies(self) -> Int64:
         """(n, 2) what is to be copied before the next step, from where and to where; it counts as done."""

@@ -269,7 +269,6 @@ class Scheduler:
         """Lets every sequence wait, as after the model or its cache has changed."""
         for sequence in self.running():
             self.preempt(sequence)
-        self.blocks.forget_copies()
 
     def check(self) -> None:
         """Compares all accounts with each other.

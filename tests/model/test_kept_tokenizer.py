@@ -214,6 +214,26 @@ def test_what_would_not_be_the_same_is_not_kept(tmp_path: Path, kept: Path, monk
     assert kept_tokenizer.keep(place, tokenizer._chat) and place.exists()
 
 
+@pytest.mark.parametrize("other", ["vocabulary", "attribute"])
+def test_what_is_put_together_differently_is_not_kept(
+    other: str, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = read(directory(tmp_path / "model"))
+    assemble = kept_tokenizer._assembled
+
+    def differently(content: bytes) -> Any:
+        again = assemble(content)
+        if other == "vocabulary":
+            again.backend_tokenizer.add_tokens(["one more"])
+        else:
+            again.padding_side = "left" if again.padding_side == "right" else "right"
+        return again
+
+    monkeypatch.setattr(kept_tokenizer, "_assembled", differently)
+    assert not kept_tokenizer.keep(kept / "here", tokenizer._chat)
+    assert not kept.exists()
+
+
 def test_a_class_of_somebody_elses_is_not_kept(tmp_path: Path, kept: Path) -> None:
     tokenizer = read(directory(tmp_path / "model"))
 

@@ -352,6 +352,14 @@ class TestPreemption:
         line.step()
         assert states(second) == ["prefill", "unborn", "unborn"]
 
+    def test_of_a_branch_takes_its_copy_along(self) -> None:
+        line = Line()
+        request = line.add("abcde", n=3)
+        line.step()
+        line.scheduler.preempt(request.branches[1])
+        assert [branch for _, _, branch in line.scheduler.blocks.copies] == [request.branches[2]]
+        line.scheduler.check()
+
     def test_of_all_leaves_no_copy_behind(self) -> None:
         line = Line()
         line.add("abcde", n=3)
