@@ -20,7 +20,7 @@ SOURCE = Path(__file__).parents[1] / "decoder" / "decoder.cpp"
 _INCLUDED = tuple(Path(__file__).with_name(name) for name in ("paged_attention.cpp", "tiles.h"))
 
 # Infinities and NaN keep their meaning: masks are made of the former, and a model's own NaN must not be hidden.
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "paged_attention": (ctypes.c_int, (_POINTER, _POINTER, _POINTER)),

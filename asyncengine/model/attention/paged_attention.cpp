@@ -25,7 +25,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
+#include <sched.h>
 #include <type_traits>
 #include <vector>
 #if defined(__AVX__)
@@ -231,6 +231,15 @@ struct Halves {  // of a vector of pairs
   Vec first, second;
 };
 
+inline void store_low_halves(uint16_t *to, Words words) {
+#if defined(__AVX512F__)
+  const __m256i low = _mm512_cvtepi32_epi16((__m512i)words);
+  std::memcpy(to, &low, sizeof low);
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = uint16_t(words[i]);
+#endif
+}
+
 struct Float32 {
   static constexpr bool kCoarse = false;
   typedef float Stored;
@@ -244,6 +253,7 @@ struct Float32 {
   static void pack_vector(Weight *to, Vec x) { store(to, x); }
   static float widen(Stored x) { return x; }
   static Stored narrow(float x) { return x; }
+  static void narrow_vector(Stored *to, Vec x) { store(to, x); }
 };
 
 struct BFloat16 {
@@ -258,6 +268,10 @@ struct BFloat16 {
     uint32_t bits = load<uint32_t>(&x);
     if ((bits & 0x7fffffff) > 0x7f800000) return Stored((bits >> 16) | 0x40);
     return Stored((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+  static void narrow_vector(Stored *to, Vec x) {
+    const Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    store_low_halves(to, (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
   }
 #if defined(__AVX512BF16__)
   typedef uint32_t Weight;  // two bfloat16
@@ -341,7 +355,26 @@ struct Float16 {
     return Stored(sign | ((magnitude - (112u << 23)) >> 13));
 #endif
   }
+  static void narrow_vector(Stored *to, Vec x) {
+#if defined(__AVX512F__)
+    const __m256i narrowed = _mm512_cvtps_ph((__m512)x, 0);
+    std::memcpy(to, &narrowed, sizeof narrowed);
+#elif defined(__F16C__)
+    const __m128i narrowed = _mm256_cvtps_ph((__m256)x, 0);
+    std::memcpy(to, &narrowed, sizeof narrowed);
+#else
+    for (int i = 0; i < kLanes; ++i) to[i] = narrow(x[i]);
+#endif
+  }
 };
+
+// to = from * factor, as it is stored.
+template <class T>
+inline void narrow_row(typename T::Stored *to, const float *from, int64_t count, float factor = 1.0f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) T::narrow_vector(to + i, load<Vec>(from + i) * factor);
+  for (; i < count; ++i) to[i] = T::narrow(from[i] * factor);
+}
 
 // ---- the inner loops ---------------------------------------------------------------------------------------------
 
@@ -505,7 +538,7 @@ struct Phase {
   int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
   void wait(int64_t count) const {
     for (int spins = 0; done.load(std::memory_order_acquire) < count; ++spins)
-      if (spins > 1000) std::this_thread::yield();
+      if (spins > 1000) sched_yield();
   }
 };
 
@@ -1001,7 +1034,7 @@ struct Step {
       }
       factor /= total;
       Stored *output = static_cast<Stored *>(call.output) + (token * layer.heads + head) * layer.value_dim;
-      for (int64_t i = 0; i < layer.value_dim; ++i) output[i] = T::narrow(state.sums[r * sum_width + i] * factor);
+      narrow_row<T>(output, state.sums + r * sum_width, layer.value_dim, factor);
     }
   }
 

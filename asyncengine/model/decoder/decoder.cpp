@@ -326,6 +326,7 @@ inline Vec square_sum(const float *x, int64_t count, Vec mean) {
   Vec sum[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       Vec v = load<Vec>(x + i + j * kLanes) - mean;
       sum[j] = sum[j] + v * v;
@@ -341,6 +342,7 @@ inline float row_sum(const float *x, int64_t count) {
   Vec sum[4] = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sum[j] = sum[j] + load<Vec>(x + i + j * kLanes);
   for (; i < count; i += kLanes) sum[0] = sum[0] + load<Vec>(x + i);
   return lanes_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
@@ -519,14 +521,34 @@ struct Run {
 #endif
   }
 
-  // Groups `group` to `last` of a matrix's outputs, counted from group `from`, for some rows: `done(row, group, cols,
-  // sums)` gets `cols` vectors of outputs. `M` is W, unless a matrix is stored otherwise.
-  template <class M, class Done>
+  // What becomes of outputs: `each(row, group, cols, sums)` gets `cols` vectors of them. By reference and called through
+  // a pointer, so that products are compiled once for all that may become of them.
+  class Outcome {
+   public:
+    template <class Each>
+    Outcome(const Each &each)
+        : owner(&each), over([](const void *of, int64_t row, int64_t count, int64_t group, int64_t cols, float *sums,
+                                int64_t sum_stride) {
+            for (int64_t r = 0; r < count; ++r)
+              (*static_cast<const Each *>(of))(row + r, group, cols, sums + r * sum_stride);
+          }) {}
+    void operator()(int64_t row, int64_t count, int64_t group, int64_t cols, float *sums, int64_t sum_stride) const {
+      over(owner, row, count, group, cols, sums, sum_stride);
+    }
+
+   private:
+    const void *owner;
+    void (*over)(const void *, int64_t, int64_t, int64_t, int64_t, float *, int64_t);
+  };
+
+  // Groups `begin` to `last` of a matrix's outputs, counted from group `from`, for some rows, the first of which is the
+  // outcome's `first_row`. `M` is W, unless a matrix is stored otherwise.
+  template <class M>
   void part(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Input *inputs, int64_t rows,
-            Done done) {
+            int64_t first_row, const Outcome &outcome) {
 #if HAS_TILES
     if constexpr (M::kPair == 2)
-      if (by_tiles<M>()) return part_by_tiles<M>(matrix, from, begin, last, inputs, rows, done);
+      if (by_tiles<M>()) return part_by_tiles<M>(matrix, from, begin, last, inputs, rows, first_row, outcome);
 #endif
     alignas(64) float sums[kSums * kLanes];
     const int64_t steps = matrix.inputs / M::kPair, group_stride = steps * kLanes * M::kPair;
@@ -539,24 +561,20 @@ struct Run {
         while (cols > last - group) cols /= 2;
         products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride, steps,
                                     sums, cols * kLanes, i ? 0 : kAhead);
-        finish(matrix, from, row, count, group, cols, sums, cols * kLanes, done);
+        scale_and_shift(matrix, (from + group) * kLanes, count, cols, sums, cols * kLanes);
+        outcome(first_row + row, count, group, cols, sums, cols * kLanes);
       }
     }
   }
 
-  // Sums become outputs.
-  template <class Done>
-  static void finish(const Matrix &matrix, int64_t from, int64_t row, int64_t count, int64_t group, int64_t cols,
-                     float *sums, int64_t sum_stride, Done done) {
-    for (int64_t r = 0; r < count; ++r) {
-      float *own = sums + r * sum_stride;
-      for (int64_t c = 0; (matrix.scales || matrix.bias) && c < cols * kLanes; c += kLanes) {
-        Vec sum = load<Vec>(own + c);
-        if (matrix.scales) sum = sum * load<Vec>(matrix.scales + (from + group) * kLanes + c);
-        if (matrix.bias) sum = sum + load<Vec>(matrix.bias + (from + group) * kLanes + c);
-        store(own + c, sum);
-      }
-      done(row + r, group, cols, own);
+  // Sums become outputs, the first of which is `output`.
+  static void scale_and_shift(const Matrix &matrix, int64_t output, int64_t rows, int64_t cols, float *sums, int64_t sum_stride) {
+    if (!matrix.scales && !matrix.bias) return;
+    for (int64_t c = 0; c < cols * kLanes; c += kLanes) {
+      const Vec scales = matrix.scales ? load<Vec>(matrix.scales + output + c) : splat(1.0f);
+      const Vec bias = matrix.bias ? load<Vec>(matrix.bias + output + c) : splat(-0.0f);
+      for (int64_t r = 0; r < rows; ++r)
+        store(sums + r * sum_stride + c, load<Vec>(sums + r * sum_stride + c) * scales + bias);
     }
   }
 
@@ -573,9 +591,9 @@ struct Run {
     return to;
   }
 
-  template <class M, class Done>
+  template <class M>
   void part_by_tiles(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Input *inputs, int64_t rows,
-                     Done done) const {
+                     int64_t first_row, const Outcome &outcome) const {
     alignas(64) float sums[4 * kTile * kTile];
     const int64_t steps = matrix.inputs / M::kPair, group_stride = steps * kLanes * M::kPair;
     const auto *stored = static_cast<const typename M::Stored *>(matrix.weights) + from * group_stride;
@@ -588,7 +606,8 @@ struct Run {
           const int64_t row = rows * i / chunks, count = rows * (i + 1) / chunks - row;
           few_rows_products<M>.of[count][cols](inputs + row * steps, steps, stored + group * group_stride, group_stride,
                                                steps, sums, cols * kLanes, i ? 0 : kAhead);
-          finish(matrix, from, row, count, group, cols, sums, cols * kLanes, done);
+          scale_and_shift(matrix, (from + group) * kLanes, count, cols, sums, cols * kLanes);
+          outcome(first_row + row, count, group, cols, sums, cols * kLanes);
         }
       }
       return;
@@ -617,7 +636,9 @@ struct Run {
         else
           multiply_flat(runs, 2, {sums, sums + kTile, sums + 2 * kTile, sums + 3 * kTile}, 4 * kTile, false,
                         fetch);
-        finish(matrix, from, row, count, group, std::min(wide, last - group), sums, wide * kLanes, done);
+        const int64_t cols = std::min(wide, last - group);
+        scale_and_shift(matrix, (from + group) * kLanes, count, cols, sums, wide * kLanes);
+        outcome(first_row + row, count, group, cols, sums, wide * kLanes);
       }
     }
   }
@@ -635,8 +656,8 @@ struct Run {
   }
 
   // A product over all rows.
-  template <class M = W, class Done>
-  void product(Phase &phase, const Matrix &matrix, const Input *inputs, int64_t rows, Done done) {
+  template <class M = W>
+  void product(Phase &phase, const Matrix &matrix, const Input *inputs, int64_t rows, const Outcome &outcome) {
     const int64_t groups = (matrix.outputs + kLanes - 1) / kLanes, chunks = (rows + kRows - 1) / kRows;
     const int64_t row_parts = by_tiles<M>() ? (rows + kRowsEach - 1) / kRowsEach : 1, steps = matrix.inputs / M::kPair;
     const int64_t each = groups_each<M>(matrix, groups, cols_of(int((rows + chunks - 1) / chunks)), row_parts);
@@ -644,8 +665,7 @@ struct Run {
     phase.run(items, [&](int64_t item) {
       const int64_t begin = item / row_parts * each, row = item % row_parts * kRowsEach;
       part<M>(matrix, 0, begin, std::min(groups, begin + each), inputs + row * steps,
-              row_parts > 1 ? std::min(rows - row, kRowsEach) : rows,
-              [&](int64_t r, int64_t group, int64_t cols, auto *sums) { done(row + r, group, cols, sums); });
+              row_parts > 1 ? std::min(rows - row, kRowsEach) : rows, row, outcome);
     });
     phase.wait(items);
   }
@@ -657,16 +677,15 @@ struct Run {
   }
 
   // A product of what was sent to each expert with its own part of the matrix.
-  template <class Done>
-  void experts_product(Phase &phase, const Experts &experts, const Matrix &matrix, const Input *inputs, Done done) {
+  void experts_product(Phase &phase, const Experts &experts, const Matrix &matrix, const Input *inputs,
+                       const Outcome &outcome) {
     const int64_t groups = matrix.outputs / experts.count / kLanes, steps = matrix.inputs / W::kPair;
     const int64_t asked = num_busy[number_of(experts)], each = groups_each<W>(matrix, groups * asked, kMostCols);
     const int64_t parts = (groups + each - 1) / each;
     phase.run(asked * parts, [&](int64_t item) {
       const int64_t expert = busy[item / parts], begin = item % parts * each, start = first[expert];
       part<W>(matrix, expert * groups, begin, std::min(groups, begin + each), inputs + start * steps,
-              first[expert + 1] - start,
-              [&](int64_t row, int64_t group, int64_t cols, const float *sums) { done(start + row, group, cols, sums); });
+              first[expert + 1] - start, start, outcome);
     });
     phase.wait(asked * parts);
   }
@@ -851,23 +870,23 @@ struct Run {
     }
   }
 
-  // With a stride known to the compiler, so that it makes vectors of the usual kind.
-  template <int kStride>
-  static void rotate_head(float *first, float *second, int64_t half, const float *cosine, const float *sine) {
-    for (int64_t i = 0; i < half; ++i) {
-      const float a = first[i * kStride], b = second[i * kStride], c = cosine[i], s = sine[i];
-      first[i * kStride] = a * c - b * s;
-      second[i * kStride] = b * c + a * s;
-    }
+  template <class Number>  // one, or a vector of them
+  static void rotate_numbers(float *first, float *second, const float *cosine, const float *sine) {
+    const Number a = load<Number>(first), b = load<Number>(second), c = load<Number>(cosine), s = load<Number>(sine);
+    const Number x = a * c - b * s, y = b * c + a * s;
+    std::memcpy(first, &x, sizeof x);
+    std::memcpy(second, &y, sizeof y);
   }
 
   void rotate(float *x, int64_t count, int64_t dim, const float *cosine, const float *sine) const {
     const int64_t half = decoder.rotary / 2;
     for (int64_t head = 0; head < count; head += dim) {
+      float *first = x + head, *second = first + half;
+      int64_t i = 0;
       if (decoder.pairs)
-        rotate_head<2>(x + head, x + head + 1, half, cosine, sine);
-      else
-        rotate_head<1>(x + head, x + head + half, half, cosine, sine);
+        for (; i < half; ++i) rotate_numbers<float>(first + 2 * i, first + 2 * i + 1, cosine + i, sine + i);
+      for (; i + kLanes <= half; i += kLanes) rotate_numbers<Vec>(first + i, second + i, cosine + i, sine + i);
+      for (; i < half; ++i) rotate_numbers<float>(first + i, second + i, cosine + i, sine + i);
     }
   }
 
@@ -882,8 +901,7 @@ struct Run {
       rotate(x, q, a.key_dim, layer.cosines + at, layer.sines + at);
       rotate(x + q, k, a.key_dim, layer.cosines + at, layer.sines + at);
     }
-    Stored *to = heads + token * qkv_width;
-    for (int64_t i = 0; i < width; ++i) to[i] = T::narrow(x[i]);
+    narrow_row<T>(heads + token * qkv_width, x, width);
   }
 
   void widen(int64_t token, int64_t width) const {
