@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +44,20 @@ class Built:
         return weight_bytes(self.model) if self.program is None else int(self.program.nbytes)
 
 
-def build(config: EngineConfig, details: Details, backend: Any) -> Built:
+def build(config: EngineConfig, details: Details, attention: Callable[[], Any]) -> Built:
     """Reads the weights, and tries the model in every form in which it may run.
+
+    Args:
+        config: What is wanted.
+        details: What is known of it.
+        attention: Called when what follows hardly needs the GIL; returns what attends, and may wait for a compiler.
 
     Raises:
         UnsupportedModelError: It does not compute what transformers does, or not in the form that is asked for.
     """
     from asyncengine.model import architecture, verification
     from asyncengine.model.decoder.parts import NotRecognised
+    from asyncengine.model.decoder.weights import Packing
     from asyncengine.model.hidden_states import hidden_size
 
     notes: list[str] = []
@@ -58,11 +65,17 @@ def build(config: EngineConfig, details: Details, backend: Any) -> Built:
     model = _with_weights(details)
     layers = architecture.layers_of(model, details.watched)
     trial = verification.Trial.of(model, layers, details.device)
+    backend = attention()
     program, findings = None, None
     try:
         blueprint = _blueprint(config, details, model, layers, backend)
         if blueprint is not None:
-            program = _compile(config, details, blueprint, backend)
+            # What is not mapped from its file is in memory, and let go matrix by matrix.
+            mapped = details.dtype is details.checkpoint.dtype
+            packing = Packing(_library(config, details, backend)) if mapped else None
+            program = _compile(config, details, blueprint, backend, packing)
+            if packing is not None:
+                packing.run()
             trial.run(model, backend, program)
             findings = _findings(details, model, layers, blueprint, trial)
     except (NotRecognised, UnsupportedModelError) as error:

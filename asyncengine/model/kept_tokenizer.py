@@ -144,7 +144,8 @@ def _parts(backend: Any, written: str) -> list[bytes]:
     if merges.count(b" ") != merges.count(b"\n"):  # there are such within a token; the first line has one of each, too
         return [written.encode()]
     rest = written[: written.index('"vocab":{')]  # within a string, these quotes have backslashes before them
-    ordered = ",".join([f"{encode_basestring(token)}:{number}" for token, number in sorted(json.loads(tokens).items())])
+    numbers = json.loads(tokens)
+    ordered = ",".join([f"{encode_basestring(token)}:{numbers[token]}" for token in sorted(numbers)])
     return [f'{rest}"vocab":{{}},"merges":[]}}}}'.encode(), f"{{{ordered}}}".encode(), merges]
 
 

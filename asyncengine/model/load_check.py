@@ -55,6 +55,7 @@ class Details:
         watched: Its attention layers by name; None if it does not run without weights.
         findings: What an earlier load of it found out, if that was kept. Then there is no `hf_config`.
         findings_at: Where what is found out is kept; None if it is not.
+        selecting: Comes to what attends, as soon as that is compiled; None for a draft model.
     """
 
     checkpoint: Any
@@ -71,6 +72,7 @@ class Details:
     watched: dict[str, Any] | None = None
     findings: Findings | None = None
     findings_at: Path | None = None
+    selecting: Future[Any] | None = None
 
     @property
     def all_weight_bytes(self) -> int:
@@ -136,10 +138,11 @@ def plan_of(
     if draft is not None:
         architecture.check_rope(draft.hf_config, max_length)
         draft = dataclasses.replace(draft, max_length=max_length, watched=watch(architecture, draft.hf_config))
-    backend = selecting.result().backend
-    check_kv_dtype(config, backend, kv_dtype, device)
-    for layers in (watched, None if draft is None else draft.watched):
-        check_layers(config, backend, layers, kv_dtype, device)
+    if current is not None or findings is not None or not _serves_all(config, device):
+        backend = selecting.result().backend
+        check_kv_dtype(config, backend, kv_dtype, device)
+        for layers in (watched, None if draft is None else draft.watched):
+            check_layers(config, backend, layers, kv_dtype, device)
     if config.quantization != "none" and dtype is not torch.bfloat16:
         given = str(dtype).removeprefix("torch.")
         raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
@@ -162,8 +165,14 @@ def plan_of(
         watched,
         findings,
         findings_at,
+        selecting,
     )
     return LoadPlan(config, fits(details, current), tokenizer_key(tokenizer_path), details)
+
+
+def _serves_all(config: EngineConfig, device: torch.device) -> bool:
+    """Whether whatever comes to attend serves any model as it is configured."""
+    return device.type == "cpu" and config.attention_backend == "auto" and config.kv_cache_dtype == "auto"
 
 
 def check_draft(

@@ -52,15 +52,18 @@ class TransformersLoader:
         checkpoint = Checkpoint(locate(config.model))
         dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
         checkpoint.read_ahead(memory.free_bytes(torch.device("cpu")))
+        # A compiler has much of its work done while transformers is imported, the model is watched, and its weights are
+        # read: where there is nothing to let go of, its work may end after the check.
+        pool = ThreadPoolExecutor(1, "asyncengine-compiler")
+        selecting = pool.submit(select_attention, config, device, dtype)
+        pool.shutdown(wait=False)
         try:
-            # A compiler has most of its work done while transformers is imported and the model is watched.
-            with ThreadPoolExecutor(1, "asyncengine-check") as pool:
-                selecting = pool.submit(select_attention, config, device, dtype)
-                if device.type != "cpu":
-                    wait([selecting])  # it imports triton, and so does transformers
-                return plan_of(config, current, checkpoint, device, dtype, selecting)
+            if device.type != "cpu":
+                wait([selecting])  # it imports triton, and so does transformers
+            return plan_of(config, current, checkpoint, device, dtype, selecting)
         except BaseException:
             checkpoint.stop_reading_ahead()
+            wait([selecting])
             raise
 
     def load(self, plan: LoadPlan) -> LoadedModel:
@@ -83,11 +86,9 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
 
     details, config = plan.details, plan.config
     assert isinstance(details, Details)
-    selection = select_attention(config, details.device, details.dtype)
-    backend = selection.backend
-    notes = [] if selection.fallback_reason is None else [f"attention: {selection.fallback_reason}"]
+    attention = functools.cache(lambda: _attention(config, details))
     built = None
-    known = None if details.findings is None else recalled(config, details, backend)
+    known = None if details.findings is None else recalled(config, details, attention().backend)
     # Where all is known already, nothing of transformers is imported beside the tokenizer; else one follows the other.
     with ThreadPoolExecutor(1, "asyncengine-tokenizer") as pool:
         # A vocabulary is read with the GIL, for as long as it takes to pack the weights, which is done without.
@@ -95,14 +96,21 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         if known is not None:
             built = known.built()
         tokenizer = reading.result()
-        if isinstance(tokenizer, FastTokenizer) and tokenizer.keep_at is not None:
-            tokenizer.keep()
+        keeping = functools.cache(lambda: pool.submit(_keep, tokenizer))
         if built is None:
             details = details if details.findings is None else without_findings(details)
-            built = build(config, details, backend)
+
+            def attend() -> Any:
+                keeping()  # for seconds, with the GIL: while a compiler is waited for, and weights are packed
+                return attention().backend
+
+            built = build(config, details, attend)
             if details.findings_at is not None and built.findings is not None:
                 keep(details.findings_at, built.findings)
-    draft = None if details.draft is None else build(config, details.draft, backend)
+        keeping().result()
+    backend, reason = attention().backend, attention().fallback_reason
+    notes = [] if reason is None else [f"attention: {reason}"]
+    draft = None if details.draft is None else build(config, details.draft, lambda: backend)
     limits, complete = limits_of(plan, built, draft, backend)
     vocab_size = details.vocab_size
     if run_ahead is None:
@@ -150,6 +158,18 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         hidden_size=built.hidden_size,
         pooling=details.checkpoint.pooling,
     )
+
+
+def _keep(tokenizer: Any) -> None:
+    if isinstance(tokenizer, FastTokenizer) and tokenizer.keep_at is not None:
+        tokenizer.keep()
+
+
+def _attention(config: EngineConfig, details: Details) -> Any:
+    """What attends in this load, anew: it keeps what a step has last asked of it. Waits for a compiler."""
+    assert details.selecting is not None
+    wait([details.selecting])
+    return select_attention(config, details.device, details.dtype)
 
 
 def _drafting(

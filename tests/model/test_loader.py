@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -5,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InsufficientMemoryError
-from asyncengine.model import graphs, load_check
+from asyncengine import AsyncEngine, ConfigError, EngineConfig, GenerationConfig, InsufficientMemoryError
+from asyncengine.model import findings, graphs, kept_tokenizer, load_check
+from asyncengine.model import loader as loader_module
 from asyncengine.model.built_model import _with_weights
+from asyncengine.model.decoder.weights import Packing
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.step.model import LoadedModel
@@ -106,6 +109,70 @@ def test_weights_are_mapped_from_the_file_and_not_copied_in_host_memory(
         begin = parameter.data_ptr()
         mapped = any(low <= begin and begin + parameter.nbytes <= high for low, high in spans)
         assert mapped == (".experts." not in name), name
+
+
+@pytest.fixture
+def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (findings, kept_tokenizer):
+        monkeypatch.setattr(module, "cache_directory", lambda: tmp_path / "kept")
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_a_first_load_goes_on_while_the_code_is_compiled(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it has read the weights and asked transformers; and then a tokenizer is kept."""
+    kept = threading.Event()
+    select, keep = loader_module.select_attention, kept_tokenizer.keep
+
+    def slowly(*arguments: Any) -> Any:
+        assert kept.wait(60), "the load waits for the compiler first"
+        return select(*arguments)
+
+    def keep_and_say(*arguments: Any) -> bool:
+        keeps = keep(*arguments)
+        kept.set()
+        return keeps
+
+    monkeypatch.setattr(loader_module, "select_attention", slowly)
+    monkeypatch.setattr(kept_tokenizer, "keep", keep_and_say)
+    loaded = load(EngineConfig(str(checkpoint("llama")), device="cpu", tokenizer="tiny"))
+    assert loaded.config.attention_backend == "cpu"
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_a_model_is_not_let_go_before_the_code_for_the_next_is_there(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, loader = EngineConfig(str(checkpoint("llama")), device="cpu"), TransformersLoader()
+    current = load(config)
+
+    def fail(*_: Any) -> Any:
+        raise ConfigError("no compiler")
+
+    monkeypatch.setattr(loader_module, "select_attention", fail)
+    other = config.replace(model=str(checkpoint("qwen3")))
+    with pytest.raises(ConfigError, match="no compiler"):
+        loader.check(other, current)
+    with pytest.raises(ConfigError, match="no compiler"):
+        loader.check(other.replace(attention_backend="cpu"), None)
+    plan = loader.check(other, None)
+    with pytest.raises(ConfigError, match="no compiler"):
+        loader.load(plan)
+
+
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize(("dtype", "calls"), [("float32", 1), ("bfloat16", 3 * 7 + 2)])
+def test_weights_that_are_mapped_are_packed_by_one_call(
+    dtype: Any, calls: int, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others are in memory, and let go matrix by matrix."""
+    packed: list[Packing] = []
+    run = Packing.run
+    monkeypatch.setattr(Packing, "run", lambda self: (packed.append(self), run(self))[1])
+    loaded = load(EngineConfig(str(checkpoint("llama")), device="cpu", dtype=dtype))
+    assert loaded.config.decoder_backend == "compiled"
+    assert len(packed) == calls
 
 
 def test_the_loader_leaves_torch_as_it_is(checkpoint: Callable[..., Path]) -> None:

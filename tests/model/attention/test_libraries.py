@@ -227,11 +227,13 @@ async def test_an_engine_serves_over_it(chosen: Backend, checkpoint: Callable[..
 
 
 @pytest.mark.usefixtures("chosen")
-def test_a_load_is_refused_before_there_are_weights(checkpoint: Callable[..., Path]) -> None:
-    config = EngineConfig(str(checkpoint("llama", head_dim=20)), device="cpu", dtype="bfloat16")
+def test_a_load_is_refused_before_there_are_weights(backend: Backend, checkpoint: Callable[..., Path]) -> None:
+    config = EngineConfig(
+        str(checkpoint("llama", head_dim=20)), device="cpu", dtype="bfloat16", attention_backend=backend.name
+    )
     with pytest.raises(ConfigError, match=r"takes key and value heads of one size, .* not of 20 and 20"):
         loader.TransformersLoader().check(config, None)
-    config = EngineConfig(str(checkpoint("llama", head_dim=64)), device="cpu", dtype="float32")
+    config = config.replace(model=str(checkpoint("llama", head_dim=64)), dtype="float32")
     with pytest.raises(ConfigError, match="stores bfloat16 and float16, not float32"):
         loader.TransformersLoader().check(config, None)
     with pytest.raises(ConfigError, match=r"kv_cache_dtype is 'fp8_e4m3' .*stores bfloat16 and float16"):
