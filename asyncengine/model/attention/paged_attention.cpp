@@ -164,14 +164,15 @@ inline float across(Vec v, Operation operation) {
 }
 #if defined(__AVX512F__)
 inline float lanes_max(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+inline float lanes_sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
 #else
 inline float lanes_max(Vec v) {
   return across(v, [](float a, float b) { return a > b ? a : b; });
 }
-#endif
 inline float lanes_sum(Vec v) {
   return across(v, [](float a, float b) { return a + b; });
 }
+#endif
 
 // 2^x for x <= 0, exact 0 for -inf and whatever underflows; relative error below 2e-7, or 3e-6 where that is
 // enough because the result is rounded to bfloat16.
@@ -1065,9 +1066,10 @@ struct Step {
     const int64_t kv_head = item % layer.kv_heads;
     const Tile &tile = tiles[unit.tile];
     const int64_t rows = tile.count * per_kv_head, limit = tile.context + tile.count;
+    const bool whole = !split_units && unit.splits == 1;  // there is nothing to fold it into
     int configured = 0;
     pack_queries(tile, kv_head, s.queries);
-    if (!split_units) clear(s.total, rows, 1, sum_width);
+    if (!split_units && !whole) clear(s.total, rows, 1, sum_width);
     for (int64_t split = unit.split; split < unit.split + unit.splits; ++split) {
       clear(s.running, rows, kLanes, sum_width);
       const int64_t first = std::max(split * kSplit, first_visible(tile.context) / kBlock * kBlock);
@@ -1089,13 +1091,15 @@ struct Step {
           to[sum_width] = s.running.maximum[r];
           to[sum_width + 1] = lanes_sum(load<Vec>(s.running.total + r * kLanes));
         }
+      } else if (whole) {
+        for (int64_t r = 0; r < rows; ++r) s.total.total[r] = lanes_sum(load<Vec>(s.running.total + r * kLanes));
       } else {
         for (int64_t r = 0; r < rows; ++r)
           fold(s.total.maximum[r], s.total.total[r], s.total.sums + r * sum_width, s.running.maximum[r],
                lanes_sum(load<Vec>(s.running.total + r * kLanes)), s.running.sums + r * sum_width, sum_width);
       }
     }
-    if (!split_units) finish(tile, kv_head, s.total);
+    if (!split_units) finish(tile, kv_head, whole ? State{s.running.maximum, s.total.total, s.running.sums} : s.total);
   }
 
   void merge(int64_t item, const Scratch &s) const {

@@ -568,7 +568,8 @@ struct Run {
   }
 
   // Sums become outputs, the first of which is `output`.
-  static void scale_and_shift(const Matrix &matrix, int64_t output, int64_t rows, int64_t cols, float *sums, int64_t sum_stride) {
+  static void scale_and_shift(const Matrix &matrix, int64_t output, int64_t rows, int64_t cols, float *sums,
+                              int64_t sum_stride) {
     if (!matrix.scales && !matrix.bias) return;
     for (int64_t c = 0; c < cols * kLanes; c += kLanes) {
       const Vec scales = matrix.scales ? load<Vec>(matrix.scales + output + c) : splat(1.0f);
@@ -690,6 +691,10 @@ struct Run {
     phase.wait(asked * parts);
   }
 
+  static void copy(float *to, const float *sums, int64_t cols) {
+    for (int64_t c = 0; c < cols * kLanes; c += kLanes) store(to + c, load<Vec>(sums + c));
+  }
+
   // hidden += outputs, or where a norm comes in between, branch = outputs.
   void add(int64_t row, int64_t group, int64_t cols, const float *sums, bool norm_follows) const {
     float *to = (norm_follows ? branch : hidden) + row * decoder.hidden + group * kLanes;
@@ -779,7 +784,7 @@ struct Run {
     const int64_t width = round_up(experts.count, kLanes), steps = decoder.hidden / W::kPair;
     product<R>(next(), experts.router, normed, tokens,
                [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-                 std::memcpy(scores + row * width + group * kLanes, sums, size_t(cols * kLanes) * sizeof(float));
+                 copy(scores + row * width + group * kLanes, sums, cols);
                });
     rows(next(), tokens, [&](int64_t token) { choose(token, experts); });
     rows(next(), 1, [&](int64_t) { arrange(experts); });
@@ -793,8 +798,7 @@ struct Run {
                     });
     experts_product(next(), experts, experts.down, sent_inner,
                     [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-                      std::memcpy(answers + row * decoder.hidden + group * kLanes, sums,
-                                  size_t(cols * kLanes) * sizeof(float));
+                      copy(answers + row * decoder.hidden + group * kLanes, sums, cols);
                     });
     rows(next(), tokens, [&](int64_t token) { gather_answers(token, layer); });
   }
@@ -939,7 +943,7 @@ struct Run {
       const DecoderLayer &layer = decoder.layers[i];
       const Norm &following = i + 1 < decoder.num_layers ? decoder.layers[i + 1].before_attention : decoder.norm;
       product(next(), layer.qkv, normed, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-        std::memcpy(qkv + row * qkv_width + group * kLanes, sums, size_t(cols * kLanes) * sizeof(float));
+        copy(qkv + row * qkv_width + group * kLanes, sums, cols);
       });
       rows(next(), tokens, [&](int64_t token) {
         position(token, layer);
