@@ -44,13 +44,16 @@ class Built:
         return weight_bytes(self.model) if self.program is None else int(self.program.nbytes)
 
 
-def build(config: EngineConfig, details: Details, attention: Callable[[], Any]) -> Built:
+def build(
+    config: EngineConfig, details: Details, attention: Callable[[], Any], meanwhile: Callable[[], object] = lambda: None
+) -> Built:
     """Reads the weights, and tries the model in every form in which it may run.
 
     Args:
         config: What is wanted.
         details: What is known of it.
-        attention: Called when what follows hardly needs the GIL; returns what attends, and may wait for a compiler.
+        attention: Returns what attends. Called after the weights are there, since it may wait for a compiler.
+        meanwhile: Called when what follows hardly needs the GIL, if there is such a time.
 
     Raises:
         UnsupportedModelError: It does not compute what transformers does, or not in the form that is asked for.
@@ -71,10 +74,11 @@ def build(config: EngineConfig, details: Details, attention: Callable[[], Any]) 
         blueprint = _blueprint(config, details, model, layers, backend)
         if blueprint is not None:
             # What is not mapped from its file is in memory, and let go matrix by matrix.
-            mapped = details.dtype is details.checkpoint.dtype
+            mapped = details.checkpoint.stored_in(details.dtype)
             packing = Packing(_library(config, details, backend)) if mapped else None
             program = _compile(config, details, blueprint, backend, packing)
             if packing is not None:
+                meanwhile()
                 packing.run()
             trial.run(model, backend, program)
             findings = _findings(details, model, layers, blueprint, trial)

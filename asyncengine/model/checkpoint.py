@@ -87,6 +87,10 @@ class Checkpoint:
         dtype = getattr(torch, named, None) if isinstance(named, str) else None
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
+    def stored_in(self, dtype: torch.dtype) -> bool:
+        """Whether all weights are stored in `dtype`, so that a model in it is mapped from the files."""
+        return bool(self.tensors) and all(TORCH_DTYPES.get(tensor.dtype) is dtype for tensor in self.tensors)
+
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all weights once they are in `dtype`."""
         if not self.tensors:  # not safetensors: its size on disk is the best guess

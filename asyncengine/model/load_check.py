@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,14 @@ def plan_of(
         findings_at,
         selecting,
     )
-    return LoadPlan(config, fits(details, current), tokenizer_key(tokenizer_path), details)
+    try:
+        beside = fits(details, current)
+    except InsufficientMemoryError:
+        if selecting.done():
+            raise
+        wait([selecting])  # a compiler takes memory as well, and gives it back
+        beside = fits(details, current)
+    return LoadPlan(config, beside, tokenizer_key(tokenizer_path), details)
 
 
 def _serves_all(config: EngineConfig, device: torch.device) -> bool:

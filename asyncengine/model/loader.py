@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,8 @@ class TransformersLoader:
         checkpoint = Checkpoint(locate(config.model))
         dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
         checkpoint.read_ahead(memory.free_bytes(torch.device("cpu")))
-        # A compiler has much of its work done while transformers is imported, the model is watched, and its weights are
-        # read: where there is nothing to let go of, its work may end after the check.
+        # A compiler has much of its work done while transformers is imported and the model is watched. `plan_of` waits
+        # for it where there is something to let go of, or to be refused; else its work may end after the check.
         pool = ThreadPoolExecutor(1, "asyncengine-compiler")
         selecting = pool.submit(select_attention, config, device, dtype)
         pool.shutdown(wait=False)
@@ -78,6 +78,7 @@ class TransformersLoader:
             raise ReloadError(f"loading {plan.config.model!r} failed: {error}") from error
         finally:
             plan.details.checkpoint.stop_reading_ahead()
+            wait([plan.details.selecting])
             memory.give_back()
 
 
@@ -86,10 +87,12 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
 
     details, config = plan.details, plan.config
     assert isinstance(details, Details)
-    attention = functools.cache(lambda: _attention(config, details))
+    compiling = details.selecting
+    assert compiling is not None
+    attention = functools.cache(lambda: _attention(config, details, compiling))
     built = None
     known = None if details.findings is None else recalled(config, details, attention().backend)
-    # Where all is known already, nothing of transformers is imported beside the tokenizer; else one follows the other.
+    # Where all is known already, nothing of transformers is imported beside the tokenizer; else its models follow.
     with ThreadPoolExecutor(1, "asyncengine-tokenizer") as pool:
         # A vocabulary is read with the GIL, for as long as it takes to pack the weights, which is done without.
         reading = pool.submit(load_tokenizer, details.tokenizer_path, details.present_tokenizer)
@@ -101,10 +104,11 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
             details = details if details.findings is None else without_findings(details)
 
             def attend() -> Any:
-                keeping()  # for seconds, with the GIL: while a compiler is waited for, and weights are packed
+                if not compiling.done():
+                    keeping()  # for seconds, with the GIL
                 return attention().backend
 
-            built = build(config, details, attend)
+            built = build(config, details, attend, keeping)
             if details.findings_at is not None and built.findings is not None:
                 keep(details.findings_at, built.findings)
         keeping().result()
@@ -165,10 +169,9 @@ def _keep(tokenizer: Any) -> None:
         tokenizer.keep()
 
 
-def _attention(config: EngineConfig, details: Details) -> Any:
-    """What attends in this load, anew: it keeps what a step has last asked of it. Waits for a compiler."""
-    assert details.selecting is not None
-    wait([details.selecting])
+def _attention(config: EngineConfig, details: Details, compiling: Future[Any]) -> Any:
+    """What attends in this load, anew: it keeps what a step has last asked of it."""
+    wait([compiling])
     return select_attention(config, details.device, details.dtype)
 
 

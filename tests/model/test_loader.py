@@ -1,3 +1,5 @@
+import itertools
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -5,14 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from asyncengine import AsyncEngine, ConfigError, EngineConfig, GenerationConfig, InsufficientMemoryError
+from asyncengine import (
+    AsyncEngine,
+    CheckpointError,
+    ConfigError,
+    EngineConfig,
+    GenerationConfig,
+    InsufficientMemoryError,
+)
 from asyncengine.model import findings, graphs, kept_tokenizer, load_check
 from asyncengine.model import loader as loader_module
 from asyncengine.model.built_model import _with_weights
 from asyncengine.model.decoder.weights import Packing
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.paged_layers import PagedLayers
+from asyncengine.model.verification import Trial
 from asyncengine.step.model import LoadedModel
 
 
@@ -121,23 +132,67 @@ def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_first_load_goes_on_while_the_code_is_compiled(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until it has read the weights and asked transformers; and then a tokenizer is kept."""
-    kept = threading.Event()
-    select, keep = loader_module.select_attention, kept_tokenizer.keep
+    """Until it has read the weights and asked transformers what they compute; and then a tokenizer is kept."""
+    kept, asked = threading.Event(), threading.Event()
+    select, keep, of = loader_module.select_attention, kept_tokenizer.keep, Trial.of
 
     def slowly(*arguments: Any) -> Any:
-        assert kept.wait(60), "the load waits for the compiler first"
+        assert asked.wait(60) and kept.wait(60), "the load waits for the compiler first"
         return select(*arguments)
 
-    def keep_and_say(*arguments: Any) -> bool:
-        keeps = keep(*arguments)
-        kept.set()
-        return keeps
-
     monkeypatch.setattr(loader_module, "select_attention", slowly)
-    monkeypatch.setattr(kept_tokenizer, "keep", keep_and_say)
+    monkeypatch.setattr(kept_tokenizer, "keep", lambda *arguments: (keep(*arguments), kept.set())[0])
+    monkeypatch.setattr(Trial, "of", lambda *arguments: (of(*arguments), asked.set())[0])
     loaded = load(EngineConfig(str(checkpoint("llama")), device="cpu", tokenizer="tiny"))
     assert loaded.config.attention_backend == "cpu"
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_a_load_that_fails_leaves_no_compiler_behind(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, compiled = threading.Event(), threading.Event()
+    select = loader_module.select_attention
+
+    def slowly(*arguments: Any) -> Any:
+        assert failed.wait(60)
+        selection = select(*arguments)
+        compiled.set()
+        return selection
+
+    def fail(*_: Any) -> Any:
+        failed.set()
+        raise CheckpointError("no such tokens")
+
+    monkeypatch.setattr(loader_module, "select_attention", slowly)
+    monkeypatch.setattr(loader_module, "load_tokenizer", fail)
+    with pytest.raises(CheckpointError, match="no such tokens"):
+        load(EngineConfig(str(checkpoint("llama")), device="cpu"))
+    assert compiled.is_set()
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_the_compilers_memory_is_not_counted_against_a_model(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weighed, compiled = threading.Event(), threading.Event()
+    select, fits = loader_module.select_attention, load_check.fits
+
+    def slowly(*arguments: Any) -> Any:
+        assert weighed.wait(60)
+        compiled.set()
+        return select(*arguments)
+
+    def weigh(*arguments: Any) -> bool:
+        try:
+            return fits(*arguments)
+        finally:
+            weighed.set()
+
+    monkeypatch.setattr(loader_module, "select_attention", slowly)
+    monkeypatch.setattr(load_check, "fits", weigh)
+    monkeypatch.setattr(load_check.memory, "free_bytes", lambda device: 1 << (40 if compiled.is_set() else 20))
+    assert TransformersLoader().check(EngineConfig(str(checkpoint("llama")), device="cpu"), None).fits_beside
 
 
 @pytest.mark.usefixtures("nothing_kept")
@@ -162,15 +217,33 @@ def test_a_model_is_not_let_go_before_the_code_for_the_next_is_there(
 
 
 @pytest.mark.usefixtures("nothing_kept")
-@pytest.mark.parametrize(("dtype", "calls"), [("float32", 1), ("bfloat16", 3 * 7 + 2)])
-def test_weights_that_are_mapped_are_packed_by_one_call(
-    dtype: Any, calls: int, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("architecture", "stored", "dtype", "calls"),
+    [
+        ("llama", ["float32"], "float32", 1),
+        ("llama", ["float32"], "bfloat16", 3 * 7 + 2),  # three layers of seven, embedding and head
+        ("llama", ["bfloat16", "bfloat16", "float32"], "bfloat16", 3 * 7 + 2),
+        ("gpt_neox", ["float32"], "float32", 3 * 3 + 1),  # its queries, keys and values take turns, and are copied
+    ],
+)
+def test_only_weights_that_are_all_mapped_are_packed_by_one_call(
+    architecture: str,
+    stored: list[str],
+    dtype: Any,
+    calls: int,
+    checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Others are in memory, and let go matrix by matrix."""
+    path = shutil.copytree(checkpoint(architecture), tmp_path / "model")
+    dtypes = itertools.cycle(getattr(torch, name) for name in stored)
+    weights = load_file(path / "model.safetensors")
+    save_file({name: w.to(next(dtypes)) for name, w in weights.items()}, path / "model.safetensors", {"format": "pt"})
     packed: list[Packing] = []
     run = Packing.run
     monkeypatch.setattr(Packing, "run", lambda self: (packed.append(self), run(self))[1])
-    loaded = load(EngineConfig(str(checkpoint("llama")), device="cpu", dtype=dtype))
+    loaded = load(EngineConfig(str(path), device="cpu", dtype=dtype))
     assert loaded.config.decoder_backend == "compiled"
     assert len(packed) == calls
 

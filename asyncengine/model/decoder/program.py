@@ -166,7 +166,9 @@ class _Layer:
     def __init__(self, library: Any, parts: LayerParts, int8: bool, later: Packing | None) -> None:
         def packed(parts: Sequence[Projection], turns: int = 1) -> tuple[PackedMatrix, Sequence[Projection]]:
             weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-            matrix = PackedMatrix(library, weights, biases, turns=turns, int8=int8, later=later)
+            copies = any(part.period is not None for part in parts)  # which would all be there until they are packed
+            then = None if copies else later
+            matrix = PackedMatrix(library, weights, biases, turns=turns, int8=int8, later=then)
             for linear in {part.linear for part in parts}:
                 release(linear, "weight")
                 release(linear, "bias")
