@@ -177,6 +177,25 @@ def plan_of(
     return LoadPlan(config, beside, tokenizer_key(tokenizer_path), details)
 
 
+def is_known(config: EngineConfig) -> bool:
+    """Whether a load has something to go by that an earlier one found out: it imports no models of transformers' then.
+
+    Raises:
+        AsyncEngineError: The checkpoint or the device is not there.
+    """
+    from asyncengine.model.checkpoint import Checkpoint
+    from asyncengine.model.location import locate
+
+    checkpoint = Checkpoint(locate(config.model))
+    place = place_of(config, checkpoint, device_of(config.device), dtype_of(config, checkpoint))
+    return place is not None and place.exists()
+
+
+def dtype_of(config: EngineConfig, checkpoint: Any) -> torch.dtype:
+    """The dtype of weights and activations."""
+    return checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+
+
 def _serves_all(config: EngineConfig, device: torch.device) -> bool:
     """Whether whatever comes to attend serves any model as it is configured."""
     return device.type == "cpu" and config.attention_backend == "auto" and config.kv_cache_dtype == "auto"

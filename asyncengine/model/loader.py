@@ -16,7 +16,7 @@ from asyncengine.model.built_model import Built, build, recalled
 from asyncengine.model.capacity import graphs_of, kv_bytes_per_block, limits_of
 from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.findings import keep
-from asyncengine.model.load_check import DTYPES, Details, device_of, plan_of, select_attention, without_findings
+from asyncengine.model.load_check import Details, device_of, dtype_of, plan_of, select_attention, without_findings
 from asyncengine.model.tokenizer import FastTokenizer, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
@@ -50,7 +50,7 @@ class TransformersLoader:
 
         device = device_of(config.device)
         checkpoint = Checkpoint(locate(config.model))
-        dtype = checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+        dtype = dtype_of(config, checkpoint)
         checkpoint.read_ahead(memory.free_bytes(torch.device("cpu")))
         # A compiler has much of its work done while transformers is imported and the model is watched. `plan_of` waits
         # for it where there is something to let go of, or to be refused; else its work may end after the check.

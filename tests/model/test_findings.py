@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncengine import CheckpointError, ConfigError, EngineConfig
-from asyncengine.model import built_model, findings, kept_tokenizer, loader
+from asyncengine.model import built_model, findings, kept_tokenizer, load_check, loader
 from asyncengine.model import checkpoint as checkpoint_module
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.decoder.weights import Packing
@@ -83,6 +83,17 @@ def test_a_known_checkpoint_needs_no_model_of_transformers(
         assert getattr(first, name) == getattr(second, name), name
     first.model.close()
     second.model.close()
+
+
+def test_what_was_loaded_before_is_known(kept: Path, checkpoint: Callable[..., Path]) -> None:
+    config = EngineConfig(str(checkpoint("llama")), device="cpu")
+    assert not load_check.is_known(config)
+    load(checkpoint("llama")).model.close()
+    assert load_check.is_known(config)
+    assert not load_check.is_known(config.replace(dtype="bfloat16"))
+    assert not load_check.is_known(config.replace(decoder_backend="transformers"))
+    with pytest.raises(CheckpointError):
+        load_check.is_known(config.replace(model=str(kept)))
 
 
 def test_weights_that_changed_are_another_checkpoint(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -139,6 +141,30 @@ def test_full_collections_do_not_look_at_what_was_imported_for_good() -> None:
     assert printed["frozen"] > 100_000
     assert printed["said"] and all(message.startswith("the model is being loaded") for message in printed["said"])
     assert "leaked" not in run.stderr  # extension modules complain there of what is never collected
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_models_of_transformers_are_imported_for_those_that_need_them(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take seconds, and a checkpoint that was loaded before does without. None is collected meanwhile."""
+    from asyncengine.model import load_check
+
+    module = sys.modules[serve.__module__]
+    imported: list[tuple[str, bool]] = []
+    importing = importlib.import_module
+
+    def note(name: str, package: str | None = None) -> Any:
+        imported.append((name, gc.isenabled()))
+        return importing(name, package)
+
+    monkeypatch.setattr(load_check, "is_known", lambda config: known)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    monkeypatch.setattr(importlib, "import_module", note)
+    module._import_for_good(EngineConfig("tiny"))
+    assert gc.isenabled()
+    assert ("transformers.modeling_utils" in [name for name, _ in imported]) is not known
+    assert not any(collects for name, collects in imported if not name.endswith(".location"))
 
 
 def test_an_address_that_is_taken_is_an_error_and_not_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
