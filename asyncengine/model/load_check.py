@@ -187,8 +187,11 @@ def is_known(config: EngineConfig) -> bool:
     from asyncengine.model.location import locate
 
     checkpoint = Checkpoint(locate(config.model))
-    place = place_of(config, checkpoint, device_of(config.device), dtype_of(config, checkpoint))
-    return place is not None and place.exists()
+    try:
+        place = place_of(config, checkpoint, device_of(config.device), dtype_of(config, checkpoint))
+        return place is not None and place.exists()
+    except OSError:  # the load will say what is wrong
+        return False
 
 
 def dtype_of(config: EngineConfig, checkpoint: Any) -> torch.dtype:

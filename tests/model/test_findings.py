@@ -85,7 +85,9 @@ def test_a_known_checkpoint_needs_no_model_of_transformers(
     second.model.close()
 
 
-def test_what_was_loaded_before_is_known(kept: Path, checkpoint: Callable[..., Path]) -> None:
+def test_what_was_loaded_before_is_known(
+    kept: Path, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = EngineConfig(str(checkpoint("llama")), device="cpu")
     assert not load_check.is_known(config)
     load(checkpoint("llama")).model.close()
@@ -94,6 +96,8 @@ def test_what_was_loaded_before_is_known(kept: Path, checkpoint: Callable[..., P
     assert not load_check.is_known(config.replace(decoder_backend="transformers"))
     with pytest.raises(CheckpointError):
         load_check.is_known(config.replace(model=str(kept)))
+    monkeypatch.setattr(findings, "_stamps", lambda files: [file.stat() for file in [kept / "gone"]])
+    assert not load_check.is_known(config)
 
 
 def test_weights_that_changed_are_another_checkpoint(
