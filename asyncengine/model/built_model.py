@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncengine.config import DecoderBackend, EngineConfig
-from asyncengine.errors import UnsupportedModelError
+from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model import memory, packed_linear
 from asyncengine.model.findings import Findings
 from asyncengine.model.load_check import BUILDING, Details
@@ -218,19 +218,28 @@ def _with_weights(details: Details) -> Any:
     Weights that are stored in the wanted dtype are mapped, not read: the file's pages are their only copy in host
     memory, and moving the model copies one parameter after the other from there to the device. What is converted, and
     experts that transformers puts together, are held in host memory once, besides the file's pages.
+
+    Raises:
+        CheckpointError: Weights are missing, which transformers would make up. A head alone may be missing: models of
+            embeddings are published without.
     """
     from transformers import AutoModelForCausalLM
 
     from asyncengine.model import architecture
 
     with BUILDING:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             details.checkpoint.path,
             config=details.hf_config,
             dtype=details.dtype,
             attn_implementation=architecture.ATTENTION,
             local_files_only=True,
+            output_loading_info=True,
         )
+    head = model.get_output_embeddings()
+    of_head = {name for name, module in model.named_modules() if module is head}
+    if missing := sorted(name for name in report["missing_keys"] if name.rpartition(".")[0] not in of_head):
+        raise CheckpointError(f"{details.checkpoint.path}: {len(missing)} weights are missing: {missing[0]}, ...")
     return model.to(details.device).eval().requires_grad_(False)
 
 

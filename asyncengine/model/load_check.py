@@ -187,6 +187,8 @@ def is_known(config: EngineConfig) -> bool:
     from asyncengine.model.location import locate
 
     checkpoint = Checkpoint(locate(config.model))
+    if config.attention_backend not in ("auto", "cpu"):
+        return False
     try:
         place = place_of(config, checkpoint, device_of(config.device), dtype_of(config, checkpoint))
         return place is not None and place.exists()

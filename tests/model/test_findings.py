@@ -94,6 +94,7 @@ def test_what_was_loaded_before_is_known(
     assert load_check.is_known(config)
     assert not load_check.is_known(config.replace(dtype="bfloat16"))
     assert not load_check.is_known(config.replace(decoder_backend="transformers"))
+    assert not load_check.is_known(config.replace(attention_backend="torch"))
     with pytest.raises(CheckpointError):
         load_check.is_known(config.replace(model=str(kept)))
     monkeypatch.setattr(findings, "_stamps", lambda files: [file.stat() for file in [kept / "gone"]])

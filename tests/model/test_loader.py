@@ -248,6 +248,27 @@ def test_only_weights_that_are_all_mapped_are_packed_by_one_call(
     assert len(packed) == calls
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.post_attention_layernorm.weight", "model.embed_tokens.weight"])
+async def test_weights_that_are_missing_are_not_made_up(
+    name: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    save_file({key: w for key, w in weights.items() if key != name}, path / "model.safetensors", {"format": "pt"})
+    async with AsyncEngine(EngineConfig(str(checkpoint("llama")), mode="interactive")) as engine:
+        with pytest.raises(CheckpointError, match=f"1 weights are missing: {name}"):
+            await engine.reload(EngineConfig(str(path), mode="interactive"))
+        assert (await engine.generate([1, 2, 3], GenerationConfig(max_tokens=3))).token_ids
+
+
+def test_a_head_may_be_missing_from_a_model_of_embeddings(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    assert load(EngineConfig(str(path), device="cpu")).hidden_size
+
+
 def test_the_loader_leaves_torch_as_it_is(checkpoint: Callable[..., Path]) -> None:
     before = (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.random.get_rng_state())
     load(EngineConfig(str(checkpoint("gpt_oss")), device="cpu", dtype="bfloat16"))
