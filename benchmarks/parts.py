@@ -121,8 +121,10 @@ async def served(arguments: argparse.Namespace, path: Path, figures: dict[int, d
 
         for rows, found in figures.items():
             last = rows - 1  # when it begins, all others decode
-            times = (await asyncio.gather(*map(read, range(rows))))[-1]
-            step_seconds, model_seconds, steps = np.subtract(times[arguments.steps], times[0])
+            steps = 0
+            while not steps:  # a loop that comes late takes all tokens at one moment
+                times = (await asyncio.gather(*map(read, range(rows))))[-1]
+                step_seconds, model_seconds, steps = np.subtract(times[arguments.steps], times[0])
             found["step"], model = step_seconds / steps * 1e3, model_seconds / steps * 1e3
             for part in ("weights", "products", "attention"):
                 found[part] *= model
