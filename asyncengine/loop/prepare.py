@@ -174,6 +174,8 @@ def new_request(
     """
     config = checked_config(config)
     check_length(len(prompt), view)
+    if embedding is None and not view.has_head:
+        raise InvalidRequestError(f"{view.config.model!r} can only embed: its checkpoint has no language-model head")
     pooling = None if embedding is None else pooling_of(embedding, view)
     params = resolve(
         config,

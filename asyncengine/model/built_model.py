@@ -20,6 +20,7 @@ class Built:
     Attributes:
         hidden_size: Width of its hidden states; None if there is no telling.
         findings: What the next load of it need not find out; None if that is not to be kept.
+        has_head: Whether its head is the checkpoint's, not made up.
     """
 
     model: Any
@@ -29,6 +30,7 @@ class Built:
     notes: tuple[str, ...]
     hidden_size: int | None
     findings: Findings | None = None
+    has_head: bool = True
 
     def decoder_backend(self, config: EngineConfig) -> DecoderBackend:
         """What the configuration comes to; "auto" where that rests on measurements, so that a restart makes them."""
@@ -65,7 +67,7 @@ def build(
 
     notes: list[str] = []
     name = str(details.checkpoint.path)
-    model = _with_weights(details)
+    model, has_head = _with_weights(details)
     layers = architecture.layers_of(model, details.watched)
     trial = verification.Trial.of(model, layers, details.device)
     backend = attention()
@@ -88,7 +90,7 @@ def build(
         notes.append(f"decoder: runs as transformers has it: {error}")
         program = None
         if isinstance(error, UnsupportedModelError):  # it has taken the weights
-            model = _with_weights(details)
+            model, _ = _with_weights(details)
             layers = architecture.layers_of(model, details.watched)
             trial.layers = layers
     fused = None
@@ -109,7 +111,7 @@ def build(
             notes.append(
                 f"KV cache: {config.kv_cache_dtype}{with_scales}: logits of a trial are {off:.1%} of their norm off"
             )
-    return Built(model, layers, program, fused, tuple(notes), hidden_size(model), findings)
+    return Built(model, layers, program, fused, tuple(notes), hidden_size(model), findings, has_head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,16 +214,16 @@ def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     return note if details.device.type == "cuda" else f"{note}; slow on {details.device}"
 
 
-def _with_weights(details: Details) -> Any:
-    """The transformers model, with its weights.
+def _with_weights(details: Details) -> tuple[Any, bool]:
+    """The transformers model, with its weights, and whether they include its head.
 
     Weights that are stored in the wanted dtype are mapped, not read: the file's pages are their only copy in host
     memory, and moving the model copies one parameter after the other from there to the device. What is converted, and
     experts that transformers puts together, are held in host memory once, besides the file's pages.
 
     Raises:
-        CheckpointError: Weights are missing, which transformers would make up. A head alone may be missing: models of
-            embeddings are published without.
+        CheckpointError: Others are missing, which transformers would make up. Models of embeddings are published
+            without a head.
     """
     from transformers import AutoModelForCausalLM
 
@@ -240,7 +242,7 @@ def _with_weights(details: Details) -> Any:
     of_head = {name for name, module in model.named_modules() if module is head}
     if missing := sorted(name for name in report["missing_keys"] if name.rpartition(".")[0] not in of_head):
         raise CheckpointError(f"{details.checkpoint.path}: {len(missing)} weights are missing: {missing[0]}, ...")
-    return model.to(details.device).eval().requires_grad_(False)
+    return model.to(details.device).eval().requires_grad_(False), not report["missing_keys"]
 
 
 def _blueprint(config: EngineConfig, details: Details, model: Any, layers: Any, backend: Any) -> Any:

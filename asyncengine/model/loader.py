@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from asyncengine.config import EngineConfig
-from asyncengine.errors import AsyncEngineError, InsufficientMemoryError, ReloadError
+from asyncengine.errors import AsyncEngineError, CheckpointError, InsufficientMemoryError, ReloadError
 from asyncengine.model import memory
 from asyncengine.model.built_model import Built, build, recalled
 from asyncengine.model.capacity import graphs_of, kv_bytes_per_block, limits_of
@@ -114,7 +114,11 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         keeping().result()
     backend, reason = attention().backend, attention().fallback_reason
     notes = [] if reason is None else [f"attention: {reason}"]
-    draft = None if details.draft is None else build(config, details.draft, lambda: backend)
+    draft = None
+    if details.draft is not None:
+        draft = build(config, details.draft, lambda: backend)
+        if not draft.has_head:
+            raise CheckpointError(f"{details.draft.checkpoint.path} cannot draft: it has no language-model head")
     limits, complete = limits_of(plan, built, draft, backend)
     vocab_size = details.vocab_size
     if run_ahead is None:
@@ -161,6 +165,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         warming=_warming(model, draft_model),
         hidden_size=built.hidden_size,
         pooling=details.checkpoint.pooling,
+        has_head=built.has_head,
     )
 
 

@@ -115,6 +115,7 @@ class ModelView:
         tokenizer_key: Equal for equal tokenizers.
         hidden_size: Numbers in an embedding; None if the model cannot embed.
         pooling: How it embeds where the caller does not say, in the checkpoint's word.
+        has_head: Whether it has a language-model head; without, it can only embed.
     """
 
     epoch: int
@@ -128,6 +129,7 @@ class ModelView:
     tokenizer_key: str | None
     hidden_size: int | None = None
     pooling: str = "mean"
+    has_head: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,7 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     hidden_size: int | None = None
     pooling: str = "mean"
+    has_head: bool = True
     drafting: Drafting | None = None
     launching: LaunchingModel | None = None
     warming: WarmingModel | None = None
@@ -178,6 +181,7 @@ class LoadedModel:
             tokenizer_key=self.tokenizer_key,
             hidden_size=self.hidden_size,
             pooling=self.pooling,
+            has_head=self.has_head,
         )
 
 

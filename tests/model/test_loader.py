@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from asyncengine import (
     EngineConfig,
     GenerationConfig,
     InsufficientMemoryError,
+    InvalidRequestError,
 )
 from asyncengine.model import findings, graphs, kept_tokenizer, load_check
 from asyncengine.model import loader as loader_module
@@ -110,7 +112,7 @@ def test_weights_are_mapped_from_the_file_and_not_copied_in_host_memory(
     """
     path = checkpoint(architecture)
     loader = TransformersLoader()
-    model = _with_weights(loader.check(EngineConfig(str(path), device="cpu"), None).details)
+    model, _ = _with_weights(loader.check(EngineConfig(str(path), device="cpu"), None).details)
     spans = [
         tuple(int(end, 16) for end in line.split()[0].split("-"))
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -261,12 +263,27 @@ async def test_weights_that_are_missing_are_not_made_up(
         assert (await engine.generate([1, 2, 3], GenerationConfig(max_tokens=3))).token_ids
 
 
-def test_a_head_may_be_missing_from_a_model_of_embeddings(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    path = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+async def test_a_model_without_a_head_embeds_and_does_nothing_else(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole, path = checkpoint("llama"), shutil.copytree(checkpoint("llama"), tmp_path / "model")
     weights = load_file(path / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    assert load(EngineConfig(str(path), device="cpu")).hidden_size
+    config = EngineConfig(str(whole), mode="interactive")
+    async with AsyncEngine(config) as engine:
+        expected = (await engine.embed([[1, 2, 3]]))[0].vector
+        with pytest.raises(CheckpointError, match="cannot draft: it has no language-model head"):
+            await engine.reload(config.replace(speculative_mode="small_draft", additional_models=[str(path)]))
+        for _ in range(2):  # such a load is never known
+            await engine.reload(config.replace(model=str(path)))
+            assert np.array_equal((await engine.embed([[1, 2, 3]]))[0].vector, expected)
+            with pytest.raises(InvalidRequestError, match="can only embed: its checkpoint has no language-model head"):
+                await engine.generate([1, 2, 3])
+            with pytest.raises(InvalidRequestError, match="can only embed"):
+                await engine.score([[1, 2, 3]])
+        await engine.reload(config)
+        assert (await engine.generate([1, 2, 3], GenerationConfig(max_tokens=3))).token_ids
 
 
 def test_the_loader_leaves_torch_as_it_is(checkpoint: Callable[..., Path]) -> None:
