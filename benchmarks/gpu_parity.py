@@ -138,7 +138,7 @@ def paged_logits(
     paged = PagedLayers(architecture.record(model), backend, limits, kv_dtype, device)
     paged.allocate()
     runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
-    graphs, notes = graphs_for(runner, backend, len(ids), device)
+    graphs, notes = graphs_for(runner, backend, len(ids), device, waits=architecture.waits(model))
     if graphs is not None:
         capturing = Capturing(graphs, at_once=True)
         capturing.begin()
@@ -152,6 +152,8 @@ def paged_logits(
             logits = runner.logits(step_batch(step, ids, tables)).float()
             for piece, part in zip(step, logits.split([piece.end - piece.start for piece in step]), strict=True):
                 rows[piece.sequence].append(part[-last:].cpu())
+    if runner.capturing is not None:
+        runner.capturing.clear()
     paged.free()
     return [torch.cat(parts)[-last:] for parts in rows]
 

@@ -46,6 +46,21 @@ def _attend(
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
 
 
+def waits(model: PreTrainedModel) -> str | None:
+    """Why a forward waits for a CUDA device in its middle, in words; None if no reason is known.
+
+    The sizes of groups of tokens, one for each expert, are on the device. torch computes products of such groups
+    without looking at them in bfloat16 alone.
+    """
+    downs = (getattr(module, "down_proj", None) for module in model.modules())
+    if not any(isinstance(down, nn.Parameter) and down.dim() == 3 for down in downs):
+        return None
+    how = text_config(model.config)._experts_implementation
+    if how == "grouped_mm" and model.dtype is torch.bfloat16:
+        return None
+    return f"experts in {str(model.dtype).removeprefix('torch.')} ({how}) make the host wait"
+
+
 def read_config(checkpoint: Checkpoint) -> Any:
     """A checkpoint's configuration, if its architecture can be served as far as the configuration tells.
 

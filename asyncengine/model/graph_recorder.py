@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -36,15 +38,46 @@ class CudaRecorder:
             return self._record(function)
 
     def _record(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        present = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(present)
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
                 function()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        present.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with memory.CAPTURES:
+        with memory.CAPTURES, _without_collections():
             torch.cuda.synchronize(self._device)
-            # Other threads may use the device meanwhile: an application's own models, a loader.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                outputs = function()
+            try:
+                # Other threads may use the device meanwhile: an application's own models, a loader.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    outputs = function()
+            except BaseException as error:
+                self._mend(present)
+                raise error.__context__ or error from None  # the end of a capture fails, too, but that tells nothing
         return graph.replay, outputs
+
+    def _mend(self, present: torch.cuda.Stream) -> None:
+        """Puts right what a capture that broke off has left (torch 2.11 does not): else no capture would seem to end.
+
+        The thread is still on the capture's stream, the allocator keeps all memory, and random numbers of the device
+        are refused to everyone until a capture ends well. The failed one's memory is lost as long as the process lives.
+        """
+        torch.cuda.set_stream(present)
+        with contextlib.suppress(RuntimeError):  # it has been ended
+            torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        with contextlib.suppress(RuntimeError):
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
+                torch.zeros(1, device=self._device)
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Lets nothing be collected: the end of an old graph, if it falls into the capture of another, breaks that off."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

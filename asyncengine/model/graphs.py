@@ -321,11 +321,17 @@ class StepGraphs:
 
 
 def graphs_for(
-    model: Steppable, backend: AttentionBackend, sequences: int, device: torch.device, last: LastTokens | None = None
+    model: Steppable,
+    backend: AttentionBackend,
+    sequences: int,
+    device: torch.device,
+    last: LastTokens | None = None,
+    waits: str | None = None,
 ) -> tuple[StepGraphs | None, tuple[str, ...]]:
     """Graphs, none of them captured yet, of the decodes of up to `sequences` sequences.
 
-    Without last tokens on the device nobody draws behind a graph, and draws cannot be captured.
+    Without last tokens on the device nobody draws behind a graph, and draws cannot be captured. If it is known why a
+    forward `waits`, nothing can, and it is not tried: a capture that fails costs memory.
 
     Returns:
         The graphs, or None where device or attention do not allow them; and what does not work, in words.
@@ -334,6 +340,8 @@ def graphs_for(
         return None, ()
     if not is_capturable(backend):
         return None, (f"graphs: the {backend.name} attention plans in tensors of changing sizes; none are captured",)
+    if waits is not None:
+        return None, (f"graphs: {waits}; none are captured",)
     kinds = () if last is None else FILTERED
     return StepGraphs(model, Buckets.upto(sequences), device, last=last, kinds=kinds), ()
 

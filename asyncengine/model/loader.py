@@ -224,7 +224,12 @@ def _captured(
             fused.use(())
     prompt = 64 if details.device.type != "cpu" else 2 if built.program is None else 1
     _warm_up(model, limits, prompt)
-    graphs, slower = graphs_for(model, backend, limits.max_num_sequence, details.device, last)
+    waits = None
+    if details.device.type == "cuda":
+        from asyncengine.model import architecture
+
+        waits = architecture.waits(built.model)
+    graphs, slower = graphs_for(model, backend, limits.max_num_sequence, details.device, last, waits)
     if graphs is not None:
         measured = None
         if candidates:

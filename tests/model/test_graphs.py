@@ -229,7 +229,9 @@ def engine_config(path: Path) -> EngineConfig:
 def graphs_here(monkeypatch: pytest.MonkeyPatch, recorder: Replayer) -> None:
     """Captures steps on the CPU, from now on, with a recorder, and however long a load takes."""
 
-    def made(model: Any, backend: Any, sequences: int, device: torch.device, last: Any) -> Any:
+    def made(
+        model: Any, backend: Any, sequences: int, device: torch.device, last: Any, waits: str | None = None
+    ) -> Any:
         kinds = () if last is None else FILTERED
         return StepGraphs(model, Buckets.upto(sequences), device, recorder, last, kinds), ()
 

@@ -262,7 +262,9 @@ async def test_an_engine_generates_the_same_with_captured_steps(
 
     expected = await tokens()
 
-    def made(model: Any, attention: Any, sequences: int, device: torch.device, last: Any) -> Any:
+    def made(
+        model: Any, attention: Any, sequences: int, device: torch.device, last: Any, waits: str | None = None
+    ) -> Any:
         recorders.append(Baking(model._layers))
         kinds = () if last is None else FILTERED
         return StepGraphs(model, Buckets.upto(sequences), device, recorders[-1], last, kinds), ()

@@ -1,0 +1,225 @@
+"""The engine as it runs on CUDA, on a pretended device: the tokens are those of the host, and nothing waits."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, StepError
+from asyncengine.model.runner import TorchModel
+from tests.model.attention.triton_device import require_triton
+from tests.model.cuda.pretended import Pretended, pretended
+from tests.model.fused.interpreted import large_tiles
+
+PROMPT = [1, 2, 3, 4, 5]
+
+
+def on_one_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """The interpreter takes its time, and no loop has anything to do with what is tested."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(test(**fixtures))
+
+    return run
+
+
+@pytest.fixture
+def device() -> Iterator[Pretended]:
+    require_triton()
+    with pretended() as device:
+        yield device
+        gc.collect()
+        assert device.allocated == 0, "something outlives its engine"
+
+
+@pytest.fixture
+def config(checkpoint: Callable[..., Path]) -> EngineConfig:
+    """Of a model with few kernels: the interpreter takes its time for each."""
+    return EngineConfig(
+        str(checkpoint("llama", num_hidden_layers=1)), device="cuda", dtype="float32", max_num_sequence=2,
+        max_total_sequence_length=256, prefill_chunk_size=32, graph_capture="load", decoder_backend="transformers",
+    )  # fmt: skip
+
+
+async def on_host(config: EngineConfig, work: Callable[[AsyncEngine], Awaitable[Any]]) -> Any:
+    changes = {"device": "cpu", "graph_capture": "idle", "attention_backend": "torch"}
+    async with AsyncEngine(config.replace(**changes)) as engine:
+        return await work(engine)
+
+
+async def greedy(engine: AsyncEngine) -> list[list[int]]:
+    """Three requests for two places."""
+    settings = GenerationConfig(max_tokens=5, temperature=0, ignore_eos=True)
+    answers = await asyncio.gather(*(engine.generate([i, *PROMPT], settings) for i in range(3)))
+    return [answer.token_ids for answer in answers]
+
+
+@on_one_loop
+async def test_draws_what_the_host_draws_and_waits_for_nothing_but_tokens(
+    device: Pretended, config: EngineConfig
+) -> None:
+    """Draws behind graphs, in one, and by the sampler; prompts beside decodes; somebody leaves in the middle."""
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0}, {}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.8, "min_p": 0.02}, {"frequency_penalty": 0.5},
+        {"logit_bias": {5: 4.0}}, {"logprobs": True, "top_logprobs": 2},
+    ]  # fmt: skip
+
+    async def work(engine: AsyncEngine) -> list[list[int]]:
+        async def leave() -> None:
+            async with engine.stream(PROMPT, GenerationConfig(max_tokens=99, ignore_eos=True, seed=9)) as stream:
+                await anext(aiter(stream))
+
+        asked = [
+            engine.generate([i, *PROMPT], GenerationConfig(max_tokens=4, ignore_eos=True, seed=i, **each))
+            for i, each in enumerate(settings)
+        ]
+        *answers, _ = await asyncio.gather(*asked, leave())
+        return [answer.token_ids for answer in answers]
+
+    async with AsyncEngine(config) as engine:
+        assert engine.health().notes == () and engine.health().warm_up.done == 8
+        device.waits.clear()
+        found = await work(engine)
+        assert set(device.waits) == {"Event.synchronize"}  # the way back, and a pinned buffer's turn
+        assert device.replays > 10 and set(device.kernels) == {"write", "attend", "merge"}
+    assert found == await on_host(config, work)
+
+
+@on_one_loop
+async def test_a_launched_step_waits_for_nothing(
+    device: Pretended, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host may wait for tokens, not on its way to the launch of a step, whatever is in it."""
+    launch = TorchModel.launch
+
+    def launched(model: TorchModel, batch: Any) -> Any:
+        synchronised = device.waits.pop("Event.synchronize", 0)  # of a pinned buffer: at once, if it is free
+        with device.no_waits(but="Event.synchronize"):
+            flight = launch(model, batch)
+        device.waits["Event.synchronize"] += synchronised
+        return flight
+
+    monkeypatch.setattr(TorchModel, "launch", launched)
+    async with AsyncEngine(config.replace(graph_capture="idle")) as engine:
+        assert await greedy(engine) == await on_host(config, greedy)
+        chosen = GenerationConfig(max_tokens=3, seed=1, top_k=200, repetition_penalty=1.2, logprobs=True)
+        assert len((await engine.generate(PROMPT, chosen)).token_ids) == 3
+
+
+@on_one_loop
+async def test_fused_kernels_take_part_in_captured_steps(
+    device: Pretended, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large_tiles(monkeypatch)
+    async with AsyncEngine(config.replace(decoder_backend="compiled")) as engine:
+        launched = device.kernels.copy()
+        assert await greedy(engine) == await on_host(config, greedy)
+        assert device.kernels.keys() - {"write", "attend", "merge"}, launched
+        assert device.replays > 0
+
+
+@on_one_loop
+async def test_speculation_verifies_on_the_device(device: Pretended, config: EngineConfig) -> None:
+    drafting = config.replace(speculative_mode="small_draft", additional_models=(config.model,), spec_draft_length=2)
+    async with AsyncEngine(drafting) as engine:
+        assert await greedy(engine) == await on_host(config, greedy)
+        assert engine.metrics().counters.accepted_draft_tokens > 0
+
+
+@on_one_loop
+async def test_scores_and_embeddings(device: Pretended, config: EngineConfig) -> None:
+    async def work(engine: AsyncEngine) -> tuple[list[float], list[Any]]:
+        scores = await engine.score([PROMPT, [7, 8]], top_logprobs=2)
+        return [score.logprob for score in scores], [each.vector for each in await engine.embed([PROMPT, [7, 8]])]
+
+    async with AsyncEngine(config) as engine:
+        scores, vectors = await work(engine)
+    expected, expected_vectors = await on_host(config, work)
+    assert scores == pytest.approx(expected, rel=1e-4)
+    assert np.allclose(vectors, expected_vectors, atol=1e-4)
+
+
+@on_one_loop
+async def test_sleeps_wakes_changes_and_reloads_without_a_trace(device: Pretended, config: EngineConfig) -> None:
+    """What a model takes is the same after each load, and nothing is left after an unload."""
+    async with AsyncEngine(config) as engine:
+        first, taken = await greedy(engine), device.allocated
+        weights = load_file(Path(config.model) / "model.safetensors")
+        await engine.sleep()
+        assert device.allocated < taken - sum(tensor.nbytes for tensor in weights.values())
+        await engine.wake()
+        assert await greedy(engine) == first
+        await engine.update_weights({name: tensor.flip(0) for name, tensor in weights.items() if "up_proj" in name})
+        changed = await greedy(engine)
+        assert changed != first
+        await engine.update_weights(weights)
+        assert await greedy(engine) == first
+        for _ in range(2):
+            await engine.unload()
+            gc.collect()
+            assert device.allocated == 0
+            await engine.reload(config)
+            assert await greedy(engine) == first
+            gc.collect()
+            assert device.allocated == pytest.approx(taken, rel=0.05)
+
+
+@on_one_loop
+async def test_a_model_that_waits_is_served_as_it_is(
+    device: Pretended, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = TorchModel._forward
+
+    def waits(model: TorchModel, *inputs: torch.Tensor) -> torch.Tensor:
+        logits = forward(model, *inputs)
+        assert not logits.numel() or float(logits.abs().max()) > 0
+        return logits
+
+    monkeypatch.setattr(TorchModel, "_forward", waits)
+    async with AsyncEngine(config) as engine:
+        [note] = engine.health().notes
+        assert note.startswith("graphs: the model cannot be captured, it runs without: ")
+        assert "during a capture" in note
+        assert await greedy(engine) == await on_host(config, greedy)
+        assert device.replays == 0 and device.captures_underway == 0
+        torch.empty(2, device="cuda").normal_()  # an application's
+
+
+@on_one_loop
+async def test_experts_that_wait_are_not_captured(
+    device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path]
+) -> None:
+    path = str(checkpoint("mixtral", num_hidden_layers=1))
+    async with AsyncEngine(config.replace(model=path)) as engine:
+        assert engine.health().notes == (
+            "graphs: experts in float32 (grouped_mm) make the host wait; none are captured",
+        )
+
+
+@on_one_loop
+async def test_a_step_that_runs_out_of_memory_ends_its_requests_alone(
+    device: Pretended, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, fail = TorchModel.launch, [True]
+
+    def short(model: TorchModel, batch: Any) -> Any:
+        if fail.pop() if fail else False:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return launch(model, batch)
+
+    async with AsyncEngine(config) as engine:
+        first = await greedy(engine)
+        monkeypatch.setattr(TorchModel, "launch", short)
+        with pytest.raises(StepError, match="out of memory"):
+            await engine.generate(PROMPT)
+        assert await greedy(engine) == first
