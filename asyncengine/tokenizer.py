@@ -34,7 +34,9 @@ class ResponseParser(Protocol):
     """Takes a model's answer apart while it comes: reasoning, content, tool calls. One per branch.
 
     Events are mappings as transformers' response parser makes them: ``type`` is ``"region_open"``, ``"region_chunk"``
-    or ``"region_close"``, ``field`` says of what, ``text`` is new text and ``value`` what a closed region means.
+    or ``"region_close"``, ``field`` says of what, ``text`` is new text and ``value`` what a closed region means; None
+    if it cannot be read. ``raw`` is what was written: the mark of a region that opens, all of one that closes, with
+    its marks.
     """
 
     def feed(self, text: str) -> list[dict[str, Any]]:

@@ -78,9 +78,10 @@ class FastTokenizer:
         """As `asyncengine.tokenizer.ParsingTokenizer`."""
         if not self.parses_responses:
             raise ValueError("the tokenizer has no response_template")
+        from asyncengine.model.answer_parser import AnswerParser  # not in the oldest transformers
+
         prefix = self.decode(prompt, skip_special_tokens=False)
-        parser: ResponseParser = self._chat.get_response_parser(prefix=prefix, tools=[dict(tool) for tool in tools])
-        return parser
+        return AnswerParser(self._chat.response_template, prefix, tools)
 
 
 class SlowTokenizer:

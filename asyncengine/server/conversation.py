@@ -105,13 +105,16 @@ def _call(call: object, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Refusal(400, f"{where} is {call!r:.80}; expected a function call with a name", "invalid_field", where)
-    arguments = function.get("arguments") or "{}"
+    arguments, path = function.get("arguments") or "{}", f"{where}.function.arguments"
     if isinstance(arguments, str):
-        path = f"{where}.function.arguments"
         try:
             arguments = msgspec.json.decode(arguments)
         except (msgspec.DecodeError, RecursionError) as error:
             raise Refusal(400, f"{path} is not JSON: {error}", "invalid_field", path) from error
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise Refusal(400, f"{path} is {arguments!r:.80}; expected a JSON object", "invalid_field", path)
     assert isinstance(call, dict)
     return {
         "type": "function",

@@ -116,7 +116,11 @@ def _from_blocks(role: str, blocks: list[Any], where: str) -> list[dict[str, Any
         if kind == "text":
             message["content"] += text_of([block], path)
         elif kind == "tool_use":
-            function = {"name": block.get("name"), "arguments": block.get("input") or {}}
+            given = block.get("input") or {}
+            if not isinstance(given, dict):
+                wrong = f"{path}.input is {given!r:.80}; expected an object"
+                raise Refusal(400, wrong, "invalid_field", f"{path}.input")
+            function = {"name": block.get("name"), "arguments": given}
             made = {"id": block.get("id"), "type": "function", "function": function}
             message.setdefault("tool_calls", []).append(made)
         elif kind == "tool_result":

@@ -130,12 +130,12 @@ def parses(tokenizer: Tokenizer | None) -> bool:
 
 
 def turns(stream: RequestStream, tokenizer: Tokenizer, n: int, tools: list[Tool], parallel: bool) -> list[Turn]:
-    """One per branch."""
+    """One per branch. Without tools no call is taken."""
     known = parsing(tokenizer)
     if known is None or not known.parses_responses:
         return [Turn() for _ in range(n)]
     prompt = stream.prompt_token_ids.tolist()
-    return [Turn(known.response_parser(prompt, tools), parallel) for _ in range(n)]
+    return [Turn(known.response_parser(prompt, tools), parallel, bool(tools)) for _ in range(n)]
 
 
 def parsing(tokenizer: Tokenizer | None) -> ParsingTokenizer | None:

@@ -117,6 +117,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         message(role="assistant", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
         "messages[0].tool_calls[0].function.arguments",
     ),
+    *(
+        (
+            message(role="assistant", tool_calls=[{"function": {"name": "f", "arguments": arguments}}]),
+            "messages[0].tool_calls[0].function.arguments",
+        )
+        for arguments in ("[1]", "5", '"{}"', [1])
+    ),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"audio": {"voice": "x"}}, "audio"),
     ({"modalities": ["audio"]}, "modalities"),

@@ -64,6 +64,33 @@ async def test_thinking_and_tool_use_are_blocks_of_their_own() -> None:
         assert final.content[2].input == {"a": 2} and final.stop_reason == "tool_use"
 
 
+@pytest.mark.parametrize("arguments", ['"{bad"', "[1]", '"null"'])
+async def test_a_tool_use_that_cannot_be_read_is_text(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "add", "arguments": {arguments}}}</tool_call>'
+    async with strict_client(tool_engine(text, ends=False)) as client:
+        found = await client.messages.create(**asked(tools=[TOOL]))
+        assert [block.text for block in found.content] == [text] and found.stop_reason == "end_turn"
+        async with client.messages.stream(**asked(tools=[TOOL])) as stream:
+            final = await stream.get_final_message()
+        assert [block.text for block in final.content] == [text] and final.stop_reason == "end_turn"
+
+
+async def test_a_tool_use_without_input_has_an_empty_one() -> None:
+    async with strict_client(tool_engine('<tool_call>{"name": "add", "arguments": null}</tool_call>')) as client:
+        found = await client.messages.create(**asked(tools=[TOOL], extra_body={"stop_token_ids": [2]}))
+        assert [block.input for block in found.content] == [{}] and found.stop_reason == "tool_use"
+
+
+@pytest.mark.parametrize("fields", [{"tools": [TOOL], "tool_choice": {"type": "none"}}, {}])
+async def test_who_takes_no_calls_gets_what_looks_like_one_as_text(fields: dict[str, Any]) -> None:
+    async with strict_client(tool_engine(call("add", a=1), ends=False)) as client:
+        found = await client.messages.create(**asked(**fields))
+        assert [block.text for block in found.content] == [call("add", a=1)] and found.stop_reason == "end_turn"
+        async with client.messages.stream(**asked(**fields)) as stream:
+            final = await stream.get_final_message()
+        assert [block.text for block in final.content] == [call("add", a=1)] and final.stop_reason == "end_turn"
+
+
 async def test_a_history_of_blocks_becomes_a_prompt() -> None:
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "2 + 2?"}]},
@@ -99,6 +126,10 @@ async def test_a_history_of_blocks_becomes_a_prompt() -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": [1]}]}]},
+            "messages[0].content[0].input",
+        ),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [TOOL]}, "tools"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),

@@ -64,6 +64,23 @@ async def test_reasoning_and_function_calls_are_items_of_their_own() -> None:
         assert [item.type for item in final.output] == ["reasoning", "message", "function_call"]
 
 
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ('<tool_call>{"name": "add", "arguments": "{bad"}</tool_call>', {"tools": [FUNCTION]}),
+        (call("add", a=1), {"tools": [FUNCTION], "tool_choice": "none"}),
+        (call("add", a=1), {}),
+    ],
+)
+async def test_a_call_that_cannot_be_read_or_is_not_taken_is_text(text: str, fields: dict[str, Any]) -> None:
+    async with strict_client(tool_engine(text, ends=False)) as client:
+        found = await client.responses.create(model=MODEL, input="hi", **fields)
+        assert [item.type for item in found.output] == ["message"] and found.output_text == text
+        async with client.responses.stream(model=MODEL, input="hi", **fields) as stream:
+            final = await stream.get_final_response()
+        assert [item.type for item in final.output] == ["message"] and final.output_text == text
+
+
 async def test_a_conversation_is_read_item_by_item() -> None:
     items: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "input_text", "text": "What is 2 + 2?"}]},

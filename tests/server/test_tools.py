@@ -79,6 +79,35 @@ async def test_tools_are_shown_to_the_model_unless_no_call_is_wanted() -> None:
             assert with_tools is shown
 
 
+@pytest.mark.parametrize("fields", [{"tools": [TOOL], "tool_choice": "none"}, {"tools": []}, {}])
+async def test_who_takes_no_calls_gets_what_looks_like_one_as_content(fields: dict[str, Any]) -> None:
+    async with served(tool_engine(think("hm") + "a " + call("add", a=1), ends=False)) as client:
+        [choice] = (await client.post(URL, json=chat(**fields))).json()["choices"]
+        assert choice["finish_reason"] == "stop" and "tool_calls" not in choice["message"]
+        assert choice["message"]["content"] == "a " + call("add", a=1)
+        assert choice["message"]["reasoning_content"] == "hm"
+        chunks = events((await client.post(URL, json=chat(**fields, stream=True))).text)
+        deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+        assert "".join(delta.get("content", "") for delta in deltas) == "a " + call("add", a=1)
+        assert not any("tool_calls" in delta for delta in deltas)
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_an_unreadable_call_is_content_whole_and_streamed_and_may_be_sent_back() -> None:
+    bad = '<tool_call>{"name": "add", "arguments": "{bad"}</tool_call>'
+    async with served(tool_engine(f"a {bad} b{call('add', a=1)}", ends=False)) as client:
+        body = chat(tools=[TOOL])
+        [choice] = (await client.post(URL, json=body)).json()["choices"]
+        message = choice["message"]
+        assert message["content"] == f"a {bad} b" and choice["finish_reason"] == "tool_calls"
+        assert [made["function"]["arguments"] for made in message["tool_calls"]] == ['{"a": 1}']
+        chunks = events((await client.post(URL, json=body | {"stream": True})).text)
+        deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+        assert "".join(delta.get("content", "") for delta in deltas) == f"a {bad} b"
+        body["messages"] += [message, {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "1"}]
+        assert (await client.post(URL, json=body)).status_code == 200
+
+
 async def test_one_call_is_enough_where_one_is_wanted() -> None:
     async with served(tool_engine(call("add", a=1) + call("add", a=2))) as client:
         body = chat(tools=[TOOL], parallel_tool_calls=False, stop_token_ids=[2])
