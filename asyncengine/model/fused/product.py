@@ -15,6 +15,9 @@ from asyncengine.model.fused import tiles
 from asyncengine.model.fused.tiles import MOST_TOKENS, Tile
 
 NO_ACTIVATION = -1
+_CENTRES = (3, 9)
+"""The first version of Triton that is known to compile a mean that is taken off, in a product of one token; 3.6 makes
+thousands of lines of it that spill."""
 # Triton 3.10 will not fuse multiplications and additions unless it is asked to.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
@@ -142,6 +145,8 @@ class Product:
         biases = [part.bias is not None for part in self._parts]
         if len({weight.dtype for weight in weights}) > 1 or any(biases) != all(biases):
             raise NotRecognised("projections that belong together differ in dtype, or in whether they have a bias")
+        if norm is not None and norm.centred and weights[0].device.type == "cuda" and (old := _triton()) < _CENTRES:
+            raise NotRecognised(f"triton {'.'.join(map(str, old))} takes minutes to compile layer norms; 3.9 does not")
         self._dtype = dtype or weights[0].dtype
         self._shape = Shape(
             inputs=weights[0].shape[1],
@@ -176,6 +181,12 @@ class Product:
             **shape.constants(self._kernels, tokens, tile, widen), **launch_options(tile),
         )  # fmt: skip
         return result
+
+
+def _triton() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:

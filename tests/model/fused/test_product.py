@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from asyncengine.model.decoder.parts import NormPart, NotRecognised, Projection
 from asyncengine.model.fused import tiles
 from asyncengine.model.fused.product import Product
 from asyncengine.model.fused.tiles import MOST_TOKENS, Tile
+from tests.model.cuda.pretended import pretended
 from tests.model.fused.interpreted import DEVICE, require_triton
 
 require_triton()
@@ -154,3 +156,15 @@ def test_weights_that_lie_otherwise_are_refused() -> None:
 def test_siblings_of_which_one_has_a_bias_are_refused() -> None:
     with pytest.raises(NotRecognised, match="whether they have a bias"):
         Product([linear(8, torch.float32, bias=True), linear(8, torch.float32)])
+
+
+def test_layer_norms_are_left_alone_where_triton_takes_minutes_to_compile_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended():
+        norm = NormPart(nn.LayerNorm(64, device="cuda"), 1e-5, 0.0, centred=True)
+        projection = Projection(nn.Linear(64, 32, device="cuda").requires_grad_(False))
+        monkeypatch.setattr("triton.__version__", "3.6.0")
+        with pytest.raises(NotRecognised, match="triton 3[.]6 takes minutes to compile layer norms"):
+            Product([projection], norm)
+        Product([projection], dataclasses.replace(norm, centred=False))
+        monkeypatch.setattr("triton.__version__", "3.9.1")
+        Product([projection], norm)
