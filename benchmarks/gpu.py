@@ -6,17 +6,17 @@ First parity with transformers (`gpu_parity.py`: median relative error of logits
 * ceilings: bandwidth of a copy (read plus written) and rate of a matrix product, measured here;
 * attention (`gpu_attention.py`): our kernel, FlashInfer's and FlashAttention-3's where they are installed; parity, then
   decode and prefill of one layer;
-* the 8 B shape: a compiled static-cache decode by transformers; decode at batch 1, 8, 64 and 256 with a context of 1 k,
-  as a share of the copy's bandwidth; prefill as a share of the product's rate; time to first token of 128 tokens;
-  decode at batch 64 with a KV cache in fp8, and with weights in fp8 as well;
+* the 8 B shape: decode at batch 1, 8, 64 and 256 with a context of 1 k, as a share of the copy's bandwidth; prefill as
+  a share of the product's rate; time to first token of 128 tokens; decode at batch 64 with a KV cache in fp8, with
+  weights in fp8 as well, and over each of those other kernels; a compiled static-cache decode by transformers;
 * the 0.6 B shape: 256 requests, inputs and outputs uniform in 100-1024, seed 0, and a share of them by transformers'
-  continuous batching; gaps between steps that decode 1,024 sequences with nobody reading and with a task for each;
-* the 8 B shape again: decode at batch 64 over each of those other kernels.
+  continuous batching; gaps between steps that decode 1,024 sequences with nobody reading and with a task for each.
 
 A part that fails is reported under "errors", one for which there is no time left under "skipped"; neither stops the
-others. The exit status is 1 if parity or any part failed. The last line is one JSON object.
+others. Each group is a process of its own: what it does to the device, or to torch, ends with it, and what it had found
+by then is kept. The exit status is 1 if parity or any part failed. The last line is one JSON object.
 
-    python -m benchmarks.gpu [--write] [--seconds 520] [--only parity attention 8b 0.6b]
+    python -m benchmarks.gpu [--write] [--seconds 500] [--only parity attention 8b 0.6b] [--together]
     python -m benchmarks.gpu --tiny        # the same on the CPU with tiny shapes, to see that it runs
 """
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import datetime
 import functools
 import gc
@@ -32,6 +33,7 @@ import logging
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,6 +44,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+GROUPS = {"parity": 100.0, "attention": 50.0, "8b": 210.0, "0.6b": 140.0}
+"""What is done in one process, and the seconds that are kept for it."""
+_GRACE = 20.0
+"""Seconds after which a group that should have ended is ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,36 +97,51 @@ TINY = Scale(
 
 
 class Report:
-    """What was found, part by part, within a time."""
+    """What was found, part by part, within a time; kept in a file, if there is one, whatever happens to the process."""
 
-    def __init__(self, seconds: float) -> None:
-        self._begun = time.monotonic()
-        self._until = self._begun + seconds
+    def __init__(self, seconds: float, into: Path | None = None) -> None:
+        self._until = time.monotonic() + seconds
+        self._into = into
         self.results: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
         self.skipped: list[str] = []
+        self.about: dict[str, Any] = {}
+
+    def has(self, name: str, needs: float) -> bool:
+        """Whether so many seconds are left; if not, that is noted."""
+        if time.monotonic() + needs <= self._until:
+            return True
+        self.skipped.append(name)
+        print(f"{name}: skipped, it takes about {needs:.0f} s", flush=True)
+        self.keep()
+        return False
+
+    def failed(self, name: str, error: str) -> None:
+        """Notes an error."""
+        self.errors[name] = error
+        self.keep()
+
+    def keep(self) -> None:
+        """Writes down what there is."""
+        if self._into is not None:
+            names = ("results", "errors", "skipped", "about")
+            self._into.write_text(json.dumps({name: getattr(self, name) for name in names}))
 
     def part(self, name: str, needs: float, function: Callable[[], Any]) -> Any:
         """Runs one part if its usual time is left; returns what it found, or None."""
-        if time.monotonic() + needs > self._until:
-            self.skipped.append(name)
-            print(f"{name}: skipped, it takes about {needs:.0f} s", flush=True)
+        if not self.has(name, needs):
             return None
         begun = time.monotonic()
         try:
             found = function()
         except Exception as error:
             traceback.print_exc()
-            self.errors[name] = f"{type(error).__name__}: {error}"
+            self.failed(name, f"{type(error).__name__}: {error}")
             return None
         self.results[name] = found
         print(f"{name} ({time.monotonic() - begun:.1f} s): {found}", flush=True)
+        self.keep()
         return found
-
-    @property
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return time.monotonic() - self._begun
 
 
 def environment(device: Any) -> dict[str, str]:
@@ -161,7 +182,7 @@ def parity(scale: Scale, report: Report, device: Any) -> None:
     )
     wrong = [case for case, result in (found or {}).items() if not result["ok"]]
     if wrong:
-        report.errors["parity"] = f"not what transformers computes: {', '.join(wrong)}"
+        report.failed("parity", f"not what transformers computes: {', '.join(wrong)}")
 
 
 def attention(scale: Scale, report: Report, device: Any, ceilings: dict[str, float], there: tuple[str, ...]) -> None:
@@ -177,7 +198,7 @@ def attention(scale: Scale, report: Report, device: Any, ceilings: dict[str, flo
         found = report.part(f"attention parity, {name}", 30 if scale.device == "cuda" else 0, check)
         wrong = [case for case, result in (found or {}).items() if not result["ok"]]
         if wrong:
-            report.errors[f"attention parity, {name}"] = f"not what transformers computes: {', '.join(wrong)}"
+            report.failed(f"attention parity, {name}", f"not what transformers computes: {', '.join(wrong)}")
     heads, kv_heads = scale.attention_heads
     dim = scale.attention_head_dim
     layer = gpu_attention.Layer(
@@ -222,18 +243,18 @@ def engine_config(path: Path, scale: Scale, sequences: int, length: int, **chang
     ).replace(**changes)  # fmt: skip
 
 
-def large(scale: Scale, report: Report, device: Any, ceilings: dict[str, float], directory: Path) -> dict[str, Any]:
-    """The 8 B shape. Returns what the roofline needs to know of it."""
+def large(
+    scale: Scale, report: Report, device: Any, ceilings: dict[str, float], directory: Path, others: tuple[str, ...]
+) -> None:
+    """The 8 B shape."""
     from benchmarks import gpu_peers, gpu_speed, shapes
 
     path = directory / "large"
     model = shapes.make(scale.large, scale.dtype, scale.device)
     known = description(model, scale, ceilings)
     vocab = known["vocab"]
-    static_cache = functools.partial(gpu_peers.static_cache_decode, model, scale.context, scale.decode_steps, vocab)
-    report.part("8b transformers static cache, batch 1", 90, static_cache)
     model.save_pretrained(path)
-    del model, static_cache
+    del model
     release()
 
     async def measure() -> None:
@@ -268,9 +289,20 @@ def large(scale: Scale, report: Report, device: Any, ceilings: dict[str, float],
         # Products are quantised from bfloat16 alone.
         "weights and KV cache in fp8": in_fp8 | {"quantization": "fp8", "dtype": "bfloat16"},
     }
+    if scale.device == "cuda":
+        ways |= {name: {"attention_backend": name} for name in others}
     for way, changes in ways.items():
-        run_async(large_otherwise(scale, report, device, path, known, way, changes))
-    return known
+        otherwise = large_otherwise(scale, report, device, path, known, way, changes)
+        whole(report, f"8b decode, batch {scale.other_batch}, {way}", functools.partial(run_async, otherwise))
+    release()
+    # Last, because it compiles, for as long as that takes.
+    report.part(
+        "8b transformers static cache, batch 1",
+        90,
+        lambda: gpu_peers.static_cache_decode(
+            shapes.make(scale.large, scale.dtype, scale.device), scale.context, scale.decode_steps, vocab
+        ),
+    )
 
 
 async def large_otherwise(
@@ -281,9 +313,7 @@ async def large_otherwise(
     from benchmarks import gpu_speed
 
     name = f"8b decode, batch {scale.other_batch}, {way}"
-    needs = 40.0 if scale.device == "cuda" else 0.0
-    if time.monotonic() + needs > report._until:
-        report.part(name, needs, dict)
+    if not report.has(name, 40.0 if scale.device == "cuda" else 0.0):
         return
     length = scale.context + scale.decode_steps
     length += gpu_speed.until_all_decode(scale.other_batch, scale.context, scale.chunk)
@@ -310,6 +340,7 @@ def small(scale: Scale, report: Report, device: Any, directory: Path) -> None:
     from benchmarks import gpu_peers, gpu_speed, shapes
 
     path = directory / "small"
+    loads = 25.0 if scale.device == "cuda" else 0.0  # and captures
     model = shapes.make(scale.small, scale.dtype, scale.device)
     model.save_pretrained(path)
     vocab = model.config.vocab_size
@@ -317,6 +348,12 @@ def small(scale: Scale, report: Report, device: Any, directory: Path) -> None:
     share = slice(scale.peer_requests)
 
     async def measure() -> None:
+        if report.has("0.6b workload", loads + 20):
+            await serve()
+        if report.has("0.6b step gap", loads + 15):
+            await gaps()
+
+    async def serve() -> None:
         from asyncengine import AsyncEngine
 
         async with AsyncEngine(engine_config(path, scale, scale.requests, 2 * scale.lengths[1])) as engine:
@@ -324,6 +361,10 @@ def small(scale: Scale, report: Report, device: Any, directory: Path) -> None:
             await part(report, "0.6b workload", 20, gpu_speed.serve, engine, given, outputs)
             mean = [round(sum(outputs[share]) / len(outputs[share]))] * len(outputs[share])
             await part(report, "0.6b workload, share for the peer", 10, gpu_speed.serve, engine, given[share], mean)
+
+    async def gaps() -> None:
+        from asyncengine import AsyncEngine
+
         steps = scale.reader_steps
         steps += gpu_speed.until_all_decode(scale.readers, gpu_speed.READER_PROMPT, scale.chunk)
         length = gpu_speed.READER_PROMPT + steps
@@ -368,7 +409,8 @@ def release() -> None:
 
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of an error before
+            torch.cuda.empty_cache()
 
 
 def summary(report: Report) -> dict[str, float]:
@@ -401,11 +443,68 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results")
-    parser.add_argument("--seconds", type=float, default=520.0, help="no part begins that would end after this time")
-    groups = ["parity", "attention", "8b", "0.6b"]
-    parser.add_argument("--only", nargs="+", choices=groups, default=groups)
+    parser.add_argument("--seconds", type=float, default=500.0, help="no part begins that would end after this time")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--together", action="store_true", help="all groups in this process")
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    begun = time.monotonic()
+    report = Report(options.seconds, options.into)
+    scale = TINY if options.tiny else FULL
+    groups = [group for group in GROUPS if group in options.only]
+    if options.together:
+        measure(scale, report, groups)
+    else:
+        apart(report, groups, options)
+    if options.into is not None:
+        return bool(report.errors)
+    result = {
+        "benchmark": "gpu",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": "python -m benchmarks.gpu " + shlex.join(sys.argv[1:] if arguments is None else arguments),
+        "seconds": round(time.monotonic() - begun, 1),
+        "environment": report.about.get("environment"),
+        "shapes": {"8b": scale.large, "0.6b": scale.small, "dtype": scale.dtype},
+        "results": report.results,
+        "ratios": summary(report),
+        "not_installed": report.about.get("not_installed"),
+        "skipped": report.skipped,
+        "errors": report.errors,
+    }
+    if options.write and report.about:
+        RESULTS.mkdir(exist_ok=True)
+        name = report.about["environment"]["device"].replace(" ", "-")
+        (RESULTS / f"gpu-{name}-{result['date']}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+    return bool(report.errors)
+
+
+def apart(report: Report, groups: list[str], options: argparse.Namespace) -> None:
+    """Each group in a process of its own, which has what the later ones leave it of the time."""
+    with tempfile.TemporaryDirectory() as directory:
+        until = time.monotonic() + options.seconds
+        for number, group in enumerate(groups):
+            into = Path(directory, f"{group}.json")
+            seconds = max(until - time.monotonic() - sum(GROUPS[later] for later in groups[number + 1 :]), 0.0)
+            command = [sys.executable, "-m", "benchmarks.gpu", "--together", "--only", group, "--into", str(into)]
+            command += ["--seconds", str(seconds), *(["--tiny"] if options.tiny else [])]
+            try:
+                ended = subprocess.run(command, timeout=seconds + _GRACE).returncode
+                failure = f"the process ended with {ended}" if ended not in (0, 1) else None
+            except subprocess.TimeoutExpired:
+                failure = f"not done after {seconds + _GRACE:.0f} s"
+            if into.exists():
+                found = json.loads(into.read_text())
+                for name in ("results", "errors", "about"):
+                    getattr(report, name).update(found[name])
+                report.skipped += found["skipped"]
+            if failure is not None:
+                report.failed(group, failure)
+
+
+def measure(scale: Scale, report: Report, groups: list[str]) -> None:
+    """Groups, in this process."""
     import torch
     from transformers.utils import logging as hf_logging
 
@@ -414,54 +513,27 @@ def main(arguments: list[str] | None = None) -> int:
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     logging.disable(logging.WARNING)
-    scale = TINY if options.tiny else FULL
     if scale.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device here; --tiny runs on the CPU")
+        raise SystemExit("torch finds no CUDA device here; --tiny runs on the CPU")
     device = torch.device(scale.device, 0) if scale.device == "cuda" else torch.device("cpu")
-    report = Report(options.seconds)
-    ceilings = report.part(
-        "ceilings",
-        0,
-        lambda: gpu_speed.ceilings(device, scale.copy_megabytes, scale.matrix, getattr(torch, scale.dtype)),
-    )
-    if "parity" in options.only:
-        parity(scale, report, device)
     others, missing = gpu_attention.installed()
-    if "attention" in options.only and ceilings:
-        whole(report, "attention", lambda: attention(scale, report, device, ceilings, others))
-    release()
-    known: dict[str, Any] = {}
+    report.about = {"environment": environment(device), "not_installed": missing}
+    ceilings = None
+    if {"attention", "8b"} & set(groups):
+        dtype = getattr(torch, scale.dtype)
+        limits = functools.partial(gpu_speed.ceilings, device, scale.copy_megabytes, scale.matrix, dtype)
+        ceilings = report.part("ceilings", 0, limits)
     with tempfile.TemporaryDirectory() as directory:
-        if "8b" in options.only and ceilings:
-            whole(report, "8b", lambda: known.update(large(scale, report, device, ceilings, Path(directory))))
+        path = Path(directory)
+        of = {
+            "parity": lambda: parity(scale, report, device),
+            "attention": lambda: attention(scale, report, device, ceilings, others),
+            "8b": lambda: large(scale, report, device, ceilings, path, others),
+            "0.6b": lambda: small(scale, report, device, path),
+        }
+        for group in groups:
+            whole(report, group, of[group])
             release()
-        if "0.6b" in options.only:
-            whole(report, "0.6b", lambda: small(scale, report, device, Path(directory)))
-        if known and scale.device == "cuda":
-            for name in others:
-                again = large_otherwise(
-                    scale, report, device, Path(directory, "large"), known, name, {"attention_backend": name}
-                )
-                whole(report, f"8b, {name}", functools.partial(run_async, again))
-    result = {
-        "benchmark": "gpu",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python -m benchmarks.gpu " + shlex.join(sys.argv[1:] if arguments is None else arguments),
-        "seconds": round(report.seconds, 1),
-        "environment": environment(device),
-        "shapes": {"8b": scale.large, "0.6b": scale.small, "dtype": scale.dtype},
-        "results": report.results,
-        "ratios": summary(report),
-        "not_installed": missing,
-        "skipped": report.skipped,
-        "errors": report.errors,
-    }
-    if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        name = result["environment"]["device"].replace(" ", "-")
-        (RESULTS / f"gpu-{name}-{result['date']}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
-    return bool(report.errors)
 
 
 def whole(report: Report, name: str, function: Callable[[], None]) -> None:
@@ -470,7 +542,7 @@ def whole(report: Report, name: str, function: Callable[[], None]) -> None:
         function()
     except Exception as error:
         traceback.print_exc()
-        report.errors[name] = f"{type(error).__name__}: {error}"
+        report.failed(name, f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

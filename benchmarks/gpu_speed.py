@@ -124,7 +124,7 @@ def ceilings(device: torch.device, megabytes: int, size: int, dtype: torch.dtype
     return {
         "copy_gb_per_s": round(2 * source.nbytes / copy / 1e9, 1),
         "read_gb_per_s": round(source.nbytes / read / 1e9, 1),
-        "matmul_tflop_per_s": round(2 * size**3 / product / 1e12, 3),
+        "matmul_tflop_per_s": round(2 * size**3 / product / 1e12, 6),
     }
 
 

@@ -78,7 +78,7 @@ def plots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reports(plots: Path) -> Reports:
     """The programs that serve models."""
     return together(
-        ["gpu", "--tiny"],
+        ["gpu", "--tiny", "--together"],
         ["lag", "--tiny", "--only", "serve", "load"],
         ["scale", "--tiny", "--write", str(plots)],
         ["arrivals", "--tiny", "--keep", "--rounds", "2"],
@@ -133,7 +133,7 @@ def test_gpu_measures_the_kernels_of_other_packages_where_they_are(
     for name, module in fake_libraries.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1 << 10)
-    assert gpu.main(["--tiny", "--only", "attention"]) == 0
+    assert gpu.main(["--tiny", "--only", "attention", "--together"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["errors"], result["not_installed"]) == ({}, {})
     found = result["results"]
@@ -147,7 +147,7 @@ def test_gpu_measures_the_kernels_of_other_packages_where_they_are(
         assert all(row["us"] > 0 and row["host_us"] > 0 for row in list(found[figures].values())[1:])
 
     monkeypatch.setattr(fake_libraries, "attended", lambda query, *_: torch.zeros_like(query))
-    assert gpu.main(["--tiny", "--only", "attention"]) == 1
+    assert gpu.main(["--tiny", "--only", "attention", "--together"]) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["errors"] == {parity: "not what transformers computes: llama, gemma3" for parity in parities}
 
@@ -201,6 +201,39 @@ def test_a_part_of_gpu_that_fails_or_has_no_time_stops_no_other(capsys: pytest.C
     assert report.errors == {"broken": "KeyError: 'what'"}
     assert report.results == {"good": 2}
     assert "late: skipped, it takes about 1000 s" in capsys.readouterr().out
+
+
+def test_groups_of_gpu_end_by_themselves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a group had found is kept when its process dies or takes too long, and the next one begins anew."""
+    seconds = dict[str, float]()
+
+    def ended(command: list[str], timeout: float) -> Any:
+        options = dict(itertools.pairwise(command))
+        group = options["--only"]
+        seconds[group] = float(options["--seconds"])
+        if group != "attention":  # which dies before it finds anything
+            report = Report(1, Path(options["--into"]))
+            report.about = {"environment": {"device": group}, "not_installed": {}}
+            report.part(f"a part of {group}", 0, lambda: {"ok": True})
+            report.part("late", 9, dict)
+        if group == "8b":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, {"parity": 0, "attention": -11, "0.6b": 1}[group])
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    assert gpu.main(["--seconds", "600"]) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result["results"]) == ["a part of parity", "a part of 8b", "a part of 0.6b"]
+    assert result["errors"] == {"attention": "the process ended with -11", "8b": "not done after 480 s"}
+    assert result["skipped"] == ["late"] * 3
+    assert [round(each) for each in seconds.values()] == [200, 250, 460, 600]
+
+
+def test_a_group_of_gpu_is_a_process_of_its_own() -> None:
+    status, result, said = run("gpu", "--tiny", "--only", "attention")
+    assert (status, result["errors"]) == (0, {}), said
+    assert list(result["results"]) == ["ceilings", "attention, ours"]
+    assert result["environment"]["torch"] == torch.__version__
 
 
 @pytest.mark.timeout(300)
