@@ -151,7 +151,7 @@ def routes(service: Service) -> list[Route]:
 
     async def create(request: Request) -> Response:
         body, headers = await service.read(request, BODY)
-        request.state.names = {"top_logprobs": "logprobs"}
+        request.state.names = {"top_logprobs": "logprobs", "prompts": "prompt"}
         completing = Completing(service, body, request.state.request_id)
         if body.stream:
             answer = await unless_gone(request.receive, completing.begin())

@@ -42,7 +42,7 @@ async def test_the_embedded_model_answers_over_http_and_goes_on_with_a_prefilled
         tools = await client.post("/v1/chat/completions", json=body | {"tools": [TOOL]})
         assert tools.status_code == 400 and error(tools)["param"] == "tools"
         role = await client.post("/v1/chat/completions", json=body | {"messages": [{"role": "tool", "content": "x"}]})
-        assert role.status_code == 400 and "roles" in error(role)["message"]
+        assert role.status_code == 400 and "roles" in error(role)["message"] and error(role)["param"] == "messages"
 
         begun = [*QUESTION, {"role": "assistant", "content": "The capital of"}]
         prefilled: dict[str, Any] = {"messages": begun, "temperature": 0, "max_tokens": 64}
