@@ -5,6 +5,7 @@
     AsyncEngineError
     ├── ConfigError (ValueError)               fix the configuration
     ├── InvalidRequestError (ValueError)       fix the request
+    │   └── ContextLengthExceededError         a shorter prompt
     ├── IllegalStateError                      fix the program: not allowed in this state
     ├── EngineOverloadedError                  retry later  (retryable)
     ├── EngineDrainingError                    retry later  (retryable)
@@ -41,6 +42,10 @@ class ConfigError(AsyncEngineError, ValueError):
 
 class InvalidRequestError(AsyncEngineError, ValueError):
     """A request is wrong. The message names the field, the value and what is allowed."""
+
+
+class ContextLengthExceededError(InvalidRequestError):
+    """The prompt leaves no room for another token; the message says how many it may have."""
 
 
 class IllegalStateError(AsyncEngineError):

@@ -30,6 +30,14 @@ class Tokenizer(Protocol):
         ...
 
 
+class SpellingTokenizer(Tokenizer, Protocol):
+    """A tokenizer that knows its tokens as bytes."""
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What a token adds to a text, be it part of a character; None if that is not known."""
+        ...
+
+
 class ResponseParser(Protocol):
     """Takes a model's answer apart while it comes: reasoning, content, tool calls. One per branch.
 

@@ -12,6 +12,7 @@ PUBLIC = [
     "CheckpointError",
     "Choice",
     "ConfigError",
+    "ContextLengthExceededError",
     "Counters",
     "DeadlineExceededError",
     "Deadlines",

@@ -361,7 +361,7 @@ async def _encoded(
         except InvalidRequestError as error:
             if not many:
                 raise
-            raise InvalidRequestError(f"prompts[{index}]: {error}") from error
+            raise type(error)(f"prompts[{index}]: {error}") from error
     return encoded
 
 

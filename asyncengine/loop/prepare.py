@@ -14,7 +14,7 @@ import anyio.to_thread
 import numpy as np
 
 from asyncengine.detokenizer import TextStream
-from asyncengine.errors import InvalidRequestError
+from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
 from asyncengine.generation import GenerationConfig, SamplingParams, resolve
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.grammar.protocol import Grammar
@@ -113,9 +113,9 @@ async def encode(prompt: Prompt | Conversation | StreamedPrompt, view: ModelView
 
 
 def check_length(prompt_tokens: int, view: ModelView) -> None:
-    """Raises InvalidRequestError if a prompt of so many tokens leaves no room for another."""
+    """Raises ContextLengthExceededError if a prompt of so many tokens leaves no room for another."""
     if prompt_tokens >= view.max_tokens:
-        raise InvalidRequestError(
+        raise ContextLengthExceededError(
             f"the prompt has {prompt_tokens} tokens; allowed: 1..{view.max_tokens - 1} ({view.limits_text})"
         )
 

@@ -12,6 +12,7 @@ from asyncengine.grammar.vocabulary import TokenTable
 from asyncengine.known_turns import encode_known_turns, has_known_turns
 from asyncengine.model import kept_tokenizer
 from asyncengine.model.checkpoint import has_tokenizer, tokenizer_sources
+from asyncengine.model.token_spelling import spelling_of
 from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
 
 
@@ -31,6 +32,7 @@ class FastTokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._spelling = spelling_of(self._backend.decoder)
         template = getattr(tokenizer, "response_template", None)
         fields = template.get("fields", {}) if isinstance(template, dict) else {}
         marks = [fields.get("tool_calls", {}).get(name) for name in ("open", "close")]
@@ -67,6 +69,13 @@ class FastTokenizer:
             text.encode()  # says which half of a surrogate pair stands where
             raise
         return ids
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """As `asyncengine.tokenizer.SpellingTokenizer`."""
+        if self._spelling is None:
+            return None
+        token = self._backend.id_to_token(token_id)
+        return b"" if token is None else self._spelling.bytes_of(token)
 
     def token_table(self) -> TokenTable:
         """As `asyncengine.grammar.vocabulary.TokenSource`."""

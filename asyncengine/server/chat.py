@@ -219,8 +219,9 @@ def routes(service: Service) -> list[Route]:
 
     async def create(request: Request) -> Response:
         body, headers = await service.read(request, BODY)
+        request.state.names = {"prompt": "messages"}
         if body.max_completion_tokens is not None:
-            request.state.names = {"max_tokens": "max_completion_tokens"}
+            request.state.names["max_tokens"] = "max_completion_tokens"
         chat = Chat(service, body, request.state.request_id)
         if body.stream:
             begun = await unless_gone(request.receive, chat.begin())

@@ -133,8 +133,9 @@ class Completing:
 
     def _choices(self, answer: Answer) -> list[_Choice]:
         return [
-            _Choice(index * self.body.n + branch, self._echo(prompt), _Scores(self, answer.streams[index]))
+            _Choice(index * self.body.n + branch, echo, _Scores(self, answer.streams[index], prompt, echo))
             for index, prompt in enumerate(self.prompts)
+            for echo in [self._echo(prompt)]
             for branch in range(self.body.n)
         ]
 
@@ -151,7 +152,7 @@ def routes(service: Service) -> list[Route]:
 
     async def create(request: Request) -> Response:
         body, headers = await service.read(request, BODY)
-        request.state.names = {"top_logprobs": "logprobs"}
+        request.state.names = {"top_logprobs": "logprobs", "prompts": "prompt"}
         completing = Completing(service, body, request.state.request_id)
         if body.stream:
             answer = await unless_gone(request.receive, completing.begin())
@@ -167,12 +168,13 @@ def routes(service: Service) -> list[Route]:
 class _Scores:
     """Log-probabilities of one branch: of the prompt, as soon as the branch begins, and of what follows."""
 
-    def __init__(self, asked: Completing, stream: RequestStream) -> None:
-        body = asked.body
+    def __init__(self, asked: Completing, stream: RequestStream, prompt: Prompt, echo: str) -> None:
+        body, tokenizer = asked.body, asked.tokenizer
         self._echoes = body.echo and body.logprobs is not None
-        self._tokens = CompletionTokens(asked.tokenizer, body.logprobs or 0, self._echoes, body.skip_special_tokens)
+        self._tokens = CompletionTokens(tokenizer, body.logprobs or 0, self._echoes, body.skip_special_tokens, echo)
+        self._written = isinstance(prompt, str)
         self._top = body.prompt_logprobs
-        self._tokenizer = asked.tokenizer
+        self._tokenizer = tokenizer
         self._stream = stream
         self._begun = False
 
@@ -183,7 +185,7 @@ class _Scores:
             return self._tokens.of(output), msgspec.UNSET
         self._begun = True
         ids = prompt.tolist()
-        before = self._tokens.prompt(ids, logprobs) if self._echoes else None
+        before = self._tokens.prompt(ids, logprobs, self._written) if self._echoes else None
         found = joined(before, self._tokens.of(output))
         return found, msgspec.UNSET if self._top is None else prompt_logprobs(ids, logprobs, self._top, self._tokenizer)
 

@@ -76,7 +76,7 @@ REFUSED = {
 BODY = Body(MessagesBody, ignored=IGNORED, refused=REFUSED)
 COUNT = Body(CountBody, ignored=IGNORED, refused=REFUSED)
 
-NAMES = {"stop_strs": "stop_sequences"}
+NAMES = {"stop_strs": "stop_sequences", "prompt": "messages"}
 
 _SAME = (
     "model", "max_tokens", "stream", "temperature", "top_p", "top_k", "seed", "min_p", "repetition_penalty",

@@ -124,9 +124,12 @@ def code_of(error: Exception) -> str:
 
 
 def _renamed(message: str, names: Mapping[str, str]) -> tuple[str, str | None]:
-    """A message of the engine in the client's words, and the field that it is about: its first word."""
-    word = re.match(r"(?:the )?(\w+)", message)
-    if word is None or word[1] not in names:
+    """A message of the engine in the client's words, and the field that it is about: its first word.
+
+    "The prompt" is what the model reads, whichever field it is made of, and stays what it is called.
+    """
+    word = re.match(r"(the )?(\w+)", message)
+    if word is None or word[2] not in names:
         return message, None
-    name = names[word[1]]
-    return message[: word.start(1)] + name + message[word.end(1) :], name
+    name = names[word[2]]
+    return message if word[1] else name + message[word.end() :], name

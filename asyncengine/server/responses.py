@@ -89,6 +89,13 @@ _SAME = (
 )  # fmt: skip
 """Fields that mean in a chat what they mean here."""
 
+_NAMES = {
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "prompt": "input",
+    "response_format": "text.format",
+}
+
 
 class Responding:
     """One request to the route, checked."""
@@ -213,7 +220,7 @@ def routes(service: Service) -> list[Route]:
     """The route."""
 
     async def create(request: Request) -> Response:
-        request.state.names = {"max_tokens": "max_output_tokens", "messages": "input", "response_format": "text.format"}
+        request.state.names = _NAMES
         body, headers = await service.read(request, BODY)
         responding = Responding(service, body, request.state.request_id)
         if body.stream:

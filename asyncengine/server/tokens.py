@@ -13,6 +13,7 @@ from starlette.routing import Route
 from asyncengine.server.conversation import conversation, template_arguments
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service, reply
+from asyncengine.server.token_text import token_text
 from asyncengine.server.wire import Body
 
 
@@ -75,7 +76,7 @@ def routes(service: Service) -> list[Route]:
         found: dict[str, Any] = {"count": len(ids), "tokens": ids}
         found["max_model_len"] = None if config is None else config.max_single_sequence_length
         if body.return_token_strs:
-            found["token_strs"] = [tokenizer.decode([token_id], skip_special_tokens=False) for token_id in ids]
+            found["token_strs"] = [token_text(tokenizer, token_id)[0] for token_id in ids]
         return reply(found, headers=headers)
 
     async def detokenize(request: Request) -> Response:

@@ -44,6 +44,12 @@ class ByteTokenizer:
             return encode_known_turns(messages, render, self.encode, self.decode)
         return self.encode(render(messages))
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The byte that a token is."""
+        if token_id < 256:
+            return bytes([token_id])
+        return b"<end>" if token_id == self.eos_token_id else None
+
     def token_table(self) -> TokenTable:
         """What grammars need to know of it."""
         tokens = [bytes([byte]) for byte in range(256)]

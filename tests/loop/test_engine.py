@@ -16,6 +16,7 @@ from asyncengine import (
     AsyncEngineError,
     CheckpointError,
     ConfigError,
+    ContextLengthExceededError,
     Deadlines,
     EngineClosedError,
     EngineConfig,
@@ -1426,6 +1427,7 @@ async def test_whoever_forgets_to_enter_the_engine_is_told_so() -> None:
     ],
 )
 async def test_of_many_prompts_the_wrong_one_is_named(rig: Rig, wrong: Any, message: str) -> None:
-    with pytest.raises(InvalidRequestError, match=message):
+    with pytest.raises(InvalidRequestError, match=message) as refused:
         await rig.engine.generate_many(["one", wrong, "three"])
+    assert isinstance(refused.value, ContextLengthExceededError) == (len(wrong) == 5000)
     assert rig.router.idle

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.server.serving import MODEL, USER, chat, echo_engine, error, events, scripted_engine, served, until
+from tests.server.tooling import TOOL, call, think, tool_engine
 
 URL = "/v1/chat/completions"
 
@@ -50,13 +51,25 @@ async def test_logprobs_of_a_chat() -> None:
         found = (await client.post(URL, json=chat(logprobs=True, top_logprobs=1))).json()
         content = found["choices"][0]["logprobs"]["content"]
         assert [(entry["token"], entry["bytes"], entry["logprob"]) for entry in content] == [
-            ("\ufffd", None, 0.0),
-            ("\ufffd", None, -1.0),
+            ("\ufffd", [0xC3], 0.0),
+            ("\ufffd", [0xA4], -1.0),
         ]
         assert content[0]["top_logprobs"][0]["logprob"] == 0.0
         chunks = events((await client.post(URL, json=chat(stream=True, logprobs=True))).text)
         parts = [c["logprobs"]["content"] for chunk in chunks for c in chunk["choices"] if c["logprobs"]]
         assert [entry["logprob"] for part in parts for entry in part] == [0.0, -1.0]
+
+
+async def test_stop_strings_are_found_in_reasoning_and_in_the_arguments_of_calls() -> None:
+    async with served(tool_engine(think("one two") + "three" + call("add", a=45))) as client:
+        found: dict[str, Any] = {}
+        for stop in ("two", "45"):
+            body = chat(stop=stop, tools=[TOOL])
+            [choice] = (await client.post(URL, json=body)).json()["choices"]
+            assert choice["finish_reason"] == "stop"
+            found[stop] = choice["message"]
+        assert found["two"]["reasoning_content"] == "one " and not found["two"]["content"]
+        assert found["45"]["content"].startswith("three") and "tool_calls" not in found["45"]
 
 
 async def test_newer_and_older_names_of_the_limit_both_work_and_not_together() -> None:

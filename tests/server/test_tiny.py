@@ -30,6 +30,9 @@ async def test_the_embedded_model_answers_over_http_and_goes_on_with_a_prefilled
 
         tokens = (await client.post("/tokenize", json={"messages": QUESTION})).json()["tokens"]
         assert len(tokens) == chat["usage"]["prompt_tokens"]
+        spelled = [{"role": "user", "content": f"{QUESTION[0]['content']}<|end|>"}]
+        more = (await client.post("/tokenize", json={"messages": spelled})).json()["tokens"]
+        assert len(more) == len(tokens) + 1, "text that spells a special token becomes that token"
         told = {"prompt": tokens, "temperature": 0, "max_tokens": 64}
         assert (await client.post("/v1/completions", json=told)).json()["choices"][0]["text"] == ANSWER
         message = {"messages": QUESTION, "temperature": 0, "max_tokens": 64}
@@ -42,7 +45,7 @@ async def test_the_embedded_model_answers_over_http_and_goes_on_with_a_prefilled
         tools = await client.post("/v1/chat/completions", json=body | {"tools": [TOOL]})
         assert tools.status_code == 400 and error(tools)["param"] == "tools"
         role = await client.post("/v1/chat/completions", json=body | {"messages": [{"role": "tool", "content": "x"}]})
-        assert role.status_code == 400 and "roles" in error(role)["message"]
+        assert role.status_code == 400 and "roles" in error(role)["message"] and error(role)["param"] == "messages"
 
         begun = [*QUESTION, {"role": "assistant", "content": "The capital of"}]
         prefilled: dict[str, Any] = {"messages": begun, "temperature": 0, "max_tokens": 64}

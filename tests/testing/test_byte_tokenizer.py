@@ -41,3 +41,7 @@ def test_conversations_become_lines() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": None}, {"role": "tool"}]
     text = tokenizer.decode(tokenizer.encode_chat(messages, {}))
     assert text == "system: Be brief.\nuser: \ntool: \nassistant: "
+
+
+def test_its_tokens_are_bytes() -> None:
+    assert [tokenizer.token_bytes(token_id) for token_id in (0, 255, 256, 257)] == [b"\x00", b"\xff", b"<end>", None]
