@@ -13,6 +13,8 @@ from asyncengine.tokenizer import Tokenizer
 _REPLACEMENT = "\ufffd"
 _LONGEST_CHARACTER = 4
 """Bytes, and so tokens, of the longest character."""
+BEFORE = 8
+"""Tokens of a prompt that decide how a decoder takes the first token behind it."""
 _LONGEST_RUN = 32
 """Tokens after which undecodable output is taken for what it is instead of for an incomplete character."""
 
@@ -23,11 +25,20 @@ class Detokenizer:
     Each piece is decoded together with the one before it, and the text of that one is cut off: decoders that treat
     the first token specially (a leading space) thus never see a wrong first token. The method is the two offsets of
     Hugging Face's text-generation-inference; what differs is that text before an incomplete character is not held.
+
+    Args:
+        tokenizer: Decodes.
+        skip_special_tokens: Whether special tokens have no text.
+        before: The tokens before the first one, whose text is not returned: the end of a prompt.
     """
 
-    __slots__ = ("_emitted", "_ids", "_prefix_text", "_read", "_skip_special_tokens", "_tokenizer")
+    __slots__ = (
+        "_before", "_emitted", "_foreign", "_ids", "_prefix_text", "_read", "_skip_special_tokens", "_tokenizer",
+    )  # fmt: skip
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, before: Sequence[int] = ()) -> None:
+        self._before = before
+        self._foreign = 0  # signs for what could not be decoded before, unless it turns out to begin a character
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._ids: list[int] = []  # the piece decoded last, then what is new
@@ -37,6 +48,22 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Adds tokens and returns the text that is certain now."""
+        if self._before:
+            before, self._before = self._before, ()
+            self.push(before)
+            self._foreign = len(self._decode()) - len(self._prefix_text) - self._emitted
+        out = self._push(token_ids)
+        return self._own(out) if self._foreign else out
+
+    def _own(self, out: str) -> str:
+        """Text without what is told of the tokens before."""
+        cut = 0
+        while cut < min(self._foreign, len(out)) and out[cut] == _REPLACEMENT:
+            cut += 1
+        self._foreign = self._foreign - cut if cut == len(out) else 0
+        return out[cut:]
+
+    def _push(self, token_ids: Sequence[int]) -> str:
         self._ids += token_ids
         text = self._decode()
         whole = ""
@@ -85,7 +112,7 @@ class Detokenizer:
         """Returns what was held back, as it stands: no more tokens will come."""
         out = self._decode()[len(self._prefix_text) + self._emitted :]
         self._emitted += len(out)
-        return out
+        return self._own(out) if self._foreign else out
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, self._skip_special_tokens)
@@ -103,8 +130,14 @@ class TextStream:
 
     __slots__ = ("_detokenizer", "_held", "_longest", "_stop_strs", "stopped_by")
 
-    def __init__(self, tokenizer: Tokenizer, stop_strs: tuple[str, ...] = (), skip_special_tokens: bool = True) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_strs: tuple[str, ...] = (),
+        skip_special_tokens: bool = True,
+        before: Sequence[int] = (),
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens, before)
         self._stop_strs = stop_strs
         self._longest = max(map(len, stop_strs), default=0)
         self._held = ""

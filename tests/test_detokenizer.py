@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncengine.detokenizer import Detokenizer, TextStream
+from asyncengine.detokenizer import BEFORE, Detokenizer, TextStream
 from asyncengine.testing import ByteTokenizer
+from tests.model.sentencepiece import sentencepiece
 
 TOKENIZER = ByteTokenizer()
 
@@ -108,6 +109,40 @@ class TestText:
             assert stream.push([256]) == ""
         assert len(stream._ids) < 200
         assert stream.push(list(b"c")) == "c"
+
+    @pytest.mark.parametrize("skip", [True, False])
+    def test_what_stands_before_decides_how_the_first_token_is_taken(self, skip: bool) -> None:
+        """A decoder may leave out the space that a text begins with; behind a prompt, it is no text's beginning."""
+        tokenizer = sentencepiece()
+        tokens = tokenizer.encode("hello Paris is true, hé €uro hello")
+        whole = tokenizer.decode(tokens, skip)
+        for end in range(1, len(tokens)):
+            before = tokenizer.decode(tokens[:end], skip)
+            stream = Detokenizer(tokenizer, skip, tokens[max(0, end - BEFORE) : end])
+            text = "".join(stream.push([token]) for token in tokens[end:]) + stream.flush()
+            assert text == whole[len(before.rstrip("\ufffd")) :], end
+
+    def test_a_character_that_the_prompt_began_is_whole(self) -> None:
+        stream = Detokenizer(TOKENIZER, before="a€".encode()[:-1])
+        assert stream.push("€".encode()[-1:]) == "€"
+        assert Detokenizer(TOKENIZER, before=b"ab").flush() == ""
+
+    @pytest.mark.parametrize(
+        ("before", "after", "text"),
+        [
+            (b"a\xff", b"bc", "bc"),
+            (b"a\xe2\x82", b"bc", "bc"),
+            (b"a\xe2", b"\x82\xac\xff", "€\ufffd"),
+            (b"\xff\xff", b"\xffa", "\ufffda"),
+            (b"\xe2", b"", ""),
+            (b"\xe2", b"\xe2", "\ufffd"),
+        ],
+    )
+    def test_what_cannot_be_decoded_in_a_prompt_is_no_part_of_the_text(
+        self, before: bytes, after: bytes, text: str
+    ) -> None:
+        stream = Detokenizer(TOKENIZER, before=before)
+        assert "".join(stream.push([byte]) for byte in after) + stream.flush() == text
 
 
 def naive(text: str, stops: Sequence[str]) -> tuple[str, str | None]:

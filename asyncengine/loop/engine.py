@@ -326,7 +326,7 @@ class AsyncEngine(EngineControl):
             router = self._router()
             streams = []
             for new, prompt, config in zip(news, prompts, wanted, strict=True):
-                inbox = Inbox(new.number, new_branches(new.params, view))
+                inbox = Inbox(new.number, new_branches(new, view))
                 if new.params.num_prompt_logprobs >= 0:
                     inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
                 if self.observer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -13,9 +14,9 @@ from typing import Any, TypeVar
 import anyio.to_thread
 import numpy as np
 
-from asyncengine.detokenizer import TextStream
+from asyncengine.detokenizer import BEFORE, TextStream
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
-from asyncengine.generation import GenerationConfig, SamplingParams, resolve
+from asyncengine.generation import GenerationConfig, resolve
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.grammar.protocol import Grammar
 from asyncengine.grammar.select import make_backend
@@ -93,7 +94,10 @@ async def encode(prompt: Prompt | Conversation | StreamedPrompt, view: ModelView
         conversation = prompt
         _check_messages(conversation.messages, view)
         model = _tokenizer(tokenizer, view, "messages need a tokenizer")
-        ids = await _in_thread(lambda: model.encode_chat(conversation.messages, conversation.template_arguments))
+        template_arguments = conversation.template_arguments
+        return await _in_thread(
+            lambda: token_ids_of(model.encode_chat(conversation.messages, template_arguments), view)
+        )
     elif isinstance(prompt, str):
         text = prompt
         if not text:
@@ -102,7 +106,7 @@ async def encode(prompt: Prompt | Conversation | StreamedPrompt, view: ModelView
         if len(text) <= _INLINE_CHARACTERS:
             ids = _typed(lambda: model.encode(text))
         else:
-            ids = await _in_thread(lambda: model.encode(text))
+            return await _in_thread(lambda: token_ids_of(model.encode(text), view))
     elif isinstance(prompt, AsyncIterable) and not isinstance(prompt, Iterable):
         raise InvalidRequestError("the prompt is an async iterator; add_request, stream and generate take one")
     elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
@@ -216,12 +220,13 @@ def _without(around: list[int], ids: list[int]) -> tuple[int, ...]:
     return tuple(ids[before : len(ids) - (len(around) - before)])
 
 
-def new_branches(params: SamplingParams, view: ModelView) -> list[Branch]:
+def new_branches(new: NewRequest, view: ModelView) -> list[Branch]:
     """The branches of a request, ready to decode the text if the outputs carry some."""
+    params, before = new.params, new.prompt[-BEFORE:].tolist()
     tokenizer = view.tokenizer if params.detokenize else None
     return [
         Branch(
-            None if tokenizer is None else TextStream(tokenizer, params.stop_strs, params.skip_special_tokens),
+            None if tokenizer is None else TextStream(tokenizer, params.stop_strs, params.skip_special_tokens, before),
             logprobs=params.num_logprobs >= 0,
         )
         for _ in range(params.n)
@@ -266,14 +271,9 @@ def _check_messages(messages: object, view: ModelView) -> None:
 
 def token_ids_of(ids: Iterable[int], view: ModelView) -> Int32:
     """Token ids as an array; raises InvalidRequestError if there are none, or some are not in the vocabulary."""
-    values: list[int] = []
-    for token_id in ids:
-        try:
-            values.append(operator.index(token_id))
-        except TypeError:
-            raise _no_token_id(token_id, view) from None
-        if isinstance(token_id, bool):
-            raise _no_token_id(token_id, view)
+    values = list(ids)
+    if set(map(type, values)) - {int}:
+        values = [_index(token_id, view) for token_id in values]
     if not values:
         raise InvalidRequestError("the prompt is empty; allowed: at least one token")
     low, high = min(values), max(values)
@@ -285,7 +285,10 @@ def token_ids_of(ids: Iterable[int], view: ModelView) -> Int32:
     return np.array(values, dtype=np.int32)
 
 
-def _no_token_id(value: object, view: ModelView) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"the prompt is not a list of token ids: it has {value!r:.40}; allowed: integers in 0..{view.vocab_size - 1}"
+def _index(token_id: object, view: ModelView) -> int:
+    if not isinstance(token_id, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(token_id)  # type: ignore[arg-type]
+    raise InvalidRequestError(
+        f"the prompt is not a list of token ids: it has {token_id!r:.40}; allowed: integers in 0..{view.vocab_size - 1}"
     )

@@ -15,6 +15,9 @@ from asyncengine.model.checkpoint import has_tokenizer, tokenizer_sources
 from asyncengine.model.token_spelling import spelling_of
 from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
 
+_LONG = 4096
+"""Characters beyond which a text is encoded as a batch: for nothing else the library lets go of the lock."""
+
 
 class FastTokenizer:
     """Over the `tokenizers` library, whose calls may overlap.
@@ -64,7 +67,11 @@ class FastTokenizer:
 
     def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > _LONG:
+                encoding = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+            else:
+                encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
         except TypeError:  # which says that a string is none
             text.encode()  # says which half of a surrogate pair stands where
             raise

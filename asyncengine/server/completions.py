@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from asyncengine.detokenizer import BEFORE
 from asyncengine.loop.prepare import Prompt
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import FinishReason, RequestOutput
@@ -171,7 +172,10 @@ class _Scores:
     def __init__(self, asked: Completing, stream: RequestStream, prompt: Prompt, echo: str) -> None:
         body, tokenizer = asked.body, asked.tokenizer
         self._echoes = body.echo and body.logprobs is not None
-        self._tokens = CompletionTokens(tokenizer, body.logprobs or 0, self._echoes, body.skip_special_tokens, echo)
+        before = stream.prompt_token_ids[-BEFORE:].tolist()
+        self._tokens = CompletionTokens(
+            tokenizer, body.logprobs or 0, self._echoes, body.skip_special_tokens, echo, before
+        )
         self._written = isinstance(prompt, str)
         self._top = body.prompt_logprobs
         self._tokenizer = tokenizer

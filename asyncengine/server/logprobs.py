@@ -45,15 +45,24 @@ class CompletionTokens:
         ending: Whether the token that ends the branch has an entry, though it is not part of the text.
         skips_special: Whether special tokens are not part of the text: they have entries, and no length.
         echo: What the text begins with before any token is generated.
+        before: The end of the prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, top: int, ending: bool, skips_special: bool, echo: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        top: int,
+        ending: bool,
+        skips_special: bool,
+        echo: str = "",
+        before: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._top = top
         self._ending = ending
         self._skips_special = skips_special
         self._echo = echo
-        self._places = _Places(tokenizer, skips_special, len(echo))
+        self._places = _Places(tokenizer, skips_special, len(echo), before)
 
     def of(self, output: RequestOutput) -> CompletionLogprobs | None:
         """Those of a delta; None if none were asked for."""
@@ -130,10 +139,11 @@ class _Places:
         tokenizer: Decodes them.
         skips_special: Whether special tokens are not part of the text.
         begin: Where the first one begins.
+        before: The tokens before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skips_special: bool, begin: int) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skips_special)
+    def __init__(self, tokenizer: Tokenizer, skips_special: bool, begin: int, before: Sequence[int] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skips_special, before)
         self._at = begin
         self._broken = False  # whether the last token ends within a character
 

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from asyncengine.detokenizer import TextStream
+from asyncengine.detokenizer import BEFORE, TextStream
 from asyncengine.errors import (
     AsyncEngineError,
     DeadlineExceededError,
@@ -156,8 +156,9 @@ class RequestTable:
         request = Request(new, mailbox, self._arrivals, now)
         request.branches = [Sequence(request, branch) for branch in range(new.params.n)]
         if new.params.stop_strs and self._tokenizer is not None:
+            params, before = new.params, new.prompt[-BEFORE:].tolist()
             for branch in request.branches:
-                branch.text = TextStream(self._tokenizer, new.params.stop_strs, new.params.skip_special_tokens)
+                branch.text = TextStream(self._tokenizer, params.stop_strs, params.skip_special_tokens, before)
         self._requests[new.number] = request
         if new.deadlines is not None:
             for kind in ("queue", "first_token", "total"):

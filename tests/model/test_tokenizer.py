@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import pytest
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InvalidRequestError, tiny
-from asyncengine.model.tokenizer import load_tokenizer
+from asyncengine.model.tokenizer import FastTokenizer, load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -47,3 +48,24 @@ async def test_half_of_a_surrogate_pair_is_refused_by_its_place() -> None:
         for ask in (engine.generate("a\ud800b"), engine.chat([{"role": "user", "content": "a\ud800b"}])):
             with pytest.raises(InvalidRequestError, match=r"'\\ud800' in position \d+: surrogates not allowed"):
                 await ask
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_long_text_is_encoded_without_the_interpreter_s_lock(special: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library lets go of it for a batch alone: a prompt of megabytes would stop the loop and the step thread."""
+    tokenizer = load_tokenizer(tiny.PATH)
+    assert isinstance(tokenizer, FastTokenizer)
+    backend, text = tokenizer._backend, "Once upon a time, é €. <|end|>" * 500
+    asked: list[str] = []
+
+    class Noted:
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            return getattr(backend, name)
+
+    monkeypatch.setattr(tokenizer, "_backend", Noted())
+    assert tokenizer._encoded(text, special) == backend.encode(text, add_special_tokens=special).ids
+    assert tokenizer._encoded("Once", special) == backend.encode("Once", add_special_tokens=special).ids
+    assert asked == ["encode_batch_fast", "encode"]
+    with pytest.raises(UnicodeEncodeError):
+        tokenizer._encoded(text + "\ud800", special)
