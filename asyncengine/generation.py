@@ -23,6 +23,8 @@ MAX_STOP_STR_LENGTH = 1024
 MAX_BAD_WORDS = 1024
 GREEDY_BELOW = 1e-5
 """Temperatures below it mean 0: dividing by them would overflow."""
+MAX_FACTOR = 1e20
+"""Largest temperature and repetition penalty, and one over the smallest penalty. Logits times it fit into float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +36,13 @@ class GenerationConfig:
 
     Attributes:
         n: Number of branches, 1 to 1024. The prompt is computed once and shared.
-        temperature: >= 0; 0 (and anything below 1e-5) takes the most likely token. Default 1.
+        temperature: In [0, 1e20]; 0 (and anything below 1e-5) takes the most likely token. Default 1.
         top_p: In (0, 1]. Nucleus sampling (Holtzman et al., 2019). Default 1.
         top_k: >= 1, or None for off.
         min_p: In [0, 1]. Tokens below min_p times the likeliest are dropped (Nguyen et al., 2024). Default 0.
         frequency_penalty: In [-2, 2], as in OpenAI's API. Default 0.
         presence_penalty: In [-2, 2], as in OpenAI's API. Default 0.
-        repetition_penalty: > 0 (Keskar et al., 2019). Counts prompt and output. Default 1.
+        repetition_penalty: In [1e-20, 1e20] (Keskar et al., 2019). Counts prompt and output. Default 1.
         logprobs: Whether to return the log-probability of each generated token.
         top_logprobs: 0 to 20. How many alternatives to return beside it; needs ``logprobs=True``.
         logprobs_mode: ``"raw"``: of the model's own distribution. ``"processed"``: of the one drawn from.
@@ -96,13 +98,13 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, MAX_BRANCHES)
-        _number("temperature", self.temperature, 0.0, None)
+        _number("temperature", self.temperature, 0.0, MAX_FACTOR)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _integer("top_k", self.top_k, 1, None, optional=True)
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, None, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 1 / MAX_FACTOR, MAX_FACTOR)
         for name in ("logprobs", "ignore_eos", "skip_special_tokens", "detokenize", "jump_forward"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; expected True or False")
@@ -320,17 +322,15 @@ def _integer(name: str, value: object, low: int | None, high: int | None, *, opt
         raise InvalidRequestError(f"{name} is {value!r}; allowed: {allowed}{' or None' if optional else ''}{kind}")
 
 
-def _number(name: str, value: object, low: float, high: float | None, *, open_low: bool = False) -> None:
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     if value is None:
         return
     bad = not isinstance(value, (int, float)) or isinstance(value, bool) or not _is_finite(value)
     if not bad:
         assert isinstance(value, (int, float))
-        bad = value < low or (open_low and value == low) or (high is not None and value > high)
+        bad = value < low or (open_low and value == low) or value > high
     if bad:
-        bracket, sign = ("(", ">") if open_low else ("[", ">=")
-        allowed = f"{sign} {low:g} and finite" if high is None else f"{bracket}{low:g}, {high:g}]"
-        raise InvalidRequestError(f"{name} is {value!r}; allowed: {allowed}")
+        raise InvalidRequestError(f"{name} is {value!r}; allowed: {'(' if open_low else '['}{low:g}, {high:g}]")
 
 
 def _bias(bias: object) -> dict[int, float] | None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 
+from asyncengine.grammar.schema import EXACT, is_double, large_numbers
 from asyncengine.response_format import JsonObject, JsonSchema, StructuralTags, Whitespace
 
 _JSON_OPTIONS: dict[Whitespace, dict[str, object]] = {
@@ -13,22 +14,53 @@ _JSON_OPTIONS: dict[Whitespace, dict[str, object]] = {
     "bounded": {"whitespace_pattern": r"( |\n {0,16})"},
     "any": {"whitespace_flexible": True},
 }
+_LARGEST = 2**63 - 1
+_LEXEME = re.compile(r'"(?:\\.|[^"\\])*"|//.*|/(?:\\.|[^/\\])+/|(<[^<>\s]+>)')
+"""A string, a comment, a regular expression, or the name of a token."""
 
 
 def json_schema(schema: str, whitespace: Whitespace) -> str:
-    """A schema's JSON with the library's options in it."""
+    """A schema's JSON with the library's options in it.
+
+    Raises:
+        ValueError: Nothing matches it, or a number in it would become another.
+    """
     value = json.loads(schema)
     if isinstance(value, bool):
         if not value:
             raise ValueError("the schema is false, which nothing matches")
         value = {}
+    for node, keyword, number in large_numbers(value):
+        if not _keeps(node, keyword, number):
+            raise ValueError(
+                f"llguidance would take another number for {keyword} {number}; allowed: below 2**53, {EXACT}"
+            )
     return json.dumps({**value, "x-guidance": _JSON_OPTIONS[whitespace]})
+
+
+def _keeps(node: Mapping[str, object], keyword: str, number: float) -> bool:
+    """Whether the library, which reads numbers as doubles and makes ranges of 64-bit integers, keeps it.
+
+    It does not come back from a range whose ends are both the smallest such integer, or less.
+    """
+    if abs(number) >= _LARGEST:
+        return keyword == "maximum" and number > 0 and node.get("type") == "integer"  # its integers end there anyway
+    if isinstance(number, float) and node.get("type") == "number":
+        return True
+    return "exclusive" not in keyword and is_double(number)  # to an exclusive one it adds 1
 
 
 def json_of(wanted: JsonObject | JsonSchema) -> str:
     """The schema of a JSON format, with the library's options in it."""
     schema = wanted.schema if isinstance(wanted, JsonSchema) else '{"type": "object"}'
     return json_schema(schema, wanted.whitespace)
+
+
+def with_ids(grammar: str, tokens: Mapping[str, int]) -> str:
+    """A grammar in which the names of some tokens have become their ids; one in GBNF as it is."""
+    if not tokens or "::=" in grammar:
+        return grammar
+    return _LEXEME.sub(lambda found: f"<[{tokens[found[1]]}]>" if found[1] in tokens else found[0], grammar)
 
 
 def structural_tags(wanted: StructuralTags, special: Mapping[str, int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 
 import llguidance
@@ -11,7 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from asyncengine.grammar import lark
 from asyncengine.grammar.bits import num_words, row_of
-from asyncengine.grammar.vocabulary import Vocabulary
+from asyncengine.grammar.vocabulary import TokenTable, Vocabulary
 from asyncengine.response_format import Choice, EbnfGrammar, JsonObject, JsonSchema, Regex, ResponseFormat
 from asyncengine.step.batch import Int32
 
@@ -26,7 +27,9 @@ class LlguidanceBackend:
         table, size = vocabulary.table, vocabulary.size
         ends = [end for end in vocabulary.end_token_ids if end < size]
         if table.tokenizer_json is not None:
-            self._tokenizer = LLTokenizer(table.tokenizer_json, n_vocab=size, eos_token=ends or None)
+            read = LLTokenizer(table.tokenizer_json, n_vocab=size, eos_token=ends or None, slices=[])
+            tokens = llguidance.TokenizerWrapper(_Read(read, table, ends))
+            self._tokenizer = LLTokenizer(tokens, eos_token=read.eos_tokens)
         else:
             self._tokenizer = LLTokenizer(
                 llguidance.TokenizerWrapper(_Bytes(table.tokens, [*table.special.values()], ends)), n_vocab=size
@@ -53,10 +56,11 @@ class LlguidanceBackend:
         elif isinstance(wanted, Regex):
             text = LLMatcher.grammar_from_regex(wanted.regex)
         elif isinstance(wanted, EbnfGrammar):
-            text = llguidance.grammar_from("grammar", wanted.grammar)
+            text = llguidance.grammar_from("grammar", lark.with_ids(wanted.grammar, self._vocabulary.table.added))
         elif isinstance(wanted, Choice):
-            choices: list[str] = list(wanted.choices)
-            text = LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in choices))
+            # One lexeme: an alternative of a rule is an item of the parser, which takes 2,000 of them.
+            texts = " | ".join(json.dumps(choice) for choice in wanted.choices)
+            text = LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
         else:
             text = LLMatcher.grammar_from_lark(lark.structural_tags(wanted, self._vocabulary.table.special))
         return text
@@ -138,6 +142,35 @@ class LlguidanceMatcher:
 
 def _reason(matcher: LLMatcher) -> str:
     return matcher.get_error().replace("<non-verbose/>", "").strip()
+
+
+class _Read:
+    """Tokens that llguidance has read from a tokenizer's JSON, as they are meant here.
+
+    By itself it takes every added token like ``<this>`` for special, and finds special tokens in the text that a
+    grammar forces, which the grammar then does not take.
+    """
+
+    def __init__(self, read: LLTokenizer, table: TokenTable, ends: list[int]) -> None:
+        texts = set(table.added.values()) - set(ends)
+        ids = range(read.vocab_size)
+        self.tokens = [read.decode_bytes([token_id]) for token_id in ids]
+        self.special_token_ids = [i for i in ids if read.is_special_token(i) and i not in texts]
+        self.eos_token_id = read.eos_token
+        self.bos_token_id = None
+        self._read = read
+        names = sorted((name.encode() for name in table.special if name), key=len, reverse=True)
+        self._special = re.compile(b"|".join(map(re.escape, names)) or b"(?!)")
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Tokens of a text. That of a special token is spelled by others."""
+        ids: list[int] = []
+        begin = 0
+        for special in self._special.finditer(text):
+            ids += self._read.tokenize_bytes(text[begin : special.start()])
+            ids += self._read.greedy_tokenize(special[0].decode())
+            begin = special.end()
+        return ids + self._read.tokenize_bytes(text[begin:])
 
 
 class _Bytes:

@@ -16,12 +16,14 @@ class TokenTable:
         tokenizer_json: A tokenizer as the tokenizers library writes it.
         huggingface: The same as a transformers tokenizer.
         tokens: Or each token's bytes, by id.
+        added: Content of each other token that was added to the vocabulary to its id; their text is text.
     """
 
     special: Mapping[str, int]
     tokenizer_json: str | None = None
     huggingface: Any = None
     tokens: tuple[bytes, ...] = ()
+    added: Mapping[str, int] = field(default_factory=dict)
 
 
 @runtime_checkable

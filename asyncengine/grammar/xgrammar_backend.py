@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import Any
 
 import numpy as np
 import xgrammar
 
+from asyncengine.grammar import lark
 from asyncengine.grammar.bits import num_words, row_of
+from asyncengine.grammar.schema import is_double, large_numbers, nodes
 from asyncengine.grammar.vocabulary import Vocabulary
 from asyncengine.response_format import (
     Choice,
@@ -41,14 +44,16 @@ class XgrammarBackend:
             raise ValueError("xgrammar needs a model with an end-of-sequence token")
         if table.huggingface is not None:
             info = xgrammar.TokenizerInfo.from_huggingface(table.huggingface, vocab_size=size, stop_token_ids=ends)
+            tokens: list[bytes] = info.decoded_vocab
         else:
-            tokens: list[bytes] = [*table.tokens, *[b""] * (size - len(table.tokens))]
-            for special in table.special.values():
-                tokens[special] = b""  # which it takes for special
-            info = xgrammar.TokenizerInfo(tokens, vocab_size=size, stop_token_ids=ends)
+            tokens = list(table.tokens)
+        tokens += [b""] * (size - len(tokens))
+        for textless in {*table.special.values(), *ends} & {*range(size)}:
+            tokens[textless] = b"\xff%d" % textless  # no byte of UTF-8; a token that is empty could not be named either
+        info = xgrammar.TokenizerInfo(tokens, vocab_size=size, stop_token_ids=ends)
         self._size = size
         self._ends = tuple(ends)
-        self._special = [token for token in table.special if token]
+        self._special = {token: token_id for token, token_id in table.special.items() if token}
         # This engine keeps grammars itself.
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
 
@@ -58,7 +63,9 @@ class XgrammarBackend:
             compiled = self._compiled(wanted)
         except RuntimeError as error:
             raise ValueError(_WHERE_IN_ITS_SOURCE.sub("", str(error)).strip()) from error
-        grammar = XgrammarGrammar(compiled, self._ends, self._size)
+        # Free text around tags is any bytes.
+        never = set(self._special.values()) - set(self._ends) if isinstance(wanted, StructuralTags) else ()
+        grammar = XgrammarGrammar(compiled, self._ends, self._size, row_of(never, num_words(self._size)))
         if grammar.matcher().finished:
             raise ValueError("no text but the empty one matches it")
         return grammar
@@ -73,7 +80,7 @@ class XgrammarBackend:
             return compiler.compile_regex(wanted.regex)
         if isinstance(wanted, EbnfGrammar):
             if "::=" not in wanted.grammar:
-                return compiler.compile_lark(wanted.grammar)
+                return compiler.compile_lark(lark.with_ids(wanted.grammar, self._special))
             return compiler.compile_grammar(wanted.grammar)
         if isinstance(wanted, Choice):
             texts = (json.dumps(text, ensure_ascii=False) for text in wanted.choices)
@@ -129,56 +136,75 @@ _UNKNOWN = frozenset({
     "contains", "dependencies", "dependentRequired", "dependentSchemas", "else", "if", "maxContains", "minContains",
     "not", "then",
 })  # fmt: skip
-_SCHEMAS_BY_NAME = frozenset({"$defs", "definitions", "patternProperties", "properties"})
-_VALUES = frozenset({"const", "default", "enum", "examples"})
+_MAX_MULTIPLE = 1024
+_MAX_MULTIPLES_RANGE = 10_000
 
 
 def _left_out(schema: object) -> Iterator[str]:
-    """Keywords anywhere in a schema that xgrammar takes no notice of."""
-    rest = [schema]
-    while rest:
-        node = rest.pop()
-        if isinstance(node, list):
-            rest += node
-        if not isinstance(node, dict):
-            continue
+    """What there is anywhere in a schema that xgrammar takes no notice of."""
+    for node in nodes(schema):
         yield from (repr(key) for key in node if key in _UNKNOWN)
         if node.get("uniqueItems") is True:
             yield "'uniqueItems'"
         if "multipleOf" in node and node.get("type") != "integer":
             yield "'multipleOf' where 'type' is not 'integer'"
+        elif not _keeps_multiple(node):
+            yield f"'multipleOf' above {_MAX_MULTIPLE}, or in a range that is open or over {_MAX_MULTIPLES_RANGE}"
         if isinstance(node.get("allOf"), list) and len(node["allOf"]) > 1:
             yield "'allOf' of more than one"
-        for key, value in node.items():
-            if key in _SCHEMAS_BY_NAME and isinstance(value, dict):
-                rest += value.values()
-            elif key not in _VALUES:
-                rest.append(value)
+    for node, keyword, number in large_numbers(schema):
+        if keyword in ("const", "enum"):
+            if not -(2**63) <= number < 2**63:
+                yield f"'{keyword}' of integers beyond 64 bits, as {number}"
+        elif "integer" not in str(node.get("type")) and not is_double(number):
+            yield f"'{keyword}' of {number} but as a double, which is another number"
+
+
+def _keeps_multiple(node: Mapping[str, Any]) -> bool:
+    multiple = node.get("multipleOf", 1)
+    low = node.get("minimum", node.get("exclusiveMinimum"))
+    high = node.get("maximum", node.get("exclusiveMaximum"))
+    if not isinstance(multiple, (int, float)) or not all(
+        isinstance(end, (int, float, NoneType)) for end in (low, high)
+    ):
+        return True  # which is an error of its own
+    if multiple > _MAX_MULTIPLE or multiple != int(multiple):
+        return False
+    if multiple == 1 or low is high is None:
+        return True
+    return low is not None and high is not None and bool(high - low < _MAX_MULTIPLES_RANGE)
 
 
 class XgrammarGrammar:
     """As `asyncengine.grammar.protocol.Grammar`."""
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar, end_token_ids: tuple[int, ...], size: int) -> None:
+    def __init__(
+        self, compiled: xgrammar.CompiledGrammar, end_token_ids: tuple[int, ...], size: int, never: Int32
+    ) -> None:
         self._compiled = compiled
         self._words = num_words(size)
+        self._drawable = ~never if never.any() else None
         self.end_token_ids = end_token_ids
 
     def matcher(self) -> XgrammarMatcher:
         """As the protocol says."""
-        return XgrammarMatcher(xgrammar.GrammarMatcher(self._compiled), self._words, self.end_token_ids)
+        matcher = xgrammar.GrammarMatcher(self._compiled)
+        return XgrammarMatcher(matcher, self._words, self.end_token_ids, self._drawable)
 
 
 class XgrammarMatcher:
     """As `asyncengine.grammar.protocol.Matcher`."""
 
-    __slots__ = ("_computed", "_matcher", "_others", "_ready")
+    __slots__ = ("_computed", "_drawable", "_matcher", "_others", "_ready")
 
-    def __init__(self, matcher: xgrammar.GrammarMatcher, words: int, ends: tuple[int, ...]) -> None:
+    def __init__(
+        self, matcher: xgrammar.GrammarMatcher, words: int, ends: tuple[int, ...], drawable: Int32 | None
+    ) -> None:
         self._matcher = matcher
         self._computed = np.zeros((1, words), dtype=np.int32)
         self._ready = False
         self._others = ~row_of(ends, words)
+        self._drawable = drawable
 
     @property
     def finished(self) -> bool:
@@ -220,4 +246,6 @@ class XgrammarMatcher:
         if not self._ready:
             if not self._matcher.fill_next_token_bitmask(self._computed):
                 self._computed[:] = -1
+            if self._drawable is not None:
+                self._computed &= self._drawable
             self._ready = True

@@ -88,7 +88,8 @@ class FastTokenizer:
         """As `asyncengine.grammar.vocabulary.TokenSource`."""
         added = self._backend.get_added_tokens_decoder().items()
         special = {token.content: token_id for token_id, token in added if token.special}
-        return TokenTable(special, tokenizer_json=self._backend.to_str(), huggingface=self._chat)
+        others = {token.content: token_id for token_id, token in added if not token.special}
+        return TokenTable(special, tokenizer_json=self._backend.to_str(), huggingface=self._chat, added=others)
 
     def response_parser(self, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]]) -> ResponseParser:
         """As `asyncengine.tokenizer.ParsingTokenizer`."""

@@ -91,6 +91,66 @@ def test_a_text_that_nothing_can_follow_is_finished(backend: GrammarBackend, wan
     assert read(grammar, text).finished
 
 
+@pytest.mark.parametrize("count", [2101, 5000])
+def test_there_may_be_thousands_of_choices(backend: GrammarBackend, count: int) -> None:
+    choices = [f"label {number} {number * 7}" for number in range(count)]
+    grammar = backend.compile(Choice(choices))
+    for choice in (choices[0], choices[1234], choices[-1]):
+        assert read(grammar, choice).finished
+
+
+LARGE = 2**53
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": LARGE + 1, "maximum": LARGE + 3},
+        {"type": "integer", "exclusiveMinimum": LARGE, "exclusiveMaximum": LARGE + 4},
+        {"type": "integer", "minimum": -LARGE - 3},
+        {"type": "number", "maximum": LARGE + 1},
+        {"type": "integer", "multipleOf": LARGE + 1},
+        {"type": "integer", "minimum": 1e30, "maximum": 1e31},
+        {"const": LARGE + 1},
+        {"enum": ["a", {"a": [-LARGE - 1]}]},
+        {"const": 10**400},
+        obj(
+            {"a": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"minimum": LARGE + 1, "type": "integer"}}]}}
+        ),
+        # With these the library would not come back.
+        {"const": -(2**63)},
+        {"const": -(2**63) + 1},
+        {"type": "integer", "minimum": -(2**63), "maximum": -(2**63)},
+        {"allOf": [{"type": "integer"}, {"type": "number", "minimum": -1e30, "maximum": -1e30}]},
+    ],
+    ids=repr,
+)
+def test_numbers_that_llguidance_would_not_keep_are_refused(schema: Any) -> None:
+    backend = make_backend("llguidance", ByteTokenizer(), 257, (END,))
+    for wanted in (JsonSchema(schema), StructuralTags([StructuralTag("<a>", schema, "")])):
+        with pytest.raises(ValueError, match=r"would take another number for \w+ -?[\de+]+; allowed: below 2\*\*53"):
+            backend.compile(wanted)
+
+
+@pytest.mark.parametrize(
+    ("schema", "texts"),
+    [
+        ({"type": "integer", "minimum": LARGE - 1, "maximum": LARGE}, {str(LARGE - 1), str(LARGE)}),
+        ({"const": 10**18}, {str(10**18)}),
+        ({"type": "integer", "maximum": 2**63 - 1}, {"1", "-1", str(2**63 - 1)}),
+        ({"type": "integer", "minimum": 0, "default": LARGE + 1, "examples": [LARGE + 3]}, {"1"}),
+        (obj({"minimum": {"const": 1}}), {'{"minimum":1}'}),
+    ],
+    ids=repr,
+)
+def test_numbers_that_are_kept_may_be_large(backend: GrammarBackend, schema: Any, texts: set[str]) -> None:
+    grammar = backend.compile(JsonSchema(schema))
+    for text in texts:
+        read(grammar, text)
+    if "minimum" in schema and "maximum" in schema:
+        assert ord(str(LARGE + 1)[-1]) not in allowed(read(grammar, str(LARGE + 1)[:-1]))
+
+
 def test_a_text_that_may_end_allows_the_end_token(backend: GrammarBackend) -> None:
     grammar = backend.compile(Choice(("yes", "yesterday")))
     assert grammar.end_token_ids == (END,)
@@ -183,6 +243,11 @@ def test_what_is_wrong_raises(backend: GrammarBackend, wanted: Any) -> None:
     [
         (JsonSchema({"allOf": [{"type": "integer"}, {"minimum": 3}]}), "'allOf' of more than one"),
         (JsonSchema({"$defs": {"a": {"type": "number", "multipleOf": 2}}}), "'multipleOf'"),
+        (JsonSchema({"type": "integer", "multipleOf": 1025}), "'multipleOf' above 1024"),
+        (JsonSchema({"type": "integer", "multipleOf": 3, "minimum": 0}), "'multipleOf' .* in a range that is open"),
+        (JsonSchema({"type": "integer", "multipleOf": 3, "minimum": 0, "maximum": 10**5}), "or over 10000"),
+        (JsonSchema({"type": "number", "minimum": LARGE + 1}), "'minimum' of 9007199254740993"),
+        (JsonSchema({"enum": [2**64 + 1]}), "'enum' of integers beyond 64 bits"),
         (StructuralTags([StructuralTag("<|user|>", True, "")]), "no special token in a tag"),
         (StructuralTags([StructuralTag("<a>", True, "")], at_least_one=True), "with free text around them"),
     ],

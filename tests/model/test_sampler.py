@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from asyncengine.generation import SamplingParams
+from asyncengine.generation import GREEDY_BELOW, MAX_FACTOR, SamplingParams
 from asyncengine.model.random_stream import uniforms
 from asyncengine.model.sampler import Sampler
 from asyncengine.step.batch import StepTokens, TokenLogprobs
@@ -595,6 +596,20 @@ class TestRowsThatCannotBeDrawn:
         logits = vocab_logits(1, 900)[0]
         for temperature in (1e-4, 1e-30, 1e-44, 5e-324):
             assert draw(logits, params(temperature=temperature, **changes)).token_ids[0] == int(logits.argmax())
+
+    @pytest.mark.parametrize("temperature", [GREEDY_BELOW, 1.0, MAX_FACTOR])
+    @pytest.mark.parametrize("penalty", [1 / MAX_FACTOR, MAX_FACTOR])
+    def test_no_setting_makes_numbers_of_what_is_none(self, temperature: float, penalty: float) -> None:
+        logits = vocab_logits(1, 40, spread=1000.0)[0]
+        logits[7] = -math.inf
+        for changes in ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 5e-324}):
+            p = params(
+                temperature=temperature, repetition_penalty=penalty, frequency_penalty=-2.0, presence_penalty=2.0,
+                logit_bias=((1, 100.0), (2, -100.0)), num_logprobs=3, logprobs_mode="processed", **changes,
+            )  # fmt: skip
+            tokens = draw(logits, p, prompt=ids(*range(40)), output=ids(1, 2, 3))
+            assert int(tokens.token_ids[0]) != 7
+            assert not np.isnan(logprobs_of(tokens).logprob)
 
     def test_an_enormous_temperature_is_uniform(self) -> None:
         logits = vocab_logits(1, 4, spread=100.0)[0]
