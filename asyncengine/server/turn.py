@@ -67,8 +67,9 @@ class Turn:
         self._takes_calls = takes_calls
         self._told = 0  # characters of a region that looks like a call, where none is taken
         self._blank: str | None = ""  # content since the last call, as long as it is white space; then None
-        begun = getattr(parser, "initial_events", None) or []
-        self._begun: list[Piece] = [piece for piece in self._pieces(begun) if not isinstance(piece, ToolCall)]
+        # What the prompt has begun goes on, and is no part of the answer.
+        self._pieces(getattr(parser, "initial_events", None) or [])
+        self._blank = None if self._blank is None else ""
         self.calls = 0
 
     @property
@@ -80,10 +81,7 @@ class Turn:
         """What new text adds. `text` may be empty."""
         if self._parser is None:
             return [Text(text)] if text else []
-        begun, self._begun = self._begun, []
-        if not text:
-            return begun
-        return begun + self._pieces(self._parser.feed(text))
+        return self._pieces(self._parser.feed(text)) if text else []
 
     def finish(self) -> list[Piece]:
         """What was held back."""

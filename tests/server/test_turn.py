@@ -204,3 +204,20 @@ def test_what_a_template_requires_may_be_missing() -> None:
     fields = {name: {**field, "optional": False} for name, field in RESPONSE_TEMPLATE["fields"].items()}
     turn = Turn(AnswerParser({**RESPONSE_TEMPLATE, "fields": fields}, "", TOOLS))
     assert joined(said(turn, ["a <tool_"])) == ("a <tool_", "", [])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "wanted"),
+    [
+        ("Hello", " world", (" world", "", [])),
+        ("Hello\n", f"\nworld{call('add', a=1)}", ("\nworld", "", [("add", {"a": 1})])),
+        ("<think>Let me", " see.</think>Yes", ("Yes", " see.", [])),
+        (f"<think>So.</think>{call('add', a=1)}\n", f"{call('add', a=2)}", ("", "", [("add", {"a": 2})])),
+    ],
+)
+def test_what_the_prompt_has_begun_is_no_part_of_the_answer(prefix: str, text: str, wanted: Any) -> None:
+    for deltas in ([text], list(text)):
+        turn = Turn(parser(prefix))
+        pieces = said(turn, deltas)
+        assert joined(pieces) == wanted
+        assert [piece.index for piece in pieces if isinstance(piece, ToolCall)] == list(range(len(wanted[2])))
