@@ -1073,16 +1073,44 @@ async def test_a_prompt_just_below_the_limits_is_served() -> None:
         await rig.comes_to_rest()
 
 
-async def test_parameters_that_the_model_refuses_end_that_request_only(rig: Rig) -> None:
+class Panic(BaseException):
+    """As of a library in another language."""
+
+
+@pytest.mark.parametrize("error", [ValueError, Panic])
+async def test_parameters_that_the_model_refuses_end_that_request_only(rig: Rig, error: type[BaseException]) -> None:
     stream = await rig.add_held("hello")
-    rig.model.refuse_next(ValueError("cannot do that"))
+    rig.model.refuse_next(error("cannot do that"))
     adding = asyncio.create_task(rig.engine.generate("refused"))
     await asyncio.sleep(0)
     rig.model.release()
     with pytest.raises(RequestDroppedError, match="cannot do that") as caught:
         await adding
-    assert isinstance(caught.value.__cause__, ValueError)
+    assert isinstance(caught.value.__cause__, error)
     assert (await stream).text == "hello"
+    await rig.comes_to_rest()
+
+
+@pytest.mark.parametrize("error", [Panic, SystemExit, asyncio.CancelledError])
+async def test_a_tokenizer_that_panics_on_the_step_thread_ends_that_request_only(
+    rig: Rig, error: type[BaseException]
+) -> None:
+    class Failing(ByteTokenizer):
+        def decode(self, token_ids: Any, skip_special_tokens: bool = True) -> str:
+            if ord("!") in token_ids:
+                raise error("cannot decode")
+            return super().decode(token_ids, skip_special_tokens)
+
+    rig.loader.tokenizer = Failing()
+    await rig.engine.reload(rig.config)
+    other = await rig.add_held("hello")
+    ids_alone = GenerationConfig(stop_strs="zz", detokenize=False)  # so that the loop does not decode
+    failing = asyncio.create_task(rig.engine.generate([*b"ab!"], ids_alone))
+    await asyncio.sleep(0)
+    rig.model.release()
+    with pytest.raises(RequestDroppedError, match="cannot decode"):
+        await failing
+    assert (await other).text == "hello"
     await rig.comes_to_rest()
 
 
