@@ -921,6 +921,26 @@ async def test_aborting_something_that_is_no_id_harms_nobody(rig: Rig, request_i
     assert (await stream).text == "hello"
 
 
+@pytest.mark.parametrize("how", ["reset", "unload"])
+async def test_a_score_and_a_pin_that_are_aborted_do_not_look_as_if_they_were_not(rig: Rig, how: str) -> None:
+    rig.model.hold()
+    calls = [
+        asyncio.create_task(rig.engine.score(["x" * 200])),
+        asyncio.create_task(rig.engine.pin_prompt("y" * 200, "mine")),
+    ]
+    await rig.held()
+    await rig.let()
+    ending = asyncio.create_task(getattr(rig.engine, how)())
+    await asyncio.sleep(0)
+    rig.model.release()
+    await ending
+    for call in calls:
+        with pytest.raises(RequestDroppedError, match="it was aborted"):
+            await call
+    assert await rig.engine.unpin_prompt("mine") is False
+    await rig.comes_to_rest()
+
+
 async def test_abort_returns_once_the_blocks_are_free() -> None:
     async with Rig(endless) as rig:
         stream = await rig.engine.add_request("hello")
