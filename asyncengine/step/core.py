@@ -421,7 +421,8 @@ class Core:
     def _look_at_drains(self) -> None:
         if self._shutdowns:
             due = self._shutdown_at is not None and self.clock() >= self._shutdown_at
-            if due or not len(self.requests) or not self.runnable:
+            goes_on = self.runnable or (self._may_step and self.requests.any_arriving)
+            if due or not len(self.requests) or not goes_on:
                 self._finish_shutdown()
         elif self._drains and not len(self.requests):
             self.move(Action.DRAINED)

@@ -93,6 +93,11 @@ class RequestTable:
         return len(self._queued)
 
     @property
+    def any_arriving(self) -> bool:
+        """Whether the prompt of a request has not come whole."""
+        return any(request.arriving is not None for request in self._requests.values())
+
+    @property
     def next_deadline(self) -> float | None:
         """When the next deadline passes, in seconds of the clock."""
         while self._deadlines and self._deadlines[0][1] not in self._requests:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -370,6 +371,28 @@ async def test_a_reload_and_a_drain_wait_for_its_rest(rig: Rig) -> None:
         assert (await generating).text == "hello world"
         await waits
     await rig.comes_to_rest()
+
+
+async def test_a_shutdown_that_drains_waits_for_its_rest(rig: Rig) -> None:
+    given = Pieces("hello")
+    generating = asyncio.create_task(rig.engine.generate(given.read()))
+    await eventually(lambda: waiting(rig) == 1)
+    ending = asyncio.create_task(rig.engine.shutdown(drain=60.0))
+    await eventually(lambda: rig.engine.state is not EngineState.READY)
+    given.put(" world")
+    given.end()
+    assert (await generating).text == "hello world"
+    assert await ending == ()
+
+
+async def test_a_shutdown_that_drains_ends_it_when_its_time_is_up(rig: Rig) -> None:
+    options = RequestOptions(request_id="mine")
+    generating = asyncio.create_task(rig.engine.generate(Pieces("hello").read(), options=options))
+    await eventually(lambda: waiting(rig) == 1)
+    begun = time.monotonic()
+    assert await rig.engine.shutdown(drain=0.1) == ("mine",)
+    assert time.monotonic() - begun >= 0.1
+    assert (await generating).finish_reason is FinishReason.ABORT
 
 
 async def test_it_has_a_place_in_the_queue_until_its_first_step() -> None:
