@@ -8,10 +8,9 @@ from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
-from anyio import CancelScope
-
 from asyncengine.errors import IllegalStateError
 from asyncengine.loop.delivery import Deltas
+from asyncengine.loop.interruption import Interruption
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import RequestOutput, RequestResult
 
@@ -24,13 +23,13 @@ class PendingStream:
     everything else are as in `RequestStream`.
     """
 
-    __slots__ = ("_add", "_beginning", "_closed", "_deltas", "_scope", "_stream")
+    __slots__ = ("_add", "_beginning", "_closed", "_deltas", "_interruption", "_stream")
 
     def __init__(self, add: Callable[[], Awaitable[RequestStream]]) -> None:
         self._add = add
         self._beginning = False
         self._closed = False
-        self._scope: CancelScope | None = None
+        self._interruption: Interruption | None = None
         self._stream: RequestStream | None = None
         self._deltas: Deltas | None = None  # of the stream, once it has begun
 
@@ -46,10 +45,10 @@ class PendingStream:
             _check_unbegun(self._beginning, self._closed)
             self._beginning = True
             try:
-                with CancelScope() as self._scope:
+                with Interruption() as self._interruption:
                     self._stream = await self._add()
             finally:
-                self._beginning, self._scope = False, None
+                self._beginning, self._interruption = False, None
             if self._closed and self._stream is not None:  # by another task, meanwhile
                 await self._stream.aclose()
         return self._stream
@@ -90,8 +89,8 @@ class PendingStream:
     async def aclose(self) -> None:
         """Aborts the request if it has begun or is about to, and ends the iteration for whoever reads."""
         self._closed = True
-        if self._scope is not None:  # its prompt may be long in coming
-            self._scope.cancel()
+        if self._interruption is not None:  # its prompt may be long in coming
+            self._interruption.interrupt()
         if self._stream is not None:
             await self._stream.aclose()
 

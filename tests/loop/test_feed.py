@@ -271,6 +271,36 @@ async def test_closing_a_stream_while_a_piece_is_awaited(rig: Rig, way: str) -> 
     await rig.comes_to_rest()
 
 
+@pytest.mark.parametrize("how", ["abort", "reset", "deadline", "close"])
+async def test_an_iterator_whose_request_ends_may_await_while_it_cleans_up(rig: Rig, how: str) -> None:
+    cleaned = []
+
+    async def spoken() -> AsyncIterator[str]:
+        try:
+            yield "x" * 40
+            await asyncio.sleep(3600)
+        finally:
+            for _ in range(5):
+                await asyncio.sleep(0.001)
+            cleaned.append(True)
+
+    deadlines = Deadlines(total=0.05 if how == "deadline" else None)
+    pending = rig.engine.stream(spoken(), options=RequestOptions(request_id="mine", deadlines=deadlines))
+    reading = asyncio.create_task(read(aiter(pending)))  # type: ignore[arg-type]
+    await eventually(lambda: rig.model.steps == 1)
+    match how:
+        case "abort":
+            await rig.engine.abort_request("mine")
+        case "reset":
+            await rig.engine.reset()
+        case "close":
+            await pending.aclose()
+    await asyncio.wait([reading], timeout=10.0)
+    assert isinstance(reading.exception(), DeadlineExceededError if how == "deadline" else type(None))
+    assert cleaned == [True]
+    await rig.comes_to_rest()
+
+
 async def test_a_stream_of_pieces_that_was_never_used(rig: Rig) -> None:
     given = Pieces("hello")
     rig.engine.stream(given.read())
