@@ -21,6 +21,7 @@ from asyncengine import (
     EngineState,
     FinishReason,
     GenerationConfig,
+    IllegalStateError,
     PendingStream,
     RequestOptions,
     RequestStream,
@@ -334,6 +335,38 @@ async def test_closing_a_pending_stream_while_it_begins(rig: Rig) -> None:
     await pending.aclose()
     rig.model.release()
     assert await asyncio.wait_for(reader, 5.0) == 0
+    await rig.comes_to_rest()
+
+
+@pytest.mark.parametrize("way", ["iteration", "result", "context"])
+@pytest.mark.parametrize("kind", ["one", "many"])
+async def test_closing_what_waits_behind_a_load(rig: Rig, kind: str, way: str) -> None:
+    rig.loader.gate = threading.Event()
+    reloading = asyncio.create_task(rig.engine.reload(rig.config))
+    await eventually(lambda: rig.engine.state is EngineState.LOADING)
+    pending = rig.engine.stream("hello") if kind == "one" else rig.engine.generate_many(["hello", "world"])
+
+    async def use() -> object:
+        match way:
+            case "iteration":
+                return [output async for output in pending]
+            case "result":
+                return await pending
+            case _:
+                return await pending.__aenter__()
+
+    using = asyncio.create_task(use())
+    await asyncio.sleep(0.01)
+    await pending.aclose()
+    if way == "iteration":
+        assert await asyncio.wait_for(using, 5.0) == []
+    else:
+        with pytest.raises(IllegalStateError, match="closed before it began"):
+            await asyncio.wait_for(using, 5.0)
+    assert rig.engine.state is EngineState.LOADING
+    rig.loader.gate.set()
+    await reloading
+    assert not any(rig.metrics().counters.requests.values())
     await rig.comes_to_rest()
 
 
