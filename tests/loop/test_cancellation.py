@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from typing import Any
 
 import anyio
 import pytest
@@ -26,6 +27,7 @@ from asyncengine import (
     RequestOptions,
     RequestStream,
 )
+from asyncengine.loop import delivery
 from asyncengine.testing import ScriptedLoader
 
 pytestmark = pytest.mark.timeout(60)
@@ -652,3 +654,34 @@ async def test_a_reader_that_is_closed_where_no_loop_runs() -> None:
         rig.model.release()
         await eventually(lambda: stream.ended)
         assert (await stream).finish_reason == "abort"
+
+
+@pytest.mark.parametrize("reader", ["python", "compiled"])
+def test_a_reader_that_is_closed_where_another_loop_runs(
+    compiled_delivery: bool, loop_factory: Callable[[], asyncio.AbstractEventLoop], reader: str
+) -> None:
+    """As of a task that was left waiting when its loop stopped, and is collected while the next one runs."""
+    if reader == "compiled" and not compiled_delivery:
+        pytest.skip("no compiler")
+    (delivery.use_compiled if reader == "compiled" else delivery.use_python)()
+    rig = Rig(endless)
+    rig.engine.reload_nowait()
+
+    async def wait_for_a_delta() -> tuple[RequestStream, Any]:
+        await rig.engine.pause()
+        stream = await rig.engine.add_request("x")
+        reading: Any = anext(aiter(stream))
+        reading.__await__().send(None)
+        return stream, reading
+
+    async def close() -> None:
+        assert rig.metrics().num_requests_waiting == 1
+        reading.close()
+        await eventually(lambda: rig.metrics().num_requests_waiting == 0, within=1.0)
+
+    first, second = loop_factory(), loop_factory()
+    _stream, reading = first.run_until_complete(wait_for_a_delta())
+    second.run_until_complete(close())
+    rig.engine.shutdown_nowait()
+    first.close()
+    second.close()
