@@ -248,6 +248,7 @@ class Core:
                 return
             case ins.Drain():
                 self.move(Action.DRAIN)
+                self.requests.look_for_readers()
                 self._drains.append(reply_to)
                 return
             case ins.Shutdown():
@@ -444,6 +445,7 @@ class Core:
         self._give_up_loading()
         if self.scheduler is not None and model_state not in (EngineState.SLEEPING, EngineState.FAILED):
             self.state = EngineState.DRAINING
+            self.requests.look_for_readers()
         else:
             self._shutdown_at = self.clock()  # nothing can be finished
         self._look_at_drains()

@@ -97,6 +97,7 @@ class Reloading:
                 "will not finish; resume or wake it first, or choose 'abort' or 'carry'"
             )
         core.state = after
+        core.requests.look_for_readers()
         self._reload = _Reload(asked, before)
         current, loader = core.loaded, self._loader
         self._start(lambda: loader.check(asked.config, current))

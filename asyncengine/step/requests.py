@@ -237,6 +237,14 @@ class RequestTable:
         """Ends every request with reason "abort"."""
         self.abort([*self._requests, *self._queued], error)
 
+    def look_for_readers(self) -> None:
+        """Has every mailbox posted to, though there may be nothing to tell: one whose loop is closed is found so.
+
+        Of a request that is given no tokens, as one that awaits the rest of its prompt, it would not be noticed.
+        """
+        for request in self._requests.values():
+            self.outbox.add_nothing(request.mailbox)
+
     def abort_mailbox(self, mailbox: Mailbox) -> None:
         """Ends the requests that nobody reads any longer."""
         self.abort([r.new.number for r in self._requests.values() if r.mailbox is mailbox])
