@@ -327,18 +327,18 @@ class AsyncEngine(EngineControl):
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []
-            for new, prompt, config in zip(news, prompts, wanted, strict=True):
-                inbox = Inbox(new.number, new_branches(new.params, view))
-                if new.params.num_prompt_logprobs >= 0:
-                    inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
-                if self.observer is not None:
-                    operation = _operation(prompt, embedding)
-                    begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config)
-                    inbox.on_over = begin(self.observer, begun)
-                router.register(inbox)
-                streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
-            add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
             try:
+                for new, prompt, config in zip(news, prompts, wanted, strict=True):
+                    inbox = Inbox(new.number, new_branches(new.params, view))
+                    if new.params.num_prompt_logprobs >= 0:
+                        inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
+                    if self.observer is not None:  # which may even exit
+                        operation = _operation(prompt, embedding)
+                        begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config)
+                        inbox.on_over = begin(self.observer, begun)
+                    streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
+                    router.register(inbox)
+                add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
                 fits = await self._call(functools.partial(_addressed, add))
             except BaseException:
                 for stream in streams:
