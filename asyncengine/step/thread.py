@@ -48,8 +48,10 @@ class StepThread:
 
     def join(self, timeout: float | None = None) -> None:
         """Waits until the thread has ended."""
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        with self._starting:  # another thread may be about to start it
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
 
     @property
     def alive(self) -> bool:
