@@ -289,6 +289,48 @@ async def test_a_shut_down_engine_refuses_from_every_loop(loop_factory: LoopFact
     await asyncio.to_thread(run, loop_factory, elsewhere())
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_is_told_that_its_engine_is_in_the_other(loop_factory: LoopFactory, tmp_path: Path) -> None:
+    out = in_a_process(
+        loop_factory,
+        """
+        import os, warnings
+        from asyncengine import AsyncEngineError
+        warnings.simplefilter("ignore")  # of a fork beside threads
+        async def generate():
+            return (await asyncio.wait_for(engine.generate("hello"), 5)).text
+        async def main():
+            await engine.shutdown()
+            async with scripted_engine("own") as own:
+                return (await own.generate("hello")).text
+        engine = scripted_engine("hello")
+        engine.reload_nowait()
+        print(run(generate()), flush=True)
+        if (child := os.fork()) == 0:
+            try:
+                run(generate())
+            except AsyncEngineError as error:
+                print(error)
+            print(engine.state.value, engine.health().ok, run(main()))
+            engine.shutdown_nowait()
+        else:
+            os.waitpid(child, 0)
+            print(run(generate()))
+            engine.shutdown_nowait()
+        """,
+        tmp_path,
+    )
+    assert out.split("\n") == [
+        "hello",
+        "the engine runs in the process from which this one was forked; make one here",
+        "closed False own",
+        "left: []",
+        "hello",
+        "left: []",
+        "",
+    ]
+
+
 def test_a_shutdown_beside_requests_on_another_loop(loop_factory: LoopFactory) -> None:
     """Whatever the two threads do, everybody gets an answer."""
     for _ in range(20):
