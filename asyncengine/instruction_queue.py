@@ -22,7 +22,7 @@ LONGEST_WAIT = 3600.0
 class InstructionQueue(Generic[T]):
     """Many producers, one consumer. An idle consumer sleeps in `wait` without using the CPU."""
 
-    __slots__ = ("_closed", "_closing", "_flag", "_items", "_sleeping")
+    __slots__ = ("_closed", "_closing", "_flag", "_items", "_sleeping", "_why")
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
@@ -30,6 +30,7 @@ class InstructionQueue(Generic[T]):
         self._flag.acquire()
         self._sleeping = False
         self._closed = False
+        self._why = "the engine was shut down"
         self._closing = threading.RLock()  # a finalizer may call `put` while `close` holds it
 
     def put(self, item: T) -> None:
@@ -39,7 +40,7 @@ class InstructionQueue(Generic[T]):
             EngineClosedError: Nobody will ever take it.
         """
         if self._closed:
-            raise EngineClosedError("the engine was shut down")
+            raise EngineClosedError(self._why)
         self._items.append(item)
         if self._sleeping:
             self.wake()
@@ -48,7 +49,7 @@ class InstructionQueue(Generic[T]):
             with self._closing:
                 missed = any(other is item for other in list(self._items))
             if missed:
-                raise EngineClosedError("the engine was shut down")
+                raise EngineClosedError(self._why)
 
     def wake(self) -> None:
         """Ends the consumer's present or next `wait`. Idempotent."""
@@ -85,6 +86,11 @@ class InstructionQueue(Generic[T]):
                 return []
             self._closed = True
             return self.drain()
+
+    def abandon(self, why: str) -> None:
+        """Refuses whatever comes from now on. In a process in which there is no consumer any more."""
+        self._why = why
+        self._closed = True
 
     @property
     def closed(self) -> bool:

@@ -6,9 +6,10 @@ flooded: it finds all that has happened since in one go.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Protocol
 
 from asyncengine.events import Event
@@ -35,7 +36,7 @@ class StreamBack:
     """
 
     __slots__ = (
-        "_deliver", "_events", "_loop", "_pending", "_posted_at",
+        "_deliver", "_events", "_loop", "_pending", "_posted_at", "_wake",
         "handoff_max_seconds", "handoff_seconds", "wakeups",
     )  # fmt: skip
 
@@ -48,6 +49,7 @@ class StreamBack:
         self.handoff_seconds = 0.0
         self.handoff_max_seconds = 0.0
         self.wakeups = 0
+        self._wake = self._new_wake()
 
     def post(self, events: list[Event]) -> bool:
         """Hands events over. Any thread but usually the step thread; never blocks.
@@ -64,7 +66,7 @@ class StreamBack:
         self._pending = True
         self._posted_at = time.perf_counter()
         try:
-            self._loop.call_soon_threadsafe(self._drain)
+            self._loop.call_soon_threadsafe(self._wake)
         except RuntimeError:
             self._events.clear()
             return False
@@ -73,11 +75,34 @@ class StreamBack:
     def make_sure(self) -> None:
         """Wakes the loop once more if a wake-up is pending. On the loop, by whoever is about to wait for an event.
 
-        A program that runs its loop without a runner may get KeyboardInterrupt anywhere, also where a wake-up has begun
-        and not yet noted so; the loop would never be woken again.
+        A program that runs its loop without a runner may get KeyboardInterrupt anywhere, also where asyncio has taken a
+        wake-up and not yet called it; the loop would never be woken again.
         """
         if self._pending:
-            self._loop.call_soon_threadsafe(self._drain)
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _new_wake(self) -> Callable[[], object]:
+        drains = self._drains()
+        next(drains)
+        return functools.partial(next, drains, None)
+
+    def _drains(self) -> Generator[None, None, None]:
+        """Delivers what there is each time it is resumed.
+
+        A generator, because a Ctrl-C that comes while the loop waits in native code, as uvloop does, is raised in the
+        first line of Python that the loop calls next. That is often this one, and is within the ``try``.
+        """
+        try:
+            while True:
+                yield
+                self._drain()
+        except GeneratorExit:
+            pass
+        except BaseException:
+            self._wake = self._new_wake()
+            if self._pending or self._events:  # the others must not wait for the next step
+                self._loop.call_soon_threadsafe(self._wake)
+            raise
 
     def _drain(self) -> None:
         if self._pending:
@@ -88,10 +113,5 @@ class StreamBack:
             if seconds > self.handoff_max_seconds:
                 self.handoff_max_seconds = seconds
         events, deliver = self._events, self._deliver
-        try:
-            for _ in range(len(events)):
-                deliver(events.popleft())
-        except BaseException:
-            if events:  # one delivery failed (the loop reports it); the others must not wait for the next step
-                self._loop.call_soon_threadsafe(self._drain)
-            raise
+        for _ in range(len(events)):
+            deliver(events.popleft())

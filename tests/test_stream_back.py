@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import _thread
 import asyncio
+import operator
 import threading
 from collections.abc import Callable
 
@@ -144,6 +146,24 @@ def test_a_wake_up_that_was_lost_is_made_up_for() -> None:
     assert back.wakeups == 1
     back.make_sure()
     assert loop.callbacks == []  # nothing is pending
+
+
+def test_an_interrupt_that_is_raised_as_the_delivery_begins_loses_nothing() -> None:
+    """As by Ctrl-C while a loop waits in native code: the first line of Python that it calls raises."""
+    loop, got = Loop(), []
+    back = StreamBack(loop, got.append)
+    back.post(events(1, 2))
+    back.make_sure()
+    callbacks, loop.callbacks = loop.callbacks, []
+    with pytest.raises(KeyboardInterrupt):
+        list(map(operator.call, [_thread.interrupt_main, callbacks[0]]))  # no Python in between
+    assert got == []
+    loop.run()
+    assert got == events(1, 2)
+    callbacks[1]()
+    back.post(events(3))
+    loop.run()
+    assert got == events(1, 2, 3)
 
 
 def test_the_hand_over_is_timed() -> None:

@@ -271,8 +271,10 @@ class EngineControl:
         router = self._routers.get(loop)
         if router is None:
             with self._routers_lock:
-                for other in [other for other in self._routers if other.is_closed()]:
-                    del self._routers[other]
+                for other, known in list(self._routers.items()):
+                    # Loops need not be closed. One that goes on later gets another router.
+                    if other.is_closed() or (known.idle and not other.is_running()):
+                        del self._routers[other]
                 router = self._routers[loop] = Router(loop)
         return router
 

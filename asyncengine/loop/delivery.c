@@ -282,16 +282,16 @@ reader_send_method(PyObject *self, PyObject *value)
     return reader_step((Reader *)self);
 }
 
-/* The reader is cancelled, or closed: it leaves, and leaving is aborting. */
+/* The reader is cancelled, by an error, or closed, by none: it leaves, and leaving is aborting. */
 static int
-leave(Reader *self)
+leave(Reader *self, PyObject *error)
 {
     if (self->waiting == NULL) {
         return 0;
     }
     PyObject *waiting = self->waiting;
     self->waiting = NULL;
-    PyObject *done = PyObject_CallMethodOneArg(self->stream, str_leave, waiting);
+    PyObject *done = PyObject_CallMethodObjArgs(self->stream, str_leave, waiting, error, NULL);
     Py_DECREF(waiting);
     Py_XDECREF(done);
     return done ? 0 : -1;
@@ -327,7 +327,7 @@ reader_throw(Reader *self, PyObject *args)
         Py_DECREF(error);
         return NULL;
     }
-    if (leave(self) < 0) {
+    if (leave(self, error) < 0) {
         PyObject *other_type, *other, *other_traceback;
         PyErr_Fetch(&other_type, &other, &other_traceback);
         PyErr_NormalizeException(&other_type, &other, &other_traceback);
@@ -343,7 +343,7 @@ reader_throw(Reader *self, PyObject *args)
 static PyObject *
 reader_close(Reader *self, PyObject *unused)
 {
-    if (leave(self) < 0) {
+    if (leave(self, Py_None) < 0) {
         return NULL;
     }
     Py_RETURN_NONE;
@@ -362,7 +362,7 @@ reader_finalize(PyObject *self)
 {
     PyObject *type, *error, *traceback;
     PyErr_Fetch(&type, &error, &traceback);
-    if (leave((Reader *)self) < 0) {
+    if (leave((Reader *)self, Py_None) < 0) {
         PyErr_WriteUnraisable(self);
     }
     PyErr_Restore(type, error, traceback);

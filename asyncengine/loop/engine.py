@@ -36,7 +36,7 @@ from asyncengine.loop.prepare import (
 )
 from asyncengine.loop.router import Inbox
 from asyncengine.loop.stream import RequestStream
-from asyncengine.outputs import Embedding, Pooling, PromptScore, RequestResult
+from asyncengine.outputs import Embedding, FinishReason, Pooling, PromptScore, RequestResult
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
@@ -192,6 +192,7 @@ class AsyncEngine(EngineControl):
         config = GenerationConfig(max_tokens=0, prompt_logprobs=top_logprobs, detokenize=False)
         scores = []
         for result in await self.generate_many(prompts, config, options):
+            _check_computed(result.request_id, result.finish_reason is FinishReason.LENGTH)
             assert result.prompt_token_ids is not None and result.prompt_logprobs is not None
             scores.append(PromptScore(result.prompt_token_ids, result.prompt_logprobs))
         return scores
@@ -230,8 +231,8 @@ class AsyncEngine(EngineControl):
         results = await many
         found = []
         for stream, result in zip(many.streams, results, strict=True):
-            if stream.pooled is None:
-                raise RequestDroppedError(f"request {stream.request_id}: it was aborted before its prompt was computed")
+            _check_computed(stream.request_id, stream.pooled is not None)
+            assert stream.pooled is not None
             found.append(Embedding(wanted.vector(stream.pooled), result.usage))
         return found
 
@@ -260,7 +261,8 @@ class AsyncEngine(EngineControl):
         pin = f"pin-{next(self._numbers)}-{secrets.token_hex(4)}" if name is None else _name("name", name)
         try:
             streams = await self._add([prompt], [GenerationConfig(max_tokens=0)], _DEFAULTS, pin=pin)
-            await streams[0]
+            result = await streams[0]
+            _check_computed(result.request_id, result.finish_reason is FinishReason.LENGTH)
         except BaseException:
             if name is None:  # nobody could ever unpin it
                 self._put_quietly(ins.Unpin(pin))
@@ -325,18 +327,18 @@ class AsyncEngine(EngineControl):
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []
-            for new, prompt, config in zip(news, prompts, wanted, strict=True):
-                inbox = Inbox(new.number, new_branches(new, view))
-                if new.params.num_prompt_logprobs >= 0:
-                    inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
-                if self.observer is not None:
-                    operation = _operation(prompt, embedding)
-                    begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config)
-                    inbox.on_over = begin(self.observer, begun)
-                router.register(inbox)
-                streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
-            add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
             try:
+                for new, prompt, config in zip(news, prompts, wanted, strict=True):
+                    inbox = Inbox(new.number, new_branches(new, view))
+                    if new.params.num_prompt_logprobs >= 0:
+                        inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
+                    if self.observer is not None:  # which may even exit
+                        operation = _operation(prompt, embedding)
+                        begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config)
+                        inbox.on_over = begin(self.observer, begun)
+                    streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
+                    router.register(inbox)
+                add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
                 fits = await self._call(functools.partial(_addressed, add))
             except BaseException:
                 for stream in streams:
@@ -380,6 +382,11 @@ def _operation(prompt: Prompt | Conversation | StreamedPrompt, embedding: Embedd
     if embedding is not None:
         return "embeddings"
     return "chat" if isinstance(prompt, Conversation) else "text_completion"
+
+
+def _check_computed(request_id: str, computed: bool) -> None:
+    if not computed:
+        raise RequestDroppedError(f"request {request_id}: it was aborted before its prompt was computed")
 
 
 def _addressed(add: ins.AddRequests, reply_to: ReplyTo) -> ins.AddRequests:

@@ -9,34 +9,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
-from anyio import CancelScope
-
 from asyncengine.instructions import ExtendPrompt
 from asyncengine.loop.growing_prompt import GrowingPrompt
+from asyncengine.loop.interruption import Interruption
 from asyncengine.loop.prepare import Piece, StreamedPrompt
 from asyncengine.loop.stream import RequestStream
 from asyncengine.step.model import ModelView
-
-
-class _Alarm:
-    """Stands where a reader's future would: cancels the wait for a piece when the request ends."""
-
-    __slots__ = ("_off", "_scope")
-
-    def __init__(self, scope: CancelScope) -> None:
-        self._scope = scope
-        self._off = False
-
-    def done(self) -> bool:
-        return self._off
-
-    def set_result(self, result: None, /) -> None:
-        if not self._off:
-            self._off = True
-            self._scope.cancel()
-
-    def switch_off(self) -> None:
-        self._off = True
 
 
 async def feed(
@@ -81,13 +59,10 @@ async def feed(
 async def _next(iterator: AsyncIterator[Piece], stream: RequestStream) -> tuple[bool, Piece]:
     """Whether there are no more pieces, and the next one; returns early when the request ends."""
     if not stream.ended:
-        with CancelScope() as scope:
-            alarm = _Alarm(scope)
-            stream.wait_with(alarm)
+        with Interruption() as interruption:
+            stream.wait_with(interruption)
             try:
                 return False, await anext(iterator)
             except StopAsyncIteration:
                 return True, ""
-            finally:
-                alarm.switch_off()
     return True, ""

@@ -8,10 +8,9 @@ from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
-from anyio import CancelScope
-
 from asyncengine.errors import IllegalStateError
 from asyncengine.loop.delivery import Deltas
+from asyncengine.loop.interruption import Interruption
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import RequestOutput, RequestResult
 
@@ -24,13 +23,13 @@ class PendingStream:
     everything else are as in `RequestStream`.
     """
 
-    __slots__ = ("_add", "_beginning", "_closed", "_deltas", "_scope", "_stream")
+    __slots__ = ("_add", "_beginning", "_closed", "_deltas", "_interruption", "_stream")
 
     def __init__(self, add: Callable[[], Awaitable[RequestStream]]) -> None:
         self._add = add
         self._beginning = False
         self._closed = False
-        self._scope: CancelScope | None = None
+        self._interruption: Interruption | None = None
         self._stream: RequestStream | None = None
         self._deltas: Deltas | None = None  # of the stream, once it has begun
 
@@ -46,10 +45,10 @@ class PendingStream:
             _check_unbegun(self._beginning, self._closed)
             self._beginning = True
             try:
-                with CancelScope() as self._scope:
+                with Interruption() as self._interruption:
                     self._stream = await self._add()
             finally:
-                self._beginning, self._scope = False, None
+                self._beginning, self._interruption = False, None
             if self._closed and self._stream is not None:  # by another task, meanwhile
                 await self._stream.aclose()
         return self._stream
@@ -90,8 +89,8 @@ class PendingStream:
     async def aclose(self) -> None:
         """Aborts the request if it has begun or is about to, and ends the iteration for whoever reads."""
         self._closed = True
-        if self._scope is not None:  # its prompt may be long in coming
-            self._scope.cancel()
+        if self._interruption is not None:  # its prompt may be long in coming
+            self._interruption.interrupt()
         if self._stream is not None:
             await self._stream.aclose()
 
@@ -213,12 +212,13 @@ class ManyStream:
     ``many.streams[index].error`` says more. ``await many`` raises the first such error once all have ended.
     """
 
-    __slots__ = ("_add", "_beginning", "_closed", "_merged")
+    __slots__ = ("_add", "_beginning", "_closed", "_interruption", "_merged")
 
     def __init__(self, add: Callable[[], Awaitable[list[RequestStream]]]) -> None:
         self._add = add
         self._beginning = False
         self._closed = False
+        self._interruption: Interruption | None = None
         self._merged: _Merged | None = None
 
     @property
@@ -227,16 +227,23 @@ class ManyStream:
         return [] if self._merged is None else self._merged.streams
 
     async def _begin(self) -> _Merged:
+        merged = await self._begin_unless_closed()
+        if merged is None:
+            _check_unbegun(False, self._closed)
+        assert merged is not None
+        return merged
+
+    async def _begin_unless_closed(self) -> _Merged | None:
         if self._merged is None:
             _check_unbegun(self._beginning, self._closed)
             self._beginning = True
             try:
-                merged = _Merged(await self._add())
+                with Interruption() as self._interruption:
+                    self._merged = _Merged(await self._add())
             finally:
-                self._beginning = False
-            self._merged = merged
-            if self._closed:  # by another task, meanwhile
-                merged.close()
+                self._beginning, self._interruption = False, None
+            if self._closed and self._merged is not None:  # by another task, meanwhile
+                self._merged.close()
         return self._merged
 
     def __aiter__(self) -> Self:
@@ -244,10 +251,8 @@ class ManyStream:
 
     async def __anext__(self) -> tuple[int, RequestOutput]:
         merged = self._merged
-        if merged is None:
-            if self._closed:
-                raise StopAsyncIteration
-            merged = await self._begin()
+        if merged is None and (self._closed or (merged := await self._begin_unless_closed()) is None):
+            raise StopAsyncIteration
         return await merged.next()
 
     async def __aenter__(self) -> Self:
@@ -261,8 +266,10 @@ class ManyStream:
             self._merged.abort()
 
     async def aclose(self) -> None:
-        """Aborts all, and ends the iteration for whoever reads."""
+        """Aborts all, also those that are about to be added, and ends the iteration for whoever reads."""
         self._closed = True
+        if self._interruption is not None:
+            self._interruption.interrupt()
         if self._merged is not None:
             self._merged.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -73,10 +74,11 @@ def begin(observer: RequestObserver, begun: RequestBegun) -> Callable[[RequestOv
     except Exception as error:
         report(error)
         return None
+    context = contextvars.copy_context()  # what ends a request, ends it in no task's context
 
     def on_over(over: RequestOver) -> None:
         try:
-            tell(over)
+            context.run(tell, over)
         except Exception as error:
             report(error)
 

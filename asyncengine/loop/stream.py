@@ -147,8 +147,8 @@ class RequestStream:
             branch.waiter = future = self._create_future()
             try:
                 await future
-            except BaseException:
-                self._leave(future)
+            except BaseException as error:
+                self._leave(future, error)
                 raise
             start = branch.read
             if not branch.streaming or len(ids) == start:
@@ -165,8 +165,8 @@ class RequestStream:
             self.wait_with(future)
             try:
                 await future
-            except BaseException:
-                self._leave(future)
+            except BaseException as error:
+                self._leave(future, error)
                 raise
         return output
 
@@ -211,8 +211,13 @@ class RequestStream:
         self._check_reader()
         self._inbox.expect(waiter)
 
-    def _leave(self, future: Waiter) -> None:
-        """Notes that the reader was cancelled, or sits on a loop on which it can never be woken."""
+    def _leave(self, future: Waiter, error: BaseException | None) -> None:
+        """Notes that the reader was cancelled or closed, or sits on a loop on which it can never be woken.
+
+        Args:
+            future: What it waited for.
+            error: What was raised in it instead; None if it was closed.
+        """
         awaited = any(branch.waiter is future for branch in self._inbox.branches)
         if awaited:
             self._inbox.expect(None)
@@ -220,6 +225,9 @@ class RequestStream:
             self._check_loop()
             if awaited and not future.done():
                 future.set_result(None)  # another task may wait for it, by the same compiled reader
+        except IllegalStateError:
+            if isinstance(error, RuntimeError):  # a task there cannot wait for it
+                raise
         except RuntimeError:
             pass  # no loop runs here: the reader is closed from outside, as by the end of its loop or the collector
         self.abort()

@@ -385,7 +385,7 @@ class Commits:
         assert branch.text is not None
         try:
             branch.text.push([token_id])
-        except Exception as cause:  # the tokenizer is not ours
+        except BaseException as cause:  # the tokenizer is not ours; a panic in another language is no `Exception`
             error = RequestDroppedError(f"request {branch.request.new.request_id}: cannot decode {token_id}: {cause}")
             error.__cause__ = cause
             self._table.end_branches(branch.request, FinishReason.ERROR, error)

@@ -248,6 +248,7 @@ class Core:
                 return
             case ins.Drain():
                 self.move(Action.DRAIN)
+                self.requests.look_for_readers()
                 self._drains.append(reply_to)
                 return
             case ins.Shutdown():
@@ -421,7 +422,8 @@ class Core:
     def _look_at_drains(self) -> None:
         if self._shutdowns:
             due = self._shutdown_at is not None and self.clock() >= self._shutdown_at
-            if due or not len(self.requests) or not self.runnable:
+            goes_on = self.runnable or (self._may_step and self.requests.any_arriving)
+            if due or not len(self.requests) or not goes_on:
                 self._finish_shutdown()
         elif self._drains and not len(self.requests):
             self.move(Action.DRAINED)
@@ -443,6 +445,7 @@ class Core:
         self._give_up_loading()
         if self.scheduler is not None and model_state not in (EngineState.SLEEPING, EngineState.FAILED):
             self.state = EngineState.DRAINING
+            self.requests.look_for_readers()
         else:
             self._shutdown_at = self.clock()  # nothing can be finished
         self._look_at_drains()

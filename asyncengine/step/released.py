@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
+import contextlib
+import inspect
+
+_MAY_BE_SUSPENDED = (
+    inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
+)
 
 
 def released(error: BaseException) -> BaseException:
@@ -11,6 +16,9 @@ def released(error: BaseException) -> BaseException:
     Whoever keeps an error keeps the local variables of these frames. For an error of a step those are the step's
     tensors, for one of a load they are the model: memory of a device that the next step, or a load that is tried while
     the error is being handled, would not have. Which lines they were stays in the traceback.
+
+    Frames of coroutines and generators are left alone. An error that was raised before still has the frames of whoever
+    caught it then, and to clear one that is suspended is to close it.
     """
     seen: set[int] = set()
     left = [error]
@@ -19,6 +27,11 @@ def released(error: BaseException) -> BaseException:
         if id(each) in seen:
             continue
         seen.add(id(each))
-        traceback.clear_frames(each.__traceback__)
+        at = each.__traceback__
+        while at is not None:
+            if not at.tb_frame.f_code.co_flags & _MAY_BE_SUSPENDED:
+                with contextlib.suppress(RuntimeError):  # it runs
+                    at.tb_frame.clear()
+            at = at.tb_next
         left += [other for other in (each.__cause__, each.__context__) if other is not None]
     return error

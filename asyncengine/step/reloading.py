@@ -11,7 +11,9 @@ Until the old model is let go, any failure leaves it serving.
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ from asyncengine.step.model import LoadedModel, Loader, LoadPlan
 
 if TYPE_CHECKING:
     from asyncengine.step.core import Core, StartJob
+
+logger = logging.getLogger("asyncengine")
 
 
 class _Phase(enum.Enum):
@@ -97,6 +101,7 @@ class Reloading:
                 "will not finish; resume or wake it first, or choose 'abort' or 'carry'"
             )
         core.state = after
+        core.requests.look_for_readers()
         self._reload = _Reload(asked, before)
         current, loader = core.loaded, self._loader
         self._start(lambda: loader.check(asked.config, current))
@@ -185,13 +190,13 @@ class Reloading:
             return
         self._job += 1
         if reload.beside is not None:
-            reload.beside.model.close()
+            _let_go(reload.beside)
         self._core.outbox.reply(reload.asked.reply_to, error=error)
 
     def discard(self, done: JobDone) -> None:
         """Lets go of what a job made that nobody waits for any longer."""
         if isinstance(done.value, LoadedModel):
-            done.value.model.close()
+            _let_go(done.value)
 
     def _start(self, function: Callable[[], Any]) -> None:
         self._job += 1
@@ -218,7 +223,7 @@ class Reloading:
         try:
             core.install(loaded)
         except Exception:
-            loaded.model.close()
+            _let_go(loaded)
             raise
         self._reload = None
         core.move(Action.LOADED)
@@ -230,7 +235,7 @@ class Reloading:
         assert reload is not None
         self._reload = None
         if reload.beside is not None:
-            reload.beside.model.close()
+            _let_go(reload.beside)
         error = cause
         if not isinstance(cause, AsyncEngineError):
             error = ReloadError(f"loading {reload.asked.config.model!r} failed: {cause!r}")
@@ -244,3 +249,12 @@ class Reloading:
             core.move(Action.LOAD_FAILED)
         core.outbox.reply(reload.asked.reply_to, error=error)
         core.release_held()
+
+
+def _let_go(loaded: LoadedModel) -> None:
+    """Closes a model that never served. What that raises answers nobody's call, and is logged."""
+    try:
+        loaded.model.close()
+    except Exception as error:
+        with suppress(Exception):  # a handler of the program's own may raise
+            logger.error("a model could not be let go: %s", error, exc_info=error)

@@ -93,6 +93,11 @@ class RequestTable:
         return len(self._queued)
 
     @property
+    def any_arriving(self) -> bool:
+        """Whether the prompt of a request has not come whole."""
+        return any(request.arriving is not None for request in self._requests.values())
+
+    @property
     def next_deadline(self) -> float | None:
         """When the next deadline passes, in seconds of the clock."""
         while self._deadlines and self._deadlines[0][1] not in self._requests:
@@ -232,6 +237,14 @@ class RequestTable:
     def abort_all(self, error: AsyncEngineError | None = None) -> None:
         """Ends every request with reason "abort"."""
         self.abort([*self._requests, *self._queued], error)
+
+    def look_for_readers(self) -> None:
+        """Has every mailbox posted to, though there may be nothing to tell: one whose loop is closed is found so.
+
+        Of a request that is given no tokens, as one that awaits the rest of its prompt, it would not be noticed.
+        """
+        for request in self._requests.values():
+            self.outbox.add_nothing(request.mailbox)
 
     def abort_mailbox(self, mailbox: Mailbox) -> None:
         """Ends the requests that nobody reads any longer."""

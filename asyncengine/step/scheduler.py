@@ -54,7 +54,7 @@ class Scheduler:
         self.blocks = KVBlocks(limits, self.slots)
         self.waiting = WaitingQueue()
         self._batches = Batches(self.slots)
-        self.dropped: list[tuple[Sequence, Exception]] = []
+        self.dropped: list[tuple[Sequence, BaseException]] = []
         self.num_preemptions = 0
         self.prefix_queries = 0  # tokens looked up
         self.prefix_hits = 0  # tokens found
@@ -384,7 +384,7 @@ class Scheduler:
                 continue
             try:
                 self._place(placed, tokens)
-            except Exception as error:
+            except BaseException as error:  # of a grammar, say: it must not end the thread
                 self.dropped.append((sequence, error))
                 self._leave(sequence)
                 self._free_unborn(sequence)

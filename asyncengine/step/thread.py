@@ -7,6 +7,7 @@ engine that is dropped without being shut down can notice it and end its thread.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 from asyncengine.errors import EngineClosedError
 from asyncengine.instruction_queue import InstructionQueue
 from asyncengine.instructions import Instruction, JobDone, Shutdown
+from asyncengine.state import EngineState
 from asyncengine.step.core import Core
 from asyncengine.step.model import LoadedModel, Loader
 from asyncengine.step.released import released
@@ -48,8 +50,10 @@ class StepThread:
 
     def join(self, timeout: float | None = None) -> None:
         """Waits until the thread has ended."""
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        with self._starting:  # another thread may be about to start it
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
 
     @property
     def alive(self) -> bool:
@@ -135,6 +139,13 @@ class StepThread:
         except EngineClosedError:
             pass
 
+    def abandon(self) -> None:
+        """Notes that this process was forked from the one in which the thread runs."""
+        self.died = EngineClosedError("the engine runs in the process from which this one was forked; make one here")
+        self.core.state = EngineState.CLOSED
+        self._starting = threading.Lock()  # another thread may have held it
+        self.queue.abandon(str(self.died))
+
 
 _running: set[StepThread] = set()  # each is held by its own running thread anyway
 _loads: set[threading.Thread] = set()  # a load may outlive the step thread
@@ -150,3 +161,14 @@ def _stop_all() -> None:
         thread.join(max(until - time.monotonic(), 0.0))
     for load in list(_loads):
         load.join(max(until - time.monotonic(), 0.0))
+
+
+def _abandon_all() -> None:
+    for thread in _running:
+        thread.abandon()
+    _running.clear()
+    _loads.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)

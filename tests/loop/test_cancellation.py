@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from typing import Any
 
 import anyio
 import pytest
@@ -21,10 +22,12 @@ from asyncengine import (
     EngineState,
     FinishReason,
     GenerationConfig,
+    IllegalStateError,
     PendingStream,
     RequestOptions,
     RequestStream,
 )
+from asyncengine.loop import delivery
 from asyncengine.testing import ScriptedLoader
 
 pytestmark = pytest.mark.timeout(60)
@@ -337,6 +340,38 @@ async def test_closing_a_pending_stream_while_it_begins(rig: Rig) -> None:
     await rig.comes_to_rest()
 
 
+@pytest.mark.parametrize("way", ["iteration", "result", "context"])
+@pytest.mark.parametrize("kind", ["one", "many"])
+async def test_closing_what_waits_behind_a_load(rig: Rig, kind: str, way: str) -> None:
+    rig.loader.gate = threading.Event()
+    reloading = asyncio.create_task(rig.engine.reload(rig.config))
+    await eventually(lambda: rig.engine.state is EngineState.LOADING)
+    pending = rig.engine.stream("hello") if kind == "one" else rig.engine.generate_many(["hello", "world"])
+
+    async def use() -> object:
+        match way:
+            case "iteration":
+                return [output async for output in pending]
+            case "result":
+                return await pending
+            case _:
+                return await pending.__aenter__()
+
+    using = asyncio.create_task(use())
+    await asyncio.sleep(0.01)
+    await pending.aclose()
+    if way == "iteration":
+        assert await asyncio.wait_for(using, 5.0) == []
+    else:
+        with pytest.raises(IllegalStateError, match="closed before it began"):
+            await asyncio.wait_for(using, 5.0)
+    assert rig.engine.state is EngineState.LOADING
+    rig.loader.gate.set()
+    await reloading
+    assert not any(rig.metrics().counters.requests.values())
+    await rig.comes_to_rest()
+
+
 async def test_the_other_requests_go_on(rig: Rig) -> None:
     stays = await rig.add_held("stays", GenerationConfig(max_tokens=20))
     leaves = await _add_another(rig)
@@ -619,3 +654,34 @@ async def test_a_reader_that_is_closed_where_no_loop_runs() -> None:
         rig.model.release()
         await eventually(lambda: stream.ended)
         assert (await stream).finish_reason == "abort"
+
+
+@pytest.mark.parametrize("reader", ["python", "compiled"])
+def test_a_reader_that_is_closed_where_another_loop_runs(
+    compiled_delivery: bool, loop_factory: Callable[[], asyncio.AbstractEventLoop], reader: str
+) -> None:
+    """As of a task that was left waiting when its loop stopped, and is collected while the next one runs."""
+    if reader == "compiled" and not compiled_delivery:
+        pytest.skip("no compiler")
+    (delivery.use_compiled if reader == "compiled" else delivery.use_python)()
+    rig = Rig(endless)
+    rig.engine.reload_nowait()
+
+    async def wait_for_a_delta() -> tuple[RequestStream, Any]:
+        await rig.engine.pause()
+        stream = await rig.engine.add_request("x")
+        reading: Any = anext(aiter(stream))
+        reading.__await__().send(None)
+        return stream, reading
+
+    async def close() -> None:
+        assert rig.metrics().num_requests_waiting == 1
+        reading.close()
+        await eventually(lambda: rig.metrics().num_requests_waiting == 0, within=1.0)
+
+    first, second = loop_factory(), loop_factory()
+    _stream, reading = first.run_until_complete(wait_for_a_delta())
+    second.run_until_complete(close())
+    rig.engine.shutdown_nowait()
+    first.close()
+    second.close()

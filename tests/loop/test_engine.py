@@ -922,6 +922,26 @@ async def test_aborting_something_that_is_no_id_harms_nobody(rig: Rig, request_i
     assert (await stream).text == "hello"
 
 
+@pytest.mark.parametrize("how", ["reset", "unload"])
+async def test_a_score_and_a_pin_that_are_aborted_do_not_look_as_if_they_were_not(rig: Rig, how: str) -> None:
+    rig.model.hold()
+    calls = [
+        asyncio.create_task(rig.engine.score(["x" * 200])),
+        asyncio.create_task(rig.engine.pin_prompt("y" * 200, "mine")),
+    ]
+    await rig.held()
+    await rig.let()
+    ending = asyncio.create_task(getattr(rig.engine, how)())
+    await asyncio.sleep(0)
+    rig.model.release()
+    await ending
+    for call in calls:
+        with pytest.raises(RequestDroppedError, match="it was aborted"):
+            await call
+    assert await rig.engine.unpin_prompt("mine") is False
+    await rig.comes_to_rest()
+
+
 async def test_abort_returns_once_the_blocks_are_free() -> None:
     async with Rig(endless) as rig:
         stream = await rig.engine.add_request("hello")
@@ -1074,16 +1094,44 @@ async def test_a_prompt_just_below_the_limits_is_served() -> None:
         await rig.comes_to_rest()
 
 
-async def test_parameters_that_the_model_refuses_end_that_request_only(rig: Rig) -> None:
+class Panic(BaseException):
+    """As of a library in another language."""
+
+
+@pytest.mark.parametrize("error", [ValueError, Panic])
+async def test_parameters_that_the_model_refuses_end_that_request_only(rig: Rig, error: type[BaseException]) -> None:
     stream = await rig.add_held("hello")
-    rig.model.refuse_next(ValueError("cannot do that"))
+    rig.model.refuse_next(error("cannot do that"))
     adding = asyncio.create_task(rig.engine.generate("refused"))
     await asyncio.sleep(0)
     rig.model.release()
     with pytest.raises(RequestDroppedError, match="cannot do that") as caught:
         await adding
-    assert isinstance(caught.value.__cause__, ValueError)
+    assert isinstance(caught.value.__cause__, error)
     assert (await stream).text == "hello"
+    await rig.comes_to_rest()
+
+
+@pytest.mark.parametrize("error", [Panic, SystemExit, asyncio.CancelledError])
+async def test_a_tokenizer_that_panics_on_the_step_thread_ends_that_request_only(
+    rig: Rig, error: type[BaseException]
+) -> None:
+    class Failing(ByteTokenizer):
+        def decode(self, token_ids: Any, skip_special_tokens: bool = True) -> str:
+            if ord("!") in token_ids:
+                raise error("cannot decode")
+            return super().decode(token_ids, skip_special_tokens)
+
+    rig.loader.tokenizer = Failing()
+    await rig.engine.reload(rig.config)
+    other = await rig.add_held("hello")
+    ids_alone = GenerationConfig(stop_strs="zz", detokenize=False)  # so that the loop does not decode
+    failing = asyncio.create_task(rig.engine.generate([*b"ab!"], ids_alone))
+    await asyncio.sleep(0)
+    rig.model.release()
+    with pytest.raises(RequestDroppedError, match="cannot decode"):
+        await failing
+    assert (await other).text == "hello"
     await rig.comes_to_rest()
 
 

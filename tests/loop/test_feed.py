@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -270,6 +271,36 @@ async def test_closing_a_stream_while_a_piece_is_awaited(rig: Rig, way: str) -> 
     await rig.comes_to_rest()
 
 
+@pytest.mark.parametrize("how", ["abort", "reset", "deadline", "close"])
+async def test_an_iterator_whose_request_ends_may_await_while_it_cleans_up(rig: Rig, how: str) -> None:
+    cleaned = []
+
+    async def spoken() -> AsyncIterator[str]:
+        try:
+            yield "x" * 40
+            await asyncio.sleep(3600)
+        finally:
+            for _ in range(5):
+                await asyncio.sleep(0.001)
+            cleaned.append(True)
+
+    deadlines = Deadlines(total=0.05 if how == "deadline" else None)
+    pending = rig.engine.stream(spoken(), options=RequestOptions(request_id="mine", deadlines=deadlines))
+    reading = asyncio.create_task(read(aiter(pending)))  # type: ignore[arg-type]
+    await eventually(lambda: rig.model.steps == 1)
+    match how:
+        case "abort":
+            await rig.engine.abort_request("mine")
+        case "reset":
+            await rig.engine.reset()
+        case "close":
+            await pending.aclose()
+    await asyncio.wait([reading], timeout=10.0)
+    assert isinstance(reading.exception(), DeadlineExceededError if how == "deadline" else type(None))
+    assert cleaned == [True]
+    await rig.comes_to_rest()
+
+
 async def test_a_stream_of_pieces_that_was_never_used(rig: Rig) -> None:
     given = Pieces("hello")
     rig.engine.stream(given.read())
@@ -370,6 +401,28 @@ async def test_a_reload_and_a_drain_wait_for_its_rest(rig: Rig) -> None:
         assert (await generating).text == "hello world"
         await waits
     await rig.comes_to_rest()
+
+
+async def test_a_shutdown_that_drains_waits_for_its_rest(rig: Rig) -> None:
+    given = Pieces("hello")
+    generating = asyncio.create_task(rig.engine.generate(given.read()))
+    await eventually(lambda: waiting(rig) == 1)
+    ending = asyncio.create_task(rig.engine.shutdown(drain=60.0))
+    await eventually(lambda: rig.engine.state is not EngineState.READY)
+    given.put(" world")
+    given.end()
+    assert (await generating).text == "hello world"
+    assert await ending == ()
+
+
+async def test_a_shutdown_that_drains_ends_it_when_its_time_is_up(rig: Rig) -> None:
+    options = RequestOptions(request_id="mine")
+    generating = asyncio.create_task(rig.engine.generate(Pieces("hello").read(), options=options))
+    await eventually(lambda: waiting(rig) == 1)
+    begun = time.monotonic()
+    assert await rig.engine.shutdown(drain=0.1) == ("mine",)
+    assert time.monotonic() - begun >= 0.1
+    assert (await generating).finish_reason is FinishReason.ABORT
 
 
 async def test_it_has_a_place_in_the_queue_until_its_first_step() -> None:

@@ -147,6 +147,85 @@ def test_a_loop_that_is_closed_with_nothing_else_running(loop_factory: LoopFacto
     rig.engine.shutdown_nowait()
 
 
+@pytest.mark.parametrize("how", ["drain", "reload", "shutdown"])
+def test_a_loop_that_is_closed_while_a_prompt_is_coming_keeps_nobody_waiting(
+    loop_factory: LoopFactory, how: str
+) -> None:
+    """Nothing is ever told of such a request, and the task that awaits its next piece may be held by anyone."""
+    rig = Rig()
+    rig.engine.reload_nowait()
+    closed = loop_factory()
+
+    class Silent:
+        def __aiter__(self) -> Silent:
+            return self
+
+        async def __anext__(self) -> str:
+            await asyncio.sleep(3600)
+            return "too late"
+
+    async def begin() -> asyncio.Task[RequestStream]:
+        task = asyncio.create_task(rig.engine.add_request(Silent()))
+        await eventually(lambda: rig.metrics().num_requests_waiting == 1)
+        return task
+
+    async def go_on() -> None:
+        async with asyncio.timeout(5.0):
+            match how:
+                case "drain":
+                    await rig.engine.drain()
+                case "reload":
+                    await rig.engine.reload(rig.config, "wait")
+                case _:
+                    assert await rig.engine.shutdown(drain=60.0) == ()
+        assert rig.metrics().num_requests_waiting == 0
+        await rig.engine.shutdown()
+
+    task = closed.run_until_complete(begin())
+    closed.close()
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(go_on())
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
+    task.get_coro().close()  # type: ignore[union-attr]
+
+
+def test_loops_that_nobody_closes_are_let_go(loop_factory: LoopFactory) -> None:
+    rig = Rig()
+    rig.engine.reload_nowait()
+    loops = [loop_factory() for _ in range(5)]
+
+    async def generate() -> str:
+        return (await rig.engine.generate("hello")).text
+
+    for _ in range(2):
+        for loop in loops:
+            assert loop.run_until_complete(generate()) == "hello"
+            assert list(rig.engine._routers) == [loop]
+    rig.engine.shutdown_nowait()
+    for loop in loops:
+        loop.close()
+
+
+def test_a_loop_that_stands_still_keeps_what_it_waits_for(loop_factory: LoopFactory) -> None:
+    rig = Rig()
+    rig.engine.reload_nowait()
+    first, second = loop_factory(), loop_factory()
+
+    async def begin() -> RequestStream:
+        await rig.engine.pause()
+        return await rig.engine.add_request("hello")
+
+    async def finish(stream: RequestStream) -> str:
+        return (await stream).text
+
+    stream = first.run_until_complete(begin())
+    second.run_until_complete(rig.engine.resume())
+    assert first.run_until_complete(finish(stream)) == "hello"
+    rig.engine.shutdown_nowait()
+    first.close()
+    second.close()
+
+
 async def test_an_engine_that_is_dropped_ends_its_thread() -> None:
     rig = Rig(endless)
     await rig.engine.reload(rig.config)
@@ -208,6 +287,48 @@ async def test_a_shut_down_engine_refuses_from_every_loop(loop_factory: LoopFact
         assert rig.router.idle
 
     await asyncio.to_thread(run, loop_factory, elsewhere())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_is_told_that_its_engine_is_in_the_other(loop_factory: LoopFactory, tmp_path: Path) -> None:
+    out = in_a_process(
+        loop_factory,
+        """
+        import os, warnings
+        from asyncengine import AsyncEngineError
+        warnings.simplefilter("ignore")  # of a fork beside threads
+        async def generate():
+            return (await asyncio.wait_for(engine.generate("hello"), 5)).text
+        async def main():
+            await engine.shutdown()
+            async with scripted_engine("own") as own:
+                return (await own.generate("hello")).text
+        engine = scripted_engine("hello")
+        engine.reload_nowait()
+        print(run(generate()), flush=True)
+        if (child := os.fork()) == 0:
+            try:
+                run(generate())
+            except AsyncEngineError as error:
+                print(error)
+            print(engine.state.value, engine.health().ok, run(main()))
+            engine.shutdown_nowait()
+        else:
+            os.waitpid(child, 0)
+            print(run(generate()))
+            engine.shutdown_nowait()
+        """,
+        tmp_path,
+    )
+    assert out.split("\n") == [
+        "hello",
+        "the engine runs in the process from which this one was forked; make one here",
+        "closed False own",
+        "left: []",
+        "hello",
+        "left: []",
+        "",
+    ]
 
 
 def test_a_shutdown_beside_requests_on_another_loop(loop_factory: LoopFactory) -> None:

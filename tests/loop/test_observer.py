@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -92,3 +93,40 @@ async def test_a_refusal_stays_one(rig: Rig, clumsy: Clumsy, reported: list[str]
             await rig.engine.generate(pieces())
     await rig.comes_to_rest()
     assert reported
+
+
+async def test_it_is_told_of_the_end_in_the_context_of_the_beginning(rig: Rig) -> None:
+    caller: ContextVar[str] = ContextVar("caller", default="nobody")
+    told: list[tuple[str, str]] = []
+
+    class Observer(Clumsy):
+        def begin(self, begun: RequestBegun) -> Callable[[RequestOver], None]:
+            told.append(("begin", caller.get()))
+            return lambda over: told.append(("over", caller.get()))
+
+    async def generate(name: str) -> None:
+        caller.set(name)
+        await rig.engine.generate("hello")
+
+    rig.engine.observer = Observer("never")
+    for name in ("me", "you"):
+        await asyncio.create_task(generate(name))
+    assert told == [("begin", "me"), ("over", "me"), ("begin", "you"), ("over", "you")]
+
+
+async def test_one_that_exits_leaves_none_of_many_behind(rig: Rig) -> None:
+    class Exits(Clumsy):
+        def begin(self, begun: RequestBegun) -> Callable[[RequestOver], None]:
+            if len(self.begun) == 2:
+                raise Exit
+            return super().begin(begun)
+
+    class Exit(BaseException):
+        """As SystemExit, but that the loop does not mind it."""
+
+    rig.engine.observer = exits = Exits("never")
+    with pytest.raises(Exit):
+        await rig.engine.generate_many(["a", "b", "c"])
+    assert [over.usage for over in exits.over] == [None, None]
+    assert rig.router.idle
+    await rig.comes_to_rest()

@@ -6,12 +6,21 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from harness import Rig, endless, eventually, read
 
-from asyncengine import Deadlines, EngineState, FinishReason, GenerationConfig, RequestOptions, RequestStream
+from asyncengine import (
+    Deadlines,
+    EngineClosedError,
+    EngineState,
+    FinishReason,
+    GenerationConfig,
+    RequestOptions,
+    RequestStream,
+)
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -269,3 +278,30 @@ async def test_aborts_from_many_threads() -> None:
         for thread in threads:
             thread.join()
         await rig.comes_to_rest()
+
+
+def test_a_shutdown_while_another_thread_gives_the_first_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, starts, go_on = Rig(), threading.Event(), threading.Event()
+    start = threading.Thread.start
+
+    def slow(thread: threading.Thread) -> None:
+        if thread.name == "asyncengine-step":
+            starts.set()
+            assert go_on.wait(10.0)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", slow)
+
+    def give() -> None:
+        with suppress(EngineClosedError):  # the shutdown may be first in line
+            rig.engine.reload_nowait()
+
+    first = threading.Thread(target=give)
+    first.start()
+    assert starts.wait(10.0)
+    second = threading.Timer(0.05, go_on.set)
+    second.start()
+    rig.engine.shutdown_nowait()
+    assert not rig.engine._thread.alive
+    first.join()
+    second.join()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from typing import Any
 
 import pytest
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ReloadError, StepError
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InsufficientMemoryError, ReloadError, StepError
 from asyncengine.step.released import released
 from asyncengine.testing.scripted import ScriptedLoader, ScriptedModel
 
@@ -49,6 +50,24 @@ def test_errors_that_refer_to_each_other_in_a_circle() -> None:
     first, second = ValueError(), ValueError()
     first.__cause__, second.__cause__ = second, first
     assert released(first) is first
+
+
+@pytest.mark.parametrize("of", ["check_errors", "load_errors"])
+async def test_an_error_that_is_raised_again_closes_nobody_who_caught_it_before(of: str) -> None:
+    loader = ScriptedLoader()
+    getattr(loader, of)["refused"] = InsufficientMemoryError("does not fit")
+    async with AsyncEngine(loader=loader) as engine:
+
+        async def insists() -> int:
+            refusals = 0
+            for _ in range(3):
+                try:
+                    await engine.reload(EngineConfig("refused"))
+                except ReloadError:
+                    refusals += 1
+            return refusals
+
+        assert await asyncio.wait_for(insists(), 10.0) == 3
 
 
 @pytest.mark.parametrize("run_ahead", [False, True])

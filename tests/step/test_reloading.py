@@ -19,7 +19,7 @@ from asyncengine.errors import (
 from asyncengine.instructions import JobDone
 from asyncengine.state import EngineState
 from asyncengine.step.core import Core
-from asyncengine.testing import ByteTokenizer, ScriptedLoader
+from asyncengine.testing import ByteTokenizer, ScriptedLoader, ScriptedModel
 
 from .core_case import EOS, Case, config, loaded
 
@@ -690,6 +690,33 @@ class TestLoadersThatBreakTheirPromise:
         monkeypatch.setattr(case.model, "close", lambda: 1 / 0)
         ticket = reload(case)
         case.run_jobs()
+        assert isinstance(case.error(ticket), ReloadError)
+        assert case.state is EngineState.UNLOADED
+        case.load("good")
+
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_a_new_model_that_cannot_be_closed_when_a_shutdown_gives_it_up(
+        self, jobs: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        case = loaded()
+        number = case.add("abc")
+        ticket = reload(case, "other", "wait")
+        for _ in range(jobs):
+            case.run_job()
+        monkeypatch.setattr(ScriptedModel, "close", lambda model: 1 / 0)
+        shutdown = case.shutdown()
+        assert case.answer(shutdown) == (f"r{number}",)
+        assert isinstance(case.error(ticket), EngineClosedError)
+        case.run_jobs()
+        assert case.state is EngineState.CLOSED
+        assert "could not be let go" in caplog.text
+
+    def test_neither_model_can_be_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        case = loaded()
+        ticket = reload(case)
+        with monkeypatch.context() as patch:
+            patch.setattr(ScriptedModel, "close", lambda model: 1 / 0)
+            case.run_jobs()
         assert isinstance(case.error(ticket), ReloadError)
         assert case.state is EngineState.UNLOADED
         case.load("good")

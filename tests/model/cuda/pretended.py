@@ -676,6 +676,7 @@ def pretended() -> Iterator[Pretended]:
         "max_memory_allocated": lambda *_: device.peak,
         "reset_peak_memory_stats": lambda *_: setattr(device, "peak", device.allocated),
         "empty_cache": lambda: None,
+        "_sleep": lambda cycles: None,
         "synchronize": lambda *_: device.wait("synchronize"),
         "current_stream": lambda *_: device.stream,
         "default_stream": lambda *_: device.default_stream,
@@ -697,8 +698,7 @@ def pretended() -> Iterator[Pretended]:
 
     def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
         """torch makes it where nobody is asked, and moves it."""
-        made = on_host(data, **options)
-        return made if device is None else made.to(device)
+        return on_host(data, device="cpu", **options).to(torch.get_default_device() if device is None else device)
 
     patch.setattr(torch, "tensor", tensor)
     launch = interpreter.GridExecutor.__call__
