@@ -76,7 +76,8 @@ class EngineConfig:
         graph_capture: When CUDA graphs are captured. ``"idle"``: a few when the model is loaded, so that it is ready
             soon, and the others while there are no requests. ``"load"``: all when it is loaded, so that it is as fast
             as it will be when it is ready; for benchmarks, for engines that are never idle, and for programs that wait
-            for the whole device or empty torch's cache by themselves, which must not be done beside a capture.
+            for the whole device, empty torch's cache or draw the device's random numbers by themselves, which must not
+            be done beside a capture.
         grammar_backend: Compiles `GenerationConfig.response_format`: ``"llguidance"``, ``"xgrammar"``, or ``"auto"``,
             which takes the first of these that is installed.
         max_queue_size: Most requests that wait for their first step; None is unlimited.
