@@ -7,6 +7,7 @@ transformers computes, relative to its norm; reported are the median and the lar
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,22 +188,35 @@ def plain_logits(model: Any, ids: list[np.ndarray], device: torch.device, last: 
     return expected
 
 
-def check(
+def checks(
     names: list[str], dtypes: list[torch.dtype], lengths: list[int], long_context: int, device: torch.device
-) -> dict[str, Any]:
-    """Errors of each architecture in each dtype, of one long context, and of weights and KV cache in fp8."""
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What finds the errors of each architecture in each dtype, a long context, and weights and KV cache in fp8."""
     generator = np.random.default_rng(0)
-    results: dict[str, Any] = {}
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
     cases = [(name, dtype, lengths, 24, 1 << 20, False) for dtype in dtypes for name in names]
     cases.append(("llama", dtypes[-1], [long_context], min(2048, long_context), 64, False))
     cases += [(name, torch.bfloat16, lengths, 24, 1 << 20, True) for name in FP8 if name in names]
     for name, dtype, sizes, chunk, last, fp8 in cases:
         ids = [generator.integers(1, 499, size).astype(np.int64) for size in sizes]
-        backend = select("torch" if fp8 and device.type == "cpu" else "auto", device).backend
         key = f"{name} {str(dtype).removeprefix('torch.')}" + (f" {sizes[0]} tokens" if len(sizes) == 1 else "")
         key += ", fp8 weights and KV cache" if fp8 else ""
-        results[key] = _case(key, make(name, dtype, device), backend, ids, chunk, device, last, fp8)
-    return results
+        found[key] = functools.partial(_check, key, name, dtype, ids, chunk, device, last, fp8)
+    return found
+
+
+def _check(
+    key: str,
+    name: str,
+    dtype: torch.dtype,
+    ids: list[np.ndarray],
+    chunk: int,
+    device: torch.device,
+    last: int,
+    fp8: bool,
+) -> dict[str, Any]:
+    backend = select("torch" if fp8 and device.type == "cpu" else "auto", device).backend
+    return _case(key, make(name, dtype, device), backend, ids, chunk, device, last, fp8)
 
 
 def check_backend(

@@ -224,9 +224,9 @@ def test_groups_of_gpu_end_by_themselves(monkeypatch: pytest.MonkeyPatch, capsys
     assert gpu.main(["--seconds", "600"]) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(result["results"]) == ["a part of parity", "a part of 8b", "a part of 0.6b"]
-    assert result["errors"] == {"attention": "the process ended with -11", "8b": "not done after 480 s"}
+    assert result["errors"] == {"attention": "the process ended with -11", "8b": "not done after 490 s"}
     assert result["skipped"] == ["late"] * 3
-    assert [round(each) for each in seconds.values()] == [200, 250, 460, 600]
+    assert [round(each) for each in seconds.values()] == [220, 270, 470, 600]
 
 
 def test_a_group_of_gpu_is_a_process_of_its_own() -> None:
