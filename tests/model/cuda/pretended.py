@@ -698,7 +698,7 @@ def pretended() -> Iterator[Pretended]:
 
     def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
         """torch makes it where nobody is asked, and moves it."""
-        return on_host(data, device="cpu", **options).to(torch.get_default_device() if device is None else device)
+        return on_host(data, device="cpu", **options).to(torch.empty(0).device if device is None else device)
 
     patch.setattr(torch, "tensor", tensor)
     launch = interpreter.GridExecutor.__call__
