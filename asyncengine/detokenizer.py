@@ -30,14 +30,17 @@ class Detokenizer:
         tokenizer: Decodes.
         skip_special_tokens: Whether special tokens have no text.
         before: The tokens before the first one, whose text is not returned: the end of a prompt.
+
+    Attributes:
+        before: As given, until it has been looked at.
     """
 
     __slots__ = (
-        "_before", "_emitted", "_foreign", "_ids", "_prefix_text", "_read", "_skip_special_tokens", "_tokenizer",
+        "_emitted", "_foreign", "_ids", "_prefix_text", "_read", "_skip_special_tokens", "_tokenizer", "before",
     )  # fmt: skip
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, before: Sequence[int] = ()) -> None:
-        self._before = before
+        self.before = before
         self._foreign = 0  # signs for what could not be decoded before, unless it turns out to begin a character
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
@@ -48,8 +51,8 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Adds tokens and returns the text that is certain now."""
-        if self._before:
-            before, self._before = self._before, ()
+        if self.before:
+            before, self.before = self.before, ()
             self.push(before)
             self._foreign = len(self._decode()) - len(self._prefix_text) - self._emitted
         out = self._push(token_ids)
@@ -142,6 +145,10 @@ class TextStream:
         self._longest = max(map(len, stop_strs), default=0)
         self._held = ""
         self.stopped_by: str | None = None
+
+    def begin_behind(self, before: Sequence[int]) -> None:
+        """Says what stands before the first token, which has not come yet."""
+        self._detokenizer.before = before
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Adds tokens and returns the text that may be shown now. Nothing after a stop string is."""

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from asyncengine.detokenizer import BEFORE
 from asyncengine.errors import IllegalStateError
 from asyncengine.loop import delivery
 from asyncengine.loop.branch import Branch, Waiter
@@ -105,8 +106,15 @@ class RequestStream:
     def prompt_is(self, token_ids: Int32) -> None:
         """Notes a prompt that had not come whole when the request was added."""
         self.prompt_token_ids = token_ids
+        for branch in self._inbox.branches:
+            if branch.text is not None:
+                branch.text.begin_behind(token_ids[-BEFORE:].tolist())
         if self._inbox.prompt is not None:
             self._inbox.prompt = token_ids
+        before = token_ids[-BEFORE:].tolist()
+        for branch in self._inbox.branches:
+            if branch.text is not None:
+                branch.text.begin_behind(before)
 
     def withdraw(self) -> None:
         """Aborts a request that its caller never came to own; nothing of it is delivered."""

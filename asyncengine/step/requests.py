@@ -214,6 +214,8 @@ class RequestTable:
         request.new = dataclasses.replace(request.new, prompt=tokens)
         for branch in request.branches:
             branch.tokens = tokens
+            if arriving.complete and branch.text is not None:
+                branch.text.begin_behind(tokens[-BEFORE:].tolist())
         if scheduler is None:
             first.state = SequenceState.WAITING  # as all do until there is a model
         elif len(tokens):

@@ -59,7 +59,7 @@ class Reference:
         if told is None:  # other engines drew the same tokens, most likely
             told = self._told[key] = self._follow(prompt, config, branch.index, ids, branch)
         raw_rows, rows = told
-        self._check_end(ids, config, most, branch)
+        self._check_end(prompt, ids, config, most, branch)
         assert (branch.logprobs is not None) == config.logprobs
         for token_id, entry, raw, row in zip(ids, branch.logprobs or [], raw_rows, rows, strict=False):
             check_logprobs(raw, row, token_id, entry, config)
@@ -165,29 +165,41 @@ class Reference:
             words += [] if isinstance(word, str) else [[*word]]
         return words
 
-    def _check_end(self, ids: list[int], config: GenerationConfig, most: int, branch: BranchResult) -> None:
+    def _check_end(
+        self, prompt: list[int], ids: list[int], config: GenerationConfig, most: int, branch: BranchResult
+    ) -> None:
         """A branch ends at the first token at which it must, for the reason that it then has, and with its text."""
-        seen = [self._end(ids[:count], config, most) for count in range(1, len(ids) + 1)]
+        seen = [self._end(prompt, ids[:count], config, most) for count in range(1, len(ids) + 1)]
         assert seen[:-1] == [None] * (len(ids) - 1), f"it should have ended after {seen}"
         end = seen[-1]
         if end is None or end[1] is None:  # the length, or the end of its grammar, which `_follow` has looked at
             by_grammar = config.response_format is not None and branch.finish_reason is FinishReason.STOP
             assert end is not None or by_grammar, f"it ended early, by {branch.finish_reason}"
-            end = ("stop" if by_grammar else "length", None, self._text(ids, config))
+            end = ("stop" if by_grammar else "length", None, self._text(prompt, ids, config))
         assert (branch.finish_reason, branch.stop_reason) == end[:2]
         assert branch.text == (end[2] if config.detokenize else "")
 
-    def _end(self, ids: list[int], config: GenerationConfig, most: int) -> tuple[str, int | str | None, str] | None:
+    def _end(
+        self, prompt: list[int], ids: list[int], config: GenerationConfig, most: int
+    ) -> tuple[str, int | str | None, str] | None:
         if ids[-1] in self._stops(config) and len(ids) > config.min_tokens:
-            return "stop", ids[-1], self._text(ids[:-1], config)
-        text = self._text(ids, config)
+            return "stop", ids[-1], self._text(prompt, ids[:-1], config)
+        text = self._text(prompt, ids, config)
         found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in config.stop_strs if stop in text]
         if found:
             _, at, stop = min(found)
             return "stop", stop, text[:at]
         return ("length", None, text) if len(ids) == most else None
 
-    def _text(self, ids: list[int], config: GenerationConfig) -> str:
+    def _text(self, prompt: list[int], ids: list[int], config: GenerationConfig) -> str:
+        """What the tokens add to the prompt's text, whose last character may have been begun there."""
+        before = self._decode(prompt, config)
+        text = self._decode(prompt + ids, config)[len(before.rstrip("\ufffd")) :]
+        for _ in range(len(before) - len(before.rstrip("\ufffd"))):
+            text = text.removeprefix("\ufffd")
+        return text
+
+    def _decode(self, ids: list[int], config: GenerationConfig) -> str:
         text: str = self.tokenizer.decode(
             ids, skip_special_tokens=config.skip_special_tokens, clean_up_tokenization_spaces=False
         )
