@@ -53,7 +53,9 @@ class Detokenizer:
         """Adds tokens and returns the text that is certain now."""
         if self.before:
             before, self.before = self.before, ()
-            self.push(before)
+            whole = len(before) - self._incomplete(before)
+            self._push(before[:whole])
+            self._push(before[whole:])
             self._foreign = len(self._decode()) - len(self._prefix_text) - self._emitted
         out = self._push(token_ids)
         return self._own(out) if self._foreign else out
@@ -113,9 +115,25 @@ class Detokenizer:
 
     def flush(self) -> str:
         """Returns what was held back, as it stands: no more tokens will come."""
-        out = self._decode()[len(self._prefix_text) + self._emitted :]
+        text = self._decode()
+        if behind := min(self._incomplete(self._ids), len(self._ids) - self._read):
+            before = self._tokenizer.decode(self._ids[:-behind], self._skip_special_tokens)
+            if before.startswith(self._prefix_text):
+                text = before + self._tokenizer.decode(self._ids[-behind:], self._skip_special_tokens)
+        out = text[len(self._prefix_text) + self._emitted :]
         self._emitted += len(out)
         return self._own(out) if self._foreign else out
+
+    def _incomplete(self, token_ids: Sequence[int]) -> int:
+        """How many tokens at the end begin a character that they do not complete.
+
+        Decoders that know bytes by name tell all bytes in a row for undecodable if the last of them are.
+        """
+        for behind in range(min(_LONGEST_CHARACTER, len(token_ids))):
+            text = self._tokenizer.decode(token_ids[: len(token_ids) - behind], self._skip_special_tokens)
+            if not text.endswith(_REPLACEMENT):
+                return behind
+        return 0
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._ids, self._skip_special_tokens)

@@ -87,15 +87,15 @@ class StreamBack:
         return functools.partial(next, drains, None)
 
     def _drains(self) -> Generator[None, None, None]:
-        """Delivers what there is each time it is resumed.
+        """Delivers what there is when it is resumed, once.
 
         A generator, because a Ctrl-C that comes while the loop waits in native code, as uvloop does, is raised in the
         first line of Python that the loop calls next. That is often this one, and is within the ``try``.
         """
         try:
-            while True:
-                yield
-                self._drain()
+            yield
+            self._wake = self._new_wake()  # whoever hears of a delivery may run the loop once more within it
+            self._drain()
         except GeneratorExit:
             pass
         except BaseException:
@@ -114,4 +114,6 @@ class StreamBack:
                 self.handoff_max_seconds = seconds
         events, deliver = self._events, self._deliver
         for _ in range(len(events)):
+            if not events:  # a delivery has run the loop once more
+                break
             deliver(events.popleft())

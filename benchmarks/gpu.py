@@ -125,7 +125,9 @@ class Report:
         """Writes down what there is."""
         if self._into is not None:
             names = ("results", "errors", "skipped", "about")
-            self._into.write_text(json.dumps({name: getattr(self, name) for name in names}))
+            new = self._into.with_suffix(".new")
+            new.write_text(json.dumps({name: getattr(self, name) for name in names}))
+            new.replace(self._into)
 
     def part(self, name: str, needs: float, function: Callable[[], Any]) -> Any:
         """Runs one part if its usual time is left; returns what it found, or None."""
@@ -497,7 +499,8 @@ def apart(report: Report, groups: list[str], options: argparse.Namespace) -> Non
             command += ["--seconds", str(seconds), *(["--tiny"] if options.tiny else [])]
             try:
                 ended = subprocess.run(command, timeout=seconds + _GRACE).returncode
-                failure = f"the process ended with {ended}" if ended not in (0, 1) else None
+                well = ended in (0, 1) and into.exists()
+                failure = None if well else f"the process ended with {ended}"
             except subprocess.TimeoutExpired:
                 failure = f"not done after {seconds + _GRACE:.0f} s"
             if into.exists():

@@ -218,13 +218,13 @@ def test_groups_of_gpu_end_by_themselves(monkeypatch: pytest.MonkeyPatch, capsys
             report.part("late", 9, dict)
         if group == "8b":
             raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, {"parity": 0, "attention": -11, "0.6b": 1}[group])
+        return subprocess.CompletedProcess(command, {"parity": 0, "attention": 1, "0.6b": 1}[group])
 
     monkeypatch.setattr(subprocess, "run", ended)
     assert gpu.main(["--seconds", "600"]) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(result["results"]) == ["a part of parity", "a part of 8b", "a part of 0.6b"]
-    assert result["errors"] == {"attention": "the process ended with -11", "8b": "not done after 490 s"}
+    assert result["errors"] == {"attention": "the process ended with 1", "8b": "not done after 490 s"}
     assert result["skipped"] == ["late"] * 3
     assert [round(each) for each in seconds.values()] == [220, 270, 470, 600]
 

@@ -123,9 +123,21 @@ class TestText:
             assert text == whole[len(before.rstrip("\ufffd")) :], end
 
     def test_a_character_that_the_prompt_began_is_whole(self) -> None:
-        stream = Detokenizer(TOKENIZER, before="a€".encode()[:-1])
+        stream = Detokenizer(TOKENIZER, before=[*"a€".encode()[:-1]])
         assert stream.push("€".encode()[-1:]) == "€"
-        assert Detokenizer(TOKENIZER, before=b"ab").flush() == ""
+        assert Detokenizer(TOKENIZER, before=[*b"ab"]).flush() == ""
+
+    @pytest.mark.parametrize("prompt", ["", "hello 😀", "😀😀"])
+    @pytest.mark.parametrize("sizes", [[1], [2], [5], [50]])
+    def test_bytes_by_name_that_never_become_a_character_spoil_no_other(self, prompt: str, sizes: list[int]) -> None:
+        """Such a decoder tells the bytes of whole characters for undecodable, too, if more follow that are."""
+        tokenizer = sentencepiece()
+        face, first = tokenizer.encode("😀")[-4:], tokenizer.encode("😀")[-4]
+        for answer, text in (([first], "\ufffd"), ([*face, first], "😀\ufffd"), ([*face, *face], "😀😀")):
+            stream = Detokenizer(tokenizer, before=tokenizer.encode(prompt)[-BEFORE:] if prompt else ())
+            assert "".join(stream.push(piece) for piece in pieces(answer, sizes)) + stream.flush() == text
+        stream = Detokenizer(tokenizer, before=[*face, first])
+        assert stream.push(face[1:]) == "😀", "which the prompt had begun"
 
     @pytest.mark.parametrize(
         ("before", "after", "text"),
@@ -141,7 +153,7 @@ class TestText:
     def test_what_cannot_be_decoded_in_a_prompt_is_no_part_of_the_text(
         self, before: bytes, after: bytes, text: str
     ) -> None:
-        stream = Detokenizer(TOKENIZER, before=before)
+        stream = Detokenizer(TOKENIZER, before=[*before])
         assert "".join(stream.push([byte]) for byte in after) + stream.flush() == text
 
 

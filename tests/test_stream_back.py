@@ -133,6 +133,25 @@ def test_events_posted_during_a_delivery_bring_their_own_wake_up() -> None:
     assert got == events(1, 2)
 
 
+def test_a_delivery_that_runs_the_loop_once_more_loses_nothing() -> None:
+    """As an observer in a notebook, whose loops are patched to nest, or a debugger."""
+    loop, got = Loop(), []
+
+    def deliver(event: Event) -> None:
+        got.append(event)
+        if event == Reply(1):
+            back.post(events(3))
+            loop.run()
+
+    back = StreamBack(loop, deliver)
+    back.post(events(1, 2))
+    loop.run()
+    assert got == events(1, 2, 3)
+    back.post(events(4))
+    loop.run()
+    assert got == events(1, 2, 3, 4)
+
+
 def test_a_wake_up_that_was_lost_is_made_up_for() -> None:
     """As by a KeyboardInterrupt before the first line of the delivery."""
     loop, got = Loop(), []

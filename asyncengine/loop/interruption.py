@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from types import TracebackType
 from typing import Self
 
@@ -37,7 +38,8 @@ class Interruption:
     def interrupt(self) -> None:
         """Ends the block, if it has not ended. Idempotent; from any thread."""
         # Not at once: the task may be the one that runs now, and would be cancelled wherever it awaits next.
-        self._loop.call_soon_threadsafe(self._cancel)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
         if self._task is not None and not self._cancelled:

@@ -106,9 +106,6 @@ class RequestStream:
     def prompt_is(self, token_ids: Int32) -> None:
         """Notes a prompt that had not come whole when the request was added."""
         self.prompt_token_ids = token_ids
-        for branch in self._inbox.branches:
-            if branch.text is not None:
-                branch.text.begin_behind(token_ids[-BEFORE:].tolist())
         if self._inbox.prompt is not None:
             self._inbox.prompt = token_ids
         before = token_ids[-BEFORE:].tolist()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -45,15 +44,22 @@ class CudaRecorder:
                 function()
         present.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with memory.CAPTURES, _without_collections():
+        cause: BaseException | None = None
+        with memory.CAPTURES:
             torch.cuda.synchronize(self._device)
             try:
                 # Other threads may use the device meanwhile: an application's own models, a loader.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                    outputs = function()
-            except BaseException as error:
+                    try:
+                        outputs = function()
+                    except BaseException as error:
+                        cause = error
+                        raise
+            except BaseException:
                 self._mend(present)
-                raise error.__context__ or error from None  # the end of a capture fails, too, but that tells nothing
+                if cause is None:
+                    raise
+                raise cause from cause.__cause__  # that the capture could not be ended then tells nothing
         return graph.replay, outputs
 
     def _mend(self, present: torch.cuda.Stream) -> None:
@@ -69,15 +75,3 @@ class CudaRecorder:
         with contextlib.suppress(RuntimeError):
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
                 torch.zeros(1, device=self._device)
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Lets nothing be collected: the end of an old graph, if it falls into the capture of another, breaks that off."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -29,7 +29,9 @@ def released(error: BaseException) -> BaseException:
         seen.add(id(each))
         at = each.__traceback__
         while at is not None:
-            if not at.tb_frame.f_code.co_flags & _MAY_BE_SUSPENDED:
+            code = at.tb_frame.f_code
+            # A generator expression catches nothing, so it has ended.
+            if not code.co_flags & _MAY_BE_SUSPENDED or code.co_name == "<genexpr>":
                 with contextlib.suppress(RuntimeError):  # it runs
                     at.tb_frame.clear()
             at = at.tb_next

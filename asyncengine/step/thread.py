@@ -35,7 +35,7 @@ class StepThread:
         self.core = Core(loader, self._start_job, trace=trace)
         self._name = name
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()  # a signal's handler may join where the thread is being started
         self.died: BaseException | None = None
 
     def put(self, instruction: Instruction) -> None:
@@ -50,8 +50,10 @@ class StepThread:
 
     def join(self, timeout: float | None = None) -> None:
         """Waits until the thread has ended."""
-        with self._starting:  # another thread may be about to start it
-            thread = self._thread
+        if not self._starting.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
+            return
+        thread = self._thread  # which another thread may have been about to start
+        self._starting.release()
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout)
 
@@ -143,7 +145,7 @@ class StepThread:
         """Notes that this process was forked from the one in which the thread runs."""
         self.died = EngineClosedError("the engine runs in the process from which this one was forked; make one here")
         self.core.state = EngineState.CLOSED
-        self._starting = threading.Lock()  # another thread may have held it
+        self._starting = threading.RLock()  # another thread may have held it
         self.queue.abandon(str(self.died))
 
 

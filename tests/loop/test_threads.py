@@ -305,3 +305,18 @@ def test_a_shutdown_while_another_thread_gives_the_first_instruction(monkeypatch
     assert not rig.engine._thread.alive
     first.join()
     second.join()
+
+
+def test_a_shutdown_where_the_step_thread_is_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal's handler, which runs on the thread that it interrupts."""
+    rig, start = Rig(), threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "asyncengine-step":
+            rig.engine.shutdown_nowait(timeout=5.0)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(EngineClosedError):
+        rig.engine.reload_nowait()
+    assert rig.engine.state is EngineState.CLOSED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -186,7 +187,7 @@ class Product:
 def _triton() -> tuple[int, ...]:
     import triton
 
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:

@@ -44,9 +44,9 @@ def device() -> Iterator[Pretended]:
 
 @pytest.fixture
 def config(checkpoint: Callable[..., Path]) -> EngineConfig:
-    """Of a model with few kernels: the interpreter takes its time for each."""
+    """Of a model with few kernels and captures: the interpreter takes its time for each."""
     return EngineConfig(
-        str(checkpoint("llama", num_hidden_layers=1)), device="cuda", dtype="float32", max_num_sequence=2,
+        str(checkpoint("llama", num_hidden_layers=1)), device="cuda", dtype="float32", max_num_sequence=1,
         max_total_sequence_length=256, prefill_chunk_size=32, graph_capture="load", decoder_backend="transformers",
     )  # fmt: skip
 
@@ -58,9 +58,9 @@ async def on_host(config: EngineConfig, work: Callable[[AsyncEngine], Awaitable[
 
 
 async def greedy(engine: AsyncEngine) -> list[list[int]]:
-    """Three requests for two places."""
-    settings = GenerationConfig(max_tokens=5, temperature=0, ignore_eos=True)
-    answers = await asyncio.gather(*(engine.generate([i, *PROMPT], settings) for i in range(3)))
+    """Two requests for one place."""
+    settings = GenerationConfig(max_tokens=4, temperature=0, ignore_eos=True)
+    answers = await asyncio.gather(*(engine.generate([i, *PROMPT], settings) for i in range(2)))
     return [answer.token_ids for answer in answers]
 
 
@@ -86,6 +86,7 @@ async def test_draws_what_the_host_draws_and_waits_for_nothing_but_tokens(
         *answers, _ = await asyncio.gather(*asked, leave())
         return [answer.token_ids for answer in answers]
 
+    config = config.replace(max_num_sequence=2)
     async with AsyncEngine(config) as engine:
         assert engine.health().notes == () and engine.health().warm_up.done == 8
         device.waits.clear()

@@ -137,12 +137,20 @@ def test_a_capture_that_breaks_off_holds_nobody_up(device: Pretended) -> None:
     assert result.cpu().tolist() == [2, 2]
 
 
-def test_nothing_is_collected_during_a_capture(device: Pretended) -> None:
-    """The end of an old graph would fall into it."""
-    import gc
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_capture_that_fails_says_what_its_function_said(ends: bool, device: Pretended) -> None:
+    given = torch.ones(2, device="cuda")
 
-    enabled: list[bool] = []
-    CudaRecorder(torch.device("cuda", 0)).record(
-        lambda: (enabled.append(gc.isenabled()), torch.ones(1, device="cuda"))[1:]
-    )
-    assert enabled == [True, True, False] and gc.isenabled()
+    def fails() -> tuple[torch.Tensor, ...]:
+        try:
+            if torch.cuda.is_current_stream_capturing():
+                if not ends:  # then the end of the capture fails as well
+                    given.cpu()
+                raise KeyError("tile")
+        except (KeyError, RuntimeError) as error:
+            raise MemoryError("of the function") from error
+        return (given + 1,)
+
+    with pytest.raises(MemoryError, match="of the function") as raised:
+        CudaRecorder(torch.device("cuda", 0)).record(fails)
+    assert isinstance(raised.value.__cause__, KeyError if ends else RuntimeError)
