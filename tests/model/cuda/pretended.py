@@ -635,6 +635,8 @@ class _Graph:
 @functools.cache
 def _guard() -> None:
     """Makes torch believe that a device is present, for the rest of the process; what runs on it is ours to say."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
     home = Path(torch.__file__).parent
     recipe = builds.Recipe(
         "the guard of a device", "guard", (Path(__file__).with_name("guard.cpp"),),
