@@ -542,6 +542,8 @@ class Pretended:
 
     def kernel(self, name: str, call: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Triton launches a kernel: nobody knows which of its tensors it writes."""
+        if "WIDEN" in kwargs:  # the interpreter cannot multiply bfloat16
+            kwargs = {**kwargs, "WIDEN": True}
         flat, spec = tree_flatten((args, kwargs))
         for one in flat:
             if isinstance(one, torch.Tensor) and not isinstance(one, OnDevice):

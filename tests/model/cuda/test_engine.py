@@ -176,6 +176,18 @@ async def test_sleeps_wakes_changes_and_reloads_without_a_trace(device: Pretende
 
 
 @on_one_loop
+async def test_weights_and_kv_cache_in_fp8(device: Pretended, config: EngineConfig) -> None:
+    """What the load compares with transformers is computed by the device's kernels, in bfloat16."""
+    narrow = config.replace(dtype="bfloat16", quantization="fp8", kv_cache_dtype="fp8_e4m3")
+    async with AsyncEngine(narrow) as engine:
+        assert [note.split(":")[0] for note in engine.health().notes] == ["quantization", "KV cache"]
+        device.waits.clear()
+        assert all(len(tokens) == 4 for tokens in await greedy(engine))
+        assert set(device.waits) == {"Event.synchronize"} and device.replays > 0
+        assert "quantise_rows" in device.kernels
+
+
+@on_one_loop
 async def test_a_model_that_waits_is_served_as_it_is(
     device: Pretended, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
