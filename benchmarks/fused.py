@@ -27,7 +27,9 @@ from torch.nn import functional
 
 from asyncengine.model.decoder.parts import NormPart, Projection
 from asyncengine.model.fused import tiles
-from asyncengine.model.fused.product import Product, Shape
+from asyncengine.model.fused.launches import Formula
+from asyncengine.model.fused.narrow_product import Shape
+from asyncengine.model.fused.product import Product
 from asyncengine.model.fused.tiles import MOST_TOKENS, Tile
 from benchmarks.fused_shapes import DECODERS, products
 
@@ -95,7 +97,7 @@ class Case:
         norm = None if self._norm is None else NormPart(self._norm, 1e-6, 0.0, centred=False)
         shape = self._shape
         made = [
-            Product([Projection(layer) for layer in layers], norm, gated=shape.gated, activation=shape.activation)
+            Product(Formula([Projection(layer) for layer in layers], norm, shape.gated, shape.activation))
             for layers in self._layers
         ]
         result = made[0](self._x, self._residual)

@@ -29,7 +29,8 @@ import triton
 from triton.compiler import ASTSource
 
 from asyncengine.model.fused import kernels, tiles
-from asyncengine.model.fused.product import OPTIONS, Shape, launch_options
+from asyncengine.model.fused.launches import OPTIONS
+from asyncengine.model.fused.narrow_product import Shape, launch_options
 from asyncengine.model.fused.tiles import MOST_TOKENS
 from benchmarks.attention_compile import HOPPER, NAMES, resources
 from benchmarks.fused_shapes import DECODERS, Decoder, products

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from asyncengine.model.fused.product import Shape
+from asyncengine.model.fused.narrow_product import Shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,10 +98,12 @@ def build(
         if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
             packed_linear.pack(model)
         trial.run(model, backend)
-        fused, note = _fuse(config, details, model, layers, backend, trial)
-        notes += note
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
+        # What fused kernels compute is what the modules do, in fp8 as these are.
+        as_it_is = verification.Trial.of(model, layers, details.device) if fp8_weights else trial
+        fused, note = _fuse(config, details, model, layers, backend, as_it_is)
+        notes += note
         if details.kv_dtype is not details.dtype:
             layers = trial.layers = trial.scaled(model, backend)
             off = trial.run(model, backend, kv_dtype=details.kv_dtype, fp8_weights=fp8_weights)
@@ -172,7 +174,7 @@ def _findings(details: Details, model: Any, layers: Any, blueprint: Any, trial: 
 def _fuse(
     config: EngineConfig, details: Details, model: Any, layers: Any, backend: Any, trial: Any
 ) -> tuple[Any, tuple[str, ...]]:
-    """The model's kernels for steps of few tokens, or None; and why there are none, in words, if they were wanted.
+    """The model's fused kernels, or None; and why there are none, in words, if they were wanted.
 
     Raises:
         UnsupportedModelError: There are none, and nothing else will do.
@@ -184,11 +186,11 @@ def _fuse(
     if (
         details.device.type not in choice.DEVICES
         or config.decoder_backend == "transformers"
-        or config.quantization != "none"
+        or config.quantization == "int8"
     ):
         return None, ()
     try:
-        fused = FusedDecoder(recognise(model, layers, details.max_length))
+        fused = FusedDecoder(recognise(model, layers, details.max_length, whole_experts=True))
         trial.run_fused(model, backend, fused)
     except Exception as error:  # also what a compiler or a driver raises: the model can be served without
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -31,6 +31,11 @@ def quantised(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return fp8.stored(wide / scales, fp8.E4M3), scales
 
 
+def codes_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantised`; in one launch, where there is a kernel for it."""
+    return (_kernel() if rows.device.type == "cuda" else quantised)(rows)
+
+
 class Fp8Linear(nn.Module):
     """Takes the place of a linear layer, whose weight and bias keep their names.
 
@@ -61,9 +66,12 @@ class Fp8Linear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs)."""
-        rows = input.reshape(-1, self.in_features)
-        codes, scales = (_kernel() if rows.device.type == "cuda" else quantised)(rows)
-        output = torch._scaled_mm(
+        output = self.multiply(*codes_of(input.reshape(-1, self.in_features)))
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def multiply(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """(rows, inputs) in fp8 and (rows, 1) scales to (rows, outputs)."""
+        return torch._scaled_mm(
             codes,
             self.weight.t(),
             scale_a=scales,
@@ -72,7 +80,6 @@ class Fp8Linear(nn.Module):
             out_dtype=self.dtype,
             use_fast_accum=True,
         )
-        return output.view(*input.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def write(self, value: torch.Tensor) -> None:

@@ -28,6 +28,8 @@ from asyncengine.step.model import LoadedModel, LoadPlan
 
 CPU_SATURATION, CUDA_SATURATION = 8.0, 128.0
 """Tokens in a step whose arithmetic takes about as long as reading the weights."""
+_SOME_TOKENS = 64
+"""Of a prompt that is neither short nor long to a device."""
 
 
 class TransformersLoader:
@@ -214,6 +216,7 @@ def _captured(
     """Warms a model up and captures the first of its steps; returns what is slower than it could be, in words."""
     from asyncengine.model.capturing import Capturing, Room
     from asyncengine.model.fused import choice
+    from asyncengine.model.fused.tiles import MOST_TOKENS
     from asyncengine.model.graphs import graphs_for
 
     fused, candidates = built.fused, frozenset[int]()
@@ -222,8 +225,15 @@ def _captured(
         if config.decoder_backend == "auto":  # not before it has been measured
             candidates = fused.sizes
             fused.use(())
-    prompt = 64 if details.device.type != "cpu" else 2 if built.program is None else 1
+            fused.many = False
+    prompt = _SOME_TOKENS if details.device.type != "cpu" else 2 if built.program is None else 1
     _warm_up(model, limits, prompt)
+    chosen: tuple[str, ...] = ()
+    most = _longest_piece(limits)
+    if candidates and most > MOST_TOKENS:
+        steps = {count: _prefill(count, limits.page_size) for count in (min(_SOME_TOKENS, most), most)}
+        seconds = choice.cuda_seconds(details.device, rounds=3, replays=2)
+        chosen = (choice.choose_many(fused, lambda count: model.execute(steps[count]), list(steps), seconds),)
     waits = None
     if details.device.type == "cuda":
         from asyncengine.model import architecture
@@ -242,7 +252,7 @@ def _captured(
         capturing = Capturing(graphs, measured, at_once=config.graph_capture == "load", room=room)
         capturing.begin()
         model.use_graphs(capturing)
-    return slower
+    return (*chosen, *slower)
 
 
 def _warm_up(model: Any, limits: Limits, prompt: int) -> None:
@@ -251,21 +261,28 @@ def _warm_up(model: Any, limits: Limits, prompt: int) -> None:
     For that a device wants some tokens; on the CPU nothing depends on how many there are. A compiled step has been run
     by the trial, and its prefill and decode are one code: a single token shows that it runs over this cache.
     """
-    most = min(limits.prefill_chunk_size, limits.max_single_sequence_length, limits.num_blocks * limits.page_size)
-    for count in {min(prompt, most), 1}:
-        positions = np.arange(count, dtype=np.int32)
-        model.execute(
-            StepBatch(
-                token_ids=np.zeros(count, dtype=np.int32),
-                positions=positions,
-                query_start=np.array([0, count], dtype=np.int32),
-                context_lens=np.zeros(1, dtype=np.int32),
-                block_tables=np.arange(-(-count // limits.page_size), dtype=np.int32)[None],
-                slot_mapping=positions.astype(np.int64),
-                sample_index=np.empty(0, dtype=np.int64),
-                sample_slots=np.empty(0, dtype=np.int64),
-                sample_positions=np.empty(0, dtype=np.int64),
-                copies=np.empty((0, 2), dtype=np.int64),
-                num_decodes=int(count == 1),
-            )
-        )
+    for count in {min(prompt, _longest_piece(limits)), 1}:
+        model.execute(_prefill(count, limits.page_size))
+
+
+def _longest_piece(limits: Limits) -> int:
+    """Tokens of one prompt that a step can have."""
+    return min(limits.prefill_chunk_size, limits.max_single_sequence_length, limits.num_blocks * limits.page_size)
+
+
+def _prefill(count: int, page_size: int) -> StepBatch:
+    """A step of so many tokens of one prompt, or of one that decodes."""
+    positions = np.arange(count, dtype=np.int32)
+    return StepBatch(
+        token_ids=np.zeros(count, dtype=np.int32),
+        positions=positions,
+        query_start=np.array([0, count], dtype=np.int32),
+        context_lens=np.zeros(1, dtype=np.int32),
+        block_tables=np.arange(-(-count // page_size), dtype=np.int32)[None],
+        slot_mapping=positions.astype(np.int64),
+        sample_index=np.empty(0, dtype=np.int64),
+        sample_slots=np.empty(0, dtype=np.int64),
+        sample_positions=np.empty(0, dtype=np.int64),
+        copies=np.empty((0, 2), dtype=np.int64),
+        num_decodes=int(count == 1),
+    )

@@ -220,7 +220,7 @@ class TorchModel:
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Runs the model: (1, tokens) ids and positions, (M,) rows of logits that are wanted; (M, vocabulary)."""
-        if self._fused is not None and self._fused.serves(ids.shape[1], index.shape[0]):
+        if self._fused is not None and self._fused.serves(ids.shape[1]):
             return self._fused.forward(ids, positions, index)
         return self._forward(ids, positions, index)
 

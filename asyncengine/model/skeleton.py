@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -188,7 +188,7 @@ def assembled(
         positions=positions,
         layers=tuple(
             LayerParts(
-                **{name: _norm_from(each["norms"].get(name), skeleton) for name in _NORMS},
+                **cast("Any", {name: _norm_from(each["norms"].get(name), skeleton) for name in _NORMS}),
                 qkv=tuple(_projection_from(part, skeleton) for part in each["qkv"]),
                 output=_projection_from(each["output"], skeleton),
                 gate_up=tuple(_projection_from(part, skeleton) for part in each["gate_up"]),

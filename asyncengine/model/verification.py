@@ -24,6 +24,7 @@ from asyncengine.model.attention_modules import HOOK, RecordedLayer, attach, tex
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.findings import Findings
 from asyncengine.model.fused.decoder import FusedDecoder
+from asyncengine.model.fused.tiles import MOST_TOKENS
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
@@ -45,7 +46,7 @@ _COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16:
 """The same for the compiled step, which keeps more digits between its products than the model does."""
 _KEPT_COLUMNS = 4096
 _FUSED_TOKENS = 8
-"""Of each sequence, for kernels that run a few tokens at a time."""
+"""Of each sequence, for kernels that run few tokens at a time."""
 _INT8_TOLERANCE = 0.3
 _FP8_TOLERANCE = 0.4
 """Of a KV cache or weights in fp8. Larger: the model's numbers do not fit into it."""
@@ -168,18 +169,23 @@ class Trial:
         return layers
 
     def run_fused(self, model: Any, backend: AttentionBackend, fused: FusedDecoder) -> float:
-        """As `run`, of fused kernels: those for a single token and those for several are judged apart.
+        """As `run`, of fused kernels: those for a single token, for several, and for many are judged apart.
 
         Returns:
-            The larger error of the two.
+            The largest error of the three.
 
         Raises:
             UnsupportedModelError: They differ by more than rounding.
         """
-        length = min(_FUSED_TOKENS, self._ids.shape[1])
-        several = min(fused.most_tokens // 2, length)  # of each of the two sequences
+        most = self._ids.shape[1]
+        length = min(_FUSED_TOKENS, most)
+        several = min(MOST_TOKENS // 2, length)  # of each of the two sequences
         cuts = range(0, length + 1)
-        errors = [self._error(rows, cuts[::step], model, backend, fused=fused) for rows, step in ((1, 1), (2, several))]
+        pieces: list[tuple[int, Sequence[int]]] = [(1, cuts), (2, cuts[::several])]
+        fused.many = 2 * most > MOST_TOKENS
+        if fused.many:
+            pieces.append((2, (0, most)))
+        errors = [self._error(rows, each, model, backend, fused=fused) for rows, each in pieces]
         for error in errors:
             self._judge(error, _COMPILED_TOLERANCE[self._dtype], self._dtype)
         return max(errors)

@@ -22,6 +22,7 @@ from asyncengine.model.attention_modules import RecordedLayer, text_config
 from asyncengine.model.decoder.experts import ROUTERS, experts_of
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
 from asyncengine.model.decoder.rotation import Rotation, rotation
+from asyncengine.model.fp8_linear import Fp8Linear
 
 __all__ = ["Blueprint", "LayerParts", "NormPart", "NotRecognised", "Projection", "recognise"]
 
@@ -54,13 +55,14 @@ _ACTIVATION = ("act_fn", "activation_fn", "act")
 
 
 @torch.no_grad()
-def recognise(model: Any, recorded: list[RecordedLayer], max_length: int) -> Blueprint:
+def recognise(model: Any, recorded: list[RecordedLayer], max_length: int, whole_experts: bool = False) -> Blueprint:
     """Finds a model's parts.
 
     Args:
         model: A causal language model of transformers with its weights.
         recorded: Its attention layers.
         max_length: How many positions will be asked for.
+        whole_experts: Whether an MLP with experts is taken as it is, whatever it does.
 
     Raises:
         NotRecognised: It is not of the family.
@@ -81,7 +83,8 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int) -> Blu
         raise NotRecognised("there is no last norm")
     rotations = _rotations(stack, config, recorded, max_length)
     hidden = config.hidden_size
-    layers = tuple(_layer(*each, hidden) for each in zip(blocks, recorded, rotations, strict=True))
+    each = zip(blocks, recorded, rotations, strict=True)
+    layers = tuple(_layer(*parts, hidden, whole_experts) for parts in each)
     _aligned(hidden)
     names = ("hidden_act", "hidden_activation", "activation_function")
     activation = next((name for key in names if (name := getattr(config, key, None))), None)
@@ -138,7 +141,9 @@ def _positions(stack: nn.Module, hidden: int, max_length: int) -> tuple[nn.Embed
     return positions, first
 
 
-def _layer(block: nn.Module, recorded: RecordedLayer, rotation: Rotation | None, hidden: int) -> LayerParts:
+def _layer(
+    block: nn.Module, recorded: RecordedLayer, rotation: Rotation | None, hidden: int, whole_experts: bool
+) -> LayerParts:
     attention, spec = recorded.module, recorded.spec
     mlp = getattr(block, "mlp", None)
     own = {*_ATTENTION, *_FIRST_NORM, *_AFTER_ATTENTION, *_SECOND_NORM, *_BEFORE_MLP, *_AFTER_MLP, "mlp"}
@@ -148,9 +153,11 @@ def _layer(block: nn.Module, recorded: RecordedLayer, rotation: Rotation | None,
         raise NotRecognised("a layer is not attention and an MLP")
     of_attention = {"q_proj", "k_proj", "v_proj", *_FUSED_QKV, *_QKV_BY_HEAD, *_OUTPUT, *_QUERY_NORM, *_KEY_NORM}
     _expect(attention, of_attention, "attention")
-    experts = None
+    experts, whole = None, None
     if mlp is None:
         mlp = block  # which has its linear layers
+    elif whole_experts and hasattr(mlp, "experts"):
+        whole = mlp
     elif hasattr(mlp, "experts"):
         _expect(mlp, {*ROUTERS, "experts"}, "an MLP with experts")
         experts = experts_of(mlp, hidden)
@@ -158,7 +165,7 @@ def _layer(block: nn.Module, recorded: RecordedLayer, rotation: Rotation | None,
         _expect(mlp, of_mlp, "an MLP")
     pre, post, pre_mlp, post_mlp, parallel = _norms_of(block)
     widths = (spec.num_heads * spec.key_dim, spec.num_kv_heads * spec.key_dim, spec.num_kv_heads * spec.value_dim)
-    down = None if experts is not None else _linear(mlp, _DOWN)
+    down = None if experts is not None or whole is not None else _linear(mlp, _DOWN)
     layer = LayerParts(
         before_attention=pre,
         after_attention=post,
@@ -175,6 +182,7 @@ def _layer(block: nn.Module, recorded: RecordedLayer, rotation: Rotation | None,
         parallel=parallel,
         query_scale=_query_scale(recorded),
         recorded=recorded,
+        whole_mlp=whole,
     )
     inner = down.inputs if down is not None else 0 if experts is None else experts.inner
     for size in (*widths, spec.key_dim, spec.num_heads * spec.value_dim, inner):
@@ -246,7 +254,7 @@ def _blocks(whole: Projection, widths: Sequence[int]) -> tuple[Projection, ...]:
 
 def _linear(module: nn.Module, names: Sequence[str]) -> Projection:
     linear = _first(module, names)
-    if type(linear) not in (nn.Linear, Conv1D):
+    if type(linear) not in (nn.Linear, Conv1D, Fp8Linear):
         raise NotRecognised(f"{names[0]} is not a linear layer")
     return Projection(linear, transposed=type(linear) is Conv1D)
 

@@ -171,6 +171,7 @@ class LayerParts:
         parallel: Whether the MLP stands beside attention: it sees what attention sees, through its own norm if it has
             one.
         query_scale: What queries are multiplied by before attention.
+        whole_mlp: The module that stands for gate, up and down projection and experts, where it is not looked into.
     """
 
     before_attention: NormPart | None
@@ -188,6 +189,7 @@ class LayerParts:
     parallel: bool
     query_scale: float
     recorded: RecordedLayer
+    whole_mlp: nn.Module | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,32 +1,37 @@
-"""`FusedDecoder`: a decoder's step for a few tokens on CUDA. Owned by the step thread.
+"""`FusedDecoder`: a decoder's step on CUDA, in few launches. Owned by the step thread.
 
 Where the compiled step of the CPU is one call, this is a handful of launches a layer around the attention: norm, query,
 key and value projection; norms of queries and keys, rotation; attention; output projection, residual; norm, gate and
-up projection, activation; down projection, residual. They are meant to be captured, so that launching costs nothing.
+up projection, activation; down projection, residual. For few tokens each of these is one; for more, products are
+torch's, and what stands between two of them is one launch where transformers has some ten.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from asyncengine.model import attention_modules
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
 from asyncengine.model.fused import tiles
-from asyncengine.model.fused.product import OPTIONS, Product, load_kernels
+from asyncengine.model.fused.launches import OPTIONS, Formula, load_kernels, power_of_two
+from asyncengine.model.fused.product import Product
 from asyncengine.model.fused.tiles import MOST_TOKENS
+from asyncengine.model.fused.wide_product import norm_rows
 
 
 class FusedDecoder:
     """A model's weights, where they are, and the kernels that read them.
 
     Attributes:
-        most_tokens: Of the largest step that it can run.
-        sizes: The token counts for which it runs in the model's place; any others run as transformers has them.
+        sizes: Of the token counts up to `MOST_TOKENS`, those for which it runs in the model's place; the others run as
+            transformers has them.
+        many: Whether it runs steps of more tokens.
 
     Args:
         blueprint: The model's parts, which keep their weights.
@@ -35,10 +40,9 @@ class FusedDecoder:
         NotRecognised: The kernels cannot run the model.
     """
 
-    most_tokens = MOST_TOKENS
-
     def __init__(self, blueprint: Blueprint) -> None:
         self.sizes: frozenset[int] = frozenset(range(1, MOST_TOKENS + 1))
+        self.many = True
         self._embedding = blueprint.embedding
         self._positions = blueprint.positions
         self._first_position = blueprint.first_position
@@ -47,19 +51,21 @@ class FusedDecoder:
         self._tables = {id(table[0]): list(table) for parts in blueprint.layers if (table := parts.rotation)}
         self._layers = [_Layer(blueprint, parts, self._tables) for parts in blueprint.layers]
         self._head = Product(
-            [Projection(blueprint.head)],
-            blueprint.norm,
-            factor=blueprint.logit_scale,
-            cap=blueprint.logit_cap,
-            dtype=torch.float32,
+            Formula(
+                [Projection(blueprint.head)],
+                blueprint.norm,
+                factor=blueprint.logit_scale,
+                cap=blueprint.logit_cap,
+                dtype=torch.float32,
+            )
         )
 
-    def serves(self, tokens: int, samples: int) -> bool:
-        """Whether it runs a step of so many tokens, of which so many rows of logits are wanted."""
-        return tokens in self.sizes and samples <= MOST_TOKENS
+    def serves(self, tokens: int) -> bool:
+        """Whether it runs a step of so many tokens."""
+        return self.many if tokens > MOST_TOKENS else tokens in self.sizes
 
     def use(self, sizes: Collection[int]) -> None:
-        """Runs steps of these token counts from now on, and no others."""
+        """Of steps of up to `MOST_TOKENS` tokens, runs these from now on, and no others."""
         self.sizes = frozenset(sizes)
 
     def move(self, device: torch.device) -> None:
@@ -68,7 +74,10 @@ class FusedDecoder:
             table[:] = [tensor.to(device) for tensor in table]
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Runs the model: (1, tokens) int64 ids and positions, (M,) int64 rows; (M, vocabulary) float32 logits."""
+        """Runs the model: (1, tokens) int64 ids and positions, (M,) int64 rows; (M, vocabulary) logits.
+
+        They are float32 of up to `MOST_TOKENS` rows; else in the weights' dtype.
+        """
         with torch.cuda.device(ids.device) if ids.device.type == "cuda" else contextlib.nullcontext():
             return self._forward(ids[0], positions[0], index)
 
@@ -94,49 +103,64 @@ class _Layer:
         parts: LayerParts,
         tables: dict[int, list[torch.Tensor]],
     ) -> None:
-        if parts.down is None:
-            raise NotRecognised("its kernels for a few tokens have no experts")
         after = blueprint.residual_scale
         mlp_norm = parts.before_mlp or (parts.before_attention if parts.parallel else None)
-        self._qkv = Product(parts.qkv, parts.before_attention)
+        self._qkv = Product(Formula(parts.qkv, parts.before_attention))
         table = None if parts.rotation is None else tables[id(parts.rotation[0])]
         self._positioned = _Positioned(blueprint, parts, table)
         self._module = parts.recorded.module
         self._output = _Branch(parts.output, parts.after_attention, after)
         self._parallel = parts.parallel
-        self._gate_up = Product(parts.gate_up, mlp_norm, gated=len(parts.gate_up) > 1, activation=blueprint.activation)
+        self._inner: Callable[[torch.Tensor], torch.Tensor]
+        if parts.whole_mlp is not None:
+            self._inner = _Whole(parts.whole_mlp, mlp_norm)
+        else:
+            gated = len(parts.gate_up) > 1
+            self._inner = Product(Formula(parts.gate_up, mlp_norm, gated, blueprint.activation))
         self._down = _Branch(parts.down, parts.after_mlp, after)
 
     def run(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """(tokens, hidden) of the same, at (tokens,) int64 positions."""
+        """(tokens, hidden) of the same, which may be written over, at (tokens,) int64 positions."""
         qkv = self._qkv(hidden)
         query, key, value = self._positioned(qkv, positions)
         attended = attention_modules.attend(self._module, query, key, value)  # (tokens, heads, value_dim)
-        beside = self._output(attended.view(hidden.shape[0], -1), hidden)
-        return self._down(self._gate_up(hidden if self._parallel else beside), beside)
+        attended = attended.view(hidden.shape[0], -1)
+        if self._parallel:
+            inner = self._inner(hidden)
+            return self._down(inner, self._output(attended, hidden))
+        hidden = self._output(attended, hidden)
+        return self._down(self._inner(hidden), hidden)
+
+
+class _Whole:
+    """An MLP that runs as transformers has it, behind its norm."""
+
+    def __init__(self, module: nn.Module, norm: NormPart | None) -> None:
+        self._module = module
+        self._norm = norm
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        x = hidden if self._norm is None else norm_rows(hidden, self._norm)
+        found = self._module(x[None])
+        output: torch.Tensor = found[0] if isinstance(found, tuple) else found  # some return what the router says
+        return output.view(hidden.shape)
 
 
 class _Branch:
-    """What comes back to the residual: by a product alone, or through a norm."""
+    """What comes back to the residual: by a product, unless the branch has that in it, and through a norm or not."""
 
-    def __init__(self, part: Projection, norm: NormPart | None, factor: float) -> None:
-        self._kernels = load_kernels()
+    def __init__(self, part: Projection | None, norm: NormPart | None, factor: float) -> None:
         self._norm = norm
         self._factor = factor
-        self._product = Product([part], factor=1.0 if norm is not None else factor)
+        self._product = None if part is None else Product(Formula([part], factor=1.0 if norm is not None else factor))
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        norm = self._norm
-        if norm is None:
-            return self._product(x, residual)
-        branch, result = self._product(x), torch.empty_like(residual)
-        width = residual.shape[1]
-        self._kernels.add_normed[(residual.shape[0],)](
-            branch, norm.weight, norm.bias, residual, result, norm.offset, norm.epsilon, self._factor,
-            WIDTH=width, PAD=_power(width), CENTRED=norm.centred, HAS_NORM_BIAS=norm.bias is not None, num_warps=8,
-            **OPTIONS,
-        )  # fmt: skip
-        return result
+        if self._norm is not None:
+            x = x if self._product is None else self._product(x)
+            return norm_rows(x, self._norm, residual, self._factor)
+        if self._product is None:
+            return residual.add_(x, alpha=self._factor)
+        return self._product(x, residual)
 
 
 class _Positioned:
@@ -188,19 +212,15 @@ def rotate_constants(spec: Any, blueprint: Blueprint, parts: LayerParts) -> dict
         "HEADS": spec.num_heads,
         "KV_HEADS": spec.num_kv_heads,
         "DIM": spec.key_dim,
-        "DIM_PAD": _power(spec.key_dim),
+        "DIM_PAD": power_of_two(spec.key_dim),
         "WIDTH": (spec.num_heads + spec.num_kv_heads) * spec.key_dim + spec.num_kv_heads * spec.value_dim,
         "HAS_NORM": norm is not None,
         "OF_HEADS": norm is not None and norm.of_heads,
         "OWN_WEIGHTS": norm is not None and (norm.weight.ndim > 1 or not norm.of_heads),
         "CENTRED": norm is not None and norm.centred,
-        "QUERY_PAD": _power(spec.num_heads * spec.key_dim),
-        "KEY_PAD": _power(spec.num_kv_heads * spec.key_dim),
+        "QUERY_PAD": power_of_two(spec.num_heads * spec.key_dim),
+        "KEY_PAD": power_of_two(spec.num_kv_heads * spec.key_dim),
         "ROTARY": 0 if parts.rotation is None else blueprint.rotary,
         "PAIRS": blueprint.pairs,
         "HEADS_EACH": tiles.HEADS_EACH,
     }
-
-
-def _power(number: int) -> int:
-    return 1 << (number - 1).bit_length()

@@ -311,20 +311,40 @@ def rotate(
 
 
 @triton.jit
-def add_normed(
-    branch, norm, norm_bias, residual, result, offset, epsilon, factor,
+def norm_rows(
+    x, norm, norm_bias, residual, result, offset, epsilon, factor,
     WIDTH: tl.constexpr, PAD: tl.constexpr, CENTRED: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Computes residual + factor * norm(branch), all (tokens, WIDTH); a program has one token."""
+    """Computes residual + factor * norm(x), all (tokens, WIDTH); a program has one token."""
     at = tl.arange(0, PAD)
     mask = at < WIDTH
     row = tl.program_id(0).to(tl.int64) * WIDTH
-    numbers = tl.load(branch + row + at, mask=mask, other=0.0).to(tl.float32)
+    numbers = tl.load(x + row + at, mask=mask, other=0.0).to(tl.float32)
     if CENTRED:
         numbers = tl.where(mask, numbers - tl.sum(numbers, 0) / WIDTH, 0.0)
     numbers /= tl.sqrt(tl.sum(numbers * numbers, 0) / WIDTH + epsilon)
     numbers *= tl.load(norm + at, mask=mask, other=0.0).to(tl.float32) + offset
     if HAS_NORM_BIAS:
         numbers += tl.load(norm_bias + at, mask=mask, other=0.0).to(tl.float32)
-    numbers = tl.load(residual + row + at, mask=mask, other=0.0).to(tl.float32) + factor * numbers
+    if HAS_RESIDUAL:
+        numbers = tl.load(residual + row + at, mask=mask, other=0.0).to(tl.float32) + factor * numbers
     tl.store(result + row + at, numbers.to(result.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def activate(
+    x, result, INNER: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NUMBERS_EACH: tl.constexpr
+):  # fmt: skip
+    """Computes activation(gate) * up of (tokens, 2 * INNER), or activation of (tokens, INNER); (tokens, INNER).
+
+    A program has NUMBERS_EACH results of one token.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * NUMBERS_EACH + tl.arange(0, NUMBERS_EACH)
+    mask = at < INNER
+    row = x + token * (2 * INNER if GATED else INNER)
+    numbers = _activated(tl.load(row + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    if GATED:
+        numbers *= tl.load(row + INNER + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(result + token * INNER + at, numbers.to(result.dtype.element_ty), mask=mask)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from asyncengine.model.fused.launches import power_of_two
+
 MOST_TOKENS = 8
-"""Tokens of the largest step: so wide is the narrow side of a product in matrix units."""
+"""Tokens of the largest step whose products are kernels of ours: so wide is their narrow side in matrix units."""
 
 HEADS_EACH = 4
 """Heads that one program norms and rotates; a power of two."""
@@ -46,11 +48,7 @@ def tile_for(tokens: int, inputs: int, outputs: int, itemsize: int, gated: bool)
         # A thread loads 16 bytes of each row at a time. Few outputs are cut finer, so that all multiprocessors read.
         # Through shared memory, because the assembler saves registers by loading one row after the other.
         each = 4 if gated or outputs < 8192 else 8
-        return Tile(each, min(2048 // itemsize, _power(inputs)), stages=3)
+        return Tile(each, min(2048 // itemsize, power_of_two(inputs)), stages=3)
     if itemsize == 4:
-        return Tile(16, min(32, _power(inputs)), stages=4)
-    return Tile(16 if outputs < 8192 else 32, min(128 if gated else 256, max(16, _power(inputs))), stages=3)
-
-
-def _power(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+        return Tile(16, min(32, power_of_two(inputs)), stages=4)
+    return Tile(16 if outputs < 8192 else 32, min(128 if gated else 256, max(16, power_of_two(inputs))), stages=3)

@@ -121,12 +121,26 @@ async def test_a_launched_step_waits_for_nothing(
 async def test_fused_kernels_take_part_in_captured_steps(
     device: Pretended, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of few tokens, and of more: padded to ten, and launched for prompts."""
     large_tiles(monkeypatch)
-    async with AsyncEngine(config.replace(decoder_backend="compiled")) as engine:
-        launched = device.kernels.copy()
-        assert await greedy(engine) == await on_host(config, greedy)
-        assert device.kernels.keys() - {"write", "attend", "merge"}, launched
-        assert device.replays > 0
+
+    async def work(engine: AsyncEngine) -> list[list[int]]:
+        settings = GenerationConfig(max_tokens=3, temperature=0, ignore_eos=True)
+        prompts = [[i, *PROMPT] for i in range(10)]
+        answers = await asyncio.gather(
+            engine.generate_many(prompts, settings), engine.generate_many(prompts[:1], [settings.replace(max_tokens=6)])
+        )
+        return [answer.token_ids for each in answers for answer in each]
+
+    config = config.replace(decoder_backend="compiled", max_num_sequence=11)
+    async with AsyncEngine(config) as engine:
+        before = device.kernels.copy()
+        device.waits.clear()
+        found = await work(engine)
+        assert set(device.waits) == {"Event.synchronize"}
+        assert (device.kernels - before).keys() >= {"project", "rotate", "norm_rows", "activate"}
+        assert device.replays > 3
+    assert found == await on_host(config.replace(decoder_backend="transformers"), work)
 
 
 @on_one_loop

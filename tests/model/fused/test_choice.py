@@ -23,6 +23,7 @@ class Fused:
 
     def __init__(self) -> None:
         self.sizes: frozenset[int] = frozenset()
+        self.many = False
 
     def use(self, sizes: Any) -> None:
         self.sizes = frozenset(sizes)
@@ -154,3 +155,38 @@ def test_where_nothing_was_captured_nothing_is_chosen_or_said() -> None:
     fused, capturing = chosen(fails_at=0)
     assert len(capturing.warmth.notes) == 1  # that nothing can be captured
     assert fused.sizes == frozenset()
+
+
+def many(*seconds: float, counts: tuple[int, ...] = (64, 2048), fails_at: int = 0) -> tuple[Fused, list[Any], str]:
+    """Steps of more tokens, measured; what was launched, and whether it was fused."""
+    fused, launched = Fused(), list[Any]()
+
+    def launch(count: int) -> None:
+        if len(launched) + 1 == fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much")
+        launched.append((count, fused.many))
+
+    note = choice.choose_many(fused, launch, counts, Clock(*seconds))  # type: ignore[arg-type]
+    return fused, launched, note
+
+
+@pytest.mark.parametrize(
+    ("seconds", "faster"),
+    [((2.0, 1.0, 2.0, 1.0), True), ((1.0, 0.99, 2.0, 1.0), False), ((2.0, 1.0, 1.0, 0.99), False)],
+)
+def test_many_tokens_are_run_fused_where_some_and_most_of_them_are_faster(
+    seconds: tuple[float, ...], faster: bool
+) -> None:
+    fused, launched, note = many(*seconds)
+    assert launched == [(64, False), (64, True), (2048, False), (2048, True)]
+    assert fused.many is faster
+    before, after = (f"{second * 1e3:.3g}" for second in seconds[:2])
+    where = "used" if faster else "not used"
+    told = f"decoder: fused kernels are {where} for more than 8 tokens: measured 64 in {after} ms (without: {before}); "
+    assert note.startswith(told + "2048 in ")
+
+
+def test_many_tokens_that_cannot_be_run_fused_are_not() -> None:
+    fused, _, note = many(2.0, 1.0, 2.0, fails_at=4)
+    assert not fused.many
+    assert note.endswith("64 in 1e+03 ms (without: 2e+03); 2048 cannot be run: CUDA out of memory.")

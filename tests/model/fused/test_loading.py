@@ -69,7 +69,7 @@ async def test_an_engine_generates_what_it_generates_without(checkpoint: Checkpo
         assert not about_decoder(engine.health().notes)
         runs.clear()
         assert await tokens_of(engine) == expected
-    assert 2 in runs
+    assert {2, 22} <= set(runs)  # decodes, and both prompts at once
 
 
 async def test_new_weights_sleep_and_embeddings(checkpoint: Checkpoint, runs: list[int]) -> None:
@@ -97,24 +97,54 @@ def load(path: Path, decoder: str) -> tuple[str, tuple[str, ...]]:
     return loaded.config.decoder_backend, about_decoder(notes)
 
 
-@pytest.mark.parametrize(("seconds", "used"), [((2.0, 1.0), "used for 1, 2 tokens"), ((1.0, 2.0), "not used")])
+async def test_weights_in_fp8(checkpoint: Checkpoint, runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are multiplied by torch; what is between is fused, and compared with the modules in fp8."""
+    times = [2.0, 1.0]
+    monkeypatch.setattr(choice, "cuda_seconds", lambda device, **_: lambda replay: times.pop(0))
+    changes = {"dtype": "bfloat16", "quantization": "fp8"}
+    async with AsyncEngine(config(checkpoint("llama", num_hidden_layers=1), "auto").replace(**changes)) as engine:
+        quantised, chosen = engine.health().notes[-2:]
+        assert quantised.startswith("quantization: fp8, ")
+        assert chosen.startswith("decoder: fused kernels are used for more than 8 tokens: measured 32 in ")
+        runs.clear()
+        assert [len(tokens) for tokens in await tokens_of(engine)] == [3, 3]
+        assert runs == [22]  # both prompts; few tokens are for graphs
+
+
+@pytest.mark.parametrize(
+    ("seconds", "few", "many"),
+    [((2.0, 1.0), "used for 1, 2 tokens", "used"), ((1.0, 2.0), "not used", "not used")],
+)
 def test_auto_takes_them_where_they_are_measured_to_be_faster(
-    seconds: tuple[float, float], used: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    seconds: tuple[float, float],
+    few: str,
+    many: str,
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    runs: list[int],
 ) -> None:
-    times = list(2 * seconds)  # of the buckets 2 and 1
+    times = list(3 * seconds)  # of a step of 32 tokens, and of the buckets 2 and 1
+
+    def taken(replay: Callable[[], None]) -> float:
+        runs.clear()
+        replay()
+        assert (32 in runs) == (len(times) == 5)  # of what is launched, the second time
+        return times.pop(0)
+
     graphs_here(monkeypatch, Replayer())
-    monkeypatch.setattr(choice, "cuda_seconds", lambda device: lambda replay: times.pop(0))
-    runs_as, (note,) = load(checkpoint("llama", num_hidden_layers=1), "auto")
+    monkeypatch.setattr(choice, "cuda_seconds", lambda device, **_: taken)
+    runs_as, (of_many, of_few) = load(checkpoint("llama", num_hidden_layers=1), "auto")
     assert runs_as == "auto"  # a restart measures again
     assert times == []
-    assert note.startswith(f"decoder: fused kernels are {used}: measured 2 in ")
+    assert of_many.startswith(f"decoder: fused kernels are {many} for more than 8 tokens: measured 32 in ")
+    assert of_few.startswith(f"decoder: fused kernels are {few}: measured 2 in ")
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "decoder", "reason"),
     [
-        ("mixtral", {}, "auto", "its kernels for a few tokens have no experts"),
-        ("mixtral", {}, "compiled", "its kernels for a few tokens have no experts"),
+        ("gpt_neox", {}, "auto", "outputs of several projections alternate in one layer"),
+        ("gpt_neox", {}, "compiled", "outputs of several projections alternate in one layer"),
         # Some layers do not rotate, which its parts do not show; the numbers do.
         ("smollm3", {"no_rope_layers": [1, 0]}, "auto", "SmolLM3ForCausalLM does not compute over a paged"),
     ],

@@ -1,4 +1,4 @@
-"""The fused product against plain torch in float64."""
+"""Products with what stands before and after them, in one launch and in several, against plain torch in float64."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from asyncengine.model import fp8_linear
 from asyncengine.model.decoder.blueprint import ACTIVATIONS
 from asyncengine.model.decoder.parts import NormPart, NotRecognised, Projection
-from asyncengine.model.fused import tiles
+from asyncengine.model.fused import tiles, wide_product
+from asyncengine.model.fused.launches import Formula
 from asyncengine.model.fused.product import Product
 from asyncengine.model.fused.tiles import MOST_TOKENS, Tile
+from asyncengine.model.fused.wide_product import merged
 from tests.model.cuda.pretended import pretended
 from tests.model.fused.interpreted import DEVICE, require_triton
 
 require_triton()
 
 INPUTS = 52
+MANY = MOST_TOKENS + 1
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 FUNCTIONS: dict[str, Any] = {
@@ -73,60 +77,60 @@ def assert_near(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -
     assert ((found.double() - wanted).norm() / wanted.norm()).item() < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("tokens", [1, MOST_TOKENS])
+@pytest.mark.parametrize("tokens", [1, MOST_TOKENS, MANY])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_three_matrices_of_different_sizes_behind_a_norm(dtype: torch.dtype, tokens: int) -> None:
     parts = [linear(outputs, dtype, bias=True) for outputs in (37, 16, 5)]
     before = norm("plain", dtype)
     x = random(tokens, INPUTS, dtype)
     wanted = torch.cat([product_of(normed(x.double(), before), part) for part in parts], 1)
-    assert_near(Product(parts, before)(x), wanted, dtype)
+    assert_near(Product(Formula(parts, before))(x), wanted, dtype)
 
 
-@pytest.mark.parametrize("tokens", range(1, MOST_TOKENS + 1))
+@pytest.mark.parametrize("tokens", range(1, MANY + 1))
 def test_each_number_of_tokens_with_a_residual(tokens: int) -> None:
     part = linear(33, torch.float32)
     x, residual = random(tokens, INPUTS, torch.float32), random(tokens, 33, torch.float32)
     wanted = residual.double() + 0.7 * product_of(x.double(), part)
-    assert_near(Product([part], factor=0.7)(x, residual), wanted, torch.float32)
+    assert_near(Product(Formula([part], factor=0.7))(x, residual), wanted, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["plain", "offset", "layer norm"])
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, MANY])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_norms(kind: str, tokens: int, dtype: torch.dtype) -> None:
     part, before = linear(20, dtype), norm(kind, dtype)
     x = random(tokens, INPUTS, dtype)
-    assert_near(Product([part], before)(x), product_of(normed(x.double(), before), part), dtype)
+    assert_near(Product(Formula([part], before))(x), product_of(normed(x.double(), before), part), dtype)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 3, MANY])
 def test_large_activations_do_not_overflow_in_float16(tokens: int) -> None:
     part, before = linear(20, torch.float16), norm("plain", torch.float16)
     before.module.weight.fill_(8.0)
     x = random(tokens, INPUTS, torch.float16)
     x[:, 3] = 60_000.0
-    found = Product([part], before)(x)
+    found = Product(Formula([part], before))(x)
     assert found.isfinite().all()
     assert_near(found, product_of(normed(x.double(), before), part), torch.float16)
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
-@pytest.mark.parametrize(("gated", "tokens"), [(False, 1), (True, 1), (True, 3)])
+@pytest.mark.parametrize(("gated", "tokens"), [(False, 1), (True, 1), (True, 3), (False, MANY), (True, MANY)])
 def test_activations(name: str, gated: bool, tokens: int) -> None:
     parts = [linear(21, torch.float32, bias=True) for _ in range(1 + gated)]
     x = random(tokens, INPUTS, torch.float32)
     wanted = FUNCTIONS[name](product_of(x.double(), parts[0]))
     if gated:
         wanted = wanted * product_of(x.double(), parts[1])
-    found = Product(parts, gated=gated, activation=ACTIVATIONS[name])(x)
+    found = Product(Formula(parts, gated=gated, activation=ACTIVATIONS[name]))(x)
     assert_near(found, wanted, torch.float32)
 
 
 def test_logits_are_scaled_and_capped_in_float32() -> None:
     part = linear(40, torch.bfloat16)
     x = random(2, INPUTS, torch.bfloat16)
-    found = Product([part], factor=3.0, cap=5.0, dtype=torch.float32)(x)
+    found = Product(Formula([part], factor=3.0, cap=5.0, dtype=torch.float32))(x)
     assert found.dtype is torch.float32
     assert_near(found, 5.0 * torch.tanh(3.0 * product_of(x.double(), part) / 5.0), torch.float32)
 
@@ -135,36 +139,81 @@ def test_a_part_of_a_fused_layer_is_read_where_it_is() -> None:
     whole = linear(60, torch.float32).linear
     parts = [Projection(whole, 0, 25), Projection(whole, 25, 60)]
     x = random(2, INPUTS, torch.float32)
-    assert_near(Product(parts)(x), product_of(x.double(), Projection(whole)), torch.float32)
+    assert_near(Product(Formula(parts))(x), product_of(x.double(), Projection(whole)), torch.float32)
 
 
 def test_new_weights_are_seen_at_once() -> None:
     part = linear(20, torch.float32)
-    product, x = Product([part]), random(1, INPUTS, torch.float32)
-    product(x)
-    part.weight.mul_(-2.0)
-    assert_near(product(x), product_of(x.double(), part), torch.float32)
+    product = Product(Formula([part]))
+    few, many = random(1, INPUTS, torch.float32), random(MANY, INPUTS, torch.float32)
+    for _ in range(2):
+        for x in (few, many):
+            assert_near(product(x), product_of(x.double(), part), torch.float32)
+        part.weight.mul_(-2.0)
 
 
-def test_weights_that_lie_otherwise_are_refused() -> None:
-    with pytest.raises(NotRecognised, match="not rows that follow each other"):
-        Product([Projection(Conv1D(8, INPUTS), transposed=True)])
-    with pytest.raises(NotRecognised, match="not rows that follow each other"):
-        Product([Projection(nn.Linear(INPUTS, 24), 0, 4, 12)])
+@pytest.mark.parametrize("tokens", [1, MANY])
+@pytest.mark.parametrize("residual", [False, True])
+def test_what_no_single_launch_can_compute_is_computed_by_several(tokens: int, residual: bool) -> None:
+    """Weights whose outputs are columns; siblings of which one has a bias; a bias beside a residual."""
+    transposed = Projection(Conv1D(20, INPUTS).requires_grad_(False).to(DEVICE), transposed=True)
+    siblings = [linear(8, torch.float32, bias=True), linear(12, torch.float32)]
+    for parts in ([transposed], siblings[:1] if residual else siblings):
+        x = random(tokens, INPUTS, torch.float32)
+        wanted = torch.cat([product_of(x.double(), part) for part in parts], 1)
+        added = random(*wanted.shape, torch.float32) if residual else None
+        wanted = wanted if added is None else added.double() + 0.5 * wanted
+        formula = Formula(parts, factor=0.5 if residual else 1.0)
+        assert_near(Product(formula)(x, added), wanted, torch.float32)
 
 
-def test_siblings_of_which_one_has_a_bias_are_refused() -> None:
-    with pytest.raises(NotRecognised, match="whether they have a bias"):
-        Product([linear(8, torch.float32, bias=True), linear(8, torch.float32)])
+@pytest.mark.parametrize("tokens", [1, MANY])
+def test_layers_in_fp8_share_the_codes_of_their_input(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Linear(64, width, bias=False, dtype=torch.bfloat16, device=DEVICE) for width in (32, 16)]
+    narrow = [fp8_linear.Fp8Linear(layer) for layer in layers]
+    x, calls = random(tokens, 64, torch.bfloat16), list[int]()
+    wanted = torch.cat([layer(x) for layer in narrow], 1)
+    codes_of = fp8_linear.codes_of
+    monkeypatch.setattr(wide_product, "codes_of", lambda rows: calls.append(len(rows)) or codes_of(rows))
+    found = Product(Formula([Projection(layer) for layer in narrow]))(x)
+    assert torch.equal(found, wanted) and calls == [tokens]
+    residual = random(tokens, 32, torch.bfloat16)
+    wanted = residual + narrow[0](x)
+    assert torch.equal(Product(Formula([Projection(narrow[0])]))(x, residual), wanted)
 
 
-def test_layer_norms_are_left_alone_where_triton_takes_minutes_to_compile_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pretended():
-        norm = NormPart(nn.LayerNorm(64, device="cuda"), 1e-5, 0.0, centred=True)
+def test_neighbours_in_one_layer_are_one_product() -> None:
+    whole, other = linear(60, torch.float32).linear, linear(8, torch.float32).linear
+    parts = [Projection(whole, 0, 25), Projection(whole, 25, 60), Projection(other)]
+    one, rest = merged(parts)
+    assert (one.linear, one.start, one.stop) == (whole, 0, 60) and rest is parts[2]
+    assert len(merged([parts[1], parts[0]])) == 2  # not in this order
+    assert len(merged([Projection(whole, 0, 25), Projection(whole, 26, 60)])) == 2
+
+
+def test_weights_that_would_have_to_be_copied_are_refused() -> None:
+    with pytest.raises(NotRecognised, match="alternate in one layer"):
+        Product(Formula([Projection(nn.Linear(INPUTS, 24), 0, 4, 12)]))
+    whole = fp8_linear.Fp8Linear(nn.Linear(64, 32, dtype=torch.bfloat16))
+    with pytest.raises(NotRecognised, match="only a part is wanted"):
+        Product(Formula([Projection(whole, 0, 16)]))
+    with pytest.raises(NotRecognised, match="only a part is wanted"):
+        Product(Formula([Projection(whole), linear(8, torch.bfloat16, inputs=64)]))
+
+
+def test_layer_norms_are_launched_apart_where_triton_takes_minutes_to_compile_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pretended() as device:
+        norm = NormPart(nn.LayerNorm(64, device="cuda").requires_grad_(False), 1e-5, 0.0, centred=True)
         projection = Projection(nn.Linear(64, 32, device="cuda").requires_grad_(False))
-        monkeypatch.setattr("triton.__version__", "3.6.0")
-        with pytest.raises(NotRecognised, match=r"triton 3\.6 takes minutes to compile layer norms"):
-            Product([projection], norm)
-        Product([projection], dataclasses.replace(norm, centred=False))
-        monkeypatch.setattr("triton.__version__", "3.9.1")
-        Product([projection], norm)
+        x = torch.randn(1, 64, device="cuda")
+        for version, centred, launched in (
+            ("3.6.0", True, "norm_rows"), ("3.6.0", False, "project"), ("3.9.1", True, "project")
+        ):  # fmt: skip
+            monkeypatch.setattr("triton.__version__", version)
+            before = device.kernels.copy()
+            with torch.inference_mode():
+                Product(Formula([projection], dataclasses.replace(norm, centred=centred)))(x)
+            assert set(device.kernels - before) == {launched}
+        del x, norm, projection

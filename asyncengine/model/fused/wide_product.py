@@ -1,0 +1,127 @@
+"""Products of many tokens: torch's own, between kernels for what stands before and after. Owned by the step thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from asyncengine.model.attention import fp8
+from asyncengine.model.decoder.parts import NormPart, NotRecognised, Projection
+from asyncengine.model.fp8_linear import Fp8Linear, codes_of
+from asyncengine.model.fused.launches import NO_ACTIVATION, OPTIONS, Formula, load_kernels, power_of_two
+
+_NUMBERS_EACH = 1024
+"""Results of `activate` that one program computes: 16 bytes a thread in two bytes each."""
+
+
+class WideProduct:
+    """A formula of any number of tokens, as several launches.
+
+    Raises:
+        NotRecognised: Its weights would have to be copied.
+    """
+
+    def __init__(self, formula: Formula) -> None:
+        self._kernels = load_kernels()
+        self._formula = formula
+        self._parts = merged(formula.parts)
+        if any(part.period is not None for part in self._parts):
+            raise NotRecognised("outputs of several projections alternate in one layer")
+        self._fp8 = [
+            part.linear
+            for part in self._parts
+            if isinstance(part.linear, Fp8Linear) and part.weight.shape == part.linear.weight.shape
+        ]
+        in_fp8 = {part.weight.dtype is fp8.E4M3 for part in self._parts}
+        if in_fp8 != {bool(self._fp8)} or len(self._fp8) not in (0, len(self._parts)):
+            raise NotRecognised("of layers in fp8 only a part is wanted")
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(tokens, outputs) of (tokens, inputs), both contiguous. A residual is written over."""
+        formula = self._formula
+        if formula.norm is not None:
+            x = norm_rows(x, formula.norm)
+        if residual is not None:
+            return self._added(x, residual)
+        result = self._products(x)
+        if formula.activation != NO_ACTIVATION:
+            result = self._activated(result)
+        if formula.factor != 1.0:
+            result.mul_(formula.factor)
+        if formula.cap:
+            result.div_(formula.cap).tanh_().mul_(formula.cap)
+        return result
+
+    def _added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        (part,) = self._parts
+        if self._fp8 or part.bias is not None:
+            return residual.add_(self._products(x), alpha=self._formula.factor)
+        return torch.addmm(residual, x, part.weight.T, alpha=self._formula.factor, out=residual)
+
+    def _products(self, x: torch.Tensor) -> torch.Tensor:
+        """What the linear layers make of it, side by side."""
+        if self._fp8:
+            codes = codes_of(x)
+            found = [layer.multiply(*codes) for layer in self._fp8]
+            return found[0] if len(found) == 1 else torch.cat(found, 1)
+        if len(self._parts) == 1:
+            return functional.linear(x, self._parts[0].weight, self._parts[0].bias)
+        weights = [part.weight for part in self._parts]
+        widths = [weight.shape[0] for weight in weights]
+        result = x.new_empty(x.shape[0], sum(widths))
+        places = torch.split(result, widths, 1)
+        for part, weight, place in zip(self._parts, weights, places, strict=True):
+            if part.bias is None:
+                torch.mm(x, weight.T, out=place)
+            else:
+                torch.addmm(part.bias, x, weight.T, out=place)
+        return result
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        formula, tokens = self._formula, x.shape[0]
+        inner = formula.width
+        result = x.new_empty(tokens, inner)
+        self._kernels.activate[(tokens, -(-inner // _NUMBERS_EACH))](
+            x, result, INNER=inner, GATED=formula.gated, ACTIVATION=formula.activation, NUMBERS_EACH=_NUMBERS_EACH,
+            **OPTIONS,
+        )  # fmt: skip
+        return result
+
+
+def norm_rows(
+    x: torch.Tensor, norm: NormPart, residual: torch.Tensor | None = None, factor: float = 1.0
+) -> torch.Tensor:
+    """Norms each of (tokens, width); with a residual, adds `factor` times that to it."""
+    result = torch.empty_like(x)
+    width = x.shape[1]
+    load_kernels().norm_rows[(x.shape[0],)](
+        x, norm.weight, norm.bias, residual, result, norm.offset, norm.epsilon, factor,
+        **norm_constants(width, norm.centred, norm.bias is not None, residual is not None), **OPTIONS, num_warps=8,
+    )  # fmt: skip
+    return result
+
+
+def norm_constants(width: int, centred: bool, bias: bool, residual: bool) -> dict[str, Any]:
+    """Of the kernel `norm_rows`."""
+    return {
+        "WIDTH": width,
+        "PAD": power_of_two(width),
+        "CENTRED": centred,
+        "HAS_NORM_BIAS": bias,
+        "HAS_RESIDUAL": residual,
+    }
+
+
+def merged(parts: Sequence[Projection]) -> tuple[Projection, ...]:
+    """The same outputs, with neighbours in one layer taken as one."""
+    found: list[Projection] = []
+    for part in parts:
+        last = found[-1] if found else None
+        if last is not None and last.linear is part.linear and last.stop == part.start and part.period is None:
+            found[-1] = Projection(part.linear, last.start, part.stop, transposed=part.transposed)
+        else:
+            found.append(part)
+    return tuple(found)
