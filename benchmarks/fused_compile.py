@@ -32,12 +32,14 @@ from asyncengine.model.fused import kernels, tiles
 from asyncengine.model.fused.launches import OPTIONS
 from asyncengine.model.fused.narrow_product import Shape, launch_options
 from asyncengine.model.fused.tiles import MOST_TOKENS
+from asyncengine.model.fused.wide_product import NUMBERS_EACH, norm_constants, norm_options
 from benchmarks.attention_compile import HOPPER, NAMES, resources
 from benchmarks.fused_shapes import DECODERS, Decoder, products
 
 _WIDE = re.compile(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global[^;]*, 0x10")
+_STRIDES = ("gate_token", "up_token")
 _SCALARS = {
-    "tokens": "i32",
+    **dict.fromkeys(("tokens", *_STRIDES), "i32"),
     **dict.fromkeys(("offset", "epsilon", "factor", "cap", "query_scale"), "fp32"),
 }
 
@@ -99,10 +101,16 @@ def others(name: str, decoder: Decoder, dtype: torch.dtype) -> Iterator[Case]:
         own = {"HAS_NORM": normed, "OF_HEADS": of_heads, "OWN_WEIGHTS": normed and not of_heads}
         present = pointers | (norms if normed else {})
         yield Case(f"{name} rotate {kind}", kernels.rotate, present, constants | own, OPTIONS | {"num_warps": 4})
-    width = decoder.hidden
-    constants = {"WIDTH": width, "PAD": triton.next_power_of_2(width), "CENTRED": False, "HAS_NORM_BIAS": False}
-    pointers = dict.fromkeys(("branch", "norm", "residual", "result"), number)
-    yield Case(f"{name} add_normed", kernels.add_normed, pointers, constants, OPTIONS | {"num_warps": 8})
+    for kind, residual in (("norm", False), ("norm and residual", True)):
+        pointers = dict.fromkeys(("x", "norm", "result", *(("residual",) if residual else ())), number)
+        for centred in (False, True):
+            constants = norm_constants(decoder.hidden, centred, bias=False, residual=residual)
+            named = f"{name} {'layer ' if centred else ''}{kind}"
+            yield Case(named, kernels.norm_rows, pointers, constants, norm_options(decoder.hidden))
+    constants = {"INNER": decoder.intermediate, "GATED": True, "ACTIVATION": 0, "NUMBERS_EACH": NUMBERS_EACH}
+    yield Case(
+        f"{name} activate", kernels.activate, dict.fromkeys(("gate", "up", "result"), number), constants, OPTIONS
+    )
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -126,7 +134,11 @@ def compiled(case: Case) -> dict[str, int]:
         fn=case.function,
         signature=types,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if types[name].startswith("*") or name in _STRIDES
+        },
     )
     kernel = triton.compile(source, target=HOPPER, options=dict(case.options))
     ptx = kernel.asm["ptx"]
@@ -136,7 +148,7 @@ def compiled(case: Case) -> dict[str, int]:
 
 def on_the_way(case: Case, registers: int, shared: int) -> int:
     """Bytes of weights that a multiprocessor of an H100 or H200 has asked for at a time."""
-    threads = 32 * int(case.options["num_warps"])
+    threads = 32 * int(case.options.get("num_warps", 4))
     of_registers = 65536 // (-(-registers // 8) * 8 * threads)
     of_memory = (227 << 10) // (shared + 1024)
     programs = min(of_registers, of_memory, 2048 // threads, 32)

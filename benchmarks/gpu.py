@@ -184,7 +184,8 @@ def parity(scale: Scale, report: Report, device: Any) -> None:
         found[case] = check()
         report.keep()
 
-    for case, check in gpu_parity.checks(names, dtypes, list(scale.parity_lengths), scale.long_context, device).items():
+    lengths, fused = list(scale.parity_lengths), scale.device == "cuda"  # the interpreter would take its time
+    for case, check in gpu_parity.checks(names, dtypes, lengths, scale.long_context, device, fused).items():
         name = f"parity, {case}"
         if report.has(name, 10 if scale.device == "cuda" else 0):
             whole(report, name, functools.partial(run, case, check))

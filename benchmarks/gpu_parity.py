@@ -7,6 +7,7 @@ transformers computes, relative to its norm; reported are the median and the lar
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from asyncengine.model import architecture
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.attention.select import select
 from asyncengine.model.capturing import Capturing
+from asyncengine.model.decoder.blueprint import recognise
 from asyncengine.model.fp8_linear import quantise
+from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import graphs_for
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.runner import TorchModel
@@ -59,6 +62,26 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 FP8 = ("llama", "gemma3")
 """Those that are looked at with weights and KV cache in fp8 as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How logits are computed.
+
+    Attributes:
+        chunk: Tokens of a prompt that a step has at most.
+        last: How many rows of each sequence are compared.
+        fp8: Whether the KV cache is in fp8, and so are weights where errors are wanted.
+        fused: Whether the fused kernels run the model.
+    """
+
+    chunk: int = 24
+    last: int = 1 << 20
+    fp8: bool = False
+    fused: bool = False
+
+    def __str__(self) -> str:
+        return (", fp8 weights and KV cache" if self.fp8 else "") + (", fused" if self.fused else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,27 +141,25 @@ def paged_logits(
     model: Any,
     backend: AttentionBackend,
     ids: list[np.ndarray],
-    chunk: int,
     device: torch.device,
-    last: int,
-    kv_dtype: torch.dtype | None = None,
+    way: Way,
 ) -> list[torch.Tensor]:
-    """The last `last` rows of logits of every sequence, (rows, vocabulary) each, on the host in float32.
-
-    Keys and values are kept in the model's dtype, or in `kv_dtype`.
-    """
+    """The last rows of logits of every sequence, (rows, vocabulary) each, on the host in float32."""
     lengths = [len(sequence) for sequence in ids]
     blocks = [-(-length // PAGE) for length in lengths]
     order = np.random.default_rng(1).permutation(sum(blocks))
     tables = np.zeros((len(ids), max(blocks)), np.int32)
     for row, (end, count) in enumerate(zip(np.cumsum(blocks), blocks, strict=True)):
         tables[row, :count] = order[end - count : end]
-    limits = Limits(len(ids), max(lengths), chunk * len(ids), PAGE, sum(blocks))
+    limits = Limits(len(ids), max(lengths), way.chunk * len(ids), PAGE, sum(blocks))
     model.set_attn_implementation(architecture.ATTENTION)
-    kv_dtype = kv_dtype or next(model.parameters()).dtype
-    paged = PagedLayers(architecture.record(model), backend, limits, kv_dtype, device)
+    layers = architecture.record(model)
+    kv_dtype = torch.float8_e4m3fn if way.fp8 else next(model.parameters()).dtype
+    paged = PagedLayers(layers, backend, limits, kv_dtype, device)
     paged.allocate()
     runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
+    if way.fused:
+        runner.use_fused(FusedDecoder(recognise(model, layers, max(lengths), whole_experts=True)))
     graphs, notes = graphs_for(runner, backend, len(ids), device, waits=architecture.waits(model))
     if graphs is not None:
         capturing = Capturing(graphs, at_once=True)
@@ -149,30 +170,24 @@ def paged_logits(
         print(f"  {note}", flush=True)
     rows: list[list[torch.Tensor]] = [[] for _ in ids]
     with torch.inference_mode():
-        for step in mixed_steps(lengths, chunk):
+        for step in mixed_steps(lengths, way.chunk):
             logits = runner.logits(step_batch(step, ids, tables)).float()
             for piece, part in zip(step, logits.split([piece.end - piece.start for piece in step]), strict=True):
-                rows[piece.sequence].append(part[-last:].cpu())
+                rows[piece.sequence].append(part[-way.last :].cpu())
     if runner.capturing is not None:
         runner.capturing.clear()
     paged.free()
-    return [torch.cat(parts)[-last:] for parts in rows]
+    return [torch.cat(parts)[-way.last :] for parts in rows]
 
 
 def errors(
-    model: Any,
-    backend: AttentionBackend,
-    ids: list[np.ndarray],
-    chunk: int,
-    device: torch.device,
-    last: int,
-    fp8: bool = False,
+    model: Any, backend: AttentionBackend, ids: list[np.ndarray], device: torch.device, way: Way
 ) -> torch.Tensor:
-    """(rows,) relative errors of all sequences' last rows; with `fp8`, the errors of weights and KV cache in fp8."""
-    expected = plain_logits(model, ids, device, last)
-    if fp8:
+    """(rows,) relative errors of all sequences' last rows; with fp8, the errors of that."""
+    expected = plain_logits(model, ids, device, way.last)
+    if way.fp8:
         quantise(model)
-    found = paged_logits(model, backend, ids, chunk, device, last, torch.float8_e4m3fn if fp8 else None)
+    found = paged_logits(model, backend, ids, device, way)
     return torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(found, expected, strict=True)])
 
 
@@ -189,34 +204,36 @@ def plain_logits(model: Any, ids: list[np.ndarray], device: torch.device, last: 
 
 
 def checks(
-    names: list[str], dtypes: list[torch.dtype], lengths: list[int], long_context: int, device: torch.device
+    names: list[str],
+    dtypes: list[torch.dtype],
+    lengths: list[int],
+    long_context: int,
+    device: torch.device,
+    fused: bool = True,
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What finds the errors of each architecture in each dtype, a long context, and weights and KV cache in fp8."""
+    """What finds the errors of each architecture in each dtype, a long context, and weights and KV cache in fp8.
+
+    Each is computed by the model's own modules, and once more by fused kernels, if they are wanted.
+    """
     generator = np.random.default_rng(0)
     found: dict[str, Callable[[], dict[str, Any]]] = {}
-    cases = [(name, dtype, lengths, 24, 1 << 20, False) for dtype in dtypes for name in names]
-    cases.append(("llama", dtypes[-1], [long_context], min(2048, long_context), 64, False))
-    cases += [(name, torch.bfloat16, lengths, 24, 1 << 20, True) for name in FP8 if name in names]
-    for name, dtype, sizes, chunk, last, fp8 in cases:
+    cases = [(name, dtype, lengths, Way()) for dtype in dtypes for name in names]
+    cases.append(("llama", dtypes[-1], [long_context], Way(min(2048, long_context), 64)))
+    cases += [(name, torch.bfloat16, lengths, Way(fp8=True)) for name in FP8 if name in names]
+    if fused:
+        cases += [(*case, dataclasses.replace(way, fused=True)) for *case, way in cases]
+    for name, dtype, sizes, way in cases:
         ids = [generator.integers(1, 499, size).astype(np.int64) for size in sizes]
         key = f"{name} {str(dtype).removeprefix('torch.')}" + (f" {sizes[0]} tokens" if len(sizes) == 1 else "")
-        key += ", fp8 weights and KV cache" if fp8 else ""
-        found[key] = functools.partial(_check, key, name, dtype, ids, chunk, device, last, fp8)
+        found[f"{key}{way}"] = functools.partial(_check, f"{key}{way}", name, dtype, ids, device, way)
     return found
 
 
 def _check(
-    key: str,
-    name: str,
-    dtype: torch.dtype,
-    ids: list[np.ndarray],
-    chunk: int,
-    device: torch.device,
-    last: int,
-    fp8: bool,
+    key: str, name: str, dtype: torch.dtype, ids: list[np.ndarray], device: torch.device, way: Way
 ) -> dict[str, Any]:
-    backend = select("torch" if fp8 and device.type == "cpu" else "auto", device).backend
-    return _case(key, make(name, dtype, device), backend, ids, chunk, device, last, fp8)
+    backend = select("torch" if way.fp8 and device.type == "cpu" else "auto", device).backend
+    return _case(key, make(name, dtype, device), backend, ids, device, way)
 
 
 def check_backend(
@@ -231,7 +248,7 @@ def check_backend(
     results: dict[str, Any] = {}
     for name in names:
         ids = [generator.integers(1, 499, size).astype(np.int64) for size in lengths]
-        results[name] = _case(name, make(name, dtype, device), made(), ids, 24, device, 1 << 20)
+        results[name] = _case(name, make(name, dtype, device), made(), ids, device, Way())
     return results
 
 
@@ -240,21 +257,19 @@ def _case(
     model: Any,
     backend: AttentionBackend,
     ids: list[np.ndarray],
-    chunk: int,
     device: torch.device,
-    last: int,
-    fp8: bool = False,
+    way: Way,
 ) -> dict[str, Any]:
     """Errors of one model, and whether they are small enough."""
     dtype = next(model.parameters()).dtype
-    found = errors(model, backend, ids, chunk, device, last, fp8)
+    found = errors(model, backend, ids, device, way)
     median = float(found.median())
     result = {
         "attention": backend.name,
         "rows": len(found),
         "median_error": float(f"{median:.2g}"),
         "largest_error": float(f"{float(found.max()):.2g}"),
-        "ok": median <= (FP8_TOLERANCE if fp8 else TOLERANCE[dtype]),
+        "ok": median <= (FP8_TOLERANCE if way.fp8 else TOLERANCE[dtype]),
     }
     print(f"  {key:<50} {result}", flush=True)
     return result

@@ -32,7 +32,7 @@ from asyncengine.model.attention.select import select
 from asyncengine.model.fp8_linear import quantise
 from asyncengine.model.location import locate
 from benchmarks import shapes
-from benchmarks.gpu_parity import paged_logits, plain_logits
+from benchmarks.gpu_parity import Way, paged_logits, plain_logits
 
 FP8 = torch.float8_e4m3fn
 Change = Callable[[torch.nn.Module], object]
@@ -87,7 +87,8 @@ def compare(model: Any, ids: list[np.ndarray]) -> dict[str, dict[str, float]]:
         tried = copy.deepcopy(half)
         if change is not None:
             change(tried)
-        rows = paged_logits(tried, select("torch", device).backend, ids, 24, device, length, kv_dtype)
+        way = Way(last=length, fp8=kv_dtype is FP8)
+        rows = paged_logits(tried, select("torch", device).backend, ids, device, way)
         found = torch.cat(rows).double()
         divergence = (probabilities.exp() * (probabilities - found.log_softmax(-1))).sum(-1)
         results[name] = {

@@ -19,9 +19,10 @@ import torch
 
 from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.model.attention import flashinfer
+from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.tiles import Tile
 from asyncengine.model.loader import TransformersLoader
-from benchmarks import fused, gpu, gpu_speed, kv_scales
+from benchmarks import fused, gpu, gpu_parity, gpu_speed, kv_scales
 from benchmarks.arrivals import arrivals
 from benchmarks.gpu import Report
 from benchmarks.lag import innermost, waited
@@ -124,6 +125,21 @@ def test_gpu_runs_end_to_end_on_the_cpu(reports: Reports) -> None:
     assert set(result["ratios"]) == {"workload_over_continuous_batching", "batch_1_over_static_cache"}
     if importlib.util.find_spec("flashinfer") is None:
         assert result["not_installed"]["flashinfer"].startswith("not installed: flashinfer, the module of FlashInfer,")
+
+
+def test_gpu_compares_fused_kernels_with_transformers_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interpreted.require_triton()
+    interpreted.large_tiles(monkeypatch)
+    ran: list[int] = []
+    forward = FusedDecoder.forward
+    monkeypatch.setattr(FusedDecoder, "forward", lambda *given: ran.append(given[1].shape[1]) or forward(*given))
+    checks = gpu_parity.checks(["llama"], [torch.float32], [9, 3], 16, torch.device("cpu"))
+    fused = {case for case in checks if case.endswith(", fused")}
+    assert {case.removesuffix(", fused") for case in fused} == checks.keys() - fused and len(fused) == 3
+    assert checks["llama float32, fused"]()["ok"]
+    assert set(ran) == {7, 2, 1}
 
 
 def test_gpu_measures_the_kernels_of_other_packages_where_they_are(

@@ -121,15 +121,16 @@ class _Layer:
 
     def run(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """(tokens, hidden) of the same, which may be written over, at (tokens,) int64 positions."""
-        qkv = self._qkv(hidden)
-        query, key, value = self._positioned(qkv, positions)
-        attended = attention_modules.attend(self._module, query, key, value)  # (tokens, heads, value_dim)
-        attended = attended.view(hidden.shape[0], -1)
         if self._parallel:
             inner = self._inner(hidden)
-            return self._down(inner, self._output(attended, hidden))
-        hidden = self._output(attended, hidden)
+            return self._down(inner, self._output(self._attended(hidden, positions), hidden))
+        hidden = self._output(self._attended(hidden, positions), hidden)
         return self._down(self._inner(hidden), hidden)
+
+    def _attended(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads * value_dim), with which nothing is kept of what it is made of."""
+        query, key, value = self._positioned(self._qkv(hidden), positions)
+        return attention_modules.attend(self._module, query, key, value).view(hidden.shape[0], -1)
 
 
 class _Whole:

@@ -334,17 +334,17 @@ def norm_rows(
 
 @triton.jit
 def activate(
-    x, result, INNER: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NUMBERS_EACH: tl.constexpr
+    gate, up, result, gate_token, up_token,
+    INNER: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NUMBERS_EACH: tl.constexpr,
 ):  # fmt: skip
-    """Computes activation(gate) * up of (tokens, 2 * INNER), or activation of (tokens, INNER); (tokens, INNER).
+    """Computes activation(gate) * up, or activation(gate) if it is not GATED; all (tokens, INNER).
 
-    A program has NUMBERS_EACH results of one token.
+    A program has NUMBERS_EACH results of one token. `gate_token` and `up_token` are strides.
     """
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * NUMBERS_EACH + tl.arange(0, NUMBERS_EACH)
     mask = at < INNER
-    row = x + token * (2 * INNER if GATED else INNER)
-    numbers = _activated(tl.load(row + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    numbers = _activated(tl.load(gate + token * gate_token + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
-        numbers *= tl.load(row + INNER + at, mask=mask, other=0.0).to(tl.float32)
+        numbers *= tl.load(up + token * up_token + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(result + token * INNER + at, numbers.to(result.dtype.element_ty), mask=mask)

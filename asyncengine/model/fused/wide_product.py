@@ -13,7 +13,7 @@ from asyncengine.model.decoder.parts import NormPart, NotRecognised, Projection
 from asyncengine.model.fp8_linear import Fp8Linear, codes_of
 from asyncengine.model.fused.launches import NO_ACTIVATION, OPTIONS, Formula, load_kernels, power_of_two
 
-_NUMBERS_EACH = 1024
+NUMBERS_EACH = 1024
 """Results of `activate` that one program computes: 16 bytes a thread in two bytes each."""
 
 
@@ -46,9 +46,7 @@ class WideProduct:
             x = norm_rows(x, formula.norm)
         if residual is not None:
             return self._added(x, residual)
-        result = self._products(x)
-        if formula.activation != NO_ACTIVATION:
-            result = self._activated(result)
+        result = self._side_by_side(x) if formula.activation == NO_ACTIVATION else self._activated(x)
         if formula.factor != 1.0:
             result.mul_(formula.factor)
         if formula.cap:
@@ -58,21 +56,28 @@ class WideProduct:
     def _added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         (part,) = self._parts
         if self._fp8 or part.bias is not None:
-            return residual.add_(self._products(x), alpha=self._formula.factor)
+            return residual.add_(self._products(x)[0], alpha=self._formula.factor)
         return torch.addmm(residual, x, part.weight.T, alpha=self._formula.factor, out=residual)
 
-    def _products(self, x: torch.Tensor) -> torch.Tensor:
-        """What the linear layers make of it, side by side."""
-        if self._fp8:
-            codes = codes_of(x)
-            found = [layer.multiply(*codes) for layer in self._fp8]
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        formula, tokens = self._formula, x.shape[0]
+        inner, found = formula.width, self._products(x)
+        gate, up = (found[0][:, :inner], found[0][:, inner:]) if len(found) == 1 else found
+        result = x.new_empty(tokens, inner)
+        self._kernels.activate[(tokens, -(-inner // NUMBERS_EACH))](
+            gate, up, result, gate.stride(0), up.stride(0), INNER=inner, GATED=formula.gated,
+            ACTIVATION=formula.activation, NUMBERS_EACH=NUMBERS_EACH, **OPTIONS,
+        )  # fmt: skip
+        return result
+
+    def _side_by_side(self, x: torch.Tensor) -> torch.Tensor:
+        """What the linear layers make of it, in one tensor."""
+        if self._fp8 or len(self._parts) == 1:
+            found = self._products(x)
             return found[0] if len(found) == 1 else torch.cat(found, 1)
-        if len(self._parts) == 1:
-            return functional.linear(x, self._parts[0].weight, self._parts[0].bias)
         weights = [part.weight for part in self._parts]
-        widths = [weight.shape[0] for weight in weights]
-        result = x.new_empty(x.shape[0], sum(widths))
-        places = torch.split(result, widths, 1)
+        result = x.new_empty(x.shape[0], self._formula.width)
+        places = torch.split(result, [weight.shape[0] for weight in weights], 1)
         for part, weight, place in zip(self._parts, weights, places, strict=True):
             if part.bias is None:
                 torch.mm(x, weight.T, out=place)
@@ -80,15 +85,12 @@ class WideProduct:
                 torch.addmm(part.bias, x, weight.T, out=place)
         return result
 
-    def _activated(self, x: torch.Tensor) -> torch.Tensor:
-        formula, tokens = self._formula, x.shape[0]
-        inner = formula.width
-        result = x.new_empty(tokens, inner)
-        self._kernels.activate[(tokens, -(-inner // _NUMBERS_EACH))](
-            x, result, INNER=inner, GATED=formula.gated, ACTIVATION=formula.activation, NUMBERS_EACH=_NUMBERS_EACH,
-            **OPTIONS,
-        )  # fmt: skip
-        return result
+    def _products(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The same, apart."""
+        if self._fp8:
+            codes = codes_of(x)
+            return [layer.multiply(*codes) for layer in self._fp8]
+        return [functional.linear(x, part.weight, part.bias) for part in self._parts]
 
 
 def norm_rows(
@@ -99,7 +101,7 @@ def norm_rows(
     width = x.shape[1]
     load_kernels().norm_rows[(x.shape[0],)](
         x, norm.weight, norm.bias, residual, result, norm.offset, norm.epsilon, factor,
-        **norm_constants(width, norm.centred, norm.bias is not None, residual is not None), **OPTIONS, num_warps=8,
+        **norm_constants(width, norm.centred, norm.bias is not None, residual is not None), **norm_options(width),
     )  # fmt: skip
     return result
 
@@ -113,6 +115,11 @@ def norm_constants(width: int, centred: bool, bias: bool, residual: bool) -> dic
         "HAS_NORM_BIAS": bias,
         "HAS_RESIDUAL": residual,
     }
+
+
+def norm_options(width: int) -> dict[str, Any]:
+    """How the compiler is to make it: a thread has 16 bytes of two bytes each, if a row is that long."""
+    return OPTIONS | {"num_warps": min(max(power_of_two(width) // 256, 1), 8)}
 
 
 def merged(parts: Sequence[Projection]) -> tuple[Projection, ...]:

@@ -13,15 +13,18 @@ from transformers import AutoModelForCausalLM
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model import architecture, verification
 from asyncengine.model.attention.reference import TorchAttention
+from asyncengine.model.attention_modules import hooked
 from asyncengine.model.decoder.blueprint import recognise
 from asyncengine.model.decoder.parts import NotRecognised
 from asyncengine.model.fused.decoder import FusedDecoder
+from asyncengine.model.fused.launches import load_kernels
 from asyncengine.model.fused.tiles import MOST_TOKENS
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.runner import TorchModel
 from asyncengine.model.verification import Trial, _piece
 from asyncengine.step.limits import Limits
 from tests.model.fused.interpreted import DEVICE, large_tiles, require_triton
+from tests.model.live_bytes import LiveBytes
 
 require_triton()
 
@@ -118,6 +121,35 @@ def test_layers_that_rotate_alike_share_a_table_wherever_it_is(checkpoint: Check
     fused.move(torch.device("meta"))
     assert {tensor.device.type for table in fused._tables.values() for tensor in table} == {"meta"}
     assert len({id(layer._positioned._table) for layer in fused._layers}) == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3", "gpt2"])
+def test_many_tokens_take_no_more_memory_than_the_modules_do(
+    name: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load measures what the modules take, and leaves the rest to the KV cache."""
+    case = Case(checkpoint(name))
+
+    class Launched:  # the interpreter would copy what it is given
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    for kernel in ("norm_rows", "rotate", "activate"):
+        monkeypatch.setattr(load_kernels(), kernel, Launched())
+    ids, index = torch.zeros(1, 64, dtype=torch.long, device=DEVICE), torch.arange(55, 64, device=DEVICE)
+    positions = torch.arange(64, device=DEVICE)[None]
+
+    def nothing(module: Any, query: Any, key: Any, value: Any, kwargs: Any) -> Any:
+        return query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
+
+    peaks = []
+    with hooked({layer.module: nothing for layer in case.layers}), torch.inference_mode():
+        for forward in (case.runner._forward, case.fused.forward):
+            forward(ids, positions, index)
+            with LiveBytes() as live:
+                forward(ids, positions, index)
+            peaks.append(live.peak)
+    assert 0 < peaks[1] <= peaks[0]
 
 
 def test_weights_in_another_order_are_refused(checkpoint: Checkpoint) -> None:
