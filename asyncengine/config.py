@@ -66,8 +66,8 @@ class EngineConfig:
             and ``"flash_attention_3"`` are the kernels of those packages, if they are installed: for bfloat16 and
             float16, without attention sinks or the promise that the batch changes no bits.
         decoder_backend: ``"compiled"`` runs, for the family of models that it knows, a whole step in compiled code on
-            the CPU, and steps of up to 8 tokens through fused kernels on CUDA; ``"transformers"`` runs the model's own
-            modules around the attention; ``"auto"`` takes the first where it can, and on CUDA where it was measured to
+            the CPU, and its products between fused kernels on CUDA; ``"transformers"`` runs the model's own modules
+            around the attention; ``"auto"`` takes the first where it can, and on CUDA where it was measured to
             be faster when the model was loaded.
         quantization: ``"int8"`` stores the weights as one byte each, with one scale for each output; needs the
             compiled decoder and dtype bfloat16. ``"fp8"`` stores and multiplies linear layers in fp8, with one

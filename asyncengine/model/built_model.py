@@ -259,7 +259,7 @@ def _blueprint(config: EngineConfig, details: Details, model: Any, layers: Any, 
 
     if config.decoder_backend == "transformers" or (config.decoder_backend == "auto" and config.quantization == "fp8"):
         return None
-    if details.device.type in DEVICES and config.quantization == "none":
+    if details.device.type in DEVICES and config.quantization != "int8":
         return None  # `_fuse` sees to it
     if not isinstance(backend, CpuAttention):
         if config.decoder_backend == "auto" and config.quantization == "none":

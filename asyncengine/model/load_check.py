@@ -307,10 +307,10 @@ def check_layers(
 
 def check_fp8(config: EngineConfig, device: torch.device) -> None:
     """Refuses weights in fp8 where nothing multiplies them."""
-    if config.decoder_backend == "compiled":
+    if config.decoder_backend == "compiled" and device.type == "cpu":
         raise ConfigError(
-            "quantization is 'fp8' with decoder_backend 'compiled', which has no products in fp8; allowed: 'auto', "
-            "'transformers'"
+            "quantization is 'fp8' with decoder_backend 'compiled', which has no products in fp8 on the CPU; allowed: "
+            "'auto', 'transformers'"
         )
     if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
         raise ConfigError(

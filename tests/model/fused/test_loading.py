@@ -101,8 +101,8 @@ async def test_weights_in_fp8(checkpoint: Checkpoint, runs: list[int], monkeypat
     """They are multiplied by torch; what is between is fused, and compared with the modules in fp8."""
     times = [2.0, 1.0]
     monkeypatch.setattr(choice, "cuda_seconds", lambda device, **_: lambda replay: times.pop(0))
-    changes = {"dtype": "bfloat16", "quantization": "fp8"}
-    async with AsyncEngine(config(checkpoint("llama", num_hidden_layers=1), "auto").replace(**changes)) as engine:
+    path, changes = checkpoint("llama", num_hidden_layers=1), {"dtype": "bfloat16", "quantization": "fp8"}
+    async with AsyncEngine(config(path, "auto").replace(**changes)) as engine:
         quantised, chosen = engine.health().notes[-2:]
         assert quantised.startswith("quantization: fp8, ")
         assert chosen.startswith("decoder: fused kernels are used for more than 8 tokens: measured 32 in ")
