@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, StepError
+from asyncengine.model import loader, verification
 from asyncengine.model.runner import TorchModel
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
@@ -34,8 +35,12 @@ def on_one_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...,
 
 
 @pytest.fixture
-def device() -> Iterator[Pretended]:
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
+    """With loads that try as few tokens as they can: the interpreter takes its time."""
     require_triton()
+    monkeypatch.setattr(verification, "_TOKENS", 5)
+    monkeypatch.setattr(verification, "_CUTS", (0, 3, 5))
+    monkeypatch.setattr(loader, "_SOME_TOKENS", 9)
     with pretended() as device:
         yield device
         gc.collect()
