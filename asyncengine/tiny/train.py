@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="checkpoint directory to write")
     parser.add_argument("--seed", type=int, default=0, help="of corpus, initialisation and order")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps")
-    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="chats of each category to test with")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="chats of each category to test with; 0 tests nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
@@ -77,6 +77,8 @@ def main() -> None:
     print(f"trained in {time.perf_counter() - wall:.0f} s ({time.process_time() - cpu:.0f} s of CPU time)")
 
     asked = list(itertools.chain.from_iterable(held_out.values()))
+    if not asked:
+        return
     print(f"held-out loss {held_out_loss(model, tokenizer, asked):.4f}")
     right = rightly_answered(model, checkpoint, asked)
     print(f"held-out prompts answered rightly: {len(right) / len(asked):.1%} of {len(asked)}")

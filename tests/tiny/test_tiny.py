@@ -187,9 +187,9 @@ def test_a_document_longer_than_a_row_is_left_out() -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train(directory: Path) -> str:
+def train(directory: Path, held_out: int) -> str:
     """Runs the script for a few steps and returns what it printed."""
-    options = ["--steps", "2", "--held-out", "1", "--output", str(directory)]
+    options = ["--steps", "2", "--held-out", str(held_out), "--output", str(directory)]
     command = [sys.executable, "-m", "asyncengine.tiny.train", *options]
     # Threads that wait without spinning: otherwise a busy machine slows training down many times over.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
@@ -198,8 +198,8 @@ def train(directory: Path) -> str:
 
 @pytest.mark.timeout(300)
 def test_training_twice_writes_the_same_files_and_prints_a_held_out_loss(tmp_path: Path) -> None:
-    printed = train(tmp_path / "first")
-    train(tmp_path / "second")
+    printed = train(tmp_path / "first", held_out=1)
+    assert "held-out" not in train(tmp_path / "second", held_out=0)
     first, second = (
         {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("first", "second")
     )

@@ -57,7 +57,7 @@ class WideProduct:
         (part,) = self._parts
         if self._fp8 or part.bias is not None:
             return residual.add_(self._products(x)[0], alpha=self._formula.factor)
-        return torch.addmm(residual, x, part.weight.T, alpha=self._formula.factor, out=residual)
+        return residual.addmm_(x, part.weight.T, alpha=self._formula.factor)
 
     def _activated(self, x: torch.Tensor) -> torch.Tensor:
         formula, tokens = self._formula, x.shape[0]
