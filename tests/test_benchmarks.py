@@ -22,7 +22,7 @@ from asyncengine.model.attention import flashinfer
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.tiles import Tile
 from asyncengine.model.loader import TransformersLoader
-from benchmarks import fused, gpu, gpu_parity, gpu_speed, kv_scales
+from benchmarks import fused, gpu, gpu_parity, gpu_speed, kv_scales, launches
 from benchmarks.arrivals import arrivals
 from benchmarks.gpu import Report
 from benchmarks.lag import innermost, waited
@@ -140,6 +140,14 @@ def test_gpu_compares_fused_kernels_with_transformers_too(
     assert {case.removesuffix(", fused") for case in fused} == checks.keys() - fused and len(fused) == 3
     assert checks["llama float32, fused"]()["ok"]
     assert set(ran) == {7, 2, 1}
+
+
+def test_launches_of_a_layer_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    interpreted.require_triton()
+    counted = launches.main(["llama"])["of_a_layer"]["llama"]
+    assert (counted["fused, 64 tokens"], counted["fused, one token"]) == (11, 5)
+    assert counted["modules"] > 30
+    assert "{'project': 4, 'rotate': 1}" in capsys.readouterr().out
 
 
 def test_gpu_measures_the_kernels_of_other_packages_where_they_are(

@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="checkpoint directory to write")
     parser.add_argument("--seed", type=int, default=0, help="of corpus, initialisation and order")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps")
-    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="chats of each category to test with; 0 tests nothing")
+    parser.add_argument(
+        "--held-out", type=int, default=HELD_OUT, help="chats of each category to test with; 0 tests nothing"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
