@@ -20,8 +20,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from asyncengine.model import architecture
-from asyncengine.model.attention.protocol import AttentionBackend
+from asyncengine.model.attention.protocol import AttentionBackend, CarryingBackend
 from asyncengine.model.attention.select import select
+from asyncengine.model.buckets import Buckets
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.blueprint import recognise
 from asyncengine.model.fp8_linear import quantise
@@ -162,7 +163,10 @@ def paged_logits(
         runner.use_fused(FusedDecoder(recognise(model, layers, max(lengths), whole_experts=True)))
     graphs, notes = graphs_for(runner, backend, len(ids), device, waits=architecture.waits(model))
     if graphs is not None:
-        capturing = Capturing(graphs, at_once=True)
+        mixed = None
+        if isinstance(backend, CarryingBackend):
+            mixed = graphs.mixed(Buckets.mixed(limits.prefill_chunk_size), 1 << 20)  # all rows are compared
+        capturing = Capturing(graphs, mixed=mixed, at_once=True)
         capturing.begin()
         runner.use_graphs(capturing)
         notes += capturing.warmth.notes

@@ -66,8 +66,8 @@ def probing(device: torch.device) -> Iterator[Probe]:
     cuda = device.type == "cuda"
     events: list[Any] = []
 
-    def begin_with(self: TorchModel, batch: StepBatch, sections: Any, captured: bool = False) -> Any:
-        plan = plain_begin(self, batch, sections, captured)
+    def begin_with(self: TorchModel, batch: StepBatch, sections: Any, *captured: bool) -> Any:
+        plan = plain_begin(self, batch, sections, *captured)
         if cuda:
             # Behind the copies of the step's plan: until here the device had nothing to do.
             events[:] = [torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)]

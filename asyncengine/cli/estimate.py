@@ -111,6 +111,7 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
     from asyncengine.model.attention_modules import text_config
+    from asyncengine.model.capacity import CUDA_CHUNK
     from asyncengine.model.checkpoint import Checkpoint
     from asyncengine.model.load_check import KV_DTYPES, check_draft
     from asyncengine.model.location import locate
@@ -145,7 +146,8 @@ def read(config: EngineConfig) -> Needs:
     if cuda and config.attention_backend in ("auto", "triton"):
         texts = [text, *(text_config(draft.hf_config) for draft in drafts)]
         draws = config.speculative_mode == "disable"
-        graphs = sum((graph_memory.reserve(each, dtype, sequences, draws) for each in texts), GraphReserve())
+        tokens = min(config.prefill_chunk_size or CUDA_CHUNK, length) + sequences
+        graphs = sum((graph_memory.reserve(each, dtype, sequences, draws, tokens) for each in texts), GraphReserve())
     names = getattr(hf_config, "architectures", None)
     return Needs(
         architecture=names[0] if names else type(hf_config).__name__,

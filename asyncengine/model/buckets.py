@@ -11,6 +11,9 @@ import numpy as np
 
 from asyncengine.step.batch import StepBatch
 
+_MIXED = (32, 64, 128, 192, 256, 384, 512)
+"""A device takes longer for more tokens than the host does to launch them, one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
@@ -42,6 +45,15 @@ class Buckets:
             raise ValueError(f"largest is {largest}; expected at least 1")
         steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 64), *range(512, largest, 256)]
         return cls((*(size for size in steps if size < largest), largest))
+
+    @classmethod
+    def mixed(cls, largest: int) -> Buckets:
+        """32, 64, 128, 192, 256, 384 and 512: of steps with prompts, which are worth a graph as long as they are small.
+
+        Args:
+            largest: Tokens of the largest step; the last bucket, if it is no larger than those.
+        """
+        return cls((*(size for size in _MIXED if size < largest), *((largest,) if largest <= _MIXED[-1] else ())))
 
     def coarse(self) -> tuple[int, ...]:
         """A few of the sizes, the largest first: with those of `upto`, a step is padded at most fourfold."""

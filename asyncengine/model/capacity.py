@@ -9,13 +9,16 @@ import torch
 
 from asyncengine.config import EngineConfig
 from asyncengine.model import memory
-from asyncengine.model.attention.protocol import CapturableBackend, LayerSpec, is_capturable
+from asyncengine.model.attention.protocol import CapturableBackend, CarryingBackend, LayerSpec, is_capturable
 from asyncengine.model.attention_modules import hooked, text_config
 from asyncengine.model.built_model import Built
 from asyncengine.model.load_check import Details
 from asyncengine.speculation.lengths import LONGEST
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadPlan
+
+CPU_CHUNK, CUDA_CHUNK = 512, 2048
+"""Tokens of prompts in a step, where the configuration leaves that open."""
 
 
 def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -> tuple[Limits, EngineConfig]:
@@ -24,7 +27,7 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
     cuda = details.device.type == "cuda"
     sequences = config.max_num_sequence or {"interactive": 1, "local": 4, "server": 256 if cuda else 64}[config.mode]
     length = details.max_length
-    chunk = min(config.prefill_chunk_size or (2048 if cuda else 512), length)
+    chunk = _chunk(config, details)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
     layers = built.layers if draft is None else [*built.layers, *draft.layers]  # they share the blocks
     per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.kv_dtype) for layer in layers)
@@ -72,6 +75,12 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
     return limits, complete
 
 
+def _chunk(config: EngineConfig, details: Details) -> int:
+    """Tokens of prompts in a step."""
+    usual = CUDA_CHUNK if details.device.type == "cuda" else CPU_CHUNK
+    return min(config.prefill_chunk_size or usual, details.max_length)
+
+
 def graph_reserve(
     config: EngineConfig, details: Details, backend: Any, sequences: int, specs: Collection[LayerSpec]
 ) -> memory.GraphReserve | None:
@@ -89,7 +98,8 @@ def graphs_of(
     from asyncengine.model import graph_memory
 
     draws = config.speculative_mode == "disable"  # else no token stays on the device
-    steps = graph_memory.reserve(text_config(details.hf_config), details.dtype, sequences, draws)
+    tokens = _chunk(config, details) + sequences if isinstance(backend, CarryingBackend) else 0
+    steps = graph_memory.reserve(text_config(details.hf_config), details.dtype, sequences, draws, tokens)
     if not isinstance(backend, CapturableBackend):
         return steps
     return steps + memory.GraphReserve(backend.capture_bytes(specs, sequences, details.device))

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.fused.choice import Choice
-from asyncengine.model.graphs import StepGraphs
+from asyncengine.model.graphs import Ran, StepGraphs
 from asyncengine.model.memory import GIB
+from asyncengine.model.sampler import Sampler
 from asyncengine.model.token_draw import DrawKind
+from asyncengine.step.batch import StepBatch
 from asyncengine.warm_up import WarmUp
 
 FIRST_SECONDS = 3.0
@@ -37,16 +39,18 @@ class _Piece:
         size: The bucket.
         first: Whether it is to be there when the model begins to serve.
         kind: Of a draw.
+        mixed: Whether it is a step of anything; else of decodes alone.
     """
 
     task: _Task
     size: int
     first: bool
     kind: DrawKind = DrawKind.GREEDY
+    mixed: bool = False
 
     def __str__(self) -> str:
         draw = f", {self.kind.name.lower()}" if self.task is _Task.DRAW else ""
-        return f"{self.task.value} of {self.size} tokens{draw}"
+        return f"{'mixed ' if self.mixed else ''}{self.task.value} of {self.size} tokens{draw}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +69,14 @@ class Room:
 class Capturing:
     """The captures of one model, in their order.
 
-    At first a few buckets and their draws, the largest first: from then on every step that can be replayed is, padded
-    to at most four times its tokens unless the time was too short for all of them. Then the others.
+    At first a few buckets and their draws, the largest first: from then on every step of decodes is replayed, padded
+    to at most four times its tokens unless the time was too short for all of them; and a few of steps with prompts.
+    Then the others.
 
     Args:
-        graphs: What is captured.
+        graphs: What is captured of steps that decode alone.
         choice: Between two ways to run steps of few tokens.
+        mixed: What is captured of steps with prompts, if anything is.
         at_once: Whether everything is to be captured before the model serves.
         room: What the graphs may take; when they have taken more, there are no others. None is no limit.
         clock: Tells the time.
@@ -84,12 +90,14 @@ class Capturing:
         graphs: StepGraphs,
         choice: Choice | None = None,
         *,
+        mixed: StepGraphs | None = None,
         at_once: bool = False,
         room: Room | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.graphs = graphs
         self._choice = choice
+        self._mixed = mixed
         self._at_once = at_once
         self._room = room
         self._clock = clock
@@ -101,7 +109,13 @@ class Capturing:
     def warmth(self) -> WarmUp:
         """How far it is. Read from any thread."""
         choice = () if self._choice is None else self._choice.notes
-        return dataclasses.replace(self._warmth, notes=(*self.graphs.notes, *choice, *self._warmth.notes))
+        mixed = () if self._mixed is None else self._mixed.notes
+        return dataclasses.replace(self._warmth, notes=(*self.graphs.notes, *mixed, *choice, *self._warmth.notes))
+
+    def run(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
+        """As `StepGraphs.run`, by a graph of decodes, or of anything."""
+        ran = self.graphs.run(batch, sampler)
+        return ran if ran is not None or self._mixed is None else self._mixed.run(batch, sampler)
 
     def begin(self) -> None:
         """Captures what is to be there when the model begins to serve; anew, if it was there before.
@@ -130,24 +144,31 @@ class Capturing:
     def clear(self) -> None:
         """Lets go of all graphs. `begin` makes new ones."""
         self.graphs.clear()
+        if self._mixed is not None:
+            self._mixed.clear()
         self._left = []
         self._done = self._of = self._taken = 0
         self._warmth = WarmUp(0, 0, False)
 
     def _pieces(self) -> list[_Piece]:
-        sizes, coarse = self.graphs.sizes[::-1], Buckets(self.graphs.sizes).coarse()
         pieces = []
-        for first, some in ((True, coarse), (False, [size for size in sizes if size not in coarse])):
+        for first in (True, False):
+            some = _of(self.graphs.sizes, coarse=first)
             for size in some:
                 pieces.append(_Piece(_Task.STEP, size, first))
                 if self._choice is not None and self._choice.is_open(size):
                     pieces.append(_Piece(_Task.CHOICE, size, first))
             pieces += [_Piece(_Task.DRAW, size, first, kind) for kind in self.graphs.kinds for size in some]
+            if self._mixed is not None:
+                pieces += [_Piece(_Task.STEP, size, first, mixed=True) for size in _of(self._mixed.sizes, coarse=first)]
         return pieces
 
     def _capture(self, piece: _Piece) -> bool:
         if not self._possible(piece):  # any longer: a step that needed another graph has found out
             return False
+        if piece.mixed:
+            assert self._mixed is not None
+            return self._mixed.capture(piece.size)
         if piece.task is _Task.STEP:
             return self.graphs.capture(piece.size)
         if not self.graphs.renew(piece.size):  # steps that were run meanwhile may have needed more memory
@@ -174,9 +195,17 @@ class Capturing:
     def _possible(self, piece: _Piece) -> bool:
         if not self.graphs.capturable:
             return False
+        if piece.mixed:
+            return self._mixed is not None and self._mixed.capturable
         if piece.task is _Task.DRAW:
             return piece.kind in self.graphs.kinds
         return piece.task is _Task.STEP or (self._choice is not None and self._choice.is_open(piece.size))
+
+
+def _of(sizes: Sequence[int], coarse: bool) -> Sequence[int]:
+    """Those that are captured first, or the others; the largest before all."""
+    first = Buckets(tuple(sizes)).coarse()
+    return first if coarse else [size for size in reversed(sizes) if size not in first]
 
 
 class CapturesOf:

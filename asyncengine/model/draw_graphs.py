@@ -23,8 +23,8 @@ class CapturedStep:
     Attributes:
         key: Of the steps that it serves.
         replay: Launches it.
-        logits: (tokens, vocabulary).
-        likeliest: (tokens,) the likeliest token of each row.
+        logits: (rows, vocabulary).
+        likeliest: (rows,) the likeliest token of each row.
         sent: The sections of a step, where it reads them.
     """
 
@@ -74,7 +74,7 @@ class DrawGraphs:
         self._graphs[size, kind] = _CapturedDraw(replay, tokens)
 
     def drawn(self, size: int, kind: DrawKind, step: CapturedStep) -> torch.Tensor:
-        """(size,) the tokens of a step that was replayed. A draw that has no graph is launched."""
+        """(rows,) the tokens of a step that was replayed. A draw that has no graph is launched."""
         if kind is DrawKind.GREEDY:
             return step.likeliest
         draw = self._graphs.get((size, kind))

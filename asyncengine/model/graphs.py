@@ -40,7 +40,7 @@ class Steppable(Protocol):
     """What is captured."""
 
     def begin_with(
-        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]], captured: bool = False
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]], captured: bool = False, mixed: bool = False
     ) -> tuple[Any, dict[str, torch.Tensor] | None]:
         """Prepares a step: returns the attention's plan, and the sections on the device if it took them along."""
         ...
@@ -66,7 +66,7 @@ class Ran:
 
 
 class StepGraphs:
-    """Captured steps of one model.
+    """Captured steps of one model: of decodes alone, or, beside those, of anything.
 
     Args:
         model: What to run.
@@ -75,6 +75,8 @@ class StepGraphs:
         recorder: Captures; CUDA graphs if not given.
         last: Has the tokens that the host does not know.
         kinds: The draws that can be captured, besides greedy ones.
+        most_samples: Of steps of anything, how many rows of logits they give at most. Without, a step is of decodes
+            alone, which give one for each token.
 
     Attributes:
         notes: What did not work, in words.
@@ -88,8 +90,11 @@ class StepGraphs:
         recorder: Recorder | None = None,
         last: LastTokens | None = None,
         kinds: Sequence[DrawKind] = (),
+        most_samples: int | None = None,
     ) -> None:
         self._model = model
+        self._device = device
+        self._most_samples = most_samples
         self._buckets = buckets
         self._recorder: Recorder | None = recorder or CudaRecorder(device)
         self._last = last
@@ -97,6 +102,11 @@ class StepGraphs:
         self._graphs: dict[int, CapturedStep] = {}
         self._draws = DrawGraphs(kinds, last)
         self.notes: list[str] = []
+
+    def mixed(self, buckets: Buckets, most_samples: int) -> StepGraphs:
+        """Captures of steps of anything, of the same model and in the same memory."""
+        recorder, last = self._recorder, self._last
+        return StepGraphs(self._model, buckets, self._device, recorder, last, most_samples=most_samples)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -165,18 +175,18 @@ class StepGraphs:
             batch: The step.
             sampler: Knows what its rows ask for. Without, no tokens are drawn.
         """
-        if not self._graphs or not _decodes_alone(batch):
+        if not self._graphs or not self._takes(batch):
             return None
         size = self._size(len(batch.token_ids))
-        if size is None:
-            return None
         rows = len(batch.sample_index)
+        if size is None or rows > self._samples(size):
+            return None
         step = padded(batch, size)
         kind, sections = None, self._sections(step)
         if sampler is not None:
             slots, positions = batch.sample_slots, batch.sample_positions
             kind = sampler.kind(slots, positions)
-            sections |= sampler.settings(kind, slots, positions, size)
+            sections |= sampler.settings(kind, slots, positions, self._samples(size))
         key, sent = self._send(step, sections)
         captured = self._graphs[size]
         if captured.key != key:
@@ -206,10 +216,22 @@ class StepGraphs:
             return size
         return min((captured for captured in self._graphs if captured >= tokens), default=None)
 
+    def _takes(self, batch: StepBatch) -> bool:
+        """Whether it is a step of the kind that is captured."""
+        if self._most_samples is None:
+            return batch.num_decodes == len(batch.context_lens) and len(batch.sample_index) <= len(batch.token_ids)
+        return batch.draft_lengths is None
+
+    def _samples(self, size: int) -> int:
+        """How many rows of logits a graph of so many tokens gives."""
+        return size if self._most_samples is None else min(size, self._most_samples)
+
     def _give_up(self, error: Exception) -> None:
         """Captures no further steps."""
         self._recorder = None
         what = "no further steps are captured" if self._graphs else "the model cannot be captured, it runs without"
+        if self._most_samples is not None:
+            what = f"no {'further ' if self._graphs else ''}steps with prompts are captured"
         self.notes.append(f"graphs: {what}: {_reason(error)}")
 
     def _recorded(self, recorder: Recorder, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> CapturedStep:
@@ -265,7 +287,7 @@ class StepGraphs:
             return False
         sections = dict(sections)
         if self._last is not None:
-            sections["slots"] = np.full(size, self._last.nowhere)
+            sections["slots"] = np.full(self._samples(size), self._last.nowhere)
         try:
             self._graphs[size] = self._recorded(self._recorder, dataclasses.replace(step, copies=NO_PAIRS), sections)
         except Exception as error:
@@ -277,15 +299,15 @@ class StepGraphs:
 
     def _sections(self, step: StepBatch) -> dict[str, NDArray[Any]]:
         """What a step brings to the device, greedy; where each section goes depends on the number of tokens alone."""
-        tokens, samples = len(step.token_ids), len(step.sample_index)
-        index = np.zeros(tokens, np.int64)
+        rows, samples = self._samples(len(step.token_ids)), len(step.sample_index)
+        index = np.zeros(rows, np.int64)
         index[:samples] = step.sample_index
         sections: dict[str, NDArray[Any]] = {"ids": step.token_ids, "positions": step.positions, "index": index}
         if self._last is not None:
-            slots = np.full(tokens, self._last.nowhere)
+            slots = np.full(rows, self._last.nowhere)
             slots[: len(step.sample_slots)] = step.sample_slots
             sections |= {"sources": sources_of(step), "slots": slots}
-        return sections | token_draw.sections(tokens)
+        return sections | token_draw.sections(rows)
 
     def _send(self, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> tuple[Hashable, dict[str, torch.Tensor]]:
         """One copy to the device, where the attention's plan can take the sections along; else two.
@@ -293,7 +315,7 @@ class StepGraphs:
         Returns:
             Equal for steps that launch the same on the same addresses; and the sections on the device.
         """
-        plan, sent = self._model.begin_with(step, sections, True)
+        plan, sent = self._model.begin_with(step, sections, True, self._most_samples is not None)
         key: Hashable = getattr(plan, "graph_key", None)
         if sent is not None:
             return key, sent
@@ -344,10 +366,6 @@ def graphs_for(
         return None, (f"graphs: {waits}; none are captured",)
     kinds = () if last is None else FILTERED
     return StepGraphs(model, Buckets.upto(sequences), device, last=last, kinds=kinds), ()
-
-
-def _decodes_alone(batch: StepBatch) -> bool:
-    return batch.num_decodes == len(batch.context_lens) and len(batch.sample_index) <= len(batch.token_ids)
 
 
 def _nothing(tokens: int) -> StepBatch:

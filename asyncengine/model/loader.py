@@ -214,6 +214,8 @@ def _captured(
     config: EngineConfig, model: Any, built: Built, details: Details, backend: Any, limits: Limits, last: Any = None
 ) -> tuple[str, ...]:
     """Warms a model up and captures the first of its steps; returns what is slower than it could be, in words."""
+    from asyncengine.model.attention.protocol import CarryingBackend
+    from asyncengine.model.buckets import Buckets
     from asyncengine.model.capturing import Capturing, Room
     from asyncengine.model.fused import choice
     from asyncengine.model.fused.tiles import MOST_TOKENS
@@ -249,7 +251,12 @@ def _captured(
             specs = [layer.spec for layer in built.layers]
             aside = graphs_of(config, details, backend, limits.max_num_sequence, specs).nbytes
             room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
-        capturing = Capturing(graphs, measured, at_once=config.graph_capture == "load", room=room)
+        mixed = None
+        if isinstance(backend, CarryingBackend):
+            tokens = limits.prefill_chunk_size + limits.max_num_sequence
+            mixed = graphs.mixed(Buckets.mixed(tokens), limits.max_num_sequence)
+        at_once = config.graph_capture == "load"
+        capturing = Capturing(graphs, measured, mixed=mixed, at_once=at_once, room=room)
         capturing.begin()
         model.use_graphs(capturing)
     return (*chosen, *slower)

@@ -70,7 +70,7 @@ class PagedLayers:
         return self.plan
 
     def begin_with(
-        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]], captured: bool = False
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]], captured: bool = False, mixed: bool = False
     ) -> tuple[Any, dict[str, torch.Tensor] | None]:
         """As `begin`; also returns the sections on the device if the plan's copy could take them along.
 
@@ -78,6 +78,7 @@ class PagedLayers:
             batch: The step.
             sections: What else it brings to the device.
             captured: Whether it is padded to the tokens of a graph, which is captured or replayed with this plan.
+            mixed: Whether that graph is of all steps of so many tokens, not of decodes alone.
         """
         if captured and isinstance(self._backend, CapturableBackend):
             self._copy(batch)
@@ -86,7 +87,7 @@ class PagedLayers:
         if not isinstance(self._backend, CarryingBackend):
             return self.begin(batch), None
         self._copy(batch)
-        self.plan, sent = self._backend.plan_with(batch, self._limits.page_size, self._device, sections)
+        self.plan, sent = self._backend.plan_with(batch, self._limits.page_size, self._device, sections, mixed)
         return self.plan, sent
 
     def _copy(self, batch: StepBatch) -> None:

@@ -20,7 +20,7 @@ from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, tok
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.fused.decoder import FusedDecoder
-from asyncengine.model.graphs import Ran, StepGraphs
+from asyncengine.model.graphs import Ran
 from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.paged_layers import PagedLayers
@@ -144,7 +144,7 @@ class TorchModel:
         if self._program is not None:
             batch = self._last.known(batch)
             return Ran(self.logits(batch), torch.from_numpy(batch.sample_slots))
-        if self._graphs is not None and (replayed := self._graphs.run(batch, self._sampler)) is not None:
+        if self.capturing is not None and (replayed := self.capturing.run(batch, self._sampler)) is not None:
             return replayed
         kind, settings = None, None
         slots, positions = batch.sample_slots, batch.sample_positions
@@ -198,7 +198,7 @@ class TorchModel:
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""
-        if self._graphs is not None and (replayed := self._graphs.run(batch)) is not None:
+        if self.capturing is not None and (replayed := self.capturing.run(batch)) is not None:
             return replayed.logits
         if self._program is not None:
             return self._program.logits(batch, self.begin(batch))
@@ -213,10 +213,10 @@ class TorchModel:
         return self._layers.begin(batch)
 
     def begin_with(
-        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]], captured: bool = False
+        self, batch: StepBatch, sections: Mapping[str, NDArray[Any]], captured: bool = False, mixed: bool = False
     ) -> tuple[Any, dict[str, torch.Tensor] | None]:
         """As `PagedLayers.begin_with`."""
-        return self._layers.begin_with(batch, sections, captured)
+        return self._layers.begin_with(batch, sections, captured, mixed)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Runs the model: (1, tokens) ids and positions, (M,) rows of logits that are wanted; (M, vocabulary)."""
@@ -234,10 +234,6 @@ class TorchModel:
         output = self._model(input_ids=ids, position_ids=positions, use_cache=False)
         logits = output.logits[0, index]
         return logits
-
-    @property
-    def _graphs(self) -> StepGraphs | None:
-        return None if self.capturing is None else self.capturing.graphs
 
     def use_graphs(self, capturing: Capturing) -> None:
         """Replays steps that are captured, from now on. They are captured from this model."""

@@ -123,7 +123,12 @@ class CarryingBackend(Protocol):
     """A back end whose plan reaches the device in one copy, which takes along what else the step brings there."""
 
     def plan_with(
-        self, batch: StepBatch, page_size: int, device: torch.device, sections: Mapping[str, NDArray[Any]]
+        self,
+        batch: StepBatch,
+        page_size: int,
+        device: torch.device,
+        sections: Mapping[str, NDArray[Any]],
+        mixed: bool = False,
     ) -> tuple[Any, dict[str, torch.Tensor]]:
         """As `AttentionBackend.plan`.
 
@@ -132,6 +137,7 @@ class CarryingBackend(Protocol):
             page_size: As of `plan`.
             device: As of `plan`.
             sections: Flat arrays of numbers that fit into int32.
+            mixed: Whether what is launched serves every step of so many tokens; else that holds for decodes alone.
 
         Returns:
             The plan, and the sections on the device: int32 views that hold until the next plan is made. Where they lie

@@ -66,6 +66,7 @@ class TritonPlan:
         start: Where its numbers lie in the back end's buffer; what the step brings besides lies before them.
         buffer: The numbers that the kernels read.
         graph_key: Equal for steps that launch the same kernels on the same addresses.
+        mixed: Whether every work list is launched, and merged, be it empty.
     """
 
     batch: StepBatch
@@ -77,6 +78,7 @@ class TritonPlan:
     start: int
     buffer: torch.Tensor
     graph_key: tuple[Any, ...]
+    mixed: bool = False
 
 
 class TritonAttention:
@@ -206,7 +208,12 @@ class TritonAttention:
         return self.plan_with(batch, page_size, device, {})[0]
 
     def plan_with(
-        self, batch: StepBatch, page_size: int, device: torch.device, sections: Mapping[str, NDArray[Any]]
+        self,
+        batch: StepBatch,
+        page_size: int,
+        device: torch.device,
+        sections: Mapping[str, NDArray[Any]],
+        mixed: bool = False,
     ) -> tuple[TritonPlan, dict[str, torch.Tensor]]:
         """As `CarryingBackend` says: one copy for the sections and the work lists. Nothing waits for the device."""
         self._prepare(device)
@@ -216,30 +223,31 @@ class TritonAttention:
         sent = buffer.send_sections({**sections, _PLAN: lists.values})
         numbers = sent.pop(_PLAN)
         start = int(numbers.storage_offset())
-        return self._plan(batch, page_size, lists, numbers, start), sent
+        return self._plan(batch, page_size, lists, numbers, start, mixed), sent
 
     def _lists(self, batch: StepBatch, page_size: int) -> WorkLists:
         programs = self._given_programs or self._processors * _LONG_PROGRAMS
         return work_list.work_lists(batch, page_size, self._cuts, programs, self._max_parts)
 
     def _plan(
-        self, batch: StepBatch, page_size: int, lists: WorkLists, numbers: torch.Tensor, start: int
+        self, batch: StepBatch, page_size: int, lists: WorkLists, numbers: torch.Tensor, start: int, mixed: bool
     ) -> TritonPlan:
         assert self._buffer is not None
         tokens = len(batch.slot_mapping)
         # A step of short rows alone launches the same kernels whatever there is to merge, so that it can be replayed.
         short_alone = not any(lists.items[1::2])
-        launched = tuple(i for i, count in enumerate(lists.items) if count or (short_alone and i % 2 == 0))
-        merged = tuple(i for i in launched if lists.merges[i] or (short_alone and i % 2 == 0))
+        always = [mixed or (short_alone and i % 2 == 0) for i in range(len(lists.items))]
+        launched = tuple(i for i, count in enumerate(lists.items) if count or always[i])
+        merged = tuple(i for i in launched if lists.merges[i] or always[i])
         key = (tokens, start, self._buffer.generation, self._generation, launched, merged)
-        return TritonPlan(batch, page_size, tokens, len(self._cuts), launched, merged, start, numbers, key)
+        return TritonPlan(batch, page_size, tokens, len(self._cuts), launched, merged, start, numbers, key, mixed)
 
     def _replace(self, plan: TritonPlan) -> None:
         """Makes a plan anew, at its place, for all layers that are known by now."""
         assert self._buffer is not None
         lists = self._lists(plan.batch, plan.page_size)
         numbers = self._buffer.send(lists.values, plan.start)
-        again = self._plan(plan.batch, plan.page_size, lists, numbers, plan.start)
+        again = self._plan(plan.batch, plan.page_size, lists, numbers, plan.start, plan.mixed)
         plan.cuts, plan.launched, plan.merged, plan.buffer = again.cuts, again.launched, again.merged, again.buffer
 
     def attend(
