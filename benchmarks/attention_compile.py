@@ -172,8 +172,10 @@ def loop(case: Case, ptx: str, cubin: bytes, found: dict[str, Any]) -> dict[str,
     waits = [int(pending) for pending in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)]
     turns_ahead = launch.stages - 1 if max(waits, default=0) else 0
     programs = sass.programs(found["registers"], found["shared"], launch.warps)
-    share = short if case.name.startswith("attend short") else long
-    return {"turn": turn.total(), **share, "ahead": programs * turns_ahead * case.block >> 10}
+    ahead = {"ahead": programs * turns_ahead * case.block >> 10}
+    if not turn:  # float32 is multiplied without matrix units
+        return ahead
+    return {"turn": turn.total()} | (short if case.name.startswith("attend short") else long) | ahead
 
 
 def resources(ptx: str) -> dict[str, int]:
