@@ -1,8 +1,17 @@
-"""Registers and spills of the Triton attention kernels, compiled for Hopper. Needs triton, but no GPU.
+"""Registers, spills and instructions of the Triton attention kernels for Hopper. Needs triton, but no GPU.
 
 Every entry of the table of tiles is compiled for sm_90, short and long tiles, with and without window, soft cap and
-sinks; ptxas says how many registers a thread takes and how many bytes it spills. A spilling kernel is slow, so there
-should be none: the exit status is 1 if there is one. The last line is one JSON object.
+sinks; ptxas says how many registers a thread takes and how many bytes it spills. Of the loop over the keys this says
+
+* `turn`: instructions of a warp for one block of keys, splits that end and masks left out (`sass.py`),
+* `issue`, of short tiles: the share of a multiprocessor's issue slots that this takes where keys and values stream at
+  4.8 TB/s (an H200: 132 multiprocessors, 1.755 GHz). More than 1 cannot keep up with memory,
+* `matrix`, of long tiles: the share of the matrix units' rate where nothing else is done while they multiply,
+* `ahead`: KiB of keys and values that a multiprocessor has asked for, at most, while it computes. With some 0.8 us
+  between asking and getting it must be 29.
+
+A kernel that spills, or does not load ahead though it should, is slow: the exit status is 1 if there is one. The last
+line is one JSON object.
 
     python -m benchmarks.attention_compile [--quick]
 """
@@ -10,6 +19,7 @@ should be none: the exit status is 1 if there is one. The last line is one JSON 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -43,6 +53,7 @@ from asyncengine.model.attention.triton_launch import (
     write_constants,
 )
 from asyncengine.model.attention.triton_tiles import EXACT, TABLE, Launch, Tiles, tiles_for
+from benchmarks import sass
 
 HOPPER = GPUTarget("cuda", 90, 32)
 HEADS = [(16, 16), (24, 24), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)]
@@ -51,18 +62,27 @@ FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window, soft cap, sinks": {"sliding_window": 1024, "soft_cap": 50.0, "has_sinks": True},
 }
+STREAM = 4.8e12 / 132 / 1.755e9
+"""Bytes of memory for each multiprocessor and cycle."""
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", fp8.E4M3: "fp8e4nv"}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kernel to compile."""
+    """One kernel to compile.
+
+    Attributes:
+        block: Bytes of keys and values that a turn of its loop over the keys reads; 0 if it has no such loop.
+        products: Multiplications and additions of such a turn.
+    """
 
     name: str
     function: Any
     types: dict[str, str]
     constants: dict[str, Any]
     launch: Launch
+    block: int = 0
+    products: int = 0
 
 
 def cases(heads: list[tuple[int, int]], dtypes: list[torch.dtype]) -> Iterator[Case]:
@@ -99,7 +119,9 @@ def cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, tiles: Tiles) -> It
     }  # fmt: skip
     for kind, launch, index in (("short", tiles.short, 0), ("long", tiles.long, 1)):
         constants = attend_constants(spec, dtype, 16, index, launch, tiles)
-        yield Case(f"attend {kind} {name}", kernels.attend, types, constants, launch)
+        numbers = tiles.keys * (spec.key_dim + spec.value_dim)
+        case = Case(f"attend {kind} {name}", kernels.attend, types, constants, launch)
+        yield dataclasses.replace(case, block=numbers * dtype.itemsize, products=2 * launch.rows * numbers)
     types = {"plan": "*i32", "sinks": sinks, "output": f"*{model}", "parts": "*fp32", "statistics": "*fp32"}
     types["value_scale"] = "fp32"
     yield Case(f"merge {name}", kernels.merge, types, merge_constants(spec, 0), MERGE_LAUNCH)
@@ -113,8 +135,8 @@ def cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, tiles: Tiles) -> It
         yield Case(f"write {name}", kernels.write, types, write_constants(spec, dtype, 16), WRITE_LAUNCH)
 
 
-def compiled(case: Case) -> dict[str, int]:
-    """Registers per thread, bytes spilled and bytes of shared memory."""
+def compiled(case: Case) -> dict[str, Any]:
+    """Registers per thread, bytes spilled and of shared memory, and of the loop over the keys what is said above."""
     names = case.function.arg_names
     types = {name: case.types.get(name, "constexpr") for name in names}
     constants = case.constants | {name: None for name, kind in types.items() if kind == "constexpr"} | case.constants
@@ -128,7 +150,32 @@ def compiled(case: Case) -> dict[str, int]:
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     kernel = triton.compile(source, target=HOPPER, options=launch_options(case.launch))
-    return resources(kernel.asm["ptx"]) | {"shared": int(kernel.metadata.shared)}
+    ptx = kernel.asm["ptx"]
+    found: dict[str, Any] = resources(ptx) | {"shared": int(kernel.metadata.shared)}
+    if case.block:
+        found |= loop(case, ptx, kernel.asm["cubin"], found)
+    return found
+
+
+def loop(case: Case, ptx: str, cubin: bytes, found: dict[str, Any]) -> dict[str, Any]:
+    """What is said above of the loop over the keys."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        turn = sass.turn(Path(file.name))
+    launch = case.launch
+    cycles = turn.total() * launch.warps / 4
+    multiplying = case.products / (4096 if turn["HGMMA"] else 2048)
+    short = {"issue": round(cycles / (case.block / STREAM), 2)}
+    long = {"matrix": round(multiplying / (multiplying + cycles), 2)}
+    # Loads that are all waited for at once are not ahead of anything.
+    waits = [int(pending) for pending in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)]
+    turns_ahead = launch.stages - 1 if max(waits, default=0) else 0
+    programs = sass.programs(found["registers"], found["shared"], launch.warps)
+    ahead = {"ahead": programs * turns_ahead * case.block >> 10}
+    if not turn:  # float32 is multiplied without matrix units
+        return ahead
+    return {"turn": turn.total()} | (short if case.name.startswith("attend short") else long) | ahead
 
 
 def resources(ptx: str) -> dict[str, int]:
@@ -149,14 +196,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two head sizes in bfloat16, one in fp8")
     quick = parser.parse_args().quick
-    results = {}
+    results, loads_ahead = {}, {}
     wanted: Iterator[Case] = cases(HEADS, list(NAMES))
     if quick:
         wanted = itertools.chain(cases(QUICK, [torch.bfloat16]), cases(QUICK[:1], [fp8.E4M3]))
     for case in itertools.chain(wanted, stored()):
         results[case.name] = found = compiled(case)
+        loads_ahead[case.name] = case.launch.stages > 1
         print(f"{case.name:<55} {found}", flush=True)
     spilling = [name for name, found in results.items() if found["spilled"]]
+    waiting = [name for name, found in results.items() if found.get("ahead") == 0 and loads_ahead[name]]
     print(
         json.dumps(
             {
@@ -166,11 +215,12 @@ def main() -> None:
                 "entries": len(TABLE) + len(EXACT),
                 "kernels": len(results),
                 "spilling": spilling,
+                "waiting": waiting,
                 "most_registers": max(found["registers"] for found in results.values()),
             }
         )
     )
-    sys.exit(bool(spilling))
+    sys.exit(bool(spilling or waiting))
 
 
 if __name__ == "__main__":

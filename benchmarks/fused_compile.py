@@ -33,6 +33,7 @@ from asyncengine.model.fused.launches import OPTIONS
 from asyncengine.model.fused.narrow_product import Shape, launch_options
 from asyncengine.model.fused.tiles import MOST_TOKENS
 from asyncengine.model.fused.wide_product import NUMBERS_EACH, norm_constants, norm_options
+from benchmarks import sass
 from benchmarks.attention_compile import HOPPER, NAMES, resources
 from benchmarks.fused_shapes import DECODERS, Decoder, products
 
@@ -148,11 +149,9 @@ def compiled(case: Case) -> dict[str, int]:
 
 def on_the_way(case: Case, registers: int, shared: int) -> int:
     """Bytes of weights that a multiprocessor of an H100 or H200 has asked for at a time."""
-    threads = 32 * int(case.options.get("num_warps", 4))
-    of_registers = 65536 // (-(-registers // 8) * 8 * threads)
-    of_memory = (227 << 10) // (shared + 1024)
-    programs = min(of_registers, of_memory, 2048 // threads, 32)
-    return programs * (case.stages - 1) * case.loads * threads * 16
+    warps = int(case.options.get("num_warps", 4))
+    programs = sass.programs(registers, shared, warps)
+    return programs * (case.stages - 1) * case.loads * 32 * warps * 16
 
 
 def main() -> None:

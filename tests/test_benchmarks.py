@@ -261,9 +261,9 @@ def test_a_group_of_gpu_is_a_process_of_its_own() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_attention_kernels_compile_for_hopper_without_spills(compiled: Reports) -> None:
+def test_attention_kernels_compile_for_hopper_without_spills_and_load_ahead(compiled: Reports) -> None:
     status, result, said = ended(*compiled["attention_compile"])
-    assert result["spilling"] == [], said
+    assert (result["spilling"], result["waiting"]) == ([], []), said
     assert status == 0
     assert result["kernels"] == 21
 

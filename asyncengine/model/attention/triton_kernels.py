@@ -60,6 +60,51 @@ def _fold(total, total_max, total_sum, part, part_max, part_sum):
 
 
 @triton.jit
+def _rows(zero, tokens, heads, ROWS: tl.constexpr, TILE_HEADS: tl.constexpr, HEADS: tl.constexpr):
+    """Where the rows of a tile are, from its first token and head on, and which of them are some.
+
+    Nothing is added, as `zero` is 0 or more. But so this is computed where it is needed, and takes no registers before.
+    """
+    row = tl.arange(0, ROWS) + tl.minimum(zero, 0)
+    return row // TILE_HEADS * HEADS + row % TILE_HEADS, (row // TILE_HEADS < tokens) & (row % TILE_HEADS < heads)
+
+
+@triton.jit
+def _hand_on(
+    parts, statistics, at, tokens, head, heads, part, part_max, part_sum,
+    HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """Writes one split of a tile, (rows, dim) with its maximum and sum, for `merge`: from row `at` of `parts` on."""
+    row, valid = _rows(at, tokens, heads, part.shape[0], TILE_HEADS, HEADS)
+    first = at.to(tl.int64) * HEADS + head
+    dim = tl.arange(0, part.shape[1])[None, :]
+    tl.store(parts + first * VALUE_DIM + row[:, None] * VALUE_DIM + dim, part, mask=valid[:, None] & (dim < VALUE_DIM))
+    tl.store(statistics + first * 2 + row * 2, part_max, mask=valid)
+    tl.store(statistics + first * 2 + row * 2 + 1, part_sum, mask=valid)
+
+
+@triton.jit
+def _pages(table, start, stop, KEYS: tl.constexpr, PAGE: tl.constexpr):
+    """Looks up the pages of the keys from `start` on, a multiple of KEYS; 0 for those from `stop` on."""
+    if KEYS % PAGE == 0:  # once for each page, not for each key
+        index = tl.arange(0, KEYS // PAGE)
+        page = tl.load(table + start // PAGE + index, mask=start + index * PAGE < stop, other=0)
+    else:
+        at = start + tl.arange(0, KEYS)
+        page = tl.load(table + at // PAGE, mask=at < stop, other=0)
+    return page
+
+
+@triton.jit
+def _first_rows(page, WAYS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr):
+    """Of the page of each key, (keys,), as `_pages` looked them up."""
+    row = page.to(tl.int64) * (WAYS * PAGE)
+    if KEYS % PAGE == 0:
+        row = tl.reshape(tl.broadcast_to(row[:, None], (KEYS // PAGE, PAGE)), (KEYS,))
+    return row
+
+
+@triton.jit
 def _finish(total, total_max, total_sum, sink, HAS_SINKS: tl.constexpr):
     """The weighted mean, (rows, dim); zeros where nothing was attended to."""
     if HAS_SINKS:
@@ -129,12 +174,13 @@ def attend(
     row_token = row // TILE_HEADS
     first_item = plan + tl.load(plan + LIST + 1)
     tables = plan + tl.load(plan + _TABLES)
+    unit = (soft_cap if HAS_SOFT_CAP else scaling) * _LOG2E
 
     for index in range(tl.program_id(0), tl.load(plan + LIST) * WAYS, tl.num_programs(0)):
         item = first_item + index // WAYS * _ITEM
         way = index % WAYS
         kv_head = way // HEAD_TILES
-        token = tl.load(item)
+        token = tl.load(item).to(tl.int64)
         tokens = tl.load(item + 1)
         position = tl.load(item + 2)
         table = tables + tl.load(item + 3)
@@ -142,12 +188,20 @@ def attend(
         end_split = tl.load(item + 5)
         part = tl.load(item + 6)
 
-        group_head = way % HEAD_TILES * TILE_HEADS + row % TILE_HEADS
-        valid = (row_token < tokens) & (group_head < GROUP)
-        head = kv_head * GROUP + group_head
-        at_token = (token + row_token).to(tl.int64)
+        end = position + tokens
+        start = split * SPLIT
+        stop = tl.minimum(end_split * SPLIT, end)
+        if WINDOW:
+            start = tl.maximum(start, (position - WINDOW + 1) // KEYS * KEYS)
+        # Pages are looked up one turn ahead, so that keys and values need not wait for it.
+        page = _pages(table, start, stop, KEYS, PAGE)
+
+        first_head = kv_head * GROUP + way % HEAD_TILES * TILE_HEADS
+        heads = GROUP - way % HEAD_TILES * TILE_HEADS
+        valid = (row_token < tokens) & (row % TILE_HEADS < heads)
+        head = first_head + row % TILE_HEADS
         queries = tl.load(
-            query + at_token[:, None] * query_token + head[:, None] * query_head + key_dim[None, :],
+            query + ((token + row_token) * query_token + head * query_head)[:, None] + key_dim[None, :],
             mask=valid[:, None] & (key_dim[None, :] < KEY_DIM),
             other=0.0,
         )  # fmt: skip
@@ -155,75 +209,85 @@ def attend(
             queries = tl.clamp(queries.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         queries = queries.to(NUMBER)
         row_position = position + row_token
-        end = position + tokens
-        first_seen = position - WINDOW + 1 if WINDOW else 0
 
         total = tl.zeros((ROWS, VALUE_PAD), tl.float32)
         total_max = tl.full((ROWS,), -float("inf"), tl.float32)
         total_sum = tl.zeros((ROWS,), tl.float32)
-        for here in range(split, end_split):
-            part_total = tl.zeros((ROWS, VALUE_PAD), tl.float32)
-            part_max = tl.full((ROWS,), -float("inf"), tl.float32)
-            part_sum = tl.zeros((ROWS,), tl.float32)
-            start = here * SPLIT
-            stop = tl.minimum(start + SPLIT, end)
+        part_total = tl.zeros((ROWS, VALUE_PAD), tl.float32)
+        part_max = tl.full((ROWS,), -float("inf"), tl.float32)
+        part_sum = tl.zeros((ROWS,), tl.float32)
+        # One loop over the blocks of all splits, so that loads for a split are under way while the one before ends.
+        for block in tl.range(start, stop, KEYS, num_stages=STAGES):
+            at = block + step
+            written = at < stop
+            in_page = kv_head * PAGE + (step % PAGE if KEYS % PAGE == 0 else at % PAGE)
+            first_row = _first_rows(page, KV_HEADS, KEYS, PAGE)
+            page = _pages(table, block + KEYS, stop, KEYS, PAGE)
+            block_keys = tl.load(
+                keys + in_page[:, None] * KEY_DIM + key_dim[None, :] + (first_row * KEY_DIM)[:, None],
+                mask=written[:, None] & (key_dim[None, :] < KEY_DIM),
+                other=0.0,
+            ).to(NUMBER)  # fmt: skip
+            scores = _dot(queries, tl.trans(block_keys), PRECISION, WIDEN)
+            if HAS_SOFT_CAP:
+                # tanh(score / cap); an exponential that overflows gives 1, one that vanishes -1
+                scores = 1.0 - 2.0 / (tl.exp2(scores * (scaling * (2.0 * _LOG2E) / soft_cap)) + 1.0)
+            begins = block % SPLIT == 0
+            bounded = begins | (block + KEYS > position + 1)
             if WINDOW:
-                start = tl.maximum(start, first_seen // KEYS * KEYS)
-            # Blocks are looked up one turn ahead, so that keys and values need not wait for it.
-            page = tl.load(table + (start + step) // PAGE, mask=start + step < end, other=0)
-            for block in tl.range(start, stop, KEYS, num_stages=STAGES):
-                at = block + step
-                written = at < end
-                slot = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE + at % PAGE
-                page = tl.load(table + (at + KEYS) // PAGE, mask=at + KEYS < end, other=0)
-                block_keys = tl.load(
-                    keys + slot[:, None] * KEY_DIM + key_dim[None, :],
-                    mask=written[:, None] & (key_dim[None, :] < KEY_DIM),
-                    other=0.0,
-                ).to(NUMBER)  # fmt: skip
-                scores = _dot(queries, tl.trans(block_keys), PRECISION, WIDEN) * scaling
-                if HAS_SOFT_CAP:
-                    # cap * tanh(score / cap); an exponential that overflows gives 1, one that vanishes -1
-                    scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * _LOG2E / soft_cap)) + 1.0))
+                bounded |= block < end - WINDOW
+            if bounded:  # Most blocks lie in the midst of a split, and all rows see all of them.
+                # A split is folded behind the first product of the next one: the compiler has to wait for that anyway,
+                # and would wait for the last product of a turn in every turn if what it gives were looked at before.
                 seen = at[None, :] <= row_position[:, None]
                 if WINDOW:
                     seen &= at[None, :] > row_position[:, None] - WINDOW
-                scores = tl.where(seen, scores * _LOG2E, -float("inf"))
-                new_max = tl.maximum(part_max, tl.max(scores, 1))
-                safe = tl.where(new_max == -float("inf"), 0.0, new_max)
-                weights = tl.exp2(scores - safe[:, None])
-                keep = tl.exp2(part_max - safe)
-                part_sum = part_sum * keep + tl.sum(weights, 1)
-                part_max = new_max
-                block_values = tl.load(
-                    values + slot[:, None] * VALUE_DIM + value_dim[None, :],
-                    mask=written[:, None] & (value_dim[None, :] < VALUE_DIM),
-                    other=0.0,
-                ).to(NUMBER)  # fmt: skip
-                weights = weights.to(NUMBER)
-                part_total = part_total * keep[:, None] + _dot(weights, block_values, PRECISION, WIDEN)
-            if part < 0:
-                total, total_max, total_sum = _fold(total, total_max, total_sum, part_total, part_max, part_sum)
-            else:
-                at_part = (part + (here - split) * tokens + row_token).to(tl.int64) * HEADS + head
-                tl.store(
-                    parts + at_part[:, None] * VALUE_DIM + value_dim[None, :],
-                    part_total,
-                    mask=valid[:, None] & (value_dim[None, :] < VALUE_DIM),
-                )  # fmt: skip
-                tl.store(statistics + at_part * 2, part_max, mask=valid)
-                tl.store(statistics + at_part * 2 + 1, part_sum, mask=valid)
+                scores = tl.where(seen, scores, -float("inf"))
+                if begins & (block > start):
+                    if part < 0:
+                        total, total_max, total_sum = _fold(total, total_max, total_sum, part_total, part_max, part_sum)
+                    else:
+                        _hand_on(
+                            parts, statistics, part + (block // SPLIT - 1 - split) * tokens, tokens,
+                            first_head, heads, part_total, part_max, part_sum,
+                            HEADS, TILE_HEADS, VALUE_DIM,
+                        )  # fmt: skip
+                    part_total = tl.zeros((ROWS, VALUE_PAD), tl.float32)
+                    part_max = tl.full((ROWS,), -float("inf"), tl.float32)
+                    part_sum = tl.zeros((ROWS,), tl.float32)
+            new_max = tl.maximum(part_max, tl.max(scores, 1) * unit)
+            safe = tl.where(new_max == -float("inf"), 0.0, new_max)
+            units = tl.full(scores.shape, unit, tl.float32)
+            weights = tl.exp2(tl.fma(scores, units, tl.broadcast_to(-safe[:, None], scores.shape)))
+            keep = tl.exp2(part_max - safe)
+            part_sum = tl.fma(part_sum, keep, tl.sum(weights, 1))
+            part_max = new_max
+            block_values = tl.load(
+                values + in_page[:, None] * VALUE_DIM + value_dim[None, :] + (first_row * VALUE_DIM)[:, None],
+                mask=written[:, None] & (value_dim[None, :] < VALUE_DIM),
+                other=0.0,
+            ).to(NUMBER)  # fmt: skip
+            weights = weights.to(NUMBER)
+            part_total = part_total * keep[:, None] + _dot(weights, block_values, PRECISION, WIDEN)
         if part < 0:
+            total, total_max, total_sum = _fold(total, total_max, total_sum, part_total, part_max, part_sum)
             sink = total_max
             if HAS_SINKS:
                 sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * _LOG2E
             mean = _finish(total, total_max, total_sum, sink, HAS_SINKS)
             if FP8:
                 mean *= value_scale
+            place, there = _rows(stop, tokens, heads, ROWS, TILE_HEADS, HEADS)
             tl.store(
-                output + (at_token * HEADS + head)[:, None] * VALUE_DIM + value_dim[None, :],
+                output + (token * HEADS + first_head) * VALUE_DIM + place[:, None] * VALUE_DIM + value_dim[None, :],
                 mean.to(output.dtype.element_ty),
-                mask=valid[:, None] & (value_dim[None, :] < VALUE_DIM),
+                mask=there[:, None] & (value_dim[None, :] < VALUE_DIM),
+            )  # fmt: skip
+        else:
+            _hand_on(
+                parts, statistics, part + ((stop - 1) // SPLIT - split) * tokens, tokens,
+                first_head, heads, part_total, part_max, part_sum,
+                HEADS, TILE_HEADS, VALUE_DIM,
             )  # fmt: skip
 
 

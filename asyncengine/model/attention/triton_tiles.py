@@ -68,12 +68,12 @@ TABLE: dict[tuple[int, int], Tiles] = {
 }
 EXACT: dict[tuple[int, int, int], Tiles] = {
     # (bytes of a number, size of a key head, of a value head): sizes that need no masks, so fewer registers
-    (1, 64, 64): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(128, 8, 3)),
+    (1, 64, 64): Tiles(128, 256, Launch(16, 4, 3, 248), Launch(128, 8, 3)),
     (1, 128, 128): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(128, 8, 3)),
-    (1, 256, 256): Tiles(32, 256, Launch(16, 8, 3), Launch(32, 8, 3)),
-    (2, 64, 64): Tiles(64, 256, Launch(16, 4, 3), Launch(128, 8, 3)),
+    (1, 256, 256): Tiles(64, 256, Launch(16, 8, 3), Launch(64, 8, 3)),
+    (2, 64, 64): Tiles(128, 256, Launch(16, 4, 3, 248), Launch(128, 8, 3)),
     (2, 128, 128): Tiles(64, 256, Launch(16, 4, 3, 248), Launch(128, 8, 3)),
-    (2, 256, 256): Tiles(32, 256, Launch(16, 8, 3), Launch(32, 8, 3)),
+    (2, 256, 256): Tiles(32, 256, Launch(16, 4, 3, 248), Launch(64, 8, 3)),
     (4, 256, 256): Tiles(32, 256, Launch(16, 8, 2), Launch(16, 8, 2)),
 }
 
