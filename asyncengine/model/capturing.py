@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.fused.choice import Choice
-from asyncengine.model.graphs import Ran, StepGraphs
+from asyncengine.model.graphs import Ran, Seconds, StepGraphs
 from asyncengine.model.memory import GIB
 from asyncengine.model.sampler import Sampler
 from asyncengine.model.token_draw import DrawKind
@@ -77,6 +77,7 @@ class Capturing:
         graphs: What is captured of steps that decode alone.
         choice: Between two ways to run steps of few tokens.
         mixed: What is captured of steps with prompts, if anything is.
+        seconds: Tells which of those are worth a graph; all are, without.
         at_once: Whether everything is to be captured before the model serves.
         room: What the graphs may take; when they have taken more, there are no others. None is no limit.
         clock: Tells the time.
@@ -91,6 +92,7 @@ class Capturing:
         choice: Choice | None = None,
         *,
         mixed: StepGraphs | None = None,
+        seconds: Seconds | None = None,
         at_once: bool = False,
         room: Room | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -98,6 +100,7 @@ class Capturing:
         self.graphs = graphs
         self._choice = choice
         self._mixed = mixed
+        self._seconds = seconds
         self._at_once = at_once
         self._room = room
         self._clock = clock
@@ -168,7 +171,10 @@ class Capturing:
             return False
         if piece.mixed:
             assert self._mixed is not None
-            return self._mixed.capture(piece.size)
+            captured = self._mixed.capture(piece.size)
+            if captured and self._seconds is not None:
+                self._mixed.keep_if_faster(piece.size, self._seconds)
+            return captured
         if piece.task is _Task.STEP:
             return self.graphs.capture(piece.size)
         if not self.graphs.renew(piece.size):  # steps that were run meanwhile may have needed more memory

@@ -35,6 +35,9 @@ from asyncengine.model.token_draw import FILTERED, DrawKind
 from asyncengine.model.token_ranking import argmax
 from asyncengine.step.batch import NO_PAIRS, StepBatch
 
+Seconds = Callable[[Callable[[], None]], float]
+"""How long what it is given takes on the device, done again and again."""
+
 
 class Steppable(Protocol):
     """What is captured."""
@@ -149,6 +152,24 @@ class StepGraphs:
             return False
         return True
 
+    def keep_if_faster(self, size: int, seconds: Seconds) -> None:
+        """Lets go of a bucket's graph if the steps that are padded to it are launched in less time, as large ones are.
+
+        What is launched has as many tokens as such a step has on average. Neither attends to anything.
+        """
+        smaller = max((other for other in self.sizes if other < size), default=0)
+        fewer = _nothing((smaller + size) // 2 + 1)
+        with torch.inference_mode():
+            launched = seconds(lambda: self._launch(fewer))
+            self._send(step := _nothing(size), self._sections(step))
+            replayed = seconds(self._graphs[size].replay)
+        if replayed > launched:
+            del self._graphs[size]
+            taken = f"{launched * 1e3:.3g} ms (replayed: {replayed * 1e3:.3g})"
+            self.notes.append(
+                f"graphs: steps with prompts of {smaller + 1} to {size} tokens are launched: measured {taken}"
+            )
+
     def capture_draw(self, size: int, kind: DrawKind) -> bool:
         """Captures a draw behind a bucket's graph, from logits and settings of a step of padding; whether it could be.
 
@@ -210,10 +231,16 @@ class StepGraphs:
         self._graphs.clear()
         self._draws.clear()
 
+    def _launch(self, step: StepBatch) -> None:
+        _, sent = self._send(step, self._sections(step))
+        self._step(sent)
+
     def _size(self, tokens: int) -> int | None:
         size = self._buckets.of(tokens)
         if size is None or size in self._graphs:
             return size
+        if self._most_samples is not None:  # more padding may take longer than launching does
+            return None
         return min((captured for captured in self._graphs if captured >= tokens), default=None)
 
     def _takes(self, batch: StepBatch) -> bool:

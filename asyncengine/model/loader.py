@@ -256,7 +256,8 @@ def _captured(
             tokens = limits.prefill_chunk_size + limits.max_num_sequence
             mixed = graphs.mixed(Buckets.mixed(tokens), limits.max_num_sequence)
         at_once = config.graph_capture == "load"
-        capturing = Capturing(graphs, measured, mixed=mixed, at_once=at_once, room=room)
+        seconds = choice.cuda_seconds(details.device, rounds=3, replays=3)
+        capturing = Capturing(graphs, measured, mixed=mixed, seconds=seconds, at_once=at_once, room=room)
         capturing.begin()
         model.use_graphs(capturing)
     return (*chosen, *slower)

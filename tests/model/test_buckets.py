@@ -33,6 +33,11 @@ def test_buckets_for_a_server() -> None:
     assert len(Buckets.upto(256).sizes) == 23
 
 
+def test_buckets_of_steps_with_prompts_end_where_launching_is_no_slower() -> None:
+    assert Buckets.mixed(2304).sizes == Buckets.mixed(512).sizes == (32, 64, 128, 192, 256, 384, 512)
+    assert Buckets.mixed(34).sizes == (32, 34) and Buckets.mixed(9).sizes == (9,)
+
+
 @pytest.mark.parametrize("sizes", [(), (0, 1), (2, 1), (1, 1)])
 def test_sizes_must_rise(sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected rising positive numbers"):

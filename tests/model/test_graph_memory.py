@@ -78,19 +78,22 @@ def test_the_reserve_adds_up() -> None:
     assert reserve(text, torch.bfloat16, 16, False) == GraphReserve(kept + activations + 5 * STEP_GRAPH, 5)
     both = GraphReserve(kept + activations + draw_bytes(16, 1000) + 5 * STEP_GRAPH + 15 * DRAW_GRAPH, 20)
     assert reserve(text, torch.bfloat16, 16, True) == both
+    mixed = reserve(text, torch.bfloat16, 16, False, 100)
+    more = (3 * 16 * 1000 + (100 - 16) * (6 * 64 + 4 * 256)) * 2 + 3 * STEP_GRAPH  # of 32, 64 and 100 tokens
+    assert mixed == GraphReserve(kept + activations + 5 * STEP_GRAPH + more, 8)
     assert str(GraphReserve(3 << 28, 20)) == "0.75 GiB for 20 CUDA graphs"
 
 
 @pytest.mark.parametrize(
     ("backend", "device", "mode", "graphs"),
     [
-        ("triton", "cuda", "disable", 20), ("triton", "cuda", "ngram", 5), ("torch", "cuda", "disable", None),
+        ("triton", "cuda", "disable", 23), ("triton", "cuda", "ngram", 8), ("torch", "cuda", "disable", None),
         ("triton", "cpu", "disable", None),
     ],
 )  # fmt: skip
 def test_a_load_sets_aside_what_it_will_capture(backend: str, device: str, mode: Any, graphs: int | None) -> None:
     details: Any = SimpleNamespace(
-        device=torch.device(device), draft=None, hf_config=LlamaConfig(**SIZES), dtype=torch.bfloat16
+        device=torch.device(device), draft=None, hf_config=LlamaConfig(**SIZES), dtype=torch.bfloat16, max_length=100
     )
     config = EngineConfig("m", speculative_mode=mode)
     attention = {"triton": SimpleNamespace(plan_with=print), "torch": SimpleNamespace(name="torch")}[backend]
@@ -111,7 +114,7 @@ def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.Monkey
     built: Any = SimpleNamespace(model=None, layers=[SimpleNamespace(spec=None)])
     config = EngineConfig("m", gpu_memory_utilization=0.5)
     limits, _ = capacity.limits_of(LoadPlan(config, True, None, details), built, None, backend)
-    graphs = reserve(details.hf_config, torch.bfloat16, 256, True)
+    graphs = reserve(details.hf_config, torch.bfloat16, 256, True, 2048 + 256)
     assert graphs.nbytes > 1 << 20
     assert limits.num_blocks == (40 * gib - 20 * gib - 2 * gib - graphs.nbytes) >> 20
     with pytest.raises(InsufficientMemoryError, match=rf"\(18\.00 GiB available - {graphs}\)"):

@@ -69,9 +69,13 @@ class Model:
     key: object = 0
     begun: list[StepBatch] = field(default_factory=list)
     forwards: int = 0
+    mixed: list[bool] = field(default_factory=list)
 
-    def begin_with(self, batch: StepBatch, sections: object, captured: bool = False) -> tuple[Plan, None]:
+    def begin_with(
+        self, batch: StepBatch, sections: object, captured: bool = False, mixed: bool = False
+    ) -> tuple[Plan, None]:
         self.begun.append(batch)
+        self.mixed.append(mixed)
         return Plan((len(batch.token_ids), self.key)), None
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -126,6 +130,98 @@ def test_larger_steps_and_prefills_are_left_alone() -> None:
     assert len(model.begun) == before
 
 
+def prompts(*lengths: int, first: int = 100, decoding: int = 0) -> StepBatch:
+    """A step of whole prompts behind some decodes, each of which draws behind its last token."""
+    counts = np.array([1] * decoding + list(lengths))
+    ends, total = np.cumsum(counts), int(counts.sum())
+    return dataclasses.replace(
+        _nothing(total),
+        token_ids=(first + np.arange(total)).astype(np.int32),
+        positions=np.arange(total, dtype=np.int32),
+        query_start=np.concatenate(([0], ends)).astype(np.int32),
+        context_lens=np.zeros(len(counts), np.int32),
+        slot_mapping=np.arange(total),
+        sample_index=ends - 1,
+        num_decodes=decoding,
+    )
+
+
+class TestMixed:
+    """Captured steps of anything, beside those that decode."""
+
+    def of(self, most_samples: int = 3, recorder: Replayer | None = None) -> tuple[Model, Replayer, Capturing]:
+        model, recorder = Model(), recorder or Replayer()
+        graphs = StepGraphs(model, Buckets((1, 2, 4)), CPU, recorder)
+        capturing = Capturing(graphs, mixed=graphs.mixed(Buckets((4, 8, 16)), most_samples), at_once=True)
+        capturing.begin()
+        return model, recorder, capturing
+
+    def test_steps_with_prompts_are_padded_and_replayed(self) -> None:
+        model, recorder, capturing = self.of()
+        assert recorder.recorded == 6 and capturing.warmth == WarmUp(6, 6, False)
+        for step, size in ((prompts(3), 4), (prompts(5, 2, decoding=1), 8), (prompts(16), 16), (prompts(4), 4)):
+            ran = capturing.run(step)
+            assert ran is not None
+            assert ran.logits.tolist() == [[100 + i, i] for i in step.sample_index.tolist()]
+            assert len(model.begun[-1].token_ids) == size and model.mixed[-1]
+        assert recorder.replayed == 4
+
+    def test_decodes_have_their_own(self) -> None:
+        model, recorder, capturing = self.of()
+        ran = capturing.run(decodes(4))
+        assert ran is not None and len(ran.logits) == 4
+        assert not model.mixed[-1] and recorder.replayed == 1
+
+    def test_what_is_too_large_gives_more_logits_or_has_drafts_is_launched(self) -> None:
+        _, recorder, capturing = self.of()
+        drafts = dataclasses.replace(prompts(3), draft_lengths=np.array([2]))
+        for step in (prompts(17), prompts(2, 2, 2, 2), drafts):
+            assert capturing.run(step) is None
+        assert recorder.replayed == 0
+
+    def test_none_is_padded_to_more_than_its_bucket(self) -> None:
+        """A launched step may be faster than one of twice its tokens."""
+        graphs = StepGraphs(Model(), Buckets((1,)), CPU, Replayer()).mixed(Buckets((4, 8)), 3)
+        graphs.capture(8)
+        assert graphs.run(prompts(3)) is None and graphs.run(prompts(6)) is not None
+
+    @pytest.mark.parametrize("fails_at", [2, 3])
+    def test_where_they_cannot_be_captured_those_that_decode_can_be(self, fails_at: int) -> None:
+        _, _, capturing = self.of(recorder=Replayer(fails_at))
+        further = "further " if fails_at > 2 else ""
+        (note,) = capturing.warmth.notes
+        assert note.startswith(f"graphs: no {further}steps with prompts are captured: operation not permitted")
+        assert capturing.graphs.captured == (1, 2, 4) and not capturing.warmth.goes_on
+        assert capturing.run(decodes(2)) is not None
+        assert (capturing.run(prompts(16)) is not None) == bool(further)
+
+    def test_a_graph_that_is_slower_than_launching_is_let_go(self) -> None:
+        taken, tokens = [1.0, 2.0, 1.0, 0.5], list[int]()
+
+        def seconds(run: Callable[[], None]) -> float:
+            run()
+            tokens.append(len(model.begun[-1].token_ids))
+            return taken.pop(0)
+
+        model = Model()
+        graphs = StepGraphs(model, Buckets((1,)), CPU, Replayer())
+        mixed = graphs.mixed(Buckets((4, 16)), 3)
+        capturing = Capturing(graphs, mixed=mixed, seconds=seconds, at_once=True)
+        capturing.begin()
+        assert tokens == [11, 16, 3, 4] and mixed.captured == (4,)
+        assert capturing.run(prompts(16)) is None and capturing.run(prompts(4)) is not None
+        assert capturing.warmth.notes == (
+            "graphs: steps with prompts of 5 to 16 tokens are launched: measured 1e+03 ms (replayed: 2e+03)",
+        )
+
+    def test_cleared_with_the_others(self) -> None:
+        _, _, capturing = self.of()
+        capturing.clear()
+        assert capturing.run(prompts(3)) is None
+        capturing.begin()
+        assert capturing.run(prompts(3)) is not None
+
+
 def test_a_model_that_cannot_be_captured_runs_without_and_a_note_says_so() -> None:
     graphs = captured(Model(), recorder=Replayer(0))
     assert graphs.captured == () and not graphs.capturable
@@ -162,7 +258,9 @@ def test_a_step_with_drafts_uses_a_graph_or_none_and_never_replaces_one() -> Non
     class LongRows(Model):
         """Launches other kernels where a row has more than two tokens, as the Triton attention does."""
 
-        def begin_with(self, batch: StepBatch, sections: object, captured: bool = False) -> tuple[Plan, None]:
+        def begin_with(
+            self, batch: StepBatch, sections: object, captured: bool = False, mixed: bool = False
+        ) -> tuple[Plan, None]:
             super().begin_with(batch, sections)
             return Plan((len(batch.token_ids), bool((np.diff(batch.query_start) > 2).any()))), None
 

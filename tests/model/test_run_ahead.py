@@ -186,7 +186,9 @@ class TestLastTokens:
 
     def test_captured_steps_take_them_too(self) -> None:
         class Model:
-            def begin_with(self, batch: StepBatch, sections: object, captured: bool = False) -> tuple[None, None]:
+            def begin_with(
+                self, batch: StepBatch, sections: object, captured: bool = False, mixed: bool = False
+            ) -> tuple[None, None]:
                 return None, None
 
             def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -160,7 +160,9 @@ class Echo:
     def __init__(self) -> None:
         self.table = torch.randn(256, VOCAB, generator=torch.Generator().manual_seed(1)) * 3
 
-    def begin_with(self, batch: StepBatch, sections: object, captured: bool = False) -> tuple[None, None]:
+    def begin_with(
+        self, batch: StepBatch, sections: object, captured: bool = False, mixed: bool = False
+    ) -> tuple[None, None]:
         return None, None
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -266,7 +268,9 @@ class TestCapturedDraws:
         class Grows(Echo):
             key = 0
 
-            def begin_with(self, batch: StepBatch, sections: object, captured: bool = False) -> Any:
+            def begin_with(
+                self, batch: StepBatch, sections: object, captured: bool = False, mixed: bool = False
+            ) -> Any:
                 return type("Plan", (), {"graph_key": self.key}), None
 
         model, last, recorder = Grows(), LastTokens(4, CPU), Replayer()

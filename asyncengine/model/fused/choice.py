@@ -14,7 +14,7 @@ import torch
 
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.tiles import MOST_TOKENS
-from asyncengine.model.graphs import StepGraphs
+from asyncengine.model.graphs import Seconds, StepGraphs
 
 DEVICES: tuple[str, ...] = ("cuda",)
 """Types of devices that it is for."""
@@ -23,7 +23,6 @@ _RATIO = 0.98
 """What it must take at most of the modules' time: less of a gain is noise."""
 
 Replay = Callable[[], None]
-Seconds = Callable[[Replay], float]
 
 
 class Choice:

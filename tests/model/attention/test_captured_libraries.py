@@ -21,7 +21,7 @@ from fake_libraries import modules
 from transformers import LlamaConfig
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
-from asyncengine.model import capacity, graphs, loader
+from asyncengine.model import capacity, graph_memory, graphs, loader
 from asyncengine.model import capturing as capturing_module
 from asyncengine.model.attention import flashinfer
 from asyncengine.model.attention.flash_attention import FlashAttention3
@@ -164,15 +164,14 @@ def test_what_is_large_enough_stays_and_what_is_not_gets_another_key(backend: Ba
 def test_graphs_are_made_and_their_memory_is_set_aside(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "StepGraphs", lambda *args, **others: "graphs")
     assert graphs_for(None, backend, 4, CUDA) == ("graphs", ())  # type: ignore[arg-type]
-    details: Any = SimpleNamespace(
-        device=CUDA, draft=None, hf_config=LlamaConfig(vocab_size=64, hidden_size=64), dtype=torch.bfloat16
-    )
+    text = LlamaConfig(vocab_size=64, hidden_size=64)
+    details: Any = SimpleNamespace(device=CUDA, draft=None, hf_config=text, dtype=torch.bfloat16)
     config = EngineConfig("m")
-    ours = capacity.graph_reserve(config, details, SimpleNamespace(plan_with=print), 16, SPECS)
+    ours = graph_memory.reserve(text, torch.bfloat16, 16, draws=True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 128 << 20)
     found = capacity.graph_reserve(config, details, backend, 16, SPECS)
-    assert ours is not None and found is not None
+    assert found is not None
     # Schedules of three kinds, and one more; parts of 16 tokens with two heads of 64 or one of 128 for each KV head.
     more = 4 * (8 << 20) if backend.name == "flashinfer" else 132 * 16 * 4 * 130
     assert found.nbytes - ours.nbytes == more and found.graphs == ours.graphs

@@ -36,7 +36,7 @@ class Planned(Echo):
         self.attention.allocate(LayerSpec(2, 1, 16, 16, 1.0), 8, 16, torch.float32, CPU)
         self.plans: list[Any] = []
 
-    def begin_with(self, batch: StepBatch, sections: Any, captured: bool = False) -> Any:
+    def begin_with(self, batch: StepBatch, sections: Any, captured: bool = False, mixed: bool = False) -> Any:
         plan, sent = self.attention.plan_with(batch, 16, CPU, sections)
         self.plans.append(plan)
         return plan, sent

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, StepError
 from asyncengine.model import loader, verification
+from asyncengine.model.fused import choice
 from asyncengine.model.runner import TorchModel
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
@@ -41,6 +42,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     monkeypatch.setattr(verification, "_TOKENS", 5)
     monkeypatch.setattr(verification, "_CUTS", (0, 3, 5))
     monkeypatch.setattr(loader, "_SOME_TOKENS", 9)
+    monkeypatch.setattr(choice, "cuda_seconds", lambda device, **_: lambda run: (run(), 1.0)[1])
     with pretended() as device:
         yield device
         gc.collect()
