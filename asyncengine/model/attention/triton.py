@@ -152,6 +152,8 @@ class TritonAttention:
             raise BackendUnavailableError(
                 f"the triton attention back end has no tiles for heads of {spec.key_dim} and {spec.value_dim}"
             )
+        if spec.scaling <= 0:
+            raise BackendUnavailableError(f"the triton attention back end does not scale scores by {spec.scaling:g}")
         assert self._buffer is not None
         # Room for block tables in which every block stands twice. More, where rows share a prefix, makes it grow later.
         self._buffer.reserve((1 << 16) + 2 * num_blocks)

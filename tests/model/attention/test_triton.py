@@ -6,6 +6,7 @@ are in test_parity.py.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -194,8 +195,10 @@ def test_room_for_parts_is_made_with_the_first_layer_and_stays() -> None:
     assert triton._parts is parts and triton._statistics is statistics
 
 
-def test_unknown_dtypes_and_head_sizes_are_refused() -> None:
+def test_unknown_dtypes_head_sizes_and_scales_are_refused() -> None:
     with pytest.raises(BackendUnavailableError, match="float64"):
         backend().allocate(layer(), 1, 16, torch.float64, CPU)
     with pytest.raises(BackendUnavailableError, match="heads of 1024"):
         backend().allocate(layer(key_dim=1024), 1, 16, torch.bfloat16, CPU)
+    with pytest.raises(BackendUnavailableError, match="does not scale scores by -1"):
+        backend().allocate(dataclasses.replace(layer(), scaling=-1.0), 1, 16, torch.bfloat16, CPU)
