@@ -73,15 +73,15 @@ class DrawGraphs:
         replay, (tokens,) = recorder.record(lambda: self._draw(kind, step))
         self._graphs[size, kind] = _CapturedDraw(replay, tokens)
 
-    def drawn(self, size: int, kind: DrawKind, step: CapturedStep) -> torch.Tensor:
-        """(rows,) the tokens of a step that was replayed. A draw that has no graph is launched."""
+    def drawn(self, size: int, kind: DrawKind, step: CapturedStep, rows: int) -> torch.Tensor:
+        """(rows,) the first tokens of a step that was replayed. A draw that has no graph is launched, of these alone."""
         if kind is DrawKind.GREEDY:
-            return step.likeliest
+            return step.likeliest[:rows]
         draw = self._graphs.get((size, kind))
         if draw is None:
-            return self._draw(kind, step)[0]
+            return self._draw(kind, step, rows)[0]
         draw.replay()
-        return draw.tokens
+        return draw.tokens[:rows]
 
     def forget(self, size: int) -> None:
         """Lets go of those behind a bucket's graph."""
@@ -92,8 +92,9 @@ class DrawGraphs:
         """Lets go of all."""
         self._graphs.clear()
 
-    def _draw(self, kind: DrawKind, step: CapturedStep) -> Tensors:
-        tokens = token_draw.draw(kind, step.logits, step.likeliest, DrawSettings.of(step.sent))
+    def _draw(self, kind: DrawKind, step: CapturedStep, rows: int | None = None) -> Tensors:
+        settings = DrawSettings.of(step.sent).first(rows)
+        tokens = token_draw.draw(kind, step.logits[:rows], step.likeliest[:rows], settings)
         if self._last is not None:
-            self._last.store(step.sent["slots"], tokens)
+            self._last.store(step.sent["slots"][:rows], tokens)
         return (tokens,)

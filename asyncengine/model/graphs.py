@@ -224,7 +224,7 @@ class StepGraphs:
         if kind is None:
             return Ran(logits, slots_there)
         # A copy: on its way to the host it must outlive the next step, which writes to the same place.
-        return Ran(logits, slots_there, self._draws.drawn(size, kind, captured)[:rows].clone())
+        return Ran(logits, slots_there, self._draws.drawn(size, kind, captured, rows).clone())
 
     def clear(self) -> None:
         """Lets go of all graphs: the memory that they refer to is about to be freed. They can be captured anew."""

@@ -64,6 +64,10 @@ class DrawSettings:
         scale, min_p = (sent[name].view(torch.float32).unsqueeze(1) for name in ("scale", "min_p"))
         return cls(u, top_p, scale, min_p, sent["top_k"].unsqueeze(1))
 
+    def first(self, rows: int | None) -> DrawSettings:
+        """Those of so many rows; of all, if None."""
+        return DrawSettings(self.u[:rows], self.top_p[:rows], self.scale[:rows], self.min_p[:rows], self.top_k[:rows])
+
 
 def sections(
     rows: int,

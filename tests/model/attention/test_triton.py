@@ -30,7 +30,9 @@ from triton_device import DEVICE, TritonOnDevice, require_triton
 
 from asyncengine.model.attention import triton_tiles
 from asyncengine.model.attention.protocol import BackendUnavailableError
+from asyncengine.model.attention.triton import TritonPlan
 from asyncengine.model.attention.triton_tiles import Launch, Tiles
+from asyncengine.step.batch import StepBatch
 
 require_triton()
 
@@ -182,6 +184,34 @@ def test_steps_of_one_shape_have_one_graph_key() -> None:
     assert key([1, 1], [5, 300]) == key([1, 1], [40, 1])
     assert key([1, 1], [5, 300]) != key([1, 1, 1], [5, 300, 1])
     assert key([40], [0]) != key([1] * 40, [0] * 40)
+
+
+class EverythingLaunched(TritonOnDevice):
+    """Plans as for a graph of steps with prompts."""
+
+    def plan(self, batch: StepBatch, page_size: int, device: torch.device) -> TritonPlan:
+        return self.plan_with(batch, page_size, DEVICE, {}, mixed=True)[0]
+
+
+def test_steps_of_anything_have_one_graph_key_where_everything_is_launched() -> None:
+    triton = EverythingLaunched(12, 1 << 19)
+    fresh_cache(triton, layer(), 640, 16, torch.float32)
+    fresh_cache(triton, layer(sliding_window=9), 640, 16, torch.float32)
+
+    def plan(new: list[int], contexts: list[int]) -> TritonPlan:
+        tables, _ = shuffled_tables([a + b for a, b in zip(new, contexts, strict=True)], 16, 0)
+        return triton.plan(step_batch(new, contexts, tables, 16), 16, CPU)
+
+    plans = [plan([40], [0]), plan([1] * 40, [3] * 40), plan([1, 39], [9000, 0]), plan([20, 20], [300, 0])]
+    assert len({each.graph_key for each in plans}) == 1
+    assert plans[0].launched == plans[0].merged == (0, 1, 2, 3)
+    assert plan([41], [0]).graph_key != plans[0].graph_key
+
+
+@pytest.mark.usefixtures("small_splits")
+@pytest.mark.parametrize("shapes", [[(95, 1), (30, 9)], [(95, 1), (40, 1)], [(0, 40)]], ids=str)
+def test_what_is_launched_for_nothing_does_nothing(shapes: list[tuple[int, int]]) -> None:
+    assert_matches_dense(EverythingLaunched(12, 1 << 19), layer(2, 1), shapes, 16, torch.float32)
 
 
 def test_room_for_parts_is_made_with_the_first_layer_and_stays() -> None:
