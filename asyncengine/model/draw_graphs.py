@@ -74,7 +74,7 @@ class DrawGraphs:
         self._graphs[size, kind] = _CapturedDraw(replay, tokens)
 
     def drawn(self, size: int, kind: DrawKind, step: CapturedStep, rows: int) -> torch.Tensor:
-        """(rows,) the first tokens of a step that was replayed. A draw that has no graph is launched, of these alone."""
+        """(rows,) the first tokens of a step that was replayed. Without a graph, these alone are drawn, by launches."""
         if kind is DrawKind.GREEDY:
             return step.likeliest[:rows]
         draw = self._graphs.get((size, kind))
