@@ -38,7 +38,7 @@ from benchmarks.attention_compile import HOPPER, NAMES, resources
 from benchmarks.fused_shapes import DECODERS, Decoder, products
 
 _WIDE = re.compile(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global[^;]*, 0x10")
-_STRIDES = ("gate_token", "up_token")
+_STRIDES = ("gate_token", "up_token", "query_token", "key_token")
 _SCALARS = {
     **dict.fromkeys(("tokens", *_STRIDES), "i32"),
     **dict.fromkeys(("offset", "epsilon", "factor", "cap", "query_scale"), "fp32"),
@@ -90,13 +90,14 @@ def product(name: str, shape: Shape, tokens: int) -> Case:
 def others(name: str, decoder: Decoder, dtype: torch.dtype) -> Iterator[Case]:
     """What is launched beside the products."""
     number = f"*{NAMES[dtype]}"
-    heads, dim = decoder.heads + decoder.kv_heads, decoder.head
+    dim = decoder.head
     constants: dict[str, Any] = {
         "HEADS": decoder.heads, "KV_HEADS": decoder.kv_heads, "DIM": dim, "DIM_PAD": dim,
-        "WIDTH": (heads + decoder.kv_heads) * dim, "CENTRED": False, "QUERY_PAD": 8192, "KEY_PAD": 2048,
+        "CENTRED": False, "QUERY_PAD": 8192, "KEY_PAD": 2048,
         "ROTARY": dim, "PAIRS": False, "HEADS_EACH": tiles.HEADS_EACH,
     }  # fmt: skip
-    pointers = {"qkv": number, "cosines": "*fp32", "sines": "*fp32", "positions": "*i64", "result": number}
+    pointers = dict.fromkeys(("query", "key", "result"), number)
+    pointers |= {"cosines": "*fp32", "sines": "*fp32", "positions": "*i64"}
     norms = {"query_norm": number, "key_norm": number}
     for kind, normed, of_heads in (("plain", False, False), ("heads", True, True), ("rows", True, False)):
         own = {"HAS_NORM": normed, "OF_HEADS": of_heads, "OWN_WEIGHTS": normed and not of_heads}

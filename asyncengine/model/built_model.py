@@ -100,9 +100,7 @@ def build(
         trial.run(model, backend)
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
-        # What fused kernels compute is what the modules do, in fp8 as these are.
-        as_it_is = verification.Trial.of(model, layers, details.device) if fp8_weights else trial
-        fused, note = _fuse(config, details, model, layers, backend, as_it_is)
+        fused, note = _fuse(config, details, model, layers, backend, trial)
         notes += note
         if details.kv_dtype is not details.dtype:
             layers = trial.layers = trial.scaled(model, backend)
@@ -182,6 +180,7 @@ def _fuse(
     from asyncengine.model.decoder.blueprint import recognise
     from asyncengine.model.fused import choice
     from asyncengine.model.fused.decoder import FusedDecoder
+    from asyncengine.model.verification import Trial
 
     if (
         details.device.type not in choice.DEVICES
@@ -191,7 +190,10 @@ def _fuse(
         return None, ()
     try:
         fused = FusedDecoder(recognise(model, layers, details.max_length, whole_experts=True))
-        trial.run_fused(model, backend, fused)
+        in_fp8 = config.quantization == "fp8"
+        if in_fp8:  # what fused kernels compute is what the modules do, in fp8 as these are
+            trial = Trial.of(model, layers, details.device)
+        trial.run_fused(model, backend, fused, in_fp8)
     except Exception as error:  # also what a compiler or a driver raises: the model can be served without
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if config.decoder_backend == "compiled":

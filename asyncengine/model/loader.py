@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,10 +28,14 @@ from asyncengine.step.drafting import Drafting
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
 
+if TYPE_CHECKING:
+    from asyncengine.model.fused.choice import Choice
+    from asyncengine.model.graphs import StepGraphs
+
 CPU_SATURATION, CUDA_SATURATION = 8.0, 128.0
 """Tokens in a step whose arithmetic takes about as long as reading the weights."""
-_SOME_TOKENS = 64
-"""Of a prompt that is neither short nor long to a device."""
+_SOME_TOKENS, _MANY_TOKENS = 64, 2048
+"""Of a prompt that is neither short nor long to a device, and of one that is long."""
 
 
 class TransformersLoader:
@@ -218,49 +224,65 @@ def _captured(
     from asyncengine.model.buckets import Buckets
     from asyncengine.model.capturing import Capturing, Room
     from asyncengine.model.fused import choice
-    from asyncengine.model.fused.tiles import MOST_TOKENS
     from asyncengine.model.graphs import graphs_for
 
-    fused, candidates = built.fused, frozenset[int]()
+    fused = built.fused
     if fused is not None:
         model.use_fused(fused)
         if config.decoder_backend == "auto":  # not before it has been measured
-            candidates = fused.sizes
-            fused.use(())
-            fused.many = False
+            fused.rest()
     prompt = _SOME_TOKENS if details.device.type != "cpu" else 2 if built.program is None else 1
     _warm_up(model, limits, prompt)
-    chosen: tuple[str, ...] = ()
-    most = _longest_piece(limits)
-    if candidates and most > MOST_TOKENS:
-        steps = {count: _prefill(count, limits.page_size) for count in (min(_SOME_TOKENS, most), most)}
-        seconds = choice.cuda_seconds(details.device, rounds=3, replays=2)
-        chosen = (choice.choose_many(fused, lambda count: model.execute(steps[count]), list(steps), seconds),)
     waits = None
     if details.device.type == "cuda":
         from asyncengine.model import architecture
 
         waits = architecture.waits(built.model)
     graphs, slower = graphs_for(model, backend, limits.max_num_sequence, details.device, last, waits)
-    if graphs is not None:
-        measured = None
-        if candidates:
-            measured = choice.Choice(graphs, fused, candidates, choice.cuda_seconds(details.device))
-        room = None
-        if details.device.type == "cuda":
-            specs = [layer.spec for layer in built.layers]
-            aside = graphs_of(config, details, backend, limits.max_num_sequence, specs).nbytes
-            room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
-        mixed = None
-        if isinstance(backend, CarryingBackend):
-            tokens = limits.prefill_chunk_size + limits.max_num_sequence
-            mixed = graphs.mixed(Buckets.mixed(tokens), limits.max_num_sequence)
-        at_once = config.graph_capture == "load"
-        seconds = choice.cuda_seconds(details.device, rounds=3, replays=3)
-        capturing = Capturing(graphs, measured, mixed=mixed, seconds=seconds, at_once=at_once, room=room)
-        capturing.begin()
-        model.use_graphs(capturing)
-    return (*chosen, *slower)
+    measured = None
+    if fused is not None and config.decoder_backend == "auto":
+        measured = choice.Choice(fused, choice.cuda_seconds(details.device), graphs)
+        _choose_launched(model, measured, graphs, limits, details.device)
+    if graphs is None:
+        return slower if measured is None else (*measured.notes, *slower)
+    room = None
+    if details.device.type == "cuda":
+        specs = [layer.spec for layer in built.layers]
+        aside = graphs_of(config, details, backend, limits.max_num_sequence, specs).nbytes
+        room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
+    mixed = None
+    if isinstance(backend, CarryingBackend):
+        tokens = limits.prefill_chunk_size + limits.max_num_sequence
+        mixed = graphs.mixed(Buckets.mixed(tokens), limits.max_num_sequence)
+    at_once = config.graph_capture == "load"
+    seconds = choice.cuda_seconds(details.device, rounds=3, replays=3)
+    capturing = Capturing(graphs, measured, mixed=mixed, seconds=seconds, at_once=at_once, room=room)
+    capturing.begin()
+    model.use_graphs(capturing)
+    return slower
+
+
+def _choose_launched(
+    model: Any, choice: Choice, graphs: StepGraphs | None, limits: Limits, device: torch.device
+) -> None:
+    """Has the choice measure, by steps that are launched, what it cannot measure by captured ones."""
+    from asyncengine.model.fused.choice import cuda_seconds
+    from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
+
+    sorts: list[tuple[Sequence[int], int]] = []
+    if graphs is None:
+        sorts += [((1,), 1), (range(2, MOST_TOKENS + 1), MOST_TOKENS)]
+    if graphs is None or not any(MOST_TOKENS < size <= SOME_TOKENS for size in graphs.sizes):
+        sorts.append(((SOME_TOKENS,), _SOME_TOKENS))
+    if limits.prefill_chunk_size + limits.max_num_sequence > SOME_TOKENS:
+        sorts.append(((SOME_TOKENS + 1,), _MANY_TOKENS))
+    for counts, tokens in sorts:
+        tokens = min(tokens, _longest_piece(limits))
+        step = dataclasses.replace(_prefill(tokens, limits.page_size), sample_index=np.array([tokens - 1]))
+        # The first run makes whatever is made on first use. A step of many tokens takes so long that two tell enough.
+        seconds = cuda_seconds(device, rounds=2 if tokens == _MANY_TOKENS else 7, replays=1)
+        with torch.inference_mode():
+            choice.decide_launched(counts, tokens, functools.partial(model.logits, step), seconds)
 
 
 def _warm_up(model: Any, limits: Limits, prompt: int) -> None:
@@ -282,7 +304,7 @@ def _prefill(count: int, page_size: int) -> StepBatch:
     """A step of so many tokens of one prompt, or of one that decodes."""
     positions = np.arange(count, dtype=np.int32)
     return StepBatch(
-        token_ids=np.zeros(count, dtype=np.int32),
+        token_ids=positions % 16,
         positions=positions,
         query_start=np.array([0, count], dtype=np.int32),
         context_lens=np.zeros(1, dtype=np.int32),

@@ -91,6 +91,8 @@ class Projection:
         return self._taken(whole)
 
     def _taken(self, whole: torch.Tensor) -> torch.Tensor:
+        if self.period is None and self.start == 0 and self.stop is None:
+            return whole
         if self.period is None:
             return whole[self.start : self.stop]
         return whole.view(-1, self.period, *whole.shape[1:])[:, self.start : self.stop].flatten(0, 1)

@@ -1,19 +1,19 @@
 """Where the fused step runs: where it was measured to be faster than the model's own modules, on the device.
 
-Of few tokens each bucket of captured steps is measured. Of more, a step of some and one of as many as there can be are,
-launched: what differs is what lies between the products, and that grows as the products do.
+Of few tokens each bucket of captured steps is measured. Of more, what differs is what lies between the products, and
+one step speaks for its like: a captured one where there is one, and a launched one of as many as there mostly are.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
 
 from asyncengine.model.fused.decoder import FusedDecoder
-from asyncengine.model.fused.tiles import MOST_TOKENS
+from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
 from asyncengine.model.graphs import Seconds, StepGraphs
 
 DEVICES: tuple[str, ...] = ("cuda",)
@@ -26,27 +26,27 @@ Replay = Callable[[], None]
 
 
 class Choice:
-    """Measures captured steps both ways, and keeps the faster for each bucket.
+    """Measures steps both ways, and has each sort run by the faster.
 
     Args:
-        graphs: Steps of the model's own modules.
-        fused: Runs the same model; for no step until it was measured.
-        candidates: Token counts for which it could be used.
+        fused: Runs the same model; no step until it was measured.
         seconds: How long a replay takes.
+        graphs: Captured steps of the model's own modules, if there are any.
 
     Attributes:
         notes: What came of it, in words.
     """
 
-    def __init__(self, graphs: StepGraphs, fused: FusedDecoder, candidates: Collection[int], seconds: Seconds) -> None:
+    def __init__(self, fused: FusedDecoder, seconds: Seconds, graphs: StepGraphs | None = None) -> None:
         self._graphs = graphs
         self._fused = fused
-        self._open = set(candidates)
         self._seconds = seconds
-        self._won = set[int]()
         self._said = list[str]()
         self.notes: tuple[str, ...] = ()
-        fused.use(())
+        sizes = () if graphs is None else graphs.sizes
+        self._open = {size for size in sizes if size <= MOST_TOKENS}
+        self._open |= set([size for size in sizes if MOST_TOKENS < size <= SOME_TOKENS][-1:])
+        fused.rest()
 
     def is_open(self, size: int) -> bool:
         """Whether a bucket is yet to be measured."""
@@ -54,56 +54,55 @@ class Choice:
 
     def decide(self, size: int) -> bool:
         """Measures a bucket that is captured, and keeps the faster graph; whether that was possible."""
+        assert self._graphs is not None
         self._open.discard(size)
-        self._fused.use({*self._won, size})
+        self._fused.use((size,))
+        kept = False
         try:
-            if self._graphs.contest(size, functools.partial(self._better, size)):
-                self._won.add(size)
+            kept = self._graphs.contest(size, functools.partial(self._replayed, size))
         except Exception as error:  # whatever a compiler or a driver raises
             self._said.append(_failure("no further, for it cannot be captured", error))
             self._open.clear()
             return False
         finally:
-            self._fused.use(self._won)
-            where = f"used for {', '.join(map(str, sorted(self._won)))} tokens" if self._won else "not used"
-            self.notes = (f"decoder: fused kernels are {where}: measured {'; '.join(self._said)}",)
+            self._settle((size,), kept)
         return True
 
-    def _better(self, size: int, old: Replay, new: Replay) -> bool:
-        before, after = self._seconds(old), self._seconds(new)
-        self._said.append(_figures(size, before, after))
+    def decide_launched(self, counts: Collection[int], tokens: int, launch: Replay, seconds: Seconds) -> None:
+        """Measures a step that is launched.
+
+        Args:
+            counts: The token counts that are decided by it; above `MOST_TOKENS`, their like too.
+            tokens: It has so many.
+            launch: Queues it.
+            seconds: How long that takes, until the device has done it.
+        """
+        taken, kept = list[float](), False
+        try:
+            for fused in (False, True):
+                self._fused.use(counts, fused)
+                taken.append(seconds(launch))
+            kept = self._better(f"{tokens} launched", *taken)
+        except Exception as error:  # whatever a compiler or a driver raises
+            self._said.append(_failure(f"{tokens} cannot be launched", error))
+        finally:
+            self._settle(counts, kept)
+
+    def _replayed(self, size: int, old: Replay, new: Replay) -> bool:
+        return self._better(str(size), self._seconds(old), self._seconds(new))
+
+    def _better(self, what: str, before: float, after: float) -> bool:
+        self._said.append(f"{what} in {after * 1e3:.3g} ms (without: {before * 1e3:.3g})")
         return after < _RATIO * before
 
-
-def choose_many(fused: FusedDecoder, launch: Callable[[int], None], counts: Sequence[int], seconds: Seconds) -> str:
-    """Has steps of more than `MOST_TOKENS` tokens run as is faster; returns what was measured, in words.
-
-    Args:
-        fused: What could run them.
-        launch: Queues a step of so many tokens, and waits for nothing.
-        counts: What is measured. It has to be faster at each of them.
-        seconds: How long what it is given takes on the device.
-    """
-    said, faster = list[str](), True
-    for count in counts:
-        taken = list[float]()
-        try:
-            for fused.many in (False, True):
-                taken.append(seconds(functools.partial(launch, count)))
-        except Exception as error:  # whatever a compiler or a driver raises
-            said.append(_failure(f"{count} cannot be run", error))
-            faster = False
-            break
-        before, after = taken
-        faster &= after < _RATIO * before
-        said.append(_figures(count, before, after))
-    fused.many = faster
-    where = "used" if faster else "not used"
-    return f"decoder: fused kernels are {where} for more than {MOST_TOKENS} tokens: measured {'; '.join(said)}"
-
-
-def _figures(count: int, before: float, after: float) -> str:
-    return f"{count} in {after * 1e3:.3g} ms (without: {before * 1e3:.3g})"
+    def _settle(self, counts: Collection[int], kept: bool) -> None:
+        fused = self._fused
+        fused.use(counts, kept)
+        used = [str(size) for size in sorted(fused.sizes)]
+        used += [f"{MOST_TOKENS + 1} to {SOME_TOKENS}"] if fused.some else []
+        used += ["more"] if fused.many else []
+        where = f"used for {', '.join(used)} tokens" if used else "not used"
+        self.notes = (f"decoder: fused kernels are {where}: measured {'; '.join(self._said)}",)
 
 
 def _failure(what: str, error: Exception) -> str:

@@ -21,7 +21,7 @@ from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Not
 from asyncengine.model.fused import tiles
 from asyncengine.model.fused.launches import OPTIONS, Formula, load_kernels, power_of_two
 from asyncengine.model.fused.product import Product
-from asyncengine.model.fused.tiles import MOST_TOKENS
+from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
 from asyncengine.model.fused.wide_product import norm_rows
 
 
@@ -31,7 +31,8 @@ class FusedDecoder:
     Attributes:
         sizes: Of the token counts up to `MOST_TOKENS`, those for which it runs in the model's place; the others run as
             transformers has them.
-        many: Whether it runs steps of more tokens.
+        some: Whether it runs steps of more tokens, up to `SOME_TOKENS`.
+        many: Whether it runs steps of more than that.
 
     Args:
         blueprint: The model's parts, which keep their weights.
@@ -42,7 +43,7 @@ class FusedDecoder:
 
     def __init__(self, blueprint: Blueprint) -> None:
         self.sizes: frozenset[int] = frozenset(range(1, MOST_TOKENS + 1))
-        self.many = True
+        self.some = self.many = True
         self._embedding = blueprint.embedding
         self._positions = blueprint.positions
         self._first_position = blueprint.first_position
@@ -62,11 +63,23 @@ class FusedDecoder:
 
     def serves(self, tokens: int) -> bool:
         """Whether it runs a step of so many tokens."""
-        return self.many if tokens > MOST_TOKENS else tokens in self.sizes
+        if tokens <= MOST_TOKENS:
+            return tokens in self.sizes
+        return self.some if tokens <= SOME_TOKENS else self.many
 
-    def use(self, sizes: Collection[int]) -> None:
-        """Of steps of up to `MOST_TOKENS` tokens, runs these from now on, and no others."""
-        self.sizes = frozenset(sizes)
+    def use(self, counts: Collection[int], whether: bool = True) -> None:
+        """Runs steps of so many tokens from now on, above `MOST_TOKENS` also their like; or leaves them to modules."""
+        few = {count for count in counts if count <= MOST_TOKENS}
+        self.sizes = self.sizes | few if whether else self.sizes - few
+        if any(MOST_TOKENS < count <= SOME_TOKENS for count in counts):
+            self.some = whether
+        if any(count > SOME_TOKENS for count in counts):
+            self.many = whether
+
+    def rest(self) -> None:
+        """Runs no steps until it is told to."""
+        self.sizes = frozenset()
+        self.some = self.many = False
 
     def move(self, device: torch.device) -> None:
         """Takes what is not the model's own along when that moves."""
@@ -108,7 +121,7 @@ class _Layer:
         self._qkv = Product(Formula(parts.qkv, parts.before_attention))
         table = None if parts.rotation is None else tables[id(parts.rotation[0])]
         self._positioned = _Positioned(blueprint, parts, table)
-        self._module = parts.recorded.module
+        self._module, self._value_dim = parts.recorded.module, parts.recorded.spec.value_dim
         self._output = _Branch(parts.output, parts.after_attention, after)
         self._parallel = parts.parallel
         self._inner: Callable[[torch.Tensor], torch.Tensor]
@@ -129,8 +142,10 @@ class _Layer:
 
     def _attended(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """(tokens, heads * value_dim), with which nothing is kept of what it is made of."""
-        query, key, value = self._positioned(self._qkv(hidden), positions)
-        return attention_modules.attend(self._module, query, key, value).view(hidden.shape[0], -1)
+        query, key, value = self._qkv.apart(hidden)
+        query, key = self._positioned(query, key, positions)
+        value = value.view(len(value), -1, self._value_dim)
+        return attention_modules.attend(self._module, query, key, value).view(len(value), -1)
 
 
 class _Whole:
@@ -165,7 +180,7 @@ class _Branch:
 
 
 class _Positioned:
-    """Queries, keys and values of a layer, the first two normed and rotated where the model does so."""
+    """Queries and keys of a layer, normed and rotated where the model does so."""
 
     def __init__(self, blueprint: Blueprint, parts: LayerParts, table: list[torch.Tensor] | None) -> None:
         self._table = table
@@ -176,22 +191,23 @@ class _Positioned:
         self._plain = norms == (None, None) and parts.rotation is None and parts.query_scale == 1.0
         self._constants = rotate_constants(self._spec, blueprint, parts)
 
-    def __call__(self, qkv: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(tokens, heads, dim) each."""
-        spec, tokens = self._spec, qkv.shape[0]
-        heads, turned = spec.num_heads, spec.num_heads + spec.num_kv_heads
-        value = qkv[:, turned * spec.key_dim :].view(tokens, spec.num_kv_heads, spec.value_dim)
-        both = qkv[:, : turned * spec.key_dim].view(tokens, turned, spec.key_dim)
-        if not self._plain:
-            norm, key_norm = self._query_norm, self._key_norm
-            both = torch.empty(tokens, turned, spec.key_dim, dtype=qkv.dtype, device=qkv.device)
-            self._kernels.rotate[(tokens, -(-turned // self._constants["HEADS_EACH"]))](
-                qkv, None if norm is None else norm.weight, None if key_norm is None else key_norm.weight,
-                *(self._table or (None, None)), positions, both,
-                0.0 if norm is None else norm.offset, 0.0 if norm is None else norm.epsilon, self._scale,
-                **self._constants, **OPTIONS,
-            )  # fmt: skip
-        return both[:, :heads], both[:, heads:], value
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, heads, dim) each, of (tokens, heads * dim)."""
+        spec, tokens = self._spec, query.shape[0]
+        if self._plain:
+            return query.view(tokens, -1, spec.key_dim), key.view(tokens, -1, spec.key_dim)
+        norm, key_norm = self._query_norm, self._key_norm
+        heads = spec.num_heads + spec.num_kv_heads
+        both = query.new_empty(tokens, heads, spec.key_dim)
+        self._kernels.rotate[(tokens, -(-heads // self._constants["HEADS_EACH"]))](
+            query, key, None if norm is None else norm.weight, None if key_norm is None else key_norm.weight,
+            *(self._table or (None, None)), positions, both, query.stride(0), key.stride(0),
+            0.0 if norm is None else norm.offset, 0.0 if norm is None else norm.epsilon, self._scale,
+            **self._constants, **OPTIONS,
+        )  # fmt: skip
+        return both[:, : spec.num_heads], both[:, spec.num_heads :]
 
 
 def rotate_constants(spec: Any, blueprint: Blueprint, parts: LayerParts) -> dict[str, Any]:
@@ -214,7 +230,6 @@ def rotate_constants(spec: Any, blueprint: Blueprint, parts: LayerParts) -> dict
         "KV_HEADS": spec.num_kv_heads,
         "DIM": spec.key_dim,
         "DIM_PAD": power_of_two(spec.key_dim),
-        "WIDTH": (spec.num_heads + spec.num_kv_heads) * spec.key_dim + spec.num_kv_heads * spec.value_dim,
         "HAS_NORM": norm is not None,
         "OF_HEADS": norm is not None and norm.of_heads,
         "OWN_WEIGHTS": norm is not None and (norm.weight.ndim > 1 or not norm.of_heads),

@@ -1,4 +1,4 @@
-"""The Triton kernels of a step of few tokens. Importing this needs triton; nothing else does.
+"""The Triton kernels of a fused step. Importing this needs triton; nothing else does.
 
 A step of few tokens reads every weight once and computes little, so it takes as long as reading takes. `project` is
 written for that: a program takes OUTPUTS_EACH rows of a matrix, reads them whole in wide pieces, and does what stands
@@ -246,17 +246,18 @@ def _mean_square(x, COUNT: tl.constexpr, PAD: tl.constexpr):
 
 @triton.jit
 def rotate(
-    qkv, query_norm, key_norm, cosines, sines, positions, result, offset, epsilon, query_scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    query, key, query_norm, key_norm, cosines, sines, positions, result, query_token, key_token,
+    offset, epsilon, query_scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     HAS_NORM: tl.constexpr, OF_HEADS: tl.constexpr, OWN_WEIGHTS: tl.constexpr, CENTRED: tl.constexpr,
     QUERY_PAD: tl.constexpr, KEY_PAD: tl.constexpr,
     ROTARY: tl.constexpr, PAIRS: tl.constexpr, HEADS_EACH: tl.constexpr,
 ):  # fmt: skip
     """Norms and rotates the queries and keys of one token, HEADS_EACH heads a program.
 
-    `qkv` is (tokens, WIDTH): query heads, key heads, and values, which are not touched. Norms are (DIM,), or (heads,
-    DIM) where heads have OWN_WEIGHTS; unless OF_HEADS, all heads are normed as one row. Cosines and sines are
-    (positions, ROTARY / 2). The result is (tokens, HEADS + KV_HEADS, DIM).
+    Queries are (tokens, HEADS * DIM), keys (tokens, KV_HEADS * DIM); `query_token` and `key_token` are strides. Norms
+    are (DIM,), or (heads, DIM) where heads have OWN_WEIGHTS; unless OF_HEADS, all heads are normed as one row. Cosines
+    and sines are (positions, ROTARY / 2). The result is (tokens, HEADS + KV_HEADS, DIM).
     """
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS_EACH + tl.arange(0, HEADS_EACH))[:, None]
@@ -272,9 +273,11 @@ def rotate(
         angle = tl.where(dim < ROTARY // 2, dim, dim - ROTARY // 2)
         sign = tl.where(dim < ROTARY // 2, -1.0, 1.0)
     turns = mask & (dim < ROTARY)
-    row = qkv + token * WIDTH
-    own = tl.load(row + head * DIM + dim, mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(row + head * DIM + partner, mask=turns, other=0.0).to(tl.float32)
+    query_row = query + token * query_token
+    key_row = key + token * key_token
+    row = tl.where(is_query, query_row + head * DIM, key_row + (head - HEADS) * DIM)
+    own = tl.load(row + dim, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(row + partner, mask=turns, other=0.0).to(tl.float32)
     if HAS_NORM:
         if OF_HEADS:
             if CENTRED:
@@ -285,8 +288,8 @@ def rotate(
         else:
             square = tl.where(
                 is_query,
-                _mean_square(row, HEADS * DIM, QUERY_PAD),
-                _mean_square(row + HEADS * DIM, KV_HEADS * DIM, KEY_PAD),
+                _mean_square(query_row, HEADS * DIM, QUERY_PAD),
+                _mean_square(key_row, KV_HEADS * DIM, KEY_PAD),
             )
         scale = 1.0 / tl.sqrt(square + epsilon)
         of_head = tl.where(is_query, head, head - HEADS) * (DIM if OWN_WEIGHTS else 0)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from asyncengine.model.attention import fp8
-from asyncengine.model.decoder.parts import NotRecognised, Projection
 from asyncengine.model.fused import tiles
 from asyncengine.model.fused.launches import NO_ACTIVATION, OPTIONS, Formula, load_kernels
 from asyncengine.model.fused.tiles import MOST_TOKENS, Tile
@@ -94,21 +93,13 @@ class NarrowProduct:
     """A formula of few tokens, as one launch.
 
     Weights are read where the modules keep them, each time: who writes into them or moves them need not say so here.
-
-    Raises:
-        NotRecognised: The weights do not lie as the kernel reads them.
     """
 
     def __init__(self, formula: Formula) -> None:
         self._kernels = load_kernels()
         self._formula = formula
-        weights = [_rows(part) for part in formula.parts]
-        biases = [part.bias is not None for part in formula.parts]
+        weights = [part.weight for part in formula.parts]
         norm = formula.norm
-        if len({weight.dtype for weight in weights}) > 1 or any(biases) != all(biases):
-            raise NotRecognised("projections that belong together differ in dtype, or in whether they have a bias")
-        if norm is not None and norm.centred and weights[0].device.type == "cuda" and (old := _triton()) < _CENTRES:
-            raise NotRecognised(f"triton {'.'.join(map(str, old))} takes minutes to compile layer norms; 3.9 does not")
         self._dtype = formula.dtype or weights[0].dtype
         self._width = formula.width
         self._shape = Shape(
@@ -119,10 +110,21 @@ class NarrowProduct:
             normed=norm is not None,
             centred=norm is not None and norm.centred,
             norm_bias=norm is not None and norm.bias is not None,
-            bias=any(biases),
+            bias=formula.parts[0].bias is not None,
             cap=bool(formula.cap),
             activation=formula.activation,
         )
+
+    @staticmethod
+    def computes(formula: Formula) -> bool:
+        """Whether the kernel can read the weights, and be compiled for what stands around them."""
+        weights = [part.weight for part in formula.parts]
+        if any(weight.stride() != (weight.shape[1], 1) or weight.dtype is fp8.E4M3 for weight in weights):
+            return False
+        if len({(part.weight.dtype, part.bias is None) for part in formula.parts}) > 1:
+            return False
+        centred = formula.norm is not None and formula.norm.centred
+        return not centred or weights[0].device.type != "cuda" or _triton() >= _CENTRES
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """(tokens, outputs) of (tokens, inputs), both contiguous; of 1 to `MOST_TOKENS` tokens."""
@@ -154,13 +156,3 @@ def _triton() -> tuple[int, ...]:
 def launch_options(tile: Tile) -> dict[str, Any]:
     """How the compiler is to make `project`."""
     return OPTIONS | {"num_warps": tile.warps, "num_stages": tile.stages}
-
-
-def _rows(part: Projection) -> torch.Tensor:
-    """The weight, of which outputs are rows that follow each other."""
-    weight = part.weight
-    if part.period is not None or weight.stride() != (weight.shape[1], 1):
-        raise NotRecognised("a projection's weights are not rows that follow each other")
-    if weight.dtype is fp8.E4M3:
-        raise NotRecognised("a projection's weights are in fp8")
-    return weight

@@ -13,6 +13,9 @@ from asyncengine.model.fused.launches import power_of_two
 MOST_TOKENS = 8
 """Tokens of the largest step whose products are kernels of ours: so wide is their narrow side in matrix units."""
 
+SOME_TOKENS = 512
+"""Tokens of the largest step for which it is decided at once, with all above `MOST_TOKENS`, how it is run."""
+
 HEADS_EACH = 4
 """Heads that one program norms and rotates; a power of two."""
 

@@ -27,7 +27,9 @@ class WideProduct:
     def __init__(self, formula: Formula) -> None:
         self._kernels = load_kernels()
         self._formula = formula
-        self._parts = merged(formula.parts)
+        together = merged(formula.parts)
+        self._parts, self._widths = [part for part, _ in together], [widths for _, widths in together]
+        self._inner = formula.width
         if any(part.period is not None for part in self._parts):
             raise NotRecognised("outputs of several projections alternate in one layer")
         self._fp8 = [
@@ -46,7 +48,11 @@ class WideProduct:
             x = norm_rows(x, formula.norm)
         if residual is not None:
             return self._added(x, residual)
-        result = self._side_by_side(x) if formula.activation == NO_ACTIVATION else self._activated(x)
+        if formula.activation != NO_ACTIVATION:
+            result = self._activated(x)
+        else:
+            found = self._products(x)
+            result = found[0] if len(found) == 1 else torch.cat(found, 1)
         if formula.factor != 1.0:
             result.mul_(formula.factor)
         if formula.cap:
@@ -61,7 +67,7 @@ class WideProduct:
 
     def _activated(self, x: torch.Tensor) -> torch.Tensor:
         formula, tokens = self._formula, x.shape[0]
-        inner, found = formula.width, self._products(x)
+        inner, found = self._inner, self._products(x)
         gate, up = (found[0][:, :inner], found[0][:, inner:]) if len(found) == 1 else found
         result = x.new_empty(tokens, inner)
         self._kernels.activate[(tokens, -(-inner // NUMBERS_EACH))](
@@ -70,23 +76,15 @@ class WideProduct:
         )  # fmt: skip
         return result
 
-    def _side_by_side(self, x: torch.Tensor) -> torch.Tensor:
-        """What the linear layers make of it, in one tensor."""
-        if self._fp8 or len(self._parts) == 1:
-            found = self._products(x)
-            return found[0] if len(found) == 1 else torch.cat(found, 1)
-        weights = [part.weight for part in self._parts]
-        result = x.new_empty(x.shape[0], self._formula.width)
-        places = torch.split(result, [weight.shape[0] for weight in weights], 1)
-        for part, weight, place in zip(self._parts, weights, places, strict=True):
-            if part.bias is None:
-                torch.mm(x, weight.T, out=place)
-            else:
-                torch.addmm(part.bias, x, weight.T, out=place)
-        return result
+    def apart(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """(tokens, outputs) of each linear layer, which may be views of one tensor; of a formula without activation."""
+        if self._formula.norm is not None:
+            x = norm_rows(x, self._formula.norm)
+        found = self._products(x)
+        return [part for each, widths in zip(found, self._widths, strict=True) for part in torch.split(each, widths, 1)]
 
     def _products(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The same, apart."""
+        """What the linear layers make of it, neighbours in one layer together."""
         if self._fp8:
             codes = codes_of(x)
             return [layer.multiply(*codes) for layer in self._fp8]
@@ -122,13 +120,15 @@ def norm_options(width: int) -> dict[str, Any]:
     return OPTIONS | {"num_warps": min(max(power_of_two(width) // 256, 1), 8)}
 
 
-def merged(parts: Sequence[Projection]) -> tuple[Projection, ...]:
-    """The same outputs, with neighbours in one layer taken as one."""
-    found: list[Projection] = []
+def merged(parts: Sequence[Projection]) -> list[tuple[Projection, list[int]]]:
+    """The same outputs, with neighbours in one layer taken as one; and how many each of them has."""
+    found: list[tuple[Projection, list[int]]] = []
     for part in parts:
-        last = found[-1] if found else None
+        last, widths = found[-1] if found else (None, [])
+        width = part.weight.shape[0]
         if last is not None and last.linear is part.linear and last.stop == part.start and part.period is None:
-            found[-1] = Projection(part.linear, last.start, part.stop, transposed=part.transposed)
+            whole = Projection(part.linear, last.start, part.stop, transposed=part.transposed)
+            found[-1] = (whole, [*widths, width])
         else:
-            found.append(part)
-    return tuple(found)
+            found.append((part, [width]))
+    return found

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, StepError
 from asyncengine.model import loader, verification
 from asyncengine.model.fused import choice
+from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.runner import TorchModel
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
@@ -133,6 +134,14 @@ async def test_fused_kernels_take_part_in_captured_steps(
 ) -> None:
     """Of few tokens, and of more: of ten sequences, and of their prompts."""
     large_tiles(monkeypatch)
+    captured = set[int]()
+    forward = FusedDecoder.forward
+
+    def noted(self: FusedDecoder, ids: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        captured.update([] if device.tape is None else [ids.shape[1]])
+        return forward(self, ids, *others)
+
+    monkeypatch.setattr(FusedDecoder, "forward", noted)
 
     async def work(engine: AsyncEngine) -> list[list[int]]:
         settings = GenerationConfig(max_tokens=3, temperature=0, ignore_eos=True)
@@ -144,6 +153,7 @@ async def test_fused_kernels_take_part_in_captured_steps(
 
     config = config.replace(decoder_backend="compiled", max_num_sequence=11)
     async with AsyncEngine(config) as engine:
+        assert captured == {1, 2, 4, 8, 11, 32, 43}
         before = device.kernels.copy()
         device.waits.clear()
         found = await work(engine)

@@ -18,7 +18,7 @@ from asyncengine.model.decoder.blueprint import recognise
 from asyncengine.model.decoder.parts import NotRecognised
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.launches import load_kernels
-from asyncengine.model.fused.tiles import MOST_TOKENS
+from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.runner import TorchModel
 from asyncengine.model.verification import Trial, _piece
@@ -99,10 +99,21 @@ def test_token_counts_that_are_not_for_it_are_left_to_transformers(checkpoint: C
     fused = Case(checkpoint("llama", num_hidden_layers=1)).fused
     counts = (0, 1, 3, MOST_TOKENS, MOST_TOKENS + 1)
     assert [fused.serves(tokens) for tokens in counts] == [False, True, True, True, True]
+    fused.rest()
+    assert not any(fused.serves(tokens) for tokens in counts)
     fused.use({1, 2})
-    assert [fused.serves(tokens) for tokens in counts] == [False, True, False, False, True]
-    fused.many = False
     assert [fused.serves(tokens) for tokens in counts] == [False, True, False, False, False]
+    fused.use({16})
+    assert [fused.serves(tokens) for tokens in (2, 8, 9, SOME_TOKENS, SOME_TOKENS + 1)] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+    fused.use({SOME_TOKENS + 1})
+    fused.use({1, 9}, False)
+    assert [fused.serves(tokens) for tokens in (1, 2, 9, SOME_TOKENS, 9999)] == [False, True, False, False, True]
 
 
 def test_no_samples_make_no_logits(checkpoint: Checkpoint) -> None:
@@ -171,3 +182,18 @@ def test_a_trial_judges_a_single_token_several_and_many_apart(
         monkeypatch.setattr(case.fused, "forward", wrong)
         with pytest.raises(UnsupportedModelError, match=r"not compute over a paged KV cache .* relative error 0\.01"):
             case.trial.run_fused(case.model, case.backend, case.fused)
+
+
+@pytest.mark.parametrize(("modules", "allowed"), [(0.07, True), (0.06, False)])
+def test_weights_in_fp8_are_judged_by_how_far_off_the_modules_are(
+    modules: float, allowed: bool, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp8 a number that is rounded otherwise gets another code in each layer, so the more layers, the farther."""
+    case = Case(checkpoint("llama", num_hidden_layers=1))
+    errors = {True: 0.2, False: modules}
+    monkeypatch.setattr(case.trial, "_error", lambda *_, fused=None: errors[fused is not None])
+    if allowed:
+        assert case.trial.run_fused(case.model, case.backend, case.fused, fp8_weights=True) == 0.2
+    else:
+        with pytest.raises(UnsupportedModelError, match=r"relative error 0\.2, allowed 0\.18 in fp8"):
+            case.trial.run_fused(case.model, case.backend, case.fused, fp8_weights=True)

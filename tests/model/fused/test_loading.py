@@ -99,31 +99,29 @@ def load(path: Path, decoder: str) -> tuple[str, tuple[str, ...]]:
 
 async def test_weights_in_fp8(checkpoint: Checkpoint, runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """They are multiplied by torch; what is between is fused, and compared with the modules in fp8."""
-    times = [2.0, 1.0]
+    times = [2.0, 1.0] * 3
     monkeypatch.setattr(choice, "cuda_seconds", lambda device, **_: lambda replay: times.pop(0))
     path, changes = checkpoint("llama", num_hidden_layers=1), {"dtype": "bfloat16", "quantization": "fp8"}
     async with AsyncEngine(config(path, "auto").replace(**changes)) as engine:
         quantised, chosen = engine.health().notes[-2:]
         assert quantised.startswith("quantization: fp8, ")
-        assert chosen.startswith("decoder: fused kernels are used for more than 8 tokens: measured 32 in ")
+        assert chosen.startswith("decoder: fused kernels are used for 1, 2, 3, 4, 5, 6, 7, 8, 9 to 512 tokens: ")
         runs.clear()
         assert [len(tokens) for tokens in await tokens_of(engine)] == [3, 3]
-        assert runs == [22]  # both prompts; few tokens are for graphs
+        assert runs[0] == 22 and set(runs[1:]) == {2}  # both prompts, and what follows
 
 
 @pytest.mark.parametrize(
-    ("seconds", "few", "many"),
-    [((2.0, 1.0), "used for 1, 2 tokens", "used"), ((1.0, 2.0), "not used", "not used")],
+    ("seconds", "used"), [((2.0, 1.0), "used for 1, 2, 9 to 512 tokens"), ((1.0, 2.0), "not used")]
 )
 def test_auto_takes_them_where_they_are_measured_to_be_faster(
     seconds: tuple[float, float],
-    few: str,
-    many: str,
+    used: str,
     checkpoint: Checkpoint,
     monkeypatch: pytest.MonkeyPatch,
     runs: list[int],
 ) -> None:
-    times = list(3 * seconds)  # of a step of 32 tokens, and of the buckets 2 and 1
+    times = list(3 * seconds)  # of a step of 32 tokens that is launched, and of the buckets 2 and 1
 
     def taken(replay: Callable[[], None]) -> float:
         runs.clear()
@@ -133,11 +131,19 @@ def test_auto_takes_them_where_they_are_measured_to_be_faster(
 
     graphs_here(monkeypatch, Replayer())
     monkeypatch.setattr(choice, "cuda_seconds", lambda device, **_: taken)
-    runs_as, (of_many, of_few) = load(checkpoint("llama", num_hidden_layers=1), "auto")
+    runs_as, (note,) = load(checkpoint("llama", num_hidden_layers=1), "auto")
     assert runs_as == "auto"  # a restart measures again
     assert times == []
-    assert of_many.startswith(f"decoder: fused kernels are {many} for more than 8 tokens: measured 32 in ")
-    assert of_few.startswith(f"decoder: fused kernels are {few}: measured 2 in ")
+    assert note.startswith(f"decoder: fused kernels are {used}: measured 32 launched in ")
+
+
+def test_what_nothing_is_captured_of_is_measured_as_it_is_launched(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = [2.0, 1.0, 1.0, 2.0, 2.0, 1.0]  # of 1, 8 and 32 tokens
+    monkeypatch.setattr(choice, "cuda_seconds", lambda device, **_: lambda replay: times.pop(0))
+    _, (note,) = load(checkpoint("llama", num_hidden_layers=1), "auto")
+    assert note.startswith("decoder: fused kernels are used for 1, 9 to 512 tokens: measured 1 launched in 1e+03 ms ")
 
 
 @pytest.mark.parametrize(

@@ -185,8 +185,13 @@ def test_layers_in_fp8_share_the_codes_of_their_input(tokens: int, monkeypatch: 
 def test_neighbours_in_one_layer_are_one_product() -> None:
     whole, other = linear(60, torch.float32).linear, linear(8, torch.float32).linear
     parts = [Projection(whole, 0, 25), Projection(whole, 25, 60), Projection(other)]
-    one, rest = merged(parts)
+    (one, widths), (rest, [width]) = merged(parts)
     assert (one.linear, one.start, one.stop) == (whole, 0, 60) and rest is parts[2]
+    assert (widths, width) == ([25, 35], 8)
+    for tokens in (1, MANY):
+        x = random(tokens, INPUTS, torch.float32)
+        for found, part in zip(Product(Formula(parts)).apart(x), parts, strict=True):
+            assert_near(found, product_of(x.double(), part), torch.float32)
     assert len(merged([parts[1], parts[0]])) == 2  # not in this order
     assert len(merged([Projection(whole, 0, 25), Projection(whole, 26, 60)])) == 2
 
