@@ -1,7 +1,8 @@
 """Captured steps: the launches of a whole step, replayed at once, for a few token counts. Owned by the step thread.
 
-A step of decodes alone is padded to a bucket and replayed; everything else runs as it is. With drafts a row has several
-query tokens: then a graph serves where such a step launches what a graph has, and none is captured for it. Whatever a
+A step of decodes alone is padded to a bucket and replayed. Steps with prompts have graphs of their own, of which each
+launches whatever a step of so many tokens could need; longer ones run as they are. With drafts a row has several query
+tokens: then a graph of decodes serves where such a step launches what that has, and none is captured for it. Whatever a
 step brings to the device, its attention's plan included, reaches it in one packed copy, where a graph looks for it.
 
 The graph of a bucket takes the likeliest token of each row and keeps it as the last one of the row's slot, so a step of

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, StepError
-from asyncengine.model import loader, verification
+from asyncengine.model import buckets, loader, verification
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.runner import TorchModel
@@ -43,6 +43,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     monkeypatch.setattr(verification, "_TOKENS", 5)
     monkeypatch.setattr(verification, "_CUTS", (0, 3, 5))
     monkeypatch.setattr(loader, "_SOME_TOKENS", 9)
+    monkeypatch.setattr(buckets, "_MIXED", (1 + len(PROMPT),))
     monkeypatch.setattr(choice, "cuda_seconds", lambda device, **_: lambda run: (run(), 1.0)[1])
     with pretended() as device:
         yield device
@@ -74,7 +75,7 @@ async def greedy(engine: AsyncEngine) -> list[list[int]]:
 
 @on_one_loop
 async def test_draws_what_the_host_draws_and_waits_for_nothing_but_tokens(
-    device: Pretended, config: EngineConfig
+    device: Pretended, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Draws behind graphs, in one, and by the sampler; prompts beside decodes; somebody leaves in the middle."""
     settings: list[dict[str, Any]] = [
@@ -95,9 +96,10 @@ async def test_draws_what_the_host_draws_and_waits_for_nothing_but_tokens(
         return [answer.token_ids for answer in answers]
 
     config = config.replace(max_num_sequence=2)
+    monkeypatch.setattr(buckets, "_MIXED", (6, 12))
     async with AsyncEngine(config) as engine:
         assert engine.health().notes == ()
-        assert engine.health().warm_up.done == 2 + 2 * 3 + 2  # steps and draws of 1 and 2, mixed steps of 32 and 34
+        assert engine.health().warm_up.done == 2 + 2 * 3 + 2  # steps and draws of 1 and 2, steps with prompts
         device.waits.clear()
         launched = device.kernels.copy()
         found = await work(engine)
@@ -153,13 +155,15 @@ async def test_fused_kernels_take_part_in_captured_steps(
 
     config = config.replace(decoder_backend="compiled", max_num_sequence=11)
     async with AsyncEngine(config) as engine:
-        assert captured == {1, 2, 4, 8, 11, 32, 43}
+        assert captured == {1, 2, 4, 8, 11, 6}
         before = device.kernels.copy()
         device.waits.clear()
         found = await work(engine)
         assert set(device.waits) == {"Event.synchronize"}
-        assert device.kernels == before and before.keys() >= {"project", "rotate", "norm_rows", "activate"}
+        assert before.keys() >= {"project", "rotate", "norm_rows", "activate"}
         assert device.replays > 5  # of steps; draws are part of them
+        launched = device.kernels - before  # several prompts at once are more than there is a graph for
+        assert launched.keys() >= {"rotate", "norm_rows", "activate"}
     assert found == await on_host(config.replace(decoder_backend="transformers"), work)
 
 
