@@ -31,7 +31,7 @@ def reserve(text: Any, dtype: torch.dtype, sequences: int, draws: bool, tokens: 
     sizes, vocab, bytes_each = Buckets.upto(sequences).sizes, int(text.vocab_size), dtype.itemsize
     mixed = Buckets.mixed(tokens).sizes if tokens else ()
     rows = sum(sizes) + sum(min(size, sequences) for size in mixed)
-    largest = max(*sizes, *mixed)
+    largest = max((*sizes, *mixed))
     shared = largest * activation_numbers(text) * bytes_each + (draw_bytes(sizes[-1], vocab) if draws else 0)
     drawn = len(sizes) * len(FILTERED) if draws else 0
     steps = len(sizes) + len(mixed)

@@ -81,9 +81,6 @@ class StepGraphs:
         kinds: The draws that can be captured, besides greedy ones.
         most_samples: Of steps of anything, how many rows of logits they give at most. Without, a step is of decodes
             alone, which give one for each token.
-
-    Attributes:
-        notes: What did not work, in words.
     """
 
     def __init__(
@@ -105,12 +102,18 @@ class StepGraphs:
         self._buffer = PackedBuffer(device)
         self._graphs: dict[int, CapturedStep] = {}
         self._draws = DrawGraphs(kinds, last)
-        self.notes: list[str] = []
+        self._notes: list[str] = []
+        self._launched: dict[int, str] = {}  # by bucket, why
 
     def mixed(self, buckets: Buckets, most_samples: int) -> StepGraphs:
         """Captures of steps of anything, of the same model and in the same memory."""
         recorder, last = self._recorder, self._last
         return StepGraphs(self._model, buckets, self._device, recorder, last, most_samples=most_samples)
+
+    @property
+    def notes(self) -> list[str]:
+        """What did not work, or is not worth it, in words."""
+        return [*self._notes, *self._launched.values()]
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -159,16 +162,20 @@ class StepGraphs:
         What is launched has as many tokens as such a step has on average. Neither attends to anything.
         """
         smaller = max((other for other in self.sizes if other < size), default=0)
-        fewer = _nothing((smaller + size) // 2 + 1)
-        with torch.inference_mode():
-            launched = seconds(lambda: self._launch(fewer))
-            self._send(step := _nothing(size), self._sections(step))
-            replayed = seconds(self._graphs[size].replay)
-        if replayed > launched:
-            del self._graphs[size]
-            taken = f"{launched * 1e3:.3g} ms (replayed: {replayed * 1e3:.3g})"
-            self.notes.append(
-                f"graphs: steps with prompts of {smaller + 1} to {size} tokens are launched: measured {taken}"
+        fewer, reason = _nothing((smaller + size) // 2 + 1), None
+        try:
+            with torch.inference_mode():
+                launched = seconds(lambda: self._launch(fewer))
+                self._send(step := _nothing(size), self._sections(step))
+                replayed = seconds(self._graphs[size].replay)
+            if replayed > launched:
+                reason = f"measured {launched * 1e3:.3g} ms (replayed: {replayed * 1e3:.3g})"
+        except Exception as error:  # whatever a driver raises
+            reason = _reason(error)
+        if reason is not None:
+            self._graphs.pop(size, None)
+            self._launched[size] = (
+                f"graphs: steps with prompts of {smaller + 1} to {size} tokens are launched: {reason}"
             )
 
     def capture_draw(self, size: int, kind: DrawKind) -> bool:
@@ -186,7 +193,7 @@ class StepGraphs:
         except Exception as error:
             self._draws.kinds = ()
             what = "no further draws are captured" if self._draws.captured else "draws cannot be captured"
-            self.notes.append(f"graphs: {what}, they are launched: {_reason(error)}")
+            self._notes.append(f"graphs: {what}, they are launched: {_reason(error)}")
             return False
         return True
 
@@ -231,6 +238,7 @@ class StepGraphs:
         """Lets go of all graphs: the memory that they refer to is about to be freed. They can be captured anew."""
         self._graphs.clear()
         self._draws.clear()
+        self._launched.clear()
 
     def _launch(self, step: StepBatch) -> None:
         _, sent = self._send(step, self._sections(step))
@@ -260,7 +268,7 @@ class StepGraphs:
         what = "no further steps are captured" if self._graphs else "the model cannot be captured, it runs without"
         if self._most_samples is not None:
             what = f"no {'further ' if self._graphs else ''}steps with prompts are captured"
-        self.notes.append(f"graphs: {what}: {_reason(error)}")
+        self._notes.append(f"graphs: {what}: {_reason(error)}")
 
     def _recorded(self, recorder: Recorder, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> CapturedStep:
         with torch.inference_mode():

@@ -269,15 +269,17 @@ def _choose_launched(
     from asyncengine.model.fused.choice import cuda_seconds
     from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
 
+    longest = _longest_piece(limits)
     sorts: list[tuple[Sequence[int], int]] = []
     if graphs is None:
         sorts += [((1,), 1), (range(2, MOST_TOKENS + 1), MOST_TOKENS)]
-    if graphs is None or not any(MOST_TOKENS < size <= SOME_TOKENS for size in graphs.sizes):
+    some_captured = graphs is not None and any(MOST_TOKENS < size <= SOME_TOKENS for size in graphs.sizes)
+    if longest > MOST_TOKENS and not some_captured:
         sorts.append(((SOME_TOKENS,), _SOME_TOKENS))
-    if limits.prefill_chunk_size + limits.max_num_sequence > SOME_TOKENS:
+    if longest > SOME_TOKENS:  # else those of more tokens are run as those are
         sorts.append(((SOME_TOKENS + 1,), _MANY_TOKENS))
     for counts, tokens in sorts:
-        tokens = min(tokens, _longest_piece(limits))
+        tokens = min(tokens, longest)
         step = dataclasses.replace(_prefill(tokens, limits.page_size), sample_index=np.array([tokens - 1]))
         # The first run makes whatever is made on first use. A step of many tokens takes so long that two tell enough.
         seconds = cuda_seconds(device, rounds=2 if tokens == _MANY_TOKENS else 7, replays=1)

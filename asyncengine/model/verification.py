@@ -187,14 +187,14 @@ class Trial:
         several = min(MOST_TOKENS // 2, length)  # of each of the two sequences
         cuts = range(0, length + 1)
         pieces: list[tuple[int, Sequence[int]]] = [(1, cuts), (2, cuts[::several])]
-        fused.some = fused.many = 2 * most > MOST_TOKENS
+        fused.some = 2 * most > MOST_TOKENS
         if fused.some:
             pieces.append((2, (0, most)))
         errors = [self._error(rows, each, model, backend, fused=fused) for rows, each in pieces]
         for (rows, each), error in zip(pieces, errors, strict=True):
             tolerance = _COMPILED_TOLERANCE[self._dtype]
             if fp8_weights and error > tolerance:
-                tolerance = _FP8_ROUNDING * self._error(rows, each, model, backend)
+                tolerance = min(_FP8_ROUNDING * self._error(rows, each, model, backend), _FP8_TOLERANCE)
             self._judge(error, tolerance, "fp8" if fp8_weights else self._dtype)
         return max(errors)
 

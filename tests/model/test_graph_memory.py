@@ -81,6 +81,7 @@ def test_the_reserve_adds_up() -> None:
     mixed = reserve(text, torch.bfloat16, 16, False, 100)
     more = (3 * 16 * 1000 + (100 - 16) * (6 * 64 + 4 * 256)) * 2 + 3 * STEP_GRAPH  # of 32, 64 and 100 tokens
     assert mixed == GraphReserve(kept + activations + 5 * STEP_GRAPH + more, 8)
+    assert reserve(text, torch.bfloat16, 1, False).graphs == 1
     assert str(GraphReserve(3 << 28, 20)) == "0.75 GiB for 20 CUDA graphs"
 
 

@@ -214,6 +214,27 @@ class TestMixed:
             "graphs: steps with prompts of 5 to 16 tokens are launched: measured 1e+03 ms (replayed: 2e+03)",
         )
 
+    def test_one_that_cannot_be_measured_is_let_go_too(self) -> None:
+        def seconds(run: Callable[[], None]) -> float:
+            raise torch.OutOfMemoryError("CUDA out of memory\nmore of it")
+
+        graphs = StepGraphs(Model(), Buckets((1,)), CPU, Replayer())
+        capturing = Capturing(graphs, mixed=graphs.mixed(Buckets((4,)), 3), seconds=seconds, at_once=True)
+        for _ in range(2):  # as after a sleep
+            capturing.begin()
+            assert capturing.run(prompts(3)) is None and capturing.run(decodes(1)) is not None
+            told = "graphs: steps with prompts of 1 to 4 tokens are launched: CUDA out of memory"
+            assert capturing.warmth.notes == (told,)
+
+    def test_other_memory_means_another_capture(self) -> None:
+        model, recorder, capturing = self.of()
+        model.key = 1
+        for replayed in (0, 1):
+            ran = capturing.run(prompts(5, 2))
+            assert ran is not None
+            assert ran.logits.tolist() == [[104, 4], [106, 6]]
+            assert (recorder.recorded, recorder.replayed) == (7, 1 + replayed)
+
     def test_cleared_with_the_others(self) -> None:
         _, _, capturing = self.of()
         capturing.clear()

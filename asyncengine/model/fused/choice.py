@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 import torch
 
+from asyncengine.model.buckets import Buckets
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
 from asyncengine.model.graphs import Seconds, StepGraphs
@@ -45,7 +46,9 @@ class Choice:
         self.notes: tuple[str, ...] = ()
         sizes = () if graphs is None else graphs.sizes
         self._open = {size for size in sizes if size <= MOST_TOKENS}
-        self._open |= set([size for size in sizes if MOST_TOKENS < size <= SOME_TOKENS][-1:])
+        if sizes:  # one of those that are captured first, so that it is decided before its like are
+            coarse = Buckets(sizes).coarse()
+            self._open |= set([size for size in coarse if MOST_TOKENS < size <= SOME_TOKENS][:1])
         fused.rest()
 
     def is_open(self, size: int) -> bool:
@@ -100,7 +103,7 @@ class Choice:
         fused.use(counts, kept)
         used = [str(size) for size in sorted(fused.sizes)]
         used += [f"{MOST_TOKENS + 1} to {SOME_TOKENS}"] if fused.some else []
-        used += ["more"] if fused.many else []
+        used += ["more"] if fused.serves(SOME_TOKENS + 1) else []
         where = f"used for {', '.join(used)} tokens" if used else "not used"
         self.notes = (f"decoder: fused kernels are {where}: measured {'; '.join(self._said)}",)
 

@@ -32,7 +32,7 @@ class FusedDecoder:
         sizes: Of the token counts up to `MOST_TOKENS`, those for which it runs in the model's place; the others run as
             transformers has them.
         some: Whether it runs steps of more tokens, up to `SOME_TOKENS`.
-        many: Whether it runs steps of more than that.
+        many: Whether it runs steps of more than that; None is as `some`.
 
     Args:
         blueprint: The model's parts, which keep their weights.
@@ -43,7 +43,8 @@ class FusedDecoder:
 
     def __init__(self, blueprint: Blueprint) -> None:
         self.sizes: frozenset[int] = frozenset(range(1, MOST_TOKENS + 1))
-        self.some = self.many = True
+        self.some = True
+        self.many: bool | None = None
         self._embedding = blueprint.embedding
         self._positions = blueprint.positions
         self._first_position = blueprint.first_position
@@ -65,7 +66,7 @@ class FusedDecoder:
         """Whether it runs a step of so many tokens."""
         if tokens <= MOST_TOKENS:
             return tokens in self.sizes
-        return self.some if tokens <= SOME_TOKENS else self.many
+        return self.some if tokens <= SOME_TOKENS or self.many is None else self.many
 
     def use(self, counts: Collection[int], whether: bool = True) -> None:
         """Runs steps of so many tokens from now on, above `MOST_TOKENS` also their like; or leaves them to modules."""
@@ -79,7 +80,7 @@ class FusedDecoder:
     def rest(self) -> None:
         """Runs no steps until it is told to."""
         self.sizes = frozenset()
-        self.some = self.many = False
+        self.some, self.many = False, None
 
     def move(self, device: torch.device) -> None:
         """Takes what is not the model's own along when that moves."""

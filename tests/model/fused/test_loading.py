@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.errors import UnsupportedModelError
+from asyncengine.model import loader as loader_module
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.loader import TransformersLoader
+from asyncengine.step.limits import Limits
 from tests.model.fused.interpreted import DEVICE, fuse_here
 from tests.model.test_graphs import Replayer, graphs_here
 
@@ -105,14 +108,14 @@ async def test_weights_in_fp8(checkpoint: Checkpoint, runs: list[int], monkeypat
     async with AsyncEngine(config(path, "auto").replace(**changes)) as engine:
         quantised, chosen = engine.health().notes[-2:]
         assert quantised.startswith("quantization: fp8, ")
-        assert chosen.startswith("decoder: fused kernels are used for 1, 2, 3, 4, 5, 6, 7, 8, 9 to 512 tokens: ")
+        assert chosen.startswith("decoder: fused kernels are used for 1, 2, 3, 4, 5, 6, 7, 8, 9 to 512, more tokens: ")
         runs.clear()
         assert [len(tokens) for tokens in await tokens_of(engine)] == [3, 3]
         assert runs[0] == 22 and set(runs[1:]) == {2}  # both prompts, and what follows
 
 
 @pytest.mark.parametrize(
-    ("seconds", "used"), [((2.0, 1.0), "used for 1, 2, 9 to 512 tokens"), ((1.0, 2.0), "not used")]
+    ("seconds", "used"), [((2.0, 1.0), "used for 1, 2, 9 to 512, more tokens"), ((1.0, 2.0), "not used")]
 )
 def test_auto_takes_them_where_they_are_measured_to_be_faster(
     seconds: tuple[float, float],
@@ -137,13 +140,38 @@ def test_auto_takes_them_where_they_are_measured_to_be_faster(
     assert note.startswith(f"decoder: fused kernels are {used}: measured 32 launched in ")
 
 
+@pytest.mark.parametrize(
+    ("changes", "decided"),
+    [
+        ({"chunk": 512, "sequences": 256}, [((1,), 1), ((2, 3, 4, 5, 6, 7, 8), 8), ((512,), 64)]),
+        ({"chunk": 2048, "length": 400}, [((1,), 1), ((2, 3, 4, 5, 6, 7, 8), 8), ((512,), 64)]),
+        ({"chunk": 4096}, [((1,), 1), ((2, 3, 4, 5, 6, 7, 8), 8), ((512,), 64), ((513,), 2048)]),
+        ({"chunk": 600, "buckets": (1, 16)}, [((513,), 600)]),
+        ({"chunk": 5, "buckets": (1, 8)}, []),
+    ],
+)
+def test_a_sort_of_steps_is_decided_by_one_of_them(changes: dict[str, Any], decided: list[Any]) -> None:
+    found = list[Any]()
+
+    class Measured:
+        def decide_launched(self, counts: Any, tokens: int, launch: Any, seconds: Any) -> None:
+            found.append((tuple(counts), tokens))
+
+    given = {"chunk": 2048, "length": 8192, "sequences": 4, "buckets": None} | changes
+    limits = Limits(given["sequences"], given["length"], given["chunk"], 16, 1 << 14)
+    graphs: Any = None if given["buckets"] is None else SimpleNamespace(sizes=given["buckets"])
+    measured: Any = Measured()
+    loader_module._choose_launched(SimpleNamespace(logits=print), measured, graphs, limits, torch.device("cpu"))
+    assert found == decided
+
+
 def test_what_nothing_is_captured_of_is_measured_as_it_is_launched(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = [2.0, 1.0, 1.0, 2.0, 2.0, 1.0]  # of 1, 8 and 32 tokens
     monkeypatch.setattr(choice, "cuda_seconds", lambda device, **_: lambda replay: times.pop(0))
     _, (note,) = load(checkpoint("llama", num_hidden_layers=1), "auto")
-    assert note.startswith("decoder: fused kernels are used for 1, 9 to 512 tokens: measured 1 launched in 1e+03 ms ")
+    assert note.startswith("decoder: fused kernels are used for 1, 9 to 512, more tokens: measured 1 launched in ")
 
 
 @pytest.mark.parametrize(
