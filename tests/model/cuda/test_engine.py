@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,9 @@ from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.runner import TorchModel
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
-from tests.model.fused.interpreted import large_tiles
+from tests.model.fused.interpreted import large_tiles, on_one_loop
 
 PROMPT = [1, 2, 3, 4, 5]
-
-
-def on_one_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """The interpreter takes its time, and no loop has anything to do with what is tested."""
-
-    @functools.wraps(test)
-    def run(**fixtures: Any) -> None:
-        asyncio.run(test(**fixtures))
-
-    return run
 
 
 @pytest.fixture

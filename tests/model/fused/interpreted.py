@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine
+from typing import Any
+
 import pytest
 
 from asyncengine.model import verification
@@ -9,7 +14,17 @@ from asyncengine.model.fused import choice, tiles
 from asyncengine.model.fused.tiles import Tile
 from tests.model.attention.triton_device import DEVICE, require_triton
 
-__all__ = ["DEVICE", "fuse_here", "large_tiles", "require_triton"]
+__all__ = ["DEVICE", "fuse_here", "large_tiles", "on_one_loop", "require_triton"]
+
+
+def on_one_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """The interpreter takes its time, and no loop has anything to do with what is tested."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(test(**fixtures))
+
+    return run
 
 
 def large_tiles(monkeypatch: pytest.MonkeyPatch, outputs: int = 256) -> None:
@@ -25,3 +40,5 @@ def fuse_here(monkeypatch: pytest.MonkeyPatch) -> None:
     large_tiles(monkeypatch)
     monkeypatch.setattr(choice, "DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(verification, "_FUSED_TOKENS", 4)
+    monkeypatch.setattr(verification, "_TOKENS", 5)
+    monkeypatch.setattr(verification, "_CUTS", (0, 3, 5))

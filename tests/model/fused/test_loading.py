@@ -18,7 +18,7 @@ from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.step.limits import Limits
-from tests.model.fused.interpreted import DEVICE, fuse_here
+from tests.model.fused.interpreted import DEVICE, fuse_here, on_one_loop
 from tests.model.test_graphs import Replayer, graphs_here
 
 Checkpoint = Callable[..., Path]
@@ -61,6 +61,7 @@ async def tokens_of(engine: AsyncEngine) -> list[list[int]]:
     return [result.token_ids for result in await engine.generate_many(PROMPTS, GREEDY)]
 
 
+@on_one_loop
 async def test_an_engine_generates_what_it_generates_without(checkpoint: Checkpoint, runs: list[int]) -> None:
     path = checkpoint("llama", num_hidden_layers=1)
     async with AsyncEngine(config(path, "transformers")) as engine:
@@ -75,6 +76,7 @@ async def test_an_engine_generates_what_it_generates_without(checkpoint: Checkpo
     assert {2, 22} <= set(runs)  # decodes, and both prompts at once
 
 
+@on_one_loop
 async def test_new_weights_sleep_and_embeddings(checkpoint: Checkpoint, runs: list[int]) -> None:
     path, other = (checkpoint("llama", num_hidden_layers=1, seed=seed) for seed in (0, 1))
     async with AsyncEngine(config(other, "transformers")) as engine:
@@ -100,6 +102,7 @@ def load(path: Path, decoder: str) -> tuple[str, tuple[str, ...]]:
     return loaded.config.decoder_backend, about_decoder(notes)
 
 
+@on_one_loop
 async def test_weights_in_fp8(checkpoint: Checkpoint, runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """They are multiplied by torch; what is between is fused, and compared with the modules in fp8."""
     times = [2.0, 1.0] * 3
