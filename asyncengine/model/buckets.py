@@ -83,3 +83,21 @@ def padded(batch: StepBatch, tokens: int) -> StepBatch:
         positions=np.concatenate((batch.positions, zeros)),
         slot_mapping=np.concatenate((batch.slot_mapping, np.full(missing, -1, np.int64))),
     )
+
+
+def padding(tokens: int) -> StepBatch:
+    """A step of padding alone."""
+    empty = np.zeros(0, np.int64)
+    return StepBatch(
+        token_ids=np.zeros(tokens, np.int32),
+        positions=np.zeros(tokens, np.int32),
+        query_start=np.zeros(1, np.int32),
+        context_lens=np.zeros(0, np.int32),
+        block_tables=np.zeros((0, 1), np.int32),
+        slot_mapping=np.full(tokens, -1, np.int64),
+        sample_index=empty,
+        sample_slots=empty,
+        sample_positions=empty,
+        copies=empty.reshape(0, 2),
+        num_decodes=0,
+    )

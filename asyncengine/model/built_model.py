@@ -180,6 +180,7 @@ def _fuse(
     from asyncengine.model.decoder.blueprint import recognise
     from asyncengine.model.fused import choice
     from asyncengine.model.fused.decoder import FusedDecoder
+    from asyncengine.model.graphs import reason_of
     from asyncengine.model.verification import Trial
 
     if (
@@ -195,7 +196,7 @@ def _fuse(
             trial = Trial.of(model, layers, details.device)
         trial.run_fused(model, backend, fused, in_fp8)
     except Exception as error:  # also what a compiler or a driver raises: the model can be served without
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         if config.decoder_backend == "compiled":
             raise UnsupportedModelError(
                 f"{str(details.checkpoint.path)!r} cannot run as a compiled step: {reason}"

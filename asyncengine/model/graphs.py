@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from asyncengine.model import token_draw
 from asyncengine.model.attention.protocol import AttentionBackend, is_capturable
-from asyncengine.model.buckets import Buckets, padded
+from asyncengine.model.buckets import Buckets, padded, padding
 from asyncengine.model.draw_graphs import CapturedStep, DrawGraphs
 from asyncengine.model.graph_recorder import CudaRecorder, Recorder, Tensors
 from asyncengine.model.last_tokens import LastTokens, sources_of
@@ -148,7 +148,7 @@ class StepGraphs:
         """
         if self._recorder is None:
             return False
-        step = _nothing(size)
+        step = padding(size)
         try:
             self._graphs[size] = self._recorded(self._recorder, step, self._sections(step))
         except Exception as error:
@@ -162,16 +162,16 @@ class StepGraphs:
         What is launched has as many tokens as such a step has on average. Neither attends to anything.
         """
         smaller = max((other for other in self.sizes if other < size), default=0)
-        fewer, reason = _nothing((smaller + size) // 2 + 1), None
+        fewer, reason = padding((smaller + size) // 2 + 1), None
         try:
             with torch.inference_mode():
                 launched = seconds(lambda: self._launch(fewer))
-                self._send(step := _nothing(size), self._sections(step))
+                self._send(step := padding(size), self._sections(step))
                 replayed = seconds(self._graphs[size].replay)
             if replayed > launched:
                 reason = f"measured {launched * 1e3:.3g} ms (replayed: {replayed * 1e3:.3g})"
         except Exception as error:  # whatever a driver raises
-            reason = _reason(error)
+            reason = reason_of(error)
         if reason is not None:
             self._graphs.pop(size, None)
             self._launched[size] = (
@@ -187,13 +187,13 @@ class StepGraphs:
             return False
         try:
             with torch.inference_mode():
-                step = _nothing(size)
+                step = padding(size)
                 self._send(step, self._sections(step))
                 self._draws.capture(self._recorder, size, kind, self._graphs[size])
         except Exception as error:
             self._draws.kinds = ()
             what = "no further draws are captured" if self._draws.captured else "draws cannot be captured"
-            self._notes.append(f"graphs: {what}, they are launched: {_reason(error)}")
+            self._notes.append(f"graphs: {what}, they are launched: {reason_of(error)}")
             return False
         return True
 
@@ -268,7 +268,7 @@ class StepGraphs:
         what = "no further steps are captured" if self._graphs else "the model cannot be captured, it runs without"
         if self._most_samples is not None:
             what = f"no {'further ' if self._graphs else ''}steps with prompts are captured"
-        self._notes.append(f"graphs: {what}: {_reason(error)}")
+        self._notes.append(f"graphs: {what}: {reason_of(error)}")
 
     def _recorded(self, recorder: Recorder, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> CapturedStep:
         with torch.inference_mode():
@@ -287,7 +287,7 @@ class StepGraphs:
             Whether it does. If it cannot be captured, the error is raised and the old one stays.
         """
         assert self._recorder is not None
-        step = _nothing(size)
+        step = padding(size)
         new = self._recorded(self._recorder, step, self._sections(step))
         kept = better(self._graphs[size].replay, new.replay)
         if kept:
@@ -300,7 +300,7 @@ class StepGraphs:
 
         The old graph must not be replayed: where it looks for a step lies that of another time, which is written again.
         """
-        step = _nothing(size)
+        step = padding(size)
         sections = self._sections(step)
         with torch.inference_mode():
             key, _ = self._send(step, sections)
@@ -404,24 +404,7 @@ def graphs_for(
     return StepGraphs(model, Buckets.upto(sequences), device, last=last, kinds=kinds), ()
 
 
-def _nothing(tokens: int) -> StepBatch:
-    """A step of padding alone."""
-    empty = np.zeros(0, np.int64)
-    return StepBatch(
-        token_ids=np.zeros(tokens, np.int32),
-        positions=np.zeros(tokens, np.int32),
-        query_start=np.zeros(1, np.int32),
-        context_lens=np.zeros(0, np.int32),
-        block_tables=np.zeros((0, 1), np.int32),
-        slot_mapping=np.full(tokens, -1, np.int64),
-        sample_index=empty,
-        sample_slots=empty,
-        sample_positions=empty,
-        copies=empty.reshape(0, 2),
-        num_decodes=0,
-    )
-
-
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What an error says, in a line."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]

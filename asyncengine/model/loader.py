@@ -273,7 +273,7 @@ def _choose_launched(
     sorts: list[tuple[Sequence[int], int]] = []
     if graphs is None:
         sorts += [((1,), 1), (range(2, MOST_TOKENS + 1), MOST_TOKENS)]
-    some_captured = graphs is not None and any(MOST_TOKENS < size <= SOME_TOKENS for size in graphs.sizes)
+    some_captured = graphs is not None and any(size > MOST_TOKENS and choice.is_open(size) for size in graphs.sizes)
     if longest > MOST_TOKENS and not some_captured:
         sorts.append(((SOME_TOKENS,), _SOME_TOKENS))
     if longest > SOME_TOKENS:  # else those of more tokens are run as those are

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncengine.model.buckets import Buckets, padded
-from asyncengine.model.graphs import _nothing
+from asyncengine.model.buckets import Buckets, padded, padding
 
 
 @given(largest=st.integers(1, 5000), tokens=st.integers(1, 5000))
@@ -45,7 +44,7 @@ def test_sizes_must_rise(sizes: tuple[int, ...]) -> None:
 
 
 def test_padding_belongs_to_no_row_and_is_written_nowhere() -> None:
-    step = _nothing(3)
+    step = padding(3)
     step.token_ids[:] = 7
     longer = padded(step, 5)
     assert longer.token_ids.tolist() == [7, 7, 7, 0, 0]

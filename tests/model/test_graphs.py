@@ -19,10 +19,10 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, WarmUp
 from asyncengine.model import capturing as capturing_module
 from asyncengine.model import graphs as graphs_module
 from asyncengine.model.attention.reference import TorchAttention
-from asyncengine.model.buckets import Buckets
+from asyncengine.model.buckets import Buckets, padding
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.graph_recorder import Tensors
-from asyncengine.model.graphs import StepGraphs, _nothing, graphs_for
+from asyncengine.model.graphs import StepGraphs, graphs_for
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.token_draw import FILTERED
 from asyncengine.step.batch import StepBatch
@@ -86,7 +86,7 @@ class Model:
 def decodes(count: int, first: int = 100) -> StepBatch:
     rows = np.arange(count)
     return dataclasses.replace(
-        _nothing(count),
+        padding(count),
         token_ids=(first + rows).astype(np.int32),
         positions=rows.astype(np.int32) * 3,
         query_start=np.arange(count + 1, dtype=np.int32),
@@ -135,7 +135,7 @@ def prompts(*lengths: int, first: int = 100, decoding: int = 0) -> StepBatch:
     counts = np.array([1] * decoding + list(lengths))
     ends, total = np.cumsum(counts), int(counts.sum())
     return dataclasses.replace(
-        _nothing(total),
+        padding(total),
         token_ids=(first + np.arange(total)).astype(np.int32),
         positions=np.arange(total, dtype=np.int32),
         query_start=np.concatenate(([0], ends)).astype(np.int32),

@@ -14,8 +14,8 @@ import torch
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, LogitsRow, RequestResult
 from asyncengine.model import runner
-from asyncengine.model.buckets import Buckets
-from asyncengine.model.graphs import StepGraphs, _nothing
+from asyncengine.model.buckets import Buckets, padding
+from asyncengine.model.graphs import StepGraphs
 from asyncengine.model.last_tokens import LastTokens, sources_of
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.sampler import Sampler
@@ -143,7 +143,7 @@ def of_rows(unknown: list[bool], slots: list[int], chunk: int = 0) -> StepBatch:
     tokens = rows + chunk
     starts = [*range(rows + 1), *([tokens] if chunk else [])]
     return dataclasses.replace(
-        _nothing(tokens),
+        padding(tokens),
         token_ids=np.array([*range(100, 100 + rows), *range(200, 200 + chunk)], np.int32),
         query_start=np.array(starts, np.int32),
         context_lens=np.zeros(len(starts) - 1, np.int32),

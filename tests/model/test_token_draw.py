@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncengine.generation import SamplingParams
 from asyncengine.model import device_copy, token_draw
-from asyncengine.model.buckets import Buckets
-from asyncengine.model.graphs import StepGraphs, _nothing
+from asyncengine.model.buckets import Buckets, padding
+from asyncengine.model.graphs import StepGraphs
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.packed_buffer import PackedBuffer
 from asyncengine.model.sampler import Sampler
@@ -172,7 +172,7 @@ class Echo:
 def decodes(slots: list[int], position: int, ids: list[int] | None = None) -> StepBatch:
     rows = np.arange(len(slots))
     return dataclasses.replace(
-        _nothing(len(slots)),
+        padding(len(slots)),
         token_ids=np.array(ids or [0] * len(slots), np.int32),
         query_start=np.arange(len(slots) + 1, dtype=np.int32),
         context_lens=np.zeros(len(slots), np.int32),

@@ -15,7 +15,7 @@ import torch
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
-from asyncengine.model.graphs import Seconds, StepGraphs
+from asyncengine.model.graphs import Seconds, StepGraphs, reason_of
 
 DEVICES: tuple[str, ...] = ("cuda",)
 """Types of devices that it is for."""
@@ -64,7 +64,7 @@ class Choice:
         try:
             kept = self._graphs.contest(size, functools.partial(self._replayed, size))
         except Exception as error:  # whatever a compiler or a driver raises
-            self._said.append(_failure("no further, for it cannot be captured", error))
+            self._said.append(f"no further, for it cannot be captured: {reason_of(error)}")
             self._open.clear()
             return False
         finally:
@@ -87,7 +87,7 @@ class Choice:
                 taken.append(seconds(launch))
             kept = self._better(f"{tokens} launched", *taken)
         except Exception as error:  # whatever a compiler or a driver raises
-            self._said.append(_failure(f"{tokens} cannot be launched", error))
+            self._said.append(f"{tokens} cannot be launched: {reason_of(error)}")
         finally:
             self._settle(counts, kept)
 
@@ -106,10 +106,6 @@ class Choice:
         used += ["more"] if fused.serves(SOME_TOKENS + 1) else []
         where = f"used for {', '.join(used)} tokens" if used else "not used"
         self.notes = (f"decoder: fused kernels are {where}: measured {'; '.join(self._said)}",)
-
-
-def _failure(what: str, error: Exception) -> str:
-    return f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 
 def cuda_seconds(device: torch.device, rounds: int = 7, replays: int = 5) -> Seconds:

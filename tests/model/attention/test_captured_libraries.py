@@ -27,9 +27,9 @@ from asyncengine.model.attention import flashinfer
 from asyncengine.model.attention.flash_attention import FlashAttention3
 from asyncengine.model.attention.flashinfer import FlashInferAttention
 from asyncengine.model.attention.select import Selection
-from asyncengine.model.buckets import Buckets, padded
+from asyncengine.model.buckets import Buckets, padded, padding
 from asyncengine.model.graph_recorder import Tensors
-from asyncengine.model.graphs import StepGraphs, _nothing, graphs_for
+from asyncengine.model.graphs import StepGraphs, graphs_for
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.token_draw import FILTERED
@@ -106,7 +106,7 @@ def test_a_captured_launch_finds_the_rows_of_every_later_step(backend: Backend) 
     layers = Layers(backend)
     captured = {}
     for size in (6, 4):  # the largest is captured first
-        plan = captured[size] = backend.plan_captured(_nothing(size), PAGE, CPU)
+        plan = captured[size] = backend.plan_captured(padding(size), PAGE, CPU)
         layers.attend(plan, [[], [], []], size)
     where = {size: addresses(plan) for size, plan in captured.items()}
     for seed, (size, contexts) in enumerate([(4, [9]), (6, [0, 3, 4, 55, 1]), (4, [63, 7, 8, 20]), (6, [5] * 6)]):
@@ -124,13 +124,13 @@ def test_a_captured_launch_finds_the_rows_of_every_later_step(backend: Backend) 
 @pytest.mark.parametrize("backend", ["flashinfer"], indirect=True)
 def test_flashinfer_plans_every_kind_of_layer_before_a_graph_is_replayed(backend: Backend) -> None:
     layers = Layers(backend)
-    layers.attend(backend.plan_captured(_nothing(2), PAGE, CPU), [[], [], []], 2)
+    layers.attend(backend.plan_captured(padding(2), PAGE, CPU), [[], [], []], 2)
     made = sys.modules["flashinfer"].BatchDecodeWithPagedKVCacheWrapper.made
     for steps in range(2, 5):
         plan = backend.plan_captured(layers.step([steps, 1], 2, steps)[0], PAGE, CPU)
         assert list(plan.planned.values()) == made and len(made) == len(SPECS)
         assert [wrapper.plans for wrapper in made] == [steps] * len(SPECS)
-    layers.attend(backend.plan_captured(_nothing(3), PAGE, CPU), [[], [], []], 3)
+    layers.attend(backend.plan_captured(padding(3), PAGE, CPU), [[], [], []], 3)
     assert len(made) == 2 * len(SPECS)
     assert len({wrapper.schedule.data_ptr() for wrapper in made}) == len(SPECS)  # they take 8 MiB each
 
@@ -150,12 +150,12 @@ def test_a_step_with_drafts_is_planned_as_it_is_and_fits_no_graph(backend: Backe
 
 def test_what_is_large_enough_stays_and_what_is_not_gets_another_key(backend: Backend) -> None:
     layers = Layers(backend)
-    first = backend.plan_captured(_nothing(2), PAGE, CPU)
+    first = backend.plan_captured(padding(2), PAGE, CPU)
     layers.attend(first, [[], [], []], 2)
     backend.reserve(dataclasses.replace(LIMITS, max_num_sequence=2), CPU)
-    assert addresses(backend.plan_captured(_nothing(2), PAGE, CPU)) == addresses(first)
+    assert addresses(backend.plan_captured(padding(2), PAGE, CPU)) == addresses(first)
     backend.reserve(dataclasses.replace(LIMITS, max_single_sequence_length=4096), CPU)
-    again = backend.plan_captured(_nothing(2), PAGE, CPU)
+    again = backend.plan_captured(padding(2), PAGE, CPU)
     layers.attend(again, [[], [], []], 2)
     assert again.graph_key != first.graph_key
     assert not set(addresses(again)[:1]) & set(addresses(first))
@@ -183,7 +183,7 @@ def test_pinned_memory_of_a_plan_is_written_when_the_copy_before_is_done(
 ) -> None:
     assert isinstance(backend, FlashInferAttention)
     layers, said = Layers(backend), list[str]()
-    layers.attend(backend.plan_captured(_nothing(2), PAGE, CPU), [[], [], []], 2)
+    layers.attend(backend.plan_captured(padding(2), PAGE, CPU), [[], [], []], 2)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     for planner in backend._decoders.values():
         planner.copied = SimpleNamespace(  # type: ignore[assignment]
@@ -191,7 +191,7 @@ def test_pinned_memory_of_a_plan_is_written_when_the_copy_before_is_done(
         )
         plan = planner.wrapper.plan
         planner.wrapper.plan = lambda *args, plan=plan, **others: (said.append("planned"), plan(*args, **others))[0]
-    backend.plan_captured(_nothing(2), PAGE, CPU)
+    backend.plan_captured(padding(2), PAGE, CPU)
     assert said == ["waited", "planned", "recorded on stream"] * len(SPECS)
 
 
@@ -210,7 +210,7 @@ def test_flashinfer_gets_the_work_space_that_its_scheduler_asks_for(
     assert backend.capture_bytes([one_head], 1, CUDA) == schedules + 48 * 264 * 64 * 129 * 4 + 256 - (128 << 20)
     monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1 << 10)
     layers = Layers(backend)
-    layers.attend(backend.plan_captured(_nothing(2), PAGE, CPU), [[], [], []], 2)
+    layers.attend(backend.plan_captured(padding(2), PAGE, CPU), [[], [], []], 2)
     (made, *_) = sys.modules["flashinfer"].BatchDecodeWithPagedKVCacheWrapper.made
     assert len(made.workspace) >= 4 * 6 * 4 * 16 * 65
 

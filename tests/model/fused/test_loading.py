@@ -160,6 +160,9 @@ def test_a_sort_of_steps_is_decided_by_one_of_them(changes: dict[str, Any], deci
         def decide_launched(self, counts: Any, tokens: int, launch: Any, seconds: Any) -> None:
             found.append((tuple(counts), tokens))
 
+        def is_open(self, size: int) -> bool:
+            return True
+
     given = {"chunk": 2048, "length": 8192, "sequences": 4, "buckets": None} | changes
     limits = Limits(given["sequences"], given["length"], given["chunk"], 16, 1 << 14)
     graphs: Any = None if given["buckets"] is None else SimpleNamespace(sizes=given["buckets"])
