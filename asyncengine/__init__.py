@@ -17,6 +17,7 @@ from asyncengine._version import __version__
 if TYPE_CHECKING:
     from asyncengine.config import EngineConfig
     from asyncengine.errors import (
+        AdapterError,
         AsyncEngineError,
         CheckpointError,
         ConfigError,
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from asyncengine.warm_up import WarmUp
 
 __all__ = [
+    "AdapterError",
     "AsyncEngine",
     "AsyncEngineError",
     "BranchResult",
@@ -127,6 +129,7 @@ __all__ = [
 _HOMES = {
     "asyncengine.config": ("EngineConfig",),
     "asyncengine.errors": (
+        "AdapterError",
         "AsyncEngineError",
         "CheckpointError",
         "ConfigError",

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -60,6 +61,8 @@ class EngineConfig:
             output is the same.
         spec_draft_length: Most tokens guessed for each sequence in a step; 0 decides by load and by how many guesses
             were right so far.
+        adapters: LoRA adapters that are loaded with the model: directories as PEFT saves them, by the names that requests
+            call them. `AsyncEngine.load_adapter` loads more.
         tensor_parallel_shards: Must be 1: not available yet.
         attention_backend: ``"cpu"`` is the compiled kernel for the CPU, ``"triton"`` the one for CUDA, ``"torch"``
             needs no compiler and runs on any device, ``"auto"`` takes the fastest of these that works. ``"flashinfer"``
@@ -102,6 +105,7 @@ class EngineConfig:
     additional_models: tuple[str, ...] = field(default=(), kw_only=True)
     speculative_mode: SpeculativeMode = field(default="disable", kw_only=True)
     spec_draft_length: int = field(default=0, kw_only=True)
+    adapters: Mapping[str, str] = field(default_factory=dict, kw_only=True, hash=False)
     tensor_parallel_shards: int = field(default=1, kw_only=True)
     attention_backend: AttentionBackend = field(default="auto", kw_only=True)
     grammar_backend: GrammarLibrary = field(default="auto", kw_only=True)
@@ -159,6 +163,12 @@ class EngineConfig:
                 f"spec_draft_length is {self.spec_draft_length} with speculative_mode 'disable'; expected 0, or "
                 "another speculative_mode"
             )
+        if not isinstance(self.adapters, Mapping):
+            raise ConfigError(f"adapters is {self.adapters!r:.80}; expected directories by names")
+        for name, path in self.adapters.items():
+            _text("the name of an adapter", name)
+            _text(f"adapter {name!r}", path)
+        object.__setattr__(self, "adapters", dict(self.adapters))
         if self.tensor_parallel_shards != 1:
             raise ConfigError(
                 f"tensor_parallel_shards is {self.tensor_parallel_shards!r}; only 1 is available in this version"

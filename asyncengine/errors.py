@@ -16,6 +16,7 @@
     ├── ReloadError                            reload with something else
     │   ├── CheckpointError                    missing, incomplete or damaged files
     │   ├── UnsupportedModelError              an architecture that cannot be served correctly
+    │   ├── AdapterError                       an adapter that is not there, damaged, or for another model
     │   └── InsufficientMemoryError            does not fit; the message shows the arithmetic
     ├── EngineFailedError                      restart
     └── EngineClosedError                      give up on this engine
@@ -94,6 +95,10 @@ class CheckpointError(ReloadError):
 
 class UnsupportedModelError(ReloadError):
     """The architecture cannot be served correctly."""
+
+
+class AdapterError(ReloadError):
+    """An adapter is missing, damaged, of a kind that is not served, or does not fit the model."""
 
 
 class InsufficientMemoryError(ReloadError):

@@ -77,6 +77,7 @@ class NewRequest:
         pin: Name under which the prompt's blocks are pinned in the prefix cache once they are computed.
         arriving: Whether the prompt, empty so far, comes in pieces by `ExtendPrompt`.
         pooling: Which of the prompt's hidden states make its embedding; None wants none.
+        adapter: Name of the adapter that it is computed with; None is the model alone.
     """
 
     number: int
@@ -88,6 +89,7 @@ class NewRequest:
     pin: str | None = None
     arriving: bool = False
     pooling: Pooling | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,31 @@ class UpdateWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Have an adapter from now on, in place of one of the same name if there is one.
+
+    Reply: True, or False if another model was loaded since it was prepared.
+
+    Attributes:
+        epoch: Which model it was prepared for.
+        prepared: As the model takes it.
+    """
+
+    name: str
+    prepared: Any
+    epoch: int
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    """End the requests that use an adapter, and let it go. Reply: whether there was one of that name."""
+
+    name: str
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Unpin:
     """Let a pinned prompt go. Reply: whether it was pinned."""
 
@@ -254,5 +281,5 @@ class JobDone:
 
 Instruction = (
     AddRequests | ExtendPrompt | AbortRequests | Reload | Unload | Reset | Pause | Resume | Sleep | Wake
-    | UpdateWeights | Unpin | DebugCall | Drain | Restart | Shutdown | JobDone
+    | UpdateWeights | LoadAdapter | UnloadAdapter | Unpin | DebugCall | Drain | Restart | Shutdown | JobDone
 )  # fmt: skip

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+import anyio.to_thread
+
 from asyncengine import instructions as ins
 from asyncengine.config import EngineConfig
-from asyncengine.errors import ConfigError, EngineClosedError, ModelNotLoadedError
+from asyncengine.errors import AdapterError, ConfigError, EngineClosedError, InvalidRequestError, ModelNotLoadedError
 from asyncengine.generation import GenerationConfig
 from asyncengine.instructions import InFlight, Instruction, NewRequests, ReplyTo
 from asyncengine.loop.default_loader import DefaultLoader
@@ -178,6 +182,61 @@ class EngineControl:
             ReloadError: A name, shape or dtype does not fit; nothing was changed.
         """
         return int(await self._call(lambda to: ins.UpdateWeights(weights, to)))
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for; none without a model."""
+        view = self._thread.core.view
+        return () if view is None else view.adapters
+
+    async def load_adapter(
+        self, name: str, source: str | os.PathLike[str] | Mapping[str, Any], config: Mapping[str, Any] | None = None
+    ) -> None:
+        """Loads a LoRA adapter (Hu et al., 2021) beside the model, for requests with ``RequestOptions(adapter=name)``.
+
+        It is read and checked on a worker thread, and taken up between two steps. An adapter of the same name is
+        replaced: requests that use it go on with the new one, and its part of the prefix cache begins anew.
+
+        Args:
+            name: What requests call it.
+            source: A directory as PEFT saves it, or its tensors by their names there, as
+                ``peft.get_peft_model_state_dict`` gives them. Tensors are copied.
+            config: What ``adapter_config.json`` says, as ``peft_config.to_dict()`` gives it; for tensors alone.
+
+        Raises:
+            InvalidRequestError: `name` is not a non-empty string.
+            AdapterError: The adapter is missing or damaged, of a kind that is not served, or does not fit the model.
+            ModelNotLoadedError: There is no model.
+            IllegalStateError: Not now: the engine sleeps, or is draining.
+
+        Cancelling it leaves the engine with the adapter or without it.
+        """
+        if not isinstance(name, str) or not name:
+            raise InvalidRequestError(f"name is {name!r:.80}; expected a non-empty string")
+        loaded = False
+        while not loaded:  # again if another model was loaded meanwhile
+            view = await self._view()
+            if view.adapter_format is None:
+                raise AdapterError(f"{view.config.model!r} takes no adapters")
+            prepared = await anyio.to_thread.run_sync(
+                view.adapter_format.prepare, source, config, abandon_on_cancel=True
+            )
+            loaded = await self._call(functools.partial(ins.LoadAdapter, name, prepared, view.epoch))
+
+    async def unload_adapter(self, name: str) -> bool:
+        """Ends the requests that use an adapter, with reason "abort", and lets it go.
+
+        Returns:
+            Whether there was one of that name.
+
+        Raises:
+            InvalidRequestError: `name` is not a string.
+            ModelNotLoadedError: There is no model.
+            IllegalStateError: Not now: the engine sleeps, or is draining.
+        """
+        if not isinstance(name, str):
+            raise InvalidRequestError(f"name is {name!r:.80}; expected a string")
+        return bool(await self._call(lambda to: ins.UnloadAdapter(name, to)))
 
     async def drain(self) -> None:
         """Refuses new requests until all that there are have ended, then takes them again."""

@@ -245,12 +245,13 @@ class AsyncEngine(EngineControl):
         _name("request_id", request_id)
         await self._call(lambda to: ins.AbortRequests(request_ids=(request_id,), reply_to=to))
 
-    async def pin_prompt(self, prompt: Prompt, name: str | None = None) -> str:
+    async def pin_prompt(self, prompt: Prompt, name: str | None = None, options: RequestOptions = _DEFAULTS) -> str:
         """Computes a prompt and keeps it in the prefix cache, whole blocks of it, until `unpin_prompt`.
 
         Args:
             prompt: Text, or token ids.
             name: Of the pin; a pin of the same name is replaced. None makes one up.
+            options: How it is computed; with an adapter, it is kept for requests with that adapter.
 
         Returns:
             The name.
@@ -260,7 +261,7 @@ class AsyncEngine(EngineControl):
         """
         pin = f"pin-{next(self._numbers)}-{secrets.token_hex(4)}" if name is None else _name("name", name)
         try:
-            streams = await self._add([prompt], [GenerationConfig(max_tokens=0)], _DEFAULTS, pin=pin)
+            streams = await self._add([prompt], [GenerationConfig(max_tokens=0)], options, pin=pin)
             result = await streams[0]
             _check_computed(result.request_id, result.finish_reason is FinishReason.LENGTH)
         except BaseException:

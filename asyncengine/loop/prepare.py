@@ -23,6 +23,7 @@ from asyncengine.grammar.select import make_backend
 from asyncengine.instructions import Deadlines, NewRequest, WhenFull
 from asyncengine.loop.branch import Branch
 from asyncengine.loop.embedding import EmbeddingOptions, pooling_of
+from asyncengine.step.adapters import unknown_adapter
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, Tokenizer
@@ -52,6 +53,7 @@ class RequestOptions:
         priority: Lower goes first; within a priority, first come, first served.
         deadlines: How long it may take.
         when_full: With the waiting queue full, ``"wait"`` for room or ``"raise"`` `EngineOverloadedError`.
+        adapter: Name of a loaded adapter to compute it with; None is the model alone.
     """
 
     request_id: str | None = None
@@ -59,6 +61,7 @@ class RequestOptions:
     priority: int = 0
     deadlines: Deadlines | None = None
     when_full: WhenFull = "wait"
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if self.request_id is not None and (not isinstance(self.request_id, str) or not self.request_id):
@@ -69,6 +72,8 @@ class RequestOptions:
             raise InvalidRequestError(f"deadlines is {self.deadlines!r}; expected Deadlines(...)")
         if self.when_full not in ("wait", "raise"):
             raise InvalidRequestError(f"when_full is {self.when_full!r}; allowed: 'wait', 'raise'")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise InvalidRequestError(f"adapter is {self.adapter!r:.80}; expected the name of one, or None")
 
     def named(self, request_id: str) -> RequestOptions:
         """A copy with another request id."""
@@ -178,6 +183,8 @@ def new_request(
     """
     config = checked_config(config)
     check_length(len(prompt), view)
+    if options.adapter is not None and options.adapter not in view.adapters:
+        raise InvalidRequestError(unknown_adapter(options.adapter, view.adapters))
     if embedding is None and not view.has_head:
         raise InvalidRequestError(f"{view.config.model!r} can only embed: its checkpoint has no language-model head")
     pooling = None if embedding is None else pooling_of(embedding, view)
@@ -195,7 +202,18 @@ def new_request(
         raise InvalidRequestError(f"stop_strs is {params.stop_strs!r}; stop strings need a tokenizer and there is none")
     # The random part keeps it apart from whatever ids callers give.
     request_id = f"request-{number}-{secrets.token_hex(4)}" if options.request_id is None else options.request_id
-    return NewRequest(number, request_id, prompt, params, options.priority, options.deadlines, pin, arriving, pooling)
+    return NewRequest(
+        number,
+        request_id,
+        prompt,
+        params,
+        options.priority,
+        options.deadlines,
+        pin,
+        arriving,
+        pooling,
+        options.adapter,
+    )
 
 
 def _bad_words(words: Iterable[str | Iterable[int]], view: ModelView) -> tuple[tuple[int, ...], ...]:

@@ -14,6 +14,7 @@ import torch
 from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, UnsupportedModelError
 from asyncengine.model import memory
+from asyncengine.model.adapters import lora
 from asyncengine.model.attention_modules import text_config
 from asyncengine.model.findings import Findings, place_of, recall
 from asyncengine.model.memory import GIB
@@ -121,6 +122,8 @@ def plan_of(
         hf_config = None
         vocab_size, longest = findings.description["vocab_size"], findings.description["longest"]
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
+    for path in config.adapters.values():
+        lora.check_there(path)
     draft = None
     for name in config.additional_models:
         draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype)

@@ -140,6 +140,9 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     )
     draft_model = None
     try:
+        adapters = [(name, model.adapter_format.prepare(path, None)) for name, path in config.adapters.items()]
+        for index, (_, prepared) in enumerate(adapters):
+            model.put_adapter(index, prepared)
         if draft is not None:
             assert details.draft is not None
             draft_model, draft_sampler = _serving(draft, details.draft, backend, limits, vocab_size)
@@ -174,6 +177,9 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         hidden_size=built.hidden_size,
         pooling=details.checkpoint.pooling,
         has_head=built.has_head,
+        adapting=model,
+        adapters=tuple(adapters),
+        adapter_format=model.adapter_format,
     )
 
 

@@ -18,6 +18,9 @@ from asyncengine.errors import ReloadError
 from asyncengine.generation import SamplingParams
 from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, token_logprobs, verified_draw
 from asyncengine.model.capturing import Capturing
+from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of
+from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.decoder.adapted import CompiledAdapters
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import Ran
@@ -32,6 +35,7 @@ from asyncengine.model.token_ranking import argmax
 from asyncengine.model.way_back import OnItsWay, WayBack
 from asyncengine.model.weight_writer import in_place
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
+from asyncengine.step.model import AdapterFormat
 
 _PASSING = frozenset({2, *range(900, 909)})
 """Errors of CUDA that its context survives: memory (of the host, or of a graph), and those that speak of a capture."""
@@ -73,6 +77,7 @@ class TorchModel:
         last: Keeps the tokens that are drawn on the device, so that steps can be launched; None if they never are.
 
     Attributes:
+        adapter_format: Reads adapters.
         capturing: What is captured of its steps, if anything is.
         companion: What sleeps, wakes and goes with it.
     """
@@ -93,6 +98,8 @@ class TorchModel:
         self._program = program
         if program is not None:
             program.bind(layers.caches)
+        self._adapters = _adapters_of(model, layers.recorded, device, program)
+        self.adapter_format: AdapterFormat = self._adapters.format
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.capturing: Capturing | None = None
         self._fused: FusedDecoder | None = None
@@ -144,7 +151,7 @@ class TorchModel:
         if self._program is not None:
             batch = self._last.known(batch)
             return Ran(self.logits(batch), torch.from_numpy(batch.sample_slots))
-        if self.capturing is not None and (replayed := self.capturing.run(batch, self._sampler)) is not None:
+        if (replayed := self._replayed(batch, self._sampler)) is not None:
             return replayed
         kind, settings = None, None
         slots, positions = batch.sample_slots, batch.sample_positions
@@ -164,12 +171,18 @@ class TorchModel:
         run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         others: Mapping[str, NDArray[Any]] | None = None,
     ) -> torch.Tensor:
-        """Sends a step, and whatever else goes with it, and launches the model."""
+        """Sends a step, and whatever else goes with it, and launches the model; with adapters its own modules."""
 
         def carry(sections: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor] | None:
             return self.begin_with(batch, sections)[1]
 
-        return run(*self._inputs.send(batch, others, carry))
+        if batch.adapters is None:
+            return run(*self._inputs.send(batch, others, carry))
+        assert isinstance(self._adapters, AdaptedModules)
+        order, groups = groups_of(batch)
+        inputs = self._inputs.send(batch, {**(others or {}), "adapted": order}, carry)
+        with self._adapters.applied(groups, self._inputs.sent["adapted"].long(), len(batch.token_ids)):
+            return self._forward(*inputs)
 
     def _draw(self, batch: StepBatch, logits: torch.Tensor) -> StepTokens:
         """Tokens and scores from logits, those that are drawn from first."""
@@ -198,11 +211,15 @@ class TorchModel:
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""
-        if self.capturing is not None and (replayed := self.capturing.run(batch)) is not None:
+        if (replayed := self._replayed(batch)) is not None:
             return replayed.logits
         if self._program is not None:
             return self._program.logits(batch, self.begin(batch))
         return self._send_and_run(batch, self.forward)
+
+    def _replayed(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
+        """Replays a step that was captured, if there is one; none with adapters is."""
+        return None if self.capturing is None or batch.adapters is not None else self.capturing.run(batch, sampler)
 
     def copy_blocks(self, copies: Int64) -> None:
         """Copies whole blocks of the KV cache: (C, 2) of source and destination."""
@@ -270,6 +287,7 @@ class TorchModel:
         self._layers.free()
         if self._device.type == "cuda":
             self._model.to("cpu")
+            self._adapters.move(torch.device("cpu"))
             if self._fused is not None:
                 self._fused.move(torch.device("cpu"))
         memory.give_back()
@@ -279,6 +297,7 @@ class TorchModel:
         assert self._model is not None
         if self._program is None:
             self._model.to(self._device)
+            self._adapters.move(self._device)
         if self._fused is not None:
             self._fused.move(self._device)
         self._layers.allocate()
@@ -288,6 +307,14 @@ class TorchModel:
             self.capturing.begin()
         if self.companion is not None:
             self.companion.wake()
+
+    def put_adapter(self, index: int, prepared: Any) -> None:
+        """As the protocol says."""
+        self._adapters.put(index, prepared)
+
+    def remove_adapter(self, index: int) -> None:
+        """As the protocol says."""
+        self._adapters.remove(index)
 
     def update_weights(self, weights: Mapping[str, Any]) -> None:
         """As the protocol says. The old values are kept until all new ones are in place."""
@@ -364,7 +391,16 @@ class TorchModel:
         self._layers = None  # type: ignore[assignment]
         self._sampler = None  # type: ignore[assignment]
         self._program = None
+        self._adapters = None  # type: ignore[assignment]
         memory.give_back()
+
+
+def _adapters_of(
+    model: Any, recorded: list[RecordedLayer], device: torch.device, program: CompiledDecoder | None
+) -> CompiledAdapters | AdaptedModules:
+    if program is not None:
+        return program.adapters_of(model)
+    return AdaptedModules(model, recorded, device, model.get_input_embeddings().weight.dtype)
 
 
 def num_parameters(model: nn.Module) -> int:

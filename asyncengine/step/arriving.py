@@ -45,15 +45,15 @@ class Arriving:
         different = np.flatnonzero(computed[:length] != self.tokens[:length])
         self.computed = int(different[0]) if len(different) else length
 
-    def due(self, limits: Limits, tree: PrefixTree) -> Int32:
+    def due(self, limits: Limits, tree: PrefixTree, space: int) -> Int32:
         """The tokens, in whole blocks, that should be computed now; none if that would bring nothing.
 
-        What was computed ahead and then evicted is not computed again before the prompt is complete: where memory is
+        `space` is that of the prefix cache in which it is. What was computed ahead and then evicted is not computed again before the prompt is complete: where memory is
         that short, it would not stay either.
         """
         page_size = limits.page_size
         whole = len(self.tokens) // page_size * page_size
         if not limits.prefix_cache or limits.max_recycling == 0 or whole <= self.computed:
             return self.tokens[:0]
-        known = len(tree.match(self.tokens[: self.computed]))
+        known = len(tree.match(self.tokens[: self.computed], space))
         return self.tokens[:whole] if known == self.computed // page_size else self.tokens[:0]

@@ -48,6 +48,7 @@ class StepBatch:
         draft_lengths: (num_decodes,) how many of each row's query tokens, at its end, are drafts; None if none are.
         unknown: (num_decodes,) rows whose token the host does not know yet: it is the one that the model has drawn last
             for the row's slot, and what stands in `token_ids` means nothing. None if it knows all.
+        adapters: (R,) index of the adapter of each row, -1 for none; None if no row has one.
     """
 
     token_ids: Int32
@@ -67,6 +68,7 @@ class StepBatch:
     pool_spans: Int64 = field(default_factory=lambda: NO_PAIRS)
     draft_lengths: Int64 | None = None
     unknown: NDArray[np.bool_] | None = None
+    adapters: Int32 | None = None
 
 
 @dataclass(frozen=True, slots=True)

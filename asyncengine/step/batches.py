@@ -90,6 +90,7 @@ class Batches:
             num_decodes=decodes,
             draft_lengths=None if drafts is None else drafts.lengths,
             unknown=decoding.unknown() if ahead else None,
+            adapters=slots.adapters_of(rows),
             **scores,
         )
 

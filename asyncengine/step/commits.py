@@ -298,9 +298,8 @@ class Commits:
             self._table.compute_ahead(request, arriving)
             return
         if new.pin is not None:
-            scheduler.blocks.tree.pin(
-                new.pin, new.prompt[: len(new.prompt) - len(new.prompt) % scheduler.limits.page_size]
-            )
+            whole = len(new.prompt) - len(new.prompt) % scheduler.limits.page_size
+            scheduler.blocks.tree.pin(new.pin, new.prompt[:whole], request.space)
         if not chunk.branches:  # max_tokens = 0
             self._table.end_branches(request, FinishReason.LENGTH)
             return

@@ -7,6 +7,7 @@ is kept, while sequences that run already go on.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections import deque
@@ -27,6 +28,7 @@ from asyncengine.errors import (
 from asyncengine.instructions import Instruction, ReplyTo
 from asyncengine.metrics import Counters, EngineMetrics
 from asyncengine.state import Action, EngineState, next_state
+from asyncengine.step.adapters import AdapterTable
 from asyncengine.step.commits import Commits
 from asyncengine.step.model import LoadedModel, Loader, ModelView
 from asyncengine.step.outbox import Outbox
@@ -236,6 +238,12 @@ class Core:
                 self.scheduler.blocks.forget_cache()
                 self.outbox.reply(reply_to, self.scheduler.blocks.weight_version)
                 return
+            case ins.LoadAdapter():
+                self.outbox.reply(reply_to, self._load_adapter(instruction))
+                return
+            case ins.UnloadAdapter():
+                self.outbox.reply(reply_to, self._unload_adapter(instruction.name))
+                return
             case ins.Unpin():
                 self.outbox.reply(
                     reply_to, self.scheduler is not None and self.scheduler.blocks.tree.unpin(instruction.pin)
@@ -289,6 +297,37 @@ class Core:
                     if new.number in numbers or new.request_id in abort.request_ids:
                         self._cancelled.add(new.number)
 
+    # Adapters
+
+    def _load_adapter(self, load: ins.LoadAdapter) -> bool:
+        next_state(Action.LOAD_ADAPTER, self.state)
+        assert self.loaded is not None and self.view is not None
+        if load.epoch != self.view.epoch:
+            return False
+        adapting = self.loaded.adapting
+        assert adapting is not None, "an adapter was prepared for a model that takes none"
+        table = self.requests.adapters
+        former, index = table.get(load.name), table.index_for(load.name)
+        adapting.put_adapter(index, load.prepared)
+        adapter = table.put(load.name, index, load.prepared)
+        self.requests.replace_adapter(former, adapter)
+        self.view = dataclasses.replace(self.view, adapters=table.names)
+        return True
+
+    def _unload_adapter(self, name: str) -> bool:
+        next_state(Action.UNLOAD_ADAPTER, self.state)
+        assert self.loaded is not None and self.view is not None
+        table = self.requests.adapters
+        adapter = table.get(name)
+        if adapter is None:
+            return False
+        assert self.loaded.adapting is not None
+        self.requests.abort_adapter(adapter)
+        table.remove(name)
+        self.view = dataclasses.replace(self.view, adapters=table.names)
+        self.loaded.adapting.remove_adapter(adapter.index)
+        return True
+
     def move(self, action: Action) -> None:
         """Changes the state as the table says.
 
@@ -299,8 +338,13 @@ class Core:
 
     # Models
 
-    def install(self, loaded: LoadedModel) -> None:
-        """Serves a model from now on; what waits goes on with it."""
+    def install(self, loaded: LoadedModel, kept: AdapterTable | None = None) -> None:
+        """Serves a model from now on; what waits goes on with it.
+
+        Args:
+            loaded: The model.
+            kept: Adapters of the same model, loaded before, which it is given as well.
+        """
         model, drafting = loaded.model, loaded.drafting
 
         def place(sequence: Any, tokens: Any) -> None:
@@ -311,13 +355,18 @@ class Core:
                 drafting.place(sequence.slot, new.params, sequence.branch, sequence.learnt)
 
         scheduler = Scheduler(loaded.limits, place, drafting)
+        adapters = self.requests.adapters
+        if loaded is not self.loaded:
+            adapters = AdapterTable(loaded.adapters)
+            if kept is not None:
+                _put_again(kept, adapters, loaded)
         self.stepping.forget()
         self._keep_counts()
         self._epoch += 1
         self.loaded, self.scheduler, self.failure = loaded, scheduler, None
         self.requests.max_queue_size = loaded.config.max_queue_size
-        self.requests.attach(scheduler, loaded.tokenizer, loaded.vocab_size, loaded.hidden_size is not None)
-        self.view = loaded.view(self._epoch)
+        self.requests.attach(scheduler, loaded.tokenizer, loaded.vocab_size, loaded.hidden_size is not None, adapters)
+        self.view = dataclasses.replace(loaded.view(self._epoch), adapters=adapters.names)
 
     def drop_model(self) -> None:
         """Lets the model go. Requests that are left wait for the next one."""
@@ -473,6 +522,15 @@ class Core:
             self.outbox.reply(reply_to, left)
         self._shutdowns.clear()
         self._shutdown_at = None
+
+
+def _put_again(kept: AdapterTable, adapters: AdapterTable, loaded: LoadedModel) -> None:
+    """Gives a model the adapters that another load of it had."""
+    for former in kept:
+        assert loaded.adapting is not None, "the model took adapters before"
+        index = adapters.index_for(former.name)
+        loaded.adapting.put_adapter(index, former.prepared)
+        adapters.put(former.name, index, former.prepared)
 
 
 _DURING_STEPS = (ins.AddRequests, ins.ExtendPrompt, ins.AbortRequests, ins.Unpin, ins.Drain, ins.Shutdown)

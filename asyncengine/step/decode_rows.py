@@ -28,7 +28,7 @@ class _Columns:
     """
 
     __slots__ = (
-        "_begins", "_columns", "_counting", "_positions", "_query_start", "_slots", "_table", "_tables",
+        "_adapters", "_begins", "_columns", "_counting", "_positions", "_query_start", "_slots", "_table", "_tables",
         "context", "left", "pieces", "unknown",
     )  # fmt: skip
 
@@ -46,6 +46,7 @@ class _Columns:
         self._begins = context  # the position at which a row's next block begins; at first, all are looked up
         self._tables: Int32 = np.empty((count, 0), dtype=np.int32)
         self.unknown: NDArray[np.bool_] = np.ones(count, dtype=np.bool_)
+        self._adapters = table.adapters_of(slots)
         self.left = 0
 
     def look_up(self) -> None:
@@ -87,6 +88,7 @@ class _Columns:
             score_tops=NO_INDEX,
             pool_spans=NO_PAIRS,
             unknown=unknown,
+            adapters=self._adapters,
         )
 
     def move_on(self) -> None:

@@ -103,7 +103,7 @@ class KVBlocks:
         if not whole:
             return
         own = slots.blocks[slot, :whole]
-        known = self.tree.insert(slots.tokens[slot, : whole * page_size], own)
+        known = self.tree.insert(slots.tokens[slot, : whole * page_size], own, sequence.request.space)
         # Another sequence may have computed the same tokens meanwhile. Going on with its blocks keeps every holder
         # of a block a holder of all blocks before it, which the tree relies on.
         other = known != own
@@ -150,7 +150,7 @@ class KVBlocks:
         Raises:
             AssertionError: Blocks are used that nobody holds.
         """
-        pinned = sum(map(len, self.tree._pins.values()))
+        pinned = self.tree.num_pinned
         assert 0 <= self.pool.num_used <= pinned, f"{self.pool.num_used} blocks are used while nothing runs"
 
     def _cached(self, sequence: Sequence) -> Int32:
@@ -158,4 +158,4 @@ class KVBlocks:
         # The last token is always computed: its logits are what the next one is drawn from.
         # Nor has the cache the logits or hidden states of prompt tokens that are to be looked at.
         known = sequence.tokens[: sequence.request.scored] if sequence.request.unscored else sequence.tokens[:-1]
-        return self.tree.match(known) if self._limits.prefix_cache else EMPTY
+        return self.tree.match(known, sequence.request.space) if self._limits.prefix_cache else EMPTY

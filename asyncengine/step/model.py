@@ -61,6 +61,39 @@ class Model(Protocol):
         ...
 
 
+class AdaptableModel(Protocol):
+    """A model that computes each sequence with the adapter that its request names, or with none."""
+
+    def put_adapter(self, index: int, prepared: Any) -> None:
+        """Has an adapter from now on, which rows of `StepBatch.adapters` call by its index; it replaces what was there.
+
+        Args:
+            index: 0, 1, and so on.
+            prepared: From the model's `AdapterFormat`.
+        """
+        ...
+
+    def remove_adapter(self, index: int) -> None:
+        """Lets one go. No row calls it any longer."""
+        ...
+
+
+class AdapterFormat(Protocol):
+    """What an adapter must be to fit a model. Used from any thread, beside the model's steps; holds no weights."""
+
+    def prepare(self, source: Any, config: Mapping[str, Any] | None) -> Any:
+        """Reads an adapter, checks that it fits, and puts it in the form in which the model takes it.
+
+        Args:
+            source: A directory, or tensors by their names.
+            config: What ``adapter_config.json`` has in a directory; needed for tensors.
+
+        Raises:
+            AdapterError: It is missing or damaged, or does not fit.
+        """
+        ...
+
+
 class LaunchingModel(Protocol):
     """A model whose steps can be launched without waiting for them, so that one may be computed behind the other.
 
@@ -116,6 +149,8 @@ class ModelView:
         hidden_size: Numbers in an embedding; None if the model cannot embed.
         pooling: How it embeds where the caller does not say, in the checkpoint's word.
         has_head: Whether it has a language-model head; without, it can only embed.
+        adapters: Names of the adapters that are loaded.
+        adapter_format: Reads adapters; None if the model takes none.
     """
 
     epoch: int
@@ -130,6 +165,8 @@ class ModelView:
     hidden_size: int | None = None
     pooling: str = "mean"
     has_head: bool = True
+    adapters: tuple[str, ...] = ()
+    adapter_format: AdapterFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +181,8 @@ class LoadedModel:
         drafting: Guesses tokens for speculative decoding; None for none.
         launching: The model again, if its steps may be launched ahead; None if each is executed and waited for.
         warming: The model again, if there is more to do that makes it faster.
+        adapting: The model again, if it takes adapters.
+        adapters: Those that it has, name and what `AdapterFormat.prepare` made; it calls them 0, 1, and so on.
     """
 
     model: Model
@@ -162,6 +201,9 @@ class LoadedModel:
     drafting: Drafting | None = None
     launching: LaunchingModel | None = None
     warming: WarmingModel | None = None
+    adapting: AdaptableModel | None = None
+    adapters: tuple[tuple[str, Any], ...] = ()
+    adapter_format: AdapterFormat | None = None
 
     def view(self, epoch: int) -> ModelView:
         """What the event loops may know of it."""
@@ -182,6 +224,8 @@ class LoadedModel:
             hidden_size=self.hidden_size,
             pooling=self.pooling,
             has_head=self.has_head,
+            adapters=tuple(name for name, _ in self.adapters),
+            adapter_format=self.adapter_format,
         )
 
 

@@ -3,6 +3,9 @@
 After SGLang's RadixAttention (Zheng et al., 2024). An edge carries one or more whole blocks; edges are split at block
 boundaries. Whoever holds a block of a path holds all blocks before it, so blocks that only the tree holds are always
 at the ends of paths, and taking leaves back from their ends, least recently used first, never hurts a reader.
+
+The same tokens have other keys and values under an adapter, so each has a *space*, which is a root of its own; eviction
+goes by age over all of them.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import heapq
 
 import numpy as np
 
+from asyncengine.step.adapters import NO_SPACE
 from asyncengine.step.batch import Int32
 from asyncengine.step.block_pool import BlockPool
 
@@ -41,17 +45,20 @@ class PrefixTree:
         self._pool = pool
         self._page_size = page_size
         self._max_leaves = max_leaves
-        self._root = _Node(_NO_BLOCKS, _NO_BLOCKS, None)
+        self._roots: dict[int, _Node] = {}  # by space
         self._clock = 0
         self._leaves = 0
         # (last use, tie break, leaf); entries whose leaf was used since, or is one no longer, are skipped when met.
         self._oldest: list[tuple[int, int, _Node]] = []
-        self._pins: dict[str, Int32] = {}
+        self._pins: dict[str, tuple[int, Int32]] = {}  # space and blocks
 
-    def match(self, tokens: Int32) -> Int32:
+    def match(self, tokens: Int32, space: int = NO_SPACE) -> Int32:
         """Blocks of the longest known prefix of `tokens`. The caller retains them before anything is evicted."""
         blocks: list[Int32] = []
-        node = self._root
+        root = self._roots.get(space)
+        if root is None:
+            return _NO_BLOCKS
+        node = root
         start = 0
         while (child := node.children.get(self._key(tokens, start))) is not None:
             same = self._same_blocks(child, tokens, start)
@@ -63,19 +70,23 @@ class PrefixTree:
         self._touch(node)
         return np.concatenate(blocks) if blocks else _NO_BLOCKS
 
-    def insert(self, tokens: Int32, blocks: Int32) -> Int32:
+    def insert(self, tokens: Int32, blocks: Int32, space: int = NO_SPACE) -> Int32:
         """Makes a computed sequence known.
 
         Args:
             tokens: (blocks * page size,) ids.
             blocks: Theirs; held by the caller.
+            space: Under which adapter they were computed.
 
         Returns:
             The blocks under which the tree knows the tokens: where another sequence was first, they differ from
             `blocks`, and the caller should hold them in place of its own.
         """
         known: list[Int32] = []
-        node = self._root
+        root = self._roots.get(space)
+        if root is None:
+            root = self._roots[space] = _Node(_NO_BLOCKS, _NO_BLOCKS, None)
+        node = root
         start = done = 0
         while done < len(blocks):
             child = node.children.get(self._key(tokens, start))
@@ -83,7 +94,7 @@ class PrefixTree:
                 rest = blocks[done:].copy()
                 self._pool.adopt(rest)
                 leaf = _Node(tokens[start:].copy(), rest, node)
-                if node.children or node is self._root:
+                if node.children or node is root:
                     self._leaves += 1
                 node.children[self._key(tokens, start)] = leaf
                 known.append(rest)
@@ -108,16 +119,21 @@ class PrefixTree:
         """Frees `count` cached blocks, or as many as there are, least recently used first."""
         self._evict(blocks=min(count, self._pool.num_cached), leaves=None)
 
-    def pin(self, name: str, tokens: Int32) -> None:
+    @property
+    def num_pinned(self) -> int:
+        """Blocks that pins hold, one that several hold as often as they do."""
+        return sum(len(blocks) for _, blocks in self._pins.values())
+
+    def pin(self, name: str, tokens: Int32, space: int = NO_SPACE) -> None:
         """Keeps the known part of `tokens` from being evicted until `unpin`."""
         self.unpin(name)
-        blocks = self.match(tokens)
+        blocks = self.match(tokens, space)
         self._pool.retain(blocks)
-        self._pins[name] = blocks
+        self._pins[name] = space, blocks
 
     def unpin(self, name: str) -> bool:
         """Undoes `pin`; returns whether there was such a pin."""
-        blocks = self._pins.pop(name, None)
+        space, blocks = self._pins.pop(name, (NO_SPACE, None))
         if blocks is None:
             return False
         self._pool.release(blocks)
@@ -125,17 +141,25 @@ class PrefixTree:
 
     def clear(self) -> None:
         """Forgets everything, pins included. Blocks that sequences hold stay theirs."""
-        for name in list(self._pins):
+        for space in list(self._roots):
+            self.forget(space)
+        for name in list(self._pins):  # of nothing
             self.unpin(name)
-        stack = list(self._root.children.values())
+        self._oldest.clear()
+
+    def forget(self, space: int) -> None:
+        """Forgets all of a space, its pins included. Blocks that sequences hold stay theirs."""
+        for name in [name for name, (own, _) in self._pins.items() if own == space]:
+            self.unpin(name)
+        root = self._roots.pop(space, None)
+        stack = [] if root is None else list(root.children.values())
         while stack:
             node = stack.pop()
             stack += node.children.values()
+            if not node.children:
+                self._leaves -= 1
             node.parent = None
             self._pool.abandon(node.blocks)
-        self._root.children.clear()
-        self._leaves = 0
-        self._oldest.clear()
 
     def _key(self, tokens: Int32, start: int) -> bytes:
         return tokens[start : start + self._page_size].tobytes()
@@ -165,7 +189,7 @@ class PrefixTree:
         while node.parent is not None:
             node.last_used = self._clock
             node = node.parent
-        if not leaf.children and leaf is not self._root:
+        if not leaf.children and leaf.parent is not None:
             self._remember(leaf)
 
     def _remember(self, leaf: _Node) -> None:
@@ -175,7 +199,7 @@ class PrefixTree:
 
     def _rebuild(self) -> None:
         self._oldest = []
-        stack = list(self._root.children.values())
+        stack = [node for root in self._roots.values() for node in root.children.values()]
         while stack:
             node = stack.pop()
             if node.children:
@@ -216,7 +240,7 @@ class PrefixTree:
             parent = leaf.parent
             del parent.children[self._key(leaf.tokens, 0)]
             leaf.parent = None
-            if parent.children or parent is self._root:
+            if parent.children or parent.parent is None:
                 self._leaves -= 1
                 if leaves is not None:
                     leaves -= 1
@@ -234,7 +258,7 @@ class PrefixTree:
             AssertionError: A node is malformed, or the number of leaves is wrong.
         """
         leaves = 0
-        stack = list(self._root.children.items())
+        stack = [item for root in self._roots.values() for item in root.children.items()]
         while stack:
             key, node = stack.pop()
             assert len(node.blocks) * self._page_size == len(node.tokens) > 0

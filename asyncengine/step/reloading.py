@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from asyncengine.errors import AsyncEngineError, IllegalStateError, ReloadError
 from asyncengine.instructions import JobDone, Reload
 from asyncengine.state import Action, EngineState, next_state
+from asyncengine.step.adapters import AdapterTable
 from asyncengine.step.model import LoadedModel, Loader, LoadPlan
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class _Reload:
     phase: _Phase = _Phase.CHECKING
     plan: LoadPlan | None = None
     beside: LoadedModel | None = None
+    adapters: AdapterTable | None = None  # those to go on with
 
 
 class Reloading:
@@ -103,6 +105,8 @@ class Reloading:
         core.state = after
         core.requests.look_for_readers()
         self._reload = _Reload(asked, before)
+        if action is Action.RESTART:
+            self._reload.adapters = core.requests.adapters
         current, loader = core.loaded, self._loader
         self._start(lambda: loader.check(asked.config, current))
 
@@ -221,7 +225,7 @@ class Reloading:
         assert reload is not None
         reload.beside = None
         try:
-            core.install(loaded)
+            core.install(loaded, reload.adapters)
         except Exception:
             _let_go(loaded)
             raise

@@ -25,6 +25,7 @@ from asyncengine.events import BranchEnded, RequestEnded
 from asyncengine.instructions import AddRequests, ExtendPrompt, Mailbox, NewRequest, ReplyTo
 from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Usage
+from asyncengine.step.adapters import Adapter, AdapterTable, unknown_adapter
 from asyncengine.step.arriving import Arriving
 from asyncengine.step.batch import Int32
 from asyncengine.step.outbox import Outbox
@@ -57,6 +58,7 @@ class RequestTable:
         self._tokenizer: Tokenizer | None = None
         self._vocab_size = 0
         self._embeds = True
+        self.adapters = AdapterTable()
         self.trace = trace
         self.clock = clock
         self._requests: dict[int, Request] = {}
@@ -119,7 +121,7 @@ class RequestTable:
         """Admits requests, all or none; those for which there is no room yet are queued.
 
         Raises:
-            InvalidRequestError: An id is in use.
+            InvalidRequestError: An id is in use, or an adapter is not loaded.
             EngineOverloadedError: The waiting queue is full and the caller does not want to wait.
         """
         if not instruction.requests:
@@ -130,6 +132,8 @@ class RequestTable:
             if new.request_id in self._numbers or new.request_id in seen:
                 raise InvalidRequestError(f"request_id is {new.request_id!r}; a request with this id has not ended yet")
             seen.add(new.request_id)
+            if new.adapter is not None and self.adapters.get(new.adapter) is None:
+                raise InvalidRequestError(unknown_adapter(new.adapter, self.adapters.names))
         full = self.max_queue_size
         if (
             instruction.when_full == "raise"
@@ -158,7 +162,7 @@ class RequestTable:
         now = self.clock()
         self._arrivals += 1
         self._waiting_new += 1
-        request = Request(new, mailbox, self._arrivals, now)
+        request = Request(new, mailbox, self._arrivals, now, adapter=self.adapters.get(new.adapter))
         request.branches = [Sequence(request, branch) for branch in range(new.params.n)]
         if new.params.stop_strs and self._tokenizer is not None:
             params, before = new.params, new.prompt[-BEFORE:].tolist()
@@ -210,7 +214,7 @@ class RequestTable:
         if arriving.complete:
             tokens, request.arriving = arriving.tokens, None
         elif scheduler is not None and request.new.params.num_prompt_logprobs < 0:  # those are computed from the start
-            tokens = arriving.due(scheduler.limits, scheduler.blocks.tree)
+            tokens = arriving.due(scheduler.limits, scheduler.blocks.tree, request.space)
         request.new = dataclasses.replace(request.new, prompt=tokens)
         for branch in request.branches:
             branch.tokens = tokens
@@ -252,6 +256,30 @@ class RequestTable:
         """Ends the requests that nobody reads any longer."""
         self.abort([r.new.number for r in self._requests.values() if r.mailbox is mailbox])
         self.abort([number for number, queued in self._queued.items() if queued.mailbox is mailbox])
+
+    # Adapters
+
+    def replace_adapter(self, former: Adapter | None, adapter: Adapter) -> None:
+        """Goes on with an adapter that was loaded anew. What requests computed with the former one stays theirs alone."""
+        if former is None:
+            return
+        for request in self._requests.values():
+            if request.adapter is not former:
+                continue
+            request.adapter = adapter
+            for branch in request.branches:
+                branch.weight_version = -1  # what it has computed is kept out of the prefix cache
+            if request.arriving is not None:
+                request.arriving.computed = 0
+        if self.scheduler is not None:
+            self.scheduler.blocks.tree.forget(former.space)
+
+    def abort_adapter(self, adapter: Adapter) -> None:
+        """Ends the requests that use an adapter, and forgets what was computed with it."""
+        self.abort([request.new.number for request in self._requests.values() if request.adapter is adapter])
+        self.abort([number for number, queued in self._queued.items() if queued.new.adapter == adapter.name])
+        if self.scheduler is not None:
+            self.scheduler.blocks.tree.forget(adapter.space)
 
     def end_unadmitted(
         self,
@@ -412,13 +440,22 @@ class RequestTable:
 
     # Life cycle of the model
 
-    def attach(self, scheduler: Scheduler, tokenizer: Tokenizer | None, vocab_size: int, embeds: bool) -> None:
+    def attach(
+        self,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        embeds: bool,
+        adapters: AdapterTable,
+    ) -> None:
         """Goes on with another model. Requests that do not fit it are ended."""
         self.scheduler = scheduler
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._embeds = embeds
+        self.adapters = adapters
         for request in list(self._requests.values()):
+            request.adapter = adapters.get(request.new.adapter)
             if request.pooled is not None:  # hidden states of another model are not to be added to
                 request.pooled, request.scored = None, 0
             unfinished = [branch for branch in request.branches if branch.state is not SequenceState.ENDED]
@@ -453,6 +490,9 @@ class RequestTable:
             )
         if new.pooling is not None and not self._embeds:
             return InvalidRequestError(f"request {new.request_id}: the new model gives out no hidden states to embed")
+        if new.adapter is not None and self.adapters.get(new.adapter) is None:
+            reason = unknown_adapter(new.adapter, self.adapters.names)
+            return InvalidRequestError(f"request {new.request_id}: the new model does not have its adapter: {reason}")
         return None
 
     def detach(self) -> None:

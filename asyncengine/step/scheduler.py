@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
 from asyncengine.step.decode_rows import DecodeRows
@@ -405,6 +406,7 @@ class Scheduler:
             prompt_tokens + new.params.min_tokens,
             new.params.stop_token_ids,
             new.params.follows_tokens,
+            NO_ADAPTER if sequence.request.adapter is None else sequence.request.adapter.index,
         )
 
     def _leave(self, sequence: Sequence) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from asyncengine.detokenizer import TextStream
 from asyncengine.instructions import Mailbox, NewRequest
 from asyncengine.speculation.lengths import NOTHING, Learnt
+from asyncengine.step.adapters import NO_SPACE, Adapter
 from asyncengine.step.arriving import Arriving
 from asyncengine.step.batch import Float64, Int32
 
@@ -35,6 +36,7 @@ class Request:
         arrival: Order of admission; unique.
         arrived_at: Seconds of the core's clock, as are the other times.
         branches: n sequences, in order.
+        adapter: What it is computed with; None is the model alone.
         cached_tokens: Prompt tokens found in the prefix cache at the first admission to a batch.
         arriving: Its prompt, until that has come whole. Meanwhile `new.prompt` is what is to be computed of it now.
         computed_ahead: How many tokens of the prompt were computed, or found, before it had come whole.
@@ -51,6 +53,7 @@ class Request:
     arrival: int
     arrived_at: float
     branches: list[Sequence] = field(default_factory=list)
+    adapter: Adapter | None = None
     started_at: float | None = None
     first_token_at: float | None = None
     cached_tokens: int = 0
@@ -62,6 +65,11 @@ class Request:
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0
     ended: bool = False
+
+    @property
+    def space(self) -> int:
+        """The part of the prefix cache that it may use."""
+        return NO_SPACE if self.adapter is None else self.adapter.space
 
     @property
     def num_output(self) -> int:

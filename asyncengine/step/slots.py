@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import Int32, Int64
 
 _STOP_IDS = 8
@@ -26,6 +27,7 @@ class SlotTable:
         min_tokens: (slots,) number of tokens below which no stop token counts.
         prompt_tokens: (slots,) how many of the tokens are the prompt.
         bound: (slots,) whether what it may draw depends on the token before.
+        adapters: (slots,) index of the adapter under which it is computed; `NO_ADAPTER` for none.
         stop_ids: (slots, 8) tokens that end the sequence, padded with -1. Longer lists are in `more_stop_ids`.
         blocks: (slots, max blocks) block table.
         num_blocks: (slots,) how many blocks it has.
@@ -44,6 +46,7 @@ class SlotTable:
         self.min_tokens = np.zeros(num_slots, dtype=np.int64)
         self.prompt_tokens = np.zeros(num_slots, dtype=np.int64)
         self.bound = np.zeros(num_slots, dtype=np.bool_)
+        self.adapters = np.full(num_slots, NO_ADAPTER, dtype=np.int32)
         self.num_blocks = np.zeros(num_slots, dtype=np.int64)
         self.stop_ids = np.full((num_slots, _STOP_IDS), -1, dtype=np.int32)
         self.more_stop_ids: dict[int, Int32] = {}
@@ -75,6 +78,7 @@ class SlotTable:
         min_tokens: int,
         stop_ids: tuple[int, ...],
         bound: bool = False,
+        adapter: int = NO_ADAPTER,
     ) -> None:
         """Writes a sequence that has nothing in the cache yet."""
         self.tokens[slot, : len(tokens)] = tokens
@@ -85,6 +89,7 @@ class SlotTable:
         self.max_tokens[slot] = max_tokens
         self.min_tokens[slot] = min_tokens
         self.bound[slot] = bound
+        self.adapters[slot] = adapter
         self.stop_ids[slot] = -1
         if len(stop_ids) <= _STOP_IDS:
             self.stop_ids[slot, : len(stop_ids)] = stop_ids
@@ -98,6 +103,11 @@ class SlotTable:
     def block_table(self, slot: int) -> Int32:
         """The sequence's blocks; a view."""
         return self.blocks[slot, : self.num_blocks[slot]]
+
+    def adapters_of(self, slots: Int64) -> Int32 | None:
+        """(slots,) indices of the adapters of several sequences; None if none of them has one."""
+        adapters: Int32 = self.adapters[slots]
+        return adapters if (adapters != NO_ADAPTER).any() else None
 
     def append_blocks(self, slot: int, blocks: Int32) -> None:
         """Extends a block table."""

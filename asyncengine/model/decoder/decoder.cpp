@@ -72,6 +72,17 @@ struct Decoder {
   Matrix head;
 };
 
+struct AdaptedMatrix {   // what an adapter adds to a product's outputs: up(down(x)), of low rank
+  Matrix down;           // (ranks of all parts, inputs), stored as a router of experts is; null: nothing is added
+  const float *up;       // (group of outputs, rank, lane), scaled
+  const int32_t *first;  // for each group of outputs, the first of the `rank` numbers that it takes; -1: nothing is added
+  int64_t rank;          // of each part
+};
+
+struct AdaptedPiece {  // neighbouring tokens with one adapter
+  int64_t adapter, first, count;
+};
+
 struct DecoderStep {
   const int32_t *token_ids, *positions;  // (tokens)
   const int64_t *sample_index;           // (samples) tokens whose logits are wanted
@@ -81,6 +92,10 @@ struct DecoderStep {
   const int64_t *pool_spans;  // (pools, 2) tokens, from and to, whose hidden states are summed
   int64_t pools;
   float *pooled;  // (pools, hidden), behind the last norm
+  const AdaptedMatrix *const *adapters;  // of each, (layers, 4): qkv, output, gate_up, down
+  const int32_t *token_adapters;         // (tokens) indices, or -1
+  const AdaptedPiece *pieces;            // all tokens that have an adapter
+  int64_t num_pieces;
 };
 
 struct Packing {  // one matrix that is to be packed
@@ -419,13 +434,18 @@ struct Run {
   // into the next layer, and must then still find how many items the phase had.
   std::vector<int64_t> num_busy;
   Input *sent, *sent_inner;
+  float *low;  // (tokens, low_width): the inputs of a product behind the first factor of each token's adapter
+  int64_t low_width = 0;
   uint16_t *widened_weights;  // (threads, what an item has of them), where tiles multiply bytes
   int64_t widened_count = 0;
   std::vector<PaddedPhase> phases;
   std::deque<Step<T>> attention;
 
   Run(const Decoder &d, const DecoderStep &s)
-      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), num_busy(size_t(d.num_layers)), phases(size_t(d.num_layers * 13 + 4)) {
+      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), num_busy(size_t(d.num_layers)), phases(size_t(d.num_layers * 17 + 4)) {
+    for (int64_t i = 0; i < s.num_pieces; ++i)
+      for (int64_t place = 0; place < 4 * d.num_layers; ++place)
+        low_width = std::max(low_width, round_up(s.adapters[s.pieces[i].adapter][place].down.outputs, kLanes));
     for (int64_t i = 0; i < d.num_layers; ++i) {
       const Layer &a = d.layers[i].attention;
       const Experts &e = d.layers[i].experts;
@@ -463,6 +483,7 @@ struct Run {
     busy = memory.take<int32_t>(most_experts);
     sent = memory.take<Input>(rows_sent * width);
     sent_inner = memory.take<Input>(rows_sent * expert_inner / W::kPair);
+    low = memory.take<float>(tokens * low_width);
     widened_weights = memory.take<uint16_t>(threads * widened_count);
     return memory.used;
   }
@@ -671,6 +692,47 @@ struct Run {
     phase.wait(items);
   }
 
+  // -- adapters
+
+  // int8 leaves out what is as small as this, and the router of experts.
+  typedef typename std::conditional<!std::is_same<W, Int8>::value, W, RouterOfInt8>::type Small;
+
+  enum Place { kQkv, kOutput, kGateUp, kDown };
+
+  // A product over all tokens, and what their adapters add to it.
+  template <class Next>
+  void adapted_product(Next next, int64_t layer, Place place, const Matrix &matrix, const Input *inputs,
+                       const Outcome &outcome) {
+    if (!step.num_pieces) return product(next(), matrix, inputs, tokens, outcome);
+    const int64_t at = 4 * layer + place;
+    rows(next(), step.num_pieces, [&](int64_t i) {
+      const AdaptedPiece &piece = step.pieces[i];
+      const Matrix &down = step.adapters[piece.adapter][at].down;
+      if (!down.weights) return;
+      part<Small>(down, 0, 0, (down.outputs + kLanes - 1) / kLanes, inputs + piece.first * (down.inputs / Small::kPair),
+                  piece.count, piece.first, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                    copy(low + row * low_width + group * kLanes, sums, cols);
+                  });
+    });
+    product(next(), matrix, inputs, tokens, [&](int64_t row, int64_t group, int64_t cols, float *sums) {
+      if (step.token_adapters[row] >= 0)
+        add_adapted(step.adapters[step.token_adapters[row]][at], low + row * low_width, group, cols, sums);
+      outcome(row, 1, group, cols, sums, 0);
+    });
+  }
+
+  static void add_adapted(const AdaptedMatrix &matrix, const float *from, int64_t group, int64_t cols, float *sums) {
+    if (!matrix.down.weights) return;
+    for (int64_t c = 0; c < cols; ++c) {
+      if (matrix.first[group + c] < 0) continue;
+      const float *x = from + matrix.first[group + c], *up = matrix.up + (group + c) * matrix.rank * kLanes;
+      Vec sum[2] = {load<Vec>(sums + c * kLanes), {}};
+      for (int64_t r = 0; r < matrix.rank; ++r)
+        sum[r % 2] = fused(splat(x[r]), load<Vec>(up + r * kLanes), sum[r % 2]);
+      store(sums + c * kLanes, sum[0] + sum[1]);
+    }
+  }
+
   size_t number_of(const Experts &experts) const {
     size_t layer = 0;
     while (&decoder.layers[layer].experts != &experts) ++layer;
@@ -779,10 +841,9 @@ struct Run {
   template <class Next>
   void ask_experts(Next next, const DecoderLayer &layer) {
     const Experts &experts = layer.experts;
-    // int8 leaves the router out: whom a token is sent to must not hang on a byte's precision.
-    typedef typename std::conditional<!std::is_same<W, Int8>::value, W, RouterOfInt8>::type R;
+    // Whom a token is sent to must not hang on a byte's precision.
     const int64_t width = round_up(experts.count, kLanes), steps = decoder.hidden / W::kPair;
-    product<R>(next(), experts.router, normed, tokens,
+    product<Small>(next(), experts.router, normed, tokens,
                [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                  copy(scores + row * width + group * kLanes, sums, cols);
                });
@@ -942,7 +1003,7 @@ struct Run {
     for (int64_t i = 0; i < decoder.num_layers; ++i) {
       const DecoderLayer &layer = decoder.layers[i];
       const Norm &following = i + 1 < decoder.num_layers ? decoder.layers[i + 1].before_attention : decoder.norm;
-      product(next(), layer.qkv, normed, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+      adapted_product(next, i, kQkv, layer.qkv, normed, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
         copy(qkv + row * qkv_width + group * kLanes, sums, cols);
       });
       rows(next(), tokens, [&](int64_t token) {
@@ -953,10 +1014,10 @@ struct Run {
       attention[size_t(i)].wait();
       const int64_t width = layer.attention.heads * layer.attention.value_dim;
       if (!kSame) rows(next(), tokens, [&](int64_t token) { widen(token, width); });
-      product(next(), layer.output, attended_inputs(), tokens,
-              [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-                add(row, group, cols, sums, layer.after_attention.weight);
-              });
+      adapted_product(next, i, kOutput, layer.output, attended_inputs(),
+                      [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                        add(row, group, cols, sums, layer.after_attention.weight);
+                      });
       rows(next(), tokens, [&](int64_t token) {
         leave(token, layer.after_attention);
         if (!layer.parallel) enter_next(token, layer.before_mlp);
@@ -964,13 +1025,14 @@ struct Run {
       if (layer.experts.count) {
         ask_experts(next, layer);
       } else {
-        product(next(), layer.gate_up, normed, tokens,
-                [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-                  activate_inner(layer, row, group, cols, sums);
-                });
-        product(next(), layer.down, inner, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-          add(row, group, cols, sums, layer.after_mlp.weight);
-        });
+        adapted_product(next, i, kGateUp, layer.gate_up, normed,
+                        [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                          activate_inner(layer, row, group, cols, sums);
+                        });
+        adapted_product(next, i, kDown, layer.down, inner,
+                        [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                          add(row, group, cols, sums, layer.after_mlp.weight);
+                        });
       }
       rows(next(), tokens, [&](int64_t token) {
         leave(token, layer.after_mlp);

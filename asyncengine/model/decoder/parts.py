@@ -84,13 +84,14 @@ class Projection:
 
     def weight_of(self, whole: torch.Tensor) -> torch.Tensor:
         """What of the layer's weight belongs to the projection; (outputs, inputs)."""
-        return self._taken(whole.T if self.transposed else whole)
+        return self.taken(whole.T if self.transposed else whole)
 
     def bias_of(self, whole: torch.Tensor) -> torch.Tensor:
         """What of the layer's bias belongs to the projection; (outputs,)."""
-        return self._taken(whole)
+        return self.taken(whole)
 
-    def _taken(self, whole: torch.Tensor) -> torch.Tensor:
+    def taken(self, whole: torch.Tensor) -> torch.Tensor:
+        """What belongs to the projection of something that has a row for each of the layer's outputs."""
         if self.period is None and self.start == 0 and self.stop is None:
             return whole
         if self.period is None:

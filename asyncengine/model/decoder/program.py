@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from asyncengine.model.attention.cpu import CpuCache, CpuPlan
+from asyncengine.model.decoder.adapted import MATRICES, CompiledAdapters, CompiledFormat, Part, pieces_of
 from asyncengine.model.decoder.parts import Blueprint, ExpertParts, LayerParts, NormPart, Projection
 from asyncengine.model.decoder.weights import (
     DTYPES,
@@ -87,6 +89,8 @@ class _StepStruct(ctypes.Structure):
         ("token_ids", ctypes.c_void_p), ("positions", ctypes.c_void_p), ("sample_index", ctypes.c_void_p),
         ("samples", ctypes.c_int64), ("logits", ctypes.c_void_p), ("plan", ctypes.c_void_p),
         ("pool_spans", ctypes.c_void_p), ("pools", ctypes.c_int64), ("pooled", ctypes.c_void_p),
+        ("adapters", ctypes.c_void_p), ("token_adapters", ctypes.c_void_p), ("pieces", ctypes.c_void_p),
+        ("num_pieces", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -112,8 +116,7 @@ class _Experts:
         # Whom a token is sent to must not hang on a byte's precision; its matrix is small.
         weight = router.weight
         assert isinstance(weight, torch.Tensor)
-        if int8 and library.decoder_int8_router() == DTYPES[torch.float32]:
-            weight = weight.float()
+        weight = weight.to(small_dtype(library, weight.dtype, int8))
         self.router = PackedMatrix(library, [weight], [getattr(router, "bias", None)])
         release(router, "weight")
         release(router, "bias")
@@ -151,6 +154,11 @@ class _Experts:
             if bias is not None:
                 found[id(bias)] = [Writer(each(matrix.write_bias, split_bias), matrix.restorer)]
         return found
+
+
+def small_dtype(library: Any, dtype: torch.dtype, int8: bool) -> torch.dtype:
+    """How matrices are stored that int8 leaves out, in a model of `dtype`."""
+    return torch.float32 if int8 and library.decoder_int8_router() == DTYPES[torch.float32] else dtype
 
 
 _Split = Callable[[torch.Tensor], list[torch.Tensor]]
@@ -205,6 +213,9 @@ class _Layer:
 class CompiledDecoder:
     """A model's weights, packed, and the code that runs them.
 
+    Attributes:
+        adapters: Those that a step may be asked for, once `adapters_of` has made a place for them.
+
     Args:
         blueprint: The model's parts. They give their weights up.
         library: The compiled code.
@@ -222,7 +233,9 @@ class CompiledDecoder:
         later: Packing | None = None,
     ) -> None:
         self._library = library
+        self._dtype = dtype
         self.int8 = int8
+        self.adapters: CompiledAdapters | None = None
         self._layers = [_Layer(library, parts, int8, later) for parts in blueprint.layers]
         self._norm = (PackedNorm(blueprint.norm, later=later), blueprint.norm)
         for _, part in self._norms():
@@ -316,9 +329,36 @@ class CompiledDecoder:
         spans = np.ascontiguousarray(batch.pool_spans, np.int64)
         pooled = np.empty((len(spans), self._struct.hidden), np.float32)
         step.pool_spans, step.pools, step.pooled = spans.ctypes.data, len(spans), pooled.ctypes.data
+        step.num_pieces = 0
+        if batch.adapters is not None:
+            assert self.adapters is not None
+            tokens, pieces = pieces_of(batch)
+            step.adapters, step.token_adapters = self.adapters.address, tokens.ctypes.data
+            step.pieces, step.num_pieces = pieces.ctypes.data, len(pieces)
         if self._library.decoder_step(ctypes.addressof(self._struct), ctypes.addressof(step)):
             raise MemoryError("no memory for the activations of a step")
         return logits, pooled
+
+    def adapters_of(self, model: nn.Module) -> CompiledAdapters:
+        """Makes a place for adapters, which call layers as the model does."""
+        names = {module: name for name, module in model.named_modules()}
+        layers: dict[str, tuple[int, int]] = {}
+        matrices = []
+        for layer in self._layers:
+            found: dict[str, list[Part]] = {}
+            for name in MATRICES:
+                matrix, parts = layer.matrices.get(name, (None, ()))
+                for number, part in enumerate(parts):
+                    assert matrix is not None
+                    found.setdefault(name, []).append(Part(names[part.linear], part, matrix.places[number]))
+                    weight = part.linear.weight
+                    assert isinstance(weight, torch.Tensor)
+                    outputs, inputs = weight.T.shape if part.transposed else weight.shape
+                    layers[names[part.linear]] = outputs, inputs
+            matrices.append(found)
+        dtype = small_dtype(self._library, self._dtype, self.int8)
+        self.adapters = CompiledAdapters(CompiledFormat(self._library, dtype, layers, matrices))
+        return self.adapters
 
     def writers(self) -> dict[int, list[Writer]]:
         """For each parameter that was packed, by its identity, what writes a new value into its places."""

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,6 +82,15 @@ class NormStruct(ctypes.Structure):
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one of several linear layers is in a matrix: in `groups` groups of outputs, `step` apart from `start` on."""
+
+    start: int
+    step: int
+    groups: int
+
+
 class PackedMatrix:
     """One or several linear layers that have the same input, as one matrix.
 
@@ -109,7 +119,9 @@ class PackedMatrix:
         groups = [-(-weight.shape[0] // lanes) for weight in weights]
         inputs = weights[0].shape[1]
         before = [0, *itertools.accumulate(groups)]
-        self._places = [(before[part - part % turns] + part % turns, turns) for part in range(len(weights))]
+        self.places = [
+            Place(before[part - part % turns] + part % turns, turns, count) for part, count in enumerate(groups)
+        ]
         self._lanes = lanes
         outputs = sum(groups) * lanes if len(weights) > 1 else weights[0].shape[0]
         self.dtype = weights[0].dtype
@@ -142,7 +154,7 @@ class PackedMatrix:
                 return later.add_other(functools.partial(self._pack, part, weight, None))
             weight = weight.to(self.dtype).contiguous()
         packing = Packing(self._library) if later is None else later
-        start, step = self._places[part]
+        place = self.places[part]
         job = PackingStruct(
             DTYPES[self.dtype],
             weight.data_ptr(),
@@ -150,8 +162,8 @@ class PackedMatrix:
             weight.shape[1],
             weight.stride(0),
             self.weights.data_ptr(),
-            start,
-            step,
+            place.start,
+            place.step,
             None if self.scales is None else self.scales.data_ptr(),
         )
         packing.add(job, weight)
@@ -161,11 +173,11 @@ class PackedMatrix:
     def write_bias(self, part: int, bias: torch.Tensor) -> None:
         """Writes one layer's bias."""
         assert self.bias is not None
-        start, step = self._places[part]
+        place = self.places[part]
         values = bias.detach().float()
         for group in range(-(-len(values) // self._lanes)):
             own = values[group * self._lanes : (group + 1) * self._lanes]
-            at = (start + group * step) * self._lanes
+            at = (place.start + group * place.step) * self._lanes
             self.bias[at : at + len(own)] = own
 
     def restorer(self) -> Callable[[], None]:

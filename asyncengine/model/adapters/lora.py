@@ -1,0 +1,211 @@
+"""A LoRA adapter as PEFT saves it, read and checked. Used on any thread; what it makes is never changed again.
+
+After "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021): a linear layer's output ``W x`` becomes
+``W x + scaling * B (A x)``, with A of shape (rank, inputs) and B of shape (outputs, rank). rsLoRA (Kalajdzievski, 2023)
+scales by ``alpha / sqrt(rank)`` where LoRA scales by ``alpha / rank``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asyncengine.errors import AdapterError
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.[^.]+)?\.weight")
+"""Name of a tensor; between factor and ``weight`` PEFT's own modules have the name of the adapter."""
+_OFF: dict[str, tuple[object, ...]] = {
+    "bias": (None, "none"),
+    "use_dora": (None, False),
+    "lora_bias": (None, False),
+    "use_qalora": (None, False),
+    "modules_to_save": (None, [], ()),
+    "target_parameters": (None, [], ()),
+    "trainable_token_indices": (None, [], (), {}),
+    "layer_replication": (None, [], ()),
+    "alora_invocation_tokens": (None, [], ()),
+}
+"""Settings that change more than linear layers, or in another way, and the values with which they do nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What is added to a linear layer: ``up @ down @ x``.
+
+    Attributes:
+        down: (rank, inputs), of the dtype in which it was stored.
+        up: (outputs, rank) float32, scaled.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """Of the product."""
+        return self.down.shape[0]
+
+
+Lora = Mapping[str, LowRank]
+"""An adapter: what is added to which layer, by the layer's name in the model."""
+
+
+def read(source: Any, config: Mapping[str, Any] | None, layers: Mapping[str, tuple[int, int]]) -> Lora:
+    """Reads an adapter.
+
+    Args:
+        source: A directory, or tensors by their names.
+        config: With tensors, what ``adapter_config.json`` has in a directory.
+        layers: Outputs and inputs of each linear layer that can be adapted, by its name in the model.
+
+    Raises:
+        AdapterError: It is missing or damaged, of a kind that is not served, or does not fit these layers.
+    """
+    if isinstance(source, Mapping):
+        if not isinstance(config, Mapping):
+            raise AdapterError(f"config is {config!r:.80}; with tensors, expected what {CONFIG} would have")
+        what, tensors = "the adapter", dict(source)
+    elif isinstance(source, (str, os.PathLike)) and os.fspath(source):
+        if config is not None:
+            raise AdapterError(f"config is given with a directory, which has its own in {CONFIG}; leave it out")
+        path = Path(source).expanduser()
+        what, config, tensors = f"the adapter in {path}", read_config(path), _tensors(path)
+    else:
+        raise AdapterError(f"the adapter is {source!r:.80}; expected a directory or a mapping of tensors")
+    check_config(what, config)
+    return _adapter(what, config, tensors, layers)
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """What ``adapter_config.json`` of a directory says.
+
+    Raises:
+        AdapterError: It is not there, or cannot be read.
+    """
+    file = path / CONFIG
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        kind = "does not exist" if not path.exists() else f"has no {CONFIG}: it is not an adapter that PEFT saved"
+        raise AdapterError(f"{path} {kind}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{file} is not a JSON object")
+    return values
+
+
+def check_config(what: str, config: Mapping[str, Any]) -> None:
+    """Refuses what is not a LoRA adapter of linear layers alone.
+
+    Raises:
+        AdapterError: As it says.
+    """
+    kind = config.get("peft_type", "LORA")
+    if str(getattr(kind, "value", kind)).upper() != "LORA":
+        raise AdapterError(f"{what} is of peft_type {str(getattr(kind, 'value', kind))!r}; served: 'LORA'")
+    for key, nothing in _OFF.items():
+        value = config.get(key)
+        if not any(value == each and type(value) is type(each) for each in nothing):
+            raise AdapterError(f"{what} has {key} = {value!r:.80}; that is not served, only adapted linear layers are")
+    _number(what, config, "r", config.get("r", 8))
+    _number(what, config, "lora_alpha", config.get("lora_alpha", 8))
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise AdapterError(f"{what} has {key} = {config[key]!r:.80}; expected numbers by names of layers")
+
+
+def check_there(source: str) -> None:
+    """Refuses a directory whose adapter cannot be loaded, by what can be told without its weights.
+
+    Raises:
+        AdapterError: As it says.
+    """
+    path = Path(source).expanduser()
+    check_config(f"the adapter in {path}", read_config(path))
+    if not (path / WEIGHTS).exists() and not (path / PICKLED).exists():
+        raise AdapterError(f"{path} has no weights: neither {WEIGHTS} nor {PICKLED}")
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    try:
+        if (path / WEIGHTS).exists():
+            from safetensors.torch import load_file
+
+            return dict(load_file(path / WEIGHTS))
+        if (path / PICKLED).exists():
+            loaded = torch.load(path / PICKLED, map_location="cpu", weights_only=True)
+            if not isinstance(loaded, dict):
+                raise ValueError(f"a {type(loaded).__name__}")
+            return loaded
+    except Exception as error:  # of whatever kind the libraries raise
+        raise AdapterError(f"the weights in {path} cannot be read: {error}") from error
+    raise AdapterError(f"{path} has no weights: neither {WEIGHTS} nor {PICKLED}")
+
+
+def _adapter(
+    what: str, config: Mapping[str, Any], tensors: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]
+) -> Lora:
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        found = _FACTOR.fullmatch(name) if isinstance(name, str) else None
+        if found is None:
+            raise AdapterError(f"{what} has a tensor {name!r:.120}, which is no factor of an adapted linear layer")
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim != 2:
+            raise AdapterError(f"{what}: {name} is not a matrix")
+        if not tensor.numel() or not bool(torch.isfinite(tensor.float()).all()):
+            raise AdapterError(f"{what}: {name} is empty, or has numbers that are not finite")
+        factors.setdefault(found["module"].removeprefix(_PREFIX), {})[found["factor"]] = tensor
+    if not factors:
+        raise AdapterError(f"{what} has no tensors")
+    adapter = {}
+    for module, pair in factors.items():
+        if pair.keys() != {"A", "B"}:
+            raise AdapterError(f"{what}: {module} has lora_{next(iter(pair))} alone")
+        shape = layers.get(module)
+        if shape is None:
+            near = difflib.get_close_matches(module, layers, n=1, cutoff=0.8)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; such as {next(iter(layers))!r}" if layers else ""
+            raise AdapterError(f"{what} adapts {module!r}, which is not a linear layer that can be adapted{hint}")
+        down, up = pair["A"].detach(), pair["B"].detach()
+        rank = down.shape[0]
+        if up.shape[1] != rank or (up.shape[0], down.shape[1]) != shape:
+            raise AdapterError(
+                f"{what}: {module} has factors of {tuple(down.shape)} and {tuple(up.shape)}; its layer of the model "
+                f"takes {shape[1]} numbers and gives {shape[0]}"
+            )
+        scaling = _scaling(what, config, module, rank)
+        adapter[module] = LowRank(down.cpu().clone(), up.to("cpu", torch.float32) * scaling)
+    return adapter
+
+
+def _scaling(what: str, config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What the product of a layer's factors is multiplied by."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, own in (config.get("alpha_pattern") or {}).items():
+        try:
+            matches = re.fullmatch(rf"(.*\.)?({pattern})", module)
+        except re.error as error:
+            raise AdapterError(f"{what} has the pattern {pattern!r:.80}: {error}") from error
+        if matches:
+            alpha = own
+            break
+    return _number(what, config, "lora_alpha", alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _number(what: str, config: Mapping[str, Any], key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e9:
+        raise AdapterError(f"{what} has {key} = {value!r:.80}; expected a number > 0")
+    return float(value)
