@@ -61,8 +61,8 @@ class EngineConfig:
             output is the same.
         spec_draft_length: Most tokens guessed for each sequence in a step; 0 decides by load and by how many guesses
             were right so far.
-        adapters: LoRA adapters that are loaded with the model: directories as PEFT saves them, by the names that requests
-            call them. `AsyncEngine.load_adapter` loads more.
+        adapters: LoRA adapters that are loaded with the model: directories as PEFT saves them, by the names that
+            requests call them. `AsyncEngine.load_adapter` loads more.
         tensor_parallel_shards: Must be 1: not available yet.
         attention_backend: ``"cpu"`` is the compiled kernel for the CPU, ``"triton"`` the one for CUDA, ``"torch"``
             needs no compiler and runs on any device, ``"auto"`` takes the fastest of these that works. ``"flashinfer"``

@@ -17,9 +17,9 @@ from torch import nn
 from asyncengine.errors import ReloadError
 from asyncengine.generation import SamplingParams
 from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, token_logprobs, verified_draw
-from asyncengine.model.capturing import Capturing
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of
 from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.adapted import CompiledAdapters
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.fused.decoder import FusedDecoder

@@ -59,7 +59,7 @@ class AdapterTable:
         return None if name is None else self._adapters.get(name)
 
     def index_for(self, name: str) -> int:
-        """The index of an adapter that is to be loaded: its own if it is loaded already, or else the lowest that is free."""
+        """The index of an adapter that is to be loaded: its own if it is loaded already, else the lowest free one."""
         if name in self._adapters:
             return self._adapters[name].index
         taken = {adapter.index for adapter in self._adapters.values()}

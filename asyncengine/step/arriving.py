@@ -48,8 +48,13 @@ class Arriving:
     def due(self, limits: Limits, tree: PrefixTree, space: int) -> Int32:
         """The tokens, in whole blocks, that should be computed now; none if that would bring nothing.
 
-        `space` is that of the prefix cache in which it is. What was computed ahead and then evicted is not computed again before the prompt is complete: where memory is
+        What was computed ahead and then evicted is not computed again before the prompt is complete: where memory is
         that short, it would not stay either.
+
+        Args:
+            limits: Of the model.
+            tree: The prefix cache.
+            space: The part of it in which what was computed ahead is.
         """
         page_size = limits.page_size
         whole = len(self.tokens) // page_size * page_size

@@ -133,10 +133,10 @@ class PrefixTree:
 
     def unpin(self, name: str) -> bool:
         """Undoes `pin`; returns whether there was such a pin."""
-        space, blocks = self._pins.pop(name, (NO_SPACE, None))
-        if blocks is None:
+        pin = self._pins.pop(name, None)
+        if pin is None:
             return False
-        self._pool.release(blocks)
+        self._pool.release(pin[1])
         return True
 
     def clear(self) -> None:

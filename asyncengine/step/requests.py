@@ -260,7 +260,7 @@ class RequestTable:
     # Adapters
 
     def replace_adapter(self, former: Adapter | None, adapter: Adapter) -> None:
-        """Goes on with an adapter that was loaded anew. What requests computed with the former one stays theirs alone."""
+        """Goes on with an adapter that was loaded anew; what requests computed with the former one stays their own."""
         if former is None:
             return
         for request in self._requests.values():

@@ -1,1 +1,1 @@
-"""LoRA adapters: how they are read, and how a step is computed with several of them. Torch; used from the step thread."""
+"""LoRA adapters: how they are read, and how a step is computed with several of them."""

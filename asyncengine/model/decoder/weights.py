@@ -84,7 +84,7 @@ class NormStruct(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one of several linear layers is in a matrix: in `groups` groups of outputs, `step` apart from `start` on."""
+    """Where one of several linear layers is in a matrix: `groups` groups of outputs, `step` apart, from `start` on."""
 
     start: int
     step: int
