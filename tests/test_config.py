@@ -46,6 +46,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("spec_draft_length", -1, "expected an integer >= 0"),
     ("spec_draft_length", 33, "expected an integer in 0..32"),
     ("spec_draft_length", None, "expected an integer in 0..32"),
+    ("adapters", ["dir"], "expected directories by names"),
     ("tensor_parallel_shards", 2, "only 1 is available"),
     ("attention_backend", "flash", "allowed: 'auto', 'cpu', 'torch', 'triton', 'flashinfer', 'flash_attention_3'"),
     ("grammar_backend", "outlines", "allowed: 'auto', 'llguidance', 'xgrammar'"),
@@ -78,6 +79,7 @@ RIGHT: dict[str, list[Any]] = {
     "gpu_memory_utilization": [None, 0.01, 1, 1.0],
     "prefix_cache_max_num_recycling_seqs": [None, 0, 5],
     "additional_models": [(), []],
+    "adapters": [{}, {"sql": "adapters/sql", "law": "law"}],
     "step_timeout": [0.1, 60, math.inf],
 }
 

@@ -6,6 +6,7 @@ import asyncengine
 import asyncengine.testing
 
 PUBLIC = [
+    "AdapterError",
     "AsyncEngine",
     "AsyncEngineError",
     "BranchResult",

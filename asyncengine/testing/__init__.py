@@ -3,8 +3,9 @@
 Everything but the model is the real engine: threads, scheduler, KV accounting, streams, errors.
 """
 
+from asyncengine.testing.adapters import Script
 from asyncengine.testing.engines import MODEL, echo_engine, scripted_engine
-from asyncengine.testing.scripted import Script, ScriptedLoader, ScriptedModel, echo
+from asyncengine.testing.scripted import ScriptedLoader, ScriptedModel, echo
 from asyncengine.testing.tokenizer import ByteTokenizer
 
 __all__ = [

@@ -7,15 +7,18 @@ from typing import Any
 
 from asyncengine.config import EngineConfig
 from asyncengine.loop.engine import AsyncEngine
-from asyncengine.testing.scripted import Script, ScriptedLoader, echo
+from asyncengine.testing.adapters import Script
+from asyncengine.testing.scripted import ScriptedLoader, echo
 from asyncengine.testing.tokenizer import ByteTokenizer
+
+Answers = Script | Mapping[str, str] | str
 
 MODEL = "scripted"
 """Name under which the scripted model is loaded; any other works as well."""
 
 
 def scripted_engine(
-    answers: Script | Mapping[str, str] | str, *, step_seconds: float = 0.0, **config: Any
+    answers: Answers, *, step_seconds: float = 0.0, adapters: Mapping[str, Answers] | None = None, **config: Any
 ) -> AsyncEngine:
     """An engine that gives known answers; enter it with ``async with``.
 
@@ -23,10 +26,12 @@ def scripted_engine(
         answers: One answer for every prompt; or a mapping from a piece of the prompt to the answer; or a function
             from the prompt's bytes and the branch to the answer's bytes.
         step_seconds: How long each step, that is each byte of an answer, takes.
+        adapters: The answers that adapters give, by their names.
         **config: Fields of `EngineConfig`.
     """
-    loader = ScriptedLoader(_script(answers), step_seconds=step_seconds, tokenizer=ByteTokenizer())
-    return AsyncEngine(EngineConfig(MODEL, **config), loader=loader)
+    scripts = {name: _script(own) for name, own in (adapters or {}).items()}
+    loader = ScriptedLoader(_script(answers), step_seconds=step_seconds, tokenizer=ByteTokenizer(), adapters=scripts)
+    return AsyncEngine(EngineConfig(MODEL, adapters={name: name for name in scripts}, **config), loader=loader)
 
 
 def echo_engine(*, step_seconds: float = 0.0, **config: Any) -> AsyncEngine:
@@ -34,7 +39,7 @@ def echo_engine(*, step_seconds: float = 0.0, **config: Any) -> AsyncEngine:
     return scripted_engine(echo, step_seconds=step_seconds, **config)
 
 
-def _script(answers: Script | Mapping[str, str] | str) -> Script:
+def _script(answers: Answers) -> Script:
     if callable(answers):
         return answers
     if isinstance(answers, str):

@@ -18,16 +18,18 @@ from asyncengine.grammar.protocol import Matcher
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
 from asyncengine.speculation.protocol import Drafter
+from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import Int32, StepBatch, StepTokens, TokenLogprobs
 from asyncengine.step.drafting import Drafting
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
+from asyncengine.testing.adapters import Script, ScriptedAdapter, ScriptedAdapters, ScriptedFormat
 from asyncengine.testing.tokenizer import ByteTokenizer
 from asyncengine.testing.warming import ScriptedWarmUp
 from asyncengine.tokenizer import Tokenizer
 
-Script = Callable[[Sequence[int], int], Iterable[int]]
-"""Prompt and branch to the tokens that the branch generates; after them comes the end-of-sequence token."""
+_STAMP = 1 << 32
+"""What the mark of an adapter is multiplied by in the "KV cache", where it is added to a token."""
 
 
 def echo(prompt: Sequence[int], branch: int) -> Iterable[int]:
@@ -79,7 +81,9 @@ class ScriptedModel:
         self._script = script
         self._step_seconds = step_seconds
         self._eos = eos_token_id
-        self._answers: dict[int, list[int]] = {}
+        self._asked: dict[int, tuple[list[int], int]] = {}  # prompt and branch, unless nothing is wanted
+        self._answers: dict[tuple[int, int], list[int]] = {}  # by slot and by the mark of its adapter
+        self._adapters = ScriptedAdapters()
         self._tokens: dict[int, list[int]] = {}
         self._num_logprobs: dict[int, int] = {}
         self._matchers: dict[int, Matcher] = {}
@@ -144,7 +148,11 @@ class ScriptedModel:
             self._matchers[slot] = matcher = params.grammar.matcher()
             for token_id in output.tolist():
                 matcher.accept(token_id)
-        self._answers[slot] = list(self._script(prompt.tolist(), branch)) if params.max_tokens else []
+        self._asked.pop(slot, None)
+        for key in [key for key in self._answers if key[0] == slot]:
+            del self._answers[key]
+        if params.max_tokens:
+            self._asked[slot] = prompt.tolist(), branch
         self._tokens[slot] = [*prompt.tolist(), *output.tolist()]
         self._num_logprobs[slot] = params.num_logprobs
 
@@ -214,6 +222,9 @@ class ScriptedModel:
             ]
         assert len(np.unique(batch.slot_mapping)) == len(batch.slot_mapping), "two tokens are written to one place"
         self._cache[batch.slot_mapping] = batch.token_ids
+        if batch.adapters is not None:
+            stamps = np.array([self._adapters.stamp(index) for index in batch.adapters.tolist()])
+            self._cache[batch.slot_mapping] += np.repeat(stamps, np.diff(batch.query_start)) * _STAMP
 
     def _read(self, batch: StepBatch, row: int) -> list[int]:
         """Tokens of a row as they are in the cache, drafts included."""
@@ -223,8 +234,18 @@ class ScriptedModel:
         assert (batch.positions[start:end] == np.arange(batch.context_lens[row], length)).all()
         places = np.arange(length)
         blocks = batch.block_tables[row, places // page_size].astype(np.int64)
-        tokens: list[int] = self._cache[blocks * page_size + places % page_size].tolist()
+        found = self._cache[blocks * page_size + places % page_size]
+        assert self._adapters.may_read(_adapter_of(batch, row), (found // _STAMP).tolist()), "it is another adapter's"
+        tokens: list[int] = (found % _STAMP).tolist()
         return tokens
+
+    def _answer(self, slot: int, adapter: int) -> list[int]:
+        key = slot, self._adapters.stamp(adapter)
+        if key not in self._answers:
+            asked = self._asked.get(slot)
+            script = self._adapters.script(adapter, self._script)
+            self._answers[key] = [] if asked is None else list(script(*asked))
+        return self._answers[key]
 
     def _draw(self, batch: StepBatch) -> StepTokens:
         rows = np.searchsorted(batch.query_start, batch.sample_index, side="right") - 1
@@ -249,19 +270,19 @@ class ScriptedModel:
                     continue
                 taken[row] += 1
             assert found == tokens, f"the cache of slot {slot} has {found}, the sequence {tokens}"
-            answer = self._answers[slot]
-            token_id = answer[position] if position < len(answer) else self._eos
-            matcher = self._matchers.get(slot)
-            if matcher is not None:
-                try:
-                    if _accept(matcher, token_id):
-                        finished.append(len(token_ids))
-                        over.add(row)
-                except Exception as error:
-                    failed[len(token_ids)] = error
+            token_id = self._eos
+            try:
+                answer = self._answer(slot, _adapter_of(batch, row))
+                token_id = answer[position] if position < len(answer) else self._eos
+                matcher = self._matchers.get(slot)
+                if matcher is not None and _accept(matcher, token_id):
+                    finished.append(len(token_ids))
                     over.add(row)
-                    if taken is not None and row < batch.num_decodes:
-                        taken[row] -= 1
+            except Exception as error:
+                failed[len(token_ids)] = error
+                over.add(row)
+                if taken is not None and row < batch.num_decodes:
+                    taken[row] -= 1
             tokens.append(token_id)
             token_ids.append(token_id)
             wanted = self._num_logprobs[slot]
@@ -304,6 +325,14 @@ class ScriptedModel:
         """As `asyncengine.step.model.Model`."""
         self.asleep = False
 
+    def put_adapter(self, index: int, prepared: ScriptedAdapter) -> None:
+        """As `asyncengine.step.model.AdaptableModel`."""
+        self._adapters.put(index, prepared)
+
+    def remove_adapter(self, index: int) -> None:
+        """As `asyncengine.step.model.AdaptableModel`."""
+        self._adapters.remove(index)
+
     def update_weights(self, weights: Mapping[str, Any]) -> None:
         """Keeps them; a weight that is None is refused."""
         for name, value in weights.items():
@@ -326,6 +355,10 @@ class _Flight:
 
     until: float
     outcome: StepTokens | BaseException
+
+
+def _adapter_of(batch: StepBatch, row: int) -> int:
+    return NO_ADAPTER if batch.adapters is None else int(batch.adapters[row])
 
 
 def _accept(matcher: Matcher, token_id: int) -> bool:
@@ -354,6 +387,8 @@ class ScriptedLoader:
         make_drafter: Makes who drafts for a model, whatever `speculative_mode` says; None leaves it to that.
         run_ahead: Whether the engine launches steps ahead of the tokens of the steps before. Then a step more may be
             under way than a test expects that counts them.
+        adapters: What is generated with each adapter, by the directory that `EngineConfig.adapters` and `load_adapter`
+            name. The latter takes a script itself as well.
         warm_up_pieces: Pieces of work that the engine lets a model do while there are no requests.
 
     Attributes:
@@ -377,6 +412,7 @@ class ScriptedLoader:
         make_drafter: Callable[[ScriptedModel], Drafter] | None = None,
         run_ahead: bool = False,
         warm_up_pieces: int = 0,
+        adapters: Mapping[str, Script] | None = None,
     ) -> None:
         self.script = script
         self.step_seconds = step_seconds
@@ -386,6 +422,7 @@ class ScriptedLoader:
         self.make_drafter = make_drafter
         self.run_ahead = run_ahead
         self.warm_up_pieces = warm_up_pieces
+        self.adapters = dict(adapters or {})
         self.hold_warm_ups = False
         self.warm_ups: list[ScriptedWarmUp] = []
         self.models: list[ScriptedModel] = []
@@ -441,6 +478,10 @@ class ScriptedLoader:
         )
         model = ScriptedModel(self.script, limits, self.step_seconds)
         self.models.append(model)
+        format = ScriptedFormat(self.adapters)
+        adapters = [(name, format.prepare(path, None)) for name, path in config.adapters.items()]
+        for index, (_, prepared) in enumerate(adapters):
+            model.put_adapter(index, prepared)
         warming = ScriptedWarmUp(model, self.warm_up_pieces) if self.warm_up_pieces else None
         if warming is not None:
             self.warm_ups.append(warming)
@@ -459,6 +500,9 @@ class ScriptedLoader:
             drafting=self._drafting(model, complete),
             launching=model if self.run_ahead else None,
             warming=warming,
+            adapting=model,
+            adapters=tuple(adapters),
+            adapter_format=format,
         )
 
     def _drafting(self, model: ScriptedModel, config: EngineConfig) -> Drafting | None:

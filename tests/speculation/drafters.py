@@ -43,7 +43,7 @@ class Scripted:
             assert known.tolist() == self.model._tokens[slot]
             room = int(table.num_blocks[slot]) * table.page_size
             assert len(known) + length <= room, "there are no blocks for the drafts"
-            answer = [*self.model._answers[slot], *[EOS] * length]
+            answer = [*self.model._answer(slot, int(table.adapters[slot])), *[EOS] * length]
             at = len(known) - int(table.prompt_tokens[slot])
             found.append(np.array(self.guess(answer[at : at + length]), dtype=np.int32))
         return found

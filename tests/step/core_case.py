@@ -17,6 +17,7 @@ from asyncengine.generation import SamplingParams
 from asyncengine.instructions import Deadlines, Instruction, JobDone, NewRequest, ReplyTo
 from asyncengine.outputs import FinishReason, Usage
 from asyncengine.state import EngineState
+from asyncengine.step.adapters import NO_SPACE
 from asyncengine.step.core import Core
 from asyncengine.step.sequence import SequenceState
 from asyncengine.testing import ByteTokenizer, Script, ScriptedLoader, ScriptedModel, echo
@@ -160,11 +161,13 @@ class Case:
         deadlines: Deadlines | None = None,
         pin: str | None = None,
         arriving: bool = False,
+        adapter: str | None = None,
         **changes: Any,
     ) -> NewRequest:
         number = next(self.numbers)
         name = f"r{number}" if request_id is None else request_id
-        return NewRequest(number, name, prompt_of(prompt), params(**changes), priority, deadlines, pin, arriving)
+        prompt = prompt_of(prompt)
+        return NewRequest(number, name, prompt, params(**changes), priority, deadlines, pin, arriving, adapter=adapter)
 
     def adding(
         self, *new: NewRequest, when_full: ins.WhenFull = "wait", to: ReplyTo | None = None, epoch: int | None = None
@@ -331,17 +334,20 @@ class Case:
             table = scheduler.slots.block_table(sequence.slot)
             assert len(set(table.tolist())) == len(table)
             np.add.at(refs, table, 1)
-        for blocks in tree._pins.values():
+        for _, blocks in tree._pins.values():
             np.add.at(refs, blocks, 1)
-        stack = list(tree._root.children.values())
+        stamps = {NO_SPACE: 0} | {adapter.space: adapter.prepared.stamp for adapter in requests.adapters}
+        assert set(tree._roots) <= set(stamps), "something is left of an adapter that is gone"
+        stack = [(node, stamps[space]) for space, root in tree._roots.items() for node in root.children.values()]
         assert core.loaded is not None
         model: Any = core.loaded.model
         cache = model._cache.reshape(pool.num_blocks, -1)
         while stack:
-            node = stack.pop()
-            stack += node.children.values()
+            node, stamp = stack.pop()
+            stack += [(child, stamp) for child in node.children.values()]
             np.add.at(in_tree, node.blocks, 1)
-            assert model.asleep or np.array_equal(cache[node.blocks].ravel(), node.tokens), "not what is known"
+            known = node.tokens.astype(np.int64) + stamp * (1 << 32)
+            assert model.asleep or np.array_equal(cache[node.blocks].ravel(), known), "not what is known"
         assert in_tree.max(initial=0) <= 1
         assert np.array_equal(pool._refs, refs + in_tree), "a block is held by nobody, or freed too early"
         assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks

@@ -11,6 +11,7 @@ from asyncengine import instructions as ins
 from asyncengine.errors import DeadlineExceededError, InvalidRequestError
 from asyncengine.instructions import Deadlines
 from asyncengine.outputs import FinishReason
+from asyncengine.step.adapters import NO_SPACE
 from asyncengine.step.arriving import Arriving
 from asyncengine.step.block_pool import BlockPool
 from asyncengine.step.limits import Limits
@@ -377,14 +378,14 @@ def test_what_is_due() -> None:
     pool = BlockPool(16)
     tree = PrefixTree(pool, 4)
     arriving = Arriving()
-    assert not len(arriving.due(limits, tree))
+    assert not len(arriving.due(limits, tree, NO_SPACE))
     arriving.take(0, prompt_of("abcdef"), False)
-    assert arriving.due(limits, tree).tobytes() == prompt_of("abcd").tobytes()
+    assert arriving.due(limits, tree, NO_SPACE).tobytes() == prompt_of("abcd").tobytes()
     tree.insert(prompt_of("abcd"), pool.allocate(1))
     arriving.note(prompt_of("abcd"))
-    assert not len(arriving.due(limits, tree))
+    assert not len(arriving.due(limits, tree, NO_SPACE))
     arriving.take(6, prompt_of("gh"), False)
-    assert len(arriving.due(limits, tree)) == 8
+    assert len(arriving.due(limits, tree, NO_SPACE)) == 8
     arriving.take(2, prompt_of("cXXXXX"), False)
     assert arriving.computed == 2
     arriving.note(prompt_of("abcd"))

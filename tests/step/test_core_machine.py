@@ -27,7 +27,8 @@ from asyncengine.outputs import FinishReason
 from asyncengine.state import EngineState
 from asyncengine.step.sequence import SequenceState
 from asyncengine.step.warming import QUIET_SECONDS
-from asyncengine.testing import ByteTokenizer, ScriptedLoader
+from asyncengine.testing import ByteTokenizer, Script, ScriptedLoader
+from asyncengine.testing.adapters import ScriptedAdapter
 from asyncengine.testing.scripted import DeviceLostError
 from tests.speculation.drafters import Broken, Guesser, Liar, Oracle
 
@@ -42,9 +43,14 @@ def script(prompt: Sequence[int], branch: int) -> Iterable[int]:
     return [97 + (seed * 7 + (i * i + seed) * (i + 3)) % 3 for i in range(seed % 40)]
 
 
+def script_of(adapter: str | None) -> Script:
+    """What is generated with an adapter: the same, however often it is loaded anew."""
+    return lambda prompt, branch: script(prompt, branch + (0 if adapter is None else 7 * ord(adapter)))
+
+
 def whole(new: NewRequest, branch: int) -> tuple[list[int], int | str | None]:
     """All that a branch generates if no length limit ends it, and what ends it, told naively."""
-    answer = [*script(new.prompt.tolist(), branch)]
+    answer = [*script_of(new.adapter)(new.prompt.tolist(), branch)]
     answer += [EOS] * (new.params.max_tokens + 1)
     text = ""
     for count, token in enumerate(answer, 1):
@@ -84,11 +90,13 @@ ADDED: dict[str, Any] = {
     "when_full": st.sampled_from(["wait", "raise"]),
     "count": st.integers(1, 3),
     "same_id": st.booleans(),
+    "adapter": st.sampled_from([None, None, "x", "y"]),
     "kind": st.sampled_from(["text", "text", "text", "text", "scored", "mean", "last"]),
 }
 LOADED: dict[str, Any] = {
     "drafts": st.sampled_from(["none", "right", "guessed", "guessed", "wrong", "repeated", "broken"]),
     "longest": st.sampled_from([0, 1, 3, 20]),
+    "adapters": st.sampled_from(["", "x", "x", "xy", "yx"]),
 }
 
 DRAFTERS: dict[str, Any] = {
@@ -108,7 +116,10 @@ class CoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        loader = ScriptedLoader(script, tokenizer=ByteTokenizer(), run_ahead=self.run_ahead, warm_up_pieces=3)
+        adapters = {name: script_of(name) for name in "xy"}
+        loader = ScriptedLoader(
+            script, tokenizer=ByteTokenizer(), run_ahead=self.run_ahead, warm_up_pieces=3, adapters=adapters
+        )
         self.case = Case(loader)
         self.news: dict[int, NewRequest] = {}
         self.limits = {48}  # of whatever was loaded so far, and of what `recover` loads
@@ -166,6 +177,7 @@ class CoreMachine(RuleBasedStateMachine):
         queue: int | None,
         drafts: str,
         longest: int,
+        adapters: str,
     ) -> None:
         self.limits.add(size)
         self.case.load(
@@ -175,6 +187,7 @@ class CoreMachine(RuleBasedStateMachine):
             prefill_mode=hybrid,
             prefix_cache_max_num_recycling_seqs=recycling,
             max_queue_size=queue,
+            adapters=dict(zip(adapters, adapters, strict=True)),
             **self.drafts_by(drafts, longest),
         )
 
@@ -204,6 +217,7 @@ class CoreMachine(RuleBasedStateMachine):
         when_full: ins.WhenFull,
         count: int,
         same_id: bool,
+        adapter: str | None,
         kind: str,
     ) -> None:
         view = self.core.view
@@ -230,6 +244,7 @@ class CoreMachine(RuleBasedStateMachine):
                 stop_token_ids=(EOS, *range(200, 212 if many_stop_ids else 200)),
                 deadlines=deadlines,
                 pin=pin,
+                adapter=adapter,
                 **limits,
             )
             for i in range(count)
@@ -251,10 +266,16 @@ class CoreMachine(RuleBasedStateMachine):
             self.case.give(adding)
 
     @precondition(alive)
-    @rule(n=st.integers(1, 3), max_tokens=st.integers(0, 9), priority=st.integers(-1, 1), scored=st.booleans())
-    def open_a_prompt(self, n: int, max_tokens: int, priority: int, scored: bool) -> None:
-        limits = {"num_prompt_logprobs": 0} if scored else {}
-        new = self.case.new("", arriving=True, n=n, max_tokens=max_tokens, priority=priority, **limits)
+    @rule(
+        n=st.integers(1, 3),
+        max_tokens=st.integers(0, 9),
+        priority=st.integers(-1, 1),
+        scored=st.booleans(),
+        adapter=ADDED["adapter"],
+    )
+    def open_a_prompt(self, n: int, max_tokens: int, priority: int, scored: bool, adapter: str | None) -> None:
+        limits: dict[str, Any] = {"num_prompt_logprobs": 0} if scored else {}
+        new = self.case.new("", arriving=True, n=n, max_tokens=max_tokens, priority=priority, adapter=adapter, **limits)
         to = self.case.reply_to()
         self.expected.add(to.ticket)
         self.admissions[to.ticket] = (new,)
@@ -362,6 +383,7 @@ class CoreMachine(RuleBasedStateMachine):
         length: int,
         drafts: str,
         longest: int,
+        adapters: str,
     ) -> None:
         loader = self.case.loader
         loader.fits_beside = fits
@@ -378,6 +400,7 @@ class CoreMachine(RuleBasedStateMachine):
             prefix_cache_max_num_recycling_seqs=recycling,
             max_queue_size=queue,
             max_single_sequence_length=length,
+            adapters=dict(zip(adapters, adapters, strict=True)),
             **self.drafts_by(drafts, longest),
         )
         self.later(data, lambda to: ins.Reload(new, in_flight, to, new_requests))
@@ -422,6 +445,16 @@ class CoreMachine(RuleBasedStateMachine):
                     self.case.loader.warm_ups[-1].fail_next(ValueError("a fault"))
             case _:
                 self.later(data, getattr(ins, what))
+
+    @precondition(alive)
+    @rule(data=st.data(), name=st.sampled_from("xy"), unload=st.sampled_from([False, False, True]))
+    def change_an_adapter(self, data: st.DataObject, name: str, unload: bool) -> None:
+        view = self.core.view
+        if unload:
+            self.later(data, lambda to: ins.UnloadAdapter(name, to))
+        elif view is not None:
+            adapter = ScriptedAdapter(script_of(name))
+            self.later(data, lambda to: ins.LoadAdapter(name, adapter, view.epoch, to))
 
     @precondition(lambda self: self.core.state in CURES)
     @rule()
@@ -541,7 +574,7 @@ class CoreMachine(RuleBasedStateMachine):
             if reply.error is not None or reply.value is False:
                 assert isinstance(reply.error, (AsyncEngineError, type(None))), reply.error
                 if isinstance(reply.error, InvalidRequestError):
-                    assert [new.request_id for new in news] == ["same"]
+                    assert [new.request_id for new in news] == ["same"] or all(new.adapter for new in news)
                 if isinstance(reply.error, EngineOverloadedError):
                     assert self.core.requests is not None
 
@@ -591,7 +624,7 @@ class CoreMachine(RuleBasedStateMachine):
                     assert count == new.params.n
         if core.scheduler is not None:
             pool, tree = core.scheduler.blocks.pool, core.scheduler.blocks.tree
-            pinned = {block for blocks in tree._pins.values() for block in blocks.tolist()}
+            pinned = {block for _, blocks in tree._pins.values() for block in blocks.tolist()}
             assert pool.num_used == len(pinned)
             for pin in list(tree._pins):
                 case.give(ins.Unpin(pin))

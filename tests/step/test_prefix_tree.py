@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,18 +22,22 @@ def ids(tokens: Sequence[int]) -> Int32:
     return np.array(tokens, dtype=np.int32)
 
 
+SPACES = st.sampled_from([0, 0, 0, 1, 2])
+
+Path = tuple[int, tuple[int, ...]]
+"""Space and tokens."""
+
+
 class Naive:
-    """Every known path of blocks by its tokens, and when it was last used."""
+    """The block at the end of every known path."""
 
     def __init__(self) -> None:
-        self.blocks: dict[tuple[int, ...], int] = {}
-        self.used: dict[tuple[int, ...], int] = {}
-        self.clock = 0
+        self.blocks: dict[Path, int] = {}
 
-    def match(self, tokens: Sequence[int]) -> list[int]:
+    def match(self, tokens: Sequence[int], space: int) -> list[int]:
         found = []
         for end in range(PAGE, len(tokens) + 1, PAGE):
-            block = self.blocks.get(tuple(tokens[:end]))
+            block = self.blocks.get((space, tuple(tokens[:end])))
             if block is None:
                 break
             found.append(block)
@@ -46,8 +51,8 @@ class TreeMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(BLOCKS)
         self.naive = Naive()
-        self.holders: list[tuple[list[int], list[int]]] = []  # tokens, blocks
-        self.pins: dict[str, list[int]] = {}
+        self.holders: list[tuple[int, list[int], list[int]]] = []  # space, tokens, blocks
+        self.pins: dict[str, tuple[int, list[int]]] = {}  # space, blocks
 
     @initialize(max_leaves=st.sampled_from([None, None, 0, 1, 2, 4]))
     def make(self, max_leaves: int | None) -> None:
@@ -55,11 +60,9 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree = PrefixTree(self.pool, PAGE, max_leaves)
 
     def held(self) -> set[int]:
-        return {block for _, blocks in self.holders for block in blocks} | {
-            block for blocks in self.pins.values() for block in blocks
-        }
+        return {block for *_, blocks in [*self.holders, *self.pins.values()] for block in blocks}
 
-    def sync(self, before: set[tuple[int, ...]] | None = None) -> None:
+    def sync(self) -> None:
         """Takes over what was evicted: only unheld blocks may be gone."""
         held = self.held()
         known = self.walk()
@@ -70,38 +73,38 @@ class TreeMachine(RuleBasedStateMachine):
                 del self.naive.blocks[path]
         assert known == self.naive.blocks
 
-    def walk(self) -> dict[tuple[int, ...], int]:
-        found: dict[tuple[int, ...], int] = {}
-        stack = [((), self.tree._root)]
+    def walk(self) -> dict[Path, int]:
+        found: dict[Path, int] = {}
+        stack: list[tuple[int, tuple[int, ...], Any]] = [(space, (), root) for space, root in self.tree._roots.items()]
         while stack:
-            path, node = stack.pop()
+            space, path, node = stack.pop()
             for at, block in enumerate(node.blocks.tolist()):
-                found[(*path, *node.tokens[: (at + 1) * PAGE].tolist())] = block
+                found[space, (*path, *node.tokens[: (at + 1) * PAGE].tolist())] = block
             whole = (*path, *node.tokens.tolist())
-            stack += [(whole, child) for child in node.children.values()]
+            stack += [(space, whole, child) for child in node.children.values()]
         return found
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=0, max_size=12))
-    def match(self, tokens: list[int]) -> None:
-        assert self.tree.match(ids(tokens)).tolist() == self.naive.match(tokens)
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=0, max_size=12), space=SPACES)
+    def match(self, tokens: list[int], space: int) -> None:
+        assert self.tree.match(ids(tokens), space).tolist() == self.naive.match(tokens, space)
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=PAGE, max_size=12), later=st.booleans())
-    def compute(self, tokens: list[int], later: bool) -> None:
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=PAGE, max_size=12), space=SPACES, later=st.booleans())
+    def compute(self, tokens: list[int], space: int, later: bool) -> None:
         """A sequence starts: what is known is shared, the rest is its own; it is inserted now or later."""
         tokens = tokens[: len(tokens) // PAGE * PAGE]
-        cached = self.tree.match(ids(tokens))
+        cached = self.tree.match(ids(tokens), space)
         need = len(tokens) // PAGE - len(cached)
         self.pool.retain(cached)
         if need > self.pool.num_free:
             self.tree.evict(need - self.pool.num_free)
-            self.holders.append(([], cached.tolist()))
+            self.holders.append((space, [], cached.tolist()))
             self.sync()
             self.holders.pop()
             if need > self.pool.num_free:
                 self.pool.release(cached)
                 return
         blocks = [*cached.tolist(), *self.pool.allocate(need).tolist()]
-        self.holders.append((tokens, blocks))
+        self.holders.append((space, tokens, blocks))
         if not later:
             self.insert(len(self.holders) - 1)
 
@@ -111,22 +114,22 @@ class TreeMachine(RuleBasedStateMachine):
         self.insert(data.draw(st.integers(0, len(self.holders) - 1)))
 
     def insert(self, index: int) -> None:
-        tokens, blocks = self.holders[index]
-        known = self.tree.insert(ids(tokens), ids(blocks))
+        space, tokens, blocks = self.holders[index]
+        known = self.tree.insert(ids(tokens), ids(blocks), space)
         assert len(known) == len(blocks)
         for end, (own, other) in enumerate(zip(blocks, known.tolist(), strict=True), 1):
-            path = tuple(tokens[: end * PAGE])
+            path = space, tuple(tokens[: end * PAGE])
             assert self.naive.blocks.setdefault(path, own) == other
         other = known != ids(blocks)
         self.pool.retain(known[other])
         self.pool.release(ids(blocks)[other])
-        self.holders[index] = (tokens, known.tolist())
+        self.holders[index] = (space, tokens, known.tolist())
         self.sync()
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
-        _, blocks = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
+        *_, blocks = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
         self.pool.release(ids(blocks))
 
     @rule()
@@ -143,10 +146,10 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.pool.num_free == free + min(count, cached)
         self.sync()
 
-    @rule(name=st.sampled_from("pq"), tokens=st.lists(st.integers(0, 1), max_size=12))
-    def pin(self, name: str, tokens: list[int]) -> None:
-        self.tree.pin(name, ids(tokens))
-        self.pins[name] = self.naive.match(tokens)
+    @rule(name=st.sampled_from("pq"), tokens=st.lists(st.integers(0, 1), max_size=12), space=SPACES)
+    def pin(self, name: str, tokens: list[int], space: int) -> None:
+        self.tree.pin(name, ids(tokens), space)
+        self.pins[name] = space, self.naive.match(tokens, space)
 
     @rule(name=st.sampled_from("pq"))
     def unpin(self, name: str) -> None:
@@ -157,12 +160,22 @@ class TreeMachine(RuleBasedStateMachine):
     def clear(self, sure: int) -> None:
         if sure == 0:
             self.tree.clear()
-            self.naive = Naive()
-            self.pins.clear()
-            # Those that go on do so with blocks that the tree does not know; they would publish them anew.
-            for _, blocks in self.holders:
+            self.forgotten({0, 1, 2})
+
+    @rule(space=st.sampled_from([1, 2]))
+    def forget(self, space: int) -> None:
+        self.tree.forget(space)
+        self.forgotten({space})
+
+    def forgotten(self, spaces: set[int]) -> None:
+        self.naive.blocks = {path: block for path, block in self.naive.blocks.items() if path[0] not in spaces}
+        self.pins = {name: pin for name, pin in self.pins.items() if pin[0] not in spaces}
+        # Those that go on do so with blocks that the tree does not know; they would publish them anew.
+        for space, _, blocks in self.holders:
+            if space in spaces:
                 self.pool.release(ids(blocks))
-            self.holders.clear()
+        self.holders = [holder for holder in self.holders if holder[0] not in spaces]
+        self.sync()
 
     @invariant()
     def accounts_agree(self) -> None:
