@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from asyncengine.grammar.select import make_backend
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.tokenizer import load_tokenizer
 from tests.model import letters
+from tests.model.adapters import merge, save_adapter
 from tests.model.scalar_reference import Reference, check_entry
 from tests.model.wishes import LIMIT, Case, case
 
@@ -42,7 +43,7 @@ Outcome = tuple[RequestResult, RequestDroppedError | None]
 
 async def outcome(engine: AsyncEngine, drawn: Case, index: int) -> Outcome:
     """Of one request; each has a priority."""
-    prompt, options = drawn.prompts[index], RequestOptions(priority=index % 3 - 1)
+    prompt, options = drawn.prompts[index], RequestOptions(priority=index % 3 - 1, adapter=drawn.adapter(index))
     given = pieces(prompt) if drawn.in_pieces(index) else prompt
     stream = await engine.add_request(given, drawn.wishes[index], options)
     try:
@@ -60,8 +61,9 @@ async def served(config: EngineConfig, drawn: Case, run_ahead: bool) -> tuple[li
         return outcomes, metrics.counters.preemptions
 
 
-def check(reference: Reference, drawn: Case, outcomes: list[Outcome]) -> None:
-    for prompt, wish, (result, error) in zip(drawn.prompts, drawn.wishes, outcomes, strict=True):
+def check(references: Mapping[str | None, Reference], drawn: Case, outcomes: list[Outcome]) -> None:
+    for index, (prompt, wish, (result, error)) in enumerate(zip(drawn.prompts, drawn.wishes, outcomes, strict=True)):
+        reference = references[drawn.adapter(index)]
         assert len(result.outputs) == wish.n
         assert result.usage.prompt_tokens == len(prompt)
         assert result.usage.completion_tokens == sum(len(branch.token_ids) for branch in result.outputs)
@@ -80,13 +82,16 @@ def check(reference: Reference, drawn: Case, outcomes: list[Outcome]) -> None:
             check_entry(row, token_id, entry, wish.prompt_logprobs)
 
 
-def combine(path: Path, seed: int, requests: int, engines: int, end: int) -> None:
+def combine(path: Path, seed: int, requests: int, engines: int, end: int, directory: Path) -> None:
     """One case: so many requests in so many engines, whose knobs and modes are drawn."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    vocabulary = model.config.vocab_size
+    models = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name in (None, "one", "two")}
+    for number, name in enumerate(("one", "two")):
+        factors = save_adapter(directory / name, models[None], number, rank=3 + number, alpha=6.0)
+        merge(models[name], factors, 6.0 / (3 + number))
+    vocabulary = models[None].config.vocab_size
     backend = make_backend("llguidance", load_tokenizer(path), vocabulary, (end,))
-    reference = Reference(model, tokenizer, backend.compile, end)
+    references = {name: Reference(model, tokenizer, backend.compile, end) for name, model in models.items()}
     drawn = case(seed, vocabulary, end, tokenizer(letters.STORY).input_ids, requests, engines)
     preempted, short = 0, False
     for index, knobs in enumerate(drawn.engines):
@@ -95,23 +100,25 @@ def combine(path: Path, seed: int, requests: int, engines: int, end: int) -> Non
         config = EngineConfig.from_dict({
             "model": str(path), "device": "cpu", "dtype": "float32",
             "max_single_sequence_length": LIMIT, "max_total_sequence_length": 4096, "max_num_sequence": 32,
-            "kv_cache_page_size": 8, **knobs,
+            "kv_cache_page_size": 8, "adapters": {name: str(directory / name) for name in ("one", "two")}, **knobs,
         })  # fmt: skip
         outcomes, preemptions = asyncio.run(served(config, drawn, run_ahead=index % 2 == 0))
         preempted, short = preempted + preemptions, short or "max_total_sequence_length" in knobs
-        check(reference, drawn, outcomes)
+        check(references, drawn, outcomes)
     assert preempted > 0 or not short, "blocks were meant to run out"
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("CASES", "3"))))
-def test_whatever_is_asked_for_together_is_what_the_reference_gives(checkpoint: Callable[..., Path], seed: int) -> None:
+def test_whatever_is_asked_for_together_is_what_the_reference_gives(
+    checkpoint: Callable[..., Path], tmp_path: Path, seed: int
+) -> None:
     """The first three cases have all the knobs between them."""
     architecture = ["llama", "gemma2", "gpt2"][seed % 3]
     layers = {"n_layer": 2} if architecture == "gpt2" else {"num_hidden_layers": 2}
     path = checkpoint(architecture, vocab_size=letters.VOCABULARY, eos_token_id=letters.END, **layers)
     letters.write(path)
-    combine(path, seed, requests=50, engines=3, end=letters.END)
+    combine(path, seed, requests=50, engines=3, end=letters.END, directory=tmp_path)
 
 
-def test_so_it_is_with_the_tiny_model() -> None:
-    combine(Path(tiny.PATH), seed=2, requests=24, engines=2, end=2)
+def test_so_it_is_with_the_tiny_model(tmp_path: Path) -> None:
+    combine(Path(tiny.PATH), seed=2, requests=24, engines=2, end=2, directory=tmp_path)

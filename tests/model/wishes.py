@@ -118,11 +118,13 @@ class Asked:
     Attributes:
         wish: What it asks for.
         in_pieces: Whether its prompt comes in pieces.
+        adapter: What it is computed with.
         knobs: How the engine is set.
     """
 
     wish: GenerationConfig
     in_pieces: bool
+    adapter: str | None
     knobs: dict[str, Any]
 
 
@@ -138,10 +140,14 @@ class Case:
         """Whether a prompt comes in pieces."""
         return index % 7 == 0
 
+    def adapter(self, index: int) -> str | None:
+        """The adapter that a request is computed with."""
+        return (None, "one", None, "two", None)[index % 5]
+
     def asked(self) -> list[Asked]:
         """Every request in every engine."""
         return [
-            Asked(wish, self.in_pieces(index), knobs)
+            Asked(wish, self.in_pieces(index), self.adapter(index), knobs)
             for knobs in self.engines
             for index, wish in enumerate(self.wishes)
         ]
@@ -180,6 +186,7 @@ FEATURES: dict[str, Callable[[Asked], bool]] = {
     "jump-forward": lambda asked: _jumps(asked.wish),
     "logits processors": lambda asked: bool(asked.wish.logits_processors),
     "prompt in pieces": lambda asked: asked.in_pieces,
+    "adapter": lambda asked: asked.adapter is not None,
     "small chunks": lambda asked: asked.knobs.get("prefill_chunk_size", 512) < 20,
     "separate prefill": lambda asked: asked.knobs.get("prefill_mode") == "chunked",
     "prefix cache": lambda asked: asked.knobs.get("prefix_cache_mode") != "disable",
