@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, StepError
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOptions, StepError
 from asyncengine.model import buckets, loader, verification
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.runner import TorchModel
+from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
 from tests.model.fused.interpreted import large_tiles, on_one_loop
@@ -162,6 +164,45 @@ async def test_speculation_verifies_on_the_device(device: Pretended, config: Eng
     async with AsyncEngine(drafting) as engine:
         assert await greedy(engine) == await on_host(config, greedy)
         assert engine.metrics().counters.accepted_draft_tokens > 0
+
+
+@on_one_loop
+async def test_adapters_beside_captured_steps(
+    device: Pretended, config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps with them are launched, and wait for nothing; those without are replayed as ever."""
+    save_adapter(tmp_path, AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32), 1, rank=2)
+    launch = TorchModel.launch
+
+    def launched(model: TorchModel, batch: Any) -> Any:
+        with device.no_waits(but="Event.synchronize"):
+            return launch(model, batch)
+
+    monkeypatch.setattr(TorchModel, "launch", launched)
+
+    async def work(engine: AsyncEngine) -> list[list[int]]:
+        settings = GenerationConfig(max_tokens=4, temperature=0, ignore_eos=True)
+        options = [RequestOptions(adapter=name) for name in ("one", None)]
+        answers = await asyncio.gather(*(engine.generate(PROMPT, settings, own) for own in options))
+        return [answer.token_ids for answer in answers]
+
+    config = config.replace(adapters={"one": str(tmp_path)}, max_num_sequence=2)
+    expected = await on_host(config, work)
+    assert expected[0] != expected[1]
+    async with AsyncEngine(config) as engine:
+        assert await work(engine) == expected
+        replays = device.replays
+        await engine.sleep()
+        await engine.wake()
+        await engine.load_adapter("two", tmp_path)
+        assert await work(engine) == expected
+        before = device.allocated
+        await engine.unload_adapter("two")
+        assert device.allocated < before
+        await engine.unload_adapter("one")
+        plain = await greedy(engine)
+        assert device.replays > replays
+        assert plain == await on_host(config, greedy)
 
 
 @on_one_loop
