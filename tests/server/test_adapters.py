@@ -202,6 +202,9 @@ async def test_an_adapter_is_loaded_replaced_and_let_go(adapters: dict[str, str]
         assert replaced.status_code == 200
         second = await say(client, "mine")
         assert len({PARIS, first, second}) == 3
+        wrong = load | {"lora_path": "./nowhere", "load_inplace": True}
+        assert (await client.post("/v1/load_lora_adapter", json=wrong)).status_code == 422
+        assert await say(client, "mine") == second
         gone = await client.post("/v1/unload_lora_adapter", json={"lora_name": "mine", "lora_int_id": 1})
         assert gone.json() == {"adapters": []} and gone.headers["x-ignored-fields"] == "lora_int_id"
         assert await names(client) == ["tiny"]
