@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from asyncengine.cli.flags import AnsweringFlags
+from asyncengine.testing import echo
 from tests.cli.programs import APP, run, scripted_loader, server
 from tests.model import tiny_adapters
 
@@ -95,12 +96,14 @@ def test_every_request_of_a_measurement_has_the_adapter(monkeypatch: pytest.Monk
 
         def noted(engine: Any, what: Any, config: Any, options: Any, method: Any = method) -> Any:
             asked.append(options.adapter)
-            return method(engine, what, config)  # the scripted model has none
+            return method(engine, what, config, options)
 
         monkeypatch.setattr(AsyncEngine, name, noted)
+    loader = scripted_loader()
+    loader.adapters = {"x": echo}
     for endpoint in ("chat", "completions"):
         flags = ["--num-prompts", "3", "--max-tokens", "2", "--endpoint", endpoint]
-        assert run("bench", *flags, "--lora-modules", "sea=x", "--adapter", "sea").status == 0
+        assert run("bench", *flags, "--lora-modules", "sea=x", "--adapter", "sea", loader=loader).status == 0
         assert asked == ["sea"] * 4  # one is not counted
         asked.clear()
 
@@ -113,6 +116,7 @@ def test_what_is_given_is_loaded(name: str, tmp_path: Path, monkeypatch: pytest.
     configs: list[Any] = []
     monkeypatch.setattr(serve, "serve", lambda config, **settings: configs.append(config))
     loader = scripted_loader()
+    loader.adapters = {"x=y": echo, "z": echo}
     check = loader.check
     monkeypatch.setattr(loader, "check", lambda config, current: configs.append(config) or check(config, current))
     done = run(name, "--lora-modules", "a=x=y", "--lora-modules", "b=z", stdin="hello\n", loader=loader)

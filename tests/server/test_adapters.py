@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import shutil
 from collections.abc import AsyncIterator
@@ -17,8 +18,10 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOpti
 from asyncengine.server import create_app
 from asyncengine.server.naming import Served
 from asyncengine.server.service import Service
+from asyncengine.step.model import LoadedModel, LoadPlan
+from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from tests.model import tiny_adapters
-from tests.server.serving import AUTH, KEY, client_of, error, events, listening, served, until
+from tests.server.serving import AUTH, KEY, MODEL, client_of, error, events, listening, served, until
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -285,7 +288,12 @@ async def test_an_adapter_that_is_damaged_is_refused(
 
 
 async def test_a_model_that_takes_none_says_so() -> None:
-    async with served(api_key=KEY, admin=True) as client:
+    class Rigid(ScriptedLoader):
+        def load(self, plan: LoadPlan) -> LoadedModel:
+            return dataclasses.replace(super().load(plan), adapting=None, adapter_format=None)
+
+    engine = AsyncEngine(EngineConfig(MODEL), loader=Rigid(tokenizer=ByteTokenizer()))
+    async with served(engine, api_key=KEY, admin=True) as client:
         body = {"lora_name": "x", "lora_path": "x"}
         refused = await client.post("/v1/load_lora_adapter", json=body, headers=AUTH)
         assert refused.status_code == 422 and error(refused)["message"] == "'scripted' takes no adapters"
