@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from asyncengine.cli.command import Failure, check_writable, given, refuse
-from asyncengine.cli.flags import ENGINE_FLAGS, EngineFlags, GenerationFlags, Model
+from asyncengine.cli.flags import ENGINE_FLAGS, AnsweringFlags, GenerationFlags, Model
 from asyncengine.cli.remote import ApiKey, root
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def bench(
     api_key: ApiKey = None,
     *,
     generation: GenerationFlags,
-    flags: EngineFlags,
+    flags: AnsweringFlags,
 ) -> int:
     """Measure MODEL in this process, or with --url any server that speaks OpenAI's API.
 
@@ -54,7 +54,7 @@ def bench(
         refuse(ctx, ["api_key"], "without --url")
     else:
         root(url)
-        refuse(ctx, ENGINE_FLAGS, "and --url: it is for an engine in this process")
+        refuse(ctx, (*ENGINE_FLAGS, "adapter"), "and --url: it is for an engine in this process")
     from asyncengine.cli.workload import Workload
 
     config = generation.config()
@@ -72,26 +72,29 @@ def bench(
 class Run:
     """What was measured, and what came of it."""
 
-    def __init__(self, target: str, model: str, samples: list[Sample], cpu_seconds: float) -> None:
+    def __init__(
+        self, target: str, model: str, samples: list[Sample], cpu_seconds: float, adapter: str | None = None
+    ) -> None:
         self.target = target
         self.model = model
         self.samples = samples
         self.cpu_seconds = cpu_seconds
+        self.adapter = adapter
 
 
 def _in_process(
-    model: str, flags: EngineFlags, loader: Any, workload: Workload, config: GenerationConfig, endpoint: Endpoint
+    model: str, flags: AnsweringFlags, loader: Any, workload: Workload, config: GenerationConfig, endpoint: Endpoint
 ) -> Run:
-    engine_config = flags.config(model, loader, graph_capture="load")
+    engine_config, options = flags.config(model, loader, graph_capture="load"), flags.options()
     from asyncengine.cli.loading import loaded
     from asyncengine.cli.targets import EngineTarget
     from asyncengine.cli.workload import Sample
 
     with loaded(engine_config, loader) as (engine, runner):
-        target = EngineTarget(engine, config, endpoint)
+        target = EngineTarget(engine, config, endpoint, options)
         runner.run(target.ask(workload.prompts()[0], Sample(0.0)))  # not counted
         samples, cpu = runner.run(_measured(target, workload))
-    return Run("in process", model, samples, cpu)
+    return Run("in process", model, samples, cpu, flags.adapter)
 
 
 def _over_http(
@@ -128,17 +131,20 @@ def _report(run: Run, workload: Workload, plot: Path | None) -> int:
 
     figures = Figures.of(run.samples)
     how = f"{workload.concurrency} at a time" if workload.rate is None else f"{workload.rate:g} per second"
-    print(f"{run.model}, {run.target}, {how}")
+    name = run.model if run.adapter is None else f"{run.model} with {run.adapter}"
+    print(f"{name}, {run.target}, {how}")
     for line in figures.table():
         print(line)
     if figures.errors:
         print(f"first error: {figures.errors[0]}")
     if plot is not None:
-        plot.write_text(draw(figures, f"{run.model}, {run.target}, {how}"), encoding="utf-8")
+        plot.write_text(draw(figures, f"{name}, {run.target}, {how}"), encoding="utf-8")
         print(f"plot: {plot}")
     print(
         json.dumps(
-            {"model": run.model, "target": run.target, "loop": "closed" if workload.rate is None else "open"}
+            {"model": run.model}
+            | ({} if run.adapter is None else {"adapter": run.adapter})
+            | {"target": run.target, "loop": "closed" if workload.rate is None else "open"}
             | ({"concurrency": workload.concurrency} if workload.rate is None else {"rate": workload.rate})
             | {"prompt_words": workload.prompt_words, "seed": workload.seed}
             | figures.json()

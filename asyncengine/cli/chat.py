@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asyncengine.cli.command import read_utf8
-from asyncengine.cli.flags import EngineFlags, GenerationFlags, Model
+from asyncengine.cli.flags import AnsweringFlags, GenerationFlags, Model
 
 if TYPE_CHECKING:
     import asyncio
 
     from asyncengine.generation import GenerationConfig
     from asyncengine.loop.engine import AsyncEngine
+    from asyncengine.loop.prepare import RequestOptions
 
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
@@ -26,7 +27,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="What the model is told before anything else.")] = None,
     *,
     generation: GenerationFlags,
-    flags: EngineFlags,
+    flags: AnsweringFlags,
 ) -> int:
     """Talk to MODEL.
 
@@ -34,11 +35,11 @@ def chat(
     a pipe, every line is a question, and the conversation goes on from line to line.
     """
     config = generation.config()
-    engine_config = flags.config(model, ctx.obj)
+    engine_config, options = flags.config(model, ctx.obj), flags.options()
     from asyncengine.cli.loading import loaded
 
     with loaded(engine_config, ctx.obj) as (engine, runner):
-        return Conversation(engine, runner, config, system).run(sys.stdin.isatty())
+        return Conversation(engine, runner, config, options, system).run(sys.stdin.isatty())
 
 
 class Conversation:
@@ -48,15 +49,22 @@ class Conversation:
         engine: With a model.
         runner: On which the engine is used.
         config: How answers are generated.
+        options: How requests are handled.
         system: What the model is told before anything else.
     """
 
     def __init__(
-        self, engine: AsyncEngine, runner: asyncio.Runner, config: GenerationConfig, system: str | None
+        self,
+        engine: AsyncEngine,
+        runner: asyncio.Runner,
+        config: GenerationConfig,
+        options: RequestOptions,
+        system: str | None,
     ) -> None:
         self._engine = engine
         self._runner = runner
         self._config = config
+        self._options = options
         self._begin: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._begin)
 
@@ -105,7 +113,7 @@ class Conversation:
 
     async def _answer(self, pieces: list[str]) -> None:
         cut = False
-        async with self._engine.chat(self._messages, self._config) as stream:
+        async with self._engine.chat(self._messages, self._config, self._options) as stream:
             async for output in stream:
                 pieces.append(output.text)
                 print(output.text, end="", flush=True)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asyncengine.cli.command import read_utf8
-from asyncengine.cli.flags import EngineFlags, GenerationFlags, Model
+from asyncengine.cli.flags import AnsweringFlags, GenerationFlags, Model
 from asyncengine.errors import AsyncEngineError, InvalidRequestError
 
 if TYPE_CHECKING:
     from asyncengine.generation import GenerationConfig
     from asyncengine.loop.engine import AsyncEngine
+    from asyncengine.loop.prepare import RequestOptions
     from asyncengine.outputs import RequestResult
 
 
@@ -26,7 +27,7 @@ def complete(
     jsonl: Annotated[bool, typer.Option("--jsonl", help="A JSON object per line, in and out.")] = False,
     *,
     generation: GenerationFlags,
-    flags: EngineFlags,
+    flags: AnsweringFlags,
 ) -> int:
     """Complete every line of standard input with MODEL; answers go to standard output, in order.
 
@@ -35,14 +36,14 @@ def complete(
     Without it, a line is a prompt, and an answer is printed as it is. Exit status 1: some line failed.
     """
     config = generation.config()
-    engine_config = flags.config(model, ctx.obj)
+    engine_config, options = flags.config(model, ctx.obj), flags.options()
     lines = _read_lines()
     if not lines:
         return 0
     from asyncengine.cli.loading import loaded
 
     with loaded(engine_config, ctx.obj) as (engine, runner):
-        return runner.run(Completion(engine, config, jsonl).run(lines))
+        return runner.run(Completion(engine, config, options, jsonl).run(lines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,14 @@ class Completion:
     Args:
         engine: With a model.
         config: How answers are generated where a line does not say.
+        options: How requests are handled.
         jsonl: Whether lines are JSON.
     """
 
-    def __init__(self, engine: AsyncEngine, config: GenerationConfig, jsonl: bool) -> None:
+    def __init__(self, engine: AsyncEngine, config: GenerationConfig, options: RequestOptions, jsonl: bool) -> None:
         self._engine = engine
         self._config = config
+        self._options = options
         self._jsonl = jsonl
 
     async def run(self, lines: list[Line]) -> int:
@@ -124,9 +127,9 @@ class Completion:
         try:
             ask = self._read(line)
             if ask.messages is not None:
-                return await self._engine.chat(ask.messages, ask.config)
+                return await self._engine.chat(ask.messages, ask.config, self._options)
             assert ask.prompt is not None
-            return await self._engine.generate(ask.prompt, ask.config)
+            return await self._engine.generate(ask.prompt, ask.config, self._options)
         except AsyncEngineError as error:
             return error
 

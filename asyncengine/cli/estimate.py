@@ -39,6 +39,8 @@ def estimate(
     if memory is not None and not isfinite(memory):
         raise Failure(f"--memory is {memory}; expected GiB >= 0", 2)
     config = flags.config(model)
+    if config.adapters:
+        raise Failure("--lora-modules is given; the estimate knows no adapters", 2)
     if config.quantization != "none":
         raise Failure(f"--quantization is {config.quantization!r}; the estimate knows 'none' alone", 2)
     needs = read(config)

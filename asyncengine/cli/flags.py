@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -10,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from asyncengine.config import EngineConfig
     from asyncengine.generation import GenerationConfig
+    from asyncengine.loop.prepare import RequestOptions
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory, id in the local cache, or 'tiny'.")]
 
@@ -42,6 +44,10 @@ class EngineFlags:
     ] = None
     num_speculative_tokens: Annotated[int, typer.Option(help="Most tokens guessed at a time; 0 adapts.")] = 0
     enable_prefix_caching: Annotated[bool, typer.Option(help="Keep computed prompts for reuse.")] = True
+    lora_modules: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="A LoRA adapter as PEFT saves it; may be given several times."),
+    ] = None
 
     def config(self, model: str, loader: object = None, **more: Any) -> EngineConfig:
         """The engine's configuration.
@@ -55,9 +61,11 @@ class EngineFlags:
         Raises:
             ConfigError: A value is wrong.
             CheckpointError: A model is not there.
+            Failure: An adapter has no name, the name of another one, or no directory.
         """
         from asyncengine.config import EngineConfig
 
+        adapters = self.adapters()
         guesses = self.speculative_model
         if guesses is None:
             drafts: dict[str, Any] = {}
@@ -79,13 +87,57 @@ class EngineFlags:
             device=self.device,
             quantization=self.quantization,
             prefix_cache_mode="radix" if self.enable_prefix_caching else "disable",
+            adapters=adapters,
             **more,
         )
         if loader is None:
             from asyncengine.model.location import check_there
 
             check_there(config)
+            check_directories(adapters)
         return config
+
+    def adapters(self) -> dict[str, str]:
+        """The directories of the adapters, by their names.
+
+        Raises:
+            Failure: One of them has no name, or that of another one.
+        """
+        from asyncengine.cli.command import Failure
+
+        found: dict[str, str] = {}
+        for value in self.lora_modules or ():
+            name, _, path = value.partition("=")
+            if not name or not path:
+                raise Failure(f"--lora-modules is {value!r}; expected NAME=DIR", 2)
+            if name in found:
+                raise Failure(f"--lora-modules is {value!r}; {name!r} is {found[name]!r} already", 2)
+            found[name] = path
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweringFlags(EngineFlags):
+    """What a model is loaded with that answers in this process, and which of its adapters it answers with."""
+
+    adapter: Annotated[
+        str | None, typer.Option(help="Answer with this one of --lora-modules; without, MODEL alone does.")
+    ] = None
+
+    def options(self) -> RequestOptions:
+        """How a request is handled.
+
+        Raises:
+            Failure: The adapter is not among those that are loaded.
+        """
+        from asyncengine.cli.command import Failure
+        from asyncengine.loop.prepare import RequestOptions
+
+        known = self.adapters()
+        if self.adapter is not None and self.adapter not in known:
+            names = ", ".join(map(repr, known)) or "none"
+            raise Failure(f"--adapter is {self.adapter!r}; named by --lora-modules: {names}", 2)
+        return RequestOptions(adapter=self.adapter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +160,23 @@ class GenerationFlags:
         return GenerationConfig(
             max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
         )
+
+
+def check_directories(adapters: dict[str, str]) -> None:
+    """Whether adapters are on disk. What is in them, the load looks at.
+
+    Raises:
+        Failure: There is no such directory.
+    """
+    from asyncengine.cli.command import Failure
+
+    for name, path in adapters.items():
+        try:
+            there = Path(path).expanduser().is_dir()
+        except (OSError, RuntimeError, ValueError):  # it may not be looked at, no such user, nothing is called that
+            there = False
+        if not there:
+            raise Failure(f"--lora-modules is {f'{name}={path}'!r}; there is no directory {path!r}", 2)
 
 
 ENGINE_FLAGS = tuple(field.name for field in fields(EngineFlags))

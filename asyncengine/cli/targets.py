@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import httpx
 
     from asyncengine.loop.engine import AsyncEngine
+    from asyncengine.loop.prepare import RequestOptions
 
 Endpoint = Literal["chat", "completions"]
 
@@ -20,17 +21,20 @@ Endpoint = Literal["chat", "completions"]
 class EngineTarget:
     """An engine in this process."""
 
-    def __init__(self, engine: AsyncEngine, config: GenerationConfig, endpoint: Endpoint) -> None:
+    def __init__(
+        self, engine: AsyncEngine, config: GenerationConfig, endpoint: Endpoint, options: RequestOptions
+    ) -> None:
         self._engine = engine
         self._config = config.replace(ignore_eos=True)
+        self._options = options
         self._endpoint = endpoint
 
     async def ask(self, prompt: str, sample: Sample) -> None:
         """As `Target`."""
         if self._endpoint == "chat":
-            pending = self._engine.chat([{"role": "user", "content": prompt}], self._config)
+            pending = self._engine.chat([{"role": "user", "content": prompt}], self._config, self._options)
         else:
-            pending = self._engine.stream(prompt, self._config)
+            pending = self._engine.stream(prompt, self._config, self._options)
         async with pending as stream:
             async for output in stream:
                 if output.token_ids:

@@ -84,11 +84,12 @@ def _in_process(
     from asyncengine.cli.loading import loaded
     from asyncengine.cli.progress import bar
     from asyncengine.cli.targets import EngineTarget
+    from asyncengine.loop.prepare import RequestOptions
 
     with loaded(engine_config, loader) as (engine, runner):
         engine.trace.start()
         with bar("recording", workload.num_prompts) as advance:
-            samples = runner.run(workload.run(EngineTarget(engine, config, "chat"), advance))
+            samples = runner.run(workload.run(EngineTarget(engine, config, "chat", RequestOptions()), advance))
         engine.trace.stop()
         errors = [sample.error for sample in samples if sample.error is not None]
         if errors:

@@ -16,7 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine.config import EngineConfig
-from asyncengine.errors import AsyncEngineError, CheckpointError, ConfigError
+from asyncengine.errors import AdapterError, AsyncEngineError, CheckpointError, ConfigError
+from asyncengine.server.naming import check_names
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service, reply
 from asyncengine.server.sse import EventStream, named
@@ -24,6 +25,8 @@ from asyncengine.server.wire import Body
 
 _BAD_KEY = re.compile(r"(?:unknown configuration key|the configuration has no) '(\w+)'")
 _FIRST_WORD = re.compile(rf"({'|'.join(field.name for field in dataclasses.fields(EngineConfig))})\b")
+
+_ADAPTER = re.compile(r"(the name of an )?adapter\b")
 
 _LOOK_SECONDS = 0.05
 """How often a load is looked at while somebody watches it."""
@@ -71,6 +74,7 @@ def routes(service: Service) -> list[Route]:
         body, headers = await service.read(request, RELOAD)
         try:
             config = EngineConfig.from_dict(body.config)
+            check_names(config, service.settings)
         except TypeError as error:
             raise Refusal(400, f"config: {error}", "invalid_field", "config") from error
         except ConfigError as error:
@@ -131,12 +135,14 @@ def _refusal(service: Service, error: Exception, given: dict[str, Any]) -> Refus
     refusal, field = service.refusal(error), None
     if isinstance(error, ConfigError):  # which begins with it
         found = _BAD_KEY.match(refusal.message) or _FIRST_WORD.match(refusal.message)
-        field = None if found is None else found[1]
+        field = found[1] if found else "adapters" if _ADAPTER.match(refusal.message) else None
     elif isinstance(error, CheckpointError):  # which quotes what is not there
         named = {name: [given[name]] for name in ("model", "tokenizer") if given.get(name) is not None}
         named["additional_models"] = list(given.get("additional_models") or ())
         quoting = (name for name, values in named.items() if any(repr(value) in refusal.message for value in values))
         field = next(quoting, None)
+    elif isinstance(error, AdapterError):
+        field = "adapters"
     if field is not None:
         refusal.param = f"config.{field}"
     return refusal

@@ -14,7 +14,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from asyncengine.loop.engine import AsyncEngine
-from asyncengine.server import admin, chat, completions, embeddings, messages, openapi, page, probes, responses, tokens
+from asyncengine.server import (
+    adapters,
+    admin,
+    chat,
+    completions,
+    embeddings,
+    messages,
+    openapi,
+    page,
+    probes,
+    responses,
+    tokens,
+)
 from asyncengine.server.gate import Gate
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service
@@ -58,7 +70,7 @@ def _application(service: Service, own_engine: bool = False) -> Starlette:
                 expose_headers=["x-request-id", IGNORED_HEADER, "retry-after"],
             ),
         )
-    modules = [probes, tokens, completions, chat, embeddings, responses, messages, admin, page, openapi]
+    modules = [probes, tokens, completions, chat, embeddings, responses, messages, admin, adapters, page, openapi]
     app = Starlette(
         routes=[route for module in modules for route in module.routes(service)],
         middleware=middleware,

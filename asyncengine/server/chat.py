@@ -90,7 +90,8 @@ class Chat:
     def __init__(self, service: Service, body: ChatBody, label: str, prefix: str = "chatcmpl") -> None:
         self.service = service
         self.body = body
-        self.model = service.check_serving(body.model)
+        served = service.check_serving(body.model)
+        self.model = served.name
         self.tokenizer: Tokenizer = service.tokenizer()
         self.id = new_id(prefix)
         self.created = now()
@@ -105,7 +106,7 @@ class Chat:
         if parses(self.tokenizer):
             changes["skip_special_tokens"] = False
         self.config = generation_config(body, **changes)
-        self.options = request_options(body, self.id, label)
+        self.options = request_options(body, self.id, label, served.adapter)
 
     async def _constrained(self) -> GenerationConfig:
         """How to generate, with the grammar of the calls and, if one is wanted, of the answer without any."""

@@ -66,7 +66,8 @@ class Completing:
     def __init__(self, service: Service, body: CompletionBody, label: str) -> None:
         self.service = service
         self.body = body
-        self.model = service.check_serving(body.model)
+        served = service.check_serving(body.model)
+        self.model = served.name
         self.id = new_id("cmpl")
         self.created = now()
         self.tokenizer = service.tokenizer()
@@ -82,7 +83,7 @@ class Completing:
         if body.max_tokens is None:
             changes["max_tokens"] = max(DEFAULT_MAX_TOKENS, body.min_tokens)
         self.config = generation_config(body, **changes)
-        self.options = request_options(body, self.id, label)
+        self.options = request_options(body, self.id, label, served.adapter)
         self.prompts = prompts_of(body.prompt, "prompt")
         if body.suffix:
             if body.echo:

@@ -78,7 +78,7 @@ def routes(service: Service) -> list[Route]:
     async def create(request: Request) -> Response:
         request.state.names = _NAMES
         body, headers = await service.read(request, BODY)
-        name = service.check_serving(body.model)
+        served = service.check_serving(body.model)
         inputs = prompts_of(body.input, "input")
         if len(inputs) > MAX_INPUTS:
             message = f"input has {len(inputs)} entries; allowed: at most {MAX_INPUTS}"
@@ -90,6 +90,7 @@ def routes(service: Service) -> list[Route]:
             priority=body.priority,
             deadlines=None if limits is None else Deadlines(**msgspec.structs.asdict(limits)),
             when_full="raise",
+            adapter=served.adapter,
         )
         asked: dict[str, Any] = {"normalize": body.normalize, "dimensions": body.dimensions, "options": options}
         pooling: Pooling | None = body.pooling  # type: ignore[assignment]  # the engine checks it
@@ -102,7 +103,7 @@ def routes(service: Service) -> list[Route]:
             return Response(status_code=499)
         tokens = sum(embedding.usage.prompt_tokens for embedding in found)
         items = [_item(index, embedding, body.encoding_format) for index, embedding in enumerate(found)]
-        return reply(Embeddings(items, name, EmbeddingUsage(tokens, tokens)), headers=headers)
+        return reply(Embeddings(items, served.name, EmbeddingUsage(tokens, tokens)), headers=headers)
 
     return [Route("/v1/embeddings", create, methods=["POST"])]
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine._version import __version__
-from asyncengine.server import admin, chat, completions, embeddings, messages, responses, tokens
+from asyncengine.server import adapters, admin, chat, completions, embeddings, messages, responses, tokens
 from asyncengine.server.chunks import ChatCompletion, Completion
 from asyncengine.server.service import Service, reply
 from asyncengine.server.wire import Body
@@ -51,8 +51,8 @@ _OPERATIONS = (
     _Operation("get", "/health", "Whether the engine is alive."),
     _Operation("get", "/ready", "Whether requests are answered just now."),
     _Operation("get", "/metrics", "Metrics for Prometheus.", kind="text/plain"),
-    _Operation("get", "/v1/models", "The model that is served."),
-    _Operation("get", "/v1/models/{model}", "The model that is served, by its name."),
+    _Operation("get", "/v1/models", "The model that is served, and its adapters."),
+    _Operation("get", "/v1/models/{model}", "The model that is served, or one of its adapters, by its name."),
     _Operation("post", "/v1/chat/completions", "The assistant's next turn.", chat.BODY, ChatCompletion, streams=True),
     _Operation("post", "/v1/completions", "What follows a text.", completions.BODY, Completion, streams=True),
     _Operation("post", "/v1/embeddings", "Texts as vectors.", embeddings.BODY, embeddings.Embeddings),
@@ -69,6 +69,8 @@ _ADMIN = (
     _Operation("post", "/admin/abort", "Ends a request.", admin.ABORT),
     _Operation("post", "/admin/trace", "Starts, stops or clears the trace.", admin.TRACE),
     _Operation("get", "/admin/trace", "The trace, in Chrome's format."),
+    _Operation("post", "/v1/load_lora_adapter", "Loads an adapter beside the model.", adapters.LOAD),
+    _Operation("post", "/v1/unload_lora_adapter", "Lets an adapter go.", adapters.UNLOAD),
 )
 
 

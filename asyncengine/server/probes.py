@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from asyncengine.server.refusal import Refusal
+from asyncengine.server.naming import Served
 from asyncengine.server.service import Service, reply
 from asyncengine.state import EngineState
 
@@ -37,15 +37,13 @@ def routes(service: Service) -> list[Route]:
         return Response(await service.traffic.text(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
     async def models(request: Request) -> Response:
-        return reply({"object": "list", "data": [_model(service)] if service.name is not None else []})
+        if service.name is None:
+            return reply({"object": "list", "data": []})
+        found = [Served(service.name), *(Served(adapter, adapter) for adapter in service.adapters)]
+        return reply({"object": "list", "data": [_model(service, served) for served in found]})
 
     async def model(request: Request) -> Response:
-        asked = request.path_params["model"]
-        if asked != service.name:
-            raise Refusal(
-                404, f"the model {asked!r} does not exist; there is {service.name!r}", "model_not_found", "model"
-            )
-        return reply(_model(service))
+        return reply(_model(service, service.named(request.path_params["model"])))
 
     return [
         Route("/health", health),
@@ -56,13 +54,15 @@ def routes(service: Service) -> list[Route]:
     ]
 
 
-def _model(service: Service) -> dict[str, object]:
+def _model(service: Service, served: Served) -> dict[str, object]:
     config = service.engine.complete_engine_config
     length = None if config is None else config.max_single_sequence_length
     return {
-        "id": service.name,
+        "id": served.name,
         "object": "model",
         "created": service.created,
         "owned_by": "asyncengine",
         "max_model_len": length,
+        "root": service.name,
+        "parent": None if served.adapter is None else service.name,
     }

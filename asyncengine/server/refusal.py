@@ -110,11 +110,13 @@ def refusal_of(error: Exception, names: Mapping[str, str] | None = None, retry_a
     if not isinstance(error, AsyncEngineError):
         return Refusal(500, "internal error; the server's log has more", "internal_error")
     status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
-    message, param = str(error), None
+    message, param, code = str(error), None, code_of(error)
     if isinstance(error, InvalidRequestError):
         message, param = _renamed(message, names or {})
+        if param == "model":  # an adapter that was there when the request came
+            status, code = 404, "model_not_found"
     retry = status in (429, 503) or error.retryable
-    return Refusal(status, message, code_of(error), param, {"retry-after": str(retry_after)} if retry else None)
+    return Refusal(status, message, code, param, {"retry-after": str(retry_after)} if retry else None)
 
 
 def code_of(error: Exception) -> str:

@@ -65,6 +65,7 @@ NAMES: Mapping[str, str] = {
     **{name: name for name in ("logprobs", "top_logprobs", "prompt_logprobs", "messages", "prompt", "request_id")},
     "stop_strs": "stop",
     "deadline": "deadlines",
+    "adapter": "model",
 }
 """The engine's names of fields to those on the wire."""
 
@@ -121,8 +122,14 @@ def generation_config(body: Sampling, **changes: Any) -> GenerationConfig:
     return GenerationConfig.from_dict(values | changes)
 
 
-def request_options(body: Sampling, request_id: str, label: str) -> RequestOptions:
+def request_options(body: Sampling, request_id: str, label: str, adapter: str | None) -> RequestOptions:
     """How the request is handled; a full queue refuses it.
+
+    Args:
+        body: What was asked for.
+        request_id: What the engine knows the request by.
+        label: Id of the HTTP request.
+        adapter: What it is computed with; None is the model alone.
 
     Raises:
         InvalidRequestError: A value is out of range.
@@ -130,7 +137,12 @@ def request_options(body: Sampling, request_id: str, label: str) -> RequestOptio
     limits = body.deadlines
     deadlines = None if limits is None else Deadlines(**msgspec.structs.asdict(limits))
     return RequestOptions(
-        request_id=request_id, label=label, priority=body.priority, deadlines=deadlines, when_full="raise"
+        request_id=request_id,
+        label=label,
+        priority=body.priority,
+        deadlines=deadlines,
+        when_full="raise",
+        adapter=adapter,
     )
 
 

@@ -20,6 +20,7 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import AsyncEngineError, ConfigError
 from asyncengine.loop.engine import AsyncEngine
 from asyncengine.server.app import create_app
+from asyncengine.server.naming import check_names
 from asyncengine.server.service import Service
 from asyncengine.server.settings import MAX_BODY_BYTES, ServerSettings
 from asyncengine.step.model import Loader
@@ -80,6 +81,7 @@ def serve(
         max_body_bytes=max_body_bytes,
         max_concurrency=max_concurrency,
     )
+    check_names(config, settings)
     if isinstance(drain_seconds, bool) or not isinstance(drain_seconds, (int, float)) or not drain_seconds >= 0:
         raise ConfigError(f"drain_seconds is {drain_seconds!r}; expected seconds >= 0")
     try:

@@ -17,7 +17,7 @@ from asyncengine.loop.engine import AsyncEngine
 from asyncengine.loop.health import Health
 from asyncengine.server.call_layout import CallLayout, call_layout
 from asyncengine.server.exposition import Traffic
-from asyncengine.server.naming import model_name
+from asyncengine.server.naming import Served, model_name
 from asyncengine.server.refusal import Refusal, refusal_of
 from asyncengine.server.sampling import NAMES
 from asyncengine.server.settings import ServerSettings
@@ -54,6 +54,11 @@ class Service:
         """What the model is called; None without one."""
         return model_name(self.engine, self.settings)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """What the model can be asked for as well; the model itself goes before an adapter of its name."""
+        return tuple(adapter for adapter in self.engine.adapters if adapter != self.name)
+
     async def read(self, request: Request, body: Body[T]) -> tuple[T, dict[str, str]]:
         """The checked body of a request, and headers of the response.
 
@@ -62,19 +67,32 @@ class Service:
         """
         return body.read(await read_json(request, self.settings))
 
-    def check_serving(self, model: str | None) -> str:
-        """Returns the name of the model that answers.
+    def check_serving(self, model: str | None) -> Served:
+        """Returns who answers: the model, or one of its adapters.
 
         Raises:
-            Refusal: There is none just now (503), or another one was asked for (404).
+            Refusal: There is no model just now (503), or something else was asked for (404).
         """
         health = self.engine.health()
         if not health.admits:
             self.unavailable(health)
-        name = self.name or ""
-        if model is not None and model != name:
-            raise Refusal(404, f"the model {model!r} does not exist; there is {name!r}", "model_not_found", "model")
-        return name
+        return Served(self.name or "") if model is None else self.named(model)
+
+    def named(self, model: str) -> Served:
+        """Who has a name.
+
+        Raises:
+            Refusal: Nobody (404).
+        """
+        name, adapters = self.name, self.adapters
+        if model == name:
+            return Served(model)
+        if model in adapters:
+            return Served(model, model)
+        message = f"the model {model!r} does not exist; there is {name!r}"
+        if adapters:
+            message += f", with the adapters {', '.join(map(repr, adapters))}"
+        raise Refusal(404, message, "model_not_found", "model")
 
     def unavailable(self, health: Health) -> NoReturn:
         """Refuses because of the engine's state.

@@ -20,7 +20,8 @@ class ServerSettings:
             last part.
         api_key: Asked for on every route but ``/health``: as bearer token, as ``x-api-key``, or as the password of
             basic authentication (which lets a browser open ``/ui``). None asks for nothing.
-        admin: Whether there are routes that reload, unload, reset, abort and trace. They need an `api_key`.
+        admin: Whether there are routes that reload, unload, reset, abort, trace, and load adapters. They need an
+            `api_key`.
         ui: Whether there is a page at ``/ui``.
         cors_origins: Web origins whose pages may call; ``"*"`` is all. None by default.
         max_body_bytes: Largest body of a request; larger ones are a 413.

@@ -158,8 +158,8 @@ def _take_terminal() -> None:
 
 
 @contextmanager
-def server(*arguments: str, step_seconds: float = 0.0) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """Runs ``asyncengine serve`` with a scripted model; gives the process, its address and its log."""
+def server(*arguments: str, step_seconds: float | None = 0.0) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """Runs ``asyncengine serve``, as `command` has it; gives the process, its address and its log."""
     line = command("serve", "--port", "0", *arguments, step_seconds=step_seconds)
     with subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         log: list[str] = []

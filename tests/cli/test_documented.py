@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from tests.cli.programs import APP, server
 from tests.docs.pages import ROOT, Block, blocks
+from tests.model import tiny_adapters
 
 PAGE = ROOT / "docs/cli.md"
 BLOCKS = [block for block in blocks(PAGE) if block.language == "sh"]
@@ -49,6 +50,8 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line {block.line}")
 def test_a_block_runs(block: Block, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if "=./pirate" in block.code:
+        tiny_adapters.write(tmp_path / "pirate", 1)
     for line in block.code.splitlines():
         words = shlex.split(line.replace(HERE, address))
         stdin = ""
