@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import math
 import os
@@ -116,7 +117,7 @@ async def measure(
             for round_ in range(arguments.rounds + 1):
                 seconds, tokens = {}, {}
                 for way, names in compared.items():
-                    run = lambda names=names: generated(engine, prompts, names, arguments.tokens)  # noqa: E731
+                    run = functools.partial(generated, engine, prompts, names, arguments.tokens)
                     seconds[way], tokens[way] = await seconds_of(run)
                 if peer is not None:
                     seconds["peer"] = peer(requests)
@@ -133,8 +134,8 @@ async def measure(
             found[f"{requests} requests"] = {"tokens/s without": round(statistics.median(rates), 1)} | of
         long, prefills = prompts_of(1, PREFILL_TOKENS), []
         for round_ in range(arguments.rounds + 1):
-            without, _ = await seconds_of(lambda: generated(engine, long, [None], 1))
-            adapted, _ = await seconds_of(lambda: generated(engine, long, ["adapter0"], 1))
+            without, _ = await seconds_of(functools.partial(generated, engine, long, [None], 1))
+            adapted, _ = await seconds_of(functools.partial(generated, engine, long, ["adapter0"], 1))
             if round_:
                 prefills.append(without / adapted)
         found["prefill"] = round(statistics.median(prefills), 3)

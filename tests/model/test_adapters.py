@@ -322,15 +322,15 @@ def test_what_is_wrong_with_an_adapter_is_said(settings: Any, tensors: Any, says
 
 
 def test_scaling_is_that_of_peft() -> None:
-    def up(**settings: Any) -> dict[str, float]:
-        return {name: float(own.up[0, 0]) for name, own in lora.read(BARE, CONFIG | settings, LAYERS).items()}
+    def scalings(**settings: Any) -> dict[str, float]:
+        return {name: own.scaling for name, own in lora.read(BARE, CONFIG | settings, LAYERS).items()}
 
     q, down = RIGHT
-    assert up() == {q: 4.0, down: pytest.approx(8 / 3)}
-    assert up(use_rslora=True) == {q: pytest.approx(8 / 2**0.5), down: pytest.approx(8 / 3**0.5)}
-    assert up(alpha_pattern={"down_proj": 6}, rank_pattern={"down_proj": 3}) == {q: 4.0, down: 2.0}
-    assert up(alpha_pattern={"^model.layers.0.mlp.down_proj": 6}) == {q: 4.0, down: 2.0}
-    assert up(alpha_pattern={"^down_proj": 6})[down] == pytest.approx(8 / 3)
+    assert scalings() == {q: 4.0, down: pytest.approx(8 / 3)}
+    assert scalings(use_rslora=True) == {q: pytest.approx(8 / 2**0.5), down: pytest.approx(8 / 3**0.5)}
+    assert scalings(alpha_pattern={"down_proj": 6}, rank_pattern={"down_proj": 3}) == {q: 4.0, down: 2.0}
+    assert scalings(alpha_pattern={"^model.layers.0.mlp.down_proj": 6}) == {q: 4.0, down: 2.0}
+    assert scalings(alpha_pattern={"^down_proj": 6})[down] == pytest.approx(8 / 3)
 
 
 def test_names_of_pefts_own_modules_and_without_its_prefix_are_known() -> None:

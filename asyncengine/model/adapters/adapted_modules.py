@@ -38,7 +38,10 @@ class ModulesFormat:
     def prepare(self, source: Any, config: Mapping[str, Any] | None) -> Lora:
         """As the protocol says."""
         adapter = lora.read(source, config, self._layers)
-        return {name: LowRank(own.down.to(self._dtype), own.up.to(self._dtype)) for name, own in adapter.items()}
+        return {
+            name: LowRank(own.down.to(self._dtype), own.up.to(self._dtype), own.scaling)
+            for name, own in adapter.items()
+        }
 
 
 class AdaptedModules:
@@ -115,7 +118,7 @@ class AdaptedModules:
                 if factors is None:
                     continue
                 own = inputs if tokens is None else inputs[tokens]
-                added = F.linear(F.linear(own, factors.down), factors.up)
+                added = F.linear(F.linear(own, factors.down), factors.up) * factors.scaling
                 outputs = outputs + added if tokens is None else outputs.index_add(0, tokens, added)
             return outputs.view(output.shape)
 
@@ -160,4 +163,4 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _moved(adapter: Mapping[str, LowRank], device: torch.device) -> dict[str, LowRank]:
-    return {name: LowRank(own.down.to(device), own.up.to(device)) for name, own in adapter.items()}
+    return {name: LowRank(own.down.to(device), own.up.to(device), own.scaling) for name, own in adapter.items()}

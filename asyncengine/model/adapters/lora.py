@@ -42,15 +42,17 @@ _OFF: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What is added to a linear layer: ``up @ down @ x``.
+    """What is added to a linear layer: ``scaling * up @ down @ x``.
 
     Attributes:
-        down: (rank, inputs), of the dtype in which it was stored.
-        up: (outputs, rank) float32, scaled.
+        down: (rank, inputs).
+        up: (outputs, rank).
+        scaling: Of the product.
     """
 
     down: torch.Tensor
     up: torch.Tensor
+    scaling: float
 
     @property
     def rank(self) -> int:
@@ -187,7 +189,7 @@ def _adapter(
                 f"takes {shape[1]} numbers and gives {shape[0]}"
             )
         scaling = _scaling(what, config, module, rank)
-        adapter[module] = LowRank(down.cpu().clone(), up.to("cpu", torch.float32) * scaling)
+        adapter[module] = LowRank(down.to("cpu", copy=True), up.to("cpu", copy=True), scaling)
     return adapter
 
 

@@ -1,10 +1,10 @@
 """Adapters in the order in which the compiled step reads them. What is prepared is never changed; the rest is owned by
 the step thread.
 
-What is added to a product is ``up @ (down @ x)``, in the place of the product's own outputs. `down` is stored as a
-small matrix of the compiled step, `up` as float32, an output's lane beside its neighbours'. Layers that the compiled
-step has put together, as queries, keys and values, have their factors put together as well: first all of `down`, then
-for each group of outputs the part of its numbers that it takes.
+What is added to a product is ``up @ (down @ x)``, before anything else becomes of the product's outputs. Layers that
+the compiled step has put together, as queries, keys and values, have their factors put together as well: `down` of one
+after that of the other, and for each group of outputs the first of the numbers that it takes. Both are stored in the
+model's dtype; what is between them is float32 and has the adapter's scaling.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AdaptedMatrixStruct(ctypes.Structure):
     """As `AdaptedMatrix` in decoder.cpp."""
 
     _fields_ = (
-        ("down", MatrixStruct), ("up", ctypes.c_void_p), ("first", ctypes.c_void_p), ("rank", ctypes.c_int64),
+        ("down", MatrixStruct), ("up", MatrixStruct), ("first", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -95,35 +95,39 @@ class CompiledFormat:
         held: list[object] = []
         for layer, matrices in enumerate(self._matrices):
             for at, name in enumerate(MATRICES):
-                parts = [part for part in matrices.get(name, ()) if part.name in adapter]
-                if parts:
-                    struct, memory = self._packed(matrices[name], parts, adapter)
+                parts = matrices.get(name, ())
+                if any(part.name in adapter for part in parts):
+                    struct, memory = self._packed(parts, adapter)
                     structs[len(MATRICES) * layer + at] = struct
                     held += memory
         return PackedAdapter(structs, tuple(held))
 
-    def _packed(
-        self, all_parts: Sequence[Part], parts: Sequence[Part], adapter: Lora
-    ) -> tuple[AdaptedMatrixStruct, list[object]]:
+    def _packed(self, parts: Sequence[Part], adapter: Lora) -> tuple[AdaptedMatrixStruct, list[object]]:
+        """What is added to the matrix that these parts make."""
         lanes = int(self._library.decoder_lanes())
-        rank = max(adapter[part.name].rank for part in parts)
-        inputs = adapter[parts[0].name].down.shape[1]
-        stacked = torch.zeros(len(parts), rank, inputs, dtype=self._dtype)
-        groups = sum(part.place.groups for part in all_parts)
-        up = torch.zeros(groups, rank, lanes, dtype=torch.float32)
-        first = np.full(groups, -1, dtype=np.int32)
-        for number, part in enumerate(parts):
-            own = adapter[part.name]
-            stacked[number, : own.rank] = own.down
-            rows = part.projection.taken(own.up)
-            place = part.place
-            padded = torch.zeros(place.groups * lanes, own.rank, dtype=torch.float32)
-            padded[: len(rows)] = rows
-            end = place.start + place.groups * place.step
-            up[place.start : end : place.step, : own.rank] = padded.view(place.groups, lanes, own.rank).mT
-            first[place.start : end : place.step] = number * rank
-        down = PackedMatrix(self._library, [stacked.flatten(0, 1)], [None])
-        return AdaptedMatrixStruct(down.struct, up.data_ptr(), first.ctypes.data, rank), [down, up, first]
+        adapted = [adapter[part.name] for part in parts if part.name in adapter]
+        rank = max(own.rank for own in adapted)
+        rank += rank % 2  # numbers are stored in pairs
+        downs = torch.zeros(len(adapted), rank, adapted[0].down.shape[1], dtype=self._dtype)
+        scalings = torch.zeros(-(-downs.shape[0] * rank // lanes) * lanes)
+        ups, first = [], np.full(sum(part.place.groups for part in parts), -1, dtype=np.int32)
+        number = 0
+        for part in parts:
+            own, place = adapter.get(part.name), part.place
+            if own is None:
+                ups.append(torch.zeros(place.groups * lanes, rank, dtype=self._dtype))
+                continue
+            downs[number, : own.rank] = own.down
+            scalings[number * rank :][: own.rank] = own.scaling
+            taken = part.projection.taken(own.up)
+            ups.append(torch.zeros(len(taken), rank, dtype=self._dtype))
+            ups[-1][:, : own.rank] = taken
+            first[place.start : place.start + place.groups * place.step : place.step] = number * rank
+            number += 1
+        down = PackedMatrix(self._library, [downs.flatten(0, 1)], [None])
+        up = PackedMatrix(self._library, ups, [None] * len(ups), turns=parts[0].place.step)
+        down.struct.scales = scalings.data_ptr()
+        return AdaptedMatrixStruct(down.struct, up.struct, first.ctypes.data), [down, up, scalings, first]
 
 
 class CompiledAdapters:

@@ -73,10 +73,9 @@ struct Decoder {
 };
 
 struct AdaptedMatrix {   // what an adapter adds to a product's outputs: up(down(x)), of low rank
-  Matrix down;           // (ranks of all parts, inputs), stored as a router of experts is; null: nothing is added
-  const float *up;       // (group of outputs, rank, lane), scaled
-  const int32_t *first;  // for each group of outputs, the first of the `rank` numbers that it takes; -1: nothing is added
-  int64_t rank;          // of each part
+  Matrix down;           // (ranks of all parts, inputs); null: nothing is added
+  Matrix up;             // (outputs, rank of each part)
+  const int32_t *first;  // for each group of outputs, the first of the numbers that it takes; -1: nothing is added
 };
 
 struct AdaptedPiece {  // neighbouring tokens with one adapter
@@ -542,6 +541,8 @@ struct Run {
 #endif
   }
 
+  struct Adapting;
+
   // What becomes of outputs: `each(row, group, cols, sums)` gets `cols` vectors of them. By reference and called through
   // a pointer, so that products are compiled once for all that may become of them.
   class Outcome {
@@ -552,6 +553,11 @@ struct Run {
                                 int64_t sum_stride) {
             for (int64_t r = 0; r < count; ++r)
               (*static_cast<const Each *>(of))(row + r, group, cols, sums + r * sum_stride);
+          }) {}
+    Outcome(const Adapting &adapting)  // all rows at once
+        : owner(&adapting), over([](const void *of, int64_t row, int64_t count, int64_t group, int64_t cols, float *sums,
+                                    int64_t sum_stride) {
+            (*static_cast<const Adapting *>(of))(row, count, group, cols, sums, sum_stride);
           }) {}
     void operator()(int64_t row, int64_t count, int64_t group, int64_t cols, float *sums, int64_t sum_stride) const {
       over(owner, row, count, group, cols, sums, sum_stride);
@@ -714,24 +720,55 @@ struct Run {
                     copy(low + row * low_width + group * kLanes, sums, cols);
                   });
     });
-    product(next(), matrix, inputs, tokens, [&](int64_t row, int64_t group, int64_t cols, float *sums) {
-      if (step.token_adapters[row] >= 0)
-        add_adapted(step.adapters[step.token_adapters[row]][at], low + row * low_width, group, cols, sums);
-      outcome(row, 1, group, cols, sums, 0);
-    });
+    product(next(), matrix, inputs, tokens, Adapting{*this, at, outcome});
   }
 
-  static void add_adapted(const AdaptedMatrix &matrix, const float *from, int64_t group, int64_t cols, float *sums) {
-    if (!matrix.down.weights) return;
-    for (int64_t c = 0; c < cols; ++c) {
-      if (matrix.first[group + c] < 0) continue;
-      const float *x = from + matrix.first[group + c], *up = matrix.up + (group + c) * matrix.rank * kLanes;
-      Vec sum[2] = {load<Vec>(sums + c * kLanes), {}};
-      for (int64_t r = 0; r < matrix.rank; ++r)
-        sum[r % 2] = fused(splat(x[r]), load<Vec>(up + r * kLanes), sum[r % 2]);
-      store(sums + c * kLanes, sum[0] + sum[1]);
+  // What adapters add to outputs before anything else becomes of them.
+  struct Adapting {
+    const Run &run;
+    const int64_t at;
+    const Outcome &outcome;
+
+    void operator()(int64_t row, int64_t count, int64_t group, int64_t cols, float *sums, int64_t sum_stride) const {
+      const int32_t *adapters = run.step.token_adapters + row;
+      for (int64_t r = 0, rows; r < count; r += rows) {
+        rows = count - r >= 4 && std::all_of(adapters + r, adapters + r + 4, [&](int32_t a) { return a == adapters[r]; }) ? 4 : 1;
+        if (adapters[r] < 0) continue;
+        const AdaptedMatrix &matrix = run.step.adapters[adapters[r]][at];
+        if (!matrix.down.weights) continue;
+        for (int64_t c = 0; c < cols; ++c) {
+          const int64_t first = matrix.first[group + c];
+          if (first < 0) continue;
+          const float *from = run.low + (row + r) * run.low_width + first;
+          (rows == 4 ? add<4> : add<1>)(matrix.up, group + c, from, run.low_width, sums + r * sum_stride + c * kLanes, sum_stride);
+        }
+      }
+      outcome(row, count, group, cols, sums, sum_stride);
     }
-  }
+
+    template <int Rows>
+    static void add(const Matrix &up, int64_t group, const float *from, int64_t stride, float *sums, int64_t sum_stride) {
+      const auto *weights = static_cast<const typename Small::Stored *>(up.weights) + group * up.inputs * kLanes;
+      Vec sum[Rows];
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) sum[r] = load<Vec>(sums + r * sum_stride);
+      for (int64_t i = 0; i < up.inputs; i += Small::kPair, weights += kLanes * Small::kPair) {
+        if constexpr (Small::kPair == 2) {
+          const Words pairs = load<Words>(weights);
+          const Vec even = (Vec)(pairs << 16), odd = (Vec)(pairs & 0xffff0000u);
+#pragma GCC unroll 4
+          for (int r = 0; r < Rows; ++r)
+            sum[r] = fused(splat(from[r * stride + i + 1]), odd, fused(splat(from[r * stride + i]), even, sum[r]));
+        } else {
+          const Vec column = Small::operand(weights);
+#pragma GCC unroll 4
+          for (int r = 0; r < Rows; ++r) sum[r] = fused(splat(from[r * stride + i]), column, sum[r]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) store(sums + r * sum_stride, sum[r]);
+    }
+  };
 
   size_t number_of(const Experts &experts) const {
     size_t layer = 0;
