@@ -166,8 +166,8 @@ class EngineConfig:
         if not isinstance(self.adapters, Mapping):
             raise ConfigError(f"adapters is {self.adapters!r:.80}; expected directories by names")
         for name, path in self.adapters.items():
-            _text("the name of an adapter", name)
-            _text(f"adapter {name!r}", path)
+            if not (isinstance(name, str) and name and isinstance(path, str) and path):
+                raise ConfigError(f"adapters is {{{name!r:.80}: {path!r:.80}}}; expected non-empty strings")
         object.__setattr__(self, "adapters", dict(self.adapters))
         if self.tensor_parallel_shards != 1:
             raise ConfigError(

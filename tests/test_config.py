@@ -47,6 +47,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("spec_draft_length", 33, "expected an integer in 0..32"),
     ("spec_draft_length", None, "expected an integer in 0..32"),
     ("adapters", ["dir"], "expected directories by names"),
+    ("adapters", {"": "dir"}, "expected non-empty strings"),
+    ("adapters", {"sql": 5}, "expected non-empty strings"),
     ("tensor_parallel_shards", 2, "only 1 is available"),
     ("attention_backend", "flash", "allowed: 'auto', 'cpu', 'torch', 'triton', 'flashinfer', 'flash_attention_3'"),
     ("grammar_backend", "outlines", "allowed: 'auto', 'llguidance', 'xgrammar'"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -61,11 +60,11 @@ class EngineFlags:
         Raises:
             ConfigError: A value is wrong.
             CheckpointError: A model is not there.
-            Failure: An adapter has no name, the name of another one, or no directory.
+            AdapterError: An adapter is not there.
+            Failure: An adapter has no name, or that of another one.
         """
         from asyncengine.config import EngineConfig
 
-        adapters = self.adapters()
         guesses = self.speculative_model
         if guesses is None:
             drafts: dict[str, Any] = {}
@@ -87,14 +86,13 @@ class EngineFlags:
             device=self.device,
             quantization=self.quantization,
             prefix_cache_mode="radix" if self.enable_prefix_caching else "disable",
-            adapters=adapters,
+            adapters=self.adapters(),
             **more,
         )
         if loader is None:
             from asyncengine.model.location import check_there
 
             check_there(config)
-            check_directories(adapters)
         return config
 
     def adapters(self) -> dict[str, str]:
@@ -162,23 +160,6 @@ class GenerationFlags:
         )
 
 
-def check_directories(adapters: dict[str, str]) -> None:
-    """Whether adapters are on disk. What is in them, the load looks at.
-
-    Raises:
-        Failure: There is no such directory.
-    """
-    from asyncengine.cli.command import Failure
-
-    for name, path in adapters.items():
-        try:
-            there = Path(path).expanduser().is_dir()
-        except (OSError, RuntimeError, ValueError):  # it may not be looked at, no such user, nothing is called that
-            there = False
-        if not there:
-            raise Failure(f"--lora-modules is {f'{name}={path}'!r}; there is no directory {path!r}", 2)
-
-
 ENGINE_FLAGS = tuple(field.name for field in fields(EngineFlags))
 
 FLAG_OF_FIELD = {
@@ -187,6 +168,7 @@ FLAG_OF_FIELD = {
     "prefill_chunk_size": "--max-num-batched-tokens",
     "kv_cache_page_size": "--block-size",
     "gpu_memory_utilization": "--gpu-memory-utilization",
+    "adapters": "--lora-modules",
     "additional_models": "--speculative-model",
     "speculative_mode": "--speculative-model",
     "spec_draft_length": "--num-speculative-tokens",

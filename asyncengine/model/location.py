@@ -6,8 +6,11 @@ from pathlib import Path
 
 from asyncengine import tiny
 from asyncengine.config import EngineConfig
-from asyncengine.errors import CheckpointError
+from asyncengine.errors import AdapterError, CheckpointError
 
+ADAPTER_CONFIG = "adapter_config.json"
+_NOWHERE = (RuntimeError, OSError, ValueError)
+"""Raised of a path whose user or home there is not, that may not be looked at, and that nothing on a disk can have."""
 _EMBEDDED = {"tiny": tiny.PATH, "tiny-draft": tiny.DRAFT_PATH}
 
 
@@ -21,13 +24,10 @@ def locate(model: str) -> Path:
     """
     try:
         path = Path(model).expanduser()
-    except RuntimeError as error:  # no such user, or one without a home
-        raise CheckpointError(f"model {model!r}: {error}") from error
-    try:
         if path.is_dir():
             return path
         there = path.exists()
-    except (OSError, ValueError) as error:  # nothing on a disk is called that, or it may not be looked at
+    except _NOWHERE as error:
         raise CheckpointError(f"model {model!r:.200}: {getattr(error, 'strerror', None) or error}") from error
     if model in _EMBEDDED:
         return _EMBEDDED[model]
@@ -47,11 +47,30 @@ def locate(model: str) -> Path:
         ) from error
 
 
+def locate_adapter(source: str) -> Path:
+    """Directory of an adapter.
+
+    Raises:
+        AdapterError: It is not there, or nobody has saved an adapter in it.
+    """
+    try:
+        path = Path(source).expanduser()
+        if (path / ADAPTER_CONFIG).exists():
+            return path
+        there = path.exists()
+    except _NOWHERE as error:
+        raise AdapterError(f"adapter {source!r:.200}: {getattr(error, 'strerror', None) or error}") from error
+    if there:
+        raise AdapterError(f"adapter {source!r:.200} has no {ADAPTER_CONFIG}: it is not an adapter that PEFT saved")
+    raise AdapterError(f"adapter {source!r:.200}: there is no such directory")
+
+
 def check_there(config: EngineConfig) -> None:
-    """Whether all that a configuration names is there. What is in it, `asyncengine.model.checkpoint` looks at.
+    """Whether all that a configuration names is there. What is in it, others look at.
 
     Raises:
         CheckpointError: A directory is missing, or the model's has no ``config.json``.
+        AdapterError: An adapter's is missing, or has no ``adapter_config.json``.
     """
     for model in (config.model, *config.additional_models):
         wanted = locate(model) / "config.json"
@@ -59,3 +78,5 @@ def check_there(config: EngineConfig) -> None:
             raise CheckpointError(f"{wanted} does not exist")
     if config.tokenizer is not None:
         locate(config.tokenizer)
+    for path in config.adapters.values():
+        locate_adapter(path)

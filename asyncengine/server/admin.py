@@ -26,7 +26,6 @@ from asyncengine.server.wire import Body
 _BAD_KEY = re.compile(r"(?:unknown configuration key|the configuration has no) '(\w+)'")
 _FIRST_WORD = re.compile(rf"({'|'.join(field.name for field in dataclasses.fields(EngineConfig))})\b")
 
-_ADAPTER = re.compile(r"(the name of an )?adapter\b")
 
 _LOOK_SECONDS = 0.05
 """How often a load is looked at while somebody watches it."""
@@ -135,7 +134,7 @@ def _refusal(service: Service, error: Exception, given: dict[str, Any]) -> Refus
     refusal, field = service.refusal(error), None
     if isinstance(error, ConfigError):  # which begins with it
         found = _BAD_KEY.match(refusal.message) or _FIRST_WORD.match(refusal.message)
-        field = found[1] if found else "adapters" if _ADAPTER.match(refusal.message) else None
+        field = found[1] if found else None
     elif isinstance(error, CheckpointError):  # which quotes what is not there
         named = {name: [given[name]] for name in ("model", "tokenizer") if given.get(name) is not None}
         named["additional_models"] = list(given.get("additional_models") or ())

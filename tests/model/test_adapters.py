@@ -253,7 +253,9 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_serves_on(tiny_ad
         async with AsyncEngine(config(tiny.PATH, adapters={"one": str(tiny_adapters / "one")})) as engine:
             before = (await ask(engine, PROMPTS[1], "one")).token_ids
             for source, says in (
-                (tmp_path / "missing", "does not exist"),
+                (tmp_path / "missing", "there is no such directory"),
+                ("~nobody-at-all/x", "adapter '~nobody-at-all/x': "),
+                ("a\0b", "there is no such directory"),
                 (tmp_path / "nothing", "it is not an adapter that PEFT saved"),
                 (tiny.PATH, "it is not an adapter that PEFT saved"),
                 (5, "expected a directory or a mapping of tensors"),
@@ -261,7 +263,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_serves_on(tiny_ad
             ):
                 with pytest.raises(AdapterError, match=says):
                     await engine.load_adapter("one", source)  # type: ignore[arg-type]
-            with pytest.raises(AdapterError, match="does not exist"):
+            with pytest.raises(AdapterError, match="there is no such directory"):
                 await engine.reload(config(tiny.PATH, adapters={"x": str(tmp_path / "missing")}))
             assert engine.state is EngineState.READY
             assert (await ask(engine, PROMPTS[1], "one")).token_ids == before

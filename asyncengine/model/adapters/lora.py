@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from asyncengine.errors import AdapterError
+from asyncengine.model.location import ADAPTER_CONFIG, locate_adapter
 
-CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.[^.]+)?\.weight")
@@ -77,13 +78,13 @@ def read(source: Any, config: Mapping[str, Any] | None, layers: Mapping[str, tup
     """
     if isinstance(source, Mapping):
         if not isinstance(config, Mapping):
-            raise AdapterError(f"config is {config!r:.80}; with tensors, expected what {CONFIG} would have")
-        what, tensors = "the adapter", dict(source)
+            raise AdapterError(f"config is {config!r:.80}; with tensors, expected what {ADAPTER_CONFIG} would have")
+        what, tensors = "adapter", dict(source)
     elif isinstance(source, (str, os.PathLike)) and os.fspath(source):
         if config is not None:
-            raise AdapterError(f"config is given with a directory, which has its own in {CONFIG}; leave it out")
-        path = Path(source).expanduser()
-        what, config, tensors = f"the adapter in {path}", read_config(path), _tensors(path)
+            raise AdapterError(f"config is given with a directory, whose own is in {ADAPTER_CONFIG}; leave it out")
+        path = locate_adapter(os.fspath(source))
+        what, config, tensors = f"adapter {str(path)!r:.200}", read_config(path), _tensors(path)
     else:
         raise AdapterError(f"the adapter is {source!r:.80}; expected a directory or a mapping of tensors")
     check_config(what, config)
@@ -94,14 +95,11 @@ def read_config(path: Path) -> Mapping[str, Any]:
     """What ``adapter_config.json`` of a directory says.
 
     Raises:
-        AdapterError: It is not there, or cannot be read.
+        AdapterError: It cannot be read.
     """
-    file = path / CONFIG
+    file = path / ADAPTER_CONFIG
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        kind = "does not exist" if not path.exists() else f"has no {CONFIG}: it is not an adapter that PEFT saved"
-        raise AdapterError(f"{path} {kind}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from error
     if not isinstance(values, dict):
@@ -135,8 +133,8 @@ def check_there(source: str) -> None:
     Raises:
         AdapterError: As it says.
     """
-    path = Path(source).expanduser()
-    check_config(f"the adapter in {path}", read_config(path))
+    path = locate_adapter(source)
+    check_config(f"adapter {str(path)!r:.200}", read_config(path))
     if not (path / WEIGHTS).exists() and not (path / PICKLED).exists():
         raise AdapterError(f"{path} has no weights: neither {WEIGHTS} nor {PICKLED}")
 
