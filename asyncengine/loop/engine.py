@@ -335,7 +335,9 @@ class AsyncEngine(EngineControl):
                         inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
                     if self.observer is not None:  # which may even exit
                         operation = _operation(prompt, embedding)
-                        begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config)
+                        begun = RequestBegun(
+                            new.request_id, operation, view.config.model, len(new.prompt), config, new.adapter
+                        )
                         inbox.on_over = begin(self.observer, begun)
                     streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
                     router.register(inbox)

@@ -23,6 +23,7 @@ class RequestBegun:
         model: What was loaded.
         prompt_tokens: Length of its prompt.
         config: As the caller gave it.
+        adapter: What it is computed with; None is the model alone.
     """
 
     request_id: str
@@ -30,6 +31,7 @@ class RequestBegun:
     model: str
     prompt_tokens: int
     config: GenerationConfig
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

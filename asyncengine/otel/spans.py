@@ -41,10 +41,11 @@ class RequestSpans:
 
     def begin(self, begun: RequestBegun) -> Callable[[RequestOver], None]:
         """As the protocol says."""
+        asked = begun.model if begun.adapter is None else begun.adapter
         attributes: dict[str, AttributeValue] = {
             "gen_ai.operation.name": begun.operation,
             "gen_ai.provider.name": "asyncengine",
-            "gen_ai.request.model": begun.model,
+            "gen_ai.request.model": asked,
             "gen_ai.response.model": begun.model,
             "gen_ai.response.id": begun.request_id,
             "gen_ai.usage.input_tokens": begun.prompt_tokens,
@@ -57,7 +58,7 @@ class RequestSpans:
                 attributes["gen_ai.request.choice.count"] = config.n
             if config.stop_strs:
                 attributes["gen_ai.request.stop_sequences"] = tuple(config.stop_strs)
-        name = f"{begun.operation} {begun.model}"
+        name = f"{begun.operation} {asked}"
         span = self._tracer.start_span(name, kind=SpanKind.INTERNAL, attributes=attributes)
         started = _start(span)
         return lambda over: _end(span, started, over)

@@ -178,7 +178,8 @@ class RequestTable:
                 self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
                 heapq.heapify(self._deadlines)
         if self.trace.enabled:
-            self.trace.mark("b", "request", now, new.number, id=new.request_id, prompt_tokens=len(new.prompt))
+            more = {} if new.adapter is None else {"adapter": new.adapter}
+            self.trace.mark("b", "request", now, new.number, id=new.request_id, prompt_tokens=len(new.prompt), **more)
         if new.arriving:
             request.arriving = Arriving()
             request.branches[0].state = SequenceState.HELD

@@ -280,3 +280,12 @@ async def test_a_model_without_a_format_takes_none() -> None:
     async with AsyncEngine(EngineConfig(MODEL), loader=loader) as engine:
         with pytest.raises(AdapterError, match="'scripted' takes no adapters"):
             await engine.load_adapter("hum", "hum")
+
+
+async def test_the_trace_says_which_adapter_a_request_has() -> None:
+    async with shouting(loader_of()) as engine:
+        engine.trace.start()
+        await engine.generate("?", options=SHOUT)
+        await engine.generate("?")
+        begun = [event["args"] for event in engine.trace.events() if (event["ph"], event["name"]) == ("b", "request")]
+        assert [arguments.get("adapter") for arguments in begun] == ["shout", None]

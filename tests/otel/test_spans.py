@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InvalidRequestError, StepError
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InvalidRequestError, RequestOptions, StepError
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, echo_engine, scripted_engine
 
 pytest.importorskip("opentelemetry.sdk")
@@ -52,6 +52,16 @@ async def finished(exporter: InMemorySpanExporter, engine: AsyncEngine, count: i
     found = exporter.get_finished_spans()
     assert len(found) == count
     return found
+
+
+async def test_an_adapter_is_the_model_that_is_asked(exporter: InMemorySpanExporter, provider: TracerProvider) -> None:
+    async with scripted_engine("Hello", adapters={"shout": "HELLO"}) as engine:
+        instrument(engine, provider)
+        await engine.generate("?", options=RequestOptions(adapter="shout"))
+        (span,) = await finished(exporter, engine, 1)
+    assert span.name == "text_completion shout"
+    assert attributes(span)["gen_ai.request.model"] == "shout"
+    assert attributes(span)["gen_ai.response.model"] == "scripted"
 
 
 async def test_a_request_is_a_span_below_its_callers(exporter: InMemorySpanExporter, provider: TracerProvider) -> None:
