@@ -259,7 +259,9 @@ def _write(write: Callable[[], None], later: Packing | None) -> None:
 
 
 def _huge(count: int, dtype: torch.dtype, library: Any) -> torch.Tensor:
-    """An uninitialised tensor on huge pages, where the system has them."""
+    """An uninitialised tensor, on huge pages where the system has them and it would fill one."""
+    if count * dtype.itemsize < _HUGE:
+        return torch.empty(count, dtype=dtype)
     memory = torch.empty(count + _HUGE // dtype.itemsize, dtype=dtype)
     skip = -memory.data_ptr() % _HUGE // dtype.itemsize
     tensor = memory[skip : skip + count]
