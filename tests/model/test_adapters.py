@@ -292,10 +292,17 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"modules_to_save": ["lm_head"]}, {}, r"has modules_to_save = \['lm_head'\]"),
     ({"target_parameters": ["experts.down_proj"]}, {}, "has target_parameters"),
     ({"trainable_token_indices": [1]}, {}, "has trainable_token_indices"),
+    ({"use_bdlora": {"nblocks": 2}}, {}, "has use_bdlora"),
+    ({"arrow_config": {"top_k": 2}}, {}, "has arrow_config"),
+    ({"kasa_config": {}}, {}, "has kasa_config"),
+    ({"init_lora_weights": "pissa_niter_4"}, {}, "has init_lora_weights = 'pissa_niter_4', so it is one for altered"),
+    ({"init_lora_weights": "OLoRA"}, {}, "path_initial_model_for_weight_conversion"),
     ({"r": 0}, {}, "has r = 0; expected a number > 0"),
     ({"lora_alpha": "8"}, {}, "has lora_alpha = '8'"),
     ({"alpha_pattern": {"q_proj": None}}, {}, "has lora_alpha = None"),
     ({"alpha_pattern": {"(": 2}}, {}, "has the pattern"),
+    ({"alpha_pattern": {"(" * 50_000: 2}}, {}, "has the pattern"),
+    ({"alpha_pattern": {"a{99999999999}": 2}}, {}, "has the pattern"),
     ({"alpha_pattern": ["q_proj"]}, {}, "expected numbers by names of layers"),
     ({}, {"": None}, "has no tensors"),
     ({}, without(f"{Q}.lora_B.weight"), "q_proj has lora_A alone"),
@@ -307,6 +314,9 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(2, 6, dtype=torch.int64)}, "is not a matrix"),
     ({}, {**BARE, f"{Q}.lora_A.weight": [[1.0] * 6] * 2}, "is not a matrix"),
     ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(0, 6)}, "is empty"),
+    ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(2, 6, device="meta")}, "is sparse, or has no numbers"),
+    ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(2, 6).to_sparse()}, "is sparse, or has no numbers"),
+    ({}, {**BARE, f"{Q}.lora_A.other.weight": torch.ones(2, 6)}, "has lora_A twice, as if of two adapters"),
     ({}, {5: torch.ones(2, 6)}, "no factor of an adapted linear layer"),
     (
         {},
@@ -333,6 +343,11 @@ def test_scaling_is_that_of_peft() -> None:
     assert scalings(alpha_pattern={"down_proj": 6}, rank_pattern={"down_proj": 3}) == {q: 4.0, down: 2.0}
     assert scalings(alpha_pattern={"^model.layers.0.mlp.down_proj": 6}) == {q: 4.0, down: 2.0}
     assert scalings(alpha_pattern={"^down_proj": 6})[down] == pytest.approx(8 / 3)
+
+
+@pytest.mark.parametrize("begun", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_how_training_began_is_of_no_matter_where_the_model_was_as_it_is(begun: object) -> None:
+    assert lora.read(BARE, CONFIG | {"init_lora_weights": begun}, LAYERS).keys() == RIGHT.keys()
 
 
 def test_names_of_pefts_own_modules_and_without_its_prefix_are_known() -> None:
