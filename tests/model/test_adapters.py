@@ -220,6 +220,22 @@ def test_adapters_stay_when_weights_change_and_when_the_engine_sleeps(decoder: A
     asyncio.run(serve())
 
 
+def test_a_model_that_is_made_meanwhile_changes_no_dtype(tiny_adapters: Path) -> None:
+    """While transformers makes a model, the whole process's default dtype is that model's."""
+
+    async def serve() -> None:
+        async with AsyncEngine(config(tiny.PATH, adapters={"one": str(tiny_adapters / "one")})) as engine:
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                await engine.load_adapter("again", tiny_adapters / "one")
+            finally:
+                torch.set_default_dtype(torch.float32)
+            once, again = [(await ask(engine, PROMPTS[2], name)).token_ids for name in ("one", "again")]
+            assert once == again
+
+    asyncio.run(serve())
+
+
 def test_nothing_is_left_of_adapters_that_went(tiny_adapters: Path) -> None:
     async def serve() -> None:
         async with AsyncEngine(config(tiny.PATH)) as engine:
