@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from asyncengine import (
     RequestResult,
     tiny,
 )
+from asyncengine.model import load_check
 from asyncengine.model.adapters import lora
 from tests.model.adapters import PREFIX, linear_layers, merge, save_adapter, tensors_of
 from tests.model.reference import Reference
@@ -281,6 +283,26 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_serves_on(tiny_ad
                     await engine.load_adapter("one", source)  # type: ignore[arg-type]
             with pytest.raises(AdapterError, match="there is no such directory"):
                 await engine.reload(config(tiny.PATH, adapters={"x": str(tmp_path / "missing")}))
+            assert engine.state is EngineState.READY
+            assert (await ask(engine, PROMPTS[1], "one")).token_ids == before
+
+    asyncio.run(serve())
+
+
+def test_a_reload_with_a_damaged_adapter_leaves_the_old_model(
+    tiny_adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the two do not fit beside each other."""
+    shutil.copytree(tiny_adapters / "one", tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    monkeypatch.setattr(load_check, "fits", lambda details, current: False)
+
+    async def serve() -> None:
+        async with AsyncEngine(config(tiny.PATH, adapters={"one": str(tiny_adapters / "one")})) as engine:
+            before = (await ask(engine, PROMPTS[1], "one")).token_ids
+            with pytest.raises(AdapterError, match="cannot be read"):
+                await engine.reload(config(tiny.PATH, adapters={"x": str(tmp_path / "damaged")}))
             assert engine.state is EngineState.READY
             assert (await ask(engine, PROMPTS[1], "one")).token_ids == before
 

@@ -139,15 +139,15 @@ def check_config(what: str, config: Mapping[str, Any]) -> None:
 
 
 def check_there(source: str) -> None:
-    """Refuses a directory whose adapter cannot be loaded, by what can be told without its weights.
+    """Refuses a directory whose adapter cannot be loaded, by what can be told without the model.
 
     Raises:
         AdapterError: As it says.
     """
     path = locate_adapter(source)
-    check_config(f"adapter {str(path)!r:.200}", read_config(path))
-    if not (path / WEIGHTS).exists() and not (path / PICKLED).exists():
-        raise AdapterError(f"{path} has no weights: neither {WEIGHTS} nor {PICKLED}")
+    what = f"adapter {str(path)!r:.200}"
+    check_config(what, read_config(path))
+    _factors(what, _tensors(path))
 
 
 def _tensors(path: Path) -> dict[str, Any]:
@@ -166,9 +166,8 @@ def _tensors(path: Path) -> dict[str, Any]:
     raise AdapterError(f"{path} has no weights: neither {WEIGHTS} nor {PICKLED}")
 
 
-def _adapter(
-    what: str, config: Mapping[str, Any], tensors: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]
-) -> Lora:
+def _factors(what: str, tensors: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of each layer by its name."""
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         found = _FACTOR.fullmatch(name) if isinstance(name, str) else None
@@ -185,16 +184,22 @@ def _adapter(
             raise AdapterError(f"{what}: {module} has lora_{found['factor']} twice, as if of two adapters")
     if not factors:
         raise AdapterError(f"{what} has no tensors")
-    adapter = {}
     for module, pair in factors.items():
         if pair.keys() != {"A", "B"}:
             raise AdapterError(f"{what}: {module} has lora_{next(iter(pair))} alone")
+    return {module: (pair["A"].detach(), pair["B"].detach()) for module, pair in factors.items()}
+
+
+def _adapter(
+    what: str, config: Mapping[str, Any], tensors: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]
+) -> Lora:
+    adapter = {}
+    for module, (down, up) in _factors(what, tensors).items():
         shape = layers.get(module)
         if shape is None:
             near = difflib.get_close_matches(module, layers, n=1, cutoff=0.8)
             hint = f"; did you mean {near[0]!r}?" if near else f"; such as {next(iter(layers))!r}" if layers else ""
             raise AdapterError(f"{what} adapts {module!r}, which is not a linear layer that can be adapted{hint}")
-        down, up = pair["A"].detach(), pair["B"].detach()
         rank = down.shape[0]
         if up.shape[1] != rank or (up.shape[0], down.shape[1]) != shape:
             raise AdapterError(
