@@ -22,13 +22,14 @@ from asyncengine import (
     EngineConfig,
     EngineState,
     GenerationConfig,
+    InsufficientMemoryError,
     ModelNotLoadedError,
     RequestOptions,
     RequestResult,
     tiny,
 )
 from asyncengine.model import load_check
-from asyncengine.model.adapters import lora
+from asyncengine.model.adapters import adapted_modules, lora
 from tests.model.adapters import PREFIX, linear_layers, merge, save_adapter, tensors_of
 from tests.model.reference import Reference
 
@@ -234,6 +235,26 @@ def test_a_model_that_is_made_meanwhile_changes_no_dtype(tiny_adapters: Path) ->
                 torch.set_default_dtype(torch.float32)
             once, again = [(await ask(engine, PROMPTS[2], name)).token_ids for name in ("one", "again")]
             assert once == again
+
+    asyncio.run(serve())
+
+
+def test_one_for_which_there_is_no_memory_leaves_what_was_there(
+    tiny_adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    async def serve() -> None:
+        settings = config(tiny.PATH, decoder_backend="transformers", adapters={"one": str(tiny_adapters / "one")})
+        async with AsyncEngine(settings) as engine:
+            before = (await ask(engine, PROMPTS[1], "one")).token_ids
+            monkeypatch.setattr(adapted_modules, "_moved", full)
+            for name in ("one", "two"):
+                with pytest.raises(InsufficientMemoryError, match="no memory for the adapter: full"):
+                    await engine.load_adapter(name, tiny_adapters / "two")
+            assert engine.adapters == ("one",)
+            assert (await ask(engine, PROMPTS[1], "one")).token_ids == before
 
     asyncio.run(serve())
 
