@@ -206,6 +206,7 @@ class EngineControl:
         Raises:
             InvalidRequestError: `name` is not a non-empty string.
             AdapterError: The adapter is missing or damaged, of a kind that is not served, or does not fit the model.
+            InsufficientMemoryError: The device has no memory for it; what there was before is still served.
             ModelNotLoadedError: There is no model.
             IllegalStateError: Not now: the engine sleeps, or is draining.
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from asyncengine.errors import ReloadError
+from asyncengine.errors import InsufficientMemoryError, ReloadError
 from asyncengine.generation import SamplingParams
 from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, token_logprobs, verified_draw
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of
@@ -309,8 +309,11 @@ class TorchModel:
             self.companion.wake()
 
     def put_adapter(self, index: int, prepared: Any) -> None:
-        """As the protocol says."""
-        self._adapters.put(index, prepared)
+        """As the protocol says; what was there before stays if there is no memory for it."""
+        try:
+            self._adapters.put(index, prepared)
+        except torch.OutOfMemoryError as error:
+            raise InsufficientMemoryError(f"there is no memory for the adapter: {error}") from error
 
     def remove_adapter(self, index: int) -> None:
         """As the protocol says."""

@@ -343,7 +343,7 @@ class Core:
 
         Args:
             loaded: The model.
-            kept: Adapters of the same model, loaded before, which it is given as well.
+            kept: Adapters of the same model, loaded before, which it is given in place of those that it came with.
         """
         model, drafting = loaded.model, loaded.drafting
 
@@ -525,7 +525,11 @@ class Core:
 
 
 def _put_again(kept: AdapterTable, adapters: AdapterTable, loaded: LoadedModel) -> None:
-    """Gives a model the adapters that another load of it had."""
+    """Gives a model the adapters that another load of it had, and takes those from it that were let go."""
+    for adapter in [adapter for adapter in adapters if kept.get(adapter.name) is None]:
+        assert loaded.adapting is not None
+        loaded.adapting.remove_adapter(adapter.index)
+        adapters.remove(adapter.name)
     for former in kept:
         assert loaded.adapting is not None, "the model took adapters before"
         index = adapters.index_for(former.name)

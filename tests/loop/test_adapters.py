@@ -228,6 +228,21 @@ async def test_a_restart_brings_back_all_adapters_with_the_requests_that_wait() 
         assert (await engine.generate("?", options=SHOUT)).text == "hm"
 
 
+async def test_a_restart_brings_back_none_that_was_let_go() -> None:
+    loader = loader_of()
+    async with shouting(loader) as engine:
+        await engine.load_adapter("hum", "hum")
+        assert await engine.unload_adapter("shout")
+        loader.model.lose_device()
+        with pytest.raises(Exception, match="lost"):
+            await engine.generate("?")
+        await engine.restart()
+        assert engine.adapters == ("hum",)
+        assert (await engine.generate("?", options=RequestOptions(adapter="hum"))).text == "hm"
+        await engine.load_adapter("shout", "shout")
+        assert (await engine.generate("?", options=SHOUT)).text == LONG.upper()
+
+
 async def test_adapters_stay_when_a_step_breaks_and_after_a_reset() -> None:
     loader = loader_of()
     async with shouting(loader) as engine:

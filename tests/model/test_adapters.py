@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from asyncengine import (
     EngineConfig,
     EngineState,
     GenerationConfig,
+    InsufficientMemoryError,
     ModelNotLoadedError,
     RequestOptions,
     RequestResult,
     tiny,
 )
-from asyncengine.model.adapters import lora
+from asyncengine.model import load_check
+from asyncengine.model.adapters import adapted_modules, lora
 from tests.model.adapters import PREFIX, linear_layers, merge, save_adapter, tensors_of
 from tests.model.reference import Reference
 
@@ -220,6 +223,42 @@ def test_adapters_stay_when_weights_change_and_when_the_engine_sleeps(decoder: A
     asyncio.run(serve())
 
 
+def test_a_model_that_is_made_meanwhile_changes_no_dtype(tiny_adapters: Path) -> None:
+    """While transformers makes a model, the whole process's default dtype is that model's."""
+
+    async def serve() -> None:
+        async with AsyncEngine(config(tiny.PATH, adapters={"one": str(tiny_adapters / "one")})) as engine:
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                await engine.load_adapter("again", tiny_adapters / "one")
+            finally:
+                torch.set_default_dtype(torch.float32)
+            once, again = [(await ask(engine, PROMPTS[2], name)).token_ids for name in ("one", "again")]
+            assert once == again
+
+    asyncio.run(serve())
+
+
+def test_one_for_which_there_is_no_memory_leaves_what_was_there(
+    tiny_adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    async def serve() -> None:
+        settings = config(tiny.PATH, decoder_backend="transformers", adapters={"one": str(tiny_adapters / "one")})
+        async with AsyncEngine(settings) as engine:
+            before = (await ask(engine, PROMPTS[1], "one")).token_ids
+            monkeypatch.setattr(adapted_modules, "_moved", full)
+            for name in ("one", "two"):
+                with pytest.raises(InsufficientMemoryError, match="no memory for the adapter: full"):
+                    await engine.load_adapter(name, tiny_adapters / "two")
+            assert engine.adapters == ("one",)
+            assert (await ask(engine, PROMPTS[1], "one")).token_ids == before
+
+    asyncio.run(serve())
+
+
 def test_nothing_is_left_of_adapters_that_went(tiny_adapters: Path) -> None:
     async def serve() -> None:
         async with AsyncEngine(config(tiny.PATH)) as engine:
@@ -271,6 +310,26 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_serves_on(tiny_ad
     asyncio.run(serve())
 
 
+def test_a_reload_with_a_damaged_adapter_leaves_the_old_model(
+    tiny_adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the two do not fit beside each other."""
+    shutil.copytree(tiny_adapters / "one", tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    monkeypatch.setattr(load_check, "fits", lambda details, current: False)
+
+    async def serve() -> None:
+        async with AsyncEngine(config(tiny.PATH, adapters={"one": str(tiny_adapters / "one")})) as engine:
+            before = (await ask(engine, PROMPTS[1], "one")).token_ids
+            with pytest.raises(AdapterError, match="cannot be read"):
+                await engine.reload(config(tiny.PATH, adapters={"x": str(tmp_path / "damaged")}))
+            assert engine.state is EngineState.READY
+            assert (await ask(engine, PROMPTS[1], "one")).token_ids == before
+
+    asyncio.run(serve())
+
+
 LAYERS = {"model.layers.0.self_attn.q_proj": (8, 6), "model.layers.0.mlp.down_proj": (6, 4)}
 RIGHT = {
     "model.layers.0.self_attn.q_proj": (torch.ones(2, 6), torch.ones(8, 2)),
@@ -292,10 +351,17 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"modules_to_save": ["lm_head"]}, {}, r"has modules_to_save = \['lm_head'\]"),
     ({"target_parameters": ["experts.down_proj"]}, {}, "has target_parameters"),
     ({"trainable_token_indices": [1]}, {}, "has trainable_token_indices"),
+    ({"use_bdlora": {"nblocks": 2}}, {}, "has use_bdlora"),
+    ({"arrow_config": {"top_k": 2}}, {}, "has arrow_config"),
+    ({"kasa_config": {}}, {}, "has kasa_config"),
+    ({"init_lora_weights": "pissa_niter_4"}, {}, "has init_lora_weights = 'pissa_niter_4', so it is one for altered"),
+    ({"init_lora_weights": "OLoRA"}, {}, "path_initial_model_for_weight_conversion"),
     ({"r": 0}, {}, "has r = 0; expected a number > 0"),
     ({"lora_alpha": "8"}, {}, "has lora_alpha = '8'"),
     ({"alpha_pattern": {"q_proj": None}}, {}, "has lora_alpha = None"),
     ({"alpha_pattern": {"(": 2}}, {}, "has the pattern"),
+    ({"alpha_pattern": {"(" * 50_000: 2}}, {}, "has the pattern"),
+    ({"alpha_pattern": {"a{99999999999}": 2}}, {}, "has the pattern"),
     ({"alpha_pattern": ["q_proj"]}, {}, "expected numbers by names of layers"),
     ({}, {"": None}, "has no tensors"),
     ({}, without(f"{Q}.lora_B.weight"), "q_proj has lora_A alone"),
@@ -307,6 +373,9 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(2, 6, dtype=torch.int64)}, "is not a matrix"),
     ({}, {**BARE, f"{Q}.lora_A.weight": [[1.0] * 6] * 2}, "is not a matrix"),
     ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(0, 6)}, "is empty"),
+    ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(2, 6, device="meta")}, "is sparse, or has no numbers"),
+    ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(2, 6).to_sparse()}, "is sparse, or has no numbers"),
+    ({}, {**BARE, f"{Q}.lora_A.other.weight": torch.ones(2, 6)}, "has lora_A twice, as if of two adapters"),
     ({}, {5: torch.ones(2, 6)}, "no factor of an adapted linear layer"),
     (
         {},
@@ -333,6 +402,11 @@ def test_scaling_is_that_of_peft() -> None:
     assert scalings(alpha_pattern={"down_proj": 6}, rank_pattern={"down_proj": 3}) == {q: 4.0, down: 2.0}
     assert scalings(alpha_pattern={"^model.layers.0.mlp.down_proj": 6}) == {q: 4.0, down: 2.0}
     assert scalings(alpha_pattern={"^down_proj": 6})[down] == pytest.approx(8 / 3)
+
+
+@pytest.mark.parametrize("begun", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_how_training_began_is_of_no_matter_where_the_model_was_as_it_is(begun: object) -> None:
+    assert lora.read(BARE, CONFIG | {"init_lora_weights": begun}, LAYERS).keys() == RIGHT.keys()
 
 
 def test_names_of_pefts_own_modules_and_without_its_prefix_are_known() -> None:

@@ -37,8 +37,13 @@ _OFF: dict[str, tuple[object, ...]] = {
     "trainable_token_indices": (None, [], (), {}),
     "layer_replication": (None, [], ()),
     "alora_invocation_tokens": (None, [], ()),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
 }
 """Settings that change more than linear layers, or in another way, and the values with which they do nothing."""
+_ALTERING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How ``init_lora_weights`` begins where training began by taking something off the model's own weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +125,12 @@ def check_config(what: str, config: Mapping[str, Any]) -> None:
         value = config.get(key)
         if not any(value == each and type(value) is type(each) for each in nothing):
             raise AdapterError(f"{what} has {key} = {value!r:.80}; that is not served, only adapted linear layers are")
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_ALTERING):
+        raise AdapterError(
+            f"{what} has init_lora_weights = {begun!r:.80}, so it is one for altered weights; have PEFT convert it: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     _number(what, config, "r", config.get("r", 8))
     _number(what, config, "lora_alpha", config.get("lora_alpha", 8))
     for key in ("rank_pattern", "alpha_pattern"):
@@ -128,15 +139,15 @@ def check_config(what: str, config: Mapping[str, Any]) -> None:
 
 
 def check_there(source: str) -> None:
-    """Refuses a directory whose adapter cannot be loaded, by what can be told without its weights.
+    """Refuses a directory whose adapter cannot be loaded, by what can be told without the model.
 
     Raises:
         AdapterError: As it says.
     """
     path = locate_adapter(source)
-    check_config(f"adapter {str(path)!r:.200}", read_config(path))
-    if not (path / WEIGHTS).exists() and not (path / PICKLED).exists():
-        raise AdapterError(f"{path} has no weights: neither {WEIGHTS} nor {PICKLED}")
+    what = f"adapter {str(path)!r:.200}"
+    check_config(what, read_config(path))
+    _factors(what, _tensors(path))
 
 
 def _tensors(path: Path) -> dict[str, Any]:
@@ -155,9 +166,8 @@ def _tensors(path: Path) -> dict[str, Any]:
     raise AdapterError(f"{path} has no weights: neither {WEIGHTS} nor {PICKLED}")
 
 
-def _adapter(
-    what: str, config: Mapping[str, Any], tensors: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]
-) -> Lora:
+def _factors(what: str, tensors: Mapping[str, Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A and B of each layer by its name."""
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         found = _FACTOR.fullmatch(name) if isinstance(name, str) else None
@@ -165,21 +175,31 @@ def _adapter(
             raise AdapterError(f"{what} has a tensor {name!r:.120}, which is no factor of an adapted linear layer")
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim != 2:
             raise AdapterError(f"{what}: {name} is not a matrix")
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            raise AdapterError(f"{what}: {name} is sparse, or has no numbers")
         if not tensor.numel() or not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{what}: {name} is empty, or has numbers that are not finite")
-        factors.setdefault(found["module"].removeprefix(_PREFIX), {})[found["factor"]] = tensor
+        module = found["module"].removeprefix(_PREFIX)
+        if factors.setdefault(module, {}).setdefault(found["factor"], tensor) is not tensor:
+            raise AdapterError(f"{what}: {module} has lora_{found['factor']} twice, as if of two adapters")
     if not factors:
         raise AdapterError(f"{what} has no tensors")
-    adapter = {}
     for module, pair in factors.items():
         if pair.keys() != {"A", "B"}:
             raise AdapterError(f"{what}: {module} has lora_{next(iter(pair))} alone")
+    return {module: (pair["A"].detach(), pair["B"].detach()) for module, pair in factors.items()}
+
+
+def _adapter(
+    what: str, config: Mapping[str, Any], tensors: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]
+) -> Lora:
+    adapter = {}
+    for module, (down, up) in _factors(what, tensors).items():
         shape = layers.get(module)
         if shape is None:
             near = difflib.get_close_matches(module, layers, n=1, cutoff=0.8)
             hint = f"; did you mean {near[0]!r}?" if near else f"; such as {next(iter(layers))!r}" if layers else ""
             raise AdapterError(f"{what} adapts {module!r}, which is not a linear layer that can be adapted{hint}")
-        down, up = pair["A"].detach(), pair["B"].detach()
         rank = down.shape[0]
         if up.shape[1] != rank or (up.shape[0], down.shape[1]) != shape:
             raise AdapterError(
@@ -197,7 +217,7 @@ def _scaling(what: str, config: Mapping[str, Any], module: str, rank: int) -> fl
     for pattern, own in (config.get("alpha_pattern") or {}).items():
         try:
             matches = re.fullmatch(rf"(.*\.)?({pattern})", module)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise AdapterError(f"{what} has the pattern {pattern!r:.80}: {error}") from error
         if matches:
             alpha = own

@@ -109,7 +109,8 @@ class CompiledFormat:
         rank = max(own.rank for own in adapted)
         rank += rank % 2  # numbers are stored in pairs
         downs = torch.zeros(len(adapted), rank, adapted[0].down.shape[1], dtype=self._dtype)
-        scalings = torch.zeros(-(-downs.shape[0] * rank // lanes) * lanes)
+        # Every dtype is given: transformers changes the whole process's default while it makes a model.
+        scalings = torch.zeros(-(-downs.shape[0] * rank // lanes) * lanes, dtype=torch.float32)
         ups, first = [], np.full(sum(part.place.groups for part in parts), -1, dtype=np.int32)
         number = 0
         for part in parts:

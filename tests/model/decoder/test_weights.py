@@ -49,3 +49,9 @@ def test_the_order_is_that_of_the_compiled_step(
     expected = packed_plainly(weights, turns, int(library.decoder_lanes()), pair)
     bits = torch.int32 if dtype is torch.float32 else torch.int16
     assert torch.equal(packed.weights.view(bits).reshape(expected.shape), expected.contiguous().view(bits))
+
+
+def test_a_small_matrix_takes_no_pages_beside_its_own() -> None:
+    library = CpuAttention().library(kernel.DTYPES[torch.float32])
+    packed = PackedMatrix(library, [torch.ones(37, 130)], [None])
+    assert packed.weights.untyped_storage().nbytes() == packed.weights.nbytes
