@@ -29,6 +29,7 @@ from asyncengine.instructions import Instruction, ReplyTo
 from asyncengine.metrics import Counters, EngineMetrics
 from asyncengine.state import Action, EngineState, next_state
 from asyncengine.step.adapters import AdapterTable
+from asyncengine.step.adapting import Adapting
 from asyncengine.step.commits import Commits
 from asyncengine.step.model import LoadedModel, Loader, ModelView
 from asyncengine.step.outbox import Outbox
@@ -76,6 +77,7 @@ class Core:
         self.failure: BaseException | None = None
         self.stepping = Stepping(self)
         self.warming = Warming(self)
+        self.adapting = Adapting(self)
         self.reloading = Reloading(self, loader, start_job)
         self._epoch = 0
         self._held: deque[Instruction] = deque()
@@ -239,10 +241,10 @@ class Core:
                 self.outbox.reply(reply_to, self.scheduler.blocks.weight_version)
                 return
             case ins.LoadAdapter():
-                self.outbox.reply(reply_to, self._load_adapter(instruction))
+                self.outbox.reply(reply_to, self.adapting.load(instruction))
                 return
             case ins.UnloadAdapter():
-                self.outbox.reply(reply_to, self._unload_adapter(instruction.name))
+                self.outbox.reply(reply_to, self.adapting.unload(instruction.name))
                 return
             case ins.Unpin():
                 self.outbox.reply(
@@ -297,37 +299,6 @@ class Core:
                     if new.number in numbers or new.request_id in abort.request_ids:
                         self._cancelled.add(new.number)
 
-    # Adapters
-
-    def _load_adapter(self, load: ins.LoadAdapter) -> bool:
-        next_state(Action.LOAD_ADAPTER, self.state)
-        assert self.loaded is not None and self.view is not None
-        if load.epoch != self.view.epoch:
-            return False
-        adapting = self.loaded.adapting
-        assert adapting is not None, "an adapter was prepared for a model that takes none"
-        table = self.requests.adapters
-        former, index = table.get(load.name), table.index_for(load.name)
-        adapting.put_adapter(index, load.prepared)
-        adapter = table.put(load.name, index, load.prepared)
-        self.requests.replace_adapter(former, adapter)
-        self.view = dataclasses.replace(self.view, adapters=table.names)
-        return True
-
-    def _unload_adapter(self, name: str) -> bool:
-        next_state(Action.UNLOAD_ADAPTER, self.state)
-        assert self.loaded is not None and self.view is not None
-        table = self.requests.adapters
-        adapter = table.get(name)
-        if adapter is None:
-            return False
-        assert self.loaded.adapting is not None
-        self.requests.abort_adapter(adapter)
-        table.remove(name)
-        self.view = dataclasses.replace(self.view, adapters=table.names)
-        self.loaded.adapting.remove_adapter(adapter.index)
-        return True
-
     def move(self, action: Action) -> None:
         """Changes the state as the table says.
 
@@ -343,7 +314,7 @@ class Core:
 
         Args:
             loaded: The model.
-            kept: Adapters of the same model, loaded before, which it is given in place of those that it came with.
+            kept: As of `Adapting.take`.
         """
         model, drafting = loaded.model, loaded.drafting
 
@@ -355,15 +326,11 @@ class Core:
                 drafting.place(sequence.slot, new.params, sequence.branch, sequence.learnt)
 
         scheduler = Scheduler(loaded.limits, place, drafting)
-        adapters = self.requests.adapters
-        if loaded is not self.loaded:
-            adapters = AdapterTable(loaded.adapters)
-            if kept is not None:
-                _put_again(kept, adapters, loaded)
+        adapters = self.adapting.take(loaded, kept)
         self.stepping.forget()
         self._keep_counts()
         self._epoch += 1
-        self.loaded, self.scheduler, self.failure = loaded, scheduler, None
+        self.loaded, self.scheduler, self.failure, self.adapting.table = loaded, scheduler, None, adapters
         self.requests.max_queue_size = loaded.config.max_queue_size
         self.requests.attach(scheduler, loaded.tokenizer, loaded.vocab_size, loaded.hidden_size is not None, adapters)
         self.view = dataclasses.replace(loaded.view(self._epoch), adapters=adapters.names)
@@ -522,19 +489,6 @@ class Core:
             self.outbox.reply(reply_to, left)
         self._shutdowns.clear()
         self._shutdown_at = None
-
-
-def _put_again(kept: AdapterTable, adapters: AdapterTable, loaded: LoadedModel) -> None:
-    """Gives a model the adapters that another load of it had, and takes those from it that were let go."""
-    for adapter in [adapter for adapter in adapters if kept.get(adapter.name) is None]:
-        assert loaded.adapting is not None
-        loaded.adapting.remove_adapter(adapter.index)
-        adapters.remove(adapter.name)
-    for former in kept:
-        assert loaded.adapting is not None, "the model took adapters before"
-        index = adapters.index_for(former.name)
-        loaded.adapting.put_adapter(index, former.prepared)
-        adapters.put(former.name, index, former.prepared)
 
 
 _DURING_STEPS = (ins.AddRequests, ins.ExtendPrompt, ins.AbortRequests, ins.Unpin, ins.Drain, ins.Shutdown)

@@ -10,6 +10,7 @@ Until the old model is let go, any failure leaves it serving.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import logging
 from collections.abc import Callable
@@ -104,11 +105,12 @@ class Reloading:
             )
         core.state = after
         core.requests.look_for_readers()
-        self._reload = _Reload(asked, before)
-        if action is Action.RESTART:
-            self._reload.adapters = core.requests.adapters
+        self._reload = reload = _Reload(asked, before)
+        config = asked.config
+        if action is Action.RESTART:  # with the adapters that are there, not with those that there were at first
+            reload.adapters, config = core.adapting.table, config.replace(adapters={})
         current, loader = core.loaded, self._loader
-        self._start(lambda: loader.check(asked.config, current))
+        self._start(lambda: loader.check(config, current))
 
     def job_done(self, done: JobDone) -> None:
         """Moves on when a job has ended."""
@@ -224,6 +226,8 @@ class Reloading:
         core, reload = self._core, self._reload
         assert reload is not None
         reload.beside = None
+        if reload.adapters is not None:
+            loaded = dataclasses.replace(loaded, config=loaded.config.replace(adapters=reload.asked.config.adapters))
         try:
             core.install(loaded, reload.adapters)
         except Exception:

@@ -260,10 +260,8 @@ class RequestTable:
 
     # Adapters
 
-    def replace_adapter(self, former: Adapter | None, adapter: Adapter) -> None:
+    def replace_adapter(self, former: Adapter, adapter: Adapter) -> None:
         """Goes on with an adapter that was loaded anew; what requests computed with the former one stays their own."""
-        if former is None:
-            return
         for request in self._requests.values():
             if request.adapter is not former:
                 continue

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import uvloop
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from asyncengine import (
@@ -182,8 +183,6 @@ def test_tensors_of_a_training_loop_are_taken(tiny_adapters: Path) -> None:
     async def serve() -> None:
         async with AsyncEngine(config(tiny.PATH, adapters={"one": str(tiny_adapters / "one")})) as engine:
             read = lora.read_config(tiny_adapters / "one")
-            from safetensors.torch import load_file
-
             tensors = load_file(tiny_adapters / "one" / "adapter_model.safetensors")
             await engine.load_adapter("policy", tensors, read)
             expected = (await ask(engine, PROMPTS[1], "one")).token_ids
@@ -310,21 +309,28 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_serves_on(tiny_ad
     asyncio.run(serve())
 
 
-def test_a_reload_with_a_damaged_adapter_leaves_the_old_model(
+def test_a_reload_with_a_wrong_adapter_leaves_the_old_model(
     tiny_adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the two do not fit beside each other."""
+    """Also where the two do not fit beside each other: one that is damaged, and one for a larger model."""
     shutil.copytree(tiny_adapters / "one", tmp_path / "damaged")
     weights = tmp_path / "damaged" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
+    shutil.copytree(tiny_adapters / "one", tmp_path / "larger")
+    larger = {"model.layers.0.self_attn.q_proj": (torch.ones(4, 256), torch.ones(128, 4))}
+    save_file(tensors_of(larger), tmp_path / "larger" / "adapter_model.safetensors")
     monkeypatch.setattr(load_check, "fits", lambda details, current: False)
 
     async def serve() -> None:
         async with AsyncEngine(config(tiny.PATH, adapters={"one": str(tiny_adapters / "one")})) as engine:
             before = (await ask(engine, PROMPTS[1], "one")).token_ids
-            with pytest.raises(AdapterError, match="cannot be read"):
-                await engine.reload(config(tiny.PATH, adapters={"x": str(tmp_path / "damaged")}))
-            assert engine.state is EngineState.READY
+            for name, says in (
+                ("damaged", "cannot be read"),
+                ("larger", r"the checkpoint's weight of it is \(128, 128\)"),
+            ):
+                with pytest.raises(AdapterError, match=says):
+                    await engine.reload(config(tiny.PATH, adapters={"x": str(tmp_path / name)}))
+                assert engine.state is EngineState.READY
             assert (await ask(engine, PROMPTS[1], "one")).token_ids == before
 
     asyncio.run(serve())

@@ -138,8 +138,12 @@ def check_config(what: str, config: Mapping[str, Any]) -> None:
             raise AdapterError(f"{what} has {key} = {config[key]!r:.80}; expected numbers by names of layers")
 
 
-def check_there(source: str) -> None:
+def check_there(source: str, stored: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses a directory whose adapter cannot be loaded, by what can be told without the model.
+
+    Args:
+        source: The directory.
+        stored: Shapes of the checkpoint's tensors by their names. What the model calls otherwise is not looked at.
 
     Raises:
         AdapterError: As it says.
@@ -147,7 +151,10 @@ def check_there(source: str) -> None:
     path = locate_adapter(source)
     what = f"adapter {str(path)!r:.200}"
     check_config(what, read_config(path))
-    _factors(what, _tensors(path))
+    for module, (down, up) in _factors(what, _tensors(path)).items():
+        shape = stored.get(f"{module}.weight", ())
+        if len(shape) == 2 and sorted(shape) != sorted((up.shape[0], down.shape[1])):  # some store it transposed
+            raise AdapterError(_misfit(what, module, down, up, f"the checkpoint's weight of it is {shape}"))
 
 
 def _tensors(path: Path) -> dict[str, Any]:
@@ -202,13 +209,15 @@ def _adapter(
             raise AdapterError(f"{what} adapts {module!r}, which is not a linear layer that can be adapted{hint}")
         rank = down.shape[0]
         if up.shape[1] != rank or (up.shape[0], down.shape[1]) != shape:
-            raise AdapterError(
-                f"{what}: {module} has factors of {tuple(down.shape)} and {tuple(up.shape)}; its layer of the model "
-                f"takes {shape[1]} numbers and gives {shape[0]}"
-            )
+            layer = f"its layer of the model takes {shape[1]} numbers and gives {shape[0]}"
+            raise AdapterError(_misfit(what, module, down, up, layer))
         scaling = _scaling(what, config, module, rank)
         adapter[module] = LowRank(down.to("cpu", copy=True), up.to("cpu", copy=True), scaling)
     return adapter
+
+
+def _misfit(what: str, module: str, down: torch.Tensor, up: torch.Tensor, layer: str) -> str:
+    return f"{what}: {module} has factors of {tuple(down.shape)} and {tuple(up.shape)}; {layer}"
 
 
 def _scaling(what: str, config: Mapping[str, Any], module: str, rank: int) -> float:
