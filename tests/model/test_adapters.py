@@ -379,6 +379,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(2, 6, dtype=torch.int64)}, "is not a matrix"),
     ({}, {**BARE, f"{Q}.lora_A.weight": [[1.0] * 6] * 2}, "is not a matrix"),
     ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(0, 6)}, "is empty"),
+    ({}, {**BARE, f"{Q}.lora_B.weight": torch.full((8, 2), 1e5)}, "q_proj has numbers that float16 cannot hold"),
     ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(2, 6, device="meta")}, "is sparse, or has no numbers"),
     ({}, {**BARE, f"{Q}.lora_A.weight": torch.ones(2, 6).to_sparse()}, "is sparse, or has no numbers"),
     ({}, {**BARE, f"{Q}.lora_A.other.weight": torch.ones(2, 6)}, "has lora_A twice, as if of two adapters"),
@@ -395,12 +396,12 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 def test_what_is_wrong_with_an_adapter_is_said(settings: Any, tensors: Any, says: str) -> None:
     given = {} if "" in tensors else tensors or BARE
     with pytest.raises(AdapterError, match=says):
-        lora.read(given, CONFIG | settings, LAYERS)
+        lora.read(given, CONFIG | settings, LAYERS, torch.float16)
 
 
 def test_scaling_is_that_of_peft() -> None:
     def scalings(**settings: Any) -> dict[str, float]:
-        return {name: own.scaling for name, own in lora.read(BARE, CONFIG | settings, LAYERS).items()}
+        return {name: own.scaling for name, own in lora.read(BARE, CONFIG | settings, LAYERS, torch.float32).items()}
 
     q, down = RIGHT
     assert scalings() == {q: 4.0, down: pytest.approx(8 / 3)}
@@ -412,13 +413,17 @@ def test_scaling_is_that_of_peft() -> None:
 
 @pytest.mark.parametrize("begun", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_how_training_began_is_of_no_matter_where_the_model_was_as_it_is(begun: object) -> None:
-    assert lora.read(BARE, CONFIG | {"init_lora_weights": begun}, LAYERS).keys() == RIGHT.keys()
+    assert lora.read(BARE, CONFIG | {"init_lora_weights": begun}, LAYERS, torch.float32).keys() == RIGHT.keys()
 
 
 def test_names_of_pefts_own_modules_and_without_its_prefix_are_known() -> None:
     named = {key.replace(".weight", ".default.weight"): value for key, value in BARE.items()}
     bare = {key.removeprefix(PREFIX): value for key, value in BARE.items()}
-    assert lora.read(named, CONFIG, LAYERS).keys() == lora.read(bare, CONFIG, LAYERS).keys() == RIGHT.keys()
+    assert (
+        lora.read(named, CONFIG, LAYERS, torch.float32).keys()
+        == lora.read(bare, CONFIG, LAYERS, torch.float32).keys()
+        == RIGHT.keys()
+    )
 
 
 @pytest.mark.parametrize(
@@ -438,16 +443,16 @@ def test_damaged_files_are_refused(file: str, content: str | None, says: str, tm
     else:
         (tmp_path / file).write_text(content)
     with pytest.raises(AdapterError, match=says):
-        lora.read(tmp_path, None, LAYERS)
+        lora.read(tmp_path, None, LAYERS, torch.float32)
 
 
 def test_pickled_weights_are_read_and_run_nothing(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
     torch.save(BARE, tmp_path / "adapter_model.bin")
-    assert lora.read(str(tmp_path), None, LAYERS).keys() == RIGHT.keys()
+    assert lora.read(str(tmp_path), None, LAYERS, torch.float32).keys() == RIGHT.keys()
     torch.save({"x": Harmful()}, tmp_path / "adapter_model.bin")
     with pytest.raises(AdapterError, match="cannot be read"):
-        lora.read(str(tmp_path), None, LAYERS)
+        lora.read(str(tmp_path), None, LAYERS, torch.float32)
 
 
 class Harmful:

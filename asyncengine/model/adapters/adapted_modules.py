@@ -37,11 +37,7 @@ class ModulesFormat:
 
     def prepare(self, source: Any, config: Mapping[str, Any] | None) -> Lora:
         """As the protocol says."""
-        adapter = lora.read(source, config, self._layers)
-        return {
-            name: LowRank(own.down.to(self._dtype), own.up.to(self._dtype), own.scaling)
-            for name, own in adapter.items()
-        }
+        return lora.read(source, config, self._layers, self._dtype)
 
 
 class AdaptedModules:

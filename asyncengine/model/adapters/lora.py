@@ -70,16 +70,19 @@ Lora = Mapping[str, LowRank]
 """An adapter: what is added to which layer, by the layer's name in the model."""
 
 
-def read(source: Any, config: Mapping[str, Any] | None, layers: Mapping[str, tuple[int, int]]) -> Lora:
+def read(
+    source: Any, config: Mapping[str, Any] | None, layers: Mapping[str, tuple[int, int]], dtype: torch.dtype
+) -> Lora:
     """Reads an adapter.
 
     Args:
         source: A directory, or tensors by their names.
         config: With tensors, what ``adapter_config.json`` has in a directory.
         layers: Outputs and inputs of each linear layer that can be adapted, by its name in the model.
+        dtype: Of the factors.
 
     Raises:
-        AdapterError: It is missing or damaged, of a kind that is not served, or does not fit these layers.
+        AdapterError: It is missing or damaged, of a kind that is not served, or does not fit these layers or the dtype.
     """
     if isinstance(source, Mapping):
         if not isinstance(config, Mapping):
@@ -93,7 +96,7 @@ def read(source: Any, config: Mapping[str, Any] | None, layers: Mapping[str, tup
     else:
         raise AdapterError(f"the adapter is {source!r:.80}; expected a directory or a mapping of tensors")
     check_config(what, config)
-    return _adapter(what, config, tensors, layers)
+    return _adapter(what, config, tensors, layers, dtype)
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
@@ -198,7 +201,11 @@ def _factors(what: str, tensors: Mapping[str, Any]) -> dict[str, tuple[torch.Ten
 
 
 def _adapter(
-    what: str, config: Mapping[str, Any], tensors: Mapping[str, Any], layers: Mapping[str, tuple[int, int]]
+    what: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    layers: Mapping[str, tuple[int, int]],
+    dtype: torch.dtype,
 ) -> Lora:
     adapter = {}
     for module, (down, up) in _factors(what, tensors).items():
@@ -212,7 +219,10 @@ def _adapter(
             layer = f"its layer of the model takes {shape[1]} numbers and gives {shape[0]}"
             raise AdapterError(_misfit(what, module, down, up, layer))
         scaling = _scaling(what, config, module, rank)
-        adapter[module] = LowRank(down.to("cpu", copy=True), up.to("cpu", copy=True), scaling)
+        down, up = (factor.to("cpu", dtype, copy=True) for factor in (down, up))
+        if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise AdapterError(f"{what}: {module} has numbers that {str(dtype).removeprefix('torch.')} cannot hold")
+        adapter[module] = LowRank(down, up, scaling)
     return adapter
 
 

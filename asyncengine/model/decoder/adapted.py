@@ -71,7 +71,7 @@ class CompiledFormat:
 
     Args:
         library: The compiled code.
-        dtype: In which `down` is stored.
+        dtype: In which factors are stored.
         layers: Outputs and inputs of each linear layer, by its name.
         matrices: The parts of each matrix of each layer, by the matrix's name in `MATRICES`.
     """
@@ -90,7 +90,7 @@ class CompiledFormat:
 
     def prepare(self, source: Any, config: Mapping[str, Any] | None) -> PackedAdapter:
         """As the protocol says."""
-        adapter = lora.read(source, config, self._layers)
+        adapter = lora.read(source, config, self._layers, self._dtype)
         structs = (AdaptedMatrixStruct * (len(self._matrices) * len(MATRICES)))()
         held: list[object] = []
         for layer, matrices in enumerate(self._matrices):
