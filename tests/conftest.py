@@ -37,6 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XDG_CACHE_HOME"] = str(cache.mkdir("asyncengine"))
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extension modules complain of what is not collected in the end
+
+
 _watched: list[asyncio.AbstractEventLoop] = []
 _reported: list[Mapping[str, Any]] = []
 
@@ -61,6 +65,18 @@ def pytest_asyncio_loop_factories(
 def loop_factory(request: pytest.FixtureRequest) -> Callable[[], asyncio.AbstractEventLoop]:
     """For tests that are not async themselves and run event loops of their own."""
     return LOOPS[request.param]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported with the tests is there to stay: no collection of garbage looks at it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
