@@ -20,6 +20,8 @@ from asyncengine.model.runner import TorchModel
 from asyncengine.step.model import LoadedModel
 from tests.model.attention.triton_device import DEVICE, require_triton
 
+pytestmark = pytest.mark.loops("either")
+
 Checkpoint = Callable[..., Path]
 
 
