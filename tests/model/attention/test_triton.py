@@ -26,7 +26,7 @@ from attention_case import (
 )
 from test_invariance import same_bits
 from test_parity import assert_matches_dense
-from triton_device import DEVICE, TritonOnDevice, require_triton
+from triton_device import DEVICE, TritonOnDevice, require_triton, watch_overflows
 
 from asyncengine.model.attention import triton_tiles
 from asyncengine.model.attention.protocol import BackendUnavailableError
@@ -109,6 +109,7 @@ def test_features(features: dict[str, Any], dtype: torch.dtype) -> None:
 )
 def test_long_contexts_are_shared_out(length: int, features: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A decode and a verification over much, a short row and a prefill chunk, in splits of 512 keys."""
+    watch_overflows(monkeypatch)
     monkeypatch.setitem(triton_tiles.TABLE, (4, 16), Tiles(512, 512, Launch(16, 4, 1), Launch(32, 4, 1)))
     spec = layer(2, 1, key_dim=16, value_dim=8, **features)
     shapes = [(length, 1), (length + 700, 3), (40, 1), (1000, 12)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from typing import Any
@@ -31,6 +32,7 @@ def _quicken() -> None:
 
     Whenever a function is called, by a launch or by another function, it goes through all of Triton's language and puts
     what computes with numpy in the place of what compiles. Here it does so for each function once, and leaves it there.
+    Nor does it compute each index in 64 bits beside, as a kernel in a debugger would: see `watch_overflows`.
     """
     interpreter = importlib.import_module("triton.runtime.interpreter")
     language = importlib.import_module("triton.language")
@@ -50,6 +52,19 @@ def _quicken() -> None:
         return find(scalar) if isinstance(scalar, language.pointer_type) else known(scalar)
 
     interpreter._patch_lang, interpreter._get_np_dtype = replace_once, found
+    _sanitise(interpreter.interpreter_builder, False)
+
+
+def _sanitise(builder: Any, overflows: bool) -> None:
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=overflows)
+
+
+def watch_overflows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the interpreter fail where an index does not fit: for cases that are large enough."""
+    if DEVICE.type == "cpu":
+        builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+        monkeypatch.setattr(builder, "options", builder.options)  # which is put back
+        _sanitise(builder, True)
 
 
 class TritonOnDevice(TritonAttention):
