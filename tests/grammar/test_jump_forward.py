@@ -13,6 +13,8 @@ from tests.grammar.conftest import CONFIG
 from tests.grammar.fakes import FakeBackend
 from tests.grammar.schemas import SCHEMAS, obj
 
+pytestmark = pytest.mark.loops("either")
+
 FIXED = obj(
     {
         "first_measurement": {"type": "boolean"},
@@ -110,6 +112,7 @@ async def test_a_stop_token_that_min_tokens_forbids_ends_a_jump_where_it_ends_de
         assert stream.result().token_ids == tokens[:at]
 
 
+@pytest.mark.loops("each")
 async def test_deltas_add_up_and_usage_counts_every_token(engine: AsyncEngine) -> None:
     stream = await engine.add_request("x", config(JsonSchema(FIXED), n=2))
     texts, ids = ["", ""], [[], []]  # type: ignore[var-annotated]

@@ -11,6 +11,8 @@ from asyncengine import AsyncEngine, FinishReason, GenerationConfig
 from asyncengine.response_format import JsonObject, JsonSchema, Whitespace
 from tests.grammar.schemas import SCHEMAS
 
+pytestmark = pytest.mark.loops("either")
+
 SEEDS = 5
 CHECKER = jsonschema.Draft202012Validator.FORMAT_CHECKER
 # A model that has learnt nothing ends its texts no more often than it does anything else; this makes it want to.

@@ -25,6 +25,8 @@ from asyncengine.response_format import (
     StructuralTags,
 )
 
+pytestmark = pytest.mark.loops("either")
+
 needs_xgrammar = pytest.mark.skipif(importlib.util.find_spec("xgrammar") is None, reason="xgrammar is not installed")
 END, USER = 2, 4
 SPECIAL = set(range(6))

@@ -20,6 +20,8 @@ from tests.grammar.conftest import CONFIG
 from tests.grammar.fakes import FakeBackend
 from tests.model import checkpoints
 
+pytestmark = pytest.mark.loops("either")
+
 needs_xgrammar = pytest.mark.skipif(importlib.util.find_spec("xgrammar") is None, reason="xgrammar is not installed")
 SCHEMA = {
     "type": "object",
@@ -213,6 +215,7 @@ async def test_a_request_is_carried_over_a_reload_in_the_middle_of_its_text(rand
         assert result.finish_reason == "stop"
 
 
+@pytest.mark.loops("each")
 async def test_leaving_frees_what_a_constrained_request_holds(engine: AsyncEngine) -> None:
     async with engine.stream("x", sampled(0, Regex("[a-z]{400}"), max_tokens=500)) as stream:
         await anext(aiter(stream))
@@ -227,6 +230,7 @@ async def test_a_stop_string_ends_a_constrained_text_before_it(engine: AsyncEngi
     assert result.outputs[0].stop_reason == "END"
 
 
+@pytest.mark.loops("each")
 async def test_deltas_add_up_to_the_result(engine: AsyncEngine) -> None:
     stream = await engine.add_request("x", sampled(2, Choice(("Zürich 東京 🙂🙂",))))
     text, ids = "", []
@@ -321,6 +325,7 @@ async def test_an_engine_over_xgrammar_gives_texts_that_match_and_end_with_stop(
 # Compiling
 
 
+@pytest.mark.loops("each")
 async def test_compiles_once_and_on_neither_the_loop_nor_the_step_thread(engine: AsyncEngine) -> None:
     gate = threading.Event()
     backend = FakeBackend(gate=gate).put_into(engine)

@@ -12,6 +12,8 @@ import torch
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.model.loader import TransformersLoader
 
+pytestmark = pytest.mark.loops("either")
+
 CONFIGS = [
     GenerationConfig(temperature=0, max_tokens=8, ignore_eos=True),
     GenerationConfig(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, seed=3, max_tokens=8, ignore_eos=True),

@@ -16,6 +16,8 @@ from asyncengine import AsyncEngine, Embedding, EngineConfig, GenerationConfig, 
 from asyncengine.outputs import Pooling
 from tests.model.test_parity import COMPILED
 
+pytestmark = pytest.mark.loops("either")
+
 CONFIG: dict[str, Any] = {
     "device": "cpu", "max_total_sequence_length": 4096, "max_num_sequence": 8, "kv_cache_page_size": 16,
     "prefill_chunk_size": 24,

@@ -18,6 +18,9 @@ from asyncengine.model.fp8_linear import Fp8Linear, RowKernel, quantise, quantis
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.model import LoadedModel
+from tests.model.attention.triton_device import DEVICE, require_triton
+
+pytestmark = pytest.mark.loops("either")
 
 Checkpoint = Callable[..., Path]
 
@@ -46,14 +49,11 @@ def test_each_row_fills_the_range() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("columns", [16, 96, 5000])
 def test_the_kernel_quantises_as_torch_does(columns: int, dtype: torch.dtype) -> None:
-    triton = pytest.importorskip("triton", reason="triton is not installed")
-    if not torch.cuda.is_available() and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-        pytest.skip("the interpreter of triton < 3.7 needs numpy < 2.3")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    require_triton()
     numbers = torch.randn(4, columns + 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     numbers[1] *= 1e4
     numbers[2] = 0
-    view = numbers[:, :columns].to(device)
+    view = numbers[:, :columns].to(DEVICE)
     codes, scales = RowKernel()(view)
     wanted_codes, wanted_scales = quantised(view)
     torch.testing.assert_close(scales, wanted_scales)

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, tiny
 
+pytestmark = pytest.mark.loops("either")
+
 TINY = EngineConfig("tiny", device="cpu", max_total_sequence_length=2048, max_num_sequence=16, kv_cache_page_size=16)
 STORY = "Once upon a time"
 

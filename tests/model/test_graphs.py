@@ -27,6 +27,8 @@ from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.token_draw import FILTERED
 from asyncengine.step.batch import StepBatch
 
+pytestmark = pytest.mark.loops("either")
+
 CPU = torch.device("cpu")
 
 
@@ -399,6 +401,7 @@ async def test_an_engine_generates_the_same_with_captured_steps(
     assert recorder.replayed >= 3 * 11
 
 
+@pytest.mark.loops("each")
 async def test_a_few_steps_are_captured_at_once_and_the_others_while_the_engine_is_idle(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

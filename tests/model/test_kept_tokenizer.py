@@ -257,20 +257,20 @@ RECALL = """
 import sys
 from pathlib import Path
 from asyncengine.model.tokenizer import load_tokenizer
-tokenizer = load_tokenizer(Path(sys.argv[1]))
-if tokenizer.keep_at is not None:
-    tokenizer.keep()
-print(*(name for name in ("transformers.models", "transformers.modeling_utils") if name in sys.modules))
+assert load_tokenizer(Path(sys.argv[1])).keep_at is None, "it was kept"
+print(*(name for name in sys.argv[2:] if name in sys.modules))
 """
 
 
-def test_the_list_of_all_models_is_not_imported(tmp_path: Path) -> None:
+def test_the_list_of_all_models_is_not_imported(
+    tmp_path: Path, made: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_tokenizer, "cache_directory", lambda: tmp_path / "cache" / "asyncengine")
     path = directory(tmp_path / "model", "Qwen2Tokenizer")
+    read_and_keep(path)
+    slow = ("transformers.models", "transformers.modeling_utils")
+    assert made == [path] and set(slow) < sys.modules.keys(), "whoever makes it anew imports them"
+    command = [sys.executable, "-c", RECALL, str(path), "transformers", *slow]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-
-    def imported() -> str:
-        command = [sys.executable, "-c", RECALL, str(path)]
-        return subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
-
-    assert "transformers.models" in imported()
-    assert imported() == ""
+    imported = subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout.split()
+    assert imported == ["transformers"]

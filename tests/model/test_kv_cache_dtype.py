@@ -16,6 +16,8 @@ from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.verification import Trial
 
+pytestmark = pytest.mark.loops("either")
+
 Checkpoint = Callable[..., Path]
 
 

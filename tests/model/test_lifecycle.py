@@ -84,6 +84,7 @@ FAILURES: dict[str, tuple[Callable[[Path], None], dict[str, Any], type[Exception
 }
 
 
+@pytest.mark.loops("either")
 @pytest.mark.parametrize("failure", FAILURES)
 async def test_a_reload_that_fails_leaves_the_old_model_serving(
     failure: str, checkpoint: Callable[..., Path], tmp_path: Path
@@ -105,6 +106,7 @@ async def test_a_reload_that_fails_leaves_the_old_model_serving(
         assert (await engine.generate(PROMPT, GREEDY)).token_ids == generated(good)
 
 
+@pytest.mark.loops("either")
 async def test_a_warm_up_that_raises_leaves_the_old_model_serving(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +126,7 @@ async def test_a_warm_up_that_raises_leaves_the_old_model_serving(
         assert (await engine.generate(PROMPT, GREEDY)).token_ids == generated(checkpoint("llama"))
 
 
+@pytest.mark.loops("either")
 async def test_a_load_that_fails_after_the_old_model_is_gone_leaves_a_usable_engine(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +183,7 @@ async def test_a_request_is_carried_over_to_the_next_model(
     assert head[same:] == reference(second).after_each([*PROMPT, *head[:same]], head[same:])
 
 
+@pytest.mark.loops("either")
 async def test_weights_are_replaced_whole_or_not_at_all(checkpoint: Callable[..., Path]) -> None:
     first, second = checkpoint("llama"), checkpoint("llama", seed=1)
     weights = AutoModelForCausalLM.from_pretrained(second, dtype=torch.float32).state_dict()
@@ -213,6 +217,7 @@ async def test_a_sleeping_engine_goes_on_where_it_was(checkpoint: Callable[..., 
     assert tokens == reference(checkpoint("llama")).after_each(PROMPT, tokens)
 
 
+@pytest.mark.loops("either")
 async def test_debug_functions_are_called_beside_the_model(checkpoint: Callable[..., Path]) -> None:
     async with AsyncEngine(config(checkpoint("llama"))) as engine:
         (count,) = await engine.debug_call_func_on_all_workers("num_parameters")
@@ -223,6 +228,7 @@ async def test_debug_functions_are_called_beside_the_model(checkpoint: Callable[
             await engine.debug_call_func_on_all_workers("nose")
 
 
+@pytest.mark.loops("either")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 async def test_half_precision_serves_and_agrees_between_alone_and_batched(

@@ -28,6 +28,8 @@ from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.verification import Trial
 from asyncengine.step.model import LoadedModel
 
+pytestmark = pytest.mark.loops("either")
+
 
 def load(config: EngineConfig) -> LoadedModel:
     loader = TransformersLoader()

@@ -16,6 +16,8 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ReloadError
 from asyncengine.model import packed_linear
 from asyncengine.model.packed_linear import PackedLinear, pack, supports, writers
 
+pytestmark = pytest.mark.loops("either")
+
 Checkpoint = Callable[..., Path]
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 512, "intermediate_size": 512, "tie_word_embeddings": True}

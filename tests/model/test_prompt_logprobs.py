@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InvalidRequestError, TokenLogprobs, tiny
 
+pytestmark = pytest.mark.loops("either")
+
 CONFIG: dict[str, Any] = {
     "device": "cpu", "max_total_sequence_length": 4096, "max_num_sequence": 8, "kv_cache_page_size": 16,
     "prefill_chunk_size": 24,

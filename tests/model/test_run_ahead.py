@@ -25,6 +25,8 @@ from asyncengine.step.batch import StepBatch
 from tests.model.test_graphs import Replayer, capture_all
 from tests.step.core_case import params
 
+pytestmark = pytest.mark.loops("either")
+
 CPU = torch.device("cpu")
 STORY = [7, 19, 3, 44, 120, 65, 9, 9, 31, 150, 77, 8, 101, 5, 60, 12, 90, 33, 2, 71, 18, 55, 140, 27]
 

@@ -20,6 +20,8 @@ from asyncengine import (
     tiny,
 )
 
+pytestmark = pytest.mark.loops("either")
+
 CONFIG: dict[str, Any] = {
     "device": "cpu", "max_total_sequence_length": 2048, "max_num_sequence": 16, "kv_cache_page_size": 16,
 }  # fmt: skip

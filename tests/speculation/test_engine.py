@@ -163,6 +163,7 @@ def test_text_grammar_and_stop_strings_are_those_without_drafts(subtests: pytest
             assert counters.steps < before.steps  # type: ignore[attr-defined]
 
 
+@pytest.mark.loops("either")
 async def test_the_trained_draft_halves_the_steps() -> None:
     questions = ["What is the capital of France?", "What is the opposite of hot?", "Tell me a story about a duck."]
     config = GenerationConfig(temperature=0, max_tokens=120)
@@ -174,6 +175,7 @@ async def test_the_trained_draft_halves_the_steps() -> None:
         assert engine.metrics().counters.steps <= 0.5 * tokens
 
 
+@pytest.mark.loops("either")
 async def test_the_same_seeds_agree_at_a_high_temperature_because_drafts_use_the_same_random_numbers() -> None:
     config = EngineConfig(
         "tiny", **LIMITS, speculative_mode="small_draft", additional_models=("tiny",), spec_draft_length=4
@@ -202,6 +204,7 @@ async def test_leaving_in_the_middle_frees_everything_and_disturbs_nobody() -> N
         assert engine.metrics().kv_blocks_used == 0
 
 
+@pytest.mark.loops("either")
 async def test_a_sleep_and_new_weights_leave_drafts_right() -> None:
     wanted = GenerationConfig(temperature=0, max_tokens=40, ignore_eos=True)
     async with AsyncEngine(EngineConfig("tiny", **LIMITS)) as engine:
@@ -220,6 +223,7 @@ async def test_a_sleep_and_new_weights_leave_drafts_right() -> None:
     assert len(counts) == 1 and counts.pop() > 10
 
 
+@pytest.mark.loops("either")
 async def test_new_weights_that_the_draft_model_does_not_know_are_those_that_count() -> None:
     wanted = GenerationConfig(temperature=0, max_tokens=40, ignore_eos=True)
     old = load_file(tiny.PATH / "model.safetensors")
@@ -240,6 +244,7 @@ async def test_new_weights_that_the_draft_model_does_not_know_are_those_that_cou
     assert drafted.usage.accepted_draft_tokens < drafted_before.usage.accepted_draft_tokens
 
 
+@pytest.mark.loops("either")
 async def test_a_cached_prompt_keeps_its_drafts(pair: Callable[[str], tuple[Path, Path]]) -> None:
     wanted = GenerationConfig(temperature=0, max_tokens=40, ignore_eos=True)
     async with AsyncEngine(EngineConfig("tiny", **LIMITS, **TINY_DRAFT, spec_draft_length=4)) as engine:
@@ -250,6 +255,7 @@ async def test_a_cached_prompt_keeps_its_drafts(pair: Callable[[str], tuple[Path
     assert second.usage.accepted_draft_tokens == first.usage.accepted_draft_tokens
 
 
+@pytest.mark.loops("either")
 async def test_another_vocabulary_is_refused_before_the_old_model_is_let_go(
     pair: Callable[[str], tuple[Path, Path]],
 ) -> None:

@@ -36,6 +36,8 @@ from asyncengine.model.token_draw import FILTERED
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
 
+pytestmark = pytest.mark.loops("either")
+
 Backend = FlashInferAttention | FlashAttention3
 CUDA = torch.device("cuda")
 PAGE = 4

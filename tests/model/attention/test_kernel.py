@@ -187,12 +187,26 @@ def test_build_that_loses_the_race_takes_the_winners(monkeypatch: pytest.MonkeyP
 
 
 @needs_compiler
-def test_processes_that_build_at_once(cache: Path, stub: Path) -> None:
+def test_processes_that_build_at_once(cache: Path, stub: Path, tmp_path: Path) -> None:
+    """As `kernel.build` does it, but without torch, which takes longer to import than the stub to compile.
+
+    Their compilers wait for each other: each process has begun before the other one has anything to show.
+    """
     program = (
-        "import pathlib; from asyncengine.model.attention import kernel; "
-        f"kernel.SOURCE = pathlib.Path({str(stub)!r}); kernel.load(kernel.build())"
+        "import ctypes, pathlib; from asyncengine import builds; "
+        f"recipe = builds.Recipe('a stub', 'stub', (pathlib.Path({str(stub)!r}),), ('-shared', '-fPIC')); "
+        "library = builds.build(recipe, builds.find_compiler()); "
+        "assert ctypes.CDLL(str(library)).paged_attention(None, None, None) == 42"
     )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache.parent)}
+    begun, wrapper = tmp_path / "begun", tmp_path / "c++"
+    begun.mkdir()
+    wrapper.write_text(
+        f"#!/bin/sh\ntouch {begun}/$$\n"
+        f'for turn in $(seq 3000); do [ "$(ls {begun} | wc -l)" = 2 ] && break; sleep 0.01; done\n'
+        f'exec {shutil.which("c++")} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache.parent), "CXX": str(wrapper)}
     processes = [
         subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -200,6 +214,7 @@ def test_processes_that_build_at_once(cache: Path, stub: Path) -> None:
     for process in processes:
         _, errors = process.communicate(timeout=110)
         assert process.returncode == 0, errors
+    assert len(list(begun.iterdir())) == 2
     assert len(list(cache.iterdir())) == 1
 
 

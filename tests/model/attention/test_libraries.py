@@ -26,6 +26,8 @@ from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.attention.select import Selection, select
 from asyncengine.model.load_check import check_layers
 
+pytestmark = pytest.mark.loops("either")
+
 Backend = FlashInferAttention | FlashAttention3
 NAMES = ["flashinfer", "flash_attention_3"]
 MODULES = {"flashinfer": "flashinfer", "flash_attention_3": "flash_attn_interface"}

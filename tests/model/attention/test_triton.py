@@ -26,7 +26,7 @@ from attention_case import (
 )
 from test_invariance import same_bits
 from test_parity import assert_matches_dense
-from triton_device import DEVICE, TritonOnDevice, require_triton
+from triton_device import DEVICE, TritonOnDevice, require_triton, watch_overflows
 
 from asyncengine.model.attention import triton_tiles
 from asyncengine.model.attention.protocol import BackendUnavailableError
@@ -102,12 +102,17 @@ def test_features(features: dict[str, Any], dtype: torch.dtype) -> None:
     assert_matches_dense(backend(), layer(2, 1, **features), [(40, 1), (95, 1), (30, 9)], 16, dtype)
 
 
-@pytest.mark.parametrize("features", [{}, {"has_sinks": True, "soft_cap": 5.0, "sliding_window": 20_000}], ids=str)
-def test_long_contexts_are_shared_out(features: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decode and a verification at 32 k, a short row and a prefill chunk, in splits of 512 keys."""
+@pytest.mark.parametrize(
+    ("length", "features"),
+    [(32_000, {}), (8_000, {"has_sinks": True, "soft_cap": 5.0, "sliding_window": 5_000})],
+    ids=["32 k", "8 k, all features"],
+)
+def test_long_contexts_are_shared_out(length: int, features: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode and a verification over much, a short row and a prefill chunk, in splits of 512 keys."""
+    watch_overflows(monkeypatch)
     monkeypatch.setitem(triton_tiles.TABLE, (4, 16), Tiles(512, 512, Launch(16, 4, 1), Launch(32, 4, 1)))
     spec = layer(2, 1, key_dim=16, value_dim=8, **features)
-    shapes = [(32_000, 1), (32_700, 3), (40, 1), (1000, 12)]
+    shapes = [(length, 1), (length + 700, 3), (40, 1), (1000, 12)]
     triton = backend(programs=66)
     assert_matches_dense(triton, spec, shapes, 64, torch.float32)
     tables, _ = shuffled_tables([context + new for context, new in shapes], 64, 0)

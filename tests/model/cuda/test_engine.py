@@ -137,10 +137,10 @@ async def test_fused_kernels_take_part_in_captured_steps(
     monkeypatch.setattr(FusedDecoder, "forward", noted)
 
     async def work(engine: AsyncEngine) -> list[list[int]]:
-        settings = GenerationConfig(max_tokens=3, temperature=0, ignore_eos=True)
-        prompts = [[i, *PROMPT] for i in range(10)]
+        settings = GenerationConfig(max_tokens=2, temperature=0, ignore_eos=True)
+        prompts = [[i, 1] for i in range(10)]
         answers = await asyncio.gather(
-            engine.generate_many(prompts, settings), engine.generate_many(prompts[:1], [settings.replace(max_tokens=6)])
+            engine.generate_many(prompts, settings), engine.generate_many(prompts[:1], [settings.replace(max_tokens=8)])
         )
         return [answer.token_ids for each in answers for answer in each]
 
@@ -231,14 +231,13 @@ async def test_sleeps_wakes_changes_and_reloads_without_a_trace(device: Pretende
         assert changed != first
         await engine.update_weights(weights)
         assert await greedy(engine) == first
-        for _ in range(2):
-            await engine.unload()
-            gc.collect()
-            assert device.allocated == 0
-            await engine.reload(config)
-            assert await greedy(engine) == first
-            gc.collect()
-            assert device.allocated == pytest.approx(taken, rel=0.05)
+        await engine.unload()
+        gc.collect()
+        assert device.allocated == 0
+        await engine.reload(config)
+        assert await greedy(engine) == first
+        gc.collect()
+        assert device.allocated == pytest.approx(taken, rel=0.05)
 
 
 @on_one_loop
