@@ -137,14 +137,15 @@ async def test_fused_kernels_take_part_in_captured_steps(
     monkeypatch.setattr(FusedDecoder, "forward", noted)
 
     async def work(engine: AsyncEngine) -> list[list[int]]:
-        settings = GenerationConfig(max_tokens=2, temperature=0, ignore_eos=True)
+        settings = GenerationConfig(max_tokens=3, temperature=0, ignore_eos=True)
         prompts = [[i, 1] for i in range(10)]
         answers = await asyncio.gather(
             engine.generate_many(prompts, settings), engine.generate_many(prompts[:1], [settings.replace(max_tokens=8)])
         )
         return [answer.token_ids for each in answers for answer in each]
 
-    config = config.replace(decoder_backend="compiled", max_num_sequence=11)
+    # Pages enough for all of them at once.
+    config = config.replace(decoder_backend="compiled", max_num_sequence=11, max_total_sequence_length=512)
     async with AsyncEngine(config) as engine:
         assert captured == {1, 2, 4, 8, 11, 6}
         before = device.kernels.copy()
