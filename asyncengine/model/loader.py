@@ -140,7 +140,8 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     )
     draft_model = None
     try:
-        adapters = [(name, model.adapter_format.prepare(path, None)) for name, path in config.adapters.items()]
+        model.use_adapters(adapting := _adapting(built, details))
+        adapters = [(name, adapting.format.prepare(path, None)) for name, path in config.adapters.items()]
         for index, (_, prepared) in enumerate(adapters):
             model.put_adapter(index, prepared)
         if draft is not None:
@@ -179,7 +180,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         has_head=built.has_head,
         adapting=model,
         adapters=tuple(adapters),
-        adapter_format=model.adapter_format,
+        adapter_format=adapting.format,
     )
 
 
@@ -220,6 +221,15 @@ def _serving(built: Built, details: Details, backend: Any, limits: Limits, vocab
     paged.allocate()
     sampler = Sampler(limits.max_num_sequence, vocab_size, device)
     return TorchModel(built.model, paged, sampler, device, built.program, last), sampler
+
+
+def _adapting(built: Built, details: Details) -> Any:
+    """What computes with a model's adapters."""
+    from asyncengine.model.adapters.adapted_modules import AdaptedModules
+
+    if built.program is not None:
+        return built.program.adapters_of(built.model)
+    return AdaptedModules(built.model, built.layers, details.device, details.dtype)
 
 
 def _captured(

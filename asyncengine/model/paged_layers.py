@@ -19,7 +19,6 @@ class PagedLayers:
     """The KV cache of all layers, and the plan of the present step that they share.
 
     Attributes:
-        recorded: The layers.
         caches: One per layer; none until they are allocated.
         plan: Of the present step.
 
@@ -39,7 +38,7 @@ class PagedLayers:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.recorded = layers
+        self._layers = layers
         self._backend = backend
         self._limits = limits
         self._dtype = dtype
@@ -52,19 +51,17 @@ class PagedLayers:
         limits = self._limits
         self.caches = [
             self._backend.allocate(layer.spec, limits.num_blocks, limits.page_size, self._dtype, self._device)
-            for layer in self.recorded
+            for layer in self._layers
         ]
         if isinstance(self._backend, CapturableBackend):
             self._backend.reserve(limits, self._device)
-        attach(
-            {layer.module: self._hook(layer, cache) for layer, cache in zip(self.recorded, self.caches, strict=True)}
-        )
+        attach({layer.module: self._hook(layer, cache) for layer, cache in zip(self._layers, self.caches, strict=True)})
 
     def free(self) -> None:
         """Lets the cache go."""
         self.caches = []
         self.plan = None
-        attach(dict.fromkeys((layer.module for layer in self.recorded), _no_cache))
+        attach(dict.fromkeys((layer.module for layer in self._layers), _no_cache))
 
     def begin(self, batch: StepBatch) -> Any:
         """Prepares a step: copies blocks, then plans; returns the plan."""

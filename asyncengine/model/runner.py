@@ -18,7 +18,6 @@ from asyncengine.errors import InsufficientMemoryError, ReloadError
 from asyncengine.generation import SamplingParams
 from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, token_logprobs, verified_draw
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of
-from asyncengine.model.attention_modules import RecordedLayer
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.adapted import CompiledAdapters
 from asyncengine.model.decoder.program import CompiledDecoder
@@ -35,7 +34,6 @@ from asyncengine.model.token_ranking import argmax
 from asyncengine.model.way_back import OnItsWay, WayBack
 from asyncengine.model.weight_writer import in_place
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
-from asyncengine.step.model import AdapterFormat
 
 _PASSING = frozenset({2, *range(900, 909)})
 """Errors of CUDA that its context survives: memory (of the host, or of a graph), and those that speak of a capture."""
@@ -77,7 +75,6 @@ class TorchModel:
         last: Keeps the tokens that are drawn on the device, so that steps can be launched; None if they never are.
 
     Attributes:
-        adapter_format: Reads adapters.
         capturing: What is captured of its steps, if anything is.
         companion: What sleeps, wakes and goes with it.
     """
@@ -98,8 +95,7 @@ class TorchModel:
         self._program = program
         if program is not None:
             program.bind(layers.caches)
-        self._adapters = _adapters_of(model, layers.recorded, device, program)
-        self.adapter_format: AdapterFormat = self._adapters.format
+        self._adapters: CompiledAdapters | AdaptedModules | None = None
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.capturing: Capturing | None = None
         self._fused: FusedDecoder | None = None
@@ -256,6 +252,10 @@ class TorchModel:
         """Replays steps that are captured, from now on. They are captured from this model."""
         self.capturing = capturing
 
+    def use_adapters(self, adapters: CompiledAdapters | AdaptedModules) -> None:
+        """Computes steps with adapters, from now on."""
+        self._adapters = adapters
+
     def use_fused(self, fused: FusedDecoder) -> None:
         """Runs steps of the sizes that it serves through the model's fused kernels, from now on."""
         self._fused = fused
@@ -287,7 +287,8 @@ class TorchModel:
         self._layers.free()
         if self._device.type == "cuda":
             self._model.to("cpu")
-            self._adapters.move(torch.device("cpu"))
+            if self._adapters is not None:
+                self._adapters.move(torch.device("cpu"))
             if self._fused is not None:
                 self._fused.move(torch.device("cpu"))
         memory.give_back()
@@ -297,7 +298,8 @@ class TorchModel:
         assert self._model is not None
         if self._program is None:
             self._model.to(self._device)
-            self._adapters.move(self._device)
+            if self._adapters is not None:
+                self._adapters.move(self._device)
         if self._fused is not None:
             self._fused.move(self._device)
         self._layers.allocate()
@@ -310,6 +312,7 @@ class TorchModel:
 
     def put_adapter(self, index: int, prepared: Any) -> None:
         """As the protocol says; what was there before stays if there is no memory for it."""
+        assert self._adapters is not None
         try:
             self._adapters.put(index, prepared)
         except torch.OutOfMemoryError as error:
@@ -317,6 +320,7 @@ class TorchModel:
 
     def remove_adapter(self, index: int) -> None:
         """As the protocol says."""
+        assert self._adapters is not None
         self._adapters.remove(index)
 
     def update_weights(self, weights: Mapping[str, Any]) -> None:
@@ -394,16 +398,8 @@ class TorchModel:
         self._layers = None  # type: ignore[assignment]
         self._sampler = None  # type: ignore[assignment]
         self._program = None
-        self._adapters = None  # type: ignore[assignment]
+        self._adapters = None
         memory.give_back()
-
-
-def _adapters_of(
-    model: Any, recorded: list[RecordedLayer], device: torch.device, program: CompiledDecoder | None
-) -> CompiledAdapters | AdaptedModules:
-    if program is not None:
-        return program.adapters_of(model)
-    return AdaptedModules(model, recorded, device, model.get_input_embeddings().weight.dtype)
 
 
 def num_parameters(model: nn.Module) -> int:

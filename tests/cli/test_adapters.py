@@ -144,8 +144,14 @@ def test_what_names_no_adapter_is_refused_before_anything_is_loaded(name: str, g
     assert not loader.models
 
 
-@pytest.mark.parametrize("name", ["chat", "complete", "serve", "bench", "trace", "estimate"])
-@pytest.mark.parametrize("path", ["./nowhere", "~nobody-at-all/x", "pyproject.toml"])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        *((name, "./nowhere") for name in ("chat", "complete", "serve", "bench", "trace", "estimate")),
+        ("chat", "~nobody-at-all/x"),
+        ("serve", "pyproject.toml"),
+    ],
+)
 def test_a_directory_that_is_not_there_is_refused_before_anything_is_imported(name: str, path: str) -> None:
     wrong = subprocess.run(
         [sys.executable, "-W", "error", "-c", EARLY, name, "tiny", "--lora-modules", f"sea={path}"],
