@@ -30,6 +30,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import math
 import os
 import random
 import shlex
@@ -234,6 +235,13 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     return results
 
 
+def line_of(side: str, found: dict[str, Any]) -> str:
+    """A line of the table. Where each answer came at once, there are no times between tokens."""
+    times = [found.get(of, {}).get(p, math.nan) for of in ("ttft_ms", "inter_token_ms") for p in ("p50", "p99")]
+    columns = "".join(f"{value:>{width}.1f}" for value, width in zip(times, (10, 9, 9, 9), strict=True))
+    return f"{side:>14}{found['seconds']:>9.2f}{found['tokens_per_second']:>10.1f}{columns}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(shapes.SHAPES), default="S")
@@ -269,9 +277,7 @@ def main() -> None:
         results = uvloop.run(measure(arguments, path))
     print(f"{'':>14}{'total s':>9}{'tokens/s':>10}{'TTFT p50':>10}{'p99':>9}{'ITL p50':>9}{'p99':>9}  ms")
     for side, found in results.items():
-        times = [found[of][p] for of in ("ttft_ms", "inter_token_ms") for p in ("p50", "p99")]
-        columns = "".join(f"{value:>{width}.1f}" for value, width in zip(times, (10, 9, 9, 9), strict=True))
-        print(f"{side:>14}{found['seconds']:>9.2f}{found['tokens_per_second']:>10.1f}{columns}")
+        print(line_of(side, found))
     names = {"benchmark": "arrivals", "shape": arguments.shape, "dtype": arguments.dtype, "rate": arguments.rate}
     print(json.dumps({**names, "results": results}))
 

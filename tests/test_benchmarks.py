@@ -23,7 +23,7 @@ from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.tiles import Tile
 from asyncengine.model.loader import TransformersLoader
 from benchmarks import fused, gpu, gpu_parity, gpu_speed, kv_scales, launches
-from benchmarks.arrivals import arrivals
+from benchmarks.arrivals import arrivals, line_of
 from benchmarks.gpu import Report
 from benchmarks.lag import innermost, waited
 from tests.model.attention import fake_libraries
@@ -357,6 +357,11 @@ def test_arrivals_serves_the_same_requests_on_both_sides(reports: Reports) -> No
     ours, theirs = result["results"].values()
     assert (ours["requests"], ours["failed"]) == (theirs["requests"], theirs["failed"]) == (4, 0)
     assert ours["completion_tokens"] == theirs["completion_tokens"]
+
+
+def test_arrivals_says_where_there_was_no_time_between_tokens() -> None:
+    found = {"seconds": 2.0, "tokens_per_second": 8.0, "ttft_ms": {"p50": 1.0, "p99": 2.0}}
+    assert line_of("ours", found).split() == ["ours", "2.00", "8.0", "1.0", "2.0", "nan", "nan"]
 
 
 def test_arrivals_are_the_same_for_the_same_seed() -> None:
