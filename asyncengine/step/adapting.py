@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class Adapting:
-    """The adapters of the core's model.
-
-    Attributes:
-        table: Those that it has.
-    """
+    """The adapters of the core's model."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self.table = AdapterTable()
+
+    @property
+    def table(self) -> AdapterTable:
+        """Those that it has, where requests look them up."""
+        return self._core.requests.adapters
 
     def load(self, load: LoadAdapter) -> bool:
         """Has an adapter from now on; False if it was prepared for another model.

@@ -330,7 +330,7 @@ class Core:
         self.stepping.forget()
         self._keep_counts()
         self._epoch += 1
-        self.loaded, self.scheduler, self.failure, self.adapting.table = loaded, scheduler, None, adapters
+        self.loaded, self.scheduler, self.failure = loaded, scheduler, None
         self.requests.max_queue_size = loaded.config.max_queue_size
         self.requests.attach(scheduler, loaded.tokenizer, loaded.vocab_size, loaded.hidden_size is not None, adapters)
         self.view = dataclasses.replace(loaded.view(self._epoch), adapters=adapters.names)

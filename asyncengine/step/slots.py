@@ -47,6 +47,7 @@ class SlotTable:
         self.prompt_tokens = np.zeros(num_slots, dtype=np.int64)
         self.bound = np.zeros(num_slots, dtype=np.bool_)
         self.adapters = np.full(num_slots, NO_ADAPTER, dtype=np.int32)
+        self._ever_adapted = False  # while it is not, nobody looks
         self.num_blocks = np.zeros(num_slots, dtype=np.int64)
         self.stop_ids = np.full((num_slots, _STOP_IDS), -1, dtype=np.int32)
         self.more_stop_ids: dict[int, Int32] = {}
@@ -90,6 +91,7 @@ class SlotTable:
         self.min_tokens[slot] = min_tokens
         self.bound[slot] = bound
         self.adapters[slot] = adapter
+        self._ever_adapted |= adapter != NO_ADAPTER
         self.stop_ids[slot] = -1
         if len(stop_ids) <= _STOP_IDS:
             self.stop_ids[slot, : len(stop_ids)] = stop_ids
@@ -106,6 +108,8 @@ class SlotTable:
 
     def adapters_of(self, slots: Int64) -> Int32 | None:
         """(slots,) indices of the adapters of several sequences; None if none of them has one."""
+        if not self._ever_adapted:
+            return None
         adapters: Int32 = self.adapters[slots]
         return adapters if (adapters != NO_ADAPTER).any() else None
 
