@@ -1,11 +1,13 @@
 """Registers, spills and width of loads of the fused kernels, compiled for Hopper. Needs triton, but no GPU.
 
-What `asyncengine.model.fused` launches for models of known shapes, for one token and for several, in bfloat16, float16
-and float32. ptxas says how many registers a thread takes and how many bytes it spills; how many loads of 16 bytes the
-code has is counted in the assembly. Who is to stream at 4.8 TB/s with some 0.8 us between asking and getting must have
-29 KiB on the way to each of 132 multiprocessors; how much is, follows from stages, and from how many programs fit.
-A kernel that spills, reads weights in smaller pieces or has less on the way is slow: the exit status is 1 if there is
-one. Whether the others are fast, only a device can tell. The last line is one JSON object.
+What `asyncengine.model.fused` launches for models of known shapes, for one token and for several, and what
+`asyncengine.model.adapters` launches for adapters of several ranks, in bfloat16, float16 and float32. ptxas says how
+many registers a thread takes and how many bytes it spills; how many loads of 16 bytes the code has is counted in the
+assembly. Who is to stream at 4.8 TB/s with some 0.8 us between asking and getting must have 29 KiB on the way to each
+of 132 multiprocessors; how much is, follows from stages, and from how many programs fit. A kernel that spills, reads
+weights in smaller pieces or has less on the way is slow: the exit status is 1 if there is one. Factors of adapters are
+small, so how much of them is on the way is not looked at. Whether the others are fast, only a device can tell. The last
+line is one JSON object.
 
     python -m benchmarks.fused_compile [--quick]
 """
@@ -28,6 +30,8 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
+from asyncengine.model.adapters import kernels as adapter_kernels
+from asyncengine.model.adapters.factor_table import COLUMNS, options_of, outputs_of
 from asyncengine.model.fused import kernels, tiles
 from asyncengine.model.fused.launches import OPTIONS
 from asyncengine.model.fused.narrow_product import Shape, launch_options
@@ -38,9 +42,10 @@ from benchmarks.attention_compile import HOPPER, NAMES, resources
 from benchmarks.fused_shapes import DECODERS, Decoder, products
 
 _WIDE = re.compile(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global[^;]*, 0x10")
-_STRIDES = ("gate_token", "up_token", "query_token", "key_token")
+_EVEN = ("gate_token", "up_token", "query_token", "key_token", "stride", "inputs", "outputs")
+"""Arguments that multiples of 16 are given for."""
 _SCALARS = {
-    **dict.fromkeys(("tokens", *_STRIDES), "i32"),
+    **dict.fromkeys(("tokens", "splits", *_EVEN), "i32"),
     **dict.fromkeys(("offset", "epsilon", "factor", "cap", "query_scale"), "fp32"),
 }
 
@@ -56,7 +61,7 @@ class Case:
     Attributes:
         pointers: The arguments that are there, and what they point to.
         loads: Loads of 16 bytes that a thread needs for the weights of one turn of the loop.
-        stages: How many turns are loaded for at a time, and one less is on the way.
+        stages: How many turns are loaded for at a time, and one less is on the way; 0 if that is of no matter.
     """
 
     name: str
@@ -65,7 +70,7 @@ class Case:
     constants: Mapping[str, Any]
     options: Mapping[str, Any]
     loads: int = 0
-    stages: int = 1
+    stages: int = 0
 
 
 def product(name: str, shape: Shape, tokens: int) -> Case:
@@ -115,6 +120,18 @@ def others(name: str, decoder: Decoder, dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
+def adapters(dtype: torch.dtype, rank: int) -> Iterator[Case]:
+    """What adds adapters whose largest rank is that."""
+    numbers, each = f"*{NAMES[dtype]}", outputs_of(rank)
+    tables = {"which": "*i32", "pointers": "*i64", "ranks": "*i32", "sums": "*fp32"}
+    named, options = f"adapters {NAMES[dtype]} rank {rank}", options_of(rank)
+    loads = rank * each * dtype.itemsize // (32 * options["num_warps"] * 16)
+    constants = {"RANK": rank, "COLUMNS": COLUMNS, "BLOCK": each}
+    yield Case(f"{named} shrink", adapter_kernels.shrink, tables | {"numbers": numbers}, constants, options, loads)
+    pointers = tables | {"scalings": "*fp32", "results": numbers}
+    yield Case(f"{named} expand", adapter_kernels.expand, pointers, {"RANK": rank, "OUTPUTS": each}, options, loads)
+
+
 def cases(quick: bool) -> Iterator[Case]:
     """Every kernel, but for the tiny model; if it has to be quick, those that read the most weights."""
     for name, decoder in list(DECODERS.items())[: 1 if quick else -1]:
@@ -125,6 +142,9 @@ def cases(quick: bool) -> Iterator[Case]:
                     yield product(f"{named} {part}", shape, tokens)
             if not quick:
                 yield from others(named, decoder, dtype)
+    for dtype in DTYPES[: 1 if quick else None]:
+        for rank in (16,) if quick else (8, 16, 64, 256):
+            yield from adapters(dtype, rank)
 
 
 def compiled(case: Case) -> dict[str, int]:
@@ -139,7 +159,7 @@ def compiled(case: Case) -> dict[str, int]:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if types[name].startswith("*") or name in _STRIDES
+            if types[name].startswith("*") or name in _EVEN
         },
     )
     kernel = triton.compile(source, target=HOPPER, options=dict(case.options))
@@ -152,18 +172,19 @@ def on_the_way(case: Case, registers: int, shared: int) -> int:
     """Bytes of weights that a multiprocessor of an H100 or H200 has asked for at a time."""
     warps = int(case.options.get("num_warps", 4))
     programs = sass.programs(registers, shared, warps)
-    return programs * (case.stages - 1) * case.loads * 32 * warps * 16
+    return programs * max(case.stages - 1, 0) * case.loads * 32 * warps * 16
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the largest products of one model in bfloat16")
-    results = {}
+    results, streaming = {}, set()
     for case in cases(parser.parse_args().quick):
         results[case.name] = found = compiled(case)
+        streaming |= {case.name} if case.stages else set()
         print(f"{case.name:<45} {found}", flush=True)
     spilling = [name for name, found in results.items() if found["spilled"]]
-    starving = [name for name, found in results.items() if found["needed"] and found["on the way"] < ON_THE_WAY]
+    starving = [name for name, found in results.items() if name in streaming and found["on the way"] < ON_THE_WAY]
     narrow = [name for name, found in results.items() if found["wide"] < found["needed"]]
     print(
         json.dumps(

@@ -55,6 +55,15 @@ class Buckets:
         """
         return cls((*(size for size in _MIXED if size < largest), *((largest,) if largest <= _MIXED[-1] else ())))
 
+    @classmethod
+    def doubling(cls, largest: int) -> Buckets:
+        """1, 2, 4 and so on: fewer than of `upto`, for steps that are less common.
+
+        Args:
+            largest: Tokens of the largest step; the last bucket.
+        """
+        return cls((*itertools.takewhile(lambda size: size < largest, (1 << n for n in itertools.count())), largest))
+
     def coarse(self) -> tuple[int, ...]:
         """A few of the sizes, the largest first: with those of `upto`, a step is padded at most fourfold."""
         chosen = [self.sizes[-1]]

@@ -99,7 +99,8 @@ def graphs_of(
 
     draws = config.speculative_mode == "disable"  # else no token stays on the device
     tokens = _chunk(config, details) + sequences if isinstance(backend, CarryingBackend) else 0
-    steps = graph_memory.reserve(text_config(details.hf_config), details.dtype, sequences, draws, tokens)
+    adapters = bool(config.adapters)  # what comes later takes what is left
+    steps = graph_memory.reserve(text_config(details.hf_config), details.dtype, sequences, draws, tokens, adapters)
     if not isinstance(backend, CapturableBackend):
         return steps
     return steps + memory.GraphReserve(backend.capture_bytes(specs, sequences, details.device))

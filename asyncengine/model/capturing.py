@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,14 @@ class _Task(enum.Enum):
     DRAW = "draw"
 
 
+class _Sort(enum.Enum):
+    DECODES = ""
+    MIXED = "mixed "
+    """Of anything."""
+    ADAPTED = "adapted "
+    """Of decodes, some of which have adapters."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """One capture.
@@ -39,18 +48,18 @@ class _Piece:
         size: The bucket.
         first: Whether it is to be there when the model begins to serve.
         kind: Of a draw.
-        mixed: Whether it is a step of anything; else of decodes alone.
+        sort: Of a step.
     """
 
     task: _Task
     size: int
     first: bool
     kind: DrawKind = DrawKind.GREEDY
-    mixed: bool = False
+    sort: _Sort = _Sort.DECODES
 
     def __str__(self) -> str:
         draw = f", {self.kind.name.lower()}" if self.task is _Task.DRAW else ""
-        return f"{'mixed ' if self.mixed else ''}{self.task.value} of {self.size} tokens{draw}"
+        return f"{self.sort.value}{self.task.value} of {self.size} tokens{draw}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,8 @@ class Capturing:
         graphs: What is captured of steps that decode alone.
         choice: Between two ways to run steps of few tokens.
         mixed: What is captured of steps with prompts, if anything is.
-        seconds: Tells which of those are worth a graph; all are, without.
+        adapted: What is captured of steps with adapters, while there are any.
+        seconds: Tells which steps with prompts are worth a graph; all are, without.
         at_once: Whether everything is to be captured before the model serves.
         room: What the graphs may take; when they have taken more, there are no others. None is no limit.
         clock: Tells the time.
@@ -92,6 +102,7 @@ class Capturing:
         choice: Choice | None = None,
         *,
         mixed: StepGraphs | None = None,
+        adapted: StepGraphs | None = None,
         seconds: Seconds | None = None,
         at_once: bool = False,
         room: Room | None = None,
@@ -99,26 +110,31 @@ class Capturing:
     ) -> None:
         self.graphs = graphs
         self._choice = choice
-        self._mixed = mixed
+        self._of_sort = {_Sort.DECODES: graphs, _Sort.MIXED: mixed, _Sort.ADAPTED: adapted}
+        self._generation: int | None = None
         self._seconds = seconds
         self._at_once = at_once
         self._room = room
         self._clock = clock
         self._left: list[_Piece] = []
-        self._done = self._of = self._taken = 0
+        self._done, self._of = Counter[_Sort](), Counter[_Sort]()
+        self._taken = 0
         self._warmth = WarmUp(0, 0, False)
 
     @property
     def warmth(self) -> WarmUp:
         """How far it is. Read from any thread."""
         choice = () if self._choice is None else self._choice.notes
-        mixed = () if self._mixed is None else self._mixed.notes
-        return dataclasses.replace(self._warmth, notes=(*self.graphs.notes, *mixed, *choice, *self._warmth.notes))
+        graphs = [note for graphs in self._all for note in graphs.notes]
+        return dataclasses.replace(self._warmth, notes=(*graphs, *choice, *self._warmth.notes))
+
+    @property
+    def _all(self) -> list[StepGraphs]:
+        return [graphs for graphs in self._of_sort.values() if graphs is not None]
 
     def run(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
-        """As `StepGraphs.run`, by a graph of decodes, or of anything."""
-        ran = self.graphs.run(batch, sampler)
-        return ran if ran is not None or self._mixed is None else self._mixed.run(batch, sampler)
+        """As `StepGraphs.run`, by a graph of whatever sort it is."""
+        return next((ran for graphs in self._all if (ran := graphs.run(batch, sampler)) is not None), None)
 
     def begin(self) -> None:
         """Captures what is to be there when the model begins to serve; anew, if it was there before.
@@ -127,7 +143,7 @@ class Capturing:
         """
         self.clear()
         self._left = self._pieces()
-        self._of = len(self._left)
+        self._of = Counter(piece.sort for piece in self._left)
         self._look()
         until = self._clock() + FIRST_SECONDS
         while self._left and (self._at_once or (self._left[0].first and self._clock() < until)):
@@ -138,23 +154,38 @@ class Capturing:
         piece = self._left.pop(0)
         before = 0 if self._room is None else self._room.free()
         if self._capture(piece):
-            self._done += 1
+            self._done[piece.sort] += 1
         if self._room is not None:
             self._taken += max(before - self._room.free(), 0)
         self._look()
         return str(piece)
 
+    def adapters_changed(self) -> None:
+        """Captures steps with adapters anew, while there are no requests, if what was captured no longer holds."""
+        graphs, sort = self._of_sort[_Sort.ADAPTED], _Sort.ADAPTED
+        if graphs is None or graphs.adapters is None or graphs.adapters.generation == self._generation:
+            return
+        self._generation = graphs.adapters.generation
+        graphs.clear()
+        again = [piece for first in (True, False) for piece in self._further(sort, first)]
+        self._left = [piece for piece in self._left if piece.sort is not sort] + again
+        self._done[sort], self._of[sort] = 0, len(again)
+        self._look()
+
     def clear(self) -> None:
         """Lets go of all graphs. `begin` makes new ones."""
-        self.graphs.clear()
-        if self._mixed is not None:
-            self._mixed.clear()
+        for graphs in self._all:
+            graphs.clear()
         self._left = []
-        self._done = self._of = self._taken = 0
+        self._done.clear()
+        self._of.clear()
+        self._taken = 0
         self._warmth = WarmUp(0, 0, False)
 
     def _pieces(self) -> list[_Piece]:
         pieces = []
+        adapted = self._of_sort[_Sort.ADAPTED]
+        self._generation = None if adapted is None or adapted.adapters is None else adapted.adapters.generation
         for first in (True, False):
             some = _of(self.graphs.sizes, coarse=first)
             for size in some:
@@ -162,18 +193,25 @@ class Capturing:
                 if self._choice is not None and self._choice.is_open(size):
                     pieces.append(_Piece(_Task.CHOICE, size, first))
             pieces += [_Piece(_Task.DRAW, size, first, kind) for kind in self.graphs.kinds for size in some]
-            if self._mixed is not None:
-                pieces += [_Piece(_Task.STEP, size, first, mixed=True) for size in _of(self._mixed.sizes, coarse=first)]
+            pieces += self._further(_Sort.MIXED, first) + self._further(_Sort.ADAPTED, first)
         return pieces
+
+    def _further(self, sort: _Sort, first: bool) -> list[_Piece]:
+        """The steps of a sort beside decodes, those that are captured first, or the others."""
+        graphs = self._of_sort[sort]
+        if graphs is None or (graphs.adapters is not None and not graphs.adapters.capturable):
+            return []
+        return [_Piece(_Task.STEP, size, first, sort=sort) for size in _of(graphs.sizes, coarse=first)]
 
     def _capture(self, piece: _Piece) -> bool:
         if not self._possible(piece):  # any longer: a step that needed another graph has found out
             return False
-        if piece.mixed:
-            assert self._mixed is not None
-            captured = self._mixed.capture(piece.size)
-            if captured and self._seconds is not None:
-                self._mixed.keep_if_faster(piece.size, self._seconds)
+        if piece.sort is not _Sort.DECODES:
+            graphs = self._of_sort[piece.sort]
+            assert graphs is not None
+            captured = graphs.capture(piece.size)
+            if captured and self._seconds is not None and piece.sort is _Sort.MIXED:
+                graphs.keep_if_faster(piece.size, self._seconds)
             return captured
         if piece.task is _Task.STEP:
             return self.graphs.capture(piece.size)
@@ -187,22 +225,24 @@ class Capturing:
     def _look(self) -> None:
         """Notes how far it is, and which captures will never be done."""
         room, notes = self._room, list[str]()
+        done, of = self._done.total(), self._of.total()
         if room is not None and self._taken > room.nbytes and self._left:
             notes.append(
-                f"graphs: {self._done} of {self._of} are captured, no others: they take {self._taken / GIB:.2f} GiB, "
+                f"graphs: {done} of {of} are captured, no others: they take {self._taken / GIB:.2f} GiB, "
                 f"and {room.nbytes / GIB:.2f} GiB were set aside"
             )
             self._left = []
         self._left = [piece for piece in self._left if self._possible(piece)]
         if self._left:
-            notes.append(f"graphs: {self._done} of {self._of} are captured, the others while there are no requests")
-        self._warmth = WarmUp(self._done, self._of, bool(self._left), self._taken, tuple(notes))
+            notes.append(f"graphs: {done} of {of} are captured, the others while there are no requests")
+        self._warmth = WarmUp(done, of, bool(self._left), self._taken, tuple(notes))
 
     def _possible(self, piece: _Piece) -> bool:
         if not self.graphs.capturable:
             return False
-        if piece.mixed:
-            return self._mixed is not None and self._mixed.capturable
+        if piece.sort is not _Sort.DECODES:
+            graphs = self._of_sort[piece.sort]
+            return graphs is not None and graphs.capturable
         if piece.task is _Task.DRAW:
             return piece.kind in self.graphs.kinds
         return piece.task is _Task.STEP or (self._choice is not None and self._choice.is_open(piece.size))

@@ -15,7 +15,9 @@ STEP_GRAPH, DRAW_GRAPH = 8 << 20, 1 << 20
 """Bytes of one graph beside its tensors: what the driver keeps of its launches, and what is lost to rounding."""
 
 
-def reserve(text: Any, dtype: torch.dtype, sequences: int, draws: bool, tokens: int = 0) -> GraphReserve:
+def reserve(
+    text: Any, dtype: torch.dtype, sequences: int, draws: bool, tokens: int = 0, adapters: bool = False
+) -> GraphReserve:
     """What the steps of a model and the draws behind them take.
 
     Each graph keeps its logits where it writes them. Everything else is in a pool that all share: the activations of
@@ -27,14 +29,16 @@ def reserve(text: Any, dtype: torch.dtype, sequences: int, draws: bool, tokens: 
         sequences: Most sequences in one step.
         draws: Whether draws are captured, too.
         tokens: Most tokens in one step, if steps with prompts are captured, too.
+        adapters: Whether steps with adapters are captured, too.
     """
     sizes, vocab, bytes_each = Buckets.upto(sequences).sizes, int(text.vocab_size), dtype.itemsize
     mixed = Buckets.mixed(tokens).sizes if tokens else ()
-    rows = sum(sizes) + sum(min(size, sequences) for size in mixed)
+    adapted = Buckets.doubling(sequences).sizes if adapters else ()
+    rows = sum(sizes) + sum(min(size, sequences) for size in mixed) + sum(adapted)
     largest = max((*sizes, *mixed))
     shared = largest * activation_numbers(text) * bytes_each + (draw_bytes(sizes[-1], vocab) if draws else 0)
     drawn = len(sizes) * len(FILTERED) if draws else 0
-    steps = len(sizes) + len(mixed)
+    steps = len(sizes) + len(mixed) + len(adapted)
     return GraphReserve(rows * vocab * bytes_each + shared + steps * STEP_GRAPH + drawn * DRAW_GRAPH, steps + drawn)
 
 

@@ -2,8 +2,9 @@
 
 A step of decodes alone is padded to a bucket and replayed. Steps with prompts have graphs of their own, of which each
 launches whatever a step of so many tokens could need; longer ones run as they are. With drafts a row has several query
-tokens: then a graph of decodes serves where such a step launches what that has, and none is captured for it. Whatever a
-step brings to the device, its attention's plan included, reaches it in one packed copy, where a graph looks for it.
+tokens: then a graph of decodes serves where such a step launches what that has, and none is captured for it. Steps in
+which somebody has an adapter have graphs of their own, too, in which each token looks its adapter up. Whatever a step
+brings to the device, its attention's plan included, reaches it in one packed copy, where a graph looks for it.
 
 The graph of a bucket takes the likeliest token of each row and keeps it as the last one of the row's slot, so a step of
 greedy rows is one replay. What rows need besides is a graph of its own behind that one (`draw_graphs.py`): the captures
@@ -15,6 +16,7 @@ way). Then there are no further graphs, and a note says why. What is captured wh
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from asyncengine.model import token_draw
+from asyncengine.model.adapters.adapted_modules import AdaptedModules, places_of
 from asyncengine.model.attention.protocol import AttentionBackend, is_capturable
 from asyncengine.model.buckets import Buckets, padded, padding
 from asyncengine.model.draw_graphs import CapturedStep, DrawGraphs
@@ -81,6 +84,7 @@ class StepGraphs:
         kinds: The draws that can be captured, besides greedy ones.
         most_samples: Of steps of anything, how many rows of logits they give at most. Without, a step is of decodes
             alone, which give one for each token.
+        adapters: Of a model whose steps with adapters are captured. Without, a step is one without.
     """
 
     def __init__(
@@ -92,10 +96,12 @@ class StepGraphs:
         last: LastTokens | None = None,
         kinds: Sequence[DrawKind] = (),
         most_samples: int | None = None,
+        adapters: AdaptedModules | None = None,
     ) -> None:
         self._model = model
         self._device = device
         self._most_samples = most_samples
+        self._adapters = adapters
         self._buckets = buckets
         self._recorder: Recorder | None = recorder or CudaRecorder(device)
         self._last = last
@@ -109,6 +115,16 @@ class StepGraphs:
         """Captures of steps of anything, of the same model and in the same memory."""
         recorder, last = self._recorder, self._last
         return StepGraphs(self._model, buckets, self._device, recorder, last, most_samples=most_samples)
+
+    def adapted(self, buckets: Buckets, adapters: AdaptedModules) -> StepGraphs:
+        """Captures of decodes with adapters, of the same model and in the same memory."""
+        recorder, last = self._recorder, self._last
+        return StepGraphs(self._model, buckets, self._device, recorder, last, adapters=adapters)
+
+    @property
+    def adapters(self) -> AdaptedModules | None:
+        """As given."""
+        return self._adapters
 
     @property
     def notes(self) -> list[str]:
@@ -254,6 +270,8 @@ class StepGraphs:
 
     def _takes(self, batch: StepBatch) -> bool:
         """Whether it is a step of the kind that is captured."""
+        if (batch.adapters is None) != (self._adapters is None):
+            return False
         if self._most_samples is None:
             return batch.num_decodes == len(batch.context_lens) and len(batch.sample_index) <= len(batch.token_ids)
         return batch.draft_lengths is None
@@ -268,6 +286,8 @@ class StepGraphs:
         what = "no further steps are captured" if self._graphs else "the model cannot be captured, it runs without"
         if self._most_samples is not None:
             what = f"no {'further ' if self._graphs else ''}steps with prompts are captured"
+        if self._adapters is not None:
+            what = f"no {'further ' if self._graphs else ''}steps with adapters are captured"
         self._notes.append(f"graphs: {what}: {reason_of(error)}")
 
     def _recorded(self, recorder: Recorder, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> CapturedStep:
@@ -343,6 +363,8 @@ class StepGraphs:
             slots = np.full(rows, self._last.nowhere)
             slots[: len(step.sample_slots)] = step.sample_slots
             sections |= {"sources": sources_of(step), "slots": slots}
+        if self._adapters is not None:
+            sections["adapters"] = places_of(step, len(step.token_ids))
         return sections | token_draw.sections(rows)
 
     def _send(self, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> tuple[Hashable, dict[str, torch.Tensor]]:
@@ -353,6 +375,8 @@ class StepGraphs:
         """
         plan, sent = self._model.begin_with(step, sections, True, self._most_samples is not None)
         key: Hashable = getattr(plan, "graph_key", None)
+        if self._adapters is not None:
+            key = (key, self._adapters.generation)
         if sent is not None:
             return key, sent
         sent = self._buffer.send_sections(sections)
@@ -368,7 +392,8 @@ class StepGraphs:
         ids, positions, index = (sent[name].long() for name in ("ids", "positions", "index"))
         if self._last is not None:
             ids = self._last.fill(ids, sent["sources"])
-        return self._model.forward(ids[None], positions[None], index)
+        with contextlib.nullcontext() if self._adapters is None else self._adapters.looked_up(sent["adapters"]):
+            return self._model.forward(ids[None], positions[None], index)
 
     def _store(self, sent: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> None:
         if self._last is not None:

@@ -150,7 +150,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
             drafter = model.companion = DraftModel(draft_model, draft_sampler, limits)
             drafting = _drafting(config, drafter, limits, details.device, draft.nbytes / built.nbytes)
         # Both caches are there by now: they share the attention's plan, and what one adds to it changes its addresses.
-        notes += [*built.notes, *_captured(config, model, built, details, backend, limits, last)]
+        notes += [*built.notes, *_captured(config, model, built, details, backend, limits, last, adapting)]
         if draft is not None and draft_model is not None:
             slower = _captured(config, draft_model, draft, details, backend, limits)
             notes += [f"draft model: {note}" for note in (*draft.notes, *slower)]
@@ -233,7 +233,14 @@ def _adapting(built: Built, details: Details) -> Any:
 
 
 def _captured(
-    config: EngineConfig, model: Any, built: Built, details: Details, backend: Any, limits: Limits, last: Any = None
+    config: EngineConfig,
+    model: Any,
+    built: Built,
+    details: Details,
+    backend: Any,
+    limits: Limits,
+    last: Any = None,
+    adapting: Any = None,
 ) -> tuple[str, ...]:
     """Warms a model up and captures the first of its steps; returns what is slower than it could be, in words."""
     from asyncengine.model.attention.protocol import CarryingBackend
@@ -270,9 +277,10 @@ def _captured(
     if isinstance(backend, CarryingBackend):
         tokens = limits.prefill_chunk_size + limits.max_num_sequence
         mixed = graphs.mixed(Buckets.mixed(tokens), limits.max_num_sequence)
+    adapted = None if adapting is None else graphs.adapted(Buckets.doubling(limits.max_num_sequence), adapting)
     at_once = config.graph_capture == "load"
     seconds = choice.cuda_seconds(details.device, rounds=3, replays=3)
-    capturing = Capturing(graphs, measured, mixed=mixed, seconds=seconds, at_once=at_once, room=room)
+    capturing = Capturing(graphs, measured, mixed=mixed, adapted=adapted, seconds=seconds, at_once=at_once, room=room)
     capturing.begin()
     model.use_graphs(capturing)
     return slower

@@ -17,7 +17,7 @@ from torch import nn
 from asyncengine.errors import InsufficientMemoryError, ReloadError
 from asyncengine.generation import SamplingParams
 from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, token_logprobs, verified_draw
-from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of
+from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of, places_of
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.adapted import CompiledAdapters
 from asyncengine.model.decoder.program import CompiledDecoder
@@ -167,18 +167,23 @@ class TorchModel:
         run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         others: Mapping[str, NDArray[Any]] | None = None,
     ) -> torch.Tensor:
-        """Sends a step, and whatever else goes with it, and launches the model; with adapters its own modules."""
+        """Sends a step, and whatever else goes with it, and launches the model."""
 
         def carry(sections: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor] | None:
             return self.begin_with(batch, sections)[1]
 
         if batch.adapters is None:
             return run(*self._inputs.send(batch, others, carry))
-        assert isinstance(self._adapters, AdaptedModules)
+        adapters, tokens = self._adapters, len(batch.token_ids)
+        assert isinstance(adapters, AdaptedModules)
+        if adapters.by_token(tokens):
+            inputs = self._inputs.send(batch, {**(others or {}), "adapters": places_of(batch, tokens)}, carry)
+            with adapters.looked_up(self._inputs.sent["adapters"]):
+                return run(*inputs)
         order, groups = groups_of(batch)
         inputs = self._inputs.send(batch, {**(others or {}), "adapted": order}, carry)
-        with self._adapters.applied(groups, self._inputs.sent["adapted"].long(), len(batch.token_ids)):
-            return self._forward(*inputs)
+        with adapters.applied(groups, self._inputs.sent["adapted"].long(), tokens):
+            return run(*inputs)
 
     def _draw(self, batch: StepBatch, logits: torch.Tensor) -> StepTokens:
         """Tokens and scores from logits, those that are drawn from first."""
@@ -214,8 +219,8 @@ class TorchModel:
         return self._send_and_run(batch, self.forward)
 
     def _replayed(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
-        """Replays a step that was captured, if there is one; none with adapters is."""
-        return None if self.capturing is None or batch.adapters is not None else self.capturing.run(batch, sampler)
+        """Replays a step that was captured, if there is one."""
+        return None if self.capturing is None else self.capturing.run(batch, sampler)
 
     def copy_blocks(self, copies: Int64) -> None:
         """Copies whole blocks of the KV cache: (C, 2) of source and destination."""
@@ -233,7 +238,8 @@ class TorchModel:
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Runs the model: (1, tokens) ids and positions, (M,) rows of logits that are wanted; (M, vocabulary)."""
-        if self._fused is not None and self._fused.serves(ids.shape[1]):
+        adapted = isinstance(self._adapters, AdaptedModules) and self._adapters.active
+        if self._fused is not None and not adapted and self._fused.serves(ids.shape[1]):
             return self._fused.forward(ids, positions, index)
         return self._forward(ids, positions, index)
 
@@ -317,11 +323,15 @@ class TorchModel:
             self._adapters.put(index, prepared)
         except torch.OutOfMemoryError as error:
             raise InsufficientMemoryError(f"there is no memory for the adapter: {error}") from error
+        if self.capturing is not None:
+            self.capturing.adapters_changed()
 
     def remove_adapter(self, index: int) -> None:
         """As the protocol says."""
         assert self._adapters is not None
         self._adapters.remove(index)
+        if self.capturing is not None:
+            self.capturing.adapters_changed()
 
     def update_weights(self, weights: Mapping[str, Any]) -> None:
         """As the protocol says. The old values are kept until all new ones are in place."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from asyncengine import WarmUp
 from asyncengine.model import capturing as capturing_module
@@ -16,6 +19,7 @@ from asyncengine.model.capturing import CapturesOf, Capturing, Room
 from asyncengine.model.graphs import StepGraphs
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.token_draw import DrawKind
+from asyncengine.step.batch import StepBatch
 from tests.model.test_graphs import CPU, Model, Replayer, decodes
 
 GIB = 1 << 30
@@ -159,3 +163,67 @@ def test_those_of_a_draft_model_come_after_those_of_the_model(monkeypatch: pytes
         done.append(together.warm_up())
     assert done == ["step of 2 tokens", "step of 1 tokens", "step of 4 tokens", "step of 1 tokens"]
     assert (together.warmth.done, together.warmth.of, len(together.warmth.notes)) == (3, 4, 1)
+
+
+@dataclasses.dataclass
+class Adapters:
+    """Stands in for those of a model."""
+
+    capturable: bool = True
+    generation: int = 1
+
+    @contextlib.contextmanager
+    def looked_up(self, which: torch.Tensor) -> Iterator[None]:
+        self.which = which.tolist()
+        yield
+
+
+def adapted(adapters: Any, recorder: Replayer | None = None, **others: Any) -> Capturing:
+    graphs = StepGraphs(Model(), Buckets((1, 2)), CPU, recorder or Replayer())
+    return Capturing(graphs, adapted=graphs.adapted(Buckets.doubling(3), adapters), **others)
+
+
+def with_adapters(*own: int) -> StepBatch:
+    return dataclasses.replace(decodes(len(own)), adapters=np.array(own, np.int32))
+
+
+class TestAdapters:
+    def test_steps_with_adapters_are_captured_while_there_are_any(self) -> None:
+        capturing = adapted(adapters := Adapters(capturable=False))
+        capturing.begin()
+        capturing.adapters_changed()
+        assert capturing.warmth == WarmUp(2, 2, False) and capturing.run(with_adapters(0)) is None
+        adapters.capturable, adapters.generation = True, 2
+        capturing.adapters_changed()
+        assert the_rest(capturing) == [f"adapted step of {n} tokens" for n in (3, 1, 2)]
+        assert capturing.warmth == WarmUp(5, 5, False)
+        ran = capturing.run(with_adapters(4, -1, 4))
+        assert ran is not None and ran.logits.tolist() == [[100, 0], [101, 3], [102, 6]]
+        assert adapters.which == [4, -1, 4]
+        assert capturing.run(decodes(2)) is not None and adapters.which == [4, -1, 4]
+        assert capturing.run(decodes(3)) is None, "one without adapters waits for no kernels of theirs"
+        adapters.capturable, adapters.generation = False, 3
+        capturing.adapters_changed()
+        assert capturing.warmth == WarmUp(2, 2, False) and capturing.run(with_adapters(0)) is None
+
+    def test_what_holds_still_is_kept_and_else_captured_again(self) -> None:
+        capturing = adapted(adapters := Adapters(), recorder := Replayer(), at_once=True)
+        capturing.begin()
+        assert recorder.recorded == 5
+        capturing.adapters_changed()
+        assert not capturing.warmth.goes_on
+        adapters.generation += 1
+        capturing.adapters_changed()
+        assert capturing.run(with_adapters(0)) is None and capturing.run(decodes(1)) is not None
+        adapters.generation += 1
+        capturing.advance()
+        capturing.adapters_changed()  # in the middle
+        assert capturing.warmth.of == 5 and len(the_rest(capturing)) == 3 and recorder.recorded == 9
+        assert capturing.warmth == WarmUp(5, 5, False) and capturing.run(with_adapters(0)) is not None
+
+    def test_where_they_cannot_be_captured_others_can_be(self) -> None:
+        capturing = adapted(Adapters(), Replayer(fails_at=3), at_once=True)
+        capturing.begin()
+        (note,) = capturing.warmth.notes
+        assert note.startswith("graphs: no further steps with adapters are captured: operation not permitted")
+        assert capturing.graphs.captured == (1, 2) and capturing.run(with_adapters(0)) is not None

@@ -1,6 +1,8 @@
 """Adapters of a model that runs as its own modules: what they add to the outputs of linear layers, by hooks.
 
-Owned by the step thread. For each adapter of a step its tokens are taken out, multiplied by both factors, and added.
+Owned by the step thread. Where there are kernels for it, and in steps of few tokens, each token looks its adapter up:
+two launches a layer, whatever adapters there are, and they can be captured. Else, for each adapter of a step, its
+tokens are taken out, multiplied by both factors, and added.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from asyncengine.model.adapters import lora
+from asyncengine.model.adapters.factor_table import FactorTable
 from asyncengine.model.adapters.lora import Lora, LowRank
 from asyncengine.model.attention_modules import RecordedLayer
 from asyncengine.model.fp8_linear import Fp8Linear
 from asyncengine.model.packed_linear import PackedLinear
 from asyncengine.step.adapters import NO_ADAPTER
-from asyncengine.step.batch import Int64, StepBatch
+from asyncengine.step.batch import Int32, Int64, StepBatch
+
+BY_TOKEN = 256
+"""Tokens of the largest launched step in which each looks its adapter up; of more, those that share one go together."""
 
 
 class ModulesFormat:
@@ -48,25 +54,49 @@ class AdaptedModules:
         recorded: Its attention layers.
         device: Where it is.
         dtype: Of its activations.
+        by_token: Whether tokens may look their adapters up; if not given, where that is done by kernels of the device.
 
     Attributes:
         format: Reads adapters.
+        active: Whether the model, run now, adds what adapters add.
     """
 
     def __init__(
-        self, model: nn.Module, recorded: list[RecordedLayer], device: torch.device, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        recorded: list[RecordedLayer],
+        device: torch.device,
+        dtype: torch.dtype,
+        by_token: bool | None = None,
     ) -> None:
         self._modules = _linear_layers(model, recorded)
-        self.format = ModulesFormat({name: _shape(module) for name, module in self._modules.items()}, dtype)
-        self._device = device
+        self._shapes = {name: _shape(module) for name, module in self._modules.items()}
+        self.format = ModulesFormat(self._shapes, dtype)
+        self._device = self._home = device
         self._adapters: dict[int, dict[str, LowRank]] = {}
         self._hooks: dict[str, Any] = {}
+        self._table = _table(self._shapes, device) if by_token or (by_token is None and device.type == "cuda") else None
+        self.active = False
         self._present: list[tuple[dict[str, LowRank], torch.Tensor | None]] = []
+        self._which: torch.Tensor | None = None
         self._tokens = 0
+
+    @property
+    def capturable(self) -> bool:
+        """Whether there are adapters, with which steps can be captured."""
+        return self._table is not None and bool(self._adapters)
+
+    @property
+    def generation(self) -> int:
+        """Of what was captured with adapters, which holds as long as this stays the same."""
+        return 0 if self._table is None else self._table.generation
 
     def put(self, index: int, adapter: Lora) -> None:
         """As `AdaptableModel.put_adapter`."""
-        self._adapters[index] = _moved(adapter, self._device)
+        moved = _moved(adapter, self._device)
+        if self._table is not None:
+            self._table.put(index, moved)
+        self._adapters[index] = moved
         for name in adapter:
             if name not in self._hooks:
                 self._hooks[name] = self._modules[name].register_forward_hook(self._hook(name))
@@ -74,6 +104,11 @@ class AdaptedModules:
     def remove(self, index: int) -> None:
         """As `AdaptableModel.remove_adapter`."""
         del self._adapters[index]
+        if self._table is not None and self._adapters:  # what was captured still has all layers
+            self._table.remove(index)
+            return
+        if self._table is not None:
+            self._table.clear()
         in_use = {name for adapter in self._adapters.values() for name in adapter}
         for name in [name for name in self._hooks if name not in in_use]:
             self._hooks.pop(name).remove()
@@ -82,6 +117,29 @@ class AdaptedModules:
         """Takes them to where the model is."""
         self._device = device
         self._adapters = {index: _moved(adapter, device) for index, adapter in self._adapters.items()}
+        if self._table is not None:
+            self._table.clear()
+            if device == self._home:
+                for index, adapter in self._adapters.items():
+                    self._table.put(index, adapter)
+
+    def by_token(self, tokens: int) -> bool:
+        """Whether in a step of so many tokens each looks its adapter up."""
+        return self._table is not None and tokens <= BY_TOKEN
+
+    @contextlib.contextmanager
+    def looked_up(self, which: torch.Tensor) -> Iterator[None]:
+        """Adds what adapters add, within the block, in which the model is run once or captured.
+
+        Args:
+            which: As `places_of` has it, where the model is.
+        """
+        self.active, self._which, self._tokens = True, which, len(which)
+        try:
+            with torch.cuda.device(which.device) if which.device.type == "cuda" else contextlib.nullcontext():
+                yield
+        finally:
+            self.active, self._which = False, None
 
     @contextlib.contextmanager
     def applied(self, groups: list[tuple[int, int, int]], order: torch.Tensor, tokens: int) -> Iterator[None]:
@@ -95,19 +153,23 @@ class AdaptedModules:
         self._present = [
             (self._adapters[index], None if end - start == tokens else order[start:end]) for index, start, end in groups
         ]
-        self._tokens = tokens
+        self.active, self._tokens = True, tokens
         try:
             yield
         finally:
-            self._present = []
+            self.active, self._present = False, []
 
     def _hook(self, name: str) -> Any:
         def add(module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-            if not self._present:
+            if not self.active:
                 return None
             inputs = arguments[0].reshape(-1, arguments[0].shape[-1])
             if len(inputs) != self._tokens:
                 raise RuntimeError(f"{name} sees {len(inputs)} of {self._tokens} tokens, so it cannot be adapted")
+            if self._which is not None:
+                assert self._table is not None
+                self._table.add(name, inputs, output.view(-1, output.shape[-1]), self._which)
+                return None
             outputs = output.reshape(-1, output.shape[-1])
             for adapter, tokens in self._present:
                 factors = adapter.get(name)
@@ -137,6 +199,22 @@ def groups_of(batch: StepBatch) -> tuple[Int64, list[tuple[int, int, int]]]:
     return order.astype(np.int64), list(zip(indices.tolist(), starts.tolist(), ends.tolist(), strict=True))
 
 
+def places_of(batch: StepBatch, tokens: int) -> Int32:
+    """The index of the adapter of each token of a step, padded to so many; `NO_ADAPTER` where there is none."""
+    places = np.full(tokens, NO_ADAPTER, np.int32)
+    if batch.adapters is not None:
+        own = np.repeat(batch.adapters, np.diff(batch.query_start))
+        places[: len(own)] = own
+    return places
+
+
+def _table(shapes: Mapping[str, tuple[int, int]], device: torch.device) -> FactorTable | None:
+    try:
+        return FactorTable(shapes, device)
+    except Exception:  # whatever a package that does not fit the system raises when it is imported
+        return None
+
+
 def _linear_layers(model: nn.Module, recorded: list[RecordedLayer]) -> dict[str, nn.Module]:
     """Linear layers by name that see every token of a step once: those in the blocks that attend, but for experts."""
     from transformers.pytorch_utils import Conv1D  # not where a model needs nothing of transformers
@@ -159,4 +237,8 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _moved(adapter: Mapping[str, LowRank], device: torch.device) -> dict[str, LowRank]:
-    return {name: LowRank(own.down.to(device), own.up.to(device), own.scaling) for name, own in adapter.items()}
+    """It on a device, the second factor stored as its transpose, for loads of neighbouring outputs."""
+    return {
+        name: LowRank(own.down.to(device).contiguous(), own.up.to(device).t().contiguous().t(), own.scaling)
+        for name, own in adapter.items()
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOptions, StepError
-from asyncengine.model import buckets, loader, verification
+from asyncengine.model import buckets, graphs, loader, verification
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.runner import TorchModel
+from tests.loop.harness import eventually
 from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
@@ -168,11 +170,15 @@ async def test_speculation_verifies_on_the_device(device: Pretended, config: Eng
 
 
 @on_one_loop
-async def test_adapters_beside_captured_steps(
+async def test_steps_with_adapters_are_captured(
     device: Pretended, config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps with them are launched, and wait for nothing; those without are replayed as ever."""
-    save_adapter(tmp_path, AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32), 1, rank=2)
+    """Decodes, with those that come later, too; in steps with prompts they are launched, and wait for nothing."""
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    for seed, name in enumerate(("one", "two")):
+        save_adapter(tmp_path / name, model, seed, rank=2, only="up_proj", scale=1.0)
+    save_adapter(tmp_path / "large", model, 2, rank=12, only=("q_proj", "up_proj"), scale=1.0)
+    monkeypatch.setattr(graphs, "FILTERED", ())
     launch = TorchModel.launch
 
     def launched(model: TorchModel, batch: Any) -> Any:
@@ -181,27 +187,48 @@ async def test_adapters_beside_captured_steps(
 
     monkeypatch.setattr(TorchModel, "launch", launched)
 
-    async def work(engine: AsyncEngine) -> list[list[int]]:
-        settings = GenerationConfig(max_tokens=3, temperature=0, ignore_eos=True)
-        options = [RequestOptions(adapter=name) for name in ("one", None)]
-        answers = await asyncio.gather(*(engine.generate(PROMPT, settings, own) for own in options))
-        return [answer.token_ids for answer in answers]
+    async def answers(engine: AsyncEngine, *names: str | None, tokens: int = 4) -> list[list[int]]:
+        settings = GenerationConfig(max_tokens=tokens, temperature=0, ignore_eos=True)
+        asked = (engine.generate(PROMPT, settings, RequestOptions(adapter=name)) for name in names)
+        return [answer.token_ids for answer in await asyncio.gather(*asked)]
 
-    config = config.replace(adapters={"one": str(tmp_path)})
-    expected = await on_host(config, work)
-    assert expected[0] != expected[1]
+    async def alone(engine: AsyncEngine) -> list[list[int]]:
+        for name in ("two", "large"):
+            await engine.load_adapter(name, tmp_path / name)
+        return [(await answers(engine, name))[0] for name in (None, "one", "two", "large")]
+
+    async def launches(engine: AsyncEngine, name: str, tokens: int) -> Counter[str]:
+        before = device.kernels.copy()
+        await answers(engine, name, tokens=tokens)
+        return device.kernels - before
+
+    config = config.replace(adapters={"one": str(tmp_path / "one")}, max_num_sequence=2)
+    plain, one, two, large = await on_host(config, alone)
+    assert len({tuple(each) for each in (plain, one, two, large)}) == 4
     async with AsyncEngine(config) as engine:
-        assert await work(engine) == expected
-        replays = device.replays
+        assert engine.health().notes == ()
+        assert engine.health().warm_up.done == 2 + 1 + 2  # of 1 and 2, with prompts, with adapters of 1 and 2
+        assert await answers(engine, None, "one") == [plain, one]
+        await engine.load_adapter("two", tmp_path / "two")
+        for_its_prompt = await launches(engine, "two", 2)
+        assert for_its_prompt["shrink"] == for_its_prompt["expand"] == 1
+        assert await launches(engine, "two", 5) == for_its_prompt
         await engine.sleep()
         await engine.wake()
-        await engine.load_adapter("two", tmp_path)
-        assert await work(engine) == expected
+        assert await launches(engine, "two", 5) == for_its_prompt
+        assert await answers(engine, "two", "one") == [two, one]
         before = device.allocated
         await engine.unload_adapter("two")
         assert device.allocated < before
-        await engine.unload_adapter("one")
-        assert await greedy(engine) and device.replays > replays
+        await engine.load_adapter("large", tmp_path / "large")  # what was captured serves no such rank
+        assert engine.health().warm_up.goes_on
+        assert await answers(engine, "large", "one") == [large, one]
+        await eventually(lambda: not engine.health().warm_up.goes_on)
+        assert await launches(engine, "large", 2) == await launches(engine, "large", 5)
+        for name in engine.adapters:
+            await engine.unload_adapter(name)
+        assert await answers(engine, None) == [plain]
+        assert engine.health().warm_up.done == 2 + 1
 
 
 @on_one_loop
