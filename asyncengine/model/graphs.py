@@ -375,8 +375,6 @@ class StepGraphs:
         """
         plan, sent = self._model.begin_with(step, sections, True, self._most_samples is not None)
         key: Hashable = getattr(plan, "graph_key", None)
-        if self._adapters is not None:
-            key = (key, self._adapters.generation)
         if sent is not None:
             return key, sent
         sent = self._buffer.send_sections(sections)

@@ -18,6 +18,8 @@ from asyncengine.model.adapters.factor_table import COLUMNS, FactorTable
 from asyncengine.model.adapters.lora import LowRank
 from asyncengine.model.attention_modules import RecordedLayer
 from asyncengine.model.buckets import padding
+from asyncengine.model.paged_layers import PagedLayers
+from asyncengine.model.runner import TorchModel
 from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
 
@@ -158,3 +160,31 @@ def test_where_triton_is_not_there_adapters_go_one_by_one(
     model = AutoModelForCausalLM.from_pretrained(path := checkpoint("llama"), dtype=torch.float32)
     adapted = AdaptedModules(model, recorded(path), CPU, torch.float32, by_token=True)
     assert not adapted.by_token(1) and not adapted.capturable
+
+
+def test_fused_kernels_leave_steps_with_adapters_to_the_modules(checkpoint: Callable[..., Path]) -> None:
+    require_triton()
+    model = AutoModelForCausalLM.from_pretrained(path := checkpoint("llama"), dtype=torch.float32)
+    fused, runner = Fused(), TorchModel(model, PagedLayers([], None, None, None, CPU), None, CPU)
+    adapted = AdaptedModules(model, recorded(path), CPU, torch.float32, by_token=True)
+    runner.use_fused(fused)
+    runner.use_adapters(adapted)
+    inputs = torch.arange(3)[None], torch.arange(3)[None], torch.tensor([2])
+    with torch.inference_mode():
+        runner.forward(*inputs)
+        with adapted.looked_up(torch.full((3,), -1, dtype=torch.int32)):
+            logits = runner.forward(*inputs)
+        torch.testing.assert_close(logits, model(input_ids=inputs[0]).logits[0, 2:])
+        with adapted.applied([], torch.empty(0, dtype=torch.long), 3):
+            assert torch.equal(runner.forward(*inputs), logits)
+    assert fused.ran == 1
+
+
+class Fused:
+    ran = 0
+
+    def serves(self, tokens: int) -> bool:
+        return True
+
+    def forward(self, *inputs: torch.Tensor) -> None:
+        self.ran += 1
