@@ -87,19 +87,23 @@ def graph_reserve(
     """What the captured steps of a model and of the one that drafts for it will take; None if there will be none."""
     if not is_capturable(backend) or details.device.type != "cuda":
         return None
-    needs = [details] if details.draft is None else [details, details.draft]
-    return sum((graphs_of(config, each, backend, sequences, specs) for each in needs), memory.GraphReserve())
+    needs = graphs_of(config, details, backend, sequences, specs, bool(config.adapters))
+    return needs if details.draft is None else needs + graphs_of(config, details.draft, backend, sequences, specs)
 
 
 def graphs_of(
-    config: EngineConfig, details: Details, backend: Any, sequences: int, specs: Collection[LayerSpec]
+    config: EngineConfig,
+    details: Details,
+    backend: Any,
+    sequences: int,
+    specs: Collection[LayerSpec],
+    adapters: bool = False,
 ) -> memory.GraphReserve:
-    """What the captured steps of one model will take, and its attention for them."""
+    """What the captured steps of one model will take, also those with adapters or not, and its attention for them."""
     from asyncengine.model import graph_memory
 
     draws = config.speculative_mode == "disable"  # else no token stays on the device
     tokens = _chunk(config, details) + sequences if isinstance(backend, CarryingBackend) else 0
-    adapters = bool(config.adapters)  # what comes later takes what is left
     steps = graph_memory.reserve(text_config(details.hf_config), details.dtype, sequences, draws, tokens, adapters)
     if not isinstance(backend, CapturableBackend):
         return steps

@@ -271,7 +271,8 @@ def _captured(
     room = None
     if details.device.type == "cuda":
         specs = [layer.spec for layer in built.layers]
-        aside = graphs_of(config, details, backend, limits.max_num_sequence, specs).nbytes
+        adapters = adapting is not None and bool(config.adapters)  # those that come later take what is left
+        aside = graphs_of(config, details, backend, limits.max_num_sequence, specs, adapters).nbytes
         room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
     mixed = None
     if isinstance(backend, CarryingBackend):

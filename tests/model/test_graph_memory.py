@@ -81,6 +81,8 @@ def test_the_reserve_adds_up() -> None:
     mixed = reserve(text, torch.bfloat16, 16, False, 100)
     more = (3 * 16 * 1000 + (100 - 16) * (6 * 64 + 4 * 256)) * 2 + 3 * STEP_GRAPH  # of 32, 64 and 100 tokens
     assert mixed == GraphReserve(kept + activations + 5 * STEP_GRAPH + more, 8)
+    adapted = GraphReserve(kept + (1 + 2 + 4 + 8 + 16) * 1000 * 2 + activations + 10 * STEP_GRAPH, 10)
+    assert reserve(text, torch.bfloat16, 16, False, adapters=True) == adapted
     assert reserve(text, torch.bfloat16, 1, False).graphs == 1
     assert str(GraphReserve(3 << 28, 20)) == "0.75 GiB for 20 CUDA graphs"
 
@@ -100,6 +102,10 @@ def test_a_load_sets_aside_what_it_will_capture(backend: str, device: str, mode:
     attention = {"triton": SimpleNamespace(plan_with=print), "torch": SimpleNamespace(name="torch")}[backend]
     found = capacity.graph_reserve(config, details, attention, 16, [])
     assert (None if found is None else found.graphs) == graphs
+    if graphs is not None:  # and for those with adapters, if there are any; a model that drafts has none
+        details.draft = details
+        found = capacity.graph_reserve(config.replace(adapters={"one": "a"}), details, attention, 16, [])
+        assert found is not None and found.graphs == 2 * graphs + 5
 
 
 def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.MonkeyPatch) -> None:
