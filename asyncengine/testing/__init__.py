@@ -5,7 +5,8 @@ Everything but the model is the real engine: threads, scheduler, KV accounting, 
 
 from asyncengine.testing.adapters import Script
 from asyncengine.testing.engines import MODEL, echo_engine, scripted_engine
-from asyncengine.testing.scripted import ScriptedLoader, ScriptedModel, echo
+from asyncengine.testing.scripted import ScriptedModel, echo
+from asyncengine.testing.scripted_loader import ScriptedLoader
 from asyncengine.testing.tokenizer import ByteTokenizer
 
 __all__ = [

@@ -8,7 +8,8 @@ from typing import Any
 from asyncengine.config import EngineConfig
 from asyncengine.loop.engine import AsyncEngine
 from asyncengine.testing.adapters import Script
-from asyncengine.testing.scripted import ScriptedLoader, echo
+from asyncengine.testing.scripted import echo
+from asyncengine.testing.scripted_loader import ScriptedLoader
 from asyncengine.testing.tokenizer import ByteTokenizer
 
 Answers = Script | Mapping[str, str] | str

@@ -10,7 +10,7 @@ import pytest
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InsufficientMemoryError, ReloadError, StepError
 from asyncengine.step.released import released
-from asyncengine.testing.scripted import ScriptedLoader, ScriptedModel
+from asyncengine.testing import ScriptedLoader, ScriptedModel
 
 
 class Tensor:
