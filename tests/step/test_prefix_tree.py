@@ -24,16 +24,6 @@ def ids(tokens: Sequence[int]) -> Int32:
 
 SPACES = st.sampled_from([0, 0, 0, 1, 2])
 
-
-def words(fewest: int) -> st.SearchStrategy[list[int]]:
-    """Up to twelve tokens, each of them 0 or 1: the last bits of a number."""
-    return st.builds(
-        lambda length, bits: [bits >> place & 1 for place in range(length)],
-        st.integers(fewest, 12),
-        st.integers(0, 2**12 - 1),
-    )
-
-
 Path = tuple[int, tuple[int, ...]]
 """Space and tokens."""
 
@@ -94,11 +84,11 @@ class TreeMachine(RuleBasedStateMachine):
             stack += [(space, whole, child) for child in node.children.values()]
         return found
 
-    @rule(tokens=words(0), space=SPACES)
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=0, max_size=12), space=SPACES)
     def match(self, tokens: list[int], space: int) -> None:
         assert self.tree.match(ids(tokens), space).tolist() == self.naive.match(tokens, space)
 
-    @rule(tokens=words(PAGE), space=SPACES, later=st.booleans())
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=PAGE, max_size=12), space=SPACES, later=st.booleans())
     def compute(self, tokens: list[int], space: int, later: bool) -> None:
         """A sequence starts: what is known is shared, the rest is its own; it is inserted now or later."""
         tokens = tokens[: len(tokens) // PAGE * PAGE]
@@ -156,7 +146,7 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.pool.num_free == free + min(count, cached)
         self.sync()
 
-    @rule(name=st.sampled_from("pq"), tokens=words(0), space=SPACES)
+    @rule(name=st.sampled_from("pq"), tokens=st.lists(st.integers(0, 1), max_size=12), space=SPACES)
     def pin(self, name: str, tokens: list[int], space: int) -> None:
         self.tree.pin(name, ids(tokens), space)
         self.pins[name] = space, self.naive.match(tokens, space)
