@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _DIGEST = "sha256"
@@ -145,6 +146,7 @@ def _key(recipe: Recipe, compiler: Sequence[str]) -> str:
     return hashlib.sha256(seed + b"".join(source.read_bytes() for source in recipe.sources)).hexdigest()[:32]
 
 
+@cache
 def processor() -> str:
     """What the system says of this machine's processor."""
     try:

@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -96,14 +97,20 @@ def keep(place: Path, findings: Findings) -> None:
 
 def _program() -> tuple[str, ...]:
     """Whatever of the programs could come to something else."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (sys.version, torch.__version__, version("transformers"), processor(), capability, _sources())
+
+
+@cache
+def _sources() -> str:
+    """A digest of this package's code, as the process found it."""
     package = Path(asyncengine.__file__).parent
     sources = [file for folder in ("model", "step") for file in sorted((package / folder).rglob("*"))]
     digest = hashlib.sha256()
     for source in sources:
         if source.suffix in (".py", ".cpp", ".h"):
             digest.update(source.read_bytes())
-    capability = torch.backends.cpu.get_cpu_capability()
-    return (sys.version, torch.__version__, version("transformers"), processor(), capability, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _stamps(files: list[Path]) -> Iterator[tuple[str, int, int, int, int, int]]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+from functools import cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -45,6 +46,7 @@ def write(place: Path, content: bytes, most_files: int) -> None:
             old.unlink()
 
 
+@cache
 def version(name: str) -> str:
     """Of a distribution; empty if it is not installed."""
     try:

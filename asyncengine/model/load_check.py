@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -344,7 +345,9 @@ def watch(architecture: Any, hf_config: Any) -> dict[str, Any] | None:
     """
     from transformers import AutoModelForCausalLM
 
-    configuration = f"{type(hf_config).__qualname__} {hf_config.to_json_string(use_diff=False)}"
+    stated = json.loads(hf_config.to_json_string(use_diff=False))
+    stated.pop("_name_or_path", None)  # where it was read from
+    configuration = f"{type(hf_config).__qualname__} {json.dumps(stated, sort_keys=True)}"
     if (known := _WATCHED.get(configuration)) is not None:
         return known
     try:

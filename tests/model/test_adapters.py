@@ -123,7 +123,8 @@ def test_the_batch_changes_no_bits(changes: Any, tiny_adapters: Path) -> None:
         async with AsyncEngine(settings) as engine:
             assert engine.complete_engine_config.decoder_backend == "compiled"
             wanted = [(prompt, name) for prompt in (*PROMPTS, [*range(40, 150)]) for name in (None, "one", "two")]
-            asked = [ask(engine, prompt, name, logprobs=True, top_logprobs=3) for prompt, name in wanted]
+            changed = {"logprobs": True, "top_logprobs": 3, "max_tokens": 10}
+            asked = [ask(engine, prompt, name, **changed) for prompt, name in wanted]
             return await asyncio.gather(*asked) if together else [await each for each in asked]
 
     alone, beside = asyncio.run(serve(128, False)), asyncio.run(serve(9, True))

@@ -32,10 +32,13 @@ from asyncengine.model.verification import Trial
 from asyncengine.step.model import LoadedModel
 from tests.model.checkpoints import ARCHITECTURES
 from tests.model.decoder.test_program import batch_of, load, logits, sequences
+from tests.model.test_kept_tokenizer import directory
 
 NOT_KEPT = {"mixtral", "qwen3_moe", "gpt_oss", "gpt_neox"}
 """Experts are put together by transformers, and the head of the last is stored under another name."""
 COMPILED = sorted(set(ARCHITECTURES) - {"deepseek_v3"})
+INT8 = ("qwen2", "phi3", "gpt2", "opt", "cohere", "gemma2", "phi", "mixtral")
+"""Between them they have every kind of part that is stored so."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +64,10 @@ def recalled(loaded: LoadedModel) -> bool:
     return isinstance(model._model, Skeleton)
 
 
-@pytest.mark.parametrize("architecture", COMPILED)
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize(
+    ("architecture", "quantization"),
+    [*((name, "none") for name in COMPILED), *((name, "int8") for name in INT8)],
+)
 def test_a_known_checkpoint_needs_no_model_of_transformers(
     architecture: str, quantization: str, tmp_path: Path, checkpoint: Callable[..., Path], builds: list[str]
 ) -> None:
@@ -275,25 +280,26 @@ import sys
 from asyncengine import EngineConfig
 from asyncengine.model.loader import TransformersLoader
 loader = TransformersLoader()
-loader.load(loader.check(EngineConfig(sys.argv[1], device="cpu", tokenizer="tiny"), None)).model.close()
-print(*(name for name in sys.argv[2:] if name in sys.modules))
+loader.load(loader.check(EngineConfig(sys.argv[1], device="cpu", tokenizer=sys.argv[2]), None)).model.close()
+print(*(name for name in sys.argv[3:] if name in sys.modules))
 """
 
 
 def test_the_modules_of_models_are_not_imported(
     tmp_path: Path, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are most of what a first load takes. Of these some would be imported for the tokenizer."""
+    """They are most of what a first load takes. Of these some are imported for a tokenizer of most classes."""
     for module in (findings, kept_tokenizer):
         monkeypatch.setattr(module, "cache_directory", cache_directory)  # where another process looks
     path = shutil.copytree(checkpoint("llama", vocab_size=4096), tmp_path / "never loaded before")
+    tokenizer = str(directory(tmp_path / "tokenizer", "Qwen2Tokenizer"))
     loader = TransformersLoader()
-    first = loader.load(loader.check(EngineConfig(str(path), device="cpu", tokenizer="tiny"), None))
+    first = loader.load(loader.check(EngineConfig(str(path), device="cpu", tokenizer=tokenizer), None))
     assert not recalled(first)
     first.model.close()
-    slow = ("transformers.modeling_utils", "sympy", "torch._dynamo")
+    slow = ("transformers.models", "transformers.modeling_utils", "sympy", "torch._dynamo")
     assert set(slow) < sys.modules.keys(), "a load that has to find everything out imports them"
-    command = [sys.executable, "-c", KNOWN, str(path), "transformers", *slow, "triton"]
+    command = [sys.executable, "-c", KNOWN, str(path), tokenizer, "transformers", *slow, "triton"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     imported = subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout.split()
     assert imported == ["transformers"]

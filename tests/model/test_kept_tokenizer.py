@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -251,26 +248,3 @@ def test_without_a_home_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(kept_tokenizer, "cache_directory", homeless)
     assert read(directory(tmp_path / "model")).keep_at is None
-
-
-RECALL = """
-import sys
-from pathlib import Path
-from asyncengine.model.tokenizer import load_tokenizer
-assert load_tokenizer(Path(sys.argv[1])).keep_at is None, "it was kept"
-print(*(name for name in sys.argv[2:] if name in sys.modules))
-"""
-
-
-def test_the_list_of_all_models_is_not_imported(
-    tmp_path: Path, made: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kept_tokenizer, "cache_directory", lambda: tmp_path / "cache" / "asyncengine")
-    path = directory(tmp_path / "model", "Qwen2Tokenizer")
-    read_and_keep(path)
-    slow = ("transformers.models", "transformers.modeling_utils")
-    assert made == [path] and set(slow) < sys.modules.keys(), "whoever makes it anew imports them"
-    command = [sys.executable, "-c", RECALL, str(path), "transformers", *slow]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    imported = subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE).stdout.split()
-    assert imported == ["transformers"]

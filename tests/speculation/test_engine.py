@@ -56,11 +56,11 @@ def wishes() -> list[tuple[list[int], GenerationConfig]]:
     random = np.random.default_rng(0)
     shared = random.integers(1, 199, 30).tolist()
     repeated = random.integers(1, 199, 6).tolist() * 5
-    sampled = GenerationConfig(temperature=0.8, seed=11, max_tokens=24)
+    sampled = GenerationConfig(temperature=0.8, seed=11, max_tokens=18)
     return [
-        (shared, GenerationConfig(temperature=0, max_tokens=30)),
+        (shared, GenerationConfig(temperature=0, max_tokens=20)),
         (repeated, GenerationConfig(temperature=0, max_tokens=30, logprobs=True, top_logprobs=3)),
-        ([*shared, 5, 6, 7], GenerationConfig(temperature=0, max_tokens=20, n=3, repetition_penalty=1.3)),
+        ([*shared, 5, 6, 7], GenerationConfig(temperature=0, max_tokens=16, n=3, repetition_penalty=1.3)),
         (repeated, sampled.replace(n=3, logprobs=True)),
         (shared[:17], sampled.replace(frequency_penalty=0.8, logit_bias={7: 2.0}, top_p=0.9)),
         ([*repeated, 9], sampled.replace(temperature=0.3, top_k=4, min_tokens=10, stop_token_ids=list(range(20, 60)))),
@@ -117,7 +117,7 @@ def test_outputs_are_those_without_drafts(
             assert (counters.preemptions > 0) == ("squeezed" in name)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "qwen3", "phi3", "gpt_neox", "olmo2"])
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "qwen3", "gpt_neox", "olmo2"])
 def test_so_it_is_with_other_architectures(
     architecture: str, pair: Callable[[str], tuple[Path, Path]], subtests: pytest.Subtests
 ) -> None:
@@ -138,8 +138,8 @@ def test_so_it_is_with_other_architectures(
 
 
 def test_text_grammar_and_stop_strings_are_those_without_drafts(subtests: pytest.Subtests) -> None:
-    free = GenerationConfig(temperature=0, max_tokens=60)
-    sampled = GenerationConfig(temperature=1.0, seed=5, max_tokens=50)
+    free = GenerationConfig(temperature=0, max_tokens=44)
+    sampled = GenerationConfig(temperature=1.0, seed=5, max_tokens=40)
     schema = JsonSchema({"type": "object", "properties": {"name": {"enum": ["Ada", "Alan"]}, "n": {"type": "integer"}}})
     asked = [
         (STORY, free),
