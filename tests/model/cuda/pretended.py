@@ -72,7 +72,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _leaves(given: Any, into: list[Any]) -> list[Any]:
-    """What an operator's arguments are made of. As torch's `tree_flatten`, which takes all kinds of trees and longer."""
+    """What an operator's arguments are made of. As `tree_flatten`, which takes longer."""
     for one in given.values() if type(given) is dict else given:
         if isinstance(one, (tuple, list, dict)):
             _leaves(one, into)
