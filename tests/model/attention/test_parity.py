@@ -29,6 +29,14 @@ from asyncengine.model.attention.reference import TorchAttention
 # In Triton's interpreter these take too long; test_triton.py has smaller ones.
 quick_backends = pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
 
+
+def over_dtypes(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+    """The kernel is compiled for each dtype apart; torch's own way computes in float32 whatever it is given."""
+    given = [("torch", torch.float32), *(("cpu", dtype) for dtype in dtypes)]
+    names = [f"{backend}-{dtype}" for backend, dtype in given]
+    return pytest.mark.parametrize(("backend", "dtype"), given, ids=names, indirect=["backend"])
+
+
 # (context, new): decodes, prefills from nothing, prefill chunks and prefix hits; lengths around every boundary.
 MIXED = [(0, 1), (5, 1), (63, 1), (64, 1), (700, 1), (0, 37), (0, 130), (16, 17), (100, 29), (513, 70), (1, 2)]
 
@@ -59,15 +67,13 @@ def test_mixed_batch(backend: AttentionBackend, dtype: torch.dtype, page_size: i
     assert_matches_dense(backend, layer(), MIXED, page_size, dtype)
 
 
-@quick_backends
+@over_dtypes(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("page_size", [2, 3, 8, 24, 32, 48, 80, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_uncommon_page_sizes(backend: AttentionBackend, dtype: torch.dtype, page_size: int) -> None:
     assert_matches_dense(backend, layer(value_dim=24), MIXED, page_size, dtype)
 
 
-@quick_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@over_dtypes(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16])
 def test_query_heads_that_share_a_kv_head(backend: AttentionBackend, group: int, dtype: torch.dtype) -> None:
     assert_matches_dense(backend, layer(heads=2 * group, kv_heads=2), MIXED, 16, dtype)
@@ -78,8 +84,7 @@ def test_many_query_heads_on_one_kv_head(backend: AttentionBackend) -> None:
     assert_matches_dense(backend, layer(heads=71, kv_heads=1), MIXED, 16, torch.bfloat16)
 
 
-@quick_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@over_dtypes(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize(
     ("key_dim", "value_dim"), [(8, 8), (7, 5), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128), (24, 72)]
 )
@@ -100,8 +105,7 @@ FEATURES: list[dict[str, Any]] = [
 ]
 
 
-@quick_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@over_dtypes(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("features", FEATURES, ids=str)
 def test_features(backend: AttentionBackend, features: dict[str, Any], page_size: int, dtype: torch.dtype) -> None:

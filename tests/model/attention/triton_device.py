@@ -51,8 +51,63 @@ def _quicken() -> None:
         scalar = dtype.element_ty if isinstance(dtype, language.block_type) else dtype
         return find(scalar) if isinstance(scalar, language.pointer_type) else known(scalar)
 
+    def replace_builtin(place: Any, name: str, builtin: Any, _: Any, scope: Any) -> None:
+        while language.core.is_builtin(builtin) and hasattr(builtin, "__wrapped__"):
+            builtin = builtin.__wrapped__  # out of what asks whether it is compiled
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kwargs["_semantic"] = interpreter.interpreter_semantic
+            return builtin(*args, **kwargs)
+
+        scope.set_attr(place, name, call)
+
     interpreter._patch_lang, interpreter._get_np_dtype = replace_once, found
+    interpreter._patch_attr = replace_builtin
     _sanitise(interpreter.interpreter_builder, False)
+    _quicken_types(language.core, interpreter.interpreter_semantic)
+
+
+def _quicken_types(core: Any, semantic: Any) -> None:
+    """Shapes, and what two types make together, are worked out once for all values that have them."""
+    unwrap, check, broadcast = core._unwrap_if_constexpr, core.block_type.__init__, semantic.broadcast_impl_value
+    combine = functools.cache(semantic.computation_type_impl)
+    plain: dict[type, bool] = {}  # by type: nothing to unwrap in it
+    shapes: dict[tuple[int, ...], tuple[Any, Any, Any]] = {}
+
+    def unwrapped(value: Any) -> Any:
+        kind = type(value)
+        if kind is core.constexpr:
+            return value.value
+        if kind not in plain:
+            plain[kind] = not issubclass(kind, (list, tuple, core.tuple, core.constexpr))
+        return value if plain[kind] else unwrap(value)
+
+    def of_block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = tuple([unwrapped(size) for size in shape])
+        if key not in shapes:
+            check(self, element_ty, shape)
+            sizes = core.tuple([core.constexpr(size) for size in key])
+            shapes[key] = self.shape, self.numel, (sizes, core.constexpr(self.numel))
+        self.element_ty = element_ty
+        self.shape, self.numel, self.of_values = shapes[key]
+
+    scalar = core.tuple([]), core.constexpr(1)
+
+    def of_value(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = type.of_values if isinstance(type, core.block_type) else scalar
+
+    def broadcast_values(left: Any, right: Any) -> Any:
+        one, other = left.type, right.type
+        if one.is_block() and other.is_block() and one.shape is other.shape:
+            return left, right
+        return broadcast(left, right)
+
+    core._unwrap_if_constexpr = unwrapped
+    core.block_type.__init__, core.tensor.__init__ = of_block, of_value
+    core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", lambda self, name: None)
+    semantic.broadcast_impl_value = broadcast_values
+    semantic.computation_type_impl = combine
 
 
 def _sanitise(builder: Any, overflows: bool) -> None:

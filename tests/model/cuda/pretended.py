@@ -35,8 +35,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from asyncengine import builds
 
@@ -49,6 +48,9 @@ _WAITING = {
     aten.unique_consecutive.default, aten.bincount.default,
 }  # fmt: skip
 _INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+_SENT = {  # operators that name a device among their arguments, or ask about it
+    aten.to.device, aten.to.dtype_layout, aten.is_pinned.default, aten.pin_memory.default, aten._pin_memory.default,
+}  # fmt: skip
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.mv.default}
 
 _RANDOM = tuple(
@@ -67,6 +69,35 @@ def _merge(into: Clock, other: Clock) -> None:
 
 def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _leaves(given: Any, into: list[Any]) -> list[Any]:
+    """What an operator's arguments are made of. As `tree_flatten`, which takes longer."""
+    for one in given.values() if type(given) is dict else given:
+        if isinstance(one, (tuple, list, dict)):
+            _leaves(one, into)
+        else:
+            into.append(one)
+    return into
+
+
+def _mapped(function: Callable[[Any], Any], given: Any) -> Any:
+    """The same with each leaf replaced. As torch's `tree_map`."""
+    if isinstance(given, (tuple, list)):
+        values = [_mapped(function, one) for one in given]
+        return type(given)(*values) if hasattr(given, "_fields") else type(given)(values)
+    if isinstance(given, dict):
+        return {name: _mapped(function, one) for name, one in given.items()}
+    return function(given)
+
+
+def _held(one: Any) -> Any:
+    return one.held if isinstance(one, OnDevice) else one
+
+
+@functools.cache
+def _decomposes(func: Any) -> bool:
+    return bool(func._can_decompose()) and func not in _WAITING
 
 
 def _garbage(tensor: torch.Tensor) -> None:
@@ -138,7 +169,17 @@ class _Mode(TorchDispatchMode):
         self._pretended = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._pretended.run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if not types and func not in _SENT and not kwargs.get("pin_memory"):
+            device = kwargs.get("device")
+            if device is None or torch.device(device).type != "cuda":  # nothing of the device, and nothing for it
+                return func(*args, **kwargs)
+        return self._pretended.run(func, args, kwargs)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and what keeps torch from trying takes as long as many an operator."""
+        return False
 
 
 class Stream:
@@ -394,8 +435,8 @@ class Pretended:
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operator, on the host or on the device."""
-        flat, spec = tree_flatten((args, kwargs))
-        there = [one for one in flat if isinstance(one, OnDevice)]
+        flat = _leaves((args, kwargs), [])
+        there = any(isinstance(one, OnDevice) for one in flat)
         device = kwargs.get("device")
         wanted = None if device is None else torch.device(device).type
         if wanted is None and func in (aten.to.device, aten.to.dtype_layout):
@@ -405,7 +446,7 @@ class Pretended:
             if func is aten.is_pinned.default:
                 return _address(args[0]) in self._pinned
             return func(*args, **kwargs)
-        if not pinned and func._can_decompose() and func not in _WAITING:
+        if not pinned and _decomposes(func):
             with _Mode(self):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -413,7 +454,7 @@ class Pretended:
         with self.lock:
             if pinned:
                 return self._pin(func, args, kwargs)
-            return self._run(func, args, kwargs, flat, spec, wanted)
+            return self._run(func, args, kwargs, flat, wanted)
 
     def _pin(self, func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         self._not_captured("pinning memory")
@@ -426,7 +467,7 @@ class Pretended:
         self._pinned.add(_address(result))
         return result
 
-    def _run(self, func: Any, args: Any, kwargs: dict[str, Any], flat: list[Any], spec: Any, wanted: str | None) -> Any:
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any], flat: list[Any], wanted: str | None) -> Any:
         if func is aten.copy_.default and not (isinstance(args[0], OnDevice) and isinstance(args[1], OnDevice)):
             non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
             return self._cross(args[0], args[1], non_blocking)
@@ -445,14 +486,13 @@ class Pretended:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         if func is aten._local_scalar_dense.default:
             return args[0].held.item()
-        held = [one.held if isinstance(one, OnDevice) else one for one in flat]
-        inner_args, inner_kwargs = tree_unflatten(held, spec)
+        inner_args, inner_kwargs = _mapped(_held, args), _mapped(_held, kwargs)
         if inner_kwargs.get("device") is not None:
             inner_kwargs["device"] = "cpu"
         mutated = self._mutated(func, inner_args, inner_kwargs)
         self._remember(mutated)
         result = self._computed(func, inner_args, inner_kwargs)
-        outputs = [one for one in tree_flatten(result)[0] if isinstance(one, torch.Tensor)]
+        outputs = [one for one in _leaves((result,), []) if isinstance(one, torch.Tensor)]
         ours = {_address(one.held) for one in flat if isinstance(one, OnDevice)}
         made = [one for one in outputs if _address(one) not in ours or one.numel() == 0]
         if name.startswith(("aten.empty", "aten.new_empty")):
@@ -468,7 +508,7 @@ class Pretended:
                 return one
             return same[id(one)] if id(one) in same else self.wrapped(one)
 
-        return tree_map(ours_of, result)
+        return _mapped(ours_of, result)
 
     @staticmethod
     def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -492,7 +532,7 @@ class Pretended:
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             value = args[number] if number < len(args) else kwargs.get(argument.name)
-            found += [one for one in tree_flatten(value)[0] if isinstance(one, torch.Tensor)]
+            found += [one for one in _leaves((value,), []) if isinstance(one, torch.Tensor)]
         return found
 
     def _remember(self, written: list[torch.Tensor]) -> None:
@@ -544,16 +584,14 @@ class Pretended:
         """Triton launches a kernel: nobody knows which of its tensors it writes."""
         if "WIDEN" in kwargs:  # the interpreter cannot multiply bfloat16
             kwargs = {**kwargs, "WIDEN": True}
-        flat, spec = tree_flatten((args, kwargs))
-        for one in flat:
+        for one in _leaves((args, kwargs), []):
             if isinstance(one, torch.Tensor) and not isinstance(one, OnDevice):
                 raise ValueError(f"{name}: a tensor of the host, {tuple(one.shape)}")
-        inner = [one.held if isinstance(one, OnDevice) else one for one in flat]
-        given = tree_unflatten(inner, spec)
-        with self.lock:
-            tensors = [one for one in inner if isinstance(one, torch.Tensor)]
-            self._remember(tensors)
-            call(*given[0], **given[1])
+        given = _mapped(_held, args), _mapped(_held, kwargs)
+        with self.lock, _disable_current_modes():
+            tensors = [one for one in _leaves(given, []) if isinstance(one, torch.Tensor)]
+            if self.tape is None:
+                call(*given[0], **given[1])
             self.kernels[name] += 1
             self._launched(call, given, [], tensors, tensors)
 
@@ -583,7 +621,7 @@ class Pretended:
         """Launches what was captured."""
         self._not_captured("a replay")
         assert graph.tape is not None
-        with self.lock, torch.inference_mode():
+        with self.lock, _disable_current_modes(), torch.inference_mode():
             self.replays += 1
             for taped in graph.tape:
                 args, kwargs = taped.arguments
@@ -591,7 +629,7 @@ class Pretended:
                 known = {_address(one) for one in taped.reads}
                 fresh = [
                     one
-                    for one in tree_flatten(result)[0]
+                    for one in _leaves((result,), [])
                     if isinstance(one, torch.Tensor) and _address(one) not in known
                 ]
                 for place, value in zip(taped.outputs, fresh, strict=True):
@@ -708,8 +746,7 @@ def pretended() -> Iterator[Pretended]:
     launch = interpreter.GridExecutor.__call__
 
     def launched(executor: Any, *args: Any, **kwargs: Any) -> None:
-        flat = tree_flatten((args, kwargs))[0]
-        if not any(isinstance(one, OnDevice) for one in flat):
+        if not any(isinstance(one, OnDevice) for one in _leaves((args, kwargs), [])):
             launch(executor, *args, **kwargs)
             return
         device.kernel(executor.fn.__name__, lambda *a, **k: launch(executor, *a, **k), args, kwargs)

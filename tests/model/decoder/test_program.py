@@ -290,23 +290,24 @@ def test_new_weights_that_fail_leave_the_old_ones(checkpoint: Checkpoint, monkey
     loaded.model.close()
 
 
-@pytest.mark.parametrize("target", ["-march=x86-64"])
-def test_older_processors(target: str, checkpoint: Checkpoint) -> None:
-    """The portable path: no dot products of bfloat16, no wide vectors."""
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("-march=x86-64", torch.bfloat16), ("-march=x86-64-v3", torch.float32)], ids=str
+)
+def test_older_processors(target: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
+    """No dot products of bfloat16, no wide vectors."""
     path = checkpoint("qwen3")
-    backend = CpuAttention(target=[target])
+    backend = CpuAttention(kernel.kind_of(dtype), target=[target])
     from asyncengine.model import architecture
     from asyncengine.model.attention.protocol import LayerSpec
 
-    for dtype in (torch.float32, torch.bfloat16):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=architecture.ATTENTION
-        ).eval()
-        layers = architecture.record(model)
-        program = CompiledDecoder(recognise(model, layers, 64), backend.library(kernel.DTYPES[dtype]), dtype)
-        specs: list[LayerSpec] = [layer.spec for layer in layers]
-        caches = [backend.allocate(spec, 64, PAGE, dtype, torch.device("cpu")) for spec in specs]
-        program.bind(caches)
-        batch = batch_of([(tokens, 0) for tokens in sequences(2)])
-        found = program.logits(batch, backend.plan(batch, PAGE, torch.device("cpu")))
-        assert error(found[:33], *expected(path, sequences(1), dtype)) < TOLERANCE[dtype]
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=architecture.ATTENTION
+    ).eval()
+    layers = architecture.record(model)
+    program = CompiledDecoder(recognise(model, layers, 64), backend.library(kernel.DTYPES[dtype]), dtype)
+    specs: list[LayerSpec] = [layer.spec for layer in layers]
+    caches = [backend.allocate(spec, 64, PAGE, dtype, torch.device("cpu")) for spec in specs]
+    program.bind(caches)
+    batch = batch_of([(tokens, 0) for tokens in sequences(2)])
+    found = program.logits(batch, backend.plan(batch, PAGE, torch.device("cpu")))
+    assert error(found[:33], *expected(path, sequences(1), dtype)) < TOLERANCE[dtype]

@@ -28,18 +28,29 @@ def packed_plainly(weights: list[torch.Tensor], turns: int, lanes: int, pair: in
 
 
 @pytest.mark.parametrize(
-    "target", [None, ["-march=x86-64-v3"], ["-march=x86-64"]], ids=["this processor", "AVX2", "any"]
+    ("target", "dtypes"),
+    [
+        (None, [torch.float32, torch.bfloat16, torch.float16]),
+        # Those that test_kernel.py has compiled as well.
+        (["-march=x86-64-v3"], [torch.float32, torch.float16]),
+        (["-march=x86-64"], [torch.bfloat16, torch.float16]),
+    ],
+    ids=["this processor", "AVX2", "any"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("sizes", "turns", "inputs"),
     [([16], 1, 32), ([37], 1, 130), ([48, 16, 5], 1, 64), ([70, 70], 2, 38), ([1], 1, 2)],
     ids=["a square", "ends", "siblings", "by turns", "least"],
 )
 def test_the_order_is_that_of_the_compiled_step(
-    sizes: list[int], turns: int, inputs: int, dtype: torch.dtype, target: Any
+    sizes: list[int], turns: int, inputs: int, dtypes: list[torch.dtype], target: Any
 ) -> None:
-    library = CpuAttention(target=target).library(kernel.DTYPES[dtype])
+    backend = CpuAttention(kernel.kind_of(dtypes[0]), target=target)
+    for dtype in dtypes:
+        assert_packed(backend.library(kernel.DTYPES[dtype]), sizes, turns, inputs, dtype)
+
+
+def assert_packed(library: Any, sizes: list[int], turns: int, inputs: int, dtype: torch.dtype) -> None:
     # Rows of a wider matrix, each number another one of its bits.
     whole = torch.arange(sum(sizes) * (inputs + 3), dtype=torch.int32).reshape(sum(sizes), -1)
     numbers = whole if dtype is torch.float32 else whole.to(torch.int16)
