@@ -246,6 +246,19 @@ def test_long_leaves_are_taken_back_from_their_ends() -> None:
     assert case.knows(1, 1, 2, 2, 3, 3) == 2
 
 
+def test_what_is_cut_above_a_fork_is_above_it_still() -> None:
+    case = Filled()
+    case.computed(1, 1, 2, 2, 3, 3)
+    case.computed(1, 1, 2, 2, 4, 4)
+    case.computed(1, 1, 5, 5)
+    case.tree.check()
+    case.tree.evict(3)  # the leaves
+    assert case.knows(1, 1, 2, 2) == 2
+    case.tree.evict(2)
+    assert case.pool.num_free == case.pool.num_blocks
+    case.tree.check()
+
+
 def test_a_held_leaf_is_passed_over() -> None:
     case = Filled()
     case.computed(1, 1, keep=True)
