@@ -76,6 +76,7 @@ class Page:
         until = time.monotonic() + 15
         while not (found := what()):
             assert time.monotonic() < until, self.text("body")
+            time.sleep(0.02)
         return found
 
     def answers(self) -> list[Any]:
