@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import sys
 import threading
 import time
 import zlib
@@ -75,15 +76,32 @@ def loop_factory(request: pytest.FixtureRequest) -> Callable[[], asyncio.Abstrac
     return LOOPS[request.param]
 
 
+MANY_MODULES = 200
+_kept_modules = 0
+
+
+def keep() -> None:
+    """What is imported is there to stay: no collection of garbage looks at it, now or later."""
+    global _kept_modules
+    gc.collect()
+    gc.freeze()
+    _kept_modules = len(sys.modules)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is imported with the tests is there to stay: no collection of garbage looks at it, now or later."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.enable()
-        gc.freeze()
+        keep()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    if len(sys.modules) >= _kept_modules + MANY_MODULES:  # tests import torch and models when they need them
+        keep()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,8 +14,22 @@ import pytest
 from tests.docs.pages import blocks
 
 ROOT = Path(__file__).parents[1]
-SUBSET = ("tests/test_public_names.py", "tests/testing", "tests/loop/test_feed.py")
+SUBSET = (
+    "tests/test_public_names.py",
+    "tests/testing/test_scripted.py",
+    "tests/testing/test_fixtures.py::test_under_pytest_asyncio_in_automatic_mode",
+    "tests/testing/test_fixtures.py::test_in_this_very_test",
+    "tests/loop/test_embedding.py",
+)
 WHERE = "import asyncengine\nprint()\nprint(asyncengine.__file__)\n"
+COMMAND = """
+import io, sys, warnings
+from asyncengine.cli import main
+warnings.simplefilter("error")
+sys.argv[1:] = ["chat", "--temperature", "0", "--max-num-seqs", "2"]
+sys.stdin = io.StringIO("What is 7 + 8?\\n")
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +63,13 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(elsewhere: Path, *arguments: str) -> str:
+def run(elsewhere: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(elsewhere / "site")}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=110
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done
 
 
 def test_the_wheel_has_what_the_package_needs_and_nothing_else(wheel: Path) -> None:
@@ -73,13 +87,18 @@ def test_the_wheel_has_what_the_package_needs_and_nothing_else(wheel: Path) -> N
 
 
 def test_the_wheel_serves_the_embedded_model_with_the_lines_that_the_readme_begins_with(elsewhere: Path) -> None:
+    """And so does its command, which then ends the process."""
     first = blocks(ROOT / "README.md")[0]
-    *answer, path = run(elsewhere, "-c", first.code + WHERE).splitlines()
+    done = run(elsewhere, "-c", first.code + WHERE + COMMAND)
+    *answer, path, said = done.stdout.splitlines()
+    assert said == "7 + 8 = 15."
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("tiny loaded in ") and "2 sequences" in last
     assert first.output is not None
     assert "\n".join(answer).strip() == first.output.strip()
     assert Path(path).is_relative_to(elsewhere / "site")
 
 
 def test_the_suite_runs_against_the_wheel(elsewhere: Path) -> None:
-    out = run(elsewhere, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUBSET)
+    out = run(elsewhere, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUBSET).stdout
     assert " passed" in out and "failed" not in out

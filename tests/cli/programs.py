@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import subprocess
@@ -31,7 +32,24 @@ import sys
 from asyncengine.cli import main
 from tests.cli.programs import scripted_loader
 loader = scripted_loader(float(sys.argv.pop(1)))
+loader.adapters = {"x": loader.script}
 main(loader)
+"""
+
+
+IN_TURN = """
+import contextlib, io, json, sys
+commands, missing = json.loads(sys.argv[1])
+sys.modules.update(dict.fromkeys(missing))
+from asyncengine.cli import main
+for sys.argv[1:] in commands:
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as end:
+        modules = sorted({name.partition(".")[0] for name, module in sys.modules.items() if module is not None})
+        print(json.dumps([end.code, out.getvalue(), err.getvalue(), modules]), flush=True)
 """
 
 
@@ -79,6 +97,27 @@ def run_process(*arguments: str, stdin: str = "", step_seconds: float | None = N
         check=False,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def run_in_turn(*commands: Sequence[str], without: Sequence[str] = ()) -> list[tuple[Done, set[str]]]:
+    """Runs commands, one after the other, in a new process, and says what each left imported.
+
+    Args:
+        *commands: The arguments of each.
+        without: Modules that cannot be imported there.
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", IN_TURN, json.dumps([commands, without])],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert done.stderr == ""
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(commands)
+    return [(Done(status or 0, out, err), set(modules)) for status, out, err, modules in found]
 
 
 class Terminal:
@@ -183,4 +222,4 @@ def server(*arguments: str, step_seconds: float | None = 0.0) -> Iterator[tuple[
             reading.join()
 
 
-__all__: list[Any] = ["run", "run_process", "scripted_loader", "server", "terminal"]
+__all__: list[Any] = ["run", "run_in_turn", "run_process", "scripted_loader", "server", "terminal"]

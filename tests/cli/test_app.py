@@ -12,56 +12,33 @@ import pytest
 
 import asyncengine
 from asyncengine.cli.flags import EngineFlags
-from tests.cli.programs import APP, run, run_process, scripted_loader
+from tests.cli.programs import APP, run, run_in_turn, run_process, scripted_loader
 from tests.test_import import HEAVY
 
 COMMANDS = [command.name for command in APP.registered_commands]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
-def test_help_imports_no_model_code(arguments: list[str]) -> None:
-    program = (
-        "import sys\n"
-        "from asyncengine.cli import main\n"
-        "try:\n    main()\nfinally:\n    "
-        "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, *arguments],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
+def test_help_imports_no_model_code() -> None:
     slow = {*HEAVY, "pydantic", "numpy", "asyncio", "anyio", "uvloop", "rich", "starlette", "uvicorn", "httpx"}
-    assert not set(done.stderr.split()) & slow
-    assert "asyncengine" in done.stdout
+    commands = [["--help"], ["--version"], *([str(name), "--help"] for name in COMMANDS)]
+    for arguments, (done, modules) in zip(commands, run_in_turn(*commands), strict=True):
+        assert not modules & slow, arguments
+        assert done.status == 0 and "asyncengine" in done.out, arguments
 
 
-@pytest.mark.parametrize("name", ["chat", "complete", "serve", "bench", "trace", "estimate"])
-def test_a_model_that_is_not_there_is_refused_before_anything_is_imported(name: str) -> None:
-    program = (
-        "import sys\n"
-        "from asyncengine.cli import main\n"
-        "try:\n    main()\nfinally:\n    print(*sorted({'torch', 'transformers', 'uvicorn'} & set(sys.modules)))"
-    )
-    wrong = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, name, "./nowhere"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert wrong.returncode == 1
-    assert wrong.stderr == "asyncengine: model './nowhere': there is no such directory\n"
-    assert wrong.stdout == "\n"
+def test_a_model_that_is_not_there_is_refused_before_anything_is_imported() -> None:
+    names = ["chat", "complete", "serve", "bench", "trace", "estimate"]
+    for name, (wrong, modules) in zip(names, run_in_turn(*([name, "./nowhere"] for name in names)), strict=True):
+        assert wrong.status == 1, name
+        assert wrong.err == "asyncengine: model './nowhere': there is no such directory\n"
+        assert wrong.out == "" and not {"torch", "transformers", "uvicorn"} & modules, name
 
 
-@pytest.mark.parametrize("arguments", [["check"], ["top"], ["bench", "--url"], ["trace", "--url"]])
-def test_a_url_that_is_none_is_refused_before_anything_is_imported(arguments: list[str]) -> None:
-    program = (
-        "import sys; sys.modules['httpx'] = sys.modules['asyncio'] = None; from asyncengine.cli import main; main()"
-    )
-    wrong = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, *arguments, "http://here:80a"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("asyncengine: the URL is 'http://here:80a'; expected http://HOST:PORT")
+def test_a_url_that_is_none_is_refused_before_anything_is_imported() -> None:
+    commands = [[*words, "http://here:80a"] for words in (["check"], ["top"], ["bench", "--url"], ["trace", "--url"])]
+    for arguments, (wrong, _) in zip(commands, run_in_turn(*commands, without=["httpx", "asyncio"]), strict=True):
+        assert wrong.status == 2, arguments
+        assert wrong.err.startswith("asyncengine: the URL is 'http://here:80a'; expected http://HOST:PORT")
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)])

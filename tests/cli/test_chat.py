@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
-from tests.cli.programs import ENVIRONMENT, last_line, run, run_process, scripted_loader, terminal
+from tests.cli.programs import APP, ENVIRONMENT, last_line, run, scripted_loader, terminal
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 
@@ -106,10 +107,12 @@ def test_ctrl_d_leaves_and_loading_shows_in_place() -> None:
 
 
 def test_with_the_embedded_model() -> None:
-    done = run_process("chat", "--temperature", "0", "--max-num-seqs", "2", stdin="What is 7 + 8?\n")
-    assert done.status == 0, done.err
-    assert done.out == "7 + 8 = 15.\n"
-    assert done.err.startswith("tiny loaded in ") and "2 sequences" in done.err
+    """As a process of its own it is run with the wheel."""
+    flags = ["--temperature", "0", "--max-num-seqs", "2"]
+    done = CliRunner().invoke(APP, ["chat", *flags], input="What is 7 + 8?\n", catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == "7 + 8 = 15.\n"
+    assert done.stderr.startswith("tiny loaded in ") and "2 sequences" in done.stderr
 
 
 def test_ctrl_c_while_it_loads_ends_the_program() -> None:

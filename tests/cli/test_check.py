@@ -13,6 +13,8 @@ from asyncengine.cli.check import Finding, _finding
 from asyncengine.cli.conformance import ENTRIES, Server
 from tests.cli.programs import run, server
 
+pytestmark = pytest.mark.loops("either")
+
 Answer = dict[str, Any]
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 CHOICE = {"index": 0, "message": {"role": "assistant", "content": "hello you"}, "finish_reason": "stop"}

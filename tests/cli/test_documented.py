@@ -11,19 +11,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.cli.programs import APP, server
+from tests.cli.programs import APP
 from tests.docs.pages import ROOT, Block, blocks
 from tests.model import tiny_adapters
 
 PAGE = ROOT / "docs/cli.md"
 BLOCKS = [block for block in blocks(PAGE) if block.language == "sh"]
 HERE = "http://127.0.0.1:8000"
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with server() as (_, found, _):
-        yield found
 
 
 @pytest.fixture

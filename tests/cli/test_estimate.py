@@ -17,6 +17,8 @@ from asyncengine.model import memory
 from asyncengine.model.load_check import SLACK
 from tests.cli.programs import run
 
+pytestmark = pytest.mark.loops("either")
+
 LAYERS, HIDDEN, VOCABULARY = 3, 2048, 32000
 ROWS: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)} | {
     f"model.layers.{layer}.{name}.weight": (HIDDEN, HIDDEN)

@@ -62,19 +62,19 @@ def test_other_metrics_are_refused() -> None:
         Look.read("vllm:num_requests_running 3.0\n", 0.0)
 
 
-def test_watches_a_server_a_line_per_look() -> None:
-    with server() as (_, address, _):
-        httpx.post(f"{address}/v1/completions", json={"prompt": "hello"}, trust_env=False)
-        done = run("top", address, "--count", "3", "--interval", "0.05")
-        assert done.status == 0, done.err
-        head, *lines = done.out.splitlines()
-        assert head.split()[:2] == ["running", "waiting"] and "loop lag" in head
-        assert len(lines) == 3 and lines[0].split()[-1] == "1"
+def test_watches_a_server_a_line_per_look(address: str) -> None:
+    ended = int(run("top", address, "--count", "1").out.split()[-1])
+    httpx.post(f"{address}/v1/completions", json={"prompt": "hello"}, trust_env=False)
+    done = run("top", address, "--count", "3", "--interval", "0.05")
+    assert done.status == 0, done.err
+    head, *lines = done.out.splitlines()
+    assert head.split()[:2] == ["running", "waiting"] and "loop lag" in head
+    assert len(lines) == 3 and int(lines[0].split()[-1]) == ended + 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-def test_stays_in_place_in_a_terminal_until_ctrl_c() -> None:
-    with server() as (_, address, _), terminal("top", address, "--interval", "0.1", kind="xterm") as top:
+def test_stays_in_place_in_a_terminal_until_ctrl_c(address: str) -> None:
+    with terminal("top", address, "--interval", "0.1", kind="xterm") as top:
         top.until(f"tiny at {address}")
         top.until("loop lag")
         top.until("loop lag")

@@ -76,10 +76,9 @@ def test_reads_a_server_s(tmp_path: Path) -> None:
         assert empty.status == 1 and "the server had no requests for 0 seconds" in empty.err
 
 
-def test_a_server_without_the_route_is_told_apart(tmp_path: Path) -> None:
-    with server() as (_, address, _):
-        wrong = run("trace", "--url", address, "--out", str(tmp_path / "t"))
-        assert wrong.status == 1 and "start it with --admin and --api-key" in wrong.err
+def test_a_server_without_the_route_is_told_apart(address: str, tmp_path: Path) -> None:
+    wrong = run("trace", "--url", address, "--out", str(tmp_path / "t"))
+    assert wrong.status == 1 and "start it with --admin and --api-key" in wrong.err
 
 
 @pytest.mark.parametrize("body", [{"text": "<html>"}, {"json": []}, {"json": {"traceEvents": 3}}])

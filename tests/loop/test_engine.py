@@ -188,8 +188,8 @@ async def test_a_load_that_fails_leaves_async_with() -> None:
 
 
 async def test_while_draining_requests_finish_and_new_ones_are_refused() -> None:
-    async with Rig(endless, step_seconds=0.0005) as rig:
-        stream = await rig.engine.add_request("hello", GenerationConfig(max_tokens=900))
+    async with Rig(endless, step_seconds=0.0015) as rig:
+        stream = await rig.engine.add_request("hello", GenerationConfig(max_tokens=300))
         draining = asyncio.create_task(rig.engine.drain())
         await eventually(lambda: rig.engine.state is S.DRAINING)
         with pytest.raises(EngineDrainingError) as caught:
@@ -202,7 +202,7 @@ async def test_while_draining_requests_finish_and_new_ones_are_refused() -> None
         await draining
         assert rig.engine.state is S.READY
         result = await stream
-        assert (len(result.token_ids), result.finish_reason) == (900, FinishReason.LENGTH)
+        assert (len(result.token_ids), result.finish_reason) == (300, FinishReason.LENGTH)
         await rig.serves()
 
 

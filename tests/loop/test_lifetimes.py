@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import textwrap
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from asyncengine.testing import ByteTokenizer, ScriptedLoader, scripted_engine
 pytestmark = pytest.mark.timeout(60)
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+Run = Callable[[str], str]
 
 AT_IMPORT = [Rig(), Rig()]  # outside any loop, as in a program's module
 
@@ -289,10 +291,8 @@ async def test_a_shut_down_engine_refuses_from_every_loop(loop_factory: LoopFact
     await asyncio.to_thread(run, loop_factory, elsewhere())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_forked_process_is_told_that_its_engine_is_in_the_other(loop_factory: LoopFactory, tmp_path: Path) -> None:
+def test_a_forked_process_is_told_that_its_engine_is_in_the_other(in_a_process: Run) -> None:
     out = in_a_process(
-        loop_factory,
         """
         import os, warnings
         from asyncengine import AsyncEngineError
@@ -317,8 +317,7 @@ def test_a_forked_process_is_told_that_its_engine_is_in_the_other(loop_factory: 
             os.waitpid(child, 0)
             print(run(generate()))
             engine.shutdown_nowait()
-        """,
-        tmp_path,
+        """
     )
     assert out.split("\n") == [
         "hello",
@@ -382,8 +381,7 @@ async def test_nothing_global_is_changed() -> None:
 # The end of the process. `PROGRAM` is what is common to those below.
 
 PROGRAM = """
-import asyncio, atexit, sys, threading, time
-atexit.register(lambda: print("left:", [t.name for t in threading.enumerate() if "asyncengine" in t.name]))
+import asyncio, sys, threading, time
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, scripted_engine
 assert "torch" not in sys.modules
@@ -402,19 +400,72 @@ engine = scripted_engine(endless, step_seconds=0.01)
 """
 
 
-def in_a_process(loop_factory: LoopFactory, body: str, tmp_path: Path, *, code: int = 0, within: float = 8.0) -> str:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM + textwrap.dedent(body))
-    name = "uvloop" if "uvloop" in loop_factory.__module__ else "asyncio"
+# A process that has imported what all those need, and forks for each: they end as any process does.
+
+STARTER = """
+import atexit, json, os, signal, sys, threading, time, warnings
+def look():
+    if ours == 0:
+        print("left:", [thread.name for thread in threading.enumerate() if "asyncengine" in thread.name])
+atexit.register(look)  # before anything of the engine is: it is the last to be called
+import asyncio, asyncengine.loop.engine, asyncengine.testing
+try:
+    import uvloop
+except ImportError:
+    pass
+for line in iter(sys.stdin.readline, ""):
+    path, loop = json.loads(line)
     begun = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", str(program), name], capture_output=True, text=True, timeout=50
-    )
-    # On a busy machine asyncio's debug mode remarks that a callback took long.
-    said = [line for line in done.stderr.splitlines() if not re.fullmatch(r"Executing <.*> took [\d.]+ seconds", line)]
-    assert (done.returncode, said) == (code, []), done.stderr
-    assert time.monotonic() - begun < within
-    return done.stdout
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a fork beside numpy's threads
+        ours = os.fork()
+    if ours == 0:
+        signal.alarm(30)
+        for descriptor, end in ((1, ".out"), (2, ".err")):
+            os.dup2(os.open(path + end, os.O_WRONLY | os.O_CREAT), descriptor)
+        with open(path) as file:
+            code = compile(file.read(), path, "exec")
+        sys.argv = [path, loop]
+        exec(code)
+        break
+    status = os.waitstatus_to_exitcode(os.waitpid(ours, 0)[1])
+    print(json.dumps([status, time.monotonic() - begun]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def starter() -> Iterator[subprocess.Popen[str]]:
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork")
+    with subprocess.Popen(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", STARTER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=30) == 0
+
+
+@pytest.fixture
+def in_a_process(starter: subprocess.Popen[str], loop_factory: LoopFactory, tmp_path: Path) -> Run:
+    """Runs a program behind `PROGRAM`, which has to end by itself, in silence and soon; returns what it printed."""
+
+    def run(body: str) -> str:
+        program = tmp_path / "program.py"
+        program.write_text(PROGRAM + textwrap.dedent(body))
+        assert starter.stdin is not None and starter.stdout is not None
+        name = "uvloop" if "uvloop" in loop_factory.__module__ else "asyncio"
+        print(json.dumps([str(program), name]), file=starter.stdin, flush=True)
+        code, seconds = json.loads(starter.stdout.readline())
+        errors = Path(f"{program}.err").read_text()
+        # On a busy machine asyncio's debug mode remarks that a callback took long.
+        said = [line for line in errors.splitlines() if not re.fullmatch(r"Executing <.*> took [\d.]+ seconds", line)]
+        assert (code, said) == (0, []), errors
+        assert seconds < 8.0
+        return Path(f"{program}.out").read_text()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -494,13 +545,12 @@ def in_a_process(loop_factory: LoopFactory, body: str, tmp_path: Path, *, code: 
     ],
     ids=["mid-step", "several", "loading", "exception", "cancelled", "reader", "made"],
 )
-def test_the_interpreter_exits(loop_factory: LoopFactory, body: str, tmp_path: Path) -> None:
-    assert in_a_process(loop_factory, body, tmp_path) == "left: []\n"  # before the interpreter is gone
+def test_the_interpreter_exits(in_a_process: Run, body: str) -> None:
+    assert in_a_process(body) == "left: []\n"  # before the interpreter is gone
 
 
-def test_ctrl_c_leaves_nothing(loop_factory: LoopFactory, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(in_a_process: Run) -> None:
     out = in_a_process(
-        loop_factory,
         """
         import os, signal
         async def main():
@@ -512,15 +562,13 @@ def test_ctrl_c_leaves_nothing(loop_factory: LoopFactory, tmp_path: Path) -> Non
             run(main())
         except KeyboardInterrupt:
             print("interrupted", engine.state.value, engine._thread.alive)
-        """,
-        tmp_path,
+        """
     )
     assert out == "interrupted closed False\nleft: []\n"
 
 
-def test_ctrl_c_during_a_load_leaves_nothing(loop_factory: LoopFactory, tmp_path: Path) -> None:
+def test_ctrl_c_during_a_load_leaves_nothing(in_a_process: Run) -> None:
     out = in_a_process(
-        loop_factory,
         """
         import os, signal
         loader = ScriptedLoader(tokenizer=ByteTokenizer())
@@ -536,19 +584,17 @@ def test_ctrl_c_during_a_load_leaves_nothing(loop_factory: LoopFactory, tmp_path
             loader.gate.set()
             engine._thread.join(5)
             print("interrupted", engine.state.value, engine._thread.alive)
-        """,
-        tmp_path,
+        """
     )
     assert out == "interrupted closed False\nleft: []\n"
 
 
-def test_ctrl_c_that_is_handled_by_hand(loop_factory: LoopFactory, tmp_path: Path) -> None:
+def test_ctrl_c_that_is_handled_by_hand(in_a_process: Run) -> None:
     """A program that runs its loop without a runner gets the exception out of the loop, here where it waits.
 
     It may come in the middle of asyncio's own work, too, but then asyncio forgets what it was about to run.
     """
     out = in_a_process(
-        loop_factory,
         """
         import os, signal
         async def main():
@@ -571,8 +617,7 @@ def test_ctrl_c_that_is_handled_by_hand(loop_factory: LoopFactory, tmp_path: Pat
             loop.run_until_complete(engine.shutdown())
             loop.close()
             print("interrupted", engine.state.value, engine._thread.alive)
-        """,
-        tmp_path,
+        """
     )
     assert out == "interrupted closed False\nleft: []\n"
 

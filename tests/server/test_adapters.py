@@ -23,7 +23,7 @@ from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from tests.model import tiny_adapters
 from tests.server.serving import AUTH, KEY, MODEL, client_of, error, events, listening, served, until
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.loops("either"), pytest.mark.usefixtures("one_torch_thread")]
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 PARIS = "The capital of France is Paris."
@@ -217,6 +217,7 @@ async def test_an_adapter_is_loaded_replaced_and_let_go(adapters: dict[str, str]
         assert await say(client, "tiny") == PARIS
 
 
+@pytest.mark.loops("each")
 async def test_two_that_load_one_name_at_a_time_do_not_replace_each_other(
     adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,35 +239,33 @@ async def test_two_that_load_one_name_at_a_time_do_not_replace_each_other(
         assert (await first).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("route", "body", "status", "param", "said"),
-    [
-        ("load", {}, 400, "lora_name", "lora_name"),
-        ("load", {"lora_name": "x"}, 400, "lora_path", "lora_path"),
-        ("load", {"lora_name": "", "lora_path": "x"}, 400, "lora_name", "length >= 1"),
-        ("load", {"lora_name": "x", "lora_path": ""}, 400, "lora_path", "length >= 1"),
-        ("load", {"lora_name": 3, "lora_path": "x"}, 400, "lora_name", "expected `str`"),
-        ("load", {"lora_name": "x", "lora_path": ["x"]}, 400, "lora_path", "expected `str`"),
-        ("load", {"lora_name": "x", "lora_path": "x", "load_inplace": 1}, 400, "load_inplace", "expected `bool`"),
-        ("load", {"lora_name": "x", "lora_path": "x", "lora_rank": 8}, 400, "lora_rank", "unknown field"),
-        ("load", {"lora_name": "x", "lora_path": "x", "is_3d_lora_weight": True}, 400, "is_3d_lora_weight", "experts"),
-        ("load", {"lora_name": "tiny", "lora_path": "x"}, 400, "lora_name", "what the model itself is called"),
-        ("load", {"lora_name": "x", "lora_path": "./nowhere"}, 422, "lora_path", "there is no such directory"),
-        ("load", {"lora_name": "x", "lora_path": "."}, 422, "lora_path", "has no adapter_config.json"),
-        ("load", {"lora_name": "x", "lora_path": "a\0b"}, 422, "lora_path", "there is no such directory"),
-        ("unload", {}, 400, "lora_name", "lora_name"),
-        ("unload", {"lora_name": ""}, 400, "lora_name", "length >= 1"),
-        ("unload", {"lora_name": "tiny"}, 404, "lora_name", "loaded: none"),
-        ("unload", {"lora_name": "x", "lora_path": "x"}, 400, "lora_path", "unknown field"),
-    ],
-)
-async def test_what_cannot_be_loaded_or_let_go_is_said(
-    route: str, body: dict[str, Any], status: int, param: str, said: str, tiny_client: httpx.AsyncClient
-) -> None:
-    refused = await tiny_client.post(f"/v1/{route}_lora_adapter", json=body)
-    assert refused.status_code == status, refused.text
-    assert error(refused)["param"] == param and said in error(refused)["message"]
-    assert await names(tiny_client) == ["tiny"]
+WRONG: list[tuple[str, dict[str, Any], int, str, str]] = [
+    ("load", {}, 400, "lora_name", "lora_name"),
+    ("load", {"lora_name": "x"}, 400, "lora_path", "lora_path"),
+    ("load", {"lora_name": "", "lora_path": "x"}, 400, "lora_name", "length >= 1"),
+    ("load", {"lora_name": "x", "lora_path": ""}, 400, "lora_path", "length >= 1"),
+    ("load", {"lora_name": 3, "lora_path": "x"}, 400, "lora_name", "expected `str`"),
+    ("load", {"lora_name": "x", "lora_path": ["x"]}, 400, "lora_path", "expected `str`"),
+    ("load", {"lora_name": "x", "lora_path": "x", "load_inplace": 1}, 400, "load_inplace", "expected `bool`"),
+    ("load", {"lora_name": "x", "lora_path": "x", "lora_rank": 8}, 400, "lora_rank", "unknown field"),
+    ("load", {"lora_name": "x", "lora_path": "x", "is_3d_lora_weight": True}, 400, "is_3d_lora_weight", "experts"),
+    ("load", {"lora_name": "tiny", "lora_path": "x"}, 400, "lora_name", "what the model itself is called"),
+    ("load", {"lora_name": "x", "lora_path": "./nowhere"}, 422, "lora_path", "there is no such directory"),
+    ("load", {"lora_name": "x", "lora_path": "."}, 422, "lora_path", "has no adapter_config.json"),
+    ("load", {"lora_name": "x", "lora_path": "a\0b"}, 422, "lora_path", "there is no such directory"),
+    ("unload", {}, 400, "lora_name", "lora_name"),
+    ("unload", {"lora_name": ""}, 400, "lora_name", "length >= 1"),
+    ("unload", {"lora_name": "tiny"}, 404, "lora_name", "loaded: none"),
+    ("unload", {"lora_name": "x", "lora_path": "x"}, 400, "lora_path", "unknown field"),
+]
+
+
+async def test_what_cannot_be_loaded_or_let_go_is_said(tiny_client: httpx.AsyncClient) -> None:
+    for route, body, status, param, said in WRONG:
+        refused = await tiny_client.post(f"/v1/{route}_lora_adapter", json=body)
+        assert refused.status_code == status, (body, refused.text)
+        assert error(refused)["param"] == param and said in error(refused)["message"], body
+        assert await names(tiny_client) == ["tiny"]
 
 
 @pytest.fixture
@@ -330,6 +329,7 @@ async def test_an_engine_that_sleeps_takes_none(adapters: dict[str, str]) -> Non
         assert await names(client) == ["tiny", "sea"]
 
 
+@pytest.mark.loops("each")
 async def test_answers_that_are_under_way_end_with_an_error_when_their_adapter_goes(adapters: dict[str, str]) -> None:
     config = EngineConfig("tiny", mode="local", adapters={"sea": adapters["sea"]})
     body: dict[str, Any] = {"model": "sea", "messages": QUESTION, "ignore_eos": True}

@@ -7,6 +7,8 @@ import pytest
 from tests.server.serving import MODEL, USER, chat, echo_engine, error, events, scripted_engine, served, until
 from tests.server.tooling import TOOL, call, think, tool_engine
 
+pytestmark = pytest.mark.loops("either")
+
 URL = "/v1/chat/completions"
 
 
@@ -25,6 +27,7 @@ async def test_an_answer_has_openai_s_shape() -> None:
         assert found["usage"]["completion_tokens"] == 4
 
 
+@pytest.mark.loops("each")
 async def test_a_stream_begins_with_the_role_and_ends_with_the_reason() -> None:
     async with served(scripted_engine("Grüße!", step_seconds=0.001)) as client:
         chunks = events((await client.post(URL, json=chat(stream=True, n=2))).text)
@@ -196,6 +199,7 @@ async def test_the_model_may_be_left_out() -> None:
         assert answer.json()["model"] == MODEL and answer.headers["x-ignored-fields"] == "reasoning_effort"
 
 
+@pytest.mark.loops("each")
 async def test_a_request_that_somebody_else_ends_is_an_error_and_not_half_an_answer() -> None:
     import asyncio
 

@@ -16,6 +16,8 @@ from tests.server.serving import KEY, MODEL, USER, listening, scripted_engine, s
 
 openai = pytest.importorskip("openai")
 
+pytestmark = pytest.mark.loops("either")
+
 
 @asynccontextmanager
 async def clients(answer: str = "Hello there", **config: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
@@ -86,6 +88,7 @@ async def test_openai_synchronous() -> None:
         assert await asyncio.to_thread(ask) == ("Hello there", "Hello there")
 
 
+@pytest.mark.loops("each")
 async def test_openai_leaving_a_stream_ends_the_request() -> None:
     async with clients("x" * 3000, step_seconds=0.001) as (client, _, engine):
         async with await client.chat.completions.create(model=MODEL, messages=USER, stream=True) as stream:
@@ -96,6 +99,7 @@ async def test_openai_leaving_a_stream_ends_the_request() -> None:
             await until(lambda: bool(engine.metrics().counters.requests["abort"]))
 
 
+@pytest.mark.loops("each")
 async def test_curl() -> None:
     async with clients() as (_, options, _):
         program = [

@@ -19,7 +19,7 @@ from tests.server.serving import (
     until,
 )
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.loops("either"), pytest.mark.usefixtures("one_torch_thread")]
 
 
 async def test_a_completion_has_openai_s_shape() -> None:
@@ -35,6 +35,7 @@ async def test_a_completion_has_openai_s_shape() -> None:
         }
 
 
+@pytest.mark.loops("each")
 async def test_a_stream_adds_up_to_the_whole() -> None:
     async with served(echo_engine(step_seconds=0.001)) as client:
         body = completion("hällo", stream=True, n=2, echo=True, max_tokens=None)
@@ -176,6 +177,7 @@ async def test_nothing_is_passed_over_in_silence() -> None:
         assert "did you mean 'temperature'?" in error(unknown)["message"]
 
 
+@pytest.mark.loops("each")
 async def test_an_error_inside_a_stream_has_the_shape_of_an_error() -> None:
     engine = scripted_engine({"known": "hello"})
     async with served(engine) as client:
@@ -194,6 +196,7 @@ async def test_an_error_inside_a_stream_has_the_shape_of_an_error() -> None:
         assert last["error"]["type"] == "api_error" and last["error"]["code"] == "step"
 
 
+@pytest.mark.loops("each")
 async def test_a_deadline_ends_a_request_with_an_error() -> None:
     async with served(echo_engine(step_seconds=0.01)) as client:
         body = completion("x" * 500, max_tokens=400, deadlines={"total": 0.05})
@@ -280,6 +283,7 @@ async def test_prompt_logprobs_are_a_field_of_their_own() -> None:
             assert len(having) == 1 and len(having[0]["prompt_logprobs"]) == len(score.token_ids)
 
 
+@pytest.mark.loops("each")
 async def test_a_prompt_that_is_aborted_before_it_is_scored_is_an_error() -> None:
     engine = echo_engine(max_num_sequence=1)
     async with served(engine) as client:

@@ -8,6 +8,8 @@ import pytest
 
 from tests.server.serving import error, served
 
+pytestmark = pytest.mark.loops("either")
+
 LONG = "x" * 5000
 MESSAGES = [{"role": "user", "content": LONG}]
 

@@ -13,6 +13,8 @@ from tests.server.test_clients import clients
 
 openai = pytest.importorskip("openai")
 
+pytestmark = pytest.mark.loops("either")
+
 URL = "/v1/embeddings"
 
 

@@ -14,7 +14,7 @@ from asyncengine.server.call_layout import call_layout
 from tests.server.serving import MODEL, USER, chat, error, events, listening, served
 from tests.server.tooling import TOOL, call, marked, think, tool_checkpoint, tool_engine
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.loops("either"), pytest.mark.usefixtures("one_torch_thread")]
 URL = "/v1/chat/completions"
 PARAMETERS: dict[str, Any] = {
     "type": "object",

@@ -15,6 +15,8 @@ from asyncengine.server.refusal import Refusal
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from tests.server.serving import MODEL, completion, error, served
 
+pytestmark = pytest.mark.loops("either")
+
 BEFORE, AFTER, MIDDLE = MARKS[0]
 
 

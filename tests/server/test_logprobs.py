@@ -16,6 +16,8 @@ from asyncengine.tokenizer import Tokenizer
 from tests.model.sentencepiece import sentencepiece
 from tests.server.serving import MODEL, chat, completion, events, scripted_engine, served
 
+pytestmark = pytest.mark.loops("either")
+
 TEXT = "日本 is 🌶 hot"
 PIECES = sentencepiece()
 SPACE, SPACED_TRUE, TRUE = (PIECES.encode(text)[-1] for text in (" ", "true", "xtrue"))

@@ -11,6 +11,9 @@ from tests.server.serving import KEY, MODEL, USER, echo_engine, error, listening
 from tests.server.tooling import call, think, tool_engine
 
 anthropic = pytest.importorskip("anthropic")
+
+pytestmark = pytest.mark.loops("either")
+
 URL = "/v1/messages"
 TOOL = {"name": "add", "description": "Adds.", "input_schema": {"type": "object", "properties": {}}}
 
@@ -27,6 +30,7 @@ def asked(**fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "max_tokens": 100, "messages": USER, **fields}
 
 
+@pytest.mark.loops("each")
 async def test_a_message_whole_and_streamed() -> None:
     async with strict_client(scripted_engine("Hello there", step_seconds=0.001)) as client:
         found = await client.messages.create(**asked(system="Be kind."))

@@ -3,9 +3,12 @@ from __future__ import annotations
 from typing import Any
 
 import jsonschema
+import pytest
 
 from asyncengine.server import create_app
 from tests.server.serving import AUTH, KEY, chat, completion, echo_engine, served
+
+pytestmark = pytest.mark.loops("either")
 
 
 async def test_every_route_is_in_the_document() -> None:

@@ -11,6 +11,9 @@ from tests.server.serving import MODEL, echo_engine, error, listening, scripted_
 from tests.server.tooling import TOOL, call, think, tool_engine
 
 openai = pytest.importorskip("openai")
+
+pytestmark = pytest.mark.loops("either")
+
 URL = "/v1/responses"
 FUNCTION = {"type": "function", **TOOL["function"]}  # type: ignore[dict-item]
 
@@ -33,6 +36,7 @@ async def test_text_in_and_out() -> None:
         assert cut.output_text == "He"
 
 
+@pytest.mark.loops("each")
 async def test_a_stream_has_every_event_in_order() -> None:
     async with strict_client(scripted_engine("Hello", step_seconds=0.001)) as client:
         events = [event async for event in await client.responses.create(model=MODEL, input="hi", stream=True)]
@@ -134,6 +138,7 @@ async def test_what_changes_nothing_is_reported() -> None:
         assert answer.status_code == 200 and answer.headers["x-ignored-fields"] == "reasoning, store"
 
 
+@pytest.mark.loops("each")
 async def test_an_error_in_the_middle_of_a_stream() -> None:
     engine = scripted_engine("Hello there")
     async with strict_client(engine) as client:

@@ -38,7 +38,7 @@ sys.exit(serve(EngineConfig("scripted"), port=0, loader=loader, drain_seconds=fl
 
 # With real weights; once it is ready it prints how many objects are frozen and what it said before, and ends itself.
 REAL = """
-import gc, json, os, signal, sys, threading, urllib.error, urllib.request
+import gc, json, os, signal, sys, threading, time, urllib.error, urllib.request
 from asyncengine import EngineConfig
 from asyncengine.server.serve import serve
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -49,6 +49,7 @@ def wait(address):
             opener.open(address + "/ready").close()
         except urllib.error.HTTPError as error:
             said.append(json.load(error)["error"]["message"])
+            time.sleep(0.05)  # what it asks without a pause, it takes from the load
             continue
         except OSError:
             continue

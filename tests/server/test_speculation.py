@@ -15,6 +15,8 @@ from asyncengine.testing import ByteTokenizer, ScriptedLoader, ScriptedModel, ec
 from tests.server.serving import MODEL, chat, client_of, completion, echo_engine, events, served
 from tests.speculation.drafters import Liar, Oracle
 
+pytestmark = pytest.mark.loops("either")
+
 DETAILS = "completion_tokens_details"
 LAST = {"stream": True, "stream_options": {"include_usage": True}}
 

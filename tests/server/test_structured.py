@@ -17,7 +17,7 @@ from tests.server.serving import MODEL, chat, client_of, completion, error, even
 
 openai = pytest.importorskip("openai")
 pydantic = pytest.importorskip("pydantic")
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.loops("either"), pytest.mark.usefixtures("one_torch_thread")]
 
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Who are you?"}], "model": "tiny", "max_tokens": 200}
 

@@ -10,6 +10,8 @@ from asyncengine import AsyncEngine, EngineConfig
 from tests.server.serving import error, events, served
 from tests.server.tooling import TOOL
 
+pytestmark = pytest.mark.loops("either")
+
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
 

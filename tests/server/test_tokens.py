@@ -6,6 +6,8 @@ import pytest
 
 from tests.server.serving import USER, error, served
 
+pytestmark = pytest.mark.loops("either")
+
 
 async def test_tokens_of_a_prompt_and_back() -> None:
     async with served() as client:

@@ -13,6 +13,8 @@ from asyncengine.server.answer import Answer
 from tests.server.serving import MODEL, chat, events, served
 from tests.server.tooling import TOOL, call, think, tool_engine
 
+pytestmark = pytest.mark.loops("either")
+
 URL = "/v1/chat/completions"
 
 
