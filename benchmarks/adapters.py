@@ -12,7 +12,8 @@ The last line is one JSON object.
 
 It takes about a minute on two free cores.
 
-    python -m benchmarks.adapters [--shape S] [--dtype bfloat16] [--requests 1 16] [--rank 16] [--rounds 5] [--peer]
+    python -m benchmarks.adapters [--shape S] [--dtype bfloat16] [--device cpu] [--requests 1 16] [--rank 16]
+                                  [--rounds 5] [--peer]
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ async def measure(
     """Ratios for each number of requests."""
     most = max(arguments.requests)
     config = EngineConfig(
-        str(checkpoint), device="cpu", dtype=arguments.dtype, max_num_sequence=most,
+        str(checkpoint), device=arguments.device, graph_capture="load", dtype=arguments.dtype, max_num_sequence=most,
         max_total_sequence_length=most * (PROMPT_TOKENS + arguments.tokens + 64) + 2 * PREFILL_TOKENS,
         prefix_cache_mode="disable", adapters={path.name: str(path) for path in paths},
     )  # fmt: skip
@@ -148,14 +149,15 @@ def peft(arguments: argparse.Namespace, checkpoint: Path, paths: list[Path]) -> 
     from peft import PeftModel  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, arguments.dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, arguments.dtype))
+    model = model.eval().to(arguments.device)
     adapted = PeftModel.from_pretrained(model, paths[0], adapter_name=paths[0].name)
     for path in paths[1:]:
         adapted.load_adapter(path, path.name)
     adapted.eval()
 
     def run(requests: int) -> float:
-        ids = torch.tensor(prompts_of(requests, PROMPT_TOKENS))
+        ids = torch.tensor(prompts_of(requests, PROMPT_TOKENS), device=arguments.device)
         names = [path.name for path in paths[:requests]]
         settings = {"max_new_tokens": arguments.tokens, "min_new_tokens": arguments.tokens, "do_sample": False}
         begun = time.perf_counter()
@@ -172,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="S", choices=[name for name in shapes.SHAPES if name != "E"])
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)

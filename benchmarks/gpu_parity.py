@@ -7,6 +7,7 @@ transformers computes, relative to its norm; reported are the median and the lar
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -20,6 +21,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from asyncengine.model import architecture
+from asyncengine.model.adapters.adapted_modules import AdaptedModules
+from asyncengine.model.adapters.lora import Lora, LowRank
 from asyncengine.model.attention.protocol import AttentionBackend, CarryingBackend
 from asyncengine.model.attention.select import select
 from asyncengine.model.buckets import Buckets
@@ -30,6 +33,7 @@ from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import graphs_for
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.runner import TorchModel
+from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
 
@@ -74,15 +78,18 @@ class Way:
         last: How many rows of each sequence are compared.
         fp8: Whether the KV cache is in fp8, and so are weights where errors are wanted.
         fused: Whether the fused kernels run the model.
+        adapted: Whether sequences have adapters.
     """
 
     chunk: int = 24
     last: int = 1 << 20
     fp8: bool = False
     fused: bool = False
+    adapted: bool = False
 
     def __str__(self) -> str:
-        return (", fp8 weights and KV cache" if self.fp8 else "") + (", fused" if self.fused else "")
+        said = {"fp8 weights and KV cache": self.fp8, "adapters": self.adapted, "fused": self.fused}
+        return "".join(f", {what}" for what, so in said.items() if so)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +124,37 @@ def mixed_steps(lengths: list[int], chunk: int) -> list[list[Piece]]:
     return [sorted(step, key=lambda piece: piece.end - piece.start > 1) for step in steps]
 
 
-def step_batch(step: list[Piece], ids: list[np.ndarray], tables: np.ndarray) -> StepBatch:
+def adapters_of(model: Any) -> list[Lora]:
+    """Two random adapters: of all linear layers in blocks that are not experts, and of some."""
+    generator = torch.Generator().manual_seed(0)
+    dtype, found = next(model.parameters()).dtype, []
+
+    def low_rank(layer: torch.nn.Linear, rank: int) -> LowRank:
+        down = torch.randn(rank, layer.in_features, generator=generator) / layer.in_features**0.5
+        up = torch.randn(layer.out_features, rank, generator=generator) * 0.3
+        return LowRank(down.to(dtype), up.to(dtype), 0.5)
+
+    for rank, ends in ((5, ""), (12, ("v_proj", "o_proj"))):
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if type(module) is torch.nn.Linear
+            and ".layers." in name
+            and ".experts." not in name
+            and name.endswith(ends)
+        }
+        found.append({name: low_rank(layer, rank) for name, layer in layers.items()})
+    return found
+
+
+def adapter_of(sequence: int) -> int:
+    """The index of a sequence's adapter."""
+    return sequence % 3 - 1
+
+
+def step_batch(step: list[Piece], ids: list[np.ndarray], tables: np.ndarray, adapted: bool = False) -> StepBatch:
     """The engine's own form of a step; the logits of all tokens are wanted."""
+    adapters = np.array([adapter_of(piece.sequence) for piece in step], np.int32)
     counts = [piece.end - piece.start for piece in step]
     positions = np.concatenate([np.arange(piece.start, piece.end) for piece in step])
     rows = np.repeat([piece.sequence for piece in step], counts)
@@ -135,6 +171,7 @@ def step_batch(step: list[Piece], ids: list[np.ndarray], tables: np.ndarray) -> 
         sample_positions=none,
         copies=np.zeros((0, 2), np.int64),
         num_decodes=sum(count == 1 for count in counts),
+        adapters=adapters if adapted and (adapters != NO_ADAPTER).any() else None,
     )
 
 
@@ -161,12 +198,17 @@ def paged_logits(
     runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
     if way.fused:
         runner.use_fused(FusedDecoder(recognise(model, layers, max(lengths), whole_experts=True)))
+    adapters = AdaptedModules(model, layers, device, next(model.parameters()).dtype)
+    for index, adapter in enumerate(adapters_of(model) if way.adapted else ()):
+        adapters.put(index, adapter)
+    runner.use_adapters(adapters)
     graphs, notes = graphs_for(runner, backend, len(ids), device, waits=architecture.waits(model))
     if graphs is not None:
         mixed = None
         if isinstance(backend, CarryingBackend):
             mixed = graphs.mixed(Buckets.mixed(limits.prefill_chunk_size), 1 << 20)  # all rows are compared
-        capturing = Capturing(graphs, mixed=mixed, at_once=True)
+        adapted = graphs.adapted(Buckets.doubling(len(ids)), adapters)
+        capturing = Capturing(graphs, mixed=mixed, adapted=adapted, at_once=True)
         capturing.begin()
         runner.use_graphs(capturing)
         notes += capturing.warmth.notes
@@ -175,7 +217,7 @@ def paged_logits(
     rows: list[list[torch.Tensor]] = [[] for _ in ids]
     with torch.inference_mode():
         for step in mixed_steps(lengths, way.chunk):
-            logits = runner.logits(step_batch(step, ids, tables)).float()
+            logits = runner.logits(step_batch(step, ids, tables, way.adapted)).float()
             for piece, part in zip(step, logits.split([piece.end - piece.start for piece in step]), strict=True):
                 rows[piece.sequence].append(part[-way.last :].cpu())
     if runner.capturing is not None:
@@ -188,11 +230,28 @@ def errors(
     model: Any, backend: AttentionBackend, ids: list[np.ndarray], device: torch.device, way: Way
 ) -> torch.Tensor:
     """(rows,) relative errors of all sequences' last rows; with fp8, the errors of that."""
-    expected = plain_logits(model, ids, device, way.last)
+    if way.adapted:
+        adapters = adapters_of(model)
+        merged = [model if (i := adapter_of(n)) < 0 else with_merged(model, adapters[i]) for n in range(len(ids))]
+        expected = [
+            plain_logits(own, [sequence], device, way.last)[0] for own, sequence in zip(merged, ids, strict=True)
+        ]
+    else:
+        expected = plain_logits(model, ids, device, way.last)
     if way.fp8:
         quantise(model)
     found = paged_logits(model, backend, ids, device, way)
     return torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(found, expected, strict=True)])
+
+
+def with_merged(model: Any, adapter: Lora) -> Any:
+    """A copy of a model whose weights have an adapter in them."""
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, factors in adapter.items():
+            weight = merged.get_submodule(name).weight
+            weight += (factors.scaling * (factors.up.double() @ factors.down.double())).to(weight)
+    return merged
 
 
 def plain_logits(model: Any, ids: list[np.ndarray], device: torch.device, last: int) -> list[torch.Tensor]:
@@ -217,14 +276,15 @@ def checks(
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """What finds the errors of each architecture in each dtype, a long context, and weights and KV cache in fp8.
 
-    Each is computed by the model's own modules, and once more by fused kernels, if they are wanted.
+    Each is computed by the model's own modules, and once more by fused kernels, if they are wanted. One has adapters.
     """
     generator = np.random.default_rng(0)
     found: dict[str, Callable[[], dict[str, Any]]] = {}
     cases = [(name, dtype, lengths, Way()) for dtype in dtypes for name in names]
     cases.append(("llama", dtypes[-1], [long_context], Way(min(2048, long_context), 64)))
     cases += [(name, torch.bfloat16, lengths, Way(fp8=True)) for name in FP8 if name in names]
-    if fused:
+    cases += [("llama", dtype, lengths, Way(adapted=True)) for dtype in dtypes]
+    if fused:  # steps with adapters are left to the modules
         cases += [(*case, dataclasses.replace(way, fused=True)) for *case, way in cases]
     for name, dtype, sizes, way in cases:
         ids = [generator.integers(1, 499, size).astype(np.int64) for size in sizes]
