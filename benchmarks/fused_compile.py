@@ -177,7 +177,7 @@ def on_the_way(case: Case, registers: int, shared: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the largest product of one model in bfloat16, and adapters")
+    parser.add_argument("--quick", action="store_true", help="the largest product of one model, and adapters")
     results, streaming = {}, set()
     for case in cases(parser.parse_args().quick):
         results[case.name] = found = compiled(case)
