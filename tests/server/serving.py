@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -20,6 +22,18 @@ MODEL = "scripted"
 USER = [{"role": "user", "content": "hello"}]
 KEY = "a-key-of-the-test"
 AUTH = {"authorization": f"Bearer {KEY}"}
+
+
+class Later:
+    """A client's package, imported when it is used first: whoever only collects tests need not wait for that."""
+
+    def __init__(self, name: str) -> None:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed", allow_module_level=True)
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 def client_of(app: ASGIApp, **arguments: Any) -> httpx.AsyncClient:

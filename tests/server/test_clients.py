@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from asyncengine.server import create_app
-from tests.server.serving import KEY, MODEL, USER, listening, scripted_engine, settled, until
+from tests.server.serving import KEY, MODEL, USER, Later, listening, scripted_engine, settled, until
 
-openai = pytest.importorskip("openai")
+openai = Later("openai")
 
 pytestmark = pytest.mark.loops("either")
 

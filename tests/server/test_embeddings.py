@@ -8,10 +8,10 @@ import pytest
 
 from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.testing import ScriptedLoader
-from tests.server.serving import MODEL, error, served
+from tests.server.serving import MODEL, Later, error, served
 from tests.server.test_clients import clients
 
-openai = pytest.importorskip("openai")
+openai = Later("openai")
 
 pytestmark = pytest.mark.loops("either")
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from asyncengine.server import create_app
-from tests.server.serving import KEY, MODEL, USER, echo_engine, error, listening, scripted_engine, served
+from tests.server.serving import KEY, MODEL, USER, Later, echo_engine, error, listening, scripted_engine, served
 from tests.server.tooling import call, think, tool_engine
 
-anthropic = pytest.importorskip("anthropic")
+anthropic = Later("anthropic")
 
 pytestmark = pytest.mark.loops("either")
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from asyncengine.server import create_app
-from tests.server.serving import MODEL, echo_engine, error, listening, scripted_engine, served
+from tests.server.serving import MODEL, Later, echo_engine, error, listening, scripted_engine, served
 from tests.server.tooling import TOOL, call, think, tool_engine
 
-openai = pytest.importorskip("openai")
+openai = Later("openai")
 
 pytestmark = pytest.mark.loops("either")
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import openai
 import pytest
 
 from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.server import create_app
 from asyncengine.speculation.protocol import Drafter
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, ScriptedModel, echo
-from tests.server.serving import MODEL, chat, client_of, completion, echo_engine, events, served
+from tests.server.serving import MODEL, Later, chat, client_of, completion, echo_engine, events, served
 from tests.speculation.drafters import Liar, Oracle
+
+openai = Later("openai")
 
 pytestmark = pytest.mark.loops("either")
 

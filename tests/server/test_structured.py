@@ -13,9 +13,20 @@ import pytest
 
 from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.server import create_app
-from tests.server.serving import MODEL, chat, client_of, completion, error, events, listening, scripted_engine, served
+from tests.server.serving import (
+    MODEL,
+    Later,
+    chat,
+    client_of,
+    completion,
+    error,
+    events,
+    listening,
+    scripted_engine,
+    served,
+)
 
-openai = pytest.importorskip("openai")
+openai = Later("openai")
 pydantic = pytest.importorskip("pydantic")
 pytestmark = [pytest.mark.loops("either"), pytest.mark.usefixtures("one_torch_thread")]
 

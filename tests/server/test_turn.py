@@ -149,7 +149,7 @@ PARTS = st.sampled_from([
 TEMPLATES = st.sampled_from([None, XML, LIST])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.lists(PARTS, max_size=8), TEMPLATES, st.booleans(), st.booleans())
 def test_however_anything_is_cut_it_says_the_same(
     data: st.DataObject, parts: list[str], calls: dict[str, Any] | None, parallel: bool, takes_calls: bool
@@ -160,7 +160,7 @@ def test_however_anything_is_cut_it_says_the_same(
     assert joined(said(Turn(parser(calls=calls), parallel, takes_calls), [*text])) == whole
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data(), st.lists(PARTS.filter(lambda part: "think" not in part and "end" not in part), max_size=8), TEMPLATES)
 def test_where_no_call_is_taken_all_of_it_is_content(
     data: st.DataObject, parts: list[str], calls: dict[str, Any] | None

@@ -113,8 +113,7 @@ def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype,
 @pytest.mark.parametrize(
     ("architecture", "dtype", "threads"),
     [
-        # Two threads are quick by themselves, and wait for each other beside another test.
-        pytest.param(*case, threads, marks=pytest.mark.alone if threads > 1 else ())
+        (*case, threads)
         for case in [
             *itertools.product(["qwen3", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss"], ["float32", "bfloat16"]),
             ("qwen3", "int8"),
@@ -174,7 +173,6 @@ def test_a_row_gets_the_same_bits_beside_any_number_of_others(
     loaded.model.close()
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
 def test_a_thread_that_falls_behind_changes_nothing(architecture: str, checkpoint: Checkpoint) -> None:
     """More threads than cores: some come to a phase when the others are in a later layer."""
