@@ -111,6 +111,7 @@ class Capturing:
         self.graphs = graphs
         self._choice = choice
         self._of_sort = {_Sort.DECODES: graphs, _Sort.MIXED: mixed, _Sort.ADAPTED: adapted}
+        self._all = [each for each in self._of_sort.values() if each is not None]
         self._generation: int | None = None
         self._seconds = seconds
         self._at_once = at_once
@@ -127,10 +128,6 @@ class Capturing:
         choice = () if self._choice is None else self._choice.notes
         graphs = [note for graphs in self._all for note in graphs.notes]
         return dataclasses.replace(self._warmth, notes=(*graphs, *choice, *self._warmth.notes))
-
-    @property
-    def _all(self) -> list[StepGraphs]:
-        return [graphs for graphs in self._of_sort.values() if graphs is not None]
 
     def run(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
         """As `StepGraphs.run`, by a graph of whatever sort it is."""

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncengine.model import architecture
+from asyncengine.model.adapters import adapted_modules
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of, places_of
 from asyncengine.model.adapters.factor_table import COLUMNS, FactorTable
 from asyncengine.model.adapters.lora import LowRank
@@ -82,6 +83,33 @@ def test_what_was_captured_holds_until_there_are_more_layers_larger_ranks_or_mor
     assert not table.layers
 
 
+def test_without_memory_for_more_places_all_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_triton()
+    table = FactorTable(LAYERS, CPU)
+    table.put(0, {"narrow": low_rank("narrow", 2)})
+
+    def added() -> torch.Tensor:
+        results = torch.zeros(1, 300)
+        table.add("narrow", torch.ones(1, 24), results, torch.zeros(1, dtype=torch.int32))
+        return results
+
+    before, zeros, made = added(), torch.zeros, []
+
+    def full(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(args)
+        if len(made) == 4:  # the second table
+            raise torch.OutOfMemoryError("full")
+        return zeros(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        table.put(16, {"narrow": low_rank("narrow", 200)})
+    monkeypatch.undo()
+    assert torch.equal(added(), before)
+    table.put(0, {"narrow": low_rank("narrow", 3)})
+    assert not torch.equal(added(), before)
+
+
 def test_who_goes_or_is_replaced_adds_nothing_any_more() -> None:
     require_triton()
     table = FactorTable(LAYERS, CPU)
@@ -123,7 +151,7 @@ def recorded(path: Path) -> list[RecordedLayer]:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_model_adds_the_same_as_adapter_by_adapter(
-    name: str, checkpoint: Callable[..., Path], tmp_path: Path
+    name: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Linear layers, and those that store their weights as columns."""
     require_triton()
@@ -146,6 +174,9 @@ def test_a_model_adds_the_same_as_adapter_by_adapter(
     with adapted.looked_up(torch.from_numpy(places_of(step, 7))):
         found = run()
     assert adapted.by_token(7) and not adapted.by_token(2000)
+    assert adapted.capturable
+    monkeypatch.setattr(adapted_modules, "MOST_RANK", 8)
+    assert not adapted.by_token(7) and not adapted.capturable
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found, plain, atol=1e-3) and torch.equal(run(), plain)
 

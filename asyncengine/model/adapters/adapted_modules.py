@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from asyncengine.model.adapters import lora
-from asyncengine.model.adapters.factor_table import FactorTable
+from asyncengine.model.adapters.factor_table import MOST_RANK, FactorTable
 from asyncengine.model.adapters.lora import Lora, LowRank
 from asyncengine.model.attention_modules import RecordedLayer
 from asyncengine.model.fp8_linear import Fp8Linear
@@ -84,7 +84,7 @@ class AdaptedModules:
     @property
     def capturable(self) -> bool:
         """Whether there are adapters, with which steps can be captured."""
-        return self._table is not None and bool(self._adapters)
+        return self._table is not None and bool(self._adapters) and self._table.rank <= MOST_RANK
 
     @property
     def generation(self) -> int:
@@ -125,7 +125,7 @@ class AdaptedModules:
 
     def by_token(self, tokens: int) -> bool:
         """Whether in a step of so many tokens each looks its adapter up."""
-        return self._table is not None and tokens <= BY_TOKEN
+        return self._table is not None and tokens <= BY_TOKEN and self._table.rank <= MOST_RANK
 
     @contextlib.contextmanager
     def looked_up(self, which: torch.Tensor) -> Iterator[None]:

@@ -16,6 +16,8 @@ _TILE = 4096
 """Weights that a program has at hand."""
 _PLACES = 16
 """For so many adapters at first."""
+MOST_RANK = 1024
+"""What a program can have at hand without spilling."""
 
 
 class FactorTable:
@@ -27,6 +29,7 @@ class FactorTable:
 
     Attributes:
         layers: Those that some adapter has had since there were none at all.
+        rank: The largest of theirs, or the next power of two; above `MOST_RANK` nothing can be added.
         generation: Another one when what was captured of a step with adapters no longer computes what it should.
 
     Raises:
@@ -45,7 +48,7 @@ class FactorTable:
         """Forgets all adapters."""
         self.generation += 1
         self.layers = frozenset[str]()
-        self._rank = self._places = 0
+        self.rank = self._places = 0
         self._kept: dict[int, Mapping[str, LowRank]] = {}  # memory that there are addresses of
         self._pointers = self._ranks = self._scalings = torch.empty(0)
         self._addresses: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -54,22 +57,22 @@ class FactorTable:
 
     def put(self, place: int, adapter: Mapping[str, LowRank]) -> None:
         """Notes where an adapter lies; `LowRank.up` is stored as its transpose would be."""
-        rank = _power_of_two(max(8, *(factors.rank for factors in adapter.values())))
-        layers = self.layers.union(adapter)
-        if place >= self._places or rank > self._rank or layers != self.layers:
-            self.generation += 1
-        self._rank, self.layers = max(rank, self._rank), layers
-        if place >= self._places:
-            self._grow(max(_PLACES, _power_of_two(place + 1)))
         count = len(self._index)
         pointers, numbers = torch.zeros(2, count, dtype=torch.int64), torch.zeros(2, count)
         for name, factors in adapter.items():
             index = self._index[name]
             pointers[:, index] = torch.tensor([factors.down.data_ptr(), factors.up.data_ptr()])
             numbers[:, index] = torch.tensor([float(factors.rank), factors.scaling])
-        self._pointers[:, :, place] = pointers.to(self._device)
-        self._ranks[:, place] = numbers[0].int().to(self._device)
-        self._scalings[:, place] = numbers[1].to(self._device)
+        there = pointers.to(self._device), numbers[0].int().to(self._device), numbers[1].to(self._device)
+        rank = _power_of_two(max(8, *(factors.rank for factors in adapter.values())))
+        layers = self.layers.union(adapter)
+        if place >= self._places or rank > self.rank or layers != self.layers:
+            self.generation += 1
+        if place >= self._places:
+            self._grow(max(_PLACES, _power_of_two(place + 1)))
+        self.rank, self.layers = max(rank, self.rank), layers
+        for table, column in zip(self._tables(), there, strict=True):
+            table[..., place] = column
         self._kept[place] = adapter
 
     def remove(self, place: int) -> None:
@@ -88,7 +91,7 @@ class FactorTable:
         """
         inputs = inputs if inputs.stride(1) == 1 else inputs.contiguous()
         tokens, width, wide = inputs.shape[0], inputs.shape[1], outputs.shape[1]
-        index, rank, splits = self._index[name], self._rank, -(-width // COLUMNS)
+        index, rank, splits = self._index[name], self.rank, -(-width // COLUMNS)
         down, up = self._addresses[index]
         ranks = self._ranks_of[index]
         each, options = outputs_of(rank), options_of(rank)
@@ -103,15 +106,15 @@ class FactorTable:
         )  # fmt: skip
 
     def _grow(self, places: int) -> None:
-        """Makes room; what was noted stays."""
-        old, before = self._places, (self._tables() if self._places else ())
+        """Makes room; what was noted stays, and everything does if there is no memory."""
         count = len(self._index)
-        self._pointers = torch.zeros(2, count, places, dtype=torch.int64, device=self._device)
-        self._ranks = torch.zeros(count, places, dtype=torch.int32, device=self._device)
-        self._scalings = torch.zeros(count, places, device=self._device)
-        for table, earlier in zip(self._tables(), before, strict=False):
-            table[..., :old] = earlier
-        self._places = places
+        pointers = torch.zeros(2, count, places, dtype=torch.int64, device=self._device)
+        ranks = torch.zeros(count, places, dtype=torch.int32, device=self._device)
+        scalings = torch.zeros(count, places, device=self._device)
+        if self._places:
+            for table, earlier in zip((pointers, ranks, scalings), self._tables(), strict=True):
+                table[..., : self._places] = earlier
+        self._pointers, self._ranks, self._scalings, self._places = pointers, ranks, scalings, places
         # Each launch takes a layer's own part of them.
         self._addresses = list(zip(*(list(part) for part in self._pointers), strict=True))
         self._ranks_of, self._scalings_of = list(self._ranks), list(self._scalings)
