@@ -7,11 +7,11 @@ transformers computes, relative to its norm; reported are the median and the lar
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,11 +231,10 @@ def errors(
 ) -> torch.Tensor:
     """(rows,) relative errors of all sequences' last rows; with fp8, the errors of that."""
     if way.adapted:
-        adapters = adapters_of(model)
-        merged = [model if (i := adapter_of(n)) < 0 else with_merged(model, adapters[i]) for n in range(len(ids))]
-        expected = [
-            plain_logits(own, [sequence], device, way.last)[0] for own, sequence in zip(merged, ids, strict=True)
-        ]
+        adapters, expected = [*adapters_of(model), {}], []  # the last is -1
+        for number, sequence in enumerate(ids):
+            with merged(model, adapters[adapter_of(number)]):
+                expected += plain_logits(model, [sequence], device, way.last)
     else:
         expected = plain_logits(model, ids, device, way.last)
     if way.fp8:
@@ -244,14 +243,19 @@ def errors(
     return torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(found, expected, strict=True)])
 
 
-def with_merged(model: Any, adapter: Lora) -> Any:
-    """A copy of a model whose weights have an adapter in them."""
-    merged = copy.deepcopy(model)
+@contextlib.contextmanager
+def merged(model: Any, adapter: Lora) -> Iterator[None]:
+    """Within the block the model's weights have an adapter in them."""
+    weights = {name: model.get_submodule(name).weight for name in adapter}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
     with torch.no_grad():
         for name, factors in adapter.items():
-            weight = merged.get_submodule(name).weight
-            weight += (factors.scaling * (factors.up.double() @ factors.down.double())).to(weight)
-    return merged
+            weights[name] += (factors.scaling * (factors.up.double() @ factors.down.double())).to(weights[name])
+        try:
+            yield
+        finally:
+            for name, weight in weights.items():
+                weight.copy_(before[name])
 
 
 def plain_logits(model: Any, ids: list[np.ndarray], device: torch.device, last: int) -> list[torch.Tensor]:
