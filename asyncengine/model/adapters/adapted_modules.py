@@ -8,7 +8,7 @@ tokens are taken out, multiplied by both factors, and added.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,12 +70,13 @@ class AdaptedModules:
         by_token: bool | None = None,
     ) -> None:
         self._modules = _linear_layers(model, recorded)
-        self._shapes = {name: _shape(module) for name, module in self._modules.items()}
-        self.format = ModulesFormat(self._shapes, dtype)
+        self.format = ModulesFormat({name: _shape(module) for name, module in self._modules.items()}, dtype)
         self._device = self._home = device
         self._adapters: dict[int, dict[str, LowRank]] = {}
         self._hooks: dict[str, Any] = {}
-        self._table = _table(self._shapes, device) if by_token or (by_token is None and device.type == "cuda") else None
+        self._table = (
+            _table(self._modules, device) if by_token or (by_token is None and device.type == "cuda") else None
+        )
         self.active = False
         self._present: list[tuple[dict[str, LowRank], torch.Tensor | None]] = []
         self._which: torch.Tensor | None = None
@@ -208,9 +209,9 @@ def places_of(batch: StepBatch, tokens: int) -> Int32:
     return places
 
 
-def _table(shapes: Mapping[str, tuple[int, int]], device: torch.device) -> FactorTable | None:
+def _table(layers: Iterable[str], device: torch.device) -> FactorTable | None:
     try:
-        return FactorTable(shapes, device)
+        return FactorTable(layers, device)
     except Exception:  # whatever a package that does not fit the system raises when it is imported
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ class FactorTable:
     """For each layer and each adapter: addresses of both factors, the rank, and the scaling.
 
     Args:
-        layers: Outputs and inputs of each layer, by its name.
-        device: Where the layers are.
+        layers: The names of all.
+        device: Where they are.
 
     Attributes:
         layers: Those that some adapter has had since there were none at all.
@@ -36,9 +36,8 @@ class FactorTable:
         ImportError: Triton is not there.
     """
 
-    def __init__(self, layers: Mapping[str, tuple[int, int]], device: torch.device) -> None:
+    def __init__(self, layers: Iterable[str], device: torch.device) -> None:
         self._kernels: Any = importlib.import_module("asyncengine.model.adapters.kernels")
-        self._shapes = layers
         self._index = {name: index for index, name in enumerate(layers)}
         self._device = device
         self.generation = 0
