@@ -1,0 +1,105 @@
+"""Weights of four bits: codes, what they stand for, and how numbers become codes.
+
+A weight is ``scale * (values[code] - zero)``. Neighbouring inputs of an output, `group` of them, share a scale and a
+zero. With `INT4` that is what GPTQ (Frantar et al., 2022), AWQ (Lin et al., 2023) and round-to-nearest come to; with
+`FP4` and scales that are powers of two, MXFP4 of the Open Compute Project's Microscaling Formats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+INT4 = tuple(float(value) for value in range(-8, 8))
+"""What codes stand for as integers."""
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What codes stand for as floats of four bits (E2M1)."""
+GROUP = 32
+"""Inputs that share a scale, where nobody says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class FourBits:
+    """One matrix, or those of several experts, one after the other along the first dimension.
+
+    Attributes:
+        codes: (outputs, inputs / 2) uint8; the lower half of a byte is the input with the even number.
+        scales: (outputs, inputs / group) float32.
+        zeros: As `scales`, or None, which is 0.
+        values: What the sixteen codes stand for: `INT4` or `FP4`.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+    values: tuple[float, ...] = INT4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        return self.codes.shape[0], 2 * self.codes.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[1] // self.scales.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros."""
+        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.zeros) if tensor is not None)
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """(outputs, inputs) in `dtype`, rounded once."""
+        table = torch.tensor(self.values, dtype=torch.float32, device=self.codes.device)
+        numbers = table[unpacked(self.codes).int()].view(self.shape[0], -1, self.group)
+        if self.zeros is not None:
+            numbers -= self.zeros.unsqueeze(-1)
+        return (numbers * self.scales.unsqueeze(-1)).view(self.shape).to(dtype)
+
+    def rows(self, start: int, stop: int, step: int = 1) -> FourBits:
+        """Some of the outputs."""
+        part = slice(start, stop, step)
+        return FourBits(
+            self.codes[part], self.scales[part], None if self.zeros is None else self.zeros[part], self.values
+        )
+
+
+def packed(codes: torch.Tensor) -> torch.Tensor:
+    """(..., inputs) codes of 0 to 15 to (..., inputs / 2) bytes."""
+    codes = codes.to(torch.uint8)
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def unpacked(codes: torch.Tensor) -> torch.Tensor:
+    """(..., inputs / 2) bytes to (..., inputs) codes of 0 to 15, as uint8."""
+    return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+
+
+def nearest(weight: torch.Tensor, group: int = GROUP) -> FourBits:
+    """Rounds a matrix to `INT4`, without zeros.
+
+    The number of a group that is farthest from 0 stands for 8, 7.5 or 7 scales, whichever leaves the smallest error.
+
+    Args:
+        weight: (outputs, inputs); the inputs are a multiple of `group`.
+        group: Inputs that share a scale.
+    """
+    outputs, inputs = weight.shape
+    numbers = weight.float().view(outputs, inputs // group, group)
+    extreme = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True))
+    best, least = None, None
+    for farthest in (-8.0, -7.5, -7.0):  # of the extreme, in steps of the scale
+        scales = extreme / farthest
+        rounded = (numbers / torch.where(scales == 0, 1.0, scales)).round_().clamp_(-8, 7)
+        error = (rounded * scales - numbers).square_().sum(-1, keepdim=True)
+        if best is None or least is None:
+            best, least, chosen = scales, error, rounded
+        else:
+            better = error < least
+            best, least = torch.where(better, scales, best), torch.where(better, error, least)
+            chosen = torch.where(better, rounded, chosen)
+    assert best is not None
+    codes = (chosen + 8).view(outputs, inputs)
+    return FourBits(packed(codes), best.squeeze(-1).contiguous())
