@@ -153,7 +153,7 @@ def read(config: EngineConfig) -> Needs:
     names = getattr(hf_config, "architectures", None)
     return Needs(
         architecture=names[0] if names else type(hf_config).__name__,
-        parameters=sum(prod(tensor.shape) for tensor in checkpoint.tensors),
+        parameters=sum(prod(shape) for shape in checkpoint.shapes.values()),
         tensors=len(checkpoint.tensors),
         weight_bytes=checkpoint.weight_bytes(dtype) + draft_bytes,
         draft_bytes=draft_bytes,

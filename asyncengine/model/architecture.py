@@ -46,6 +46,15 @@ def _attend(
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
 
 
+def model_class(config: Any) -> Any:
+    """The class of transformers that `AutoModelForCausalLM` would take."""
+    found = AutoModelForCausalLM._model_mapping[type(config)]
+    if not isinstance(found, (list, tuple)):
+        return found
+    named = getattr(config, "architectures", None) or ()
+    return next((each for each in found if each.__name__ in named), found[0])
+
+
 def waits(model: PreTrainedModel) -> str | None:
     """Why a forward waits for a CUDA device in its middle, in words; None if no reason is known.
 
@@ -74,6 +83,9 @@ def read_config(checkpoint: Checkpoint) -> Any:
         if kind is None:
             raise CheckpointError(f"{checkpoint.path / 'config.json'} has no model_type") from error
         raise UnsupportedModelError(f"transformers cannot read the config.json of a {kind!r} model: {error}") from error
+    for each in (config, text_config(config)):  # codes are turned into numbers before transformers sees them
+        if hasattr(each, "quantization_config"):
+            del each.quantization_config
     name = _name(config)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoders can be served")

@@ -230,15 +230,17 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
         CheckpointError: Others are missing, which transformers would make up. Models of embeddings are published
             without a head.
     """
-    from transformers import AutoModelForCausalLM
-
     from asyncengine.model import architecture
+    from asyncengine.model.stored.weight import state_of
 
+    checkpoint, dtype = details.checkpoint, details.dtype
+    state = state_of(checkpoint.plain, checkpoint.coded.values(), dtype) if checkpoint.coded else None
     with BUILDING:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            details.checkpoint.path,
+        model, report = architecture.model_class(details.hf_config).from_pretrained(
+            checkpoint.path if state is None else None,
+            state_dict=state,
             config=details.hf_config,
-            dtype=details.dtype,
+            dtype=dtype,
             attn_implementation=architecture.ATTENTION,
             local_files_only=True,
             output_loading_info=True,
@@ -246,7 +248,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
     head = model.get_output_embeddings()
     of_head = {name for name, module in model.named_modules() if module is head}
     if missing := sorted(name for name in report["missing_keys"] if name.rpartition(".")[0] not in of_head):
-        raise CheckpointError(f"{details.checkpoint.path}: {len(missing)} weights are missing: {missing[0]}, ...")
+        raise CheckpointError(f"{checkpoint.path}: {len(missing)} weights are missing: {missing[0]}, ...")
     return model.to(details.device).eval().requires_grad_(False), not report["missing_keys"]
 
 

@@ -7,10 +7,7 @@ import functools
 import hashlib
 import json
 import os
-import struct
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -18,11 +15,11 @@ from typing import Any
 
 import torch
 
-from asyncengine.errors import CheckpointError, InvalidRequestError
+from asyncengine.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
 from asyncengine.generation import GenerationConfig
+from asyncengine.model.stored.formats import coded_weights
+from asyncengine.model.stored.tensor import SIZES, TORCH_DTYPES, tensors_of
 
-_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json",
 )  # fmt: skip
@@ -32,45 +29,35 @@ _AHEAD = 1 << 21
 _TOKENIZER_SOURCES = (".json", ".jinja", ".txt", ".model", ".py")
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a safetensors file, by its header.
-
-    Attributes:
-        name: Its name.
-        dtype: As the file says it.
-        shape: Its shape.
-        file: The file.
-        start: The byte of the file at which it begins.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-
-    @property
-    def aligned(self) -> bool:
-        """Whether its numbers may be used where they are."""
-        return self.start % _DTYPES.get(self.dtype, 1) == 0
-
-
 class Checkpoint:
     """A checkpoint directory that has passed every check its headers allow.
+
+    Attributes:
+        tensors: All that is stored in safetensors files.
+        coded: The weights that are stored as codes, by the names of their parameters.
+        plain: The tensors that are stored as they are.
 
     Args:
         path: The directory.
 
     Raises:
         CheckpointError: Something is missing, truncated or unreadable.
+        UnsupportedModelError: Weights are quantised in a way that cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = self._json("config.json")
         self.weight_files = self._weight_files()
-        self.tensors = [tensor for file in self.weight_files for tensor in _tensors(file)]
+        self.tensors = [tensor for file in self.weight_files for tensor in tensors_of(file)]
+        try:
+            self.coded = coded_weights(self.config, {tensor.name: tensor for tensor in self.tensors})
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{path}: {error}") from error
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        parts = {part.name for weight in self.coded.values() for part in weight.parts.values()}
+        self.plain = [tensor for tensor in self.tensors if tensor.name not in parts]
         self._reading: threading.Thread | None = None
         self._enough = threading.Event()
 
@@ -78,7 +65,7 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The dtype that most of the weights are stored in."""
         sizes: dict[str, int] = {}
-        for tensor in self.tensors:
+        for tensor in self.plain:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + prod(tensor.shape)
         for name in sorted(sizes, key=lambda name: -sizes[name]):
             if name in TORCH_DTYPES:
@@ -91,12 +78,27 @@ class Checkpoint:
         """Whether all weights are stored in `dtype`, so that a model in it is mapped from the files."""
         return bool(self.tensors) and all(TORCH_DTYPES.get(tensor.dtype) is dtype for tensor in self.tensors)
 
-    def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all weights once they are in `dtype`."""
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters' shapes by name, as far as they are in safetensors files."""
+        plain = {tensor.name: tensor.shape for tensor in self.plain}
+        return plain | {name: weight.shape for name, weight in self.coded.items()}
+
+    def weight_bytes(self, dtype: torch.dtype, four_bits: bool = False) -> int:
+        """Bytes of all weights once they are in `dtype`.
+
+        Args:
+            dtype: Of whatever is stored as floats or as codes.
+            four_bits: Whether weights that are stored in four bits stay so.
+        """
         if not self.tensors:  # not safetensors: its size on disk is the best guess
             return sum(file.stat().st_size for file in self.weight_files)
         floats = ("F64", "F32", "F16", "BF16")
-        return sum(prod(t.shape) * (dtype.itemsize if t.dtype in floats else _DTYPES[t.dtype]) for t in self.tensors)
+        plain = sum(prod(t.shape) * (dtype.itemsize if t.dtype in floats else SIZES[t.dtype]) for t in self.plain)
+        return plain + sum(
+            weight.nbytes if four_bits and weight.in_four_bits else prod(weight.shape) * dtype.itemsize
+            for weight in self.coded.values()
+        )
 
     def read_ahead(self, free: int) -> None:
         """Asks the system to read the weight files, on a thread: much of a load is something else.
@@ -275,29 +277,3 @@ def same_vocabulary(one: Path, other: Path) -> bool:
     same: bool = first["model"].get("vocab") == second["model"].get("vocab")
     added = [{token["content"]: token["id"] for token in own.get("added_tokens", ())} for own in (first, second)]
     return same and added[0] == added[1]
-
-
-def _tensors(file: Path) -> Iterator[StoredTensor]:
-    """Reads a safetensors header, and checks that the file is as long as it says."""
-    if file.suffix != ".safetensors":
-        return
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if end != size:
-            raise ValueError(f"{size} bytes; its header describes {end}")
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            each = _DTYPES.get(entry["dtype"])
-            if each is not None and prod(shape) * each != end - begin:
-                raise ValueError(f"{name} of shape {shape} in {end - begin} bytes")
-            yield StoredTensor(name, entry["dtype"], shape, file, 8 + length + begin)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{file} is damaged or incomplete: {error}") from error

@@ -124,7 +124,7 @@ def plan_of(
         vocab_size, longest = findings.description["vocab_size"], findings.description["longest"]
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
     for path in config.adapters.values():
-        lora.check_there(path, {tensor.name: tensor.shape for tensor in checkpoint.tensors})
+        lora.check_there(path, checkpoint.shapes)
     draft = None
     for name in config.additional_models:
         draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype)

@@ -15,11 +15,12 @@ from torch import nn
 
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import RecordedLayer, text_config
-from asyncengine.model.checkpoint import TORCH_DTYPES, Checkpoint
+from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Projection
 from asyncengine.model.findings import Findings
 from asyncengine.model.hidden_states import hidden_size
 from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST
+from asyncengine.model.stored.tensor import TORCH_DTYPES
 
 Kind = TypeVar("Kind", bound=nn.Module)
 

@@ -1,0 +1,111 @@
+"""Which weights of a checkpoint are stored as codes, by what its ``quantization_config`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.model.stored import integers, small_floats
+from asyncengine.model.stored.scaled import scaled
+from asyncengine.model.stored.tensor import StoredTensor
+from asyncengine.model.stored.weight import CodedWeight
+
+Tensors = Mapping[str, StoredTensor]
+About = Mapping[str, Any]
+
+
+def coded_weights(config: Mapping[str, Any], tensors: Tensors) -> dict[str, CodedWeight]:
+    """The weights that are stored as codes, by the names of the parameters; none where nothing is.
+
+    Args:
+        config: The contents of ``config.json``.
+        tensors: All that is stored, by name.
+
+    Raises:
+        UnsupportedModelError: They are stored in a way that is not known here; the message has its name.
+        CheckpointError: Something that belongs to them is missing.
+    """
+    about = about_storage(config)
+    if about is None:
+        return {}
+    method = str(about.get("quant_method", "compressed-tensors" if "config_groups" in about else None))
+    read = _METHODS.get(method)
+    if read is None:
+        raise UnsupportedModelError(
+            f"its weights are quantised by {method!r}; those of {', '.join(sorted(_METHODS))} can be read"
+        )
+    if not tensors:
+        raise UnsupportedModelError(f"its weights are quantised by {method!r}, and are not in safetensors files")
+    try:
+        found = read(tensors, about)
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise CheckpointError(f"the quantization_config of {method!r} is not as that writes it: {error!r}") from error
+    return {weight.name: weight for weight in found}
+
+
+def about_storage(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a ``config.json`` says about how weights are quantised; None if it says nothing."""
+    for values in (config, config.get("text_config")):
+        if isinstance(values, Mapping):
+            for key in ("quantization_config", "compression_config"):
+                if isinstance(about := values.get(key), dict):
+                    return about
+    return None
+
+
+def _fp8(tensors: Tensors, about: About) -> list[CodedWeight]:
+    block = about.get("weight_block_size")
+    if block is not None and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)):
+        raise CheckpointError(f"weight_block_size is {block!r}; expected two integers")
+    return scaled(tensors, block)
+
+
+def _modelopt(tensors: Tensors, about: About) -> list[CodedWeight]:
+    """NVIDIA's ModelOpt."""
+    algorithm = about.get("quant_algo")
+    if algorithm == "FP8":
+        return scaled(tensors, None)
+    if algorithm == "NVFP4":
+        return small_floats.nvfp4(tensors, divided=False)
+    raise UnsupportedModelError(f"ModelOpt's {algorithm!r} is not supported; 'FP8' and 'NVFP4' are")
+
+
+def _compressed_tensors(tensors: Tensors, about: About) -> list[CodedWeight]:
+    """compressed-tensors, which LLM Compressor writes: one format for all layers, or one for each group of them."""
+    if (about.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        raise UnsupportedModelError(f"sparse weights ({about['sparsity_config']['format']}) are not supported")
+    if (about.get("transform_config") or {}).get("config_groups"):
+        raise UnsupportedModelError("weights behind transforms, as of QuIP and SpinQuant, are not supported")
+    groups = [group for group in (about.get("config_groups") or {}).values() if group.get("weights")]
+    formats = {group.get("format") or about.get("format") for group in groups}
+    if len(formats) > 1:
+        raise UnsupportedModelError(
+            f"several formats in one checkpoint ({sorted(map(str, formats))}) are not supported"
+        )
+    weights = [group["weights"] for group in groups]
+    kind = next(iter(formats), None)
+    if kind == "pack-quantized":
+        ways = {(int(each["num_bits"]), bool(each.get("symmetric", True))) for each in weights}
+        if len(ways) > 1:
+            raise UnsupportedModelError("layers of different widths in one checkpoint are not supported")
+        return integers.packed_integers(tensors, *next(iter(ways)))
+    if kind == "nvfp4-pack-quantized":
+        return small_floats.nvfp4(tensors, divided=True)
+    if kind == "mxfp4-pack-quantized":
+        return small_floats.mxfp4(tensors)
+    if kind in ("float-quantized", "int-quantized", "naive-quantized"):
+        return scaled(tensors, next((each["block_structure"] for each in weights if each.get("block_structure")), None))
+    raise UnsupportedModelError(f"compressed-tensors' format {kind!r} is not supported")
+
+
+_METHODS: dict[str, Callable[[Tensors, About], list[CodedWeight]]] = {
+    "awq": integers.awq,
+    "bitsandbytes": lambda tensors, _: small_floats.bitsandbytes(tensors),
+    "compressed-tensors": _compressed_tensors,
+    "fbgemm_fp8": _fp8,
+    "fp8": _fp8,
+    "gptq": integers.gptq,
+    "modelopt": _modelopt,
+    "mxfp4": lambda tensors, _: small_floats.mxfp4_experts(tensors),
+}

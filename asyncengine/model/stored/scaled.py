@@ -1,0 +1,63 @@
+"""Weights as they are in eight bits, with scales: of the whole, of each output, or of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+
+from asyncengine.errors import CheckpointError
+from asyncengine.model.stored.tensor import StoredTensor
+from asyncengine.model.stored.weight import CodedWeight, Parts
+
+CODES = ("F8_E4M3", "F8_E5M2", "I8")
+"""What weights are stored in."""
+_ENDINGS = ("_scale_inv", "_scale")
+"""Of the tensor that has a weight's scales. By both names they are what codes are multiplied by."""
+
+
+def scaled(tensors: Mapping[str, StoredTensor], block: Sequence[int] | None) -> list[CodedWeight]:
+    """Weights in eight bits, in two dimensions or, for experts, in three.
+
+    Args:
+        tensors: All that is stored, by name.
+        block: Outputs and inputs that share a scale, where scales are of blocks.
+    """
+    found = []
+    for name, codes in tensors.items():
+        if codes.dtype not in CODES or len(codes.shape) < 2 or name.endswith("_zero_point"):
+            continue
+        scales = next((tensors[name + ending] for ending in _ENDINGS if name + ending in tensors), None)
+        if scales is None:
+            raise CheckpointError(f"{name} is stored in {codes.dtype}, and its scales are missing")
+        parts = {"codes": codes, "scales": scales}
+        if (zeros := tensors.get(f"{name}_zero_point")) is not None:
+            parts["zeros"] = zeros
+        found.append(CodedWeight(name, codes.shape, parts, partial(_multiplied, block=block)))
+    return found
+
+
+def _multiplied(parts: Parts, block: Sequence[int] | None) -> torch.Tensor:
+    numbers = parts["codes"].float()
+    if (zeros := parts.get("zeros")) is not None:
+        numbers -= _spread(zeros.float(), numbers.shape, block)
+    return numbers * _spread(parts["scales"].float(), numbers.shape, block)
+
+
+def _spread(scales: torch.Tensor, shape: torch.Size, block: Sequence[int] | None) -> torch.Tensor:
+    """Scales for each number of a weight, or something that broadcasts to them."""
+    if scales.numel() == 1:
+        return scales.view(())
+    if scales.ndim == 1:  # of each output, or of each expert
+        ones = (1,) * (len(shape) - 1)
+        return scales.view(-1, *ones) if scales.shape[0] == shape[0] else scales.view(-1, 1)
+    for dimension in range(-2, 0):
+        own, whole = scales.shape[dimension], shape[dimension]
+        if own in (1, whole):
+            continue
+        size = block[dimension] if block is not None else -(-whole // own)
+        if -(-whole // size) != own:
+            raise ValueError(f"{own} scales for {whole} numbers in blocks of {size}")
+        scales = scales.repeat_interleave(size, dimension).narrow(dimension, 0, whole)
+    return scales

@@ -1,0 +1,108 @@
+"""A weight that a checkpoint stores as codes, in several tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from asyncengine.errors import CheckpointError
+from asyncengine.model.four_bits import FourBits
+from asyncengine.model.stored.tensor import SIZES, StoredTensor
+
+Parts = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class CodedWeight:
+    """One parameter of a model.
+
+    Attributes:
+        name: Of the parameter.
+        shape: Its shape.
+        parts: The tensors that it is stored in, by what they are.
+        decode: Makes of their contents numbers in float32 of that shape, or codes of four bits.
+        in_four_bits: Whether `decode` can be expected to return codes.
+        experts: How many matrices there are, one after the other in what `decode` returns; 0 if it is one.
+        transposed: Whether each of them has its dimensions the other way round in the parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, StoredTensor]
+    decode: Callable[[Parts], torch.Tensor | FourBits]
+    in_four_bits: bool = False
+    experts: int = 0
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it is stored in."""
+        return sum(prod(part.shape) * SIZES[part.dtype] for part in self.parts.values())
+
+    def read(self, files: OpenFiles) -> torch.Tensor | FourBits:
+        """What `decode` makes of it.
+
+        Raises:
+            CheckpointError: Its tensors do not fit each other.
+        """
+        try:
+            return self.decode({what: files.tensor(part) for what, part in self.parts.items()})
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            shapes = ", ".join(f"{part.name} {part.shape} {part.dtype}" for part in self.parts.values())
+            raise CheckpointError(f"{self.name} cannot be made of what is stored: {shapes}: {error}") from error
+
+    def numbers(self, files: OpenFiles, dtype: torch.dtype) -> torch.Tensor:
+        """The parameter in `dtype`, rounded once."""
+        found = self.read(files)
+        found = found.weight(dtype) if isinstance(found, FourBits) else found.to(dtype)
+        if self.experts:
+            found = found.view(self.experts, -1, found.shape[-1])
+            if self.transposed:
+                found = found.transpose(1, 2).contiguous()
+        if tuple(found.shape) != self.shape:
+            raise CheckpointError(f"{self.name} is {tuple(found.shape)} as it is stored; expected {self.shape}")
+        return found
+
+
+class OpenFiles:
+    """Weight files, mapped; several threads may read."""
+
+    def __init__(self) -> None:
+        self._files: dict[Any, Any] = {}
+
+    def tensor(self, part: StoredTensor) -> torch.Tensor:
+        """A tensor's contents."""
+        if part.file not in self._files:
+            self._files[part.file] = safe_open(part.file, framework="pt")
+        found: torch.Tensor = self._files[part.file].get_tensor(part.name)
+        return found
+
+
+class Lazy:
+    """Stands for a tensor in what transformers loads from, and is read when that asks for it, on whatever thread.
+
+    Args:
+        read: Returns the tensor.
+        shape: Its shape.
+    """
+
+    def __init__(self, read: Callable[[], torch.Tensor], shape: tuple[int, ...]) -> None:
+        self._read = read
+        self.shape = torch.Size(shape)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """The whole tensor, or some of it."""
+        return self._read()[index]
+
+
+def state_of(plain: Sequence[StoredTensor], coded: Iterable[CodedWeight], dtype: torch.dtype) -> dict[str, Lazy]:
+    """All parameters by name, each of them read when it is asked for."""
+    files = OpenFiles()
+    state = {part.name: Lazy(partial(files.tensor, part), part.shape) for part in plain}
+    return state | {weight.name: Lazy(partial(weight.numbers, files, dtype), weight.shape) for weight in coded}
