@@ -77,29 +77,43 @@ def unpacked(codes: torch.Tensor) -> torch.Tensor:
     return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
 
 
-def nearest(weight: torch.Tensor, group: int = GROUP) -> FourBits:
-    """Rounds a matrix to `INT4`, without zeros.
-
-    The number of a group that is farthest from 0 stands for 8, 7.5 or 7 scales, whichever leaves the smallest error.
+def nearest(weight: torch.Tensor, group: int = GROUP, values: tuple[float, ...] = INT4) -> FourBits:
+    """Rounds a matrix to codes without zeros.
 
     Args:
         weight: (outputs, inputs); the inputs are a multiple of `group`.
         group: Inputs that share a scale.
+        values: What codes are to stand for. For `INT4` the number of a group that is farthest from 0 stands for 8, 7.5
+            or 7 scales, whichever leaves the smallest error; for `FP4` scales are powers of two, the smallest that cut
+            off nothing.
     """
     outputs, inputs = weight.shape
     numbers = weight.float().view(outputs, inputs // group, group)
+    codes, scales = (_nearest_integers if values == INT4 else _nearest_floats)(numbers)
+    return FourBits(packed(codes.view(outputs, inputs)), scales.squeeze(-1).contiguous(), values=values)
+
+
+def _nearest_integers(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(outputs, groups, group) numbers to codes, and (outputs, groups, 1) scales."""
     extreme = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True))
-    best, least = None, None
-    for farthest in (-8.0, -7.5, -7.0):  # of the extreme, in steps of the scale
+    tried = []
+    for farthest in (-8.0, -7.5, -7.0):
         scales = extreme / farthest
         rounded = (numbers / torch.where(scales == 0, 1.0, scales)).round_().clamp_(-8, 7)
-        error = (rounded * scales - numbers).square_().sum(-1, keepdim=True)
-        if best is None or least is None:
-            best, least, chosen = scales, error, rounded
-        else:
-            better = error < least
-            best, least = torch.where(better, scales, best), torch.where(better, error, least)
-            chosen = torch.where(better, rounded, chosen)
-    assert best is not None
-    codes = (chosen + 8).view(outputs, inputs)
-    return FourBits(packed(codes), best.squeeze(-1).contiguous())
+        tried.append(((rounded * scales - numbers).square_().sum(-1, keepdim=True), rounded, scales))
+    error, chosen, best = tried[0]
+    for other, rounded, scales in tried[1:]:
+        better = other < error
+        error, best = torch.where(better, other, error), torch.where(better, scales, best)
+        chosen = torch.where(better, rounded, chosen)
+    return chosen + 8, best
+
+
+def _nearest_floats(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_nearest_integers`."""
+    largest = numbers.abs().amax(-1, keepdim=True)
+    scales = torch.exp2((largest / FP4[7]).log2().ceil().clamp_min(-126))
+    table = torch.tensor(FP4[:8], device=numbers.device)
+    middles = (table[1:] + table[:-1]) / 2
+    codes = torch.bucketize((numbers / scales).abs(), middles)
+    return codes + 8 * (numbers < 0), scales

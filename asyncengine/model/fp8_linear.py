@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from asyncengine.model.attention import fp8
+from asyncengine.model.replaced_linear import replace
 from asyncengine.model.weight_writer import Writer
 
 ALIGNMENT = 16
@@ -102,56 +102,10 @@ class Fp8Linear(nn.Module):
 def quantise(model: Any) -> tuple[int, int]:
     """Puts an `Fp8Linear` in the place of every linear layer but the head.
 
-    A layer that has several names stays one, and layers that share a weight share it still. One that shares its weight
-    with anything else, an embedding or the head, stays as it is.
-
     Returns:
         How many weights are in fp8 now, and how many there are.
     """
-    kept, shared = _in_use_elsewhere(model), _shared(model)
-    made: dict[int, Fp8Linear] = {}  # of what is shared, which lives until all of it is replaced
-    done = 0
-    # No list of layers: each weight is let go before the next one is turned into fp8.
-    for module in [module for module in model.modules() if module._modules]:
-        for name in list(module._modules):
-            child = module._modules[name]
-            if (
-                type(child) is not nn.Linear
-                or id(child.weight) in kept
-                or any(n % ALIGNMENT for n in child.weight.shape)
-            ):
-                del child
-                continue
-            layer = made.get(id(child))
-            if layer is None:
-                tied = made.get(id(child.weight))
-                layer = Fp8Linear(child, tied)
-                done += layer.weight.numel() if tied is None else 0
-                made |= {id(each): layer for each in (child, child.weight) if id(each) in shared}
-            setattr(module, name, layer)
-            del child
-    return done, sum(parameter.numel() for parameter in model.parameters())
-
-
-def _aligned(weight: torch.Tensor) -> bool:
-    return not any(size % ALIGNMENT for size in weight.shape)
-
-
-def _in_use_elsewhere(model: Any) -> set[int]:
-    """Identities of the parameters that something other than a linear layer uses, or the head."""
-    head = model.get_output_embeddings()
-    others = (module for module in model.modules() if type(module) is not nn.Linear or module is head)
-    return {id(parameter) for module in others for parameter in module._parameters.values()}
-
-
-def _shared(model: Any) -> dict[int, Any]:
-    """Linear layers that have several names, and weights of several of them, by their identities."""
-    layers = [child for module in model.modules() for child in module._modules.values() if type(child) is nn.Linear]
-    once = {id(layer): layer for layer in layers}
-    names = Counter(map(id, layers))
-    owners = Counter(id(layer.weight) for layer in once.values())
-    several = {identity: layer for identity, layer in once.items() if names[identity] > 1}
-    return several | {id(layer.weight): layer.weight for layer in once.values() if owners[id(layer.weight)] > 1}
+    return replace(model, lambda layer: not any(size % ALIGNMENT for size in layer.weight.shape), Fp8Linear)
 
 
 def layers(model: nn.Module) -> dict[int, Fp8Linear]:

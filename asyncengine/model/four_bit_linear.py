@@ -1,0 +1,113 @@
+"""Linear layers whose weights have four bits: the checkpoint's own codes, or numbers that are rounded to some.
+
+The layer itself computes in the dtype of its inputs with weights that it makes anew in each call. That is the reference
+that the compiled step of the CPU and the kernels for CUDA are held to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from asyncengine.model.four_bits import GROUP, FourBits, nearest
+from asyncengine.model.replaced_linear import replace
+from asyncengine.model.weight_writer import Writer
+
+
+class FourBitLinear(nn.Module):
+    """Takes the place of a linear layer, whose weight and bias keep their names.
+
+    Attributes:
+        weight: (outputs, inputs / 2) codes, two in a byte.
+        bias: (outputs,), or None, as it was.
+        weight_scale: (outputs, inputs / group).
+        weight_zero: As `weight_scale`, or None.
+        values: What codes stand for.
+        dtype: Of the weight that it was made of, of its inputs and of its outputs.
+
+    Args:
+        weights: The codes.
+        bias: (outputs,), or None.
+        dtype: As above.
+    """
+
+    def __init__(self, weights: FourBits, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.out_features, self.in_features = weights.shape
+        self.values = weights.values
+        self.weight = nn.Parameter(weights.codes, requires_grad=False)
+        self.bias = bias
+        self.weight_scale: torch.Tensor
+        self.weight_zero: torch.Tensor | None
+        self.register_buffer("weight_scale", weights.scales, persistent=False)
+        self.register_buffer("weight_zero", weights.zeros, persistent=False)
+
+    @property
+    def four_bits(self) -> FourBits:
+        """The codes and what they stand for."""
+        return FourBits(self.weight.data, self.weight_scale, self.weight_zero, self.values)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return functional.linear(input, self.four_bits.weight(input.dtype), self.bias)
+
+    @torch.no_grad()
+    def write(self, value: torch.Tensor) -> None:
+        """Replaces the weight by another one in `dtype`, which is rounded to the codes that there are."""
+        replace_codes(self.four_bits, value)
+
+    def keep(self) -> Callable[[], None]:
+        """What puts the present weight back."""
+        return keeper(self.four_bits)
+
+
+def replace_codes(weights: FourBits, value: torch.Tensor) -> None:
+    """Writes a weight (outputs, inputs) over codes; zeros become 0."""
+    new = nearest(value.to(weights.codes.device), weights.group, weights.values)
+    weights.codes.copy_(new.codes)
+    weights.scales.copy_(new.scales)
+    if weights.zeros is not None:
+        weights.zeros.zero_()
+
+
+def keeper(weights: FourBits) -> Callable[[], None]:
+    """What puts the present codes back."""
+    tensors = [tensor for tensor in (weights.codes, weights.scales, weights.zeros) if tensor is not None]
+    kept = [tensor.clone() for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, old in zip(tensors, kept, strict=True):
+            tensor.copy_(old)
+
+    return restore
+
+
+def round_layers(model: Any, group: int = GROUP) -> tuple[int, int]:
+    """Puts a `FourBitLinear` in the place of every linear layer but the head, as far as its inputs are whole groups.
+
+    Returns:
+        How many weights had been in the layers that were replaced, and how many there had been.
+    """
+
+    def made(layer: nn.Linear, tied: FourBitLinear | None) -> FourBitLinear:
+        weights = nearest(layer.weight.detach(), group) if tied is None else tied.four_bits
+        found = FourBitLinear(weights, layer.bias, layer.weight.dtype)
+        if tied is not None:
+            found.weight = tied.weight
+        return found
+
+    return replace(model, lambda layer: layer.in_features % group == 0, made)
+
+
+def writers(model: nn.Module) -> dict[int, list[Writer]]:
+    """What new values of weights in four bits go through, by the identity of the codes."""
+    found: dict[int, list[Writer]] = {}
+    for module in model.modules():
+        if isinstance(module, FourBitLinear):
+            found.setdefault(id(module.weight), []).append(Writer(module.write, module.keep))
+    return found
