@@ -104,6 +104,15 @@ def round_layers(model: Any, group: int = GROUP) -> tuple[int, int]:
     return replace(model, lambda layer: layer.in_features % group == 0, made)
 
 
+def layers(model: nn.Module) -> dict[int, tuple[torch.Size, torch.dtype]]:
+    """What the weights in four bits are taken to be, by the identity of the codes."""
+    return {
+        id(module.weight): (torch.Size((module.out_features, module.in_features)), module.dtype)
+        for module in model.modules()
+        if isinstance(module, FourBitLinear)
+    }
+
+
 def writers(model: nn.Module) -> dict[int, list[Writer]]:
     """What new values of weights in four bits go through, by the identity of the codes."""
     found: dict[int, list[Writer]] = {}

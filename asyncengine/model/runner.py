@@ -16,7 +16,7 @@ from torch import nn
 
 from asyncengine.errors import InsufficientMemoryError, ReloadError
 from asyncengine.generation import SamplingParams
-from asyncengine.model import fp8_linear, memory, packed_linear, token_draw, token_logprobs, verified_draw
+from asyncengine.model import memory, new_values, token_draw, token_logprobs, verified_draw
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of, places_of
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.adapted import CompiledAdapters
@@ -338,22 +338,18 @@ class TorchModel:
         assert self._model is not None
         known: dict[str, torch.Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
         known.update(self._model.named_buffers(remove_duplicate=False))
-        quantised = fp8_linear.layers(self._model)
+        taken_for = new_values.taken_for(self._model)
         for name, value in weights.items():
             target = known.get(name)
             if target is None:
                 raise ReloadError(f"weight {name!r} is not in the model")
             if not isinstance(value, torch.Tensor):
                 raise ReloadError(f"weight {name!r} is a {type(value).__name__}; expected a torch.Tensor")
-            dtype = quantised[id(target)].dtype if id(target) in quantised else target.dtype
-            if value.shape != target.shape or value.dtype != dtype:
-                raise ReloadError(
-                    f"weight {name!r} is {tuple(value.shape)} of {value.dtype}; the model's is {tuple(target.shape)} "
-                    f"of {dtype}"
-                )
-        writers = {} if self._program is None else self._program.writers()
-        writers |= fp8_linear.writers(self._model)
-        writers |= packed_linear.writers(self._model)
+            shape, dtype = taken_for.get(id(target), (target.shape, target.dtype))
+            if value.shape != shape or value.dtype != dtype:
+                found = f"{tuple(value.shape)} of {value.dtype}"
+                raise ReloadError(f"weight {name!r} is {found}; the model's is {tuple(shape)} of {dtype}")
+        writers = new_values.writers(self._model) if self._program is None else self._program.writers()
         restores: list[Callable[[], object]] = []
         with torch.inference_mode():
             try:
