@@ -63,6 +63,7 @@ def build(
     from asyncengine.model import architecture, verification
     from asyncengine.model.decoder.parts import NotRecognised
     from asyncengine.model.decoder.weights import Packing
+    from asyncengine.model.four_bit_experts import share_of
     from asyncengine.model.hidden_states import hidden_size
 
     notes: list[str] = []
@@ -71,6 +72,11 @@ def build(
     layers = architecture.layers_of(model, details.watched)
     trial = verification.Trial.of(model, layers, details.device)
     backend = attention()
+    if details.four_bits:
+        rounded = _round(model, details)
+        before, trial = trial, verification.Trial.of(model, layers, details.device)
+        how = f"rounded: logits of a trial are {trial.off(before):.1%} of their norm off" if rounded else "as stored"
+        notes.append(f"quantization: int4, {share_of(model):.0%} of the weights, {how}")
     program, findings = None, None
     try:
         blueprint = _blueprint(config, details, model, layers, backend)
@@ -85,7 +91,7 @@ def build(
             trial.run(model, backend, program)
             findings = _findings(details, model, layers, blueprint, trial)
     except (NotRecognised, UnsupportedModelError) as error:
-        if config.decoder_backend == "compiled" or config.quantization == "int8":
+        if config.decoder_backend == "compiled" or config.quantization in ("int8", "int4"):
             raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
         notes.append(f"decoder: runs as transformers has it: {error}")
         program = None
@@ -186,7 +192,7 @@ def _fuse(
     if (
         details.device.type not in choice.DEVICES
         or config.decoder_backend == "transformers"
-        or config.quantization == "int8"
+        or config.quantization in ("int8", "int4")
     ):
         return None, ()
     try:
@@ -219,6 +225,25 @@ def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     return note if details.device.type == "cuda" else f"{note}; slow on {details.device}"
 
 
+def _round(model: Any, details: Details) -> bool:
+    """Rounds what is to be in four bits; returns whether there was any, or the checkpoint had it so.
+
+    Raises:
+        UnsupportedModelError: Nothing can be in four bits.
+    """
+    from asyncengine.model.four_bit_experts import round_experts
+    from asyncengine.model.four_bit_linear import round_layers
+
+    if any(weight.in_four_bits for weight in details.checkpoint.coded.values()):
+        return False
+    experts, (layers, _) = round_experts(model), round_layers(model)
+    if not experts + layers:
+        raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in int4")
+    if details.device.type == "cuda":
+        memory.empty_cache()
+    return True
+
+
 def _with_weights(details: Details) -> tuple[Any, bool]:
     """The transformers model, with its weights, and whether they include its head.
 
@@ -231,10 +256,13 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
             without a head.
     """
     from asyncengine.model import architecture
+    from asyncengine.model.stored.kept import KeptCodes
     from asyncengine.model.stored.weight import state_of
 
     checkpoint, dtype = details.checkpoint, details.dtype
-    state = state_of(checkpoint.plain, checkpoint.coded.values(), dtype) if checkpoint.coded else None
+    coded = checkpoint.coded.values()
+    kept = KeptCodes(coded, dtype) if details.four_bits else None
+    state = state_of(checkpoint.plain, coded, dtype) | ({} if kept is None else kept.state()) if coded else None
     with BUILDING:
         model, report = architecture.model_class(details.hf_config).from_pretrained(
             checkpoint.path if state is None else None,
@@ -249,6 +277,8 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
     of_head = {name for name, module in model.named_modules() if module is head}
     if missing := sorted(name for name in report["missing_keys"] if name.rpartition(".")[0] not in of_head):
         raise CheckpointError(f"{checkpoint.path}: {len(missing)} weights are missing: {missing[0]}, ...")
+    if kept is not None:
+        kept.put(model)
     return model.to(details.device).eval().requires_grad_(False), not report["missing_keys"]
 
 

@@ -154,6 +154,12 @@ def _rows(weights: torch.Tensor, transposed: bool) -> torch.Tensor:
     return (weights.transpose(1, 2) if transposed else weights).flatten(0, 1)
 
 
+def share_of(model: nn.Module) -> float:
+    """The share of a model's weights that are codes of four bits."""
+    codes = sum(each.numel() for each in model.parameters() if each.dtype is torch.uint8)  # two weights each
+    return 2 * codes / (codes + sum(each.numel() for each in model.parameters()))
+
+
 def layers(model: nn.Module) -> dict[int, tuple[torch.Size, torch.dtype]]:
     """What the weights of experts in four bits are taken to be, by the identity of the codes."""
     return {

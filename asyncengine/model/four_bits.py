@@ -7,6 +7,7 @@ zero. With `INT4` that is what GPTQ (Frantar et al., 2022), AWQ (Lin et al., 202
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,17 @@ class FourBits:
         return FourBits(
             self.codes[part], self.scales[part], None if self.zeros is None else self.zeros[part], self.values
         )
+
+
+def joined(parts: Sequence[FourBits]) -> FourBits:
+    """Matrices with the same inputs, groups and values as one: the outputs of each follow those of the one before."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = None
+    if any(part.zeros is not None for part in parts):
+        zeros = torch.cat([torch.zeros_like(part.scales) if part.zeros is None else part.zeros for part in parts])
+    codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
+    return FourBits(codes, scales, zeros, parts[0].values)
 
 
 def packed(codes: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,7 @@ class Details:
         findings: What an earlier load of it found out, if that was kept. Then there is no `hf_config`.
         findings_at: Where what is found out is kept; None if it is not.
         selecting: Comes to what attends, as soon as that is compiled; None for a draft model.
+        four_bits: Whether weights are kept in four bits.
     """
 
     checkpoint: Any
@@ -75,6 +76,7 @@ class Details:
     findings: Findings | None = None
     findings_at: Path | None = None
     selecting: Future[Any] | None = None
+    four_bits: bool = False
 
     @property
     def all_weight_bytes(self) -> int:
@@ -127,7 +129,7 @@ def plan_of(
         lora.check_there(path, checkpoint.shapes)
     draft = None
     for name in config.additional_models:
-        draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype)
+        draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype, config.quantization == "int4")
         longest = min(longest, draft.max_length)
     max_length = config.max_single_sequence_length or longest
     if max_length > longest:
@@ -150,9 +152,9 @@ def plan_of(
     if config.quantization != "none" and dtype is not torch.bfloat16:
         given = str(dtype).removeprefix("torch.")
         raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
-    if config.quantization == "fp8":
-        check_fp8(config, device)
-    weights = checkpoint.weight_bytes(dtype)
+    check_quantization(config, device)
+    four_bits = config.quantization == "int4"
+    weights = checkpoint.weight_bytes(dtype, four_bits)
     present = None if current is None else current.tokenizer
     details = Details(
         checkpoint,
@@ -170,6 +172,7 @@ def plan_of(
         findings,
         findings_at,
         selecting,
+        four_bits,
     )
     try:
         beside = fits(details, current)
@@ -202,7 +205,10 @@ def is_known(config: EngineConfig) -> bool:
 
 def dtype_of(config: EngineConfig, checkpoint: Any) -> torch.dtype:
     """The dtype of weights and activations."""
-    return checkpoint.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    dtype: torch.dtype = checkpoint.dtype if config.quantization == "none" else torch.bfloat16
+    return dtype
 
 
 def _serves_all(config: EngineConfig, device: torch.device) -> bool:
@@ -211,7 +217,13 @@ def _serves_all(config: EngineConfig, device: torch.device) -> bool:
 
 
 def check_draft(
-    name: str, target: Any, vocab_size: int, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype
+    name: str,
+    target: Any,
+    vocab_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    four_bits: bool = False,
 ) -> Details:
     """A draft model, whose tokens must be the target's. Its longest sequence is its own."""
     from asyncengine.model import architecture
@@ -232,8 +244,20 @@ def check_draft(
             "the same"
         )
     longest = getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST
-    weights = checkpoint.weight_bytes(dtype)
-    return Details(checkpoint, checkpoint.path, hf_config, vocab_size, device, dtype, weights, longest, None, kv_dtype)
+    weights = checkpoint.weight_bytes(dtype, four_bits)
+    return Details(
+        checkpoint,
+        checkpoint.path,
+        hf_config,
+        vocab_size,
+        device,
+        dtype,
+        weights,
+        longest,
+        None,
+        kv_dtype,
+        four_bits=four_bits,
+    )
 
 
 def device_of(name: str) -> torch.device:
@@ -307,6 +331,17 @@ def check_layers(
             backend.check_layer(spec)
     except BackendUnavailableError as error:
         raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
+
+
+def check_quantization(config: EngineConfig, device: torch.device) -> None:
+    """Refuses weights in a form in which nothing multiplies them."""
+    if config.quantization == "fp8":
+        check_fp8(config, device)
+    elif config.quantization != "none" and device.type == "cpu" and config.decoder_backend == "transformers":
+        raise ConfigError(
+            f"quantization is {config.quantization!r} with decoder_backend 'transformers', which has no such weights "
+            "on the CPU; allowed: 'auto', 'compiled'"
+        )
 
 
 def check_fp8(config: EngineConfig, device: torch.device) -> None:
@@ -389,4 +424,7 @@ def _arithmetic(details: Details, free: int, held: int) -> str:
         f"{details.checkpoint.path} does not fit on {details.device}: weights {details.all_weight_bytes / GIB:.2f} GiB "
         f"in {details.dtype} + {SLACK / GIB:.2f} GiB for everything else > {free / GIB:.2f} GiB free"
     )
-    return text + (f" + {held / GIB:.2f} GiB of the present model" if held else "")
+    text += f" + {held / GIB:.2f} GiB of the present model" if held else ""
+    if not details.four_bits and any(weight.in_four_bits for weight in details.checkpoint.coded.values()):
+        text += "; quantization 'int4' keeps the checkpoint's codes"
+    return text

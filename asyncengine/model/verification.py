@@ -50,6 +50,8 @@ _FUSED_TOKENS = 8
 _INT8_TOLERANCE = 0.3
 _FP8_ROUNDING = 3.0
 """How much farther off than the modules fused kernels may be, where weights are in fp8."""
+_INT4_TOLERANCE = 0.7
+"""Of weights that were rounded to four bits. Random ones, which no training has made robust, come to 0.1 to 0.3."""
 _FP8_TOLERANCE = 0.4
 """Of a KV cache or weights in fp8. Larger: the model's numbers do not fit into it."""
 
@@ -148,6 +150,16 @@ class Trial:
         self._judge(error, tolerance, "fp8" if fp8_weights else kv_dtype or self._dtype)
         return error
 
+    def off(self, before: Trial) -> float:
+        """How far rounding weights to four bits since `before` has moved what is expected, as `run` returns it.
+
+        Raises:
+            UnsupportedModelError: By more than rounding does.
+        """
+        error = _relative(self._expected, before._expected)
+        self._judge(error, _INT4_TOLERANCE, "int4")
+        return error
+
     def scaled(self, model: Any, backend: AttentionBackend) -> list[RecordedLayer]:
         """The layers with what their keys and values are to be divided by in fp8, after the largest of the trial's."""
         largest: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -234,9 +246,7 @@ class Trial:
             found = torch.cat([piece[..., :: self._every] for piece in pieces], dim=1).float()
         finally:
             paged.free()
-        expected = self._expected[:rows, : cuts[-1]]
-        error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
-        return float(error.flatten().median())
+        return _relative(found, self._expected[:rows, : cuts[-1]])
 
     def _judge(self, error: float, tolerance: float, number: object) -> None:
         if not error <= tolerance:  # NaN is no less a failure
@@ -244,6 +254,12 @@ class Trial:
                 f"{self._name} does not compute over a paged KV cache what it computes without one: relative "
                 f"error {error:.2g}, allowed {tolerance:g} in {number}"
             )
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error of the median row."""
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+    return float(error.flatten().median())
 
 
 def _sequences(vocab_size: int, longest: int) -> NDArray[np.int32]:

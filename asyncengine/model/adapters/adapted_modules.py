@@ -20,6 +20,7 @@ from asyncengine.model.adapters import lora
 from asyncengine.model.adapters.factor_table import MOST_RANK, FactorTable
 from asyncengine.model.adapters.lora import Lora, LowRank
 from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.four_bit_linear import FourBitLinear
 from asyncengine.model.fp8_linear import Fp8Linear
 from asyncengine.model.packed_linear import PackedLinear
 from asyncengine.step.adapters import NO_ADAPTER
@@ -220,7 +221,7 @@ def _linear_layers(model: nn.Module, recorded: list[RecordedLayer]) -> dict[str,
     """Linear layers by name that see every token of a step once: those in the blocks that attend, but for experts."""
     from transformers.pytorch_utils import Conv1D  # not where a model needs nothing of transformers
 
-    kinds = (nn.Linear, PackedLinear, Fp8Linear, Conv1D)
+    kinds = (nn.Linear, PackedLinear, Fp8Linear, FourBitLinear, Conv1D)
     blocks = tuple(f"{layer.name.rpartition('.')[0]}." for layer in recorded)
     return {
         name: module
@@ -231,7 +232,7 @@ def _linear_layers(model: nn.Module, recorded: list[RecordedLayer]) -> dict[str,
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs."""
-    if isinstance(module, (nn.Linear, PackedLinear, Fp8Linear)):
+    if isinstance(module, (nn.Linear, PackedLinear, Fp8Linear, FourBitLinear)):
         return module.out_features, module.in_features
     inputs, outputs = module.weight.shape  # type: ignore[misc]  # transformers' Conv1D
     return outputs, inputs

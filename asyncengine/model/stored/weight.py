@@ -41,6 +41,11 @@ class CodedWeight:
     transposed: bool = False
 
     @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it is stored in."""
         return sum(prod(part.shape) * SIZES[part.dtype] for part in self.parts.values())

@@ -1,0 +1,153 @@
+"""Codes of four bits that stay codes: a model is loaded around them.
+
+transformers is given a tensor without memory for each of them, which it puts where the weight belongs, under whatever
+name the model has for it. Then layers of codes take the places.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.model.four_bit_experts import NAMES, hold, is_transposed
+from asyncengine.model.four_bit_linear import FourBitLinear
+from asyncengine.model.four_bits import GROUP, FourBits, joined
+from asyncengine.model.stored.weight import CodedWeight, Lazy, OpenFiles
+
+_OF_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
+_ROLES = {
+    "w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down",
+}  # fmt: skip
+"""What the weights of an expert are, by what checkpoints call them that store each expert by itself."""
+_PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+"""What transformers puts together for each of `NAMES`, one after the other."""
+_Experts = dict[int, dict[str, CodedWeight]]
+
+
+class _Nothing(torch.Tensor):
+    """Numbers that nobody has computed, of which transformers makes one tensor for all experts."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Itself: there is nothing that could be moved."""
+        return self
+
+
+class KeptCodes:
+    """The weights of a checkpoint that stay codes, and where transformers puts them.
+
+    Args:
+        coded: Weights that are stored as codes.
+        dtype: Of the model.
+    """
+
+    def __init__(self, coded: Iterable[CodedWeight], dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._files = OpenFiles()
+        self._alone: dict[int, CodedWeight] = {}  # by the address of what stands for it
+        self._standing: dict[str, torch.Tensor] = {}
+        # Of each layer, by the numbers in its name: its other parts may have other names in the model.
+        self._experts: dict[tuple[str, ...], _Experts] = defaultdict(lambda: defaultdict(dict))
+        for weight in coded:
+            if not weight.in_four_bits:
+                continue
+            expert = _OF_EXPERT.fullmatch(weight.name)
+            if expert is not None and expert[3] in _ROLES:
+                self._experts[_numbers_in(expert[1])][int(expert[2])][_ROLES[expert[3]]] = weight
+                nothing = torch.empty(weight.shape, dtype=dtype, device="meta").as_subclass(_Nothing)
+                self._standing[weight.name] = nothing
+            else:
+                number = torch.zeros((), dtype=dtype)
+                self._alone[number.data_ptr()] = weight
+                self._standing[weight.name] = number.expand(weight.shape)
+
+    def state(self) -> dict[str, Lazy]:
+        """What transformers is to load in their places."""
+        return {name: Lazy(partial(_itself, each), tuple(each.shape)) for name, each in self._standing.items()}
+
+    def put(self, model: Any) -> int:
+        """Makes layers of codes.
+
+        Returns:
+            How many weights are in four bits now.
+
+        Raises:
+            CheckpointError: Experts are incomplete.
+            UnsupportedModelError: transformers did not put some of the weights anywhere.
+        """
+        done = 0
+        for path, module in list(model.named_modules()):
+            if all(getattr(module._parameters.get(name), "ndim", 0) == 3 for name in NAMES):
+                done += self._put_experts(path, module)
+                continue
+            for name, parameter in list(module._parameters.items()):
+                weight = self._alone.pop(parameter.data_ptr(), None) if parameter is not None else None
+                if weight is not None:
+                    done += self._put_alone(model, path, name, weight)
+        if self._alone or self._experts:
+            left = [*self._alone.values(), *(each for own in self._experts.values() for each in own[0].values())]
+            raise UnsupportedModelError(f"{left[0].name} is stored in four bits, and the model has no place for it")
+        return done
+
+    def _put_alone(self, model: Any, path: str, name: str, weight: CodedWeight) -> int:
+        module, found = model.get_submodule(path), weight.read(self._files)
+        if type(module) is nn.Linear and isinstance(found, FourBits) and found.group % GROUP == 0:
+            parent, _, own = path.rpartition(".")
+            setattr(model.get_submodule(parent), own, FourBitLinear(found, module.bias, self._dtype))
+            return weight.size
+        numbers = weight.numbers(self._files, self._dtype)  # its groups are in another order, say
+        module._parameters[name] = nn.Parameter(numbers, requires_grad=False)
+        return 0
+
+    def _put_experts(self, path: str, module: Any) -> int:
+        found: dict[str, list[tuple[CodedWeight, torch.Tensor | FourBits]]] = {}
+        merged: _Experts | None = None
+        for name in NAMES:
+            parameter = module._parameters[name]
+            if isinstance(parameter, _Nothing):
+                merged = merged or self._experts.pop(_numbers_in(path))
+                weights = _in_order(path, merged, _PARTS[name], parameter.shape[0])
+            elif (alone := self._alone.pop(parameter.data_ptr(), None)) is not None:
+                weights = [alone]
+            else:
+                continue
+            found[name] = [(weight, weight.read(self._files)) for weight in weights]
+        codes = {name: [own for _, own in each if isinstance(own, FourBits)] for name, each in found.items()}
+        if len(found) == len(NAMES) and all(_fit(codes[name], len(found[name])) for name in NAMES):
+            transposed = is_transposed(module, *(module._parameters[name] for name in NAMES))
+            hold(module, {name: joined(codes[name]) for name in NAMES}, transposed)
+            return sum(weight.size for each in found.values() for weight, _ in each)
+        for name, each in found.items():
+            shape = module._parameters[name].shape
+            numbers = [weight.numbers(self._files, self._dtype) for weight, _ in each]
+            module._parameters[name] = nn.Parameter(torch.cat(numbers).view(shape), requires_grad=False)
+        return 0
+
+
+def _in_order(path: str, experts: _Experts, roles: tuple[str, ...], count: int) -> list[CodedWeight]:
+    """The weights that transformers puts together, in its order."""
+    try:
+        return [experts[number][role] for number in range(count) for role in roles]
+    except KeyError as error:
+        raise CheckpointError(f"weights of the experts of {path} are missing: {error}") from error
+
+
+def _fit(codes: list[FourBits], count: int) -> bool:
+    """Whether matrices can be one."""
+    return (
+        len(codes) == count and len({(each.group, each.values) for each in codes}) == 1 and codes[0].group % GROUP == 0
+    )
+
+
+def _numbers_in(name: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\d+", name))
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
