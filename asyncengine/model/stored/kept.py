@@ -63,7 +63,7 @@ class KeptCodes:
                 nothing = torch.empty(weight.shape, dtype=dtype, device="meta").as_subclass(_Nothing)
                 self._standing[weight.name] = nothing
             else:
-                number = torch.zeros((), dtype=dtype)
+                number = torch.full((), torch.nan, dtype=dtype)
                 self._alone[number.data_ptr()] = weight
                 self._standing[weight.name] = number.expand(weight.shape)
 
@@ -79,7 +79,7 @@ class KeptCodes:
 
         Raises:
             CheckpointError: Experts are incomplete.
-            UnsupportedModelError: transformers did not put some of the weights anywhere.
+            UnsupportedModelError: transformers made something else of some of the weights.
         """
         done = 0
         for path, module in list(model.named_modules()):
@@ -90,9 +90,10 @@ class KeptCodes:
                 weight = self._alone.pop(parameter.data_ptr(), None) if parameter is not None else None
                 if weight is not None:
                     done += self._put_alone(model, path, name, weight)
-        if self._alone or self._experts:
-            left = [*self._alone.values(), *(each for own in self._experts.values() for each in own[0].values())]
-            raise UnsupportedModelError(f"{left[0].name} is stored in four bits, and the model has no place for it")
+        # What is left over is either none of this model's, as layers that predict further tokens, or lost in it.
+        if (self._alone or self._experts) and any(_is_lost(parameter) for parameter in model.parameters()):
+            names = [weight.name for weight in self._alone.values()]
+            raise UnsupportedModelError(f"weights in four bits have no place of their own: {', '.join(names[:3])}")
         return done
 
     def _put_alone(self, model: Any, path: str, name: str, weight: CodedWeight) -> int:
@@ -143,6 +144,11 @@ def _fit(codes: list[FourBits], count: int) -> bool:
     return (
         len(codes) == count and len({(each.group, each.values) for each in codes}) == 1 and codes[0].group % GROUP == 0
     )
+
+
+def _is_lost(parameter: torch.Tensor) -> bool:
+    """Whether it was made of what stands for codes."""
+    return isinstance(parameter, _Nothing) or (parameter.is_floating_point() and bool(parameter.isnan().any()))
 
 
 def _numbers_in(name: str) -> tuple[str, ...]:

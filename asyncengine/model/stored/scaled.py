@@ -30,7 +30,7 @@ def scaled(tensors: Mapping[str, StoredTensor], block: Sequence[int] | None) -> 
             continue
         scales = next((tensors[name + ending] for ending in _ENDINGS if name + ending in tensors), None)
         if scales is None:
-            raise CheckpointError(f"{name} is stored in {codes.dtype}, and its scales are missing")
+            raise CheckpointError(f"{name}_scale_inv or {name}_scale is missing, which the codes of {name} need")
         parts = {"codes": codes, "scales": scales}
         if (zeros := tensors.get(f"{name}_zero_point")) is not None:
             parts["zeros"] = zeros

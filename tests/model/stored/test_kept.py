@@ -1,0 +1,128 @@
+"""Codes of four bits stay codes, in whatever place transformers has for their weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.model import architecture
+from asyncengine.model.checkpoint import Checkpoint
+from asyncengine.model.four_bit_experts import FourBitExperts, share_of
+from asyncengine.model.four_bit_linear import FourBitLinear
+from asyncengine.model.stored.kept import KeptCodes
+from asyncengine.model.stored.weight import state_of
+from tests.model.stored import coded_checkpoints
+
+Make = Callable[..., Path]
+
+
+def loaded(path: Path, keep: bool) -> tuple[Any, int]:
+    """A model in bfloat16, and how many of its weights are in four bits."""
+    checkpoint, dtype = Checkpoint(path), torch.bfloat16
+    kept = KeptCodes(checkpoint.coded.values() if keep else (), dtype)
+    config = architecture.read_config(checkpoint)
+    state = state_of(checkpoint.plain, checkpoint.coded.values(), dtype) | kept.state()
+    model = architecture.model_class(config).from_pretrained(None, state_dict=state, config=config, dtype=dtype)
+    return model.eval(), kept.put(model)
+
+
+def same_logits(path: Path) -> Any:
+    """The model with codes, which gives the logits that it gives with numbers, bit for bit."""
+    (kept, done), (plain, none) = loaded(path, True), loaded(path, False)
+    assert done == sum(weight.size for weight in Checkpoint(path).coded.values() if weight.in_four_bits) > none == 0
+    ids = torch.arange(24)[None]
+    with torch.inference_mode():
+        assert torch.equal(kept(ids).logits, plain(ids).logits)
+    assert share_of(kept) == pytest.approx(done / sum(each.numel() for each in plain.parameters()))
+    return kept
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "packed", "mxfp4"])
+def test_linear_layers_hold_codes(method: str, checkpoint: Make, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("qwen2", num_hidden_layers=1), method)
+    layer = same_logits(coded).model.layers[0]
+    assert isinstance(layer.self_attn.q_proj, FourBitLinear)
+    assert layer.self_attn.q_proj.bias is not None
+    assert isinstance(layer.mlp.down_proj, FourBitLinear)
+
+
+def test_the_experts_of_gpt_oss_hold_codes(checkpoint: Make, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write_experts(tmp_path, checkpoint("gpt_oss", num_hidden_layers=1))
+    experts = same_logits(coded).model.layers[0].mlp.experts
+    assert isinstance(experts, FourBitExperts)
+    assert experts.transposed
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_stored_one_by_one_hold_codes_together(kind: str, checkpoint: Make, tmp_path: Path) -> None:
+    inner = {"mixtral": {}, "qwen3_moe": {"moe_intermediate_size": 64}}[kind]
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint(kind, num_hidden_layers=2, **inner), "awq")
+    experts = same_logits(coded).model.layers[1].mlp.experts
+    assert isinstance(experts, FourBitExperts)
+    assert not experts.transposed
+
+
+def test_no_numbers_are_computed_on_the_way(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("mixtral", num_hidden_layers=1), "awq")
+    monkeypatch.setattr("asyncengine.model.four_bits.FourBits.weight", None)
+    model, _ = loaded(coded, True)
+    codes = sum(each.nbytes for each in model.model.layers[0].mlp.parameters())
+    assert codes < 1.1 * sum(weight.size for weight in Checkpoint(coded).coded.values()) / 2
+
+
+def test_codes_whose_groups_are_out_of_order_become_numbers(checkpoint: Make, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("llama", num_hidden_layers=1), "gptq out of order")
+    (kept, done), (plain, _) = loaded(coded, True), loaded(coded, False)
+    assert done == 0
+    ids = torch.arange(24)[None]
+    with torch.inference_mode():
+        assert torch.equal(kept(ids).logits, plain(ids).logits)
+
+
+def test_experts_of_which_some_are_no_codes_become_numbers(checkpoint: Make, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("mixtral", num_hidden_layers=1), "gptq out of order")
+    (kept, done), (plain, _) = loaded(coded, True), loaded(coded, False)
+    assert done == 0
+    ids = torch.arange(24)[None]
+    with torch.inference_mode():
+        assert torch.equal(kept(ids).logits, plain(ids).logits)
+
+
+def test_an_expert_that_is_missing_is_an_error(checkpoint: Make, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("mixtral", num_hidden_layers=1), "awq")
+    tensors = load_file(coded / "model.safetensors")
+    for name in [name for name in tensors if ".experts.2.w3." in name]:
+        del tensors[name]
+    save_file(tensors, coded / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((CheckpointError, RuntimeError)):
+        loaded(coded, True)
+
+
+def test_a_weight_that_is_none_of_the_model_is_left_out(checkpoint: Make, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("llama", num_hidden_layers=1), "awq")
+    before, _ = loaded(coded, True)
+    tensors = load_file(coded / "model.safetensors")
+    for name in [name for name in tensors if ".k_proj." in name]:
+        tensors[name.replace("layers.0", "layers.7")] = tensors[name].clone()
+    save_file(tensors, coded / "model.safetensors", metadata={"format": "pt"})
+    after, _ = loaded(coded, True)
+    ids = torch.arange(24)[None]
+    with torch.inference_mode():
+        assert torch.equal(before(ids).logits, after(ids).logits)
+
+
+def test_a_weight_of_which_something_else_was_made_is_an_error(checkpoint: Make, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("llama", num_hidden_layers=1), "awq")
+    checkpoint_, dtype = Checkpoint(coded), torch.bfloat16
+    kept = KeptCodes(checkpoint_.coded.values(), dtype)
+    model, _ = loaded(coded, False)
+    attention = model.model.layers[0].self_attn
+    parts = [kept.state()[f"model.layers.0.self_attn.{name}.weight"][...] for name in ("k_proj", "v_proj")]
+    attention.kv_proj = torch.nn.Linear(64, 64, bias=False, dtype=dtype)
+    attention.kv_proj.weight = torch.nn.Parameter(torch.cat(parts), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match="no place of their own"):
+        kept.put(model)
