@@ -16,7 +16,8 @@ class Reference:
     """
 
     def __init__(self, path: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        # By its own attention: some versions take one of torch's where the model caps logits, which that does not do.
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
         self.model.generation_config.eos_token_id = None
 
     def after_each(self, prompt: Sequence[int], tokens: Sequence[int]) -> list[int]:

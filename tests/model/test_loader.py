@@ -105,6 +105,7 @@ def test_both_models_have_their_caches_before_any_step_is_captured(
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no list of memory maps")
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+@pytest.mark.usefixtures("nothing_kept")
 def test_weights_are_mapped_from_the_file_and_not_copied_in_host_memory(
     architecture: str, checkpoint: Callable[..., Path]
 ) -> None:
