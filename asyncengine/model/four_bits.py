@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import embedding
 
 INT4 = tuple(float(value) for value in range(-8, 8))
 """What codes stand for as integers."""
@@ -18,6 +19,8 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.
 """What codes stand for as floats of four bits (E2M1)."""
 GROUP = 32
 """Inputs that share a scale, where nobody says otherwise."""
+_ROWS = 128
+"""Outputs whose numbers are made at once: in float32 they stay in a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,17 @@ class FourBits:
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """(outputs, inputs) in `dtype`, rounded once."""
+        outputs, inputs = self.shape
+        found = torch.empty(outputs, inputs, dtype=dtype, device=self.codes.device)
         table = torch.tensor(self.values, dtype=torch.float32, device=self.codes.device)
-        numbers = table[unpacked(self.codes).int()].view(self.shape[0], -1, self.group)
-        if self.zeros is not None:
-            numbers -= self.zeros.unsqueeze(-1)
-        return (numbers * self.scales.unsqueeze(-1)).view(self.shape).to(dtype)
+        pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), -1)  # (256, 2): of each byte
+        for start in range(0, outputs, _ROWS):
+            part = slice(start, start + _ROWS)
+            numbers = embedding(self.codes[part].int(), pairs).view(-1, inputs // self.group, self.group)
+            if self.zeros is not None:
+                numbers -= self.zeros[part].unsqueeze(-1)
+            found[part] = numbers.mul_(self.scales[part].unsqueeze(-1)).view(-1, inputs)
+        return found
 
     def rows(self, start: int, stop: int, step: int = 1) -> FourBits:
         """Some of the outputs."""
@@ -95,30 +104,26 @@ def nearest(weight: torch.Tensor, group: int = GROUP, values: tuple[float, ...] 
     Args:
         weight: (outputs, inputs); the inputs are a multiple of `group`.
         group: Inputs that share a scale.
-        values: What codes are to stand for. For `INT4` the number of a group that is farthest from 0 stands for 8, 7.5
-            or 7 scales, whichever leaves the smallest error; for `FP4` scales are powers of two, the smallest that cut
-            off nothing.
+        values: What codes are to stand for. For `INT4` the number of a group that is farthest from 0 stands for -8, so
+            that a scale may be negative; for `FP4` scales are powers of two, the smallest that cut off nothing.
     """
     outputs, inputs = weight.shape
-    numbers = weight.float().view(outputs, inputs // group, group)
-    codes, scales = (_nearest_integers if values == INT4 else _nearest_floats)(numbers)
-    return FourBits(packed(codes.view(outputs, inputs)), scales.squeeze(-1).contiguous(), values=values)
+    codes = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(outputs, inputs // group, dtype=torch.float32, device=weight.device)
+    rounded = _nearest_integers if values == INT4 else _nearest_floats
+    for start in range(0, outputs, _ROWS):
+        part = slice(start, start + _ROWS)
+        own, scale = rounded(weight[part].float().view(-1, inputs // group, group))
+        codes[part] = packed(own.view(-1, inputs))
+        scales[part] = scale.squeeze(-1)
+    return FourBits(codes, scales, values=values)
 
 
 def _nearest_integers(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(outputs, groups, group) numbers to codes, and (outputs, groups, 1) scales."""
-    extreme = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True))
-    tried = []
-    for farthest in (-8.0, -7.5, -7.0):
-        scales = extreme / farthest
-        rounded = (numbers / torch.where(scales == 0, 1.0, scales)).round_().clamp_(-8, 7)
-        tried.append(((rounded * scales - numbers).square_().sum(-1, keepdim=True), rounded, scales))
-    error, chosen, best = tried[0]
-    for other, rounded, scales in tried[1:]:
-        better = other < error
-        error, best = torch.where(better, other, error), torch.where(better, scales, best)
-        chosen = torch.where(better, rounded, chosen)
-    return chosen + 8, best
+    low, high = numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)
+    scales = torch.where(-low > high, low, high) / INT4[0]
+    return (numbers / torch.where(scales == 0, 1.0, scales)).round_().clamp_(INT4[0], INT4[15]) + 8, scales
 
 
 def _nearest_floats(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,9 +10,10 @@ def unpacked(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
 
     Numbers may lie across two words.
     """
-    if 32 % bits == 0:
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-        found = (words.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
+    if bits in (4, 8):  # the bytes are in this order already
+        found = words.contiguous().view(torch.uint8)
+        if bits == 4:
+            found = torch.stack((found & 15, found >> 4), -1).flatten(-2)
     else:
         starts = torch.arange(count) * bits
         at, offset = starts // 32, starts % 32
