@@ -72,7 +72,7 @@ def build(
     layers = architecture.layers_of(model, details.watched)
     trial = verification.Trial.of(model, layers, details.device)
     backend = attention()
-    if details.four_bits:
+    if config.quantization == "int4":
         rounded = _round(model, details)
         before, trial = trial, verification.Trial.of(model, layers, details.device)
         how = f"rounded: logits of a trial are {trial.off(before):.1%} of their norm off" if rounded else "as stored"
@@ -213,15 +213,18 @@ def _fuse(
 
 def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     """Turns linear layers into fp8; returns what came of it, in words."""
-    from asyncengine.model.fp8_linear import quantise
+    from asyncengine.model.fp8_linear import counted, quantise
 
-    done, of = quantise(model)
+    done, of = counted(model) if _stays(details) else quantise(model)
     if not done:
         raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in fp8")
     if details.device.type == "cuda":
         memory.empty_cache()
     error = trial.run(model, backend, fp8_weights=True)
-    note = f"quantization: fp8, {done / of:.0%} of the weights: logits of a trial are {error:.1%} of their norm off"
+    how = "as stored" if _stays(details) else "rounded"
+    note = (
+        f"quantization: fp8, {done / of:.0%} of the weights, {how}: logits of a trial are {error:.1%} of their norm off"
+    )
     return note if details.device.type == "cuda" else f"{note}; slow on {details.device}"
 
 
@@ -234,7 +237,7 @@ def _round(model: Any, details: Details) -> bool:
     from asyncengine.model.four_bit_experts import round_experts
     from asyncengine.model.four_bit_linear import round_layers
 
-    if any(weight.in_four_bits for weight in details.checkpoint.coded.values()):
+    if _stays(details):
         return False
     experts, (layers, _) = round_experts(model), round_layers(model)
     if not experts + layers:
@@ -242,6 +245,11 @@ def _round(model: Any, details: Details) -> bool:
     if details.device.type == "cuda":
         memory.empty_cache()
     return True
+
+
+def _stays(details: Details) -> bool:
+    """Whether some of the checkpoint's codes stay codes."""
+    return any(weight.stays(details.quantization) for weight in details.checkpoint.coded.values())
 
 
 def _with_weights(details: Details) -> tuple[Any, bool]:
@@ -261,7 +269,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
 
     checkpoint, dtype = details.checkpoint, details.dtype
     coded = checkpoint.coded.values()
-    kept = KeptCodes(coded, dtype) if details.four_bits else None
+    kept = KeptCodes(coded, dtype, details.quantization) if _stays(details) else None
     state = state_of(checkpoint.plain, coded, dtype) | ({} if kept is None else kept.state()) if coded else None
     with BUILDING:
         model, report = architecture.model_class(details.hf_config).from_pretrained(

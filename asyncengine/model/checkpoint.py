@@ -84,19 +84,19 @@ class Checkpoint:
         plain = {tensor.name: tensor.shape for tensor in self.plain}
         return plain | {name: weight.shape for name, weight in self.coded.items()}
 
-    def weight_bytes(self, dtype: torch.dtype, four_bits: bool = False) -> int:
+    def weight_bytes(self, dtype: torch.dtype, form: str = "none") -> int:
         """Bytes of all weights once they are in `dtype`.
 
         Args:
             dtype: Of whatever is stored as floats or as codes.
-            four_bits: Whether weights that are stored in four bits stay so.
+            form: What weights are kept as, as `EngineConfig.quantization` says it: some stay codes.
         """
         if not self.tensors:  # not safetensors: its size on disk is the best guess
             return sum(file.stat().st_size for file in self.weight_files)
         floats = ("F64", "F32", "F16", "BF16")
         plain = sum(prod(t.shape) * (dtype.itemsize if t.dtype in floats else SIZES[t.dtype]) for t in self.plain)
         return plain + sum(
-            weight.nbytes if four_bits and weight.in_four_bits else prod(weight.shape) * dtype.itemsize
+            weight.nbytes if weight.stays(form) else prod(weight.shape) * dtype.itemsize
             for weight in self.coded.values()
         )
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from asyncengine.model.attention import fp8
+from asyncengine.model.eight_bits import EightBits
 from asyncengine.model.replaced_linear import replace
 from asyncengine.model.weight_writer import Writer
 
@@ -46,23 +47,33 @@ class Fp8Linear(nn.Module):
         dtype: Of the weight that it was made of, of its inputs and of its outputs.
 
     Args:
-        linear: Its weight is let go.
-        tied: A layer in fp8 that was made of the same weight, and shares its own.
+        weights: Codes and scales.
+        bias: (outputs,), or None.
+        dtype: As above.
     """
 
-    def __init__(self, linear: nn.Linear, tied: Fp8Linear | None = None) -> None:
+    def __init__(self, weights: EightBits, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = linear.weight.dtype
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        if tied is None:
-            codes, scale = quantised(linear.weight.detach())
-            weight, scale = nn.Parameter(codes, requires_grad=False), scale.view(1, -1)
-        else:
-            weight, scale = tied.weight, tied.weight_scale
-        self.weight: nn.Parameter = weight
-        self.bias = linear.bias
+        self.dtype = dtype
+        self.out_features, self.in_features = weights.codes.shape
+        self.weight = nn.Parameter(weights.codes, requires_grad=False)
+        self.bias = bias
         self.weight_scale: torch.Tensor
-        self.register_buffer("weight_scale", scale, persistent=False)
+        self.register_buffer("weight_scale", weights.scales.view(1, -1), persistent=False)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, tied: Fp8Linear | None = None) -> Fp8Linear:
+        """Takes the place of a linear layer, whose weight is let go.
+
+        Args:
+            linear: The layer.
+            tied: One in fp8 that was made of the same weight, and shares its own.
+        """
+        if tied is None:
+            return cls(EightBits(*quantised(linear.weight.detach())), linear.bias, linear.weight.dtype)
+        made = cls(EightBits(tied.weight.data, tied.weight_scale), linear.bias, tied.dtype)
+        made.weight = tied.weight
+        return made
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs)."""
@@ -105,7 +116,18 @@ def quantise(model: Any) -> tuple[int, int]:
     Returns:
         How many weights are in fp8 now, and how many there are.
     """
-    return replace(model, lambda layer: not any(size % ALIGNMENT for size in layer.weight.shape), Fp8Linear)
+    return replace(model, fits, Fp8Linear.of)
+
+
+def counted(model: nn.Module) -> tuple[int, int]:
+    """How many weights are in fp8, and how many there are."""
+    in_fp8 = {id(layer.weight): layer.weight.numel() for layer in layers(model).values()}
+    return sum(in_fp8.values()), sum(parameter.numel() for parameter in model.parameters())
+
+
+def fits(layer: nn.Linear) -> bool:
+    """Whether the device can multiply a layer in fp8."""
+    return not any(size % ALIGNMENT for size in layer.weight.shape)
 
 
 def layers(model: nn.Module) -> dict[int, Fp8Linear]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from asyncengine.config import EngineConfig
+from asyncengine.config import EngineConfig, Quantization
 from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, UnsupportedModelError
 from asyncengine.model import memory
 from asyncengine.model.adapters import lora
@@ -58,7 +58,7 @@ class Details:
         findings: What an earlier load of it found out, if that was kept. Then there is no `hf_config`.
         findings_at: Where what is found out is kept; None if it is not.
         selecting: Comes to what attends, as soon as that is compiled; None for a draft model.
-        four_bits: Whether weights are kept in four bits.
+        quantization: What weights are kept as.
     """
 
     checkpoint: Any
@@ -76,7 +76,7 @@ class Details:
     findings: Findings | None = None
     findings_at: Path | None = None
     selecting: Future[Any] | None = None
-    four_bits: bool = False
+    quantization: Quantization = "none"
 
     @property
     def all_weight_bytes(self) -> int:
@@ -129,7 +129,7 @@ def plan_of(
         lora.check_there(path, checkpoint.shapes)
     draft = None
     for name in config.additional_models:
-        draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype, config.quantization == "int4")
+        draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype, config.quantization)
         longest = min(longest, draft.max_length)
     max_length = config.max_single_sequence_length or longest
     if max_length > longest:
@@ -153,8 +153,7 @@ def plan_of(
         given = str(dtype).removeprefix("torch.")
         raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
     check_quantization(config, device)
-    four_bits = config.quantization == "int4"
-    weights = checkpoint.weight_bytes(dtype, four_bits)
+    weights = checkpoint.weight_bytes(dtype, config.quantization)
     present = None if current is None else current.tokenizer
     details = Details(
         checkpoint,
@@ -172,7 +171,7 @@ def plan_of(
         findings,
         findings_at,
         selecting,
-        four_bits,
+        config.quantization,
     )
     try:
         beside = fits(details, current)
@@ -223,7 +222,7 @@ def check_draft(
     device: torch.device,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
-    four_bits: bool = False,
+    quantization: Quantization = "none",
 ) -> Details:
     """A draft model, whose tokens must be the target's. Its longest sequence is its own."""
     from asyncengine.model import architecture
@@ -244,7 +243,7 @@ def check_draft(
             "the same"
         )
     longest = getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST
-    weights = checkpoint.weight_bytes(dtype, four_bits)
+    weights = checkpoint.weight_bytes(dtype, quantization)
     return Details(
         checkpoint,
         checkpoint.path,
@@ -256,7 +255,7 @@ def check_draft(
         longest,
         None,
         kv_dtype,
-        four_bits=four_bits,
+        quantization=quantization,
     )
 
 
@@ -425,6 +424,5 @@ def _arithmetic(details: Details, free: int, held: int) -> str:
         f"in {details.dtype} + {SLACK / GIB:.2f} GiB for everything else > {free / GIB:.2f} GiB free"
     )
     text += f" + {held / GIB:.2f} GiB of the present model" if held else ""
-    if not details.four_bits and any(weight.in_four_bits for weight in details.checkpoint.coded.values()):
-        text += "; quantization 'int4' keeps the checkpoint's codes"
-    return text
+    forms = {weight.form for weight in details.checkpoint.coded.values()} - {"none", details.quantization}
+    return text + "".join(f"; quantization {form!r} keeps the checkpoint's codes" for form in sorted(forms))

@@ -68,7 +68,7 @@ def test_a_layer_is_near_what_it_was() -> None:
     linear = nn.Linear(64, 48).to(torch.bfloat16).requires_grad_(False)
     x = torch.randn(2, 7, 64).to(torch.bfloat16)
     wanted = linear(x)
-    found = Fp8Linear(linear)(x)
+    found = Fp8Linear.of(linear)(x)
     assert found.shape == wanted.shape and found.dtype == torch.bfloat16
     error = float((found - wanted).float().norm() / wanted.float().norm())
     assert 1e-3 < error < 0.05

@@ -35,7 +35,7 @@ def gptq(tensors: Mapping[str, StoredTensor], about: Mapping[str, Any]) -> list[
             parts["g_idx"] = groups
         shape = codes.shape[1], codes.shape[0] * 32 // bits
         decode = partial(_gptq, bits=bits, less=int(kind == "gptq"))
-        found.append(CodedWeight(f"{name}.weight", shape, parts, decode, bits == 4))
+        found.append(CodedWeight(f"{name}.weight", shape, parts, decode, "int4" if bits == 4 else "none"))
     return found
 
 
@@ -60,7 +60,7 @@ def awq(tensors: Mapping[str, StoredTensor], about: Mapping[str, Any]) -> list[C
     for name, codes in _named(tensors, ".qweight"):
         parts = {"qweight": codes} | _companions(tensors, name, "qzeros", "scales")
         shape = codes.shape[1] * 8, codes.shape[0]
-        found.append(CodedWeight(f"{name}.weight", shape, parts, _awq, True))
+        found.append(CodedWeight(f"{name}.weight", shape, parts, _awq, "int4"))
     return found
 
 
@@ -90,7 +90,9 @@ def packed_integers(tensors: Mapping[str, StoredTensor], bits: int, symmetric: b
                 parts[optional] = part
         inputs = codes.shape[1] * 32 // bits
         decode = partial(_packed_integers, bits=bits, inputs=inputs)
-        found.append(CodedWeight(f"{name}.weight", (codes.shape[0], inputs), parts, decode, bits == 4))
+        found.append(
+            CodedWeight(f"{name}.weight", (codes.shape[0], inputs), parts, decode, "int4" if bits == 4 else "none")
+        )
     return found
 
 

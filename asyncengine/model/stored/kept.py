@@ -1,4 +1,4 @@
-"""Codes of four bits that stay codes: a model is loaded around them.
+"""Codes that stay codes: a model is loaded around them.
 
 transformers is given a tensor without memory for each of them, which it puts where the weight belongs, under whatever
 name the model has for it. Then layers of codes take the places.
@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.model.eight_bits import EightBits
 from asyncengine.model.four_bit_experts import NAMES, hold, is_transposed
 from asyncengine.model.four_bit_linear import FourBitLinear
 from asyncengine.model.four_bits import GROUP, FourBits, joined
-from asyncengine.model.stored.weight import CodedWeight, Lazy, OpenFiles
+from asyncengine.model.fp8_linear import Fp8Linear, fits, quantised
+from asyncengine.model.stored.weight import OF_EXPERT, CodedWeight, Decoded, Lazy, OpenFiles
 
-_OF_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
 _ROLES = {
     "w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down",
 }  # fmt: skip
@@ -45,9 +46,10 @@ class KeptCodes:
     Args:
         coded: Weights that are stored as codes.
         dtype: Of the model.
+        form: What they are kept as.
     """
 
-    def __init__(self, coded: Iterable[CodedWeight], dtype: torch.dtype) -> None:
+    def __init__(self, coded: Iterable[CodedWeight], dtype: torch.dtype, form: str) -> None:
         self._dtype = dtype
         self._files = OpenFiles()
         self._alone: dict[int, CodedWeight] = {}  # by the address of what stands for it
@@ -55,9 +57,9 @@ class KeptCodes:
         # Of each layer, by the numbers in its name: its other parts may have other names in the model.
         self._experts: dict[tuple[str, ...], _Experts] = defaultdict(lambda: defaultdict(dict))
         for weight in coded:
-            if not weight.in_four_bits:
+            if not weight.stays(form):
                 continue
-            expert = _OF_EXPERT.fullmatch(weight.name)
+            expert = OF_EXPERT.fullmatch(weight.name)
             if expert is not None and expert[3] in _ROLES:
                 self._experts[_numbers_in(expert[1])][int(expert[2])][_ROLES[expert[3]]] = weight
                 nothing = torch.empty(weight.shape, dtype=dtype, device="meta").as_subclass(_Nothing)
@@ -75,7 +77,7 @@ class KeptCodes:
         """Makes layers of codes.
 
         Returns:
-            How many weights are in four bits now.
+            How many weights are codes now.
 
         Raises:
             CheckpointError: Experts are incomplete.
@@ -93,21 +95,35 @@ class KeptCodes:
         # What is left over is either none of this model's, as layers that predict further tokens, or lost in it.
         if (self._alone or self._experts) and any(_is_lost(parameter) for parameter in model.parameters()):
             names = [weight.name for weight in self._alone.values()]
-            raise UnsupportedModelError(f"weights in four bits have no place of their own: {', '.join(names[:3])}")
+            raise UnsupportedModelError(
+                f"weights that are stored as codes have no place of their own: {', '.join(names[:3])}"
+            )
         return done
 
     def _put_alone(self, model: Any, path: str, name: str, weight: CodedWeight) -> int:
-        module, found = model.get_submodule(path), weight.read(self._files)
-        if type(module) is nn.Linear and isinstance(found, FourBits) and found.group % GROUP == 0:
+        module = model.get_submodule(path)
+        layer = self._layer(module, weight) if type(module) is nn.Linear else None
+        if layer is not None:
             parent, _, own = path.rpartition(".")
-            setattr(model.get_submodule(parent), own, FourBitLinear(found, module.bias, self._dtype))
+            setattr(model.get_submodule(parent), own, layer)
             return weight.size
         numbers = weight.numbers(self._files, self._dtype)  # its groups are in another order, say
         module._parameters[name] = nn.Parameter(numbers, requires_grad=False)
         return 0
 
+    def _layer(self, module: nn.Linear, weight: CodedWeight) -> FourBitLinear | Fp8Linear | None:
+        """What can take a layer's place, or None."""
+        found = weight.read(self._files)
+        if isinstance(found, FourBits):
+            return FourBitLinear(found, module.bias, self._dtype) if found.group % GROUP == 0 else None
+        if weight.form != "fp8" or not fits(module):
+            return None
+        # Scales of blocks become scales of outputs.
+        found = EightBits(*quantised(found)) if isinstance(found, torch.Tensor) else found
+        return Fp8Linear(found, module.bias, self._dtype)
+
     def _put_experts(self, path: str, module: Any) -> int:
-        found: dict[str, list[tuple[CodedWeight, torch.Tensor | FourBits]]] = {}
+        found: dict[str, list[tuple[CodedWeight, Decoded]]] = {}
         merged: _Experts | None = None
         for name in NAMES:
             parameter = module._parameters[name]

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 
 from asyncengine.errors import CheckpointError
+from asyncengine.model.eight_bits import EightBits
 from asyncengine.model.stored.tensor import StoredTensor
-from asyncengine.model.stored.weight import CodedWeight, Parts
+from asyncengine.model.stored.weight import CodedWeight, Decoded, Form, Parts
 
 CODES = ("F8_E4M3", "F8_E5M2", "I8")
 """What weights are stored in."""
@@ -34,12 +35,16 @@ def scaled(tensors: Mapping[str, StoredTensor], block: Sequence[int] | None) -> 
         parts = {"codes": codes, "scales": scales}
         if (zeros := tensors.get(f"{name}_zero_point")) is not None:
             parts["zeros"] = zeros
-        found.append(CodedWeight(name, codes.shape, parts, partial(_multiplied, block=block)))
+        form: Form = "fp8" if codes.dtype == "F8_E4M3" and len(codes.shape) == 2 else "none"
+        found.append(CodedWeight(name, codes.shape, parts, partial(_multiplied, block=block), form))
     return found
 
 
-def _multiplied(parts: Parts, block: Sequence[int] | None) -> torch.Tensor:
-    numbers = parts["codes"].float()
+def _multiplied(parts: Parts, block: Sequence[int] | None) -> Decoded:
+    codes, scales = parts["codes"], parts["scales"]
+    if codes.dtype is torch.float8_e4m3fn and codes.ndim == 2 and scales.numel() in (1, len(codes)):
+        return EightBits(codes, scales.float().view(-1, 1).expand(len(codes), 1).contiguous())
+    numbers = codes.float()
     if (zeros := parts.get("zeros")) is not None:
         numbers -= _spread(zeros.float(), numbers.shape, block)
     return numbers * _spread(parts["scales"].float(), numbers.shape, block)

@@ -37,7 +37,7 @@ def mxfp4_experts(tensors: Mapping[str, StoredTensor]) -> list[CodedWeight]:
         experts, outputs, groups, size = blocks.shape
         parts = {"codes": blocks, "scales": scales}
         shape = (experts, groups * size * 2, outputs)
-        found.append(CodedWeight(name, shape, parts, _mxfp4, True, experts, True))
+        found.append(CodedWeight(name, shape, parts, _mxfp4, "int4", experts, True))
     return found
 
 
@@ -90,7 +90,7 @@ def _linear(
         if f"{name}.{each}" not in tensors:
             raise CheckpointError(f"{name}.{each} is missing, which the codes of {name} need")
         parts[what] = tensors[f"{name}.{each}"]
-    return CodedWeight(f"{name}.weight", (codes.shape[0], 2 * codes.shape[1]), parts, decode, True)
+    return CodedWeight(f"{name}.weight", (codes.shape[0], 2 * codes.shape[1]), parts, decode, "int4")
 
 
 def bitsandbytes(tensors: Mapping[str, StoredTensor]) -> list[CodedWeight]:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 
 from asyncengine.errors import CheckpointError
+from asyncengine.model.eight_bits import EightBits
 from asyncengine.model.four_bits import FourBits
 from asyncengine.model.stored.tensor import SIZES, StoredTensor
 
 Parts = Mapping[str, torch.Tensor]
+Decoded = torch.Tensor | FourBits | EightBits
+"""Numbers in float32, or codes and what they stand for."""
+Form = Literal["none", "int4", "fp8"]
+"""What codes can be kept as, by the names of `EngineConfig.quantization`."""
+OF_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
+"""The names of the weights of experts that are stored one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +34,8 @@ class CodedWeight:
         name: Of the parameter.
         shape: Its shape.
         parts: The tensors that it is stored in, by what they are.
-        decode: Makes of their contents numbers in float32 of that shape, or codes of four bits.
-        in_four_bits: Whether `decode` can be expected to return codes.
+        decode: Makes of their contents numbers in float32 of that shape, or codes.
+        form: What it can be expected to be kept as.
         experts: How many matrices there are, one after the other in what `decode` returns; 0 if it is one.
         transposed: Whether each of them has its dimensions the other way round in the parameter.
     """
@@ -35,8 +43,8 @@ class CodedWeight:
     name: str
     shape: tuple[int, ...]
     parts: Mapping[str, StoredTensor]
-    decode: Callable[[Parts], torch.Tensor | FourBits]
-    in_four_bits: bool = False
+    decode: Callable[[Parts], Decoded]
+    form: Form = "none"
     experts: int = 0
     transposed: bool = False
 
@@ -50,7 +58,11 @@ class CodedWeight:
         """Bytes that it is stored in."""
         return sum(prod(part.shape) * SIZES[part.dtype] for part in self.parts.values())
 
-    def read(self, files: OpenFiles) -> torch.Tensor | FourBits:
+    def stays(self, form: str) -> bool:
+        """Whether it stays codes, where weights are to be kept in some form."""
+        return self.form == form != "none" and (form == "int4" or OF_EXPERT.fullmatch(self.name) is None)
+
+    def read(self, files: OpenFiles) -> Decoded:
         """What `decode` makes of it.
 
         Raises:
@@ -64,8 +76,8 @@ class CodedWeight:
 
     def numbers(self, files: OpenFiles, dtype: torch.dtype) -> torch.Tensor:
         """The parameter in `dtype`, rounded once."""
-        found = self.read(files)
-        found = found.weight(dtype) if isinstance(found, FourBits) else found.to(dtype)
+        read = self.read(files)
+        found = read.to(dtype) if isinstance(read, torch.Tensor) else read.weight(dtype)
         if self.experts:
             found = found.view(self.experts, -1, found.shape[-1])
             if self.transposed:

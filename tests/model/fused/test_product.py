@@ -170,7 +170,7 @@ def test_what_no_single_launch_can_compute_is_computed_by_several(tokens: int, r
 @pytest.mark.parametrize("tokens", [1, MANY])
 def test_layers_in_fp8_share_the_codes_of_their_input(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [nn.Linear(64, width, bias=False, dtype=torch.bfloat16, device=DEVICE) for width in (32, 16)]
-    narrow = [fp8_linear.Fp8Linear(layer) for layer in layers]
+    narrow = [fp8_linear.Fp8Linear.of(layer) for layer in layers]
     x, calls = random(tokens, 64, torch.bfloat16), list[int]()
     wanted = torch.cat([layer(x) for layer in narrow], 1)
     codes_of = fp8_linear.codes_of
@@ -199,7 +199,7 @@ def test_neighbours_in_one_layer_are_one_product() -> None:
 def test_weights_that_would_have_to_be_copied_are_refused() -> None:
     with pytest.raises(NotRecognised, match="alternate in one layer"):
         Product(Formula([Projection(nn.Linear(INPUTS, 24), 0, 4, 12)]))
-    whole = fp8_linear.Fp8Linear(nn.Linear(64, 32, dtype=torch.bfloat16))
+    whole = fp8_linear.Fp8Linear.of(nn.Linear(64, 32, dtype=torch.bfloat16))
     with pytest.raises(NotRecognised, match="only a part is wanted"):
         Product(Formula([Projection(whole, 0, 16)]))
     with pytest.raises(NotRecognised, match="only a part is wanted"):

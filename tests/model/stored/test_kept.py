@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model import architecture
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.four_bit_experts import FourBitExperts, share_of
 from asyncengine.model.four_bit_linear import FourBitLinear
+from asyncengine.model.fp8_linear import Fp8Linear
 from asyncengine.model.stored.kept import KeptCodes
 from asyncengine.model.stored.weight import state_of
 from tests.model.stored import coded_checkpoints
@@ -20,10 +22,10 @@ from tests.model.stored import coded_checkpoints
 Make = Callable[..., Path]
 
 
-def loaded(path: Path, keep: bool) -> tuple[Any, int]:
-    """A model in bfloat16, and how many of its weights are in four bits."""
+def loaded(path: Path, keep: bool, form: str = "int4") -> tuple[Any, int]:
+    """A model in bfloat16, and how many of its weights are codes."""
     checkpoint, dtype = Checkpoint(path), torch.bfloat16
-    kept = KeptCodes(checkpoint.coded.values() if keep else (), dtype)
+    kept = KeptCodes(checkpoint.coded.values() if keep else (), dtype, form)
     config = architecture.read_config(checkpoint)
     state = state_of(checkpoint.plain, checkpoint.coded.values(), dtype) | kept.state()
     model = architecture.model_class(config).from_pretrained(None, state_dict=state, config=config, dtype=dtype)
@@ -33,7 +35,7 @@ def loaded(path: Path, keep: bool) -> tuple[Any, int]:
 def same_logits(path: Path) -> Any:
     """The model with codes, which gives the logits that it gives with numbers, bit for bit."""
     (kept, done), (plain, none) = loaded(path, True), loaded(path, False)
-    assert done == sum(weight.size for weight in Checkpoint(path).coded.values() if weight.in_four_bits) > none == 0
+    assert done == sum(weight.size for weight in Checkpoint(path).coded.values() if weight.form == "int4") > none == 0
     ids = torch.arange(24)[None]
     with torch.inference_mode():
         assert torch.equal(kept(ids).logits, plain(ids).logits)
@@ -64,6 +66,47 @@ def test_experts_that_are_stored_one_by_one_hold_codes_together(kind: str, check
     experts = same_logits(coded).model.layers[1].mlp.experts
     assert isinstance(experts, FourBitExperts)
     assert not experts.transposed
+
+
+@pytest.mark.parametrize("method", ["fp8 by output", "fp8 of ModelOpt"])
+def test_codes_in_fp8_stay_what_they_are(method: str, checkpoint: Make, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("qwen2", num_hidden_layers=1), method)
+    model, done = loaded(coded, True, "fp8")
+    stored = load_file(coded / "model.safetensors")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
+    assert len(layers) == 7
+    assert done == sum(layer.weight.numel() for layer in layers.values())
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight.view(torch.uint8), stored[f"{name}.weight"].view(torch.uint8))
+        scales = stored[f"{name}.weight_scale"].view(-1, 1).expand(layer.out_features, 1)
+        assert torch.equal(layer.weight_scale.view(-1, 1), scales)
+    assert layers["model.layers.0.self_attn.q_proj"].bias is not None
+
+
+def test_scales_of_blocks_become_scales_of_outputs(checkpoint: Make, tmp_path: Path) -> None:
+    coded, numbers = coded_checkpoints.write(tmp_path, checkpoint("llama", num_hidden_layers=1), "fp8")
+    model, _ = loaded(coded, True, "fp8")
+    layer = model.model.layers[0].mlp.down_proj
+    wanted = load_file(numbers / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    found = layer.weight.float() * layer.weight_scale.view(-1, 1)
+    assert 0 < (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_experts_in_fp8_become_numbers(checkpoint: Make, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("mixtral", num_hidden_layers=1), "fp8 by output")
+    model, done = loaded(coded, True, "fp8")
+    assert done == sum(weight.size for name, weight in Checkpoint(coded).coded.items() if "experts" not in name)
+    plain, _ = loaded(coded, False)
+    for name in ("gate_up_proj", "down_proj"):
+        assert torch.equal(*(getattr(each.model.layers[0].mlp.experts, name) for each in (model, plain)))
+
+
+async def test_an_engine_serves_codes_in_fp8(checkpoint: Make, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("llama", num_hidden_layers=1), "fp8 by output")
+    async with AsyncEngine(EngineConfig(str(coded), device="cpu", quantization="fp8")) as engine:
+        assert any("as stored" in note for note in engine.health().notes)
+        assert engine.complete_engine_config.dtype == "bfloat16"
+        assert len((await engine.generate([3, 1, 4], GenerationConfig(max_tokens=4, ignore_eos=True))).token_ids) == 4
 
 
 def test_no_numbers_are_computed_on_the_way(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +161,7 @@ def test_a_weight_that_is_none_of_the_model_is_left_out(checkpoint: Make, tmp_pa
 def test_a_weight_of_which_something_else_was_made_is_an_error(checkpoint: Make, tmp_path: Path) -> None:
     coded, _ = coded_checkpoints.write(tmp_path, checkpoint("llama", num_hidden_layers=1), "awq")
     checkpoint_, dtype = Checkpoint(coded), torch.bfloat16
-    kept = KeptCodes(checkpoint_.coded.values(), dtype)
+    kept = KeptCodes(checkpoint_.coded.values(), dtype, "int4")
     model, _ = loaded(coded, False)
     attention = model.model.layers[0].self_attn
     parts = [kept.state()[f"model.layers.0.self_attn.{name}.weight"][...] for name in ("k_proj", "v_proj")]
