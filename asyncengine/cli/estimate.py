@@ -16,7 +16,7 @@ from asyncengine.cli.flags import EngineFlags
 if TYPE_CHECKING:
     import torch
 
-    from asyncengine.config import EngineConfig
+    from asyncengine.config import EngineConfig, Quantization
     from asyncengine.model.attention.protocol import LayerSpec
     from asyncengine.model.memory import GraphReserve
 
@@ -41,8 +41,6 @@ def estimate(
     config = flags.config(model)
     if config.adapters:
         raise Failure("--lora-modules is given; the estimate knows no adapters", 2)
-    if config.quantization != "none":
-        raise Failure(f"--quantization is {config.quantization!r}; the estimate knows 'none' alone", 2)
     needs = read(config)
     room = Room.of(needs, config, None if memory is None else int(memory * _GIB))
     for name, text in [*_needs_rows(needs), *_room_rows(needs, room)]:
@@ -65,9 +63,10 @@ class Needs:
         architecture: Of transformers.
         parameters: Elements of all weights.
         tensors: How many weights there are.
-        weight_bytes: Of all weights in `dtype`, the draft model's included.
+        weight_bytes: Of all weights as they are kept, the draft model's included.
         draft_bytes: Of the draft model's weights; 0 without one.
-        dtype: Of weights.
+        dtype: Of weights, where they are not quantised.
+        quantization: As `EngineConfig.quantization`.
         kv_dtype: Of the KV cache.
         device: What it would run on.
         layers: Attention layers and how often each kind is there.
@@ -85,6 +84,7 @@ class Needs:
     weight_bytes: int
     draft_bytes: int
     dtype: torch.dtype
+    quantization: Quantization
     kv_dtype: torch.dtype
     device: torch.device
     layers: list[tuple[LayerSpec, int]]
@@ -115,7 +115,8 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.attention_modules import text_config
     from asyncengine.model.capacity import CUDA_CHUNK
     from asyncengine.model.checkpoint import Checkpoint
-    from asyncengine.model.load_check import KV_DTYPES, check_draft
+    from asyncengine.model.kept_bytes import kept_bytes
+    from asyncengine.model.load_check import KV_DTYPES, check_draft, check_quantization, dtype_of
     from asyncengine.model.location import locate
     from asyncengine.model.memory import GraphReserve
 
@@ -124,7 +125,9 @@ def read(config: EngineConfig) -> Needs:
     checkpoint = Checkpoint(locate(config.model))
     hf_config = architecture.read_config(checkpoint)
     text = text_config(hf_config)
-    dtype: torch.dtype = checkpoint.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = dtype_of(config, checkpoint)
+    if config.quantization != "fp8" or not cuda or torch.cuda.is_available():
+        check_quantization(config, device, dtype)
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
     drafts = [
         check_draft(name, checkpoint, text.vocab_size, device, dtype, kv_dtype) for name in config.additional_models
@@ -139,7 +142,11 @@ def read(config: EngineConfig) -> Needs:
     architecture.check_rope(hf_config, length)
     specs = _specs(architecture, hf_config)
     draft_specs = [spec for draft in drafts for spec in _specs(architecture, draft.hf_config)]
-    draft_bytes = sum(draft.weight_bytes for draft in drafts)
+
+    def kept(of: Checkpoint) -> int:
+        return kept_bytes(of, dtype, config.quantization, text.vocab_size, cuda)
+
+    draft_bytes = sum(kept(draft.checkpoint) for draft in drafts)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
     plain = cuda or kv_dtype is not dtype  # the kernel for the CPU has a layout of its own, and no fp8
     bytes_of = TorchAttention().bytes_per_block if plain else CpuAttention.bytes_per_block
@@ -155,9 +162,10 @@ def read(config: EngineConfig) -> Needs:
         architecture=names[0] if names else type(hf_config).__name__,
         parameters=sum(prod(shape) for shape in checkpoint.shapes.values()),
         tensors=len(checkpoint.tensors),
-        weight_bytes=checkpoint.weight_bytes(dtype) + draft_bytes,
+        weight_bytes=kept(checkpoint) + draft_bytes,
         draft_bytes=draft_bytes,
         dtype=dtype,
+        quantization=config.quantization,
         kv_dtype=kv_dtype,
         device=device,
         layers=list(Counter(specs).items()),
@@ -232,7 +240,8 @@ def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
     dtype = str(needs.dtype).removeprefix("torch.")
     yield "model", f"{needs.architecture}, {needs.parameters / 1e6:,.1f} M parameters in {needs.tensors} tensors"
     of_draft = f", {_gib(needs.draft_bytes)} of them the draft model's" if needs.draft_bytes else ""
-    yield "weights", f"{_gib(needs.weight_bytes)} in {dtype}{of_draft}"
+    form = dtype if needs.quantization == "none" else needs.quantization
+    yield "weights", f"{_gib(needs.weight_bytes)} in {form}{of_draft}"
     for whose, layers in (("", needs.layers), (" of the draft model", needs.draft_layers)):
         for spec, count in layers:
             window = "" if spec.sliding_window is None else f", window {spec.sliding_window}"

@@ -149,10 +149,7 @@ def plan_of(
         check_kv_dtype(config, backend, kv_dtype, device)
         for layers in (watched, None if draft is None else draft.watched):
             check_layers(config, backend, layers, kv_dtype, device)
-    if config.quantization != "none" and dtype is not torch.bfloat16:
-        given = str(dtype).removeprefix("torch.")
-        raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
-    check_quantization(config, device)
+    check_quantization(config, device, dtype)
     weights = checkpoint.weight_bytes(dtype, config.quantization)
     present = None if current is None else current.tokenizer
     details = Details(
@@ -332,10 +329,15 @@ def check_layers(
         raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
 
 
-def check_quantization(config: EngineConfig, device: torch.device) -> None:
+def check_quantization(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Refuses weights in a form in which nothing multiplies them."""
+    if config.quantization != "none" and dtype is not torch.bfloat16:
+        given = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
     if config.quantization == "fp8":
         check_fp8(config, device)
+    elif config.quantization == "int8" and device.type != "cpu":
+        raise ConfigError(f"quantization is 'int8' on {device}; it is for the CPU; allowed: 'int4', 'fp8', 'none'")
     elif config.quantization != "none" and device.type == "cpu" and config.decoder_backend == "transformers":
         raise ConfigError(
             f"quantization is {config.quantization!r} with decoder_backend 'transformers', which has no such weights "

@@ -154,7 +154,7 @@ def safetensors(path: Path) -> dict[str, torch.Tensor]:
         (["./nowhere"], "model './nowhere': there is no such directory"),
         (["tiny", "--max-model-len", "4096"], "--max-model-len (max_single_sequence_length) is 4096"),
         (["tiny", "--memory", "inf"], "--memory is inf; expected GiB >= 0"),
-        (["tiny", "--quantization", "int8"], "--quantization is 'int8'"),
+        (["tiny", "--quantization", "int8", "--dtype", "float16"], "quantization is 'int8' with dtype float16"),
         (["tiny", "--speculative-model", "./nowhere"], "model './nowhere': there is no such directory"),
         (["tiny", "--num-speculative-tokens", "3"], "--num-speculative-tokens (spec_draft_length) is 3 with"),
         (["tiny", "--speculative-model", "ngram", "--num-speculative-tokens", "33"], "expected an integer in 0..32"),

@@ -1,0 +1,46 @@
+"""How many bytes weights take while a model serves, reckoned from a checkpoint's headers."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from asyncengine.config import Quantization
+from asyncengine.model.checkpoint import Checkpoint
+from asyncengine.model.four_bits import GROUP
+
+_SCALE = 4
+"""Bytes of a scale."""
+
+
+def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, words: int, cuda: bool) -> int:
+    """Bytes of all weights in the form in which they are kept.
+
+    What is a linear layer is told by shapes: matrices that have nothing to do with the vocabulary.
+
+    Args:
+        checkpoint: Where they come from.
+        dtype: Of what is kept as it is.
+        quantization: `EngineConfig.quantization`.
+        words: Size of the vocabulary.
+        cuda: Whether they are on a CUDA device.
+    """
+    if quantization == "none" or not checkpoint.tensors:
+        return checkpoint.weight_bytes(dtype)
+    as_stored = {name: weight for name, weight in checkpoint.coded.items() if weight.stays(quantization)}
+    total = 0
+    for name, shape in checkpoint.shapes.items():
+        count, outputs = prod(shape), prod(shape[:-1])
+        linear = words not in shape and not as_stored
+        if name in as_stored:
+            total += as_stored[name].nbytes
+        elif len(shape) < 2 or (quantization == "fp8" and not (linear and len(shape) == 2)):
+            total += count * dtype.itemsize
+        elif quantization == "int4" and linear and shape[-1] % GROUP == 0:
+            total += count // 2 + count // GROUP * _SCALE
+        elif quantization == "int4" and cuda:
+            total += count * dtype.itemsize
+        else:
+            total += count + outputs * _SCALE
+    return total
