@@ -51,7 +51,8 @@ class Checkpoint:
         self.weight_files = self._weight_files()
         self.tensors = [tensor for file in self.weight_files for tensor in tensors_of(file)]
         try:
-            self.coded = coded_weights(self.config, {tensor.name: tensor for tensor in self.tensors})
+            beside = self._json("hf_quant_config.json", optional=True)
+            self.coded = coded_weights(self.config, {tensor.name: tensor for tensor in self.tensors}, beside)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{path}: {error}") from error
         except CheckpointError as error:

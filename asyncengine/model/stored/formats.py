@@ -7,7 +7,7 @@ from typing import Any
 
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.stored import integers, small_floats
-from asyncengine.model.stored.scaled import scaled
+from asyncengine.model.stored.scaled import CODES, ENDINGS, scaled
 from asyncengine.model.stored.tensor import StoredTensor
 from asyncengine.model.stored.weight import CodedWeight
 
@@ -15,19 +15,27 @@ Tensors = Mapping[str, StoredTensor]
 About = Mapping[str, Any]
 
 
-def coded_weights(config: Mapping[str, Any], tensors: Tensors) -> dict[str, CodedWeight]:
+def coded_weights(config: Mapping[str, Any], tensors: Tensors, beside: About) -> dict[str, CodedWeight]:
     """The weights that are stored as codes, by the names of the parameters; none where nothing is.
 
     Args:
         config: The contents of ``config.json``.
         tensors: All that is stored, by name.
+        beside: Those of ``hf_quant_config.json``, where older versions of ModelOpt say what ``config.json`` does not.
 
     Raises:
         UnsupportedModelError: They are stored in a way that is not known here; the message has its name.
         CheckpointError: Something that belongs to them is missing.
     """
-    about = about_storage(config)
+    about = _about(config)
+    if about is None and isinstance(of_modelopt := beside.get("quantization"), Mapping):
+        about = {"quant_method": "modelopt", **of_modelopt}
     if about is None:
+        alone = next((name for name, tensor in tensors.items() if _has_scales(tensor, tensors)), None)
+        if alone is not None:
+            raise UnsupportedModelError(
+                f"{alone} is stored as codes with scales, and config.json has no quantization_config"
+            )
         return {}
     method = str(about.get("quant_method", "compressed-tensors" if "config_groups" in about else None))
     read = _METHODS.get(method)
@@ -44,7 +52,12 @@ def coded_weights(config: Mapping[str, Any], tensors: Tensors) -> dict[str, Code
     return {weight.name: weight for weight in found}
 
 
-def about_storage(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def _has_scales(tensor: StoredTensor, tensors: Tensors) -> bool:
+    """Whether a tensor cannot be what a weight is, although it is called so."""
+    return tensor.dtype in CODES and any(f"{tensor.name}{ending}" in tensors for ending in ENDINGS)
+
+
+def _about(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a ``config.json`` says about how weights are quantised; None if it says nothing."""
     for values in (config, config.get("text_config")):
         if isinstance(values, Mapping):
@@ -78,27 +91,30 @@ def _compressed_tensors(tensors: Tensors, about: About) -> list[CodedWeight]:
     if (about.get("transform_config") or {}).get("config_groups"):
         raise UnsupportedModelError("weights behind transforms, as of QuIP and SpinQuant, are not supported")
     groups = [group for group in (about.get("config_groups") or {}).values() if group.get("weights")]
-    formats = {group.get("format") or about.get("format") for group in groups}
-    if len(formats) > 1:
-        raise UnsupportedModelError(
-            f"several formats in one checkpoint ({sorted(map(str, formats))}) are not supported"
-        )
+    kinds = {str(group.get("format") or about.get("format")) for group in groups}
     weights = [group["weights"] for group in groups]
-    kind = next(iter(formats), None)
-    if kind == "pack-quantized":
-        ways = {(int(each["num_bits"]), bool(each.get("symmetric", True))) for each in weights}
-        if len(ways) > 1:
-            raise UnsupportedModelError("layers of different widths in one checkpoint are not supported")
-        return integers.packed_integers(tensors, *next(iter(ways)))
-    if kind == "nvfp4-pack-quantized":
-        return small_floats.nvfp4(tensors, divided=True)
-    if kind == "mxfp4-pack-quantized":
-        return small_floats.mxfp4(tensors)
-    if kind in ("float-quantized", "int-quantized", "naive-quantized"):
-        return scaled(tensors, next((each["block_structure"] for each in weights if each.get("block_structure")), None))
-    raise UnsupportedModelError(f"compressed-tensors' format {kind!r} is not supported")
+    if unknown := sorted(kinds - _EIGHT_BITS - {"pack-quantized", *_FOUR_BIT_FLOATS}):
+        raise UnsupportedModelError(f"compressed-tensors' format {unknown[0]!r} is not supported")
+    packed = kinds - _EIGHT_BITS
+    if len(packed) > 1:
+        raise UnsupportedModelError(f"{' and '.join(sorted(packed))} in one checkpoint are not supported")
+    found: list[CodedWeight] = []
+    if kinds & _EIGHT_BITS:
+        found += scaled(
+            tensors, next((each["block_structure"] for each in weights if each.get("block_structure")), None)
+        )
+    if packed == {"pack-quantized"}:
+        found += integers.packed_integers(tensors, not any(each.get("symmetric", True) for each in weights))
+    for kind in packed & _FOUR_BIT_FLOATS.keys():
+        found += _FOUR_BIT_FLOATS[kind](tensors)
+    return found
 
 
+_EIGHT_BITS = {"float-quantized", "int-quantized", "naive-quantized"}
+_FOUR_BIT_FLOATS: dict[str, Callable[[Tensors], list[CodedWeight]]] = {
+    "mxfp4-pack-quantized": small_floats.mxfp4,
+    "nvfp4-pack-quantized": lambda tensors: small_floats.nvfp4(tensors, divided=True),
+}
 _METHODS: dict[str, Callable[[Tensors, About], list[CodedWeight]]] = {
     "awq": integers.awq,
     "bitsandbytes": lambda tensors, _: small_floats.bitsandbytes(tensors),

@@ -12,8 +12,9 @@ from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.four_bits import FourBits, packed
 from asyncengine.model.stored.bits import unpacked
 from asyncengine.model.stored.tensor import StoredTensor
-from asyncengine.model.stored.weight import CodedWeight, Parts
+from asyncengine.model.stored.weight import CodedWeight, OpenFiles, Parts
 
+_GPTQ_BITS = (2, 3, 4, 8)
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word AWQ puts the outputs."""
 
@@ -26,16 +27,19 @@ def gptq(tensors: Mapping[str, StoredTensor], about: Mapping[str, Any]) -> list[
     group of each input.
     """
     bits, kind = about.get("bits"), about.get("checkpoint_format", "gptq")
-    if bits not in (2, 3, 4, 8) or kind not in ("gptq", "gptq_v2"):
+    if bits not in _GPTQ_BITS or kind not in ("gptq", "gptq_v2"):
         raise UnsupportedModelError(f"GPTQ with bits {bits!r} and checkpoint_format {kind!r} is not supported")
     found = []
     for name, codes in _named(tensors, ".qweight"):
-        parts = {"qweight": codes} | _companions(tensors, name, "qzeros", "scales")
+        parts, own = {"qweight": codes} | _companions(tensors, name, "qzeros", "scales"), bits
         if (groups := tensors.get(f"{name}.g_idx")) is not None:
             parts["g_idx"] = groups
-        shape = codes.shape[1], codes.shape[0] * 32 // bits
-        decode = partial(_gptq, bits=bits, less=int(kind == "gptq"))
-        found.append(CodedWeight(f"{name}.weight", shape, parts, decode, "int4" if bits == 4 else "none"))
+            own = codes.shape[0] * 32 // groups.shape[0]  # some layers may have more than others
+            if own not in _GPTQ_BITS:
+                raise UnsupportedModelError(f"{name}: GPTQ with {own} bits is not supported")
+        shape = codes.shape[1], codes.shape[0] * 32 // own
+        decode = partial(_gptq, bits=own, less=int(kind == "gptq"))
+        found.append(CodedWeight(f"{name}.weight", shape, parts, decode, "int4" if own == 4 else "none"))
     return found
 
 
@@ -74,25 +78,30 @@ def _awq_outputs(words: torch.Tensor) -> torch.Tensor:
     return numbers.view(len(words), -1, 8)[..., list(_AWQ_ORDER)].flatten(1)
 
 
-def packed_integers(tensors: Mapping[str, StoredTensor], bits: int, symmetric: bool) -> list[CodedWeight]:
+def packed_integers(tensors: Mapping[str, StoredTensor], zeros: bool) -> list[CodedWeight]:
     """compressed-tensors' ``pack-quantized``.
 
     ``weight_packed`` (outputs, words) has inputs in a word, each more by half the range than it is, ``weight_scale`` is
     (outputs, groups), ``weight_zero_point`` (outputs in words, groups) or as it is, ``weight_shape`` (2,),
     ``weight_g_idx`` (inputs,) the group of each input.
+
+    Args:
+        tensors: All that is stored, by name.
+        zeros: Whether each weight has zeros.
     """
-    found = []
+    found, files = [], OpenFiles()
     for name, codes in _named(tensors, ".weight_packed"):
-        wanted = ("weight_scale",) if symmetric else ("weight_scale", "weight_zero_point")
-        parts = {"weight_packed": codes} | _companions(tensors, name, *wanted)
+        parts = {"weight_packed": codes} | _companions(
+            tensors, name, "weight_scale", *(["weight_zero_point"] if zeros else [])
+        )
+        shape = _companions(tensors, name, "weight_shape")["weight_shape"]
         for optional in ("weight_zero_point", "weight_g_idx"):
             if (part := tensors.get(f"{name}.{optional}")) is not None:
                 parts[optional] = part
-        inputs = codes.shape[1] * 32 // bits
+        outputs, inputs = files.tensor(shape).tolist()
+        bits = codes.shape[1] * 32 // inputs  # which may differ from layer to layer
         decode = partial(_packed_integers, bits=bits, inputs=inputs)
-        found.append(
-            CodedWeight(f"{name}.weight", (codes.shape[0], inputs), parts, decode, "int4" if bits == 4 else "none")
-        )
+        found.append(CodedWeight(f"{name}.weight", (outputs, inputs), parts, decode, "int4" if bits == 4 else "none"))
     return found
 
 

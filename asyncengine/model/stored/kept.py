@@ -102,7 +102,8 @@ class KeptCodes:
 
     def _put_alone(self, model: Any, path: str, name: str, weight: CodedWeight) -> int:
         module = model.get_submodule(path)
-        layer = self._layer(module, weight) if type(module) is nn.Linear else None
+        is_layer = type(module) is nn.Linear and module is not model.get_output_embeddings()
+        layer = self._layer(module, weight) if is_layer else None
         if layer is not None:
             parent, _, own = path.rpartition(".")
             setattr(model.get_submodule(parent), own, layer)

@@ -14,8 +14,10 @@ from asyncengine.model.stored.weight import CodedWeight, Decoded, Form, Parts
 
 CODES = ("F8_E4M3", "F8_E5M2", "I8")
 """What weights are stored in."""
-_ENDINGS = ("_scale_inv", "_scale")
+ENDINGS = ("_scale_inv", "_scale")
 """Of the tensor that has a weight's scales. By both names they are what codes are multiplied by."""
+_COMPANIONS = (*ENDINGS, "_scale_2", "_zero_point")
+"""Tensors that are no weights, although they may be stored in eight bits and have two dimensions."""
 
 
 def scaled(tensors: Mapping[str, StoredTensor], block: Sequence[int] | None) -> list[CodedWeight]:
@@ -27,9 +29,9 @@ def scaled(tensors: Mapping[str, StoredTensor], block: Sequence[int] | None) -> 
     """
     found = []
     for name, codes in tensors.items():
-        if codes.dtype not in CODES or len(codes.shape) < 2 or name.endswith("_zero_point"):
+        if codes.dtype not in CODES or len(codes.shape) < 2 or name.endswith(_COMPANIONS):
             continue
-        scales = next((tensors[name + ending] for ending in _ENDINGS if name + ending in tensors), None)
+        scales = next((tensors[name + ending] for ending in ENDINGS if name + ending in tensors), None)
         if scales is None:
             raise CheckpointError(f"{name}_scale_inv or {name}_scale is missing, which the codes of {name} need")
         parts = {"codes": codes, "scales": scales}

@@ -245,8 +245,14 @@ METHODS: dict[str, Method] = {
 }
 
 
-def write(path: Path, plain: Path, method: str) -> tuple[Path, Path]:
+def write(path: Path, plain: Path, method: str, others: tuple[str, ...] = ()) -> tuple[Path, Path]:
     """Writes a checkpoint with the projections of a plain one in codes, and a plain one that has the same numbers.
+
+    Args:
+        path: Where.
+        plain: The plain one.
+        method: One of `METHODS`.
+        others: Layers outside of the blocks that are in codes, too.
 
     Returns:
         Their directories.
@@ -256,7 +262,8 @@ def write(path: Path, plain: Path, method: str) -> tuple[Path, Path]:
     numbers: Tensors = {}
     for name, weight in load_file(plain / "model.safetensors").items():
         layer = name.removesuffix(".weight")
-        if ".layers." not in name or weight.dim() != 2 or layer == name or "gate." in name:
+        inside = ".layers." in name or layer in others
+        if not inside or weight.dim() != 2 or layer == name or "gate." in name:
             coded[name] = numbers[name] = weight
             continue
         found = way.write(weight)

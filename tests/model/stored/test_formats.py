@@ -117,12 +117,67 @@ def test_what_is_not_known_is_refused_by_its_name(about: dict[str, Any], tmp_pat
     [
         {"quant_method": "fp8", "weight_block_size": "128"},
         {"quant_method": "compressed-tensors", "config_groups": [1]},
-        {"format": "pack-quantized", "config_groups": {"a": {"weights": {"symmetric": True}}}},
     ],
 )  # fmt: skip
 def test_a_configuration_that_says_nonsense_is_refused(about: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         Checkpoint(stored(tmp_path, {"a.weight": torch.zeros(2, 2)}, about))
+
+
+def mixed(path: Path, plain: Path, one: str, other: str, about: dict[str, Any]) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint whose attention is stored in one way, and whose MLP in another."""
+    written = [coded_checkpoints.write(path / method, plain, method) for method in (one, other)]
+    coded, numbers = ([load_file(each / "model.safetensors") for each in both] for both in zip(*written, strict=True))
+
+    def chosen(found: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in found[0].items() if ".mlp." not in name} | {
+            name: tensor for name, tensor in found[1].items() if ".mlp." in name
+        }
+
+    return stored(path, chosen(coded), about), chosen(numbers)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "about"),
+    [
+        (
+            "fp8 by output",
+            "packed",
+            {"config_groups": {
+                "a": {"format": "float-quantized", "weights": {"num_bits": 8}},
+                "b": {"format": "pack-quantized", "weights": {"num_bits": 4}},
+            }},
+        ),
+        (
+            "int8",
+            "nvfp4",
+            {"config_groups": {
+                "a": {"format": "int-quantized", "weights": {"num_bits": 8}},
+                "b": {"format": "nvfp4-pack-quantized", "weights": {"num_bits": 4}},
+            }},
+        ),
+        ("gptq of 8 bits", "gptq", {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*attn.*": {"bits": 8}}}),
+    ],
+)  # fmt: skip
+def test_layers_may_be_stored_in_different_ways(
+    one: str, other: str, about: dict[str, Any], plain: Path, tmp_path: Path
+) -> None:
+    path, numbers = mixed(tmp_path, plain, one, other, about)
+    found, files = Checkpoint(path), OpenFiles()
+    assert len(found.coded) == 7
+    for name, weight in found.coded.items():
+        torch.testing.assert_close(weight.numbers(files, torch.float32), numbers[name], rtol=1e-6, atol=1e-7)
+
+
+def test_what_modelopt_says_in_a_file_of_its_own_is_read(plain: Path, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, plain, "fp8 of ModelOpt")
+    config = json.loads((coded / "config.json").read_text())
+    config.pop("quantization_config")
+    (coded / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="no quantization_config"):  # it would be served wrongly
+        Checkpoint(coded)
+    (coded / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    assert len(Checkpoint(coded).coded) == 7
 
 
 @pytest.mark.parametrize(
@@ -168,6 +223,7 @@ async def test_a_method_that_is_not_known_leaves_the_old_model(plain: Path, tmp_
 
 
 def stored(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> Path:
+    path.mkdir(exist_ok=True)
     save_file(tensors, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": about}))
     return path

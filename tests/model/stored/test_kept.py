@@ -135,6 +135,15 @@ def test_experts_of_which_some_are_no_codes_become_numbers(checkpoint: Make, tmp
         assert torch.equal(kept(ids).logits, plain(ids).logits)
 
 
+def test_a_head_becomes_numbers(checkpoint: Make, tmp_path: Path) -> None:
+    plain = checkpoint("llama", num_hidden_layers=1, vocab_size=192)
+    coded, _ = coded_checkpoints.write(tmp_path, plain, "gptq", others=("lm_head",))
+    model, done = loaded(coded, True)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert done == sum(weight.size for name, weight in Checkpoint(coded).coded.items() if "lm_head" not in name)
+    assert torch.equal(model.lm_head.weight, loaded(coded, False)[0].lm_head.weight)
+
+
 def test_an_expert_that_is_missing_is_an_error(checkpoint: Make, tmp_path: Path) -> None:
     coded, _ = coded_checkpoints.write(tmp_path, checkpoint("mixtral", num_hidden_layers=1), "awq")
     tensors = load_file(coded / "model.safetensors")
