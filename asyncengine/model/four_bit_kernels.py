@@ -1,8 +1,9 @@
 """Triton kernels of products with weights of four bits. Importing this needs triton; nothing else does.
 
-Codes become numbers by arithmetic on bits. An integer is put into the mantissa of a float whose exponent is known, from
-which what that adds is subtracted. The two bits of exponent, one of mantissa and the sign of FP4 are put where a wider
-float has them, which makes it smaller by a power of two, subnormal numbers included: it is multiplied by that.
+Codes become floats by arithmetic on bits. Those of FP4 have a sign, two bits of exponent and one of mantissa: put where
+a wider float has its sign, the end of its exponent and the beginning of its mantissa, they are that number times a
+power of two, subnormal numbers included. Integers are put into the mantissa: of a float whose exponent is known, from
+which what that adds is subtracted; or of one whose exponent is 0, which makes it a subnormal number.
 
 `by_row` multiplies one token, number by number in float32. `by_tile` goes through the matrix units: weights are made in
 registers, in the dtype of the inputs, and multiplied with a tile of tokens.
@@ -16,14 +17,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from asyncengine.model.decoder import experts
+from asyncengine.model.four_bit_product import ITEM
 from asyncengine.model.fused.kernels import activated
 
-CLAMPED = 5
-"""The activation of a gate that is clamped, as is what it gates (gpt-oss)."""
-ITEM = 3
-"""Numbers of an item of work: an expert, where its pairs begin in the order, and how many they are."""
-
-_CLAMPED, _ITEM = tl.constexpr(CLAMPED), tl.constexpr(ITEM)
+_CLAMPED, _ITEM = tl.constexpr(experts.CLAMPED), tl.constexpr(ITEM)
 
 
 @triton.jit
@@ -45,14 +43,27 @@ def _pair(x, at, mask):
 
 @triton.jit
 def _number(word, AT: tl.constexpr, FP4: tl.constexpr):
-    """Of the code in the bits AT to AT + 3 of an int32, in float32: 24 more than an integer, or FP4 times 2 ** -126."""
+    """Of the code in the bits AT to AT + 3 of an int32, in float32 and times a power of two: `_raised` has the rest."""
     if FP4:
         high = word << (28 - AT) if AT < 28 else word
         bits = (high >> 6) & -0x7E400000  # the sign, and bits 24 to 22
+    elif AT > 16:
+        bits = (word >> 12) & (15 << (AT - 12))
     else:
-        moved = word << (19 - AT) if AT < 19 else word >> (AT - 19)
-        bits = (moved & 0x780000) | 0x41800000
+        bits = word & (15 << AT)
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _raised(x, AT: tl.constexpr, FP4: tl.constexpr):
+    """Times what `_number` lacks, but for what `by_row` has in its scales: all of it may be too much for a float."""
+    if FP4:
+        x *= 2.0**63
+    elif AT > 16:
+        x *= 2.0 ** (81 - AT)
+    else:
+        x *= 2.0 ** (69 - AT)
+    return x
 
 
 @triton.jit
@@ -85,7 +96,7 @@ def by_row(
     """
     UNIT: tl.constexpr = 32 if GROUP % 32 == 0 else 16
     WORDS: tl.constexpr = UNIT // 8
-    FOLD: tl.constexpr = 2.0**63 if FP4 else 1.0  # half of what is missing, as all of it may be too much for a float
+    RAISED: tl.constexpr = 2.0**63 if FP4 else 2.0**80
     output = tl.program_id(0) * OUTPUTS_EACH + tl.arange(0, OUTPUTS_EACH)
     pair = tl.program_id(1)
     inside = output < OUTPUTS
@@ -100,47 +111,49 @@ def by_row(
     sums = tl.zeros((OUTPUTS_EACH, UNITS), tl.float32)
     others = tl.zeros((OUTPUTS_EACH, UNITS), tl.float32)
     for start in tl.range(0, INPUTS // UNIT, UNITS, num_stages=STAGES):
+        word = start * WORDS + tl.arange(0, UNITS * WORDS)
+        known = word < INPUTS // 8
+        mask = inside[:, None] & known[None, :]
+        at = row[:, None] * (INPUTS // 8) + word[None, :]
+        given = tl.load(words + at, mask=mask, other=0, eviction_policy="evict_first")
         unit = start + tl.arange(0, UNITS)
-        there = unit < INPUTS // UNIT
-        mask = inside[:, None] & there[None, :]
-        word = unit[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        at = row[:, None, None] * (INPUTS // 8) + word[None, :, :]
-        given = tl.load(words + at, mask=mask[:, :, None], other=0, eviction_policy="evict_first")
         group = row[:, None] * (INPUTS // GROUP) + (unit * UNIT // GROUP)[None, :]
-        scale = tl.load(scales + group, mask=mask, other=0.0).to(tl.float32)
+        there = inside[:, None] & (unit < INPUTS // UNIT)[None, :]
+        scale = tl.load(scales + group, mask=there, other=0.0).to(tl.float32)
         if OTHER:
             at += OTHER * (INPUTS // 8)
-            given_other = tl.load(words + at, mask=mask[:, :, None], other=0, eviction_policy="evict_first")
+            given_other = tl.load(words + at, mask=mask, other=0, eviction_policy="evict_first")
             group_other = group + OTHER * (INPUTS // GROUP)
-            scale_other = tl.load(scales + group_other, mask=mask, other=0.0).to(tl.float32)
-        part = tl.zeros((OUTPUTS_EACH, UNITS, WORDS), tl.float32)
-        part_other = tl.zeros((OUTPUTS_EACH, UNITS, WORDS), tl.float32)
-        total = tl.zeros((UNITS, WORDS), tl.float32)
+            scale_other = tl.load(scales + group_other, mask=there, other=0.0).to(tl.float32)
+        part = tl.zeros((OUTPUTS_EACH, UNITS * WORDS), tl.float32)
+        part_other = tl.zeros((OUTPUTS_EACH, UNITS * WORDS), tl.float32)
+        total = tl.zeros((UNITS * WORDS,), tl.float32)
         for k in tl.static_range(4):
-            even, odd = _pair(numbers, word * 4 + k, there[:, None])
-            if FP4:
-                even *= FOLD
-                odd *= FOLD
-            else:
+            even, odd = _pair(numbers, word * 4 + k, known)
+            if not FP4:
                 total += even + odd
-            part += _number(given, 8 * k, FP4) * even[None, :, :]
-            part += _number(given, 8 * k + 4, FP4) * odd[None, :, :]
+            even = _raised(even, 8 * k, FP4)[None, :]
+            odd = _raised(odd, 8 * k + 4, FP4)[None, :]
+            part += _number(given, 8 * k, FP4) * even
+            part += _number(given, 8 * k + 4, FP4) * odd
             if OTHER:
-                part_other += _number(given_other, 8 * k, FP4) * even[None, :, :]
-                part_other += _number(given_other, 8 * k + 4, FP4) * odd[None, :, :]
-        of_unit = tl.sum(part, 2)
-        of_unit_other = tl.sum(part_other, 2)
+                part_other += _number(given_other, 8 * k, FP4) * even
+                part_other += _number(given_other, 8 * k + 4, FP4) * odd
+        of_unit = tl.sum(tl.reshape(part, (OUTPUTS_EACH, UNITS, WORDS)), 2)
+        of_unit_other = tl.sum(tl.reshape(part_other, (OUTPUTS_EACH, UNITS, WORDS)), 2)
         if not FP4:
-            of_x = tl.sum(total, 1)[None, :]
-            of_unit -= 24.0 * of_x
-            of_unit_other -= 24.0 * of_x
+            of_inputs = tl.sum(tl.reshape(total, (UNITS, WORDS)), 1)[None, :] * (1.0 / RAISED)
+            centre = 8.0
+            centre_other = 8.0
             if HAS_ZEROS:
-                of_unit -= tl.load(zeros + group, mask=mask, other=0.0).to(tl.float32) * of_x
+                centre = 8.0 + tl.load(zeros + group, mask=there, other=0.0).to(tl.float32)
                 if OTHER:
-                    of_unit_other -= tl.load(zeros + group_other, mask=mask, other=0.0).to(tl.float32) * of_x
-        sums += of_unit * (scale * FOLD)
+                    centre_other = 8.0 + tl.load(zeros + group_other, mask=there, other=0.0).to(tl.float32)
+            of_unit -= centre * of_inputs
+            of_unit_other -= centre_other * of_inputs
+        sums += of_unit * (scale * RAISED)
         if OTHER:
-            others += of_unit_other * (scale_other * FOLD)
+            others += of_unit_other * (scale_other * RAISED)
     found = tl.sum(sums, 1)
     found_other = tl.sum(others, 1)
     if HAS_BIAS:
@@ -186,9 +199,9 @@ def _read(
     shape: tl.constexpr = (SPLITS, OUTPUTS, UNITS, UNIT // 2)
     factor = _spread(scale.to(dtype).to(computed), shape)
     if dtype == tl.float32:
-        even = _number(code, 0, FP4)
-        odd = _number(code, 4, FP4)
-        CENTRE: tl.constexpr = 24.0
+        even = _number(code, 0, FP4) if FP4 else (code & 15).to(tl.float32)
+        odd = _number(code, 4, FP4) if FP4 else (code >> 4).to(tl.float32)
+        CENTRE: tl.constexpr = 8.0
         FOLD: tl.constexpr = 2.0**63
     else:
         # Both numbers of a byte side by side in 32 bits, on which one instruction does what has to be done to both.

@@ -24,9 +24,10 @@ from asyncengine.model.fused.launches import OPTIONS, power_of_two
 
 ALIGNMENT = 32
 """Inputs must be a multiple of it, and those that share a scale of half of it."""
+ITEM = 3
+"""Numbers of an item of work: an expert, where its pairs begin in the order, and how many they are."""
 _NUMBERS_EACH = 1024
 _PAIRS_AT_ONCE = 512
-_ITEM = 3  # as `four_bit_kernels.ITEM`, which cannot be imported without triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ class _Work:
         some = min(pairs, experts)
         most = some + (pairs - some) // tokens  # each that has any wastes all but one of an item
         order = torch.empty(pairs, dtype=torch.int32, device=chosen.device)
-        items = torch.empty(most, _ITEM, dtype=torch.int32, device=chosen.device)
+        items = torch.empty(most, ITEM, dtype=torch.int32, device=chosen.device)
         constants = routing_constants(experts, tokens)
         _kernels().route[(experts,)](chosen, order, items, pairs, most, **constants, **OPTIONS)
         return cls(items, order)
