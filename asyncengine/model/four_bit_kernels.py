@@ -168,6 +168,35 @@ def by_row(
 
 
 @triton.jit
+def _numbers(code, FP4: tl.constexpr, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    """Both codes of a byte as numbers in `dtype`, or in float32 if WIDEN; FP4 times 2 ** -63, but for float16."""
+    CENTRE: tl.constexpr = 8.0 if dtype == tl.float32 else 1032.0 if dtype == tl.float16 else 136.0
+    FOLD: tl.constexpr = 2.0**14 if dtype == tl.float16 else 2.0**63
+    if dtype == tl.float32:
+        even = _number(code, 0, FP4) if FP4 else (code & 15).to(tl.float32)
+        odd = _number(code, 4, FP4) if FP4 else (code >> 4).to(tl.float32)
+    else:  # side by side in 32 bits: one instruction does what has to be done to both
+        if FP4:
+            sign = (code * 0x1001000) & -0x7FFF8000
+            both = sign | ((code * 0x200200) & 0xE000E00 if dtype == tl.float16 else (code * 0x40040) & 0x1C001C0)
+        else:
+            both = ((code * 0x1001) & 0xF000F) | (0x64006400 if dtype == tl.float16 else 0x43004300)
+        if WIDEN:
+            even = (both << 16).to(tl.float32, bitcast=True)
+            odd = (both & -65536).to(tl.float32, bitcast=True)
+        else:
+            even = both.to(tl.int16).to(dtype, bitcast=True)
+            odd = (both >> 16).to(tl.int16).to(dtype, bitcast=True)
+    if FP4:
+        even *= FOLD
+        odd *= FOLD
+    else:
+        even -= CENTRE
+        odd -= CENTRE
+    return even, odd
+
+
+@triton.jit
 def _spread(numbers, shape: tl.constexpr):
     """(splits, rows, units), for each of the bytes of a unit; `shape` has them as its last dimension."""
     if shape[2] > 1:
@@ -198,38 +227,11 @@ def _read(
     computed: tl.constexpr = tl.float32 if WIDEN else dtype  # Triton's interpreter cannot compute with bfloat16
     shape: tl.constexpr = (SPLITS, OUTPUTS, UNITS, UNIT // 2)
     factor = _spread(scale.to(dtype).to(computed), shape)
-    if dtype == tl.float32:
-        even = _number(code, 0, FP4) if FP4 else (code & 15).to(tl.float32)
-        odd = _number(code, 4, FP4) if FP4 else (code >> 4).to(tl.float32)
-        CENTRE: tl.constexpr = 8.0
-        FOLD: tl.constexpr = 2.0**63
-    else:
-        # Both numbers of a byte side by side in 32 bits, on which one instruction does what has to be done to both.
-        HALF: tl.constexpr = dtype == tl.float16
-        if FP4:
-            sign = (code * 0x1001000) & -0x7FFF8000
-            both = sign | ((code * 0x200200) & 0x0E000E00 if HALF else (code * 0x40040) & 0x01C001C0)
-        else:
-            both = ((code * 0x1001) & 0xF000F) | (0x64006400 if HALF else 0x43004300)
-        if WIDEN:
-            even = (both << 16).to(tl.float32, bitcast=True)
-            odd = (both & -65536).to(tl.float32, bitcast=True)
-        else:
-            even = both.to(tl.int16).to(dtype, bitcast=True)
-            odd = (both >> 16).to(tl.int16).to(dtype, bitcast=True)
-        CENTRE: tl.constexpr = 1032.0 if HALF else 136.0
-        FOLD: tl.constexpr = 2.0**14 if HALF else 2.0**63
-    if FP4:
-        even *= FOLD
-        odd *= FOLD
-    else:
-        even -= CENTRE
-        odd -= CENTRE
-        if HAS_ZEROS:
-            zero = tl.load(zeros + group, mask=mask, other=0.0).to(tl.float32).to(dtype).to(computed)
-            zero = _spread(zero, shape)
-            even -= zero
-            odd -= zero
+    even, odd = _numbers(code, FP4, dtype, WIDEN)
+    if HAS_ZEROS:
+        zero = _spread(tl.load(zeros + group, mask=mask, other=0.0).to(tl.float32).to(dtype).to(computed), shape)
+        even -= zero
+        odd -= zero
     weights = tl.reshape(tl.join(even * factor, odd * factor), (SPLITS, OUTPUTS, INPUTS_AT_ONCE))
     return weights.to(dtype)
 

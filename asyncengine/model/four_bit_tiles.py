@@ -76,7 +76,7 @@ def tile_for(tokens: float, itemsize: int, gated: bool) -> Tile:
         gated: Whether a program reads two matrices side by side.
     """
     if itemsize == 4:
-        return Tile(16, 32, 8, stages=2)
+        return Tile(16, 16, 8, stages=2)
     if tokens <= 4:
         return Tile(16, 128, 8)
     if tokens <= 16:
