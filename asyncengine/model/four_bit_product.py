@@ -153,9 +153,10 @@ class _Product:
     shares: torch.Tensor | None = None
 
     def by_row(self, x: torch.Tensor, result: torch.Tensor, chosen: torch.Tensor | None = None) -> None:
-        """Writes (pairs, outputs) of (pairs / shared, inputs)."""
+        """Writes (pairs, outputs) of (pairs / shared, inputs); cut as for one token, however many there are."""
         matrices, pairs = self.matrices, result.shape[0]
-        rows = rows_for(matrices.inputs, matrices.outputs * pairs, matrices.gate is not None)
+        top = 1 if chosen is None else chosen.shape[1]
+        rows = rows_for(matrices.inputs, matrices.outputs * top, matrices.gate is not None)
         _kernels().by_row[(-(-matrices.outputs // rows.outputs), pairs)](
             x, self.weights.codes, self.weights.scales, self.weights.zeros, self.bias, chosen, self.shares, result,
             **matrices.of_rows(rows, self.shares is not None), **launch_options(rows),

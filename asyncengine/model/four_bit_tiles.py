@@ -59,7 +59,7 @@ def rows_for(inputs: int, outputs: int, gated: bool) -> Rows:
 
     Args:
         inputs: Of a matrix.
-        outputs: Of all pairs of a token and an expert together.
+        outputs: Of all experts of a token together.
         gated: Whether a program reads two matrices side by side.
     """
     each, units = 4 if gated else 8, inputs // 32

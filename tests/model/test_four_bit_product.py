@@ -220,6 +220,19 @@ def test_few_pairs_and_many_come_to_the_same() -> None:
     assert off(many[:1], few) < 3e-2  # interpreted, what is stored in bfloat16 is cut off
 
 
+def test_what_else_is_in_a_step_changes_no_bit() -> None:
+    """As long as it is multiplied by the same kernel, cut in the same way."""
+    weights, x = some(40, 640), normal(11, 640)
+    assert torch.equal(multiply(x[:3], weights), multiply(x, weights)[:3])
+    gate_up, down, _, _ = both("integers", biased=False)
+    chosen = torch.tensor([[0], [5], [5]], device=DEVICE)
+    x, shares = x[:3, :HIDDEN], normal(3, 1)
+    together = multiply_experts(x, gate_up, down, chosen, shares, Gate())
+    for i in range(3):
+        one = slice(i, i + 1)
+        assert torch.equal(multiply_experts(x[one], gate_up, down, chosen[one], shares[one], Gate()), together[one])
+
+
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_an_expert_that_does_not_exist_adds_nothing(tokens: int) -> None:
     _, gate, (gate_up, down, gate_up_bias, down_bias) = gpt_oss()
