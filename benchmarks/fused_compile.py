@@ -159,7 +159,7 @@ def four_bits(name: str, matrices: Matrices, dtype: torch.dtype, tokens: float) 
         constants, options = matrices.of_rows(rows, shares), four_bit_options(rows)
         numbers, stages = rows.outputs * rows.units * 32, rows.stages if matrices.inputs > 32 * rows.units else 2
     else:
-        tile = tile_for(tokens, dtype.itemsize, gated)
+        tile = tile_for(tokens, matrices.outputs * max(matrices.experts, 1), dtype.itemsize, gated)
         there |= {"items": "*i32", "order": "*i32"} if matrices.experts else {}
         constants, options = matrices.of_tile(tile, shares, dtype), four_bit_options(tile)
         numbers, stages = tile.outputs * tile.splits * tile.inputs, tile.stages if tile.splits > 1 else 0

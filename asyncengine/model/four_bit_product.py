@@ -162,6 +162,12 @@ class _Product:
             **matrices.of_rows(rows, self.shares is not None), **launch_options(rows),
         )  # fmt: skip
 
+    def tile(self, tokens: float, dtype: torch.dtype) -> Tile:
+        """How it is cut for so many tokens of a matrix."""
+        matrices = self.matrices
+        outputs = matrices.outputs * max(matrices.experts, 1)
+        return tile_for(tokens, outputs, dtype.itemsize, matrices.gate is not None)
+
     def by_tile(self, x: torch.Tensor, result: torch.Tensor, tile: Tile, work: _Work | None = None) -> None:
         """Writes (pairs, outputs) of (pairs / shared, inputs)."""
         matrices, pairs = self.matrices, result.shape[0]
@@ -228,7 +234,7 @@ def multiply(x: torch.Tensor, weights: FourBits, bias: torch.Tensor | None = Non
             if tokens == 1:
                 product.by_row(_readable(x), result)
             else:
-                product.by_tile(_readable(x), result, tile_for(tokens, x.element_size(), gated=False))
+                product.by_tile(_readable(x), result, product.tile(tokens, x.dtype))
     return result
 
 
@@ -279,10 +285,10 @@ def multiply_experts(
             second.by_row(inner, parts, chosen)
         else:
             parts = x.new_empty(pairs, hidden)
-            gated, plain = (tile_for(pairs / experts, x.element_size(), gated) for gated in (True, False))
-            work = _Work.of(chosen, experts, plain.tokens)
-            first.by_tile(x, inner, gated, work)
-            second.by_tile(inner, parts, plain, work)
+            tiles = [product.tile(pairs / experts, x.dtype) for product in (first, second)]
+            work = _Work.of(chosen, experts, tiles[0].tokens)  # which is that of both
+            first.by_tile(x, inner, tiles[0], work)
+            second.by_tile(inner, parts, tiles[1], work)
         _kernels().add_up[(tokens, -(-hidden // _NUMBERS_EACH))](
             parts, chosen, result, WIDTH=hidden, TOP=top, EXPERTS=experts, EACH=_NUMBERS_EACH, **OPTIONS
         )

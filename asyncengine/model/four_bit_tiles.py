@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from asyncengine.model.fused.launches import power_of_two
 
-_MANY_WARPS = 1536
-"""Warps of a launch from which on a device has enough to do: three for each scheduler of 132 multiprocessors."""
+_MULTIPROCESSORS = 132
+_MANY_WARPS = 12 * _MULTIPROCESSORS
+"""Warps of a launch from which on a device has enough to do: three for each scheduler."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,12 @@ def rows_for(inputs: int, outputs: int, gated: bool) -> Rows:
     return Rows(each, min(32 * warps, power_of_two(units)), warps)
 
 
-def tile_for(tokens: float, itemsize: int, gated: bool) -> Tile:
-    """How a product of several tokens is cut. Its tokens do not depend on whether it is gated.
+def tile_for(tokens: float, outputs: int, itemsize: int, gated: bool) -> Tile:
+    """How a product of several tokens is cut. Its tokens depend on `tokens` and `itemsize` alone.
 
     Args:
         tokens: How many a matrix is multiplied with, on average.
+        outputs: Of all matrices together.
         itemsize: Bytes of an input.
         gated: Whether a program reads two matrices side by side.
     """
@@ -82,5 +84,7 @@ def tile_for(tokens: float, itemsize: int, gated: bool) -> Tile:
     if tokens <= 16:
         return Tile(16, 128, 16)
     if tokens <= 48:
-        return Tile(16 if gated else 32, 64, 32)
-    return Tile(128, 64, 64 if tokens <= 160 else 128, splits=1, warps=8)
+        return Tile(16 if gated else 32, 64, 32, stages=4)
+    height = 64 if tokens <= 160 else 128
+    many = outputs * max(tokens / height, 1.0) >= 128 * _MULTIPROCESSORS
+    return Tile(128, 64, height, splits=1, warps=8) if many else Tile(64, 64, height, splits=1, warps=4)

@@ -14,7 +14,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from asyncengine.model import four_bit_product
 from asyncengine.model.decoder.experts import CLAMPED
 from asyncengine.model.four_bit_product import Gate, Matrices, multiply, multiply_experts
-from asyncengine.model.four_bit_tiles import tile_for
 from asyncengine.model.four_bits import FP4, INT4, FourBits, packed
 from tests.model.attention.triton_device import DEVICE, require_triton
 
@@ -154,7 +153,7 @@ def test_nothing_is_read_or_written_beside(tokens: int) -> None:
     if tokens == 1:
         product.by_row(x, result)
     else:
-        product.by_tile(x, result, tile_for(tokens, 4, gated=False))
+        product.by_tile(x, result, product.tile(tokens, x.dtype))
     assert off(result, x @ inside.weight(torch.float32).T + bias) < 1e-6
     assert buffer[:64].eq(7).all() and buffer[-64:].eq(7).all()
 

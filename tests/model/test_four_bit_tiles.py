@@ -12,9 +12,9 @@ from asyncengine.model.four_bit_tiles import rows_for, tile_for
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("tokens", [0.5, 2, 5, 16, 17, 48, 49, 160, 161, 9999])
 def test_both_products_of_experts_share_a_list_of_work(tokens: float, itemsize: int) -> None:
-    gated, plain = (tile_for(tokens, itemsize, gated) for gated in (True, False))
-    assert gated.tokens == plain.tokens
-    for size in (value for tile in (gated, plain) for value in dataclasses.astuple(tile) if value != tile.stages):
+    tiles = [tile_for(tokens, outputs, itemsize, gated) for gated in (True, False) for outputs in (64, 1 << 20)]
+    assert len({tile.tokens for tile in tiles}) == 1
+    for size in (value for tile in tiles for value in dataclasses.astuple(tile) if value != tile.stages):
         assert size & (size - 1) == 0
 
 
