@@ -1,13 +1,16 @@
 """Registers, spills and width of loads of the fused kernels, compiled for Hopper. Needs triton, but no GPU.
 
-What `asyncengine.model.fused` launches for models of known shapes, for one token and for several, and what
-`asyncengine.model.adapters` launches for adapters of several ranks, in bfloat16, float16 and float32. ptxas says how
+What `asyncengine.model.fused` launches for models of known shapes, for one token and for several, what
+`asyncengine.model.adapters` launches for adapters of several ranks, and products with weights of four bits, in
+bfloat16, float16 and float32. ptxas says how
 many registers a thread takes and how many bytes it spills; how many loads of 16 bytes the code has is counted in the
 assembly. Who is to stream at 4.8 TB/s with some 0.8 us between asking and getting must have 29 KiB on the way to each
 of 132 multiprocessors; how much is, follows from stages, and from how many programs fit. A kernel that spills, reads
 weights in smaller pieces or has less on the way is slow: the exit status is 1 if there is one. Factors of adapters are
-small, so how much of them is on the way is not looked at. Whether the others are fast, only a device can tell. The last
-line is one JSON object.
+small, so how much of them is on the way is not looked at. Whether the others are fast, only a device can tell. Of
+weights of four bits that are streamed, `issue` is the share of a multiprocessor's issue slots that unpacking and
+multiplying them takes at 4.8 TB/s and 1.755 GHz: with more than 1, that is what takes the time. The last line is one
+JSON object.
 
     python -m benchmarks.fused_compile [--quick]
 """
@@ -15,12 +18,15 @@ line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # The kernels must not be made for the interpreter. Triton reads this when it is imported.
@@ -30,22 +36,27 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
+from asyncengine.model import four_bit_kernels
 from asyncengine.model.adapters import kernels as adapter_kernels
 from asyncengine.model.adapters.factor_table import COLUMNS, options_of, outputs_of
+from asyncengine.model.decoder.experts import CLAMPED
+from asyncengine.model.four_bit_product import Gate, Matrices, routing_constants
+from asyncengine.model.four_bit_product import launch_options as four_bit_options
+from asyncengine.model.four_bit_tiles import rows_for, tile_for
 from asyncengine.model.fused import kernels, tiles
 from asyncengine.model.fused.launches import OPTIONS
 from asyncengine.model.fused.narrow_product import Shape, launch_options
 from asyncengine.model.fused.tiles import MOST_TOKENS
 from asyncengine.model.fused.wide_product import NUMBERS_EACH, norm_constants, norm_options
 from benchmarks import sass
-from benchmarks.attention_compile import HOPPER, NAMES, resources
+from benchmarks.attention_compile import HOPPER, NAMES, STREAM, resources
 from benchmarks.fused_shapes import DECODERS, Decoder, products
 
 _WIDE = re.compile(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global[^;]*, 0x10")
 _EVEN = ("gate_token", "up_token", "query_token", "key_token", "stride", "inputs", "outputs")
 """Arguments that multiples of 16 are given for."""
 _SCALARS = {
-    **dict.fromkeys(("tokens", "splits", *_EVEN), "i32"),
+    **dict.fromkeys(("tokens", "splits", "pairs", "most", *_EVEN), "i32"),
     **dict.fromkeys(("offset", "epsilon", "factor", "cap", "query_scale"), "fp32"),
 }
 
@@ -62,6 +73,7 @@ class Case:
         pointers: The arguments that are there, and what they point to.
         loads: Loads of 16 bytes that a thread needs for the weights of one turn of the loop.
         stages: How many turns are loaded for at a time, and one less is on the way; 0 if that is of no matter.
+        streamed: Bytes of weights of four bits of a turn, scales and zeros among them; 0 if it has none.
     """
 
     name: str
@@ -71,6 +83,7 @@ class Case:
     options: Mapping[str, Any]
     loads: int = 0
     stages: int = 0
+    streamed: int = 0
 
 
 def product(name: str, shape: Shape, tokens: int) -> Case:
@@ -132,6 +145,67 @@ def adapters(dtype: torch.dtype, rank: int) -> Iterator[Case]:
     yield Case(f"{named} expand", adapter_kernels.expand, pointers, {"RANK": rank, "OUTPUTS": each}, options, loads)
 
 
+def four_bits(name: str, matrices: Matrices, dtype: torch.dtype, tokens: float) -> Case:
+    """A product with weights of four bits, of so many tokens that a matrix is multiplied with."""
+    number, gated = f"*{NAMES[dtype]}", matrices.gate is not None
+    there = {"x": number, "result": number, "codes": "*u8", "scales": "*fp32"}
+    there |= ({"zeros": "*fp32"} if matrices.zeros else {}) | ({"bias": number} if matrices.bias else {})
+    shares = bool(matrices.experts) and not gated
+    there |= {"shares": "*fp32"} if shares else {}
+    if tokens == 1:
+        pairs = 4 if matrices.experts else 1
+        rows = rows_for(matrices.inputs, pairs * matrices.outputs, gated)
+        there |= {"chosen": "*i64"} if matrices.experts else {}
+        constants, options = matrices.of_rows(rows, shares), four_bit_options(rows)
+        numbers, stages = rows.outputs * rows.units * 32, rows.stages if matrices.inputs > 32 * rows.units else 2
+    else:
+        tile = tile_for(tokens, matrices.outputs * max(matrices.experts, 1), dtype.itemsize, gated)
+        there |= {"items": "*i32", "order": "*i32"} if matrices.experts else {}
+        constants, options = matrices.of_tile(tile, shares, dtype), four_bit_options(tile)
+        numbers, stages = tile.outputs * tile.splits * tile.inputs, tile.stages if tile.splits > 1 else 0
+    numbers *= 2 if gated else 1
+    of_scales = numbers // matrices.group * (8 if matrices.zeros else 4)
+    return Case(
+        f"{name}, {tokens} tokens",
+        four_bit_kernels.by_row if tokens == 1 else four_bit_kernels.by_tile,
+        there,
+        constants,
+        options,
+        numbers // 2 // (32 * options["num_warps"] * 16),
+        stages if dtype.itemsize == 2 else 0,
+        numbers // 2 + of_scales if stages and dtype.itemsize == 2 else 0,
+    )
+
+
+def all_of_four_bits(dtype: torch.dtype) -> Iterator[Case]:
+    """For the experts of gpt-oss 20b and layers of llama 8b, of each kind of tile."""
+    experts = {"fp4": True, "bias": True, "experts": 32}
+    shapes = {
+        "gpt-oss gate and up": Matrices(2880, 5760, 32, shared=4, gate=Gate(CLAMPED, True, 1.702, 7.0), **experts),
+        "gpt-oss down": Matrices(2880, 2880, 32, **experts),
+        "llama 8b output int4": Matrices(4096, 4096, 128),
+        "llama 8b down int4": Matrices(14336, 4096, 128),
+        "llama 8b down int4, zeros": Matrices(14336, 4096, 128, zeros=True),
+    }
+    for name, matrices in shapes.items():
+        for tokens in (1, 4, 16, 48, 160, 512):
+            yield four_bits(f"{name} {NAMES[dtype]}", matrices, dtype, tokens)
+
+
+def around_experts(dtype: torch.dtype) -> Iterator[Case]:
+    """What sorts pairs of a token and an expert, and what adds up what came of them."""
+    tables = {"chosen": "*i64", "order": "*i32", "items": "*i32"}
+    for experts, tokens in ((8, 8), (32, 16), (128, 128)):
+        yield Case(
+            f"route to {experts}, {tokens}", four_bit_kernels.route, tables, routing_constants(experts, tokens), OPTIONS
+        )
+    number = f"*{NAMES[dtype]}"
+    for parts in (number, "*fp32"):
+        pointers = {"parts": parts, "chosen": "*i64", "result": number}
+        constants = {"WIDTH": 2880, "TOP": 4, "EXPERTS": 32, "EACH": 1024}
+        yield Case(f"add up {number} {parts}", four_bit_kernels.add_up, pointers, constants, OPTIONS)
+
+
 def cases(quick: bool) -> Iterator[Case]:
     """Every kernel, but for the tiny model; if it has to be quick, those that read the most."""
     for name, decoder in list(DECODERS.items())[: 1 if quick else -1]:
@@ -145,10 +219,15 @@ def cases(quick: bool) -> Iterator[Case]:
     for dtype in DTYPES[: 1 if quick else None]:
         for rank in (16,) if quick else (8, 16, 64, 256):
             yield from adapters(dtype, rank)
+        if quick:
+            yield from itertools.islice(all_of_four_bits(dtype), 2)
+        else:
+            yield from all_of_four_bits(dtype)
+            yield from around_experts(dtype)
 
 
-def compiled(case: Case) -> dict[str, int]:
-    """Registers per thread, bytes spilled, bytes of shared memory, and loads of 16 bytes."""
+def compiled(case: Case) -> dict[str, Any]:
+    """Registers per thread, bytes spilled, bytes of shared memory, loads of 16 bytes, and what is said above."""
     names = case.function.arg_names
     types = {name: case.pointers.get(name) or _SCALARS.get(name, "constexpr") for name in names}
     constants = {name: case.constants.get(name) for name in names if types[name] == "constexpr"}
@@ -165,7 +244,18 @@ def compiled(case: Case) -> dict[str, int]:
     kernel = triton.compile(source, target=HOPPER, options=dict(case.options))
     ptx = kernel.asm["ptx"]
     found = resources(ptx) | {"shared": int(kernel.metadata.shared), "wide": len(_WIDE.findall(ptx))}
-    return found | {"needed": case.loads, "on the way": on_the_way(case, found["registers"], found["shared"])}
+    found |= {"needed": case.loads, "on the way": on_the_way(case, found["registers"], found["shared"])}
+    return found | (issued(case, kernel.asm["cubin"]) if case.streamed else {})
+
+
+def issued(case: Case, cubin: bytes) -> dict[str, Any]:
+    """Instructions of a turn of the loop for a warp, and the share of issue slots; nothing, if all is read at once."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        turn = sass.turn(Path(file.name), ("FFMA", *sass.MATRIX)).total()
+    cycles = turn * int(case.options["num_warps"]) / 4
+    return {"turn": turn, "issue": round(cycles / (case.streamed / STREAM), 2)} if turn else {}
 
 
 def on_the_way(case: Case, registers: int, shared: int) -> int:

@@ -6,6 +6,7 @@ import functools
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from triton import knobs
@@ -13,14 +14,19 @@ from triton import knobs
 _LABEL = re.compile(r"(\.L_\w+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _BRANCH = re.compile(r"(@!?U?P\w+ )?BRA\b(.*?)\(?(\.L_\w+)\)?$")
-_MATRIX = ("HMMA", "HGMMA", "QGMMA", "IMMA")
+MATRIX = ("HMMA", "HGMMA", "QGMMA", "IMMA")
+"""Products of matrix units."""
 
 
-def turn(cubin: Path) -> Counter[str]:
-    """Instructions that a warp executes in one turn of the innermost loop with matrix products, by name.
+def turn(cubin: Path, products: Collection[str] = MATRIX) -> Counter[str]:
+    """Instructions that a warp executes in one turn of the innermost loop with products, by name.
 
     Of all ways through the turn, the shortest is counted: what happens in few turns is left out. Empty if there is no
     such loop.
+
+    Args:
+        cubin: The kernel.
+        products: Names of instructions, one of which is in the loop.
     """
     command = [knobs.nvidia.nvdisasm.path, "-c", str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -33,7 +39,7 @@ def turn(cubin: Path) -> Counter[str]:
             code.append(instruction[1])
     branches = {at: found for at, text in enumerate(code) if (found := _BRANCH.match(text))}
     loops = [(labels[found[3]], at) for at, found in branches.items() if labels.get(found[3], at + 1) <= at]
-    loops = [loop for loop in loops if any(_name(text) in _MATRIX for text in code[loop[0] : loop[1] + 1])]
+    loops = [loop for loop in loops if any(_name(text) in products for text in code[loop[0] : loop[1] + 1])]
     if not loops:
         return Counter()
     first, last = min(loops, key=lambda loop: loop[1] - loop[0])

@@ -22,7 +22,7 @@ from asyncengine.model.attention import flashinfer
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.tiles import Tile
 from asyncengine.model.loader import TransformersLoader
-from benchmarks import fused, gpu, gpu_parity, gpu_speed, kv_scales, launches
+from benchmarks import four_bits, fused, gpu, gpu_parity, gpu_speed, kv_scales, launches
 from benchmarks.arrivals import arrivals, line_of
 from benchmarks.gpu import Report
 from benchmarks.lag import innermost, waited
@@ -283,7 +283,17 @@ def test_fused_kernels_compile_for_hopper_without_spills_and_read_much_at_a_time
     status, result, said = ended(*compiled["fused_compile"])
     assert (result["spilling"], result["narrow"], result["starving"]) == ([], [], []), said
     assert status == 0
-    assert result["kernels"] == 4
+    assert result["kernels"] == 6
+
+
+def test_four_bits_measures_layers_and_experts() -> None:
+    interpreted.require_triton()
+    result = four_bits.main(["--tiny", "--tokens", "1", "5"])
+    names = ("tiny layer", "tiny experts", "other tiny experts")
+    assert list(result["results"]) == [f"{name}, {tokens}" for name in names for tokens in (1, 5)]
+    for name, row in result["results"].items():
+        assert row["off"] < 3e-2  # interpreted, what is stored in bfloat16 is cut off
+        assert row["us"] > 0 and ("torch_us" in row) == ("layer" in name)
 
 
 def test_fused_measures_every_product_and_finds_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

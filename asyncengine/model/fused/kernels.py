@@ -33,7 +33,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _activated(x, ACTIVATION: tl.constexpr):
+def activated(x, ACTIVATION: tl.constexpr):
     """By the number that `blueprint.ACTIVATIONS` gives it; -1 is none."""
     if ACTIVATION == 0:
         x = x * tl.sigmoid(x)
@@ -223,7 +223,7 @@ def project(
         sums += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)[:, None]
         if GATED:
             second_sums += tl.load(second_bias + output, mask=inside, other=0.0).to(tl.float32)[:, None]
-    sums = _activated(sums, ACTIVATION)
+    sums = activated(sums, ACTIVATION)
     if GATED:
         sums *= second_sums
     sums *= factor
@@ -347,7 +347,7 @@ def activate(
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * NUMBERS_EACH + tl.arange(0, NUMBERS_EACH)
     mask = at < INNER
-    numbers = _activated(tl.load(gate + token * gate_token + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    numbers = activated(tl.load(gate + token * gate_token + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
         numbers *= tl.load(up + token * up_token + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(result + token * INNER + at, numbers.to(result.dtype.element_ty), mask=mask)
