@@ -1,8 +1,8 @@
 """Experts whose weights have four bits, as gpt-oss publishes its own (MXFP4).
 
-A module of transformers becomes one of a subclass: what it does with its weights is left to it, and codes become
-numbers for as long as that takes. That is the reference that the compiled step of the CPU and the kernels for CUDA are
-held to.
+A module of transformers becomes one of a subclass. On CUDA kernels do what it does, if they know its gate. Elsewhere
+what is done with weights is left to it, and codes become numbers for as long as that takes: that is the reference that
+those kernels and the compiled step of the CPU are held to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from asyncengine.model import four_bit_product
+from asyncengine.model.decoder.experts import gate_of
+from asyncengine.model.decoder.parts import NotRecognised
 from asyncengine.model.four_bit_linear import keeper, replace_codes
+from asyncengine.model.four_bit_product import Gate
 from asyncengine.model.four_bits import GROUP, FourBits, nearest
 from asyncengine.model.weight_writer import Writer
 
@@ -35,12 +39,14 @@ class FourBitExperts(nn.Module):
         four_bit_shapes: What the parameters' shapes are taken to be, by name.
         four_bit_values: What codes stand for, by name.
         dtype: Of the weights.
+        gate: What is between their products; None if there are no kernels for that.
     """
 
     transposed: bool
     four_bit_shapes: dict[str, torch.Size]
     four_bit_values: dict[str, tuple[float, ...]]
     dtype: torch.dtype
+    gate: Gate | None
 
     gate_up_proj = property(lambda self: self._numbers("gate_up_proj"))
     down_proj = property(lambda self: self._numbers("down_proj"))
@@ -53,13 +59,21 @@ class FourBitExperts(nn.Module):
         return FourBits(codes.data, scales, buffers[f"{name}_zero"], self.four_bit_values[name])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own."""
+        """As the module's own: (tokens, hidden), (tokens, top) experts, and their shares."""
+        if self.gate is not None and len(args) == 3 and args[0].device.type == "cuda":
+            return self._by_kernels(*args)
         present = {name: self._made(name) for name in NAMES}
         self.__dict__["_present"] = present
         try:
             return super().forward(*args, **kwargs)
         finally:
             del self.__dict__["_present"]
+
+    def _by_kernels(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        gate_up, down = (self.four_bits(name) for name in NAMES)
+        biases = (self._parameters.get(f"{name}_bias") for name in NAMES)
+        assert self.gate is not None
+        return four_bit_product.multiply_experts(x, gate_up, down, chosen, shares, self.gate, *biases)
 
     @torch.no_grad()
     def write(self, name: str, value: torch.Tensor) -> None:
@@ -103,11 +117,22 @@ def hold(module: Any, weights: dict[str, FourBits], transposed: bool) -> None:
     module.transposed, module.dtype = transposed, dtype
     module.four_bit_shapes = shapes
     module.four_bit_values = {name: weights[name].values for name in NAMES}
+    module.gate = _gate(module, weights)
     for name in NAMES:
         own = weights[name]
         module._parameters[name] = nn.Parameter(own.codes, requires_grad=False)
         module.register_buffer(f"{name}_scale", own.scales, persistent=False)
         module.register_buffer(f"{name}_zero", own.zeros, persistent=False)
+
+
+def _gate(module: Any, weights: dict[str, FourBits]) -> Gate | None:
+    """What a module of experts does between its products, if there are kernels for it and for its weights."""
+    try:
+        activation, alpha, limit, alternating = gate_of(module, weights["down_proj"].shape[1])
+    except NotRecognised:
+        return None
+    has_kernels = all(four_bit_product.has_kernel(own) for own in weights.values())
+    return Gate(activation, alternating, alpha, limit) if has_kernels else None
 
 
 def _held(kind: type[nn.Module]) -> type[nn.Module]:

@@ -1,7 +1,7 @@
 """Linear layers whose weights have four bits: the checkpoint's own codes, or numbers that are rounded to some.
 
-The layer itself computes in the dtype of its inputs with weights that it makes anew in each call. That is the reference
-that the compiled step of the CPU and the kernels for CUDA are held to.
+On CUDA kernels multiply codes. Elsewhere the layer makes numbers of them anew in each call: that is the reference that
+those kernels and the compiled step of the CPU are held to.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from asyncengine.model import four_bit_product
 from asyncengine.model.four_bits import GROUP, FourBits, nearest
 from asyncengine.model.replaced_linear import replace
 from asyncengine.model.weight_writer import Writer
@@ -46,6 +47,7 @@ class FourBitLinear(nn.Module):
         self.weight_zero: torch.Tensor | None
         self.register_buffer("weight_scale", weights.scales, persistent=False)
         self.register_buffer("weight_zero", weights.zeros, persistent=False)
+        self._has_kernel = four_bit_product.has_kernel(weights)
 
     @property
     def four_bits(self) -> FourBits:
@@ -54,6 +56,9 @@ class FourBitLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs)."""
+        if self._has_kernel and input.device.type == "cuda":
+            output = four_bit_product.multiply(input.reshape(-1, self.in_features), self.four_bits, self.bias)
+            return output.view(*input.shape[:-1], self.out_features)
         return functional.linear(input, self.four_bits.weight(input.dtype), self.bias)
 
     @torch.no_grad()

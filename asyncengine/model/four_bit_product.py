@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,6 +204,15 @@ class _Work:
         constants = routing_constants(experts, tokens)
         _kernels().route[(experts,)](chosen, order, items, pairs, most, **constants, **OPTIONS)
         return cls(items, order)
+
+
+def has_kernel(weights: FourBits) -> bool:
+    """Whether weights can be multiplied here: there is a kernel for them, and triton."""
+    try:
+        Matrices.of(weights, None)
+    except ValueError:
+        return False
+    return importlib.util.find_spec("triton") is not None
 
 
 def routing_constants(experts: int, tokens: int) -> dict[str, int]:

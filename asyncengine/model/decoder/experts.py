@@ -52,7 +52,7 @@ def experts_of(mlp: nn.Module, hidden: int) -> ExpertParts:
     wanted = (hidden, 2 * inner) if transposed else (2 * inner, hidden)
     if tuple(gate_up.shape[1:]) != wanted or router.weight.shape[0] != down.shape[0]:
         raise NotRecognised("its experts have no gates, or are not those of its router")
-    return ExpertParts(module, router, top, chosen_first, normalised, *_gate(module, inner), transposed)
+    return ExpertParts(module, router, top, chosen_first, normalised, *gate_of(module, inner), transposed)
 
 
 def _routing(router: Any, hidden: int) -> tuple[int, bool, bool]:
@@ -85,7 +85,7 @@ def _routing(router: Any, hidden: int) -> tuple[int, bool, bool]:
     raise NotRecognised("its router weighs experts otherwise than by a softmax")
 
 
-def _gate(module: Any, inner: int) -> tuple[int, float, float, bool]:
+def gate_of(module: Any, inner: int) -> tuple[int, float, float, bool]:
     """Activation, alpha, limit, and whether gate and up alternate."""
     x = 4 * torch.randn(8, 2 * inner, generator=torch.Generator().manual_seed(0))
     apply_gate = getattr(module, "_apply_gate", None)
