@@ -15,8 +15,6 @@ import torch
 from torch import nn
 
 from asyncengine.model import four_bit_product
-from asyncengine.model.decoder.experts import gate_of
-from asyncengine.model.decoder.parts import NotRecognised
 from asyncengine.model.four_bit_linear import keeper, replace_codes
 from asyncengine.model.four_bit_product import Gate
 from asyncengine.model.four_bits import GROUP, FourBits, nearest
@@ -127,6 +125,10 @@ def hold(module: Any, weights: dict[str, FourBits], transposed: bool) -> None:
 
 def _gate(module: Any, weights: dict[str, FourBits]) -> Gate | None:
     """What a module of experts does between its products, if there are kernels for it and for its weights."""
+    # Not above: what looks for the parts of a decoder looks for experts of four bits.
+    from asyncengine.model.decoder.experts import gate_of
+    from asyncengine.model.decoder.parts import NotRecognised
+
     try:
         activation, alpha, limit, alternating = gate_of(module, weights["down_proj"].shape[1])
     except NotRecognised:

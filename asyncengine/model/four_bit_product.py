@@ -21,7 +21,7 @@ import torch
 
 from asyncengine.model.four_bit_tiles import Rows, Tile, rows_for, tile_for
 from asyncengine.model.four_bits import FP4, INT4, FourBits
-from asyncengine.model.fused.launches import OPTIONS, power_of_two
+from asyncengine.model.launching import OPTIONS, power_of_two
 
 ALIGNMENT = 32
 """Inputs must be a multiple of it, and those that share a scale of half of it."""

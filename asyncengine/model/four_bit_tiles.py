@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asyncengine.model.fused.launches import power_of_two
+from asyncengine.model.launching import power_of_two
 
 _MULTIPROCESSORS = 132
 _MANY_WARPS = 12 * _MULTIPROCESSORS

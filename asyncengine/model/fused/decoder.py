@@ -19,10 +19,11 @@ from torch.nn import functional
 from asyncengine.model import attention_modules
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
 from asyncengine.model.fused import tiles
-from asyncengine.model.fused.launches import OPTIONS, Formula, load_kernels, power_of_two
+from asyncengine.model.fused.launches import Formula, load_kernels
 from asyncengine.model.fused.product import Product
 from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
 from asyncengine.model.fused.wide_product import norm_rows
+from asyncengine.model.launching import OPTIONS, power_of_two
 
 
 class FusedDecoder:

@@ -1,4 +1,4 @@
-"""What all launches of the fused kernels have in common."""
+"""What a launch of fused kernels computes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from asyncengine.model.decoder.parts import NormPart, NotRecognised, Projection
 
 NO_ACTIVATION = -1
 
-# Triton 3.10 will not fuse multiplications and additions unless it is asked to.
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
-
 
 def load_kernels() -> Any:
     """The module with the kernels.
@@ -27,11 +24,6 @@ def load_kernels() -> Any:
         return importlib.import_module("asyncengine.model.fused.kernels")
     except Exception as error:  # whatever a package that does not fit the system raises when it is imported
         raise NotRecognised(f"triton cannot be imported: {error}") from error
-
-
-def power_of_two(number: int) -> int:
-    """The smallest that is not below it."""
-    return 1 << (number - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True)

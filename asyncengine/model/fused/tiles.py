@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from asyncengine.model.fused.launches import power_of_two
+from asyncengine.model.launching import power_of_two
 
 MOST_TOKENS = 8
 """Tokens of the largest step whose products are kernels of ours: so wide is their narrow side in matrix units."""

@@ -11,7 +11,8 @@ from torch.nn import functional
 from asyncengine.model.attention import fp8
 from asyncengine.model.decoder.parts import NormPart, NotRecognised, Projection
 from asyncengine.model.fp8_linear import Fp8Linear, codes_of
-from asyncengine.model.fused.launches import NO_ACTIVATION, OPTIONS, Formula, load_kernels, power_of_two
+from asyncengine.model.fused.launches import NO_ACTIVATION, Formula, load_kernels
+from asyncengine.model.launching import OPTIONS, power_of_two
 
 NUMBERS_EACH = 1024
 """Results of `activate` that one program computes: 16 bytes a thread in two bytes each."""
