@@ -63,7 +63,7 @@ def build(
     from asyncengine.model import architecture, verification
     from asyncengine.model.decoder.parts import NotRecognised
     from asyncengine.model.decoder.weights import Packing
-    from asyncengine.model.four_bit_experts import share_of
+    from asyncengine.model.four_bit_experts import share_of, use_kernels
     from asyncengine.model.hidden_states import hidden_size
 
     notes: list[str] = []
@@ -74,7 +74,9 @@ def build(
     backend = attention()
     if config.quantization == "int4":
         rounded = _round(model, details)
+        use_kernels(model, False)  # they are what is tried
         before, trial = trial, verification.Trial.of(model, layers, details.device)
+        use_kernels(model, True)
         how = f"rounded: logits of a trial are {trial.off(before):.1%} of their norm off" if rounded else "as stored"
         notes.append(f"quantization: int4, {share_of(model):.0%} of the weights, {how}")
     program, findings = None, None
@@ -103,7 +105,7 @@ def build(
     if program is None:
         if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
             packed_linear.pack(model)
-        trial.run(model, backend)
+        notes += _tried(config, model, trial, backend)
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
         fused, note = _fuse(config, details, model, layers, backend, trial)
@@ -173,6 +175,27 @@ def _findings(details: Details, model: Any, layers: Any, blueprint: Any, trial: 
         return None
     kept = trial.kept()
     return Findings(found.description | kept.description, found.tensors | kept.tensors)
+
+
+def _tried(config: EngineConfig, model: Any, trial: Any, backend: Any) -> tuple[str, ...]:
+    """Tries a model as transformers has it; returns what is slower than it could be, in words.
+
+    Raises:
+        UnsupportedModelError: It computes something else over a paged cache.
+    """
+    from asyncengine.model.four_bit_experts import use_kernels
+    from asyncengine.model.graphs import reason_of
+
+    try:
+        trial.run(model, backend)
+        return ()
+    except Exception as error:  # also what a compiler or a driver raises
+        if config.quantization != "int4":
+            raise
+        reason = reason_of(error)
+    use_kernels(model, False)
+    trial.run(model, backend)
+    return (f"quantization: numbers are made of codes in each step, which is slow: {reason}",)
 
 
 def _fuse(

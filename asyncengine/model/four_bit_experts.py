@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from asyncengine.model import four_bit_product
-from asyncengine.model.four_bit_linear import keeper, replace_codes
+from asyncengine.model.four_bit_linear import FourBitLinear, keeper, replace_codes
 from asyncengine.model.four_bit_product import Gate
 from asyncengine.model.four_bits import GROUP, FourBits, nearest
 from asyncengine.model.weight_writer import Writer
@@ -38,6 +38,7 @@ class FourBitExperts(nn.Module):
         four_bit_values: What codes stand for, by name.
         dtype: Of the weights.
         gate: What is between their products; None if there are no kernels for that.
+        by_kernel: Whether kernels multiply codes on CUDA.
     """
 
     transposed: bool
@@ -45,6 +46,7 @@ class FourBitExperts(nn.Module):
     four_bit_values: dict[str, tuple[float, ...]]
     dtype: torch.dtype
     gate: Gate | None
+    by_kernel: bool
 
     gate_up_proj = property(lambda self: self._numbers("gate_up_proj"))
     down_proj = property(lambda self: self._numbers("down_proj"))
@@ -58,7 +60,7 @@ class FourBitExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own: (tokens, hidden), (tokens, top) experts, and their shares."""
-        if self.gate is not None and len(args) == 3 and args[0].device.type == "cuda":
+        if self.gate is not None and self.by_kernel and len(args) == 3 and args[0].device.type == "cuda":
             return self._by_kernels(*args)
         present = {name: self._made(name) for name in NAMES}
         self.__dict__["_present"] = present
@@ -115,7 +117,7 @@ def hold(module: Any, weights: dict[str, FourBits], transposed: bool) -> None:
     module.transposed, module.dtype = transposed, dtype
     module.four_bit_shapes = shapes
     module.four_bit_values = {name: weights[name].values for name in NAMES}
-    module.gate = _gate(module, weights)
+    module.gate, module.by_kernel = _gate(module, weights), True
     for name in NAMES:
         own = weights[name]
         module._parameters[name] = nn.Parameter(own.codes, requires_grad=False)
@@ -179,6 +181,15 @@ def is_transposed(module: Any, gate_up: torch.Tensor, down: torch.Tensor) -> boo
 def _rows(weights: torch.Tensor, transposed: bool) -> torch.Tensor:
     """(experts * outputs, inputs)."""
     return (weights.transpose(1, 2) if transposed else weights).flatten(0, 1)
+
+
+def use_kernels(model: nn.Module, whether: bool) -> None:
+    """Lets kernels multiply codes on CUDA, or numbers be made of codes; as far as there are kernels."""
+    for module in model.modules():
+        if isinstance(module, FourBitLinear):
+            module.by_kernel = whether and four_bit_product.has_kernel(module.four_bits)
+        elif isinstance(module, FourBitExperts):
+            module.by_kernel = whether
 
 
 def share_of(model: nn.Module) -> float:

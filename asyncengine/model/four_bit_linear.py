@@ -29,6 +29,7 @@ class FourBitLinear(nn.Module):
         weight_zero: As `weight_scale`, or None.
         values: What codes stand for.
         dtype: Of the weight that it was made of, of its inputs and of its outputs.
+        by_kernel: Whether a kernel multiplies codes on CUDA.
 
     Args:
         weights: The codes.
@@ -47,7 +48,7 @@ class FourBitLinear(nn.Module):
         self.weight_zero: torch.Tensor | None
         self.register_buffer("weight_scale", weights.scales, persistent=False)
         self.register_buffer("weight_zero", weights.zeros, persistent=False)
-        self._has_kernel = four_bit_product.has_kernel(weights)
+        self.by_kernel = four_bit_product.has_kernel(weights)
 
     @property
     def four_bits(self) -> FourBits:
@@ -56,7 +57,7 @@ class FourBitLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs)."""
-        if self._has_kernel and input.device.type == "cuda":
+        if self.by_kernel and input.device.type == "cuda":
             output = four_bit_product.multiply(input.reshape(-1, self.in_features), self.four_bits, self.bias)
             return output.view(*input.shape[:-1], self.out_features)
         return functional.linear(input, self.four_bits.weight(input.dtype), self.bias)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOptions, StepError
-from asyncengine.model import buckets, graphs, loader, verification
+from asyncengine.model import buckets, four_bit_product, graphs, loader, verification
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.runner import TorchModel
@@ -25,6 +25,7 @@ from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
 from tests.model.fused.interpreted import large_tiles, on_one_loop
+from tests.model.stored import coded_checkpoints
 
 PROMPT = [1, 2, 3, 4, 5]
 
@@ -278,6 +279,49 @@ async def test_weights_and_kv_cache_in_fp8(device: Pretended, config: EngineConf
         assert all(len(tokens) == 4 for tokens in await greedy(engine))
         assert set(device.waits) == {"Event.synchronize"} and device.replays > 0
         assert "quantise_rows" in device.kernels
+
+
+@on_one_loop
+@pytest.mark.parametrize(("kind", "stored"), [("llama", False), ("gpt_oss", True)])
+async def test_weights_of_four_bits(
+    kind: str, stored: bool, device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What kernels make of codes is compared with what transformers makes of the numbers, and is captured."""
+    path = checkpoint(kind, num_hidden_layers=1)
+    if stored:
+        path, _ = coded_checkpoints.write_experts(tmp_path, path)
+    narrow = config.replace(model=str(path), dtype="bfloat16", quantization="int4")
+    async with AsyncEngine(narrow) as engine:
+        [note] = engine.health().notes
+        assert note.startswith("quantization: int4") and note.endswith("as stored") == stored
+        device.waits.clear()
+        assert all(len(tokens) == 4 for tokens in await greedy(engine))
+        assert set(device.waits) == {"Event.synchronize"} and device.replays > 0
+        assert {"by_row", "by_tile"} | ({"route", "add_up"} if stored else set()) <= set(device.kernels)
+        first = await greedy(engine)
+        await engine.sleep()
+        await engine.wake()
+        assert await greedy(engine) == first
+
+
+@on_one_loop
+@pytest.mark.parametrize("fails", [False, True])
+async def test_kernels_that_compute_something_else_are_not_used(
+    fails: bool, device: Pretended, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that treats some numbers otherwise, or for which they cannot be compiled."""
+    multiply = four_bit_product.multiply
+
+    def wrong(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        if fails:
+            raise RuntimeError("no such instruction")
+        return multiply(x, *others).flip(-1)
+
+    monkeypatch.setattr(four_bit_product, "multiply", wrong)
+    async with AsyncEngine(config.replace(dtype="bfloat16", quantization="int4")) as engine:
+        note = next(note for note in engine.health().notes if "slow" in note)
+        assert ("no such instruction" if fails else "relative error") in note
+        assert all(len(tokens) == 4 for tokens in await greedy(engine))
 
 
 @on_one_loop
