@@ -29,7 +29,7 @@ class FourBits:
 
     Attributes:
         codes: (outputs, inputs / 2) uint8; the lower half of a byte is the input with the even number.
-        scales: (outputs, inputs / group) float32.
+        scales: (outputs, inputs / group) floats.
         zeros: As `scales`, or None, which is 0.
         values: What the sixteen codes stand for: `INT4` or `FP4`.
     """

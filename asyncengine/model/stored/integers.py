@@ -48,7 +48,7 @@ def _gptq(parts: Parts, bits: int, less: int) -> torch.Tensor | FourBits:
     inputs = parts["qweight"].shape[0] * 32 // bits
     codes = unpacked(parts["qweight"].t(), bits, inputs)
     zeros = unpacked(parts["qzeros"], bits, outputs) + less & (1 << bits) - 1
-    return _grouped(codes, parts["scales"].float().t(), zeros.t(), bits, parts.get("g_idx"))
+    return _grouped(codes, parts["scales"].t(), zeros.t(), bits, parts.get("g_idx"))
 
 
 def awq(tensors: Mapping[str, StoredTensor], about: Mapping[str, Any]) -> list[CodedWeight]:
@@ -70,7 +70,7 @@ def awq(tensors: Mapping[str, StoredTensor], about: Mapping[str, Any]) -> list[C
 
 def _awq(parts: Parts) -> torch.Tensor | FourBits:
     codes, zeros = (_awq_outputs(parts[name]) for name in ("qweight", "qzeros"))
-    return _grouped(codes.t(), parts["scales"].float().t(), zeros.t(), 4, None)
+    return _grouped(codes.t(), parts["scales"].t(), zeros.t(), 4, None)
 
 
 def _awq_outputs(words: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def packed_integers(tensors: Mapping[str, StoredTensor], zeros: bool) -> list[Co
 
 
 def _packed_integers(parts: Parts, bits: int, inputs: int) -> torch.Tensor | FourBits:
-    scales, half = parts["weight_scale"].float(), 1 << bits - 1
+    scales, half = parts["weight_scale"], 1 << bits - 1
     codes = unpacked(parts["weight_packed"], bits, inputs)
     zeros = parts.get("weight_zero_point")
     if zeros is None:
@@ -125,13 +125,13 @@ def _grouped(
 
     Args:
         codes: (outputs, inputs) of 0 to 2**bits - 1.
-        scales: (outputs, groups) float32; one row where all outputs have the same.
+        scales: (outputs, groups); one row where all outputs have the same.
         zeros: As `scales`: the code that stands for 0.
         bits: Of a code.
         group_of: (inputs,) the group of each input; None where they lie one after the other.
     """
     outputs, inputs = codes.shape
-    scales, zeros = (each.expand(outputs, -1) for each in (scales, zeros.float()))
+    scales, zeros = (each.expand(outputs, -1) for each in (scales, zeros.to(scales.dtype)))
     groups = scales.shape[1]
     if inputs % groups and group_of is None:
         raise ValueError(f"{inputs} inputs are not {groups} groups")
@@ -141,6 +141,7 @@ def _grouped(
     if bits == 4 and in_order and inputs % 2 == 0:
         half = zeros.sub(8)
         return FourBits(packed(codes), scales.contiguous(), half.contiguous() if half.any() else None)
+    scales, zeros = scales.float(), zeros.float()
     if in_order:
         grouped = codes.float().view(outputs, groups, -1)
         return ((grouped - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)).view(outputs, inputs)

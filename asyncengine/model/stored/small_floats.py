@@ -47,7 +47,7 @@ def mxfp4(tensors: Mapping[str, StoredTensor]) -> list[CodedWeight]:
 
 
 def _mxfp4(parts: Parts) -> FourBits:
-    scales = torch.exp2(parts["scales"].float() - _BIAS)
+    scales = torch.exp2(parts["scales"].float() - _BIAS).bfloat16()  # which holds powers of two
     groups = scales.shape[-1]
     outputs = scales.numel() // groups
     return FourBits(parts["codes"].reshape(outputs, -1), scales.view(outputs, groups), values=FP4)
