@@ -35,8 +35,8 @@ class EngineFlags:
     ] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     quantization: Annotated[
-        Literal["none", "int8", "fp8"],
-        typer.Option(help="Weights of one byte each, with bfloat16: int8 on the CPU, fp8 on CUDA."),
+        Literal["none", "int8", "int4", "fp8"],
+        typer.Option(help="Fewer bits for weights, with bfloat16: int8 or int4 on the CPU, fp8 on CUDA."),
     ] = "none"
     speculative_model: Annotated[
         str | None, typer.Option(help="Who guesses tokens ahead: a smaller model of the same vocabulary, or 'ngram'.")

@@ -85,7 +85,7 @@ def build(
             trial.run(model, backend, program)
             findings = _findings(details, model, layers, blueprint, trial)
     except (NotRecognised, UnsupportedModelError) as error:
-        if config.decoder_backend == "compiled" or config.quantization == "int8":
+        if config.decoder_backend == "compiled" or config.quantization in ("int8", "int4"):
             raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
         notes.append(f"decoder: runs as transformers has it: {error}")
         program = None
@@ -277,12 +277,12 @@ def _compile(config: EngineConfig, details: Details, blueprint: Any, backend: An
     """The model as a compiled step, which takes its weights: at once, or when `later`, a `Packing`, is run."""
     from asyncengine.model.decoder.program import CompiledDecoder
 
-    library, int8 = _library(config, details, backend), config.quantization == "int8"
-    return CompiledDecoder(blueprint, library, details.dtype, int8, later)
+    library = _library(config, details, backend)
+    return CompiledDecoder(blueprint, library, details.dtype, config.quantization, later)
 
 
 def _library(config: EngineConfig, details: Details, backend: Any) -> Any:
     """The compiled code."""
     from asyncengine.model.attention.kernel import kind_of
 
-    return backend.library(kind_of(details.dtype, config.quantization == "int8"))
+    return backend.library(kind_of(details.dtype, config.quantization))

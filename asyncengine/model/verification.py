@@ -47,7 +47,8 @@ _COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16:
 _KEPT_COLUMNS = 4096
 _FUSED_TOKENS = 8
 """Of each sequence, for kernels that run few tokens at a time."""
-_INT8_TOLERANCE = 0.3
+_NARROW_TOLERANCE: dict[str, float] = {"int8": 0.3, "int4": 0.6}
+"""Of weights in so few bits."""
 _FP8_ROUNDING = 3.0
 """How much farther off than the modules fused kernels may be, where weights are in fp8."""
 _FP8_TOLERANCE = 0.4
@@ -144,7 +145,7 @@ class Trial:
         elif program is None:
             tolerance = _TOLERANCE[self._dtype]
         else:
-            tolerance = _INT8_TOLERANCE if program.int8 else _COMPILED_TOLERANCE[self._dtype]
+            tolerance = _NARROW_TOLERANCE.get(program.quantization, _COMPILED_TOLERANCE[self._dtype])
         self._judge(error, tolerance, "fp8" if fp8_weights else kv_dtype or self._dtype)
         return error
 
