@@ -28,7 +28,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "paged_attention_advise": (None, (_POINTER, _INTEGER)),
     "decoder_lanes": (_INTEGER, ()),
     "decoder_pack": (None, (_POINTER, _INTEGER, _INTEGER)),
-    "decoder_pack_codes": (None, (_POINTER, _INTEGER)),
+    "decoder_pack_codes": (None, (_POINTER, _INTEGER, _INTEGER)),
     "decoder_int8_router": (_INTEGER, ()),
     "decoder_step": (ctypes.c_int, (_POINTER, _POINTER)),
 }

@@ -632,12 +632,15 @@ struct Run {
       for (int64_t group = begin, cols; group < last; group += cols) {
         cols = std::min<int64_t>(most_cols, cols_of(int(count)));
         while (cols > last - group) cols /= 2;
-        if constexpr (std::is_same<M, Int4>::value)
+        if constexpr (std::is_same<M, Int4>::value) {
+          // The next groups, or those that the thread will probably come to with its next item.
+          const int64_t next = group + cols < last ? cols : threads * (last - begin) - (group - begin);
           products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, *matrix.four_bits,
-                                      steps, sums, cols * kLanes, i ? 0 : kAhead);
-        else
+                                      steps, sums, cols * kLanes, i ? 0 : next * group_stride);
+        } else {
           products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride, steps,
                                       sums, cols * kLanes, i ? 0 : kAhead);
+        }
         scale_and_shift(matrix, (from + group) * kLanes, count, cols, sums, cols * kLanes);
         outcome(first_row + row, count, group, cols, sums, cols * kLanes);
       }
@@ -1315,16 +1318,12 @@ void pack(const Packing &packing, Phase &phase) {
   }
 }
 
-}  // namespace
+void pack(const CodesPacking &packing, Phase &phase) {
+  phase.run((packing.outputs + kLanes - 1) / kLanes, [&](int64_t group) { pack_codes(packing, group); });
+}
 
-// Outputs that lie beside each other in packed weights.
-extern "C" int64_t decoder_lanes() { return kLanes; }
-
-// The dtype of the router of experts whose weights are int8: that of what enters the products.
-extern "C" int64_t decoder_int8_router() { return std::is_same<RouterOfInt8, BFloat16>::value; }
-
-// Packs matrices, one after the other; bfloat16 with scales to int8, with one scale for each output.
-extern "C" void decoder_pack(const Packing *packings, int64_t count, int64_t threads) {
+template <class Packing>
+void pack_all(const Packing *packings, int64_t count, int64_t threads) {
   struct Work {
     const Packing *packings;
     std::deque<Phase> phases;
@@ -1337,19 +1336,22 @@ extern "C" void decoder_pack(const Packing *packings, int64_t count, int64_t thr
       &work, unsigned(threads), 0);
 }
 
-// Packs weights of four bits.
-extern "C" void decoder_pack_codes(const CodesPacking *packing, int64_t threads) {
-  struct Work {
-    const CodesPacking *packing;
-    Phase phase;
-  } work{packing, {}};
-  GOMP_parallel(
-      [](void *data) {
-        Work &mine = *static_cast<Work *>(data);
-        const int64_t groups = (mine.packing->outputs + kLanes - 1) / kLanes;
-        mine.phase.run(groups, [&](int64_t group) { pack_codes(*mine.packing, group); });
-      },
-      &work, unsigned(threads), 0);
+}  // namespace
+
+// Outputs that lie beside each other in packed weights.
+extern "C" int64_t decoder_lanes() { return kLanes; }
+
+// The dtype of the router of experts whose weights are int8: that of what enters the products.
+extern "C" int64_t decoder_int8_router() { return std::is_same<RouterOfInt8, BFloat16>::value; }
+
+// Packs matrices, one after the other; bfloat16 with scales to int8, with one scale for each output.
+extern "C" void decoder_pack(const Packing *packings, int64_t count, int64_t threads) {
+  pack_all(packings, count, threads);
+}
+
+// Packs matrices in four bits.
+extern "C" void decoder_pack_codes(const CodesPacking *packings, int64_t count, int64_t threads) {
+  pack_all(packings, count, threads);
 }
 
 // Returns 0, or 1 when there is no memory for the step, which the calling thread keeps for its next one.

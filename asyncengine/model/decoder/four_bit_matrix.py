@@ -17,8 +17,6 @@ from asyncengine.model.decoder.weights import PackedMatrix, Packing, Weights, hu
 from asyncengine.model.four_bits import GROUP, INT4, FourBits, nearest
 
 _ALIGNMENT = 64  # bytes
-_ROUNDED = 1 << 17
-"""Numbers that are rounded at a time: what comes in between stays in the cache."""
 
 
 class FormatStruct(ctypes.Structure):
@@ -34,6 +32,7 @@ class CodesStruct(ctypes.Structure):
     """As `CodesPacking`."""
 
     _fields_ = (
+        ("numbers", ctypes.c_void_p), ("row_stride", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
         *((name, ctypes.c_int64) for name in ("outputs", "inputs", "run")),
         ("step", ctypes.c_double), ("format", ctypes.c_void_p), ("target", ctypes.c_void_p),
@@ -72,7 +71,7 @@ class FourBitMatrix(PackedMatrix):
         shares = inputs // self._group * (2 if zeros else 1)
         stride = -(-lanes * (inputs // 2 + 2 * shares) // _ALIGNMENT) * _ALIGNMENT
         integers = [int(value / self._step) for value in self._values]
-        self._format = FormatStruct((ctypes.c_int16 * 32)(*integers, *integers), self._group // 32, zeros, stride)
+        self._format = FormatStruct((ctypes.c_int16 * 32)(*integers, *integers), self._group // GROUP, zeros, stride)
         super().__init__(library, weights, biases, turns=turns, later=later)
         self.struct.four_bits = ctypes.addressof(self._format)
 
@@ -82,36 +81,48 @@ class FourBitMatrix(PackedMatrix):
         return weights, torch.zeros(groups * self._lanes, dtype=torch.float32)
 
     def _pack(self, part: int, weight: Weights, later: Packing | None) -> None:
+        if isinstance(weight, torch.Tensor) and self._values == INT4:
+            return super()._pack(part, weight, later)
         if later is not None:
             return later.add_other(functools.partial(self._pack, part, weight, None))
-        if isinstance(weight, FourBits):
-            return self._pack_codes(part, 0, weight)
-        outputs, inputs = weight.shape
-        rows = max(_ROUNDED // inputs // self._lanes, 1) * self._lanes
-        for start in range(0, outputs, rows):
-            some = weight[start : start + rows].detach()
-            self._pack_codes(part, start, nearest(some, self._group, self._values))
+        codes = nearest(weight, self._group, self._values) if isinstance(weight, torch.Tensor) else weight
+        packing = Packing(self._library)
+        scales = codes.scales.float().contiguous()
+        zeros = None if codes.zeros is None else (codes.zeros.float() / self._step).contiguous()
+        self._add_codes(packing, part, codes.shape, codes.group, [codes.codes.contiguous(), scales, zeros])
+        packing.run()
 
-    def _pack_codes(self, part: int, start: int, weight: FourBits) -> None:
-        """Packs outputs from `start` on, a multiple of the lanes, of one of the layers."""
+    def _add(self, packing: Packing, part: int, weight: torch.Tensor) -> None:
+        outputs, inputs = weight.shape
+        self._add_codes(packing, part, (outputs, inputs), self._group, [], weight)
+
+    def _add_codes(
+        self,
+        packing: Packing,
+        part: int,
+        shape: tuple[int, int],
+        group: int,
+        codes: Sequence[torch.Tensor | None],
+        numbers: torch.Tensor | None = None,
+    ) -> None:
+        """Notes a layer's codes, scales and zeros, or numbers that are to be rounded."""
         assert self.scales is not None
-        codes, scales = weight.codes.contiguous(), weight.scales.float().contiguous()
-        zeros = None if weight.zeros is None else (weight.zeros.float() / self._step).contiguous()
         place = self.places[part]
         job = CodesStruct(
-            codes.data_ptr(),
-            scales.data_ptr(),
-            None if zeros is None else zeros.data_ptr(),
-            *weight.shape,
-            weight.group // 32,
+            None if numbers is None else numbers.data_ptr(),
+            0 if numbers is None else numbers.stride(0),
+            *([None if each is None else each.data_ptr() for each in codes] or (None, None, None)),
+            *shape,
+            group // GROUP,
             self._step,
             ctypes.addressof(self._format),
             self.weights.data_ptr(),
-            place.start + start // self._lanes * place.step,
+            place.start,
             place.step,
             self.scales.data_ptr(),
         )
-        self._library.decoder_pack_codes(ctypes.addressof(job), torch.get_num_threads())
+        sources = [tensor for tensor in (numbers, *codes) if tensor is not None]
+        packing.add("decoder_pack_codes", job, *sources)
 
 
 def packed(

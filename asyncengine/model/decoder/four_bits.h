@@ -33,11 +33,13 @@ struct FourBits {       // how a matrix is stored; mirrored in four_bit_matrix.p
 };
 
 struct CodesPacking {  // one matrix that is to be put into that order; mirrored too
+  const uint16_t *numbers;  // (outputs, inputs) bfloat16 that are to be rounded to integers of four bits; or null
+  int64_t row_stride;       // theirs
   const uint8_t *codes;  // (outputs, inputs / 2): the lower half of a byte is the input with the even number
   const float *scales;   // (outputs, inputs / (32 run))
   const float *zeros;    // as `scales`, in the unit of the values; or null
   int64_t outputs, inputs;
-  int64_t run;  // theirs; a multiple of the format's
+  int64_t run;  // of what is given; a multiple of the format's
   double step;  // what a value of 1 stands for
   const FourBits *format;
   char *to;
@@ -138,7 +140,8 @@ inline Words add_pairs(Words sum, Words halves, int32_t pair) {
 #endif
 }
 
-// sums[row][lane] of `Rows` rows of bundles and `Cols` groups of outputs.
+// sums[row][lane] of `Rows` rows of bundles and `Cols` groups of outputs. What lies `ahead` bytes further on is brought
+// nearer meanwhile: a run is so short that it is over before the processor has found out that it is one.
 template <int Rows, int Cols>
 __attribute__((noinline)) void multiply_codes(const Bundle *inputs, int64_t input_stride, const char *weights,
                                               const FourBits &format, int64_t bundles, float *sums, int64_t sum_stride,
@@ -186,6 +189,7 @@ __attribute__((noinline)) void multiply_codes(const Bundle *inputs, int64_t inpu
 #pragma GCC unroll 8
     for (int c = 0; c < Cols; ++c) {
       const auto *scales = reinterpret_cast<const uint16_t *>(weights + c * format.stride + scales_at) + share * kLanes;
+      prefetch(reinterpret_cast<const char *>(scales) + ahead);
       const Vec scale = Float16::widen_vector(scales);
       const Vec zero = format.zeros ? Float16::widen_vector(scales + zeros_at) : Vec{};
 #pragma GCC unroll 8
@@ -213,7 +217,57 @@ inline uint32_t word_of(uint32_t bytes) {
   return gathered(bytes & 0x0f0f0f0fu) | gathered(bytes >> 4 & 0x0f0f0f0fu) << 16;
 }
 
-void pack_codes(const CodesPacking &p, int64_t group) {
+// Rounds numbers that share a scale as `nearest` in four_bits.py does; `count` is a multiple of a bundle.
+float round_share(const uint16_t *numbers, int64_t count, uint8_t *codes, float *wide) {
+  float extreme = 0, best = 0, least = kInfinity;
+  for (int64_t i = 0; i < count; ++i) {
+    wide[i] = BFloat16::widen(numbers[i]);
+    if (std::fabs(wide[i]) > std::fabs(extreme)) extreme = wide[i];
+  }
+  const auto rounded = [&](int64_t i, float scale) {
+    const Vec shifter = splat(12582912.0f), whole = (load<Vec>(wide + i) / scale + shifter) - shifter;
+    const Vec low = maximum(whole, splat(-8.0f));
+    return low > 7.0f ? splat(7.0f) : low;
+  };
+  for (const float farthest : {-8.0f, -7.5f, -7.0f}) {
+    const float scale = extreme != 0 ? extreme / farthest : 1.0f;
+    Vec errors = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vec error = rounded(i, scale) * scale - load<Vec>(wide + i);
+      errors = errors + error * error;
+    }
+    const float error = lanes_sum(errors);
+    if (error < least) least = error, best = scale;
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec found = rounded(i, best) + 8.0f;
+    for (int j = 0; j < kLanes; j += 2) codes[(i + j) / 2] = uint8_t(int(found[j]) | int(found[j + 1]) << 4);
+  }
+  return extreme != 0 ? best : 0.0f;
+}
+
+void pack_codes(CodesPacking p, int64_t group);
+
+// Rounds the rows of one vector of outputs first.
+void round_and_pack(CodesPacking p, int64_t group) {
+  const int64_t share = kBundle * p.run, shares = p.inputs / share, first = group * kLanes;
+  static thread_local std::vector<uint8_t> codes;
+  static thread_local std::vector<float> scales;
+  codes.resize(size_t(kLanes * p.inputs / 2));
+  scales.resize(size_t(kLanes * shares + share));
+  float *wide = scales.data() + kLanes * shares;
+  for (int64_t row = 0; row < std::min<int64_t>(kLanes, p.outputs - first); ++row)
+    for (int64_t i = 0; i < shares; ++i)
+      scales[size_t(row * shares + i)] = round_share(p.numbers + (first + row) * p.row_stride + i * share, share,
+                                                     codes.data() + (row * p.inputs + i * share) / 2, wide);
+  p.numbers = nullptr;
+  p.codes = codes.data() - first * (p.inputs / 2);
+  p.scales = scales.data() - first * shares;
+  pack_codes(p, group);
+}
+
+void pack_codes(CodesPacking p, int64_t group) {
+  if (p.numbers) return round_and_pack(p, group);
   const FourBits &format = *p.format;
   const int64_t words = p.inputs / 8, shares = p.inputs / kBundle / format.run, repeat = p.run / format.run;
   const int64_t place = p.first_group + group * p.group_step, theirs = shares / repeat;

@@ -54,24 +54,26 @@ class Packing:
 
     def __init__(self, library: Any) -> None:
         self._library = library
-        self._waiting: list[tuple[PackingStruct, torch.Tensor]] = []
+        self._waiting: dict[str, list[tuple[ctypes.Structure, Sequence[torch.Tensor]]]] = {}
         self._others: list[Callable[[], None]] = []
 
-    def add(self, job: PackingStruct, source: torch.Tensor) -> None:
-        """Notes one matrix."""
-        self._waiting.append((job, source))
+    def add(self, function: str, job: ctypes.Structure, *sources: torch.Tensor) -> None:
+        """Notes one matrix, and which of the library's functions packs it."""
+        self._waiting.setdefault(function, []).append((job, sources))
 
     def add_other(self, write: Callable[[], None]) -> None:
         """Notes what is not a matrix in the order of `nn.Linear`; calling this writes it."""
         self._others.append(write)
 
     def run(self) -> None:
-        """Packs all matrices in one call without the GIL, in the order in which they lie in memory, or in a file; then
-        what else there is.
+        """Packs all matrices of a kind in one call without the GIL, in the order in which they lie in memory, or in a
+        file; then what else there is.
         """
-        waiting, self._waiting = sorted(self._waiting, key=lambda one: one[1].data_ptr()), []
-        jobs = (PackingStruct * len(waiting))(*(job for job, _ in waiting))
-        self._library.decoder_pack(jobs, len(jobs), torch.get_num_threads())
+        waiting, self._waiting = self._waiting, {}
+        for function, some in waiting.items():
+            some.sort(key=lambda one: one[1][0].data_ptr())
+            jobs = (type(some[0][0]) * len(some))(*(job for job, _ in some))
+            getattr(self._library, function)(jobs, len(jobs), torch.get_num_threads())
         others, self._others = self._others, []
         for write in others:
             write()
@@ -166,6 +168,12 @@ class PackedMatrix:
                 return later.add_other(functools.partial(self._pack, part, weight, None))
             weight = weight.to(self.dtype).contiguous()
         packing = Packing(self._library) if later is None else later
+        self._add(packing, part, weight)
+        if later is None:
+            packing.run()
+
+    def _add(self, packing: Packing, part: int, weight: torch.Tensor) -> None:
+        """Notes a layer's weights, whose rows lie in memory one after the other."""
         place = self.places[part]
         job = PackingStruct(
             DTYPES[self.dtype],
@@ -178,9 +186,7 @@ class PackedMatrix:
             place.step,
             None if self.scales is None else self.scales.data_ptr(),
         )
-        packing.add(job, weight)
-        if later is None:
-            packing.run()
+        packing.add("decoder_pack", job, weight)
 
     def write_bias(self, part: int, bias: torch.Tensor) -> None:
         """Writes one layer's bias."""
