@@ -171,9 +171,12 @@ constexpr int kRows = 6, kSums = 24;
 constexpr int kRows = 3, kSums = 12;
 #endif
 constexpr int kMostCols = 8;
+template <class W>
 constexpr int cols_of(int rows) {
+  // With weights of four bits there are two sums of each kind, of a bundle and of all.
+  const int sums = std::is_same<W, Int4>::value ? kSums / 2 : kSums;
   int cols = kMostCols;
-  while (cols * rows > kSums) cols /= 2;
+  while (cols * rows > sums) cols /= 2;
   return cols;
 }
 constexpr int64_t kAhead = 1024;  // bytes that weights are fetched ahead, where they come from memory
@@ -241,9 +244,9 @@ struct Products {
     if constexpr (Cols > 1)
       fill<Rows, Cols / 2>();
     else if constexpr (Rows > 1)
-      fill<Rows - 1, cols_of(Rows - 1)>();
+      fill<Rows - 1, cols_of<W>(Rows - 1)>();
   }
-  constexpr Products() : of() { fill<kRows, cols_of(kRows)>(); }
+  constexpr Products() : of() { fill<kRows, cols_of<W>(kRows)>(); }
 };
 template <class W>
 constexpr Products<W> products;
@@ -257,9 +260,9 @@ struct Products<Int4> {
     if constexpr (Cols > 1)
       fill<Rows, Cols / 2>();
     else if constexpr (Rows > 1)
-      fill<Rows - 1, cols_of(Rows - 1)>();
+      fill<Rows - 1, cols_of<Int4>(Rows - 1)>();
   }
-  constexpr Products() : of() { fill<kRows, cols_of(kRows)>(); }
+  constexpr Products() : of() { fill<kRows, cols_of<Int4>(kRows)>(); }
 };
 
 #if HAS_TILES
@@ -625,12 +628,12 @@ struct Run {
 #endif
     alignas(64) float sums[kSums * kLanes];
     const int64_t steps = matrix.inputs / M::kPair, group_stride = stride_of<M>(matrix);
-    const int64_t chunks = (rows + kRows - 1) / kRows, most_cols = cols_of(int((rows + chunks - 1) / chunks));
+    const int64_t chunks = (rows + kRows - 1) / kRows, most_cols = cols_of<M>(int((rows + chunks - 1) / chunks));
     const auto *weights = static_cast<const typename M::Stored *>(matrix.weights) + from * group_stride;
     for (int64_t i = 0; i < chunks; ++i) {
       const int64_t row = rows * i / chunks, count = rows * (i + 1) / chunks - row;
       for (int64_t group = begin, cols; group < last; group += cols) {
-        cols = std::min<int64_t>(most_cols, cols_of(int(count)));
+        cols = std::min<int64_t>(most_cols, cols_of<M>(int(count)));
         while (cols > last - group) cols /= 2;
         if constexpr (std::is_same<M, Int4>::value) {
           // The next groups, or those that the thread will probably come to with its next item.
@@ -751,7 +754,7 @@ struct Run {
                const Outcome &outcome) {
     const int64_t groups = (matrix.outputs + kLanes - 1) / kLanes, chunks = (rows + kRows - 1) / kRows;
     const int64_t row_parts = by_tiles<M>() ? (rows + kRowsEach - 1) / kRowsEach : 1, steps = matrix.inputs / M::kPair;
-    const int64_t each = groups_each<M>(matrix, groups, cols_of(int((rows + chunks - 1) / chunks)), row_parts);
+    const int64_t each = groups_each<M>(matrix, groups, cols_of<M>(int((rows + chunks - 1) / chunks)), row_parts);
     const int64_t items = (groups + each - 1) / each * row_parts;
     phase.run(items, [&](int64_t item) {
       const int64_t begin = item / row_parts * each, row = item % row_parts * kRowsEach;
