@@ -48,7 +48,7 @@ _KEPT_COLUMNS = 4096
 _FUSED_TOKENS = 8
 """Of each sequence, for kernels that run few tokens at a time."""
 _NARROW_TOLERANCE: dict[str, float] = {"int8": 0.3, "int4": 0.6}
-"""Of weights in so few bits."""
+"""Of weights that are rounded to so few bits."""
 _FP8_ROUNDING = 3.0
 """How much farther off than the modules fused kernels may be, where weights are in fp8."""
 _FP8_TOLERANCE = 0.4
@@ -145,7 +145,7 @@ class Trial:
         elif program is None:
             tolerance = _TOLERANCE[self._dtype]
         else:
-            tolerance = _NARROW_TOLERANCE.get(program.quantization, _COMPILED_TOLERANCE[self._dtype])
+            tolerance = _NARROW_TOLERANCE.get(program.rounded_to, _COMPILED_TOLERANCE[self._dtype])
         self._judge(error, tolerance, "fp8" if fp8_weights else kv_dtype or self._dtype)
         return error
 

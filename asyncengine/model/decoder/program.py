@@ -235,7 +235,7 @@ class CompiledDecoder:
 
     Attributes:
         adapters: Those that a step may be asked for, once `adapters_of` has made a place for them.
-        quantization: As it was given.
+        rounded_to: What the layers' numbers are rounded to, of those that do not come in four bits.
 
     Args:
         blueprint: The model's parts. They give their weights up.
@@ -257,11 +257,11 @@ class CompiledDecoder:
     ) -> None:
         self._library = library
         self._dtype = dtype
-        self.quantization: Quantization = quantization
+        self._quantization: Quantization = quantization
         int8 = quantization != "none"
         self.adapters: CompiledAdapters | None = None
-        others: Quantization = "int8" if any(map(_has_four_bits, blueprint.layers)) else quantization
-        self._layers = [_Layer(library, parts, others, later) for parts in blueprint.layers]
+        self.rounded_to: Quantization = "int8" if any(map(_has_four_bits, blueprint.layers)) else quantization
+        self._layers = [_Layer(library, parts, self.rounded_to, later) for parts in blueprint.layers]
         self._norm = (PackedNorm(blueprint.norm, later=later), blueprint.norm)
         for _, part in self._norms():
             release(part.module, "weight")
@@ -378,7 +378,7 @@ class CompiledDecoder:
                     found.setdefault(name, []).append(Part(names[part.linear], part, matrix.places[number]))
                     layers[names[part.linear]] = part.shape
             matrices.append(found)
-        dtype = small_dtype(self._library, self._dtype, self.quantization)
+        dtype = small_dtype(self._library, self._dtype, self._quantization)
         self.adapters = CompiledAdapters(CompiledFormat(self._library, dtype, layers, matrices))
         return self.adapters
 
