@@ -5,13 +5,15 @@
 //
 //     weights (group, step, lane, pair)    group = output / lanes, step = input / pair
 //
-// and are read once for up to kMaxRows tokens at a time. Each output is one chain of additions over its inputs, in
-// ascending order, in one accumulator, or in the order that tiles.h tells: a token gets the same bits whatever else is in
-// the batch, on any number of threads, whether it decodes or is prefilled.
+// and are read once for up to kRows tokens at a time. Each output is one chain of additions over its inputs, in ascending
+// order, in one accumulator, or in the order that tiles.h tells, or, where weights have four bits, in that of four_bits.h,
+// whose weights have an order of their own too: a token gets the same bits whatever else is in the batch, on any number of
+// threads, whether it decodes or is prefilled.
 //
 // One team of threads runs through all phases of a step. Within a phase they share out items; between phases they wait
 // for the items, not for each other (see Phase). Activations between layers are float32; what enters a product is
-// rounded to the type of the weights where the processor multiplies in it.
+// rounded to the type of the weights where the processor multiplies in it, and to 16-bit integers where the weights have
+// four bits.
 
 #include "../attention/paged_attention.cpp"
 

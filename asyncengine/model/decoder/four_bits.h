@@ -1,10 +1,10 @@
 // Products with weights of four bits, for decoder.cpp, which includes this.
 //
 // What enters such a product are integers: `kBundle` numbers of a row are rounded to 16 bits with a scale of their own,
-// which keeps more digits than bfloat16 does. A code stands for an integer too, so what a bundle and a column come to is
+// which keeps more digits than bfloat16 does. A code stands for an integer too. So what a bundle and a column come to is
 // exact, however it is added up, and each output is one chain of additions over the bundles, in ascending order: a row
-// gets the same bits whatever else is multiplied. Integers of 16 bits are multiplied in pairs on any processor with
-// vectors, so nothing here hangs on bfloat16.
+// gets the same bits whatever else is multiplied. Any processor with vectors multiplies integers of 16 bits, in pairs, so
+// nothing here hangs on products of bfloat16.
 //
 // What one vector of outputs needs lies in one run of memory:
 //
@@ -25,19 +25,19 @@
 constexpr int kBundle = 32;
 
 extern "C" {
-struct FourBits {       // how a matrix is stored; mirrored in four_bit_matrix.py
-  int16_t values[32];   // what the sixteen codes stand for, twice
-  int64_t run;          // bundles of inputs that share a scale
-  int64_t zeros;        // whether there are zeros
-  int64_t stride;       // bytes of what a vector of outputs needs
+struct FourBits {      // how a matrix is stored; mirrored in four_bit_matrix.py
+  int16_t values[32];  // what the sixteen codes stand for, twice
+  int64_t run;         // bundles of inputs that share a scale
+  int64_t zeros;       // whether there are zeros
+  int64_t stride;      // bytes of what a vector of outputs needs
 };
 
 struct CodesPacking {  // one matrix that is to be put into that order; mirrored too
   const uint16_t *numbers;  // (outputs, inputs) bfloat16 that are to be rounded to integers of four bits; or null
   int64_t row_stride;       // theirs
-  const uint8_t *codes;  // (outputs, inputs / 2): the lower half of a byte is the input with the even number
-  const float *scales;   // (outputs, inputs / (32 run))
-  const float *zeros;    // as `scales`, in the unit of the values; or null
+  const uint8_t *codes;     // (outputs, inputs / 2): the lower half of a byte is the input with the even number
+  const float *scales;      // (outputs, inputs / (32 run))
+  const float *zeros;       // as `scales`, in the unit of the values; or null
   int64_t outputs, inputs;
   int64_t run;  // of what is given; a multiple of the format's
   double step;  // what a value of 1 stands for
@@ -239,6 +239,10 @@ float round_share(const uint16_t *numbers, int64_t count, uint8_t *codes, float 
     const float error = lanes_sum(errors);
     if (error < least) least = error, best = scale;
   }
+  if (least == kInfinity) {  // there is a number among them that is none
+    std::memset(codes, 0, size_t(count / 2));
+    return __builtin_nanf("");
+  }
   for (int64_t i = 0; i < count; i += kLanes) {
     const Vec found = rounded(i, best) + 8.0f;
     for (int j = 0; j < kLanes; j += 2) codes[(i + j) / 2] = uint8_t(int(found[j]) | int(found[j + 1]) << 4);
@@ -246,53 +250,52 @@ float round_share(const uint16_t *numbers, int64_t count, uint8_t *codes, float 
   return extreme != 0 ? best : 0.0f;
 }
 
-void pack_codes(CodesPacking p, int64_t group);
-
-// Rounds the rows of one vector of outputs first.
-void round_and_pack(CodesPacking p, int64_t group) {
-  const int64_t share = kBundle * p.run, shares = p.inputs / share, first = group * kLanes;
-  static thread_local std::vector<uint8_t> codes;
-  static thread_local std::vector<float> scales;
-  codes.resize(size_t(kLanes * p.inputs / 2));
-  scales.resize(size_t(kLanes * shares + share));
-  float *wide = scales.data() + kLanes * shares;
-  for (int64_t row = 0; row < std::min<int64_t>(kLanes, p.outputs - first); ++row)
-    for (int64_t i = 0; i < shares; ++i)
-      scales[size_t(row * shares + i)] = round_share(p.numbers + (first + row) * p.row_stride + i * share, share,
-                                                     codes.data() + (row * p.inputs + i * share) / 2, wide);
-  p.numbers = nullptr;
-  p.codes = codes.data() - first * (p.inputs / 2);
-  p.scales = scales.data() - first * shares;
-  pack_codes(p, group);
-}
-
-void pack_codes(CodesPacking p, int64_t group) {
-  if (p.numbers) return round_and_pack(p, group);
+// Packs the outputs of one vector, whose rows begin where the pointers say.
+void pack_rows(const CodesPacking &p, int64_t group, const uint8_t *codes, const float *scales, const float *zeros) {
   const FourBits &format = *p.format;
   const int64_t words = p.inputs / 8, shares = p.inputs / kBundle / format.run, repeat = p.run / format.run;
-  const int64_t place = p.first_group + group * p.group_step, theirs = shares / repeat;
+  const int64_t count = std::min<int64_t>(kLanes, p.outputs - group * kLanes), theirs = shares / repeat;
+  const int64_t place = p.first_group + group * p.group_step;
   char *to = p.to + place * format.stride;
-  auto *scales = reinterpret_cast<uint16_t *>(to + words * kLanes * 4), *zeros = scales + shares * kLanes;
-  const int64_t first = group * kLanes, count = std::min<int64_t>(kLanes, p.outputs - first);
-  const uint8_t *from = p.codes + first * (p.inputs / 2);
   for (int64_t word = 0; word < words; ++word) {
     uint32_t lanes[kLanes] = {};
-    for (int lane = 0; lane < count; ++lane) lanes[lane] = word_of(load<uint32_t>(from + lane * (p.inputs / 2) + word * 4));
+    for (int64_t lane = 0; lane < count; ++lane)
+      lanes[lane] = word_of(load<uint32_t>(codes + lane * (p.inputs / 2) + word * 4));
     std::memcpy(to + word * kLanes * 4, lanes, sizeof lanes);
   }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const float *own = p.scales + (first + lane) * theirs, *zero = p.zeros ? p.zeros + (first + lane) * theirs : nullptr;
+  auto *to_scales = reinterpret_cast<uint16_t *>(to + words * kLanes * 4), *to_zeros = to_scales + shares * kLanes;
+  std::fill_n(to_scales, shares * kLanes * (format.zeros ? 2 : 1), uint16_t(0));
+  std::fill_n(p.factors + place * kLanes, kLanes, 0.0f);
+  for (int64_t lane = 0; lane < count; ++lane) {
+    const int64_t row = lane * theirs;
     float most = 0;
-    for (int64_t i = 0; lane < count && i < theirs; ++i) most = std::max(most, std::fabs(own[i]));
+    for (int64_t i = 0; i < theirs; ++i) most = std::max(most, std::fabs(scales[row + i]));
     int exponent = 0;
     if (std::isfinite(most)) std::frexp(most, &exponent);
     const double taken = std::ldexp(1.0, 15 - exponent);  // the largest is then between 2^14 and 2^15
-    p.factors[place * kLanes + lane] = lane < count ? float(std::ldexp(p.step, exponent - 15)) : 0.0f;
+    p.factors[place * kLanes + lane] = float(std::ldexp(p.step, exponent - 15));
     for (int64_t i = 0; i < shares; ++i) {
-      scales[i * kLanes + lane] = lane < count ? Float16::narrow(float(own[i / repeat] * taken)) : 0;
-      if (format.zeros) zeros[i * kLanes + lane] = lane < count && zero ? Float16::narrow(zero[i / repeat]) : 0;
+      to_scales[i * kLanes + lane] = Float16::narrow(float(scales[row + i / repeat] * taken));
+      if (zeros) to_zeros[i * kLanes + lane] = Float16::narrow(zeros[row + i / repeat]);
     }
   }
+}
+
+void pack_codes(const CodesPacking &p, int64_t group) {
+  const int64_t share = kBundle * p.run, shares = p.inputs / share, first = group * kLanes;
+  if (!p.numbers)
+    return pack_rows(p, group, p.codes + first * (p.inputs / 2), p.scales + first * shares,
+                     p.zeros ? p.zeros + first * shares : nullptr);
+  static thread_local std::vector<uint8_t> codes;
+  static thread_local std::vector<float> scales, wide;
+  codes.resize(size_t(kLanes * p.inputs / 2));
+  scales.resize(size_t(kLanes * shares));
+  wide.resize(size_t(share));
+  const int64_t count = std::min<int64_t>(kLanes, p.outputs - first);
+  for (int64_t i = 0; i < count * shares; ++i)
+    scales[size_t(i)] = round_share(p.numbers + (first + i / shares) * p.row_stride + i % shares * share, share,
+                                    codes.data() + i * share / 2, wide.data());
+  pack_rows(p, group, codes.data(), scales.data(), nullptr);
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 
 #include "decoder.cpp"
 
-// sums (rows, groups * lanes) of rows (rows, inputs) with a whole matrix, so many rows and groups of outputs at a time as
-// there is code for.
+// sums (rows, groups * lanes) of rows (rows, inputs) with a whole matrix, up to so many rows at a time and as many groups
+// of outputs as there is code for.
 extern "C" void product(const Matrix *matrix, const float *rows, int64_t count, int64_t most_rows, float *sums) {
   const int64_t bundles = matrix->inputs / kBundle, groups = (matrix->outputs + kLanes - 1) / kLanes;
   std::vector<Bundle> entering(size_t(count * bundles));
@@ -19,8 +19,8 @@ extern "C" void product(const Matrix *matrix, const float *rows, int64_t count, 
       while (cols > groups - group) cols /= 2;
       products<Int4>.of[some][cols](&entering[size_t(row * bundles)], bundles,
                                     static_cast<const char *>(matrix->weights) + group * matrix->four_bits->stride,
-                                    *matrix->four_bits, bundles, sums + (row * groups + group) * kLanes, groups * kLanes,
-                                    0);
+                                    *matrix->four_bits, bundles, sums + (row * groups + group) * kLanes,
+                                    groups * kLanes, 0);
     }
   }
   for (int64_t i = 0; i < count * groups * kLanes; ++i) sums[i] *= matrix->scales[i % (groups * kLanes)];

@@ -147,6 +147,13 @@ def test_numbers_become_the_nearest_codes(values: Any, library: Any) -> None:
     assert error(found, rows.double() @ rounded.T) < 1e-3  # scales are rounded to float16
 
 
+def test_a_weight_that_is_no_number_is_not_hidden(library: Any) -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    weight[3, 5], weight[7, 40] = torch.nan, torch.inf
+    found = product(library, FourBitMatrix(library, [weight], [None]), random_rows(2, 64, exact=False)).flatten(1)
+    assert found[:, :16].isnan().nonzero().tolist() == [[0, 3], [0, 7], [1, 3], [1, 7]]
+
+
 def test_new_numbers_replace_codes_and_can_be_taken_back(library: Any) -> None:
     first, second = (random_codes(40, 128, 64, INT4, zeros, seed) for seed, zeros in ((0, True), (1, False)))
     matrix, rows = FourBitMatrix(library, [first, second], [None, None]), random_rows(5, 128, exact=True)
