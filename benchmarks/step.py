@@ -128,7 +128,8 @@ def main() -> None:
     shape = shapes.SHAPES[arguments.shape]
     weights = sum(p.numel() for p in model._model.parameters())
     embedding = vocabulary * shape["hidden_size"]
-    itemsize = 1 if arguments.quantization == "int8" else getattr(torch, arguments.dtype).itemsize
+    compiled = model._program
+    held = compiled.nbytes if compiled is not None else weights * getattr(torch, arguments.dtype).itemsize
     head_dim = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
     cached = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim
     print(
@@ -138,7 +139,7 @@ def main() -> None:
     place_greedy(model, max(arguments.rows), vocabulary)
     for rows in arguments.rows:
         seconds = median_seconds(model, batch_of(rows, 1, arguments.context, vocabulary), arguments.repetitions)
-        read = weights * itemsize + rows * arguments.context * cached * getattr(torch, arguments.dtype).itemsize
+        read = held + rows * arguments.context * cached * getattr(torch, arguments.dtype).itemsize
         share = read / seconds / peak
         print(f"decode {rows:>3}: {seconds * 1e3:8.2f} ms = {rows / seconds:7.0f} tokens/s, {share:.0%} of bandwidth")
         figures[f"decode_{rows}_ms"] = seconds * 1e3

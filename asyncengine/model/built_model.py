@@ -63,7 +63,6 @@ def build(
     from asyncengine.model import architecture, verification
     from asyncengine.model.decoder.parts import NotRecognised
     from asyncengine.model.decoder.weights import Packing
-    from asyncengine.model.four_bit_experts import share_of, use_kernels
     from asyncengine.model.hidden_states import hidden_size
 
     notes: list[str] = []
@@ -72,13 +71,9 @@ def build(
     layers = architecture.layers_of(model, details.watched)
     trial = verification.Trial.of(model, layers, details.device)
     backend = attention()
-    if config.quantization == "int4":
-        rounded = _round(model, details)
-        use_kernels(model, False)  # they are what is tried
-        before, trial = trial, verification.Trial.of(model, layers, details.device)
-        use_kernels(model, True)
-        how = f"rounded: logits of a trial are {trial.off(before):.1%} of their norm off" if rounded else "as stored"
-        notes.append(f"quantization: int4, {share_of(model):.0%} of the weights, {how}")
+    if config.quantization == "int4" and details.device.type == "cuda":
+        note, trial = _in_four_bits(model, trial, details)
+        notes.append(note)
     program, findings = None, None
     try:
         blueprint = _blueprint(config, details, model, layers, backend)
@@ -90,7 +85,7 @@ def build(
             if packing is not None:
                 meanwhile()
                 packing.run()
-            trial.run(model, backend, program)
+            notes += _rounding(program, trial.run(model, backend, program))
             findings = _findings(details, model, layers, blueprint, trial)
     except (NotRecognised, UnsupportedModelError) as error:
         if config.decoder_backend == "compiled" or config.quantization in ("int8", "int4"):
@@ -149,10 +144,11 @@ class Recalled:
         self.packing.run()
         trial = verification.Trial.recalled(findings, details.dtype, self.layers, details.device)
         try:
-            trial.run(self.model, self.backend, self.program)
+            error = trial.run(self.model, self.backend, self.program)
         except UnsupportedModelError:
             return None
-        return Built(self.model, self.layers, self.program, None, (), findings.description["hidden_size"])
+        notes = _rounding(self.program, error)
+        return Built(self.model, self.layers, self.program, None, notes, findings.description["hidden_size"])
 
 
 def recalled(config: EngineConfig, details: Details, backend: Any) -> Recalled:
@@ -251,23 +247,36 @@ def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     return note if details.device.type == "cuda" else f"{note}; slow on {details.device}"
 
 
-def _round(model: Any, details: Details) -> bool:
-    """Rounds what is to be in four bits; returns whether there was any, or the checkpoint had it so.
+def _rounding(program: Any, error: float) -> tuple[str, ...]:
+    """What rounding weights to four bits has come to in a compiled step, in words, if that was done."""
+    if program.rounded_to != "int4":
+        return ()
+    return (f"quantization: int4, rounded: logits of a trial are {error:.1%} of their norm off",)
+
+
+def _in_four_bits(model: Any, trial: Any, details: Details) -> tuple[str, Any]:
+    """Rounds weights to four bits, unless the checkpoint has them so.
+
+    Returns:
+        What came of it, in words; and a trial of the numbers that codes stand for.
 
     Raises:
         UnsupportedModelError: Nothing can be in four bits.
     """
-    from asyncengine.model.four_bit_experts import round_experts
+    from asyncengine.model.four_bit_experts import round_experts, share_of, use_kernels
     from asyncengine.model.four_bit_linear import round_layers
 
-    if _stays(details):
-        return False
-    experts, (layers, _) = round_experts(model), round_layers(model)
-    if not experts + layers:
-        raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in int4")
-    if details.device.type == "cuda":
+    rounded = not _stays(details)
+    if rounded:
+        experts, (layers, _) = round_experts(model), round_layers(model)
+        if not experts + layers:
+            raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in int4")
         memory.empty_cache()
-    return True
+    use_kernels(model, False)  # they are what is tried
+    after = type(trial).of(model, trial.layers, details.device)
+    use_kernels(model, True)
+    how = f"rounded: logits of a trial are {after.off(trial):.1%} of their norm off" if rounded else "as stored"
+    return f"quantization: int4, {share_of(model):.0%} of the weights, {how}", after
 
 
 def _stays(details: Details) -> bool:
@@ -338,12 +347,12 @@ def _compile(config: EngineConfig, details: Details, blueprint: Any, backend: An
     """The model as a compiled step, which takes its weights: at once, or when `later`, a `Packing`, is run."""
     from asyncengine.model.decoder.program import CompiledDecoder
 
-    library, int8 = _library(config, details, backend), config.quantization == "int8"
-    return CompiledDecoder(blueprint, library, details.dtype, int8, later)
+    library = _library(config, details, backend)
+    return CompiledDecoder(blueprint, library, details.dtype, config.quantization, later)
 
 
 def _library(config: EngineConfig, details: Details, backend: Any) -> Any:
     """The compiled code."""
     from asyncengine.model.attention.kernel import kind_of
 
-    return backend.library(kind_of(details.dtype, config.quantization == "int8"))
+    return backend.library(kind_of(details.dtype, config.quantization))

@@ -71,6 +71,12 @@ class FourBitLinear(nn.Module):
         """What puts the present weight back."""
         return keeper(self.four_bits)
 
+    def release(self) -> None:
+        """Lets the codes go; whoever took them says so."""
+        self.weight = nn.Parameter(self.weight.detach().to("meta"), requires_grad=False)
+        self.weight_scale = self.weight_scale.to("meta")
+        self.weight_zero = None
+
 
 def replace_codes(weights: FourBits, value: torch.Tensor) -> None:
     """Writes a weight (outputs, inputs) over codes; zeros become 0."""

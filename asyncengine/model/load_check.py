@@ -285,7 +285,7 @@ def select_attention(config: EngineConfig, device: torch.device, dtype: torch.dt
     from asyncengine.model.attention.select import select
 
     try:
-        return select(config.attention_backend, device, kind_of(dtype, config.quantization == "int8"))
+        return select(config.attention_backend, device, kind_of(dtype, config.quantization))
     except BackendUnavailableError as error:
         raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
 

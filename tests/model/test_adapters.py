@@ -111,7 +111,10 @@ def tiny_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"dtype": "bfloat16", "quantization": "int8"}],
+    [
+        *({"dtype": dtype} for dtype in ("float32", "bfloat16", "float16")),
+        *({"dtype": "bfloat16", "quantization": quantization} for quantization in ("int8", "int4")),
+    ],
     ids=lambda changes: "-".join(changes.values()),
 )
 def test_the_batch_changes_no_bits(changes: Any, tiny_adapters: Path) -> None:
@@ -150,6 +153,7 @@ def test_lower_precisions_are_near(tiny_adapters: Path) -> None:
     for changes in (
         {"dtype": "bfloat16"},
         {"dtype": "bfloat16", "quantization": "int8"},
+        {"dtype": "bfloat16", "quantization": "int4"},
         {"dtype": "bfloat16", "decoder_backend": "transformers"},
         {"dtype": "bfloat16", "quantization": "fp8"},
     ):

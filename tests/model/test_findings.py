@@ -66,7 +66,11 @@ def recalled(loaded: LoadedModel) -> bool:
 
 @pytest.mark.parametrize(
     ("architecture", "quantization"),
-    [*((name, "none") for name in COMPILED), *((name, "int8") for name in INT8)],
+    [
+        *((name, "none") for name in COMPILED),
+        *((name, "int8") for name in INT8),
+        *((name, "int4") for name in ("qwen2", "gpt2", "mixtral")),
+    ],
 )
 def test_a_known_checkpoint_needs_no_model_of_transformers(
     architecture: str, quantization: str, tmp_path: Path, checkpoint: Callable[..., Path], builds: list[str]
@@ -74,7 +78,7 @@ def test_a_known_checkpoint_needs_no_model_of_transformers(
     """And what it computes is the same, bit for bit."""
     path = checkpoint(architecture)
     dtype = "float32"
-    if quantization == "int8":  # which is for bfloat16; weights in another dtype than stored are transformers' business
+    if quantization != "none":  # which is for bfloat16; weights in another dtype than stored are transformers' business
         dtype = "bfloat16"
         path = shutil.copytree(path, tmp_path / "model")
         stored = load_file(path / "model.safetensors")

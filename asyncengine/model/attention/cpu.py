@@ -124,9 +124,11 @@ class CpuAttention:
         return self._libraries[kind]
 
     def _for(self, dtype: torch.dtype) -> ctypes.CDLL:
-        """A library that attends in a dtype; that for weights in int8 does so in bfloat16."""
-        if dtype is torch.bfloat16 and "int8" in self._libraries:
-            return self._libraries["int8"]
+        """A library that attends in a dtype; those for narrower weights do so in bfloat16."""
+        if dtype is torch.bfloat16:
+            for kind in kernel.NARROW:
+                if kind in self._libraries:
+                    return self._libraries[kind]
         return self.library(kernel.DTYPES[dtype])
 
     def check_dtype(self, dtype: torch.dtype, device: torch.device) -> None:

@@ -14,10 +14,11 @@ import torch
 
 from asyncengine import builds
 from asyncengine.builds import BuildError, Recipe
+from asyncengine.config import Quantization
 from asyncengine.model.attention.protocol import BackendUnavailableError
 
 SOURCE = Path(__file__).parents[1] / "decoder" / "decoder.cpp"
-_INCLUDED = tuple(Path(__file__).with_name(name) for name in ("paged_attention.cpp", "tiles.h"))
+_INCLUDED = (*map(Path(__file__).with_name, ("paged_attention.cpp", "tiles.h")), SOURCE.with_name("four_bits.h"))
 
 # Infinities and NaN keep their meaning: masks are made of the former, and a model's own NaN must not be hidden.
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
@@ -27,12 +28,15 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "paged_attention_advise": (None, (_POINTER, _INTEGER)),
     "decoder_lanes": (_INTEGER, ()),
     "decoder_pack": (None, (_POINTER, _INTEGER, _INTEGER)),
+    "decoder_pack_codes": (None, (_POINTER, _INTEGER, _INTEGER)),
     "decoder_int8_router": (_INTEGER, ()),
     "decoder_step": (ctypes.c_int, (_POINTER, _POINTER)),
 }
-Kind = Literal["float32", "bfloat16", "float16", "int8"]
-"""What a library computes with. The last is bfloat16 with weights in int8."""
-_KINDS: dict[Kind, int] = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}  # as in paged_attention.cpp
+Kind = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+"""What a library computes with. The last two are bfloat16 with weights in int8 or four bits."""
+NARROW: tuple[Kind, ...] = ("int8", "int4")
+"""The kinds that keep what is not a weight in bfloat16."""
+_KINDS: dict[Kind, int] = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}  # see paged_attention.cpp
 DTYPES: dict[torch.dtype, Kind] = {
     torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
 }  # fmt: skip
@@ -42,9 +46,9 @@ DTYPES: dict[torch.dtype, Kind] = {
 _TARGETS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
 
 
-def kind_of(dtype: torch.dtype, int8: bool = False) -> Kind:
-    """What a model of a dtype computes with; int8 says whether its weights are stored so."""
-    return "int8" if int8 else DTYPES.get(dtype, "float32")
+def kind_of(dtype: torch.dtype, quantization: Quantization = "none") -> Kind:
+    """What a model of a dtype computes with."""
+    return quantization if quantization in ("int8", "int4") else DTYPES.get(dtype, "float32")
 
 
 def build(

@@ -51,13 +51,13 @@ int omp_get_thread_num();
 }
 
 // Which numbers are compiled: those of one kind, which kernel.py names, for each takes the compiler seconds. Kinds are
-// dtypes as in Layer, and 3, which is bfloat16 with weights in int8.
+// dtypes as in Layer, and 3 and 4, which are bfloat16 with weights in int8 and in four bits.
 #if defined(ONE_KIND)
 #define HAS_KIND(kind) ((kind) == ONE_KIND)
 #else
 #define HAS_KIND(kind) 1
 #endif
-#define HAS_DTYPE(dtype) (HAS_KIND(dtype) || ((dtype) == 1 && HAS_KIND(3)))
+#define HAS_DTYPE(dtype) (HAS_KIND(dtype) || ((dtype) == 1 && (HAS_KIND(3) || HAS_KIND(4))))
 
 // The three structures below are mirrored in cpu.py.
 extern "C" {

@@ -22,6 +22,7 @@ from asyncengine.model.attention_modules import RecordedLayer, text_config
 from asyncengine.model.decoder.experts import ROUTERS, experts_of
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
 from asyncengine.model.decoder.rotation import Rotation, rotation
+from asyncengine.model.four_bit_linear import FourBitLinear
 from asyncengine.model.fp8_linear import Fp8Linear
 
 __all__ = ["Blueprint", "LayerParts", "NormPart", "NotRecognised", "Projection", "recognise"]
@@ -254,7 +255,7 @@ def _blocks(whole: Projection, widths: Sequence[int]) -> tuple[Projection, ...]:
 
 def _linear(module: nn.Module, names: Sequence[str]) -> Projection:
     linear = _first(module, names)
-    if type(linear) not in (nn.Linear, Conv1D, Fp8Linear):
+    if type(linear) not in (nn.Linear, Conv1D, Fp8Linear, FourBitLinear):
         raise NotRecognised(f"{names[0]} is not a linear layer")
     return Projection(linear, transposed=type(linear) is Conv1D)
 

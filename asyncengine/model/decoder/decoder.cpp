@@ -5,26 +5,31 @@
 //
 //     weights (group, step, lane, pair)    group = output / lanes, step = input / pair
 //
-// and are read once for up to kMaxRows tokens at a time. Each output is one chain of additions over its inputs, in
-// ascending order, in one accumulator, or in the order that tiles.h tells: a token gets the same bits whatever else is in
-// the batch, on any number of threads, whether it decodes or is prefilled.
+// and are read once for up to kRows tokens at a time. Each output is one chain of additions over its inputs, in ascending
+// order, in one accumulator, or in the order that tiles.h tells, or, where weights have four bits, in that of four_bits.h,
+// whose weights have an order of their own too: a token gets the same bits whatever else is in the batch, on any number of
+// threads, whether it decodes or is prefilled.
 //
 // One team of threads runs through all phases of a step. Within a phase they share out items; between phases they wait
 // for the items, not for each other (see Phase). Activations between layers are float32; what enters a product is
-// rounded to the type of the weights where the processor multiplies in it.
+// rounded to the type of the weights where the processor multiplies in it, and to 16-bit integers where the weights have
+// four bits.
 
 #include "../attention/paged_attention.cpp"
 
 #include <deque>
 #include <utility>
 
+#include "four_bits.h"
+
 // The structures below are mirrored in program.py and weights.py.
 extern "C" {
 struct Matrix {
   const void *weights;  // packed; null: there is none
-  const float *scales;  // (outputs) of int8 weights, or null
+  const float *scales;  // (outputs) of weights in int8 or four bits, or null
   const float *bias;    // (outputs) or null
   int64_t outputs, inputs;
+  const FourBits *four_bits;  // how they are stored, if so; or null
 };
 
 struct Norm {  // (x - mean(x)) / deviation(x) * weight + bias, or x / rms(x) * weight + bias
@@ -61,7 +66,7 @@ struct Decoder {
   const DecoderLayer *layers;
   int64_t num_layers;
   int64_t dtype;  // as Layer's
-  int64_t int8;   // whether the weights are int8; with bfloat16 only
+  int64_t narrow;  // 1: the weights are int8; 2: or in four bits, where their matrix says so; with bfloat16 only
   int64_t hidden, intermediate, rotary;
   int64_t activation;      // 0 silu, 1 gelu by tanh, 2 gelu by erf, 3 relu, 4 relu squared, 5 see `gated`
   int64_t pairs;           // whether dimensions 2 i and 2 i + 1 rotate together; else i and i + rotary / 2
@@ -144,6 +149,13 @@ struct Int8 {
 };
 #endif
 
+// Weights of four bits, see four_bits.h.
+struct Int4 {
+  typedef char Stored;
+  typedef Bundle Weight;
+  static constexpr int kPair = kBundle;
+};
+
 // int8 leaves the router of experts out, which is as exact as what enters the products.
 typedef std::conditional<Int8::kPair == 2, BFloat16, Float32>::type RouterOfInt8;
 
@@ -161,13 +173,25 @@ constexpr int kRows = 6, kSums = 24;
 constexpr int kRows = 3, kSums = 12;
 #endif
 constexpr int kMostCols = 8;
+template <class W>
 constexpr int cols_of(int rows) {
+  // With weights of four bits there are two sums of each kind, of a bundle and of all.
+  const int sums = std::is_same<W, Int4>::value ? kSums / 2 : kSums;
   int cols = kMostCols;
-  while (cols * rows > kSums) cols /= 2;
+  while (cols * rows > sums) cols /= 2;
   return cols;
 }
 constexpr int64_t kAhead = 1024;  // bytes that weights are fetched ahead, where they come from memory
 constexpr int64_t kTileAhead = 2048;
+
+// Some numbers of a row that enters products with bytes.
+inline Vec widen_input(const typename Int8::Weight *row, int64_t i) {
+#if HAS_TILES
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(reinterpret_cast<const uint16_t *>(row) + i)), 16);
+#else
+  return load<Vec>(row + i);
+#endif
+}
 
 // sums[row][lane] of `Rows` tokens and `Cols` groups of outputs.
 template <class W, int Rows, int Cols>
@@ -222,12 +246,26 @@ struct Products {
     if constexpr (Cols > 1)
       fill<Rows, Cols / 2>();
     else if constexpr (Rows > 1)
-      fill<Rows - 1, cols_of(Rows - 1)>();
+      fill<Rows - 1, cols_of<W>(Rows - 1)>();
   }
-  constexpr Products() : of() { fill<kRows, cols_of(kRows)>(); }
+  constexpr Products() : of() { fill<kRows, cols_of<W>(kRows)>(); }
 };
 template <class W>
 constexpr Products<W> products;
+
+template <>
+struct Products<Int4> {
+  decltype(&multiply_codes<1, 1>) of[kRows + 1][kMostCols + 1];
+  template <int Rows, int Cols>
+  constexpr void fill() {
+    of[Rows][Cols] = multiply_codes<Rows, Cols>;
+    if constexpr (Cols > 1)
+      fill<Rows, Cols / 2>();
+    else if constexpr (Rows > 1)
+      fill<Rows - 1, cols_of<Int4>(Rows - 1)>();
+  }
+  constexpr Products() : of() { fill<kRows, cols_of<Int4>(kRows)>(); }
+};
 
 #if HAS_TILES
 // As `multiply`, with the bits that tiles give. Each output has three sums, so there are half as many.
@@ -413,17 +451,24 @@ bool same_shape(const Layer &a, const Layer &b) {
 template <class T, class W>
 struct Run {
   typedef typename T::Stored Stored;
-  typedef typename W::Weight Input;  // one step of a row that enters a product
+  // What embedding and head are stored in, and whatever else four bits leave out.
+  static constexpr bool kFourBits = std::is_same<W, Int4>::value;
+  typedef typename std::conditional<kFourBits, Int8, W>::type Plain;
+  typedef typename Plain::Weight Input;  // one step of a row that enters a product
   // Whether what attention writes can enter a product as it is.
-  static constexpr bool kSame = std::is_same<typename T::Weight, Input>::value && T::kPair == W::kPair &&
+  static constexpr bool kSame = std::is_same<typename T::Weight, Input>::value && T::kPair == Plain::kPair &&
                                 sizeof(Input) == sizeof(Stored) * T::kPair;
+  struct Entering {  // rows, one after the other
+    Input *plain;
+    Bundle *bundles;  // the same numbers, where there are weights of four bits
+  };
 
   const Decoder &decoder;
   const DecoderStep &step;
   const int64_t tokens, threads;
   int64_t qkv_width = 0, attended_width = 0, most_top = 0, most_experts = 0, expert_inner = 0;
   float *hidden, *branch, *qkv;
-  Input *normed, *inner, *widened;
+  Entering normed, inner, widened;
   Stored *heads, *attended;
   // Of a layer with experts. What is sent to them is sorted by expert: `sent` rows, `top` for each token.
   float *scores, *shares, *answers;  // (tokens, experts), (sent), (sent, hidden)
@@ -432,7 +477,7 @@ struct Run {
   // How many of `busy` there are, for each layer by itself: a thread may come to a phase after the others have gone on,
   // into the next layer, and must then still find how many items the phase had.
   std::vector<int64_t> num_busy;
-  Input *sent, *sent_inner;
+  Entering sent, sent_inner;
   float *low;  // (tokens, low_width): the inputs of a product behind the first factor of each token's adapter
   int64_t low_width = 0;
   uint16_t *widened_weights;  // (threads, what an item has of them), where tiles multiply bytes
@@ -441,7 +486,7 @@ struct Run {
   std::deque<Step<T>> attention;
 
   Run(const Decoder &d, const DecoderStep &s)
-      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), num_busy(size_t(d.num_layers)), phases(size_t(d.num_layers * 17 + 4)) {
+      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), num_busy(size_t(d.num_layers)), phases(size_t(d.num_layers * 19 + 4)) {
     for (int64_t i = 0; i < s.num_pieces; ++i)
       for (int64_t place = 0; place < 4 * d.num_layers; ++place)
         low_width = std::max(low_width, round_up(s.adapters[s.pieces[i].adapter][place].down.outputs, kLanes));
@@ -454,7 +499,7 @@ struct Run {
       qkv_width = std::max(qkv_width, a.heads * a.key_dim + a.kv_heads * (a.key_dim + a.value_dim));
       attended_width = std::max(attended_width, a.heads * a.value_dim);
     }
-    if (std::is_same<W, Int8>::value && by_tiles<W>()) {
+    if (std::is_same<Plain, Int8>::value && by_tiles<Plain>()) {
       const int64_t inputs = std::max({decoder.hidden, decoder.intermediate, attended_width, expert_inner});
       widened_count = std::max(kManyRowsItemBytes / 2, kMostCols * kLanes * inputs);
     }
@@ -462,13 +507,19 @@ struct Run {
 
   int64_t arrange(char *base) {
     Memory memory{base};
-    const int64_t rows = std::max(tokens, step.samples), width = decoder.hidden / W::kPair;
+    const int64_t rows = std::max(tokens, step.samples);
+    const auto take = [&](int64_t count, int64_t width, bool plain = true) {
+      Entering entering;
+      entering.plain = memory.take<Input>(plain ? count * (width / Plain::kPair) : 0);
+      entering.bundles = memory.take<Bundle>(kFourBits ? count * (width / kBundle) : 0);
+      return entering;
+    };
     hidden = memory.take<float>(tokens * decoder.hidden);
     branch = memory.take<float>(tokens * decoder.hidden);
     qkv = memory.take<float>(tokens * qkv_width);
-    normed = memory.take<Input>(rows * width);
-    inner = memory.take<Input>(tokens * decoder.intermediate / W::kPair);
-    widened = memory.take<Input>(kSame ? 0 : tokens * attended_width / W::kPair);
+    normed = take(rows, decoder.hidden);
+    inner = take(tokens, decoder.intermediate);
+    widened = take(tokens, attended_width, !kSame);
     heads = memory.take<Stored>(tokens * qkv_width);
     attended = memory.take<Stored>(tokens * attended_width);
     const int64_t rows_sent = tokens * most_top;
@@ -480,8 +531,8 @@ struct Run {
     owner = memory.take<int32_t>(rows_sent);
     first = memory.take<int32_t>(most_experts + 1);
     busy = memory.take<int32_t>(most_experts);
-    sent = memory.take<Input>(rows_sent * width);
-    sent_inner = memory.take<Input>(rows_sent * expert_inner / W::kPair);
+    sent = take(rows_sent, decoder.hidden);
+    sent_inner = take(rows_sent, expert_inner);
     low = memory.take<float>(tokens * low_width);
     widened_weights = memory.take<uint16_t>(threads * widened_count);
     return memory.used;
@@ -571,27 +622,43 @@ struct Run {
   // Groups `begin` to `last` of a matrix's outputs, counted from group `from`, for some rows, the first of which is the
   // outcome's `first_row`. `M` is W, unless a matrix is stored otherwise.
   template <class M>
-  void part(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Input *inputs, int64_t rows,
-            int64_t first_row, const Outcome &outcome) {
+  void part(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const typename M::Weight *inputs,
+            int64_t rows, int64_t first_row, const Outcome &outcome) {
 #if HAS_TILES
     if constexpr (M::kPair == 2)
       if (by_tiles<M>()) return part_by_tiles<M>(matrix, from, begin, last, inputs, rows, first_row, outcome);
 #endif
     alignas(64) float sums[kSums * kLanes];
-    const int64_t steps = matrix.inputs / M::kPair, group_stride = steps * kLanes * M::kPair;
-    const int64_t chunks = (rows + kRows - 1) / kRows, most_cols = cols_of(int((rows + chunks - 1) / chunks));
+    const int64_t steps = matrix.inputs / M::kPair, group_stride = stride_of<M>(matrix);
+    const int64_t chunks = (rows + kRows - 1) / kRows, most_cols = cols_of<M>(int((rows + chunks - 1) / chunks));
     const auto *weights = static_cast<const typename M::Stored *>(matrix.weights) + from * group_stride;
     for (int64_t i = 0; i < chunks; ++i) {
       const int64_t row = rows * i / chunks, count = rows * (i + 1) / chunks - row;
       for (int64_t group = begin, cols; group < last; group += cols) {
-        cols = std::min<int64_t>(most_cols, cols_of(int(count)));
+        cols = std::min<int64_t>(most_cols, cols_of<M>(int(count)));
         while (cols > last - group) cols /= 2;
-        products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride, steps,
-                                    sums, cols * kLanes, i ? 0 : kAhead);
+        if constexpr (std::is_same<M, Int4>::value) {
+          // The next groups, or those that the thread will probably come to with its next item.
+          const int64_t next = group + cols < last ? cols : threads * (last - begin) - (group - begin);
+          products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, *matrix.four_bits,
+                                      steps, sums, cols * kLanes, i ? 0 : next * group_stride);
+        } else {
+          products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride, steps,
+                                      sums, cols * kLanes, i ? 0 : kAhead);
+        }
         scale_and_shift(matrix, (from + group) * kLanes, count, cols, sums, cols * kLanes);
         outcome(first_row + row, count, group, cols, sums, cols * kLanes);
       }
     }
+  }
+
+  // What one vector of outputs has of a matrix.
+  template <class M>
+  static int64_t stride_of(const Matrix &matrix) {
+    if constexpr (std::is_same<M, Int4>::value)
+      return matrix.four_bits->stride;
+    else
+      return matrix.inputs * kLanes;
   }
 
   // Sums become outputs, the first of which is `output`.
@@ -676,7 +743,7 @@ struct Run {
   // rows pass; the items are small enough for the threads to end together.
   template <class M>
   int64_t groups_each(const Matrix &matrix, int64_t groups, int64_t least, int64_t row_parts = 1) const {
-    const int64_t bytes = matrix.inputs * kLanes * (by_tiles<M>() ? 2 : int64_t(sizeof(typename M::Stored)));
+    const int64_t bytes = stride_of<M>(matrix) * (by_tiles<M>() ? 2 : int64_t(sizeof(typename M::Stored)));
     const int64_t most = row_parts > 1 ? kManyRowsItemBytes : kItemBytes;
     int64_t each = least;
     while (2 * each * bytes <= most && groups * row_parts >= 12 * threads * each) each *= 2;
@@ -684,11 +751,12 @@ struct Run {
   }
 
   // A product over all rows.
-  template <class M = W>
-  void product(Phase &phase, const Matrix &matrix, const Input *inputs, int64_t rows, const Outcome &outcome) {
+  template <class M>
+  void product(Phase &phase, const Matrix &matrix, const typename M::Weight *inputs, int64_t rows,
+               const Outcome &outcome) {
     const int64_t groups = (matrix.outputs + kLanes - 1) / kLanes, chunks = (rows + kRows - 1) / kRows;
     const int64_t row_parts = by_tiles<M>() ? (rows + kRowsEach - 1) / kRowsEach : 1, steps = matrix.inputs / M::kPair;
-    const int64_t each = groups_each<M>(matrix, groups, cols_of(int((rows + chunks - 1) / chunks)), row_parts);
+    const int64_t each = groups_each<M>(matrix, groups, cols_of<M>(int((rows + chunks - 1) / chunks)), row_parts);
     const int64_t items = (groups + each - 1) / each * row_parts;
     phase.run(items, [&](int64_t item) {
       const int64_t begin = item / row_parts * each, row = item % row_parts * kRowsEach;
@@ -698,29 +766,36 @@ struct Run {
     phase.wait(items);
   }
 
+  // The same, whatever the matrix is stored in.
+  void product_of(Phase &phase, const Matrix &matrix, const Entering &inputs, int64_t rows, const Outcome &outcome) {
+    if constexpr (kFourBits)
+      if (matrix.four_bits) return product<Int4>(phase, matrix, inputs.bundles, rows, outcome);
+    product<Plain>(phase, matrix, inputs.plain, rows, outcome);
+  }
+
   // -- adapters
 
   // int8 leaves out what is as small as this, and the router of experts.
-  typedef typename std::conditional<!std::is_same<W, Int8>::value, W, RouterOfInt8>::type Small;
+  typedef typename std::conditional<std::is_same<Plain, Int8>::value, RouterOfInt8, W>::type Small;
 
   enum Place { kQkv, kOutput, kGateUp, kDown };
 
   // A product over all tokens, and what their adapters add to it.
   template <class Next>
-  void adapted_product(Next next, int64_t layer, Place place, const Matrix &matrix, const Input *inputs,
+  void adapted_product(Next next, int64_t layer, Place place, const Matrix &matrix, const Entering &inputs,
                        const Outcome &outcome) {
-    if (!step.num_pieces) return product(next(), matrix, inputs, tokens, outcome);
+    if (!step.num_pieces) return product_of(next(), matrix, inputs, tokens, outcome);
     const int64_t at = 4 * layer + place;
     rows(next(), step.num_pieces, [&](int64_t i) {
       const AdaptedPiece &piece = step.pieces[i];
       const Matrix &down = step.adapters[piece.adapter][at].down;
       if (!down.weights) return;
-      part<Small>(down, 0, 0, (down.outputs + kLanes - 1) / kLanes, inputs + piece.first * (down.inputs / Small::kPair),
-                  piece.count, piece.first, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+      part<Small>(down, 0, 0, (down.outputs + kLanes - 1) / kLanes,
+                  inputs.plain + piece.first * (down.inputs / Small::kPair), piece.count, piece.first, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                     copy(low + row * low_width + group * kLanes, sums, cols);
                   });
     });
-    product(next(), matrix, inputs, tokens, Adapting{*this, at, outcome});
+    product_of(next(), matrix, inputs, tokens, Adapting{*this, at, outcome});
   }
 
   // What adapters add to outputs before anything else becomes of them.
@@ -777,17 +852,25 @@ struct Run {
   }
 
   // A product of what was sent to each expert with its own part of the matrix.
-  void experts_product(Phase &phase, const Experts &experts, const Matrix &matrix, const Input *inputs,
+  template <class M>
+  void experts_product(Phase &phase, const Experts &experts, const Matrix &matrix, const typename M::Weight *inputs,
                        const Outcome &outcome) {
-    const int64_t groups = matrix.outputs / experts.count / kLanes, steps = matrix.inputs / W::kPair;
-    const int64_t asked = num_busy[number_of(experts)], each = groups_each<W>(matrix, groups * asked, kMostCols);
+    const int64_t groups = matrix.outputs / experts.count / kLanes, steps = matrix.inputs / M::kPair;
+    const int64_t asked = num_busy[number_of(experts)], each = groups_each<M>(matrix, groups * asked, kMostCols);
     const int64_t parts = (groups + each - 1) / each;
     phase.run(asked * parts, [&](int64_t item) {
       const int64_t expert = busy[item / parts], begin = item % parts * each, start = first[expert];
-      part<W>(matrix, expert * groups, begin, std::min(groups, begin + each), inputs + start * steps,
+      part<M>(matrix, expert * groups, begin, std::min(groups, begin + each), inputs + start * steps,
               first[expert + 1] - start, start, outcome);
     });
     phase.wait(asked * parts);
+  }
+
+  void experts_product_of(Phase &phase, const Experts &experts, const Matrix &matrix, const Entering &inputs,
+                          const Outcome &outcome) {
+    if constexpr (kFourBits)
+      if (matrix.four_bits) return experts_product<Int4>(phase, experts, matrix, inputs.bundles, outcome);
+    experts_product<Plain>(phase, experts, matrix, inputs.plain, outcome);
   }
 
   static void copy(float *to, const float *sums, int64_t cols) {
@@ -803,11 +886,11 @@ struct Run {
   }
 
   void activate_inner(const DecoderLayer &layer, int64_t row, int64_t group, int64_t cols, const float *sums) const {
-    Input *to = inner + row * (layer.down.inputs / W::kPair);
+    Input *to = inner.plain + row * (layer.down.inputs / Plain::kPair);
     if (!layer.gated) {
       for (int64_t c = 0; c < cols; ++c)
-        W::pack_vector(to + (group + c) * (kLanes / W::kPair),
-                       activate(load<Vec>(sums + c * kLanes), decoder.activation));
+        Plain::pack_vector(to + (group + c) * (kLanes / Plain::kPair),
+                           activate(load<Vec>(sums + c * kLanes), decoder.activation));
       return;
     }
     activate_pairs(to, group, cols, sums, decoder.activation, 0, 0);
@@ -817,7 +900,7 @@ struct Run {
                              float limit) {
     for (int64_t c = 0; c < cols; c += 2) {  // gate, up
       const Vec gate = load<Vec>(sums + c * kLanes), up = load<Vec>(sums + (c + 1) * kLanes);
-      W::pack_vector(to + (group + c) / 2 * (kLanes / W::kPair), gated(gate, up, kind, alpha, limit));
+      Plain::pack_vector(to + (group + c) / 2 * (kLanes / Plain::kPair), gated(gate, up, kind, alpha, limit));
     }
   }
 
@@ -879,22 +962,27 @@ struct Run {
   void ask_experts(Next next, const DecoderLayer &layer) {
     const Experts &experts = layer.experts;
     // Whom a token is sent to must not hang on a byte's precision.
-    const int64_t width = round_up(experts.count, kLanes), steps = decoder.hidden / W::kPair;
-    product<Small>(next(), experts.router, normed, tokens,
+    const int64_t width = round_up(experts.count, kLanes), steps = decoder.hidden / Plain::kPair;
+    product<Small>(next(), experts.router, normed.plain, tokens,
                [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                  copy(scores + row * width + group * kLanes, sums, cols);
                });
     rows(next(), tokens, [&](int64_t token) { choose(token, experts); });
     rows(next(), 1, [&](int64_t) { arrange(experts); });
     rows(next(), tokens * experts.top, [&](int64_t i) {
-      std::memcpy(sent + i * steps, normed + owner[i] / experts.top * steps, size_t(steps) * sizeof(Input));
+      const int64_t token = owner[i] / experts.top;
+      if (!experts.gate_up.four_bits)
+        std::memcpy(sent.plain + i * steps, normed.plain + token * steps, size_t(steps) * sizeof(Input));
+      else if (const int64_t bundles = decoder.hidden / kBundle)
+        std::memcpy(sent.bundles + i * bundles, normed.bundles + token * bundles, size_t(bundles) * sizeof(Bundle));
     });
-    experts_product(next(), experts, experts.gate_up, sent,
+    experts_product_of(next(), experts, experts.gate_up, sent,
                     [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-                      activate_pairs(sent_inner + row * (experts.down.inputs / W::kPair), group, cols, sums,
+                      activate_pairs(sent_inner.plain + row * (experts.down.inputs / Plain::kPair), group, cols, sums,
                                      experts.activation, float(experts.alpha), float(experts.limit));
                     });
-    experts_product(next(), experts, experts.down, sent_inner,
+    bundle_rows(next, experts.down, sent_inner, tokens * experts.top);
+    experts_product_of(next(), experts, experts.down, sent_inner,
                     [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                       copy(answers + row * decoder.hidden + group * kLanes, sums, cols);
                     });
@@ -912,13 +1000,14 @@ struct Run {
   // The embedding is packed like the weights of a product: an output is a token, an input a dimension.
   void embed(int64_t token) const {
     const Matrix &matrix = decoder.embedding;
-    const int64_t id = step.token_ids[token], steps = decoder.hidden / W::kPair;
-    const auto *from = static_cast<const typename W::Stored *>(matrix.weights) +
-                       id / kLanes * steps * kLanes * W::kPair;
+    const int64_t id = step.token_ids[token], steps = decoder.hidden / Plain::kPair;
+    const auto *from = static_cast<const typename Plain::Stored *>(matrix.weights) +
+                       id / kLanes * steps * kLanes * Plain::kPair;
     float *to = hidden + token * decoder.hidden;
     const float scale = float(decoder.embedding_scale) * (matrix.scales ? matrix.scales[id] : 1.0f);
-    for (int64_t i = 0; i < steps; ++i, from += kLanes * W::kPair)
-      for (int p = 0; p < W::kPair; ++p) to[i * W::kPair + p] = W::widen(from[place_of<W>(id % kLanes, p)]) * scale;
+    for (int64_t i = 0; i < steps; ++i, from += kLanes * Plain::kPair)
+      for (int p = 0; p < Plain::kPair; ++p)
+        to[i * Plain::kPair + p] = Plain::widen(from[place_of<Plain>(id % kLanes, p)]) * scale;
     if (!decoder.positions) return;
     const float *added = decoder.positions + step.positions[token] * decoder.hidden;
     for (int64_t i = 0; i < decoder.hidden; ++i) to[i] += added[i];
@@ -927,14 +1016,35 @@ struct Run {
   void enter(const float *x, const Norm &norm, Input *to) const {
     if (norm.weight) {
       const Normed row(x, decoder.hidden, norm);
-      for (int64_t i = 0; i < decoder.hidden; i += kLanes) W::pack_vector(to + i / W::kPair, row.at(i));
+      for (int64_t i = 0; i < decoder.hidden; i += kLanes) Plain::pack_vector(to + i / Plain::kPair, row.at(i));
     } else {
-      for (int64_t i = 0; i < decoder.hidden; i += kLanes) W::pack_vector(to + i / W::kPair, load<Vec>(x + i));
+      for (int64_t i = 0; i < decoder.hidden; i += kLanes) Plain::pack_vector(to + i / Plain::kPair, load<Vec>(x + i));
     }
   }
 
   void enter_next(int64_t token, const Norm &norm) const {
-    enter(hidden + token * decoder.hidden, norm, normed + token * (decoder.hidden / W::kPair));
+    enter(hidden + token * decoder.hidden, norm, normed.plain + token * (decoder.hidden / Plain::kPair));
+    if (decoder.hidden % kBundle == 0) bundle(normed, token, decoder.hidden);
+  }
+
+  // One of the rows that enter products, for weights of four bits.
+  void bundle(const Entering &entering, int64_t row, int64_t width) const {
+    if constexpr (kFourBits) {
+      const Input *from = entering.plain + row * (width / Plain::kPair);
+      Bundle *to = entering.bundles + row * (width / kBundle);
+      for (int64_t i = 0; i < width; i += kBundle) {
+        Vec x[kBundle / kLanes];
+#pragma GCC unroll 8
+        for (int part = 0; part < kBundle / kLanes; ++part) x[part] = widen_input(from, i + part * kLanes);
+        fill(to + i / kBundle, x);
+      }
+    }
+  }
+
+  // All of those that enter the product with a matrix, once they are whole.
+  template <class Next>
+  void bundle_rows(Next next, const Matrix &matrix, const Entering &entering, int64_t count) {
+    if (kFourBits && matrix.four_bits) rows(next(), count, [&](int64_t row) { bundle(entering, row, matrix.inputs); });
   }
 
   // hidden += norm(branch), where the branch has a norm of its own.
@@ -1011,13 +1121,13 @@ struct Run {
     alignas(64) float lanes[kLanes];
     for (int64_t i = 0; i < width; i += kLanes) {
       for (int j = 0; j < kLanes; ++j) lanes[j] = T::widen(from[i + j]);
-      W::pack_vector(widened + (token * width + i) / W::kPair, load<Vec>(lanes));
+      Plain::pack_vector(widened.plain + (token * width + i) / Plain::kPair, load<Vec>(lanes));
     }
   }
 
-  const Input *attended_inputs() const {
+  Entering attended_inputs() const {
     if constexpr (kSame)
-      return reinterpret_cast<const Input *>(attended);
+      return {reinterpret_cast<Input *>(attended), widened.bundles};
     else
       return widened;
   }
@@ -1050,8 +1160,13 @@ struct Run {
       attention[size_t(i)].work();
       attention[size_t(i)].wait();
       const int64_t width = layer.attention.heads * layer.attention.value_dim;
-      if (!kSame) rows(next(), tokens, [&](int64_t token) { widen(token, width); });
-      adapted_product(next, i, kOutput, layer.output, attended_inputs(),
+      const Entering attending = attended_inputs();
+      if (!kSame || layer.output.four_bits)
+        rows(next(), tokens, [&](int64_t token) {
+          if (!kSame) widen(token, width);
+          if (layer.output.four_bits) bundle(attending, token, width);
+        });
+      adapted_product(next, i, kOutput, layer.output, attending,
                       [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                         add(row, group, cols, sums, layer.after_attention.weight);
                       });
@@ -1066,6 +1181,7 @@ struct Run {
                         [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                           activate_inner(layer, row, group, cols, sums);
                         });
+        bundle_rows(next, layer.down, inner, tokens);
         adapted_product(next, i, kDown, layer.down, inner,
                         [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                           add(row, group, cols, sums, layer.after_mlp.weight);
@@ -1080,10 +1196,10 @@ struct Run {
     if (!step.samples) return;
     rows(next(), step.samples, [&](int64_t sample) {
       enter(hidden + step.sample_index[sample] * decoder.hidden, decoder.norm,
-            normed + sample * (decoder.hidden / W::kPair));
+            normed.plain + sample * (decoder.hidden / Plain::kPair));
     });
-    product(next(), decoder.head, normed, step.samples,
-            [&](int64_t row, int64_t group, int64_t cols, float *sums) { write_logits(row, group, cols, sums); });
+    product<Plain>(next(), decoder.head, normed.plain, step.samples,
+                   [&](int64_t row, int64_t group, int64_t cols, float *sums) { write_logits(row, group, cols, sums); });
   }
 
   void write_logits(int64_t row, int64_t group, int64_t cols, float *sums) const {
@@ -1188,15 +1304,15 @@ void pack_as(const Packing &packing, Phase &phase) {
 
 void pack(const Packing &packing, Phase &phase) {
   switch (packing.dtype) {
-#if HAS_KIND(0) || HAS_KIND(3)  // the router of experts is not in int8
+#if HAS_KIND(0) || HAS_KIND(3) || HAS_KIND(4)  // the router of experts is not in int8
     case 0:
       return pack_as<Float32, Float32>(packing, phase);
 #endif
     case 1:
-#if HAS_KIND(3)
+#if HAS_KIND(3) || HAS_KIND(4)
       if (packing.scales) return pack_as<BFloat16, Int8>(packing, phase);
 #endif
-#if HAS_KIND(1) || HAS_KIND(3)
+#if HAS_KIND(1) || HAS_KIND(3) || HAS_KIND(4)
       if (!packing.scales) return pack_as<BFloat16, BFloat16>(packing, phase);
 #endif
       break;
@@ -1207,16 +1323,12 @@ void pack(const Packing &packing, Phase &phase) {
   }
 }
 
-}  // namespace
+void pack(const CodesPacking &packing, Phase &phase) {
+  phase.run((packing.outputs + kLanes - 1) / kLanes, [&](int64_t group) { pack_codes(packing, group); });
+}
 
-// Outputs that lie beside each other in packed weights.
-extern "C" int64_t decoder_lanes() { return kLanes; }
-
-// The dtype of the router of experts whose weights are int8: that of what enters the products.
-extern "C" int64_t decoder_int8_router() { return std::is_same<RouterOfInt8, BFloat16>::value; }
-
-// Packs matrices, one after the other; bfloat16 with scales to int8, with one scale for each output.
-extern "C" void decoder_pack(const Packing *packings, int64_t count, int64_t threads) {
+template <class Packing>
+void pack_all(const Packing *packings, int64_t count, int64_t threads) {
   struct Work {
     const Packing *packings;
     std::deque<Phase> phases;
@@ -1229,6 +1341,24 @@ extern "C" void decoder_pack(const Packing *packings, int64_t count, int64_t thr
       &work, unsigned(threads), 0);
 }
 
+}  // namespace
+
+// Outputs that lie beside each other in packed weights.
+extern "C" int64_t decoder_lanes() { return kLanes; }
+
+// The dtype of the router of experts whose weights are int8: that of what enters the products.
+extern "C" int64_t decoder_int8_router() { return std::is_same<RouterOfInt8, BFloat16>::value; }
+
+// Packs matrices, one after the other; bfloat16 with scales to int8, with one scale for each output.
+extern "C" void decoder_pack(const Packing *packings, int64_t count, int64_t threads) {
+  pack_all(packings, count, threads);
+}
+
+// Packs matrices in four bits.
+extern "C" void decoder_pack_codes(const CodesPacking *packings, int64_t count, int64_t threads) {
+  pack_all(packings, count, threads);
+}
+
 // Returns 0, or 1 when there is no memory for the step, which the calling thread keeps for its next one.
 extern "C" int decoder_step(const Decoder *decoder, const DecoderStep *step) {
   switch (decoder->dtype) {
@@ -1237,11 +1367,14 @@ extern "C" int decoder_step(const Decoder *decoder, const DecoderStep *step) {
       return run_decoder<Float32, Float32>(*decoder, *step);
 #endif
     case 1:
+#if HAS_KIND(4)
+      if (decoder->narrow == 2) return run_decoder<BFloat16, Int4>(*decoder, *step);
+#endif
 #if HAS_KIND(3)
-      if (decoder->int8) return run_decoder<BFloat16, Int8>(*decoder, *step);
+      if (decoder->narrow == 1) return run_decoder<BFloat16, Int8>(*decoder, *step);
 #endif
 #if HAS_KIND(1)
-      if (!decoder->int8) return run_decoder<BFloat16, BFloat16>(*decoder, *step);
+      if (!decoder->narrow) return run_decoder<BFloat16, BFloat16>(*decoder, *step);
 #endif
       break;
 #if HAS_KIND(2)

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.four_bit_experts import FourBitExperts
+from asyncengine.model.four_bit_linear import FourBitLinear
+from asyncengine.model.four_bits import FourBits
 
 
 class NotRecognised(Exception):  # it is an answer, not an error
@@ -78,9 +81,28 @@ class Projection:
         return self.bias_of(bias) if isinstance(bias, torch.Tensor) else None
 
     @property
+    def four_bits(self) -> FourBits | None:
+        """The weight's codes, if it has four bits."""
+        if not isinstance(self.linear, FourBitLinear):
+            return None
+        whole = self.linear.four_bits
+        zeros = None if whole.zeros is None else self.taken(whole.zeros)
+        return FourBits(self.taken(whole.codes), self.taken(whole.scales), zeros, whole.values)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs of the whole layer."""
+        weight = self.linear.weight
+        assert isinstance(weight, torch.Tensor)
+        if isinstance(self.linear, FourBitLinear):
+            return self.linear.out_features, self.linear.in_features
+        outputs, inputs = weight.T.shape if self.transposed else weight.shape
+        return outputs, inputs
+
+    @property
     def inputs(self) -> int:
         """How many."""
-        return self.weight.shape[1]
+        return self.shape[1]
 
     def weight_of(self, whole: torch.Tensor) -> torch.Tensor:
         """What of the layer's weight belongs to the projection; (outputs, inputs)."""
@@ -148,6 +170,20 @@ class ExpertParts:
     def down_of(self, whole: torch.Tensor) -> list[torch.Tensor]:
         """(hidden, inner) of each expert."""
         return list(whole.transpose(1, 2) if self.transposed else whole)
+
+    def four_bits_of(self, name: str) -> list[FourBits] | None:
+        """As `gate_up_of` or `down_of`, the codes of a parameter, if it has four bits."""
+        if not isinstance(self.module, FourBitExperts):
+            return None
+        whole = self.module.four_bits(name)
+        size = whole.shape[0] // self.count
+        starts = range(0, whole.shape[0], size)
+        if name == "down_proj":
+            return [whole.rows(start, start + size) for start in starts]
+        if self.alternating:
+            return [whole.rows(start + half, start + size, 2) for start in starts for half in (0, 1)]
+        halves = range(0, whole.shape[0], size // 2)
+        return [whole.rows(start, start + size // 2) for start in halves]
 
     def _halves(self, whole: torch.Tensor) -> list[torch.Tensor]:
         halves = (whole[:, ::2], whole[:, 1::2]) if self.alternating else whole.chunk(2, dim=1)

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from asyncengine.config import Quantization
 from asyncengine.model.attention.cpu import CpuCache, CpuPlan
 from asyncengine.model.decoder.adapted import MATRICES, CompiledAdapters, CompiledFormat, Part, pieces_of
+from asyncengine.model.decoder.four_bit_matrix import packed as packed_matrix
 from asyncengine.model.decoder.parts import Blueprint, ExpertParts, LayerParts, NormPart, Projection
 from asyncengine.model.decoder.weights import (
     DTYPES,
@@ -24,8 +26,11 @@ from asyncengine.model.decoder.weights import (
     PackedNorm,
     PackedVector,
     Packing,
+    Weights,
     release,
 )
+from asyncengine.model.four_bit_experts import FourBitExperts
+from asyncengine.model.four_bit_linear import FourBitLinear
 from asyncengine.model.weight_writer import Writer
 from asyncengine.step.batch import Float32, StepBatch
 
@@ -73,7 +78,7 @@ class _DecoderStruct(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in (
-            "num_layers", "dtype", "int8", "hidden", "intermediate", "rotary", "activation", "pairs",
+            "num_layers", "dtype", "narrow", "hidden", "intermediate", "rotary", "activation", "pairs",
         )),
         ("positions", ctypes.c_void_p),
         ("embedding", MatrixStruct),
@@ -97,15 +102,18 @@ class _StepStruct(ctypes.Structure):
 class _Experts:
     """The weights of one layer's experts, one after the other in one matrix, and of their router."""
 
-    def __init__(self, library: Any, parts: ExpertParts, int8: bool) -> None:
+    def __init__(self, library: Any, parts: ExpertParts, quantization: Quantization) -> None:
         self._parts = parts
         module, router = parts.module, parts.router
         count = parts.count
 
         def packed(name: str, split: _Split, split_bias: _Split, turns: int) -> PackedMatrix:
-            weights, bias = split(getattr(module, name)), getattr(module, f"{name}_bias", None)
+            weights: Sequence[Weights] | None = parts.four_bits_of(name)
+            if weights is None:
+                weights = split(getattr(module, name))
+            bias = getattr(module, f"{name}_bias", None)
             biases = [None] * len(weights) if bias is None else split_bias(bias)
-            matrix = PackedMatrix(library, weights, biases, turns=turns, int8=int8)
+            matrix = packed_matrix(library, weights, biases, quantization, turns=turns)
             del weights
             release(module, name)
             release(module, f"{name}_bias")
@@ -116,7 +124,7 @@ class _Experts:
         # Whom a token is sent to must not hang on a byte's precision; its matrix is small.
         weight = router.weight
         assert isinstance(weight, torch.Tensor)
-        weight = weight.to(small_dtype(library, weight.dtype, int8))
+        weight = weight.to(small_dtype(library, weight.dtype, quantization))
         self.router = PackedMatrix(library, [weight], [getattr(router, "bias", None)])
         release(router, "weight")
         release(router, "bias")
@@ -149,16 +157,16 @@ class _Experts:
             (module, "down_proj", self.down, parts.down_of, list),
             (router, "weight", self.router, _alone, _alone),
         ):
-            found[id(getattr(owner, name))] = [Writer(each(matrix.write, split), matrix.restorer)]
+            found[id(owner._parameters[name])] = [Writer(each(matrix.write, split), matrix.restorer)]
             bias = getattr(owner, "bias" if owner is router else f"{name}_bias", None)
             if bias is not None:
                 found[id(bias)] = [Writer(each(matrix.write_bias, split_bias), matrix.restorer)]
         return found
 
 
-def small_dtype(library: Any, dtype: torch.dtype, int8: bool) -> torch.dtype:
-    """How matrices are stored that int8 leaves out, in a model of `dtype`."""
-    return torch.float32 if int8 and library.decoder_int8_router() == DTYPES[torch.float32] else dtype
+def small_dtype(library: Any, dtype: torch.dtype, quantization: Quantization) -> torch.dtype:
+    """How matrices are stored that quantisation leaves out, in a model of `dtype`."""
+    return torch.float32 if quantization != "none" and library.decoder_int8_router() == DTYPES[torch.float32] else dtype
 
 
 _Split = Callable[[torch.Tensor], list[torch.Tensor]]
@@ -171,12 +179,13 @@ def _alone(whole: torch.Tensor) -> list[torch.Tensor]:
 class _Layer:
     """One layer's weights."""
 
-    def __init__(self, library: Any, parts: LayerParts, int8: bool, later: Packing | None) -> None:
+    def __init__(self, library: Any, parts: LayerParts, quantization: Quantization, later: Packing | None) -> None:
         def packed(parts: Sequence[Projection], turns: int = 1) -> tuple[PackedMatrix, Sequence[Projection]]:
-            weights, biases = [part.weight for part in parts], [part.bias for part in parts]
+            weights = [part.weight if (codes := part.four_bits) is None else codes for part in parts]
+            biases = [part.bias for part in parts]
             copies = any(part.period is not None for part in parts)  # which would all be there until they are packed
             then = None if copies else later
-            matrix = PackedMatrix(library, weights, biases, turns=turns, int8=int8, later=then)
+            matrix = packed_matrix(library, weights, biases, quantization, turns=turns, later=then)
             for linear in {part.linear for part in parts}:
                 release(linear, "weight")
                 release(linear, "bias")
@@ -187,7 +196,7 @@ class _Layer:
         if parts.down is not None:
             self.matrices["gate_up"] = packed(parts.gate_up, turns=len(parts.gate_up))
             self.matrices["down"] = packed([parts.down])
-        self.experts = None if parts.experts is None else _Experts(library, parts.experts, int8)
+        self.experts = None if parts.experts is None else _Experts(library, parts.experts, quantization)
         self.gated = len(parts.gate_up) > 1
         norms = {
             "before_attention": (parts.before_attention, 0),
@@ -210,17 +219,31 @@ class _Layer:
         self.spec = spec
 
 
+_NARROW: dict[Quantization, int] = {"none": 0, "int8": 1, "int4": 2}
+"""As in `Decoder`."""
+
+
+def _has_four_bits(parts: LayerParts) -> bool:
+    projections = (*parts.qkv, parts.output, *parts.gate_up, *([] if parts.down is None else [parts.down]))
+    return any(isinstance(part.linear, FourBitLinear) for part in projections) or (
+        parts.experts is not None and isinstance(parts.experts.module, FourBitExperts)
+    )
+
+
 class CompiledDecoder:
     """A model's weights, packed, and the code that runs them.
 
     Attributes:
         adapters: Those that a step may be asked for, once `adapters_of` has made a place for them.
+        rounded_to: What the layers' numbers are rounded to, of those that do not come in four bits.
 
     Args:
         blueprint: The model's parts. They give their weights up.
         library: The compiled code.
         dtype: Of weights and KV cache.
-        int8: Whether the weights are stored as int8 with one scale for each output.
+        quantization: How weights are stored, that of the library: in `dtype`; as int8, with one scale for each output;
+            or the layers' in four bits, as far as they fit, and embedding and head as int8. Where some come in four
+            bits already, what does not is not rounded so far: it is stored as int8.
         later: Takes what is to be packed; None packs at once, so that memory is let go matrix by matrix.
     """
 
@@ -229,14 +252,16 @@ class CompiledDecoder:
         blueprint: Blueprint,
         library: Any,
         dtype: torch.dtype,
-        int8: bool = False,
+        quantization: Quantization = "none",
         later: Packing | None = None,
     ) -> None:
         self._library = library
         self._dtype = dtype
-        self.int8 = int8
+        self._quantization: Quantization = quantization
+        int8 = quantization != "none"
         self.adapters: CompiledAdapters | None = None
-        self._layers = [_Layer(library, parts, int8, later) for parts in blueprint.layers]
+        self.rounded_to: Quantization = "int8" if any(map(_has_four_bits, blueprint.layers)) else quantization
+        self._layers = [_Layer(library, parts, self.rounded_to, later) for parts in blueprint.layers]
         self._norm = (PackedNorm(blueprint.norm, later=later), blueprint.norm)
         for _, part in self._norms():
             release(part.module, "weight")
@@ -266,7 +291,7 @@ class CompiledDecoder:
             ctypes.addressof(self._layer_structs),
             len(self._layers),
             DTYPES[dtype],
-            int(int8),
+            _NARROW[quantization],
             blueprint.embedding.embedding_dim,
             max((layer.down.inputs for layer in blueprint.layers if layer.down is not None), default=0),
             blueprint.rotary,
@@ -351,12 +376,9 @@ class CompiledDecoder:
                 for number, part in enumerate(parts):
                     assert matrix is not None
                     found.setdefault(name, []).append(Part(names[part.linear], part, matrix.places[number]))
-                    weight = part.linear.weight
-                    assert isinstance(weight, torch.Tensor)
-                    outputs, inputs = weight.T.shape if part.transposed else weight.shape
-                    layers[names[part.linear]] = outputs, inputs
+                    layers[names[part.linear]] = part.shape
             matrices.append(found)
-        dtype = small_dtype(self._library, self._dtype, self.int8)
+        dtype = small_dtype(self._library, self._dtype, self._quantization)
         self.adapters = CompiledAdapters(CompiledFormat(self._library, dtype, layers, matrices))
         return self.adapters
 

@@ -16,8 +16,13 @@ import torch
 from torch import nn
 
 from asyncengine.model.decoder.parts import NormPart
+from asyncengine.model.four_bit_experts import FourBitExperts
+from asyncengine.model.four_bit_linear import FourBitLinear
+from asyncengine.model.four_bits import FourBits
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+Weights = torch.Tensor | FourBits
+"""(outputs, inputs) of a linear layer."""
 _HUGE = 1 << 21  # bytes
 
 
@@ -26,7 +31,7 @@ class MatrixStruct(ctypes.Structure):
 
     _fields_ = (
         ("weights", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p),
-        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64), ("four_bits", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -49,24 +54,26 @@ class Packing:
 
     def __init__(self, library: Any) -> None:
         self._library = library
-        self._waiting: list[tuple[PackingStruct, torch.Tensor]] = []
+        self._waiting: dict[str, list[tuple[ctypes.Structure, Sequence[torch.Tensor]]]] = {}
         self._others: list[Callable[[], None]] = []
 
-    def add(self, job: PackingStruct, source: torch.Tensor) -> None:
-        """Notes one matrix."""
-        self._waiting.append((job, source))
+    def add(self, function: str, job: ctypes.Structure, *sources: torch.Tensor) -> None:
+        """Notes one matrix, and which of the library's functions packs it."""
+        self._waiting.setdefault(function, []).append((job, sources))
 
     def add_other(self, write: Callable[[], None]) -> None:
         """Notes what is not a matrix in the order of `nn.Linear`; calling this writes it."""
         self._others.append(write)
 
     def run(self) -> None:
-        """Packs all matrices in one call without the GIL, in the order in which they lie in memory, or in a file; then
-        what else there is.
+        """Packs all matrices of a kind in one call without the GIL, in the order in which they lie in memory, or in a
+        file; then what else there is.
         """
-        waiting, self._waiting = sorted(self._waiting, key=lambda one: one[1].data_ptr()), []
-        jobs = (PackingStruct * len(waiting))(*(job for job, _ in waiting))
-        self._library.decoder_pack(jobs, len(jobs), torch.get_num_threads())
+        waiting, self._waiting = self._waiting, {}
+        for function, some in waiting.items():
+            some.sort(key=lambda one: one[1][0].data_ptr())
+            jobs = (type(some[0][0]) * len(some))(*(job for job, _ in some))
+            getattr(self._library, function)(jobs, len(jobs), torch.get_num_threads())
         others, self._others = self._others, []
         for write in others:
             write()
@@ -107,7 +114,7 @@ class PackedMatrix:
     def __init__(
         self,
         library: Any,
-        weights: Sequence[torch.Tensor],
+        weights: Sequence[Weights],
         biases: Sequence[torch.Tensor | None],
         *,
         turns: int = 1,
@@ -115,6 +122,7 @@ class PackedMatrix:
         later: Packing | None = None,
     ) -> None:
         self._library = library
+        self._int8 = int8
         lanes = int(library.decoder_lanes())
         groups = [-(-weight.shape[0] // lanes) for weight in weights]
         inputs = weights[0].shape[1]
@@ -124,10 +132,8 @@ class PackedMatrix:
         ]
         self._lanes = lanes
         outputs = sum(groups) * lanes if len(weights) > 1 else weights[0].shape[0]
-        self.dtype = weights[0].dtype
-        self.weights = _huge(sum(groups) * lanes * inputs, torch.int8 if int8 else self.dtype, library)
-        # Every dtype is given: transformers changes the whole process's default while it makes a model.
-        self.scales = torch.zeros(sum(groups) * lanes, dtype=torch.float32) if int8 else None
+        self.dtype = next((weight.dtype for weight in weights if isinstance(weight, torch.Tensor)), torch.bfloat16)
+        self.weights, self.scales = self._allocate(sum(groups), inputs)
         self.bias: torch.Tensor | None = None
         if any(bias is not None for bias in biases):
             self.bias = torch.zeros(sum(groups) * lanes, dtype=torch.float32)
@@ -147,13 +153,27 @@ class PackedMatrix:
         """Packs one layer's weights into their place; without the GIL."""
         self._pack(part, weight, None)
 
-    def _pack(self, part: int, weight: torch.Tensor, later: Packing | None) -> None:
+    def _allocate(self, groups: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Memory for so many groups of outputs, and for what their sums are multiplied by."""
+        # Every dtype is given: transformers changes the whole process's default while it makes a model.
+        numbers, dtype = groups * self._lanes * inputs, torch.int8 if self._int8 else self.dtype
+        scales = torch.zeros(groups * self._lanes, dtype=torch.float32) if self._int8 else None
+        return huge(numbers, dtype, self._library), scales
+
+    def _pack(self, part: int, weight: Weights, later: Packing | None) -> None:
+        assert isinstance(weight, torch.Tensor)
         weight = weight.detach()
         if weight.stride(1) != 1 or weight.dtype is not self.dtype:  # it is copied first
             if later is not None:
                 return later.add_other(functools.partial(self._pack, part, weight, None))
             weight = weight.to(self.dtype).contiguous()
         packing = Packing(self._library) if later is None else later
+        self._add(packing, part, weight)
+        if later is None:
+            packing.run()
+
+    def _add(self, packing: Packing, part: int, weight: torch.Tensor) -> None:
+        """Notes a layer's weights, whose rows lie in memory one after the other."""
         place = self.places[part]
         job = PackingStruct(
             DTYPES[self.dtype],
@@ -166,9 +186,7 @@ class PackedMatrix:
             place.step,
             None if self.scales is None else self.scales.data_ptr(),
         )
-        packing.add(job, weight)
-        if later is None:
-            packing.run()
+        packing.add("decoder_pack", job, weight)
 
     def write_bias(self, part: int, bias: torch.Tensor) -> None:
         """Writes one layer's bias."""
@@ -246,6 +264,10 @@ class PackedNorm:
 
 def release(module: nn.Module, name: str) -> None:
     """Lets a parameter's memory go; its name, shape and dtype stay."""
+    if isinstance(module, FourBitExperts) and name in module.four_bit_shapes:
+        return module.release(name)
+    if isinstance(module, FourBitLinear) and name == "weight":
+        module.release()
     parameter = getattr(module, name, None)
     if parameter is not None:
         setattr(module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
@@ -258,7 +280,7 @@ def _write(write: Callable[[], None], later: Packing | None) -> None:
         later.add_other(write)
 
 
-def _huge(count: int, dtype: torch.dtype, library: Any) -> torch.Tensor:
+def huge(count: int, dtype: torch.dtype, library: Any) -> torch.Tensor:
     """An uninitialised tensor, on huge pages where the system has them and it would fill one."""
     if count * dtype.itemsize < _HUGE:
         return torch.empty(count, dtype=dtype)

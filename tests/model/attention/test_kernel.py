@@ -23,6 +23,7 @@ extern "C" int paged_attention(void *, void *, void *) { return 42; }
 extern "C" void paged_attention_advise(void *, long) {}
 extern "C" void decoder_lanes() {}
 extern "C" void decoder_int8_router() {}
+extern "C" void decoder_pack_codes() {}
 extern "C" void decoder_pack() {}
 extern "C" void decoder_step() {}
 """
@@ -94,9 +95,9 @@ def test_other_target_is_compiled_again(compilations: Path) -> None:
 @needs_compiler
 @pytest.mark.usefixtures("cache", "stub")
 def test_each_kind_is_compiled_apart(compilations: Path) -> None:
-    assert len({kernel.build(kind) for kind in ("float32", "bfloat16", "float16", "int8")}) == 4
+    assert len({kernel.build(kind) for kind in ("float32", "bfloat16", "float16", "int8", "int4")}) == 5
     assert kernel.build("int8") == kernel.build("int8")
-    assert runs(compilations) == 4
+    assert runs(compilations) == 5
 
 
 @needs_compiler
@@ -111,13 +112,14 @@ def test_a_library_is_built_when_a_cache_wants_it(compilations: Path) -> None:
 
 
 @needs_compiler
-def test_weights_in_int8_attend_in_bfloat16() -> None:
-    backend, spec = CpuAttention("int8"), layer(heads=2, kv_heads=1)
+@pytest.mark.parametrize("kind", kernel.NARROW)
+def test_narrow_weights_attend_in_bfloat16(kind: kernel.Kind) -> None:
+    backend, spec = CpuAttention(kind), layer(heads=2, kv_heads=1)
     row = random_row(spec, 20, 3, torch.bfloat16, 0)
     (output,) = run_paged(backend, spec, [row], 16, torch.bfloat16)
     tolerance = TOLERANCE[torch.bfloat16]
     torch.testing.assert_close(output.double(), dense(spec, row, None), rtol=tolerance, atol=tolerance)
-    assert list(backend._libraries) == ["int8"]
+    assert list(backend._libraries) == [kind]
 
 
 @needs_compiler

@@ -14,10 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncengine import ConfigError, EngineConfig, UnsupportedModelError
+from asyncengine.config import Quantization
+from asyncengine.model.architecture import ATTENTION, record
 from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.decoder.blueprint import recognise
 from asyncengine.model.decoder.program import CompiledDecoder, Writer
+from asyncengine.model.four_bit_experts import round_experts
+from asyncengine.model.four_bit_linear import round_layers
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.batch import StepBatch
@@ -81,6 +85,11 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
+def median_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Of most rows: a rounding may send a token to another expert."""
+    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
+
+
 def logits(loaded: LoadedModel, batch: StepBatch) -> torch.Tensor:
     model = loaded.model
     assert isinstance(model, TorchModel)
@@ -116,8 +125,7 @@ def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype,
         (*case, threads)
         for case in [
             *itertools.product(["qwen3", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss"], ["float32", "bfloat16"]),
-            ("qwen3", "int8"),
-            ("qwen3_moe", "int8"),
+            *itertools.product(["qwen3", "qwen3_moe"], ["int8", "int4"]),
         ]
         for threads in (1, 2)
     ],
@@ -126,7 +134,7 @@ def test_a_token_gets_the_same_bits_in_any_batch(
     architecture: str, dtype: str, threads: int, checkpoint: Checkpoint
 ) -> None:
     """Contract 16: alone or beside others, prefilled at once, in chunks or token by token."""
-    stored = {"dtype": "bfloat16", "quantization": "int8"} if dtype == "int8" else {"dtype": dtype}
+    stored = {"dtype": "bfloat16", "quantization": dtype} if dtype in ("int8", "int4") else {"dtype": dtype}
     loaded = load(checkpoint(architecture), **stored)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -148,17 +156,18 @@ def test_a_token_gets_the_same_bits_in_any_batch(
 
 
 # Sizes that are no whole number of tiles: of steps, of groups of outputs, and of both.
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
 def test_a_row_gets_the_same_bits_beside_any_number_of_others(
     architecture: str, quantization: str, checkpoint: Checkpoint
 ) -> None:
     """Also where numbers are too small to be normal, infinite or none: few rows are multiplied otherwise than many."""
-    path = checkpoint(architecture, hidden_size=80, intermediate_size=112, head_dim=16, tie_word_embeddings=False)
+    hidden = 96 if quantization == "int4" else 80  # what is no whole bundle is stored in bytes, as down projections are
+    path = checkpoint(architecture, hidden_size=hidden, intermediate_size=112, head_dim=16, tie_word_embeddings=False)
     loaded = load(path, dtype="bfloat16", quantization=quantization, max_total_sequence_length=16384)
     outputs = torch.arange(199)
     scale = torch.tensor([1.0, 1e-36, 1e-37, 1e-38, 3e-39])[outputs % 5]
-    weight = torch.randn(199, 80, generator=torch.Generator().manual_seed(1)) * scale[:, None]
+    weight = torch.randn(199, hidden, generator=torch.Generator().manual_seed(1)) * scale[:, None]
     if quantization == "none":
         weight[7::40, 3] = torch.inf
         weight[8::40, 79] = torch.nan
@@ -166,7 +175,7 @@ def test_a_row_gets_the_same_bits_beside_any_number_of_others(
     tokens = np.random.default_rng(2).integers(1, 199, 130)
     rows = [(tokens[i : i + 1], 0) for i in range(130)]
     alone = torch.cat([logits(loaded, batch_of([row])) for row in rows])
-    assert alone.isnan().any() or quantization == "int8"
+    assert alone.isnan().any() or quantization != "none"
     for count in [*range(2, 71), 95, 96, 97, 127, 128, 129]:
         together = logits(loaded, batch_of(rows[:count]))
         torch.testing.assert_close(together, alone[:count], rtol=0, atol=0, equal_nan=True)
@@ -197,10 +206,50 @@ def test_int8_is_near(architecture: str, most: float, checkpoint: Checkpoint) ->
     loaded = load(path, dtype="bfloat16", quantization="int8")
     tokens = sequences()[0]
     found, [wanted] = logits(loaded, batch_of([(tokens, 0)])), expected(path, [tokens], torch.bfloat16)
-    # Of most rows: a rounding may send a token to another expert.
-    off = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
-    assert TOLERANCE[torch.bfloat16] / 10 < off < most  # it is quantised, and no worse than it has to be
+    assert (
+        TOLERANCE[torch.bfloat16] / 10 < median_error(found, wanted) < most
+    )  # it is quantised, and no worse than it has to be
     loaded.model.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt_oss"])
+def test_int4_computes_with_the_nearest_codes(architecture: str, checkpoint: Checkpoint) -> None:
+    """And no worse than with what is left of the numbers, but for the head and the cache."""
+    path, [tokens] = checkpoint(architecture), sequences(1)
+    loaded = load(path, dtype="bfloat16", quantization="int4")
+    found, [exact] = logits(loaded, batch_of([(tokens, 0)])), expected(path, [tokens], torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    layers, experts = round_layers(model)[0], round_experts(model)
+    assert layers and bool(experts) == (architecture != "llama")
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(tokens)[None]).logits[0].float()
+    off, rounding = (
+        float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median()) for a, b in ((found, wanted), (wanted, exact))
+    )
+    assert off < 0.1 < rounding < 0.5
+    loaded.model.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt_oss"])
+def test_a_model_whose_weights_have_four_bits(architecture: str, checkpoint: Checkpoint) -> None:
+    """Its codes are taken as they are, and what has none is stored in bytes."""
+    path, [tokens] = checkpoint(architecture), sequences(1)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=ATTENTION).eval()
+    round_layers(model, 64)
+    if architecture == "llama":  # one that its author left as it was
+        layer = model.model.layers[0].self_attn
+        layer.o_proj = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).model.layers[0].self_attn.o_proj
+    else:
+        round_experts(model)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(tokens)[None]).logits[0].float()
+    model.set_attn_implementation(ATTENTION)
+    step = CompiledModel(model, torch.bfloat16, "int4")
+    assert step.program.rounded_to == "int8"
+    assert median_error(step.logits(batch_of([(tokens, 0)])), wanted) < 0.06
+    left = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
+    assert not [name for name in left if not name.endswith("sinks")]
 
 
 def test_int8_needs_bfloat16(checkpoint: Checkpoint) -> None:
@@ -249,6 +298,7 @@ def test_the_model_gives_its_weights_up(checkpoint: Checkpoint) -> None:
     [
         *((name, "none") for name in ("qwen2", "phi3", "gpt2", "gpt_neox", "opt", "cohere", "mixtral", "gpt_oss")),
         *((name, "int8") for name in ("qwen2", "phi3", "gpt2", "mixtral", "gpt_oss")),
+        *((name, "int4") for name in ("phi3", "gpt2", "gpt_oss")),
     ],
 )
 def test_new_weights_are_those_of_a_new_model(architecture: str, quantization: str, checkpoint: Checkpoint) -> None:
@@ -288,24 +338,44 @@ def test_new_weights_that_fail_leave_the_old_ones(checkpoint: Checkpoint, monkey
     loaded.model.close()
 
 
+class CompiledModel:
+    """The compiled step of a model of transformers, which it takes the weights of."""
+
+    def __init__(
+        self, model: Any, dtype: torch.dtype, quantization: Quantization = "none", target: list[str] | None = None
+    ) -> None:
+        kind = kernel.kind_of(dtype, quantization)
+        self._backend = CpuAttention(kind, target=target)
+        layers = record(model)
+        self.program = CompiledDecoder(recognise(model, layers, 64), self._backend.library(kind), dtype, quantization)
+        cpu = torch.device("cpu")
+        self._caches = [self._backend.allocate(layer.spec, 64, PAGE, dtype, cpu) for layer in layers]
+        self.program.bind(self._caches)
+
+    def logits(self, batch: StepBatch) -> torch.Tensor:
+        """One row for each token."""
+        return self.program.logits(batch, self._backend.plan(batch, PAGE, torch.device("cpu")))
+
+
 @pytest.mark.parametrize(
-    ("target", "dtype"), [("-march=x86-64", torch.bfloat16), ("-march=x86-64-v3", torch.float32)], ids=str
+    ("target", "dtype", "quantization"),
+    [
+        ("-march=x86-64", torch.bfloat16, "none"),
+        ("-march=x86-64-v3", torch.float32, "none"),
+        ("-march=x86-64-v3", torch.bfloat16, "int4"),
+    ],
+    ids=str,
 )
-def test_older_processors(target: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
+def test_older_processors(target: str, dtype: torch.dtype, quantization: Any, checkpoint: Checkpoint) -> None:
     """No dot products of bfloat16, no wide vectors."""
     path = checkpoint("qwen3")
-    backend = CpuAttention(kernel.kind_of(dtype), target=[target])
-    from asyncengine.model import architecture
-    from asyncengine.model.attention.protocol import LayerSpec
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=architecture.ATTENTION
-    ).eval()
-    layers = architecture.record(model)
-    program = CompiledDecoder(recognise(model, layers, 64), backend.library(kernel.DTYPES[dtype]), dtype)
-    specs: list[LayerSpec] = [layer.spec for layer in layers]
-    caches = [backend.allocate(spec, 64, PAGE, dtype, torch.device("cpu")) for spec in specs]
-    program.bind(caches)
-    batch = batch_of([(tokens, 0) for tokens in sequences(2)])
-    found = program.logits(batch, backend.plan(batch, PAGE, torch.device("cpu")))
-    assert error(found[:33], *expected(path, sequences(1), dtype)) < TOLERANCE[dtype]
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION).eval()
+    found = CompiledModel(model, dtype, quantization, [target]).logits(
+        batch_of([(tokens, 0) for tokens in sequences(2)])
+    )
+    if quantization == "int4":  # bundles are the same integers on any processor
+        own = load(path, dtype="bfloat16", quantization="int4")
+        assert error(found[:33], logits(own, batch_of([(sequences(1)[0], 0)]))) < 0.02
+        own.model.close()
+    else:
+        assert error(found[:33], *expected(path, sequences(1), dtype)) < TOLERANCE[dtype]

@@ -1,0 +1,301 @@
+// Products with weights of four bits, for decoder.cpp, which includes this.
+//
+// What enters such a product are integers: `kBundle` numbers of a row are rounded to 16 bits with a scale of their own,
+// which keeps more digits than bfloat16 does. A code stands for an integer too. So what a bundle and a column come to is
+// exact, however it is added up, and each output is one chain of additions over the bundles, in ascending order: a row
+// gets the same bits whatever else is multiplied. Any processor with vectors multiplies integers of 16 bits, in pairs, so
+// nothing here hangs on products of bfloat16.
+//
+// What one vector of outputs needs lies in one run of memory:
+//
+//     codes   (inputs / 8, lane) words of 32 bits: input 2 i of eight is in bits 4 i to 4 i + 3, input 2 i + 1 in
+//             bits 16 + 4 i to 16 + 4 i + 3, so that shifting by 4 i brings a pair to the ends of two halves
+//     scales  (inputs / (32 run), lane) float16
+//     zeros   the same again, where there are any
+//
+// and the next one begins at a multiple of 64 bytes. The scales of an output have had a power of two taken out, which
+// is applied to the sum: so they fit into float16 whatever their size.
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+constexpr int kBundle = 32;
+
+extern "C" {
+struct FourBits {      // how a matrix is stored; mirrored in four_bit_matrix.py
+  int16_t values[32];  // what the sixteen codes stand for, twice
+  int64_t run;         // bundles of inputs that share a scale
+  int64_t zeros;       // whether there are zeros
+  int64_t stride;      // bytes of what a vector of outputs needs
+};
+
+struct CodesPacking {  // one matrix that is to be put into that order; mirrored too
+  const uint16_t *numbers;  // (outputs, inputs) bfloat16 that are to be rounded to integers of four bits; or null
+  int64_t row_stride;       // theirs
+  const uint8_t *codes;     // (outputs, inputs / 2): the lower half of a byte is the input with the even number
+  const float *scales;      // (outputs, inputs / (32 run))
+  const float *zeros;       // as `scales`, in the unit of the values; or null
+  int64_t outputs, inputs;
+  int64_t run;  // of what is given; a multiple of the format's
+  double step;  // what a value of 1 stands for
+  const FourBits *format;
+  char *to;
+  int64_t first_group, group_step;  // group g of the outputs becomes group first_group + g * group_step
+  float *factors;                   // (outputs): what sums are multiplied by
+};
+}
+
+namespace {
+
+struct Bundle {
+  int16_t numbers[kBundle];
+  float scale;
+  int32_t sum;  // of the numbers
+};
+
+inline uint32_t most_of(Words v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)v);
+#else
+  uint32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = std::max(most, uint32_t(v[i]));
+  return most;
+#endif
+}
+
+// Rounds numbers to integers. Infinity and NaN make a NaN of whatever the bundle enters.
+inline void fill(Bundle *to, const Vec (&x)[kBundle / kLanes]) {
+  Words most = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < kBundle / kLanes; ++i) {  // as integers, of which that of a NaN is the largest
+    const Words magnitude = (Words)x[i] & 0x7fffffffu;
+    most = magnitude > most ? magnitude : most;
+  }
+  const uint32_t bits = most_of(most);
+  const float largest = load<float>(&bits);
+  const Vec inverse = splat(largest > 1e-30f ? 32767.0f / largest : 0.0f);
+  const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  Vec sum = {};
+#pragma GCC unroll 8
+  for (int i = 0; i < kBundle / kLanes; ++i) {
+    const Vec shifted = fused(x[i], inverse, shifter);
+    store_low_halves(reinterpret_cast<uint16_t *>(to->numbers) + i * kLanes, (Words)shifted);
+    sum = sum + (shifted - shifter);
+  }
+  to->scale = largest * (1.0f / 32767.0f);
+  const float whole = lanes_sum(sum);
+  to->sum = whole == whole ? int32_t(whole) : 0;
+}
+
+// What codes stand for.
+struct Codes {
+#if defined(__AVX512BW__)
+  static constexpr int32_t kOffset = 0;
+  const __m512i values;
+  explicit Codes(const int16_t *of) : values(_mm512_loadu_si512(of)) {}
+  // Of the ends of each word's halves; what is left of them does not matter, because the values are there twice.
+  Words pair(Words shifted) const { return (Words)_mm512_permutexvar_epi16((__m512i)shifted, values); }
+#else
+  // Bytes look bytes up, and are not negative, so that the upper byte of each half can stay zero. What that adds to a
+  // sum is taken off at its start.
+  static constexpr int32_t kOffset = 16;
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
+  Bytes values;
+  explicit Codes(const int16_t *of) {
+    for (int i = 0; i < kVectorBytes; ++i) values[i] = uint8_t(of[i % 16] + kOffset);
+  }
+  Words pair(Words shifted) const {
+    const Words at = (shifted & 0x000f000fu) | 0xff00ff00u;  // what is out of range becomes 0
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Words)_mm256_shuffle_epi8((__m256i)values, (__m256i)at);
+#elif defined(__SSSE3__) && !defined(__AVX__)
+    return (Words)_mm_shuffle_epi8((__m128i)values, (__m128i)at);
+#elif defined(__aarch64__)
+    return (Words)vqtbl1q_u8((uint8x16_t)values, (uint8x16_t)at);
+#else
+    Words found;
+    for (int i = 0; i < kLanes; ++i) found[i] = values[at[i] & 15] | uint32_t(values[at[i] >> 16 & 15]) << 16;
+    return found;
+#endif
+  }
+#endif
+};
+
+// sum + the products of both halves of each word with those of `pair`.
+inline Words add_pairs(Words sum, Words halves, int32_t pair) {
+#if defined(__AVX512VNNI__)
+  return (Words)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)halves, _mm512_set1_epi32(pair));
+#elif defined(__AVX512BW__)
+  return sum + (Words)_mm512_madd_epi16((__m512i)halves, _mm512_set1_epi32(pair));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return sum + (Words)_mm256_madd_epi16((__m256i)halves, _mm256_set1_epi32(pair));
+#elif defined(__SSE2__) && !defined(__AVX__)
+  return sum + (Words)_mm_madd_epi16((__m128i)halves, _mm_set1_epi32(pair));
+#else
+  const uint32_t first = uint32_t(int32_t(int16_t(pair))), second = uint32_t(pair >> 16);
+  return sum + (Words)((Ints)(halves << 16) >> 16) * first + (Words)((Ints)halves >> 16) * second;
+#endif
+}
+
+// sums[row][lane] of `Rows` rows of bundles and `Cols` groups of outputs. What lies `ahead` bytes further on is brought
+// nearer meanwhile: a run is so short that it is over before the processor has found out that it is one.
+template <int Rows, int Cols>
+__attribute__((noinline)) void multiply_codes(const Bundle *inputs, int64_t input_stride, const char *weights,
+                                              const FourBits &format, int64_t bundles, float *sums, int64_t sum_stride,
+                                              int64_t ahead) {
+  constexpr int kWord = kLanes * 4;  // bytes of eight inputs
+  const Codes codes(format.values);
+  const int64_t scales_at = bundles * (kBundle / 8) * kWord, zeros_at = bundles / format.run * kLanes;
+  Vec sum[Rows][Cols] = {};
+  for (int64_t bundle = 0, share = 0, used = 0; bundle < bundles; ++bundle) {
+    Words dots[Rows][Cols];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c)
+        dots[r][c] = Words{} - uint32_t(Codes::kOffset * inputs[r * input_stride + bundle].sum);
+    for (int eight = 0; eight < kBundle / 8; ++eight) {
+      const char *at = weights + (bundle * (kBundle / 8) + eight) * kWord;
+#pragma GCC unroll 8
+      for (int c = 0; c < Cols; ++c) prefetch(at + c * format.stride + ahead);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (Rows <= Cols) {  // the order that needs the fewer registers
+#pragma GCC unroll 8
+          for (int c = 0; c < Cols; ++c) {
+            const Words halves = codes.pair(load<Words>(at + c * format.stride) >> (4 * i));
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; ++r) {
+              const int32_t pair = load<int32_t>(inputs[r * input_stride + bundle].numbers + 8 * eight + 2 * i);
+              dots[r][c] = add_pairs(dots[r][c], halves, pair);
+            }
+          }
+        } else {
+          Words halves[Cols];
+#pragma GCC unroll 8
+          for (int c = 0; c < Cols; ++c) halves[c] = codes.pair(load<Words>(at + c * format.stride) >> (4 * i));
+#pragma GCC unroll 8
+          for (int r = 0; r < Rows; ++r) {
+            const int32_t pair = load<int32_t>(inputs[r * input_stride + bundle].numbers + 8 * eight + 2 * i);
+#pragma GCC unroll 8
+            for (int c = 0; c < Cols; ++c) dots[r][c] = add_pairs(dots[r][c], halves[c], pair);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < Cols; ++c) {
+      const auto *scales = reinterpret_cast<const uint16_t *>(weights + c * format.stride + scales_at) + share * kLanes;
+      prefetch(reinterpret_cast<const char *>(scales) + ahead);
+      const Vec scale = Float16::widen_vector(scales);
+      const Vec zero = format.zeros ? Float16::widen_vector(scales + zeros_at) : Vec{};
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const Bundle &of = inputs[r * input_stride + bundle];
+        Vec dot = __builtin_convertvector((Ints)dots[r][c], Vec);
+        if (format.zeros) dot = fused(zero, splat(-float(of.sum)), dot);
+        sum[r][c] = fused(dot, scale * of.scale, sum[r][c]);
+      }
+    }
+    if (++used == format.run) used = 0, ++share;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < Cols; ++c) store(sums + r * sum_stride + c * kLanes, sum[r][c]);
+}
+
+// The codes of eight inputs as they are multiplied.
+inline uint32_t word_of(uint32_t bytes) {
+  const auto gathered = [](uint32_t nibbles) {  // four, one in each byte
+    nibbles = (nibbles | nibbles >> 4) & 0x00ff00ffu;
+    return (nibbles | nibbles >> 8) & 0xffffu;
+  };
+  return gathered(bytes & 0x0f0f0f0fu) | gathered(bytes >> 4 & 0x0f0f0f0fu) << 16;
+}
+
+// Rounds numbers that share a scale as `nearest` in four_bits.py does; `count` is a multiple of a bundle.
+float round_share(const uint16_t *numbers, int64_t count, uint8_t *codes, float *wide) {
+  float extreme = 0, best = 0, least = kInfinity;
+  for (int64_t i = 0; i < count; ++i) {
+    wide[i] = BFloat16::widen(numbers[i]);
+    if (std::fabs(wide[i]) > std::fabs(extreme)) extreme = wide[i];
+  }
+  const auto rounded = [&](int64_t i, float scale) {
+    const Vec shifter = splat(12582912.0f), whole = (load<Vec>(wide + i) / scale + shifter) - shifter;
+    const Vec low = maximum(whole, splat(-8.0f));
+    return low > 7.0f ? splat(7.0f) : low;
+  };
+  for (const float farthest : {-8.0f, -7.5f, -7.0f}) {
+    const float scale = extreme != 0 ? extreme / farthest : 1.0f;
+    Vec errors = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vec error = rounded(i, scale) * scale - load<Vec>(wide + i);
+      errors = errors + error * error;
+    }
+    const float error = lanes_sum(errors);
+    if (error < least) least = error, best = scale;
+  }
+  if (least == kInfinity) {  // there is a number among them that is none
+    std::memset(codes, 0, size_t(count / 2));
+    return __builtin_nanf("");
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec found = rounded(i, best) + 8.0f;
+    for (int j = 0; j < kLanes; j += 2) codes[(i + j) / 2] = uint8_t(int(found[j]) | int(found[j + 1]) << 4);
+  }
+  return extreme != 0 ? best : 0.0f;
+}
+
+// Packs the outputs of one vector, whose rows begin where the pointers say.
+void pack_rows(const CodesPacking &p, int64_t group, const uint8_t *codes, const float *scales, const float *zeros) {
+  const FourBits &format = *p.format;
+  const int64_t words = p.inputs / 8, shares = p.inputs / kBundle / format.run, repeat = p.run / format.run;
+  const int64_t count = std::min<int64_t>(kLanes, p.outputs - group * kLanes), theirs = shares / repeat;
+  const int64_t place = p.first_group + group * p.group_step;
+  char *to = p.to + place * format.stride;
+  for (int64_t word = 0; word < words; ++word) {
+    uint32_t lanes[kLanes] = {};
+    for (int64_t lane = 0; lane < count; ++lane)
+      lanes[lane] = word_of(load<uint32_t>(codes + lane * (p.inputs / 2) + word * 4));
+    std::memcpy(to + word * kLanes * 4, lanes, sizeof lanes);
+  }
+  auto *to_scales = reinterpret_cast<uint16_t *>(to + words * kLanes * 4), *to_zeros = to_scales + shares * kLanes;
+  std::fill_n(to_scales, shares * kLanes * (format.zeros ? 2 : 1), uint16_t(0));
+  std::fill_n(p.factors + place * kLanes, kLanes, 0.0f);
+  for (int64_t lane = 0; lane < count; ++lane) {
+    const int64_t row = lane * theirs;
+    float most = 0;
+    for (int64_t i = 0; i < theirs; ++i) most = std::max(most, std::fabs(scales[row + i]));
+    int exponent = 0;
+    if (std::isfinite(most)) std::frexp(most, &exponent);
+    const double taken = std::ldexp(1.0, 15 - exponent);  // the largest is then between 2^14 and 2^15
+    p.factors[place * kLanes + lane] = float(std::ldexp(p.step, exponent - 15));
+    for (int64_t i = 0; i < shares; ++i) {
+      to_scales[i * kLanes + lane] = Float16::narrow(float(scales[row + i / repeat] * taken));
+      if (zeros) to_zeros[i * kLanes + lane] = Float16::narrow(zeros[row + i / repeat]);
+    }
+  }
+}
+
+void pack_codes(const CodesPacking &p, int64_t group) {
+  const int64_t share = kBundle * p.run, shares = p.inputs / share, first = group * kLanes;
+  if (!p.numbers)
+    return pack_rows(p, group, p.codes + first * (p.inputs / 2), p.scales + first * shares,
+                     p.zeros ? p.zeros + first * shares : nullptr);
+  static thread_local std::vector<uint8_t> codes;
+  static thread_local std::vector<float> scales, wide;
+  codes.resize(size_t(kLanes * p.inputs / 2));
+  scales.resize(size_t(kLanes * shares));
+  wide.resize(size_t(share));
+  const int64_t count = std::min<int64_t>(kLanes, p.outputs - first);
+  for (int64_t i = 0; i < count * shares; ++i)
+    scales[size_t(i)] = round_share(p.numbers + (first + i / shares) * p.row_stride + i % shares * share, share,
+                                    codes.data() + i * share / 2, wide.data());
+  pack_rows(p, group, codes.data(), scales.data(), nullptr);
+}
+
+}  // namespace

@@ -1,0 +1,203 @@
+"""Products with weights of four bits, beside those of the numbers that the codes stand for."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asyncengine import builds
+from asyncengine.model.attention import kernel
+from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix, packed
+from asyncengine.model.decoder.weights import PackedMatrix, Packing
+from asyncengine.model.four_bits import FP4, INT4, FourBits, nearest
+from asyncengine.model.four_bits import packed as packed_codes
+
+TARGETS = {"-march=native": "", "-march=x86-64-v3": "avx2", "-march=x86-64": "sse2"}
+
+
+@pytest.fixture(scope="module", params=list(TARGETS))
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The compiled products for processors of this age, and no model."""
+    target = request.param
+    if target != "-march=native" and (platform.machine() != "x86_64" or TARGETS[target] not in builds.processor()):
+        pytest.skip("not this processor")
+    program = tmp_path_factory.mktemp("driver") / "driver.so"
+    source = Path(__file__).with_name("product_driver.cpp")
+    flags = [f"-I{Path(kernel.__file__).parents[1] / 'decoder'}", "-DPAGED_ATTENTION_SERIAL", "-DONE_KIND=9"]
+    command = [*kernel.find_compiler(), *kernel._FLAGS, *flags, target, str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    loaded = kernel.load(program)
+    loaded.product.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p)
+    return loaded
+
+
+def product(library: Any, matrix: PackedMatrix, rows: torch.Tensor, most_rows: int = 6) -> torch.Tensor:
+    """(rows, groups of outputs, lanes)"""
+    groups = sum(place.groups for place in matrix.places)
+    sums = torch.empty(len(rows), groups, library.decoder_lanes())
+    library.product(ctypes.addressof(matrix.struct), rows.data_ptr(), len(rows), most_rows, sums.data_ptr())
+    return sums
+
+
+def of_part(matrix: PackedMatrix, part: int, outputs: int, sums: torch.Tensor) -> torch.Tensor:
+    """(rows, outputs) of one of the layers."""
+    place = matrix.places[part]
+    return sums[:, place.start :: place.step][:, : place.groups].flatten(1)[:, :outputs]
+
+
+def random_codes(outputs: int, inputs: int, group: int, values: tuple[float, ...], zeros: bool, seed: int) -> FourBits:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (outputs, inputs), generator=generator)
+    scales = (torch.randn(outputs, inputs // group, generator=generator) * 0.01).half().float()
+    offsets = torch.randint(-8, 9, scales.shape, generator=generator).float() if zeros else None
+    return FourBits(packed_codes(codes), scales, offsets, values)
+
+
+def random_rows(count: int, inputs: int, exact: bool) -> torch.Tensor:
+    """Rows; exact ones lose nothing when 32 neighbours share a scale."""
+    rows = torch.randn(count, inputs, generator=torch.Generator().manual_seed(1))
+    if exact:
+        rows = (rows.clamp(-4, 4) * 8191).round()
+        rows[:, ::32] = 32767
+        rows /= 8192
+    return rows
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "turns", "inputs", "groups", "values", "zeros"),
+    [
+        ([48], 1, 256, [32], INT4, [False]),
+        ([37], 1, 192, [64], INT4, [True]),
+        ([48, 16, 5], 1, 256, [128, 64, 256], INT4, [True, False, True]),
+        ([70, 70], 2, 96, [32, 96], FP4, [False, False]),
+        ([1], 1, 32, [32], FP4, [False]),
+    ],
+    ids=["groups of 32", "zeros", "siblings", "by turns", "least"],
+)
+def test_products_are_those_of_the_numbers(
+    sizes: list[int], turns: int, inputs: int, groups: list[int], values: Any, zeros: list[bool], library: Any
+) -> None:
+    """Rows are rounded to integers of 16 bits. Where that loses nothing, float32 alone rounds."""
+    parts = [
+        random_codes(size, inputs, group, values, zero, seed)
+        for seed, (size, group, zero) in enumerate(zip(sizes, groups, zeros, strict=True))
+    ]
+    matrix = FourBitMatrix(library, parts, [None] * len(parts), turns=turns)
+    for exact, most in ((True, 1e-6), (False, 1e-4)):
+        rows = random_rows(7, inputs, exact)
+        sums = product(library, matrix, rows)
+        for number, part in enumerate(parts):
+            wanted = rows.double() @ part.weight(torch.float64).T
+            assert error(of_part(matrix, number, sizes[number], sums), wanted) < most
+
+
+def test_a_row_gets_the_same_bits_beside_any_number_of_others(library: Any) -> None:
+    matrix = FourBitMatrix(library, [random_codes(208, 160, 32, INT4, True, 0)], [None])
+    rows = random_rows(13, 160, exact=False)
+    alone = product(library, matrix, rows, most_rows=1)
+    for most in range(2, 7):
+        assert torch.equal(product(library, matrix, rows, most), alone)
+
+
+def test_what_is_no_number_stays_none(library: Any) -> None:
+    matrix = FourBitMatrix(library, [random_codes(16, 64, 32, INT4, False, 0)], [None])
+    rows = random_rows(4, 64, exact=False)
+    wanted = product(library, matrix, rows)[3]
+    rows[0, 40], rows[1, 40], rows[2] = torch.nan, torch.inf, 1e-38
+    found = product(library, matrix, rows)
+    assert not found[:2].isfinite().any()
+    assert found[2].abs().max() < 1e-36
+    assert torch.equal(found[3], wanted)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_scales_may_be_of_any_size(size: float, library: Any) -> None:
+    """Float16 could not hold them: powers of two, as MXFP4 has them, one far from the other."""
+    codes = random_codes(32, 128, 32, FP4, False, 0)
+    powers = torch.randint(-12, 13, codes.scales.shape, generator=torch.Generator().manual_seed(2))
+    scales = torch.tensor(size).log2().round().exp2() * powers.float().exp2()
+    codes = FourBits(codes.codes, scales, None, FP4)
+    rows = random_rows(3, 128, exact=True)
+    matrix = FourBitMatrix(library, [codes], [None])
+    found = of_part(matrix, 0, 32, product(library, matrix, rows))
+    assert error(found, rows.double() @ codes.weight(torch.float64).T) < 1e-6
+
+
+@pytest.mark.parametrize("values", [INT4, FP4], ids=["INT4", "FP4"])
+def test_numbers_become_the_nearest_codes(values: Any, library: Any) -> None:
+    """Also beside a layer that has codes: in its groups, to what its codes stand for."""
+    weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).bfloat16()
+    weight[3] = 0
+    beside = random_codes(24, 128, 64, values, True, 0)
+    matrix = FourBitMatrix(library, [beside, weight], [None, None])
+    rows = random_rows(5, 128, exact=True)
+    rounded = nearest(weight, 64, values).weight(torch.float64)
+    found = of_part(matrix, 1, 40, product(library, matrix, rows))
+    assert error(found, rows.double() @ rounded.T) < 1e-3  # scales are rounded to float16
+
+
+def test_a_weight_that_is_no_number_is_not_hidden(library: Any) -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    weight[3, 5], weight[7, 40] = torch.nan, torch.inf
+    found = product(library, FourBitMatrix(library, [weight], [None]), random_rows(2, 64, exact=False)).flatten(1)
+    assert found[:, :16].isnan().nonzero().tolist() == [[0, 3], [0, 7], [1, 3], [1, 7]]
+
+
+def test_new_numbers_replace_codes_and_can_be_taken_back(library: Any) -> None:
+    first, second = (random_codes(40, 128, 64, INT4, zeros, seed) for seed, zeros in ((0, True), (1, False)))
+    matrix, rows = FourBitMatrix(library, [first, second], [None, None]), random_rows(5, 128, exact=True)
+    before = product(library, matrix, rows)
+    restore = matrix.restorer()
+    weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).bfloat16()
+    matrix.write(0, weight)
+    after = product(library, matrix, rows)
+    assert error(of_part(matrix, 0, 40, after), rows.double() @ nearest(weight, 64).weight(torch.float64).T) < 1e-3
+    assert torch.equal(of_part(matrix, 1, 40, after), of_part(matrix, 1, 40, before))
+    restore()
+    assert torch.equal(product(library, matrix, rows), before)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_packed_later_is_the_same(transposed: bool, library: Any) -> None:
+    weight = torch.randn(128, 40, generator=torch.Generator().manual_seed(3)).bfloat16().T
+    weight = weight if transposed else weight.contiguous()
+    codes = random_codes(24, 128, 32, INT4, False, 0)
+    at_once, later = FourBitMatrix(library, [codes, weight], [None, None]), Packing(library)
+    matrix = FourBitMatrix(library, [codes, weight], [None, None], later=later)
+    later.run()
+    rows = random_rows(3, 128, exact=False)
+    assert torch.equal(product(library, matrix, rows), product(library, at_once, rows))
+
+
+def test_four_bits_take_a_quarter_and_scales_an_eighth_of_that() -> None:
+    library = kernel.load(kernel.build("int4"))
+    assert FourBitMatrix(library, [torch.ones(64, 256).bfloat16()], [None]).nbytes == 64 * (128 + 16 + 4)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda: [torch.ones(16, 48).bfloat16()],
+        lambda: [random_codes(16, 64, 16, INT4, False, 0)],
+        lambda: [random_codes(16, 64, 32, values, False, 0) for values in (INT4, FP4)],
+    ],
+    ids=["half a bundle", "small groups", "two tables"],
+)
+def test_what_does_not_fit_is_stored_in_bytes(weights: Callable[[], list[Any]]) -> None:
+    given = weights()
+    matrix = packed(kernel.load(kernel.build("int4")), given, [None] * len(given), "int4")
+    assert matrix.weights.dtype is torch.int8
+    numbers = [part.weight(torch.bfloat16) if isinstance(part, FourBits) else part for part in given]
+    plain = PackedMatrix(matrix._library, numbers, [None] * len(given), int8=True)
+    assert torch.equal(matrix.weights, plain.weights)
