@@ -72,8 +72,8 @@ def build(
     trial = verification.Trial.of(model, layers, details.device)
     backend = attention()
     if config.quantization == "int4" and details.device.type == "cuda":
-        note, trial = _in_four_bits(model, trial, details)
-        notes.append(note)
+        how, trial = _in_four_bits(model, trial, details)
+        notes.append(how)
     program, findings = None, None
     try:
         blueprint = _blueprint(config, details, model, layers, backend)
@@ -85,8 +85,8 @@ def build(
             if packing is not None:
                 meanwhile()
                 packing.run()
-            notes += _rounding(program, trial.run(model, backend, program))
-            findings = _findings(details, model, layers, blueprint, trial)
+            notes.extend(_rounding(program, trial.run(model, backend, program)))
+            findings = _findings(details, model, layers, blueprint, trial, notes)
     except (NotRecognised, UnsupportedModelError) as error:
         if config.decoder_backend == "compiled" or config.quantization in ("int8", "int4"):
             raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
@@ -100,7 +100,7 @@ def build(
     if program is None:
         if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
             packed_linear.pack(model)
-        notes += _tried(config, model, trial, backend)
+        notes.extend(_tried(config, model, trial, backend))
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
         fused, note = _fuse(config, details, model, layers, backend, trial)
@@ -144,11 +144,11 @@ class Recalled:
         self.packing.run()
         trial = verification.Trial.recalled(findings, details.dtype, self.layers, details.device)
         try:
-            error = trial.run(self.model, self.backend, self.program)
+            trial.run(self.model, self.backend, self.program)
         except UnsupportedModelError:
             return None
-        notes = _rounding(self.program, error)
-        return Built(self.model, self.layers, self.program, None, notes, findings.description["hidden_size"])
+        about = findings.description
+        return Built(self.model, self.layers, self.program, None, tuple(about["notes"]), about["hidden_size"])
 
 
 def recalled(config: EngineConfig, details: Details, backend: Any) -> Recalled:
@@ -163,14 +163,16 @@ def recalled(config: EngineConfig, details: Details, backend: Any) -> Recalled:
     return Recalled(details, backend, model, layers, program, packing)
 
 
-def _findings(details: Details, model: Any, layers: Any, blueprint: Any, trial: Any) -> Findings | None:
+def _findings(
+    details: Details, model: Any, layers: Any, blueprint: Any, trial: Any, notes: list[str]
+) -> Findings | None:
     """What was found out, if that is to be kept and the next load could do with it."""
     from asyncengine.model.skeleton import described
 
     if details.findings_at is None or (found := described(model, layers, blueprint, details.checkpoint)) is None:
         return None
     kept = trial.kept()
-    return Findings(found.description | kept.description, found.tensors | kept.tensors)
+    return Findings(found.description | kept.description | {"notes": notes}, found.tensors | kept.tensors)
 
 
 def _tried(config: EngineConfig, model: Any, trial: Any, backend: Any) -> tuple[str, ...]:

@@ -104,8 +104,9 @@ def nearest(weight: torch.Tensor, group: int = GROUP, values: tuple[float, ...] 
     Args:
         weight: (outputs, inputs); the inputs are a multiple of `group`.
         group: Inputs that share a scale.
-        values: What codes are to stand for. For `INT4` the number of a group that is farthest from 0 stands for -8, so
-            that a scale may be negative; for `FP4` scales are powers of two, the smallest that cut off nothing.
+        values: What codes are to stand for. For `INT4` the number of a group that is farthest from 0 stands for 8, 7.5
+            or 7 scales, which may be negative, whichever leaves the smallest error; for `FP4` scales are powers of two,
+            the smallest that cut off nothing.
     """
     outputs, inputs = weight.shape
     codes = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
@@ -121,9 +122,18 @@ def nearest(weight: torch.Tensor, group: int = GROUP, values: tuple[float, ...] 
 
 def _nearest_integers(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(outputs, groups, group) numbers to codes, and (outputs, groups, 1) scales."""
-    low, high = numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)
-    scales = torch.where(-low > high, low, high) / INT4[0]
-    return (numbers / torch.where(scales == 0, 1.0, scales)).round_().clamp_(INT4[0], INT4[15]) + 8, scales
+    extreme = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True))
+    tried = []
+    for farthest in (-8.0, -7.5, -7.0):
+        scales = extreme / farthest
+        rounded = (numbers / torch.where(scales == 0, 1.0, scales)).round_().clamp_(INT4[0], INT4[15])
+        tried.append(((rounded * scales - numbers).square_().sum(-1, keepdim=True), rounded, scales))
+    error, chosen, best = tried[0]
+    for other, rounded, scales in tried[1:]:
+        better = other < error
+        error, best = torch.where(better, other, error), torch.where(better, scales, best)
+        chosen = torch.where(better, rounded, chosen)
+    return chosen + 8, best
 
 
 def _nearest_floats(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
