@@ -109,6 +109,33 @@ async def test_an_engine_serves_codes_in_fp8(checkpoint: Make, tmp_path: Path) -
         assert len((await engine.generate([3, 1, 4], GenerationConfig(max_tokens=4, ignore_eos=True))).token_ids) == 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "method"), [("qwen2", "gptq"), ("llama", "packed with zeros"), ("mixtral", "awq"), ("gpt_oss", None)]
+)
+async def test_an_engine_serves_codes_of_four_bits(
+    kind: str, method: str | None, checkpoint: Make, tmp_path: Path
+) -> None:
+    """By the compiled step of the CPU, to which they say the same as to transformers."""
+    plain = checkpoint(kind, num_hidden_layers=2, vocab_size=192)
+    if method is None:
+        coded, numbers = coded_checkpoints.write_experts(tmp_path, plain)
+    else:
+        coded, numbers = coded_checkpoints.write(tmp_path, plain, method)
+    prompt = torch.randint(1, 192, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = {}
+    for path, settings in (
+        (coded, {"quantization": "int4"}), (numbers, {"dtype": "bfloat16"}), (numbers, {"dtype": "float32"})
+    ):  # fmt: skip
+        async with AsyncEngine(EngineConfig(str(path), device="cpu", **settings)) as engine:
+            assert engine.complete_engine_config.decoder_backend == "compiled"
+            assert engine.health().notes == ()
+            scores = (await engine.score([prompt]))[0].logprobs
+            found[str(settings)] = torch.tensor([each.logprob for each in scores if each is not None])
+    codes, rounded, exact = found.values()
+    # Head and embedding have eight bits, as have gpt-oss's projections: what that costs is little more than bfloat16.
+    assert (codes - exact).norm() < 2 * (rounded - exact).norm() + 0.002 * exact.norm()
+
+
 def test_no_numbers_are_computed_on_the_way(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coded, _ = coded_checkpoints.write(tmp_path, checkpoint("mixtral", num_hidden_layers=1), "awq")
     monkeypatch.setattr("asyncengine.model.four_bits.FourBits.weight", None)
