@@ -213,7 +213,7 @@ def _fuse(
     if (
         details.device.type not in choice.DEVICES
         or config.decoder_backend == "transformers"
-        or config.quantization in ("int8", "int4")
+        or config.quantization == "int8"
     ):
         return None, ()
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from asyncengine.model.attention import fp8
+from asyncengine.model.four_bit_linear import FourBitLinear
 from asyncengine.model.fused import tiles
 from asyncengine.model.fused.launches import NO_ACTIVATION, Formula, load_kernels
 from asyncengine.model.fused.tiles import MOST_TOKENS, Tile
@@ -119,6 +120,8 @@ class NarrowProduct:
     @staticmethod
     def computes(formula: Formula) -> bool:
         """Whether the kernel can read the weights, and be compiled for what stands around them."""
+        if any(isinstance(part.linear, FourBitLinear) for part in formula.parts):
+            return False  # those have a kernel of their own
         weights = [part.weight for part in formula.parts]
         if any(weight.stride() != (weight.shape[1], 1) or weight.dtype is fp8.E4M3 for weight in weights):
             return False

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from asyncengine.model import four_bit_product
 from asyncengine.model.attention import fp8
 from asyncengine.model.decoder.parts import NormPart, NotRecognised, Projection
+from asyncengine.model.four_bit_linear import FourBitLinear
 from asyncengine.model.fp8_linear import Fp8Linear, codes_of
 from asyncengine.model.fused.launches import NO_ACTIVATION, Formula, load_kernels
 from asyncengine.model.launching import OPTIONS, power_of_two
@@ -38,6 +40,10 @@ class WideProduct:
             for part in self._parts
             if isinstance(part.linear, Fp8Linear) and part.weight.shape == part.linear.weight.shape
         ]
+        four_bits = [part.linear for part in self._parts if isinstance(part.linear, FourBitLinear)]
+        if not all(layer.by_kernel for layer in four_bits):
+            raise NotRecognised("no kernel multiplies codes of four bits")
+        self._four_bits = bool(four_bits)
         in_fp8 = {part.weight.dtype is fp8.E4M3 for part in self._parts}
         if in_fp8 != {bool(self._fp8)} or len(self._fp8) not in (0, len(self._parts)):
             raise NotRecognised("of layers in fp8 only a part is wanted")
@@ -62,7 +68,7 @@ class WideProduct:
 
     def _added(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         (part,) = self._parts
-        if self._fp8 or part.bias is not None:
+        if self._fp8 or self._four_bits or part.bias is not None:
             return residual.add_(self._products(x)[0], alpha=self._formula.factor)
         return residual.addmm_(x, part.weight.T, alpha=self._formula.factor)
 
@@ -89,7 +95,15 @@ class WideProduct:
         if self._fp8:
             codes = codes_of(x)
             return [layer.multiply(*codes) for layer in self._fp8]
-        return [functional.linear(x, part.weight, part.bias) for part in self._parts]
+        return [_multiplied(x, part) for part in self._parts]
+
+
+def _multiplied(x: torch.Tensor, part: Projection) -> torch.Tensor:
+    """(tokens, outputs) of (tokens, inputs)."""
+    codes = part.four_bits
+    if codes is None:
+        return functional.linear(x, part.weight, part.bias)
+    return four_bit_product.multiply(x, codes, part.bias)
 
 
 def norm_rows(

@@ -16,6 +16,9 @@ from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.attention_modules import hooked
 from asyncengine.model.decoder.blueprint import recognise
 from asyncengine.model.decoder.parts import NotRecognised
+from asyncengine.model.four_bit_experts import use_kernels
+from asyncengine.model.four_bit_linear import round_layers
+from asyncengine.model.four_bits import FourBits
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.launches import load_kernels
 from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
@@ -39,11 +42,13 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 class Case:
     """A model of transformers, its fused kernels, and a runner with a KV cache."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype = torch.float32, four_bits: bool = False) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=architecture.ATTENTION
         )
         self.model = self.model.to(DEVICE).eval().requires_grad_(False)
+        if four_bits:
+            round_layers(self.model)
         self.layers = architecture.record(self.model)
         self.trial = Trial.of(self.model, self.layers, DEVICE)
         self.fused = FusedDecoder(recognise(self.model, self.layers, 64, whole_experts=True))
@@ -87,6 +92,27 @@ def test_logits_are_those_of_transformers(name: str, checkpoint: Checkpoint) -> 
     assert case.error() < 1e-5
     assert case.error_of_many() < 1e-5
     assert forwards == []  # nothing of it is by transformers' modules, but for experts
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
+def test_layers_of_four_bits_are_multiplied_by_their_own_kernels(
+    name: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of phi3 a part of a layer at a time; with biases in opt."""
+    case = Case(checkpoint(name, num_hidden_layers=1), four_bits=True)
+    forwards: list[int] = []
+    case.model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
+    monkeypatch.setattr(FourBits, "weight", None)  # of no codes numbers are made
+    assert case.error() < 1e-5
+    assert case.error_of_many() < 1e-5
+    assert forwards == []
+
+
+def test_without_a_kernel_for_four_bits_there_are_no_fused_ones(checkpoint: Checkpoint) -> None:
+    case = Case(checkpoint("llama", num_hidden_layers=1), four_bits=True)
+    use_kernels(case.model, False)
+    with pytest.raises(NotRecognised, match="four bits"):
+        FusedDecoder(recognise(case.model, case.layers, 64))
 
 
 def test_bfloat16_is_as_near_as_transformers_in_bfloat16(checkpoint: Checkpoint) -> None:
