@@ -28,6 +28,9 @@ from asyncengine.model.attention.select import select
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.blueprint import recognise
+from asyncengine.model.four_bit_experts import round_experts, use_kernels
+from asyncengine.model.four_bit_linear import round_layers
+from asyncengine.model.four_bits import FP4
 from asyncengine.model.fp8_linear import quantise
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import graphs_for
@@ -67,6 +70,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 FP8 = ("llama", "gemma3")
 """Those that are looked at with weights and KV cache in fp8 as well."""
+FOUR_BITS = ("llama", "gpt_oss")
+"""Those that are looked at with weights of four bits as well, the experts of the latter in FP4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class Way:
         fp8: Whether the KV cache is in fp8, and so are weights where errors are wanted.
         fused: Whether the fused kernels run the model.
         adapted: Whether sequences have adapters.
+        four_bits: Whether weights have four bits; transformers computes with what those stand for.
     """
 
     chunk: int = 24
@@ -86,9 +92,13 @@ class Way:
     fp8: bool = False
     fused: bool = False
     adapted: bool = False
+    four_bits: bool = False
 
     def __str__(self) -> str:
-        said = {"fp8 weights and KV cache": self.fp8, "adapters": self.adapted, "fused": self.fused}
+        said = {
+            "fp8 weights and KV cache": self.fp8, "four bits": self.four_bits, "adapters": self.adapted,
+            "fused": self.fused,
+        }  # fmt: skip
         return "".join(f", {what}" for what, so in said.items() if so)
 
 
@@ -230,6 +240,10 @@ def errors(
     model: Any, backend: AttentionBackend, ids: list[np.ndarray], device: torch.device, way: Way
 ) -> torch.Tensor:
     """(rows,) relative errors of all sequences' last rows; with fp8, the errors of that."""
+    if way.four_bits:
+        round_experts(model, values=FP4)
+        round_layers(model)
+        use_kernels(model, False)
     if way.adapted:
         adapters, expected = [*adapters_of(model), {}], []  # the last is -1
         for number, sequence in enumerate(ids):
@@ -239,6 +253,8 @@ def errors(
         expected = plain_logits(model, ids, device, way.last)
     if way.fp8:
         quantise(model)
+    if way.four_bits:
+        use_kernels(model, True)
     found = paged_logits(model, backend, ids, device, way)
     return torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(found, expected, strict=True)])
 
@@ -278,7 +294,7 @@ def checks(
     device: torch.device,
     fused: bool = True,
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What finds the errors of each architecture in each dtype, a long context, and weights and KV cache in fp8.
+    """What finds the errors of each architecture in each dtype, a long context, and weights in fp8 and four bits.
 
     Each is computed by the model's own modules, and once more by fused kernels, if they are wanted. One has adapters.
     """
@@ -288,6 +304,7 @@ def checks(
     cases.append(("llama", dtypes[-1], [long_context], Way(min(2048, long_context), 64)))
     cases += [(name, torch.bfloat16, lengths, Way(fp8=True)) for name in FP8 if name in names]
     cases += [("llama", dtype, lengths, Way(adapted=True)) for dtype in dtypes]
+    cases += [(name, dtype, lengths, Way(four_bits=True)) for dtype in dtypes for name in FOUR_BITS if name in names]
     if fused:  # steps with adapters are left to the modules
         cases += [(*case, dataclasses.replace(way, fused=True)) for *case, way in cases]
     for name, dtype, sizes, way in cases:

@@ -17,7 +17,7 @@ from torch import nn
 from asyncengine.model import four_bit_product
 from asyncengine.model.four_bit_linear import FourBitLinear, keeper, replace_codes
 from asyncengine.model.four_bit_product import Gate
-from asyncengine.model.four_bits import GROUP, FourBits, nearest
+from asyncengine.model.four_bits import GROUP, INT4, FourBits, nearest
 from asyncengine.model.weight_writer import Writer
 
 NAMES = ("gate_up_proj", "down_proj")
@@ -146,7 +146,7 @@ def _held(kind: type[nn.Module]) -> type[nn.Module]:
     return _HELD[kind]
 
 
-def round_experts(model: nn.Module, group: int = GROUP) -> int:
+def round_experts(model: nn.Module, group: int = GROUP, values: tuple[float, ...] = INT4) -> int:
     """Rounds the weights of experts, as far as their inputs are whole groups.
 
     Returns:
@@ -164,7 +164,7 @@ def round_experts(model: nn.Module, group: int = GROUP) -> int:
             continue
         done += gate_up.numel() + down.numel()
         weights = {
-            name: nearest(_rows(each.detach(), transposed), group)
+            name: nearest(_rows(each.detach(), transposed), group, values)
             for name, each in zip(NAMES, (gate_up, down), strict=True)
         }
         hold(module, weights, transposed)
