@@ -149,13 +149,13 @@ struct Int8 {
 };
 #endif
 
-// Weights of four bits, and of bytes beside them, see four_bits.h.
+// Weights of four bits, and of bytes, whose rows come in bundles, see four_bits.h.
 struct Int4 {
   typedef char Stored;
   typedef Bundle Weight;
   static constexpr int kPair = kBundle;
 };
-struct Int8Beside : Int4 {
+struct BundledInt8 : Int4 {
   typedef int8_t Stored;
 };
 template <class W>
@@ -460,9 +460,9 @@ bool same_shape(const Layer &a, const Layer &b) {
 template <class T, class W>
 struct Run {
   typedef typename T::Stored Stored;
-  // What embedding and head are stored in, and whatever else four bits leave out.
-  static constexpr bool kFourBits = std::is_same<W, Int4>::value;
-  typedef typename std::conditional<kFourBits, Int8, W>::type Plain;
+  // How rows are multiplied that are no whole bundles, and how an embedding is read.
+  static constexpr bool kBundles = takes_bundles<W>();
+  typedef typename std::conditional<kBundles, Int8, W>::type Plain;
   typedef typename Plain::Weight Input;  // one step of a row that enters a product
   // Whether what attention writes can enter a product as it is.
   static constexpr bool kSame = std::is_same<typename T::Weight, Input>::value && T::kPair == Plain::kPair &&
@@ -520,7 +520,7 @@ struct Run {
     const auto take = [&](int64_t count, int64_t width, bool plain = true) {
       Entering entering;
       entering.plain = memory.take<Input>(plain ? count * (width / Plain::kPair) : 0);
-      entering.bundles = memory.take<Bundle>(kFourBits ? count * (width / kBundle) : 0);
+      entering.bundles = memory.take<Bundle>(kBundles ? count * (width / kBundle) : 0);
       return entering;
     };
     hidden = memory.take<float>(tokens * decoder.hidden);
@@ -776,14 +776,14 @@ struct Run {
   }
 
   // Whether rows of so many numbers enter products in bundles.
-  static bool are_bundles(int64_t inputs) { return kFourBits && inputs % kBundle == 0; }
+  static bool are_bundles(int64_t inputs) { return kBundles && inputs % kBundle == 0; }
 
   // The same, whatever the matrix is stored in.
   void product_of(Phase &phase, const Matrix &matrix, const Entering &inputs, int64_t rows, const Outcome &outcome) {
-    if constexpr (kFourBits) {
+    if constexpr (std::is_same<W, Int4>::value)
       if (matrix.four_bits) return product<Int4>(phase, matrix, inputs.bundles, rows, outcome);
-      if (are_bundles(matrix.inputs)) return product<Int8Beside>(phase, matrix, inputs.bundles, rows, outcome);
-    }
+    if constexpr (kBundles)
+      if (are_bundles(matrix.inputs)) return product<BundledInt8>(phase, matrix, inputs.bundles, rows, outcome);
     product<Plain>(phase, matrix, inputs.plain, rows, outcome);
   }
 
@@ -882,10 +882,11 @@ struct Run {
 
   void experts_product_of(Phase &phase, const Experts &experts, const Matrix &matrix, const Entering &inputs,
                           const Outcome &outcome) {
-    if constexpr (kFourBits) {
+    if constexpr (std::is_same<W, Int4>::value)
       if (matrix.four_bits) return experts_product<Int4>(phase, experts, matrix, inputs.bundles, outcome);
-      if (are_bundles(matrix.inputs)) return experts_product<Int8Beside>(phase, experts, matrix, inputs.bundles, outcome);
-    }
+    if constexpr (kBundles)
+      if (are_bundles(matrix.inputs))
+        return experts_product<BundledInt8>(phase, experts, matrix, inputs.bundles, outcome);
     experts_product<Plain>(phase, experts, matrix, inputs.plain, outcome);
   }
 
@@ -1046,7 +1047,7 @@ struct Run {
 
   // One of the rows that enter products, in bundles where it can.
   void bundle(const Entering &entering, int64_t row, int64_t width) const {
-    if constexpr (kFourBits) {
+    if constexpr (kBundles) {
       if (!are_bundles(width)) return;
       const Input *from = entering.plain + row * (width / Plain::kPair);
       Bundle *to = entering.bundles + row * (width / kBundle);
@@ -1232,6 +1233,13 @@ struct Run {
   }
 };
 
+// How bytes are multiplied: by tiles, or else in bundles.
+#if HAS_TILES
+typedef Int8 Bytes;
+#else
+typedef BundledInt8 Bytes;
+#endif
+
 template <class T, class W>
 int run_decoder(const Decoder &decoder, const DecoderStep &step) {
   static thread_local Buffer memory, scratch, partials;
@@ -1390,7 +1398,7 @@ extern "C" int decoder_step(const Decoder *decoder, const DecoderStep *step) {
       if (decoder->narrow == 2) return run_decoder<BFloat16, Int4>(*decoder, *step);
 #endif
 #if HAS_KIND(3)
-      if (decoder->narrow == 1) return run_decoder<BFloat16, Int8>(*decoder, *step);
+      if (decoder->narrow == 1) return run_decoder<BFloat16, Bytes>(*decoder, *step);
 #endif
 #if HAS_KIND(1)
       if (!decoder->narrow) return run_decoder<BFloat16, BFloat16>(*decoder, *step);

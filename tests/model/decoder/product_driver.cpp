@@ -18,7 +18,7 @@ extern "C" void product(const Matrix *matrix, const float *rows, int64_t count, 
     for (int64_t group = 0, cols; group < groups; group += cols) {
       cols = cols_of<Int4>(int(some));
       while (cols > groups - group) cols /= 2;
-      const auto multiply = matrix->four_bits ? bundle_products<Int4>.of[some][cols] : bundle_products<Int8Beside>.of[some][cols];
+      const auto multiply = matrix->four_bits ? bundle_products<Int4>.of[some][cols] : bundle_products<BundledInt8>.of[some][cols];
       multiply(&entering[size_t(row * bundles)], bundles, static_cast<const char *>(matrix->weights) + group * stride, stride,
                matrix->four_bits, bundles, sums + (row * groups + group) * kLanes, groups * kLanes, 0);
     }
