@@ -6,21 +6,21 @@
 //     weights (group, step, lane, pair)    group = output / lanes, step = input / pair
 //
 // and are read once for up to kRows tokens at a time. Each output is one chain of additions over its inputs, in ascending
-// order, in one accumulator, or in the order that tiles.h tells, or, where weights have four bits, in that of four_bits.h,
-// whose weights have an order of their own too: a token gets the same bits whatever else is in the batch, on any number of
-// threads, whether it decodes or is prefilled.
+// order, in one accumulator, or in the order that tiles.h tells, or that of bundles.h, where weights of four bits have an
+// order of their own too: a token gets the same bits whatever else is in the batch, on any number of threads, whether it
+// decodes or is prefilled.
 //
 // One team of threads runs through all phases of a step. Within a phase they share out items; between phases they wait
 // for the items, not for each other (see Phase). Activations between layers are float32; what enters a product is
-// rounded to the type of the weights where the processor multiplies in it, and to 16-bit integers where the weights have
-// four bits.
+// rounded to the type of the weights where the processor multiplies in it, and to integers of 16 bits where the weights
+// are bytes or less.
 
 #include "../attention/paged_attention.cpp"
 
 #include <deque>
 #include <utility>
 
-#include "four_bits.h"
+#include "bundles.h"
 
 // The structures below are mirrored in program.py and weights.py.
 extern "C" {
@@ -115,7 +115,7 @@ struct Packing {  // one matrix that is to be packed
 namespace {
 
 // Weights of one byte, one scale per output. Integers are exact in float32 and, so small, in bfloat16, so the scale is
-// applied to the sum.
+// applied to the sum. Without tiles they are multiplied so where inputs are no whole bundles.
 #if HAS_TILES
 struct Int8 : BFloat16 {  // what enters a product is bfloat16; a step has its pairs' first numbers, then the second
   typedef int8_t Stored;
@@ -149,7 +149,7 @@ struct Int8 {
 };
 #endif
 
-// Weights of four bits, and of bytes, whose rows come in bundles, see four_bits.h.
+// Weights of four bits, and of bytes, whose rows come in bundles, see bundles.h.
 struct Int4 {
   typedef char Stored;
   typedef Bundle Weight;

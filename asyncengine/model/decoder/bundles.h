@@ -1,12 +1,13 @@
-// Products with weights of four bits, for decoder.cpp, which includes this.
+// Products of rows whose numbers enter as integers, with weights of four bits or of bytes, for decoder.cpp, which includes
+// this.
 //
-// What enters such a product are integers: `kBundle` numbers of a row are rounded to 16 bits with a scale of their own,
-// which keeps more digits than bfloat16 does. A code stands for an integer too. So what a bundle and a column come to is
-// exact, however it is added up, and each output is one chain of additions over the bundles, in ascending order: a row
-// gets the same bits whatever else is multiplied. Any processor with vectors multiplies integers of 16 bits, in pairs, so
+// `kBundle` numbers of a row are rounded to 16 bits with a scale of their own, which keeps more digits than bfloat16 does.
+// A weight is an integer too, in steps of a scale. So what a bundle and a column come to is exact, however it is added up,
+// and each output is one chain of additions over the bundles, in ascending order: a row gets the same bits whatever else
+// is multiplied. Any processor with vectors multiplies integers of 16 bits, in pairs, twice as many at a time as floats;
 // nothing here hangs on products of bfloat16.
 //
-// What one vector of outputs needs lies in one run of memory:
+// Bytes lie as decoder.cpp says. Of weights of four bits, what one vector of outputs needs lies in one run of memory:
 //
 //     codes   (inputs / 8, lane) words of 32 bits: input 2 i of eight is in bits 4 i to 4 i + 3, input 2 i + 1 in
 //             bits 16 + 4 i to 16 + 4 i + 3, so that shifting by 4 i brings a pair to the ends of two halves
@@ -150,7 +151,8 @@ inline Words byte_pair(const char *p) {
   return (Words)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(both, _mm_srli_si128(both, 8)));
 #else
   typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-  const Ints first = __builtin_convertvector(load<Bytes>(p), Ints), second = __builtin_convertvector(load<Bytes>(p + kLanes), Ints);
+  const Ints first = __builtin_convertvector(load<Bytes>(p), Ints);
+  const Ints second = __builtin_convertvector(load<Bytes>(p + kLanes), Ints);
   return ((Words)first & 0xffffu) | (Words)second << 16;
 #endif
 }
