@@ -6,21 +6,21 @@
 //     weights (group, step, lane, pair)    group = output / lanes, step = input / pair
 //
 // and are read once for up to kRows tokens at a time. Each output is one chain of additions over its inputs, in ascending
-// order, in one accumulator, or in the order that tiles.h tells, or, where weights have four bits, in that of four_bits.h,
-// whose weights have an order of their own too: a token gets the same bits whatever else is in the batch, on any number of
-// threads, whether it decodes or is prefilled.
+// order, in one accumulator, or in the order that tiles.h tells, or that of bundles.h, where weights of four bits have an
+// order of their own too: a token gets the same bits whatever else is in the batch, on any number of threads, whether it
+// decodes or is prefilled.
 //
 // One team of threads runs through all phases of a step. Within a phase they share out items; between phases they wait
 // for the items, not for each other (see Phase). Activations between layers are float32; what enters a product is
-// rounded to the type of the weights where the processor multiplies in it, and to 16-bit integers where the weights have
-// four bits.
+// rounded to the type of the weights where the processor multiplies in it, and to integers of 16 bits where the weights
+// are bytes or less.
 
 #include "../attention/paged_attention.cpp"
 
 #include <deque>
 #include <utility>
 
-#include "four_bits.h"
+#include "bundles.h"
 
 // The structures below are mirrored in program.py and weights.py.
 extern "C" {
@@ -115,7 +115,7 @@ struct Packing {  // one matrix that is to be packed
 namespace {
 
 // Weights of one byte, one scale per output. Integers are exact in float32 and, so small, in bfloat16, so the scale is
-// applied to the sum.
+// applied to the sum. Without tiles they are multiplied so where inputs are no whole bundles.
 #if HAS_TILES
 struct Int8 : BFloat16 {  // what enters a product is bfloat16; a step has its pairs' first numbers, then the second
   typedef int8_t Stored;
@@ -149,12 +149,19 @@ struct Int8 {
 };
 #endif
 
-// Weights of four bits, see four_bits.h.
+// Weights of four bits, and of bytes, whose rows come in bundles, see bundles.h.
 struct Int4 {
   typedef char Stored;
   typedef Bundle Weight;
   static constexpr int kPair = kBundle;
 };
+struct BundledInt8 : Int4 {
+  typedef int8_t Stored;
+};
+template <class W>
+constexpr bool takes_bundles() {
+  return std::is_base_of<Int4, W>::value;
+}
 
 // int8 leaves the router of experts out, which is as exact as what enters the products.
 typedef std::conditional<Int8::kPair == 2, BFloat16, Float32>::type RouterOfInt8;
@@ -175,8 +182,7 @@ constexpr int kRows = 3, kSums = 12;
 constexpr int kMostCols = 8;
 template <class W>
 constexpr int cols_of(int rows) {
-  // With weights of four bits there are two sums of each kind, of a bundle and of all.
-  const int sums = std::is_same<W, Int4>::value ? kSums / 2 : kSums;
+  const int sums = takes_bundles<W>() ? kSums / 2 : kSums;  // there is a second one of each, that of a bundle
   int cols = kMostCols;
   while (cols * rows > sums) cols /= 2;
   return cols;
@@ -253,19 +259,22 @@ struct Products {
 template <class W>
 constexpr Products<W> products;
 
-template <>
-struct Products<Int4> {
-  decltype(&multiply_codes<1, 1>) of[kRows + 1][kMostCols + 1];
+// The same of bundles.
+template <class W>
+struct BundleProducts {
+  decltype(&multiply_bundles<true, 1, 1>) of[kRows + 1][kMostCols + 1];
   template <int Rows, int Cols>
   constexpr void fill() {
-    of[Rows][Cols] = multiply_codes<Rows, Cols>;
+    of[Rows][Cols] = multiply_bundles<std::is_same<W, Int4>::value, Rows, Cols>;
     if constexpr (Cols > 1)
       fill<Rows, Cols / 2>();
     else if constexpr (Rows > 1)
-      fill<Rows - 1, cols_of<Int4>(Rows - 1)>();
+      fill<Rows - 1, cols_of<W>(Rows - 1)>();
   }
-  constexpr Products() : of() { fill<kRows, cols_of<Int4>(kRows)>(); }
+  constexpr BundleProducts() : of() { fill<kRows, cols_of<W>(kRows)>(); }
 };
+template <class W>
+constexpr BundleProducts<W> bundle_products;
 
 #if HAS_TILES
 // As `multiply`, with the bits that tiles give. Each output has three sums, so there are half as many.
@@ -451,16 +460,16 @@ bool same_shape(const Layer &a, const Layer &b) {
 template <class T, class W>
 struct Run {
   typedef typename T::Stored Stored;
-  // What embedding and head are stored in, and whatever else four bits leave out.
-  static constexpr bool kFourBits = std::is_same<W, Int4>::value;
-  typedef typename std::conditional<kFourBits, Int8, W>::type Plain;
+  // How rows are multiplied that are no whole bundles, and how an embedding is read.
+  static constexpr bool kBundles = takes_bundles<W>();
+  typedef typename std::conditional<kBundles, Int8, W>::type Plain;
   typedef typename Plain::Weight Input;  // one step of a row that enters a product
   // Whether what attention writes can enter a product as it is.
   static constexpr bool kSame = std::is_same<typename T::Weight, Input>::value && T::kPair == Plain::kPair &&
                                 sizeof(Input) == sizeof(Stored) * T::kPair;
   struct Entering {  // rows, one after the other
     Input *plain;
-    Bundle *bundles;  // the same numbers, where there are weights of four bits
+    Bundle *bundles;  // the same numbers, where they enter products so
   };
 
   const Decoder &decoder;
@@ -511,7 +520,7 @@ struct Run {
     const auto take = [&](int64_t count, int64_t width, bool plain = true) {
       Entering entering;
       entering.plain = memory.take<Input>(plain ? count * (width / Plain::kPair) : 0);
-      entering.bundles = memory.take<Bundle>(kFourBits ? count * (width / kBundle) : 0);
+      entering.bundles = memory.take<Bundle>(kBundles ? count * (width / kBundle) : 0);
       return entering;
     };
     hidden = memory.take<float>(tokens * decoder.hidden);
@@ -637,11 +646,11 @@ struct Run {
       for (int64_t group = begin, cols; group < last; group += cols) {
         cols = std::min<int64_t>(most_cols, cols_of<M>(int(count)));
         while (cols > last - group) cols /= 2;
-        if constexpr (std::is_same<M, Int4>::value) {
+        if constexpr (takes_bundles<M>()) {
           // The next groups, or those that the thread will probably come to with its next item.
           const int64_t next = group + cols < last ? cols : threads * (last - begin) - (group - begin);
-          products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, *matrix.four_bits,
-                                      steps, sums, cols * kLanes, i ? 0 : next * group_stride);
+          bundle_products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride,
+                                             matrix.four_bits, steps, sums, cols * kLanes, i ? 0 : next * group_stride);
         } else {
           products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride, steps,
                                       sums, cols * kLanes, i ? 0 : kAhead);
@@ -766,10 +775,15 @@ struct Run {
     phase.wait(items);
   }
 
+  // Whether rows of so many numbers enter products in bundles.
+  static bool are_bundles(int64_t inputs) { return kBundles && inputs % kBundle == 0; }
+
   // The same, whatever the matrix is stored in.
   void product_of(Phase &phase, const Matrix &matrix, const Entering &inputs, int64_t rows, const Outcome &outcome) {
-    if constexpr (kFourBits)
+    if constexpr (std::is_same<W, Int4>::value)
       if (matrix.four_bits) return product<Int4>(phase, matrix, inputs.bundles, rows, outcome);
+    if constexpr (kBundles)
+      if (are_bundles(matrix.inputs)) return product<BundledInt8>(phase, matrix, inputs.bundles, rows, outcome);
     product<Plain>(phase, matrix, inputs.plain, rows, outcome);
   }
 
@@ -868,8 +882,11 @@ struct Run {
 
   void experts_product_of(Phase &phase, const Experts &experts, const Matrix &matrix, const Entering &inputs,
                           const Outcome &outcome) {
-    if constexpr (kFourBits)
+    if constexpr (std::is_same<W, Int4>::value)
       if (matrix.four_bits) return experts_product<Int4>(phase, experts, matrix, inputs.bundles, outcome);
+    if constexpr (kBundles)
+      if (are_bundles(matrix.inputs))
+        return experts_product<BundledInt8>(phase, experts, matrix, inputs.bundles, outcome);
     experts_product<Plain>(phase, experts, matrix, inputs.plain, outcome);
   }
 
@@ -971,17 +988,18 @@ struct Run {
     rows(next(), 1, [&](int64_t) { arrange(experts); });
     rows(next(), tokens * experts.top, [&](int64_t i) {
       const int64_t token = owner[i] / experts.top;
-      if (!experts.gate_up.four_bits)
-        std::memcpy(sent.plain + i * steps, normed.plain + token * steps, size_t(steps) * sizeof(Input));
-      else if (const int64_t bundles = decoder.hidden / kBundle)
+      const int64_t bundles = decoder.hidden / kBundle;
+      if (are_bundles(decoder.hidden))
         std::memcpy(sent.bundles + i * bundles, normed.bundles + token * bundles, size_t(bundles) * sizeof(Bundle));
+      else
+        std::memcpy(sent.plain + i * steps, normed.plain + token * steps, size_t(steps) * sizeof(Input));
     });
     experts_product_of(next(), experts, experts.gate_up, sent,
                     [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                       activate_pairs(sent_inner.plain + row * (experts.down.inputs / Plain::kPair), group, cols, sums,
                                      experts.activation, float(experts.alpha), float(experts.limit));
                     });
-    bundle_rows(next, experts.down, sent_inner, tokens * experts.top);
+    bundle_rows(next, experts.down.inputs, sent_inner, tokens * experts.top);
     experts_product_of(next(), experts, experts.down, sent_inner,
                     [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                       copy(answers + row * decoder.hidden + group * kLanes, sums, cols);
@@ -1024,12 +1042,13 @@ struct Run {
 
   void enter_next(int64_t token, const Norm &norm) const {
     enter(hidden + token * decoder.hidden, norm, normed.plain + token * (decoder.hidden / Plain::kPair));
-    if (decoder.hidden % kBundle == 0) bundle(normed, token, decoder.hidden);
+    bundle(normed, token, decoder.hidden);
   }
 
-  // One of the rows that enter products, for weights of four bits.
+  // One of the rows that enter products, in bundles where it can.
   void bundle(const Entering &entering, int64_t row, int64_t width) const {
-    if constexpr (kFourBits) {
+    if constexpr (kBundles) {
+      if (!are_bundles(width)) return;
       const Input *from = entering.plain + row * (width / Plain::kPair);
       Bundle *to = entering.bundles + row * (width / kBundle);
       for (int64_t i = 0; i < width; i += kBundle) {
@@ -1041,10 +1060,10 @@ struct Run {
     }
   }
 
-  // All of those that enter the product with a matrix, once they are whole.
+  // All of them, once they are whole.
   template <class Next>
-  void bundle_rows(Next next, const Matrix &matrix, const Entering &entering, int64_t count) {
-    if (kFourBits && matrix.four_bits) rows(next(), count, [&](int64_t row) { bundle(entering, row, matrix.inputs); });
+  void bundle_rows(Next next, int64_t width, const Entering &entering, int64_t count) {
+    if (are_bundles(width)) rows(next(), count, [&](int64_t row) { bundle(entering, row, width); });
   }
 
   // hidden += norm(branch), where the branch has a norm of its own.
@@ -1161,10 +1180,10 @@ struct Run {
       attention[size_t(i)].wait();
       const int64_t width = layer.attention.heads * layer.attention.value_dim;
       const Entering attending = attended_inputs();
-      if (!kSame || layer.output.four_bits)
+      if (!kSame || are_bundles(width))
         rows(next(), tokens, [&](int64_t token) {
           if (!kSame) widen(token, width);
-          if (layer.output.four_bits) bundle(attending, token, width);
+          bundle(attending, token, width);
         });
       adapted_product(next, i, kOutput, layer.output, attending,
                       [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
@@ -1181,7 +1200,7 @@ struct Run {
                         [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                           activate_inner(layer, row, group, cols, sums);
                         });
-        bundle_rows(next, layer.down, inner, tokens);
+        bundle_rows(next, layer.down.inputs, inner, tokens);
         adapted_product(next, i, kDown, layer.down, inner,
                         [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                           add(row, group, cols, sums, layer.after_mlp.weight);
@@ -1197,9 +1216,10 @@ struct Run {
     rows(next(), step.samples, [&](int64_t sample) {
       enter(hidden + step.sample_index[sample] * decoder.hidden, decoder.norm,
             normed.plain + sample * (decoder.hidden / Plain::kPair));
+      bundle(normed, sample, decoder.hidden);
     });
-    product<Plain>(next(), decoder.head, normed.plain, step.samples,
-                   [&](int64_t row, int64_t group, int64_t cols, float *sums) { write_logits(row, group, cols, sums); });
+    product_of(next(), decoder.head, normed, step.samples,
+               [&](int64_t row, int64_t group, int64_t cols, float *sums) { write_logits(row, group, cols, sums); });
   }
 
   void write_logits(int64_t row, int64_t group, int64_t cols, float *sums) const {
@@ -1212,6 +1232,13 @@ struct Run {
     std::memcpy(step.logits + row * decoder.head.outputs + group * kLanes, sums, size_t(count) * sizeof(float));
   }
 };
+
+// How bytes are multiplied: by tiles, or else in bundles.
+#if HAS_TILES
+typedef Int8 Bytes;
+#else
+typedef BundledInt8 Bytes;
+#endif
 
 template <class T, class W>
 int run_decoder(const Decoder &decoder, const DecoderStep &step) {
@@ -1371,7 +1398,7 @@ extern "C" int decoder_step(const Decoder *decoder, const DecoderStep *step) {
       if (decoder->narrow == 2) return run_decoder<BFloat16, Int4>(*decoder, *step);
 #endif
 #if HAS_KIND(3)
-      if (decoder->narrow == 1) return run_decoder<BFloat16, Int8>(*decoder, *step);
+      if (decoder->narrow == 1) return run_decoder<BFloat16, Bytes>(*decoder, *step);
 #endif
 #if HAS_KIND(1)
       if (!decoder->narrow) return run_decoder<BFloat16, BFloat16>(*decoder, *step);

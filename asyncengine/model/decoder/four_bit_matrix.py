@@ -1,4 +1,4 @@
-"""Weights of four bits in the order in which the compiled step reads them, which four_bits.h describes. Owned by the
+"""Weights of four bits in the order in which the compiled step reads them, which bundles.h describes. Owned by the
 step thread once the model serves.
 """
 
@@ -20,7 +20,7 @@ _ALIGNMENT = 64  # bytes
 
 
 class FormatStruct(ctypes.Structure):
-    """As `FourBits` in four_bits.h."""
+    """As `FourBits` in bundles.h."""
 
     _fields_ = (
         ("values", ctypes.c_int16 * 32), ("run", ctypes.c_int64), ("zeros", ctypes.c_int64),

@@ -15,7 +15,7 @@ import torch
 from asyncengine import builds
 from asyncengine.model.attention import kernel
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix, packed
-from asyncengine.model.decoder.weights import PackedMatrix, Packing
+from asyncengine.model.decoder.weights import MatrixStruct, PackedMatrix, Packing
 from asyncengine.model.four_bits import FP4, INT4, FourBits, nearest
 from asyncengine.model.four_bits import packed as packed_codes
 
@@ -38,11 +38,12 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return loaded
 
 
-def product(library: Any, matrix: PackedMatrix, rows: torch.Tensor, most_rows: int = 6) -> torch.Tensor:
+def product(library: Any, matrix: PackedMatrix | MatrixStruct, rows: torch.Tensor, most_rows: int = 6) -> torch.Tensor:
     """(rows, groups of outputs, lanes)"""
-    groups = sum(place.groups for place in matrix.places)
-    sums = torch.empty(len(rows), groups, library.decoder_lanes())
-    library.product(ctypes.addressof(matrix.struct), rows.data_ptr(), len(rows), most_rows, sums.data_ptr())
+    struct, lanes = matrix if isinstance(matrix, MatrixStruct) else matrix.struct, library.decoder_lanes()
+    groups = struct.outputs // lanes if isinstance(matrix, MatrixStruct) else sum(each.groups for each in matrix.places)
+    sums = torch.empty(len(rows), groups, lanes)
+    library.product(ctypes.addressof(struct), rows.data_ptr(), len(rows), most_rows, sums.data_ptr())
     return sums
 
 
@@ -108,6 +109,20 @@ def test_a_row_gets_the_same_bits_beside_any_number_of_others(library: Any) -> N
     alone = product(library, matrix, rows, most_rows=1)
     for most in range(2, 7):
         assert torch.equal(product(library, matrix, rows, most), alone)
+
+
+def test_bytes_beside_them_are_multiplied_by_the_same_integers(library: Any) -> None:
+    """So the head is, and whatever is not in four bits."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (208, 160), generator=generator, dtype=torch.int8)
+    scales = torch.rand(208, generator=generator)
+    stored = weight.view(-1, library.decoder_lanes(), 160).transpose(1, 2).contiguous()
+    struct = MatrixStruct(stored.data_ptr(), scales.data_ptr(), None, *weight.shape, None)
+    rows = random_rows(13, 160, exact=True)
+    found = product(library, struct, rows, most_rows=1)
+    assert error(found.flatten(1), rows.double() @ weight.double().T * scales.double()) < 1e-6
+    for most in range(2, 7):
+        assert torch.equal(product(library, struct, rows, most), found)
 
 
 def test_what_is_no_number_stays_none(library: Any) -> None:

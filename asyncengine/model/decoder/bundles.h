@@ -1,12 +1,13 @@
-// Products with weights of four bits, for decoder.cpp, which includes this.
+// Products of rows whose numbers enter as integers, with weights of four bits or of bytes, for decoder.cpp, which includes
+// this.
 //
-// What enters such a product are integers: `kBundle` numbers of a row are rounded to 16 bits with a scale of their own,
-// which keeps more digits than bfloat16 does. A code stands for an integer too. So what a bundle and a column come to is
-// exact, however it is added up, and each output is one chain of additions over the bundles, in ascending order: a row
-// gets the same bits whatever else is multiplied. Any processor with vectors multiplies integers of 16 bits, in pairs, so
+// `kBundle` numbers of a row are rounded to 16 bits with a scale of their own, which keeps more digits than bfloat16 does.
+// A weight is an integer too, in steps of a scale. So what a bundle and a column come to is exact, however it is added up,
+// and each output is one chain of additions over the bundles, in ascending order: a row gets the same bits whatever else
+// is multiplied. Any processor with vectors multiplies integers of 16 bits, in pairs, twice as many at a time as floats;
 // nothing here hangs on products of bfloat16.
 //
-// What one vector of outputs needs lies in one run of memory:
+// Bytes lie as decoder.cpp says. Of weights of four bits, what one vector of outputs needs lies in one run of memory:
 //
 //     codes   (inputs / 8, lane) words of 32 bits: input 2 i of eight is in bits 4 i to 4 i + 3, input 2 i + 1 in
 //             bits 16 + 4 i to 16 + 4 i + 3, so that shifting by 4 i brings a pair to the ends of two halves
@@ -140,15 +141,34 @@ inline Words add_pairs(Words sum, Words halves, int32_t pair) {
 #endif
 }
 
-// sums[row][lane] of `Rows` rows of bundles and `Cols` groups of outputs. What lies `ahead` bytes further on is brought
+// The bytes of two inputs, one after the other, as the halves of words.
+inline Words byte_pair(const char *p) {
+#if defined(__AVX512BW__)
+  const Words order = (Words)iota() | (Words)(iota() + kLanes) << 16;
+  return (Words)_mm512_permutexvar_epi16((__m512i)order, _mm512_cvtepi8_epi16(load<__m256i>(p)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const __m128i both = load<__m128i>(p);
+  return (Words)_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(both, _mm_srli_si128(both, 8)));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  const Ints first = __builtin_convertvector(load<Bytes>(p), Ints);
+  const Ints second = __builtin_convertvector(load<Bytes>(p + kLanes), Ints);
+  return ((Words)first & 0xffffu) | (Words)second << 16;
+#endif
+}
+
+// sums[row][lane] of `Rows` rows of bundles and `Cols` groups of outputs, which are `stride` bytes apart; of weights of
+// four bits, or of bytes, which have no format. What lies `ahead` bytes further on is brought
 // nearer meanwhile: a run is so short that it is over before the processor has found out that it is one.
-template <int Rows, int Cols>
-__attribute__((noinline)) void multiply_codes(const Bundle *inputs, int64_t input_stride, const char *weights,
-                                              const FourBits &format, int64_t bundles, float *sums, int64_t sum_stride,
-                                              int64_t ahead) {
-  constexpr int kWord = kLanes * 4;  // bytes of eight inputs
-  const Codes codes(format.values);
-  const int64_t scales_at = bundles * (kBundle / 8) * kWord, zeros_at = bundles / format.run * kLanes;
+template <bool Coded, int Rows, int Cols>
+__attribute__((noinline)) void multiply_bundles(const Bundle *inputs, int64_t input_stride, const void *weights,
+                                                int64_t stride, const FourBits *format, int64_t bundles, float *sums,
+                                                int64_t sum_stride, int64_t ahead) {
+  constexpr int kEight = kLanes * (Coded ? 4 : 8);  // bytes of eight inputs
+  static constexpr int16_t kNone[32] = {};
+  const Codes codes(Coded ? format->values : kNone);
+  const int64_t run = Coded ? format->run : 1, scales_at = bundles * (kBundle / 8) * kEight;
+  const bool zeros = Coded && format->zeros;
   Vec sum[Rows][Cols] = {};
   for (int64_t bundle = 0, share = 0, used = 0; bundle < bundles; ++bundle) {
     Words dots[Rows][Cols];
@@ -156,17 +176,24 @@ __attribute__((noinline)) void multiply_codes(const Bundle *inputs, int64_t inpu
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
       for (int c = 0; c < Cols; ++c)
-        dots[r][c] = Words{} - uint32_t(Codes::kOffset * inputs[r * input_stride + bundle].sum);
+        dots[r][c] = Words{} - uint32_t(Coded ? Codes::kOffset * inputs[r * input_stride + bundle].sum : 0);
     for (int eight = 0; eight < kBundle / 8; ++eight) {
-      const char *at = weights + (bundle * (kBundle / 8) + eight) * kWord;
+      const char *at = static_cast<const char *>(weights) + (bundle * (kBundle / 8) + eight) * kEight;
 #pragma GCC unroll 8
-      for (int c = 0; c < Cols; ++c) prefetch(at + c * format.stride + ahead);
+      for (int c = 0; c < Cols; ++c) {
+        prefetch(at + c * stride + ahead);
+        if (kEight > 64) prefetch(at + c * stride + ahead + 64);
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
+        const auto halves_of = [&](int c) {
+          const char *lanes = at + c * stride;
+          return Coded ? codes.pair(load<Words>(lanes) >> (4 * i)) : byte_pair(lanes + i * 2 * kLanes);
+        };
         if constexpr (Rows <= Cols) {  // the order that needs the fewer registers
 #pragma GCC unroll 8
           for (int c = 0; c < Cols; ++c) {
-            const Words halves = codes.pair(load<Words>(at + c * format.stride) >> (4 * i));
+            const Words halves = halves_of(c);
 #pragma GCC unroll 8
             for (int r = 0; r < Rows; ++r) {
               const int32_t pair = load<int32_t>(inputs[r * input_stride + bundle].numbers + 8 * eight + 2 * i);
@@ -176,7 +203,7 @@ __attribute__((noinline)) void multiply_codes(const Bundle *inputs, int64_t inpu
         } else {
           Words halves[Cols];
 #pragma GCC unroll 8
-          for (int c = 0; c < Cols; ++c) halves[c] = codes.pair(load<Words>(at + c * format.stride) >> (4 * i));
+          for (int c = 0; c < Cols; ++c) halves[c] = halves_of(c);
 #pragma GCC unroll 8
           for (int r = 0; r < Rows; ++r) {
             const int32_t pair = load<int32_t>(inputs[r * input_stride + bundle].numbers + 8 * eight + 2 * i);
@@ -188,19 +215,23 @@ __attribute__((noinline)) void multiply_codes(const Bundle *inputs, int64_t inpu
     }
 #pragma GCC unroll 8
     for (int c = 0; c < Cols; ++c) {
-      const auto *scales = reinterpret_cast<const uint16_t *>(weights + c * format.stride + scales_at) + share * kLanes;
-      prefetch(reinterpret_cast<const char *>(scales) + ahead);
-      const Vec scale = Float16::widen_vector(scales);
-      const Vec zero = format.zeros ? Float16::widen_vector(scales + zeros_at) : Vec{};
+      Vec scale = splat(1.0f), zero = {};
+      if constexpr (Coded) {
+        const char *at = static_cast<const char *>(weights) + c * stride + scales_at;
+        const auto *scales = reinterpret_cast<const uint16_t *>(at) + share * kLanes;
+        prefetch(reinterpret_cast<const char *>(scales) + ahead);
+        scale = Float16::widen_vector(scales);
+        if (zeros) zero = Float16::widen_vector(scales + bundles / run * kLanes);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         const Bundle &of = inputs[r * input_stride + bundle];
         Vec dot = __builtin_convertvector((Ints)dots[r][c], Vec);
-        if (format.zeros) dot = fused(zero, splat(-float(of.sum)), dot);
+        if (zeros) dot = fused(zero, splat(-float(of.sum)), dot);
         sum[r][c] = fused(dot, scale * of.scale, sum[r][c]);
       }
     }
-    if (++used == format.run) used = 0, ++share;
+    if (++used == run) used = 0, ++share;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r)
