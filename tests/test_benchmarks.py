@@ -142,7 +142,7 @@ def test_gpu_compares_fused_kernels_with_transformers_too(
     monkeypatch.setattr(FusedDecoder, "forward", lambda *given: ran.append(given[1].shape[1]) or forward(*given))
     checks = gpu_parity.checks(["llama"], [torch.float32], [9, 3], 16, torch.device("cpu"))
     fused = {case for case in checks if case.endswith(", fused")}
-    assert {case.removesuffix(", fused") for case in fused} == checks.keys() - fused and len(fused) == 4
+    assert {case.removesuffix(", fused") for case in fused} == checks.keys() - fused and len(fused) == 5
     assert checks["llama float32, fused"]()["ok"]
     assert set(ran) == {7, 2, 1}
 
