@@ -22,8 +22,8 @@ import torch
 from torch.nn import functional
 
 from asyncengine.model.decoder.experts import CLAMPED
-from asyncengine.model.four_bit_product import Gate, multiply, multiply_experts
-from asyncengine.model.four_bits import FP4, INT4, FourBits
+from asyncengine.model.quantised.four_bit_product import Gate, multiply, multiply_experts
+from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits
 from benchmarks.fused import bandwidth, off, seconds_each
 
 _CACHE = 256 << 20

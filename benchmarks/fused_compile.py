@@ -36,18 +36,18 @@ import torch
 import triton
 from triton.compiler import ASTSource
 
-from asyncengine.model import four_bit_kernels
 from asyncengine.model.adapters import kernels as adapter_kernels
 from asyncengine.model.adapters.factor_table import COLUMNS, options_of, outputs_of
 from asyncengine.model.decoder.experts import CLAMPED
-from asyncengine.model.four_bit_product import Gate, Matrices, routing_constants
-from asyncengine.model.four_bit_product import launch_options as four_bit_options
-from asyncengine.model.four_bit_tiles import rows_for, tile_for
 from asyncengine.model.fused import kernels, tiles
 from asyncengine.model.fused.narrow_product import Shape, launch_options
 from asyncengine.model.fused.tiles import MOST_TOKENS
 from asyncengine.model.fused.wide_product import NUMBERS_EACH, norm_constants, norm_options
 from asyncengine.model.launching import OPTIONS
+from asyncengine.model.quantised import four_bit_kernels
+from asyncengine.model.quantised.four_bit_product import Gate, Matrices, routing_constants
+from asyncengine.model.quantised.four_bit_product import launch_options as four_bit_options
+from asyncengine.model.quantised.four_bit_tiles import rows_for, tile_for
 from benchmarks import sass
 from benchmarks.attention_compile import HOPPER, NAMES, STREAM, resources
 from benchmarks.fused_shapes import DECODERS, Decoder, products

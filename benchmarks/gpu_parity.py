@@ -28,13 +28,13 @@ from asyncengine.model.attention.select import select
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.blueprint import recognise
-from asyncengine.model.four_bit_experts import round_experts, use_kernels
-from asyncengine.model.four_bit_linear import round_layers
-from asyncengine.model.four_bits import FP4
-from asyncengine.model.fp8_linear import quantise
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import graphs_for
 from asyncengine.model.paged_layers import PagedLayers
+from asyncengine.model.quantised.four_bit_experts import round_experts, use_kernels
+from asyncengine.model.quantised.four_bit_linear import round_layers
+from asyncengine.model.quantised.four_bits import FP4
+from asyncengine.model.quantised.fp8_linear import quantise
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import StepBatch

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from asyncengine.model.attention.select import select
-from asyncengine.model.fp8_linear import quantise
 from asyncengine.model.location import locate
+from asyncengine.model.quantised.fp8_linear import quantise
 from benchmarks import shapes
 from benchmarks.gpu_parity import Way, paged_logits, plain_logits
 

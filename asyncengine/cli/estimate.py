@@ -115,10 +115,10 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.attention_modules import text_config
     from asyncengine.model.capacity import CUDA_CHUNK
     from asyncengine.model.checkpoint import Checkpoint
-    from asyncengine.model.kept_bytes import kept_bytes
     from asyncengine.model.load_check import KV_DTYPES, check_draft, check_quantization, dtype_of
     from asyncengine.model.location import locate
     from asyncengine.model.memory import GraphReserve
+    from asyncengine.model.quantised.kept_bytes import kept_bytes
 
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)

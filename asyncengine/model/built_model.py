@@ -181,8 +181,8 @@ def _tried(config: EngineConfig, model: Any, trial: Any, backend: Any) -> tuple[
     Raises:
         UnsupportedModelError: It computes something else over a paged cache.
     """
-    from asyncengine.model.four_bit_experts import use_kernels
     from asyncengine.model.graphs import reason_of
+    from asyncengine.model.quantised.four_bit_experts import use_kernels
 
     try:
         trial.run(model, backend)
@@ -234,7 +234,7 @@ def _fuse(
 
 def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     """Turns linear layers into fp8; returns what came of it, in words."""
-    from asyncengine.model.fp8_linear import counted, quantise
+    from asyncengine.model.quantised.fp8_linear import counted, quantise
 
     done, of = counted(model) if _stays(details) else quantise(model)
     if not done:
@@ -265,8 +265,8 @@ def _in_four_bits(model: Any, trial: Any, details: Details) -> tuple[str, Any]:
     Raises:
         UnsupportedModelError: Nothing can be in four bits.
     """
-    from asyncengine.model.four_bit_experts import round_experts, share_of, use_kernels
-    from asyncengine.model.four_bit_linear import round_layers
+    from asyncengine.model.quantised.four_bit_experts import round_experts, share_of, use_kernels
+    from asyncengine.model.quantised.four_bit_linear import round_layers
 
     rounded = not _stays(details)
     if rounded:

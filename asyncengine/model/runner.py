@@ -16,7 +16,7 @@ from torch import nn
 
 from asyncengine.errors import InsufficientMemoryError, ReloadError
 from asyncengine.generation import SamplingParams
-from asyncengine.model import memory, new_values, token_draw, token_logprobs, verified_draw
+from asyncengine.model import memory, token_draw, token_logprobs, verified_draw
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of, places_of
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder.adapted import CompiledAdapters
@@ -26,6 +26,7 @@ from asyncengine.model.graphs import Ran
 from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.paged_layers import PagedLayers
+from asyncengine.model.quantised import new_values
 from asyncengine.model.sampler import Drawn, Sampler
 from asyncengine.model.skeleton import Skeleton
 from asyncengine.model.step_inputs import StepInputs

@@ -20,9 +20,9 @@ from asyncengine.model.adapters import lora
 from asyncengine.model.adapters.factor_table import MOST_RANK, FactorTable
 from asyncengine.model.adapters.lora import Lora, LowRank
 from asyncengine.model.attention_modules import RecordedLayer
-from asyncengine.model.four_bit_linear import FourBitLinear
-from asyncengine.model.fp8_linear import Fp8Linear
 from asyncengine.model.packed_linear import PackedLinear
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear
+from asyncengine.model.quantised.fp8_linear import Fp8Linear
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import Int32, Int64, StepBatch
 

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from asyncengine.model.attention import work_list
-from asyncengine.model.fp8_kernels import e4m3
+from asyncengine.model.quantised.fp8_kernels import e4m3
 
 _SLOTS = tl.constexpr(work_list.SLOTS)
 _TABLES = tl.constexpr(work_list.TABLES)

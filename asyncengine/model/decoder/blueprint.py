@@ -22,8 +22,8 @@ from asyncengine.model.attention_modules import RecordedLayer, text_config
 from asyncengine.model.decoder.experts import ROUTERS, experts_of
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
 from asyncengine.model.decoder.rotation import Rotation, rotation
-from asyncengine.model.four_bit_linear import FourBitLinear
-from asyncengine.model.fp8_linear import Fp8Linear
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear
+from asyncengine.model.quantised.fp8_linear import Fp8Linear
 
 __all__ = ["Blueprint", "LayerParts", "NormPart", "NotRecognised", "Projection", "recognise"]
 

@@ -14,7 +14,7 @@ import torch
 
 from asyncengine.config import Quantization
 from asyncengine.model.decoder.weights import PackedMatrix, Packing, Weights, huge
-from asyncengine.model.four_bits import GROUP, INT4, FourBits, nearest
+from asyncengine.model.quantised.four_bits import GROUP, INT4, FourBits, nearest
 
 _ALIGNMENT = 64  # bytes
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from asyncengine.model.attention_modules import RecordedLayer
-from asyncengine.model.four_bit_experts import FourBitExperts
-from asyncengine.model.four_bit_linear import FourBitLinear
-from asyncengine.model.four_bits import FourBits
+from asyncengine.model.quantised.four_bit_experts import FourBitExperts
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear
+from asyncengine.model.quantised.four_bits import FourBits
 
 
 class NotRecognised(Exception):  # it is an answer, not an error

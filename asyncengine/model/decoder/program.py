@@ -29,8 +29,8 @@ from asyncengine.model.decoder.weights import (
     Weights,
     release,
 )
-from asyncengine.model.four_bit_experts import FourBitExperts
-from asyncengine.model.four_bit_linear import FourBitLinear
+from asyncengine.model.quantised.four_bit_experts import FourBitExperts
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.weight_writer import Writer
 from asyncengine.step.batch import Float32, StepBatch
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from asyncengine.model.decoder.parts import NormPart
-from asyncengine.model.four_bit_experts import FourBitExperts
-from asyncengine.model.four_bit_linear import FourBitLinear
-from asyncengine.model.four_bits import FourBits
+from asyncengine.model.quantised.four_bit_experts import FourBitExperts
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear
+from asyncengine.model.quantised.four_bits import FourBits
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Weights = torch.Tensor | FourBits

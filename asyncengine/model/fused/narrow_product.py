@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from asyncengine.model.attention import fp8
-from asyncengine.model.four_bit_linear import FourBitLinear
 from asyncengine.model.fused import tiles
 from asyncengine.model.fused.launches import NO_ACTIVATION, Formula, load_kernels
 from asyncengine.model.fused.tiles import MOST_TOKENS, Tile
 from asyncengine.model.launching import OPTIONS
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 
 _CENTRES = (3, 9)
 """The first version of Triton that is known to compile a mean that is taken off, in a product of one token; 3.6 makes

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from asyncengine.model import four_bit_product
 from asyncengine.model.attention import fp8
 from asyncengine.model.decoder.parts import NormPart, NotRecognised, Projection
-from asyncengine.model.four_bit_linear import FourBitLinear
-from asyncengine.model.fp8_linear import Fp8Linear, codes_of
 from asyncengine.model.fused.launches import NO_ACTIVATION, Formula, load_kernels
 from asyncengine.model.launching import OPTIONS, power_of_two
+from asyncengine.model.quantised import four_bit_product
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear
+from asyncengine.model.quantised.fp8_linear import Fp8Linear, codes_of
 
 NUMBERS_EACH = 1024
 """Results of `activate` that one program computes: 16 bytes a thread in two bytes each."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from asyncengine.errors import CheckpointError, UnsupportedModelError
-from asyncengine.model.four_bits import FourBits, packed
+from asyncengine.model.quantised.four_bits import FourBits, packed
 from asyncengine.model.stored.bits import unpacked
 from asyncengine.model.stored.tensor import StoredTensor
 from asyncengine.model.stored.weight import CodedWeight, OpenFiles, Parts

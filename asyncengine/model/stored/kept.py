@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from asyncengine.errors import CheckpointError, UnsupportedModelError
-from asyncengine.model.eight_bits import EightBits
-from asyncengine.model.four_bit_experts import NAMES, hold, is_transposed
-from asyncengine.model.four_bit_linear import FourBitLinear
-from asyncengine.model.four_bits import GROUP, FourBits, joined
-from asyncengine.model.fp8_linear import Fp8Linear, fits, quantised
+from asyncengine.model.quantised.eight_bits import EightBits
+from asyncengine.model.quantised.four_bit_experts import NAMES, hold, is_transposed
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear
+from asyncengine.model.quantised.four_bits import GROUP, FourBits, joined
+from asyncengine.model.quantised.fp8_linear import Fp8Linear, fits, quantised
 from asyncengine.model.stored.weight import OF_EXPERT, CodedWeight, Decoded, Lazy, OpenFiles
 
 _ROLES = {

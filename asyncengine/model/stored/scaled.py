@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from asyncengine.errors import CheckpointError
-from asyncengine.model.eight_bits import EightBits
+from asyncengine.model.quantised.eight_bits import EightBits
 from asyncengine.model.stored.tensor import StoredTensor
 from asyncengine.model.stored.weight import CodedWeight, Decoded, Form, Parts
 

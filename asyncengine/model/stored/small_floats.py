@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from asyncengine.errors import CheckpointError, UnsupportedModelError
-from asyncengine.model.four_bits import FP4, FourBits, unpacked
+from asyncengine.model.quantised.four_bits import FP4, FourBits, unpacked
 from asyncengine.model.stored.tensor import StoredTensor
 from asyncengine.model.stored.weight import CodedWeight, OpenFiles, Parts
 

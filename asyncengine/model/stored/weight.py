@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 
 from asyncengine.errors import CheckpointError
-from asyncengine.model.eight_bits import EightBits
-from asyncengine.model.four_bits import FourBits
+from asyncengine.model.quantised.eight_bits import EightBits
+from asyncengine.model.quantised.four_bits import FourBits
 from asyncengine.model.stored.tensor import SIZES, StoredTensor
 
 Parts = Mapping[str, torch.Tensor]

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOptions, StepError
-from asyncengine.model import buckets, four_bit_product, graphs, loader, verification
+from asyncengine.model import buckets, graphs, loader, verification
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
+from asyncengine.model.quantised import four_bit_product
 from asyncengine.model.runner import TorchModel
 from tests.loop.harness import eventually
 from tests.model.adapters import save_adapter

@@ -16,8 +16,8 @@ from asyncengine import builds
 from asyncengine.model.attention import kernel
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix, packed
 from asyncengine.model.decoder.weights import MatrixStruct, PackedMatrix, Packing
-from asyncengine.model.four_bits import FP4, INT4, FourBits, nearest
-from asyncengine.model.four_bits import packed as packed_codes
+from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits, nearest
+from asyncengine.model.quantised.four_bits import packed as packed_codes
 
 TARGETS = {"-march=native": "", "-march=x86-64-v3": "avx2", "-march=x86-64": "sse2"}
 

@@ -20,9 +20,9 @@ from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.decoder.blueprint import recognise
 from asyncengine.model.decoder.program import CompiledDecoder, Writer
-from asyncengine.model.four_bit_experts import round_experts
-from asyncengine.model.four_bit_linear import round_layers
 from asyncengine.model.loader import TransformersLoader
+from asyncengine.model.quantised.four_bit_experts import round_experts
+from asyncengine.model.quantised.four_bit_linear import round_layers
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.model import LoadedModel

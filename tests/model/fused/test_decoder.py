@@ -16,13 +16,13 @@ from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.attention_modules import hooked
 from asyncengine.model.decoder.blueprint import recognise
 from asyncengine.model.decoder.parts import NotRecognised
-from asyncengine.model.four_bit_experts import use_kernels
-from asyncengine.model.four_bit_linear import round_layers
-from asyncengine.model.four_bits import FourBits
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.launches import load_kernels
 from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
 from asyncengine.model.paged_layers import PagedLayers
+from asyncengine.model.quantised.four_bit_experts import use_kernels
+from asyncengine.model.quantised.four_bit_linear import round_layers
+from asyncengine.model.quantised.four_bits import FourBits
 from asyncengine.model.runner import TorchModel
 from asyncengine.model.verification import Trial, _piece
 from asyncengine.step.limits import Limits

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from asyncengine.model import fp8_linear
 from asyncengine.model.decoder.blueprint import ACTIVATIONS
 from asyncengine.model.decoder.parts import NormPart, NotRecognised, Projection
 from asyncengine.model.fused import tiles, wide_product
@@ -19,6 +18,7 @@ from asyncengine.model.fused.launches import Formula
 from asyncengine.model.fused.product import Product
 from asyncengine.model.fused.tiles import MOST_TOKENS, Tile
 from asyncengine.model.fused.wide_product import merged
+from asyncengine.model.quantised import fp8_linear
 from tests.model.cuda.pretended import pretended
 from tests.model.fused.interpreted import DEVICE, require_triton
 

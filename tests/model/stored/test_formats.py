@@ -13,7 +13,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from asyncengine import AsyncEngine, EngineConfig, EngineState, GenerationConfig
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.checkpoint import Checkpoint
-from asyncengine.model.four_bits import FourBits
+from asyncengine.model.quantised.four_bits import FourBits
 from asyncengine.model.stored.weight import OpenFiles
 from tests.model.reference import Reference
 from tests.model.stored import coded_checkpoints

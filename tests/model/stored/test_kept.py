@@ -12,9 +12,9 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model import architecture
 from asyncengine.model.checkpoint import Checkpoint
-from asyncengine.model.four_bit_experts import FourBitExperts, share_of
-from asyncengine.model.four_bit_linear import FourBitLinear
-from asyncengine.model.fp8_linear import Fp8Linear
+from asyncengine.model.quantised.four_bit_experts import FourBitExperts, share_of
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear
+from asyncengine.model.quantised.fp8_linear import Fp8Linear
 from asyncengine.model.stored.kept import KeptCodes
 from asyncengine.model.stored.weight import state_of
 from tests.model.stored import coded_checkpoints
@@ -138,7 +138,7 @@ async def test_an_engine_serves_codes_of_four_bits(
 
 def test_no_numbers_are_computed_on_the_way(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coded, _ = coded_checkpoints.write(tmp_path, checkpoint("mixtral", num_hidden_layers=1), "awq")
-    monkeypatch.setattr("asyncengine.model.four_bits.FourBits.weight", None)
+    monkeypatch.setattr("asyncengine.model.quantised.four_bits.FourBits.weight", None)
     model, _ = loaded(coded, True)
     codes = sum(each.nbytes for each in model.model.layers[0].mlp.parameters())
     assert codes < 1.1 * sum(weight.size for weight in Checkpoint(coded).coded.values()) / 2

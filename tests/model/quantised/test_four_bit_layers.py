@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from asyncengine.model import new_values
-from asyncengine.model.four_bit_experts import NAMES, FourBitExperts, round_experts, share_of
-from asyncengine.model.four_bit_linear import FourBitLinear, round_layers
-from asyncengine.model.four_bits import nearest
+from asyncengine.model.quantised import new_values
+from asyncengine.model.quantised.four_bit_experts import NAMES, FourBitExperts, round_experts, share_of
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear, round_layers
+from asyncengine.model.quantised.four_bits import nearest
 
 Make = Callable[..., Path]
 IDS = torch.arange(2, 26)[None]

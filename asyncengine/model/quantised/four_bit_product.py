@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from asyncengine.model.four_bit_tiles import Rows, Tile, rows_for, tile_for
-from asyncengine.model.four_bits import FP4, INT4, FourBits
 from asyncengine.model.launching import OPTIONS, power_of_two
+from asyncengine.model.quantised.four_bit_tiles import Rows, Tile, rows_for, tile_for
+from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits
 
 ALIGNMENT = 32
 """Inputs must be a multiple of it, and those that share a scale of half of it."""
@@ -315,4 +315,4 @@ def _on(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _kernels() -> Any:
-    return importlib.import_module("asyncengine.model.four_bit_kernels")
+    return importlib.import_module("asyncengine.model.quantised.four_bit_kernels")

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from asyncengine.model.attention import fp8
-from asyncengine.model.eight_bits import EightBits
-from asyncengine.model.replaced_linear import replace
+from asyncengine.model.quantised.eight_bits import EightBits
+from asyncengine.model.quantised.replaced_linear import replace
 from asyncengine.model.weight_writer import Writer
 
 ALIGNMENT = 16
@@ -155,7 +155,7 @@ class RowKernel:
     """
 
     def __init__(self) -> None:
-        self._kernel: Any = importlib.import_module("asyncengine.model.fp8_kernels").quantise_rows
+        self._kernel: Any = importlib.import_module("asyncengine.model.quantised.fp8_kernels").quantise_rows
 
     def __call__(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `quantised`."""

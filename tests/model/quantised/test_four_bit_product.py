@@ -11,10 +11,10 @@ from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from asyncengine.model import four_bit_product
 from asyncengine.model.decoder.experts import CLAMPED
-from asyncengine.model.four_bit_product import Gate, Matrices, multiply, multiply_experts
-from asyncengine.model.four_bits import FP4, INT4, FourBits, packed
+from asyncengine.model.quantised import four_bit_product
+from asyncengine.model.quantised.four_bit_product import Gate, Matrices, multiply, multiply_experts
+from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits, packed
 from tests.model.attention.triton_device import DEVICE, require_triton
 
 pytestmark = pytest.mark.loops("either")

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from asyncengine.model.four_bit_tiles import rows_for, tile_for
+from asyncengine.model.quantised.four_bit_tiles import rows_for, tile_for
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -14,10 +14,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from asyncengine.model import four_bit_product
-from asyncengine.model.four_bit_linear import FourBitLinear, keeper, replace_codes
-from asyncengine.model.four_bit_product import Gate
-from asyncengine.model.four_bits import GROUP, INT4, FourBits, nearest
+from asyncengine.model.quantised import four_bit_product
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear, keeper, replace_codes
+from asyncengine.model.quantised.four_bit_product import Gate
+from asyncengine.model.quantised.four_bits import GROUP, INT4, FourBits, nearest
 from asyncengine.model.weight_writer import Writer
 
 NAMES = ("gate_up_proj", "down_proj")

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from asyncengine.model.decoder import experts
-from asyncengine.model.four_bit_product import ITEM
 from asyncengine.model.fused.kernels import activated
+from asyncengine.model.quantised.four_bit_product import ITEM
 
 _CLAMPED, _ITEM = tl.constexpr(experts.CLAMPED), tl.constexpr(ITEM)
 

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, ConfigError, EngineConfig, GenerationConfig, ReloadError
-from asyncengine.model import fp8_linear
-from asyncengine.model.fp8_linear import Fp8Linear, RowKernel, quantise, quantised
 from asyncengine.model.loader import TransformersLoader
+from asyncengine.model.quantised import fp8_linear
+from asyncengine.model.quantised.fp8_linear import Fp8Linear, RowKernel, quantise, quantised
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.model import LoadedModel
 from tests.model.attention.triton_device import DEVICE, require_triton

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from asyncengine.model import four_bit_experts, four_bit_linear, fp8_linear, packed_linear
+from asyncengine.model import packed_linear
+from asyncengine.model.quantised import four_bit_experts, four_bit_linear, fp8_linear
 from asyncengine.model.weight_writer import Writer
 
 

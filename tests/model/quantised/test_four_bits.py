@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from asyncengine.model.four_bits import FP4, INT4, FourBits, joined, nearest, packed, unpacked
+from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits, joined, nearest, packed, unpacked
 
 
 def numbers(outputs: int = 24, inputs: int = 128) -> torch.Tensor:

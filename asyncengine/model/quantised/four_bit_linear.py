@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from asyncengine.model import four_bit_product
-from asyncengine.model.four_bits import GROUP, FourBits, nearest
-from asyncengine.model.replaced_linear import replace
+from asyncengine.model.quantised import four_bit_product
+from asyncengine.model.quantised.four_bits import GROUP, FourBits, nearest
+from asyncengine.model.quantised.replaced_linear import replace
 from asyncengine.model.weight_writer import Writer
 
 

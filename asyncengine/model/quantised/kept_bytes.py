@@ -8,7 +8,7 @@ import torch
 
 from asyncengine.config import Quantization
 from asyncengine.model.checkpoint import Checkpoint
-from asyncengine.model.four_bits import GROUP
+from asyncengine.model.quantised.four_bits import GROUP
 
 _SCALE = 4
 """Bytes of a scale."""
