@@ -22,6 +22,17 @@ class Writer:
     keep: Callable[[], Callable[[], object]]
 
 
+def restorer(*tensors: torch.Tensor | None) -> Callable[[], None]:
+    """What puts the present contents of tensors back."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors if tensor is not None]
+
+    def restore() -> None:
+        for tensor, old in kept:
+            tensor.copy_(old)
+
+    return restore
+
+
 def in_place(target: torch.Tensor) -> Writer:
     """Writes into the parameter itself."""
-    return Writer(target.copy_, lambda: functools.partial(target.copy_, target.detach().clone()))
+    return Writer(target.copy_, functools.partial(restorer, target))

@@ -19,6 +19,7 @@ from asyncengine.model.decoder.parts import NormPart
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.four_bits import FourBits
+from asyncengine.model.weight_writer import restorer
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 Weights = torch.Tensor | FourBits
@@ -200,14 +201,7 @@ class PackedMatrix:
 
     def restorer(self) -> Callable[[], None]:
         """What puts the present contents back."""
-        tensors = [tensor for tensor in (self.weights, self.scales, self.bias) if tensor is not None]
-        kept = [tensor.clone() for tensor in tensors]
-
-        def restore() -> None:
-            for tensor, old in zip(tensors, kept, strict=True):
-                tensor.copy_(old)
-
-        return restore
+        return restorer(self.weights, self.scales, self.bias)
 
     @property
     def nbytes(self) -> int:
@@ -235,8 +229,7 @@ class PackedVector:
 
     def restorer(self) -> Callable[[], None]:
         """What puts the present contents back."""
-        kept = self.values.clone()
-        return lambda: (self.values.copy_(kept), None)[1]
+        return restorer(self.values)
 
 
 class PackedNorm:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from asyncengine.model.quantised import four_bit_product
 from asyncengine.model.quantised.four_bits import GROUP, FourBits, nearest
 from asyncengine.model.quantised.replaced_linear import replace
-from asyncengine.model.weight_writer import Writer
+from asyncengine.model.weight_writer import Writer, restorer
 
 
 class FourBitLinear(nn.Module):
@@ -89,14 +89,7 @@ def replace_codes(weights: FourBits, value: torch.Tensor) -> None:
 
 def keeper(weights: FourBits) -> Callable[[], None]:
     """What puts the present codes back."""
-    tensors = [tensor for tensor in (weights.codes, weights.scales, weights.zeros) if tensor is not None]
-    kept = [tensor.clone() for tensor in tensors]
-
-    def restore() -> None:
-        for tensor, old in zip(tensors, kept, strict=True):
-            tensor.copy_(old)
-
-    return restore
+    return restorer(weights.codes, weights.scales, weights.zeros)
 
 
 def round_layers(model: Any, group: int = GROUP) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import nn
 from asyncengine.model.attention import fp8
 from asyncengine.model.quantised.eight_bits import EightBits
 from asyncengine.model.quantised.replaced_linear import replace
-from asyncengine.model.weight_writer import Writer
+from asyncengine.model.weight_writer import Writer, restorer
 
 ALIGNMENT = 16
 """Sizes of a layer must be multiples of it, or it stays as it is: the device's products need that."""
@@ -101,13 +101,7 @@ class Fp8Linear(nn.Module):
 
     def keep(self) -> Callable[[], None]:
         """What puts the present weight back."""
-        weight, scale = fp8.movable(self.weight.data).clone(), self.weight_scale.clone()
-
-        def restore() -> None:
-            fp8.movable(self.weight.data).copy_(weight)
-            self.weight_scale.copy_(scale)
-
-        return restore
+        return restorer(fp8.movable(self.weight.data), self.weight_scale)
 
 
 def quantise(model: Any) -> tuple[int, int]:
