@@ -2,9 +2,8 @@
 
 A model writes 8 texts of its own in float32 (sampled, from its most likely first tokens). Then their logits are
 computed over a paged KV cache, in chunks and single tokens, in bfloat16 with and without fewer bits, and compared with
-float32 without a cache, at every token. fp8 is what the engine does. Integers are rounded to the nearest with one scale
-for each output (as the compiled step stores int8), or for each output and group of 32 inputs, and multiplied in
-bfloat16; int4 is here for comparison, the engine does not offer it.
+float32 without a cache, at every token. fp8 is what the engine does. int8 has one scale for each output, and int4 one
+for 32 inputs, and a head in int8, as the compiled step stores them; both are multiplied in bfloat16 here.
 
 * "error": distance of the logits from those in float32, relative to their norm; the median of all tokens;
 * "same_token": share of tokens at which the most likely one is the same;
@@ -30,6 +29,8 @@ from transformers.utils import logging as hf_logging
 
 from asyncengine.model.attention.select import select
 from asyncengine.model.location import locate
+from asyncengine.model.quantised.four_bit_experts import round_experts
+from asyncengine.model.quantised.four_bit_linear import round_layers
 from asyncengine.model.quantised.fp8_linear import quantise
 from benchmarks import shapes
 from benchmarks.gpu_parity import Way, paged_logits, plain_logits
@@ -38,19 +39,20 @@ FP8 = torch.float8_e4m3fn
 Change = Callable[[torch.nn.Module], object]
 
 
-def rounded(bits: int, group: int | None) -> Change:
-    """Rounds all linear layers' weights to integers."""
+def int8(model: torch.nn.Module) -> None:
+    """Rounds the weights of all linear layers to integers of eight bits."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            rows = module.weight.data.float()
+            scales = rows.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+            module.weight.data = ((rows / scales).round() * scales).to(module.weight.dtype)
 
-    def change(model: torch.nn.Module) -> None:
-        most = 2 ** (bits - 1) - 1
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                rows = module.weight.data.float().unflatten(1, (-1, group or module.in_features))
-                scales = rows.abs().amax(-1, keepdim=True).clamp_min(1e-12) / most
-                whole = (rows / scales).round().clamp(-most - 1, most)
-                module.weight.data = (whole * scales).flatten(1).to(module.weight.dtype)
 
-    return change
+def int4(model: torch.nn.Module) -> None:
+    """Rounds the layers' weights to four bits, and what is left to eight."""
+    round_experts(model)
+    round_layers(model)
+    int8(model)
 
 
 WAYS: dict[str, tuple[Change | None, torch.dtype | None]] = {
@@ -58,9 +60,8 @@ WAYS: dict[str, tuple[Change | None, torch.dtype | None]] = {
     "KV cache in fp8_e4m3": (None, FP8),
     "weights in fp8": (quantise, None),
     "weights and KV cache in fp8": (quantise, FP8),
-    "weights in int8": (rounded(8, None), None),
-    "weights in int4": (rounded(4, None), None),
-    "weights in int4, groups of 32": (rounded(4, 32), None),
+    "weights in int8": (int8, None),
+    "weights in int4": (int4, None),
 }
 
 
