@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.attention.protocol import LayerSpec
@@ -46,13 +47,21 @@ def _attend(
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
 
 
-def model_class(config: Any) -> Any:
-    """The class of transformers that `AutoModelForCausalLM` would take."""
+def model_class(config: Any) -> tuple[Any, Any]:
+    """The class of transformers that `AutoModelForCausalLM` would take, and the configuration that it would give it."""
     found = AutoModelForCausalLM._model_mapping[type(config)]
-    if not isinstance(found, (list, tuple)):
-        return found
-    named = getattr(config, "architectures", None) or ()
-    return next((each for each in found if each.__name__ in named), found[0])
+    if isinstance(found, (list, tuple)):
+        named = getattr(config, "architectures", None) or ()
+        found = next((each for each in found if each.__name__ in named), found[0])
+    of_text = getattr(config, "sub_configs", {}).get("text_config")
+    return found, config.get_text_config() if of_text is not None and found.config_class is of_text else config
+
+
+def turned_weights(kind: Any, config: Any) -> set[str]:
+    """Names of weights that a model stores as (inputs, outputs), where linear layers have (outputs, inputs)."""
+    with torch.device("meta"):
+        model = kind(config)
+    return {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
 
 
 def waits(model: PreTrainedModel) -> str | None:

@@ -85,7 +85,7 @@ def build(
             if packing is not None:
                 meanwhile()
                 packing.run()
-            notes.extend(_rounding(program, trial.run(model, backend, program)))
+            notes.extend(_rounding(config.quantization, program, trial.run(model, backend, program)))
             findings = _findings(details, model, layers, blueprint, trial, notes)
     except (NotRecognised, UnsupportedModelError) as error:
         if config.decoder_backend == "compiled" or config.quantization in ("int8", "int4"):
@@ -242,17 +242,20 @@ def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     if details.device.type == "cuda":
         memory.empty_cache()
     error = trial.run(model, backend, fp8_weights=True)
-    how = "as stored" if _stays(details) else "rounded"
+    stays = [weight for weight in details.checkpoint.coded.values() if weight.stays(details.quantization)]
+    how = "as stored" if stays and not any(weight.rounded for weight in stays) else "rounded"
     note = (
         f"quantization: fp8, {done / of:.0%} of the weights, {how}: logits of a trial are {error:.1%} of their norm off"
     )
     return note if details.device.type == "cuda" else f"{note}; slow on {details.device}"
 
 
-def _rounding(program: Any, error: float) -> tuple[str, ...]:
-    """What rounding weights to four bits has come to in a compiled step, in words, if that was done."""
-    if program.rounded_to != "int4":
+def _rounding(quantization: str, program: Any, error: float) -> tuple[str, ...]:
+    """What weights of four bits have come to in a compiled step, in words, if there are to be such."""
+    if quantization != "int4":
         return ()
+    if program.rounded_to != "int4":
+        return ("quantization: int4, as stored",)
     return (f"quantization: int4, rounded: logits of a trial are {error:.1%} of their norm off",)
 
 
@@ -302,14 +305,19 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
     from asyncengine.model.stored.weight import state_of
 
     checkpoint, dtype = details.checkpoint, details.dtype
+    kind, hf_config = architecture.model_class(details.hf_config)
     coded = checkpoint.coded.values()
+    if coded:
+        with BUILDING:
+            turned = architecture.turned_weights(kind, hf_config)
+        coded = [weight.turned() if weight.belongs_to(turned) else weight for weight in coded]
     kept = KeptCodes(coded, dtype, details.quantization) if _stays(details) else None
     state = state_of(checkpoint.plain, coded, dtype) | ({} if kept is None else kept.state()) if coded else None
     with BUILDING:
-        model, report = architecture.model_class(details.hf_config).from_pretrained(
+        model, report = kind.from_pretrained(
             checkpoint.path if state is None else None,
             state_dict=state,
-            config=details.hf_config,
+            config=hf_config,
             dtype=dtype,
             attn_implementation=architecture.ATTENTION,
             local_files_only=True,

@@ -94,8 +94,8 @@ class Checkpoint:
         """
         if not self.tensors:  # not safetensors: its size on disk is the best guess
             return sum(file.stat().st_size for file in self.weight_files)
-        floats = ("F64", "F32", "F16", "BF16")
-        plain = sum(prod(t.shape) * (dtype.itemsize if t.dtype in floats else SIZES[t.dtype]) for t in self.plain)
+        sizes = SIZES | dict.fromkeys(("F64", "F32", "F16", "BF16"), dtype.itemsize)
+        plain = sum(prod(tensor.shape) * sizes.get(tensor.dtype, 1) for tensor in self.plain)
         return plain + sum(
             weight.nbytes if weight.stays(form) else prod(weight.shape) * dtype.itemsize
             for weight in self.coded.values()

@@ -136,7 +136,8 @@ def packed(
 ) -> PackedMatrix:
     """Linear layers that have the same input as one matrix, in four bits if they are so or shall be and fit.
 
-    What does not fit is stored in int8: inputs that are no multiple of 32, or groups of such inputs.
+    What does not fit is stored in int8: inputs that are no multiple of 32, or groups of such inputs, and codes beside
+    weights that are none.
 
     Args:
         library: The compiled code; that for "int4" if some of the weights are in four bits.
@@ -148,7 +149,8 @@ def packed(
     """
     given = [weight for weight in weights if isinstance(weight, FourBits)]
     fits = weights[0].shape[1] % GROUP == 0
-    if given:
+    if given:  # what is beside codes and is none is not to be rounded so far
+        fits = fits and len(given) == len(weights)
         fits = fits and not any(weight.group % GROUP for weight in given) and len({each.values for each in given}) == 1
     if fits and (given or quantization == "int4"):
         return FourBitMatrix(library, weights, biases, turns=turns, later=later)

@@ -142,5 +142,5 @@ def _nearest_floats(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = torch.exp2((largest / FP4[7]).log2().ceil().clamp_min(-126))
     table = torch.tensor(FP4[:8], device=numbers.device)
     middles = (table[1:] + table[:-1]) / 2
-    codes = torch.bucketize((numbers / scales).abs(), middles)
+    codes = torch.bucketize((numbers / scales).abs().contiguous(), middles)
     return codes + 8 * (numbers < 0), scales

@@ -9,9 +9,10 @@ import torch
 from asyncengine.config import Quantization
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.quantised.four_bits import GROUP
+from asyncengine.model.stored.weight import CodedWeight
 
-_SCALE = 4
-"""Bytes of a scale."""
+_SCALE, _SHORT_SCALE = 4, 2
+"""Bytes of a scale; the latter in the compiled step of the CPU, for four bits."""
 
 
 def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, words: int, cuda: bool) -> int:
@@ -34,13 +35,20 @@ def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantiz
         count, outputs = prod(shape), prod(shape[:-1])
         linear = words not in shape and not as_stored
         if name in as_stored:
-            total += as_stored[name].nbytes
+            total += as_stored[name].nbytes if cuda or quantization == "fp8" else count // 2 + _scales(as_stored[name])
         elif len(shape) < 2 or (quantization == "fp8" and not (linear and len(shape) == 2)):
             total += count * dtype.itemsize
         elif quantization == "int4" and linear and shape[-1] % GROUP == 0:
-            total += count // 2 + count // GROUP * _SCALE
+            total += count // 2 + count // GROUP * (_SCALE if cuda else _SHORT_SCALE)
         elif quantization == "int4" and cuda:
             total += count * dtype.itemsize
         else:
             total += count + outputs * _SCALE
     return total
+
+
+def _scales(weight: CodedWeight) -> int:
+    """Bytes of scales and zeros of four bits in the compiled step."""
+    own = [part for what, part in weight.parts.items() if "scale" in what]
+    zeros = any("zero" in what for what in weight.parts)
+    return sum(prod(part.shape) for part in own[:1]) * _SHORT_SCALE * (2 if zeros else 1)

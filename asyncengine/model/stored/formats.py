@@ -7,11 +7,11 @@ from typing import Any
 
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.stored import integers, small_floats
+from asyncengine.model.stored.parts import Tensors
 from asyncengine.model.stored.scaled import CODES, ENDINGS, scaled
 from asyncengine.model.stored.tensor import StoredTensor
 from asyncengine.model.stored.weight import CodedWeight
 
-Tensors = Mapping[str, StoredTensor]
 About = Mapping[str, Any]
 
 
@@ -37,17 +37,17 @@ def coded_weights(config: Mapping[str, Any], tensors: Tensors, beside: About) ->
                 f"{alone} is stored as codes with scales, and config.json has no quantization_config"
             )
         return {}
-    method = str(about.get("quant_method", "compressed-tensors" if "config_groups" in about else None))
-    read = _METHODS.get(method)
+    method = about.get("quant_method", "compressed-tensors" if "config_groups" in about else None)
+    read = _METHODS.get(method) if isinstance(method, str) else None
     if read is None:
-        raise UnsupportedModelError(
-            f"its weights are quantised by {method!r}; those of {', '.join(sorted(_METHODS))} can be read"
-        )
+        by = "in a way that quantization_config does not name" if method is None else f"by {method!r}"
+        known = ", ".join(sorted(_METHODS))
+        raise UnsupportedModelError(f"its weights are quantised {by}; those of {known} can be read")
     if not tensors:
         raise UnsupportedModelError(f"its weights are quantised by {method!r}, and are not in safetensors files")
     try:
         found = read(tensors, about)
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"the quantization_config of {method!r} is not as that writes it: {error!r}") from error
     return {weight.name: weight for weight in found}
 
@@ -68,17 +68,29 @@ def _about(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _fp8(tensors: Tensors, about: About) -> list[CodedWeight]:
+    meaning = about.get("weight_scale_semantics", "multiplier")
+    if meaning not in ("multiplier", "inverse"):
+        raise UnsupportedModelError(f"weight_scale_semantics {meaning!r} is not supported")
     block = about.get("weight_block_size")
-    if block is not None and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)):
-        raise CheckpointError(f"weight_block_size is {block!r}; expected two integers")
-    return scaled(tensors, block)
+    return scaled(tensors, [] if block is None else [_block(block)], meaning == "inverse")
+
+
+def _block(stated: Any) -> list[int]:
+    """Outputs and inputs of a block: two numbers, or "128x128"."""
+    parts = stated.split("x") if isinstance(stated, str) else stated
+    block = [int(part) for part in parts]
+    if len(block) != 2 or min(block) < 1:
+        raise CheckpointError(f"blocks of scales are {stated!r}; expected two integers above 0")
+    return block
 
 
 def _modelopt(tensors: Tensors, about: About) -> list[CodedWeight]:
     """NVIDIA's ModelOpt."""
-    algorithm = about.get("quant_algo")
+    algorithm = about.get("quant_algo", (about.get("quantization") or {}).get("quant_algo"))
+    if algorithm is None:  # of the KV cache alone
+        return []
     if algorithm == "FP8":
-        return scaled(tensors, None)
+        return scaled(tensors)
     if algorithm == "NVFP4":
         return small_floats.nvfp4(tensors, divided=False)
     raise UnsupportedModelError(f"ModelOpt's {algorithm!r} is not supported; 'FP8' and 'NVFP4' are")
@@ -100,11 +112,10 @@ def _compressed_tensors(tensors: Tensors, about: About) -> list[CodedWeight]:
         raise UnsupportedModelError(f"{' and '.join(sorted(packed))} in one checkpoint are not supported")
     found: list[CodedWeight] = []
     if kinds & _EIGHT_BITS:
-        found += scaled(
-            tensors, next((each["block_structure"] for each in weights if each.get("block_structure")), None)
-        )
+        found += scaled(tensors, [_block(each["block_structure"]) for each in weights if each.get("block_structure")])
     if packed == {"pack-quantized"}:
-        found += integers.packed_integers(tensors, not any(each.get("symmetric", True) for each in weights))
+        widths = sorted({int(each["num_bits"]) for each in weights} & set(range(1, 9)))
+        found += integers.packed_integers(tensors, widths, not any(each.get("symmetric", True) for each in weights))
     for kind in packed & _FOUR_BIT_FLOATS.keys():
         found += _FOUR_BIT_FLOATS[kind](tensors)
     return found

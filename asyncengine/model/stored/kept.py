@@ -84,20 +84,22 @@ class KeptCodes:
             UnsupportedModelError: transformers made something else of some of the weights.
         """
         done = 0
+        shared: dict[int, nn.Parameter | None] = {}
         for path, module in list(model.named_modules()):
             if all(getattr(module._parameters.get(name), "ndim", 0) == 3 for name in NAMES):
                 done += self._put_experts(path, module)
                 continue
             for name, parameter in list(module._parameters.items()):
-                weight = self._alone.pop(parameter.data_ptr(), None) if parameter is not None else None
-                if weight is not None:
+                address = 0 if parameter is None else parameter.data_ptr()
+                if address in shared:  # a head that is tied to the embedding
+                    module._parameters[name] = shared[address]
+                elif (weight := self._alone.pop(address, None)) is not None:
                     done += self._put_alone(model, path, name, weight)
-        # What is left over is either none of this model's, as layers that predict further tokens, or lost in it.
-        if (self._alone or self._experts) and any(_is_lost(parameter) for parameter in model.parameters()):
-            names = [weight.name for weight in self._alone.values()]
-            raise UnsupportedModelError(
-                f"weights that are stored as codes have no place of their own: {', '.join(names[:3])}"
-            )
+                    if (put := module._parameters[name]) is not parameter:
+                        shared[address] = put
+        # What is left over is none of this model's, as layers that predict further tokens, unless it is lost in one.
+        if lost := next((name for name, parameter in model.named_parameters() if _is_lost(parameter)), None):
+            raise UnsupportedModelError(f"{lost} is made of weights that are stored as codes, or has no numbers")
         return done
 
     def _put_alone(self, model: Any, path: str, name: str, weight: CodedWeight) -> int:
@@ -129,7 +131,7 @@ class KeptCodes:
         for name in NAMES:
             parameter = module._parameters[name]
             if isinstance(parameter, _Nothing):
-                merged = merged or self._experts.pop(_numbers_in(path))
+                merged = merged or self._experts.pop(_numbers_in(path), {})
                 weights = _in_order(path, merged, _PARTS[name], parameter.shape[0])
             elif (alone := self._alone.pop(parameter.data_ptr(), None)) is not None:
                 weights = [alone]
@@ -165,7 +167,9 @@ def _fit(codes: list[FourBits], count: int) -> bool:
 
 def _is_lost(parameter: torch.Tensor) -> bool:
     """Whether it was made of what stands for codes."""
-    return isinstance(parameter, _Nothing) or (parameter.is_floating_point() and bool(parameter.isnan().any()))
+    if isinstance(parameter, _Nothing):
+        return True
+    return parameter.is_floating_point() and not parameter.is_meta and bool(parameter.isnan().any())
 
 
 def _numbers_in(name: str) -> tuple[str, ...]:

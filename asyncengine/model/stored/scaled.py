@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
+from math import prod
 
 import torch
 
 from asyncengine.errors import CheckpointError
 from asyncengine.model.quantised.eight_bits import EightBits
-from asyncengine.model.stored.tensor import StoredTensor
+from asyncengine.model.stored.parts import Tensors, check, scales_of
 from asyncengine.model.stored.weight import CodedWeight, Decoded, Form, Parts
 
 CODES = ("F8_E4M3", "F8_E5M2", "I8")
 """What weights are stored in."""
 ENDINGS = ("_scale_inv", "_scale")
-"""Of the tensor that has a weight's scales. By both names they are what codes are multiplied by."""
-_COMPANIONS = (*ENDINGS, "_scale_2", "_zero_point")
+"""Of the tensor that has a weight's scales. By both names most tools store what codes are multiplied by."""
+_COMPANIONS = (*ENDINGS, "_scale_2", "_zero_point", "_g_idx")
 """Tensors that are no weights, although they may be stored in eight bits and have two dimensions."""
 
 
-def scaled(tensors: Mapping[str, StoredTensor], block: Sequence[int] | None) -> list[CodedWeight]:
+def scaled(tensors: Tensors, blocks: Sequence[Sequence[int]] = (), inverse: bool = False) -> list[CodedWeight]:
     """Weights in eight bits, in two dimensions or, for experts, in three.
 
     Args:
         tensors: All that is stored, by name.
-        block: Outputs and inputs that share a scale, where scales are of blocks.
+        blocks: Outputs and inputs that share a scale, where scales are of blocks; several if layers differ.
+        inverse: Whether codes are divided by their scales.
     """
     found = []
     for name, codes in tensors.items():
@@ -35,36 +37,57 @@ def scaled(tensors: Mapping[str, StoredTensor], block: Sequence[int] | None) -> 
         if scales is None:
             raise CheckpointError(f"{name}_scale_inv or {name}_scale is missing, which the codes of {name} need")
         parts = {"codes": codes, "scales": scales}
-        if (zeros := tensors.get(f"{name}_zero_point")) is not None:
-            parts["zeros"] = zeros
+        for what, ending in (("zeros", "_zero_point"), ("groups", "_g_idx")):
+            if (part := tensors.get(f"{name}{ending}")) is not None:
+                parts[what] = part
         form: Form = "fp8" if codes.dtype == "F8_E4M3" and len(codes.shape) == 2 else "none"
-        found.append(CodedWeight(name, codes.shape, parts, partial(_multiplied, block=block), form))
+        cut = None
+        if not (prod(scales.shape) == 1 or len(scales.shape) == 1 or "groups" in parts):
+            cut = _cut(codes.shape, scales.shape, blocks)
+            check(name, cut is not None, parts)
+        decode = partial(_multiplied, cut=cut, inverse=inverse)
+        found.append(
+            CodedWeight(name, codes.shape, parts, decode, form, rounded=cut is not None and cut[1] < codes.shape[-1])
+        )
     return found
 
 
-def _multiplied(parts: Parts, block: Sequence[int] | None) -> Decoded:
-    codes, scales = parts["codes"], parts["scales"]
-    if codes.dtype is torch.float8_e4m3fn and codes.ndim == 2 and scales.numel() in (1, len(codes)):
-        return EightBits(codes, scales.float().view(-1, 1).expand(len(codes), 1).contiguous())
-    numbers = codes.float()
+def _cut(shape: tuple[int, ...], scales: tuple[int, ...], blocks: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """Outputs and inputs that share a scale; None where scales of that shape fit nothing."""
+    rows, columns = shape[-2:]
+    known = [(block[0], block[1]) for block in blocks]
+    known += [(1, columns), (rows, columns)]  # one for each output, or for all of an expert
+    if not blocks and columns % scales[-1] == 0:
+        known.append((1, columns // scales[-1]))  # groups of inputs
+    counts = (scales[-2], scales[-1])
+    return next(((a, b) for a, b in known if (-(-rows // a), -(-columns // b)) == counts), None)
+
+
+def _multiplied(parts: Parts, cut: tuple[int, int] | None, inverse: bool) -> Decoded:
+    codes, scales = parts["codes"], scales_of(parts["scales"]).float()
+    scales = 1 / scales if inverse else scales
+    of_outputs = scales.numel() == 1 or tuple(scales.shape) in ((len(codes),), (len(codes), 1))
+    if codes.dtype is torch.float8_e4m3fn and codes.ndim == 2 and of_outputs:
+        return EightBits(codes, scales.view(-1, 1).expand(len(codes), 1).contiguous())
+    numbers, groups = codes.float(), parts.get("groups")
     if (zeros := parts.get("zeros")) is not None:
-        numbers -= _spread(zeros.float(), numbers.shape, block)
-    return numbers * _spread(parts["scales"].float(), numbers.shape, block)
+        numbers -= _spread(zeros.float(), numbers.shape, cut, groups)
+    return numbers.mul_(_spread(scales, numbers.shape, cut, groups))
 
 
-def _spread(scales: torch.Tensor, shape: torch.Size, block: Sequence[int] | None) -> torch.Tensor:
+def _spread(
+    scales: torch.Tensor, shape: torch.Size, cut: tuple[int, int] | None, groups: torch.Tensor | None
+) -> torch.Tensor:
     """Scales for each number of a weight, or something that broadcasts to them."""
     if scales.numel() == 1:
         return scales.view(())
+    if groups is not None:
+        return scales[:, groups.long()]
     if scales.ndim == 1:  # of each output, or of each expert
         ones = (1,) * (len(shape) - 1)
         return scales.view(-1, *ones) if scales.shape[0] == shape[0] else scales.view(-1, 1)
-    for dimension in range(-2, 0):
-        own, whole = scales.shape[dimension], shape[dimension]
-        if own in (1, whole):
-            continue
-        size = block[dimension] if block is not None else -(-whole // own)
-        if -(-whole // size) != own:
-            raise ValueError(f"{own} scales for {whole} numbers in blocks of {size}")
-        scales = scales.repeat_interleave(size, dimension).narrow(dimension, 0, whole)
+    assert cut is not None
+    for dimension, size in zip((-2, -1), cut, strict=True):
+        if scales.shape[dimension] > 1 and size > 1:
+            scales = scales.repeat_interleave(size, dimension).narrow(dimension, 0, shape[dimension])
     return scales

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -36,8 +37,9 @@ class CodedWeight:
         parts: The tensors that it is stored in, by what they are.
         decode: Makes of their contents numbers in float32 of that shape, or codes.
         form: What it can be expected to be kept as.
+        rounded: Whether it is rounded once more where it is kept so.
         experts: How many matrices there are, one after the other in what `decode` returns; 0 if it is one.
-        transposed: Whether each of them has its dimensions the other way round in the parameter.
+        transposed: Whether each of them, or the one, has its dimensions the other way round in the parameter.
     """
 
     name: str
@@ -45,6 +47,7 @@ class CodedWeight:
     parts: Mapping[str, StoredTensor]
     decode: Callable[[Parts], Decoded]
     form: Form = "none"
+    rounded: bool = False
     experts: int = 0
     transposed: bool = False
 
@@ -56,7 +59,15 @@ class CodedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes that it is stored in."""
-        return sum(prod(part.shape) * SIZES[part.dtype] for part in self.parts.values())
+        return sum(prod(part.shape) * SIZES.get(part.dtype, 1) for part in self.parts.values())
+
+    def belongs_to(self, names: Collection[str]) -> bool:
+        """Whether it is one of these parameters; a checkpoint may leave the beginning of a name out."""
+        return self.name in names or any(name.endswith(f".{self.name}") for name in names)
+
+    def turned(self) -> CodedWeight:
+        """The same for a parameter with inputs and outputs the other way round, which can have no codes."""
+        return dataclasses.replace(self, shape=self.shape[::-1], transposed=True, form="none")
 
     def stays(self, form: str) -> bool:
         """Whether it stays codes, where weights are to be kept in some form."""
@@ -70,7 +81,7 @@ class CodedWeight:
         """
         try:
             return self.decode({what: files.tensor(part) for what, part in self.parts.items()})
-        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             shapes = ", ".join(f"{part.name} {part.shape} {part.dtype}" for part in self.parts.values())
             raise CheckpointError(f"{self.name} cannot be made of what is stored: {shapes}: {error}") from error
 
@@ -80,8 +91,8 @@ class CodedWeight:
         found = read.to(dtype) if isinstance(read, torch.Tensor) else read.weight(dtype)
         if self.experts:
             found = found.view(self.experts, -1, found.shape[-1])
-            if self.transposed:
-                found = found.transpose(1, 2).contiguous()
+        if self.transposed:
+            found = found.transpose(-1, -2).contiguous()
         if tuple(found.shape) != self.shape:
             raise CheckpointError(f"{self.name} is {tuple(found.shape)} as it is stored; expected {self.shape}")
         return found

@@ -14,6 +14,7 @@ import torch
 
 from asyncengine import builds
 from asyncengine.model.attention import kernel
+from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix, packed
 from asyncengine.model.decoder.weights import MatrixStruct, PackedMatrix, Packing
 from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits, nearest
@@ -216,3 +217,14 @@ def test_what_does_not_fit_is_stored_in_bytes(weights: Callable[[], list[Any]]) 
     numbers = [part.weight(torch.bfloat16) if isinstance(part, FourBits) else part for part in given]
     plain = PackedMatrix(matrix._library, numbers, [None] * len(given), int8=True)
     assert torch.equal(matrix.weights, plain.weights)
+
+
+def test_codes_beside_weights_that_are_none_are_stored_in_bytes() -> None:
+    """Which are left out where others are quantised, and are not to be rounded so far."""
+    library = CpuAttention("int4").library("int4")
+    codes = random_codes(32, 64, 32, INT4, False, 0)
+    weight = torch.randn(16, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    mixed = packed(library, [codes, weight], [None, None], "int8")
+    assert type(mixed) is PackedMatrix and mixed.weights.dtype is torch.int8
+    assert type(packed(library, [codes, codes], [None, None], "int8")) is FourBitMatrix
+    assert type(packed(library, [weight, weight], [None, None], "int4")) is FourBitMatrix

@@ -29,9 +29,15 @@ class Coded:
     numbers: torch.Tensor
 
 
-def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """(rows, count) codes to (rows, words) int32, each row one long number whose lowest bits are the first code."""
-    rows = []
+def words(codes: torch.Tensor, bits: int, padded: bool = False) -> torch.Tensor:
+    """(rows, count) codes to (rows, words) int32, each row one long number whose lowest bits are the first code.
+
+    Padded, a word has as many codes as fit, and nothing else.
+    """
+    rows, each = [], 32 // bits
+    if padded:
+        codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % each))
+        return torch.cat([words(part, bits) for part in codes.split(each, 1)], 1)
     for row in codes.tolist():
         number = sum(code << bits * place for place, code in enumerate(row))
         rows.append(np.frombuffer(number.to_bytes(-(-len(row) * bits // 32) * 4, "little"), dtype=np.int32))
@@ -54,7 +60,7 @@ def integers(weight: torch.Tensor, bits: int, symmetric: bool = False) -> tuple[
     return codes.view(weight.shape), scales, zeros, numbers.view(weight.shape)
 
 
-def gptq(weight: torch.Tensor, bits: int = 4, less: int = 1, act_order: bool = False) -> Coded:
+def gptq(weight: torch.Tensor, bits: int = 4, less: int = 1, act_order: bool = False, of_words: bool = False) -> Coded:
     codes, scales, zeros, numbers = integers(weight, bits)
     group_of = torch.arange(weight.shape[1]) // GROUP
     if act_order:
@@ -62,10 +68,12 @@ def gptq(weight: torch.Tensor, bits: int = 4, less: int = 1, act_order: bool = F
         codes, numbers, group_of = codes[:, order], numbers[:, order], group_of[order]
     stored = {
         "qweight": words(codes, bits).t(),
-        "qzeros": words((zeros.t() - less) & (1 << bits) - 1, bits),
+        "qzeros": words((zeros.t() - (0 if of_words else less)) & (1 << bits) - 1, bits),
         "scales": scales.t().half(),
         "g_idx": group_of.int(),
     }
+    if of_words:
+        stored["qzeros"] -= sum(1 << at for at in range(0, 32, bits))
     return Coded(stored, numbers)
 
 
@@ -80,15 +88,15 @@ def awq(weight: torch.Tensor) -> Coded:
     return Coded(stored, numbers)
 
 
-def pack_quantized(weight: torch.Tensor, symmetric: bool) -> Coded:
-    codes, scales, zeros, numbers = integers(weight, 4, symmetric)
+def pack_quantized(weight: torch.Tensor, symmetric: bool, bits: int = 4, padded: bool = False) -> Coded:
+    codes, scales, zeros, numbers = integers(weight, bits, symmetric)
     stored = {
-        "weight_packed": words(codes, 4),
+        "weight_packed": words(codes, bits, padded),
         "weight_scale": scales.half(),
         "weight_shape": torch.tensor(weight.shape),
     }
     if not symmetric:
-        stored["weight_zero_point"] = words(zeros.t(), 4).t()
+        stored["weight_zero_point"] = words(zeros.t(), bits, padded).t()
     return Coded(stored, numbers)
 
 
@@ -111,6 +119,22 @@ def fp8_whole(weight: torch.Tensor) -> Coded:
     codes = (weight / scale).to(torch.float8_e4m3fn)
     stored = {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.5)}
     return Coded(stored, codes.float() * scale)
+
+
+def fp8_inverse(weight: torch.Tensor) -> Coded:
+    """Scales that codes are divided by, of each output."""
+    found = fp8(weight, (1, weight.shape[1]), "scale_inv")
+    found.stored["weight_scale_inv"] = 1 / found.stored["weight_scale_inv"].flatten()
+    return found
+
+
+def int8_out_of_order(weight: torch.Tensor) -> Coded:
+    """With a scale for each group of inputs, which do not lie side by side."""
+    group_of = torch.arange(weight.shape[1]) % 4
+    scales = torch.stack([weight[:, group_of == group].abs().amax(1) for group in range(4)], 1) / 127
+    codes = (weight / scales[:, group_of]).round().to(torch.int8)
+    stored = {"weight": codes, "weight_scale": scales, "weight_g_idx": group_of}
+    return Coded(stored, codes * scales[:, group_of])
 
 
 def int8(weight: torch.Tensor) -> Coded:
@@ -214,6 +238,9 @@ METHODS: dict[str, Method] = {
     "gptq of 3 bits": Method(GPTQ | {"bits": 3}, lambda weight: gptq(weight, 3)),
     "gptq of 8 bits": Method(GPTQ | {"bits": 8}, lambda weight: gptq(weight, 8)),
     "gptq out of order": Method(GPTQ | {"desc_act": True}, lambda weight: gptq(weight, act_order=True)),
+    "gptq of GPTQModel": Method(
+        GPTQ | {"meta": {"quantizer": ["gptqmodel:7.7.0"]}}, lambda weight: gptq(weight.abs(), of_words=True), True
+    ),
     "awq": Method({"quant_method": "awq", "bits": 4, "version": "gemm"}, awq, True),
     "packed": Method(
         _compressed("pack-quantized", **INTEGERS, symmetric=True), lambda weight: pack_quantized(weight, True), True
@@ -221,6 +248,14 @@ METHODS: dict[str, Method] = {
     "packed with zeros": Method(
         _compressed("pack-quantized", **INTEGERS, symmetric=False), lambda weight: pack_quantized(weight, False), True
     ),
+    "packed in 3 bits": Method(
+        _compressed("pack-quantized", num_bits=3), lambda weight: pack_quantized(weight, True, 3)
+    ),
+    "packed in 5 bits of older versions": Method(
+        _compressed("pack-quantized", num_bits=5, symmetric=False),
+        lambda weight: pack_quantized(weight, False, 5, True),
+    ),
+    "fp8 of GPTQModel": Method({"quant_method": "fp8", "weight_scale_semantics": "inverse"}, fp8_inverse),
     "fp8": Method(
         {"quant_method": "fp8", "weight_block_size": [40, 32]}, lambda weight: fp8(weight, (40, 32), "scale_inv")
     ),
@@ -232,8 +267,13 @@ METHODS: dict[str, Method] = {
         _compressed("float-quantized", **IN_FP8, strategy="block", block_structure=[32, 64]),
         lambda weight: fp8(weight, (32, 64), "scale"),
     ),
+    "fp8 with as many blocks as outputs": Method(
+        _compressed("float-quantized", **IN_FP8, strategy="block", block_structure="8x8"),
+        lambda weight: fp8(weight, (8, 8), "scale"),
+    ),
     "fp8 of ModelOpt": Method({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_whole),
     "int8": Method(_compressed("int-quantized", num_bits=8, type="int", strategy="channel"), int8),
+    "int8 out of order": Method(_compressed("int-quantized", num_bits=8, type="int"), int8_out_of_order),
     "nvfp4": Method(_compressed("nvfp4-pack-quantized", **FLOATS), lambda weight: nvfp4(weight, True)),
     "nvfp4 of ModelOpt": Method(
         {"quant_method": "modelopt", "quant_algo": "NVFP4"}, lambda weight: nvfp4(weight, False)
@@ -269,7 +309,7 @@ def write(path: Path, plain: Path, method: str, others: tuple[str, ...] = ()) ->
         found = way.write(weight)
         coded |= {f"{layer}.{end}": tensor for end, tensor in found.stored.items()}
         numbers[name] = found.numbers.float()
-    return _saved(path / "coded", plain, coded, way.about), _saved(path / "numbers", plain, numbers)
+    return saved(path / "coded", plain, coded, way.about), saved(path / "numbers", plain, numbers)
 
 
 def write_experts(path: Path, plain: Path) -> tuple[Path, Path]:
@@ -286,10 +326,10 @@ def write_experts(path: Path, plain: Path) -> tuple[Path, Path]:
         coded[f"{name}_scales"] = torch.stack([own.stored["weight_scale"] for own in each])
         numbers[name] = torch.stack([own.numbers.t() for own in each])
     about = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    return _saved(path / "coded", plain, coded, about), _saved(path / "numbers", plain, numbers)
+    return saved(path / "coded", plain, coded, about), saved(path / "numbers", plain, numbers)
 
 
-def _saved(path: Path, plain: Path, tensors: Tensors, about: dict[str, Any] | None = None) -> Path:
+def saved(path: Path, plain: Path, tensors: Tensors, about: dict[str, Any] | None = None) -> Path:
     path.mkdir(parents=True)
     for file in plain.glob("*.json"):
         shutil.copy(file, path)

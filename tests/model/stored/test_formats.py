@@ -14,6 +14,7 @@ from asyncengine import AsyncEngine, EngineConfig, EngineState, GenerationConfig
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.quantised.four_bits import FourBits
+from asyncengine.model.stored.integers import _packed_integers
 from asyncengine.model.stored.weight import OpenFiles
 from tests.model.reference import Reference
 from tests.model.stored import coded_checkpoints
@@ -95,6 +96,9 @@ def test_what_a_checkpoint_takes_is_counted_in_numbers(plain: Path, tmp_path: Pa
         {"quant_method": "aqlm"},
         {"quant_method": "hqq"},
         {"quant_method": None},
+        {"bits": 4, "group_size": 64},
+        {"quant_method": "gptq", "bits": 4, "rotation": "hadamard"},
+        {"quant_method": "fp8", "weight_scale_semantics": "of another kind"},
         {"quant_method": "gptq", "bits": 5},
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
         {"quant_method": "awq", "bits": 4, "version": "gemv"},
@@ -116,6 +120,9 @@ def test_what_is_not_known_is_refused_by_its_name(about: dict[str, Any], tmp_pat
     "about",
     [
         {"quant_method": "fp8", "weight_block_size": "128"},
+        {"quant_method": "fp8", "weight_block_size": [0, 0]},
+        {"quant_method": "fp8", "weight_block_size": [[1], {}]},
+        {"format": "pack-quantized", "config_groups": {"a": {"weights": {"num_bits": "many"}}}},
         {"quant_method": "compressed-tensors", "config_groups": [1]},
     ],
 )  # fmt: skip
@@ -200,18 +207,63 @@ def test_codes_without_their_scales_are_refused_before_a_load(
         Checkpoint(coded)
 
 
-async def test_codes_that_do_not_fit_end_the_load_and_say_which(plain: Path, tmp_path: Path) -> None:
-    coded, _ = coded_checkpoints.write(tmp_path, plain, "awq")
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [
+        ("awq", "scales"), ("awq", "qzeros"), ("gptq", "scales"), ("packed", "weight_scale"),
+        ("fp8", "weight_scale_inv"), ("nvfp4", "weight_scale"),
+    ],
+)  # fmt: skip
+async def test_codes_that_do_not_fit_are_refused_before_a_load(
+    method: str, part: str, plain: Path, tmp_path: Path
+) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, plain, method)
     tensors = load_file(coded / "model.safetensors")
-    name = "model.layers.0.self_attn.k_proj.scales"
-    tensors[name] = tensors[name][:, :3].contiguous()
+    name = f"model.layers.0.self_attn.k_proj.{part}"
+    tensors[name] = tensors[name][:-1, :-1].contiguous()
     save_file(tensors, coded / "model.safetensors")
-    engine = AsyncEngine(EngineConfig(str(plain), device="cpu"))
-    async with engine:
-        with pytest.raises(CheckpointError, match="k_proj"):
-            await engine.reload(EngineConfig(str(coded), device="cpu"))
-        result = await engine.generate(PROMPT, GenerationConfig(temperature=0, max_tokens=4, ignore_eos=True))
-        assert len(result.token_ids) == 4
+    with pytest.raises(CheckpointError, match="k_proj"):
+        Checkpoint(coded)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_scales_may_be_exponents(dtype: torch.dtype, plain: Path, tmp_path: Path) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, plain, "fp8")
+    tensors = load_file(coded / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    exponents = torch.randint(110, 130, tensors[f"{name}_scale_inv"].shape, dtype=torch.uint8)
+    tensors[f"{name}_scale_inv"] = exponents.view(dtype)
+    save_file(tensors, coded / "model.safetensors")
+    scales = torch.exp2(exponents.float() - 127).repeat_interleave(40, 0)[:96].repeat_interleave(32, 1)
+    found = Checkpoint(coded).coded[name].numbers(OpenFiles(), torch.float32)
+    assert torch.equal(found, tensors[name].float() * scales)
+
+
+def test_zeros_of_few_outputs_are_read() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    coded = coded_checkpoints.pack_quantized(weight, symmetric=False)
+    found = _packed_integers(coded.stored, bits=4, inputs=64, padded=False)
+    assert isinstance(found, FourBits)
+    torch.testing.assert_close(found.weight(torch.float32), coded.numbers)
+
+
+async def test_weights_that_a_model_stores_the_other_way_round_are_turned(checkpoint: Make, tmp_path: Path) -> None:
+    """As GPT-2's. Tools for quantisation store all of them as (outputs, inputs)."""
+    plain = checkpoint("gpt2", n_layer=1)
+    tensors = load_file(plain / "model.safetensors")
+    inner = {name: tensor for name, tensor in tensors.items() if ".h." in name and tensor.dim() == 2}
+    coded, numbers = tensors.copy(), tensors.copy()
+    for name, weight in inner.items():
+        found = coded_checkpoints.gptq(weight.t().contiguous())
+        numbers[name] = found.numbers.t().float()
+        del coded[name]
+        coded |= {f"{name.removesuffix('.weight')}.{end}": tensor for end, tensor in found.stored.items()}
+    about = METHODS["gptq"].about
+    paths = (
+        coded_checkpoints.saved(tmp_path / "c", plain, coded, about),
+        coded_checkpoints.saved(tmp_path / "n", plain, numbers),
+    )
+    await generates_the_same(*paths)
 
 
 async def test_a_method_that_is_not_known_leaves_the_old_model(plain: Path, tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def loaded(path: Path, keep: bool, form: str = "int4") -> tuple[Any, int]:
     kept = KeptCodes(checkpoint.coded.values() if keep else (), dtype, form)
     config = architecture.read_config(checkpoint)
     state = state_of(checkpoint.plain, checkpoint.coded.values(), dtype) | kept.state()
-    model = architecture.model_class(config).from_pretrained(None, state_dict=state, config=config, dtype=dtype)
+    kind, config = architecture.model_class(config)
+    model = kind.from_pretrained(None, state_dict=state, config=config, dtype=dtype)
     return model.eval(), kept.put(model)
 
 
@@ -128,7 +129,7 @@ async def test_an_engine_serves_codes_of_four_bits(
     ):  # fmt: skip
         async with AsyncEngine(EngineConfig(str(path), device="cpu", **settings)) as engine:
             assert engine.complete_engine_config.decoder_backend == "compiled"
-            assert engine.health().notes == ()
+            assert engine.health().notes == (("quantization: int4, as stored",) if "quantization" in settings else ())
             scores = (await engine.score([prompt]))[0].logprobs
             found[str(settings)] = torch.tensor([each.logprob for each in scores if each is not None])
     codes, rounded, exact = found.values()
@@ -171,6 +172,35 @@ def test_a_head_becomes_numbers(checkpoint: Make, tmp_path: Path) -> None:
     assert torch.equal(model.lm_head.weight, loaded(coded, False)[0].lm_head.weight)
 
 
+@pytest.mark.parametrize("form", ["int4", "fp8"])
+def test_an_embedding_that_is_tied_to_the_head_becomes_numbers_for_both(
+    form: str, checkpoint: Make, tmp_path: Path
+) -> None:
+    plain = checkpoint("llama", num_hidden_layers=1, vocab_size=192, tie_word_embeddings=True)
+    method = {"int4": "gptq", "fp8": "fp8 by output"}[form]
+    coded, _ = coded_checkpoints.write(tmp_path, plain, method, others=("model.embed_tokens",))
+    model, _ = loaded(coded, True, form)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, loaded(coded, False)[0].lm_head.weight)
+
+
+async def test_codes_that_cannot_stay_are_rounded(checkpoint: Make, tmp_path: Path) -> None:
+    """16 inputs share a scale in NVFP4."""
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("llama", num_hidden_layers=1), "nvfp4")
+    found = Checkpoint(coded)
+    assert found.weight_bytes(torch.bfloat16, "int4") == found.weight_bytes(torch.bfloat16)
+    async with AsyncEngine(EngineConfig(str(coded), device="cpu", quantization="int4")) as engine:
+        [note] = engine.health().notes
+        assert note.startswith("quantization: int4, rounded: ")
+
+
+def test_what_fp8_rounds_again_is_told_from_what_it_keeps(checkpoint: Make, tmp_path: Path) -> None:
+    plain = checkpoint("llama", num_hidden_layers=1)
+    for method, rounded in (("fp8", True), ("fp8 by output", False), ("fp8 of ModelOpt", False)):
+        coded, _ = coded_checkpoints.write(tmp_path / method, plain, method)
+        assert {weight.rounded for weight in Checkpoint(coded).coded.values()} == {rounded}
+
+
 def test_an_expert_that_is_missing_is_an_error(checkpoint: Make, tmp_path: Path) -> None:
     coded, _ = coded_checkpoints.write(tmp_path, checkpoint("mixtral", num_hidden_layers=1), "awq")
     tensors = load_file(coded / "model.safetensors")
@@ -203,5 +233,5 @@ def test_a_weight_of_which_something_else_was_made_is_an_error(checkpoint: Make,
     parts = [kept.state()[f"model.layers.0.self_attn.{name}.weight"][...] for name in ("k_proj", "v_proj")]
     attention.kv_proj = torch.nn.Linear(64, 64, bias=False, dtype=dtype)
     attention.kv_proj.weight = torch.nn.Parameter(torch.cat(parts), requires_grad=False)
-    with pytest.raises(UnsupportedModelError, match="no place of their own"):
+    with pytest.raises(UnsupportedModelError, match="made of weights that are stored as codes"):
         kept.put(model)
