@@ -6,6 +6,7 @@ What cannot be served shows in the same way: layers that do not attend, attend t
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def model_class(config: Any) -> tuple[Any, Any]:
 def turned_weights(kind: Any, config: Any) -> set[str]:
     """Names of weights that a model stores as (inputs, outputs), where linear layers have (outputs, inputs)."""
     with torch.device("meta"):
-        model = kind(config)
+        model = kind(copy.deepcopy(config))  # which a model may change
     return {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
 
 

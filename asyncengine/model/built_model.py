@@ -273,15 +273,16 @@ def _in_four_bits(model: Any, trial: Any, details: Details) -> tuple[str, Any]:
 
     rounded = not _stays(details)
     if rounded:
-        experts, (layers, _) = round_experts(model), round_layers(model)
-        if not experts + layers:
-            raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in int4")
+        round_experts(model)
+        round_layers(model)
         memory.empty_cache()
+    if not (share := share_of(model)):
+        raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in int4")
     use_kernels(model, False)  # they are what is tried
     after = type(trial).of(model, trial.layers, details.device)
     use_kernels(model, True)
     how = f"rounded: logits of a trial are {after.off(trial):.1%} of their norm off" if rounded else "as stored"
-    return f"quantization: int4, {share_of(model):.0%} of the weights, {how}", after
+    return f"quantization: int4, {share:.0%} of the weights, {how}", after
 
 
 def _stays(details: Details) -> bool:

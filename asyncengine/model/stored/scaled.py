@@ -41,15 +41,19 @@ def scaled(tensors: Tensors, blocks: Sequence[Sequence[int]] = (), inverse: bool
             if (part := tensors.get(f"{name}{ending}")) is not None:
                 parts[what] = part
         form: Form = "fp8" if codes.dtype == "F8_E4M3" and len(codes.shape) == 2 else "none"
+        rounded = not _are_of_outputs(scales.shape, codes.shape[0])
         cut = None
         if not (prod(scales.shape) == 1 or len(scales.shape) == 1 or "groups" in parts):
             cut = _cut(codes.shape, scales.shape, blocks)
             check(name, cut is not None, parts)
         decode = partial(_multiplied, cut=cut, inverse=inverse)
-        found.append(
-            CodedWeight(name, codes.shape, parts, decode, form, rounded=cut is not None and cut[1] < codes.shape[-1])
-        )
+        found.append(CodedWeight(name, codes.shape, parts, decode, form, rounded))
     return found
+
+
+def _are_of_outputs(scales: tuple[int, ...], outputs: int) -> bool:
+    """Whether there is a scale for each output of a matrix, or one for all."""
+    return prod(scales) == 1 or tuple(scales) in ((outputs,), (outputs, 1))
 
 
 def _cut(shape: tuple[int, ...], scales: tuple[int, ...], blocks: Sequence[Sequence[int]]) -> tuple[int, int] | None:
@@ -66,8 +70,7 @@ def _cut(shape: tuple[int, ...], scales: tuple[int, ...], blocks: Sequence[Seque
 def _multiplied(parts: Parts, cut: tuple[int, int] | None, inverse: bool) -> Decoded:
     codes, scales = parts["codes"], scales_of(parts["scales"]).float()
     scales = 1 / scales if inverse else scales
-    of_outputs = scales.numel() == 1 or tuple(scales.shape) in ((len(codes),), (len(codes), 1))
-    if codes.dtype is torch.float8_e4m3fn and codes.ndim == 2 and of_outputs:
+    if codes.dtype is torch.float8_e4m3fn and codes.ndim == 2 and _are_of_outputs(scales.shape, len(codes)):
         return EightBits(codes, scales.view(-1, 1).expand(len(codes), 1).contiguous())
     numbers, groups = codes.float(), parts.get("groups")
     if (zeros := parts.get("zeros")) is not None:
