@@ -24,6 +24,8 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json",
 )  # fmt: skip
 
+_BESIDE_CODES = ("k_scale", "v_scale", "q_scale", "prob_scale")
+"""What tools for quantisation store of attention, for caches in fp8."""
 _AHEAD = 1 << 21
 """Bytes that are asked for at once. Linux reads only the beginning of what is more than a device takes in one piece."""
 _TOKENIZER_SOURCES = (".json", ".jinja", ".txt", ".model", ".py")
@@ -57,10 +59,24 @@ class Checkpoint:
             raise UnsupportedModelError(f"{path}: {error}") from error
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        parts = {part.name for weight in self.coded.values() for part in weight.parts.values()}
-        self.plain = [tensor for tensor in self.tensors if tensor.name not in parts]
+        self.plain = [tensor for tensor in self.tensors if not self._goes_with_codes(tensor.name)]
         self._reading: threading.Thread | None = None
         self._enough = threading.Event()
+
+    def _goes_with_codes(self, name: str) -> bool:
+        """Whether a tensor is no parameter: a part of a weight's codes, or what else is stored beside those."""
+        layer, _, last = name.rpartition(".")
+        if name in self._parts or (self.coded and last in _BESIDE_CODES):
+            return True
+        return layer in self._coded_layers and not last.endswith("bias")
+
+    @cached_property
+    def _parts(self) -> set[str]:
+        return {part.name for weight in self.coded.values() for part in weight.parts.values()}
+
+    @cached_property
+    def _coded_layers(self) -> set[str]:
+        return {name.rpartition(".")[0] for name in self.coded}
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -102,7 +102,7 @@ def bitsandbytes(tensors: Tensors) -> list[CodedWeight]:
         if state is not None:
             about = json.loads(bytes(files.tensor(state).tolist()))
             names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-            parts = {"codes": codes} | {
+            parts = {"codes": codes, "state": state} | {
                 each: tensors[f"{name}.{each}"] for each in names if f"{name}.{each}" in tensors
             }
             if not {"absmax", "quant_map"} <= parts.keys():

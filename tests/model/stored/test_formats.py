@@ -79,6 +79,17 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     assert torch.equal(found.numbers(OpenFiles(), torch.float32), wanted)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_but_parameters_is_handed_on(method: str, plain: Path, tmp_path: Path) -> None:
+    """transformers would tell users of the rest."""
+    coded, numbers = coded_checkpoints.write(tmp_path, plain, method)
+    tensors = load_file(coded / "model.safetensors")
+    layer = "model.layers.0.self_attn"
+    tensors |= {f"{layer}.{name}": torch.ones(1) for name in ("k_scale", "v_proj.input_scale", "q_proj.weight_format")}
+    save_file(tensors, coded / "model.safetensors")
+    assert Checkpoint(coded).shapes == Checkpoint(numbers).shapes
+
+
 def test_what_a_checkpoint_takes_is_counted_in_numbers(plain: Path, tmp_path: Path) -> None:
     coded, numbers = coded_checkpoints.write(tmp_path, plain, "gptq")
     found, wanted = Checkpoint(coded), Checkpoint(numbers)
