@@ -37,7 +37,7 @@ class FourBitExperts(nn.Module):
         four_bit_shapes: What the parameters' shapes are taken to be, by name.
         four_bit_values: What codes stand for, by name.
         dtype: Of the weights.
-        gate: What is between their products; None if there are no kernels for that.
+        kernel_gate: What is between their products; None if there are no kernels for that.
         by_kernel: Whether kernels multiply codes on CUDA.
     """
 
@@ -45,7 +45,7 @@ class FourBitExperts(nn.Module):
     four_bit_shapes: dict[str, torch.Size]
     four_bit_values: dict[str, tuple[float, ...]]
     dtype: torch.dtype
-    gate: Gate | None
+    kernel_gate: Gate | None
     by_kernel: bool
 
     gate_up_proj = property(lambda self: self._numbers("gate_up_proj"))
@@ -60,7 +60,7 @@ class FourBitExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own: (tokens, hidden), (tokens, top) experts, and their shares."""
-        if self.gate is not None and self.by_kernel and len(args) == 3 and args[0].device.type == "cuda":
+        if self.kernel_gate is not None and self.by_kernel and len(args) == 3 and args[0].device.type == "cuda":
             return self._by_kernels(*args)
         present = {name: self._made(name) for name in NAMES}
         self.__dict__["_present"] = present
@@ -72,8 +72,8 @@ class FourBitExperts(nn.Module):
     def _by_kernels(self, x: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         gate_up, down = (self.four_bits(name) for name in NAMES)
         biases = (self._parameters.get(f"{name}_bias") for name in NAMES)
-        assert self.gate is not None
-        return four_bit_product.multiply_experts(x, gate_up, down, chosen, shares, self.gate, *biases)
+        assert self.kernel_gate is not None
+        return four_bit_product.multiply_experts(x, gate_up, down, chosen, shares, self.kernel_gate, *biases)
 
     @torch.no_grad()
     def write(self, name: str, value: torch.Tensor) -> None:
@@ -117,7 +117,7 @@ def hold(module: Any, weights: dict[str, FourBits], transposed: bool) -> None:
     module.transposed, module.dtype = transposed, dtype
     module.four_bit_shapes = shapes
     module.four_bit_values = {name: weights[name].values for name in NAMES}
-    module.gate, module.by_kernel = _gate(module, weights), True
+    module.kernel_gate, module.by_kernel = _gate(module, weights), True
     for name in NAMES:
         own = weights[name]
         module._parameters[name] = nn.Parameter(own.codes, requires_grad=False)
