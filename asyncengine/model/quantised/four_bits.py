@@ -7,7 +7,7 @@ zero. With `INT4` that is what GPTQ (Frantar et al., 2022), AWQ (Lin et al., 202
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,8 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.
 """What codes stand for as floats of four bits (E2M1)."""
 GROUP = 32
 """Inputs that share a scale, where nobody says otherwise."""
-_ROWS = 128
-"""Outputs whose numbers are made at once: in float32 they stay in a cache."""
+_ROWS, _ROWS_OF_DEVICE = 128, 1 << 14
+"""Outputs whose numbers are made at once: in float32 they stay in a cache; a device wants few launches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,7 @@ class FourBits:
         found = torch.empty(outputs, inputs, dtype=dtype, device=self.codes.device)
         table = torch.tensor(self.values, dtype=torch.float32, device=self.codes.device)
         pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), -1)  # (256, 2): of each byte
-        for start in range(0, outputs, _ROWS):
-            part = slice(start, start + _ROWS)
+        for part in _parts(self.codes):
             numbers = embedding(self.codes[part].int(), pairs).view(-1, inputs // self.group, self.group)
             if self.zeros is not None:
                 numbers -= self.zeros[part].unsqueeze(-1)
@@ -112,12 +111,17 @@ def nearest(weight: torch.Tensor, group: int = GROUP, values: tuple[float, ...] 
     codes = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(outputs, inputs // group, dtype=torch.float32, device=weight.device)
     rounded = _nearest_integers if values == INT4 else _nearest_floats
-    for start in range(0, outputs, _ROWS):
-        part = slice(start, start + _ROWS)
+    for part in _parts(codes):
         own, scale = rounded(weight[part].float().view(-1, inputs // group, group))
         codes[part] = packed(own.view(-1, inputs))
         scales[part] = scale.squeeze(-1)
     return FourBits(codes, scales, values=values)
+
+
+def _parts(rows: torch.Tensor) -> Iterator[slice]:
+    """Some rows of a matrix after the other."""
+    each = _ROWS if rows.device.type == "cpu" else _ROWS_OF_DEVICE
+    return (slice(start, start + each) for start in range(0, rows.shape[0], each))
 
 
 def _nearest_integers(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
