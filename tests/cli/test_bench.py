@@ -21,7 +21,7 @@ from asyncengine.cli.workload import Sample, Workload
 from asyncengine.generation import GenerationConfig
 from tests.cli.programs import last_line, run, scripted_loader, server
 
-# Steps take their time: else a reader may find all tokens of a request at once, and there is nothing between two of them.
+# Steps take their time: else a reader may find all tokens of a request at once, and nothing is between two of them.
 LONG = scripted_loader(0.001, lambda prompt, branch: b"a" * 300)
 
 

@@ -6,7 +6,7 @@ Owned by the step thread. What the code does is described at the top of decoder.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from asyncengine.config import Quantization
 from asyncengine.model.attention.cpu import CpuCache, CpuPlan
 from asyncengine.model.decoder.adapted import MATRICES, CompiledAdapters, CompiledFormat, Part, pieces_of
 from asyncengine.model.decoder.four_bit_matrix import packed as packed_matrix
-from asyncengine.model.decoder.parts import Blueprint, ExpertParts, LayerParts, NormPart, Projection
+from asyncengine.model.decoder.packed_experts import ExpertsStruct, PackedExperts, small_dtype
+from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Projection
 from asyncengine.model.decoder.weights import (
     DTYPES,
     MatrixStruct,
@@ -26,7 +27,6 @@ from asyncengine.model.decoder.weights import (
     PackedNorm,
     PackedVector,
     Packing,
-    Weights,
     release,
 )
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts
@@ -47,16 +47,6 @@ class _AttentionStruct(ctypes.Structure):
     )  # fmt: skip
 
 
-class _ExpertsStruct(ctypes.Structure):
-    """As `Experts`."""
-
-    _fields_ = (
-        ("router", MatrixStruct), ("gate_up", MatrixStruct), ("down", MatrixStruct),
-        *((name, ctypes.c_int64) for name in ("count", "top", "chosen_first", "normalised", "activation")),
-        ("alpha", ctypes.c_double), ("limit", ctypes.c_double),
-    )  # fmt: skip
-
-
 class _LayerStruct(ctypes.Structure):
     """As `DecoderLayer`."""
 
@@ -65,7 +55,7 @@ class _LayerStruct(ctypes.Structure):
             "before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm",
         )),
         *((name, MatrixStruct) for name in ("qkv", "output", "gate_up", "down")),
-        ("experts", _ExpertsStruct),
+        ("experts", ExpertsStruct),
         ("gated", ctypes.c_int64), ("parallel", ctypes.c_int64),
         ("cosines", ctypes.c_void_p), ("sines", ctypes.c_void_p), ("sinks", ctypes.c_void_p),
         ("attention", _AttentionStruct),
@@ -99,83 +89,6 @@ class _StepStruct(ctypes.Structure):
     )  # fmt: skip
 
 
-class _Experts:
-    """The weights of one layer's experts, one after the other in one matrix, and of their router."""
-
-    def __init__(self, library: Any, parts: ExpertParts, quantization: Quantization) -> None:
-        self._parts = parts
-        module, router = parts.module, parts.router
-        count = parts.count
-
-        def packed(name: str, split: _Split, split_bias: _Split, turns: int) -> PackedMatrix:
-            weights: Sequence[Weights] | None = parts.four_bits_of(name)
-            if weights is None:
-                weights = split(getattr(module, name))
-            bias = getattr(module, f"{name}_bias", None)
-            biases = [None] * len(weights) if bias is None else split_bias(bias)
-            matrix = packed_matrix(library, weights, biases, quantization, turns=turns)
-            del weights
-            release(module, name)
-            release(module, f"{name}_bias")
-            return matrix
-
-        self.gate_up = packed("gate_up_proj", parts.gate_up_of, parts.gate_up_bias_of, 2)
-        self.down = packed("down_proj", parts.down_of, list, 1)
-        # Whom a token is sent to must not hang on a byte's precision; its matrix is small.
-        weight = router.weight
-        assert isinstance(weight, torch.Tensor)
-        weight = weight.to(small_dtype(library, weight.dtype, quantization))
-        self.router = PackedMatrix(library, [weight], [getattr(router, "bias", None)])
-        release(router, "weight")
-        release(router, "bias")
-        self.matrices = (self.router, self.gate_up, self.down)
-        self.struct = _ExpertsStruct(
-            *(matrix.struct for matrix in self.matrices),
-            count,
-            parts.top,
-            int(parts.chosen_first),
-            int(parts.normalised),
-            parts.activation,
-            parts.alpha,
-            parts.limit,
-        )
-
-    def writers(self) -> dict[int, list[Writer]]:
-        """As `CompiledDecoder.writers`."""
-        module, router, parts = self._parts.module, self._parts.router, self._parts
-
-        def each(write: Callable[[int, torch.Tensor], None], split: _Split) -> Callable[[torch.Tensor], None]:
-            def whole(value: torch.Tensor) -> None:
-                for number, part in enumerate(split(value)):
-                    write(number, part)
-
-            return whole
-
-        found = {}
-        for owner, name, matrix, split, split_bias in (
-            (module, "gate_up_proj", self.gate_up, parts.gate_up_of, parts.gate_up_bias_of),
-            (module, "down_proj", self.down, parts.down_of, list),
-            (router, "weight", self.router, _alone, _alone),
-        ):
-            found[id(owner._parameters[name])] = [Writer(each(matrix.write, split), matrix.restorer)]
-            bias = getattr(owner, "bias" if owner is router else f"{name}_bias", None)
-            if bias is not None:
-                found[id(bias)] = [Writer(each(matrix.write_bias, split_bias), matrix.restorer)]
-        return found
-
-
-def small_dtype(library: Any, dtype: torch.dtype, quantization: Quantization) -> torch.dtype:
-    """How matrices are stored that quantisation leaves out, in a model of `dtype`."""
-    return torch.float32 if quantization != "none" and library.decoder_int8_router() == DTYPES[torch.float32] else dtype
-
-
-_Split = Callable[[torch.Tensor], list[torch.Tensor]]
-
-
-def _alone(whole: torch.Tensor) -> list[torch.Tensor]:
-    return [whole]
-
-
 class _Layer:
     """One layer's weights."""
 
@@ -196,7 +109,7 @@ class _Layer:
         if parts.down is not None:
             self.matrices["gate_up"] = packed(parts.gate_up, turns=len(parts.gate_up))
             self.matrices["down"] = packed([parts.down])
-        self.experts = None if parts.experts is None else _Experts(library, parts.experts, quantization)
+        self.experts = None if parts.experts is None else PackedExperts(library, parts.experts, quantization)
         self.gated = len(parts.gate_up) > 1
         norms = {
             "before_attention": (parts.before_attention, 0),

@@ -1,0 +1,107 @@
+"""Experts in the order in which the compiled step reads them. Owned by the step thread once the model serves."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from asyncengine.config import Quantization
+from asyncengine.model.decoder.four_bit_matrix import packed as packed_matrix
+from asyncengine.model.decoder.parts import ExpertParts
+from asyncengine.model.decoder.weights import DTYPES, MatrixStruct, PackedMatrix, Weights, release
+from asyncengine.model.weight_writer import Writer
+
+_Split = Callable[[torch.Tensor], list[torch.Tensor]]
+
+
+class ExpertsStruct(ctypes.Structure):
+    """As `Experts` in decoder.cpp."""
+
+    _fields_ = (
+        ("router", MatrixStruct), ("gate_up", MatrixStruct), ("down", MatrixStruct),
+        *((name, ctypes.c_int64) for name in ("count", "top", "chosen_first", "normalised", "activation")),
+        ("alpha", ctypes.c_double), ("limit", ctypes.c_double),
+    )  # fmt: skip
+
+
+class PackedExperts:
+    """The weights of one layer's experts, one after the other in one matrix, and of their router.
+
+    Args:
+        library: The compiled code.
+        parts: The experts. They give their weights up.
+        quantization: How weights are stored that do not come in four bits.
+    """
+
+    def __init__(self, library: Any, parts: ExpertParts, quantization: Quantization) -> None:
+        self._parts = parts
+        module, router = parts.module, parts.router
+        count = parts.count
+
+        def packed(name: str, split: _Split, split_bias: _Split, turns: int) -> PackedMatrix:
+            weights: Sequence[Weights] | None = parts.four_bits_of(name)
+            if weights is None:
+                weights = split(getattr(module, name))
+            bias = getattr(module, f"{name}_bias", None)
+            biases = [None] * len(weights) if bias is None else split_bias(bias)
+            matrix = packed_matrix(library, weights, biases, quantization, turns=turns)
+            del weights
+            release(module, name)
+            release(module, f"{name}_bias")
+            return matrix
+
+        self.gate_up = packed("gate_up_proj", parts.gate_up_of, parts.gate_up_bias_of, 2)
+        self.down = packed("down_proj", parts.down_of, list, 1)
+        # Whom a token is sent to must not hang on a byte's precision; its matrix is small.
+        weight = router.weight
+        assert isinstance(weight, torch.Tensor)
+        weight = weight.to(small_dtype(library, weight.dtype, quantization))
+        self.router = PackedMatrix(library, [weight], [getattr(router, "bias", None)])
+        release(router, "weight")
+        release(router, "bias")
+        self.matrices = (self.router, self.gate_up, self.down)
+        self.struct = ExpertsStruct(
+            *(matrix.struct for matrix in self.matrices),
+            count,
+            parts.top,
+            int(parts.chosen_first),
+            int(parts.normalised),
+            parts.activation,
+            parts.alpha,
+            parts.limit,
+        )
+
+    def writers(self) -> dict[int, list[Writer]]:
+        """As `CompiledDecoder.writers`."""
+        module, router, parts = self._parts.module, self._parts.router, self._parts
+
+        def each(write: Callable[[int, torch.Tensor], None], split: _Split) -> Callable[[torch.Tensor], None]:
+            def whole(value: torch.Tensor) -> None:
+                for number, part in enumerate(split(value)):
+                    write(number, part)
+
+            return whole
+
+        found = {}
+        for owner, name, matrix, split, split_bias in (
+            (module, "gate_up_proj", self.gate_up, parts.gate_up_of, parts.gate_up_bias_of),
+            (module, "down_proj", self.down, parts.down_of, list),
+            (router, "weight", self.router, _alone, _alone),
+        ):
+            found[id(owner._parameters[name])] = [Writer(each(matrix.write, split), matrix.restorer)]
+            bias = getattr(owner, "bias" if owner is router else f"{name}_bias", None)
+            if bias is not None:
+                found[id(bias)] = [Writer(each(matrix.write_bias, split_bias), matrix.restorer)]
+        return found
+
+
+def small_dtype(library: Any, dtype: torch.dtype, quantization: Quantization) -> torch.dtype:
+    """How matrices are stored that quantisation leaves out, in a model of `dtype`."""
+    return torch.float32 if quantization != "none" and library.decoder_int8_router() == DTYPES[torch.float32] else dtype
+
+
+def _alone(whole: torch.Tensor) -> list[torch.Tensor]:
+    return [whole]
