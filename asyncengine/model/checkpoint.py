@@ -1,4 +1,7 @@
-"""A checkpoint on disk: where it is, whether it is whole, how large it is. Reads headers, never weights."""
+"""A checkpoint on disk: where it is, whether it is whole, how large it is. Reads headers, never weights.
+
+Where weights are stored as codes, it reads what says of each how: a shape, or a few hundred bytes of JSON.
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _about(config: Mapping[str, Any]) -> dict[str, Any] | None:
     for values in (config, config.get("text_config")):
         if isinstance(values, Mapping):
             for key in ("quantization_config", "compression_config"):
-                if isinstance(about := values.get(key), dict):
+                if isinstance(about := values.get(key), dict) and about:
                     return about
     return None
 

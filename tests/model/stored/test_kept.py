@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
-from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.errors import CheckpointError, ReloadError, UnsupportedModelError
 from asyncengine.model import architecture
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts, share_of
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
+from asyncengine.model.quantised.four_bits import nearest
 from asyncengine.model.quantised.fp8_linear import Fp8Linear
 from asyncengine.model.stored.kept import KeptCodes
 from asyncengine.model.stored.weight import state_of
@@ -130,11 +131,40 @@ async def test_an_engine_serves_codes_of_four_bits(
         async with AsyncEngine(EngineConfig(str(path), device="cpu", **settings)) as engine:
             assert engine.complete_engine_config.decoder_backend == "compiled"
             assert engine.health().notes == (("quantization: int4, as stored",) if "quantization" in settings else ())
-            scores = (await engine.score([prompt]))[0].logprobs
-            found[str(settings)] = torch.tensor([each.logprob for each in scores if each is not None])
+            found[str(settings)] = await scored(engine, prompt)
     codes, rounded, exact = found.values()
     # Head and embedding have eight bits, as have gpt-oss's projections: what that costs is little more than bfloat16.
     assert (codes - exact).norm() < 2 * (rounded - exact).norm() + 0.002 * exact.norm()
+
+
+async def scored(engine: AsyncEngine, prompt: list[int]) -> torch.Tensor:
+    [score] = await engine.score([prompt])
+    return torch.tensor([each.logprob for each in score.logprobs if each is not None])
+
+
+async def test_new_weights_take_the_places_of_stored_codes(checkpoint: Make, tmp_path: Path) -> None:
+    """Rounded to codes, with the checkpoint's groups and without its zeros; those that do not fit change nothing."""
+    plain, other = (checkpoint("llama", seed, num_hidden_layers=1, vocab_size=192) for seed in (0, 1))
+    coded, _ = coded_checkpoints.write(tmp_path, plain, "awq")
+    new = load_file(other / "model.safetensors")
+    numbers = {
+        name: nearest(weight.bfloat16()).weight(torch.float32) if "_proj" in name else weight
+        for name, weight in new.items()
+    }
+    wanted = coded_checkpoints.saved(tmp_path / "wanted", other, numbers)
+    prompt = list(range(3, 43))
+    async with AsyncEngine(EngineConfig(str(coded), device="cpu", quantization="int4")) as engine:
+        before = await scored(engine, prompt)
+        name = "model.layers.0.self_attn.q_proj.weight"
+        for wrong in (torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(3, 64, dtype=torch.bfloat16)):
+            with pytest.raises(ReloadError, match="q_proj"):
+                await engine.update_weights({name: wrong})
+        assert torch.equal(await scored(engine, prompt), before)
+        await engine.update_weights({name: weight.bfloat16() for name, weight in new.items()})
+        found = await scored(engine, prompt)
+    async with AsyncEngine(EngineConfig(str(wanted), device="cpu", dtype="float32")) as engine:
+        exact = await scored(engine, prompt)
+    assert (found - exact).norm() < 0.02 * exact.norm() < 0.1 * (before - exact).norm()
 
 
 def test_no_numbers_are_computed_on_the_way(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
