@@ -131,3 +131,10 @@ def test_sinks_are_those_of_the_weights(tmp_path: Path) -> None:
     real = model(path, "cpu")
     for layer in architecture.layers_of(real, watched):
         assert layer.sinks is layer.module.sinks
+
+
+def test_a_model_of_several_parts_is_loaded_with_the_configuration_of_its_text() -> None:
+    kind, config = architecture.model_class(transformers.Llama4Config())
+    assert isinstance(config, transformers.Llama4TextConfig) and kind is transformers.Llama4ForCausalLM
+    plain = transformers.LlamaConfig()
+    assert architecture.model_class(plain) == (transformers.LlamaForCausalLM, plain)

@@ -1,6 +1,7 @@
 """Linear layers and experts whose weights have four bits, as modules of a model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ def test_a_layer_computes_with_the_numbers_that_its_codes_stand_for() -> None:
     weight = held.four_bits.weight(torch.bfloat16)
     assert torch.equal(held(x), nn.functional.linear(x, weight, layer.bias))
     assert held.weight.nbytes + held.weight_scale.nbytes < layer.weight.nbytes / 2
+
+
+def test_zeros_do_not_outlive_the_weight_that_had_them() -> None:
+    first, second = (torch.randn(48, 64, dtype=torch.bfloat16) for _ in range(2))
+    codes = nearest(first)
+    held = FourBitLinear(replace(codes, zeros=torch.ones_like(codes.scales)), None, first.dtype)
+    before, restore = held.four_bits.weight(torch.float32), held.keep()
+    held.write(second)
+    assert torch.equal(held.four_bits.weight(torch.float32), nearest(second).weight(torch.float32))
+    restore()
+    assert torch.equal(held.four_bits.weight(torch.float32), before)
 
 
 def test_every_layer_but_the_head_is_replaced(checkpoint: Make) -> None:
