@@ -23,6 +23,7 @@ from asyncengine.model import architecture, findings, graphs, kept_tokenizer, lo
 from asyncengine.model import loader as loader_module
 from asyncengine.model.built_model import _with_weights
 from asyncengine.model.decoder.weights import Packing
+from asyncengine.model.load_check import check_quantization
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.verification import Trial
@@ -328,3 +329,22 @@ async def test_the_tokenizer_may_come_from_elsewhere(checkpoint: Callable[..., P
         result = await engine.generate("Hello", GenerationConfig(max_tokens=5, temperature=0))
         assert result.usage.prompt_tokens >= 1
         assert isinstance(result.text, str)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "said"),
+    [
+        ({"quantization": "int8"}, "cuda", "'int8' on cuda"),
+        ({"quantization": "int8", "decoder_backend": "transformers"}, "cpu", "decoder_backend 'transformers'"),
+        ({"quantization": "int4", "decoder_backend": "transformers"}, "cpu", "decoder_backend 'transformers'"),
+        ({"quantization": "int4", "attention_backend": "torch"}, "cpu", "attention_backend 'torch'"),
+    ],
+)
+def test_weights_that_nothing_multiplies_are_refused_before_a_load(
+    changes: dict[str, Any], device: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_quantization(EngineConfig("tiny", **changes), torch.device(device), torch.bfloat16)
+    if device == "cpu":
+        with pytest.raises(ConfigError, match=said):
+            TransformersLoader().check(EngineConfig("tiny", device="cpu", **changes), None)
