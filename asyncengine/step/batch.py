@@ -17,6 +17,7 @@ Float64 = NDArray[np.float64]
 NO_INDEX: Int64 = np.empty(0, dtype=np.int64)
 _NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 NO_PAIRS: Int64 = np.empty((0, 2), dtype=np.int64)
+NO_SAVES: Int64 = np.empty((0, 3), dtype=np.int64)
 _NO_SUMS: Float32 = np.empty((0, 0), dtype=np.float32)
 
 
@@ -49,6 +50,11 @@ class StepBatch:
         unknown: (num_decodes,) rows whose token the host does not know yet: it is the one that the model has drawn last
             for the row's slot, and what stands in `token_ids` means nothing. None if it knows all.
         adapters: (R,) index of the adapter of each row, -1 for none; None if no row has one.
+        slots: (R,) slot of each row's sequence, for models that keep a state for each; None for others.
+        state_copies: (C, 2) places (source, destination) of states to copy, in this order, before anything else. A
+            slot's state is at the place of the same number; behind those are the places of states that are kept.
+        state_saves: (S, 3) row, count and place: where the row's state goes as it is behind its first `count` tokens.
+            A row that begins at position 0 begins with no state; others go on with what is at their slot's place.
     """
 
     token_ids: Int32
@@ -69,6 +75,9 @@ class StepBatch:
     draft_lengths: Int64 | None = None
     unknown: NDArray[np.bool_] | None = None
     adapters: Int32 | None = None
+    slots: Int64 | None = None
+    state_copies: Int64 = field(default_factory=lambda: NO_PAIRS)
+    state_saves: Int64 = field(default_factory=lambda: NO_SAVES)
 
 
 @dataclass(frozen=True, slots=True)

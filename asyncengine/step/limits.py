@@ -18,6 +18,8 @@ class Limits:
         hybrid: Whether prefill chunks and decodes share a step.
         prefix_cache: Whether computed sequences are kept.
         max_recycling: Most finished sequences that are kept; None is unlimited.
+        kept_states: How many states can be kept beside those of the slots, for a model that keeps a state for each
+            sequence (of state-space layers, say) beside keys and values; None for a model that does not.
     """
 
     max_num_sequence: int
@@ -28,6 +30,7 @@ class Limits:
     hybrid: bool = True
     prefix_cache: bool = True
     max_recycling: int | None = None
+    kept_states: int | None = None
 
     @property
     def max_tokens(self) -> int:
