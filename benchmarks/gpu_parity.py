@@ -201,7 +201,7 @@ def paged_logits(
         tables[row, :count] = order[end - count : end]
     limits = Limits(len(ids), max(lengths), way.chunk * len(ids), PAGE, sum(blocks))
     model.set_attn_implementation(architecture.ATTENTION)
-    layers = architecture.record(model)
+    layers = architecture.record(model).attention
     kv_dtype = torch.float8_e4m3fn if way.fp8 else next(model.parameters()).dtype
     paged = PagedLayers(layers, backend, limits, kv_dtype, device)
     paged.allocate()

@@ -78,7 +78,7 @@ def launches(name: str, layers: int, tokens: int, fused: bool) -> Counter[str]:
     model.config.num_hidden_layers = layers
     if kinds := getattr(model.config, "layer_types", None):
         model.config.layer_types = kinds[:layers]
-    recorded = architecture.record(model)
+    recorded = architecture.record(model).attention
     ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
 
     def attend(module: Any, query: Any, key: Any, value: Any, kwargs: Any) -> Any:

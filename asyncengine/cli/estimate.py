@@ -187,7 +187,7 @@ def _specs(architecture: Any, hf_config: Any) -> list[LayerSpec]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
-        return [layer.spec for layer in architecture.record(model.eval())]
+        return [layer.spec for layer in architecture.record(model.eval()).attention]
     except UnsupportedModelError:
         raise
     except Exception as error:

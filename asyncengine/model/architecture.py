@@ -1,7 +1,8 @@
 """Whether and how a transformers model can be served: found out by watching it, not by knowing its name.
 
-A dummy forward with an attention function that records its calls yields, per layer, everything the KV cache needs.
-What cannot be served shows in the same way: layers that do not attend, attend twice, or not causally.
+A dummy forward with an attention function that records its calls yields, per layer, everything the KV cache needs, and
+a cache that records who keeps which state in it (`asyncengine.model.recurrent.recorded`) the same of recurrent layers.
+What cannot be served shows in the same way: layers that do neither, attend twice, or not causally.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import copy
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
@@ -19,11 +22,16 @@ from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import HOOK, RecordedLayer, hooked, text_config
 from asyncengine.model.checkpoint import Checkpoint
+from asyncengine.model.recorded import Recorded, Watched
+from asyncengine.model.recurrent.recorded import RecurrentLayer, recording
 
 ATTENTION = "asyncengine"
 """Name under which our attention is known to transformers."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+_RECURRENT_TYPES = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
+_STATELESS_TYPES = {"mlp", "moe"}
+"""Layers that look at no other token."""
 _HARMLESS = {
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "full_attention_mask", "logits_to_keep",
     "position_embeddings", "position_ids", "sliding_attention_mask",
@@ -109,13 +117,24 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"{name} computes attention in its own code, not through transformers' attention interface, so its keys "
             "and values cannot be kept in pages"
         )
-    text = text_config(config)
-    strange = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
-    if strange:
+    types = _layer_types(config)
+    known = _LAYER_TYPES | _RECURRENT_TYPES | _STATELESS_TYPES
+    if strange := sorted(set(types) - known):
         raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(map(repr, strange))}; only full and sliding attention can be served"
+            f"{name} has layers of type {', '.join(map(repr, strange))}; only full and sliding attention and recurrent "
+            "layers can be served"
+        )
+    if not hasattr(Cache, "get_conv_state") and (recurrent := sorted(_RECURRENT_TYPES.intersection(types))):
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(map(repr, recurrent))}, which need transformers 5.22 or later; "
+            f"there is {transformers.__version__}"
         )
     return config
+
+
+def _layer_types(config: Any) -> list[str]:
+    """What a configuration says of its layers, one by one; nothing if it does not."""
+    return list(getattr(text_config(config), "layer_types", None) or ())
 
 
 def check_rope(config: Any, max_length: int) -> None:
@@ -142,8 +161,8 @@ def check_rope(config: Any, max_length: int) -> None:
             )
 
 
-def record(model: PreTrainedModel, tokens: int = 4) -> list[RecordedLayer]:
-    """Runs a dummy forward of `tokens` tokens and returns the attention layers in order.
+def record(model: PreTrainedModel, tokens: int = 4) -> Recorded:
+    """Runs a dummy forward of `tokens` tokens and returns what keeps something of the tokens before, in order.
 
     Works on a model without weights, too (on the meta device).
 
@@ -163,7 +182,7 @@ def record(model: PreTrainedModel, tokens: int = 4) -> list[RecordedLayer]:
     device = next(model.parameters()).device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     positions = torch.arange(tokens, device=device)[None]
-    with hooked(dict.fromkeys(names, recorder)), torch.inference_mode():
+    with hooked(dict.fromkeys(names, recorder)), torch.inference_mode(), recording(model, name) as recurrent:
         model(input_ids=ids, position_ids=positions, use_cache=False)
     seen: set[nn.Module] = set()
     for layer in layers:
@@ -171,25 +190,33 @@ def record(model: PreTrainedModel, tokens: int = 4) -> list[RecordedLayer]:
             raise UnsupportedModelError(f"{name}: {layer.name} attends more than once per token")
         seen.add(layer.module)
     expected = text_config(model.config).num_hidden_layers
-    if len(layers) != expected:
+    expected -= sum(kind in _STATELESS_TYPES for kind in _layer_types(model.config))
+    short = len(layers) + len(recurrent) < expected if recurrent else len(layers) != expected
+    if short:
         raise UnsupportedModelError(
-            f"{name}: {len(layers)} of {expected} layers attend; the others keep a state that no KV cache has room for"
+            f"{name}: {len(layers) + len(recurrent)} of {expected} layers attend or keep a state in transformers' "
+            "cache; the others keep one that nothing here has room for"
         )
-    return layers
+    again = {layer.module for layer in recurrent}
+    if len(again) != len(recurrent):
+        raise UnsupportedModelError(f"{name}: a recurrent layer runs more than once per token")
+    return Recorded(layers, recurrent)
 
 
-def layers_of(model: PreTrainedModel, watched: dict[str, LayerSpec] | None) -> list[RecordedLayer]:
-    """The attention layers of a model with its weights.
+def layers_of(model: PreTrainedModel, watched: Watched | None) -> Recorded:
+    """The layers of a model with its weights that keep something of the tokens before.
 
     Args:
         model: It.
-        watched: What `record` found in a model of the same configuration without weights, by name and in order; None
-            if that did not run. Learned sinks are weights, so a model that has some is recorded once more.
+        watched: What `record` found in a model of the same configuration without weights; None if that did not run.
+            Learned sinks are weights, so a model that has some is recorded once more.
     """
     modules = dict(model.named_modules())
-    if not watched or any(spec.has_sinks or name not in modules for name, spec in watched.items()):
+    if watched is None or any(spec.has_sinks for spec in watched.attention.values()) or not watched.names <= set(modules):
         return record(model)
-    return [RecordedLayer(name, modules[name], spec, None) for name, spec in watched.items()]
+    attention = [RecordedLayer(name, modules[name], spec, None) for name, spec in watched.attention.items()]
+    recurrent = [RecurrentLayer(name, modules[name], spec) for name, spec in watched.recurrent.items()]
+    return Recorded(attention, recurrent)
 
 
 def _recorded(

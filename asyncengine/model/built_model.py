@@ -11,6 +11,7 @@ from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model import memory, packed_linear
 from asyncengine.model.findings import Findings
 from asyncengine.model.load_check import BUILDING, Details
+from asyncengine.model.recorded import Recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +19,14 @@ class Built:
     """A model with its weights and without its KV cache.
 
     Attributes:
+        layers: Those that keep something of the tokens before.
         hidden_size: Width of its hidden states; None if there is no telling.
         findings: What the next load of it need not find out; None if that is not to be kept.
         has_head: Whether its head is the checkpoint's, not made up.
     """
 
     model: Any
-    layers: Any
+    layers: Recorded
     program: Any
     fused: Any
     notes: tuple[str, ...]
@@ -108,7 +110,7 @@ def build(
         if details.kv_dtype is not details.dtype:
             layers = trial.layers = trial.scaled(model, backend)
             off = trial.run(model, backend, kv_dtype=details.kv_dtype, fp8_weights=fp8_weights)
-            numbers = [number for layer in layers for number in (layer.spec.key_scale, layer.spec.value_scale)]
+            numbers = [number for layer in layers.attention for number in (layer.spec.key_scale, layer.spec.value_scale)]
             scaled = sum(number != 1.0 for number in numbers)
             with_scales = f", {scaled} of {len(numbers)} scaled" if scaled else ""
             notes.append(
@@ -127,7 +129,7 @@ class Recalled:
     details: Details
     backend: Any
     model: Any
-    layers: Any
+    layers: Recorded
     program: Any
     packing: Any
 
@@ -160,16 +162,16 @@ def recalled(config: EngineConfig, details: Details, backend: Any) -> Recalled:
     model, layers, blueprint = assembled(details.findings, details.checkpoint, details.max_length)
     packing = Packing(_library(config, details, backend))
     program = _compile(config, details, blueprint, backend, packing)
-    return Recalled(details, backend, model, layers, program, packing)
+    return Recalled(details, backend, model, Recorded(layers), program, packing)
 
 
 def _findings(
-    details: Details, model: Any, layers: Any, blueprint: Any, trial: Any, notes: list[str]
+    details: Details, model: Any, layers: Recorded, blueprint: Any, trial: Any, notes: list[str]
 ) -> Findings | None:
     """What was found out, if that is to be kept and the next load could do with it."""
     from asyncengine.model.skeleton import described
 
-    if details.findings_at is None or (found := described(model, layers, blueprint, details.checkpoint)) is None:
+    if details.findings_at is None or (found := described(model, layers.attention, blueprint, details.checkpoint)) is None:
         return None
     kept = trial.kept()
     return Findings(found.description | kept.description | {"notes": notes}, found.tensors | kept.tensors)
@@ -197,14 +199,13 @@ def _tried(config: EngineConfig, model: Any, trial: Any, backend: Any) -> tuple[
 
 
 def _fuse(
-    config: EngineConfig, details: Details, model: Any, layers: Any, backend: Any, trial: Any
+    config: EngineConfig, details: Details, model: Any, layers: Recorded, backend: Any, trial: Any
 ) -> tuple[Any, tuple[str, ...]]:
     """The model's fused kernels, or None; and why there are none, in words, if they were wanted.
 
     Raises:
         UnsupportedModelError: There are none, and nothing else will do.
     """
-    from asyncengine.model.decoder.blueprint import recognise
     from asyncengine.model.fused import choice
     from asyncengine.model.fused.decoder import FusedDecoder
     from asyncengine.model.graphs import reason_of
@@ -217,7 +218,7 @@ def _fuse(
     ):
         return None, ()
     try:
-        fused = FusedDecoder(recognise(model, layers, details.max_length, whole_experts=True))
+        fused = FusedDecoder(_recognised(model, layers, details.max_length, whole_experts=True))
         in_fp8 = config.quantization == "fp8"
         if in_fp8:  # what fused kernels compute is what the modules do, in fp8 as these are
             trial = Trial.of(model, layers, details.device)
@@ -333,14 +334,14 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
     return model.to(details.device).eval().requires_grad_(False), not report["missing_keys"]
 
 
-def _blueprint(config: EngineConfig, details: Details, model: Any, layers: Any, backend: Any) -> Any:
+def _blueprint(config: EngineConfig, details: Details, model: Any, layers: Recorded, backend: Any) -> Any:
     """The parts of a model that is to be compiled; None if that is not wanted or not for this device.
 
     Raises:
         NotRecognised: The model is not one that the compiled step can run.
     """
     from asyncengine.model.attention.cpu import CpuAttention
-    from asyncengine.model.decoder.blueprint import NotRecognised, recognise
+    from asyncengine.model.decoder.blueprint import NotRecognised
     from asyncengine.model.fused.choice import DEVICES
 
     if config.decoder_backend == "transformers" or (config.decoder_backend == "auto" and config.quantization == "fp8"):
@@ -351,7 +352,20 @@ def _blueprint(config: EngineConfig, details: Details, model: Any, layers: Any, 
         if config.decoder_backend == "auto" and config.quantization == "none":
             return None
         raise NotRecognised(f"it needs the compiled attention of the CPU, not {backend.name!r} on {details.device}")
-    return recognise(model, layers, details.max_length)
+    return _recognised(model, layers, details.max_length)
+
+
+def _recognised(model: Any, layers: Recorded, longest: int, whole_experts: bool = False) -> Any:
+    """A model's parts.
+
+    Raises:
+        NotRecognised: It is not of a kind that is known.
+    """
+    from asyncengine.model.decoder.blueprint import NotRecognised, recognise
+
+    if layers.recurrent:
+        raise NotRecognised("it has recurrent layers")
+    return recognise(model, layers.attention, longest, whole_experts=whole_experts)
 
 
 def _compile(config: EngineConfig, details: Details, blueprint: Any, backend: Any, later: Any = None) -> Any:

@@ -13,6 +13,7 @@ from asyncengine.model.attention.protocol import CapturableBackend, CarryingBack
 from asyncengine.model.attention_modules import hooked, text_config
 from asyncengine.model.built_model import Built
 from asyncengine.model.load_check import Details
+from asyncengine.model.recurrent.states import bytes_per_place
 from asyncengine.speculation.lengths import LONGEST
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadPlan
@@ -29,23 +30,37 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
     length = details.max_length
     chunk = _chunk(config, details)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
-    layers = built.layers if draft is None else [*built.layers, *draft.layers]  # they share the blocks
+    layers = built.layers.attention
+    if draft is not None:
+        layers = [*layers, *draft.layers.attention]  # they share the blocks
     per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.kv_dtype) for layer in layers)
     graphs = None
     share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
     if cuda:
         drafts = 0 if config.speculative_mode == "disable" else sequences * (config.spec_draft_length or LONGEST)
-        activations = _profile(built.model, built.layers, chunk, sequences + min(drafts, chunk), details.device)
+        activations = _profile(built.model, built.layers.attention, chunk, sequences + min(drafts, chunk), details.device)
         used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
         available = int(memory.total_bytes(details.device) * share) - used - activations
         share = 1.0
         graphs = graph_reserve(config, details, backend, sequences, [layer.spec for layer in layers])
     else:
         available = memory.free_bytes(details.device)
+    available, kept_states = max(available, 0), None
+    if built.layers.recurrent:
+        per_state = bytes_per_place(built.layers.recurrent, details.dtype)
+        room = memory.state_budget(
+            nbytes=int(available * share),
+            bytes_per_state=per_state,
+            sequences=sequences,
+            wanted=config.max_num_sequence is not None,
+            keeps=config.prefix_cache_mode == "radix",
+        )
+        sequences, kept_states = room.sequences, room.kept
+        available -= int(room.nbytes / share)
     budget = memory.kv_budget(
-        available=max(available, 0),
+        available=available,
         share=share,
-        bytes_per_block=per_block,
+        bytes_per_block=max(per_block, 1),  # a model need not attend
         page_size=page_size,
         wanted_tokens=config.max_total_sequence_length,
         useful_tokens=sequences * length,
@@ -60,6 +75,7 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
         hybrid=config.prefill_mode == "hybrid",
         prefix_cache=config.prefix_cache_mode == "radix",
         max_recycling=config.prefix_cache_max_num_recycling_seqs,
+        kept_states=kept_states,
     )
     complete = config.replace(
         tokenizer=config.tokenizer or (config.model if plan.tokenizer_key else None),
@@ -108,6 +124,13 @@ def graphs_of(
     if not isinstance(backend, CapturableBackend):
         return steps
     return steps + memory.GraphReserve(backend.capture_bytes(specs, sequences, details.device))
+
+
+def cache_bytes(built: Built, backend: Any, limits: Limits, details: Details) -> int:
+    """Bytes of all that a model keeps of its sequences."""
+    blocks = limits.num_blocks * kv_bytes_per_block(built.layers.attention, backend, limits, details.kv_dtype)
+    places = limits.max_num_sequence + (limits.kept_states or 0) + 1
+    return blocks + places * bytes_per_place(built.layers.recurrent, details.dtype)
 
 
 def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.dtype) -> int:

@@ -19,6 +19,7 @@ from asyncengine.model.adapters import lora
 from asyncengine.model.attention_modules import text_config
 from asyncengine.model.findings import Findings, place_of, recall
 from asyncengine.model.memory import GIB
+from asyncengine.model.recorded import Watched
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer
 
@@ -29,9 +30,9 @@ KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 BUILDING = threading.Lock()
 """Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at
 once restore each other's."""
-_WATCHED: dict[str, dict[str, Any]] = {}
-"""For each configuration whose model ran without weights, its attention layers by name. It is not watched again: what
-is found depends on nothing else."""
+_WATCHED: dict[str, Watched] = {}
+"""For each configuration whose model ran without weights, what was seen. It is not watched again: what is found depends
+on nothing else."""
 DEFAULT_LONGEST = 2048
 """Tokens in one sequence, where the configuration does not say how many positions there are."""
 SLACK = 256 << 20
@@ -54,7 +55,7 @@ class Details:
         present_tokenizer: That of the model that is loaded, if there is one.
         kv_dtype: Of the KV cache.
         draft: The same of the model that drafts for it.
-        watched: Its attention layers by name; None if it does not run without weights.
+        watched: What its layers need; None if it does not run without weights.
         findings: What an earlier load of it found out, if that was kept. Then there is no `hf_config`.
         findings_at: Where what is found out is kept; None if it is not.
         selecting: Comes to what attends, as soon as that is compiled; None for a draft model.
@@ -72,7 +73,7 @@ class Details:
     present_tokenizer: Tokenizer | None
     kv_dtype: torch.dtype
     draft: Details | None = None
-    watched: dict[str, Any] | None = None
+    watched: Watched | None = None
     findings: Findings | None = None
     findings_at: Path | None = None
     selecting: Future[Any] | None = None
@@ -147,8 +148,8 @@ def plan_of(
     if current is not None or findings is not None or not _serves_all(config, device):
         backend = selecting.result().backend
         check_kv_dtype(config, backend, kv_dtype, device)
-        for layers in (watched, None if draft is None else draft.watched):
-            check_layers(config, backend, layers, kv_dtype, device)
+        for each in (watched, None if draft is None else draft.watched):
+            check_layers(config, backend, None if each is None else each.attention, kv_dtype, device)
     check_quantization(config, device, dtype)
     weights = checkpoint.weight_bytes(dtype, config.quantization)
     present = None if current is None else current.tokenizer
@@ -374,11 +375,11 @@ def without_findings(details: Details) -> Details:
     return dataclasses.replace(details, hf_config=hf_config, watched=watched, findings=None)
 
 
-def watch(architecture: Any, hf_config: Any) -> dict[str, Any] | None:
+def watch(architecture: Any, hf_config: Any) -> Watched | None:
     """Watches the model run without weights, unless one of the same configuration was watched.
 
     Returns:
-        Its attention layers by name; None if it does not run without weights.
+        What its layers need; None if it does not run without weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -389,8 +390,11 @@ def watch(architecture: Any, hf_config: Any) -> dict[str, Any] | None:
         return known
     try:
         with BUILDING, torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
-        found = {layer.name: layer.spec for layer in architecture.record(model.eval())}
+            # In a dtype of few digits, so that states of more digits are known to be so.
+            model = AutoModelForCausalLM.from_config(
+                hf_config, dtype=torch.bfloat16, attn_implementation=architecture.ATTENTION
+            )
+        found: Watched = architecture.record(model.eval()).watched
     except UnsupportedModelError:
         raise
     except Exception:

@@ -15,7 +15,7 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import AsyncEngineError, CheckpointError, InsufficientMemoryError, ReloadError
 from asyncengine.model import memory
 from asyncengine.model.built_model import Built, build, recalled
-from asyncengine.model.capacity import graphs_of, kv_bytes_per_block, limits_of
+from asyncengine.model.capacity import cache_bytes, graphs_of, limits_of
 from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.findings import keep
 from asyncengine.model.load_check import Details, device_of, dtype_of, plan_of, select_attention, without_findings
@@ -135,9 +135,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     last = LastTokens(limits.max_num_sequence, details.device) if run_ahead else None
     model, _ = _serving(built, details, backend, limits, vocab_size, last)
     drafting = None
-    memory_bytes = built.nbytes + limits.num_blocks * kv_bytes_per_block(
-        built.layers, backend, limits, details.kv_dtype
-    )
+    memory_bytes = built.nbytes + cache_bytes(built, backend, limits, details)
     draft_model = None
     try:
         model.use_adapters(adapting := _adapting(built, details))
@@ -154,8 +152,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         if draft is not None and draft_model is not None:
             slower = _captured(config, draft_model, draft, details, backend, limits)
             notes += [f"draft model: {note}" for note in (*draft.notes, *slower)]
-            memory_bytes += draft.nbytes
-            memory_bytes += limits.num_blocks * kv_bytes_per_block(draft.layers, backend, limits, details.kv_dtype)
+            memory_bytes += draft.nbytes + cache_bytes(draft, backend, limits, details)
         elif config.speculative_mode == "ngram":
             drafting = _drafting(config, NgramDrafter(), limits, details.device)
     except BaseException:
@@ -213,11 +210,14 @@ def _warming(*models: Any) -> Any:
 def _serving(built: Built, details: Details, backend: Any, limits: Limits, vocab_size: int, last: Any = None) -> Any:
     """A model with its KV cache, and its sampler."""
     from asyncengine.model.paged_layers import PagedLayers
+    from asyncengine.model.recurrent.states import States
     from asyncengine.model.runner import TorchModel
     from asyncengine.model.sampler import Sampler
 
     device = details.device
-    paged = PagedLayers(built.layers, backend, limits, details.kv_dtype, device)
+    recurrent = built.layers.recurrent
+    states = States(recurrent, limits, details.dtype, device) if recurrent else None
+    paged = PagedLayers(built.layers.attention, backend, limits, details.kv_dtype, device, states)
     paged.allocate()
     sampler = Sampler(limits.max_num_sequence, vocab_size, device)
     return TorchModel(built.model, paged, sampler, device, built.program, last), sampler
@@ -229,7 +229,7 @@ def _adapting(built: Built, details: Details) -> Any:
 
     if built.program is not None:
         return built.program.adapters_of(built.model)
-    return AdaptedModules(built.model, built.layers, details.device, details.dtype)
+    return AdaptedModules(built.model, built.layers.attention, details.device, details.dtype)
 
 
 def _captured(
@@ -270,7 +270,7 @@ def _captured(
         return slower if measured is None else (*measured.notes, *slower)
     room = None
     if details.device.type == "cuda":
-        specs = [layer.spec for layer in built.layers]
+        specs = [layer.spec for layer in built.layers.attention]
         adapters = adapting is not None and bool(config.adapters)  # those that come later take what is left
         aside = graphs_of(config, details, backend, limits.max_num_sequence, specs, adapters).nbytes
         room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
@@ -342,4 +342,5 @@ def _prefill(count: int, page_size: int) -> StepBatch:
         sample_positions=np.empty(0, dtype=np.int64),
         copies=np.empty((0, 2), dtype=np.int64),
         num_decodes=int(count == 1),
+        slots=np.zeros(1, dtype=np.int64),
     )

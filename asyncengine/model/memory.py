@@ -17,6 +17,8 @@ from asyncengine.errors import InsufficientMemoryError
 GIB = 1 << 30
 CPU_SHARE = 0.4
 CUDA_SHARE = 0.9
+_KEPT_STATES = 64
+"""So many states of recurrent layers are kept at least, where there is memory."""
 CAPTURES = threading.Lock()
 """Held while a CUDA graph is captured, and by whoever waits for a whole device or empties torch's cache of its memory:
 torch captures one graph at a time in a process, and CUDA refuses to wait for a device while one is captured. Engines
@@ -101,6 +103,49 @@ class KVBudget:
 
     num_blocks: int
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateBudget:
+    """Memory of the states that a model keeps for its sequences.
+
+    Attributes:
+        sequences: That have one.
+        kept: How many more are kept for sequences to come.
+        nbytes: What all of them take.
+    """
+
+    sequences: int
+    kept: int
+    nbytes: int
+
+
+def state_budget(*, nbytes: int, bytes_per_state: int, sequences: int, wanted: bool, keeps: bool) -> StateBudget:
+    """Decides how many states there are.
+
+    Half of the memory is left to keys and values at least, and what is kept takes a quarter at most.
+
+    Args:
+        nbytes: To be shared with the KV cache.
+        bytes_per_state: Of all layers together.
+        sequences: How many sequences there may be at once.
+        wanted: Whether the configuration demands so many.
+        keeps: Whether there is a prefix cache.
+
+    Raises:
+        InsufficientMemoryError: The demand does not fit, or not even one sequence's does.
+    """
+    fitting = nbytes // 2 // bytes_per_state - 1  # one is written by nobody's rows
+    text = f"{nbytes / GIB:.2f} GiB / 2 / {bytes_per_state / (1 << 20):.2f} MiB per sequence = {fitting} sequences"
+    if fitting < (sequences if wanted else 1):
+        asked = f"max_num_sequence = {sequences}, but " if wanted else ""
+        raise InsufficientMemoryError(
+            f"the states of recurrent layers do not fit: {asked}{text}; lower max_num_sequence or raise "
+            "gpu_memory_utilization"
+        )
+    sequences = min(sequences, fitting)
+    kept = min(max(4 * sequences, _KEPT_STATES), nbytes // 4 // bytes_per_state) if keeps else 0
+    return StateBudget(sequences, kept, (sequences + kept + 1) * bytes_per_state)
 
 
 def kv_budget(

@@ -1,4 +1,4 @@
-"""The KV cache of a model's layers, and how they attend over it. Owned by the step thread."""
+"""What a model's layers keep of the tokens before: keys and values in pages, and states. Owned by the step thread."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from torch import nn
 
 from asyncengine.model.attention.protocol import AttentionBackend, CapturableBackend, CarryingBackend
 from asyncengine.model.attention_modules import RecordedLayer, attach
+from asyncengine.model.recurrent.states import States
 from asyncengine.step.batch import Int64, StepBatch
 from asyncengine.step.limits import Limits
 
 
 class PagedLayers:
-    """The KV cache of all layers, and the plan of the present step that they share.
+    """The KV cache of all layers that attend, the plan of the present step that they share, and the recurrent layers'
+    states.
 
     Attributes:
         caches: One per layer; none until they are allocated.
         plan: Of the present step.
+        states: None if the model has no recurrent layers.
 
     Args:
         layers: In the order of execution.
@@ -28,6 +31,7 @@ class PagedLayers:
         limits: Number and size of blocks.
         dtype: Of keys and values.
         device: Theirs.
+        states: As the attribute.
     """
 
     def __init__(
@@ -37,7 +41,9 @@ class PagedLayers:
         limits: Limits,
         dtype: torch.dtype,
         device: torch.device,
+        states: States | None = None,
     ) -> None:
+        self.states = states
         self._layers = layers
         self._backend = backend
         self._limits = limits
@@ -56,16 +62,20 @@ class PagedLayers:
         if isinstance(self._backend, CapturableBackend):
             self._backend.reserve(limits, self._device)
         attach({layer.module: self._hook(layer, cache) for layer, cache in zip(self._layers, self.caches, strict=True)})
+        if self.states is not None:
+            self.states.allocate()
 
     def free(self) -> None:
         """Lets the cache go."""
         self.caches = []
         self.plan = None
         attach(dict.fromkeys((layer.module for layer in self._layers), _no_cache))
+        if self.states is not None:
+            self.states.free()
 
     def begin(self, batch: StepBatch) -> Any:
-        """Prepares a step: copies blocks, then plans; returns the plan."""
-        self._copy(batch)
+        """Prepares a step: copies blocks and states, then plans; returns the attention's plan."""
+        self._prepare(batch)
         self.plan = self._backend.plan(batch, self._limits.page_size, self._device)
         return self.plan
 
@@ -81,18 +91,25 @@ class PagedLayers:
             mixed: Whether that graph is of all steps of so many tokens, not of decodes alone.
         """
         if captured and isinstance(self._backend, CapturableBackend):
-            self._copy(batch)
+            self._prepare(batch)
             self.plan = self._backend.plan_captured(batch, self._limits.page_size, self._device)
             return self.plan, None
         if not isinstance(self._backend, CarryingBackend):
             return self.begin(batch), None
-        self._copy(batch)
+        self._prepare(batch)
         self.plan, sent = self._backend.plan_with(batch, self._limits.page_size, self._device, sections, mixed)
         return self.plan, sent
 
-    def _copy(self, batch: StepBatch) -> None:
+    def end(self) -> None:
+        """Keeps what is to be kept as it is behind the step."""
+        if self.states is not None:
+            self.states.end()
+
+    def _prepare(self, batch: StepBatch) -> None:
         if len(batch.copies):
             self.copy_blocks(batch.copies)
+        if self.states is not None:
+            self.states.begin(batch)
 
     def copy_blocks(self, copies: Int64) -> None:
         """Copies whole blocks: (C, 2) of source and destination."""

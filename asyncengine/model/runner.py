@@ -174,17 +174,22 @@ class TorchModel:
             return self.begin_with(batch, sections)[1]
 
         if batch.adapters is None:
-            return run(*self._inputs.send(batch, others, carry))
+            return self._ended(run(*self._inputs.send(batch, others, carry)))
         adapters, tokens = self._adapters, len(batch.token_ids)
         assert isinstance(adapters, AdaptedModules)
         if adapters.by_token(tokens):
             inputs = self._inputs.send(batch, {**(others or {}), "adapters": places_of(batch, tokens)}, carry)
             with adapters.looked_up(self._inputs.sent["adapters"]):
-                return run(*inputs)
+                return self._ended(run(*inputs))
         order, groups = groups_of(batch)
         inputs = self._inputs.send(batch, {**(others or {}), "adapted": order}, carry)
         with adapters.applied(groups, self._inputs.sent["adapted"].long(), tokens):
-            return run(*inputs)
+            return self._ended(run(*inputs))
+
+    def _ended(self, logits: torch.Tensor) -> torch.Tensor:
+        """A step's logits, once it has left behind what it is to leave."""
+        self._layers.end()
+        return logits
 
     def _draw(self, batch: StepBatch, logits: torch.Tensor) -> StepTokens:
         """Tokens and scores from logits, those that are drawn from first."""

@@ -20,11 +20,13 @@ from torch import nn
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model.attention import fp8
 from asyncengine.model.attention.protocol import AttentionBackend
-from asyncengine.model.attention_modules import HOOK, RecordedLayer, attach, text_config
+from asyncengine.model.attention_modules import HOOK, attach, text_config
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.findings import Findings
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.tiles import MOST_TOKENS
+from asyncengine.model.recorded import Recorded
+from asyncengine.model.recurrent.states import States
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
@@ -59,12 +61,12 @@ class Trial:
     """Two short random sequences, and what transformers makes of them.
 
     Attributes:
-        layers: The attention layers of what is tried next.
+        layers: What keeps something of the tokens before, in what is tried next.
 
     Args:
         name: Of the model, for messages.
         dtype: Its own.
-        layers: Its attention layers.
+        layers: As the attribute.
         device: Where it is.
         ids: (2, tokens) the sequences.
         expected: (2, tokens, columns) what transformers makes of them.
@@ -76,7 +78,7 @@ class Trial:
         self,
         name: str,
         dtype: torch.dtype,
-        layers: list[RecordedLayer],
+        layers: Recorded,
         device: torch.device,
         ids: NDArray[np.int32],
         expected: torch.Tensor,
@@ -93,7 +95,7 @@ class Trial:
         self._cuts = sorted({min(cut, ids.shape[1]) for cut in cuts})
 
     @classmethod
-    def of(cls, model: Any, layers: list[RecordedLayer], device: torch.device) -> Trial:
+    def of(cls, model: Any, layers: Recorded, device: torch.device) -> Trial:
         """A trial of a model with its weights: transformers computes what is expected."""
         text = text_config(model.config)
         ids = _sequences(text.vocab_size, getattr(text, "max_position_embeddings", None) or _TOKENS)
@@ -102,7 +104,7 @@ class Trial:
 
     @classmethod
     def recalled(
-        cls, findings: Findings, dtype: torch.dtype, layers: list[RecordedLayer], device: torch.device
+        cls, findings: Findings, dtype: torch.dtype, layers: Recorded, device: torch.device
     ) -> Trial:
         """A trial whose expected logits were computed by an earlier load."""
         about, expected = findings.description, findings.tensors["expected"]
@@ -159,7 +161,7 @@ class Trial:
         self._judge(error, _NARROW_TOLERANCE["int4"], "int4")
         return error
 
-    def scaled(self, model: Any, backend: AttentionBackend) -> list[RecordedLayer]:
+    def scaled(self, model: Any, backend: AttentionBackend) -> Recorded:
         """The layers with what their keys and values are to be divided by in fp8, after the largest of the trial's."""
         largest: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -175,11 +177,11 @@ class Trial:
 
         self._error(2, (0, self._ids.shape[1]), model, backend, around=watched)
         layers = []
-        for layer in self.layers:
+        for layer in self.layers.attention:
             key, value = (fp8.scale_for(float(number)) for number in largest[layer.module])
             spec = dataclasses.replace(layer.spec, key_scale=key, value_scale=value)
             layers.append(dataclasses.replace(layer, spec=spec))
-        return layers
+        return dataclasses.replace(self.layers, attention=layers)
 
     def run_fused(self, model: Any, backend: AttentionBackend, fused: FusedDecoder, fp8_weights: bool = False) -> float:
         """As `run`, of fused kernels: those for a single token, for several, and for many are judged apart.
@@ -228,11 +230,13 @@ class Trial:
         from asyncengine.model.runner import TorchModel
 
         length = self._ids.shape[1]
-        limits = Limits(2, length, 2 * length, _PAGE, 2 * -(-length // _PAGE))
-        paged = PagedLayers(self.layers, backend, limits, kv_dtype or self._dtype, self._device)
+        recurrent = self.layers.recurrent
+        limits = Limits(2, length, 2 * length, _PAGE, 2 * -(-length // _PAGE), kept_states=0 if recurrent else None)
+        states = States(recurrent, limits, self._dtype, self._device) if recurrent else None
+        paged = PagedLayers(self.layers.attention, backend, limits, kv_dtype or self._dtype, self._device, states)
         paged.allocate()
         if around is not None:
-            attach({layer.module: around(getattr(layer.module, HOOK)) for layer in self.layers})
+            attach({layer.module: around(getattr(layer.module, HOOK)) for layer in self.layers.attention})
         try:
             runner = TorchModel(model, paged, None, self._device, program)  # type: ignore[arg-type]
             if fused is not None:
@@ -298,4 +302,5 @@ def _piece(ids: Any, start: int, end: int) -> StepBatch:
         sample_positions=np.zeros(sequences * count, dtype=np.int64),
         copies=np.empty((0, 2), dtype=np.int64),
         num_decodes=sequences if count == 1 else 0,
+        slots=np.arange(sequences),
     )

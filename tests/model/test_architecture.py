@@ -10,6 +10,7 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model import architecture
 from asyncengine.model.loader import TransformersLoader
+from asyncengine.model.recorded import Watched
 from tests.model.checkpoints import COMMON, write
 
 SMALL: dict[str, Any] = COMMON | {"num_hidden_layers": 2}
@@ -109,27 +110,27 @@ def model(path: Path, device: str) -> Any:
 
 def test_what_was_watched_without_weights_is_not_watched_again(tmp_path: Path) -> None:
     path = write(tmp_path, "gemma3_text")
-    watched = {layer.name: layer.spec for layer in architecture.record(model(path, "meta"))}
+    watched = architecture.record(model(path, "meta")).watched
     real = model(path, "cpu")
     wanted = architecture.record(real)
     real.forward = None  # it is not run
     assert architecture.layers_of(real, watched) == wanted
 
 
-@pytest.mark.parametrize("watched", [None, {}, "of another model"])
+@pytest.mark.parametrize("watched", [None, "of another model"])
 def test_what_was_not_watched_is_watched_with_weights(watched: Any, tmp_path: Path) -> None:
     real = model(write(tmp_path, "llama"), "cpu")
     wanted = architecture.record(real)
     if watched:
-        watched = {f"other.{layer.name}": layer.spec for layer in wanted}
+        watched = Watched({f"other.{layer.name}": layer.spec for layer in wanted.attention})
     assert architecture.layers_of(real, watched) == wanted
 
 
 def test_sinks_are_those_of_the_weights(tmp_path: Path) -> None:
     path = write(tmp_path, "gpt_oss")
-    watched = {layer.name: layer.spec for layer in architecture.record(model(path, "cpu"))}
+    watched = architecture.record(model(path, "cpu")).watched
     real = model(path, "cpu")
-    for layer in architecture.layers_of(real, watched):
+    for layer in architecture.layers_of(real, watched).attention:
         assert layer.sinks is layer.module.sinks
 
 

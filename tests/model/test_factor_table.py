@@ -146,7 +146,7 @@ def test_places_are_those_of_rows_and_none_of_padding() -> None:
 def recorded(path: Path) -> list[RecordedLayer]:
     return architecture.record(
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=architecture.ATTENTION)
-    )
+    ).attention
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

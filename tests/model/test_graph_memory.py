@@ -54,7 +54,7 @@ def test_a_draw_works_on_no_more_than_is_reckoned(rows: int, vocab: int, monkeyp
 )
 def test_a_layer_has_no_more_at_hand_than_is_reckoned(config: PreTrainedConfig, at_most: float) -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation=architecture.ATTENTION, dtype=torch.bfloat16)
-    layers, tokens = architecture.record(model.eval()), 64
+    layers, tokens = architecture.record(model.eval()).attention, 64
 
     def nothing(module: Any, query: Any, key: Any, value: Any, kwargs: Any) -> Any:
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])

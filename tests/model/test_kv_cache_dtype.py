@@ -67,7 +67,7 @@ def test_a_model_whose_values_do_not_fit_into_it_gets_scales_or_is_refused(check
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.v_proj.weight.mul_(1e4)
-    layers = architecture.record(model)
+    layers = architecture.record(model).attention
     trial = Trial.of(model, layers, torch.device("cpu"))
     assert trial.run(model, TorchAttention()) < 1e-3
     with pytest.raises(UnsupportedModelError, match=r"allowed 0\.4 in torch\.float8_e4m3fn"):

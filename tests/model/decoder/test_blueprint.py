@@ -22,7 +22,7 @@ def model_of(name: str, **changes: Any) -> Any:
 
 
 def found(model: Any, max_length: int = 64) -> Blueprint:
-    return recognise(model, architecture.record(model), max_length)
+    return recognise(model, architecture.record(model).attention, max_length)
 
 
 @pytest.mark.parametrize(

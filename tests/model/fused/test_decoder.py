@@ -49,7 +49,7 @@ class Case:
         self.model = self.model.to(DEVICE).eval().requires_grad_(False)
         if four_bits:
             round_layers(self.model)
-        self.layers = architecture.record(self.model)
+        self.layers = architecture.record(self.model).attention
         self.trial = Trial.of(self.model, self.layers, DEVICE)
         self.fused = FusedDecoder(recognise(self.model, self.layers, 64, whole_experts=True))
         self.backend = TorchAttention()

@@ -1,0 +1,47 @@
+"""What was found of a model by watching it run: its layers that keep something of the tokens before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from asyncengine.model.attention.protocol import LayerSpec
+from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.recurrent.recorded import RecurrentLayer, RecurrentSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """Of any model of a configuration: what its layers need, by their names and in the order of execution.
+
+    Attributes:
+        attention: Of those that attend.
+        recurrent: Of those that keep a state.
+    """
+
+    attention: dict[str, LayerSpec]
+    recurrent: dict[str, RecurrentSpec] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """Of all of them."""
+        return {*self.attention, *self.recurrent}
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Of one model: the layers themselves, in the order of execution.
+
+    Attributes:
+        attention: Those that attend.
+        recurrent: Those that keep a state.
+    """
+
+    attention: list[RecordedLayer]
+    recurrent: list[RecurrentLayer] = field(default_factory=list)
+
+    @property
+    def watched(self) -> Watched:
+        """What holds for any model of the same configuration."""
+        return Watched(
+            {layer.name: layer.spec for layer in self.attention}, {layer.name: layer.spec for layer in self.recurrent}
+        )

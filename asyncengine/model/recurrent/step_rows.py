@@ -1,0 +1,75 @@
+"""How a step's tokens are cut for recurrent layers, which look at each sequence by itself. Owned by the step thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from asyncengine.step.batch import StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of one sequence that a layer computes at once.
+
+    Attributes:
+        tokens: Which of the step's, from and to.
+        place: Of the sequence's state.
+        fresh: Whether it begins with no state.
+        saves: Places to which the state goes as it is behind them.
+    """
+
+    tokens: tuple[int, int]
+    place: int
+    fresh: bool
+    saves: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """A step, cut: the rows that decode are computed at once, and each piece of a prompt by itself.
+
+    Attributes:
+        decodes: (rows,) places of the states of those that decode, on the device.
+        alike: Their first and last place and one, where the places follow one another; None else.
+        pieces: What follows them.
+        late: (places, 2) states of rows that decode, and where they go when the step is through.
+    """
+
+    decodes: torch.Tensor
+    alike: tuple[int, int] | None
+    pieces: tuple[Piece, ...]
+    late: tuple[tuple[int, int], ...]
+
+    @property
+    def num_decodes(self) -> int:
+        """How many rows decode."""
+        return len(self.decodes)
+
+
+def cut(batch: StepBatch, device: torch.device) -> StepRows:
+    """Cuts a step, whose rows that decode have one token each."""
+    assert batch.slots is not None and batch.draft_lengths is None
+    decodes = batch.num_decodes
+    places = batch.slots.tolist()
+    saves: dict[int, list[tuple[int, int]]] = {}
+    for row, count, place in batch.state_saves.tolist():
+        saves.setdefault(row, []).append((count, place))
+    pieces: list[Piece] = []
+    starts, context = batch.query_start.tolist(), batch.context_lens.tolist()
+    for row in range(decodes, len(places)):
+        start, end = starts[row], starts[row + 1]
+        ends: dict[int, list[int]] = {}
+        for count, place in saves.get(row, ()):
+            ends.setdefault(start + count, []).append(place)
+        ends.setdefault(end, [])
+        fresh = context[row] == 0
+        for stop in sorted(ends):
+            pieces.append(Piece((start, stop), places[row], fresh, tuple(ends[stop])))
+            start, fresh = stop, False
+    first = places[0] if decodes else 0
+    follow = places[:decodes] == list(range(first, first + decodes))
+    late = tuple((places[row], place) for row in range(decodes) for _, place in saves.get(row, ()))
+    on_device = torch.from_numpy(batch.slots[:decodes]).to(device)
+    return StepRows(on_device, (first, first + decodes) if follow else None, tuple(pieces), late)
