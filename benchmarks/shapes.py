@@ -27,6 +27,13 @@ SHAPES = {
         "hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 2,
         "intermediate_size": 1024, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2,
     },
+    "H": {  # the shape of Qwen3.5-0.8B: three layers of linear attention to each that attends
+        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "head_dim": 256, "intermediate_size": 3584, "vocab_size": 248320,
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 6,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 16, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    },
     "L": {  # the shape of Qwen3-8B
         "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
         "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False,
@@ -35,16 +42,20 @@ SHAPES = {
 
 
 def make(shape: str, dtype: str, device: str = "cpu", max_length: int = 4096) -> Any:
-    """A random Llama (S, 1B, tiny), Qwen3 (M, L) or Mixtral (E), with tied embeddings but for L, made on a device."""
+    """A random Llama (S, 1B, tiny), Qwen3 (M, L), Qwen3.5 (H) or Mixtral (E), made on a device.
+
+    All but L have tied embeddings.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
+    import transformers
+    from transformers import AutoModelForCausalLM
 
     values = {
         "tie_word_embeddings": True, "max_position_embeddings": max_length, "bos_token_id": None, "eos_token_id": None,
         "pad_token_id": 0,
     } | SHAPES[shape]  # fmt: skip
-    kind = {"M": Qwen3Config, "L": Qwen3Config, "E": MixtralConfig}.get(shape, LlamaConfig)
-    config = kind(**values)
+    kinds = {"M": "Qwen3Config", "L": "Qwen3Config", "H": "Qwen3_5TextConfig", "E": "MixtralConfig"}
+    config = getattr(transformers, kinds.get(shape, "LlamaConfig"))(**values)
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()

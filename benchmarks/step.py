@@ -64,6 +64,7 @@ def batch_of(rows: int, new: int, context: int, vocabulary: int) -> StepBatch:
         sample_positions=np.zeros(rows, np.int64),
         copies=np.empty((0, 2), np.int64),
         num_decodes=rows if new == 1 else 0,
+        slots=np.arange(rows, dtype=np.int64),
     )
 
 

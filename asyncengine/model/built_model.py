@@ -103,6 +103,7 @@ def build(
         if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
             packed_linear.pack(model)
         notes.extend(_tried(config, model, trial, backend))
+        layers = trial.layers  # by now it is known which of the recurrent ones continue
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
         fused, note = _fuse(config, details, model, layers, backend, trial)

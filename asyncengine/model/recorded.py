@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import RecordedLayer
@@ -38,6 +39,16 @@ class Recorded:
 
     attention: list[RecordedLayer]
     recurrent: list[RecurrentLayer] = field(default_factory=list)
+
+    def alone(self, names: Collection[str]) -> Recorded:
+        """The same, with recurrent layers that do not continue, by their names."""
+        if not names:
+            return self
+        recurrent = [
+            replace(layer, spec=replace(layer.spec, continues=False)) if layer.name in names else layer
+            for layer in self.recurrent
+        ]
+        return Recorded(self.attention, recurrent)
 
     @property
     def watched(self) -> Watched:

@@ -222,7 +222,8 @@ class Trial:
         fused: FusedDecoder | None = None,
         around: Callable[[Any], Any] | None = None,
     ) -> float:
-        """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut.
+        """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut: of the
+        first piece or of all others, whichever is larger.
 
         Each layer's attention is called through what `around` makes of it.
         """
@@ -232,7 +233,7 @@ class Trial:
         length = self._ids.shape[1]
         recurrent = self.layers.recurrent
         limits = Limits(2, length, 2 * length, _PAGE, 2 * -(-length // _PAGE), kept_states=0 if recurrent else None)
-        states = States(recurrent, limits, self._dtype, self._device) if recurrent else None
+        states = States(recurrent, limits, self._dtype, self._device, trying=True) if recurrent else None
         paged = PagedLayers(self.layers.attention, backend, limits, kv_dtype or self._dtype, self._device, states)
         paged.allocate()
         if around is not None:
@@ -249,7 +250,13 @@ class Trial:
             found = torch.cat([piece[..., :: self._every] for piece in pieces], dim=1).float()
         finally:
             paged.free()
-        return _relative(found, self._expected[:rows, : cuts[-1]])
+        if states is not None:
+            self.layers = self.layers.alone(states.alone)
+        expected, first = self._expected[:rows, : cuts[-1]], cuts[1]
+        errors = [_relative(found[:, :first], expected[:, :first])]
+        if first < cuts[-1]:  # what goes on from something is judged by itself
+            errors.append(_relative(found[:, first:], expected[:, first:]))
+        return max(errors)
 
     def _judge(self, error: float, tolerance: float, number: object) -> None:
         if not error <= tolerance:  # NaN is no less a failure

@@ -83,12 +83,15 @@ class RecurrentSpec:
         states: What it keeps.
         entries: Names of those linear layers within it that take its input as it is.
         last: Name of the linear layer within it whose output is its own.
+        continues: Whether it computes several tokens at once behind others. Those of Mamba's first version begin anew
+            with every call of more than one token.
     """
 
     cache: CacheArgument
     states: tuple[StateSpec, ...]
     entries: tuple[str, ...]
     last: str | None
+    continues: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +239,8 @@ def _spec(call: _Call, output: Any) -> RecurrentSpec:
     names = {module: name for name, module in call.module.named_modules()}
     first = output[0] if isinstance(output, tuple) and output else output
     lasts = [names[module] for module, _, product in call.products if product is first]
-    entries = [names[module] for module, given, _ in call.products if given is call.given]
+    others = {module for module, given, _ in call.products if given is not call.given}
+    entries = [names[module] for module, _, _ in call.products if module not in others]
     return RecurrentSpec(
         call.cache,
         tuple(call.states.values()),

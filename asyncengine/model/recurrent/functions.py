@@ -1,0 +1,91 @@
+"""Functions that recurrent layers call, replaced by faster ones that compute the same.
+
+transformers' layers call convolutions, scans and state updates by names of their module (`causal_conv1d_fn`,
+`torch_chunk_gated_delta_rule` and so on), so that packages with kernels can stand in for its own functions in plain
+torch. They do so for us as well: a layer's forward is made once more, over a copy of its module's globals with other
+functions under those names. Nothing of transformers itself is changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from asyncengine.model.recurrent.recorded import padded
+
+Functions = Mapping[str, Callable[..., Any]]
+
+
+def forward_with(module: nn.Module, functions: Functions) -> Callable[..., Any]:
+    """A module's forward, calling `functions` by the names that they have there; its own where it calls none."""
+    forward: Callable[..., Any] = module.forward
+    plain = inspect.unwrap(type(module).forward)
+    if not isinstance(plain, FunctionType):
+        return forward
+    called = {name: functions[name] for name in plain.__code__.co_names if name in functions}
+    if not called:
+        return forward
+    other = FunctionType(plain.__code__, plain.__globals__ | called, plain.__name__, plain.__defaults__, plain.__closure__)
+    other.__kwdefaults__ = plain.__kwdefaults__
+    return MethodType(other, module)
+
+
+def causal_conv1d_fn(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """Each channel's convolution over the tokens up to each: (B, channels, tokens) in and out, (channels, taps) weights.
+
+    As a sum of shifted products: torch's convolution of single channels takes hundreds of times as long on a CPU in
+    bfloat16.
+    """
+    taps, tokens = weight.shape[-1], hidden_states.shape[-1]
+    seen = padded(hidden_states.float(), tokens + taps - 1)
+    return _activated(_convolved(seen, weight, bias, tokens), activation).to(hidden_states.dtype)
+
+
+def causal_conv1d_update(
+    hidden_states: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """The same behind tokens that were seen before: (B, channels, tokens of the state), which is moved on in place."""
+    tokens = hidden_states.shape[-1]
+    seen = torch.cat([conv_state, hidden_states], dim=-1)
+    conv_state.copy_(seen[..., -conv_state.shape[-1] :])
+    seen = seen[..., -(tokens + weight.shape[-1] - 1) :].float()
+    return _activated(_convolved(seen, weight, bias, tokens), activation).to(hidden_states.dtype)
+
+
+def _convolved(seen: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    taps = weight.float().unbind(-1)
+    out = seen[..., :tokens] * taps[0][:, None]
+    for at, tap in enumerate(taps[1:], 1):
+        out.addcmul_(seen[..., at : at + tokens], tap[:, None])
+    return out if bias is None else out + bias.float()[:, None]
+
+
+def _activated(out: torch.Tensor, activation: str | None) -> torch.Tensor:
+    if activation in ("silu", "swish"):
+        return functional.silu(out)
+    if activation is None:
+        return out
+    from transformers.activations import ACT2FN
+
+    activated: torch.Tensor = ACT2FN[activation](out)
+    return activated
+
+
+CPU: Functions = {"causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update}
+"""What is faster on a CPU, by transformers' names."""

@@ -1,0 +1,176 @@
+"""One recurrent layer over one step: its tokens, row by row, through transformers' own code. Owned by the step thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncengine.model.recurrent.recorded import Key, RecurrentLayer
+from asyncengine.model.recurrent.row_states import RowStates
+from asyncengine.model.recurrent.step_rows import StepRows
+
+Tensors = dict[Key, torch.Tensor]
+_Part = Callable[[torch.Tensor], torch.Tensor]
+"""Takes the tokens that are computed now from (1, tokens, ...) of the step: (B, tokens of each, ...)."""
+
+_DIFFERS = 0.1
+"""Relative error between tokens computed at once and one by one, beyond which a layer has not looked at its state."""
+
+
+class _Standing(nn.Module):
+    """Stands for a linear layer whose products are there already, or are made later.
+
+    Attributes:
+        products: (1, tokens, outputs) of the whole step; None to hand on what it is given.
+        part: Takes those of the tokens that are computed now.
+    """
+
+    def __init__(self, products: torch.Tensor | None) -> None:
+        super().__init__()
+        self.products = products
+        self.part: _Part = lambda whole: whole
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        """The products of the tokens that are computed now."""
+        return given if self.products is None else self.part(self.products)
+
+
+class LayerRun:
+    """One call of a recurrent layer.
+
+    Args:
+        layer: It.
+        plain: Its forward, as transformers has it.
+        tensors: Its states, (places, ...) each.
+        args: Of the call, for all tokens of the step: (1, tokens, hidden).
+        kwargs: The same.
+    """
+
+    def __init__(
+        self,
+        layer: RecurrentLayer,
+        plain: Callable[..., Any],
+        tensors: Tensors,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        self._spec, self._module, self._plain = layer.spec, layer.module, plain
+        self._tensors = tensors
+        self._args, self._kwargs = args, kwargs
+        self._tokens = given.shape[1]
+        names = [*self._spec.entries, *([] if self._spec.last is None else [self._spec.last])]
+        self._swapped = {name: self._module.get_submodule(name) for name in names}
+        self._standing = {
+            name: _Standing(None if name == self._spec.last else linear(given))
+            for name, linear in self._swapped.items()
+        }
+
+    def over(self, rows: StepRows, continues: bool) -> Any:
+        """What the layer computes for a step; its states are those behind it then."""
+        outputs: list[Any] = []
+        try:
+            for name, stand in self._standing.items():
+                self._module.set_submodule(name, stand)
+            if rows.num_decodes:
+                outputs.append(self._decodes(rows))
+            for piece in rows.pieces:
+                start, end = piece.tokens
+                own = {key: tensor[piece.place : piece.place + 1] for key, tensor in self._tensors.items()}
+                if piece.fresh or continues:
+                    outputs.append(self._piece(start, end, own, piece.fresh))
+                else:
+                    outputs += [self._piece(at, at + 1, own, False) for at in range(start, end)]
+                for to in piece.saves:
+                    for tensor in self._tensors.values():
+                        tensor[to].copy_(tensor[piece.place])
+        finally:
+            self._put_back()
+        output = outputs[0] if len(outputs) == 1 else _joined(outputs)
+        return output if self._spec.last is None else self._swapped[self._spec.last](output)
+
+    def continues(self, rows: StepRows) -> bool:
+        """Whether a piece of several tokens comes to the same at once and one by one, as far as the step has such.
+
+        From states that are none that any text leads to, so that it shows whether they are looked at.
+        """
+        piece = next((p for p in rows.pieces if not p.fresh and p.tokens[1] - p.tokens[0] > 1), None)
+        if piece is None:
+            return True
+        (start, end), outputs = piece.tokens, []
+        generator = torch.Generator().manual_seed(0)
+        strange = {
+            key: (10 * torch.randn(1, *tensor.shape[1:], generator=generator)).to(tensor)
+            for key, tensor in self._tensors.items()
+        }
+        try:
+            for name, stand in self._standing.items():
+                self._module.set_submodule(name, stand)
+            for cuts in ([(start, end)], [(at, at + 1) for at in range(start, end)]):
+                own = {key: tensor.clone() for key, tensor in strange.items()}
+                outputs.append(_first(_joined([self._piece(*part, own, False) for part in cuts])).float())
+        finally:
+            self._put_back()
+        at_once, one_by_one = outputs
+        return bool((at_once - one_by_one).norm() <= _DIFFERS * one_by_one.norm())
+
+    def _put_back(self) -> None:
+        for name, linear in self._swapped.items():
+            self._module.set_submodule(name, linear)
+
+    def _decodes(self, rows: StepRows) -> Any:
+        """All rows that decode, as a batch."""
+        count, alike = rows.num_decodes, rows.alike
+        if alike is not None:  # where their states lie side by side, they are used in place
+            own = {key: tensor[slice(*alike)] for key, tensor in self._tensors.items()}
+        else:
+            own = {key: tensor.index_select(0, rows.decodes) for key, tensor in self._tensors.items()}
+        output = self._run(lambda whole: whole[:, :count].transpose(0, 1), own, False)
+        if alike is None:
+            for key, tensor in own.items():
+                self._tensors[key].index_copy_(0, rows.decodes, tensor)
+        return _flat(output)
+
+    def _piece(self, start: int, end: int, own: Tensors, fresh: bool) -> Any:
+        return self._run(lambda whole: whole[:, start:end], own, fresh)
+
+    def _run(self, part: _Part, own: Tensors, fresh: bool) -> Any:
+        for stand in self._standing.values():
+            stand.part = part
+        args, kwargs = (_parts(each, part, self._tokens) for each in (self._args, self._kwargs))
+        args, kwargs = self._spec.cache.put(args, kwargs, RowStates(own, fresh))
+        return self._plain(*args, **kwargs)
+
+
+def _parts(value: Any, part: _Part, tokens: int) -> Any:
+    """Arguments, with the part of each tensor that has something for each of the step's tokens."""
+    if isinstance(value, torch.Tensor):
+        return part(value) if value.dim() > 1 and value.shape[:2] == (1, tokens) else value
+    if isinstance(value, tuple):
+        return tuple(_parts(each, part, tokens) for each in value)
+    if isinstance(value, dict):
+        return {name: _parts(each, part, tokens) for name, each in value.items()}
+    return value
+
+
+def _flat(output: Any) -> Any:
+    """What B sequences of one token each come to, as one of B tokens."""
+    if isinstance(output, torch.Tensor):
+        return output.transpose(0, 1)
+    return tuple(_flat(each) for each in output) if isinstance(output, tuple) else output
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """Outputs one after the other."""
+    first = outputs[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(outputs, dim=1)
+    return tuple(_joined(list(each)) for each in zip(*outputs, strict=True)) if isinstance(first, tuple) else first
+
+
+def _first(output: Any) -> torch.Tensor:
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
