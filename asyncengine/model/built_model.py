@@ -90,7 +90,7 @@ def build(
             notes.extend(_rounding(config.quantization, program, trial.run(model, backend, program)))
             findings = _findings(details, model, layers, blueprint, trial, notes)
     except (NotRecognised, UnsupportedModelError) as error:
-        if config.decoder_backend == "compiled" or config.quantization in ("int8", "int4"):
+        if config.decoder_backend == "compiled" or not (config.quantization == "none" or _multiplies(config, backend)):
             raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
         notes.append(f"decoder: runs as transformers has it: {error}")
         program = None
@@ -100,9 +100,13 @@ def build(
             trial.layers = layers
     fused = None
     if program is None:
-        if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
-            packed_linear.pack(model)
-        notes.extend(_tried(config, model, trial, backend))
+        if _multiplies(config, backend):
+            model, trial, note_of_products = _with_products(config, model, trial, details, backend)
+            notes.extend(note_of_products)
+        else:
+            if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
+                packed_linear.pack(model)
+            notes.extend(_tried(config, model, trial, backend))
         layers = trial.layers  # by now it is known which of the recurrent ones continue
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
@@ -197,6 +201,54 @@ def _tried(config: EngineConfig, model: Any, trial: Any, backend: Any) -> tuple[
     use_kernels(model, False)
     trial.run(model, backend)
     return (f"quantization: numbers are made of codes in each step, which is slow: {reason}",)
+
+
+def _multiplies(config: EngineConfig, backend: Any) -> bool:
+    """Whether the compiled code multiplies where the model does not run as a compiled step."""
+    from asyncengine.model.attention.cpu import CpuAttention
+
+    return isinstance(backend, CpuAttention) and config.quantization != "fp8"
+
+
+def _with_products(
+    config: EngineConfig, model: Any, trial: Any, details: Details, backend: Any
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """Has the compiled code multiply in the model's linear layers, narrow if that is wanted, and tries it.
+
+    Returns:
+        The model and its trial, which are others where some module reads what is let go; and what came of it, in words.
+
+    Raises:
+        UnsupportedModelError: Nothing can be in so few bits, or the model computes something else over a paged cache.
+    """
+    from asyncengine.model import architecture
+    from asyncengine.model.decoder import compiled_linear
+    from asyncengine.model.graphs import reason_of
+
+    quantization = config.quantization
+    products = compiled_linear.Products(_library(config, details, backend), details.dtype, quantization)
+    rounded_to = compiled_linear.rounded_to(model, quantization)
+    compiled_linear.compile_layers(model, products)
+    if quantization == "none":
+        try:
+            trial.run(model, backend)
+            return model, trial, ()
+        except Exception as error:  # a module that reads the weights of its linear layers raises anything
+            reason = reason_of(error)
+        model, _ = _with_weights(details)
+        trial.layers = architecture.layers_of(model, details.watched)
+        trial.run(model, backend)
+        return model, trial, (f"decoder: its linear layers run as torch has them: {reason}",)
+    if not (share := compiled_linear.narrow_share(model)):
+        raise UnsupportedModelError(
+            f"{str(details.checkpoint.path)!r} has no linear layers that could be in {quantization}"
+        )
+    rounded = type(trial).of(model, trial.layers, details.device)
+    off = rounded.off(trial, rounded_to)
+    rounded.run(model, backend)
+    how = "rounded" if rounded_to == quantization else "as stored"
+    how = f"{share:.0%} of the weights, {how}: logits of a trial are {off:.1%} of their norm off"
+    return model, rounded, (f"quantization: {quantization}, {how}",)
 
 
 def _fuse(

@@ -339,12 +339,11 @@ def check_quantization(config: EngineConfig, device: torch.device, dtype: torch.
         check_fp8(config, device)
     elif config.quantization == "int8" and device.type != "cpu":
         raise ConfigError(f"quantization is 'int8' on {device}; it is for the CPU; allowed: 'int4', 'fp8', 'none'")
-    elif config.quantization != "none" and device.type == "cpu":
-        with_ = f"quantization is {config.quantization!r} on the CPU with"
-        if config.decoder_backend == "transformers":
-            raise ConfigError(f"{with_} decoder_backend 'transformers', which has none; allowed: 'auto', 'compiled'")
-        if config.attention_backend not in ("auto", "cpu"):
-            raise ConfigError(f"{with_} attention_backend {config.attention_backend!r}; allowed: 'auto', 'cpu'")
+    elif config.quantization != "none" and device.type == "cpu" and config.attention_backend not in ("auto", "cpu"):
+        raise ConfigError(
+            f"quantization is {config.quantization!r} on the CPU with attention_backend "
+            f"{config.attention_backend!r}; allowed: 'auto', 'cpu'"
+        )
 
 
 def check_fp8(config: EngineConfig, device: torch.device) -> None:

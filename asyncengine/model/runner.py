@@ -19,6 +19,7 @@ from asyncengine.generation import SamplingParams
 from asyncengine.model import memory, token_draw, token_logprobs, verified_draw
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of, places_of
 from asyncengine.model.capturing import Capturing
+from asyncengine.model.decoder import compiled_linear
 from asyncengine.model.decoder.adapted import CompiledAdapters
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.fused.decoder import FusedDecoder
@@ -308,7 +309,7 @@ class TorchModel:
     def wake(self) -> None:
         """Undoes `sleep`."""
         assert self._model is not None
-        if self._program is None:
+        if self._device.type == "cuda":
             self._model.to(self._device)
             if self._adapters is not None:
                 self._adapters.move(self._device)
@@ -405,7 +406,8 @@ class TorchModel:
         for module in list(self._model.modules()):
             for held in (module._parameters, module._buffers, module._modules):
                 held.clear()
-            module.__dict__.pop("asyncengine_attention", None)
+            for name in ("asyncengine_attention", "matrix"):
+                module.__dict__.pop(name, None)
         self._model = None
         self._layers = None  # type: ignore[assignment]
         self._sampler = None  # type: ignore[assignment]
@@ -421,8 +423,10 @@ def num_parameters(model: nn.Module) -> int:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of weights and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    packed = {id(layer.weight) for layer in compiled_linear.layers(model) if layer.weight.is_meta}
+    tensors = [*(each for each in model.parameters() if id(each) not in packed), *model.buffers()]
+    own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return own + sum(matrix.nbytes for matrix in compiled_linear.matrices(model))
 
 
 def structure(model: nn.Module) -> str:

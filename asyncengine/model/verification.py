@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from asyncengine.config import Quantization
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model.attention import fp8
 from asyncengine.model.attention.protocol import AttentionBackend
@@ -151,14 +152,17 @@ class Trial:
         self._judge(error, tolerance, "fp8" if fp8_weights else kv_dtype or self._dtype)
         return error
 
-    def off(self, before: Trial) -> float:
-        """How far rounding weights to four bits since `before` has moved what is expected, as `run` returns it.
+    def off(self, before: Trial, rounded_to: Quantization = "int4") -> float:
+        """How far rounding weights since `before` has moved what is expected, as `run` returns it.
 
         Raises:
             UnsupportedModelError: By more than rounding does.
         """
-        error = _relative(self._expected, before._expected)
-        self._judge(error, _NARROW_TOLERANCE["int4"], "int4")
+        error, tolerance = _relative(self._expected, before._expected), _NARROW_TOLERANCE[rounded_to]
+        if not error <= tolerance:
+            raise UnsupportedModelError(
+                f"{self._name} is too far off in {rounded_to}: relative error {error:.2g}, allowed {tolerance:g}"
+            )
         return error
 
     def scaled(self, model: Any, backend: AttentionBackend) -> Recorded:

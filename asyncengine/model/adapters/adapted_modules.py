@@ -20,6 +20,7 @@ from asyncengine.model.adapters import lora
 from asyncengine.model.adapters.factor_table import MOST_RANK, FactorTable
 from asyncengine.model.adapters.lora import Lora, LowRank
 from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.decoder.compiled_linear import CompiledLinear
 from asyncengine.model.packed_linear import PackedLinear
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.fp8_linear import Fp8Linear
@@ -28,6 +29,8 @@ from asyncengine.step.batch import Int32, Int64, StepBatch
 
 BY_TOKEN = 256
 """Tokens of the largest launched step in which each looks its adapter up; of more, those that share one go together."""
+
+_LINEAR = (nn.Linear, CompiledLinear, PackedLinear, Fp8Linear, FourBitLinear)
 
 
 class ModulesFormat:
@@ -221,7 +224,7 @@ def _linear_layers(model: nn.Module, recorded: list[RecordedLayer]) -> dict[str,
     """Linear layers by name that see every token of a step once: those in the blocks that attend, but for experts."""
     from transformers.pytorch_utils import Conv1D  # not where a model needs nothing of transformers
 
-    kinds = (nn.Linear, PackedLinear, Fp8Linear, FourBitLinear, Conv1D)
+    kinds = (*_LINEAR, Conv1D)
     blocks = tuple(f"{layer.name.rpartition('.')[0]}." for layer in recorded)
     return {
         name: module
@@ -232,7 +235,7 @@ def _linear_layers(model: nn.Module, recorded: list[RecordedLayer]) -> dict[str,
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs."""
-    if isinstance(module, (nn.Linear, PackedLinear, Fp8Linear, FourBitLinear)):
+    if isinstance(module, _LINEAR):
         return module.out_features, module.in_features
     inputs, outputs = module.weight.shape  # type: ignore[misc]  # transformers' Conv1D
     return outputs, inputs

@@ -31,6 +31,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "decoder_pack_codes": (None, (_POINTER, _INTEGER, _INTEGER)),
     "decoder_int8_router": (_INTEGER, ()),
     "decoder_step": (ctypes.c_int, (_POINTER, _POINTER)),
+    "decoder_product": (ctypes.c_int, (_POINTER, _POINTER, _INTEGER, _POINTER, _INTEGER)),
 }
 Kind = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 """What a library computes with. The last two are bfloat16 with weights in int8 or four bits."""

@@ -102,6 +102,11 @@ struct DecoderStep {
   int64_t num_pieces;
 };
 
+struct Product {  // of a matrix, by itself
+  Matrix matrix;
+  int64_t dtype, narrow;  // as Decoder's
+};
+
 struct Packing {  // one matrix that is to be packed
   int64_t dtype;  // as Layer's
   const void *from;
@@ -547,10 +552,14 @@ struct Run {
     return memory.used;
   }
 
-  bool prepare(Buffer &memory, Buffer &scratch, Buffer &partials, std::deque<Tiles> &shared) {
+  bool prepare(Buffer &memory) {
     char *base = memory.at_least(size_t(arrange(nullptr)));
-    if (!base) return false;
-    arrange(base);
+    if (base) arrange(base);
+    return base;
+  }
+
+  bool prepare(Buffer &memory, Buffer &scratch, Buffer &partials, std::deque<Tiles> &shared) {
+    if (!prepare(memory)) return false;
     shared.clear();
     for (int64_t i = 0; i < decoder.num_layers; ++i) {
       const DecoderLayer &layer = decoder.layers[i];
@@ -1135,20 +1144,44 @@ struct Run {
     narrow_row<T>(heads + token * qkv_width, x, width);
   }
 
-  void widen(int64_t token, int64_t width) const {
-    const Stored *from = attended + token * width;
+  // Rows in the type of what attends, as they enter a product: in their own place, or where there is room for them.
+  static Entering entering_of(Stored *from, const Entering &room) {
+    if constexpr (kSame)
+      return {reinterpret_cast<Input *>(from), room.bundles};
+    else
+      return room;
+  }
+
+  // Brings them there.
+  template <class Next>
+  void enter_rows(Next next, const Stored *from, const Entering &to, int64_t width) {
+    if (kSame && !are_bundles(width)) return;
+    rows(next(), tokens, [&](int64_t row) {
+      if (!kSame) widen(from + row * width, to.plain + row * (width / Plain::kPair), width);
+      bundle(to, row, width);
+    });
+  }
+
+  static void widen(const Stored *from, Input *to, int64_t width) {
     alignas(64) float lanes[kLanes];
     for (int64_t i = 0; i < width; i += kLanes) {
       for (int j = 0; j < kLanes; ++j) lanes[j] = T::widen(from[i + j]);
-      Plain::pack_vector(widened.plain + (token * width + i) / Plain::kPair, load<Vec>(lanes));
+      Plain::pack_vector(to + i / Plain::kPair, load<Vec>(lanes));
     }
   }
 
-  Entering attended_inputs() const {
-    if constexpr (kSame)
-      return {reinterpret_cast<Input *>(attended), widened.bundles};
-    else
-      return widened;
+  // -- a product by itself
+
+  void multiply(const Matrix &matrix, Stored *from, Stored *to) {
+    size_t at = 0;
+    auto next = [&]() -> Phase & { return phases[at++]; };
+    const Entering entering = entering_of(from, inner);
+    enter_rows(next, from, entering, matrix.inputs);
+    product_of(next(), matrix, entering, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+      const int64_t first = group * kLanes, count = std::min(cols * kLanes, matrix.outputs - first);
+      narrow_row<T>(to + row * matrix.outputs + first, sums, count);
+    });
+    release_tiles();
   }
 
   // -- the step
@@ -1179,12 +1212,8 @@ struct Run {
       attention[size_t(i)].work();
       attention[size_t(i)].wait();
       const int64_t width = layer.attention.heads * layer.attention.value_dim;
-      const Entering attending = attended_inputs();
-      if (!kSame || are_bundles(width))
-        rows(next(), tokens, [&](int64_t token) {
-          if (!kSame) widen(token, width);
-          bundle(attending, token, width);
-        });
+      const Entering attending = entering_of(attended, widened);
+      enter_rows(next, attended, attending, width);
       adapted_product(next, i, kOutput, layer.output, attending,
                       [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                         add(row, group, cols, sums, layer.after_attention.weight);
@@ -1247,6 +1276,35 @@ int run_decoder(const Decoder &decoder, const DecoderStep &step) {
   Run<T, W> run(decoder, step);
   if (!run.prepare(memory, scratch, partials, shared)) return 1;
   GOMP_parallel([](void *data) { static_cast<Run<T, W> *>(data)->work(); }, &run, unsigned(step.plan->threads), 0);
+  return 0;
+}
+
+// Multiply-adds that a thread has done by the time that another one has begun.
+constexpr int64_t kAlone = 1 << 17;
+
+// A product by itself is that of a decoder without layers. So many threads take part, where it is not over before.
+template <class T, class W>
+int run_product(const Matrix &matrix, const void *from, int64_t rows, void *to, int64_t threads) {
+  static thread_local Buffer memory;
+  Decoder decoder = {};
+  decoder.intermediate = matrix.inputs;
+  Plan plan = {};
+  plan.tokens = rows;
+  plan.threads = rows * matrix.inputs * matrix.outputs < kAlone ? 1 : threads;
+  DecoderStep step = {};
+  step.plan = &plan;
+  struct Work {
+    Run<T, W> run;
+    const Matrix &matrix;
+    typename T::Stored *from, *to;
+  } work{{decoder, step}, matrix, static_cast<typename T::Stored *>(const_cast<void *>(from)), static_cast<typename T::Stored *>(to)};
+  if (!work.run.prepare(memory)) return 1;
+  GOMP_parallel(
+      [](void *data) {
+        Work &mine = *static_cast<Work *>(data);
+        mine.run.multiply(mine.matrix, mine.from, mine.to);
+      },
+      &work, unsigned(plan.threads), 0);
   return 0;
 }
 
@@ -1368,6 +1426,39 @@ void pack_all(const Packing *packings, int64_t count, int64_t threads) {
       &work, unsigned(threads), 0);
 }
 
+// What numbers and weights are, as `Decoder` says it.
+template <class T, class W>
+struct KindOf {
+  typedef T Numbers;
+  typedef W Weights;
+};
+
+template <class Body>
+int of_kind(int64_t dtype, int64_t narrow, Body body) {
+  switch (dtype) {
+#if HAS_KIND(0)
+    case 0:
+      return body(KindOf<Float32, Float32>{});
+#endif
+    case 1:
+#if HAS_KIND(4)
+      if (narrow == 2) return body(KindOf<BFloat16, Int4>{});
+#endif
+#if HAS_KIND(3)
+      if (narrow == 1) return body(KindOf<BFloat16, Bytes>{});
+#endif
+#if HAS_KIND(1)
+      if (!narrow) return body(KindOf<BFloat16, BFloat16>{});
+#endif
+      break;
+#if HAS_KIND(2)
+    case 2:
+      return body(KindOf<Float16, Float16>{});
+#endif
+  }
+  return 1;
+}
+
 }  // namespace
 
 // Outputs that lie beside each other in packed weights.
@@ -1388,26 +1479,15 @@ extern "C" void decoder_pack_codes(const CodesPacking *packings, int64_t count, 
 
 // Returns 0, or 1 when there is no memory for the step, which the calling thread keeps for its next one.
 extern "C" int decoder_step(const Decoder *decoder, const DecoderStep *step) {
-  switch (decoder->dtype) {
-#if HAS_KIND(0)
-    case 0:
-      return run_decoder<Float32, Float32>(*decoder, *step);
-#endif
-    case 1:
-#if HAS_KIND(4)
-      if (decoder->narrow == 2) return run_decoder<BFloat16, Int4>(*decoder, *step);
-#endif
-#if HAS_KIND(3)
-      if (decoder->narrow == 1) return run_decoder<BFloat16, Bytes>(*decoder, *step);
-#endif
-#if HAS_KIND(1)
-      if (!decoder->narrow) return run_decoder<BFloat16, BFloat16>(*decoder, *step);
-#endif
-      break;
-#if HAS_KIND(2)
-    case 2:
-      return run_decoder<Float16, Float16>(*decoder, *step);
-#endif
-  }
-  return 1;
+  return of_kind(decoder->dtype, decoder->narrow, [&](auto kind) {
+    return run_decoder<typename decltype(kind)::Numbers, typename decltype(kind)::Weights>(*decoder, *step);
+  });
+}
+
+// (rows, inputs) to (rows, outputs), both of the product's dtype. Returns as `decoder_step` does.
+extern "C" int decoder_product(const Product *product, const void *from, int64_t rows, void *to, int64_t threads) {
+  return of_kind(product->dtype, product->narrow, [&](auto kind) {
+    return run_product<typename decltype(kind)::Numbers, typename decltype(kind)::Weights>(product->matrix, from, rows, to,
+                                                                                          threads);
+  });
 }

@@ -21,6 +21,7 @@ from asyncengine.model.decoder.packed_experts import ExpertsStruct, PackedExpert
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Projection
 from asyncengine.model.decoder.weights import (
     DTYPES,
+    NARROW,
     MatrixStruct,
     NormStruct,
     PackedMatrix,
@@ -132,10 +133,6 @@ class _Layer:
         self.spec = spec
 
 
-_NARROW: dict[Quantization, int] = {"none": 0, "int8": 1, "int4": 2}
-"""As in `Decoder`."""
-
-
 def _has_four_bits(parts: LayerParts) -> bool:
     projections = (*parts.qkv, parts.output, *parts.gate_up, *([] if parts.down is None else [parts.down]))
     return any(isinstance(part.linear, FourBitLinear) for part in projections) or (
@@ -204,7 +201,7 @@ class CompiledDecoder:
             ctypes.addressof(self._layer_structs),
             len(self._layers),
             DTYPES[dtype],
-            _NARROW[quantization],
+            NARROW[quantization],
             blueprint.embedding.embedding_dim,
             max((layer.down.inputs for layer in blueprint.layers if layer.down is not None), default=0),
             blueprint.rotary,

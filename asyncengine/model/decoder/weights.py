@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asyncengine.config import Quantization
 from asyncengine.model.decoder.parts import NormPart
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
@@ -22,6 +23,8 @@ from asyncengine.model.quantised.four_bits import FourBits
 from asyncengine.model.weight_writer import restorer
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NARROW: dict[Quantization, int] = {"none": 0, "int8": 1, "int4": 2}
+"""As in `Decoder` in decoder.cpp."""
 Weights = torch.Tensor | FourBits
 """(outputs, inputs) of a linear layer."""
 _HUGE = 1 << 21  # bytes
