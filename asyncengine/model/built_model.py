@@ -43,7 +43,7 @@ class Built:
     @property
     def nbytes(self) -> int:
         """Bytes of weights."""
-        from asyncengine.model.runner import weight_bytes
+        from asyncengine.model.decoder.compiled_layers import weight_bytes
 
         return weight_bytes(self.model) if self.program is None else int(self.program.nbytes)
 
@@ -222,13 +222,14 @@ def _with_products(
         UnsupportedModelError: Nothing can be in so few bits, or the model computes something else over a paged cache.
     """
     from asyncengine.model import architecture
-    from asyncengine.model.decoder import compiled_linear
+    from asyncengine.model.decoder import compiled_layers
+    from asyncengine.model.decoder.compiled_linear import Products
     from asyncengine.model.graphs import reason_of
 
     quantization = config.quantization
-    products = compiled_linear.Products(_library(config, details, backend), details.dtype, quantization)
-    rounded_to = compiled_linear.rounded_to(model, quantization)
-    compiled_linear.compile_layers(model, products)
+    products = Products(_library(config, details, backend), details.dtype, quantization)
+    rounded_to = compiled_layers.rounded_to(model, quantization)
+    compiled_layers.compile_layers(model, products)
     if quantization == "none":
         try:
             trial.run(model, backend)
@@ -239,7 +240,7 @@ def _with_products(
         trial.layers = architecture.layers_of(model, details.watched)
         trial.run(model, backend)
         return model, trial, (f"decoder: its linear layers run as torch has them: {reason}",)
-    if not (share := compiled_linear.narrow_share(model)):
+    if not (share := compiled_layers.narrow_share(model)):
         raise UnsupportedModelError(
             f"{str(details.checkpoint.path)!r} has no linear layers that could be in {quantization}"
         )

@@ -19,7 +19,7 @@ from asyncengine.generation import SamplingParams
 from asyncengine.model import memory, token_draw, token_logprobs, verified_draw
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of, places_of
 from asyncengine.model.capturing import Capturing
-from asyncengine.model.decoder import compiled_linear
+from asyncengine.model.decoder import compiled_layers
 from asyncengine.model.decoder.adapted import CompiledAdapters
 from asyncengine.model.decoder.program import CompiledDecoder
 from asyncengine.model.fused.decoder import FusedDecoder
@@ -406,7 +406,7 @@ class TorchModel:
         for module in list(self._model.modules()):
             for held in (module._parameters, module._buffers, module._modules):
                 held.clear()
-            for name in ("asyncengine_attention", "matrix"):
+            for name in ("asyncengine_attention", "matrix", "experts"):
                 module.__dict__.pop(name, None)
         self._model = None
         self._layers = None  # type: ignore[assignment]
@@ -421,14 +421,6 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of weights and buffers."""
-    packed = {id(layer.weight) for layer in compiled_linear.layers(model) if layer.weight.is_meta}
-    tensors = [*(each for each in model.parameters() if id(each) not in packed), *model.buffers()]
-    own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return own + sum(matrix.nbytes for matrix in compiled_linear.matrices(model))
-
-
 def structure(model: nn.Module) -> str:
     """The modules, as torch prints them."""
     return str(model)
@@ -436,6 +428,6 @@ def structure(model: nn.Module) -> str:
 
 DEBUG_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "num_parameters": num_parameters,
-    "weight_bytes": weight_bytes,
+    "weight_bytes": compiled_layers.weight_bytes,
     "structure": structure,
 }

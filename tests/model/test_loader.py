@@ -335,8 +335,7 @@ async def test_the_tokenizer_may_come_from_elsewhere(checkpoint: Callable[..., P
     ("changes", "device", "said"),
     [
         ({"quantization": "int8"}, "cuda", "'int8' on cuda"),
-        ({"quantization": "int8", "decoder_backend": "transformers"}, "cpu", "decoder_backend 'transformers'"),
-        ({"quantization": "int4", "decoder_backend": "transformers"}, "cpu", "decoder_backend 'transformers'"),
+        ({"quantization": "int8", "attention_backend": "torch"}, "cpu", "attention_backend 'torch'"),
         ({"quantization": "int4", "attention_backend": "torch"}, "cpu", "attention_backend 'torch'"),
     ],
 )

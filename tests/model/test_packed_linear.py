@@ -127,7 +127,7 @@ async def test_an_engine_serves_packed_layers_and_replaces_their_weights(checkpo
     """After new weights it generates what an engine does that was loaded with them; after refused ones, what it did."""
     first, second = checkpoint("llama", seed=1, **WIDE), checkpoint("llama", seed=2, **WIDE)
     greedy = GenerationConfig(temperature=0, max_tokens=8, ignore_eos=True)
-    config = EngineConfig(str(first), device="cpu", dtype="float32", decoder_backend="transformers", mode="interactive")
+    config = EngineConfig(str(first), device="cpu", dtype="float32", attention_backend="torch", mode="interactive")
 
     async def tokens(engine: AsyncEngine) -> list[int]:
         return list((await engine.generate([1, 2, 3], greedy)).token_ids)
@@ -155,7 +155,7 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
 
 async def test_sleep_and_wake_keep_packed_layers(checkpoint: Checkpoint) -> None:
     config = EngineConfig(
-        str(checkpoint("llama", **WIDE)), device="cpu", dtype="float32", decoder_backend="transformers"
+        str(checkpoint("llama", **WIDE)), device="cpu", dtype="float32", attention_backend="torch"
     )
     greedy = GenerationConfig(temperature=0, max_tokens=8, ignore_eos=True)
     async with AsyncEngine(config) as engine:

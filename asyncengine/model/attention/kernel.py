@@ -31,6 +31,10 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "decoder_pack_codes": (None, (_POINTER, _INTEGER, _INTEGER)),
     "decoder_int8_router": (_INTEGER, ()),
     "decoder_step": (ctypes.c_int, (_POINTER, _POINTER)),
+    "decoder_experts": (
+        ctypes.c_int,
+        (_POINTER, _INTEGER, _POINTER, _INTEGER, _POINTER, _POINTER, _POINTER, _INTEGER),
+    ),
     "decoder_product": (ctypes.c_int, (_POINTER, _POINTER, _INTEGER, _POINTER, _INTEGER)),
 }
 Kind = Literal["float32", "bfloat16", "float16", "int8", "int4"]

@@ -7,8 +7,7 @@ or in four bits; a row has the same bits whatever else is in the batch. Owned by
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +15,9 @@ import torch
 from torch import nn
 
 from asyncengine.config import Quantization
-from asyncengine.model.decoder.four_bit_matrix import packed
-from asyncengine.model.decoder.weights import DTYPES, NARROW, MatrixStruct, PackedMatrix, Weights
-from asyncengine.model.quantised.four_bit_experts import FourBitExperts
+from asyncengine.model.decoder.weights import DTYPES, NARROW, MatrixStruct, PackedMatrix
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
-from asyncengine.model.weight_writer import Writer, in_place, restorer
-
-_ALIGNMENT = 16
-"""Inputs must be multiples of it: so many floats are in the widest vector."""
-
-
-KINDS = (nn.Linear, FourBitLinear)
-"""What is replaced, subclasses left out."""
+from asyncengine.model.weight_writer import restorer
 
 
 class ProductStruct(ctypes.Structure):
@@ -109,118 +99,6 @@ class CompiledLinear(nn.Module):
         """What puts the present bias back."""
         return restorer(self._shift)
 
-    @property
-    def is_narrow(self) -> bool:
-        """Whether its weight has fewer bits than a number of the model's."""
-        return self.matrix.scales is not None
-
     def extra_repr(self) -> str:
         """As that of `nn.Linear`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def compile_layers(model: Any, products: Products) -> None:
-    """Puts a `CompiledLinear` in the place of every linear layer whose inputs fill vectors.
-
-    Codes of four bits stay what they are, and then nothing else is rounded to so few: it is stored as bytes, as the
-    head always is. A layer that has several names stays one, and layers that share a weight share it still.
-
-    Args:
-        model: A causal language model of transformers. Each of its weights is let go before the next one is packed.
-        products: What multiplies.
-    """
-    quantization = rounded_to(model, products.quantization)
-    head = id(model.get_output_embeddings())
-    elsewhere, shared = _in_use_elsewhere(model), _shared(model)
-    made: dict[int, CompiledLinear] = {}  # of what is shared, which lives until all of it is replaced
-    # No list of layers: each weight is let go before the next one is packed.
-    for module in [module for module in model.modules() if module._modules]:
-        for name in list(module._modules):
-            child: Any = module._modules[name]
-            if type(child) not in KINDS or not _fits(child, products.dtype):
-                del child
-                continue
-            layer = made.get(id(child))
-            if layer is None:
-                tied = made.get(id(child.weight))
-                how: Quantization = "int8" if id(child) == head and quantization == "int4" else quantization
-                layer = _compiled(products, child, tied, how, id(child.weight) in elsewhere)
-                made |= {id(each): layer for each in (child, child.weight) if id(each) in shared}
-            module._modules[name] = layer
-            del child
-
-
-def rounded_to(model: nn.Module, quantization: Quantization) -> Quantization:
-    """What weights are rounded to, of a model that may have codes of four bits."""
-    codes = any(isinstance(module, (FourBitLinear, FourBitExperts)) for module in model.modules())
-    return "int8" if codes and quantization == "int4" else quantization
-
-
-def layers(model: nn.Module) -> Iterator[CompiledLinear]:
-    """Those that have taken the place of another."""
-    return (module for module in model.modules() if isinstance(module, CompiledLinear))
-
-
-def matrices(model: nn.Module) -> list[PackedMatrix]:
-    """The weights of those layers, each once."""
-    return list({id(layer.matrix): layer.matrix for layer in layers(model)}.values())
-
-
-def narrow_share(model: nn.Module) -> float:
-    """The share of a model's weights that have fewer bits than its other numbers; a tied head counts by itself."""
-    own = {id(layer.matrix): layer for layer in layers(model) if layer.is_narrow}.values()
-    codes = 2 * sum(each.numel() for each in model.parameters() if each.dtype is torch.uint8)  # two in a byte
-    narrow = codes + sum(layer.in_features * layer.out_features for layer in own)
-    tied = sum(layer.weight.numel() for layer in own if not layer.weight.is_meta)
-    return narrow / (sum(each.numel() for each in model.parameters()) + codes // 2 + tied)
-
-
-def writers(model: nn.Module) -> dict[int, list[Writer]]:
-    """For each weight that was packed, by its identity, what writes a new value into its places."""
-    found: dict[int, list[Writer]] = {}
-    for layer in layers(model):
-        weight, matrix, bias = layer.weight, layer.matrix, layer.bias
-        if id(weight) not in found:
-            found[id(weight)] = [] if weight.is_meta else [in_place(weight)]
-            found[id(weight)].append(Writer(_writes(matrix), matrix.restorer))
-        if bias is not None:
-            found.setdefault(id(bias), [in_place(bias)]).append(Writer(layer.write_bias, layer.keep_bias))
-    return found
-
-
-def _writes(matrix: PackedMatrix) -> Callable[[torch.Tensor], None]:
-    return lambda value: matrix.write(0, value)
-
-
-def _compiled(
-    products: Products, layer: Any, tied: CompiledLinear | None, how: Quantization, elsewhere: bool
-) -> CompiledLinear:
-    """What takes a layer's place, whose weight is let go, unless it is in use elsewhere."""
-    if tied is not None:
-        return CompiledLinear(products, layer, tied.matrix, tied.weight)
-    weights: Weights = layer.four_bits if isinstance(layer, FourBitLinear) else layer.weight.detach()
-    matrix = packed(products.library, [weights], [None], how)
-    if elsewhere:
-        return CompiledLinear(products, layer, matrix, layer.weight)
-    nothing = torch.empty(layer.out_features, layer.in_features, dtype=products.dtype, device="meta")
-    return CompiledLinear(products, layer, matrix, nn.Parameter(nothing, requires_grad=False))
-
-
-def _fits(layer: Any, dtype: torch.dtype) -> bool:
-    own = layer.dtype if isinstance(layer, FourBitLinear) else layer.weight.dtype
-    return own is dtype and layer.in_features % _ALIGNMENT == 0
-
-
-def _in_use_elsewhere(model: nn.Module) -> set[int]:
-    """Identities of the parameters that something other than a linear layer uses."""
-    others = (module for module in model.modules() if type(module) not in KINDS)
-    return {id(parameter) for module in others for parameter in module._parameters.values()}
-
-
-def _shared(model: nn.Module) -> set[int]:
-    """Identities of linear layers that have several names, and of weights of several of them."""
-    children: Iterator[Any] = (child for module in model.modules() for child in module._modules.values())
-    linears = [child for child in children if type(child) in KINDS]
-    names = Counter(map(id, linears))
-    owners = Counter(id(layer.weight) for layer in {id(layer): layer for layer in linears}.values())
-    return {identity for identity, count in (names | owners).items() if count > 1}

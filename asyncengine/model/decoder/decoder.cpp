@@ -107,6 +107,11 @@ struct Product {  // of a matrix, by itself
   int64_t dtype, narrow;  // as Decoder's
 };
 
+struct Asking {  // of experts, by themselves
+  Experts experts;  // but for how many a token is sent to, and no router
+  int64_t dtype, narrow;
+};
+
 struct Packing {  // one matrix that is to be packed
   int64_t dtype;  // as Layer's
   const void *from;
@@ -988,15 +993,22 @@ struct Run {
   void ask_experts(Next next, const DecoderLayer &layer) {
     const Experts &experts = layer.experts;
     // Whom a token is sent to must not hang on a byte's precision.
-    const int64_t width = round_up(experts.count, kLanes), steps = decoder.hidden / Plain::kPair;
+    const int64_t width = round_up(experts.count, kLanes);
     product<Small>(next(), experts.router, normed.plain, tokens,
                [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                  copy(scores + row * width + group * kLanes, sums, cols);
                });
     rows(next(), tokens, [&](int64_t token) { choose(token, experts); });
+    answer(next, experts);
+    rows(next(), tokens, [&](int64_t token) { gather_answers(token, layer); });
+  }
+
+  // What each expert makes of what it is sent.
+  template <class Next>
+  void answer(Next next, const Experts &experts) {
     rows(next(), 1, [&](int64_t) { arrange(experts); });
     rows(next(), tokens * experts.top, [&](int64_t i) {
-      const int64_t token = owner[i] / experts.top;
+      const int64_t token = owner[i] / experts.top, steps = decoder.hidden / Plain::kPair;
       const int64_t bundles = decoder.hidden / kBundle;
       if (are_bundles(decoder.hidden))
         std::memcpy(sent.bundles + i * bundles, normed.bundles + token * bundles, size_t(bundles) * sizeof(Bundle));
@@ -1013,7 +1025,6 @@ struct Run {
                     [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                       copy(answers + row * decoder.hidden + group * kLanes, sums, cols);
                     });
-    rows(next(), tokens, [&](int64_t token) { gather_answers(token, layer); });
   }
 
   // -- rows
@@ -1170,7 +1181,7 @@ struct Run {
     }
   }
 
-  // -- a product by itself
+  // -- products by themselves
 
   void multiply(const Matrix &matrix, Stored *from, Stored *to) {
     size_t at = 0;
@@ -1180,6 +1191,38 @@ struct Run {
     product_of(next(), matrix, entering, tokens, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
       const int64_t first = group * kLanes, count = std::min(cols * kLanes, matrix.outputs - first);
       narrow_row<T>(to + row * matrix.outputs + first, sums, count);
+    });
+    release_tiles();
+  }
+
+  // Notes to whom tokens are sent, (tokens, top); false if there is no such expert. `from` is what they are sent.
+  bool send(const Experts &experts, const int64_t *to, const float *weights, Stored *from) {
+    std::vector<std::pair<int64_t, float>> mine(size_t(experts.top));
+    for (int64_t i = 0; i < tokens * experts.top; i += experts.top) {
+      for (int64_t k = 0; k < experts.top; ++k) {
+        if (to[i + k] < 0 || to[i + k] >= experts.count) return false;
+        mine[size_t(k)] = {to[i + k], weights[i + k]};
+      }
+      std::sort(mine.begin(), mine.end());
+      for (int64_t k = 0; k < experts.top; ++k) {
+        chosen[i + k] = int32_t(mine[size_t(k)].first);
+        shares[i + k] = mine[size_t(k)].second;
+      }
+    }
+    normed = entering_of(from, normed);
+    return true;
+  }
+
+  void ask(const DecoderLayer &layer, Stored *from, Stored *to) {
+    size_t at = 0;
+    auto next = [&]() -> Phase & { return phases[at++]; };
+    enter_rows(next, from, normed, decoder.hidden);
+    answer(next, layer.experts);
+    rows(next(), tokens, [&](int64_t token) {
+      float *sum = hidden + token * decoder.hidden;
+      std::fill_n(sum, decoder.hidden, 0.0f);
+      gather_answers(token, layer);
+      narrow_row<T>(to + token * decoder.hidden, sum, decoder.hidden);
     });
     release_tiles();
   }
@@ -1279,32 +1322,70 @@ int run_decoder(const Decoder &decoder, const DecoderStep &step) {
   return 0;
 }
 
-// Multiply-adds that a thread has done by the time that another one has begun.
+// Multiply-adds that a thread has done by the time that another one has begun. Fewer are left to one.
 constexpr int64_t kAlone = 1 << 17;
 
-// A product by itself is that of a decoder without layers. So many threads take part, where it is not over before.
+// What is multiplied by itself is part of a step, too: of a decoder that has nothing else.
+struct Alone {
+  DecoderLayer layer = {};
+  Decoder decoder = {};
+  Plan plan = {};
+  DecoderStep step = {};
+
+  Alone(int64_t tokens, int64_t products, int64_t threads) {
+    plan.tokens = tokens;
+    plan.threads = tokens * products < kAlone ? 1 : threads;
+    step.plan = &plan;
+  }
+};
+
 template <class T, class W>
 int run_product(const Matrix &matrix, const void *from, int64_t rows, void *to, int64_t threads) {
+  typedef typename T::Stored Stored;
   static thread_local Buffer memory;
-  Decoder decoder = {};
-  decoder.intermediate = matrix.inputs;
-  Plan plan = {};
-  plan.tokens = rows;
-  plan.threads = rows * matrix.inputs * matrix.outputs < kAlone ? 1 : threads;
-  DecoderStep step = {};
-  step.plan = &plan;
+  Alone alone(rows, matrix.inputs * matrix.outputs, threads);
+  alone.decoder.intermediate = matrix.inputs;
   struct Work {
     Run<T, W> run;
     const Matrix &matrix;
-    typename T::Stored *from, *to;
-  } work{{decoder, step}, matrix, static_cast<typename T::Stored *>(const_cast<void *>(from)), static_cast<typename T::Stored *>(to)};
+    Stored *from, *to;
+  } work{{alone.decoder, alone.step}, matrix, static_cast<Stored *>(const_cast<void *>(from)), static_cast<Stored *>(to)};
   if (!work.run.prepare(memory)) return 1;
   GOMP_parallel(
       [](void *data) {
         Work &mine = *static_cast<Work *>(data);
         mine.run.multiply(mine.matrix, mine.from, mine.to);
       },
-      &work, unsigned(plan.threads), 0);
+      &work, unsigned(alone.plan.threads), 0);
+  return 0;
+}
+
+template <class T, class W>
+int run_experts(const Experts &experts, int64_t top, const void *from, int64_t tokens, const int64_t *chosen,
+                const float *shares, void *to, int64_t threads) {
+  typedef typename T::Stored Stored;
+  static thread_local Buffer memory;
+  const int64_t hidden = experts.gate_up.inputs;
+  Alone alone(tokens, top * 3 * hidden * experts.down.inputs, threads);
+  alone.layer.experts = experts;
+  alone.layer.experts.top = top;
+  alone.decoder.layers = &alone.layer;
+  alone.decoder.num_layers = 1;
+  alone.decoder.hidden = hidden;
+  alone.decoder.residual_scale = 1;
+  struct Work {
+    Run<T, W> run;
+    const DecoderLayer &layer;
+    Stored *from, *to;
+  } work{{alone.decoder, alone.step}, alone.layer, static_cast<Stored *>(const_cast<void *>(from)), static_cast<Stored *>(to)};
+  if (!work.run.prepare(memory)) return 1;
+  if (!work.run.send(alone.layer.experts, chosen, shares, work.from)) return 2;
+  GOMP_parallel(
+      [](void *data) {
+        Work &mine = *static_cast<Work *>(data);
+        mine.run.ask(mine.layer, mine.from, mine.to);
+      },
+      &work, unsigned(alone.plan.threads), 0);
   return 0;
 }
 
@@ -1489,5 +1570,15 @@ extern "C" int decoder_product(const Product *product, const void *from, int64_t
   return of_kind(product->dtype, product->narrow, [&](auto kind) {
     return run_product<typename decltype(kind)::Numbers, typename decltype(kind)::Weights>(product->matrix, from, rows, to,
                                                                                           threads);
+  });
+}
+
+// (tokens, hidden) to the same, what the `top` experts of each token answer, weighed by `shares`; both are (tokens, top).
+// Returns as `decoder_step` does, or 2 where there is no such expert.
+extern "C" int decoder_experts(const Asking *asking, int64_t top, const void *from, int64_t tokens,
+                               const int64_t *chosen, const float *shares, void *to, int64_t threads) {
+  return of_kind(asking->dtype, asking->narrow, [&](auto kind) {
+    return run_experts<typename decltype(kind)::Numbers, typename decltype(kind)::Weights>(
+        asking->experts, top, from, tokens, chosen, shares, to, threads);
   });
 }

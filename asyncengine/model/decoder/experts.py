@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from asyncengine.model.decoder.parts import ExpertParts, NotRecognised
+from asyncengine.model.decoder.parts import ExpertParts, NotRecognised, Routing
+from asyncengine.model.quantised.four_bit_experts import is_transposed
 
 ROUTERS = ("gate", "router")
 CLAMPED = 5
@@ -34,25 +36,36 @@ def experts_of(mlp: nn.Module, hidden: int) -> ExpertParts:
     Raises:
         NotRecognised: They do something that the compiled step does not.
     """
-    module: Any = mlp.experts
-    router = next((found for name in ROUTERS if (found := getattr(mlp, name, None)) is not None), None)
+    router: Any = next((found for name in ROUTERS if (found := getattr(mlp, name, None)) is not None), None)
     if router is None or {name for name, _ in mlp.named_children()} - {*ROUTERS, "experts"}:
         raise NotRecognised("its experts have neighbours")
+    parts = alone(mlp.experts)
+    routing = Routing(router, *_routing(router, hidden))
+    if parts.hidden != hidden or router.weight.shape[0] != parts.count:
+        raise NotRecognised("its experts are not those of its router")
+    return replace(parts, routing=routing)
+
+
+def alone(module: Any) -> ExpertParts:
+    """The parts of a module that has the weights of experts, and is told to whom a token is sent.
+
+    Raises:
+        NotRecognised: They do something that the compiled code does not.
+    """
     known = {"gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
     if not {"gate_up_proj", "down_proj"} <= {name for name, _ in module.named_parameters()} <= known:
         raise NotRecognised("its experts are not one tensor each for gate, up and down projections")
     if getattr(module, "has_post_expert_norm", False):
         raise NotRecognised("its experts have norms")
-    top, chosen_first, normalised = _routing(router, hidden)
     down, gate_up = module.down_proj, module.gate_up_proj
-    transposed = down.shape[2] == hidden and gate_up.shape[1] == hidden
-    if transposed and (down.shape[1] == hidden or gate_up.shape[2] == hidden):  # then the shapes do not tell
-        transposed = bool(getattr(module, "is_transposed", False))
-    inner = down.shape[1] if transposed else down.shape[2]
+    if down.ndim != 3 or gate_up.ndim != 3:
+        raise NotRecognised("its experts are not one after the other")
+    transposed = is_transposed(module, gate_up, down)
+    inner, hidden = down.shape[1:] if transposed else down.shape[:0:-1]
     wanted = (hidden, 2 * inner) if transposed else (2 * inner, hidden)
-    if tuple(gate_up.shape[1:]) != wanted or router.weight.shape[0] != down.shape[0]:
-        raise NotRecognised("its experts have no gates, or are not those of its router")
-    return ExpertParts(module, router, top, chosen_first, normalised, *gate_of(module, inner), transposed)
+    if tuple(gate_up.shape[1:]) != wanted or gate_up.shape[0] != down.shape[0]:
+        raise NotRecognised("its experts have no gates")
+    return ExpertParts(module, *gate_of(module, inner), transposed)
 
 
 def _routing(router: Any, hidden: int) -> tuple[int, bool, bool]:

@@ -38,7 +38,7 @@ class PackedExperts:
 
     def __init__(self, library: Any, parts: ExpertParts, quantization: Quantization) -> None:
         self._parts = parts
-        module, router = parts.module, parts.router
+        module = parts.module
         count = parts.count
 
         def packed(name: str, split: _Split, split_bias: _Split, turns: int) -> PackedMatrix:
@@ -55,20 +55,24 @@ class PackedExperts:
 
         self.gate_up = packed("gate_up_proj", parts.gate_up_of, parts.gate_up_bias_of, 2)
         self.down = packed("down_proj", parts.down_of, list, 1)
-        # Whom a token is sent to must not hang on a byte's precision; its matrix is small.
-        weight = router.weight
-        assert isinstance(weight, torch.Tensor)
-        weight = weight.to(small_dtype(library, weight.dtype, quantization))
-        self.router = PackedMatrix(library, [weight], [getattr(router, "bias", None)])
-        release(router, "weight")
-        release(router, "bias")
-        self.matrices = (self.router, self.gate_up, self.down)
+        self.router, routing = None, parts.routing
+        if routing is not None:
+            # Whom a token is sent to must not hang on a byte's precision; its matrix is small.
+            weight = routing.router.weight
+            assert isinstance(weight, torch.Tensor)
+            weight = weight.to(small_dtype(library, weight.dtype, quantization))
+            self.router = PackedMatrix(library, [weight], [getattr(routing.router, "bias", None)])
+            release(routing.router, "weight")
+            release(routing.router, "bias")
+        self.matrices = [each for each in (self.router, self.gate_up, self.down) if each is not None]
         self.struct = ExpertsStruct(
-            *(matrix.struct for matrix in self.matrices),
+            MatrixStruct() if self.router is None else self.router.struct,
+            self.gate_up.struct,
+            self.down.struct,
             count,
-            parts.top,
-            int(parts.chosen_first),
-            int(parts.normalised),
+            0 if routing is None else routing.top,
+            0 if routing is None else int(routing.chosen_first),
+            0 if routing is None else int(routing.normalised),
             parts.activation,
             parts.alpha,
             parts.limit,
@@ -76,26 +80,34 @@ class PackedExperts:
 
     def writers(self) -> dict[int, list[Writer]]:
         """As `CompiledDecoder.writers`."""
-        module, router, parts = self._parts.module, self._parts.router, self._parts
-
-        def each(write: Callable[[int, torch.Tensor], None], split: _Split) -> Callable[[torch.Tensor], None]:
-            def whole(value: torch.Tensor) -> None:
-                for number, part in enumerate(split(value)):
-                    write(number, part)
-
-            return whole
-
-        found = {}
-        for owner, name, matrix, split, split_bias in (
-            (module, "gate_up_proj", self.gate_up, parts.gate_up_of, parts.gate_up_bias_of),
-            (module, "down_proj", self.down, parts.down_of, list),
-            (router, "weight", self.router, _alone, _alone),
-        ):
-            found[id(owner._parameters[name])] = [Writer(each(matrix.write, split), matrix.restorer)]
-            bias = getattr(owner, "bias" if owner is router else f"{name}_bias", None)
-            if bias is not None:
-                found[id(bias)] = [Writer(each(matrix.write_bias, split_bias), matrix.restorer)]
+        module, routing = self._parts.module, self._parts.routing
+        found = {id(module._parameters[name]): [writer] for name, writer in self.named_writers().items()}
+        if routing is not None and self.router is not None:
+            router, matrix = routing.router, self.router
+            found[id(router.weight)] = [Writer(_each(matrix.write, _alone), matrix.restorer)]
+            if (bias := getattr(router, "bias", None)) is not None:
+                found[id(bias)] = [Writer(_each(matrix.write_bias, _alone), matrix.restorer)]
         return found
+
+    def named_writers(self) -> dict[str, Writer]:
+        """What writes new values of the experts' parameters, by their names."""
+        parts, found = self._parts, {}
+        for name, matrix, split, split_bias in (
+            ("gate_up_proj", self.gate_up, parts.gate_up_of, parts.gate_up_bias_of),
+            ("down_proj", self.down, parts.down_of, list),
+        ):
+            found[name] = Writer(_each(matrix.write, split), matrix.restorer)
+            if getattr(parts.module, f"{name}_bias", None) is not None:
+                found[f"{name}_bias"] = Writer(_each(matrix.write_bias, split_bias), matrix.restorer)
+        return found
+
+
+def _each(write: Callable[[int, torch.Tensor], None], split: _Split) -> Callable[[torch.Tensor], None]:
+    def whole(value: torch.Tensor) -> None:
+        for number, part in enumerate(split(value)):
+            write(number, part)
+
+    return whole
 
 
 def small_dtype(library: Any, dtype: torch.dtype, quantization: Quantization) -> torch.dtype:

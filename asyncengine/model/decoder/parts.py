@@ -122,32 +122,43 @@ class Projection:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """To which experts a token is sent.
+
+    Attributes:
+        router: Has the weight, (experts, hidden), whose products choose, and its bias if there is one.
+        top: How many a token is sent to.
+        chosen_first: Whether the softmax that weighs them is over those that were chosen; else it is over all.
+        normalised: Whether the weights of those that were chosen add up to 1.
+    """
+
+    router: nn.Module
+    top: int
+    chosen_first: bool
+    normalised: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertParts:
     """Experts in the place of an MLP, each with a gate, of which every token is sent to a few.
 
     Attributes:
         module: Has their weights, (experts, outputs, inputs) or (experts, inputs, outputs), and perhaps biases.
-        router: Has the weight, (experts, hidden), whose products choose, and its bias if there is one.
-        top: How many a token is sent to.
-        chosen_first: Whether the softmax that weighs them is over those that were chosen; else it is over all.
-        normalised: Whether the weights of those that were chosen add up to 1.
         activation: As `Blueprint.activation`.
         alpha: Of the clamped activation.
         limit: Of the clamped activation.
         alternating: Whether a gate's and an up projection's outputs alternate; else they follow each other.
         transposed: Whether a weight is stored as (inputs, outputs).
+        routing: None if they are asked by something else.
     """
 
     module: nn.Module
-    router: nn.Module
-    top: int
-    chosen_first: bool
-    normalised: bool
     activation: int
     alpha: float
     limit: float
     alternating: bool
     transposed: bool
+    routing: Routing | None = None
 
     @property
     def count(self) -> int:
@@ -158,6 +169,11 @@ class ExpertParts:
     def inner(self) -> int:
         """Outputs of a gate, which are inputs of a down projection."""
         return self.down_of(_tensor(self.module, "down_proj"))[0].shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """Outputs of a down projection, which are inputs of a gate."""
+        return self.down_of(_tensor(self.module, "down_proj"))[0].shape[0]
 
     def gate_up_of(self, whole: torch.Tensor) -> list[torch.Tensor]:
         """(inner, hidden) each: gate and up projection of the first expert, of the second, and so on."""

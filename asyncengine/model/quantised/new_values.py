@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from asyncengine.model import packed_linear
-from asyncengine.model.decoder import compiled_linear
+from asyncengine.model.decoder import compiled_layers
 from asyncengine.model.quantised import four_bit_experts, four_bit_linear, fp8_linear
 from asyncengine.model.weight_writer import Writer
 
@@ -20,6 +20,6 @@ def taken_for(model: nn.Module) -> dict[int, tuple[torch.Size, torch.dtype]]:
 def writers(model: nn.Module) -> dict[int, list[Writer]]:
     """What writes a new value into its places, by the identity of the parameter; others are written in place."""
     found: dict[int, list[Writer]] = {}
-    for kind in (fp8_linear, four_bit_linear, four_bit_experts, packed_linear, compiled_linear):
+    for kind in (fp8_linear, four_bit_linear, four_bit_experts, packed_linear, compiled_layers):
         found |= kind.writers(model)
     return found
