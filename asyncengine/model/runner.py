@@ -27,6 +27,7 @@ from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.quantised import new_values
+from asyncengine.model.recurrent.states import States
 from asyncengine.model.sampler import Drawn, Sampler
 from asyncengine.model.skeleton import Skeleton
 from asyncengine.model.step_inputs import StepInputs
@@ -226,7 +227,15 @@ class TorchModel:
 
     def _replayed(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
         """Replays a step that was captured, if there is one."""
-        return None if self.capturing is None else self.capturing.run(batch, sampler)
+        ran = None if self.capturing is None else self.capturing.run(batch, sampler)
+        if ran is not None:
+            self._layers.end()
+        return ran
+
+    @property
+    def states(self) -> States | None:
+        """Of its recurrent layers, if it has some."""
+        return self._layers.states
 
     def copy_blocks(self, copies: Int64) -> None:
         """Copies whole blocks of the KV cache: (C, 2) of source and destination."""

@@ -1,4 +1,4 @@
-"""One recurrent layer over one step: its tokens, row by row, through transformers' own code. Owned by the step thread."""
+"""One recurrent layer over one step: its tokens, row by row, by transformers' own code. Owned by the step thread."""
 
 from __future__ import annotations
 

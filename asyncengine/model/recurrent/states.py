@@ -7,16 +7,18 @@ at no neighbours, are taken out of that and computed for all tokens of the step 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from asyncengine.model.recurrent.functions import CPU, forward_with
 from asyncengine.model.recurrent.layer_run import LayerRun, Tensors
 from asyncengine.model.recurrent.recorded import RecurrentLayer
-from asyncengine.model.recurrent.step_rows import StepRows, cut
-from asyncengine.step.batch import StepBatch
+from asyncengine.model.recurrent.step_rows import StepRows, cut, decodes_at, late_saves
+from asyncengine.step.batch import Int64, StepBatch
 from asyncengine.step.limits import Limits
 
 
@@ -59,6 +61,7 @@ class States:
         self._trying = trying
         self.nowhere = limits.max_num_sequence + (limits.kept_states or 0)
         self.rows: StepRows | None = None
+        self._late: tuple[tuple[int, int], ...] = ()
         self.alone: set[str] = set()
 
     def allocate(self) -> None:
@@ -79,15 +82,32 @@ class States:
         for layer in self._layers:
             layer.module.__dict__.pop("forward", None)
 
-    def begin(self, batch: StepBatch) -> None:
-        """Prepares a step: copies states, then cuts it."""
+    def begin(self, batch: StepBatch, captured: bool = False) -> None:
+        """Prepares a step: copies states, then cuts it, unless that is done in what was `captured`."""
         self._copy(batch.state_copies.tolist())
-        self.rows = cut(batch, self._device)
+        self.rows = None if captured else cut(batch, self._device)
+        self._late = late_saves(batch)
 
     def end(self) -> None:
         """Keeps states as they are behind the step."""
-        if self.rows is not None and self.rows.late:
-            self._copy(self.rows.late)
+        self._copy(self._late)
+        self._late = ()
+
+    def places_of(self, batch: StepBatch, tokens: int) -> Int64:
+        """(tokens,) the place of each row of a step of decodes, padded to so many."""
+        places = np.full(tokens, self.nowhere, np.int64)
+        if batch.slots is not None:
+            places[: len(batch.slots)] = batch.slots
+        return places
+
+    @contextlib.contextmanager
+    def decoding(self, places: torch.Tensor) -> Iterator[None]:
+        """Within the block the model is run once, or captured, with decodes of which these are the places."""
+        before, self.rows = self.rows, decodes_at(places.long())
+        try:
+            yield
+        finally:
+            self.rows = before
 
     def _copy(self, pairs: Iterable[tuple[int, int]]) -> None:
         for source, to in pairs:
