@@ -58,9 +58,7 @@ def test_refuses_what_cannot_be_served_by_name_and_reason_before_loading_it(kind
         TransformersLoader().check(EngineConfig(str(tmp_path)), None)
 
 
-def test_refuses_recurrent_layers_with_caches_that_are_too_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refuses_recurrent_layers_with_caches_that_are_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"])
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     TransformersLoader().check(EngineConfig(str(tmp_path)), None)

@@ -16,15 +16,20 @@ import torch
 
 from asyncengine.model.recurrent.functions import CPU, forward_with
 from asyncengine.model.recurrent.layer_run import LayerRun, Tensors
-from asyncengine.model.recurrent.recorded import RecurrentLayer
+from asyncengine.model.recurrent.recorded import RecurrentLayer, RecurrentSpec
 from asyncengine.model.recurrent.step_rows import StepRows, cut, decodes_at, late_saves
 from asyncengine.step.batch import Int64, StepBatch
 from asyncengine.step.limits import Limits
 
 
-def bytes_per_place(layers: Iterable[RecurrentLayer], dtype: torch.dtype) -> int:
+def state_bytes(specs: Iterable[RecurrentSpec], dtype: torch.dtype) -> int:
     """Bytes of the states of one sequence, of a model in a dtype."""
-    return sum(state.nbytes(dtype) for layer in layers for state in layer.spec.states)
+    return sum(state.nbytes(dtype) for spec in specs for state in spec.states)
+
+
+def bytes_per_place(layers: Iterable[RecurrentLayer], dtype: torch.dtype) -> int:
+    """The same, of layers."""
+    return state_bytes((layer.spec for layer in layers), dtype)
 
 
 class States:
