@@ -66,8 +66,9 @@ class ScriptedStates:
         slots: list[int] = batch.slots.tolist()
         copies, saves = batch.state_copies.tolist(), batch.state_saves.tolist()
         places = range(len(self._states))
-        assert len({*slots}) == len(slots) and all(slot < self._num_slots for slot in slots)
-        assert all(source in places and to < self._num_slots for source, to in copies), "a copy from or to nowhere"
+        own = range(self._num_slots)
+        assert len({*slots}) == len(slots) and all(slot in own for slot in slots), "a slot is there twice, or none"
+        assert all(source in places and to in own for source, to in copies), "a copy from or to nowhere"
         assert saves == sorted(saves, key=lambda save: save[:2]), "saves are not in order"
         written = [place for *_, place in saves]
         assert len({*written, *slots}) == len(written) + len(slots), "two states are written to one place"
