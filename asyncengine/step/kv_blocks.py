@@ -88,7 +88,7 @@ class KVBlocks:
     def hold(self, sequence: Sequence, spare: int) -> Start | None:
         """What a sequence begins with, if there is room for all that it takes; None if there is not."""
         saves: tuple[int, ...] = ()
-        if self.states is not None and self._limits.reuses_prefixes:
+        if self.states is not None:
             cached, saves = self.states.look(sequence)
         else:
             cached = self._cached(sequence)

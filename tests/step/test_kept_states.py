@@ -16,10 +16,10 @@ from asyncengine.outputs import FinishReason
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
 from asyncengine.state import EngineState
-from asyncengine.step.batch import StepBatch, StepTokens
+from asyncengine.step.batch import NO_PAIRS, StepBatch, StepTokens
 from asyncengine.step.drafting import Drafting
 from asyncengine.step.kept_states import KeptStates
-from asyncengine.step.plan import Plan
+from asyncengine.step.plan import Plan, StateMoves
 from asyncengine.step.scheduler import Scheduler
 from asyncengine.step.sequence import Request, SequenceState
 from asyncengine.step.state_places import StatePlaces
@@ -82,6 +82,16 @@ class TestSlots:
         own.add("ab")
         assert own.step().batch.slots is own.step().batch.slots is None
         assert own.scheduler.blocks.states is None
+
+    def test_are_told_with_whatever_is_copied_and_saved(self) -> None:
+        own = line()
+        own.add("ab")
+        own.step()
+        rows, moves = own.step().decodes, StateMoves(np.array([[9, 0]]), np.array([[0, 1, 8]]))
+        decoding = own.scheduler._rows
+        assert decoding.sequences is rows
+        batch = decoding.batch(NO_PAIRS, False, moves)
+        assert batch.state_copies is moves.copies and batch.state_saves is moves.saves
 
     def test_drafts_are_refused(self) -> None:
         drafting = Drafting(NgramDrafter(), DraftLengths(8, 3, 8.0))
@@ -180,6 +190,12 @@ class TestHits:
         third = own.add("abcdefgh12345")
         plan = own.step()
         assert third.cached_tokens == 8 and saves(plan) == [(1, 4)]
+
+    def test_that_may_not_be_used_are_not_saved_again(self) -> None:
+        own = line(num_blocks=64)
+        done(own, "abcdefghij")
+        scored = own.add("abcdefghvwxyz", num_prompt_logprobs=0)
+        assert saves(own.step()) == [(0, 12)] and scored.cached_tokens == 0
 
     def test_share_the_blocks_that_were_computed_again(self) -> None:
         own = line(num_blocks=64)
