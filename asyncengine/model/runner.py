@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -174,21 +175,29 @@ class TorchModel:
         def carry(sections: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor] | None:
             return self.begin_with(batch, sections)[1]
 
-        if batch.adapters is None:
-            return self._ended(run(*self._inputs.send(batch, others, carry)))
-        adapters, tokens = self._adapters, len(batch.token_ids)
-        assert isinstance(adapters, AdaptedModules)
-        if adapters.by_token(tokens):
-            inputs = self._inputs.send(batch, {**(others or {}), "adapters": places_of(batch, tokens)}, carry)
-            with adapters.looked_up(self._inputs.sent["adapters"]):
-                return self._ended(run(*inputs))
-        order, groups = groups_of(batch)
-        inputs = self._inputs.send(batch, {**(others or {}), "adapted": order}, carry)
-        with adapters.applied(groups, self._inputs.sent["adapted"].long(), tokens):
-            return self._ended(run(*inputs))
-
-    def _ended(self, logits: torch.Tensor) -> torch.Tensor:
-        """A step's logits, once it has left behind what it is to leave."""
+        sections, states, tokens = dict(others or {}), self.states, len(batch.token_ids)
+        if states is not None:
+            assert batch.slots is not None
+            sections["states"] = batch.slots[: batch.num_decodes]
+        adapters, by_token = self._adapters, False
+        if batch.adapters is not None:
+            assert isinstance(adapters, AdaptedModules)
+            order, groups = groups_of(batch)
+            by_token = adapters.by_token(tokens)
+            sections |= {"adapters": places_of(batch, tokens)} if by_token else {"adapted": order}
+        inputs = self._inputs.send(batch, sections, carry)
+        sent = self._inputs.sent
+        if states is not None:
+            states.places = sent["states"].long()
+        around: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if batch.adapters is not None:
+            assert isinstance(adapters, AdaptedModules)
+            if by_token:
+                around = adapters.looked_up(sent["adapters"])
+            else:
+                around = adapters.applied(groups, sent["adapted"].long(), tokens)
+        with around:
+            logits = run(*inputs)
         self._layers.end()
         return logits
 

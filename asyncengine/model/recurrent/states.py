@@ -17,7 +17,7 @@ import torch
 from asyncengine.model.recurrent.functions import CPU, forward_with
 from asyncengine.model.recurrent.layer_run import LayerRun, Tensors
 from asyncengine.model.recurrent.recorded import RecurrentLayer, RecurrentSpec
-from asyncengine.model.recurrent.step_rows import StepRows, cut, decodes_at, late_saves
+from asyncengine.model.recurrent.step_rows import StepRows, cut, late_saves
 from asyncengine.step.batch import Int64, StepBatch
 from asyncengine.step.limits import Limits
 
@@ -47,6 +47,7 @@ class States:
 
     Attributes:
         rows: Of the present step.
+        places: (rows,) int64 places of the states of those that decode, on the device.
         nowhere: The place that nobody reads.
         alone: Names of layers that were found not to continue.
     """
@@ -66,6 +67,7 @@ class States:
         self._trying = trying
         self.nowhere = limits.max_num_sequence + (limits.kept_states or 0)
         self.rows: StepRows | None = None
+        self.places = torch.empty(0, dtype=torch.int64, device=device)
         self._late: tuple[tuple[int, int], ...] = ()
         self.alone: set[str] = set()
 
@@ -90,7 +92,7 @@ class States:
     def begin(self, batch: StepBatch, captured: bool = False) -> None:
         """Prepares a step: copies states, then cuts it, unless that is done in what was `captured`."""
         self._copy(batch.state_copies.tolist())
-        self.rows = None if captured else cut(batch, self._device)
+        self.rows = None if captured else cut(batch)
         self._late = late_saves(batch)
 
     def end(self) -> None:
@@ -108,11 +110,11 @@ class States:
     @contextlib.contextmanager
     def decoding(self, places: torch.Tensor) -> Iterator[None]:
         """Within the block the model is run once, or captured, with decodes of which these are the places."""
-        before, self.rows = self.rows, decodes_at(places.long())
+        self.rows, self.places = StepRows(len(places)), places.long()
         try:
             yield
         finally:
-            self.rows = before
+            self.rows = None
 
     def _copy(self, pairs: Iterable[tuple[int, int]]) -> None:
         for source, to in pairs:
@@ -130,6 +132,6 @@ class States:
             run = LayerRun(layer, plain, tensors, args, kwargs)
             if trying and layer.name not in self.alone and not run.continues(rows):
                 self.alone.add(layer.name)
-            return run.over(rows, layer.spec.continues and layer.name not in self.alone)
+            return run.over(rows, self.places, layer.spec.continues and layer.name not in self.alone)
 
         return forward

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from asyncengine.step.batch import StepBatch
 
 
@@ -31,24 +29,14 @@ class StepRows:
     """A step, cut: the rows that decode are computed at once, and each piece of a prompt by itself.
 
     Attributes:
-        decodes: (rows,) places of the states of those that decode, on the device.
-        alike: Their first and last place and one, where the places follow one another; None else.
+        num_decodes: How many rows decode.
+        alike: From where to where their places are, if these follow one another; None else.
         pieces: What follows them.
     """
 
-    decodes: torch.Tensor
-    alike: tuple[int, int] | None
-    pieces: tuple[Piece, ...]
-
-    @property
-    def num_decodes(self) -> int:
-        """How many rows decode."""
-        return len(self.decodes)
-
-
-def decodes_at(places: torch.Tensor) -> StepRows:
-    """A step of decodes alone, whose (rows,) places are on the device."""
-    return StepRows(places, None, ())
+    num_decodes: int
+    alike: tuple[int, int] | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
 def late_saves(batch: StepBatch) -> tuple[tuple[int, int], ...]:
@@ -59,7 +47,7 @@ def late_saves(batch: StepBatch) -> tuple[tuple[int, int], ...]:
     return tuple((int(batch.slots[row]), place) for row, _, place in batch.state_saves.tolist() if row < decodes)
 
 
-def cut(batch: StepBatch, device: torch.device) -> StepRows:
+def cut(batch: StepBatch) -> StepRows:
     """Cuts a step, whose rows that decode have one token each."""
     assert batch.slots is not None and batch.draft_lengths is None
     decodes = batch.num_decodes
@@ -82,5 +70,4 @@ def cut(batch: StepBatch, device: torch.device) -> StepRows:
             start, fresh = stop, False
     first = places[0] if decodes else 0
     follow = places[:decodes] == list(range(first, first + decodes))
-    on_device = torch.from_numpy(batch.slots[:decodes]).to(device)
-    return StepRows(on_device, (first, first + decodes) if follow else None, tuple(pieces))
+    return StepRows(decodes, (first, first + decodes) if follow else None, tuple(pieces))

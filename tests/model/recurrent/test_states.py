@@ -83,6 +83,7 @@ class Case:
                 state_saves=np.array(saves, np.int64).reshape(-1, 3),
             )
         )
+        self.states.places = torch.tensor([slot for slot, _ in rows[:decodes]], dtype=torch.int64)
         found = _wide(self.layer.module(torch.cat(given)[None])).split(counts.tolist())
         self.states.end()
         for row, ((slot, count), piece) in enumerate(zip(rows, given, strict=True)):
