@@ -201,14 +201,15 @@ def paged_logits(
         tables[row, :count] = order[end - count : end]
     limits = Limits(len(ids), max(lengths), way.chunk * len(ids), PAGE, sum(blocks))
     model.set_attn_implementation(architecture.ATTENTION)
-    layers = architecture.record(model).attention
+    recorded = architecture.record(model)
+    layers = recorded.attention
     kv_dtype = torch.float8_e4m3fn if way.fp8 else next(model.parameters()).dtype
     paged = PagedLayers(layers, backend, limits, kv_dtype, device)
     paged.allocate()
     runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
     if way.fused:
         runner.use_fused(FusedDecoder(recognise(model, layers, max(lengths), whole_experts=True)))
-    adapters = AdaptedModules(model, layers, device, next(model.parameters()).dtype)
+    adapters = AdaptedModules(model, recorded, device, next(model.parameters()).dtype)
     for index, adapter in enumerate(adapters_of(model) if way.adapted else ()):
         adapters.put(index, adapter)
     runner.use_adapters(adapters)

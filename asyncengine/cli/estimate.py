@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from asyncengine.config import EngineConfig, Quantization
     from asyncengine.model.attention.protocol import LayerSpec
     from asyncengine.model.memory import GraphReserve
+    from asyncengine.model.recorded import Watched
 
 _GIB = 1 << 30
 
@@ -51,7 +52,7 @@ def estimate(
     print(f"\n{'context':>10} {'fit in memory':>15} {'in one step':>15}")
     for length in _lengths(min(needs.max_length, room.blocks * needs.page_size)):
         fitting = room.fitting(needs, length)
-        print(f"{length:>10,} {fitting:>15,} {min(fitting, needs.max_sequences):>15,}")
+        print(f"{length:>10,} {fitting:>15,} {min(fitting, room.sequences):>15,}")
     return 0
 
 
@@ -73,6 +74,10 @@ class Needs:
         draft_layers: The draft model's.
         page_size: Tokens per block.
         bytes_per_block: Of KV cache, all layers together.
+        recurrent: How many recurrent layers there are.
+        bytes_per_state: Of what those keep of one sequence.
+        keeps: Whether there is a prefix cache, which keeps states, too.
+        wanted: Whether `max_sequences` is asked for.
         max_length: Most tokens in one sequence.
         max_sequences: Most sequences in one step.
         graphs: What captured steps take on a GPU; None if there are none.
@@ -91,6 +96,10 @@ class Needs:
     draft_layers: list[tuple[LayerSpec, int]]
     page_size: int
     bytes_per_block: int
+    recurrent: int
+    bytes_per_state: int
+    keeps: bool
+    wanted: bool
     max_length: int
     max_sequences: int
     graphs: GraphReserve | None = None
@@ -119,6 +128,8 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.location import locate
     from asyncengine.model.memory import GraphReserve
     from asyncengine.model.quantised.kept_bytes import kept_bytes
+    from asyncengine.model.recurrent.refusals import check_recurrent
+    from asyncengine.model.recurrent.states import state_bytes
 
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
@@ -140,8 +151,11 @@ def read(config: EngineConfig) -> Needs:
             f"max_single_sequence_length is {length}; {whose} max_position_embeddings allows 1..{longest}"
         )
     architecture.check_rope(hf_config, length)
-    specs = _specs(architecture, hf_config)
-    draft_specs = [spec for draft in drafts for spec in _specs(architecture, draft.hf_config)]
+    watched = _watched(architecture, hf_config)
+    of_drafts = [_watched(architecture, draft.hf_config) for draft in drafts]
+    check_recurrent(config, bool(watched.recurrent), any(each.recurrent for each in of_drafts))
+    specs = list(watched.attention.values())
+    draft_specs = [spec for each in of_drafts for spec in each.attention.values()]
 
     def kept(of: Checkpoint) -> int:
         return kept_bytes(of, dtype, config.quantization, text.vocab_size, cuda)
@@ -172,28 +186,23 @@ def read(config: EngineConfig) -> Needs:
         draft_layers=list(Counter(draft_specs).items()),
         page_size=page_size,
         bytes_per_block=sum(bytes_of(spec, page_size, kv_dtype) for spec in [*specs, *draft_specs]),
+        recurrent=len(watched.recurrent),
+        bytes_per_state=state_bytes(watched.recurrent.values(), dtype),
+        keeps=config.prefix_cache_mode == "radix",
+        wanted=config.max_num_sequence is not None,
         max_length=length,
         max_sequences=sequences,
         graphs=graphs,
     )
 
 
-def _specs(architecture: Any, hf_config: Any) -> list[LayerSpec]:
-    import torch
-    from transformers import AutoModelForCausalLM
+def _watched(architecture: Any, hf_config: Any) -> Watched:
+    from asyncengine.model.load_check import watch
 
-    from asyncengine.errors import UnsupportedModelError
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
-        return [layer.spec for layer in architecture.record(model.eval()).attention]
-    except UnsupportedModelError:
-        raise
-    except Exception as error:
-        raise Failure(
-            f"the model's code cannot be watched without its weights, so there is no estimate: {error}"
-        ) from error
+    watched = watch(architecture, hf_config)
+    if watched is None:
+        raise Failure("the model's code cannot be watched without its weights, so there is no estimate")
+    return watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +212,14 @@ class Room:
     Attributes:
         blocks: Of KV cache that fit.
         text: The arithmetic.
+        sequences: Most in one step, by what the configuration says and by their states.
+        kept: States that are kept for sequences to come.
     """
 
     blocks: int
     text: str
+    sequences: int
+    kept: int = 0
 
     @classmethod
     def of(cls, needs: Needs, config: EngineConfig, given: int | None) -> Room:
@@ -228,8 +241,22 @@ class Room:
             share = config.gpu_memory_utilization or memory.CPU_SHARE
             available = int((free - needs.weight_bytes - SLACK) * share)
             text = f"{share:g} x ({_gib(free)} free - {rest})"
-        blocks = max(available, 0) // needs.bytes_per_block
-        return cls(blocks, f"{text} = {_gib(available)}")
+        text = f"{text} = {_gib(available)}"
+        if not needs.recurrent:
+            return cls(max(available, 0) // needs.bytes_per_block, text, needs.max_sequences)
+        states = memory.state_budget(
+            nbytes=max(available, 0),
+            bytes_per_state=needs.bytes_per_state,
+            sequences=needs.max_sequences,
+            wanted=needs.wanted,
+            keeps=needs.keeps,
+        )
+        left = available - states.nbytes
+        if needs.bytes_per_block:
+            blocks = left // needs.bytes_per_block
+        else:  # it attends to nothing
+            blocks = states.sequences * -(-needs.max_length // needs.page_size)
+        return cls(blocks, f"{text}; - {_gib(states.nbytes)} of states = {_gib(left)}", states.sequences, states.kept)
 
     def fitting(self, needs: Needs, length: int) -> int:
         """How many sequences of a length the KV cache has room for."""
@@ -250,9 +277,13 @@ def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
                 f"{count} layers{whose} x {spec.num_kv_heads} heads x ({spec.key_dim} + {spec.value_dim}) x "
                 f"{needs.kv_dtype.itemsize} bytes{window}",
             )
+    if needs.recurrent:
+        yield "states", f"{needs.recurrent} recurrent layers, {_gib(needs.bytes_per_state)} per sequence"
+    if not needs.bytes_per_block:
+        return
     per_token = needs.bytes_per_block / needs.page_size
     yield (
-        "",
+        "KV cache" if needs.recurrent else "",
         f"= {per_token / 1024:,.1f} KiB per token, {needs.bytes_per_block / 1024:,.1f} KiB per block of "
         f"{needs.page_size}",
     )
@@ -262,11 +293,16 @@ def _room_rows(needs: Needs, room: Room) -> Iterator[tuple[str, str]]:
     tokens = room.blocks * needs.page_size
     yield f"memory ({needs.device.type})", room.text
     yield "", f"= {room.blocks:,} blocks = {tokens:,} tokens"
+    if needs.recurrent:
+        yield (
+            "",
+            f"{room.sequences + room.kept:,} states: of {room.sequences:,} sequences, and {room.kept:,} that are kept",
+        )
     longest = min(needs.max_length, tokens)
     by = "the model or --max-model-len" if longest == needs.max_length else "memory"
     yield "longest context", f"{longest:,} tokens, limited by {by}"
     if longest:
-        batch = min(room.fitting(needs, longest), needs.max_sequences)
+        batch = min(room.fitting(needs, longest), room.sequences)
         by = "--max-num-seqs" if batch == needs.max_sequences else "memory"
         yield "largest batch", f"{batch} sequences of {longest:,} tokens, limited by {by}"
 

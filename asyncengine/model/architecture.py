@@ -212,7 +212,7 @@ def layers_of(model: PreTrainedModel, watched: Watched | None) -> Recorded:
             Learned sinks are weights, so a model that has some is recorded once more.
     """
     modules = dict(model.named_modules())
-    if watched is None or any(spec.has_sinks for spec in watched.attention.values()) or not watched.names <= set(modules):
+    if watched is None or watched.has_sinks or not watched.names <= set(modules):
         return record(model)
     attention = [RecordedLayer(name, modules[name], spec, None) for name, spec in watched.attention.items()]
     recurrent = [RecurrentLayer(name, modules[name], spec) for name, spec in watched.recurrent.items()]

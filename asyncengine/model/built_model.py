@@ -115,7 +115,9 @@ def build(
         if details.kv_dtype is not details.dtype:
             layers = trial.layers = trial.scaled(model, backend)
             off = trial.run(model, backend, kv_dtype=details.kv_dtype, fp8_weights=fp8_weights)
-            numbers = [number for layer in layers.attention for number in (layer.spec.key_scale, layer.spec.value_scale)]
+            numbers = [
+                number for layer in layers.attention for number in (layer.spec.key_scale, layer.spec.value_scale)
+            ]
             scaled = sum(number != 1.0 for number in numbers)
             with_scales = f", {scaled} of {len(numbers)} scaled" if scaled else ""
             notes.append(
@@ -176,7 +178,10 @@ def _findings(
     """What was found out, if that is to be kept and the next load could do with it."""
     from asyncengine.model.skeleton import described
 
-    if details.findings_at is None or (found := described(model, layers.attention, blueprint, details.checkpoint)) is None:
+    if (
+        details.findings_at is None
+        or (found := described(model, layers.attention, blueprint, details.checkpoint)) is None
+    ):
         return None
     kept = trial.kept()
     return Findings(found.description | kept.description | {"notes": notes}, found.tensors | kept.tensors)

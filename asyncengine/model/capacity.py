@@ -20,6 +20,9 @@ from asyncengine.step.model import LoadPlan
 
 CPU_CHUNK, CUDA_CHUNK = 512, 2048
 """Tokens of prompts in a step, where the configuration leaves that open."""
+_STATE_COPIES = 6
+"""Of a row's states that are there at once while its layer is computed: as they were, and what transformers' own
+functions make of them in between."""
 
 
 def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -> tuple[Limits, EngineConfig]:
@@ -38,11 +41,15 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
     share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
     if cuda:
         drafts = 0 if config.speculative_mode == "disable" else sequences * (config.spec_draft_length or LONGEST)
-        activations = _profile(built.model, built.layers.attention, chunk, sequences + min(drafts, chunk), details.device)
+        activations = _profile(
+            built.model, built.layers.attention, chunk, sequences + min(drafts, chunk), details.device
+        )
         used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
         available = int(memory.total_bytes(details.device) * share) - used - activations
         share = 1.0
         graphs = graph_reserve(config, details, backend, sequences, [layer.spec for layer in layers])
+        if graphs is not None:
+            graphs += state_scratch(built, details, sequences)
     else:
         available = memory.free_bytes(details.device)
     available, kept_states = max(available, 0), None
@@ -105,6 +112,12 @@ def graph_reserve(
         return None
     needs = graphs_of(config, details, backend, sequences, specs, bool(config.adapters))
     return needs if details.draft is None else needs + graphs_of(config, details.draft, backend, sequences, specs)
+
+
+def state_scratch(built: Built, details: Details, sequences: int) -> memory.GraphReserve:
+    """What captured steps work on beside the states: copies of those of all rows, in one layer after the other."""
+    largest = max((bytes_per_place([layer], details.dtype) for layer in built.layers.recurrent), default=0)
+    return memory.GraphReserve(_STATE_COPIES * sequences * largest)
 
 
 def graphs_of(

@@ -34,6 +34,7 @@ from asyncengine.model.draw_graphs import CapturedStep, DrawGraphs
 from asyncengine.model.graph_recorder import CudaRecorder, Recorder, Tensors
 from asyncengine.model.last_tokens import LastTokens, sources_of
 from asyncengine.model.packed_buffer import PackedBuffer
+from asyncengine.model.recurrent.states import States
 from asyncengine.model.sampler import Sampler
 from asyncengine.model.token_draw import FILTERED, DrawKind
 from asyncengine.model.token_ranking import argmax
@@ -85,6 +86,7 @@ class StepGraphs:
         most_samples: Of steps of anything, how many rows of logits they give at most. Without, a step is of decodes
             alone, which give one for each token.
         adapters: Of a model whose steps with adapters are captured. Without, a step is one without.
+        states: Of the model's recurrent layers, if it has some; then steps are of decodes alone.
     """
 
     def __init__(
@@ -97,8 +99,10 @@ class StepGraphs:
         kinds: Sequence[DrawKind] = (),
         most_samples: int | None = None,
         adapters: AdaptedModules | None = None,
+        states: States | None = None,
     ) -> None:
         self._model = model
+        self._states = states
         self._device = device
         self._most_samples = most_samples
         self._adapters = adapters
@@ -119,7 +123,7 @@ class StepGraphs:
     def adapted(self, buckets: Buckets, adapters: AdaptedModules) -> StepGraphs:
         """Captures of decodes with adapters, of the same model and in the same memory."""
         recorder, last = self._recorder, self._last
-        return StepGraphs(self._model, buckets, self._device, recorder, last, adapters=adapters)
+        return StepGraphs(self._model, buckets, self._device, recorder, last, adapters=adapters, states=self._states)
 
     @property
     def adapters(self) -> AdaptedModules | None:
@@ -239,7 +243,7 @@ class StepGraphs:
             # Else memory that the graph refers to was replaced by a larger one, and this is the first step with that.
             replaced = batch.draft_lengths is None and self._replace(size, step, sections)
             if batch.draft_lengths is None:  # what was sent for the capture lies in its place
-                _, sent = self._send(dataclasses.replace(step, copies=NO_PAIRS), sections)
+                _, sent = self._send(_without_copies(step), sections)
             if not replaced:
                 return Ran(self._forward(sent)[:rows], self._slots(sent)[:rows])
             captured = self._graphs[size]
@@ -336,7 +340,7 @@ class StepGraphs:
     def _replace(self, size: int, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> bool:
         """Captures a bucket anew, with a step that is about to be run.
 
-        While that is captured it is run, more than once; so its rows store what they draw nowhere.
+        While that is captured it is run, more than once; so its rows store what they draw, and their states, nowhere.
         """
         del self._graphs[size]
         if self._recorder is None:
@@ -344,8 +348,10 @@ class StepGraphs:
         sections = dict(sections)
         if self._last is not None:
             sections["slots"] = np.full(self._samples(size), self._last.nowhere)
+        if self._states is not None:
+            sections["states"] = np.full(size, self._states.nowhere)
         try:
-            self._graphs[size] = self._recorded(self._recorder, dataclasses.replace(step, copies=NO_PAIRS), sections)
+            self._graphs[size] = self._recorded(self._recorder, _without_copies(step), sections)
         except Exception as error:
             self.clear()  # the others refer to what was replaced, too
             self._give_up(error)
@@ -365,6 +371,8 @@ class StepGraphs:
             sections |= {"sources": sources_of(step), "slots": slots}
         if self._adapters is not None:
             sections["adapters"] = places_of(step, len(step.token_ids))
+        if self._states is not None:
+            sections["states"] = self._states.places_of(step, len(step.token_ids))
         return sections | token_draw.sections(rows)
 
     def _send(self, step: StepBatch, sections: Mapping[str, NDArray[Any]]) -> tuple[Hashable, dict[str, torch.Tensor]]:
@@ -390,7 +398,11 @@ class StepGraphs:
         ids, positions, index = (sent[name].long() for name in ("ids", "positions", "index"))
         if self._last is not None:
             ids = self._last.fill(ids, sent["sources"])
-        with contextlib.nullcontext() if self._adapters is None else self._adapters.looked_up(sent["adapters"]):
+        with contextlib.ExitStack() as around:
+            if self._adapters is not None:
+                around.enter_context(self._adapters.looked_up(sent["adapters"]))
+            if self._states is not None:
+                around.enter_context(self._states.decoding(sent["states"]))
             return self._model.forward(ids[None], positions[None], index)
 
     def _store(self, sent: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> None:
@@ -408,6 +420,7 @@ def graphs_for(
     device: torch.device,
     last: LastTokens | None = None,
     waits: str | None = None,
+    states: States | None = None,
 ) -> tuple[StepGraphs | None, tuple[str, ...]]:
     """Graphs, none of them captured yet, of the decodes of up to `sequences` sequences.
 
@@ -424,7 +437,12 @@ def graphs_for(
     if waits is not None:
         return None, (f"graphs: {waits}; none are captured",)
     kinds = () if last is None else FILTERED
-    return StepGraphs(model, Buckets.upto(sequences), device, last=last, kinds=kinds), ()
+    return StepGraphs(model, Buckets.upto(sequences), device, last=last, kinds=kinds, states=states), ()
+
+
+def _without_copies(step: StepBatch) -> StepBatch:
+    """A step that was sent once already."""
+    return dataclasses.replace(step, copies=NO_PAIRS, state_copies=NO_PAIRS)
 
 
 def reason_of(error: Exception) -> str:

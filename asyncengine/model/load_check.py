@@ -20,6 +20,7 @@ from asyncengine.model.attention_modules import text_config
 from asyncengine.model.findings import Findings, place_of, recall
 from asyncengine.model.memory import GIB
 from asyncengine.model.recorded import Watched
+from asyncengine.model.recurrent.refusals import check_recurrent
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer
 
@@ -145,10 +146,12 @@ def plan_of(
     if draft is not None:
         architecture.check_rope(draft.hf_config, max_length)
         draft = dataclasses.replace(draft, max_length=max_length, watched=watch(architecture, draft.hf_config))
+    drafting = None if draft is None else draft.watched
+    check_recurrent(config, bool(watched and watched.recurrent), bool(drafting and drafting.recurrent))
     if current is not None or findings is not None or not _serves_all(config, device):
         backend = selecting.result().backend
         check_kv_dtype(config, backend, kv_dtype, device)
-        for each in (watched, None if draft is None else draft.watched):
+        for each in (watched, drafting):
             check_layers(config, backend, None if each is None else each.attention, kv_dtype, device)
     check_quantization(config, device, dtype)
     weights = checkpoint.weight_bytes(dtype, config.quantization)

@@ -15,10 +15,11 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import AsyncEngineError, CheckpointError, InsufficientMemoryError, ReloadError
 from asyncengine.model import memory
 from asyncengine.model.built_model import Built, build, recalled
-from asyncengine.model.capacity import cache_bytes, graphs_of, limits_of
+from asyncengine.model.capacity import cache_bytes, graphs_of, limits_of, state_scratch
 from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.findings import keep
 from asyncengine.model.load_check import Details, device_of, dtype_of, plan_of, select_attention, without_findings
+from asyncengine.model.recurrent.refusals import check_recurrent
 from asyncengine.model.tokenizer import FastTokenizer, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
@@ -127,6 +128,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         draft = build(config, details.draft, lambda: backend)
         if not draft.has_head:
             raise CheckpointError(f"{details.draft.checkpoint.path} cannot draft: it has no language-model head")
+    check_recurrent(config, bool(built.layers.recurrent), draft is not None and bool(draft.layers.recurrent))
     limits, complete = limits_of(plan, built, draft, backend)
     vocab_size = details.vocab_size
     if run_ahead is None:
@@ -229,7 +231,7 @@ def _adapting(built: Built, details: Details) -> Any:
 
     if built.program is not None:
         return built.program.adapters_of(built.model)
-    return AdaptedModules(built.model, built.layers.attention, details.device, details.dtype)
+    return AdaptedModules(built.model, built.layers, details.device, details.dtype)
 
 
 def _captured(
@@ -261,7 +263,7 @@ def _captured(
         from asyncengine.model import architecture
 
         waits = architecture.waits(built.model)
-    graphs, slower = graphs_for(model, backend, limits.max_num_sequence, details.device, last, waits)
+    graphs, slower = graphs_for(model, backend, limits.max_num_sequence, details.device, last, waits, model.states)
     measured = None
     if fused is not None and config.decoder_backend == "auto":
         measured = choice.Choice(fused, choice.cuda_seconds(details.device), graphs)
@@ -272,10 +274,11 @@ def _captured(
     if details.device.type == "cuda":
         specs = [layer.spec for layer in built.layers.attention]
         adapters = adapting is not None and bool(config.adapters)  # those that come later take what is left
-        aside = graphs_of(config, details, backend, limits.max_num_sequence, specs, adapters).nbytes
+        reserve = graphs_of(config, details, backend, limits.max_num_sequence, specs, adapters)
+        aside = (reserve + state_scratch(built, details, limits.max_num_sequence)).nbytes
         room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
     mixed = None
-    if isinstance(backend, CarryingBackend):
+    if isinstance(backend, CarryingBackend) and model.states is None:  # prompts are cut in ways of their own
         tokens = limits.prefill_chunk_size + limits.max_num_sequence
         mixed = graphs.mixed(Buckets.mixed(tokens), limits.max_num_sequence)
     adapted = None if adapting is None else graphs.adapted(Buckets.doubling(limits.max_num_sequence), adapting)

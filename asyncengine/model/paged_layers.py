@@ -91,12 +91,14 @@ class PagedLayers:
             mixed: Whether that graph is of all steps of so many tokens, not of decodes alone.
         """
         if captured and isinstance(self._backend, CapturableBackend):
-            self._prepare(batch)
+            self._prepare(batch, captured)
             self.plan = self._backend.plan_captured(batch, self._limits.page_size, self._device)
             return self.plan, None
         if not isinstance(self._backend, CarryingBackend):
-            return self.begin(batch), None
-        self._prepare(batch)
+            self._prepare(batch, captured)
+            self.plan = self._backend.plan(batch, self._limits.page_size, self._device)
+            return self.plan, None
+        self._prepare(batch, captured)
         self.plan, sent = self._backend.plan_with(batch, self._limits.page_size, self._device, sections, mixed)
         return self.plan, sent
 
@@ -105,11 +107,11 @@ class PagedLayers:
         if self.states is not None:
             self.states.end()
 
-    def _prepare(self, batch: StepBatch) -> None:
+    def _prepare(self, batch: StepBatch, captured: bool = False) -> None:
         if len(batch.copies):
             self.copy_blocks(batch.copies)
         if self.states is not None:
-            self.states.begin(batch)
+            self.states.begin(batch, captured)
 
     def copy_blocks(self, copies: Int64) -> None:
         """Copies whole blocks: (C, 2) of source and destination."""

@@ -27,6 +27,11 @@ class Watched:
         """Of all of them."""
         return {*self.attention, *self.recurrent}
 
+    @property
+    def has_sinks(self) -> bool:
+        """Whether some attend to learned sinks, which are weights."""
+        return any(spec.has_sinks for spec in self.attention.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Recorded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -28,6 +29,7 @@ from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.quantised import new_values
+from asyncengine.model.recurrent.states import States
 from asyncengine.model.sampler import Drawn, Sampler
 from asyncengine.model.skeleton import Skeleton
 from asyncengine.model.step_inputs import StepInputs
@@ -174,21 +176,29 @@ class TorchModel:
         def carry(sections: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor] | None:
             return self.begin_with(batch, sections)[1]
 
-        if batch.adapters is None:
-            return self._ended(run(*self._inputs.send(batch, others, carry)))
-        adapters, tokens = self._adapters, len(batch.token_ids)
-        assert isinstance(adapters, AdaptedModules)
-        if adapters.by_token(tokens):
-            inputs = self._inputs.send(batch, {**(others or {}), "adapters": places_of(batch, tokens)}, carry)
-            with adapters.looked_up(self._inputs.sent["adapters"]):
-                return self._ended(run(*inputs))
-        order, groups = groups_of(batch)
-        inputs = self._inputs.send(batch, {**(others or {}), "adapted": order}, carry)
-        with adapters.applied(groups, self._inputs.sent["adapted"].long(), tokens):
-            return self._ended(run(*inputs))
-
-    def _ended(self, logits: torch.Tensor) -> torch.Tensor:
-        """A step's logits, once it has left behind what it is to leave."""
+        sections, states, tokens = dict(others or {}), self.states, len(batch.token_ids)
+        if states is not None:
+            assert batch.slots is not None
+            sections["states"] = batch.slots[: batch.num_decodes]
+        adapters, by_token = self._adapters, False
+        if batch.adapters is not None:
+            assert isinstance(adapters, AdaptedModules)
+            order, groups = groups_of(batch)
+            by_token = adapters.by_token(tokens)
+            sections |= {"adapters": places_of(batch, tokens)} if by_token else {"adapted": order}
+        inputs = self._inputs.send(batch, sections, carry)
+        sent = self._inputs.sent
+        if states is not None:
+            states.places = sent["states"].long()
+        around: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if batch.adapters is not None:
+            assert isinstance(adapters, AdaptedModules)
+            if by_token:
+                around = adapters.looked_up(sent["adapters"])
+            else:
+                around = adapters.applied(groups, sent["adapted"].long(), tokens)
+        with around:
+            logits = run(*inputs)
         self._layers.end()
         return logits
 
@@ -227,7 +237,15 @@ class TorchModel:
 
     def _replayed(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
         """Replays a step that was captured, if there is one."""
-        return None if self.capturing is None else self.capturing.run(batch, sampler)
+        ran = None if self.capturing is None else self.capturing.run(batch, sampler)
+        if ran is not None:
+            self._layers.end()
+        return ran
+
+    @property
+    def states(self) -> States | None:
+        """Of its recurrent layers, if it has some."""
+        return self._layers.states
 
     def copy_blocks(self, copies: Int64) -> None:
         """Copies whole blocks of the KV cache: (C, 2) of source and destination."""

@@ -104,9 +104,7 @@ class Trial:
         return cls(type(model).__name__, dtype, layers, device, ids, _plain(model, ids, device))
 
     @classmethod
-    def recalled(
-        cls, findings: Findings, dtype: torch.dtype, layers: Recorded, device: torch.device
-    ) -> Trial:
+    def recalled(cls, findings: Findings, dtype: torch.dtype, layers: Recorded, device: torch.device) -> Trial:
         """A trial whose expected logits were computed by an earlier load."""
         about, expected = findings.description, findings.tensors["expected"]
         ids = findings.tensors["ids"].numpy()  # to draw them again would import numpy's random numbers, for 0.1 s

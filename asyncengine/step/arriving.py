@@ -49,7 +49,8 @@ class Arriving:
         """The tokens, in whole blocks, that should be computed now; none if that would bring nothing.
 
         What was computed ahead and then evicted is not computed again before the prompt is complete: where memory is
-        that short, it would not stay either.
+        that short, it would not stay either. Where a sequence can only go on behind a state, one chunk of it may be:
+        where tokens were taken back, there is none.
 
         Args:
             limits: Of the model.
@@ -58,7 +59,8 @@ class Arriving:
         """
         page_size = limits.page_size
         whole = len(self.tokens) // page_size * page_size
-        if not limits.prefix_cache or limits.max_recycling == 0 or whole <= self.computed:
+        if not limits.reuses_prefixes or limits.max_recycling == 0 or whole <= self.computed:
             return self.tokens[:0]
-        known = len(tree.match(self.tokens[: self.computed], space))
-        return self.tokens[:whole] if known == self.computed // page_size else self.tokens[:0]
+        again = self.computed // page_size - len(tree.usable(self.tokens[: self.computed], space))
+        most = 0 if limits.kept_states is None else limits.prefill_chunk_size // page_size
+        return self.tokens[:whole] if again <= most else self.tokens[:0]

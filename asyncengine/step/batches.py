@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from asyncengine.step.batch import Int32, Int64, StepBatch
+from asyncengine.step.batch import NO_PAIRS, NO_SAVES, Int32, Int64, StepBatch
 from asyncengine.step.decode_rows import DecodeRows
 from asyncengine.step.drafting import Drafts
-from asyncengine.step.plan import Chunk
+from asyncengine.step.plan import Chunk, StateMoves
 from asyncengine.step.sequence import SequenceState
 from asyncengine.step.slots import SlotTable
 
@@ -25,7 +25,13 @@ class Batches:
         self._slots = slots
 
     def of(
-        self, decoding: DecodeRows, chunks: list[Chunk], copies: Int64, drafts: Drafts | None, ahead: bool
+        self,
+        decoding: DecodeRows,
+        chunks: list[Chunk],
+        copies: Int64,
+        drafts: Drafts | None,
+        ahead: bool,
+        states: StateMoves | None = None,
     ) -> StepBatch:
         """The batch of a step.
 
@@ -35,6 +41,7 @@ class Batches:
             copies: (C, 2) blocks to copy first.
             drafts: Of the rows that decode.
             ahead: Whether the step before is still computed.
+            states: What is done with states; None if the model keeps none.
         """
         slots, page_size = self._slots, self._slots.page_size
         decodes = len(decoding.slots)
@@ -91,6 +98,9 @@ class Batches:
             draft_lengths=None if drafts is None else drafts.lengths,
             unknown=decoding.unknown() if ahead else None,
             adapters=slots.adapters_of(rows),
+            slots=None if states is None else rows,
+            state_copies=NO_PAIRS if states is None else states.copies,
+            state_saves=NO_SAVES if states is None else states.saves,
             **scores,
         )
 

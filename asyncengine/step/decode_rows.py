@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncengine.step.batch import NO_INDEX, NO_PAIRS, Int32, Int64, StepBatch
+from asyncengine.step.batch import NO_INDEX, NO_PAIRS, NO_SAVES, Int32, Int64, StepBatch
 from asyncengine.step.pieces import Pieces
+from asyncengine.step.plan import StateMoves
 from asyncengine.step.sequence import EMPTY, Sequence
 from asyncengine.step.slots import SlotTable
 
@@ -68,7 +69,7 @@ class _Columns:
             self._tables = table.blocks[self._slots, : table.num_blocks[self._slots].max()]
         self.left = int((self._begins - context).min())
 
-    def batch(self, copies: Int64, unknown: NDArray[np.bool_] | None) -> StepBatch:
+    def batch(self, copies: Int64, unknown: NDArray[np.bool_] | None, states: StateMoves | None) -> StepBatch:
         """The step in which each row decodes one token."""
         columns = self._columns
         return StepBatch(
@@ -89,6 +90,9 @@ class _Columns:
             pool_spans=NO_PAIRS,
             unknown=unknown,
             adapters=self._adapters,
+            slots=None if states is None else self._slots,
+            state_copies=NO_PAIRS if states is None else states.copies,
+            state_saves=NO_SAVES if states is None else states.saves,
         )
 
     def move_on(self) -> None:
@@ -137,12 +141,21 @@ class DecodeRows:
         lacking: Int64 = self.slots[context >= self._table.num_blocks[self.slots] * self._table.page_size]
         return lacking
 
-    def batch(self, copies: Int64, ahead: bool) -> StepBatch:
+    def completing(self) -> Int64:
+        """The rows whose next token is the last one of its block."""
+        columns = self._columns
+        if columns is not None and columns.left > 1:
+            return NO_INDEX
+        page_size = self._table.page_size
+        return np.flatnonzero(self._table.num_computed[self.slots] % page_size == page_size - 1)
+
+    def batch(self, copies: Int64, ahead: bool, states: StateMoves | None = None) -> StepBatch:
         """The step in which each of them decodes one token; none is lacking a block.
 
         Args:
             copies: (C, 2) blocks to copy first.
             ahead: Whether the step before is still computed.
+            states: What is done with states; None if the model keeps none.
         """
         columns = self._columns
         if columns is None:
@@ -152,7 +165,7 @@ class DecodeRows:
         unknown = None
         if ahead:
             unknown = columns.unknown if self.in_flight else self.unknown()
-        return columns.batch(copies, unknown)
+        return columns.batch(copies, unknown, states)
 
     def unknown(self) -> NDArray[np.bool_] | None:
         """(rows,) which rows' input tokens are still being drawn; None if none is."""

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from asyncengine.step.batch import Int32, Int64
 from asyncengine.step.block_pool import BlockPool
+from asyncengine.step.kept_states import KeptStates
 from asyncengine.step.limits import Limits
 from asyncengine.step.prefix_tree import PrefixTree
 from asyncengine.step.sequence import EMPTY, Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
+from asyncengine.step.state_places import StatePlaces
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a sequence begins with.
+
+    Attributes:
+        cached: Blocks that need not be computed; retained.
+        need: How many more it takes.
+        saves: Behind how many of its tokens it saves states, where there are some.
+    """
+
+    cached: Int32
+    need: int
+    saves: tuple[int, ...] = ()
 
 
 class KVBlocks:
@@ -22,11 +41,16 @@ class KVBlocks:
     Attributes:
         weight_version: Of the weights that what is in the tree was computed with.
         copies: From block to block, for whom; due before the next step.
+        states: Which states are kept beside the blocks; None for a model without.
     """
 
     def __init__(self, limits: Limits, slots: SlotTable) -> None:
         self.pool = BlockPool(limits.num_blocks)
-        self.tree = PrefixTree(self.pool, limits.page_size, limits.max_recycling)
+        places = None
+        if limits.kept_states is not None:
+            places = StatePlaces(limits.max_num_sequence, limits.kept_states, limits.num_blocks)
+        self.tree = PrefixTree(self.pool, limits.page_size, limits.max_recycling, places)
+        self.states = None if places is None else KeptStates(limits, slots, places, self.tree)
         self.weight_version = 0
         self.copies: list[tuple[int, int, Sequence]] = []
         self._limits = limits
@@ -61,15 +85,17 @@ class KVBlocks:
         self._slots.append_blocks(sequence.slot, own)
         self.copies.append((source, int(own[0]), sequence))
 
-    def hold(self, sequence: Sequence, spare: int) -> tuple[Int32, int] | None:
-        """The cached blocks that a sequence begins with, retained, and how many more it takes, for which there is room;
-        None if there is not.
-        """
-        cached = self._cached(sequence)
+    def hold(self, sequence: Sequence, spare: int) -> Start | None:
+        """What a sequence begins with, if there is room for all that it takes; None if there is not."""
+        saves: tuple[int, ...] = ()
+        if self.states is not None:
+            cached, saves = self.states.look(sequence)
+        else:
+            cached = self._cached(sequence)
         self.pool.retain(cached)
         need = -(-len(sequence.tokens) // self._limits.page_size) - len(cached)
         if self.make_room(need, spare):
-            return cached, need
+            return Start(cached, need, saves)
         self.pool.release(cached)
         return None
 
@@ -77,22 +103,24 @@ class KVBlocks:
         """Whether there are blocks enough for a sequence to begin."""
         held = self.hold(sequence, spare)
         if held is not None:
-            self.pool.release(held[0])
+            self.pool.release(held.cached)
         return held is not None
 
-    def begin(self, sequence: Sequence, cached: Int32, need: int) -> int:
+    def begin(self, sequence: Sequence, start: Start) -> int:
         """Gives a sequence with a slot what `hold` found; returns how many of its tokens are computed."""
         slot = sequence.slot
-        self._slots.append_blocks(slot, cached)
-        self.give(slot, need)
-        computed = len(cached) * self._limits.page_size
+        self._slots.append_blocks(slot, start.cached)
+        self.give(slot, start.need)
+        if self.states is not None:
+            self.states.begin(sequence, start.cached, start.saves)
+        computed = len(start.cached) * self._limits.page_size
         self._slots.num_computed[slot] = computed
         sequence.weight_version = self.weight_version
         return computed
 
     def publish(self, sequence: Sequence, *, keep: bool) -> None:
         """Makes what a sequence has computed known to the prefix cache; with `keep` it goes on using it."""
-        if not self._limits.prefix_cache or sequence.weight_version != self.weight_version:
+        if not self._limits.reuses_prefixes or sequence.weight_version != self.weight_version:
             return
         slot, slots, page_size = sequence.slot, self._slots, self._limits.page_size
         # What is under way may fail, and what the tokens are that are drawn there is not known.
@@ -104,6 +132,8 @@ class KVBlocks:
             return
         own = slots.blocks[slot, :whole]
         known = self.tree.insert(slots.tokens[slot, : whole * page_size], own, sequence.request.space)
+        if self.states is not None:
+            self.states.publish(sequence, known, settled, leaves=not keep)
         # Another sequence may have computed the same tokens meanwhile. Going on with its blocks keeps every holder
         # of a block a holder of all blocks before it, which the tree relies on.
         other = known != own
@@ -118,10 +148,14 @@ class KVBlocks:
             self.copies = [copy for copy in self.copies if copy[2] is not sequence]
         self.pool.release(self._slots.block_table(sequence.slot))
         self._slots.num_blocks[sequence.slot] = 0
+        if self.states is not None:
+            self.states.release(sequence)
 
     def forget_cache(self) -> None:
         """Empties the prefix cache; what runs on stays out of it, since it was computed with other weights."""
         self.tree.clear()
+        if self.states is not None:
+            self.states.forget()
         self.weight_version += 1
 
     def due_copies(self) -> Int64:
@@ -143,6 +177,8 @@ class KVBlocks:
         """
         self.pool.check()
         self.tree.check()
+        if self.states is not None:
+            self.states.check()
 
     def check_idle(self) -> None:
         """Compares what can be compared at once while nothing runs: only what is pinned may be in use.
@@ -152,10 +188,12 @@ class KVBlocks:
         """
         pinned = self.tree.num_pinned
         assert 0 <= self.pool.num_used <= pinned, f"{self.pool.num_used} blocks are used while nothing runs"
+        if self.states is not None:
+            self.states.check_idle()
 
     def _cached(self, sequence: Sequence) -> Int32:
         """The blocks at the beginning of a sequence that need not be computed."""
         # The last token is always computed: its logits are what the next one is drawn from.
         # Nor has the cache the logits or hidden states of prompt tokens that are to be looked at.
         known = sequence.tokens[: sequence.request.scored] if sequence.request.unscored else sequence.tokens[:-1]
-        return self.tree.match(known, sequence.request.space) if self._limits.prefix_cache else EMPTY
+        return self.tree.match(known, sequence.request.space) if self._limits.reuses_prefixes else EMPTY

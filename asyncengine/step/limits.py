@@ -33,6 +33,11 @@ class Limits:
     kept_states: int | None = None
 
     @property
+    def reuses_prefixes(self) -> bool:
+        """Whether a sequence can begin with what another one has computed: with its state, where there are some."""
+        return self.prefix_cache and self.kept_states != 0
+
+    @property
     def max_tokens(self) -> int:
         """Most tokens in one sequence, by its own limit and by the KV cache's capacity."""
         return min(self.max_single_sequence_length, self.num_blocks * self.page_size)

@@ -41,6 +41,19 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class StateMoves:
+    """What a step does with states, for models that keep some.
+
+    Attributes:
+        copies: As `StepBatch.state_copies`.
+        saves: As `StepBatch.state_saves`.
+    """
+
+    copies: Int64
+    saves: Int64
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One step: what the model computes, and whom it concerns.
 

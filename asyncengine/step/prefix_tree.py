@@ -17,6 +17,7 @@ import numpy as np
 from asyncengine.step.adapters import NO_SPACE
 from asyncengine.step.batch import Int32
 from asyncengine.step.block_pool import BlockPool
+from asyncengine.step.state_places import StatePlaces
 
 _NO_BLOCKS = np.empty(0, dtype=np.int32)
 
@@ -39,18 +40,23 @@ class PrefixTree:
         pool: Counts who holds a block; the tree holds each of its blocks once.
         page_size: Tokens per block.
         max_leaves: Most separate sequences that `trim` leaves; None is unlimited.
+        states: Where states at the ends of blocks are kept; None for a model without.
     """
 
-    def __init__(self, pool: BlockPool, page_size: int, max_leaves: int | None = None) -> None:
+    def __init__(
+        self, pool: BlockPool, page_size: int, max_leaves: int | None = None, states: StatePlaces | None = None
+    ) -> None:
         self._pool = pool
         self._page_size = page_size
         self._max_leaves = max_leaves
+        self._states = states
         self._roots: dict[int, _Node] = {}  # by space
         self._clock = 0
         self._leaves = 0
         # (last use, tie break, leaf); entries whose leaf was used since, or is one no longer, are skipped when met.
         self._oldest: list[tuple[int, int, _Node]] = []
         self._pins: dict[str, tuple[int, Int32]] = {}  # space and blocks
+        self._pinned_states: dict[str, int] = {}  # the place of the deepest state of those that have one
 
     def match(self, tokens: Int32, space: int = NO_SPACE) -> Int32:
         """Blocks of the longest known prefix of `tokens`. The caller retains them before anything is evicted."""
@@ -69,6 +75,11 @@ class PrefixTree:
                 break
         self._touch(node)
         return np.concatenate(blocks) if blocks else _NO_BLOCKS
+
+    def usable(self, tokens: Int32, space: int = NO_SPACE) -> Int32:
+        """Of what `match` finds, the blocks behind which a sequence can go on: where states are kept, at a state."""
+        blocks = self.match(tokens, space)
+        return blocks if self._states is None else blocks[: self._states.deepest(blocks)]
 
     def insert(self, tokens: Int32, blocks: Int32, space: int = NO_SPACE) -> Int32:
         """Makes a computed sequence known.
@@ -119,17 +130,31 @@ class PrefixTree:
         """Frees `count` cached blocks, or as many as there are, least recently used first."""
         self._evict(blocks=min(count, self._pool.num_cached), leaves=None)
 
+    def keep(self, block: int, place: int) -> None:
+        """Knows from now on where the state at the end of a block is, as `StatePlaces.keep`."""
+        assert self._states is not None
+        self._states.keep(block, place)
+        for name, (_, blocks) in self._pins.items():
+            if block in blocks:
+                self._pin_state(name, blocks)
+
+    @property
+    def pinned_states(self) -> list[int]:
+        """Places of states that pins hold, one that several hold as often as they do."""
+        return list(self._pinned_states.values())
+
     @property
     def num_pinned(self) -> int:
         """Blocks that pins hold, one that several hold as often as they do."""
         return sum(len(blocks) for _, blocks in self._pins.values())
 
     def pin(self, name: str, tokens: Int32, space: int = NO_SPACE) -> None:
-        """Keeps the known part of `tokens` from being evicted until `unpin`."""
+        """Keeps the known part of `tokens`, and the deepest state of it, from being evicted until `unpin`."""
         self.unpin(name)
         blocks = self.match(tokens, space)
         self._pool.retain(blocks)
         self._pins[name] = space, blocks
+        self._pin_state(name, blocks)
 
     def unpin(self, name: str) -> bool:
         """Undoes `pin`; returns whether there was such a pin."""
@@ -137,6 +162,7 @@ class PrefixTree:
         if pin is None:
             return False
         self._pool.release(pin[1])
+        self._unpin_state(name)
         return True
 
     def clear(self) -> None:
@@ -159,7 +185,26 @@ class PrefixTree:
             if not node.children:
                 self._leaves -= 1
             node.parent = None
-            self._pool.abandon(node.blocks)
+            self._abandon(node.blocks)
+
+    def _abandon(self, blocks: Int32) -> None:
+        """Lets go of blocks, and of the states at their ends."""
+        if self._states is not None:
+            self._states.forget(blocks)
+        self._pool.abandon(blocks)
+
+    def _pin_state(self, name: str, blocks: Int32) -> None:
+        """Holds the deepest state of what is pinned, in place of the one that was."""
+        states = self._states
+        self._unpin_state(name)
+        if states is not None and (count := states.deepest(blocks)):
+            place = self._pinned_states[name] = states.at(int(blocks[count - 1]))
+            states.retain(place)
+
+    def _unpin_state(self, name: str) -> None:
+        place = self._pinned_states.pop(name, None)
+        if self._states is not None and place is not None:
+            self._states.release(place)
 
     def _key(self, tokens: Int32, start: int) -> bytes:
         return tokens[start : start + self._page_size].tobytes()
@@ -230,7 +275,7 @@ class PrefixTree:
                 continue
             take = free if blocks is None else min(free, blocks)
             keep = len(leaf.blocks) - take
-            self._pool.abandon(leaf.blocks[keep:])
+            self._abandon(leaf.blocks[keep:])
             if blocks is not None:
                 blocks -= take
             if keep:

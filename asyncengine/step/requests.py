@@ -367,6 +367,7 @@ class RequestTable:
             for branch in request.branches:
                 branch.weight_version = -1
             self.end_branches(request, FinishReason.ERROR, error)
+        # A step behind it may have moved states of sequences on, or not.
         self.scheduler.preempt_all()
 
     def end_without_accounts(self, error: AsyncEngineError) -> None:

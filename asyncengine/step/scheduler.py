@@ -50,6 +50,7 @@ class Scheduler:
     def __init__(
         self, limits: Limits, place: Callable[[Sequence, Int32], None], drafting: Drafting | None = None
     ) -> None:
+        assert limits.kept_states is None or drafting is None, "states cannot be taken back with drafts"
         self.limits = limits
         self.slots = SlotTable(limits.max_num_sequence, limits.max_single_sequence_length, limits.page_size)
         self.blocks = KVBlocks(limits, self.slots)
@@ -120,10 +121,11 @@ class Scheduler:
             return None
         drafts = None if self.drafting is None else self._draft(decode_slots, chunks)
         copies = self.blocks.due_copies() if self.blocks.copies else NO_PAIRS
+        states = None if self.blocks.states is None else self.blocks.states.moves(rows, chunks)
         if chunks or drafts is not None:
-            batch = self._batches.of(rows, chunks, copies, drafts, ahead)
+            batch = self._batches.of(rows, chunks, copies, drafts, ahead, states)
         else:
-            batch = rows.batch(copies, ahead)
+            batch = rows.batch(copies, ahead, states)
         return Plan(batch, decodes, decode_slots, chunks, drafts, bound, self.departures)
 
     def advance(self, plan: Plan) -> None:
@@ -193,6 +195,8 @@ class Scheduler:
         self.blocks.share(branch, table[:shared])
         if rest:
             self.blocks.copy(int(table[shared]), branch)
+        if self.blocks.states is not None:
+            self.blocks.states.fork(trunk, branch)
         self.slots.num_computed[branch.slot] = len(prompt)
         branch.state = SequenceState.DECODE
         branch.weight_version = trunk.weight_version
@@ -262,6 +266,7 @@ class Scheduler:
 
     def hold(self, sequence: Sequence) -> None:
         """Takes a sequence out of the steps until more of its prompt comes; the prefix cache has what it computed."""
+        self.blocks.publish(sequence, keep=False)
         self._leave(sequence)
         self._release_slot(sequence)
         sequence.state = SequenceState.HELD
@@ -367,7 +372,7 @@ class Scheduler:
             return False
         self.waiting.remove(sequence)
         self._fill(sequence, self.slots.take())
-        computed = self.blocks.begin(sequence, *held)
+        computed = self.blocks.begin(sequence, held)
         sequence.state = SequenceState.PREFILL
         sequence.in_flight = 0
         self._prefilling.append(sequence)

@@ -203,7 +203,7 @@ class Stepping:
             core.trace.span("model", max(begun, model_begun), model_ended)
 
     def _failed(self, plan: Plan, error: Exception) -> None:
-        """Ends the requests in a failed step. The one behind it is dropped: who is in that one alone goes on."""
+        """Ends the requests in a failed step. The one behind it is dropped: who is in that one alone begins anew."""
         core, (after, self._launched) = self._core, (self._launched, None)
         assert core.loaded is not None
         core.counters.failed_steps += 1

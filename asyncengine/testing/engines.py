@@ -19,7 +19,12 @@ MODEL = "scripted"
 
 
 def scripted_engine(
-    answers: Answers, *, step_seconds: float = 0.0, adapters: Mapping[str, Answers] | None = None, **config: Any
+    answers: Answers,
+    *,
+    step_seconds: float = 0.0,
+    adapters: Mapping[str, Answers] | None = None,
+    kept_states: int | None = None,
+    **config: Any,
 ) -> AsyncEngine:
     """An engine that gives known answers; enter it with ``async with``.
 
@@ -28,10 +33,17 @@ def scripted_engine(
             from the prompt's bytes and the branch to the answer's bytes.
         step_seconds: How long each step, that is each byte of an answer, takes.
         adapters: The answers that adapters give, by their names.
+        kept_states: As of `ScriptedLoader`.
         **config: Fields of `EngineConfig`.
     """
     scripts = {name: _script(own) for name, own in (adapters or {}).items()}
-    loader = ScriptedLoader(_script(answers), step_seconds=step_seconds, tokenizer=ByteTokenizer(), adapters=scripts)
+    loader = ScriptedLoader(
+        _script(answers),
+        step_seconds=step_seconds,
+        tokenizer=ByteTokenizer(),
+        adapters=scripts,
+        kept_states=kept_states,
+    )
     return AsyncEngine(EngineConfig(MODEL, adapters={name: name for name in scripts}, **config), loader=loader)
 
 

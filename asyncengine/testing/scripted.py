@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from asyncengine.errors import ReloadError
 from asyncengine.generation import SamplingParams
@@ -18,6 +19,7 @@ from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import Int32, StepBatch, StepTokens, TokenLogprobs
 from asyncengine.step.limits import Limits
 from asyncengine.testing.adapters import Script, ScriptedAdapter, ScriptedAdapters
+from asyncengine.testing.states import ScriptedStates
 
 _STAMP = 1 << 32
 """What the mark of an adapter is multiplied by in the "KV cache", where it is added to a token."""
@@ -42,7 +44,9 @@ class ScriptedModel:
     The hidden state of a token is ``(token id, position, 1)``.
 
     It also keeps a paged "KV cache" of its own, in which every token is written where the scheduler says, and before
-    it answers it reads each sequence back through its block table: a mistake of the engine about blocks raises.
+    it answers it reads each sequence back through its block table: a mistake of the engine about blocks raises. With
+    `Limits.kept_states`, it has a state for each sequence, too, and what a sequence goes on from is compared with what
+    is in the cache. What a failed step has moved is rubbish.
 
     Steps may be launched ahead, as on a GPU: each takes its time after the one before, and whoever collects it waits
     without the GIL. What a step computes is what the state was when it was launched; behind one that fails, nothing
@@ -87,6 +91,9 @@ class ScriptedModel:
         self._gate: threading.Semaphore | None = None
         self._entered = threading.Semaphore(0)
         self._cache = np.full(limits.num_blocks * limits.page_size, -1, dtype=np.int64)
+        self._states: ScriptedStates | None = None
+        if limits.kept_states is not None:
+            self._states = ScriptedStates(limits.max_num_sequence, limits.kept_states)
 
     # What a test does
 
@@ -152,6 +159,7 @@ class ScriptedModel:
         self._begin(batch)
         self._wait(self._step_seconds)
         if self._faults:
+            self._spoil(batch)
             raise self._faults.pop(0)
         return self._compute(batch)
 
@@ -163,8 +171,10 @@ class ScriptedModel:
         self.under_way += 1
         self._free_at = max(self._free_at, time.perf_counter()) + self._step_seconds
         if self._broken is not None:
+            self._spoil(batch)
             return _Flight(self._free_at, StepTokens(np.full(len(batch.sample_index), -1, dtype=np.int32)))
         if self._faults:
+            self._spoil(batch)
             self._broken = _Flight(self._free_at, self._faults.pop(0))
             return self._broken
         return _Flight(self._free_at, self._compute(batch))
@@ -200,10 +210,18 @@ class ScriptedModel:
                 token_ids[batch.query_start[row]] = self._last[int(batch.sample_slots[row])]
             batch = dataclasses.replace(batch, token_ids=token_ids)
         self._write(batch)
+        if self._states is not None:
+            self._states.move(batch, [self._found(batch, row).tolist() for row in range(len(batch.context_lens))])
+        else:
+            assert batch.slots is None and not len(batch.state_copies) and not len(batch.state_saves), "of no use"
         drawn = self._draw(batch)
         if batch.draft_lengths is None:
             self._last.update(zip(batch.sample_slots.tolist(), drawn.token_ids.tolist(), strict=True))
         return drawn
+
+    def _spoil(self, batch: StepBatch) -> None:
+        if self._states is not None:
+            self._states.spoil(batch)
 
     def _write(self, batch: StepBatch) -> None:
         page_size = self.limits.page_size
@@ -217,15 +235,20 @@ class ScriptedModel:
             stamps = np.array([self._adapters.stamp(index) for index in batch.adapters.tolist()])
             self._cache[batch.slot_mapping] += np.repeat(stamps, np.diff(batch.query_start)) * _STAMP
 
-    def _read(self, batch: StepBatch, row: int) -> list[int]:
-        """Tokens of a row as they are in the cache, drafts included."""
+    def _found(self, batch: StepBatch, row: int) -> NDArray[np.int64]:
+        """(tokens,) what is in the cache of a row, drafts included."""
         page_size = self.limits.page_size
         start, end = batch.query_start[row : row + 2]
         length = int(batch.context_lens[row] + end - start)
         assert (batch.positions[start:end] == np.arange(batch.context_lens[row], length)).all()
         places = np.arange(length)
         blocks = batch.block_tables[row, places // page_size].astype(np.int64)
-        found = self._cache[blocks * page_size + places % page_size]
+        found: NDArray[np.int64] = self._cache[blocks * page_size + places % page_size]
+        return found
+
+    def _read(self, batch: StepBatch, row: int) -> list[int]:
+        """Tokens of a row as they are in the cache, drafts included."""
+        found = self._found(batch, row)
         assert self._adapters.may_read(_adapter_of(batch, row), (found // _STAMP).tolist()), "it is another adapter's"
         tokens: list[int] = (found % _STAMP).tolist()
         return tokens
@@ -311,6 +334,8 @@ class ScriptedModel:
         """As `asyncengine.step.model.Model`."""
         self.asleep = True
         self._cache[:] = -1
+        if self._states is not None:
+            self._states.clear()
 
     def wake(self) -> None:
         """As `asyncengine.step.model.Model`."""

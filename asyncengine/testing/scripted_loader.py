@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from asyncengine.config import EngineConfig
+from asyncengine.errors import ReloadError
 from asyncengine.generation import GenerationConfig
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
@@ -32,6 +33,8 @@ class ScriptedLoader:
         make_drafter: Makes who drafts for a model, whatever `speculative_mode` says; None leaves it to that.
         run_ahead: Whether the engine launches steps ahead of the tokens of the steps before. Then a step more may be
             under way than a test expects that counts them.
+        kept_states: How many states the models keep beside those of running sequences, as models with recurrent layers
+            do; None makes models that have none. The others take no drafts.
         adapters: What is generated with each adapter, by the directory that `EngineConfig.adapters` and `load_adapter`
             name. The latter takes a script itself as well.
         warm_up_pieces: Pieces of work that the engine lets a model do while there are no requests.
@@ -57,6 +60,7 @@ class ScriptedLoader:
         make_drafter: Callable[[ScriptedModel], Drafter] | None = None,
         run_ahead: bool = False,
         warm_up_pieces: int = 0,
+        kept_states: int | None = None,
         adapters: Mapping[str, Script] | None = None,
     ) -> None:
         self.script = script
@@ -67,6 +71,7 @@ class ScriptedLoader:
         self.make_drafter = make_drafter
         self.run_ahead = run_ahead
         self.warm_up_pieces = warm_up_pieces
+        self.kept_states = kept_states
         self.adapters = dict(adapters or {})
         self.hold_warm_ups = False
         self.warm_ups: list[ScriptedWarmUp] = []
@@ -86,6 +91,8 @@ class ScriptedLoader:
         error = self.check_errors.get(config.model)
         if error is not None:
             raise error
+        if self.kept_states is not None and (self.make_drafter is not None or config.speculative_mode == "ngram"):
+            raise ReloadError("a model that keeps states takes no drafts: states cannot be taken back")
         return LoadPlan(config, self.fits_beside, "bytes" if self.tokenizer is not None else None)
 
     def load(self, plan: LoadPlan) -> LoadedModel:
@@ -120,6 +127,7 @@ class ScriptedLoader:
             hybrid=complete.prefill_mode == "hybrid",
             prefix_cache=complete.prefix_cache_mode == "radix",
             max_recycling=complete.prefix_cache_max_num_recycling_seqs,
+            kept_states=self.kept_states,
         )
         model = ScriptedModel(self.script, limits, self.step_seconds)
         self.models.append(model)

@@ -48,6 +48,7 @@ class Rig:
         step_seconds: float = 0.0,
         fits_beside: bool = True,
         run_ahead: bool = False,
+        kept_states: int | None = None,
         tokenizer: ByteTokenizer | None = None,
         **config: Any,
     ) -> None:
@@ -56,6 +57,7 @@ class Rig:
             step_seconds=step_seconds,
             fits_beside=fits_beside,
             run_ahead=run_ahead,
+            kept_states=kept_states,
             tokenizer=tokenizer or ByteTokenizer(),
         )
         self.config = EngineConfig("scripted", **(LIMITS | config))

@@ -110,8 +110,8 @@ class Track:
 class Machine:
     """An engine whose steps are held, and the operations on it."""
 
-    def __init__(self, config: dict[str, Any], fits_beside: bool, run_ahead: bool) -> None:
-        self.rig = Rig(script, fits_beside=fits_beside, run_ahead=run_ahead, **config)
+    def __init__(self, config: dict[str, Any], fits_beside: bool, run_ahead: bool, kept_states: int | None) -> None:
+        self.rig = Rig(script, fits_beside=fits_beside, run_ahead=run_ahead, kept_states=kept_states, **config)
         self.engine = self.rig.engine
         self.holding = True
         self.held: ScriptedModel | None = None
@@ -429,8 +429,14 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-async def play(config: dict[str, Any], fits_beside: bool, run_ahead: bool, operations: list[tuple[str, Any]]) -> None:
-    machine = Machine(config, fits_beside, run_ahead)
+async def play(
+    config: dict[str, Any],
+    fits_beside: bool,
+    run_ahead: bool,
+    kept_states: int | None,
+    operations: list[tuple[str, Any]],
+) -> None:
+    machine = Machine(config, fits_beside, run_ahead, kept_states)
     async with machine.rig:
         machine.watch()
         for name, value in operations:
@@ -452,6 +458,7 @@ async def play(config: dict[str, Any], fits_beside: bool, run_ahead: bool, opera
     config=CONFIGS,
     fits_beside=st.booleans(),
     run_ahead=st.booleans(),
+    kept_states=st.sampled_from([None, None, 0, 2, 50]),
     operations=st.lists(OPERATIONS, min_size=5, max_size=40),
 )
 def test_any_interleaving(
@@ -459,17 +466,18 @@ def test_any_interleaving(
     config: dict[str, Any],
     fits_beside: bool,
     run_ahead: bool,
+    kept_states: int | None,
     operations: list[tuple[str, Any]],
 ) -> None:
     reported: list[dict[str, Any]] = []
 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
-        await play(config, fits_beside, run_ahead, operations)
+        await play(config, fits_beside, run_ahead, kept_states, operations)
         this = asyncio.current_task()
         assert [task for task in asyncio.all_tasks() if task is not this] == []
 
-    note(f"{config} {fits_beside} {run_ahead}")
+    note(f"{config} {fits_beside} {run_ahead} {kept_states}")
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main())
     assert reported == []

@@ -75,10 +75,82 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", COMMON),
 }  # fmt: skip
 
+DELTA: dict[str, Any] = COMMON | {
+    "num_hidden_layers": 4, "head_dim": 16, "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+MAMBA2: dict[str, Any] = COMMON | {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_d_conv": 4,
+    "mamba_expand": 2, "mamba_chunk_size": 8,
+}  # fmt: skip
+LATENT: dict[str, Any] = COMMON | {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48,
+}  # fmt: skip
+ATTENTION_FREE: dict[str, Any] = {
+    "vocab_size": 199, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+PERIODIC: dict[str, Any] = COMMON | {"attn_layer_period": 2, "attn_layer_offset": 1}
+
+RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": ("Qwen3NextConfig", DELTA | EXPERTS),
+    "qwen3_5": ("Qwen3_5TextConfig", DELTA),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", DELTA | EXPERTS),
+    "olmo_hybrid": ("OlmoHybridConfig", {name: value for name, value in DELTA.items() if name != "head_dim"}),
+    "lara_mini": ("LaraMiniConfig", DELTA | EXPERTS | {
+        "layer_types": ["linear_attention", "sliding_attention"] * 2, "sliding_window": 24,
+    }),
+    "kimi_linear": ("KimiLinearConfig", LATENT | {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"], "linear_num_heads": 4,
+        "linear_head_dim": 16,
+    }),
+    "bailing_hybrid": ("BailingHybridConfig", LATENT | {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"], "q_lora_rank": 24, "head_dim": 16,
+        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    }),
+    "lfm2": ("Lfm2Config", COMMON | {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3}),
+    "lfm2_moe": ("Lfm2MoeConfig", COMMON | MOE | {
+        "layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "num_experts": 4, "num_dense_layers": 1,
+    }),
+    "lfm3": ("Lfm3Config", COMMON),
+    "zaya": ("ZayaConfig", {name: value for name, value in COMMON.items() if name != "intermediate_size"} | {
+        "head_dim": 16, "moe_intermediate_size": 48, "num_experts": 4, "router_hidden_size": 32,
+    }),
+    "granitemoehybrid": ("GraniteMoeHybridConfig", MAMBA2 | {
+        "layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 48,
+    }),
+    "bamba": ("BambaConfig", MAMBA2 | {"attn_layer_indices": [1]}),
+    "falcon_h1": ("FalconH1Config", MAMBA2 | {"mamba_d_ssm": 128}),
+    "nemotron_h": ("NemotronHConfig", COMMON | {
+        "layers_block_type": ["mamba", "mlp", "attention", "mamba"], "num_hidden_layers": 4, "mamba_num_heads": 8,
+        "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "conv_kernel": 4, "chunk_size": 8, "head_dim": 16,
+    }),
+    "zamba2": ("Zamba2Config", COMMON | {
+        "num_hidden_layers": 4, "mamba_d_state": 16, "n_mamba_heads": 8, "mamba_headdim": 16, "mamba_ngroups": 1,
+        "chunk_size": 8, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    }),
+    "jamba": ("JambaConfig", PERIODIC | MOE | {
+        "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4, "mamba_d_state": 8, "mamba_dt_rank": 8,
+        "use_mamba_kernels": False,
+    }),
+    "mamba": ("MambaConfig", ATTENTION_FREE),
+    "falcon_mamba": ("FalconMambaConfig", ATTENTION_FREE),
+    "mamba2": ("Mamba2Config", ATTENTION_FREE | {
+        "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8,
+    }),
+}  # fmt: skip
+"""Those with layers that keep a state, beside layers that attend or alone."""
+
 
 def config(architecture: str, **changes: Any) -> Any:
     """The configuration of a tiny model."""
-    name, values = ARCHITECTURES[architecture]
+    name, values = ARCHITECTURES[architecture] if architecture in ARCHITECTURES else RECURRENT[architecture]
     return getattr(transformers, name)(**(values | changes))
 
 
@@ -88,7 +160,9 @@ def write(path: Path, architecture: str, seed: int = 0, **changes: Any) -> Path:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config(architecture, **changes), dtype=torch.float32)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("A_log", "dt_bias", ".D")):  # rates, which are what they are for a reason
+                    continue
                 if parameter.dim() > 1:
                     parameter.normal_(0.0, 0.12)
                 else:

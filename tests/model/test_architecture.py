@@ -15,12 +15,16 @@ from tests.model.checkpoints import COMMON, write
 
 SMALL: dict[str, Any] = COMMON | {"num_hidden_layers": 2}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "state-space": (
-        "MambaConfig",
-        {"vocab_size": 199, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
-        r"MambaForCausalLM \(model type 'mamba'\) has layers of type 'linear_attention'",
+    "states of its own": (
+        "RecurrentGemmaConfig",
+        SMALL | {"num_hidden_layers": 3},
+        r"RecurrentGemmaForCausalLM.*: 1 of 3 layers attend or keep a state in transformers' cache",
     ),
-    "convolutions": ("Lfm2Config", SMALL | {"layer_types": ["conv", "full_attention"]}, "lfm2.* layers of type 'conv'"),
+    "states in a cache of its own": (
+        "MiniMaxConfig",
+        SMALL | {"num_local_experts": 2},
+        "MiniMaxForCausalLM.*: MiniMaxLightningAttention asks its cache for 'get_linear_cache'",
+    ),
     "encoder-decoder": (
         "T5Config",
         {"vocab_size": 199, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96},
@@ -51,6 +55,15 @@ def test_refuses_what_cannot_be_served_by_name_and_reason_before_loading_it(kind
             auto.from_config(config).save_pretrained(tmp_path)
             break
     with pytest.raises(UnsupportedModelError, match=message):
+        TransformersLoader().check(EngineConfig(str(tmp_path)), None)
+
+
+def test_refuses_recurrent_layers_with_caches_that_are_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    TransformersLoader().check(EngineConfig(str(tmp_path)), None)
+    monkeypatch.delattr(architecture.Cache, "get_conv_state")
+    with pytest.raises(UnsupportedModelError, match=r"layers of type 'conv', which need transformers 5\.22 or later"):
         TransformersLoader().check(EngineConfig(str(tmp_path)), None)
 
 

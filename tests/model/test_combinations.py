@@ -82,7 +82,9 @@ def check(references: Mapping[str | None, Reference], drawn: Case, outcomes: lis
             check_entry(row, token_id, entry, wish.prompt_logprobs)
 
 
-def combine(path: Path, seed: int, requests: int, engines: int, end: int, directory: Path) -> None:
+def combine(
+    path: Path, seed: int, requests: int, engines: int, end: int, directory: Path, recurrent: bool = False
+) -> None:
     """One case: so many requests in so many engines, whose knobs and modes are drawn."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     models = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name in (None, "one", "two")}
@@ -95,6 +97,8 @@ def combine(path: Path, seed: int, requests: int, engines: int, end: int, direct
     drawn = case(seed, vocabulary, end, tokenizer(letters.STORY).input_ids, requests, engines)
     preempted, short = 0, False
     for index, knobs in enumerate(drawn.engines):
+        if recurrent:  # drafts are refused
+            knobs = {name: value for name, value in knobs.items() if not name.startswith("spec")}
         if knobs.get("speculative_mode") == "small_draft":
             knobs = {**knobs, "additional_models": [str(path)]}
         config = EngineConfig.from_dict({
@@ -118,6 +122,15 @@ def test_whatever_is_asked_for_together_is_what_the_reference_gives(
     path = checkpoint(architecture, vocab_size=letters.VOCABULARY, eos_token_id=letters.END, **layers)
     letters.write(path)
     combine(path, seed, requests=50, engines=3, end=letters.END, directory=tmp_path)
+
+
+def test_so_it_is_with_recurrent_layers(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = checkpoint(
+        "qwen3_5", vocab_size=letters.VOCABULARY, eos_token_id=letters.END, num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    letters.write(path)
+    combine(path, seed=1, requests=40, engines=3, end=letters.END, directory=tmp_path, recurrent=True)
 
 
 def test_so_it_is_with_the_tiny_model(tmp_path: Path) -> None:

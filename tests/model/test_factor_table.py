@@ -17,9 +17,9 @@ from asyncengine.model.adapters import adapted_modules
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of, places_of
 from asyncengine.model.adapters.factor_table import COLUMNS, FactorTable
 from asyncengine.model.adapters.lora import LowRank
-from asyncengine.model.attention_modules import RecordedLayer
 from asyncengine.model.buckets import padding
 from asyncengine.model.paged_layers import PagedLayers
+from asyncengine.model.recorded import Recorded
 from asyncengine.model.runner import TorchModel
 from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
@@ -143,10 +143,10 @@ def test_places_are_those_of_rows_and_none_of_padding() -> None:
     assert places_of(rows(1, 1, adapters=None), 2).tolist() == [-1, -1]
 
 
-def recorded(path: Path) -> list[RecordedLayer]:
+def recorded(path: Path) -> Recorded:
     return architecture.record(
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=architecture.ATTENTION)
-    ).attention
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

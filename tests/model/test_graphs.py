@@ -351,10 +351,10 @@ def graphs_here(monkeypatch: pytest.MonkeyPatch, recorder: Replayer) -> None:
     """Captures steps on the CPU, from now on, with a recorder, and however long a load takes."""
 
     def made(
-        model: Any, backend: Any, sequences: int, device: torch.device, last: Any, waits: str | None = None
+        model: Any, backend: Any, sequences: int, device: torch.device, last: Any, waits: str | None, states: Any
     ) -> Any:
         kinds = () if last is None else FILTERED
-        return StepGraphs(model, Buckets.upto(sequences), device, recorder, last, kinds), ()
+        return StepGraphs(model, Buckets.upto(sequences), device, recorder, last, kinds, states=states), ()
 
     monkeypatch.setattr(graphs_module, "graphs_for", made)
     monkeypatch.setattr(capturing_module, "FIRST_SECONDS", 600.0)

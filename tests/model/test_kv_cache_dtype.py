@@ -67,14 +67,14 @@ def test_a_model_whose_values_do_not_fit_into_it_gets_scales_or_is_refused(check
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.v_proj.weight.mul_(1e4)
-    layers = architecture.record(model).attention
+    layers = architecture.record(model)
     trial = Trial.of(model, layers, torch.device("cpu"))
     assert trial.run(model, TorchAttention()) < 1e-3
     with pytest.raises(UnsupportedModelError, match=r"allowed 0\.4 in torch\.float8_e4m3fn"):
         trial.run(model, TorchAttention(), kv_dtype=torch.float8_e4m3fn)
     trial.layers = trial.scaled(model, TorchAttention())
-    assert [layer.spec.key_scale for layer in trial.layers] == [1.0] * len(layers)
-    assert all(layer.spec.value_scale > 4 for layer in trial.layers)
+    assert [layer.spec.key_scale for layer in trial.layers.attention] == [1.0] * len(layers.attention)
+    assert all(layer.spec.value_scale > 4 for layer in trial.layers.attention)
     assert trial.run(model, TorchAttention(), kv_dtype=torch.float8_e4m3fn) < 0.1
     assert trial.run(model, TorchAttention()) < 1e-3  # they are for fp8 alone
 

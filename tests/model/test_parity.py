@@ -9,7 +9,7 @@ import torch
 import uvloop
 
 from asyncengine import AsyncEngine, EngineConfig, EngineMetrics, GenerationConfig, RequestResult
-from tests.model.checkpoints import ARCHITECTURES
+from tests.model.checkpoints import ARCHITECTURES, RECURRENT
 from tests.model.reference import Reference
 
 NEW_TOKENS = 24
@@ -29,6 +29,7 @@ NEEDED = {
 
 def test_covers_what_was_promised() -> None:
     assert set(ARCHITECTURES) >= NEEDED
+    assert not set(ARCHITECTURES) & set(RECURRENT)
     window = ARCHITECTURES["mistral"][1]["sliding_window"]
     assert window < len(prompts()[LONGEST])
 
@@ -57,8 +58,10 @@ def references() -> dict[str, list[list[int]]]:
     return {}
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "backend"),
+    [(name, backend) for name in ARCHITECTURES for backend in ("cpu", "torch")] + [(name, "cpu") for name in RECURRENT],
+)
 def test_greedy_equals_transformers(
     architecture: str,
     backend: str,

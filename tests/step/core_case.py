@@ -338,19 +338,39 @@ class Case:
             np.add.at(refs, blocks, 1)
         stamps = {NO_SPACE: 0} | {adapter.space: adapter.prepared.stamp for adapter in requests.adapters}
         assert set(tree._roots) <= set(stamps), "something is left of an adapter that is gone"
-        stack = [(node, stamps[space]) for space, root in tree._roots.items() for node in root.children.values()]
+        stack: list[tuple[Any, int, tuple[int, ...]]] = [
+            (node, stamps[space], ()) for space, root in tree._roots.items() for node in root.children.values()
+        ]
         assert core.loaded is not None
         model: Any = core.loaded.model
         cache = model._cache.reshape(pool.num_blocks, -1)
         while stack:
-            node, stamp = stack.pop()
-            stack += [(child, stamp) for child in node.children.values()]
+            node, stamp, before = stack.pop()
             np.add.at(in_tree, node.blocks, 1)
             known = node.tokens.astype(np.int64) + stamp * (1 << 32)
             assert model.asleep or np.array_equal(cache[node.blocks].ravel(), known), "not what is known"
+            path = (*before, *known.tolist())
+            stack += [(child, stamp, path) for child in node.children.values()]
+            self.check_states(node.blocks.tolist(), path[: len(before)], path[len(before) :])
         assert in_tree.max(initial=0) <= 1
         assert np.array_equal(pool._refs, refs + in_tree), "a block is held by nobody, or freed too early"
         assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
+        if scheduler.blocks.states is not None:
+            places = scheduler.blocks.states.places
+            assert places.num_free + places.num_known + places.num_held == scheduler.limits.kept_states
+            assert all(in_tree[block] for block in places._block_of.values()), "a state of nothing is known"
+
+    def check_states(self, blocks: list[int], before: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+        """What the prefix tree takes for the states at the ends of an edge's blocks."""
+        assert self.core.scheduler is not None and self.core.loaded is not None
+        states, model = self.core.scheduler.blocks.states, self.core.loaded.model
+        if states is None:
+            return
+        assert isinstance(model, ScriptedModel) and model._states is not None
+        for count, block in enumerate(blocks, 1):
+            place = int(states.places._place_of[block])
+            if place >= 0 and not model.asleep:
+                assert model._states.at(place) == (*before, *tokens[: count * states._page_size]), "another state"
 
 
 def loaded(
@@ -359,11 +379,16 @@ def loaded(
     tokenizer: bool = True,
     fits_beside: bool = True,
     run_ahead: bool = False,
+    kept_states: int | None = None,
     **changes: Any,
 ) -> Case:
     """A core that serves a scripted model."""
     loader = ScriptedLoader(
-        script, tokenizer=ByteTokenizer() if tokenizer else None, fits_beside=fits_beside, run_ahead=run_ahead
+        script,
+        tokenizer=ByteTokenizer() if tokenizer else None,
+        fits_beside=fits_beside,
+        run_ahead=run_ahead,
+        kept_states=kept_states,
     )
     case = Case(loader)
     case.load(**changes)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from asyncengine import instructions as ins
+from asyncengine.config import EngineConfig
 from asyncengine.errors import (
     AsyncEngineError,
     DeadlineExceededError,
@@ -25,6 +26,7 @@ from asyncengine.events import Pooled, PromptLogprobs
 from asyncengine.instructions import Deadlines, NewRequest
 from asyncengine.outputs import FinishReason
 from asyncengine.state import EngineState
+from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.step.sequence import SequenceState
 from asyncengine.step.warming import QUIET_SECONDS
 from asyncengine.testing import ByteTokenizer, Script, ScriptedLoader
@@ -97,6 +99,7 @@ LOADED: dict[str, Any] = {
     "drafts": st.sampled_from(["none", "right", "guessed", "guessed", "wrong", "repeated", "broken"]),
     "longest": st.sampled_from([0, 1, 3, 20]),
     "adapters": st.sampled_from(["", "x", "x", "xy", "yx"]),
+    "kept": st.sampled_from([None, None, None, 0, 1, 3, 50]),
 }
 
 DRAFTERS: dict[str, Any] = {
@@ -105,6 +108,24 @@ DRAFTERS: dict[str, Any] = {
     "wrong": Liar,
     "broken": Broken,
 }
+
+
+class Loader(ScriptedLoader):
+    """Loads models that keep states, as many as drawn, unless they have drafts."""
+
+    kept: int | None = None
+
+    def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
+        self._choose(config)
+        return super().check(config, current)
+
+    def load(self, plan: LoadPlan) -> LoadedModel:
+        self._choose(plan.config)
+        return super().load(plan)
+
+    def _choose(self, config: EngineConfig) -> None:
+        drafts = self.make_drafter is not None or config.speculative_mode != "disable"
+        self.kept_states = None if drafts else self.kept
 
 
 def alive_and_open(machine: CoreMachine) -> bool:
@@ -117,10 +138,10 @@ class CoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         adapters = {name: script_of(name) for name in "xy"}
-        loader = ScriptedLoader(
+        self.loader = Loader(
             script, tokenizer=ByteTokenizer(), run_ahead=self.run_ahead, warm_up_pieces=3, adapters=adapters
         )
-        self.case = Case(loader)
+        self.case = Case(self.loader)
         self.news: dict[int, NewRequest] = {}
         self.limits = {48}  # of whatever was loaded so far, and of what `recover` loads
         self.admissions: dict[int, tuple[NewRequest, ...]] = {}
@@ -151,8 +172,11 @@ class CoreMachine(RuleBasedStateMachine):
         else:
             self.case.give(make(to))
 
-    def drafts_by(self, drafts: str, longest: int) -> dict[str, Any]:
-        """Lets the models that are loaded from now on have a drafter; returns what else to load them with."""
+    def drafts_by(self, drafts: str, longest: int, kept: int | None) -> dict[str, Any]:
+        """Lets the models that are loaded from now on have a drafter, or states; returns what to load them with."""
+        self.loader.kept = kept
+        if kept is not None:
+            drafts = "none"
         self.case.loader.make_drafter = DRAFTERS.get(drafts)
         return {} if drafts == "none" else {"speculative_mode": "ngram", "spec_draft_length": longest}
 
@@ -178,6 +202,7 @@ class CoreMachine(RuleBasedStateMachine):
         drafts: str,
         longest: int,
         adapters: str,
+        kept: int | None,
     ) -> None:
         self.limits.add(size)
         self.case.load(
@@ -188,7 +213,7 @@ class CoreMachine(RuleBasedStateMachine):
             prefix_cache_max_num_recycling_seqs=recycling,
             max_queue_size=queue,
             adapters=dict(zip(adapters, adapters, strict=True)),
-            **self.drafts_by(drafts, longest),
+            **self.drafts_by(drafts, longest, kept),
         )
 
     @precondition(alive)
@@ -384,6 +409,7 @@ class CoreMachine(RuleBasedStateMachine):
         drafts: str,
         longest: int,
         adapters: str,
+        kept: int | None,
     ) -> None:
         loader = self.case.loader
         loader.fits_beside = fits
@@ -401,7 +427,7 @@ class CoreMachine(RuleBasedStateMachine):
             max_queue_size=queue,
             max_single_sequence_length=length,
             adapters=dict(zip(adapters, adapters, strict=True)),
-            **self.drafts_by(drafts, longest),
+            **self.drafts_by(drafts, longest, kept),
         )
         self.later(data, lambda to: ins.Reload(new, in_flight, to, new_requests))
 
@@ -631,6 +657,8 @@ class CoreMachine(RuleBasedStateMachine):
             if core.state is not EngineState.FAILED:  # its cache cannot be reset
                 case.give(ins.Reset())
                 assert pool.num_free == pool.num_blocks
+                states = core.scheduler.blocks.states
+                assert states is None or states.places.num_free == core.scheduler.limits.kept_states
         if not core.closed:
             case.shutdown()
         assert core.closed

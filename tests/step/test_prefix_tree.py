@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from asyncengine.step.batch import Int32
 from asyncengine.step.block_pool import BlockPool
 from asyncengine.step.prefix_tree import PrefixTree
+from asyncengine.step.state_places import StatePlaces
 
 PAGE = 2
 BLOCKS = 24
@@ -53,11 +54,13 @@ class TreeMachine(RuleBasedStateMachine):
         self.naive = Naive()
         self.holders: list[tuple[int, list[int], list[int]]] = []  # space, tokens, blocks
         self.pins: dict[str, tuple[int, list[int]]] = {}  # space, blocks
+        self.states: dict[int, Path] = {}  # by place, what it was kept for last
 
-    @initialize(max_leaves=st.sampled_from([None, None, 0, 1, 2, 4]))
-    def make(self, max_leaves: int | None) -> None:
+    @initialize(max_leaves=st.sampled_from([None, None, 0, 1, 2, 4]), places=st.sampled_from([0, 1, 3, 30]))
+    def make(self, max_leaves: int | None, places: int) -> None:
         self.max_leaves = max_leaves
-        self.tree = PrefixTree(self.pool, PAGE, max_leaves)
+        self.places = StatePlaces(5, places, BLOCKS)
+        self.tree = PrefixTree(self.pool, PAGE, max_leaves, self.places)
 
     def held(self) -> set[int]:
         return {block for *_, blocks in [*self.holders, *self.pins.values()] for block in blocks}
@@ -126,6 +129,27 @@ class TreeMachine(RuleBasedStateMachine):
         self.holders[index] = (space, tokens, known.tolist())
         self.sync()
 
+    @precondition(lambda self: self.naive.blocks)
+    @rule(data=st.data())
+    def keep_a_state(self, data: st.DataObject) -> None:
+        path = data.draw(st.sampled_from(sorted(self.naive.blocks)))
+        place = self.places.take()
+        if place is None:  # all are pinned
+            assert len(set(self.tree.pinned_states)) == self.places.num_places
+            return
+        known = self.places._place_of[self.naive.blocks[path]] >= 0
+        self.tree.keep(self.naive.blocks[path], place)
+        if not known:
+            self.states[place] = path
+
+    @rule(tokens=st.lists(st.integers(0, 1), max_size=12), space=SPACES)
+    def go_on(self, tokens: list[int], space: int) -> None:
+        """Finds the deepest of the states that are known of a sequence."""
+        known = {self.states[place] for place in self.places._block_of}
+        ends = [end for end in range(0, len(tokens) + 1, PAGE) if not end or (space, tuple(tokens[:end])) in known]
+        blocks = self.tree.usable(ids(tokens), space)
+        assert blocks.tolist() == self.naive.match(tokens[: ends[-1]], space) and len(blocks) * PAGE == ends[-1]
+
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
@@ -183,6 +207,13 @@ class TreeMachine(RuleBasedStateMachine):
             return
         self.tree.check()
         self.pool.check()
+        self.places.check(self.tree.pinned_states)
+        for place, block in self.places._block_of.items():
+            assert self.naive.blocks[self.states[place]] == block, "a state is at another path than it was kept for"
+        for name, (_, blocks) in self.pins.items():
+            deepest = [block for block in blocks if self.places._place_of[block] >= 0][-1:]
+            pinned = self.tree._pinned_states.get(name)
+            assert deepest == ([] if pinned is None else [self.places._block_of[pinned]])
         held = self.held()
         known = set(self.naive.blocks.values())
         assert self.pool.num_used == len(held)

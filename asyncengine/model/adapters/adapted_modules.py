@@ -19,11 +19,11 @@ from torch import nn
 from asyncengine.model.adapters import lora
 from asyncengine.model.adapters.factor_table import MOST_RANK, FactorTable
 from asyncengine.model.adapters.lora import Lora, LowRank
-from asyncengine.model.attention_modules import RecordedLayer
 from asyncengine.model.decoder.compiled_linear import CompiledLinear
 from asyncengine.model.packed_linear import PackedLinear
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.fp8_linear import Fp8Linear
+from asyncengine.model.recorded import Recorded
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import Int32, Int64, StepBatch
 
@@ -55,7 +55,7 @@ class AdaptedModules:
 
     Args:
         model: The model.
-        recorded: Its attention layers.
+        recorded: Its layers that keep something of the tokens before.
         device: Where it is.
         dtype: Of its activations.
         by_token: Whether tokens may look their adapters up; if not given, where that is done by kernels of the device.
@@ -68,7 +68,7 @@ class AdaptedModules:
     def __init__(
         self,
         model: nn.Module,
-        recorded: list[RecordedLayer],
+        recorded: Recorded,
         device: torch.device,
         dtype: torch.dtype,
         by_token: bool | None = None,
@@ -220,16 +220,29 @@ def _table(layers: Iterable[str], device: torch.device) -> FactorTable | None:
         return None
 
 
-def _linear_layers(model: nn.Module, recorded: list[RecordedLayer]) -> dict[str, nn.Module]:
-    """Linear layers by name that see every token of a step once: those in the blocks that attend, but for experts."""
+def _linear_layers(model: nn.Module, recorded: Recorded) -> dict[str, nn.Module]:
+    """Linear layers by name that see every token of a step once: those in the blocks that attend or keep a state, but
+    for experts and for what recurrent layers compute row by row.
+    """
     from transformers.pytorch_utils import Conv1D  # not where a model needs nothing of transformers
 
     kinds = (*_LINEAR, Conv1D)
-    blocks = tuple(f"{layer.name.rpartition('.')[0]}." for layer in recorded)
+    names = [layer.name for layer in recorded.attention] + [layer.name for layer in recorded.recurrent]
+    blocks = tuple(f"{name.rpartition('.')[0]}." for name in names)
+    by_row = tuple(f"{layer.name}." for layer in recorded.recurrent)
+    whole = {
+        f"{layer.name}.{name}"
+        for layer in recorded.recurrent
+        for name in (*layer.spec.entries, layer.spec.last)
+        if name is not None
+    }
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) in kinds and name.startswith(blocks) and ".experts." not in name
+        if type(module) in kinds
+        and name.startswith(blocks)
+        and ".experts." not in name
+        and (name in whole or not name.startswith(by_row))
     }
 
 

@@ -31,7 +31,9 @@ def forward_with(module: nn.Module, functions: Functions) -> Callable[..., Any]:
     called = {name: functions[name] for name in plain.__code__.co_names if name in functions}
     if not called:
         return forward
-    other = FunctionType(plain.__code__, plain.__globals__ | called, plain.__name__, plain.__defaults__, plain.__closure__)
+    other = FunctionType(
+        plain.__code__, plain.__globals__ | called, plain.__name__, plain.__defaults__, plain.__closure__
+    )
     other.__kwdefaults__ = plain.__kwdefaults__
     return MethodType(other, module)
 
@@ -43,7 +45,7 @@ def causal_conv1d_fn(
     activation: str | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """Each channel's convolution over the tokens up to each: (B, channels, tokens) in and out, (channels, taps) weights.
+    """Convolution of each channel over the tokens up to each: (B, channels, tokens) in and out, (channels, taps).
 
     As a sum of shifted products: torch's convolution of single channels takes hundreds of times as long on a CPU in
     bfloat16.

@@ -1,4 +1,4 @@
-"""One recurrent layer over one step: its tokens, row by row, through transformers' own code. Owned by the step thread."""
+"""One recurrent layer over one step: its tokens, row by row, by transformers' own code. Owned by the step thread."""
 
 from __future__ import annotations
 
@@ -69,14 +69,20 @@ class LayerRun:
             for name, linear in self._swapped.items()
         }
 
-    def over(self, rows: StepRows, continues: bool) -> Any:
-        """What the layer computes for a step; its states are those behind it then."""
+    def over(self, rows: StepRows, places: torch.Tensor, continues: bool) -> Any:
+        """What the layer computes for a step; its states are those behind it then.
+
+        Args:
+            rows: Of the step.
+            places: (rows,) of those that decode.
+            continues: Whether it computes several tokens at once behind others.
+        """
         outputs: list[Any] = []
         try:
             for name, stand in self._standing.items():
                 self._module.set_submodule(name, stand)
             if rows.num_decodes:
-                outputs.append(self._decodes(rows))
+                outputs.append(self._decodes(rows, places))
             for piece in rows.pieces:
                 start, end = piece.tokens
                 own = {key: tensor[piece.place : piece.place + 1] for key, tensor in self._tensors.items()}
@@ -121,17 +127,17 @@ class LayerRun:
         for name, linear in self._swapped.items():
             self._module.set_submodule(name, linear)
 
-    def _decodes(self, rows: StepRows) -> Any:
+    def _decodes(self, rows: StepRows, places: torch.Tensor) -> Any:
         """All rows that decode, as a batch."""
         count, alike = rows.num_decodes, rows.alike
         if alike is not None:  # where their states lie side by side, they are used in place
             own = {key: tensor[slice(*alike)] for key, tensor in self._tensors.items()}
         else:
-            own = {key: tensor.index_select(0, rows.decodes) for key, tensor in self._tensors.items()}
+            own = {key: tensor.index_select(0, places) for key, tensor in self._tensors.items()}
         output = self._run(lambda whole: whole[:, :count].transpose(0, 1), own, False)
         if alike is None:
             for key, tensor in own.items():
-                self._tensors[key].index_copy_(0, rows.decodes, tensor)
+                self._tensors[key].index_copy_(0, places, tensor)
         return _flat(output)
 
     def _piece(self, start: int, end: int, own: Tensors, fresh: bool) -> Any:

@@ -1,4 +1,4 @@
-"""The states of some sequences, as the cache that transformers' recurrent layers are given. Owned by the step thread."""
+"""The states of some sequences, as the cache that transformers gives its recurrent layers. Owned by the step thread."""
 
 from __future__ import annotations
 

@@ -7,22 +7,29 @@ at no neighbours, are taken out of that and computed for all tokens of the step 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from asyncengine.model.recurrent.functions import CPU, forward_with
 from asyncengine.model.recurrent.layer_run import LayerRun, Tensors
-from asyncengine.model.recurrent.recorded import RecurrentLayer
-from asyncengine.model.recurrent.step_rows import StepRows, cut
-from asyncengine.step.batch import StepBatch
+from asyncengine.model.recurrent.recorded import RecurrentLayer, RecurrentSpec
+from asyncengine.model.recurrent.step_rows import StepRows, cut, late_saves
+from asyncengine.step.batch import Int64, StepBatch
 from asyncengine.step.limits import Limits
 
 
-def bytes_per_place(layers: Iterable[RecurrentLayer], dtype: torch.dtype) -> int:
+def state_bytes(specs: Iterable[RecurrentSpec], dtype: torch.dtype) -> int:
     """Bytes of the states of one sequence, of a model in a dtype."""
-    return sum(state.nbytes(dtype) for layer in layers for state in layer.spec.states)
+    return sum(state.nbytes(dtype) for spec in specs for state in spec.states)
+
+
+def bytes_per_place(layers: Iterable[RecurrentLayer], dtype: torch.dtype) -> int:
+    """The same, of layers."""
+    return state_bytes((layer.spec for layer in layers), dtype)
 
 
 class States:
@@ -40,6 +47,7 @@ class States:
 
     Attributes:
         rows: Of the present step.
+        places: (rows,) int64 places of the states of those that decode, on the device.
         nowhere: The place that nobody reads.
         alone: Names of layers that were found not to continue.
     """
@@ -59,6 +67,8 @@ class States:
         self._trying = trying
         self.nowhere = limits.max_num_sequence + (limits.kept_states or 0)
         self.rows: StepRows | None = None
+        self.places = torch.empty(0, dtype=torch.int64, device=device)
+        self._late: tuple[tuple[int, int], ...] = ()
         self.alone: set[str] = set()
 
     def allocate(self) -> None:
@@ -79,15 +89,32 @@ class States:
         for layer in self._layers:
             layer.module.__dict__.pop("forward", None)
 
-    def begin(self, batch: StepBatch) -> None:
-        """Prepares a step: copies states, then cuts it."""
+    def begin(self, batch: StepBatch, captured: bool = False) -> None:
+        """Prepares a step: copies states, then cuts it, unless that is done in what was `captured`."""
         self._copy(batch.state_copies.tolist())
-        self.rows = cut(batch, self._device)
+        self.rows = None if captured else cut(batch)
+        self._late = late_saves(batch)
 
     def end(self) -> None:
         """Keeps states as they are behind the step."""
-        if self.rows is not None and self.rows.late:
-            self._copy(self.rows.late)
+        self._copy(self._late)
+        self._late = ()
+
+    def places_of(self, batch: StepBatch, tokens: int) -> Int64:
+        """(tokens,) the place of each row of a step of decodes, padded to so many."""
+        places = np.full(tokens, self.nowhere, np.int64)
+        if batch.slots is not None:
+            places[: len(batch.slots)] = batch.slots
+        return places
+
+    @contextlib.contextmanager
+    def decoding(self, places: torch.Tensor) -> Iterator[None]:
+        """Within the block the model is run once, or captured, with decodes of which these are the places."""
+        self.rows, self.places = StepRows(len(places)), places.long()
+        try:
+            yield
+        finally:
+            self.rows = None
 
     def _copy(self, pairs: Iterable[tuple[int, int]]) -> None:
         for source, to in pairs:
@@ -105,6 +132,6 @@ class States:
             run = LayerRun(layer, plain, tensors, args, kwargs)
             if trying and layer.name not in self.alone and not run.continues(rows):
                 self.alone.add(layer.name)
-            return run.over(rows, layer.spec.continues and layer.name not in self.alone)
+            return run.over(rows, self.places, layer.spec.continues and layer.name not in self.alone)
 
         return forward

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from asyncengine.step.batch import StepBatch
 
 
@@ -31,31 +29,33 @@ class StepRows:
     """A step, cut: the rows that decode are computed at once, and each piece of a prompt by itself.
 
     Attributes:
-        decodes: (rows,) places of the states of those that decode, on the device.
-        alike: Their first and last place and one, where the places follow one another; None else.
+        num_decodes: How many rows decode.
+        alike: From where to where their places are, if these follow one another; None else.
         pieces: What follows them.
-        late: (places, 2) states of rows that decode, and where they go when the step is through.
     """
 
-    decodes: torch.Tensor
-    alike: tuple[int, int] | None
-    pieces: tuple[Piece, ...]
-    late: tuple[tuple[int, int], ...]
-
-    @property
-    def num_decodes(self) -> int:
-        """How many rows decode."""
-        return len(self.decodes)
+    num_decodes: int
+    alike: tuple[int, int] | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
-def cut(batch: StepBatch, device: torch.device) -> StepRows:
+def late_saves(batch: StepBatch) -> tuple[tuple[int, int], ...]:
+    """What is kept of the rows that decode, whose state is that behind the step."""
+    if batch.slots is None:
+        return ()
+    decodes = batch.num_decodes
+    return tuple((int(batch.slots[row]), place) for row, _, place in batch.state_saves.tolist() if row < decodes)
+
+
+def cut(batch: StepBatch) -> StepRows:
     """Cuts a step, whose rows that decode have one token each."""
     assert batch.slots is not None and batch.draft_lengths is None
     decodes = batch.num_decodes
     places = batch.slots.tolist()
     saves: dict[int, list[tuple[int, int]]] = {}
     for row, count, place in batch.state_saves.tolist():
-        saves.setdefault(row, []).append((count, place))
+        if row >= decodes:
+            saves.setdefault(row, []).append((count, place))
     pieces: list[Piece] = []
     starts, context = batch.query_start.tolist(), batch.context_lens.tolist()
     for row in range(decodes, len(places)):
@@ -70,6 +70,4 @@ def cut(batch: StepBatch, device: torch.device) -> StepRows:
             start, fresh = stop, False
     first = places[0] if decodes else 0
     follow = places[:decodes] == list(range(first, first + decodes))
-    late = tuple((places[row], place) for row in range(decodes) for _, place in saves.get(row, ()))
-    on_device = torch.from_numpy(batch.slots[:decodes]).to(device)
-    return StepRows(on_device, (first, first + decodes) if follow else None, tuple(pieces), late)
+    return StepRows(decodes, (first, first + decodes) if follow else None, tuple(pieces))

@@ -264,11 +264,11 @@ async def test_an_engine_generates_the_same_with_captured_steps(
     expected = await tokens()
 
     def made(
-        model: Any, attention: Any, sequences: int, device: torch.device, last: Any, waits: str | None = None
+        model: Any, attention: Any, sequences: int, device: torch.device, last: Any, waits: str | None, states: Any
     ) -> Any:
         recorders.append(Baking(model._layers))
         kinds = () if last is None else FILTERED
-        return StepGraphs(model, Buckets.upto(sequences), device, recorders[-1], last, kinds), ()
+        return StepGraphs(model, Buckets.upto(sequences), device, recorders[-1], last, kinds, states=states), ()
 
     monkeypatch.setattr(graphs, "graphs_for", made)
     monkeypatch.setattr(capturing_module, "FIRST_SECONDS", 600.0)

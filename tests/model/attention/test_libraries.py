@@ -199,7 +199,7 @@ def test_whole_models_compute_what_transformers_computes(backend: Backend, check
         dtype=torch.bfloat16,
         attn_implementation=architecture.ATTENTION,
     )
-    layers = architecture.record(model.eval()).attention
+    layers = architecture.record(model.eval())
     assert verification.Trial.of(model, layers, CPU).run(model, backend) < 0.05
 
 

@@ -23,7 +23,7 @@ def test_models_compute_what_transformers_computes(name: str, checkpoint: Callab
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint(name, num_hidden_layers=2), dtype=torch.float32, attn_implementation=architecture.ATTENTION
     ).to(DEVICE)
-    layers = architecture.record(model.eval()).attention
+    layers = architecture.record(model.eval())
     backend = TritonAttention(programs=4, parts_bytes=1 << 16)
     verification.Trial.of(model, layers, DEVICE).run(model, backend)
 

@@ -630,7 +630,7 @@ class Pretended:
                 fresh = [
                     one
                     for one in _leaves((result,), [])
-                    if isinstance(one, torch.Tensor) and _address(one) not in known
+                    if isinstance(one, torch.Tensor) and (_address(one) not in known or one.numel() == 0)
                 ]
                 for place, value in zip(taped.outputs, fresh, strict=True):
                     place.copy_(value)

@@ -234,6 +234,49 @@ async def test_steps_with_adapters_are_captured(
 
 
 @on_one_loop
+async def test_decodes_of_recurrent_layers_are_captured(
+    device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States are copied for branches, kept for the next turn, and gone with the engine; no launch waits."""
+    path = checkpoint("qwen3_5", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    monkeypatch.setattr(graphs, "FILTERED", ())
+    launch = TorchModel.launch
+
+    def launched(model: TorchModel, batch: Any) -> Any:
+        with device.no_waits(but="Event.synchronize"):
+            return launch(model, batch)
+
+    monkeypatch.setattr(TorchModel, "launch", launched)
+
+    async def work(engine: AsyncEngine) -> list[Any]:
+        settings = GenerationConfig(max_tokens=20, temperature=0, ignore_eos=True)
+        first, other = await asyncio.gather(
+            engine.generate(PROMPT, settings.replace(n=2, temperature=1, seed=3)),
+            engine.generate([9, *PROMPT], settings),
+        )
+        turn = [9, *PROMPT, *other.token_ids, 7]
+        second = await engine.generate(turn, settings.replace(max_tokens=3))
+        return [
+            [branch.token_ids for branch in first.outputs],
+            other.token_ids,
+            second.token_ids,
+            second.usage.cached_tokens,
+        ]
+
+    config = config.replace(model=str(path), max_num_sequence=4, kv_cache_page_size=16)
+    async with AsyncEngine(config) as engine:
+        assert engine.health().warm_up.done == 3  # steps of 1, 2 and 4; those with prompts are launched
+        replays = device.replays
+        found = await work(engine)
+        assert device.replays - replays > 20
+        await engine.sleep()
+        await engine.wake()
+        assert await work(engine) == found
+    assert found == await on_host(config, work)
+    assert found[-1] == 16
+
+
+@on_one_loop
 async def test_scores_and_embeddings(device: Pretended, config: EngineConfig) -> None:
     async def work(engine: AsyncEngine) -> tuple[list[float], list[Any]]:
         scores = await engine.score([PROMPT, [7, 8]], top_logprobs=2)

@@ -111,10 +111,12 @@ def test_experts_are_told_by_what_they_do(
     for layer in found(shaken(model_of(name, **changes))).layers:
         experts = layer.experts
         assert experts is not None and layer.down is None and not layer.gate_up
-        assert (experts.count, experts.top, experts.activation) == (4, 2, activation)
+        routing = experts.routing
+        assert routing is not None
+        assert (experts.count, routing.top, experts.activation) == (4, 2, activation)
         assert (experts.alternating, experts.transposed) == (alternating, transposed)
         # Those that were chosen first add up to 1 by themselves; which way is named does not matter then.
-        assert (experts.chosen_first or experts.normalised) == (chosen_first or normalised)
+        assert (routing.chosen_first or routing.normalised) == (chosen_first or normalised)
 
 
 def shaken(model: Any) -> Any:

@@ -49,8 +49,9 @@ class Case:
         self.model = self.model.to(DEVICE).eval().requires_grad_(False)
         if four_bits:
             round_layers(self.model)
-        self.layers = architecture.record(self.model).attention
-        self.trial = Trial.of(self.model, self.layers, DEVICE)
+        recorded = architecture.record(self.model)
+        self.layers = recorded.attention
+        self.trial = Trial.of(self.model, recorded, DEVICE)
         self.fused = FusedDecoder(recognise(self.model, self.layers, 64, whole_experts=True))
         self.backend = TorchAttention()
         self.paged = PagedLayers(self.layers, self.backend, Limits(2, 12, 24, 4, 6), dtype, DEVICE)
