@@ -127,7 +127,7 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.load_check import KV_DTYPES, check_draft, check_quantization, dtype_of
     from asyncengine.model.location import locate
     from asyncengine.model.memory import GraphReserve
-    from asyncengine.model.quantised.kept_bytes import kept_bytes
+    from asyncengine.model.quantised.kept_bytes import Where, kept_bytes
     from asyncengine.model.recurrent.refusals import check_recurrent
     from asyncengine.model.recurrent.states import state_bytes
 
@@ -157,10 +157,14 @@ def read(config: EngineConfig) -> Needs:
     specs = list(watched.attention.values())
     draft_specs = [spec for each in of_drafts for spec in each.attention.values()]
 
-    def kept(of: Checkpoint) -> int:
-        return kept_bytes(of, dtype, config.quantization, text.vocab_size, cuda)
+    def kept(of: Checkpoint, hf_config: Any, watched: Watched) -> int:
+        where: Where = "cuda" if cuda else "modules"
+        if not cuda and config.decoder_backend != "transformers" and _is_recognised(hf_config, watched):
+            where = "compiled"
+        return kept_bytes(of, dtype, config.quantization, text.vocab_size, where)
 
-    draft_bytes = sum(kept(draft.checkpoint) for draft in drafts)
+    each_draft = zip(drafts, of_drafts, strict=True)
+    draft_bytes = sum(kept(draft.checkpoint, draft.hf_config, seen) for draft, seen in each_draft)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
     plain = cuda or kv_dtype is not dtype  # the kernel for the CPU has a layout of its own, and no fp8
     bytes_of = TorchAttention().bytes_per_block if plain else CpuAttention.bytes_per_block
@@ -176,7 +180,7 @@ def read(config: EngineConfig) -> Needs:
         architecture=names[0] if names else type(hf_config).__name__,
         parameters=sum(prod(shape) for shape in checkpoint.shapes.values()),
         tensors=len(checkpoint.tensors),
-        weight_bytes=kept(checkpoint) + draft_bytes,
+        weight_bytes=kept(checkpoint, hf_config, watched) + draft_bytes,
         draft_bytes=draft_bytes,
         dtype=dtype,
         quantization=config.quantization,
@@ -203,6 +207,25 @@ def _watched(architecture: Any, hf_config: Any) -> Watched:
     if watched is None:
         raise Failure("the model's code cannot be watched without its weights, so there is no estimate")
     return watched
+
+
+def _is_recognised(hf_config: Any, watched: Watched) -> bool:
+    """Whether a model is of the family that runs as a compiled step, as far as the names of its parts tell."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from asyncengine.model import architecture
+    from asyncengine.model.decoder.blueprint import NotRecognised, check_parts
+
+    if watched.recurrent:
+        return False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
+    try:
+        check_parts(model, architecture.layers_of(model.eval(), watched).attention)
+    except NotRecognised:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,7 +249,12 @@ def _with_products(
         raise UnsupportedModelError(
             f"{str(details.checkpoint.path)!r} has no linear layers that could be in {quantization}"
         )
-    rounded = type(trial).of(model, trial.layers, details.device)
+    try:
+        rounded = type(trial).of(model, trial.layers, details.device)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{str(details.checkpoint.path)!r} cannot be in {quantization}: {reason_of(error)}"
+        ) from error
     off = rounded.off(trial, rounded_to)
     rounded.run(model, backend)
     how = "rounded" if rounded_to == quantization else "as stored"

@@ -154,9 +154,7 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 async def test_sleep_and_wake_keep_packed_layers(checkpoint: Checkpoint) -> None:
-    config = EngineConfig(
-        str(checkpoint("llama", **WIDE)), device="cpu", dtype="float32", attention_backend="torch"
-    )
+    config = EngineConfig(str(checkpoint("llama", **WIDE)), device="cpu", dtype="float32", attention_backend="torch")
     greedy = GenerationConfig(temperature=0, max_tokens=8, ignore_eos=True)
     async with AsyncEngine(config) as engine:
         before = (await engine.generate([1, 2, 3], greedy)).token_ids

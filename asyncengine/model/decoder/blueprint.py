@@ -69,16 +69,8 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int, whole_
         NotRecognised: It is not of the family.
     """
     config = text_config(model.config)
-    stack = model.get_decoder() if hasattr(model, "get_decoder") else None
-    stack = getattr(stack, "decoder", stack)
-    blocks = None if stack is None else _first(stack, _LAYERS)
-    if stack is None or not isinstance(blocks, nn.ModuleList) or len(blocks) != len(recorded):
-        raise NotRecognised("there is no plain list of layers")
-    head = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
-    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
-        raise NotRecognised("embedding or head is more than a matrix")
-    _expect(stack, {*_EMBEDDING, *_POSITIONS, *_LAYERS, *_LAST_NORM, "rotary_emb"}, "the model")
+    stack, blocks = check_parts(model, recorded, whole_experts)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     norm = _norm(stack, _LAST_NORM)
     if norm is None:
         raise NotRecognised("there is no last norm")
@@ -109,6 +101,46 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int, whole_
         logit_scale=scale / float(getattr(config, "logits_scaling", None) or 1.0),
         logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
     )
+
+
+def check_parts(
+    model: Any, recorded: Sequence[RecordedLayer], whole_experts: bool = False
+) -> tuple[nn.Module, nn.ModuleList]:
+    """Looks at what a model's parts are called, for which it needs no weights; as `recognise` does first.
+
+    Returns:
+        What has the layers, and the layers.
+
+    Raises:
+        NotRecognised: It has parts that are not of the family.
+    """
+    stack = model.get_decoder() if hasattr(model, "get_decoder") else None
+    stack = getattr(stack, "decoder", stack)
+    blocks = None if stack is None else _first(stack, _LAYERS)
+    if stack is None or not isinstance(blocks, nn.ModuleList) or len(blocks) != len(recorded):
+        raise NotRecognised("there is no plain list of layers")
+    if not isinstance(model.get_input_embeddings(), nn.Embedding) or not isinstance(
+        model.get_output_embeddings(), nn.Linear
+    ):
+        raise NotRecognised("embedding or head is more than a matrix")
+    _expect(stack, {*_EMBEDDING, *_POSITIONS, *_LAYERS, *_LAST_NORM, "rotary_emb"}, "the model")
+    for block, layer in zip(blocks, recorded, strict=True):
+        _check_layer(block, layer.module, whole_experts)
+    return stack, blocks
+
+
+def _check_layer(block: nn.Module, attention: nn.Module, whole_experts: bool) -> None:
+    mlp = getattr(block, "mlp", None)
+    own = {*_ATTENTION, *_FIRST_NORM, *_AFTER_ATTENTION, *_SECOND_NORM, *_BEFORE_MLP, *_AFTER_MLP, "mlp"}
+    of_mlp = {"gate_proj", "gate_up_proj", *_UP, *_DOWN, *_ACTIVATION}
+    _expect(block, own if mlp is not None else own | of_mlp, "a layer")
+    if _first(block, _ATTENTION) is not attention:
+        raise NotRecognised("a layer is not attention and an MLP")
+    of_attention = {"q_proj", "k_proj", "v_proj", *_FUSED_QKV, *_QKV_BY_HEAD, *_OUTPUT, *_QUERY_NORM, *_KEY_NORM}
+    _expect(attention, of_attention, "attention")
+    if mlp is not None and not (whole_experts and hasattr(mlp, "experts")):
+        with_experts = hasattr(mlp, "experts")
+        _expect(mlp, {*ROUTERS, "experts"} if with_experts else of_mlp, f"an MLP{' with experts' * with_experts}")
 
 
 def _rotations(
@@ -147,23 +179,13 @@ def _layer(
 ) -> LayerParts:
     attention, spec = recorded.module, recorded.spec
     mlp = getattr(block, "mlp", None)
-    own = {*_ATTENTION, *_FIRST_NORM, *_AFTER_ATTENTION, *_SECOND_NORM, *_BEFORE_MLP, *_AFTER_MLP, "mlp"}
-    of_mlp = {"gate_proj", "gate_up_proj", *_UP, *_DOWN, *_ACTIVATION}
-    _expect(block, own if mlp is not None else own | of_mlp, "a layer")
-    if _first(block, _ATTENTION) is not attention:
-        raise NotRecognised("a layer is not attention and an MLP")
-    of_attention = {"q_proj", "k_proj", "v_proj", *_FUSED_QKV, *_QKV_BY_HEAD, *_OUTPUT, *_QUERY_NORM, *_KEY_NORM}
-    _expect(attention, of_attention, "attention")
     experts, whole = None, None
     if mlp is None:
         mlp = block  # which has its linear layers
     elif whole_experts and hasattr(mlp, "experts"):
         whole = mlp
     elif hasattr(mlp, "experts"):
-        _expect(mlp, {*ROUTERS, "experts"}, "an MLP with experts")
         experts = experts_of(mlp, hidden)
-    else:
-        _expect(mlp, of_mlp, "an MLP")
     pre, post, pre_mlp, post_mlp, parallel = _norms_of(block)
     widths = (spec.num_heads * spec.key_dim, spec.num_kv_heads * spec.key_dim, spec.num_kv_heads * spec.value_dim)
     down = None if experts is not None or whole is not None else _linear(mlp, _DOWN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Literal
 
 import torch
 
@@ -12,10 +13,14 @@ from asyncengine.model.quantised.four_bits import GROUP
 from asyncengine.model.stored.weight import CodedWeight
 
 _SCALE, _SHORT_SCALE = 4, 2
-"""Bytes of a scale; the latter in the compiled step of the CPU, for four bits."""
+"""Bytes of a scale; the latter in the compiled code of the CPU, for four bits."""
+_ALIGNMENT = 16
+"""Inputs of linear layers that the compiled code multiplies are multiples of it."""
+Where = Literal["cuda", "compiled", "modules"]
+"""What multiplies: a CUDA device, the compiled step of the CPU, or there the modules of transformers."""
 
 
-def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, words: int, cuda: bool) -> int:
+def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, words: int, where: Where) -> int:
     """Bytes of all weights in the form in which they are kept.
 
     What is a linear layer is told by shapes: matrices that have nothing to do with the vocabulary.
@@ -25,12 +30,15 @@ def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantiz
         dtype: Of what is kept as it is.
         quantization: `EngineConfig.quantization`.
         words: Size of the vocabulary.
-        cuda: Whether they are on a CUDA device.
+        where: What multiplies.
     """
+    tables = [shape for shape in checkpoint.shapes.values() if words in shape and len(shape) == 2]
     if quantization == "none" or not checkpoint.tensors:
-        return checkpoint.weight_bytes(dtype)
+        tied = len(tables) == 1 and where == "modules"  # embedding and head are kept apart there
+        return checkpoint.weight_bytes(dtype) + (prod(tables[0]) * dtype.itemsize if tied else 0)
     as_stored = {name: weight for name, weight in checkpoint.coded.items() if weight.stays(quantization)}
-    total = 0
+    total, cuda = 0, where == "cuda"
+    by_modules = where == "modules" and quantization != "fp8"
     for name, shape in checkpoint.shapes.items():
         count, outputs = prod(shape), prod(shape[:-1])
         linear = words not in shape and not as_stored
@@ -38,12 +46,18 @@ def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantiz
             total += as_stored[name].nbytes if cuda or quantization == "fp8" else count // 2 + _scales(as_stored[name])
         elif len(shape) < 2 or (quantization == "fp8" and not (linear and len(shape) == 2)):
             total += count * dtype.itemsize
+        elif by_modules and (words in shape or shape[-1] % _ALIGNMENT):
+            total += 0 if words in shape else count * dtype.itemsize
         elif quantization == "int4" and linear and shape[-1] % GROUP == 0:
-            total += count // 2 + count // GROUP * (_SCALE if cuda else _SHORT_SCALE)
+            total += count // 2 + (
+                count // GROUP * _SCALE if cuda else count // GROUP * _SHORT_SCALE + outputs * _SCALE
+            )
         elif quantization == "int4" and cuda:
             total += count * dtype.itemsize
         else:
             total += count + outputs * _SCALE
+    if by_modules and tables:  # the embedding stays a table, and the head is in bytes
+        total += prod(tables[0]) * (dtype.itemsize + 1) + words * _SCALE
     return total
 
 
