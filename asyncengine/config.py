@@ -70,15 +70,15 @@ class EngineConfig:
             float16, without attention sinks or the promise that the batch changes no bits.
         decoder_backend: ``"compiled"`` runs, for the family of models that it knows, a whole step in compiled code on
             the CPU, and its products between fused kernels on CUDA; ``"transformers"`` runs the model's own modules
-            around the attention; ``"auto"`` takes the first where it can, and on CUDA where it was measured to
-            be faster when the model was loaded.
+            around the attention, on the CPU with compiled products in them; ``"auto"`` takes the first where it can,
+            and on CUDA where it was measured to be faster when the model was loaded.
         quantization: How weights are kept while the model serves, however the checkpoint stores them. ``"none"`` keeps
-            them in `dtype`. ``"int8"`` keeps one byte each, with one scale for each output; needs the compiled decoder
-            of the CPU. ``"int4"`` keeps four bits each: the codes of a checkpoint that has such (GPTQ, AWQ, MXFP4 and
-            others), else the nearest of sixteen multiples of a scale that 32 weights share; needs the compiled
-            decoder of the CPU, or CUDA. ``"fp8"`` keeps and multiplies linear layers in fp8, with one scale for each
-            output and for each token; needs a CUDA device of compute capability 8.9 or later (a CPU computes the same,
-            slowly). All but ``"none"`` need dtype bfloat16, which ``"auto"`` then is.
+            them in `dtype`. ``"int8"`` keeps one byte each, with one scale for each output; needs the compiled code of
+            the CPU. ``"int4"`` keeps four bits each: the codes of a checkpoint that has such (GPTQ, AWQ, MXFP4 and
+            others), else the nearest of sixteen multiples of a scale that 32 weights share; needs the compiled code of
+            the CPU, or CUDA. ``"fp8"`` keeps and multiplies linear layers in fp8, with one scale for each output and
+            for each token; needs a CUDA device of compute capability 8.9 or later (a CPU computes the same, slowly).
+            All but ``"none"`` need dtype bfloat16, which ``"auto"`` then is.
         graph_capture: When CUDA graphs are captured. ``"idle"``: a few when the model is loaded, so that it is ready
             soon, and the others while there are no requests. ``"load"``: all when it is loaded, so that it is as fast
             as it will be when it is ready; for benchmarks, for engines that are never idle, and for programs that wait
