@@ -104,6 +104,8 @@ class EngineMetrics:
         step_running_seconds: How long the present step has been running; 0 between steps.
         warm_up_pieces: Pieces of work, such as CUDA graphs to capture, that make the loaded model faster.
         warm_up_pieces_done: Those that are through.
+        states_total: Places for states of recurrent layers that are kept beside those of the sequences.
+        states_cached: States that the prefix cache keeps.
     """
 
     state: str
@@ -121,6 +123,8 @@ class EngineMetrics:
     step_running_seconds: float = 0.0
     warm_up_pieces: int = 0
     warm_up_pieces_done: int = 0
+    states_total: int = 0
+    states_cached: int = 0
 
     def on_loop(self, wakeups: int, handoff: float, handoff_max: float, merged: int) -> EngineMetrics:
         """The same with an event loop's own numbers."""

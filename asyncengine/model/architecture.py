@@ -8,6 +8,7 @@ What cannot be served shows in the same way: layers that do neither, attend twic
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -182,7 +183,12 @@ def record(model: PreTrainedModel, tokens: int = 4) -> Recorded:
     device = next(model.parameters()).device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     positions = torch.arange(tokens, device=device)[None]
-    with hooked(dict.fromkeys(names, recorder)), torch.inference_mode(), recording(model, name) as recurrent:
+    # Who does not say that it has such layers is run without a cache, of which it might want other things.
+    recurs = not _RECURRENT_TYPES.isdisjoint(_layer_types(model.config))
+    watching: AbstractContextManager[list[RecurrentLayer]] = nullcontext([])
+    if recurs:
+        watching = recording(model, name)
+    with hooked(dict.fromkeys(names, recorder)), torch.inference_mode(), watching as recurrent:
         model(input_ids=ids, position_ids=positions, use_cache=False)
     seen: set[nn.Module] = set()
     for layer in layers:

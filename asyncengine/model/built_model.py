@@ -12,6 +12,7 @@ from asyncengine.model import memory, packed_linear
 from asyncengine.model.findings import Findings
 from asyncengine.model.load_check import BUILDING, Details
 from asyncengine.model.recorded import Recorded
+from asyncengine.model.recurrent.packages import missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,10 @@ def build(
         layers = trial.layers  # by now it is known which of the recurrent ones continue
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
+        if details.device.type == "cuda" and (packages := missing(layers.recurrent)):
+            notes.append(
+                f"recurrent layers: computed by plain torch; {', '.join(packages)} would have kernels for them"
+            )
         fused, note = _fuse(config, details, model, layers, backend, trial)
         notes += note
         if details.kv_dtype is not details.dtype:

@@ -40,6 +40,8 @@ _GAUGES = {
     "step_running_seconds": "How long the present step has been running.",
     "warm_up_pieces": "Pieces of work, such as CUDA graphs to capture, that make the loaded model faster.",
     "warm_up_pieces_done": "Those that are through.",
+    "states_total": "Places for states of recurrent layers that are kept beside those of the sequences.",
+    "states_cached": "States of recurrent layers that the prefix cache keeps.",
     "handoff_seconds": "What the newest wake-up of the event loop took from the step thread.",
     "handoff_max_seconds": "What the longest took.",
 }

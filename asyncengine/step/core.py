@@ -120,6 +120,7 @@ class Core:
             counters.preemptions += scheduler.num_preemptions
             counters.prefix_cache_queries += scheduler.prefix_queries
             counters.prefix_cache_hits += scheduler.prefix_hits
+        states = None if scheduler is None else scheduler.blocks.states
         return EngineMetrics(
             state=self.state.value,
             num_requests_running=self.requests.num_running,
@@ -132,6 +133,8 @@ class Core:
             step_running_seconds=0.0 if since is None else self.clock() - since,
             warm_up_pieces=warm_up.of,
             warm_up_pieces_done=warm_up.done,
+            states_total=0 if states is None else states.places.num_places,
+            states_cached=0 if states is None else states.places.num_known,
         )
 
     # Instructions

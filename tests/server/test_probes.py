@@ -17,7 +17,7 @@ NAMES = {
     "inter_token_latency_seconds", "e2e_request_latency_seconds", "request_queue_seconds", "request_prefill_seconds",
     "request_decode_seconds", "admission_rejections", "step_seconds", "batch_size", "event_loop_lag_seconds",
     "handoff_seconds", "merged_deltas", "http_requests", "http_rejections", "draft_tokens", "accepted_draft_tokens",
-    "warm_up_pieces", "warm_up_pieces_done",
+    "warm_up_pieces", "warm_up_pieces_done", "states_total", "states_cached",
 }  # fmt: skip
 
 

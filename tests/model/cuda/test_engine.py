@@ -265,6 +265,8 @@ async def test_decodes_of_recurrent_layers_are_captured(
 
     config = config.replace(model=str(path), max_num_sequence=4, kv_cache_page_size=16)
     async with AsyncEngine(config) as engine:
+        (note,) = (note for note in engine.health().notes if note.startswith("recurrent layers"))
+        assert note.endswith("; causal-conv1d, flash-linear-attention would have kernels for them")
         assert engine.health().warm_up.done == 3  # steps of 1, 2 and 4; those with prompts are launched
         replays = device.replays
         found = await work(engine)

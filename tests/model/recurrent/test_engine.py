@@ -51,6 +51,8 @@ async def test_the_next_turn_goes_on_behind_the_last_block_of_the_answer(checkpo
         assert second.usage.cached_tokens == 48  # of 37 + 20: the state is that behind three blocks
         again = await engine.generate(turn, GREEDY)
         assert again.usage.cached_tokens == 48 and again.token_ids == second.token_ids
+        metrics = engine.metrics()
+        assert (metrics.states_total, metrics.states_cached > 2) == (64, True)
     assert second.token_ids == reference(path).after_each(turn, second.token_ids)
 
 
