@@ -422,6 +422,7 @@ def test_no_weight_is_looked_at_before_all_are_packed(
     load(path).model.close()
     weights = path / "model.safetensors"
     others = (checkpoint(architecture, seed=1) / "model.safetensors").read_bytes()
+    expected = load(checkpoint(architecture, seed=1), decoder_backend="transformers")
     run = Packing.run
 
     def change_and_run(packing: Packing) -> None:
@@ -430,7 +431,6 @@ def test_no_weight_is_looked_at_before_all_are_packed(
         run(packing)
 
     monkeypatch.setattr(Packing, "run", change_and_run)
-    expected = load(checkpoint(architecture, seed=1), decoder_backend="transformers")
     monkeypatch.setattr(Trial, "run", lambda *args, **kwargs: 0.0)
     loaded = load(path)
     assert recalled(loaded)
