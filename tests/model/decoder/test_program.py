@@ -346,7 +346,7 @@ class CompiledModel:
     ) -> None:
         kind = kernel.kind_of(dtype, quantization)
         self._backend = CpuAttention(kind, target=target)
-        layers = record(model)
+        layers = record(model).attention
         self.program = CompiledDecoder(recognise(model, layers, 64), self._backend.library(kind), dtype, quantization)
         cpu = torch.device("cpu")
         self._caches = [self._backend.allocate(layer.spec, 64, PAGE, dtype, cpu) for layer in layers]
