@@ -224,8 +224,8 @@ class Trial:
         fused: FusedDecoder | None = None,
         around: Callable[[Any], Any] | None = None,
     ) -> float:
-        """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut: of the
-        first piece or of all others, whichever is larger.
+        """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut. With
+        recurrent layers, of the first piece or of all others, whichever is larger.
 
         Each layer's attention is called through what `around` makes of it.
         """
@@ -255,9 +255,10 @@ class Trial:
         if states is not None:
             self.layers = self.layers.alone(states.alone)
         expected, first = self._expected[:rows, : cuts[-1]], cuts[1]
-        errors = [_relative(found[:, :first], expected[:, :first])]
-        if first < cuts[-1]:  # what goes on from something is judged by itself
-            errors.append(_relative(found[:, first:], expected[:, first:]))
+        if not recurrent or first == cuts[-1]:
+            return _relative(found, expected)
+        # What goes on from a state is judged by itself.
+        errors = [_relative(found[:, some], expected[:, some]) for some in (slice(first), slice(first, None))]
         return max(errors)
 
     def _judge(self, error: float, tolerance: float, number: object) -> None:

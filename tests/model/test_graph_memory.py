@@ -15,6 +15,7 @@ from asyncengine.model.attention_modules import hooked
 from asyncengine.model.buckets import Buckets
 from asyncengine.model.graph_memory import DRAW_GRAPH, STEP_GRAPH, activation_numbers, draw_bytes, reserve
 from asyncengine.model.memory import GraphReserve
+from asyncengine.model.recorded import Recorded
 from asyncengine.model.token_draw import DrawKind, DrawSettings
 from asyncengine.step.model import LoadPlan
 from tests.model.live_bytes import LiveBytes
@@ -118,7 +119,8 @@ def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.Monkey
         kv_dtype=torch.bfloat16, max_length=1 << 20,
     )  # fmt: skip
     backend = SimpleNamespace(plan_with=print, bytes_per_block=lambda spec, page_size, dtype: 1 << 20)
-    built: Any = SimpleNamespace(model=None, layers=[SimpleNamespace(spec=None)])
+    layers: Any = [SimpleNamespace(spec=None)]
+    built: Any = SimpleNamespace(model=None, layers=Recorded(layers))
     config = EngineConfig("m", gpu_memory_utilization=0.5)
     limits, _ = capacity.limits_of(LoadPlan(config, True, None, details), built, None, backend)
     graphs = reserve(details.hf_config, torch.bfloat16, 256, True, 2048 + 256)
