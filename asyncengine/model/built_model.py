@@ -72,6 +72,9 @@ def build(
     name = str(details.checkpoint.path)
     model, has_head = _with_weights(details)
     layers = architecture.layers_of(model, details.watched)
+    if layers.recurrent:
+        layers, slower = _calling_compiled(layers, details)
+        notes.extend(slower)
     trial = verification.Trial.of(model, layers, details.device)
     backend = attention()
     if config.quantization == "int4" and details.device.type == "cuda":
@@ -201,12 +204,30 @@ def _tried(config: EngineConfig, model: Any, trial: Any, backend: Any) -> tuple[
         trial.run(model, backend)
         return ()
     except Exception as error:  # also what a compiler or a driver raises
+        reason = reason_of(error)
+        if any(layer.functions is not None for layer in trial.layers.recurrent):
+            trial.layers = trial.layers.calling(None)
+            trial.run(model, backend)
+            return (f"recurrent layers: run as transformers has them, which is slower: {reason}",)
         if config.quantization != "int4":
             raise
-        reason = reason_of(error)
     use_kernels(model, False)
     trial.run(model, backend)
     return (f"quantization: numbers are made of codes in each step, which is slow: {reason}",)
+
+
+def _calling_compiled(layers: Recorded, details: Details) -> tuple[Recorded, tuple[str, ...]]:
+    """Layers whose recurrent ones call compiled code, if that can be had; and why it cannot, in words."""
+    from asyncengine.builds import BuildError
+    from asyncengine.model.recurrent import scans
+    from asyncengine.model.recurrent.compiled_functions import compiled
+
+    if details.device.type != "cpu":
+        return layers, ()
+    try:
+        return layers.calling(compiled(scans.Scans(scans.build()))), ()
+    except BuildError as error:
+        return layers, (f"recurrent layers: run as transformers has them, which is slower: {error}",)
 
 
 def _fuse(

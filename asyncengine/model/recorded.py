@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.recurrent.functions import Functions
 from asyncengine.model.recurrent.recorded import RecurrentLayer, RecurrentSpec
 
 
@@ -54,6 +55,10 @@ class Recorded:
             for layer in self.recurrent
         ]
         return Recorded(self.attention, recurrent)
+
+    def calling(self, functions: Functions | None) -> Recorded:
+        """The same, with recurrent layers that call `functions`."""
+        return Recorded(self.attention, [replace(layer, functions=functions) for layer in self.recurrent])
 
     @property
     def watched(self) -> Watched:

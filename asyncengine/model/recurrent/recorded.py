@@ -11,13 +11,16 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from asyncengine.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from asyncengine.model.recurrent.functions import Functions
 
 Kind = Literal["conv", "recurrent"]
 Key = tuple[Kind, int, int]
@@ -102,11 +105,13 @@ class RecurrentLayer:
         name: Of the module.
         module: Itself.
         spec: What it needs.
+        functions: What it calls instead of transformers' own; None is what does without a compiler.
     """
 
     name: str
     module: nn.Module
     spec: RecurrentSpec
+    functions: Functions | None = None
 
 
 @dataclass(slots=True)
