@@ -72,6 +72,8 @@ def build(
     name = str(details.checkpoint.path)
     model, has_head = _with_weights(details)
     layers = architecture.layers_of(model, details.watched)
+    layers, slower = _calling_compiled(layers, details)
+    notes.extend(slower)
     trial = verification.Trial.of(model, layers, details.device)
     backend = attention()
     if config.quantization == "int4" and details.device.type == "cuda":
@@ -202,8 +204,7 @@ def _tried(config: EngineConfig, model: Any, trial: Any, backend: Any) -> tuple[
     from asyncengine.model.quantised.four_bit_experts import use_kernels
 
     try:
-        trial.run(model, backend)
-        return ()
+        return _with_recurrent(model, trial, backend)
     except Exception as error:  # also what a compiler or a driver raises
         if config.quantization != "int4":
             raise
@@ -211,6 +212,29 @@ def _tried(config: EngineConfig, model: Any, trial: Any, backend: Any) -> tuple[
     use_kernels(model, False)
     trial.run(model, backend)
     return (f"quantization: numbers are made of codes in each step, which is slow: {reason}",)
+
+
+def _with_recurrent(model: Any, trial: Any, backend: Any) -> tuple[str, ...]:
+    """Tries a model, whose recurrent layers may call compiled code; if that is wrong, as transformers has them.
+
+    Returns:
+        What is slower then, in words.
+
+    Raises:
+        UnsupportedModelError: It computes something else over a paged cache.
+    """
+    from asyncengine.model.graphs import reason_of
+
+    try:
+        trial.run(model, backend)
+        return ()
+    except Exception as error:  # also what a compiler or a driver raises
+        if all(layer.functions is None for layer in trial.layers.recurrent):
+            raise
+        reason = reason_of(error)
+    trial.layers = trial.layers.calling(None)
+    trial.run(model, backend)
+    return (f"recurrent layers: run as transformers has them, which is slower: {reason}",)
 
 
 def _multiplies(config: EngineConfig, backend: Any) -> bool:
@@ -239,17 +263,16 @@ def _with_products(
     quantization = config.quantization
     products = Products(_library(config, details, backend), details.dtype, quantization)
     rounded_to = compiled_layers.rounded_to(model, quantization)
-    compiled_layers.compile_layers(model, products)
+    compiled_layers.compile_layers(model, products, trial.layers.uncalled)
     if quantization == "none":
         try:
-            trial.run(model, backend)
-            return model, trial, ()
+            return model, trial, _with_recurrent(model, trial, backend)
         except Exception as error:  # a module that reads the weights of its linear layers raises anything
             reason = reason_of(error)
         model, _ = _with_weights(details)
-        trial.layers = architecture.layers_of(model, details.watched)
-        trial.run(model, backend)
-        return model, trial, (f"decoder: its linear layers run as torch has them: {reason}",)
+        trial.layers, slower = _calling_compiled(architecture.layers_of(model, details.watched), details)
+        slower += _with_recurrent(model, trial, backend)
+        return model, trial, (*slower, f"decoder: its linear layers run as torch has them: {reason}")
     if not (share := compiled_layers.narrow_share(model)):
         raise UnsupportedModelError(
             f"{str(details.checkpoint.path)!r} has no linear layers that could be in {quantization}"
@@ -261,10 +284,24 @@ def _with_products(
             f"{str(details.checkpoint.path)!r} cannot be in {quantization}: {reason_of(error)}"
         ) from error
     off = rounded.off(trial, rounded_to)
-    rounded.run(model, backend)
+    slower = _with_recurrent(model, rounded, backend)
     how = "rounded" if rounded_to == quantization else "as stored"
     how = f"{share:.0%} of the weights, {how}: logits of a trial are {off:.1%} of their norm off"
-    return model, rounded, (f"quantization: {quantization}, {how}",)
+    return model, rounded, (*slower, f"quantization: {quantization}, {how}")
+
+
+def _calling_compiled(layers: Recorded, details: Details) -> tuple[Recorded, tuple[str, ...]]:
+    """Layers whose recurrent ones call compiled code, if that can be had; and why it cannot, in words."""
+    from asyncengine.builds import BuildError
+    from asyncengine.model.recurrent import scans
+    from asyncengine.model.recurrent.compiled_functions import compiled
+
+    if details.device.type != "cpu" or not layers.recurrent:
+        return layers, ()
+    try:
+        return layers.calling(compiled(scans.Scans(scans.build()))), ()
+    except BuildError as error:
+        return layers, (f"recurrent layers: run as transformers has them, which is slower: {error}",)
 
 
 def _fuse(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
+from torch import nn
+
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.recurrent.functions import Functions
 from asyncengine.model.recurrent.recorded import RecurrentLayer, RecurrentSpec
 
 
@@ -54,6 +57,20 @@ class Recorded:
             for layer in self.recurrent
         ]
         return Recorded(self.attention, recurrent)
+
+    def calling(self, functions: Functions | None) -> Recorded:
+        """The same, with recurrent layers that call `functions`."""
+        return Recorded(self.attention, [replace(layer, functions=functions) for layer in self.recurrent])
+
+    @property
+    def uncalled(self) -> set[nn.Module]:
+        """Modules within recurrent layers whose weights may be read by these, since they are not called."""
+        return {
+            module
+            for layer in self.recurrent
+            for name, module in layer.module.named_modules()
+            if hasattr(module, "in_features") and name not in layer.spec.products
+        }
 
     @property
     def watched(self) -> Watched:

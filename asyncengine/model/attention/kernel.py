@@ -47,8 +47,8 @@ DTYPES: dict[torch.dtype, Kind] = {
 }  # fmt: skip
 """The kind for each dtype that can be stored."""
 
-# Not every compiler knows the first for every processor.
-_TARGETS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
+TARGETS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
+"""Flags for this machine's processor. Not every compiler knows the first for every processor."""
 
 
 def kind_of(dtype: torch.dtype, quantization: Quantization = "none") -> Kind:
@@ -73,13 +73,13 @@ def build(
     Raises:
         BackendUnavailableError: There is no compiler, or it failed; the message says which.
     """
-    openmp = _find_openmp()
+    openmp = find_openmp()
     recipe = Recipe(
         what="the cpu attention back end",
         name=f"{kind}-kernels",
         sources=(SOURCE, *_INCLUDED),
         before=(*_FLAGS, f"-DONE_KIND={_KINDS[kind]}"),
-        targets=_TARGETS if target is None else (tuple(target),),
+        targets=TARGETS if target is None else (tuple(target),),
         after=(str(openmp), f"-Wl,-rpath,{openmp.parent}") if openmp else ("-DPAGED_ATTENTION_SERIAL",),
     )
     compiler = find_compiler()
@@ -117,7 +117,7 @@ def find_compiler() -> list[str]:
         raise BackendUnavailableError(f"the cpu attention back end needs a C++ compiler: {error}") from error
 
 
-def _find_openmp() -> Path | None:
+def find_openmp() -> Path | None:
     """Finds the OpenMP runtime that torch uses: its own, or else the one that it made the process load."""
     own = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))
     maps = Path("/proc/self/maps")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ _ALIGNMENT = 16
 """Sizes must be multiples of it: so many floats are in the widest vector."""
 
 
-def compile_layers(model: Any, products: Products) -> None:
+def compile_layers(model: Any, products: Products, but: Collection[nn.Module] = ()) -> None:
     """Puts a layer of the compiled code in the place of each linear layer and of all experts whose inputs fill vectors.
 
     Codes of four bits stay what they are, and then nothing else is rounded to so few: it is stored as bytes, as the
@@ -36,6 +36,7 @@ def compile_layers(model: Any, products: Products) -> None:
     Args:
         model: A causal language model of transformers. Each of its weights is let go before the next one is packed.
         products: What multiplies.
+        but: Linear layers that stay as they are.
     """
     quantization = rounded_to(model, products.quantization)
     head = id(model.get_output_embeddings())
@@ -45,7 +46,7 @@ def compile_layers(model: Any, products: Products) -> None:
     for module in [module for module in model.modules() if module._modules]:
         for name in list(module._modules):
             child: Any = module._modules[name]
-            if type(child) in KINDS and _fits(child, products.dtype):
+            if type(child) in KINDS and child not in but and _fits(child, products.dtype):
                 layer = made.get(id(child))
                 if layer is None:
                     tied = made.get(id(child.weight))

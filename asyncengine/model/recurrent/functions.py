@@ -18,17 +18,40 @@ from torch import nn
 from torch.nn import functional
 
 from asyncengine.model.recurrent.recorded import padded
+from asyncengine.model.recurrent.row_states import RowStates
 
-Functions = Mapping[str, Callable[..., Any]]
+
+class Present:
+    """What a layer computes with at present, for functions that are not told all of it.
+
+    Attributes:
+        rows: The states that it was given; None between calls.
+    """
+
+    rows: RowStates | None = None
+
+    def recurrent_state(self, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """The only recurrent state, if it has that shape; None if there is none yet."""
+        return None if self.rows is None else self.rows.only_recurrent_state(shape)
 
 
-def forward_with(module: nn.Module, functions: Functions) -> Callable[..., Any]:
-    """A module's forward, calling `functions` by the names that they have there; its own where it calls none."""
+Replacement = Callable[[Callable[..., Any], Present], Callable[..., Any]]
+"""Takes a function of transformers', and what the layer that calls it computes with; returns what is called instead."""
+Functions = Mapping[str, Replacement]
+"""Replacements, by the names that transformers' layers call."""
+
+
+def forward_with(module: nn.Module, functions: Functions, present: Present) -> Callable[..., Any]:
+    """A module's forward, calling what stands in `functions` for what it calls; its own where it calls none of that."""
     forward: Callable[..., Any] = module.forward
     plain = inspect.unwrap(type(module).forward)
     if not isinstance(plain, FunctionType):
         return forward
-    called = {name: functions[name] for name in plain.__code__.co_names if name in functions}
+    called = {
+        name: functions[name](plain.__globals__[name], present)
+        for name in plain.__code__.co_names
+        if name in functions and name in plain.__globals__
+    }
     if not called:
         return forward
     other = FunctionType(
@@ -89,5 +112,8 @@ def _activated(out: torch.Tensor, activation: str | None) -> torch.Tensor:
     return activated
 
 
-CPU: Functions = {"causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update}
-"""What is faster on a CPU, by transformers' names."""
+CPU: Functions = {
+    "causal_conv1d_fn": lambda original, present: causal_conv1d_fn,
+    "causal_conv1d_update": lambda original, present: causal_conv1d_update,
+}
+"""What is faster on a CPU that has no compiler."""

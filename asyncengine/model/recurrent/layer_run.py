@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asyncengine.model.recurrent.functions import Present
 from asyncengine.model.recurrent.recorded import Key, RecurrentLayer
 from asyncengine.model.recurrent.row_states import RowStates
 from asyncengine.model.recurrent.step_rows import StepRows
@@ -44,6 +45,7 @@ class LayerRun:
     Args:
         layer: It.
         plain: Its forward, as transformers has it.
+        present: Is told what states that is given.
         tensors: Its states, (places, ...) each.
         args: Of the call, for all tokens of the step: (1, tokens, hidden).
         kwargs: The same.
@@ -53,12 +55,14 @@ class LayerRun:
         self,
         layer: RecurrentLayer,
         plain: Callable[..., Any],
+        present: Present,
         tensors: Tensors,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
         given = args[0] if args else kwargs["hidden_states"]
-        self._spec, self._module, self._plain = layer.spec, layer.module, plain
+        self._spec, self._module = layer.spec, layer.module
+        self._plain, self._present = plain, present
         self._tensors = tensors
         self._args, self._kwargs = args, kwargs
         self._tokens = given.shape[1]
@@ -147,8 +151,12 @@ class LayerRun:
         for stand in self._standing.values():
             stand.part = part
         args, kwargs = (_parts(each, part, self._tokens) for each in (self._args, self._kwargs))
-        args, kwargs = self._spec.cache.put(args, kwargs, RowStates(own, fresh))
-        return self._plain(*args, **kwargs)
+        rows = self._present.rows = RowStates(own, fresh)
+        args, kwargs = self._spec.cache.put(args, kwargs, rows)
+        try:
+            return self._plain(*args, **kwargs)
+        finally:
+            self._present.rows = None
 
 
 def _parts(value: Any, part: _Part, tokens: int) -> Any:

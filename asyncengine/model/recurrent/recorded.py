@@ -11,13 +11,16 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from asyncengine.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from asyncengine.model.recurrent.functions import Functions
 
 Kind = Literal["conv", "recurrent"]
 Key = tuple[Kind, int, int]
@@ -83,6 +86,7 @@ class RecurrentSpec:
         states: What it keeps.
         entries: Names of those linear layers within it that take its input as it is.
         last: Name of the linear layer within it whose output is its own.
+        products: Names of all linear layers within it that it calls. Of others it may read the weights.
         continues: Whether it computes several tokens at once behind others. Those of Mamba's first version begin anew
             with every call of more than one token.
     """
@@ -91,6 +95,7 @@ class RecurrentSpec:
     states: tuple[StateSpec, ...]
     entries: tuple[str, ...]
     last: str | None
+    products: tuple[str, ...]
     continues: bool = True
 
 
@@ -102,11 +107,13 @@ class RecurrentLayer:
         name: Of the module.
         module: Itself.
         spec: What it needs.
+        functions: What it calls instead of transformers' own; None is what does without a compiler.
     """
 
     name: str
     module: nn.Module
     spec: RecurrentSpec
+    functions: Functions | None = None
 
 
 @dataclass(slots=True)
@@ -246,4 +253,5 @@ def _spec(call: _Call, output: Any) -> RecurrentSpec:
         tuple(call.states.values()),
         tuple(name for name in entries if name not in lasts),
         lasts[-1] if lasts and not isinstance(output, tuple) else None,
+        tuple(dict.fromkeys(names[module] for module, _, _ in call.products)),
     )

@@ -43,7 +43,10 @@ class RowStates:
         key: Key = ("conv", layer_idx, state_idx)
         before, kept = self._present(key), self._tensors[key]
         tokens = kept.shape[-1]
-        seen = padded(conv_states, tokens) if before is None else torch.cat([before, conv_states], dim=-1)
+        if before is None:
+            seen = padded(conv_states, tokens)
+        else:  # with channels beside each other, as those that come have them
+            seen = torch.cat([before.mT, conv_states.mT], dim=-2).mT
         kept.copy_(seen[..., -tokens:])
         self._written.add(key)
         return seen
@@ -64,6 +67,13 @@ class RowStates:
     def is_recording_past(self, layer_idx: int) -> bool:
         """No state is ever taken back."""
         return False
+
+    def only_recurrent_state(self, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """The recurrent state, if there is one, only one, and of that shape. It may be changed in place."""
+        keys = [key for key in self._tensors if key[0] == "recurrent"]
+        if len(keys) != 1 or self._tensors[keys[0]].shape != shape:
+            return None
+        return self._present(keys[0])
 
     def _present(self, key: Key) -> torch.Tensor | None:
         return None if self._fresh and key not in self._written else self._tensors[key]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncengine.model.recurrent.functions import CPU, forward_with
+from asyncengine.model.recurrent.functions import CPU, Present, forward_with
 from asyncengine.model.recurrent.layer_run import LayerRun, Tensors
 from asyncengine.model.recurrent.recorded import RecurrentLayer, RecurrentSpec
 from asyncengine.model.recurrent.step_rows import StepRows, cut, late_saves
@@ -123,13 +123,17 @@ class States:
                     tensor[to].copy_(tensor[source])
 
     def _forward(self, layer: RecurrentLayer, tensors: Tensors) -> Callable[..., Any]:
-        plain = forward_with(layer.module, CPU if self._device.type == "cpu" else {})
+        present = Present()
+        functions = layer.functions
+        if functions is None:
+            functions = CPU if self._device.type == "cpu" else {}
+        plain = forward_with(layer.module, functions, present)
         trying = self._trying and layer.spec.continues
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             rows = self.rows
             assert rows is not None
-            run = LayerRun(layer, plain, tensors, args, kwargs)
+            run = LayerRun(layer, plain, present, tensors, args, kwargs)
             if trying and layer.name not in self.alone and not run.continues(rows):
                 self.alone.add(layer.name)
             return run.over(rows, self.places, layer.spec.continues and layer.name not in self.alone)

@@ -11,7 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncengine.model import architecture
+from asyncengine.model.recurrent.compiled_functions import compiled
+from asyncengine.model.recurrent.functions import Functions
 from asyncengine.model.recurrent.recorded import RecurrentLayer
+from asyncengine.model.recurrent.scans import Scans
 from asyncengine.model.recurrent.states import States, bytes_per_place
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
@@ -25,13 +28,13 @@ NAMES = ("qwen3_5", "lfm2", "granitemoehybrid", "mamba", "falcon_h1", "kimi_line
 class Case:
     """The first recurrent layer of a model, over states of several sequences, and transformers' own beside it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, functions: Functions | None = None) -> None:
         torch.manual_seed(0)
         self.model = AutoModelForCausalLM.from_config(config(name), attn_implementation=architecture.ATTENTION).eval()
         self.model.requires_grad_(False)
         layer = architecture.record(self.model).recurrent[0]
         alone = name in ("mamba",)  # as a trial finds out
-        self.layer = RecurrentLayer(layer.name, layer.module, layer.spec)
+        self.layer = RecurrentLayer(layer.name, layer.module, layer.spec, functions)
         limits = Limits(SLOTS, 64, 64, 16, 8, kept_states=KEPT)
         self.states = States([self.layer], limits, torch.float32, CPU, trying=alone)
         self.hidden = 64
@@ -102,10 +105,12 @@ def _wide(output: Any) -> torch.Tensor:
     return torch.cat([part[0].flatten(1) for part in parts], dim=-1)
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[(name, how) for name in NAMES for how in ("plain", "compiled")], ids="-".join)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    name, how = request.param
+    functions = compiled(request.getfixturevalue("compiled_scans")) if how == "compiled" else None
     with torch.inference_mode():
-        yield Case(request.param)
+        yield Case(name, functions)
 
 
 def test_prompts_in_pieces_beside_decodes(case: Case) -> None:
@@ -156,6 +161,15 @@ def test_a_layer_that_forgets_between_pieces_is_found_out() -> None:
             assert not case.states.alone
             case.step([(0, 4)])
         assert bool(case.states.alone) is not continues
+
+
+def test_no_layer_forgets_when_it_is_told_its_state(compiled_scans: Scans) -> None:
+    with torch.inference_mode():
+        case = Case("mamba", compiled(compiled_scans))
+        case.step([(0, 5)], fresh=[0])
+        case.step([(0, 4)])
+        case.step([(0, 2), (1, 3)], fresh=[1])
+    assert not case.states.alone
 
 
 def test_linear_layers_are_back_when_a_layer_fails() -> None:
