@@ -12,7 +12,6 @@ import torch
 
 from asyncengine import EngineConfig
 from asyncengine.builds import BuildError
-from asyncengine.model import built_model
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.recurrent import compiled_functions, scans
 from asyncengine.model.recurrent.scans import Scans
@@ -125,7 +124,7 @@ def test_only_models_with_recurrent_layers_are_compiled_for(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
-    own = built_model._calling_compiled
-    monkeypatch.setattr(built_model, "_calling_compiled", lambda *given: (asked.append(given), own(*given))[1])
+    own = scans.build
+    monkeypatch.setattr(scans, "build", lambda: (asked.append(None), own())[1])
     assert not notes_of(loaded(checkpoint("llama"))) and not asked
     assert not notes_of(loaded(checkpoint("qwen3_5"))) and len(asked) == 1
