@@ -5,9 +5,11 @@ greedy; limited by reading all weights once and the rows' keys and values, so th
 (measured here) is given. ``prefill``: one row of `--prefill` new tokens; limited by arithmetic, given in GFLOP/s, two
 operations for each weight of the layers and token.
 
-A figure is the median over repetitions. The last line is one JSON object.
+A figure is the median over repetitions. With ``--peer``, transformers' own forward does the same, over a cache of its
+own. The last line is one JSON object.
 
-    python -m benchmarks.step [--shape S] [--dtype bfloat16] [--decoder compiled] [--quantization none] [--rows 1 16 64]
+    python -m benchmarks.step [--shape S] [--dtype bfloat16] [--decoder compiled] [--quantization none]
+        [--rows 1 16 64] [--peer]
 """
 
 from __future__ import annotations
@@ -102,6 +104,26 @@ def median_seconds(model: Any, batch: StepBatch, repetitions: int) -> float:
     return statistics.median(times[2:])
 
 
+def peer_seconds(path: Path, dtype: str, rows: int, new: int, context: int, repetitions: int) -> float:
+    """Of one forward of transformers: `rows` sequences of `new` tokens on top of `context`; the median."""
+    import torch
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    times = []
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        if context:
+            model(torch.zeros(rows, context, dtype=torch.long), past_key_values=cache, logits_to_keep=1)
+        ids = torch.zeros(rows, new, dtype=torch.long)
+        for _ in range(repetitions + 1):
+            before = cache if context else DynamicCache(config=model.config)
+            begun = time.perf_counter()
+            model(ids, past_key_values=before, use_cache=True, logits_to_keep=1)
+            times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(shapes.SHAPES), default="S")
@@ -112,10 +134,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--peer", action="store_true", help="measure transformers' own forward as well")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     from transformers.utils import logging
+
+    from asyncengine.model.decoder.compiled_layers import weight_bytes
 
     logging.disable_progress_bar()
     peak = bandwidth()
@@ -125,14 +150,22 @@ def main() -> None:
         begun = time.perf_counter()
         loaded = load(arguments, path)
         figures["load_s"] = time.perf_counter() - begun
+        if arguments.peer:
+            few = max(arguments.repetitions // 4, 3)
+            for rows in arguments.rows:
+                seconds = peer_seconds(path, arguments.dtype, rows, 1, arguments.context, few)
+                figures[f"peer_decode_{rows}_ms"] = seconds * 1e3
+            seconds = peer_seconds(path, arguments.dtype, 1, arguments.prefill, 0, 3)
+            figures["peer_prefill_tokens_per_s"] = arguments.prefill / seconds
     model, vocabulary = loaded.model, loaded.vocab_size
     shape = shapes.SHAPES[arguments.shape]
     weights = sum(p.numel() for p in model._model.parameters())
     embedding = vocabulary * shape["hidden_size"]
     compiled = model._program
-    held = compiled.nbytes if compiled is not None else weights * getattr(torch, arguments.dtype).itemsize
+    held = compiled.nbytes if compiled is not None else weight_bytes(model._model)
     head_dim = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
-    cached = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim
+    kinds = shape.get("layer_types", ["full_attention"] * shape["num_hidden_layers"])
+    cached = 2 * kinds.count("full_attention") * shape["num_key_value_heads"] * head_dim
     print(
         f"{arguments.shape} {arguments.dtype} {loaded.config.decoder_backend}, {torch.get_num_threads()} threads, "
         f"memory {peak / 1e9:.1f} GB/s, loaded in {figures['load_s']:.1f} s"
@@ -142,14 +175,19 @@ def main() -> None:
         seconds = median_seconds(model, batch_of(rows, 1, arguments.context, vocabulary), arguments.repetitions)
         read = held + rows * arguments.context * cached * getattr(torch, arguments.dtype).itemsize
         share = read / seconds / peak
-        print(f"decode {rows:>3}: {seconds * 1e3:8.2f} ms = {rows / seconds:7.0f} tokens/s, {share:.0%} of bandwidth")
+        peer = figures.get(f"peer_decode_{rows}_ms")
+        beside = "" if peer is None else f"; transformers {peer:.2f} ms, {peer / seconds / 1e3:.2f} x"
+        rate = f"{rows / seconds:7.0f} tokens/s, {share:.0%} of bandwidth"
+        print(f"decode {rows:>3}: {seconds * 1e3:8.2f} ms = {rate}{beside}")
         figures[f"decode_{rows}_ms"] = seconds * 1e3
         figures[f"decode_{rows}_bandwidth_share"] = share
     seconds = median_seconds(model, batch_of(1, arguments.prefill, 0, vocabulary), max(arguments.repetitions // 4, 3))
-    rate = 2 * (weights - embedding) * arguments.prefill / seconds
-    print(f"prefill: {arguments.prefill / seconds:.0f} tokens/s, {rate / 1e9:.0f} GFLOP/s")
+    operations = 2 * (weights - embedding) * arguments.prefill / seconds
+    peer = figures.get("peer_prefill_tokens_per_s")
+    beside = "" if peer is None else f"; transformers {peer:.0f} tokens/s, {arguments.prefill / seconds / peer:.2f} x"
+    print(f"prefill: {arguments.prefill / seconds:.0f} tokens/s, {operations / 1e9:.0f} GFLOP/s{beside}")
     figures["prefill_tokens_per_s"] = arguments.prefill / seconds
-    figures["prefill_gflop_s"] = rate / 1e9
+    figures["prefill_gflop_s"] = operations / 1e9
     names = {"benchmark": "step", "shape": arguments.shape, "dtype": arguments.dtype}
     names |= {"decoder": loaded.config.decoder_backend, "quantization": arguments.quantization}
     print(json.dumps({**names, **{name: round(figure, 4) for name, figure in figures.items()}}))

@@ -8,7 +8,7 @@ from typing import Any
 
 from asyncengine.config import DecoderBackend, EngineConfig
 from asyncengine.errors import CheckpointError, UnsupportedModelError
-from asyncengine.model import memory, packed_linear
+from asyncengine.model import compiled_parts, memory, packed_linear
 from asyncengine.model.findings import Findings
 from asyncengine.model.load_check import BUILDING, Details
 from asyncengine.model.recorded import Recorded
@@ -72,7 +72,7 @@ def build(
     name = str(details.checkpoint.path)
     model, has_head = _with_weights(details)
     layers = architecture.layers_of(model, details.watched)
-    layers, slower = _calling_compiled(layers, details)
+    layers, slower = compiled_parts.calling_compiled(layers, details)
     notes.extend(slower)
     trial = verification.Trial.of(model, layers, details.device)
     backend = attention()
@@ -85,7 +85,7 @@ def build(
         if blueprint is not None:
             # What is not mapped from its file is in memory, and let go matrix by matrix.
             mapped = details.checkpoint.stored_in(details.dtype)
-            packing = Packing(_library(config, details, backend)) if mapped else None
+            packing = Packing(compiled_parts.library_of(config, details, backend)) if mapped else None
             program = _compile(config, details, blueprint, backend, packing)
             if packing is not None:
                 meanwhile()
@@ -93,7 +93,9 @@ def build(
             notes.extend(_rounding(config.quantization, program, trial.run(model, backend, program)))
             findings = _findings(details, model, layers, blueprint, trial, notes)
     except (NotRecognised, UnsupportedModelError) as error:
-        if config.decoder_backend == "compiled" or not (config.quantization == "none" or _multiplies(config, backend)):
+        if config.decoder_backend == "compiled" or not (
+            config.quantization == "none" or compiled_parts.multiplies(config, backend)
+        ):
             raise UnsupportedModelError(f"{name!r} cannot run as a compiled step: {error}") from error
         notes.append(f"decoder: runs as transformers has it: {error}")
         program = None
@@ -103,8 +105,10 @@ def build(
             trial.layers = layers
     fused = None
     if program is None:
-        if _multiplies(config, backend):
-            model, trial, note_of_products = _with_products(config, model, trial, details, backend)
+        if compiled_parts.multiplies(config, backend):
+            model, trial, note_of_products = compiled_parts.with_products(
+                config, model, trial, details, backend, lambda: _with_weights(details)[0]
+            )
             notes.extend(note_of_products)
         else:
             if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
@@ -174,7 +178,7 @@ def recalled(config: EngineConfig, details: Details, backend: Any) -> Recalled:
 
     assert details.findings is not None
     model, layers, blueprint = assembled(details.findings, details.checkpoint, details.max_length)
-    packing = Packing(_library(config, details, backend))
+    packing = Packing(compiled_parts.library_of(config, details, backend))
     program = _compile(config, details, blueprint, backend, packing)
     return Recalled(details, backend, model, Recorded(layers), program, packing)
 
@@ -204,7 +208,7 @@ def _tried(config: EngineConfig, model: Any, trial: Any, backend: Any) -> tuple[
     from asyncengine.model.quantised.four_bit_experts import use_kernels
 
     try:
-        return _with_recurrent(model, trial, backend)
+        return compiled_parts.tried(model, trial, backend)
     except Exception as error:  # also what a compiler or a driver raises
         if config.quantization != "int4":
             raise
@@ -212,96 +216,6 @@ def _tried(config: EngineConfig, model: Any, trial: Any, backend: Any) -> tuple[
     use_kernels(model, False)
     trial.run(model, backend)
     return (f"quantization: numbers are made of codes in each step, which is slow: {reason}",)
-
-
-def _with_recurrent(model: Any, trial: Any, backend: Any) -> tuple[str, ...]:
-    """Tries a model, whose recurrent layers may call compiled code; if that is wrong, as transformers has them.
-
-    Returns:
-        What is slower then, in words.
-
-    Raises:
-        UnsupportedModelError: It computes something else over a paged cache.
-    """
-    from asyncengine.model.graphs import reason_of
-
-    try:
-        trial.run(model, backend)
-        return ()
-    except Exception as error:  # also what a compiler or a driver raises
-        if all(layer.functions is None for layer in trial.layers.recurrent):
-            raise
-        reason = reason_of(error)
-    trial.layers = trial.layers.calling(None)
-    trial.run(model, backend)
-    return (f"recurrent layers: run as transformers has them, which is slower: {reason}",)
-
-
-def _multiplies(config: EngineConfig, backend: Any) -> bool:
-    """Whether the compiled code multiplies where the model does not run as a compiled step."""
-    from asyncengine.model.attention.cpu import CpuAttention
-
-    return isinstance(backend, CpuAttention) and config.quantization != "fp8"
-
-
-def _with_products(
-    config: EngineConfig, model: Any, trial: Any, details: Details, backend: Any
-) -> tuple[Any, Any, tuple[str, ...]]:
-    """Has the compiled code multiply in the model's linear layers, narrow if that is wanted, and tries it.
-
-    Returns:
-        The model and its trial, which are others where some module reads what is let go; and what came of it, in words.
-
-    Raises:
-        UnsupportedModelError: Nothing can be in so few bits, or the model computes something else over a paged cache.
-    """
-    from asyncengine.model import architecture
-    from asyncengine.model.decoder import compiled_layers
-    from asyncengine.model.decoder.compiled_linear import Products
-    from asyncengine.model.graphs import reason_of
-
-    quantization = config.quantization
-    products = Products(_library(config, details, backend), details.dtype, quantization)
-    rounded_to = compiled_layers.rounded_to(model, quantization)
-    compiled_layers.compile_layers(model, products, trial.layers.uncalled)
-    if quantization == "none":
-        try:
-            return model, trial, _with_recurrent(model, trial, backend)
-        except Exception as error:  # a module that reads the weights of its linear layers raises anything
-            reason = reason_of(error)
-        model, _ = _with_weights(details)
-        trial.layers, slower = _calling_compiled(architecture.layers_of(model, details.watched), details)
-        slower += _with_recurrent(model, trial, backend)
-        return model, trial, (*slower, f"decoder: its linear layers run as torch has them: {reason}")
-    if not (share := compiled_layers.narrow_share(model)):
-        raise UnsupportedModelError(
-            f"{str(details.checkpoint.path)!r} has no linear layers that could be in {quantization}"
-        )
-    try:
-        rounded = type(trial).of(model, trial.layers, details.device)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{str(details.checkpoint.path)!r} cannot be in {quantization}: {reason_of(error)}"
-        ) from error
-    off = rounded.off(trial, rounded_to)
-    slower = _with_recurrent(model, rounded, backend)
-    how = "rounded" if rounded_to == quantization else "as stored"
-    how = f"{share:.0%} of the weights, {how}: logits of a trial are {off:.1%} of their norm off"
-    return model, rounded, (*slower, f"quantization: {quantization}, {how}")
-
-
-def _calling_compiled(layers: Recorded, details: Details) -> tuple[Recorded, tuple[str, ...]]:
-    """Layers whose recurrent ones call compiled code, if that can be had; and why it cannot, in words."""
-    from asyncengine.builds import BuildError
-    from asyncengine.model.recurrent import scans
-    from asyncengine.model.recurrent.compiled_functions import compiled
-
-    if details.device.type != "cpu" or not layers.recurrent:
-        return layers, ()
-    try:
-        return layers.calling(compiled(scans.Scans(scans.build()))), ()
-    except BuildError as error:
-        return layers, (f"recurrent layers: run as transformers has them, which is slower: {error}",)
 
 
 def _fuse(
@@ -478,12 +392,5 @@ def _compile(config: EngineConfig, details: Details, blueprint: Any, backend: An
     """The model as a compiled step, which takes its weights: at once, or when `later`, a `Packing`, is run."""
     from asyncengine.model.decoder.program import CompiledDecoder
 
-    library = _library(config, details, backend)
+    library = compiled_parts.library_of(config, details, backend)
     return CompiledDecoder(blueprint, library, details.dtype, config.quantization, later)
-
-
-def _library(config: EngineConfig, details: Details, backend: Any) -> Any:
-    """The compiled code."""
-    from asyncengine.model.attention.kernel import kind_of
-
-    return backend.library(kind_of(details.dtype, config.quantization))
