@@ -26,6 +26,8 @@ extern "C" void decoder_int8_router() {}
 extern "C" void decoder_pack_codes() {}
 extern "C" void decoder_pack() {}
 extern "C" void decoder_step() {}
+extern "C" void decoder_experts() {}
+extern "C" void decoder_product() {}
 """
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
 
