@@ -12,6 +12,7 @@ import typer
 
 from asyncengine.cli.command import Failure
 from asyncengine.cli.flags import EngineFlags
+from asyncengine.errors import InsufficientMemoryError
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,14 @@ def estimate(
     if config.adapters:
         raise Failure("--lora-modules is given; the estimate knows no adapters", 2)
     needs = read(config)
-    room = Room.of(needs, config, None if memory is None else int(memory * _GIB))
-    for name, text in [*_needs_rows(needs), *_room_rows(needs, room)]:
+    for name, text in _needs_rows(needs):
+        print(f"{name:15} {text}")
+    try:
+        room = Room.of(needs, config, None if memory is None else int(memory * _GIB))
+    except InsufficientMemoryError as error:  # of states
+        print(f"{'':15} does not fit: {error}")
+        return 1
+    for name, text in _room_rows(needs, room):
         print(f"{name:15} {text}")
     if room.blocks < 2:
         print(f"{'':15} does not fit")
@@ -122,9 +129,9 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
     from asyncengine.model.attention_modules import text_config
-    from asyncengine.model.capacity import CUDA_CHUNK
+    from asyncengine.model.capacity import CUDA_CHUNK, state_scratch
     from asyncengine.model.checkpoint import Checkpoint
-    from asyncengine.model.load_check import KV_DTYPES, check_draft, check_quantization, dtype_of
+    from asyncengine.model.load_check import KV_DTYPES, check_draft, check_quantization, dtype_of, longest_of
     from asyncengine.model.location import locate
     from asyncengine.model.memory import GraphReserve
     from asyncengine.model.quantised.kept_bytes import Where, kept_bytes
@@ -143,7 +150,7 @@ def read(config: EngineConfig) -> Needs:
     drafts = [
         check_draft(name, checkpoint, text.vocab_size, device, dtype, kv_dtype) for name in config.additional_models
     ]
-    longest = min([getattr(text, "max_position_embeddings", None) or 2048, *(draft.max_length for draft in drafts)])
+    longest = min([longest_of(text, config), *(draft.max_length for draft in drafts)])
     length = config.max_single_sequence_length or longest
     if length > longest:
         whose = "the model's or its draft model's" if drafts else "the model's"
@@ -175,6 +182,7 @@ def read(config: EngineConfig) -> Needs:
         draws = config.speculative_mode == "disable"
         tokens = min(config.prefill_chunk_size or CUDA_CHUNK, length) + sequences
         graphs = sum((graph_memory.reserve(each, dtype, sequences, draws, tokens) for each in texts), GraphReserve())
+        graphs += state_scratch(list(watched.recurrent.values()), dtype, sequences)
     names = getattr(hf_config, "architectures", None)
     return Needs(
         architecture=names[0] if names else type(hf_config).__name__,

@@ -257,7 +257,7 @@ def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     """Turns linear layers into fp8; returns what came of it, in words."""
     from asyncengine.model.quantised.fp8_linear import counted, quantise
 
-    done, of = counted(model) if _stays(details) else quantise(model)
+    done, of = counted(model) if _stays(details) else quantise(model, trial.layers.uncalled)
     if not done:
         raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in fp8")
     if details.device.type == "cuda":
@@ -295,7 +295,7 @@ def _in_four_bits(model: Any, trial: Any, details: Details) -> tuple[str, Any]:
     rounded = not _stays(details)
     if rounded:
         round_experts(model)
-        round_layers(model)
+        round_layers(model, but=trial.layers.uncalled)
         memory.empty_cache()
     if not (share := share_of(model)):
         raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in int4")

@@ -13,7 +13,8 @@ from asyncengine.model.attention.protocol import CapturableBackend, CarryingBack
 from asyncengine.model.attention_modules import hooked, text_config
 from asyncengine.model.built_model import Built
 from asyncengine.model.load_check import Details
-from asyncengine.model.recurrent.states import bytes_per_place
+from asyncengine.model.recurrent.recorded import RecurrentSpec
+from asyncengine.model.recurrent.states import bytes_per_place, state_bytes
 from asyncengine.speculation.lengths import LONGEST
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadPlan
@@ -37,7 +38,6 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
     if draft is not None:
         layers = [*layers, *draft.layers.attention]  # they share the blocks
     per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.kv_dtype) for layer in layers)
-    graphs = None
     share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
     if cuda:
         drafts = 0 if config.speculative_mode == "disable" else sequences * (config.spec_draft_length or LONGEST)
@@ -47,11 +47,21 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
         used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
         available = int(memory.total_bytes(details.device) * share) - used - activations
         share = 1.0
-        graphs = graph_reserve(config, details, backend, sequences, [layer.spec for layer in layers])
-        if graphs is not None:
-            graphs += state_scratch(built, details, sequences)
     else:
         available = memory.free_bytes(details.device)
+    recurrent = [layer.spec for layer in built.layers.recurrent]
+
+    def scratch(count: int) -> memory.GraphReserve:
+        """Of so many rows' states, in a step that is launched."""
+        return state_scratch(recurrent, details.dtype, count) if cuda else memory.GraphReserve()
+
+    def captured(count: int) -> memory.GraphReserve | None:
+        graphs = graph_reserve(config, details, backend, count, [layer.spec for layer in layers])
+        return None if graphs is None else graphs + scratch(count)
+
+    def beside(count: int) -> int:
+        return scratch(count).nbytes + (captured(count) or memory.GraphReserve()).nbytes
+
     available, kept_states = max(available, 0), None
     if built.layers.recurrent:
         per_state = bytes_per_place(built.layers.recurrent, details.dtype)
@@ -61,9 +71,10 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
             sequences=sequences,
             wanted=config.max_num_sequence is not None,
             keeps=config.prefix_cache_mode == "radix",
+            beside=beside,
         )
         sequences, kept_states = room.sequences, room.kept
-        available -= int(room.nbytes / share)
+        available -= int(room.nbytes / share) + scratch(sequences).nbytes
     budget = memory.kv_budget(
         available=available,
         share=share,
@@ -71,7 +82,7 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
         page_size=page_size,
         wanted_tokens=config.max_total_sequence_length,
         useful_tokens=sequences * length,
-        graphs=graphs,
+        graphs=captured(sequences) if cuda else None,
     )
     limits = Limits(
         max_num_sequence=sequences,
@@ -114,9 +125,9 @@ def graph_reserve(
     return needs if details.draft is None else needs + graphs_of(config, details.draft, backend, sequences, specs)
 
 
-def state_scratch(built: Built, details: Details, sequences: int) -> memory.GraphReserve:
-    """What captured steps work on beside the states: copies of those of all rows, in one layer after the other."""
-    largest = max((bytes_per_place([layer], details.dtype) for layer in built.layers.recurrent), default=0)
+def state_scratch(specs: Collection[RecurrentSpec], dtype: torch.dtype, sequences: int) -> memory.GraphReserve:
+    """What steps work on beside the states: copies of those of all rows, in one layer after the other."""
+    largest = max((state_bytes([spec], dtype) for spec in specs), default=0)
     return memory.GraphReserve(_STATE_COPIES * sequences * largest)
 
 

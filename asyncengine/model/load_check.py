@@ -122,7 +122,7 @@ def plan_of(
 
         hf_config = architecture.read_config(checkpoint)
         text = text_config(hf_config)
-        vocab_size, longest = text.vocab_size, getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST
+        vocab_size, longest = text.vocab_size, longest_of(text, config)
     else:
         hf_config = None
         vocab_size, longest = findings.description["vocab_size"], findings.description["longest"]
@@ -361,6 +361,12 @@ def check_fp8(config: EngineConfig, device: torch.device) -> None:
             f"quantization is 'fp8' on a device of compute capability {capability[0]}.{capability[1]} "
             f"({torch.cuda.get_device_name(device)}); allowed: 8.9 and later"
         )
+
+
+def longest_of(text: Any, config: EngineConfig) -> int:
+    """Most tokens in one sequence, by a model's configuration; one that says nothing about positions limits nothing."""
+    stated = getattr(text, "max_position_embeddings", None)
+    return int(stated or max(DEFAULT_LONGEST, config.max_single_sequence_length or 0))
 
 
 def without_findings(details: Details) -> Details:

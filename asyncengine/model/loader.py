@@ -275,7 +275,8 @@ def _captured(
         specs = [layer.spec for layer in built.layers.attention]
         adapters = adapting is not None and bool(config.adapters)  # those that come later take what is left
         reserve = graphs_of(config, details, backend, limits.max_num_sequence, specs, adapters)
-        aside = (reserve + state_scratch(built, details, limits.max_num_sequence)).nbytes
+        recurrent = [layer.spec for layer in built.layers.recurrent]
+        aside = (reserve + state_scratch(recurrent, details.dtype, limits.max_num_sequence)).nbytes
         room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
     mixed = None
     if isinstance(backend, CarryingBackend) and model.states is None:  # prompts are cut in ways of their own

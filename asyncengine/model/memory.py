@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,10 +121,19 @@ class StateBudget:
     nbytes: int
 
 
-def state_budget(*, nbytes: int, bytes_per_state: int, sequences: int, wanted: bool, keeps: bool) -> StateBudget:
+def state_budget(
+    *,
+    nbytes: int,
+    bytes_per_state: int,
+    sequences: int,
+    wanted: bool,
+    keeps: bool,
+    beside: Callable[[int], int] = lambda sequences: 0,
+) -> StateBudget:
     """Decides how many states there are.
 
-    Half of the memory is left to keys and values at least, and what is kept takes a quarter at most.
+    Half of the memory is left to keys and values at least. What is kept takes a quarter at most, and so do sequences,
+    unless so many are demanded.
 
     Args:
         nbytes: To be shared with the KV cache.
@@ -131,20 +141,29 @@ def state_budget(*, nbytes: int, bytes_per_state: int, sequences: int, wanted: b
         sequences: How many sequences there may be at once.
         wanted: Whether the configuration demands so many.
         keeps: Whether there is a prefix cache.
+        beside: What so many sequences take of the memory besides.
 
     Raises:
         InsufficientMemoryError: The demand does not fit, or not even one sequence's does.
     """
-    fitting = nbytes // 2 // bytes_per_state - 1  # one is written by nobody's rows
-    text = f"{nbytes / GIB:.2f} GiB / 2 / {bytes_per_state / (1 << 20):.2f} MiB per sequence = {fitting} sequences"
-    if fitting < (sequences if wanted else 1):
+
+    def fit(count: int) -> tuple[int, int]:
+        """States that fit into half of what so many sequences leave, but for one that nobody reads; in a quarter."""
+        left = max(nbytes - beside(count), 0)
+        return max(left // 2 // bytes_per_state - 1, 0), left // 4 // bytes_per_state
+
+    half, quarter = fit(sequences)
+    while not wanted and sequences > 1 and sequences > min(half, max(quarter, 1)):
+        sequences = max(min(half, quarter, sequences - 1), sequences // 2)  # fewer take less besides
+        half, quarter = fit(sequences)
+    text = f"{nbytes / GIB:.2f} GiB / 2 / {bytes_per_state / (1 << 20):.2f} MiB per sequence = {half} sequences"
+    if half < sequences:
         asked = f"max_num_sequence = {sequences}, but " if wanted else ""
         raise InsufficientMemoryError(
             f"the states of recurrent layers do not fit: {asked}{text}; lower max_num_sequence or raise "
             "gpu_memory_utilization"
         )
-    sequences = min(sequences, fitting)
-    kept = min(max(4 * sequences, _KEPT_STATES), nbytes // 4 // bytes_per_state) if keeps else 0
+    kept = min(max(4 * sequences, _KEPT_STATES), quarter, half - sequences) if keeps else 0
     return StateBudget(sequences, kept, (sequences + kept + 1) * bytes_per_state)
 
 

@@ -140,8 +140,9 @@ class Trial:
         Raises:
             UnsupportedModelError: They differ by more than rounding.
         """
-        error = self._error(2, self._cuts, model, backend, program, kv_dtype)
-        if fp8_weights or kv_dtype not in (None, self._dtype):
+        narrow = fp8_weights or kv_dtype not in (None, self._dtype)
+        error = self._error(2, self._cuts, model, backend, program, kv_dtype, in_parts=not narrow)
+        if narrow:
             tolerance = _FP8_TOLERANCE
         elif program is None:
             tolerance = _TOLERANCE[self._dtype]
@@ -223,6 +224,7 @@ class Trial:
         kv_dtype: torch.dtype | None = None,
         fused: FusedDecoder | None = None,
         around: Callable[[Any], Any] | None = None,
+        in_parts: bool = True,
     ) -> float:
         """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut. With
         recurrent layers, of the first piece or of all others, whichever is larger.
@@ -255,7 +257,7 @@ class Trial:
         if states is not None:
             self.layers = self.layers.alone(states.alone)
         expected, first = self._expected[:rows, : cuts[-1]], cuts[1]
-        if not recurrent or first == cuts[-1]:
+        if not recurrent or first == cuts[-1] or not in_parts:
             return _relative(found, expected)
         # What goes on from a state is judged by itself.
         errors = [_relative(found[:, some], expected[:, some]) for some in (slice(first), slice(first, None))]

@@ -16,6 +16,7 @@ from asyncengine.cli.estimate import Room, read
 from asyncengine.model import memory
 from asyncengine.model.load_check import SLACK
 from tests.cli.programs import run
+from tests.model.checkpoints import write
 
 pytestmark = pytest.mark.loops("either")
 
@@ -96,6 +97,27 @@ async def test_it_reckons_as_the_loader_does(monkeypatch: pytest.MonkeyPatch) ->
     assert (
         Room.of(needs, config, None).blocks == int((free - needs.weight_bytes - SLACK) * 0.4) // needs.bytes_per_block
     )
+
+
+async def test_states_of_recurrent_layers_are_shown_and_reckoned_as_the_loader_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(write(tmp_path, "lfm2"))
+    done = run("estimate", path, "--memory", "1")
+    assert done.status == 0, done.err
+    assert "states          2 recurrent layers, 0.0 MiB per sequence" in done.out
+    assert "320 states: of 64 sequences, and 256 that are kept" in done.out
+    done = run("estimate", path, "--memory", "0.25")
+    assert done.status == 1
+    assert "states          2 recurrent layers" in done.out and "does not fit: the states of recurrent" in done.out
+    free = SLACK + (8 << 20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    config = EngineConfig(path, device="cpu", dtype="float32")
+    room = Room.of(needs := read(config), config, free + needs.weight_bytes)
+    async with AsyncEngine(config) as engine:
+        complete, metrics = engine.complete_engine_config, engine.metrics()
+    assert complete is not None
+    assert (complete.max_num_sequence, metrics.states_total) == (room.sequences, room.kept)
 
 
 async def test_a_draft_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,15 @@ def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.Monkey
     built: Any = SimpleNamespace(model=None, layers=Recorded(layers))
     config = EngineConfig("m", gpu_memory_utilization=0.5)
     limits, _ = capacity.limits_of(LoadPlan(config, True, None, details), built, None, backend)
+    recurrent: Any = [SimpleNamespace(spec=SimpleNamespace(states=[SimpleNamespace(nbytes=lambda dtype: 48 << 20)]))]
+    with_states, _ = capacity.limits_of(
+        LoadPlan(config, True, None, details),
+        SimpleNamespace(model=None, layers=Recorded(layers, recurrent)),
+        None,
+        backend,
+    )
+    assert 8 < with_states.max_num_sequence < 64, "fewer than usual, and graphs for no more"
+    assert with_states.num_blocks > 1 << 12 and with_states.kept_states
     graphs = reserve(details.hf_config, torch.bfloat16, 256, True, 2048 + 256)
     assert graphs.nbytes > 1 << 20
     assert limits.num_blocks == (40 * gib - 20 * gib - 2 * gib - graphs.nbytes) >> 20

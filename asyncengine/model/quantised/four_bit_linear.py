@@ -6,7 +6,7 @@ those kernels and the compiled step of the CPU are held to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -92,8 +92,9 @@ def keeper(weights: FourBits) -> Callable[[], None]:
     return restorer(weights.codes, weights.scales, weights.zeros)
 
 
-def round_layers(model: Any, group: int = GROUP) -> tuple[int, int]:
-    """Puts a `FourBitLinear` in the place of every linear layer but the head, as far as its inputs are whole groups.
+def round_layers(model: Any, group: int = GROUP, but: Collection[nn.Module] = ()) -> tuple[int, int]:
+    """Puts a `FourBitLinear` in the place of every linear layer but the head and those named, as far as its inputs are
+    whole groups.
 
     Returns:
         How many weights had been in the layers that were replaced, and how many there had been.
@@ -106,7 +107,7 @@ def round_layers(model: Any, group: int = GROUP) -> tuple[int, int]:
             found.weight = tied.weight
         return found
 
-    return replace(model, lambda layer: layer.in_features % group == 0, made)
+    return replace(model, lambda layer: layer.in_features % group == 0, made, but)
 
 
 def layers(model: nn.Module) -> dict[int, tuple[torch.Size, torch.dtype]]:

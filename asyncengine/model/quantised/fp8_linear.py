@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -104,13 +104,13 @@ class Fp8Linear(nn.Module):
         return restorer(fp8.movable(self.weight.data), self.weight_scale)
 
 
-def quantise(model: Any) -> tuple[int, int]:
-    """Puts an `Fp8Linear` in the place of every linear layer but the head.
+def quantise(model: Any, but: Collection[nn.Module] = ()) -> tuple[int, int]:
+    """Puts an `Fp8Linear` in the place of every linear layer but the head and those named.
 
     Returns:
         How many weights are in fp8 now, and how many there are.
     """
-    return replace(model, fits, Fp8Linear.of)
+    return replace(model, fits, Fp8Linear.of, but)
 
 
 def counted(model: nn.Module) -> tuple[int, int]:

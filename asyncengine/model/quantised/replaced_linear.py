@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,7 +12,10 @@ Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def replace(
-    model: Any, fits: Callable[[nn.Linear], bool], make: Callable[[nn.Linear, Kind | None], Kind]
+    model: Any,
+    fits: Callable[[nn.Linear], bool],
+    make: Callable[[nn.Linear, Kind | None], Kind],
+    but: Collection[nn.Module] = (),
 ) -> tuple[int, int]:
     """Replaces every linear layer but the head.
 
@@ -23,6 +26,7 @@ def replace(
         model: A causal language model of transformers.
         fits: Whether a layer can be replaced.
         make: Makes what takes its place; the second argument is what was made of a layer with the same weight.
+        but: Linear layers that stay as they are.
 
     Returns:
         How many weights the layers had that were replaced, and how many the model had.
@@ -34,7 +38,7 @@ def replace(
     for module in [module for module in model.modules() if module._modules]:
         for name in list(module._modules):
             child = module._modules[name]
-            if type(child) is not nn.Linear or id(child.weight) in kept or not fits(child):
+            if type(child) is not nn.Linear or child in but or id(child.weight) in kept or not fits(child):
                 del child
                 continue
             layer = made.get(id(child))

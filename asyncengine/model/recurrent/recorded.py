@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,7 @@ Key = tuple[Kind, int, int]
 
 _CACHES = ("cache", "cache_params", "past_key_values")
 """What transformers calls the cache among the arguments of a forward."""
+_KERNELS_LOG = "transformers.integrations.hub_kernels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,8 @@ def recording(model: nn.Module, whose: str) -> Iterator[list[RecurrentLayer]]:
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = calls.pop()
+        if call.states and call.given is None:
+            raise UnsupportedModelError(f"{whose}: {names[module]} does not call its input hidden_states")
         if call.states:
             found.append(RecurrentLayer(names[module], module, _spec(call, output)))
 
@@ -235,11 +239,19 @@ def recording(model: nn.Module, whose: str) -> Iterator[list[RecurrentLayer]]:
     hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in caches]
     hooks += [module.register_forward_hook(leave, with_kwargs=True) for module in caches]
     hooks += [module.register_forward_hook(multiplied) for module in names if hasattr(module, "in_features")]
+    log = logging.getLogger(_KERNELS_LOG)
+    log.addFilter(_is_no_fallback)
     try:
         yield found
     finally:
+        log.removeFilter(_is_no_fallback)
         for hook in hooks:
             hook.remove()
+
+
+def _is_no_fallback(record: logging.LogRecord) -> bool:
+    """Says of transformers' plain functions, once in a process, that they are slow: a load says what runs instead."""
+    return "is falling back to its reference" not in record.getMessage()
 
 
 def _spec(call: _Call, output: Any) -> RecurrentSpec:

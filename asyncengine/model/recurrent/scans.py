@@ -105,6 +105,10 @@ class Scans:
         batch, tokens, key_heads, key_dim = key.shape
         heads, value_dim = value.shape[2:]
         output = torch.empty((batch, tokens, heads, value_dim), dtype=query.dtype)
+        if not tokens:
+            if fresh:
+                state.zero_()
+            return output
         self._call(
             "delta_rule",
             _DELTA_RULE.pack(

@@ -8,6 +8,7 @@ at no neighbours, are taken out of that and computed for all tokens of the step 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,10 +17,13 @@ import torch
 
 from asyncengine.model.recurrent.functions import CPU, Present, forward_with
 from asyncengine.model.recurrent.layer_run import LayerRun, Tensors
-from asyncengine.model.recurrent.recorded import RecurrentLayer, RecurrentSpec
+from asyncengine.model.recurrent.recorded import Key, RecurrentLayer, RecurrentSpec
 from asyncengine.model.recurrent.step_rows import StepRows, cut, late_saves
 from asyncengine.step.batch import Int64, StepBatch
 from asyncengine.step.limits import Limits
+
+_ALIGNMENT = 64
+"""States begin at multiples of so many numbers, which are whole cache lines."""
 
 
 def state_bytes(specs: Iterable[RecurrentSpec], dtype: torch.dtype) -> int:
@@ -63,7 +67,10 @@ class States:
         self._layers = layers
         self._dtype = dtype
         self._device = device
-        self._tensors: list[Tensors] = []
+        self._rows: dict[
+            torch.dtype, torch.Tensor
+        ] = {}  # (places, numbers): all that is kept of a sequence, side by side
+        self._tensors: list[Tensors] = []  # of each layer, views of these
         self._trying = trying
         self.nowhere = limits.max_num_sequence + (limits.kept_states or 0)
         self.rows: StepRows | None = None
@@ -73,19 +80,30 @@ class States:
 
     def allocate(self) -> None:
         """Makes the tensors, of zeros, and lets the layers use them."""
+        lengths: dict[torch.dtype, int] = {}
+        starts: list[dict[Key, int]] = []
         for layer in self._layers:
-            tensors = {
-                state.key: torch.zeros(
-                    (self.nowhere + 1, *state.shape), dtype=state.dtype or self._dtype, device=self._device
-                )
-                for state in layer.spec.states
-            }
+            starts.append({})
+            for state in layer.spec.states:
+                dtype = state.dtype or self._dtype
+                starts[-1][state.key] = lengths.setdefault(dtype, 0)
+                lengths[dtype] += -(-math.prod(state.shape) // _ALIGNMENT) * _ALIGNMENT
+        self._rows = {
+            dtype: torch.zeros((self.nowhere + 1, length), dtype=dtype, device=self._device)
+            for dtype, length in lengths.items()
+        }
+        for layer, of_layer in zip(self._layers, starts, strict=True):
+            tensors = {}
+            for state in layer.spec.states:
+                start, rows = of_layer[state.key], self._rows[state.dtype or self._dtype]
+                own = rows[:, start : start + math.prod(state.shape)]
+                tensors[state.key] = own.view(self.nowhere + 1, *state.shape)
             self._tensors.append(tensors)
             layer.module.forward = self._forward(layer, tensors)
 
     def free(self) -> None:
         """Lets the tensors go; the layers are as transformers made them."""
-        self._tensors, self.rows = [], None
+        self._tensors, self._rows, self.rows = [], {}, None
         for layer in self._layers:
             layer.module.__dict__.pop("forward", None)
 
@@ -118,9 +136,8 @@ class States:
 
     def _copy(self, pairs: Iterable[tuple[int, int]]) -> None:
         for source, to in pairs:
-            for tensors in self._tensors:
-                for tensor in tensors.values():
-                    tensor[to].copy_(tensor[source])
+            for rows in self._rows.values():
+                rows[to].copy_(rows[source])
 
     def _forward(self, layer: RecurrentLayer, tensors: Tensors) -> Callable[..., Any]:
         present = Present()

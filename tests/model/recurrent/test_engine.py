@@ -149,6 +149,26 @@ def test_speculation_is_refused_before_a_load(checkpoint: Callable[..., Path]) -
         TransformersLoader().check(drafting, None)
 
 
+async def test_a_weight_that_a_layer_reads_itself_stays_as_it_is(checkpoint: Callable[..., Path]) -> None:
+    """The first Mamba multiplies by the weight of a linear layer that it does not call."""
+    path = checkpoint("mamba", time_step_rank=16)
+    async with AsyncEngine(config_of(path, dtype="bfloat16", quantization="fp8")) as engine:
+        assert any(note.startswith("quantization: fp8") for note in engine.health().notes)
+        assert len((await engine.generate(PROMPT, GREEDY)).token_ids) == 20
+    async with AsyncEngine(config_of(path)) as engine:
+        result = await engine.generate(PROMPT, GREEDY)
+        assert not any("run as torch has them" in note for note in engine.health().notes)
+    assert result.token_ids == reference(path).after_each(PROMPT, result.token_ids)
+
+
+def test_a_model_without_positions_takes_sequences_of_any_length(checkpoint: Callable[..., Path]) -> None:
+    loader, path = TransformersLoader(), checkpoint("mamba")
+    assert loader.check(config_of(path), None).details.max_length == 2048
+    assert loader.check(config_of(path, max_single_sequence_length=9000), None).details.max_length == 9000
+    with pytest.raises(ConfigError, match=r"max_position_embeddings allows 1\.\.512"):
+        loader.check(config_of(checkpoint("lfm2"), max_single_sequence_length=9000), None)
+
+
 def test_it_cannot_be_a_compiled_step(checkpoint: Callable[..., Path]) -> None:
     loader, config = TransformersLoader(), config_of(checkpoint("lfm2"), decoder_backend="compiled")
     plan = loader.check(config, None)
@@ -159,16 +179,24 @@ def test_it_cannot_be_a_compiled_step(checkpoint: Callable[..., Path]) -> None:
 def test_half_of_the_memory_is_left_to_keys_and_values() -> None:
     mib = 1 << 20
 
-    def budget(nbytes: int, sequences: int = 16, wanted: bool = False, keeps: bool = True) -> tuple[int, int]:
-        found = memory.state_budget(nbytes=nbytes, bytes_per_state=mib, sequences=sequences, wanted=wanted, keeps=keeps)
-        assert found.nbytes == (found.sequences + found.kept + 1) * mib <= nbytes
+    def budget(
+        nbytes: int, sequences: int = 16, wanted: bool = False, keeps: bool = True, each: int = 0
+    ) -> tuple[int, int]:
+        found = memory.state_budget(
+            nbytes=nbytes, bytes_per_state=mib, sequences=sequences, wanted=wanted, keeps=keeps,
+            beside=lambda count: each * count,
+        )  # fmt: skip
+        assert found.nbytes == (found.sequences + found.kept + 1) * mib
+        assert 2 * found.nbytes <= nbytes - each * found.sequences
         return found.sequences, found.kept
 
     assert budget(1000 * mib) == (16, 64)
     assert budget(1000 * mib, sequences=32) == (32, 128)
     assert budget(1000 * mib, keeps=False) == (16, 0)
     assert budget(100 * mib) == (16, 25)
-    assert budget(20 * mib) == (9, 5)  # fewer sequences than would be usual
+    assert budget(20 * mib) == (5, 4)  # fewer sequences than would be usual
+    assert budget(20 * mib, sequences=9, wanted=True) == (9, 0)
+    assert budget(100 * mib, sequences=256, each=mib) == (17, 20)  # of which each takes as much again, besides
     with pytest.raises(InsufficientMemoryError, match=r"max_num_sequence = 16, but 0\.02 GiB .* = 9 sequences; lower"):
         budget(20 * mib, wanted=True)
     with pytest.raises(InsufficientMemoryError, match="the states of recurrent layers do not fit"):

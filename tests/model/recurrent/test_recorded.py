@@ -1,3 +1,4 @@
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,11 @@ def test_layers_that_look_at_no_other_token_are_not_missed() -> None:
     assert (len(recorded.attention), len(recorded.recurrent)) == (1, 2)
 
 
-def test_watching_leaves_nothing_behind() -> None:
+def test_watching_leaves_nothing_behind_and_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     watched = model("lfm2")
     architecture.record(watched)
+    assert not [record for record in caplog.records if "falling back" in record.getMessage()]
+    assert not logging.getLogger("transformers.integrations.hub_kernels").filters
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in watched.modules())
 
 
@@ -99,6 +102,24 @@ def test_a_layer_that_asks_for_something_else_is_refused_by_name() -> None:
         recording(strange, "this one"),
     ):
         strange(torch.ones(1, 4, 8))
+
+
+class _Elsewhere(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, *, inputs: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        return cache.update_recurrent_state(inputs, 0)
+
+
+def test_a_layer_whose_input_has_another_name_is_refused() -> None:
+    elsewhere = _Elsewhere()
+    with (
+        pytest.raises(UnsupportedModelError, match="does not call its input hidden_states"),
+        recording(elsewhere, "this one"),
+    ):
+        elsewhere(inputs=torch.ones(1, 4, 8))
 
 
 def test_one_layer_twice_per_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

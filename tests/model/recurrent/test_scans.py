@@ -128,3 +128,14 @@ def test_only_models_with_recurrent_layers_are_compiled_for(
     monkeypatch.setattr(scans, "build", lambda: (asked.append(None), own())[1])
     assert not notes_of(loaded(checkpoint("llama"))) and not asked
     assert not notes_of(loaded(checkpoint("qwen3_5"))) and len(asked) == 1
+
+
+@needs_compiler
+def test_no_token_is_nothing_to_do() -> None:
+    none = torch.empty(1, 0, 2, 8)
+    state = torch.full((1, 2, 8, 8), float("nan"))
+    compiled = Scans(scans.build())
+    output = compiled.delta_rule(
+        none, none, none, torch.empty(1, 0, 2), torch.empty(1, 0, 2), state, fresh=True, normalise=False
+    )
+    assert output.shape == (1, 0, 2, 8) and not state.any()
