@@ -163,6 +163,8 @@ def main() -> None:
     embedding = vocabulary * shape["hidden_size"]
     compiled = model._program
     held = compiled.nbytes if compiled is not None else weight_bytes(model._model)
+    if compiled is None:  # beside the head, of which few rows are read
+        held -= embedding * getattr(torch, arguments.dtype).itemsize
     head_dim = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
     kinds = shape.get("layer_types", ["full_attention"] * shape["num_hidden_layers"])
     cached = 2 * kinds.count("full_attention") * shape["num_key_value_heads"] * head_dim
