@@ -183,9 +183,10 @@ class TorchModel:
         adapters, by_token = self._adapters, False
         if batch.adapters is not None:
             assert isinstance(adapters, AdaptedModules)
-            order, groups = groups_of(batch)
-            by_token = adapters.by_token(tokens)
-            sections |= {"adapters": places_of(batch, tokens)} if by_token else {"adapted": order}
+            if by_token := adapters.by_token(tokens):
+                sections["adapters"] = places_of(batch, tokens)
+            else:
+                sections["adapted"], groups = groups_of(batch)
         inputs = self._inputs.send(batch, sections, carry)
         sent = self._inputs.sent
         if states is not None:

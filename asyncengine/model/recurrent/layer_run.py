@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ class _Standing(nn.Module):
         part: Takes those of the tokens that are computed now.
     """
 
-    def __init__(self, products: torch.Tensor | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.products = products
+        self.products: torch.Tensor | None = None
         self.part: _Part = lambda whole: whole
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
@@ -39,11 +40,41 @@ class _Standing(nn.Module):
         return given if self.products is None else self.part(self.products)
 
 
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """A linear layer of a recurrent one that is computed for all tokens of a step at once, and what stands for it.
+
+    Attributes:
+        parent: Has it.
+        name: By which the parent has it.
+        linear: Itself.
+        stand: What is in its place while rows are computed.
+        first: Whether it takes the recurrent layer's input; else it makes its output.
+    """
+
+    parent: nn.Module
+    name: str
+    linear: nn.Module
+    stand: _Standing
+    first: bool
+
+    @classmethod
+    def all_of(cls, layer: RecurrentLayer) -> list[Outside]:
+        """Those of a layer: once for all steps."""
+        spec, found = layer.spec, []
+        for name in (*spec.entries, *(() if spec.last is None else (spec.last,))):
+            path, _, leaf = name.rpartition(".")
+            parent = layer.module.get_submodule(path)
+            found.append(cls(parent, leaf, parent.get_submodule(leaf), _Standing(), name != spec.last))
+        return found
+
+
 class LayerRun:
     """One call of a recurrent layer.
 
     Args:
         layer: It.
+        outside: Its linear layers that are computed for all tokens at once.
         plain: Its forward, as transformers has it.
         present: Is told what states that is given.
         tensors: Its states, (places, ...) each.
@@ -54,6 +85,7 @@ class LayerRun:
     def __init__(
         self,
         layer: RecurrentLayer,
+        outside: list[Outside],
         plain: Callable[..., Any],
         present: Present,
         tensors: Tensors,
@@ -61,17 +93,14 @@ class LayerRun:
         kwargs: dict[str, Any],
     ) -> None:
         given = args[0] if args else kwargs["hidden_states"]
-        self._spec, self._module = layer.spec, layer.module
+        self._spec, self._outside = layer.spec, outside
         self._plain, self._present = plain, present
         self._tensors = tensors
         self._args, self._kwargs = args, kwargs
         self._tokens = given.shape[1]
-        names = [*self._spec.entries, *([] if self._spec.last is None else [self._spec.last])]
-        self._swapped = {name: self._module.get_submodule(name) for name in names}
-        self._standing = {
-            name: _Standing(None if name == self._spec.last else linear(given))
-            for name, linear in self._swapped.items()
-        }
+        for each in outside:
+            if each.first:
+                each.stand.products = each.linear(given)
 
     def over(self, rows: StepRows, places: torch.Tensor, continues: bool) -> Any:
         """What the layer computes for a step; its states are those behind it then.
@@ -83,8 +112,7 @@ class LayerRun:
         """
         outputs: list[Any] = []
         try:
-            for name, stand in self._standing.items():
-                self._module.set_submodule(name, stand)
+            self._stand_in()
             if rows.num_decodes:
                 outputs.append(self._decodes(rows, places))
             for piece in rows.pieces:
@@ -99,8 +127,10 @@ class LayerRun:
                         tensor[to].copy_(tensor[piece.place])
         finally:
             self._put_back()
+            for each in self._outside:
+                each.stand.products = None  # they would be held until the next step
         output = outputs[0] if len(outputs) == 1 else _joined(outputs)
-        return output if self._spec.last is None else self._swapped[self._spec.last](output)
+        return output if self._spec.last is None else self._outside[-1].linear(output)
 
     def continues(self, rows: StepRows) -> bool:
         """Whether a piece of several tokens comes to the same at once and one by one, as far as the step has such.
@@ -117,8 +147,7 @@ class LayerRun:
             for key, tensor in self._tensors.items()
         }
         try:
-            for name, stand in self._standing.items():
-                self._module.set_submodule(name, stand)
+            self._stand_in()
             for cuts in ([(start, end)], [(at, at + 1) for at in range(start, end)]):
                 own = {key: tensor.clone() for key, tensor in strange.items()}
                 outputs.append(_first(_joined([self._piece(*part, own, False) for part in cuts])).float())
@@ -127,9 +156,13 @@ class LayerRun:
         at_once, one_by_one = outputs
         return bool((at_once - one_by_one).norm() <= _DIFFERS * one_by_one.norm())
 
+    def _stand_in(self) -> None:
+        for each in self._outside:
+            each.parent._modules[each.name] = each.stand
+
     def _put_back(self) -> None:
-        for name, linear in self._swapped.items():
-            self._module.set_submodule(name, linear)
+        for each in self._outside:
+            each.parent._modules[each.name] = each.linear
 
     def _decodes(self, rows: StepRows, places: torch.Tensor) -> Any:
         """All rows that decode, as a batch."""
@@ -148,8 +181,8 @@ class LayerRun:
         return self._run(lambda whole: whole[:, start:end], own, fresh)
 
     def _run(self, part: _Part, own: Tensors, fresh: bool) -> Any:
-        for stand in self._standing.values():
-            stand.part = part
+        for each in self._outside:
+            each.stand.part = part
         args, kwargs = (_parts(each, part, self._tokens) for each in (self._args, self._kwargs))
         rows = self._present.rows = RowStates(own, fresh)
         args, kwargs = self._spec.cache.put(args, kwargs, rows)

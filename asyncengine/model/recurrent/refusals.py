@@ -7,7 +7,8 @@ from asyncengine.errors import ConfigError
 
 
 def check_recurrent(config: EngineConfig, target: bool, draft: bool) -> None:
-    """Refuses speculation: tokens that turn out not to count cannot be taken out of a state again.
+    """Refuses a compiled step, which knows no such layers, and speculation: tokens that turn out not to count cannot be
+    taken out of a state again.
 
     Args:
         config: What is wanted.
@@ -15,8 +16,13 @@ def check_recurrent(config: EngineConfig, target: bool, draft: bool) -> None:
         draft: Whether the one that drafts for it has.
 
     Raises:
-        ConfigError: It is wanted.
+        ConfigError: One of them is wanted.
     """
+    if target and config.decoder_backend == "compiled":
+        raise ConfigError(
+            f"{config.model!r} cannot run as a compiled step: it has recurrent layers; decoder_backend is 'compiled', "
+            "allowed: 'auto', 'transformers'"
+        )
     if config.speculative_mode == "disable":
         return
     if draft:

@@ -17,11 +17,8 @@ class RowStates:
 
     Args:
         tensors: (B, ...) each, which are written to.
-        tokens: How many tokens of it each convolution keeps.
         fresh: Whether the sequences begin here: then nothing came before, and what is in the tensors is not looked at.
     """
-
-    layers: tuple[Any, ...] = ()
 
     def __init__(self, tensors: Mapping[Key, torch.Tensor], fresh: bool) -> None:
         self._tensors = tensors

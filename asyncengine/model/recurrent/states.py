@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from asyncengine.model.recurrent.functions import CPU, Present, forward_with
-from asyncengine.model.recurrent.layer_run import LayerRun, Tensors
+from asyncengine.model.recurrent.layer_run import LayerRun, Outside, Tensors
 from asyncengine.model.recurrent.recorded import Key, RecurrentLayer, RecurrentSpec
 from asyncengine.model.recurrent.step_rows import StepRows, cut, late_saves
 from asyncengine.step.batch import Int64, StepBatch
@@ -146,11 +146,12 @@ class States:
             functions = CPU if self._device.type == "cpu" else {}
         plain = forward_with(layer.module, functions, present)
         trying = self._trying and layer.spec.continues
+        outside = Outside.all_of(layer)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             rows = self.rows
             assert rows is not None
-            run = LayerRun(layer, plain, present, tensors, args, kwargs)
+            run = LayerRun(layer, outside, plain, present, tensors, args, kwargs)
             if trying and layer.name not in self.alone and not run.continues(rows):
                 self.alone.add(layer.name)
             return run.over(rows, self.places, layer.spec.continues and layer.name not in self.alone)

@@ -21,7 +21,6 @@ from asyncengine import (
     InsufficientMemoryError,
     RequestOptions,
     StepError,
-    UnsupportedModelError,
 )
 from asyncengine.model import memory
 from asyncengine.model.loader import TransformersLoader
@@ -169,11 +168,10 @@ def test_a_model_without_positions_takes_sequences_of_any_length(checkpoint: Cal
         loader.check(config_of(checkpoint("lfm2"), max_single_sequence_length=9000), None)
 
 
-def test_it_cannot_be_a_compiled_step(checkpoint: Callable[..., Path]) -> None:
-    loader, config = TransformersLoader(), config_of(checkpoint("lfm2"), decoder_backend="compiled")
-    plan = loader.check(config, None)
-    with pytest.raises(UnsupportedModelError, match="cannot run as a compiled step: it has recurrent layers"):
-        loader.load(plan)
+def test_it_cannot_be_a_compiled_step_and_that_is_known_before_a_load(checkpoint: Callable[..., Path]) -> None:
+    config = config_of(checkpoint("lfm2"), decoder_backend="compiled")
+    with pytest.raises(ConfigError, match="cannot run as a compiled step: it has recurrent layers"):
+        TransformersLoader().check(config, None)
 
 
 def test_half_of_the_memory_is_left_to_keys_and_values() -> None:
