@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from asyncengine.generation import GenerationConfig
+    from asyncengine.images import ImagePrompt
     from asyncengine.instructions import Deadlines
     from asyncengine.logits_processor import LogitsProcessor, LogitsRow
     from asyncengine.loop.engine import AsyncEngine
@@ -96,6 +97,7 @@ __all__ = [
     "Health",
     "Histogram",
     "IllegalStateError",
+    "ImagePrompt",
     "InsufficientMemoryError",
     "InvalidRequestError",
     "JsonObject",
@@ -149,6 +151,7 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "asyncengine.generation": ("GenerationConfig",),
+    "asyncengine.images": ("ImagePrompt",),
     "asyncengine.instructions": ("Deadlines",),
     "asyncengine.logits_processor": ("LogitsProcessor", "LogitsRow"),
     "asyncengine.loop.engine": ("AsyncEngine",),

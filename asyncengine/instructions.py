@@ -11,6 +11,7 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import InvalidRequestError
 from asyncengine.events import Event
 from asyncengine.generation import SamplingParams
+from asyncengine.images import PromptImages
 from asyncengine.outputs import Pooling
 from asyncengine.step.batch import Int32
 
@@ -78,6 +79,7 @@ class NewRequest:
         arriving: Whether the prompt, empty so far, comes in pieces by `ExtendPrompt`.
         pooling: Which of the prompt's hidden states make its embedding; None wants none.
         adapter: Name of the adapter that it is computed with; None is the model alone.
+        images: Those in the prompt.
     """
 
     number: int
@@ -90,6 +92,7 @@ class NewRequest:
     arriving: bool = False
     pooling: Pooling | None = None
     adapter: str | None = None
+    images: PromptImages | None = None
 
 
 @dataclass(frozen=True, slots=True)

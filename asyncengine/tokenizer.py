@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 Message = Mapping[str, Any]
@@ -27,6 +27,20 @@ class Tokenizer(Protocol):
         Raises:
             ValueError: There is no chat template, or it refuses the messages.
         """
+        ...
+
+
+class WritingTokenizer(Tokenizer, Protocol):
+    """A tokenizer that lets others encode what its chat template writes."""
+
+    def encode_piece(self, text: str) -> list[int]:
+        """Token ids of a piece of a prompt, without special tokens around it."""
+        ...
+
+    def encode_chat_by(
+        self, messages: Sequence[Message], template_arguments: Mapping[str, Any], encode: Callable[[str], list[int]]
+    ) -> list[int]:
+        """As `encode_chat`, with each piece of text encoded by `encode`, in their order."""
         ...
 
 

@@ -31,6 +31,7 @@ PUBLIC = [
     "Health",
     "Histogram",
     "IllegalStateError",
+    "ImagePrompt",
     "InsufficientMemoryError",
     "InvalidRequestError",
     "JsonObject",
@@ -65,10 +66,12 @@ TESTING = [
     "MODEL",
     "ByteTokenizer",
     "Script",
+    "ScriptedImageReader",
     "ScriptedLoader",
     "ScriptedModel",
     "echo",
     "echo_engine",
+    "pieces_of",
     "scripted_engine",
 ]
 

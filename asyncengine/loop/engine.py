@@ -14,6 +14,7 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import InvalidRequestError, RequestDroppedError
 from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
+from asyncengine.images import ImagePrompt
 from asyncengine.instructions import ReplyTo
 from asyncengine.loop.control import EngineControl
 from asyncengine.loop.embedding import EmbeddingOptions
@@ -23,6 +24,7 @@ from asyncengine.loop.observer import Operation, RequestBegun, begin
 from asyncengine.loop.prepare import (
     NO_TOKENS,
     Conversation,
+    Encoded,
     Prompt,
     RequestOptions,
     StreamedPrompt,
@@ -37,7 +39,6 @@ from asyncengine.loop.prepare import (
 from asyncengine.loop.router import Inbox
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import Embedding, FinishReason, Pooling, PromptScore, RequestResult
-from asyncengine.step.batch import Int32
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
 
@@ -136,8 +137,10 @@ class AsyncEngine(EngineControl):
         ``async for output in engine.chat(messages)`` streams it, ``await engine.chat(messages)`` returns it whole.
 
         Args:
-            messages: Mappings with ``role`` and ``content``. The ``token_ids`` of an answer, given beside its content,
-                take its place: nothing that the model wrote is then cut into other tokens and computed again.
+            messages: Mappings with ``role`` and ``content``, which is text or a list of parts: ``{"type": "text",
+                "text": ...}`` and ``{"type": "image", "image": ...}``, where the image is what
+                `asyncengine.images.ImageSource` says, or OpenAI's ``image_url`` with a ``data:`` URL. The
+                ``token_ids`` of an answer, given beside its content, take its place: nothing that the model wrote is then cut into other tokens and computed again.
             config: How to generate.
             options: Id, priority, deadlines.
             **template_arguments: Passed to the chat template.
@@ -316,15 +319,16 @@ class AsyncEngine(EngineControl):
         while True:
             view = await self._view()
             wanted = [checked_config(config) for config in configs]
-            encoded = [NO_TOKENS] if arriving else await _encoded(prompts, view, many)
+            encoded = [Encoded(NO_TOKENS)] if arriving else await _encoded(prompts, view, many)
             compiler = self._compiler(view)
             grammars = [await compile_grammar(config, compiler) for config in wanted]
             news = []
-            for index, (ids, config, grammar) in enumerate(zip(encoded, wanted, grammars, strict=True)):
+            for index, (read, config, grammar) in enumerate(zip(encoded, wanted, grammars, strict=True)):
                 own = options
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
-                news.append(new_request(next(self._numbers), ids, config, own, view, pin, grammar, arriving, embedding))
+                number, (ids, images) = next(self._numbers), read
+                news.append(new_request(number, ids, config, own, view, pin, grammar, arriving, embedding, images))
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []
@@ -355,14 +359,14 @@ class AsyncEngine(EngineControl):
 
 async def _encoded(
     prompts: Sequence[Prompt | Conversation | StreamedPrompt], view: ModelView, many: bool
-) -> list[Int32]:
+) -> list[Encoded]:
     """Token ids of each prompt; of many, an error names the one that is wrong."""
     encoded = []
     for index, prompt in enumerate(prompts):
         try:
             encoded.append(await encode(prompt, view))
             if many:
-                check_length(len(encoded[-1]), view)
+                check_length(len(encoded[-1].ids), view)
         except InvalidRequestError as error:
             if not many:
                 raise
@@ -404,6 +408,6 @@ def _name(field: str, value: object) -> str:
 
 def _reusable(prompt: Prompt | Conversation) -> Prompt | Conversation:
     """A prompt that can be read twice: iterators cannot."""
-    if isinstance(prompt, (str, Conversation, Sequence)) or not hasattr(prompt, "__next__"):
+    if isinstance(prompt, (str, Conversation, ImagePrompt, Sequence)) or not hasattr(prompt, "__next__"):
         return prompt
     return list(prompt)

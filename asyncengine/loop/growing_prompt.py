@@ -67,7 +67,7 @@ class GrowingPrompt:
             InvalidRequestError: The prompt is empty, cannot be encoded, or is too long.
         """
         if self._texts:
-            return self._give(await encode("".join(self._texts), self._view))
+            return self._give((await encode("".join(self._texts), self._view)).ids)
         if not self._count:
             raise InvalidRequestError("the prompt is empty: no piece had a token; allowed: at least one token")
         return self._count, self._given[:0]
@@ -103,7 +103,7 @@ class GrowingPrompt:
         self._texts = ["".join(self._texts)]
         if not self._texts[0].strip():  # there may not be a token in it
             return len(self._given), self._given[:0]
-        certain = (await encode(self._texts[0], self._view))[:-_HELD_BACK]
+        certain = (await encode(self._texts[0], self._view)).ids[:-_HELD_BACK]
         if len(certain) < len(self._given) and np.array_equal(certain, self._given[: len(certain)]):
             return len(self._given), self._given[:0]  # a word became whole, and its tokens fewer
         return self._give(certain)

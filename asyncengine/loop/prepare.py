@@ -9,7 +9,7 @@ import operator
 import secrets
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import anyio.to_thread
 import numpy as np
@@ -20,17 +20,21 @@ from asyncengine.generation import GenerationConfig, resolve
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.grammar.protocol import Grammar
 from asyncengine.grammar.select import make_backend
+from asyncengine.images import ImagePrompt, ImageSource, PromptImages, Write
 from asyncengine.instructions import Deadlines, NewRequest, WhenFull
 from asyncengine.loop.branch import Branch
 from asyncengine.loop.embedding import EmbeddingOptions, pooling_of
+from asyncengine.loop.image_parts import take_images
 from asyncengine.step.adapters import unknown_adapter
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
-from asyncengine.tokenizer import Message, Tokenizer
+from asyncengine.tokenizer import Message, Tokenizer, WritingTokenizer
 
 T = TypeVar("T")
 
-Prompt = str | Iterable[int]
+TextPrompt = str | Iterable[int]
+
+Prompt = TextPrompt | ImagePrompt
 
 Piece = str | int | Iterable[int]
 
@@ -88,21 +92,31 @@ class Conversation:
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-async def encode(prompt: Prompt | Conversation | StreamedPrompt, view: ModelView) -> Int32:
-    """Token ids of a prompt. Long texts are encoded on a worker thread; cancelling does not stop that.
+class Encoded(NamedTuple):
+    """A prompt as the model takes it.
+
+    Attributes:
+        ids: (tokens,) token ids.
+        images: Those in it.
+    """
+
+    ids: Int32
+    images: PromptImages | None = None
+
+
+async def encode(prompt: Prompt | Conversation | StreamedPrompt, view: ModelView) -> Encoded:
+    """Token ids of a prompt. Long texts and images are read on a worker thread; cancelling does not stop that.
 
     Raises:
-        InvalidRequestError: Not text, token ids in the vocabulary, or messages that the chat template takes; or empty.
+        InvalidRequestError: Not text, token ids in the vocabulary, messages that the chat template takes, or images
+            that the model does; or empty.
     """
     tokenizer = view.tokenizer
     if isinstance(prompt, Conversation):
-        conversation = prompt
-        _check_messages(conversation.messages, view)
-        model = _tokenizer(tokenizer, view, "messages need a tokenizer")
-        template_arguments = conversation.template_arguments
-        return await _in_thread(
-            lambda: token_ids_of(model.encode_chat(conversation.messages, template_arguments), view)
-        )
+        return await _encode_chat(prompt, view)
+    elif isinstance(prompt, ImagePrompt):
+        model, text = _tokenizer(tokenizer, view, "images need one"), prompt.text
+        return await _read_images(prompt.images, view, lambda encode: encode(text), model.encode)
     elif isinstance(prompt, str):
         text = prompt
         if not text:
@@ -111,14 +125,43 @@ async def encode(prompt: Prompt | Conversation | StreamedPrompt, view: ModelView
         if len(text) <= _INLINE_CHARACTERS:
             ids = _typed(lambda: model.encode(text))
         else:
-            return await _in_thread(lambda: token_ids_of(model.encode(text), view))
+            return Encoded(await _in_thread(lambda: token_ids_of(model.encode(text), view)))
     elif isinstance(prompt, AsyncIterable) and not isinstance(prompt, Iterable):
         raise InvalidRequestError("the prompt is an async iterator; add_request, stream and generate take one")
     elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
         raise InvalidRequestError(f"the prompt is {prompt!r:.80}; expected a string or token ids")
     else:
         ids = prompt  # type: ignore[assignment]
-    return token_ids_of(ids, view)
+    return Encoded(token_ids_of(ids, view))
+
+
+async def _encode_chat(conversation: Conversation, view: ModelView) -> Encoded:
+    _check_messages(conversation.messages, view)
+    model = _tokenizer(view.tokenizer, view, "messages need a tokenizer")
+    arguments = conversation.template_arguments
+    messages, images = take_images(conversation.messages)
+    if not images:
+        return Encoded(await _in_thread(lambda: token_ids_of(model.encode_chat(messages, arguments), view)))
+    if not hasattr(model, "encode_chat_by"):
+        raise InvalidRequestError("the messages have images; the tokenizer has no encode_chat_by, which they need")
+    writing = cast("WritingTokenizer", model)
+    return await _read_images(
+        images, view, lambda encode: writing.encode_chat_by(messages, arguments, encode), writing.encode_piece
+    )
+
+
+async def _read_images(
+    images: Sequence[ImageSource], view: ModelView, write: Write, encode: Callable[[str], list[int]]
+) -> Encoded:
+    reader = view.image_reader
+    if reader is None:
+        raise InvalidRequestError(f"the prompt has images; {view.config.model!r} takes none: {view.no_images}")
+
+    def read() -> Encoded:
+        found = reader.read(images, write, encode)
+        return Encoded(token_ids_of(found.token_ids, view), found.images)
+
+    return await _in_thread(read)
 
 
 def check_length(prompt_tokens: int, view: ModelView) -> None:
@@ -175,6 +218,7 @@ def new_request(
     grammar: Grammar | None = None,
     arriving: bool = False,
     embedding: EmbeddingOptions | None = None,
+    images: PromptImages | None = None,
 ) -> NewRequest:
     """Checks a request against the model and fills in every default.
 
@@ -213,6 +257,7 @@ def new_request(
         arriving,
         pooling,
         options.adapter,
+        images,
     )
 
 

@@ -60,9 +60,16 @@ class FastTokenizer:
 
     def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
         """As `asyncengine.tokenizer.Tokenizer`."""
-        return _encode_chat(self, self._chat, messages, template_arguments, self._encode_piece)
+        return self.encode_chat_by(messages, template_arguments, self.encode_piece)
 
-    def _encode_piece(self, text: str) -> list[int]:
+    def encode_chat_by(
+        self, messages: Sequence[Message], template_arguments: Mapping[str, Any], encode: Callable[[str], list[int]]
+    ) -> list[int]:
+        """As `asyncengine.tokenizer.WritingTokenizer`."""
+        return _encode_chat(self, self._chat, messages, template_arguments, encode)
+
+    def encode_piece(self, text: str) -> list[int]:
+        """As `asyncengine.tokenizer.WritingTokenizer`."""
         return self._encoded(text, False)
 
     def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -123,9 +130,16 @@ class SlowTokenizer:
 
     def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
         """As `asyncengine.tokenizer.Tokenizer`."""
-        return _encode_chat(self, self._tokenizer, messages, template_arguments, self._encode_piece)
+        return self.encode_chat_by(messages, template_arguments, self.encode_piece)
 
-    def _encode_piece(self, text: str) -> list[int]:
+    def encode_chat_by(
+        self, messages: Sequence[Message], template_arguments: Mapping[str, Any], encode: Callable[[str], list[int]]
+    ) -> list[int]:
+        """As `asyncengine.tokenizer.WritingTokenizer`."""
+        return _encode_chat(self, self._tokenizer, messages, template_arguments, encode)
+
+    def encode_piece(self, text: str) -> list[int]:
+        """As `asyncengine.tokenizer.WritingTokenizer`."""
         with self._lock:
             return list(self._tokenizer.encode(text, add_special_tokens=False))
 

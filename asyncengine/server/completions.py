@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine.detokenizer import BEFORE
-from asyncengine.loop.prepare import Prompt
+from asyncengine.loop.prepare import TextPrompt
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import FinishReason, RequestOutput
 from asyncengine.server.answer import Answer, new_id, now
@@ -141,7 +141,7 @@ class Completing:
             for branch in range(self.body.n)
         ]
 
-    def _echo(self, prompt: Prompt) -> str:
+    def _echo(self, prompt: TextPrompt) -> str:
         if not self.body.echo:
             return ""
         if isinstance(prompt, str):
@@ -170,7 +170,7 @@ def routes(service: Service) -> list[Route]:
 class _Scores:
     """Log-probabilities of one branch: of the prompt, as soon as the branch begins, and of what follows."""
 
-    def __init__(self, asked: Completing, stream: RequestStream, prompt: Prompt, echo: str) -> None:
+    def __init__(self, asked: Completing, stream: RequestStream, prompt: TextPrompt, echo: str) -> None:
         body, tokenizer = asked.body, asked.tokenizer
         self._echoes = body.echo and body.logprobs is not None
         before = stream.prompt_token_ids[-BEFORE:].tolist()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from asyncengine.loop.prepare import Prompt
+from asyncengine.loop.prepare import TextPrompt
 from asyncengine.server.refusal import Refusal
 from asyncengine.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ MARKS = (
 """How models call the three."""
 
 
-def around_gap(prompts: Sequence[Prompt], suffix: str, tokenizer: Tokenizer) -> list[Prompt]:
+def around_gap(prompts: Sequence[TextPrompt], suffix: str, tokenizer: Tokenizer) -> list[TextPrompt]:
     """Prompts that ask a model for what stands between each of them and `suffix`.
 
     Raises:
@@ -32,7 +32,7 @@ def around_gap(prompts: Sequence[Prompt], suffix: str, tokenizer: Tokenizer) -> 
         message = f"suffix: the model has no tokens for filling a gap, such as {' '.join(MARKS[0])}"
         raise Refusal(400, message, "unsupported_field", "suffix")
     before, after, middle = found
-    filled: list[Prompt] = []
+    filled: list[TextPrompt] = []
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise Refusal(400, "prompt is token ids; expected text beside suffix", "invalid_field", "prompt")

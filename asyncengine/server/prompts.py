@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from asyncengine.loop.prepare import Prompt
+from asyncengine.loop.prepare import TextPrompt
 from asyncengine.server.refusal import Refusal
 
 
-def prompts_of(given: str | list[str | int | list[int]], field: str) -> list[Prompt]:
+def prompts_of(given: str | list[str | int | list[int]], field: str) -> list[TextPrompt]:
     """Texts and lists of token ids; a list of numbers is one of the latter.
 
     Raises:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from asyncengine.images import ImagePart
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -31,7 +35,8 @@ class StepBatch:
 
     Attributes:
         token_ids: (T,) input tokens.
-        positions: (T,) position of each token in its sequence.
+        positions: (T,) where each token is rotated to, or what position it is embedded with: its place in its sequence, or
+            less behind images whose tokens have several axes.
         query_start: (R + 1,) row r owns the tokens query_start[r]:query_start[r + 1].
         context_lens: (R,) tokens of the row that were in the KV cache before this step.
         block_tables: (R, B) physical block of each logical block; entries past the row's end are arbitrary.
@@ -55,6 +60,8 @@ class StepBatch:
             slot's state is at the place of the same number; behind those are the places of states that are kept.
         state_saves: (S, 3) row, count and place: where the row's state goes as it is behind its first `count` tokens.
             A row that begins at position 0 begins with no state; others go on with what is at their slot's place.
+        images: Which tokens stand for pieces of which images. Other tokens of the same id are what they are.
+        axes: (axes, T) where each token is rotated to, by axis; None where all axes are as `positions`.
     """
 
     token_ids: Int32
@@ -78,6 +85,8 @@ class StepBatch:
     slots: Int64 | None = None
     state_copies: Int64 = field(default_factory=lambda: NO_PAIRS)
     state_saves: Int64 = field(default_factory=lambda: NO_SAVES)
+    images: tuple[ImagePart, ...] = ()
+    axes: Int32 | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from asyncengine.images import ImagePart
 from asyncengine.step.batch import NO_PAIRS, NO_SAVES, Int32, Int64, StepBatch
 from asyncengine.step.decode_rows import DecodeRows
 from asyncengine.step.drafting import Drafts
@@ -72,19 +73,28 @@ class Batches:
             # A branch about to be born has a slot but no tokens in it yet.
             born = np.array([branch.state is not SequenceState.UNBORN for _, branch in drawing])
             sample_positions[decoded:] *= born
-        scores: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if any(chunk.num_scored for chunk in chunks):
-            scores = self._scores(chunks, query_start[decodes:], context[decodes:])
+            more = self._scores(chunks, query_start[decodes:], context[decodes:])
+        rotated, shifts = positions.astype(np.int32), slots.shifts_of(rows)
+        if shifts is not None:
+            rotated += np.repeat(shifts, counts).astype(np.int32)
+        with_images = [images for chunk in chunks if (images := chunk.sequence.request.new.images) is not None]
+        if with_images:
+            more |= self._images(chunks, query_start[decodes:], context[decodes:], rotated)
+            token_ids = with_images[0].plain(token_ids)
+            if "score_token_ids" in more:
+                more["score_token_ids"] = with_images[0].plain(more["score_token_ids"])
         spans = [
             [position - computed + start for position in chunk.pooled]
             for chunk, start, computed in zip(chunks, query_start[decodes:-1].tolist(), context[decodes:], strict=True)
             if chunk.pools
         ]
         if spans:
-            scores["pool_spans"] = np.array(spans, dtype=np.int64)
+            more["pool_spans"] = np.array(spans, dtype=np.int64)
         return StepBatch(
             token_ids=token_ids,
-            positions=positions.astype(np.int32),
+            positions=rotated,
             query_start=query_start,
             context_lens=context.astype(np.int32),
             block_tables=slots.blocks[rows, : slots.num_blocks[rows].max()],
@@ -101,8 +111,27 @@ class Batches:
             slots=None if states is None else rows,
             state_copies=NO_PAIRS if states is None else states.copies,
             state_saves=NO_SAVES if states is None else states.saves,
-            **scores,
+            **more,
         )
+
+    def _images(self, chunks: list[Chunk], query_start: Int32, context: Int64, positions: Int32) -> dict[str, Any]:
+        """The fields of the batch that say where images are in it."""
+        parts, axes = [], None
+        for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
+            images = chunk.sequence.request.new.images
+            if images is None:
+                continue
+            end = computed + chunk.count
+            for image in images.images:
+                first, last = np.searchsorted(image.places, (computed, end)).tolist()
+                if first < last:
+                    parts.append(ImagePart(image, first, image.places[first:last] - computed + start))
+            if images.axes is not None:
+                if axes is None:
+                    axes = np.repeat(positions[None], len(images.axes), axis=0)
+                of_prompt = images.axes[:, computed:end]
+                axes[:, start : start + of_prompt.shape[1]] = of_prompt
+        return {"images": tuple(parts), "axes": axes}
 
     def _scores(self, chunks: list[Chunk], query_start: Int32, context: Int64) -> dict[str, Any]:
         """The fields of the batch that say which of the chunks' logits are looked at."""

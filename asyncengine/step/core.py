@@ -324,6 +324,8 @@ class Core:
         def place(sequence: Any, tokens: Any) -> None:
             new = sequence.request.new
             prompt = len(new.prompt)
+            if new.images is not None:
+                tokens = new.images.plain(tokens)
             model.place(sequence.slot, new.params, sequence.branch, tokens[:prompt], tokens[prompt:])
             if drafting is not None:
                 drafting.place(sequence.slot, new.params, sequence.branch, sequence.learnt)
@@ -335,7 +337,7 @@ class Core:
         self._epoch += 1
         self.loaded, self.scheduler, self.failure = loaded, scheduler, None
         self.requests.max_queue_size = loaded.config.max_queue_size
-        self.requests.attach(scheduler, loaded.tokenizer, loaded.vocab_size, loaded.hidden_size is not None, adapters)
+        self.requests.attach(scheduler, loaded, adapters)
         self.view = dataclasses.replace(loaded.view(self._epoch), adapters=adapters.names)
 
     def drop_model(self) -> None:

@@ -29,8 +29,8 @@ class _Columns:
     """
 
     __slots__ = (
-        "_adapters", "_begins", "_columns", "_counting", "_positions", "_query_start", "_slots", "_table", "_tables",
-        "context", "left", "pieces", "unknown",
+        "_adapters", "_begins", "_columns", "_counting", "_lengths", "_positions", "_query_start", "_slots", "_table",
+        "_tables", "context", "left", "pieces", "unknown",
     )  # fmt: skip
 
     def __init__(self, slots: Int64, table: SlotTable) -> None:
@@ -40,7 +40,9 @@ class _Columns:
         context = self.context
         place = slots * table.tokens.shape[1] + context
         self._columns = np.stack([place, place, context + 1 - table.prompt_tokens[slots]])
-        self._positions: Int32 = context.astype(np.int32)
+        self._lengths: Int32 = context.astype(np.int32)
+        shifts = table.shifts_of(slots)
+        self._positions = self._lengths if shifts is None else (context + shifts).astype(np.int32)
         self.pieces = Pieces(count)
         self._counting = np.arange(count, dtype=np.int64)
         self._query_start = np.arange(count + 1, dtype=np.int32)
@@ -76,7 +78,7 @@ class _Columns:
             token_ids=self.pieces.take(self._table.flat_tokens, columns[_PLACE]),
             positions=self._positions,
             query_start=self._query_start,
-            context_lens=self._positions,
+            context_lens=self._lengths,
             block_tables=self._tables,
             slot_mapping=columns[_MAPPING],
             sample_index=self._counting,
@@ -99,7 +101,8 @@ class _Columns:
         """By one token."""
         pieces = self.pieces
         self._columns = pieces.plus_one(self._columns)
-        self._positions = pieces.plus_one(self._positions)
+        shifted, self._lengths = self._positions is not self._lengths, pieces.plus_one(self._lengths)
+        self._positions = pieces.plus_one(self._positions) if shifted else self._lengths
         self.context = pieces.plus_one(self.context)
         self.left -= 1
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from asyncengine.config import EngineConfig
 from asyncengine.generation import GenerationConfig, SamplingParams
+from asyncengine.images import ImageReader
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
 from asyncengine.step.drafting import Drafting
 from asyncengine.step.limits import Limits
@@ -151,6 +152,8 @@ class ModelView:
         has_head: Whether it has a language-model head; without, it can only embed.
         adapters: Names of the adapters that are loaded.
         adapter_format: Reads adapters; None if the model takes none.
+        image_reader: Reads images; None if the model takes none.
+        no_images: Why it takes none, in words.
     """
 
     epoch: int
@@ -167,6 +170,8 @@ class ModelView:
     has_head: bool = True
     adapters: tuple[str, ...] = ()
     adapter_format: AdapterFormat | None = None
+    image_reader: ImageReader | None = None
+    no_images: str = "its checkpoint is of text alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +209,8 @@ class LoadedModel:
     adapting: AdaptableModel | None = None
     adapters: tuple[tuple[str, Any], ...] = ()
     adapter_format: AdapterFormat | None = None
+    image_reader: ImageReader | None = None
+    no_images: str = "its checkpoint is of text alone"
 
     def view(self, epoch: int) -> ModelView:
         """What the event loops may know of it."""
@@ -226,6 +233,8 @@ class LoadedModel:
             has_head=self.has_head,
             adapters=tuple(name for name, _ in self.adapters),
             adapter_format=self.adapter_format,
+            image_reader=self.image_reader,
+            no_images=self.no_images,
         )
 
 

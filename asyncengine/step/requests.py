@@ -28,10 +28,12 @@ from asyncengine.outputs import FinishReason, Usage
 from asyncengine.step.adapters import Adapter, AdapterTable, unknown_adapter
 from asyncengine.step.arriving import Arriving
 from asyncengine.step.batch import Int32
+from asyncengine.step.model import LoadedModel
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.plan import Plan
 from asyncengine.step.scheduler import Scheduler
 from asyncengine.step.sequence import EMPTY, Request, Sequence, SequenceState
+from asyncengine.step.stand_ins import StandIns
 from asyncengine.tokenizer import Tokenizer
 from asyncengine.trace import Trace
 
@@ -58,6 +60,8 @@ class RequestTable:
         self._tokenizer: Tokenizer | None = None
         self._vocab_size = 0
         self._embeds = True
+        self._image_reader: str | None = None
+        self._stand_ins = StandIns()
         self.adapters = AdapterTable()
         self.trace = trace
         self.clock = clock
@@ -162,10 +166,13 @@ class RequestTable:
         now = self.clock()
         self._arrivals += 1
         self._waiting_new += 1
+        plain = new.prompt
+        if new.images is not None:
+            new = dataclasses.replace(new, prompt=self._stand_ins.put(plain, new.images))
         request = Request(new, mailbox, self._arrivals, now, adapter=self.adapters.get(new.adapter))
         request.branches = [Sequence(request, branch) for branch in range(new.params.n)]
         if new.params.stop_strs and self._tokenizer is not None:
-            params, before = new.params, new.prompt[-BEFORE:].tolist()
+            params, before = new.params, plain[-BEFORE:].tolist()
             for branch in request.branches:
                 branch.text = TextStream(self._tokenizer, params.stop_strs, params.skip_special_tokens, before)
         self._requests[new.number] = request
@@ -440,19 +447,13 @@ class RequestTable:
 
     # Life cycle of the model
 
-    def attach(
-        self,
-        scheduler: Scheduler,
-        tokenizer: Tokenizer | None,
-        vocab_size: int,
-        embeds: bool,
-        adapters: AdapterTable,
-    ) -> None:
+    def attach(self, scheduler: Scheduler, loaded: LoadedModel, adapters: AdapterTable) -> None:
         """Goes on with another model. Requests that do not fit it are ended."""
         self.scheduler = scheduler
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._embeds = embeds
+        self._tokenizer = loaded.tokenizer
+        self._vocab_size = loaded.vocab_size
+        self._embeds = loaded.hidden_size is not None
+        self._image_reader = None if loaded.image_reader is None else loaded.image_reader.key
         self.adapters = adapters
         for request in list(self._requests.values()):
             request.adapter = adapters.get(request.new.adapter)
@@ -490,6 +491,8 @@ class RequestTable:
             )
         if new.pooling is not None and not self._embeds:
             return InvalidRequestError(f"request {new.request_id}: the new model gives out no hidden states to embed")
+        if new.images is not None and new.images.reader != self._image_reader:
+            return InvalidRequestError(f"request {new.request_id}: the new model does not take its images")
         if new.adapter is not None and self.adapters.get(new.adapter) is None:
             reason = unknown_adapter(new.adapter, self.adapters.names)
             return InvalidRequestError(f"request {new.request_id}: the new model does not have its adapter: {reason}")

@@ -412,6 +412,7 @@ class Scheduler:
             new.params.stop_token_ids,
             new.params.follows_tokens,
             NO_ADAPTER if sequence.request.adapter is None else sequence.request.adapter.index,
+            0 if new.images is None else new.images.shift,
         )
 
     def _leave(self, sequence: Sequence) -> None:

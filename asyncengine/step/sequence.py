@@ -83,8 +83,9 @@ class Request:
 
     @property
     def bound(self) -> bool:
-        """Whether a step with it must be through before the next one is scheduled."""
-        return self.new.params.follows_tokens or self.unscored or self.new.pooling is not None
+        """Whether a step with a piece of its prompt must be through before the next one is scheduled."""
+        new = self.new
+        return new.params.follows_tokens or self.unscored or new.pooling is not None or new.images is not None
 
     @property
     def unscored(self) -> bool:

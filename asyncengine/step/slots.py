@@ -28,6 +28,7 @@ class SlotTable:
         prompt_tokens: (slots,) how many of the tokens are the prompt.
         bound: (slots,) whether what it may draw depends on the token before.
         adapters: (slots,) index of the adapter under which it is computed; `NO_ADAPTER` for none.
+        shifts: (slots,) what is added to the place of a token behind the prompt to give its position.
         stop_ids: (slots, 8) tokens that end the sequence, padded with -1. Longer lists are in `more_stop_ids`.
         blocks: (slots, max blocks) block table.
         num_blocks: (slots,) how many blocks it has.
@@ -48,6 +49,8 @@ class SlotTable:
         self.bound = np.zeros(num_slots, dtype=np.bool_)
         self.adapters = np.full(num_slots, NO_ADAPTER, dtype=np.int32)
         self._ever_adapted = False  # while it is not, nobody looks
+        self.shifts = np.zeros(num_slots, dtype=np.int64)
+        self._ever_shifted = False
         self.num_blocks = np.zeros(num_slots, dtype=np.int64)
         self.stop_ids = np.full((num_slots, _STOP_IDS), -1, dtype=np.int32)
         self.more_stop_ids: dict[int, Int32] = {}
@@ -80,6 +83,7 @@ class SlotTable:
         stop_ids: tuple[int, ...],
         bound: bool = False,
         adapter: int = NO_ADAPTER,
+        shift: int = 0,
     ) -> None:
         """Writes a sequence that has nothing in the cache yet."""
         self.tokens[slot, : len(tokens)] = tokens
@@ -92,6 +96,8 @@ class SlotTable:
         self.bound[slot] = bound
         self.adapters[slot] = adapter
         self._ever_adapted |= adapter != NO_ADAPTER
+        self.shifts[slot] = shift
+        self._ever_shifted |= shift != 0
         self.stop_ids[slot] = -1
         if len(stop_ids) <= _STOP_IDS:
             self.stop_ids[slot, : len(stop_ids)] = stop_ids
@@ -112,6 +118,13 @@ class SlotTable:
             return None
         adapters: Int32 = self.adapters[slots]
         return adapters if (adapters != NO_ADAPTER).any() else None
+
+    def shifts_of(self, slots: Int64) -> Int64 | None:
+        """(slots,) shifts of several sequences; None if none of them has one."""
+        if not self._ever_shifted:
+            return None
+        shifts: Int64 = self.shifts[slots]
+        return shifts if shifts.any() else None
 
     def append_blocks(self, slot: int, blocks: Int32) -> None:
         """Extends a block table."""

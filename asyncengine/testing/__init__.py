@@ -5,6 +5,7 @@ Everything but the model is the real engine: threads, scheduler, KV accounting, 
 
 from asyncengine.testing.adapters import Script
 from asyncengine.testing.engines import MODEL, echo_engine, scripted_engine
+from asyncengine.testing.images import ScriptedImageReader, pieces_of
 from asyncengine.testing.scripted import ScriptedModel, echo
 from asyncengine.testing.scripted_loader import ScriptedLoader
 from asyncengine.testing.tokenizer import ByteTokenizer
@@ -13,9 +14,11 @@ __all__ = [
     "MODEL",
     "ByteTokenizer",
     "Script",
+    "ScriptedImageReader",
     "ScriptedLoader",
     "ScriptedModel",
     "echo",
     "echo_engine",
+    "pieces_of",
     "scripted_engine",
 ]

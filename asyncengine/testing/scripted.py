@@ -18,6 +18,7 @@ from asyncengine.grammar.protocol import Matcher
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import Int32, StepBatch, StepTokens, TokenLogprobs
 from asyncengine.step.limits import Limits
+from asyncengine.testing import images
 from asyncengine.testing.adapters import Script, ScriptedAdapter, ScriptedAdapters
 from asyncengine.testing.states import ScriptedStates
 
@@ -41,7 +42,8 @@ class ScriptedModel:
     request with `RequestDroppedError`. Logits processors are refused, because there are no logits; biases, penalties
     and lists of tokens change nothing.
 
-    The hidden state of a token is ``(token id, position, 1)``.
+    The hidden state of a token is ``(token id, position, 1)``. In the prompt, the script finds what was seen of images
+    in the place of the tokens that stand for them (`asyncengine.testing.images`).
 
     It also keeps a paged "KV cache" of its own, in which every token is written where the scheduler says, and before
     it answers it reads each sequence back through its block table: a mistake of the engine about blocks raises. With
@@ -80,6 +82,7 @@ class ScriptedModel:
         self._answers: dict[tuple[int, int], list[int]] = {}  # by slot and by the mark of its adapter
         self._adapters = ScriptedAdapters()
         self._tokens: dict[int, list[int]] = {}
+        self._blind: set[int] = set()  # slots whose images are not known yet
         self._num_logprobs: dict[int, int] = {}
         self._matchers: dict[int, Matcher] = {}
         self._faults: list[BaseException] = []
@@ -152,6 +155,7 @@ class ScriptedModel:
         if params.max_tokens:
             self._asked[slot] = prompt.tolist(), branch
         self._tokens[slot] = [*prompt.tolist(), *output.tolist()]
+        self._blind.add(slot)
         self._num_logprobs[slot] = params.num_logprobs
 
     def execute(self, batch: StepBatch) -> StepTokens:
@@ -230,7 +234,9 @@ class ScriptedModel:
                 source * page_size : (source + 1) * page_size
             ]
         assert len(np.unique(batch.slot_mapping)) == len(batch.slot_mapping), "two tokens are written to one place"
-        self._cache[batch.slot_mapping] = batch.token_ids
+        cells = batch.token_ids.astype(np.int64)
+        images.see(batch, cells)
+        self._cache[batch.slot_mapping] = cells
         if batch.adapters is not None:
             stamps = np.array([self._adapters.stamp(index) for index in batch.adapters.tolist()])
             self._cache[batch.slot_mapping] += np.repeat(stamps, np.diff(batch.query_start)) * _STAMP
@@ -240,10 +246,10 @@ class ScriptedModel:
         page_size = self.limits.page_size
         start, end = batch.query_start[row : row + 2]
         length = int(batch.context_lens[row] + end - start)
-        assert (batch.positions[start:end] == np.arange(batch.context_lens[row], length)).all()
         places = np.arange(length)
         blocks = batch.block_tables[row, places // page_size].astype(np.int64)
         found: NDArray[np.int64] = self._cache[blocks * page_size + places % page_size]
+        images.check_positions(batch, row, (found % _STAMP).tolist())
         return found
 
     def _read(self, batch: StepBatch, row: int) -> list[int]:
@@ -252,6 +258,15 @@ class ScriptedModel:
         assert self._adapters.may_read(_adapter_of(batch, row), (found // _STAMP).tolist()), "it is another adapter's"
         tokens: list[int] = (found % _STAMP).tolist()
         return tokens
+
+    def _see(self, slot: int, found: list[int]) -> None:
+        """Learns what the images of a sequence are, once; from then on they must be these."""
+        if slot in self._blind:
+            self._blind.discard(slot)
+            tokens, known = self._tokens[slot], len(self._asked[slot][0]) if slot in self._asked else 0
+            tokens[: len(found)] = images.seen(tokens[: len(found)], found[: len(tokens)])
+            if slot in self._asked:
+                self._asked[slot] = tokens[:known], self._asked[slot][1]
 
     def _answer(self, slot: int, adapter: int) -> list[int]:
         key = slot, self._adapters.stamp(adapter)
@@ -274,6 +289,7 @@ class ScriptedModel:
         ):
             tokens = self._tokens[slot]
             found = self._read(batch, row)
+            self._see(slot, found)
             if taken is not None and row < batch.num_decodes:
                 found = found[: len(found) - int(batch.query_start[row + 1] - 1 - batch.sample_index[entry])]
                 begins = batch.sample_index[entry] == batch.query_start[row]

@@ -15,6 +15,7 @@ from asyncengine.step.drafting import Drafting
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.testing.adapters import Script, ScriptedFormat
+from asyncengine.testing.images import ScriptedImageReader
 from asyncengine.testing.scripted import ScriptedModel, echo
 from asyncengine.testing.tokenizer import ByteTokenizer
 from asyncengine.testing.warming import ScriptedWarmUp
@@ -37,6 +38,7 @@ class ScriptedLoader:
             do; None makes models that have none. The others take no drafts.
         adapters: What is generated with each adapter, by the directory that `EngineConfig.adapters` and `load_adapter`
             name. The latter takes a script itself as well.
+        takes_images: Whether the models do, as `asyncengine.testing.ScriptedImageReader` reads them.
         warm_up_pieces: Pieces of work that the engine lets a model do while there are no requests.
 
     Attributes:
@@ -62,6 +64,7 @@ class ScriptedLoader:
         warm_up_pieces: int = 0,
         kept_states: int | None = None,
         adapters: Mapping[str, Script] | None = None,
+        takes_images: bool = False,
     ) -> None:
         self.script = script
         self.step_seconds = step_seconds
@@ -73,6 +76,7 @@ class ScriptedLoader:
         self.warm_up_pieces = warm_up_pieces
         self.kept_states = kept_states
         self.adapters = dict(adapters or {})
+        self.takes_images = takes_images
         self.hold_warm_ups = False
         self.warm_ups: list[ScriptedWarmUp] = []
         self.models: list[ScriptedModel] = []
@@ -93,6 +97,8 @@ class ScriptedLoader:
             raise error
         if self.kept_states is not None and (self.make_drafter is not None or config.speculative_mode == "ngram"):
             raise ReloadError("a model that keeps states takes no drafts: states cannot be taken back")
+        if self.takes_images and (self.make_drafter is not None or config.speculative_mode == "ngram"):
+            raise ReloadError("a model that takes images takes no drafts")
         return LoadPlan(config, self.fits_beside, "bytes" if self.tokenizer is not None else None)
 
     def load(self, plan: LoadPlan) -> LoadedModel:
@@ -156,6 +162,7 @@ class ScriptedLoader:
             adapting=model,
             adapters=tuple(adapters),
             adapter_format=format,
+            image_reader=ScriptedImageReader() if self.takes_images else None,
         )
 
     def _drafting(self, model: ScriptedModel, config: EngineConfig) -> Drafting | None:

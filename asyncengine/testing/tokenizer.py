@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from asyncengine.grammar.vocabulary import TokenTable
@@ -33,16 +33,26 @@ class ByteTokenizer:
             return end.join(bytes(piece).decode(errors="replace") for piece in pieces)
         return bytes(token_ids).decode(errors="replace")
 
+    def encode_piece(self, text: str) -> list[int]:
+        """As `encode`."""
+        return self.encode(text)
+
     def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
-        """One line per message, then ``assistant: ``."""
+        """One line per message, then ``assistant: ``. Parts of a content are joined; NUL stands for an image."""
+        return self.encode_chat_by(messages, template_arguments, self.encode)
+
+    def encode_chat_by(
+        self, messages: Sequence[Message], template_arguments: Mapping[str, Any], encode: Callable[[str], list[int]]
+    ) -> list[int]:
+        """As `encode_chat`, with each piece of text encoded by `encode`."""
 
         def render(messages: Sequence[Message]) -> str:
-            lines = [f"{message['role']}: {message.get('content') or ''}\n" for message in messages]
+            lines = [f"{message['role']}: {_text_of(message.get('content'))}\n" for message in messages]
             return "".join(lines) + "assistant: "
 
         if has_known_turns(messages):
-            return encode_known_turns(messages, render, self.encode, self.decode)
-        return self.encode(render(messages))
+            return encode_known_turns(messages, render, encode, self.decode)
+        return encode(render(messages))
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The byte that a token is."""
@@ -54,3 +64,9 @@ class ByteTokenizer:
         """What grammars need to know of it."""
         tokens = [bytes([byte]) for byte in range(256)]
         return TokenTable({"<end>": self.eos_token_id}, tokens=(*tokens, b"<end>"))
+
+
+def _text_of(content: Any) -> str:
+    if not isinstance(content, (list, tuple)):
+        return str(content or "")
+    return "".join("\0" if part["type"] == "image" else part["text"] for part in content)

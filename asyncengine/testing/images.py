@@ -1,0 +1,132 @@
+"""Images of scripted models, which know each piece of an image that they have seen. No pixels, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncengine.errors import InvalidRequestError
+from asyncengine.images import Image, ImageSource, PromptImages, ReadPrompt, Write
+from asyncengine.step.batch import Int32, StepBatch
+
+_SEEN = 1 << 24
+"""From here on, a number in the "KV cache" of a scripted model is a piece of an image, not a token."""
+_MOST = 7
+
+
+def pieces_of(image: bytes | str) -> list[int]:
+    """What a scripted model sees of an image, and what its script finds in the prompt in the image's place."""
+    data = _data_of(image)
+    return _pieces(hashlib.sha256(data).digest(), _count(data))
+
+
+class ScriptedImageReader:
+    """Takes any bytes, or text, for an image, which comes to one to seven tokens after their number.
+
+    Tokens have three axes. In the last of them, every second token of an image is one further on, so that an image
+    takes half as many positions as tokens.
+
+    Attributes:
+        token_id: Stands for a piece of an image, as `mark` does for one in a text.
+    """
+
+    key = "scripted images"
+    mark = "\0"
+    token_id = 0
+
+    def read(self, images: Sequence[ImageSource], write: Write, encode: Callable[[str], list[int]]) -> ReadPrompt:
+        """As `asyncengine.images.ImageReader`."""
+        left = [_data_of(source) for source in images]
+        found: list[tuple[bytes, int]] = []  # data and where it begins
+
+        def expanded(text: str) -> list[int]:
+            before, *others = text.split(self.mark)
+            ids = encode(before)
+            for piece in others:
+                if not left:
+                    raise InvalidRequestError(f"the prompt has more marks of images than images, {len(images)}")
+                found.append((left.pop(0), len(ids)))
+                ids = [*ids, *[self.token_id] * _count(found[-1][0]), *encode(piece)]
+            return ids
+
+        ids = write(expanded)
+        if left:
+            raise InvalidRequestError(f"the prompt has {len(found)} marks of images; expected {len(images)}")
+        read = [
+            Image(hashlib.sha256(data).digest(), {"data": data}, np.arange(at, at + _count(data))) for data, at in found
+        ]
+        axes = _axes(len(ids), {at: _count(data) for data, at in found})
+        shift = int(axes[:, -1].max()) + 1 - len(ids)
+        return ReadPrompt(ids, PromptImages(tuple(read), self.token_id, self.key, axes, shift))
+
+
+def see(batch: StepBatch, cells: NDArray[np.int64]) -> None:
+    """Puts what a step sees of images in the place of the tokens that stand for them.
+
+    Args:
+        batch: The step.
+        cells: (T,) its tokens.
+    """
+    for part in batch.images:
+        assert (cells[part.tokens] == ScriptedImageReader.token_id).all(), "tokens of images have other ids"
+        pieces = _pieces(part.image.digest, len(part.image.places))
+        cells[part.tokens] = pieces[part.first : part.first + len(part.tokens)]
+
+
+def seen(tokens: Sequence[int], cells: Sequence[int]) -> list[int]:
+    """Tokens of a sequence, with what was seen of its images in the place of those that stand for them."""
+    return [
+        cell if cell >= _SEEN and token == ScriptedImageReader.token_id else token
+        for token, cell in zip(tokens, cells, strict=True)
+    ]
+
+
+def check_positions(batch: StepBatch, row: int, cells: Sequence[int]) -> None:
+    """Compares where a row's tokens are rotated to with what the "KV cache" has of it, drafts included.
+
+    Raises:
+        AssertionError: It is somewhere else.
+    """
+    begins, at = {}, 0
+    while at < len(cells):
+        if cells[at] >= _SEEN:
+            begins[at] = 1 + (cells[at] - _SEEN) % _MOST
+        at += begins.get(at, 1)
+    wanted = _axes(len(cells), begins)[:, batch.context_lens[row] :]
+    tokens = slice(batch.query_start[row], batch.query_start[row + 1])
+    found = batch.positions[None, tokens] if batch.axes is None else batch.axes[:, tokens]
+    assert (found == wanted).all(), f"tokens are rotated to {found.tolist()}, not to {wanted.tolist()}"
+
+
+def _axes(tokens: int, images: dict[int, int]) -> Int32:
+    """(3, tokens) where tokens are rotated to, with images of so many tokens that begin at some of them."""
+    axes = np.zeros((3, tokens), dtype=np.int32)
+    at = position = 0
+    while at < tokens:
+        end = min(at + images.get(at, 1), tokens)
+        axes[:, at:end] = position
+        axes[2, at:end] += np.arange(end - at, dtype=np.int32) // 2
+        position = int(axes[2, end - 1]) + 1
+        at = end
+    return axes
+
+
+def _data_of(source: ImageSource) -> bytes:
+    if isinstance(source, str):
+        return source.encode()
+    if not isinstance(source, bytes):
+        raise InvalidRequestError(f"an image is {source!r:.80}; the scripted model takes bytes or text")
+    return source
+
+
+def _count(data: bytes) -> int:
+    return 1 + len(data) % _MOST
+
+
+def _pieces(digest: bytes, count: int) -> list[int]:
+    """A number for each, from any of which the count can be told."""
+    numbers = (int.from_bytes(hashlib.sha256(digest + bytes([piece])).digest()[:2], "big") for piece in range(count))
+    return [_SEEN + number * _MOST + count - 1 for number in numbers]
