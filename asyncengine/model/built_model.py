@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asyncengine.config import DecoderBackend, EngineConfig
 from asyncengine.errors import CheckpointError, UnsupportedModelError
@@ -13,6 +13,10 @@ from asyncengine.model.findings import Findings
 from asyncengine.model.load_check import BUILDING, Details
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.recurrent.packages import missing
+from asyncengine.model.vision.refusals import TEXT_ALONE
+
+if TYPE_CHECKING:
+    from asyncengine.model.vision.trial import ImageTrial
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,8 @@ class Built:
         hidden_size: Width of its hidden states; None if there is no telling.
         findings: What the next load of it need not find out; None if that is not to be kept.
         has_head: Whether its head is the checkpoint's, not made up.
+        image_trial: What reads images and makes their encoder; None if the model takes none.
+        no_images: Why it takes none, in words.
     """
 
     model: Any
@@ -34,6 +40,8 @@ class Built:
     hidden_size: int | None
     findings: Findings | None = None
     has_head: bool = True
+    image_trial: ImageTrial | None = None
+    no_images: str = ""
 
     def decoder_backend(self, config: EngineConfig) -> DecoderBackend:
         """What the configuration comes to; "auto" where that rests on measurements, so that a restart makes them."""
@@ -75,6 +83,7 @@ def build(
     layers, slower = compiled_parts.calling_compiled(layers, details)
     notes.extend(slower)
     trial = verification.Trial.of(model, layers, details.device)
+    image_trial, no_images = _image_trial(details, model)
     backend = attention()
     if config.quantization == "int4" and details.device.type == "cuda":
         how, trial = _in_four_bits(model, trial, details)
@@ -134,7 +143,35 @@ def build(
             notes.append(
                 f"KV cache: {config.kv_cache_dtype}{with_scales}: logits of a trial are {off:.1%} of their norm off"
             )
-    return Built(model, layers, program, fused, tuple(notes), hidden_size(model), findings, has_head)
+    if image_trial is not None:
+        narrow = config.quantization == "fp8" or details.kv_dtype is not details.dtype
+        tolerance = verification.tolerance_of(details.dtype, program, config.quantization, narrow)
+        try:
+            image_trial.run(model, layers, backend, program, (details.dtype, details.kv_dtype), tolerance)
+        except Exception as error:
+            image_trial, no_images = None, str(error)
+    if no_images and config.images:
+        raise UnsupportedModelError(f"images is True; {name!r} takes none: {no_images}")
+    if no_images not in ("", TEXT_ALONE) and config.images is None:
+        notes.append(f"images: refused: {no_images}")
+    return Built(
+        model, layers, program, fused, tuple(notes), hidden_size(model), findings, has_head, image_trial, no_images
+    )
+
+
+def _image_trial(details: Details, model: Any) -> tuple[ImageTrial | None, str]:
+    """A trial of a model with images, or why there is none, in words."""
+    if details.no_images:
+        return None, details.no_images
+    from asyncengine.model.graphs import reason_of
+    from asyncengine.model.vision.trial import ImageTrial
+
+    try:
+        return ImageTrial(model, details.checkpoint.path, details.checkpoint.images_key, details.device), ""
+    except UnsupportedModelError as error:
+        return None, str(error)
+    except Exception as error:  # whatever is in a processor or an encoder
+        return None, f"it does not run with images: {reason_of(error)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +205,15 @@ class Recalled:
         except UnsupportedModelError:
             return None
         about = findings.description
-        return Built(self.model, self.layers, self.program, None, tuple(about["notes"]), about["hidden_size"])
+        return Built(
+            self.model,
+            self.layers,
+            self.program,
+            None,
+            tuple(about["notes"]),
+            about["hidden_size"],
+            no_images=details.no_images,
+        )
 
 
 def recalled(config: EngineConfig, details: Details, backend: Any) -> Recalled:
@@ -327,7 +372,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
     from asyncengine.model.stored.weight import state_of
 
     checkpoint, dtype = details.checkpoint, details.dtype
-    kind, hf_config = architecture.model_class(details.hf_config)
+    kind, hf_config = architecture.model_class(details.hf_config, details.images)
     coded = checkpoint.coded.values()
     if coded:
         with BUILDING:
@@ -351,6 +396,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
         raise CheckpointError(f"{checkpoint.path}: {len(missing)} weights are missing: {missing[0]}, ...")
     if kept is not None:
         kept.put(model)
+    architecture.attend_here(model)
     return model.to(details.device).eval().requires_grad_(False), not report["missing_keys"]
 
 
