@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,38 @@ SMOLVLM_TOKENS = (
     *(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)),
 )  # fmt: skip
 
+PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+SIGLIP: dict[str, Any] = {"model_type": "siglip_vision_model", "image_size": 16, "vision_use_head": False}
+TILES: dict[str, Any] = {"size": {"height": 16, "width": 16}, "min_patches": 1, "max_patches": 3}
+COHERE2 = TEXT | {
+    "model_type": "cohere2", "sliding_window": 24, "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+}  # fmt: skip
+
+
+def _gemma4(text: dict[str, Any]) -> Architecture:
+    return Architecture(
+        "Gemma4Config", TEXT | {
+            "head_dim": 16, "global_head_dim": 32, "sliding_window": 24, "vocab_size_per_layer_input": VOCABULARY,
+            "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        } | text, VISION_TOWER | {
+            "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2, "position_embedding_size": 64,
+        }, {
+            "audio_config": None, "boi_token_id": "<|image>", "eoi_token_id": "<image|>",
+            "image_token_id": "<|image|>", "video_token_id": "<|video|>", "boa_token_id": "<|audio>",
+            "eoa_token_index": "<audio|>", "audio_token_id": "<|audio|>",
+        }, "Gemma4Processor", {
+            "image_processor_type": "Gemma4ImageProcessor", "patch_size": 4, "pooling_kernel_size": 2,
+            "max_soft_tokens": 70,
+        }, "<|image|>", (
+            "<|image>", "<image|>", "<|image|>", "<|video|>", "<|audio>", "<audio|>", "<|audio|>",
+        ), {
+            "boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>", "boa_token": "<|audio>",
+            "eoa_token": "<audio|>", "audio_token": "<|audio|>",
+        }, {"image_seq_length": 70, "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"}},
+        {"video_processor_type": "Gemma4VideoProcessor"},
+    )  # fmt: skip
+
+
 VISION: dict[str, Architecture] = {
     "qwen2_vl": _qwen(
         "Qwen2VLConfig", TEXT | {"rope_parameters": MROPE},
@@ -145,8 +178,10 @@ VISION: dict[str, Architecture] = {
     ),
     "gemma3": Architecture(
         "Gemma3Config",
-        TEXT | {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
-        VISION_TOWER | {"model_type": "siglip_vision_model", "image_size": 24, "vision_use_head": False}, {
+        TEXT | {
+            "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2,
+            "num_hidden_layers": 4,
+        }, VISION_TOWER | {"model_type": "siglip_vision_model", "image_size": 24, "vision_use_head": False}, {
             "mm_tokens_per_image": 9, "boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>",
             "image_token_index": "<image_soft_token>", "eos_token_id": None,
         }, "Gemma3Processor", {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 24, "width": 24}},
@@ -183,7 +218,7 @@ VISION: dict[str, Architecture] = {
     ),
     "lfm2_vl": Architecture(
         "Lfm2VlConfig", TEXT | {
-            "model_type": "lfm2", "layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3,
+            "model_type": "lfm2", "layer_types": ["full_attention", "conv", "full_attention"], "conv_L_cache": 3,
         }, VISION_TOWER | {"model_type": "siglip2_vision_model", "num_patches": 64, "vision_use_head": False},
         {"image_token_id": "<image>", "projector_hidden_size": 48, "downsample_factor": 2}, "Lfm2VlProcessor", {
             "image_processor_type": "Lfm2VlImageProcessor", "encoder_patch_size": 4, "tile_size": 16,
@@ -193,6 +228,146 @@ VISION: dict[str, Architecture] = {
             "<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>",
             *(f"<|img_row_{row}_col_{column}|>" for row in range(1, 3) for column in range(1, 3)),
         ), needs=("torchvision",),
+    ),
+    "llava_next": Architecture(
+        "LlavaNextConfig", TEXT | {"model_type": "mistral", "sliding_window": None},
+        VISION_TOWER | {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8},
+        {"image_token_index": "<image>", "image_seq_length": 4, "image_grid_pinpoints": PINPOINTS},
+        "LlavaNextProcessor", {
+            "image_processor_type": "LlavaNextImageProcessor", "size": {"shortest_edge": 16},
+            "crop_size": {"height": 16, "width": 16}, "image_grid_pinpoints": PINPOINTS,
+        }, "<image>\n", ("<image>",), {"image_token": "<image>"},
+        {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    ),
+    "llava_onevision": Architecture(
+        "LlavaOnevisionConfig", TEXT | {"model_type": "qwen2"}, VISION_TOWER | {
+            "model_type": "siglip_vision_model", "image_size": 16, "patch_size": 8, "vision_use_head": False,
+        }, {"image_token_index": "<image>", "video_token_index": "<video>", "image_grid_pinpoints": PINPOINTS},
+        "LlavaOnevisionProcessor", {
+            "image_processor_type": "LlavaOnevisionImageProcessor", "size": {"height": 16, "width": 16},
+            "image_grid_pinpoints": PINPOINTS,
+        }, "<image>\n", ("<image>", "<video>"), {"image_token": "<image>", "video_token": "<video>"}, {
+            "num_image_tokens": 4, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
+        }, {"video_processor_type": "LlavaOnevisionVideoProcessor"},
+    ),
+    "glm4v": Architecture(
+        "Glm4vConfig", TEXT | {"rope_parameters": MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
+        QWEN_TOWER | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "image_size": 32}, {
+            "image_token_id": "<|image|>", "video_token_id": "<|video|>", "image_start_token_id": "<|begin_of_image|>",
+            "image_end_token_id": "<|end_of_image|>", "video_start_token_id": "<|begin_of_video|>",
+            "video_end_token_id": "<|end_of_video|>",
+        }, "Glm4vProcessor", QWEN_IMAGES | {
+            "image_processor_type": "Glm4vImageProcessor", "size": {"shortest_edge": 512, "longest_edge": 6144},
+        }, "<|begin_of_image|><|image|><|end_of_image|>", (
+            "<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>", "<|begin_of_video|>",
+            "<|end_of_video|>",
+        ), {"image_token": "<|image|>", "video_token": "<|video|>"},
+        video_processor={"video_processor_type": "Glm4vVideoProcessor"},
+    ),
+    "aya_vision": Architecture(
+        "AyaVisionConfig", COHERE2, VISION_TOWER | SIGLIP,
+        {"image_token_index": "<|IMG_PATCH|>", "downsample_factor": 2}, "AyaVisionProcessor",
+        {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": True} | TILES, "<image>", (
+            "<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>", "TILE",
+            "TILE_GLOBAL",
+        ), {}, {"patch_size": 4, "img_size": 16, "downsample_factor": 2},
+    ),
+    "cohere2_vision": Architecture(
+        "Cohere2VisionConfig", COHERE2, VISION_TOWER | SIGLIP,
+        {"image_token_id": "<|IMG_PATCH|>", "downsample_factor": 2, "alignment_intermediate_size": 64},
+        "Cohere2VisionProcessor", {"image_processor_type": "Cohere2VisionImageProcessor", "patch_size": 2} | TILES,
+        "<|IMG_PATCH|>", ("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>"), {
+            "boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>", "image_token": "<|IMG_PATCH|>",
+            "img_line_break_token": "<|IMG_LINE_BREAK|>",
+        }, needs=("torchvision",),
+    ),
+    "ovis2": Architecture(
+        "Ovis2Config", TEXT | {"model_type": "qwen2"},
+        VISION_TOWER | {"image_size": 16, "vocab_size": 37, "hidden_stride": 2}, {
+            "image_token_id": "<IMG_ATOM>", "vocab_size": VOCABULARY, "hidden_size": 64, "visual_indicator_token_ids": [
+                "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>",
+            ],
+        }, "Ovis2Processor", {"image_processor_type": "Ovis2ImageProcessor", "crop_to_patches": True} | TILES,
+        "<image>\n",
+        ("<image>", "<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"), {},
+        {"image_seq_length": 4},
+    ),
+    "paddleocr_vl": Architecture(
+        "PaddleOCRVLConfig", TEXT | {"head_dim": 16, "rope_parameters": MROPE},
+        VISION_TOWER | {"image_size": 32, "spatial_merge_size": 2}, {
+            "image_token_id": "<|IMAGE_PLACEHOLDER|>", "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|IMAGE_START|>", "vision_end_token_id": "<|IMAGE_END|>",
+        }, "PaddleOCRVLProcessor", QWEN_IMAGES | {
+            "image_processor_type": "PaddleOCRVLImageProcessor", "temporal_patch_size": 1,
+        }, "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        ("<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>", "<|video_pad|>"),
+        {"image_token": "<|IMAGE_PLACEHOLDER|>"},
+    ),
+    "deepseek_vl": Architecture(
+        "DeepseekVLConfig", TEXT | {"model_type": "llama"}, VISION_TOWER | SIGLIP,
+        {"image_token_id": "<image_placeholder>"}, "DeepseekVLProcessor", {
+            "image_processor_type": "DeepseekVLImageProcessor", "size": {"height": 16, "width": 16}, "min_size": 4,
+        }, "<image_placeholder>", ("<image_placeholder>",), {"image_token": "<image_placeholder>"},
+        {"num_image_tokens": 16},
+    ),
+    "gemma4": _gemma4({"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}),
+    "gemma4_moe": _gemma4({
+        "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision", "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+        "moe_intermediate_size": 48,
+    }),
+    "granite4_vision": Architecture(
+        "Granite4VisionConfig", TEXT | {
+            "num_hidden_layers": 4, "logits_scaling": 2.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0,
+        }, VISION_TOWER | {
+            "model_type": "siglip_vision_model", "image_size": 16, "vision_use_head": False, "hidden_size": 64,
+        }, {
+            "image_token_index": "<image>", "image_seq_length": 4, "image_grid_pinpoints": PINPOINTS,
+            "downsample_rate": "1/2", "vision_feature_select_strategy": "full",
+            "deepstack_layer_map": [[-1, 0], [-2, 1]], "spatial_target_layers": [0, 1, 2, 3], "qformer_config": {
+                "model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 48,
+                "cross_attention_frequency": 1, "max_position_embeddings": 64, "use_qformer_text_input": False,
+            },
+        }, "Granite4VisionProcessor", {
+            "image_processor_type": "LlavaNextImageProcessor", "size": {"height": 16, "width": 16},
+            "crop_size": {"height": 16, "width": 16}, "image_grid_pinpoints": PINPOINTS,
+        }, "<image>\n", ("<image>",), {"image_token": "<image>"},
+        {"patch_size": 4, "vision_feature_select_strategy": "full", "downsample_rate": "1/2"},
+    ),
+    "kimi_k25": Architecture(
+        "Kimi_K25Config", TEXT | {
+            "model_type": "deepseek_v3", "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 20, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1, "n_shared_experts": 1,
+        }, VISION_TOWER | {"pos_emb_height": 8, "pos_emb_width": 8}, {
+            "projection_hidden_size": 32, "image_token_id": "<|media_pad|>",
+            "video_token_id": "<|kimi_k25_video_placeholder|>", "vision_start_token_id": "<|media_begin|>",
+            "vision_end_token_id": "<|media_end|>", "tie_word_embeddings": False,
+        }, "Kimi_K25Processor", {
+            "image_processor_type": "Kimi_K25ImageProcessor", "patch_size": 4, "merge_size": 2, "max_patches": 160,
+            "size": {"max_height": 48, "max_width": 48},
+        }, "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>\n", (
+            "<|media_begin|>", "<|media_content|>", "<|media_pad|>", "<|media_end|>", "<|kimi_k25_video_placeholder|>",
+        ), video_processor={"video_processor_type": "Kimi_K25VideoProcessor"}, needs=("torchvision",),
+    ),
+    "minicpmv4_6": Architecture(
+        "MiniCPMV4_6Config", DELTA | {"model_type": "qwen3_5_text"},
+        VISION_TOWER | {"image_size": 32}, {
+            "insert_layer_id": 0, "image_size": 32, "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+        }, "MiniCPMV4_6Processor", {
+            "image_processor_type": "MiniCPMV4_6ImageProcessor", "patch_size": 4, "scale_resolution": 32,
+            "max_slice_nums": 4,
+        }, "<|image_pad|>", (
+            "<|image_pad|>", "<|video_pad|>", "<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>",
+        ), {
+            "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>",
+            "image_end_token": "</image>", "slice_start_token": "<slice>", "slice_end_token": "</slice>",
+            "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>",
+        }, video_processor={
+            "video_processor_type": "MiniCPMV4_6VideoProcessor", "slice_mode": True, "downsample_mode": "16x",
+        },
     ),
 }  # fmt: skip
 
@@ -210,6 +385,8 @@ def _indices(architecture: Architecture) -> dict[str, int]:
 def _resolved(values: Any, indices: dict[str, int]) -> Any:
     if isinstance(values, dict):
         return {name: _resolved(value, indices) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_resolved(value, indices) for value in values]
     return indices.get(values, values) if isinstance(values, str) else values
 
 
@@ -295,7 +472,9 @@ def inputs(path: Path, messages: list[dict[str, Any]], images: list[Image.Image]
     """What transformers' processor makes of a conversation."""
     made = processor(path)
     rendered = made.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return made(text=[rendered], images=images or None, return_tensors="pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, for how one of the processors copies a tensor
+        return made(text=[rendered], images=images or None, return_tensors="pt").to(torch.float32)
 
 
 def load(path: Path) -> Any:
