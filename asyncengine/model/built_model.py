@@ -74,6 +74,7 @@ def build(
     from asyncengine.model import architecture, verification
     from asyncengine.model.decoder.parts import NotRecognised
     from asyncengine.model.decoder.weights import Packing
+    from asyncengine.model.graphs import reason_of
     from asyncengine.model.hidden_states import hidden_size
 
     notes: list[str] = []
@@ -83,8 +84,8 @@ def build(
     layers, slower = compiled_parts.calling_compiled(layers, details)
     notes.extend(slower)
     trial = verification.Trial.of(model, layers, details.device)
-    image_trial, no_images = _image_trial(details, model)
     backend = attention()
+    image_trial, no_images = _image_trial(details, model, layers, backend)
     if config.quantization == "int4" and details.device.type == "cuda":
         how, trial = _in_four_bits(model, trial, details)
         notes.append(how)
@@ -100,6 +101,8 @@ def build(
                 meanwhile()
                 packing.run()
             notes.extend(_rounding(config.quantization, program, trial.run(model, backend, program)))
+            if image_trial is not None:
+                image_trial.run(model, layers, backend, program)
             findings = _findings(details, model, layers, blueprint, trial, notes)
     except (NotRecognised, UnsupportedModelError) as error:
         if config.decoder_backend == "compiled" or not (
@@ -143,13 +146,12 @@ def build(
             notes.append(
                 f"KV cache: {config.kv_cache_dtype}{with_scales}: logits of a trial are {off:.1%} of their norm off"
             )
-    if image_trial is not None:
+    if image_trial is not None and program is None:
         narrow = config.quantization == "fp8" or details.kv_dtype is not details.dtype
-        tolerance = verification.tolerance_of(details.dtype, program, config.quantization, narrow)
         try:
-            image_trial.run(model, layers, backend, program, (details.dtype, details.kv_dtype), tolerance)
-        except Exception as error:
-            image_trial, no_images = None, str(error)
+            image_trial.run(model, layers, backend, None, config.quantization, details.kv_dtype, narrow)
+        except Exception as error:  # also what a compiler or a driver raises
+            image_trial, no_images = None, reason_of(error)
     if no_images and config.images:
         raise UnsupportedModelError(f"images is True; {name!r} takes none: {no_images}")
     if no_images not in ("", TEXT_ALONE) and config.images is None:
@@ -159,19 +161,19 @@ def build(
     )
 
 
-def _image_trial(details: Details, model: Any) -> tuple[ImageTrial | None, str]:
-    """A trial of a model with images, or why there is none, in words."""
+def _image_trial(details: Details, model: Any, layers: Recorded, backend: Any) -> tuple[ImageTrial | None, str]:
+    """A trial of a model with images, as transformers has it so far; or why there is none, in words."""
     if details.no_images:
         return None, details.no_images
     from asyncengine.model.graphs import reason_of
     from asyncengine.model.vision.trial import ImageTrial
 
     try:
-        return ImageTrial(model, details.checkpoint.path, details.checkpoint.images_key, details.device), ""
-    except UnsupportedModelError as error:
-        return None, str(error)
+        trial = ImageTrial(model, details.checkpoint.path, details.checkpoint.images_key, details.device)
+        trial.run(model, layers, backend)
     except Exception as error:  # whatever is in a processor or an encoder
-        return None, f"it does not run with images: {reason_of(error)}"
+        return None, reason_of(error)
+    return trial, ""
 
 
 @dataclass(frozen=True, slots=True)

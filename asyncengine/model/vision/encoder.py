@@ -16,6 +16,9 @@ from asyncengine.model.decoder.program import CompiledDecoder, Seen
 from asyncengine.model.decoder.rotation import rotated
 from asyncengine.step.batch import StepBatch
 
+_WITHIN = {"pooler_output", "last_hidden_state", "hidden_states", "attentions"}
+"""What an encoder tells of itself, and what stands for its images in the prompt."""
+
 
 @dataclass(frozen=True, slots=True)
 class Features:
@@ -24,12 +27,14 @@ class Features:
     Attributes:
         rows: (tokens, hidden) their embeddings.
         beside: By name, lists of (tokens, hidden) that go into deeper layers (DeepStack, Meng et al., 2024).
+        others: By name, what else the encoder gave out; the same for all images.
         kind: Of the object that the encoder gave it in.
         dims: How many dimensions the embeddings had there; None if they were in a list.
     """
 
     rows: torch.Tensor
     beside: dict[str, list[torch.Tensor]]
+    others: dict[str, torch.Tensor]
     kind: Any
     dims: int | None
 
@@ -91,7 +96,9 @@ class ImageEncoder:
                 for whole, each in zip(beside[name], several, strict=True):
                     whole[to] = each[own]
         dims = first.dims
-        output = first.kind(pooler_output=[rows] if dims is None else rows[(None,) * (dims - 2)], **beside)
+        pooled = [rows] if dims is None else rows[(None,) * (dims - 2)]
+        deep = {name: [(each,) for each in several] for name, several in beside.items()}
+        output = first.kind(pooler_output=pooled, **deep, **first.others)
         axes = None if batch.axes is None else torch.from_numpy(batch.axes).to(self._device).long()[:, None]
         return axes, {"mm_encoder_outputs": {"image": output}}
 
@@ -132,22 +139,23 @@ class ImageEncoder:
             output = self._model.get_image_features(**given, return_dict=True)
         self.encoded += 1
         pooled = output.pooler_output
+        if pooled is None:
+            raise ValueError("its encoder gives out no embeddings of images")
         in_list = isinstance(pooled, (list, tuple))
         rows = torch.cat([each.flatten(0, -2) for each in (pooled if in_list else [pooled])])
         if len(rows) != len(image.places):
             raise ValueError(f"an image has {len(image.places)} tokens in its prompt and {len(rows)} embeddings")
-        return Features(rows, _beside(output, len(rows)), type(output), None if in_list else pooled.dim())
-
-
-def _beside(output: Any, count: int) -> dict[str, list[torch.Tensor]]:
-    """Lists of one row per token that an encoder gives out beside the embeddings."""
-    return {
-        name: list(value)
-        for name, value in output.items()
-        if name not in ("pooler_output", "hidden_states", "attentions")
-        and isinstance(value, (list, tuple))
-        and all(isinstance(each, torch.Tensor) and each.dim() == 2 and len(each) == count for each in value)
-    }
+        beside, others = {}, {}
+        for name, value in output.items():
+            if name in _WITHIN:
+                continue
+            if isinstance(value, (list, tuple)):
+                several = [torch.cat(list(each)) for each in value]  # each of them in pieces, one for each image
+                if all(each.dim() == 2 and len(each) == len(rows) for each in several):
+                    beside[name] = several
+            elif isinstance(value, torch.Tensor):
+                others[name] = value
+        return Features(rows, beside, others, type(output), None if in_list else pooled.dim())
 
 
 def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:

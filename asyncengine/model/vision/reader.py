@@ -21,35 +21,38 @@ _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """One image, prepared: what the encoder takes, and the text that stands for it."""
+    """Images that were prepared at once: what the encoder takes, and the texts that stand for them."""
 
     inputs: dict[str, Any]
-    text: str
+    texts: list[str]
 
 
 class ProcessedImageReader:
     """As `asyncengine.images.ImageReader`, over a processor of transformers'.
-
-    Each image is prepared by itself, so that it is the same in whatever prompt it stands.
 
     Args:
         processor: It.
         token_id: The id that the model looks for.
         key: As of `ImageReader`.
         axes: Finds where tokens are rotated to; None if by their position.
+        together: Whether all images of a prompt are prepared at once, and are one to the model, for processors to whom
+            their number matters. Else each is by itself, so that it is the same in whatever prompt it stands.
     """
 
-    def __init__(self, processor: Any, token_id: int, key: str, axes: Axes | None) -> None:
+    def __init__(self, processor: Any, token_id: int, key: str, axes: Axes | None, together: bool = False) -> None:
         self.key = key
         self.mark: str = processor.image_token
         self._processor = processor
         self._token_id = token_id
         self._axes = axes
+        self._together = together
 
     def read(self, images: Sequence[ImageSource], write: Write, encode: Callable[[str], list[int]]) -> ReadPrompt:
         """As the protocol says."""
-        prepared = [self._prepared(source, index) for index, source in enumerate(images)]
-        left = [each.text for each in prepared]
+        pictures = [self._picture(source, index) for index, source in enumerate(images)]
+        groups = [pictures] if self._together and pictures else [[picture] for picture in pictures]
+        prepared = [self._prepared(group) for group in groups]
+        left = [text for each in prepared for text in each.texts]
 
         def expanded(text: str) -> list[int]:
             before, *others = text.split(self.mark)
@@ -67,7 +70,7 @@ class ProcessedImageReader:
             raise InvalidRequestError(
                 f"the prompt has {len(images) - len(left)} marks of images ({self.mark!r}); expected {len(images)}"
             )
-        counts = [len(self._places(encode(each.text))) for each in prepared]
+        counts = [sum(len(self._places(encode(text))) for text in each.texts) for each in prepared]
         places = self._places(ids)
         if len(places) != sum(counts) or not all(counts):
             raise InvalidRequestError(
@@ -84,19 +87,25 @@ class ProcessedImageReader:
     def _places(self, ids: list[int]) -> Int64:
         return np.flatnonzero(np.array(ids) == self._token_id)
 
-    def _prepared(self, source: ImageSource, index: int) -> _Prepared:
+    def _picture(self, source: ImageSource, index: int) -> Any:
         try:
-            picture = picture_of(source)
+            return picture_of(source)
         except InvalidRequestError as error:
             raise InvalidRequestError(f"images[{index}]: {error}") from error
+
+    def _prepared(self, pictures: list[Any]) -> _Prepared:
         try:
             made = self._processor(
-                text=[self.mark], images=[[picture]], return_text_replacement_offsets=True, return_tensors="pt"
+                text=[self.mark * len(pictures)],
+                images=[pictures],
+                return_text_replacement_offsets=True,
+                return_tensors="pt",
             )
         except Exception as error:  # it may refuse a shape, say
-            raise InvalidRequestError(f"images[{index}]: the model's processor refuses it: {error}") from error
+            sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in pictures)
+            raise InvalidRequestError(f"the model's processor refuses an image of {sizes} pixels: {error}") from error
         inputs = {name: value for name, value in made.items() if name not in _OF_TEXT}
-        return _Prepared(inputs, made["text_replacement_offsets"][0][0]["replacement"])
+        return _Prepared(inputs, [each["replacement"] for each in made["text_replacement_offsets"][0]])
 
 
 class Axes:
@@ -124,10 +133,10 @@ class Axes:
         kinds = torch.zeros(1, len(ids), dtype=torch.int32)
         kinds[0, torch.from_numpy(places)] = 1
         given = {"input_ids": torch.tensor([list(ids)]), "mm_token_type_ids": kinds}
-        for name in inputs[0]:
-            if isinstance(inputs[0][name], torch.Tensor):
+        for name in self._wanted:
+            if isinstance(inputs[0].get(name), torch.Tensor):
                 given[name] = torch.cat([each[name] for each in inputs])
-        found, _ = self._bare.get_rope_index(**{name: given[name] for name in given if name in self._wanted})
+        found, _ = self._bare.get_rope_index(**given)
         axes: Int32 = found[:, 0].numpy().astype(np.int32)
         return axes
 

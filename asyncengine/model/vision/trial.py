@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from asyncengine.config import Quantization
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.images import ImagePart
 from asyncengine.model import architecture, verification
@@ -53,21 +55,21 @@ class ImageTrial:
         token_id = int(model.config.image_token_id)
         body = next((each for each in (model, model.base_model) if hasattr(each, "get_rope_index")), None)
         axes = None if body is None else Axes(type(body), body.config)
-        self.reader = ProcessedImageReader(prepares, token_id, key, axes)
-        self._device = device
-        mark, encode = self.reader.mark, prepares.tokenizer.encode
-        pictures = list(map(_picture, _SIZES))
-        text = f"{mark} a {mark} b c"
-
-        def piece(text: str) -> list[int]:
-            return list(encode(text, add_special_tokens=False))
-
-        read = self.reader.read(pictures, lambda expanding: expanding(text), piece)
-        self._images = read.images
-        self._ids: Int32 = np.array(read.token_ids, dtype=np.int32)
+        self._device, self._dtype = device, model.dtype
+        pictures = [_picture(*size) for size in _SIZES]
+        text = f"{prepares.image_token} a {prepares.image_token} b c"
         given = prepares(text=[text], images=[pictures], return_tensors="pt", add_special_tokens=False).to(device)
-        if given["input_ids"][0].tolist() != read.token_ids:
-            raise UnsupportedModelError("images come to other tokens alone than beside others")
+        wanted = given["input_ids"][0].tolist()
+        encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
+        for together in (False, True):
+            self.reader = ProcessedImageReader(prepares, token_id, key, axes, together)
+            read = self.reader.read(pictures, lambda expanding: expanding(text), encode)
+            if read.token_ids == wanted:
+                break
+        else:
+            raise UnsupportedModelError("its processor makes other tokens of images in a conversation than of a prompt")
+        self._images = read.images
+        self._ids: Int32 = np.array(wanted, dtype=np.int32)
         with _plainly(model) as ahead, torch.inference_mode():
             given = {name: _floats(value, model.dtype) for name, value in given.items()}
             self._expected = model(**given, use_cache=False).logits[0].float()
@@ -85,9 +87,10 @@ class ImageTrial:
         model: Any,
         layers: Recorded,
         backend: Any,
-        program: Any,
-        dtypes: tuple[torch.dtype, torch.dtype],
-        tolerance: float,
+        program: Any = None,
+        quantization: Quantization = "none",
+        kv_dtype: torch.dtype | None = None,
+        narrow: bool = False,
     ) -> None:
         """Compares, with the prompt computed in pieces that part an image.
 
@@ -96,12 +99,15 @@ class ImageTrial:
             layers: Its layers.
             backend: How it attends.
             program: Runs in the model's place.
-            dtypes: Of its activations, and of its KV cache.
-            tolerance: Relative error of the median row that is allowed.
+            quantization: What weights were rounded to since.
+            kv_dtype: Of its KV cache, if that is not the model's.
+            narrow: Whether weights or KV cache are in fp8.
 
         Raises:
             UnsupportedModelError: It says something else.
         """
+        dtypes = self._dtype, kv_dtype or self._dtype
+        tolerance = verification.tolerance_of(self._dtype, program, quantization, narrow)
         length, first = len(self._ids), int(self._images.images[0].places[0])
         middle = int(self._images.images[0].places[len(self._images.images[0].places) // 2])
         with verification.stepping(model, layers, backend, program, dtypes, self._device, length, 1) as runner:
@@ -132,10 +138,10 @@ def _floats(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _picture(size: tuple[int, int]) -> Any:
+def _picture(width: int, height: int) -> Any:
     from PIL import Image
 
-    drawn = np.random.default_rng(size[0]).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    drawn = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(drawn)
 
 
