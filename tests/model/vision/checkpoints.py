@@ -108,6 +108,21 @@ COHERE2 = TEXT | {
 }  # fmt: skip
 
 
+GLM_TEXT = TEXT | {"rope_parameters": MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}
+GLM_TOWER = QWEN_TOWER | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "image_size": 32}
+GLM_VALUES: dict[str, Any] = {
+    "image_token_id": "<|image|>", "video_token_id": "<|video|>", "image_start_token_id": "<|begin_of_image|>",
+    "image_end_token_id": "<|end_of_image|>", "video_start_token_id": "<|begin_of_video|>",
+    "video_end_token_id": "<|end_of_video|>",
+}  # fmt: skip
+GLM_IMAGES = QWEN_IMAGES | {
+    "image_processor_type": "Glm4vImageProcessor", "size": {"shortest_edge": 512, "longest_edge": 6144},
+}  # fmt: skip
+GLM_TOKENS = (
+    "<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>", "<|begin_of_video|>", "<|end_of_video|>",
+)  # fmt: skip
+
+
 def _gemma4(text: dict[str, Any]) -> Architecture:
     return Architecture(
         "Gemma4Config", TEXT | {
@@ -251,17 +266,9 @@ VISION: dict[str, Architecture] = {
         }, {"video_processor_type": "LlavaOnevisionVideoProcessor"},
     ),
     "glm4v": Architecture(
-        "Glm4vConfig", TEXT | {"rope_parameters": MROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
-        QWEN_TOWER | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "image_size": 32}, {
-            "image_token_id": "<|image|>", "video_token_id": "<|video|>", "image_start_token_id": "<|begin_of_image|>",
-            "image_end_token_id": "<|end_of_image|>", "video_start_token_id": "<|begin_of_video|>",
-            "video_end_token_id": "<|end_of_video|>",
-        }, "Glm4vProcessor", QWEN_IMAGES | {
-            "image_processor_type": "Glm4vImageProcessor", "size": {"shortest_edge": 512, "longest_edge": 6144},
-        }, "<|begin_of_image|><|image|><|end_of_image|>", (
-            "<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|video|>", "<|begin_of_video|>",
-            "<|end_of_video|>",
-        ), {"image_token": "<|image|>", "video_token": "<|video|>"},
+        "Glm4vConfig", GLM_TEXT, GLM_TOWER, GLM_VALUES, "Glm4vProcessor", GLM_IMAGES,
+        "<|begin_of_image|><|image|><|end_of_image|>", GLM_TOKENS,
+        {"image_token": "<|image|>", "video_token": "<|video|>"},
         video_processor={"video_processor_type": "Glm4vVideoProcessor"},
     ),
     "aya_vision": Architecture(
@@ -368,6 +375,72 @@ VISION: dict[str, Architecture] = {
         }, video_processor={
             "video_processor_type": "MiniCPMV4_6VideoProcessor", "slice_mode": True, "downsample_mode": "16x",
         },
+    ),
+    "idefics2": Architecture(
+        "Idefics2Config", TEXT | {"model_type": "mistral", "sliding_window": None}, VISION_TOWER | {"image_size": 32}, {
+            "image_token_id": "<image>", "pad_token_id": END, "perceiver_config": {
+                "hidden_size": 64, "resampler_n_latents": 6, "resampler_depth": 1, "resampler_n_heads": 2,
+                "resampler_head_dim": 16, "num_key_value_heads": 1,
+            },
+        }, "Idefics2Processor", {
+            "image_processor_type": "Idefics2ImageProcessor", "size": {"shortest_edge": 16, "longest_edge": 32},
+            "do_image_splitting": False,
+        }, "<image>", ("<fake_token_around_image>", "<image>", "<end_of_utterance>"), {
+            "image_token": "<image>", "image_boundary_token": "<fake_token_around_image>",
+        }, {"image_seq_len": 6},
+    ),
+    "glm46v": Architecture(
+        "Glm46VConfig", GLM_TEXT, GLM_TOWER, GLM_VALUES, "Glm46VProcessor",
+        GLM_IMAGES | {"image_processor_type": "Glm46VImageProcessor"}, "<|begin_of_image|><|image|><|end_of_image|>",
+        GLM_TOKENS, {"image_token": "<|image|>", "video_token": "<|video|>"},
+        video_processor={"video_processor_type": "Glm46VVideoProcessor"},
+    ),
+    "ernie4_5_vl_moe": Architecture(
+        "Ernie4_5_VLMoeConfig", TEXT | {
+            "moe_intermediate_size": [48, 32], "moe_k": 2, "moe_num_experts": 4, "moe_num_shared_experts": 1,
+            "rope_parameters": MROPE | {"mrope_section": [3, 3, 2]},
+        }, QWEN_TOWER | {"hidden_size": 32, "intermediate_size": 48, "temporal_patch_size": None}, {
+            "image_start_token_id": "<|IMAGE_START|>", "image_end_token_id": "<|IMAGE_END|>",
+            "image_token_id": "<|IMAGE_PLACEHOLDER|>", "video_start_token_id": "<|VIDEO_START|>",
+            "video_end_token_id": "<|VIDEO_END|>", "video_token_id": "<|VIDEO_PLACEHOLDER|>",
+        }, "Ernie4_5_VLMoeProcessor",
+        QWEN_IMAGES | {"image_processor_type": "Ernie4_5_VLMoeImageProcessor", "temporal_patch_size": 1},
+        "Picture 1:<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>", (
+            "<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>", "<|VIDEO_START|>", "<|VIDEO_END|>",
+            "<|VIDEO_PLACEHOLDER|>",
+        ), {
+            "image_start_token": "<|IMAGE_START|>", "image_end_token": "<|IMAGE_END|>",
+            "image_token": "<|IMAGE_PLACEHOLDER|>", "video_start_token": "<|VIDEO_START|>",
+            "video_end_token": "<|VIDEO_END|>", "video_token": "<|VIDEO_PLACEHOLDER|>",
+        }, video_processor={"video_processor_type": "Ernie4_5_VLMoeVideoProcessor", "draw_on_frames": False},
+    ),
+    "lfm3_vl": Architecture(
+        "Lfm3VlConfig", TEXT | {"model_type": "lfm3", "head_dim": 16, "sliding_window": 24}, VISION_TOWER | {
+            "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"],
+        }, QWEN_VALUES | {"projector_hidden_size": 48}, "Lfm3VlProcessor", QWEN_IMAGES,
+        "<|vision_start|><|image_pad|><|vision_end|>", QWEN_TOKENS,
+        video_processor={"video_processor_type": "Qwen3VLVideoProcessor"},
+    ),
+    "lighton_ocr": Architecture(
+        "LightOnOcrConfig", TEXT | {"model_type": "qwen3", "head_dim": 16},
+        VISION_TOWER | {"model_type": "pixtral", "image_size": 64, "head_dim": 16},
+        {"image_token_id": "<|image_pad|>", "spatial_merge_size": 2}, "LightOnOcrProcessor", {
+            "image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": 48},
+            "patch_size": {"height": 8, "width": 8},
+        }, "<|image_pad|>", ("<|image_pad|>", "<|vision_pad|>", "<|vision_end|>"), {
+            "image_token": "<|image_pad|>", "image_break_token": "<|vision_pad|>", "image_end_token": "<|vision_end|>",
+        }, {"patch_size": 4, "spatial_merge_size": 2},
+    ),
+    "exaone4_5": Architecture(
+        "Exaone4_5_Config", TEXT | {
+            "model_type": "exaone4", "sliding_window": 24,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+        }, QWEN_TOWER | {
+            "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "window_size": 16,
+            "fullatt_block_indexes": [1], "num_key_value_heads": 1,
+        }, {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}, "Exaone4_5_Processor", QWEN_IMAGES,
+        "<vision><|image_pad|></vision>", ("<vision>", "</vision>", "<|image_pad|>", "<|video_pad|>"),
+        video_processor={"video_processor_type": "Qwen2VLVideoProcessor"},
     ),
 }  # fmt: skip
 
