@@ -65,7 +65,9 @@ class ImageEncoder:
         self._budget = budget
         self._kept: OrderedDict[bytes, Features] = OrderedDict()
         self._bytes = 0
-        self._wanted = inspect.signature(model.get_image_features).parameters
+        body = model.base_model
+        self._encoding = body.get_image_features if hasattr(body, "get_image_features") else model.get_image_features
+        self._wanted = inspect.signature(self._encoding).parameters
 
     def clear(self) -> None:
         """Forgets what was encoded."""
@@ -131,12 +133,9 @@ class ImageEncoder:
         return found
 
     def _encode(self, image: Image) -> Features:
-        given = {name: value for name, value in image.inputs.items() if name in self._wanted}
-        given = {
-            name: value.to(self._device) if isinstance(value, torch.Tensor) else value for name, value in given.items()
-        }
+        given = {name: self._sent(value) for name, value in image.inputs.items() if name in self._wanted}
         with torch.inference_mode():
-            output = self._model.get_image_features(**given, return_dict=True)
+            output = self._encoding(**given, return_dict=True)
         self.encoded += 1
         pooled = output.pooler_output
         if pooled is None:
@@ -156,6 +155,11 @@ class ImageEncoder:
             elif isinstance(value, torch.Tensor):
                 others[name] = value
         return Features(rows, beside, others, type(output), None if in_list else pooled.dim())
+
+    def _sent(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(self._device, self._model.dtype if value.is_floating_point() else value.dtype)
 
 
 def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -13,35 +13,45 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
-from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import VideoProcessorMixin
 
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json")
 """Those that may name the processor's class, in the order in which they are asked."""
 
+
+class VideoSettings(VideoProcessorMixin):  # type: ignore[misc]
+    """The part of a video processor that needs no torchvision: its settings, of which those not told are None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 PARTS: dict[str, Any] = {
     "tokenizer": AutoTokenizer,
     "image_processor": AutoImageProcessor,
     "feature_extractor": AutoFeatureExtractor,
-    "video_processor": VideoProcessorMixin,  # has the settings of a video processor, and sees no video
+    "video_processor": VideoSettings,
 }
 
 
 def processor(path: Path) -> Any:
-    """The processor of a checkpoint; without torchvision, one that knows of videos only what it is told of them.
+    """The processor of a checkpoint; where its video processor is not to be had, one that sees images alone.
 
     Raises:
-        ImportError: The checkpoint's processor needs a package that is not installed.
-        ValueError: Its image processor does, or it has no processor.
+        ImportError: The processor needs a package that is not installed.
+        OSError: A file is missing.
+        ValueError: The image processor needs a package that is not installed, or the checkpoint has none.
     """
     try:
-        return AutoProcessor.from_pretrained(path, local_files_only=True)
-    except (ImportError, ValueError):
-        if is_torchvision_available():
-            raise
+        made = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (ImportError, OSError, ValueError):
         if (kind := _class(path)) is None or "video_processor" not in kind.get_attributes():
             raise
-    return _blind_to_videos(kind, path)
+        made = _without_videos(kind, path)
+    if not hasattr(made, "image_processor"):  # of text alone, this is a tokenizer
+        raise ValueError(f"{path} has no image processor")
+    return made
 
 
 def _class(path: Path) -> Any:
@@ -55,13 +65,21 @@ def _class(path: Path) -> Any:
     return transformers.PROCESSOR_MAPPING.get(configuration)
 
 
-def _blind_to_videos(kind: Any, path: Path) -> Any:
-    """A processor whose video processor is the part of one that needs no torchvision."""
+def _without_videos(kind: Any, path: Path) -> Any:
+    """A processor of the class, made of its parts but for the video processor, of which it has the settings."""
 
-    def module(name: str) -> Any:  # transformers looks for this class where it is only with torchvision
+    def module(name: str) -> Any:  # it looks for this class among those that are there only with torchvision
         return VideoProcessorMixin if name == "VideoProcessorMixin" else kind.get_possibly_dynamic_module(name)
 
-    blind: Any = type(kind.__name__, (kind,), {"get_possibly_dynamic_module": staticmethod(module)})
-    parts = [PARTS[name].from_pretrained(path, local_files_only=True) for name in kind.get_attributes()]
+    sighted: Any = type(kind.__name__, (kind,), {"get_possibly_dynamic_module": staticmethod(module)})
     settings, options = kind.get_processor_dict(path, local_files_only=True)
-    return blind.from_args_and_dict(parts, settings, **options)
+    return sighted.from_args_and_dict([_part(name, path) for name in kind.get_attributes()], settings, **options)
+
+
+def _part(name: str, path: Path) -> Any:
+    try:
+        return PARTS[name].from_pretrained(path, local_files_only=True)
+    except OSError:
+        if name != "video_processor":
+            raise
+        return VideoSettings()

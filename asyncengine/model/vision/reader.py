@@ -99,7 +99,7 @@ class ProcessedImageReader:
                 text=[self.mark * len(pictures)],
                 images=[pictures],
                 return_text_replacement_offsets=True,
-                return_tensors="pt",
+                images_kwargs={"return_tensors": "pt"},
             )
         except Exception as error:  # it may refuse a shape, say
             sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in pictures)

@@ -58,7 +58,10 @@ class ImageTrial:
         self._device, self._dtype = device, model.dtype
         pictures = [_picture(*size) for size in _SIZES]
         text = f"{prepares.image_token} a {prepares.image_token} b c"
-        given = prepares(text=[text], images=[pictures], return_tensors="pt", add_special_tokens=False).to(device)
+        given = prepares(
+            text=[text], images=[pictures], images_kwargs={"return_tensors": "pt"}, add_special_tokens=False
+        )
+        given = {name: _sent(value, device, model.dtype) for name, value in given.items()}
         wanted = given["input_ids"][0].tolist()
         encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
         for together in (False, True):
@@ -71,7 +74,6 @@ class ImageTrial:
         self._images = read.images
         self._ids: Int32 = np.array(wanted, dtype=np.int32)
         with _plainly(model) as ahead, torch.inference_mode():
-            given = {name: _floats(value, model.dtype) for name, value in given.items()}
             self._expected = model(**given, use_cache=False).logits[0].float()
         if ahead:
             raise UnsupportedModelError(f"its tokens of an image look at later ones: {ahead[0]}")
@@ -134,8 +136,12 @@ class ImageTrial:
         return dataclasses.replace(batch, images=tuple(parts), axes=axes)
 
 
-def _floats(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+def _sent(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A value on a device, what is a list as a tensor."""
+    tensor = torch.as_tensor(value) if isinstance(value, (torch.Tensor, list)) else None
+    if tensor is None:
+        return value
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def _picture(width: int, height: int) -> Any:

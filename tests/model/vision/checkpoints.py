@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from tests.model.vision.processors import processor
+from asyncengine.model.vision.processor import processor
 
 VOCABULARY = 320
 END = 0
@@ -547,7 +547,7 @@ def inputs(path: Path, messages: list[dict[str, Any]], images: list[Image.Image]
     rendered = made.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, for how one of the processors copies a tensor
-        return made(text=[rendered], images=images or None, return_tensors="pt").to(torch.float32)
+        return made(text=[rendered], images=[images] if images else None, return_tensors="pt").to(torch.float32)
 
 
 def load(path: Path) -> Any:

@@ -13,10 +13,10 @@ import pytest
 import torch
 import transformers
 
+from asyncengine.model.vision.processor import _without_videos
 from tests.model import checkpoints as text_checkpoints
 from tests.model import letters
 from tests.model.vision.checkpoints import VISION, inputs, load, picture, processor, reference, runs, write
-from tests.model.vision.processors import _without_videos
 
 CONVERSATION: list[dict[str, Any]] = [
     {
