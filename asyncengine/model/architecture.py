@@ -26,6 +26,7 @@ from asyncengine.model.attention_modules import HOOK, RecordedLayer, hooked, tex
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.recorded import Recorded, Watched
 from asyncengine.model.recurrent.recorded import RecurrentLayer, recording
+from asyncengine.model.vision.modules import seeing
 
 ATTENTION = "asyncengine"
 """Name under which our attention is known to transformers."""
@@ -96,11 +97,8 @@ def bare(config: Any, dtype: torch.dtype | None = None, images: bool = False) ->
 def attend_here(model: Any) -> None:
     """Lets a model attend by our function, but for what looks at images, which attends as transformers does."""
     model.set_attn_implementation(ATTENTION)
-    if not hasattr(model, "get_decoder"):
-        return
-    own = set(model.get_decoder().modules())
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module not in own and own.isdisjoint(module.modules()):
+    for module in seeing(model):
+        if isinstance(module, PreTrainedModel):
             try:
                 module.set_attn_implementation("sdpa")
             except ValueError:

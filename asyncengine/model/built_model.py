@@ -13,6 +13,7 @@ from asyncengine.model.findings import Findings
 from asyncengine.model.load_check import BUILDING, Details
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.recurrent.packages import missing
+from asyncengine.model.vision.modules import seeing
 from asyncengine.model.vision.refusals import TEXT_ALONE
 
 if TYPE_CHECKING:
@@ -304,7 +305,7 @@ def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     """Turns linear layers into fp8; returns what came of it, in words."""
     from asyncengine.model.quantised.fp8_linear import counted, quantise
 
-    done, of = counted(model) if _stays(details) else quantise(model, trial.layers.uncalled)
+    done, of = counted(model) if _stays(details) else quantise(model, trial.layers.uncalled | seeing(model))
     if not done:
         raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in fp8")
     if details.device.type == "cuda":
@@ -342,7 +343,7 @@ def _in_four_bits(model: Any, trial: Any, details: Details) -> tuple[str, Any]:
     rounded = not _stays(details)
     if rounded:
         round_experts(model)
-        round_layers(model, but=trial.layers.uncalled)
+        round_layers(model, but=trial.layers.uncalled | seeing(model))
         memory.empty_cache()
     if not (share := share_of(model)):
         raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in int4")

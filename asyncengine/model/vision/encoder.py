@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from asyncengine.images import Image
 from asyncengine.model.decoder.program import CompiledDecoder, Seen
 from asyncengine.model.decoder.rotation import rotated
+from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import StepBatch
 
 _WITHIN = {"pooler_output", "last_hidden_state", "hidden_states", "attentions"}
@@ -134,7 +136,8 @@ class ImageEncoder:
 
     def _encode(self, image: Image) -> Features:
         given = {name: self._sent(value) for name, value in image.inputs.items() if name in self._wanted}
-        with torch.inference_mode():
+        faster = WidenedLinears() if is_faster(self._device) else contextlib.nullcontext()
+        with torch.inference_mode(), faster:
             output = self._encoding(**given, return_dict=True)
         self.encoded += 1
         pooled = output.pooler_output

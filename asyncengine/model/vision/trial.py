@@ -23,6 +23,7 @@ from asyncengine.model.recorded import Recorded
 from asyncengine.model.vision.encoder import ImageEncoder
 from asyncengine.model.vision.processor import processor
 from asyncengine.model.vision.reader import Axes, ProcessedImageReader
+from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import Int32, StepBatch
 
 _SIZES = (48, 32), (40, 56)
@@ -73,7 +74,8 @@ class ImageTrial:
             raise UnsupportedModelError("its processor makes other tokens of images in a conversation than of a prompt")
         self._images = read.images
         self._ids: Int32 = np.array(wanted, dtype=np.int32)
-        with _plainly(model) as ahead, torch.inference_mode():
+        faster = WidenedLinears() if is_faster(device) else contextlib.nullcontext()
+        with _plainly(model) as ahead, torch.inference_mode(), faster:
             self._expected = model(**given, use_cache=False).logits[0].float()
         if ahead:
             raise UnsupportedModelError(f"its tokens of an image look at later ones: {ahead[0]}")
