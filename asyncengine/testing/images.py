@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,13 @@ _MOST = 7
 def pieces_of(image: bytes | str) -> list[int]:
     """What a scripted model sees of an image, and what its script finds in the prompt in the image's place."""
     data = _data_of(image)
-    return _pieces(hashlib.sha256(data).digest(), _count(data))
+    return _pieces(_digest(data), _count(data))
+
+
+def are_of_one_image(pieces: Collection[int]) -> bool:
+    """Whether numbers in the "KV cache" may be pieces of one image."""
+    counts = {1 + (piece - _SEEN) % _MOST for piece in pieces}
+    return min(pieces) >= _SEEN and len(counts) == 1 and len(pieces) <= max(counts)
 
 
 class ScriptedImageReader:
@@ -29,6 +35,9 @@ class ScriptedImageReader:
     Tokens have three axes. In the last of them, every second token of an image is one further on, so that an image
     takes half as many positions as tokens.
 
+    Args:
+        whole: Whether an image must be seen in one step.
+
     Attributes:
         token_id: Stands for a piece of an image, as `mark` does for one in a text.
     """
@@ -36,6 +45,9 @@ class ScriptedImageReader:
     key = "scripted images"
     mark = "\0"
     token_id = 0
+
+    def __init__(self, whole: bool = False) -> None:
+        self._whole = whole
 
     def read(self, images: Sequence[ImageSource], write: Write, encode: Callable[[str], list[int]]) -> ReadPrompt:
         """As `asyncengine.images.ImageReader`."""
@@ -56,11 +68,12 @@ class ScriptedImageReader:
         if left:
             raise InvalidRequestError(f"the prompt has {len(found)} marks of images; expected {len(images)}")
         read = [
-            Image(hashlib.sha256(data).digest(), {"data": data}, np.arange(at, at + _count(data))) for data, at in found
+            Image(_digest(data), {"data": data, "whole": self._whole}, np.arange(at, at + _count(data)))
+            for data, at in found
         ]
         axes = _axes(len(ids), {at: _count(data) for data, at in found})
         shift = int(axes[:, -1].max()) + 1 - len(ids)
-        return ReadPrompt(ids, PromptImages(tuple(read), self.token_id, self.key, axes, shift))
+        return ReadPrompt(ids, PromptImages(tuple(read), self.token_id, self.key, axes, shift, self._whole))
 
 
 def see(batch: StepBatch, cells: NDArray[np.int64]) -> None:
@@ -72,8 +85,9 @@ def see(batch: StepBatch, cells: NDArray[np.int64]) -> None:
     """
     for part in batch.images:
         assert (cells[part.tokens] == ScriptedImageReader.token_id).all(), "tokens of images have other ids"
-        pieces = _pieces(part.image.digest, len(part.image.places))
-        cells[part.tokens] = pieces[part.first : part.first + len(part.tokens)]
+        pieces, last = _pieces(part.image.digest, len(part.image.places)), part.first + len(part.tokens)
+        assert last == len(pieces) or not part.image.inputs["whole"], "an image is parted that must not be"
+        cells[part.tokens] = pieces[part.first : last]
 
 
 def seen(tokens: Sequence[int], cells: Sequence[int]) -> list[int]:
@@ -120,6 +134,10 @@ def _data_of(source: ImageSource) -> bytes:
     if not isinstance(source, bytes):
         raise InvalidRequestError(f"an image is {source!r:.80}; the scripted model takes bytes or text")
     return source
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def _count(data: bytes) -> int:

@@ -39,6 +39,7 @@ class ScriptedLoader:
         adapters: What is generated with each adapter, by the directory that `EngineConfig.adapters` and `load_adapter`
             name. The latter takes a script itself as well.
         takes_images: Whether the models do, as `asyncengine.testing.ScriptedImageReader` reads them.
+        whole_images: Whether an image must be seen in one step then.
         warm_up_pieces: Pieces of work that the engine lets a model do while there are no requests.
 
     Attributes:
@@ -65,6 +66,7 @@ class ScriptedLoader:
         kept_states: int | None = None,
         adapters: Mapping[str, Script] | None = None,
         takes_images: bool = False,
+        whole_images: bool = False,
     ) -> None:
         self.script = script
         self.step_seconds = step_seconds
@@ -77,6 +79,7 @@ class ScriptedLoader:
         self.kept_states = kept_states
         self.adapters = dict(adapters or {})
         self.takes_images = takes_images
+        self.whole_images = whole_images
         self.hold_warm_ups = False
         self.warm_ups: list[ScriptedWarmUp] = []
         self.models: list[ScriptedModel] = []
@@ -162,7 +165,7 @@ class ScriptedLoader:
             adapting=model,
             adapters=tuple(adapters),
             adapter_format=format,
-            image_reader=ScriptedImageReader() if self.takes_images else None,
+            image_reader=ScriptedImageReader(self.whole_images) if self.takes_images else None,
         )
 
     def _drafting(self, model: ScriptedModel, config: EngineConfig) -> Drafting | None:

@@ -21,6 +21,7 @@ from asyncengine.step.adapters import NO_SPACE
 from asyncengine.step.core import Core
 from asyncengine.step.sequence import SequenceState
 from asyncengine.testing import ByteTokenizer, Script, ScriptedLoader, ScriptedModel, echo
+from asyncengine.testing.images import are_of_one_image
 
 EOS = ByteTokenizer.eos_token_id
 
@@ -344,14 +345,21 @@ class Case:
         assert core.loaded is not None
         model: Any = core.loaded.model
         cache = model._cache.reshape(pool.num_blocks, -1)
+        seen: dict[int, set[int]] = {}  # pieces of images by what stands for them
         while stack:
             node, stamp, before = stack.pop()
             np.add.at(in_tree, node.blocks, 1)
             known = node.tokens.astype(np.int64) + stamp * (1 << 32)
-            assert model.asleep or np.array_equal(cache[node.blocks].ravel(), known), "not what is known"
+            if not model.asleep:
+                there, of_images = cache[node.blocks].ravel(), node.tokens < 0
+                known[of_images] = there[of_images]  # the tree has what stands for an image, the cache what is seen
+                assert np.array_equal(there, known), "not what is known"
+                for token_id, piece in zip(node.tokens[of_images].tolist(), there[of_images].tolist(), strict=True):
+                    seen.setdefault(token_id, set()).add(piece - stamp * (1 << 32))
             path = (*before, *known.tolist())
             stack += [(child, stamp, path) for child in node.children.values()]
             self.check_states(node.blocks.tolist(), path[: len(before)], path[len(before) :])
+        assert all(are_of_one_image(pieces) for pieces in seen.values()), "one id stands for several images"
         assert in_tree.max(initial=0) <= 1
         assert np.array_equal(pool._refs, refs + in_tree), "a block is held by nobody, or freed too early"
         assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks

@@ -26,10 +26,10 @@ from asyncengine.events import Pooled, PromptLogprobs
 from asyncengine.instructions import Deadlines, NewRequest
 from asyncengine.outputs import FinishReason
 from asyncengine.state import EngineState
-from asyncengine.step.model import LoadedModel, LoadPlan
+from asyncengine.step.model import LoadedModel, LoadPlan, ModelView
 from asyncengine.step.sequence import SequenceState
 from asyncengine.step.warming import QUIET_SECONDS
-from asyncengine.testing import ByteTokenizer, Script, ScriptedLoader
+from asyncengine.testing import ByteTokenizer, Script, ScriptedLoader, pieces_of
 from asyncengine.testing.adapters import ScriptedAdapter
 from asyncengine.testing.scripted import DeviceLostError
 from tests.speculation.drafters import Broken, Guesser, Liar, Oracle
@@ -50,9 +50,18 @@ def script_of(adapter: str | None) -> Script:
     return lambda prompt, branch: script(prompt, branch + (0 if adapter is None else 7 * ord(adapter)))
 
 
+def as_seen(new: NewRequest) -> list[int]:
+    """A prompt as a script finds it: with what is seen of images in their places."""
+    prompt = new.prompt.tolist()
+    for image in () if new.images is None else new.images.images:
+        for place, piece in zip(image.places.tolist(), pieces_of(image.inputs["data"]), strict=True):
+            prompt[place] = piece
+    return prompt
+
+
 def whole(new: NewRequest, branch: int) -> tuple[list[int], int | str | None]:
     """All that a branch generates if no length limit ends it, and what ends it, told naively."""
-    answer = [*script_of(new.adapter)(new.prompt.tolist(), branch)]
+    answer = [*script_of(new.adapter)(as_seen(new), branch)]
     answer += [EOS] * (new.params.max_tokens + 1)
     text = ""
     for count, token in enumerate(answer, 1):
@@ -94,13 +103,30 @@ ADDED: dict[str, Any] = {
     "same_id": st.booleans(),
     "adapter": st.sampled_from([None, None, "x", "y"]),
     "kind": st.sampled_from(["text", "text", "text", "text", "scored", "mean", "last"]),
+    "pictures": st.just([]) | st.just([]) | st.lists(st.sampled_from([b"p", b"pic", b"pictu"]), max_size=2),
 }
 LOADED: dict[str, Any] = {
     "drafts": st.sampled_from(["none", "right", "guessed", "guessed", "wrong", "repeated", "broken"]),
     "longest": st.sampled_from([0, 1, 3, 20]),
     "adapters": st.sampled_from(["", "x", "x", "xy", "yx"]),
     "kept": st.sampled_from([None, None, None, 0, 1, 3, 50]),
+    "images": st.sampled_from(["", "", "parted", "whole"]),
 }
+
+
+def with_images(new: NewRequest, view: ModelView, prefix: str, pictures: list[bytes]) -> NewRequest:
+    """A request with images behind the prefix of its prompt, if none of them is too large to be seen at once."""
+    assert view.image_reader is not None
+    tokens = ByteTokenizer()
+    text = prefix + "\0" * len(pictures) + tokens.decode(new.prompt.tolist())[len(prefix) :]
+    read = view.image_reader.read(pictures, lambda encode: encode(text), tokens.encode)
+    run = read.images.num_tokens  # they stand beside each other
+    if read.images.whole and run > (view.config.prefill_chunk_size or 0):
+        return new
+    room = max(view.max_tokens - len(read.token_ids), 0)
+    params = dataclasses.replace(new.params, max_tokens=min(new.params.max_tokens, room), min_tokens=0)
+    return dataclasses.replace(new, prompt=prompt_of(read.token_ids), images=read.images, params=params)
+
 
 DRAFTERS: dict[str, Any] = {
     "right": Oracle,
@@ -111,9 +137,10 @@ DRAFTERS: dict[str, Any] = {
 
 
 class Loader(ScriptedLoader):
-    """Loads models that keep states, as many as drawn, unless they have drafts."""
+    """Loads models that keep states, as many as drawn, and take images if that is drawn, unless they have drafts."""
 
     kept: int | None = None
+    images = ""
 
     def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
         self._choose(config)
@@ -126,6 +153,7 @@ class Loader(ScriptedLoader):
     def _choose(self, config: EngineConfig) -> None:
         drafts = self.make_drafter is not None or config.speculative_mode != "disable"
         self.kept_states = None if drafts else self.kept
+        self.takes_images, self.whole_images = bool(self.images) and not drafts, self.images == "whole"
 
 
 def alive_and_open(machine: CoreMachine) -> bool:
@@ -172,9 +200,11 @@ class CoreMachine(RuleBasedStateMachine):
         else:
             self.case.give(make(to))
 
-    def drafts_by(self, drafts: str, longest: int, kept: int | None) -> dict[str, Any]:
-        """Lets the models that are loaded from now on have a drafter, or states; returns what to load them with."""
-        self.loader.kept = kept
+    def drafts_by(self, drafts: str, longest: int, kept: int | None, images: str) -> dict[str, Any]:
+        """Lets the models that are loaded from now on have a drafter, or states and images; returns what to load them
+        with.
+        """
+        self.loader.kept, self.loader.images = kept, images
         if kept is not None:
             drafts = "none"
         self.case.loader.make_drafter = DRAFTERS.get(drafts)
@@ -203,6 +233,7 @@ class CoreMachine(RuleBasedStateMachine):
         longest: int,
         adapters: str,
         kept: int | None,
+        images: str,
     ) -> None:
         self.limits.add(size)
         self.case.load(
@@ -213,7 +244,7 @@ class CoreMachine(RuleBasedStateMachine):
             prefix_cache_max_num_recycling_seqs=recycling,
             max_queue_size=queue,
             adapters=dict(zip(adapters, adapters, strict=True)),
-            **self.drafts_by(drafts, longest, kept),
+            **self.drafts_by(drafts, longest, kept, images),
         )
 
     @precondition(alive)
@@ -244,6 +275,7 @@ class CoreMachine(RuleBasedStateMachine):
         same_id: bool,
         adapter: str | None,
         kind: str,
+        pictures: list[bytes],
     ) -> None:
         view = self.core.view
         limits: dict[str, Any] = {}
@@ -275,6 +307,8 @@ class CoreMachine(RuleBasedStateMachine):
             for i in range(count)
         ]
         news = [dataclasses.replace(new, pooling=pooling) for new in news]
+        if kind == "text" and pictures and view is not None and view.image_reader is not None:
+            news = [with_images(new, view, prefix, pictures) for new in news]
         epoch = None
         if view is not None and any(len(new.prompt) >= view.max_tokens for new in news):
             return
@@ -410,6 +444,7 @@ class CoreMachine(RuleBasedStateMachine):
         longest: int,
         adapters: str,
         kept: int | None,
+        images: str,
     ) -> None:
         loader = self.case.loader
         loader.fits_beside = fits
@@ -427,7 +462,7 @@ class CoreMachine(RuleBasedStateMachine):
             max_queue_size=queue,
             max_single_sequence_length=length,
             adapters=dict(zip(adapters, adapters, strict=True)),
-            **self.drafts_by(drafts, longest, kept),
+            **self.drafts_by(drafts, longest, kept, images),
         )
         self.later(data, lambda to: ins.Reload(new, in_flight, to, new_requests))
 
