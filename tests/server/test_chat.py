@@ -157,6 +157,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "tools[0].function.parameters",
     ),
     ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs.chat_template"),
+    ({"chat_template_kwargs": {"config": 1}}, "chat_template_kwargs.config"),
     ({"continue_final_message": True}, "continue_final_message"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"max_completion_tokens": -1}, "max_completion_tokens"),
