@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from asyncengine import AsyncEngine, EngineConfig
+from asyncengine import AsyncEngine
 from asyncengine.server import create_app
-from asyncengine.testing import ByteTokenizer, ScriptedImageReader, ScriptedLoader, pieces_of
+from asyncengine.testing import ScriptedImageReader, pieces_of, scripted_engine
 from tests.server.serving import KEY, MODEL, Later, error, listening, served
 
 openai = Later("openai")
@@ -42,8 +42,7 @@ def told(prompt: Sequence[int], branch: int = 0) -> bytes:
 
 
 def seeing() -> AsyncEngine:
-    loader = ScriptedLoader(told, tokenizer=ByteTokenizer(), takes_images=True)
-    return AsyncEngine(EngineConfig(MODEL), loader=loader)
+    return scripted_engine(told, takes_images=True)
 
 
 def encoded(data: bytes) -> str:
