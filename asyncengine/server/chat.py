@@ -101,6 +101,7 @@ class Chat:
             raise Refusal(400, message, "invalid_field", "max_completion_tokens")
         self.choice = tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls, self.tokenizer)
         self.messages = conversation(body.messages, service.settings.max_image_bytes)
+        body.messages = []  # images in it are large, and an answer takes its time
         changes: dict[str, Any] = {"logprobs": body.logprobs, "top_logprobs": body.top_logprobs}
         if body.max_completion_tokens is not None:
             changes["max_tokens"] = body.max_completion_tokens
@@ -134,7 +135,8 @@ class Chat:
             arguments["add_generation_prompt"] = False
         elif not body.add_generation_prompt:
             arguments["add_generation_prompt"] = False
-        pending = self.service.engine.chat(await decoded(self.messages), config, self.options, **arguments)
+        messages, self.messages = await decoded(self.messages), []
+        pending = self.service.engine.chat(messages, config, self.options, **arguments)
         try:
             stream = await pending.__aenter__()
         except InvalidRequestError as error:

@@ -124,6 +124,8 @@ def _of_url(url: object, field: str) -> EncodedImage:
     head = _DATA_URL.match(url)
     if head is None:
         scheme = _SCHEME.match(url)
+        if scheme and scheme[0].lower() == "data":
+            raise _refusal(field, "is a data: URL that cannot be read; expected data:image/...;base64,...")
         what = f"has the scheme {scheme[0].lower()!r}" if scheme else "is not a data: URL"
         advice = "images are not fetched here, so send the image itself as data:image/...;base64,..."
         raise _refusal(field, f"{what}; {advice}", "unsupported_field")

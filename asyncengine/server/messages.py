@@ -99,6 +99,7 @@ class Messaging:
             raise Refusal(400, message, "unsupported_field", "tool_choice")
         found: dict[str, Any] = {name: getattr(body, name) for name in _SAME}
         messages = messages_of(body.messages, body.system, service.settings.max_image_bytes)
+        body.messages = []
         prefilled = messages[-1]["role"] == "assistant"
         self.chat = Chat(
             service,

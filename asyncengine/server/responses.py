@@ -121,6 +121,7 @@ class Responding:
             label,
             "resp",
         )
+        body.input = []
 
     def response(self, items: Items | None, status: str, **more: Any) -> dict[str, Any]:
         """The response as it is now."""

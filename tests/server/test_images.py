@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import logging
+import tracemalloc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from asyncengine import AsyncEngine
 from asyncengine.server import create_app
 from asyncengine.testing import ScriptedImageReader, pieces_of, scripted_engine
-from tests.server.serving import KEY, MODEL, Later, error, listening, served
+from tests.server.serving import KEY, MODEL, Later, error, listening, served, until
 
 openai = Later("openai")
 anthropic = Later("anthropic")
@@ -180,6 +182,29 @@ async def test_one_that_is_larger_than_the_setting_is_refused() -> None:
         )
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", [CHAT, RESPONSES, MESSAGES])
+async def test_what_was_sent_is_let_go_while_it_is_answered(route: str, stream: bool) -> None:
+    engine = scripted_engine("a" * 1000, step_seconds=0.01, takes_images=True)
+    body: dict[str, Any] = {"messages": from_user(block(LARGE) if route == MESSAGES else image_part(LARGE))}
+    if route == RESPONSES:
+        body = {"input": from_user({"type": "input_image", "image_url": url(LARGE)})}
+    if route == MESSAGES:
+        body["max_tokens"] = 1000
+    async with served(engine) as client:
+        request = client.build_request("POST", route, json=body | {"stream": stream})
+        tracemalloc.start()
+        try:
+            asking = asyncio.ensure_future(client.send(request))
+            await until(lambda: engine.metrics().counters.generation_tokens > 1)
+            kept, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        await engine.reset()
+        await asking
+    assert most > 18 << 20 and kept < 12 << 20  # the model keeps the file, not the base64
+
+
 NO_FETCH = "images are not fetched here, so send the image itself as data:image/...;base64,..."
 WRONG: list[tuple[Any, str]] = [
     ("https://example.com/a.png", f"has the scheme 'https'; {NO_FETCH}"),
@@ -190,6 +215,7 @@ WRONG: list[tuple[Any, str]] = [
     (7, "is missing; expected data:image/...;base64,..."),
     (url(RED, "audio/wav"), "is data of the type 'audio/wav'; expected data:image/...;base64,..."),
     (f"data:;base64,{encoded(RED)}", "is data of the type ''; expected data:image/...;base64,..."),
+    ("data:image/png;base64", "is a data: URL that cannot be read; expected data:image/...;base64,..."),
     ("data:image/png,%89PNG", "is a data: URL without ;base64; expected data:image/...;base64,..."),
     ("data:image/png;base64,", "is an image of 0 bytes"),
     ("data:image/png;base64,iVBO*AAA", "is not base64: Only base64 data is allowed"),
