@@ -28,7 +28,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="What the model is told before anything else.")] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Goes before the first question; may be given several times."),
+        typer.Option(metavar="FILE", help="An image, before the first question; may be given several times."),
     ] = None,
     *,
     generation: GenerationFlags,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import msgspec
@@ -108,13 +109,11 @@ def part_of(part: object, where: str, most_image_bytes: int | None) -> dict[str,
 def joined(parts: Iterable[dict[str, Any]]) -> str | list[dict[str, Any]]:
     """Parts of a message as one text, if all are; else with texts that follow each other as one."""
     found: list[dict[str, Any]] = []
-    for part in parts:
-        if part["type"] != "text":
-            found.append(part)
-        elif found and found[-1]["type"] == "text":
-            found[-1] = {"type": "text", "text": found[-1]["text"] + part["text"]}
-        elif part["text"]:
-            found.append(part)
+    for texts, run in groupby(parts, lambda part: part["type"] == "text"):
+        if not texts:
+            found += run
+        elif text := "".join(part["text"] for part in run):
+            found.append({"type": "text", "text": text})
     if not found:
         return ""
     return str(found[0]["text"]) if len(found) == 1 and found[0]["type"] == "text" else found
