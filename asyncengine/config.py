@@ -84,6 +84,10 @@ class EngineConfig:
             as it will be when it is ready; for benchmarks, for engines that are never idle, and for programs that wait
             for the whole device, empty torch's cache or draw the device's random numbers by themselves, which must not
             be done beside a capture.
+        images: Whether prompts may have images in them. None: if the checkpoint has an encoder for them, Pillow is
+            installed, and a trial shows that the model says of images what it says in transformers;
+            `AsyncEngine.health` says why not. True: the same, or the load fails. False: images are refused, and the
+            encoder is not loaded where the model can do without.
         grammar_backend: Compiles `GenerationConfig.response_format`: ``"llguidance"``, ``"xgrammar"``, or ``"auto"``,
             which takes the first of these that is installed.
         max_queue_size: Most requests that wait for their first step; None is unlimited.
@@ -115,6 +119,7 @@ class EngineConfig:
     decoder_backend: DecoderBackend = field(default="auto", kw_only=True)
     quantization: Quantization = field(default="none", kw_only=True)
     graph_capture: GraphCapture = field(default="idle", kw_only=True)
+    images: bool | None = field(default=None, kw_only=True)
     max_queue_size: int | None = field(default=None, kw_only=True)
     step_timeout: float = field(default=60.0, kw_only=True)
 
@@ -132,6 +137,8 @@ class EngineConfig:
             if value not in choices:
                 allowed = ", ".join(repr(choice) for choice in choices)
                 raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
+        if self.images is not None and not isinstance(self.images, bool):
+            raise ConfigError(f"images is {self.images!r}; allowed: True, False, None")
         for name in (
             "max_num_sequence",
             "max_total_sequence_length",

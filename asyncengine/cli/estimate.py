@@ -220,7 +220,6 @@ def _watched(architecture: Any, hf_config: Any) -> Watched:
 def _is_recognised(hf_config: Any, watched: Watched) -> bool:
     """Whether a model is of the family that runs as a compiled step, as far as the names of its parts tell."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from asyncengine.model import architecture
     from asyncengine.model.decoder.blueprint import NotRecognised, check_parts
@@ -228,7 +227,7 @@ def _is_recognised(hf_config: Any, watched: Watched) -> bool:
     if watched.recurrent:
         return False
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=architecture.ATTENTION)
+        model = architecture.bare(hf_config)
     try:
         check_parts(model, architecture.layers_of(model.eval(), watched).attention)
     except NotRecognised:

@@ -140,7 +140,8 @@ class AsyncEngine(EngineControl):
             messages: Mappings with ``role`` and ``content``, which is text or a list of parts: ``{"type": "text",
                 "text": ...}`` and ``{"type": "image", "image": ...}``, where the image is what
                 `asyncengine.images.ImageSource` says, or OpenAI's ``image_url`` with a ``data:`` URL. The
-                ``token_ids`` of an answer, given beside its content, take its place: nothing that the model wrote is then cut into other tokens and computed again.
+                ``token_ids`` of an answer, given beside its content, take its place: nothing that the model wrote is
+                then cut into other tokens and computed again.
             config: How to generate.
             options: Id, priority, deadlines.
             **template_arguments: Passed to the chat template.

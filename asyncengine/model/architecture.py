@@ -8,13 +8,14 @@ What cannot be served shows in the same way: layers that do neither, attend twic
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +26,7 @@ from asyncengine.model.attention_modules import HOOK, RecordedLayer, hooked, tex
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.recorded import Recorded, Watched
 from asyncengine.model.recurrent.recorded import RecurrentLayer, recording
+from asyncengine.model.vision.modules import seeing
 
 ATTENTION = "asyncengine"
 """Name under which our attention is known to transformers."""
@@ -57,14 +59,50 @@ def _attend(
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
 
 
-def model_class(config: Any) -> tuple[Any, Any]:
-    """The class of transformers that `AutoModelForCausalLM` would take, and the configuration that it would give it."""
-    found = AutoModelForCausalLM._model_mapping[type(config)]
+def model_class(config: Any, images: bool = False) -> tuple[Any, Any]:
+    """The class of transformers that `AutoModelForCausalLM` would take, and the configuration that it would give it.
+
+    Args:
+        config: Of a checkpoint.
+        images: Whether it is to be the class that takes images; it is where there is no other.
+    """
+    mappings = [AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping]
+    if images:
+        mappings.reverse()
+    found = next(mapping[type(config)] for mapping in mappings if type(config) in mapping)
     if isinstance(found, (list, tuple)):
         named = getattr(config, "architectures", None) or ()
         found = next((each for each in found if each.__name__ in named), found[0])
     of_text = getattr(config, "sub_configs", {}).get("text_config")
     return found, config.get_text_config() if of_text is not None and found.config_class is of_text else config
+
+
+def no_images(config: Any) -> str:
+    """Why transformers' class for a configuration takes no images that were encoded before; empty if it does."""
+    kind, _ = model_class(config, images=True)
+    if not hasattr(kind, "get_image_features") or getattr(config, "image_token_id", None) is None:
+        return f"{kind.__name__} has no encoder that could be called by itself"
+    if "mm_encoder_outputs" not in inspect.signature(kind.forward).parameters:
+        return f"{kind.__name__} takes none that are encoded in transformers {transformers.__version__}"
+    return ""
+
+
+def bare(config: Any, dtype: torch.dtype | None = None, images: bool = False) -> Any:
+    """A model without weights, whatever device is the default; it attends by our function."""
+    kind, config = model_class(config, images)
+    given = {} if dtype is None else {"dtype": dtype}
+    return kind._from_config(config, attn_implementation=ATTENTION, **given)
+
+
+def attend_here(model: Any) -> None:
+    """Lets a model attend by our function, but for what looks at images, which attends as transformers does."""
+    model.set_attn_implementation(ATTENTION)
+    for module in seeing(model):
+        if isinstance(module, PreTrainedModel):
+            try:
+                module.set_attn_implementation("sdpa")
+            except ValueError:
+                module.set_attn_implementation("eager")
 
 
 def turned_weights(kind: Any, config: Any) -> set[str]:
@@ -108,12 +146,10 @@ def read_config(checkpoint: Checkpoint) -> Any:
     name = _name(config)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoders can be served")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    mappings = AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping
+    if not any(type(config) in mapping for mapping in mappings):
         raise UnsupportedModelError(f"{name} has no causal language model in transformers")
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    if isinstance(model_class, tuple):
-        model_class = model_class[0]
-    if not model_class._can_set_attn_implementation():
+    if not model_class(config)[0]._can_set_attn_implementation():
         raise UnsupportedModelError(
             f"{name} computes attention in its own code, not through transformers' attention interface, so its keys "
             "and values cannot be kept in pages"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asyncengine.config import DecoderBackend, EngineConfig
 from asyncengine.errors import CheckpointError, UnsupportedModelError
@@ -13,6 +13,11 @@ from asyncengine.model.findings import Findings
 from asyncengine.model.load_check import BUILDING, Details
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.recurrent.packages import missing
+from asyncengine.model.vision.modules import seeing
+from asyncengine.model.vision.refusals import TEXT_ALONE
+
+if TYPE_CHECKING:
+    from asyncengine.model.vision.trial import ImageTrial
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,8 @@ class Built:
         hidden_size: Width of its hidden states; None if there is no telling.
         findings: What the next load of it need not find out; None if that is not to be kept.
         has_head: Whether its head is the checkpoint's, not made up.
+        image_trial: What reads images and makes their encoder; None if the model takes none.
+        no_images: Why it takes none, in words.
     """
 
     model: Any
@@ -34,6 +41,8 @@ class Built:
     hidden_size: int | None
     findings: Findings | None = None
     has_head: bool = True
+    image_trial: ImageTrial | None = None
+    no_images: str = ""
 
     def decoder_backend(self, config: EngineConfig) -> DecoderBackend:
         """What the configuration comes to; "auto" where that rests on measurements, so that a restart makes them."""
@@ -66,6 +75,7 @@ def build(
     from asyncengine.model import architecture, verification
     from asyncengine.model.decoder.parts import NotRecognised
     from asyncengine.model.decoder.weights import Packing
+    from asyncengine.model.graphs import reason_of
     from asyncengine.model.hidden_states import hidden_size
 
     notes: list[str] = []
@@ -76,6 +86,7 @@ def build(
     notes.extend(slower)
     trial = verification.Trial.of(model, layers, details.device)
     backend = attention()
+    image_trial, no_images = _image_trial(details, model, layers, backend)
     if config.quantization == "int4" and details.device.type == "cuda":
         how, trial = _in_four_bits(model, trial, details)
         notes.append(how)
@@ -91,6 +102,8 @@ def build(
                 meanwhile()
                 packing.run()
             notes.extend(_rounding(config.quantization, program, trial.run(model, backend, program)))
+            if image_trial is not None:
+                image_trial.run(model, layers, backend, program)
             findings = _findings(details, model, layers, blueprint, trial, notes)
     except (NotRecognised, UnsupportedModelError) as error:
         if config.decoder_backend == "compiled" or not (
@@ -134,7 +147,34 @@ def build(
             notes.append(
                 f"KV cache: {config.kv_cache_dtype}{with_scales}: logits of a trial are {off:.1%} of their norm off"
             )
-    return Built(model, layers, program, fused, tuple(notes), hidden_size(model), findings, has_head)
+    if image_trial is not None and program is None:
+        narrow = config.quantization == "fp8" or details.kv_dtype is not details.dtype
+        try:
+            image_trial.run(model, layers, backend, None, config.quantization, details.kv_dtype, narrow)
+        except Exception as error:  # also what a compiler or a driver raises
+            image_trial, no_images = None, reason_of(error)
+    if no_images and config.images:
+        raise UnsupportedModelError(f"images is True; {name!r} takes none: {no_images}")
+    if no_images not in ("", TEXT_ALONE) and config.images is None:
+        notes.append(f"images: refused: {no_images}")
+    return Built(
+        model, layers, program, fused, tuple(notes), hidden_size(model), findings, has_head, image_trial, no_images
+    )
+
+
+def _image_trial(details: Details, model: Any, layers: Recorded, backend: Any) -> tuple[ImageTrial | None, str]:
+    """A trial of a model with images, as transformers has it so far; or why there is none, in words."""
+    if details.no_images:
+        return None, details.no_images
+    from asyncengine.model.graphs import reason_of
+    from asyncengine.model.vision.trial import ImageTrial
+
+    try:
+        trial = ImageTrial(model, details.checkpoint.path, details.checkpoint.images_key, details.device)
+        trial.run(model, layers, backend)
+    except Exception as error:  # whatever is in a processor or an encoder
+        return None, reason_of(error)
+    return trial, ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +208,15 @@ class Recalled:
         except UnsupportedModelError:
             return None
         about = findings.description
-        return Built(self.model, self.layers, self.program, None, tuple(about["notes"]), about["hidden_size"])
+        return Built(
+            self.model,
+            self.layers,
+            self.program,
+            None,
+            tuple(about["notes"]),
+            about["hidden_size"],
+            no_images=details.no_images,
+        )
 
 
 def recalled(config: EngineConfig, details: Details, backend: Any) -> Recalled:
@@ -257,7 +305,7 @@ def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     """Turns linear layers into fp8; returns what came of it, in words."""
     from asyncengine.model.quantised.fp8_linear import counted, quantise
 
-    done, of = counted(model) if _stays(details) else quantise(model, trial.layers.uncalled)
+    done, of = counted(model) if _stays(details) else quantise(model, trial.layers.uncalled | seeing(model))
     if not done:
         raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in fp8")
     if details.device.type == "cuda":
@@ -295,7 +343,7 @@ def _in_four_bits(model: Any, trial: Any, details: Details) -> tuple[str, Any]:
     rounded = not _stays(details)
     if rounded:
         round_experts(model)
-        round_layers(model, but=trial.layers.uncalled)
+        round_layers(model, but=trial.layers.uncalled | seeing(model))
         memory.empty_cache()
     if not (share := share_of(model)):
         raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in int4")
@@ -327,7 +375,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
     from asyncengine.model.stored.weight import state_of
 
     checkpoint, dtype = details.checkpoint, details.dtype
-    kind, hf_config = architecture.model_class(details.hf_config)
+    kind, hf_config = architecture.model_class(details.hf_config, details.images)
     coded = checkpoint.coded.values()
     if coded:
         with BUILDING:
@@ -351,6 +399,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
         raise CheckpointError(f"{checkpoint.path}: {len(missing)} weights are missing: {missing[0]}, ...")
     if kept is not None:
         kept.put(model)
+    architecture.attend_here(model)
     return model.to(details.device).eval().requires_grad_(False), not report["missing_keys"]
 
 

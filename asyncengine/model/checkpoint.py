@@ -104,6 +104,16 @@ class Checkpoint:
         plain = {tensor.name: tensor.shape for tensor in self.plain}
         return plain | {name: weight.shape for name, weight in self.coded.items()}
 
+    @cached_property
+    def images_key(self) -> str:
+        """Equal for checkpoints that read images alike."""
+        found = hashlib.sha256()
+        for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json"):
+            path = self.path / name
+            found.update(path.read_bytes() if path.exists() else b"")
+            found.update(b"\0")
+        return found.hexdigest()
+
     def weight_bytes(self, dtype: torch.dtype, form: str = "none") -> int:
         """Bytes of all weights once they are in `dtype`.
 

@@ -89,11 +89,12 @@ def with_products(
     from asyncengine.model.decoder import compiled_layers
     from asyncengine.model.decoder.compiled_linear import Products
     from asyncengine.model.graphs import reason_of
+    from asyncengine.model.vision.modules import seeing
 
     quantization = config.quantization
     products = Products(library_of(config, details, backend), details.dtype, quantization)
     rounded_to = compiled_layers.rounded_to(model, quantization)
-    compiled_layers.compile_layers(model, products, trial.layers.uncalled)
+    compiled_layers.compile_layers(model, products, trial.layers.uncalled | seeing(model))
     if quantization == "none":
         try:
             return model, trial, tried(model, trial, backend)

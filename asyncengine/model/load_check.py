@@ -21,6 +21,7 @@ from asyncengine.model.findings import Findings, place_of, recall
 from asyncengine.model.memory import GIB
 from asyncengine.model.recorded import Watched
 from asyncengine.model.recurrent.refusals import check_recurrent
+from asyncengine.model.vision.refusals import refusal
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer
 
@@ -61,6 +62,7 @@ class Details:
         findings_at: Where what is found out is kept; None if it is not.
         selecting: Comes to what attends, as soon as that is compiled; None for a draft model.
         quantization: What weights are kept as.
+        no_images: Why the model takes no images, in words; empty if it is to take some.
     """
 
     checkpoint: Any
@@ -79,6 +81,12 @@ class Details:
     findings_at: Path | None = None
     selecting: Future[Any] | None = None
     quantization: Quantization = "none"
+    no_images: str = "it drafts"
+
+    @property
+    def images(self) -> bool:
+        """Whether the model is to take images."""
+        return not self.no_images
 
     @property
     def all_weight_bytes(self) -> int:
@@ -113,7 +121,8 @@ def plan_of(
     tokenizer_path = checkpoint.path if config.tokenizer is None else locate(config.tokenizer)
     if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
-    findings_at = place_of(config, checkpoint, device, dtype)
+    no_images = refusal(config, checkpoint)
+    findings_at = place_of(config, checkpoint, device, dtype) if no_images else None
     findings = recall(findings_at)
     if findings is not None and selecting.result().backend.name != "cpu":
         findings = None
@@ -123,9 +132,12 @@ def plan_of(
         hf_config = architecture.read_config(checkpoint)
         text = text_config(hf_config)
         vocab_size, longest = text.vocab_size, longest_of(text, config)
+        no_images = no_images or architecture.no_images(hf_config)
     else:
         hf_config = None
         vocab_size, longest = findings.description["vocab_size"], findings.description["longest"]
+    if config.images and no_images:
+        raise UnsupportedModelError(f"images is True; {config.model!r} takes none: {no_images}")
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
     for path in config.adapters.values():
         lora.check_there(path, checkpoint.shapes)
@@ -142,7 +154,7 @@ def plan_of(
     watched = None
     if findings is None:
         architecture.check_rope(hf_config, max_length)
-        watched = watch(architecture, hf_config)
+        watched = watch(architecture, hf_config, not no_images)
     if draft is not None:
         architecture.check_rope(draft.hf_config, max_length)
         draft = dataclasses.replace(draft, max_length=max_length, watched=watch(architecture, draft.hf_config))
@@ -173,6 +185,7 @@ def plan_of(
         findings_at,
         selecting,
         config.quantization,
+        no_images,
     )
     try:
         beside = fits(details, current)
@@ -379,29 +392,25 @@ def without_findings(details: Details) -> Details:
 
     hf_config = architecture.read_config(details.checkpoint)
     architecture.check_rope(hf_config, details.max_length)
-    watched = watch(architecture, hf_config)
+    watched = watch(architecture, hf_config, details.images)
     return dataclasses.replace(details, hf_config=hf_config, watched=watched, findings=None)
 
 
-def watch(architecture: Any, hf_config: Any) -> Watched | None:
+def watch(architecture: Any, hf_config: Any, images: bool = False) -> Watched | None:
     """Watches the model run without weights, unless one of the same configuration was watched.
 
     Returns:
         What its layers need; None if it does not run without weights.
     """
-    from transformers import AutoModelForCausalLM
-
     stated = json.loads(hf_config.to_json_string(use_diff=False))
     stated.pop("_name_or_path", None)  # where it was read from
-    configuration = f"{type(hf_config).__qualname__} {json.dumps(stated, sort_keys=True)}"
+    configuration = f"{type(hf_config).__qualname__} {images} {json.dumps(stated, sort_keys=True)}"
     if (known := _WATCHED.get(configuration)) is not None:
         return known
     try:
         with BUILDING, torch.device("meta"):
             # In a dtype of few digits, so that states of more digits are known to be so.
-            model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=torch.bfloat16, attn_implementation=architecture.ATTENTION
-            )
+            model = architecture.bare(hf_config, torch.bfloat16, images)
         found: Watched = architecture.record(model.eval()).watched
     except UnsupportedModelError:
         raise

@@ -140,6 +140,8 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     memory_bytes = built.nbytes + cache_bytes(built, backend, limits, details)
     draft_model = None
     try:
+        if built.image_trial is not None:
+            model.use_images(built.image_trial.encoder(built.model))
         model.use_adapters(adapting := _adapting(built, details))
         adapters = [(name, adapting.format.prepare(path, None)) for name, path in config.adapters.items()]
         for index, (_, prepared) in enumerate(adapters):
@@ -180,6 +182,8 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         adapting=model,
         adapters=tuple(adapters),
         adapter_format=adapting.format,
+        image_reader=None if built.image_trial is None else built.image_trial.reader,
+        no_images=built.no_images,
     )
 
 

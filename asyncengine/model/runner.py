@@ -22,7 +22,7 @@ from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of
 from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder import compiled_layers
 from asyncengine.model.decoder.adapted import CompiledAdapters
-from asyncengine.model.decoder.program import CompiledDecoder
+from asyncengine.model.decoder.program import CompiledDecoder, Seen
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import Ran
 from asyncengine.model.hidden_states import hidden_states, summed
@@ -35,6 +35,7 @@ from asyncengine.model.skeleton import Skeleton
 from asyncengine.model.step_inputs import StepInputs
 from asyncengine.model.token_draw import DrawSettings
 from asyncengine.model.token_ranking import argmax
+from asyncengine.model.vision.encoder import ImageEncoder
 from asyncengine.model.way_back import OnItsWay, WayBack
 from asyncengine.model.weight_writer import in_place
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
@@ -103,6 +104,7 @@ class TorchModel:
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.capturing: Capturing | None = None
         self._fused: FusedDecoder | None = None
+        self._images: ImageEncoder | None = None
         self._inputs = StepInputs(device, last=last)
         self._last = last
         self._back = None if last is None else WayBack(device)
@@ -221,20 +223,38 @@ class TorchModel:
         rows = np.append(batch.sample_index, batch.score_index)
         step = dataclasses.replace(batch, sample_index=rows)
         if self._program is not None:
-            logits, pooled = self._program.run(step, self.begin(batch))
+            logits, pooled = self._program.run(step, self.begin(batch), self._seen(batch))
         else:
             with hidden_states(self._model) as hidden:
-                logits = self._send_and_run(step, self._forward)
+                logits = self._send_and_run(step, self._seeing(batch) if batch.images else self._forward)
             pooled = summed(hidden, batch.pool_spans)
         return dataclasses.replace(self._draw(batch, logits), pooled=pooled)
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""
+        if batch.images:
+            if self._program is not None:
+                return self._program.logits(batch, self.begin(batch), self._seen(batch))
+            return self._send_and_run(batch, self._seeing(batch))
         if (replayed := self._replayed(batch)) is not None:
             return replayed.logits
         if self._program is not None:
             return self._program.logits(batch, self.begin(batch))
         return self._send_and_run(batch, self.forward)
+
+    def _seen(self, batch: StepBatch) -> Seen | None:
+        """What a step has of images, for the program."""
+        if not batch.images:
+            return None
+        assert self._images is not None
+        assert self._program is not None
+        return self._images.seen(batch, self._program)
+
+    def _seeing(self, batch: StepBatch) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """As `_forward`, of a step with images."""
+        assert self._images is not None
+        axes, more = self._images.arguments(batch)
+        return lambda ids, positions, index: self._forward(ids, positions if axes is None else axes, index, **more)
 
     def _replayed(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
         """Replays a step that was captured, if there is one."""
@@ -269,14 +289,14 @@ class TorchModel:
             return self._fused.forward(ids, positions, index)
         return self._forward(ids, positions, index)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor, **more: Any) -> torch.Tensor:
         """As `forward`, by the model's own modules."""
         assert self._model is not None
         if self._some_logits:
-            output = self._model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=index)
+            output = self._model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=index, **more)
             logits: torch.Tensor = output.logits[0]
             return logits
-        output = self._model(input_ids=ids, position_ids=positions, use_cache=False)
+        output = self._model(input_ids=ids, position_ids=positions, use_cache=False, **more)
         logits = output.logits[0, index]
         return logits
 
@@ -287,6 +307,10 @@ class TorchModel:
     def use_adapters(self, adapters: CompiledAdapters | AdaptedModules) -> None:
         """Computes steps with adapters, from now on."""
         self._adapters = adapters
+
+    def use_images(self, images: ImageEncoder) -> None:
+        """Computes steps with images, from now on."""
+        self._images = images
 
     def use_fused(self, fused: FusedDecoder) -> None:
         """Runs steps of the sizes that it serves through the model's fused kernels, from now on."""
@@ -316,6 +340,8 @@ class TorchModel:
             self.companion.sleep()
         if self.capturing is not None:
             self.capturing.clear()
+        if self._images is not None:
+            self._images.clear()
         self._layers.free()
         if self._device.type == "cuda":
             self._model.to("cpu")
@@ -376,6 +402,8 @@ class TorchModel:
                 found = f"{tuple(value.shape)} of {value.dtype}"
                 raise ReloadError(f"weight {name!r} is {found}; the model's is {tuple(shape)} of {dtype}")
         writers = new_values.writers(self._model) if self._program is None else self._program.writers()
+        if self._images is not None:
+            self._images.clear()
         restores: list[Callable[[], object]] = []
         with torch.inference_mode():
             try:
@@ -418,7 +446,7 @@ class TorchModel:
         if self.capturing is not None:
             self.capturing.clear()
             self.capturing = None
-        self._fused = None
+        self._fused = self._images = None
         self._layers.free()
         # Modules of transformers refer to each other in circles. A collection would find them, but it holds the
         # interpreter's lock for some 300 ms in a process that has torch; so they are taken apart by hand.

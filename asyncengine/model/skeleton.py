@@ -59,14 +59,12 @@ class Skeleton(nn.Module):
 
     def transformed(self) -> Any:
         """The model that it stands for, without weights. That takes seconds, and is for debugging."""
-        from transformers import AutoModelForCausalLM
-
         from asyncengine.model import architecture
 
         config = architecture.read_config(Checkpoint(self._path))
         dtype = next(self.parameters()).dtype
         with BUILDING, torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=architecture.ATTENTION)
+            model = architecture.bare(config, dtype)
         return model.eval().requires_grad_(False)
 
 

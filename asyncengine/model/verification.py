@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from asyncengine.model.recurrent.states import States
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
+
+if TYPE_CHECKING:
+    from asyncengine.model.runner import TorchModel
 
 _PAGE = 4
 _TOKENS = 12
@@ -142,12 +145,7 @@ class Trial:
         """
         narrow = fp8_weights or kv_dtype not in (None, self._dtype)
         error = self._error(2, self._cuts, model, backend, program, kv_dtype, in_parts=not narrow)
-        if narrow:
-            tolerance = _FP8_TOLERANCE
-        elif program is None:
-            tolerance = _TOLERANCE[self._dtype]
-        else:
-            tolerance = _NARROW_TOLERANCE.get(program.rounded_to, _COMPILED_TOLERANCE[self._dtype])
+        tolerance = tolerance_of(self._dtype, program, "none", narrow)
         self._judge(error, tolerance, "fp8" if fp8_weights else kv_dtype or self._dtype)
         return error
 
@@ -157,7 +155,7 @@ class Trial:
         Raises:
             UnsupportedModelError: By more than rounding does.
         """
-        error, tolerance = _relative(self._expected, before._expected), _NARROW_TOLERANCE[rounded_to]
+        error, tolerance = relative(self._expected, before._expected), _NARROW_TOLERANCE[rounded_to]
         if not error <= tolerance:
             raise UnsupportedModelError(
                 f"{self._name} is too far off in {rounded_to}: relative error {error:.2g}, allowed {tolerance:g}"
@@ -231,36 +229,26 @@ class Trial:
 
         Each layer's attention is called through what `around` makes of it.
         """
-        from asyncengine.model.paged_layers import PagedLayers
-        from asyncengine.model.runner import TorchModel
-
         length = self._ids.shape[1]
         recurrent = self.layers.recurrent
-        limits = Limits(2, length, 2 * length, _PAGE, 2 * -(-length // _PAGE), kept_states=0 if recurrent else None)
-        states = States(recurrent, limits, self._dtype, self._device, trying=True) if recurrent else None
-        paged = PagedLayers(self.layers.attention, backend, limits, kv_dtype or self._dtype, self._device, states)
-        paged.allocate()
-        if around is not None:
-            attach({layer.module: around(getattr(layer.module, HOOK)) for layer in self.layers.attention})
-        try:
-            runner = TorchModel(model, paged, None, self._device, program)  # type: ignore[arg-type]
+        dtypes = self._dtype, kv_dtype or self._dtype
+        with stepping(model, self.layers, backend, program, dtypes, self._device, length, 2, around) as runner:
             if fused is not None:
                 runner.use_fused(fused)
             with torch.inference_mode():
                 pieces = [
-                    runner.logits(_piece(self._ids[:rows], start, end)).reshape(rows, end - start, -1)
+                    runner.logits(piece(self._ids[:rows], start, end)).reshape(rows, end - start, -1)
                     for start, end in itertools.pairwise(cuts)
                 ]
-            found = torch.cat([piece[..., :: self._every] for piece in pieces], dim=1).float()
-        finally:
-            paged.free()
+            found = torch.cat([each[..., :: self._every] for each in pieces], dim=1).float()
+            states = runner.states
         if states is not None:
             self.layers = self.layers.alone(states.alone)
         expected, first = self._expected[:rows, : cuts[-1]], cuts[1]
         if not recurrent or first == cuts[-1] or not in_parts:
-            return _relative(found, expected)
+            return relative(found, expected)
         # What goes on from a state is judged by itself.
-        errors = [_relative(found[:, some], expected[:, some]) for some in (slice(first), slice(first, None))]
+        errors = [relative(found[:, some], expected[:, some]) for some in (slice(first), slice(first, None))]
         return max(errors)
 
     def _judge(self, error: float, tolerance: float, number: object) -> None:
@@ -271,7 +259,69 @@ class Trial:
             )
 
 
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+def tolerance_of(
+    dtype: torch.dtype, program: CompiledDecoder | None, quantization: Quantization, narrow: bool
+) -> float:
+    """How far off a model may be.
+
+    Args:
+        dtype: Its own.
+        program: Runs in its place.
+        quantization: What weights were rounded to since it was computed what is expected.
+        narrow: Whether weights or KV cache are in fp8.
+    """
+    if narrow:
+        return _FP8_TOLERANCE
+    if program is None:
+        return _NARROW_TOLERANCE.get(quantization, _TOLERANCE[dtype])
+    return _NARROW_TOLERANCE.get(program.rounded_to, _COMPILED_TOLERANCE[dtype])
+
+
+@contextlib.contextmanager
+def stepping(
+    model: Any,
+    layers: Recorded,
+    backend: AttentionBackend,
+    program: CompiledDecoder | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+    length: int,
+    rows: int,
+    around: Callable[[Any], Any] | None = None,
+) -> Iterator[TorchModel]:
+    """Something that steps a model over a small cache, within the block.
+
+    Args:
+        model: The model; without its weights, if they are in `program`.
+        layers: Its layers.
+        backend: How it attends.
+        program: Runs in the model's place.
+        dtypes: Of activations, and of keys and values.
+        device: Where it is.
+        length: Of each sequence.
+        rows: How many sequences there are.
+        around: Makes, of what each layer's attention calls, what it is to call.
+    """
+    from asyncengine.model.paged_layers import PagedLayers
+    from asyncengine.model.runner import TorchModel
+
+    recurrent = layers.recurrent
+    limits = Limits(
+        rows, length, rows * length, _PAGE, rows * -(-length // _PAGE), kept_states=0 if recurrent else None
+    )
+    dtype, kv_dtype = dtypes
+    states = States(recurrent, limits, dtype, device, trying=True) if recurrent else None
+    paged = PagedLayers(layers.attention, backend, limits, kv_dtype, device, states)
+    paged.allocate()
+    if around is not None:
+        attach({layer.module: around(getattr(layer.module, HOOK)) for layer in layers.attention})
+    try:
+        yield TorchModel(model, paged, None, device, program)  # type: ignore[arg-type]
+    finally:
+        paged.free()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative error of the median row."""
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
     return float(error.flatten().median())
@@ -283,7 +333,8 @@ def _sequences(vocab_size: int, longest: int) -> NDArray[np.int32]:
 
 def _plain(model: Any, ids: Any, device: torch.device) -> torch.Tensor:
     """Logits by transformers alone; (2, tokens, vocabulary)."""
-    ours = model.config._attn_implementation
+    from asyncengine.model import architecture
+
     model.set_attn_implementation("eager")
     faster = WidenedLinears() if is_faster(device) else contextlib.nullcontext()
     try:
@@ -293,10 +344,10 @@ def _plain(model: Any, ids: Any, device: torch.device) -> torch.Tensor:
             ).logits.float()
         return logits
     finally:
-        model.set_attn_implementation(ours)
+        architecture.attend_here(model)
 
 
-def _piece(ids: Any, start: int, end: int) -> StepBatch:
+def piece(ids: Any, start: int, end: int) -> StepBatch:
     """Tokens start:end of every sequence as one step; every token's logits are wanted."""
     sequences, count, blocks = len(ids), end - start, -(-ids.shape[1] // _PAGE)
     tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)

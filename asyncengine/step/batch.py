@@ -35,8 +35,8 @@ class StepBatch:
 
     Attributes:
         token_ids: (T,) input tokens.
-        positions: (T,) where each token is rotated to, or what position it is embedded with: its place in its sequence, or
-            less behind images whose tokens have several axes.
+        positions: (T,) where each token is rotated to, or what position it is embedded with: its place in its sequence,
+            or less behind images whose tokens have several axes.
         query_start: (R + 1,) row r owns the tokens query_start[r]:query_start[r + 1].
         context_lens: (R,) tokens of the row that were in the KV cache before this step.
         block_tables: (R, B) physical block of each logical block; entries past the row's end are arbitrary.

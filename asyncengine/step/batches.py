@@ -81,7 +81,10 @@ class Batches:
             rotated += np.repeat(shifts, counts).astype(np.int32)
         with_images = [images for chunk in chunks if (images := chunk.sequence.request.new.images) is not None]
         if with_images:
-            more |= self._images(chunks, query_start[decodes:], context[decodes:], rotated)
+            more["images"], axes = self._images(chunks, query_start[decodes:], context[decodes:], rotated)
+            if axes is not None:
+                rotated = axes[0]
+                more["axes"] = axes if more["images"] else None  # those of text are all alike
             token_ids = with_images[0].plain(token_ids)
             if "score_token_ids" in more:
                 more["score_token_ids"] = with_images[0].plain(more["score_token_ids"])
@@ -114,8 +117,10 @@ class Batches:
             **more,
         )
 
-    def _images(self, chunks: list[Chunk], query_start: Int32, context: Int64, positions: Int32) -> dict[str, Any]:
-        """The fields of the batch that say where images are in it."""
+    def _images(
+        self, chunks: list[Chunk], query_start: Int32, context: Int64, positions: Int32
+    ) -> tuple[tuple[ImagePart, ...], Int32 | None]:
+        """Where images are in the batch, and where its tokens are rotated to if prompts have axes."""
         parts, axes = [], None
         for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
             images = chunk.sequence.request.new.images
@@ -131,7 +136,7 @@ class Batches:
                     axes = np.repeat(positions[None], len(images.axes), axis=0)
                 of_prompt = images.axes[:, computed:end]
                 axes[:, start : start + of_prompt.shape[1]] = of_prompt
-        return {"images": tuple(parts), "axes": axes}
+        return tuple(parts), axes
 
     def _scores(self, chunks: list[Chunk], query_start: Int32, context: Int64) -> dict[str, Any]:
         """The fields of the batch that say which of the chunks' logits are looked at."""

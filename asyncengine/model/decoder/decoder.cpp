@@ -100,6 +100,11 @@ struct DecoderStep {
   const int32_t *token_adapters;         // (tokens) indices, or -1
   const AdaptedPiece *pieces;            // all tokens that have an adapter
   int64_t num_pieces;
+  const int64_t *seen;             // (tokens) which of `images` a token is embedded with, or -1; null: none is
+  const float *images;             // (rows, hidden)
+  const float *cosines, *sines;    // (tokens, rotary / 2), in the place of the layers'; or null
+  const float *const *deep;        // of each of the first layers, (rows, hidden), added behind it
+  int64_t num_deep;
 };
 
 struct Product {  // of a matrix, by itself
@@ -1037,11 +1042,15 @@ struct Run {
 
   // The embedding is packed like the weights of a product: an output is a token, an input a dimension.
   void embed(int64_t token) const {
+    float *to = hidden + token * decoder.hidden;
+    if (step.seen && step.seen[token] >= 0) {
+      std::copy_n(step.images + step.seen[token] * decoder.hidden, decoder.hidden, to);
+      return;
+    }
     const Matrix &matrix = decoder.embedding;
     const int64_t id = step.token_ids[token], steps = decoder.hidden / Plain::kPair;
     const auto *from = static_cast<const typename Plain::Stored *>(matrix.weights) +
                        id / kLanes * steps * kLanes * Plain::kPair;
-    float *to = hidden + token * decoder.hidden;
     const float scale = float(decoder.embedding_scale) * (matrix.scales ? matrix.scales[id] : 1.0f);
     for (int64_t i = 0; i < steps; ++i, from += kLanes * Plain::kPair)
       for (int p = 0; p < Plain::kPair; ++p)
@@ -1148,9 +1157,11 @@ struct Run {
     norm_heads(x, q, layer.query_norm);
     norm_heads(x + q, k, layer.key_norm);
     if (layer.cosines) {
-      const int64_t at = int64_t(step.positions[token]) * (decoder.rotary / 2);
-      rotate(x, q, a.key_dim, layer.cosines + at, layer.sines + at);
-      rotate(x + q, k, a.key_dim, layer.cosines + at, layer.sines + at);
+      const int64_t at = (step.cosines ? token : int64_t(step.positions[token])) * (decoder.rotary / 2);
+      const float *cosines = (step.cosines ? step.cosines : layer.cosines) + at;
+      const float *sines = (step.cosines ? step.sines : layer.sines) + at;
+      rotate(x, q, a.key_dim, cosines, sines);
+      rotate(x + q, k, a.key_dim, cosines, sines);
     }
     narrow_row<T>(heads + token * qkv_width, x, width);
   }
@@ -1280,6 +1291,10 @@ struct Run {
       }
       rows(next(), tokens, [&](int64_t token) {
         leave(token, layer.after_mlp);
+        if (i < step.num_deep && step.seen[token] >= 0) {
+          const float *added = step.deep[i] + step.seen[token] * decoder.hidden;
+          for (int64_t j = 0; j < decoder.hidden; ++j) hidden[token * decoder.hidden + j] += added[j];
+        }
         if (i + 1 < decoder.num_layers) enter_next(token, following);
       });
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from asyncengine.model.decoder.weights import (
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.weight_writer import Writer
-from asyncengine.step.batch import Float32, StepBatch
+from asyncengine.step.batch import Float32, Int64, StepBatch
 
 
 class _AttentionStruct(ctypes.Structure):
@@ -86,8 +87,27 @@ class _StepStruct(ctypes.Structure):
         ("samples", ctypes.c_int64), ("logits", ctypes.c_void_p), ("plan", ctypes.c_void_p),
         ("pool_spans", ctypes.c_void_p), ("pools", ctypes.c_int64), ("pooled", ctypes.c_void_p),
         ("adapters", ctypes.c_void_p), ("token_adapters", ctypes.c_void_p), ("pieces", ctypes.c_void_p),
-        ("num_pieces", ctypes.c_int64),
+        ("num_pieces", ctypes.c_int64), ("seen", ctypes.c_void_p), ("images", ctypes.c_void_p),
+        ("cosines", ctypes.c_void_p), ("sines", ctypes.c_void_p), ("deep", ctypes.c_void_p),
+        ("num_deep", ctypes.c_int64),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a step has of images.
+
+    Attributes:
+        index: (T,) int64 which row each token is embedded with, or -1.
+        rows: (rows, hidden) float32.
+        deep: (rows, hidden) float32 each, which is added behind each of the first layers.
+        rotation: (T, rotary / 2) float32 cosines and sines of all tokens; None if they are those of their positions.
+    """
+
+    index: Int64
+    rows: torch.Tensor
+    deep: tuple[torch.Tensor, ...] = ()
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class _Layer:
@@ -145,6 +165,8 @@ class CompiledDecoder:
 
     Attributes:
         adapters: Those that a step may be asked for, once `adapters_of` has made a place for them.
+        rotary: How many dimensions of a head rotate.
+        pairs: Whether neighbouring ones rotate together.
         rounded_to: What the layers' numbers are rounded to, of those that do not come in four bits.
 
     Args:
@@ -193,6 +215,7 @@ class CompiledDecoder:
             blueprint.head.weight = blueprint.embedding.weight
         release(blueprint.head, "bias")
         self._modules = (blueprint.embedding, blueprint.head, blueprint.positions)
+        self.rotary, self.pairs = blueprint.rotary, blueprint.pairs
         self.vocab_size = blueprint.head.out_features
         embedding = MatrixStruct.from_buffer_copy(self._embedding.struct)
         embedding.bias = None
@@ -243,12 +266,17 @@ class CompiledDecoder:
             struct.attention = _AttentionStruct.from_buffer_copy(described.buffer)
             struct.attention.scaling *= layer.query_scale
 
-    def logits(self, batch: StepBatch, plan: CpuPlan) -> torch.Tensor:
+    def logits(self, batch: StepBatch, plan: CpuPlan, seen: Seen | None = None) -> torch.Tensor:
         """Runs a step; returns (M, vocabulary) float32, one row per entry of `batch.sample_index`."""
-        return self.run(batch, plan)[0]
+        return self.run(batch, plan, seen)[0]
 
-    def run(self, batch: StepBatch, plan: CpuPlan) -> tuple[torch.Tensor, Float32]:
+    def run(self, batch: StepBatch, plan: CpuPlan, seen: Seen | None = None) -> tuple[torch.Tensor, Float32]:
         """Runs a step.
+
+        Args:
+            batch: It.
+            plan: Of its attention.
+            seen: Its images.
 
         Returns:
             (M, vocabulary) float32, one row per entry of `batch.sample_index`, and (P, hidden), the sum of the hidden
@@ -270,6 +298,13 @@ class CompiledDecoder:
             tokens, pieces = pieces_of(batch)
             step.adapters, step.token_adapters = self.adapters.address, tokens.ctypes.data
             step.pieces, step.num_pieces = pieces.ctypes.data, len(pieces)
+        step.seen, step.num_deep, step.cosines = None, 0, None
+        if seen is not None:
+            deep = (ctypes.c_void_p * len(seen.deep))(*(each.data_ptr() for each in seen.deep))
+            step.seen, step.images = seen.index.ctypes.data, seen.rows.data_ptr()
+            step.deep, step.num_deep = ctypes.addressof(deep), len(seen.deep)
+            if seen.rotation is not None:
+                step.cosines, step.sines = (table.data_ptr() for table in seen.rotation)
         if self._library.decoder_step(ctypes.addressof(self._struct), ctypes.addressof(step)):
             raise MemoryError("no memory for the activations of a step")
         return logits, pooled

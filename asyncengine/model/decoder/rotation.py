@@ -59,6 +59,21 @@ def rotation(rotary: nn.Module, attention: nn.Module, kind: str | None, max_leng
     raise NotRecognised("its rotary embedding rotates neither halves nor pairs")
 
 
+def rotated(rotary: nn.Module, axes: torch.Tensor, width: int, pairs: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, width / 2) float32 cosines and sines of tokens that are rotated by several axes.
+
+    Args:
+        rotary: Gives them for one axis, as `rotation` has found, or for several.
+        axes: (axes, 1, tokens) positions.
+        width: How many dimensions of a head rotate.
+        pairs: Whether neighbouring ones rotate together.
+    """
+    cosines, sines = rotary(torch.empty(1, 1, 1, dtype=torch.float32), axes)
+    tables = (each for each in _known_tables(cosines[0], sines[0]) if each.pairs is pairs)
+    found = next(each for each in tables if 2 * each.cosines.shape[1] == width)
+    return found.cosines, found.sines
+
+
 def _known_tables(cosines: torch.Tensor, sines: torch.Tensor) -> list[Rotation]:
     """The ways in which a model may mean its cosines; the likeliest first."""
     half = cosines.shape[-1] // 2

@@ -1,0 +1,1 @@
+"""Images of models that take them, through transformers' own processors and encoders."""

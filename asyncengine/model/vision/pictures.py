@@ -1,0 +1,73 @@
+"""Whatever a caller gives for an image, as a picture of Pillow's. On worker threads."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from asyncengine.errors import InvalidRequestError
+from asyncengine.images import ImageSource
+
+MOST_PIXELS = 1 << 26
+"""Of one image, before any is decoded."""
+
+_EXPECTED = "expected a PIL image, a (height, width, 3) array of uint8, bytes of a file, a pathlib.Path or a data: URL"
+
+
+def picture_of(source: ImageSource) -> Any:
+    """A picture, upright and in RGB.
+
+    Raises:
+        InvalidRequestError: It is no image, or has too many pixels.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(source, np.ndarray):
+        channels = source.shape[2:]
+        if source.dtype != np.uint8 or source.ndim < 2 or channels not in ((), (3,), (4,)):
+            raise InvalidRequestError(f"an image is an array of {source.shape} {source.dtype}; {_EXPECTED}")
+        _check_size(source.shape[1], source.shape[0])
+        return Image.fromarray(source).convert("RGB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit of our own
+            picture = source if isinstance(source, Image.Image) else Image.open(_opened(source))
+            _check_size(*picture.size)
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except InvalidRequestError:
+        raise
+    except Exception as error:  # each decoder has errors of its own
+        raise InvalidRequestError(f"an image cannot be read: {error}") from error
+
+
+def _opened(source: ImageSource) -> Any:
+    if isinstance(source, Path):
+        return source
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    if isinstance(source, str):
+        return io.BytesIO(_data_of(source))
+    raise InvalidRequestError(f"an image is {source!r:.80}; {_EXPECTED}")
+
+
+def _data_of(url: str) -> bytes:
+    kind, found, data = url.partition(",")
+    if not url.startswith("data:") or not found or not kind.endswith(";base64"):
+        raise InvalidRequestError(
+            f"an image is at {url!r:.80}; nothing is fetched: allowed are data:image/...;base64,... URLs, bytes, paths"
+        )
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise InvalidRequestError(f"an image's data: URL is not base64: {error}") from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if not 0 < width * height <= MOST_PIXELS:
+        raise InvalidRequestError(f"an image has {width} x {height} pixels; allowed: 1..{MOST_PIXELS}")

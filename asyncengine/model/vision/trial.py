@@ -1,0 +1,188 @@
+"""A last look before a model serves images: does it say of them what it says in transformers?"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from asyncengine.config import Quantization
+from asyncengine.errors import UnsupportedModelError
+from asyncengine.images import ImagePart
+from asyncengine.model import architecture, verification
+from asyncengine.model.attention_modules import text_config
+from asyncengine.model.recorded import Recorded
+from asyncengine.model.vision.encoder import ImageEncoder
+from asyncengine.model.vision.processor import processor
+from asyncengine.model.vision.reader import Axes, ProcessedImageReader
+from asyncengine.model.widened import WidenedLinears, is_faster
+from asyncengine.step.batch import Int32, StepBatch
+
+_SIZES = (48, 32), (40, 56)
+"""Width and height of the pictures of a trial."""
+BUDGET_TOKENS = 8192
+"""Tokens of images whose embeddings are kept."""
+
+
+class ImageTrial:
+    """A prompt with two pictures, and what transformers makes of it.
+
+    Attributes:
+        reader: Reads the images of prompts.
+
+    Args:
+        model: With its weights.
+        path: Of its checkpoint.
+        key: Of the reader.
+        device: Where it is.
+
+    Raises:
+        UnsupportedModelError: It cannot take images; the message says why.
+    """
+
+    def __init__(self, model: Any, path: Path, key: str, device: torch.device) -> None:
+        try:
+            prepares = processor(path)
+        except Exception as error:
+            raise UnsupportedModelError(f"its processor cannot be loaded: {_first_line(error)}") from error
+        token_id = int(model.config.image_token_id)
+        body = next((each for each in (model, model.base_model) if hasattr(each, "get_rope_index")), None)
+        axes = None if body is None else Axes(type(body), body.config)
+        self._device, self._dtype = device, model.dtype
+        pictures = [_picture(*size) for size in _SIZES]
+        text = f"{prepares.image_token} a {prepares.image_token} b c"
+        given = prepares(
+            text=[text], images=[pictures], images_kwargs={"return_tensors": "pt"}, add_special_tokens=False
+        )
+        given = {name: _sent(value, device, model.dtype) for name, value in given.items()}
+        wanted = given["input_ids"][0].tolist()
+        encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
+        for together in (False, True):
+            self.reader = ProcessedImageReader(prepares, token_id, key, axes, together)
+            read = self.reader.read(pictures, lambda expanding: expanding(text), encode)
+            if read.token_ids == wanted:
+                break
+        else:
+            raise UnsupportedModelError("its processor makes other tokens of images in a conversation than of a prompt")
+        self._images = read.images
+        self._ids: Int32 = np.array(wanted, dtype=np.int32)
+        faster = WidenedLinears() if is_faster(device) else contextlib.nullcontext()
+        with _plainly(model) as ahead, torch.inference_mode(), faster:
+            self._expected = model(**given, use_cache=False).logits[0].float()
+        if ahead:
+            raise UnsupportedModelError(f"its tokens of an image look at later ones: {ahead[0]}")
+
+    def encoder(self, model: Any) -> ImageEncoder:
+        """The encoder of a model."""
+        text = text_config(model.config)
+        budget = BUDGET_TOKENS * text.hidden_size * model.dtype.itemsize
+        return ImageEncoder(model, self._images.token_id, self._device, budget)
+
+    def run(
+        self,
+        model: Any,
+        layers: Recorded,
+        backend: Any,
+        program: Any = None,
+        quantization: Quantization = "none",
+        kv_dtype: torch.dtype | None = None,
+        narrow: bool = False,
+    ) -> None:
+        """Compares, with the prompt computed in pieces that part an image.
+
+        Args:
+            model: As it was given before; without its weights, if they are in `program`.
+            layers: Its layers.
+            backend: How it attends.
+            program: Runs in the model's place.
+            quantization: What weights were rounded to since.
+            kv_dtype: Of its KV cache, if that is not the model's.
+            narrow: Whether weights or KV cache are in fp8.
+
+        Raises:
+            UnsupportedModelError: It says something else.
+        """
+        dtypes = self._dtype, kv_dtype or self._dtype
+        tolerance = verification.tolerance_of(self._dtype, program, quantization, narrow)
+        length, first = len(self._ids), int(self._images.images[0].places[0])
+        middle = int(self._images.images[0].places[len(self._images.images[0].places) // 2])
+        with verification.stepping(model, layers, backend, program, dtypes, self._device, length, 1) as runner:
+            runner.use_images(self.encoder(model))
+            cuts = sorted({0, middle, length - 1, length})
+            with torch.inference_mode():
+                found = [runner.logits(self._piece(*cut)) for cut in itertools.pairwise(cuts)]
+        error = verification.relative(torch.cat(found).float()[first:], self._expected[first:])
+        if not error <= tolerance:
+            raise UnsupportedModelError(
+                f"of images it says something else than in transformers: relative error {error:.2g}, allowed "
+                f"{tolerance:g}"
+            )
+
+    def _piece(self, start: int, end: int) -> StepBatch:
+        """Tokens start:end as one step."""
+        batch, images = verification.piece(self._ids[None], start, end), self._images
+        parts = []
+        for image in images.images:
+            first, last = np.searchsorted(image.places, (start, end)).tolist()
+            if first < last:
+                parts.append(ImagePart(image, first, image.places[first:last] - start))
+        axes = None if images.axes is None else images.axes[:, start:end]
+        return dataclasses.replace(batch, images=tuple(parts), axes=axes)
+
+
+def _sent(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A value on a device, what is a list as a tensor."""
+    tensor = torch.as_tensor(value) if isinstance(value, (torch.Tensor, list)) else None
+    if tensor is None:
+        return value
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _picture(width: int, height: int) -> Any:
+    from PIL import Image
+
+    drawn = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(drawn)
+
+
+@contextlib.contextmanager
+def _plainly(model: Any) -> Iterator[list[str]]:
+    """Has a model attend as transformers does; yields the names of modules that are given a mask by which some token
+    looks at later ones.
+    """
+    ahead: list[str] = []
+
+    def look(name: str) -> Any:
+        def looking(module: nn.Module, arguments: Any, keywords: Any) -> None:
+            for mask in (*arguments, *keywords.values()):
+                if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] > 1:
+                    allowed = mask if mask.dtype is torch.bool else mask == 0
+                    if bool(allowed.triu(1).any()):
+                        ahead.append(name)
+
+        return looking
+
+    handles = [
+        module.register_forward_pre_hook(look(name), with_kwargs=True)
+        for name, module in model.get_decoder().named_modules()
+    ]
+    try:
+        model.set_attn_implementation("eager")
+        yield ahead
+    finally:
+        for handle in handles:
+            handle.remove()
+        architecture.attend_here(model)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[0]
