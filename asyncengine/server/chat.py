@@ -29,7 +29,7 @@ from asyncengine.server.chunks import (
     UsageRecord,
 )
 from asyncengine.server.conversation import conversation, template_arguments
-from asyncengine.server.image_data import decoded
+from asyncengine.server.image_data import decoded, told_apart
 from asyncengine.server.logprobs import chat_logprobs
 from asyncengine.server.naming import fresh_id
 from asyncengine.server.refusal import Refusal
@@ -135,10 +135,11 @@ class Chat:
             arguments["add_generation_prompt"] = False
         elif not body.add_generation_prompt:
             arguments["add_generation_prompt"] = False
-        messages, self.messages = await decoded(self.messages), []
-        pending = self.service.engine.chat(messages, config, self.options, **arguments)
+        sent, self.messages = self.messages, []
+        pending = self.service.engine.chat(await decoded(sent), config, self.options, **arguments)
         try:
-            stream = await pending.__aenter__()
+            with told_apart(sent):
+                stream = await pending.__aenter__()
         except InvalidRequestError as error:
             if not self.choice.constrains or beside or not str(error).startswith("response_format"):
                 raise

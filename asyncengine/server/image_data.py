@@ -10,11 +10,13 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import anyio.to_thread
 
+from asyncengine.errors import InvalidRequestError
 from asyncengine.server.refusal import Refusal
 
 KINDS = ("image_url", "input_image", "image")
@@ -22,6 +24,8 @@ KINDS = ("image_url", "input_image", "image")
 
 _DATA_URL = re.compile(r"data:(?P<kind>[^,;]{0,100})(;[^,;]{0,100}){0,8},", re.IGNORECASE)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}(?=:)", re.IGNORECASE)
+_OF_IMAGE = re.compile(r"images\[(?P<index>\d{1,9})\]: (?P<said>.*)", re.DOTALL)
+"""What the engine says of one image of a prompt."""
 _PIECE = 1 << 18
 """Characters of base64 that are decoded at a time: nobody else runs meanwhile. A multiple of four."""
 
@@ -97,11 +101,34 @@ async def decoded(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         Refusal: An image is not base64.
     """
-    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    images = [part["image"] for content in contents for part in content if part["type"] == "image"]
-    if sum(len(image.text) for image in images) <= _PIECE:
+    if sum(len(image.text) for image in _images(messages)) <= _PIECE:
         return _decoded(messages)
     return await anyio.to_thread.run_sync(_decoded, messages, abandon_on_cancel=True)
+
+
+@contextmanager
+def told_apart(messages: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Where the engine says that an image is wrong, names the field that it came in.
+
+    Args:
+        messages: As they were before they were `decoded`.
+
+    Raises:
+        Refusal: It does.
+    """
+    fields = [image.field for image in _images(messages)]
+    try:
+        yield
+    except InvalidRequestError as error:
+        found = _OF_IMAGE.match(str(error))
+        if found is None or int(found["index"]) >= len(fields):
+            raise
+        raise _refusal(fields[int(found["index"])], f"cannot be taken: {found['said']}") from error
+
+
+def _images(messages: Sequence[dict[str, Any]]) -> list[EncodedImage]:
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part["image"] for content in contents for part in content if part["type"] == "image"]
 
 
 def _decoded(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from asyncengine.outputs import FinishReason, RequestOutput
 from asyncengine.server.answer import Answer
 from asyncengine.server.chat import Chat, ChatBody
 from asyncengine.server.conversation import conversation
-from asyncengine.server.image_data import decoded
+from asyncengine.server.image_data import decoded, told_apart
 from asyncengine.server.message_blocks import Blocks, messages_of, tools_of
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.sampling import DeadlineFields
@@ -190,7 +190,8 @@ def routes(service: Service) -> list[Route]:
         most = service.settings.max_image_bytes
         messages = conversation(messages_of(body.messages, body.system, most), most)
         tools = tools_of(body.tools)
-        ids = await service.engine.tokenize_chat(await decoded(messages), **({"tools": tools} if tools else {}))
+        with told_apart(messages):
+            ids = await service.engine.tokenize_chat(await decoded(messages), **({"tools": tools} if tools else {}))
         return reply({"input_tokens": len(ids)}, headers=headers)
 
     return [

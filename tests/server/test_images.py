@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from asyncengine import AsyncEngine
+from asyncengine import AsyncEngine, InvalidRequestError
 from asyncengine.server import create_app
 from asyncengine.testing import ScriptedImageReader, pieces_of, scripted_engine
 from tests.server.serving import KEY, MODEL, Later, error, listening, served, until
@@ -292,6 +292,40 @@ async def test_what_is_no_image_is_a_400_by_name(asked: tuple[str, Any], param: 
         found = error(refused)
         where = "input" if route == RESPONSES else "messages"
         assert found["param"] == f"{where}[0].content[0]{param}" and says in found["message"], refused.text
+
+
+@pytest.mark.parametrize(
+    ("said", "fields", "message"),
+    [
+        ("images[1]: an image cannot be read: it is none", (".image_url.url", ".image_url", ".source.data"), None),
+        ("the model's processor refuses it", (None, None, None), "the model's processor refuses it"),
+        ("images[9]: it is not there", (None, None, None), "images[9]: it is not there"),
+    ],
+)
+async def test_one_that_the_model_cannot_take_is_told_by_its_field(
+    said: str, fields: tuple[str | None, ...], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any) -> Any:
+        raise InvalidRequestError(said)
+
+    monkeypatch.setattr(ScriptedImageReader, "read", refuse)
+    item = {"type": "input_image", "image_url": url(RED)}
+    in_chat, in_responses, in_messages = fields
+    asked: list[tuple[str, Any, str | None]] = [
+        (CHAT, {"messages": from_user(image_part(RED), image_part(RED))}, in_chat),
+        ("/tokenize", {"messages": from_user(image_part(RED), image_part(RED))}, in_chat),
+        (RESPONSES, {"input": from_user(item, item)}, in_responses),
+        (MESSAGES, {"messages": from_user(block(RED), block(RED)), "max_tokens": 1}, in_messages),
+        (f"{MESSAGES}/count_tokens", {"messages": from_user(block(RED), block(RED))}, in_messages),
+    ]
+    async with served(seeing()) as client:
+        for route, body, field in asked:
+            refused = await client.post(route, json=body)
+            assert refused.status_code == 400, refused.text
+            found, where = error(refused), "input" if route == RESPONSES else "messages"
+            param = None if field is None else f"{where}[0].content[1]{field}"
+            assert found["param"] == param
+            assert found["message"] == (message or f"{param} cannot be taken: an image cannot be read: it is none")
 
 
 async def test_a_model_that_takes_none_says_why() -> None:
