@@ -69,6 +69,7 @@ class PromptImages:
         axes: (axes, prompt) where each token of the prompt is rotated to, by axis (M-RoPE, Wang et al., 2024); None
             if by its position.
         shift: What is added to the position of tokens behind the prompt, where there are axes.
+        whole: Whether tokens of an image attend to all of it, so that it must be computed in one step.
     """
 
     images: tuple[Image, ...]
@@ -76,11 +77,20 @@ class PromptImages:
     reader: str = ""
     axes: Int32 | None = None
     shift: int = 0
+    whole: bool = False
 
     @property
     def num_tokens(self) -> int:
         """How many tokens stand for them."""
         return sum(len(image.places) for image in self.images)
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """From where to where, exclusive, tokens of images stand without others between them; ascending."""
+        places = np.concatenate([image.places for image in self.images])
+        first = np.flatnonzero(np.diff(places, prepend=-2) > 1)
+        last = np.append(first[1:], len(places)) - 1
+        return list(zip(places[first].tolist(), (places[last] + 1).tolist(), strict=True))
 
     def plain(self, token_ids: Int32) -> Int32:
         """Token ids as the model has them, of some that are as in the prefix cache."""

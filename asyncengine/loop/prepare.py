@@ -229,6 +229,13 @@ def new_request(
     check_length(len(prompt), view)
     if options.adapter is not None and options.adapter not in view.adapters:
         raise InvalidRequestError(unknown_adapter(options.adapter, view.adapters))
+    if images is not None and images.whole and (most := view.config.prefill_chunk_size) is not None:
+        longest = max(last - first for first, last in images.runs)
+        if longest > most:
+            raise InvalidRequestError(
+                f"an image of the prompt comes to {longest} tokens, which must be computed in one step; "
+                f"prefill_chunk_size allows 1..{most}"
+            )
     if embedding is None and not view.has_head:
         raise InvalidRequestError(f"{view.config.model!r} can only embed: its checkpoint has no language-model head")
     pooling = None if embedding is None else pooling_of(embedding, view)

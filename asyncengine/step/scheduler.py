@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from asyncengine.images import PromptImages
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
@@ -347,16 +348,21 @@ class Scheduler:
             return 0
         count = min(left, budget)
         scored = pooled = (0, 0)
-        if request.new.pooling is not None:
-            end, whole = computed + count, len(request.new.prompt)
-            pooled = (max(computed, request.scored) if request.unscored else max(whole - 1, computed), end)
-        elif request.unscored:
-            first = max(computed, request.scored)
+        first = max(computed, request.scored)
+        if request.new.pooling is None and request.unscored:
             room = MAX_SCORED - sum(chunk.num_scored for chunk in chunks)
             if room <= 0:
                 return 0
             count = min(count, first + room - computed)
+        if request.new.images is not None and request.new.images.whole:
+            count = _whole(request.new.images, computed, count, budget)
+            if not count:
+                return 0
+        if request.new.pooling is None and request.unscored:
             scored = (first, max(first, min(computed + count, len(request.new.prompt) - 1)))
+        elif request.new.pooling is not None:
+            last_one = max(len(request.new.prompt) - 1, computed)
+            pooled = (first if request.unscored else last_one, computed + count)
         unborn = (b for b in sequence.request.branches if b.state is SequenceState.UNBORN and b.slot >= 0)
         last = count == left
         draws = last and request.arriving is None and request.new.params.max_tokens > 0
@@ -462,3 +468,16 @@ class Scheduler:
             else:
                 lengths[row] = have[row]
         return drafting.propose(slots, rows, lengths)
+
+
+def _whole(images: PromptImages, computed: int, count: int, most: int) -> int:
+    """How many of the next `count` tokens are computed, or of `most` at most, so that no image is parted; 0 if none can
+    be in this step.
+    """
+    end = computed + count
+    for first, last in images.runs:
+        if first < end < last:
+            if computed < first:
+                return first - computed
+            return last - computed if last - computed <= most else 0
+    return count
