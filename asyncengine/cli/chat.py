@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncengine.cli.command import read_utf8
+from asyncengine.cli.command import Failure, read_utf8
 from asyncengine.cli.flags import AnsweringFlags, GenerationFlags, Model
 
 if TYPE_CHECKING:
@@ -25,6 +26,10 @@ def chat(
     ctx: typer.Context,
     model: Model = "tiny",
     system: Annotated[str | None, typer.Option(help="What the model is told before anything else.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="An image, before the first question; may be given several times."),
+    ] = None,
     *,
     generation: GenerationFlags,
     flags: AnsweringFlags,
@@ -35,11 +40,14 @@ def chat(
     a pipe, every line is a question, and the conversation goes on from line to line.
     """
     config = generation.config()
+    images = [_read(path) for path in image or ()]
     engine_config, options = flags.config(model, ctx.obj), flags.options()
     from asyncengine.cli.loading import loaded
 
     with loaded(engine_config, ctx.obj) as (engine, runner):
-        return Conversation(engine, runner, config, options, system).run(sys.stdin.isatty())
+        talk = Conversation(engine, runner, config, options, system, images)
+        talk.check_images()
+        return talk.run(sys.stdin.isatty())
 
 
 class Conversation:
@@ -51,6 +59,7 @@ class Conversation:
         config: How answers are generated.
         options: How requests are handled.
         system: What the model is told before anything else.
+        images: Files of images, which go before the first question.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class Conversation:
         config: GenerationConfig,
         options: RequestOptions,
         system: str | None,
+        images: Sequence[bytes] = (),
     ) -> None:
         self._engine = engine
         self._runner = runner
@@ -67,6 +77,16 @@ class Conversation:
         self._options = options
         self._begin: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._begin)
+        self._images = [{"type": "image", "image": data} for data in images]
+
+    def check_images(self) -> None:
+        """Has the images read, before anybody asks about them.
+
+        Raises:
+            InvalidRequestError: One is no image, or the model takes none.
+        """
+        if self._images:
+            self._runner.run(self._engine.tokenize_chat([*self._begin, self._said("?")]))
 
     def run(self, interactive: bool) -> int:
         """Asks and answers until the questions end; returns the exit status."""
@@ -95,7 +115,7 @@ class Conversation:
         """Prints the answer as it comes; one that fails leaves no trace in the conversation."""
         from asyncengine.errors import AsyncEngineError
 
-        self._messages.append({"role": "user", "content": question})
+        self._messages.append(self._said(question))
         pieces: list[str] = []
         try:
             self._runner.run(self._answer(pieces))
@@ -111,6 +131,12 @@ class Conversation:
             self._messages.pop()
         return True
 
+    def _said(self, question: str) -> dict[str, Any]:
+        """What the user says next; the first time, with the images."""
+        if self._images and len(self._messages) == len(self._begin):
+            return {"role": "user", "content": [*self._images, {"type": "text", "text": question}]}
+        return {"role": "user", "content": question}
+
     async def _answer(self, pieces: list[str]) -> None:
         cut = False
         async with self._engine.chat(self._messages, self._config, self._options) as stream:
@@ -119,6 +145,13 @@ class Conversation:
                 print(output.text, end="", flush=True)
                 cut = output.finish_reason == "length"
         print(" [cut off: the limit is reached]" if cut else "", flush=True)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Failure(f"--image is {str(path)!r}; {error.strerror or error}", 2) from error
 
 
 def _typed() -> Iterator[str]:

@@ -42,6 +42,9 @@ class EngineFlags:
         str | None, typer.Option(help="Who guesses tokens ahead: a smaller model of the same vocabulary, or 'ngram'.")
     ] = None
     num_speculative_tokens: Annotated[int, typer.Option(help="Most tokens guessed at a time; 0 adapts.")] = 0
+    images: Annotated[
+        bool | None, typer.Option(help="Take images in prompts, or the load fails; without, if the model can.")
+    ] = None
     enable_prefix_caching: Annotated[bool, typer.Option(help="Keep computed prompts for reuse.")] = True
     lora_modules: Annotated[
         list[str] | None,
@@ -85,6 +88,7 @@ class EngineFlags:
             kv_cache_dtype=self.kv_cache_dtype,
             device=self.device,
             quantization=self.quantization,
+            images=self.images,
             prefix_cache_mode="radix" if self.enable_prefix_caching else "disable",
             adapters=self.adapters(),
             **more,

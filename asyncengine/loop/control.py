@@ -86,6 +86,12 @@ class EngineControl:
         return self._model.vocab_size
 
     @property
+    def takes_images(self) -> bool:
+        """Whether the loaded model takes images in prompts; False without a model."""
+        view = self._thread.core.view
+        return view is not None and view.image_reader is not None
+
+    @property
     def _model(self) -> ModelView:
         view = self._thread.core.view
         if view is None:

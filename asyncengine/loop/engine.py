@@ -240,6 +240,23 @@ class AsyncEngine(EngineControl):
             found.append(Embedding(wanted.vector(stream.pooled), result.usage))
         return found
 
+    async def tokenize_chat(self, messages: Sequence[Message], /, **template_arguments: Any) -> list[int]:
+        """Token ids of a conversation, as `chat` would have them computed. Nothing is computed.
+
+        Args:
+            messages: As in `chat`. What stands for a piece of an image is one token, the same for all of them.
+            **template_arguments: Passed to the chat template.
+
+        Raises:
+            InvalidRequestError: The model does not take them.
+            ModelNotLoadedError: There is no model.
+
+        Cancelling it leaves the engine as it is.
+        """
+        view = await self._view()
+        ids: list[int] = (await encode(Conversation(messages, template_arguments), view)).ids.tolist()
+        return ids
+
     async def abort_request(self, request_id: str) -> None:
         """Ends a request with reason "abort"; returns once its blocks are free. An unknown id is passed over.
 

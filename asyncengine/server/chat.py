@@ -29,6 +29,7 @@ from asyncengine.server.chunks import (
     UsageRecord,
 )
 from asyncengine.server.conversation import conversation, template_arguments
+from asyncengine.server.image_data import decoded, told_apart
 from asyncengine.server.logprobs import chat_logprobs
 from asyncengine.server.naming import fresh_id
 from asyncengine.server.refusal import Refusal
@@ -99,7 +100,8 @@ class Chat:
             message = "max_tokens and max_completion_tokens are both given; expected one of them"
             raise Refusal(400, message, "invalid_field", "max_completion_tokens")
         self.choice = tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls, self.tokenizer)
-        self.messages = conversation(body.messages)
+        self.messages = conversation(body.messages, service.settings.max_image_bytes)
+        body.messages = []  # images in it are large, and an answer takes its time
         changes: dict[str, Any] = {"logprobs": body.logprobs, "top_logprobs": body.top_logprobs}
         if body.max_completion_tokens is not None:
             changes["max_tokens"] = body.max_completion_tokens
@@ -133,9 +135,11 @@ class Chat:
             arguments["add_generation_prompt"] = False
         elif not body.add_generation_prompt:
             arguments["add_generation_prompt"] = False
-        pending = self.service.engine.chat(self.messages, config, self.options, **arguments)
+        sent, self.messages = self.messages, []
+        pending = self.service.engine.chat(await decoded(sent), config, self.options, **arguments)
         try:
-            stream = await pending.__aenter__()
+            with told_apart(sent):
+                stream = await pending.__aenter__()
         except InvalidRequestError as error:
             if not self.choice.constrains or beside or not str(error).startswith("response_format"):
                 raise

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import msgspec
 
+from asyncengine.server import image_data
 from asyncengine.server.refusal import Refusal
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_SAY_IMAGES = ("user", "tool")
+"""Roles whose messages may have images in them."""
+_TEXTS = ("text", "input_text", "output_text", "refusal")
 _KNOWN = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"})
 _EMPTY = frozenset({"audio", "refusal", "function_call", "annotations"})
 """What comes back in an answer's message, as null or empty, and is sent again in the next turn's history."""
@@ -17,18 +23,23 @@ _RESERVED = frozenset({
     "add_generation_prompt", "add_special_tokens", "chat_template", "continue_final_message", "conversation",
     "max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
     "tokenizer_kwargs", "tools", "truncation",
+    "config", "messages", "options", "self",  # as arguments of `AsyncEngine.chat`
 })  # fmt: skip
 
 
-def conversation(messages: list[dict[str, Any]], field: str = "messages") -> list[dict[str, Any]]:
+def conversation(
+    messages: list[dict[str, Any]], most_image_bytes: int, field: str = "messages"
+) -> list[dict[str, Any]]:
     """Checked messages: text instead of parts, tool-call arguments as objects, the developer as system.
+
+    Where there are images among the parts, the parts stay, as the engine has them; see `image_data.decoded`.
 
     Raises:
         Refusal: A message has something that no chat template here can take.
     """
     if not messages:
         raise Refusal(400, f"{field} is empty; expected at least one message", "invalid_field", field)
-    return [_message(message, f"{field}[{index}]") for index, message in enumerate(messages)]
+    return [_message(message, f"{field}[{index}]", most_image_bytes) for index, message in enumerate(messages)]
 
 
 def template_arguments(arguments: dict[str, Any] | None) -> dict[str, Any]:
@@ -50,27 +61,65 @@ def text_of(content: object, where: str) -> str:
     Raises:
         Refusal: There is something else in it.
     """
+    text = content_of(content, where, None)
+    assert isinstance(text, str)
+    return text
+
+
+def content_of(content: object, where: str, most_image_bytes: int | None) -> str | list[dict[str, Any]]:
+    """Text, of a string or of a list of parts; or the parts, if some of them are images.
+
+    Args:
+        content: It.
+        where: Where it stands in the body.
+        most_image_bytes: Size of the largest image that is taken; None where images have no place.
+
+    Raises:
+        Refusal: There is something else in it.
+    """
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise Refusal(400, f"{where} is {content!r:.80}; expected text or a list of parts", "invalid_field", where)
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text", "output_text", "refusal"):
-            path = f"{where}[{index}].type"
-            raise Refusal(400, f"{path} is {kind!r}; only text can be read here", "unsupported_field", path)
+    return joined(part_of(part, f"{where}[{index}]", most_image_bytes) for index, part in enumerate(content))
+
+
+def part_of(part: object, where: str, most_image_bytes: int | None) -> dict[str, Any]:
+    """A part of a message, as the engine has it: a text or an image.
+
+    Raises:
+        Refusal: It is something else.
+    """
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(part, dict) and kind in _TEXTS:
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
-            path = f"{where}[{index}].text"
-            raise Refusal(400, f"{path} is {text!r:.80}; expected a string", "invalid_field", path)
-        texts.append(text)
-    return "".join(texts)
+            raise Refusal(400, f"{where}.text is {text!r:.80}; expected a string", "invalid_field", f"{where}.text")
+        return {"type": "text", "text": text}
+    if isinstance(part, dict) and kind in image_data.KINDS and most_image_bytes is not None:
+        return image_data.image_part(part, where, most_image_bytes)
+    what = "only text can be read here" if most_image_bytes is None else "only text and images can be read here"
+    if kind in image_data.KINDS:
+        what += f"; images go into messages whose role is {' or '.join(_SAY_IMAGES)}"
+    raise Refusal(400, f"{where}.type is {kind!r:.80}; {what}", "unsupported_field", f"{where}.type")
 
 
-def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+def joined(parts: Iterable[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Parts of a message as one text, if all are; else with texts that follow each other as one."""
+    found: list[dict[str, Any]] = []
+    for texts, run in groupby(parts, lambda part: part["type"] == "text"):
+        if not texts:
+            found += run
+        elif text := "".join(part["text"] for part in run):
+            found.append({"type": "text", "text": text})
+    if not found:
+        return ""
+    return str(found[0]["text"]) if len(found) == 1 and found[0]["type"] == "text" else found
+
+
+def _message(message: dict[str, Any], where: str, most_image_bytes: int) -> dict[str, Any]:
     role = message.get("role")
     if role not in _ROLES:
         path = f"{where}.role"
@@ -81,11 +130,12 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
         if name not in _KNOWN:
             path = f"{where}.{name}"
             raise Refusal(400, f"{path} cannot be honoured: no chat template here takes it", "unsupported_field", path)
-    found = {"role": "system" if role == "developer" else role}
+    found: dict[str, Any] = {"role": "system" if role == "developer" else role}
     if message.get("content") is None and role != "assistant":
         path = f"{where}.content"
         raise Refusal(400, f"{path} is missing; expected text or a list of parts", "invalid_field", path)
-    found["content"] = text_of(message.get("content"), f"{where}.content")
+    most = most_image_bytes if role in _SAY_IMAGES else None
+    found["content"] = content_of(message.get("content"), f"{where}.content", most)
     for name in ("name", "tool_call_id"):
         if message.get(name) is not None:
             found[name] = message[name]

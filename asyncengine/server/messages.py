@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-import anyio.to_thread
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,6 +15,7 @@ from asyncengine.outputs import FinishReason, RequestOutput
 from asyncengine.server.answer import Answer
 from asyncengine.server.chat import Chat, ChatBody
 from asyncengine.server.conversation import conversation
+from asyncengine.server.image_data import decoded, told_apart
 from asyncengine.server.message_blocks import Blocks, messages_of, tools_of
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.sampling import DeadlineFields
@@ -98,7 +98,8 @@ class Messaging:
             message = f"tool_choice.type is {kind!r:.80}; allowed: {', '.join(map(repr, wanted))}"
             raise Refusal(400, message, "unsupported_field", "tool_choice")
         found: dict[str, Any] = {name: getattr(body, name) for name in _SAME}
-        messages = messages_of(body.messages, body.system)
+        messages = messages_of(body.messages, body.system, service.settings.max_image_bytes)
+        body.messages = []
         prefilled = messages[-1]["role"] == "assistant"
         self.chat = Chat(
             service,
@@ -182,20 +183,16 @@ def routes(service: Service) -> list[Route]:
         return reply(message, 499 if message is None else 200, headers)
 
     async def count(request: Request) -> Response:
+        request.state.names = NAMES
         body, headers = await service.read(request, COUNT)
         service.check_serving(body.model)
-        tokenizer = service.tokenizer()
-        messages = conversation(messages_of(body.messages, body.system))
+        service.tokenizer()  # without one there are no tokens to count
+        most = service.settings.max_image_bytes
+        messages = conversation(messages_of(body.messages, body.system, most), most)
         tools = tools_of(body.tools)
-
-        def encode() -> int:
-            return len(tokenizer.encode_chat(messages, {"tools": tools} if tools else {}))
-
-        try:
-            tokens = await anyio.to_thread.run_sync(encode, abandon_on_cancel=True)
-        except Exception as error:  # a template says what it does not like in its own way
-            raise Refusal(400, f"messages cannot be encoded: {error}", "invalid_field", "messages") from error
-        return reply({"input_tokens": tokens}, headers=headers)
+        with told_apart(messages):
+            ids = await service.engine.tokenize_chat(await decoded(messages), **({"tools": tools} if tools else {}))
+        return reply({"input_tokens": len(ids)}, headers=headers)
 
     return [
         Route("/v1/messages", create, methods=["POST"]),

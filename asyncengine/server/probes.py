@@ -65,4 +65,9 @@ def _model(service: Service, served: Served) -> dict[str, object]:
         "max_model_len": length,
         "root": service.name,
         "parent": None if served.adapter is None else service.name,
+        # As OpenRouter and llama.cpp's router have it; OpenAI's list has nothing like it.
+        "architecture": {
+            "input_modalities": ["text", "image"] if service.engine.takes_images else ["text"],
+            "output_modalities": ["text"],
+        },
     }

@@ -130,7 +130,7 @@ def _renamed(message: str, names: Mapping[str, str]) -> tuple[str, str | None]:
 
     "The prompt" is what the model reads, whichever field it is made of, and stays what it is called.
     """
-    word = re.match(r"(the )?(\w+)", message)
+    word = re.match(r"(the )?(\w+)\b(?!')", message)
     if word is None or word[2] not in names:
         return message, None
     name = names[word[2]]

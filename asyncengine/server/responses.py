@@ -1,4 +1,7 @@
-"""``/v1/responses``: text and function calls in and out. Nothing is stored: the conversation is in the request."""
+"""``/v1/responses``: text, images and function calls in, text and function calls out.
+
+Nothing is stored: the conversation is in the request.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from starlette.routing import Route
 
 from asyncengine.outputs import FinishReason
 from asyncengine.server.chat import Chat, ChatBody
-from asyncengine.server.conversation import text_of
+from asyncengine.server.conversation import content_of
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.response_items import Items
 from asyncengine.server.sampling import DeadlineFields
@@ -108,7 +111,7 @@ class Responding:
         self.chat = Chat(
             service,
             ChatBody(
-                messages=_messages(body),
+                messages=_messages(body, service.settings.max_image_bytes),
                 max_tokens=body.max_output_tokens,
                 response_format=_response_format(body.text),
                 tools=tools or None,
@@ -118,6 +121,7 @@ class Responding:
             label,
             "resp",
         )
+        body.input = []
 
     def response(self, items: Items | None, status: str, **more: Any) -> dict[str, Any]:
         """The response as it is now."""
@@ -265,7 +269,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type" and v is not None}}
 
 
-def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
+def _messages(body: ResponsesBody, most_image_bytes: int) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})
@@ -274,20 +278,22 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
     if not body.input:
         raise Refusal(400, "input is []; expected text or at least one item", "invalid_field", "input")
     for index, item in enumerate(body.input):
-        _add_item(messages, item, f"input[{index}]")
+        _add_item(messages, item, f"input[{index}]", most_image_bytes)
     return messages
 
 
-def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
+def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], where: str, most_image_bytes: int) -> None:
     kind = item.get("type", "message")
     if kind == "message":
-        messages.append({"role": item.get("role"), "content": text_of(item.get("content"), f"{where}.content")})
+        role = item.get("role")
+        content = content_of(item.get("content"), f"{where}.content", most_image_bytes if role == "user" else None)
+        messages.append({"role": role, "content": content})
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         made = {"id": item.get("call_id"), "type": "function", "function": function}
         _assistant(messages).setdefault("tool_calls", []).append(made)
     elif kind == "function_call_output":
-        output = text_of(item.get("output"), f"{where}.output")
+        output = content_of(item.get("output"), f"{where}.output", most_image_bytes)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
     elif kind == "reasoning":
         texts = [str(part.get("text", "")) for part in item.get("content") or [] if isinstance(part, dict)]

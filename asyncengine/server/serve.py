@@ -22,7 +22,7 @@ from asyncengine.loop.engine import AsyncEngine
 from asyncengine.server.app import create_app
 from asyncengine.server.naming import check_names
 from asyncengine.server.service import Service
-from asyncengine.server.settings import MAX_BODY_BYTES, ServerSettings
+from asyncengine.server.settings import MAX_BODY_BYTES, MAX_IMAGE_BYTES, ServerSettings
 from asyncengine.step.model import Loader
 
 logger = logging.getLogger("asyncengine.server")
@@ -41,6 +41,7 @@ def serve(
     admin: bool = False,
     cors_origins: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
+    max_image_bytes: int = MAX_IMAGE_BYTES,
     max_concurrency: int | None = None,
     drain_seconds: float = 5.0,
     loader: Loader | None = None,
@@ -61,6 +62,7 @@ def serve(
         admin: See there.
         cors_origins: See there.
         max_body_bytes: See there.
+        max_image_bytes: See there.
         max_concurrency: See there.
         drain_seconds: How long requests get to finish after a signal.
         loader: As in `AsyncEngine`.
@@ -79,6 +81,7 @@ def serve(
         admin=admin,
         cors_origins=cors_origins,
         max_body_bytes=max_body_bytes,
+        max_image_bytes=max_image_bytes,
         max_concurrency=max_concurrency,
     )
     check_names(config, settings)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from asyncengine.errors import ConfigError
 
-MAX_BODY_BYTES = 8 * 1024 * 1024
+MAX_BODY_BYTES = 32 * 1024 * 1024
+MAX_IMAGE_BYTES = 20 * 1024 * 1024
 MAX_HEADER_BYTES = 32 * 1024
 
 
@@ -25,6 +26,7 @@ class ServerSettings:
         ui: Whether there is a page at ``/ui``.
         cors_origins: Web origins whose pages may call; ``"*"`` is all. None by default.
         max_body_bytes: Largest body of a request; larger ones are a 413.
+        max_image_bytes: Largest image in a body, as a file; larger ones are a 400. As base64 it is a third larger.
         max_header_bytes: Largest sum of a request's headers; larger ones are a 431.
         max_concurrency: Most requests at a time that use the engine; more are a 429. None leaves it to
             ``max_queue_size`` of the engine.
@@ -40,6 +42,7 @@ class ServerSettings:
     ui: bool = True
     cors_origins: Sequence[str] = ()
     max_body_bytes: int = MAX_BODY_BYTES
+    max_image_bytes: int = MAX_IMAGE_BYTES
     max_header_bytes: int = MAX_HEADER_BYTES
     max_concurrency: int | None = None
     body_seconds: float = 30.0
@@ -59,7 +62,8 @@ class ServerSettings:
         if isinstance(self.cors_origins, str):
             raise ConfigError(f"cors_origins is {self.cors_origins!r}; expected a list of origins")
         object.__setattr__(self, "cors_origins", tuple(self.cors_origins))
-        for name, minimum in (("max_body_bytes", 1), ("max_header_bytes", 1), ("retry_after_seconds", 0)):
+        least = {"max_body_bytes": 1, "max_image_bytes": 1, "max_header_bytes": 1, "retry_after_seconds": 0}
+        for name, minimum in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ConfigError(f"{name} is {value!r}; expected an integer >= {minimum}")

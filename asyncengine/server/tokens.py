@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine.server.conversation import conversation, template_arguments
+from asyncengine.server.image_data import decoded, told_apart
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service, reply
 from asyncengine.server.token_text import token_text
@@ -54,24 +55,21 @@ def routes(service: Service) -> list[Route]:
         if (body.prompt is None) == (body.messages is None):
             raise Refusal(400, "expected either prompt or messages", "invalid_field", "prompt")
         tokenizer = service.tokenizer()
-
-        def encode() -> list[int]:
-            if body.messages is None:
-                return tokenizer.encode(body.prompt or "")
+        if body.messages is None:
+            try:
+                ids = await anyio.to_thread.run_sync(tokenizer.encode, body.prompt or "", abandon_on_cancel=True)
+            except Exception as error:
+                raise Refusal(400, f"prompt cannot be encoded: {error}", "invalid_field", "prompt") from error
+        else:
+            request.state.names = {"prompt": "messages"}
             arguments = template_arguments(body.chat_template_kwargs)
             if body.tools:
                 arguments["tools"] = body.tools
             if not body.add_generation_prompt:
                 arguments["add_generation_prompt"] = False
-            return tokenizer.encode_chat(conversation(body.messages), arguments)
-
-        try:
-            ids = await anyio.to_thread.run_sync(encode, abandon_on_cancel=True)
-        except Refusal:
-            raise
-        except Exception as error:  # a template says what it does not like in its own way
-            field = "prompt" if body.messages is None else "messages"
-            raise Refusal(400, f"{field} cannot be encoded: {error}", "invalid_field", field) from error
+            messages = conversation(body.messages, service.settings.max_image_bytes)
+            with told_apart(messages):
+                ids = await service.engine.tokenize_chat(await decoded(messages), **arguments)
         config = service.engine.complete_engine_config
         found: dict[str, Any] = {"count": len(ids), "tokens": ids}
         found["max_model_len"] = None if config is None else config.max_single_sequence_length

@@ -24,6 +24,7 @@ def scripted_engine(
     step_seconds: float = 0.0,
     adapters: Mapping[str, Answers] | None = None,
     kept_states: int | None = None,
+    takes_images: bool = False,
     **config: Any,
 ) -> AsyncEngine:
     """An engine that gives known answers; enter it with ``async with``.
@@ -34,6 +35,7 @@ def scripted_engine(
         step_seconds: How long each step, that is each byte of an answer, takes.
         adapters: The answers that adapters give, by their names.
         kept_states: As of `ScriptedLoader`.
+        takes_images: As of `ScriptedLoader`; any bytes are an image.
         **config: Fields of `EngineConfig`.
     """
     scripts = {name: _script(own) for name, own in (adapters or {}).items()}
@@ -43,6 +45,7 @@ def scripted_engine(
         tokenizer=ByteTokenizer(),
         adapters=scripts,
         kept_states=kept_states,
+        takes_images=takes_images,
     )
     return AsyncEngine(EngineConfig(MODEL, adapters={name: name for name in scripts}, **config), loader=loader)
 

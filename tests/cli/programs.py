@@ -61,8 +61,10 @@ def last_line(prompt: Sequence[int], branch: int) -> bytes:
     return text.rsplit("user: ", 1)[1].removesuffix("\nassistant: ").encode()
 
 
-def scripted_loader(step_seconds: float = 0.0, script: Script = last_line) -> ScriptedLoader:
-    return ScriptedLoader(script, step_seconds=step_seconds, tokenizer=ByteTokenizer())
+def scripted_loader(
+    step_seconds: float = 0.0, script: Script = last_line, takes_images: bool = False
+) -> ScriptedLoader:
+    return ScriptedLoader(script, step_seconds=step_seconds, tokenizer=ByteTokenizer(), takes_images=takes_images)
 
 
 class Done:

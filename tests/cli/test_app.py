@@ -104,6 +104,11 @@ def test_a_flag_names_who_guesses(given: str | None, mode: str, models: tuple[st
     assert (config.speculative_mode, config.additional_models, config.spec_draft_length) == (mode, models, length)
 
 
+@pytest.mark.parametrize("given", [None, True, False])
+def test_a_flag_says_whether_images_are_taken(given: bool | None) -> None:
+    assert EngineFlags(images=given).config("large", scripted_loader()).images is given
+
+
 def test_an_error_of_the_engine_names_the_flag() -> None:
     wrong = run("serve", "--max-num-seqs", "0")
     assert wrong.status == 1

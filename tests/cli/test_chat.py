@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from asyncengine.testing import pieces_of
 from tests.cli.programs import APP, ENVIRONMENT, last_line, run, scripted_loader, terminal
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
@@ -46,6 +48,53 @@ def test_a_question_that_fails_is_an_error_and_the_next_one_is_answered() -> Non
     assert done.status == 1
     assert done.out == "hello\n"
     assert "the prompt has 68 tokens; allowed: 1..39" in done.err
+
+
+def test_images_go_before_the_first_question_of_each_conversation(tmp_path: Path) -> None:
+    files = {"sea": b"a picture of the sea", "sky": b"and one of the sky"}
+    shown = {data: bytes([first]) for first, data in enumerate(files.values(), ord("A"))}
+    prompts: list[str] = []
+
+    def look(prompt: list[int], branch: int) -> bytes:
+        left = [*prompt]
+        for data, letter in shown.items():
+            pieces = pieces_of(data)
+            if pieces[0] in left:
+                at = left.index(pieces[0])
+                assert left[at : at + len(pieces)] == pieces
+                left[at : at + len(pieces)] = letter
+        prompts.append(bytes(left).decode())
+        return last_line(left, branch)
+
+    flags = ["--max-model-len", "100"]
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        flags += ["--image", str(tmp_path / name)]
+    loader = scripted_loader(script=look, takes_images=True)  # type: ignore[arg-type]
+    done = run("chat", *flags, stdin=f"{'x' * 90}\none\ntwo\n/reset\nthree\n", loader=loader)
+    assert "the prompt has" in done.err  # the first question, which is too long
+    assert prompts == [
+        "user: ABone\nassistant: ",
+        "user: ABone\nassistant: ABone\nuser: two\nassistant: ",
+        "user: ABthree\nassistant: ",
+    ]
+
+
+def test_images_are_looked_at_before_the_first_question(tmp_path: Path) -> None:
+    loader = scripted_loader()
+    missing = tmp_path / "missing.png"
+    done = run("chat", "--image", str(missing), loader=loader)
+    assert done.status == 2 and done.err == f"asyncengine: --image is {str(missing)!r}; No such file or directory\n"
+    assert not loader.models
+    there = tmp_path / "there.png"
+    there.write_bytes(b"a picture")
+    done = run("chat", "--image", str(there), stdin="hello\n", loader=loader)
+    assert done.status == 1 and done.out == ""
+    assert last_error(done.err) == "the prompt has images; 'tiny' takes none: its checkpoint is of text alone"
+
+
+def last_error(err: str) -> str:
+    return err.splitlines()[-1].removeprefix("asyncengine: ")
 
 
 @pytest.mark.parametrize(

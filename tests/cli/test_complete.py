@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.programs import ENVIRONMENT, command, run, terminal
+from asyncengine.testing import pieces_of
+from tests.cli.programs import ENVIRONMENT, command, run, scripted_loader, terminal
 
 
 def entries(text: str) -> list[dict[str, Any]]:
@@ -55,6 +56,21 @@ def test_json_lines_carry_their_own_settings() -> None:
         {"index": 2, "id": "short", "text": "he", "finish_reason": "length", "usage": usage | {"completion_tokens": 2}},
         {"index": 3, "text": "hi", "finish_reason": "stop", "usage": {"prompt_tokens": 2, "completion_tokens": 3}},
     ]  # fmt: skip
+
+
+def test_messages_of_json_lines_may_have_images() -> None:
+    url = "data:image/png;base64,AAAA"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "hi"}]
+    line = json.dumps({"messages": [{"role": "user", "content": parts}]})
+    seen: list[list[int]] = []
+
+    def look(prompt: list[int], branch: int) -> bytes:
+        seen.append(prompt)
+        return b"a sea"
+
+    done = run("complete", "--jsonl", stdin=line, loader=scripted_loader(script=look, takes_images=True))  # type: ignore[arg-type]
+    assert [entry["text"] for entry in entries(done.out)] == ["a sea"]
+    assert seen == [[*b"user: ", *pieces_of(url), *b"hi\nassistant: "]]
 
 
 @pytest.mark.parametrize(

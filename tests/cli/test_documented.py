@@ -72,6 +72,7 @@ def test_every_flag_on_the_page_exists() -> None:
     import typer.main
 
     group: Any = typer.main.get_command(APP)
-    known = {name for command in group.commands.values() for parameter in command.params for name in parameter.opts}
+    parameters = [parameter for command in group.commands.values() for parameter in command.params]
+    known = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", PAGE.read_text(encoding="utf-8"))) - {"--help"}
     assert named <= known
