@@ -131,15 +131,19 @@ class ImageReader(Protocol):
     key: str
     mark: str
 
-    def read(self, images: Sequence[ImageSource], write: Write, encode: Callable[[str], list[int]]) -> ReadPrompt:
+    def read(
+        self, images: Sequence[ImageSource], write: Write, encode: Callable[[str], list[int]], most_tokens: int
+    ) -> ReadPrompt:
         """Reads the images of a prompt, and lets the prompt be written with the tokens that stand for them.
 
         Args:
             images: In the order of their marks.
             write: Writes the prompt.
             encode: Token ids of a piece of text; the reader gives `write` one that knows of images.
+            most_tokens: That may stand for images. Those that come after so many are not looked at.
 
         Raises:
+            ContextLengthExceededError: The images come to more.
             InvalidRequestError: One is no image, or there are more or fewer marks than images.
         """
         ...

@@ -155,10 +155,10 @@ async def _read_images(
 ) -> Encoded:
     reader = view.image_reader
     if reader is None:
-        raise InvalidRequestError(f"the prompt has images; {view.config.model!r} takes none: {view.no_images}")
+        raise InvalidRequestError(f"the prompt has images; the model takes none: {view.no_images}")
 
     def read() -> Encoded:
-        found = reader.read(images, write, encode)
+        found = reader.read(images, write, encode, view.max_tokens - 1)
         return Encoded(token_ids_of(found.token_ids, view), found.images)
 
     return await _in_thread(read)

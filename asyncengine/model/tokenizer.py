@@ -11,6 +11,7 @@ from asyncengine.errors import CheckpointError
 from asyncengine.grammar.vocabulary import TokenTable
 from asyncengine.known_turns import encode_known_turns, has_known_turns
 from asyncengine.model import kept_tokenizer
+from asyncengine.model.chat_template import ChatTemplate, template_of_processor
 from asyncengine.model.checkpoint import has_tokenizer, tokenizer_sources
 from asyncengine.model.token_spelling import spelling_of
 from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
@@ -31,6 +32,7 @@ class FastTokenizer:
         self.sources = sources
         self.keep_at = keep_at
         self._chat = tokenizer
+        self._template = ChatTemplate(tokenizer)
         # The library's own object: the wrapper's encode changes shared truncation settings on every call.
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
@@ -66,7 +68,7 @@ class FastTokenizer:
         self, messages: Sequence[Message], template_arguments: Mapping[str, Any], encode: Callable[[str], list[int]]
     ) -> list[int]:
         """As `asyncengine.tokenizer.WritingTokenizer`."""
-        return _encode_chat(self, self._chat, messages, template_arguments, encode)
+        return _encode_chat(self, self._template, messages, template_arguments, encode)
 
     def encode_piece(self, text: str) -> list[int]:
         """As `asyncengine.tokenizer.WritingTokenizer`."""
@@ -113,6 +115,7 @@ class SlowTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
         self._lock = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
@@ -136,7 +139,7 @@ class SlowTokenizer:
         self, messages: Sequence[Message], template_arguments: Mapping[str, Any], encode: Callable[[str], list[int]]
     ) -> list[int]:
         """As `asyncengine.tokenizer.WritingTokenizer`."""
-        return _encode_chat(self, self._tokenizer, messages, template_arguments, encode)
+        return _encode_chat(self, self._template, messages, template_arguments, encode)
 
     def encode_piece(self, text: str) -> list[int]:
         """As `asyncengine.tokenizer.WritingTokenizer`."""
@@ -169,28 +172,19 @@ def load_tokenizer(path: Path, present: Tokenizer | None = None) -> Tokenizer | 
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = template_of_processor(path)
     return FastTokenizer(tokenizer, sources, place) if tokenizer.is_fast else SlowTokenizer(tokenizer)
 
 
 def _encode_chat(
     tokenizer: Tokenizer,
-    chat: Any,
+    template: ChatTemplate,
     messages: Sequence[Message],
     arguments: Mapping[str, Any],
     encode: Callable[[str], list[int]],
 ) -> list[int]:
     """Token ids of a conversation; the template writes special tokens itself, so `encode` adds none."""
     if has_known_turns(messages):
-        return encode_known_turns(
-            messages, lambda marked: _apply_template(chat, marked, arguments), encode, tokenizer.decode
-        )
-    return encode(_apply_template(chat, messages, arguments))
-
-
-def _apply_template(tokenizer: Any, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError("the model has no chat template")
-    text: str = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], **{"add_generation_prompt": True, **arguments, "tokenize": False}
-    )
-    return text
+        return encode_known_turns(messages, lambda marked: template.write(marked, arguments), encode, tokenizer.decode)
+    return encode(template.write(messages, arguments))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncengine.errors import InvalidRequestError
+from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
 from asyncengine.images import Image, ImageSource, PromptImages, ReadPrompt, Write
 from asyncengine.step.batch import Int32, StepBatch
 
@@ -49,9 +49,13 @@ class ScriptedImageReader:
     def __init__(self, whole: bool = False) -> None:
         self._whole = whole
 
-    def read(self, images: Sequence[ImageSource], write: Write, encode: Callable[[str], list[int]]) -> ReadPrompt:
+    def read(
+        self, images: Sequence[ImageSource], write: Write, encode: Callable[[str], list[int]], most_tokens: int
+    ) -> ReadPrompt:
         """As `asyncengine.images.ImageReader`."""
         left = [_data_of(source) for source in images]
+        if (come_to := sum(map(_count, left))) > most_tokens:
+            raise ContextLengthExceededError(f"the images come to {come_to} tokens; allowed: {most_tokens}")
         found: list[tuple[bytes, int]] = []  # data and where it begins
 
         def expanded(text: str) -> list[int]:

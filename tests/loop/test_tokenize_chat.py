@@ -37,7 +37,7 @@ async def test_it_waits_for_a_model_that_is_being_loaded() -> None:
     await asyncio.sleep(0)
     assert bytes(await engine.tokenize_chat(HELLO)) == b"user: hello\nassistant: "
     await loading
-    with pytest.raises(InvalidRequestError, match="the prompt has images; 'scripted' takes none"):
+    with pytest.raises(InvalidRequestError, match="the prompt has images; the model takes none"):
         await engine.tokenize_chat(LOOK)
     with pytest.raises(InvalidRequestError, match="messages is"):
         await engine.tokenize_chat([])

@@ -345,7 +345,7 @@ async def test_a_model_that_takes_none_says_why() -> None:
             refused = await client.post(route, json=body)
             assert refused.status_code == 400, refused.text
             assert error(refused) == {
-                "message": "the prompt has images; 'scripted' takes none: its checkpoint is of text alone",
+                "message": "the prompt has images; the model takes none: its checkpoint is of text alone",
                 "type": "invalid_request_error",
                 "param": param,
                 "code": "invalid_request",

@@ -119,7 +119,7 @@ def with_images(new: NewRequest, view: ModelView, prefix: str, pictures: list[by
     assert view.image_reader is not None
     tokens = ByteTokenizer()
     text = prefix + "\0" * len(pictures) + tokens.decode(new.prompt.tolist())[len(prefix) :]
-    read = view.image_reader.read(pictures, lambda encode: encode(text), tokens.encode)
+    read = view.image_reader.read(pictures, lambda encode: encode(text), tokens.encode, 100)
     run = read.images.num_tokens  # they stand beside each other
     if read.images.whole and run > (view.config.prefill_chunk_size or 0):
         return new

@@ -29,14 +29,12 @@ class Features:
     Attributes:
         rows: (tokens, hidden) their embeddings.
         beside: By name, lists of (tokens, hidden) that go into deeper layers (DeepStack, Meng et al., 2024).
-        others: By name, what else the encoder gave out; the same for all images.
         kind: Of the object that the encoder gave it in.
         dims: How many dimensions the embeddings had there; None if they were in a list.
     """
 
     rows: torch.Tensor
     beside: dict[str, list[torch.Tensor]]
-    others: dict[str, torch.Tensor]
     kind: Any
     dims: int | None
 
@@ -102,7 +100,7 @@ class ImageEncoder:
         dims = first.dims
         pooled = [rows] if dims is None else rows[(None,) * (dims - 2)]
         deep = {name: [(each,) for each in several] for name, several in beside.items()}
-        output = first.kind(pooler_output=pooled, **deep, **first.others)
+        output = first.kind(pooler_output=pooled, **deep)
         axes = None if batch.axes is None else torch.from_numpy(batch.axes).to(self._device).long()[:, None]
         return axes, {"mm_encoder_outputs": {"image": output}}
 
@@ -147,17 +145,16 @@ class ImageEncoder:
         rows = torch.cat([each.flatten(0, -2) for each in (pooled if in_list else [pooled])])
         if len(rows) != len(image.places):
             raise ValueError(f"an image has {len(image.places)} tokens in its prompt and {len(rows)} embeddings")
-        beside, others = {}, {}
+        beside = {}
         for name, value in output.items():
             if name in _WITHIN:
                 continue
-            if isinstance(value, (list, tuple)):
-                several = [torch.cat(list(each)) for each in value]  # each of them in pieces, one for each image
-                if all(each.dim() == 2 and len(each) == len(rows) for each in several):
-                    beside[name] = several
-            elif isinstance(value, torch.Tensor):
-                others[name] = value
-        return Features(rows, beside, others, type(output), None if in_list else pooled.dim())
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"its encoder gives out {name}, for which there is no place here")
+            beside[name] = [torch.cat(list(each)) for each in value]  # each is in pieces, one for each image
+            if any(each.shape != rows.shape for each in beside[name]):
+                raise ValueError(f"its encoder gives out {name}, which is not of the tokens of images")
+        return Features(rows, beside, type(output), None if in_list else pooled.dim())
 
     def _sent(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

@@ -26,7 +26,7 @@ def picture_of(source: ImageSource) -> Any:
     Raises:
         InvalidRequestError: It is no image, or has too many pixels.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if isinstance(source, np.ndarray):
         channels = source.shape[2:]
@@ -42,6 +42,8 @@ def picture_of(source: ImageSource) -> Any:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except InvalidRequestError:
         raise
+    except UnidentifiedImageError as error:
+        raise InvalidRequestError("an image is in no format that is known, or damaged") from error
     except Exception as error:  # each decoder has errors of its own
         raise InvalidRequestError(f"an image cannot be read: {error}") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncengine.errors import InvalidRequestError
+from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
 from asyncengine.images import Image, ImageSource, PromptImages, ReadPrompt, Write
 from asyncengine.model.vision.pictures import picture_of
 from asyncengine.step.batch import Int32, Int64
@@ -47,11 +47,19 @@ class ProcessedImageReader:
         self._axes = axes
         self._together = together
 
-    def read(self, images: Sequence[ImageSource], write: Write, encode: Callable[[str], list[int]]) -> ReadPrompt:
+    def read(
+        self, images: Sequence[ImageSource], write: Write, encode: Callable[[str], list[int]], most_tokens: int
+    ) -> ReadPrompt:
         """As the protocol says."""
-        pictures = [self._picture(source, index) for index, source in enumerate(images)]
-        groups = [pictures] if self._together and pictures else [[picture] for picture in pictures]
-        prepared = [self._prepared(group) for group in groups]
+        prepared, counts = [], []
+        groups = [range(len(images))] if self._together and images else [range(at, at + 1) for at in range(len(images))]
+        for group in groups:
+            prepared.append(self._prepared(images, group))
+            counts.append(sum(len(self._places(encode(text))) for text in prepared[-1].texts))
+            if sum(counts) > most_tokens:  # before the next one is decoded
+                raise ContextLengthExceededError(
+                    f"the prompt's first {group.stop} images come to {sum(counts)} tokens; allowed: {most_tokens}"
+                )
         left = [text for each in prepared for text in each.texts]
 
         def expanded(text: str) -> list[int]:
@@ -70,7 +78,6 @@ class ProcessedImageReader:
             raise InvalidRequestError(
                 f"the prompt has {len(images) - len(left)} marks of images ({self.mark!r}); expected {len(images)}"
             )
-        counts = [sum(len(self._places(encode(text))) for text in each.texts) for each in prepared]
         places = self._places(ids)
         if len(places) != sum(counts) or not all(counts):
             raise InvalidRequestError(
@@ -87,13 +94,13 @@ class ProcessedImageReader:
     def _places(self, ids: list[int]) -> Int64:
         return np.flatnonzero(np.array(ids) == self._token_id)
 
-    def _picture(self, source: ImageSource, index: int) -> Any:
-        try:
-            return picture_of(source)
-        except InvalidRequestError as error:
-            raise InvalidRequestError(f"images[{index}]: {error}") from error
-
-    def _prepared(self, pictures: list[Any]) -> _Prepared:
+    def _prepared(self, images: Sequence[ImageSource], group: range) -> _Prepared:
+        pictures = []
+        for index in group:
+            try:
+                pictures.append(picture_of(images[index]))
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"images[{index}]: {error}") from error
         try:
             made = self._processor(
                 text=[self.mark * len(pictures)],
@@ -103,7 +110,9 @@ class ProcessedImageReader:
             )
         except Exception as error:  # it may refuse a shape, say
             sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in pictures)
-            raise InvalidRequestError(f"the model's processor refuses an image of {sizes} pixels: {error}") from error
+            raise InvalidRequestError(
+                f"images[{group.start}]: {sizes} pixels are refused by the model's processor: {error}"
+            ) from error
         inputs = {name: value for name, value in made.items() if name not in _OF_TEXT}
         return _Prepared(inputs, [each["replacement"] for each in made["text_replacement_offsets"][0]])
 

@@ -67,7 +67,7 @@ class ImageTrial:
         encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
         for together in (False, True):
             self.reader = ProcessedImageReader(prepares, token_id, key, axes, together)
-            read = self.reader.read(pictures, lambda expanding: expanding(text), encode)
+            read = self.reader.read(pictures, lambda expanding: expanding(text), encode, 1 << 30)
             if read.token_ids == wanted:
                 break
         else:

@@ -16,7 +16,7 @@ import transformers
 from asyncengine.model.vision.processor import _without_videos
 from tests.model import checkpoints as text_checkpoints
 from tests.model import letters
-from tests.model.vision.checkpoints import VISION, inputs, load, picture, processor, reference, runs, write
+from tests.model.vision.checkpoints import VISION, inputs, load, picture, processor, reference
 
 CONVERSATION: list[dict[str, Any]] = [
     {
@@ -32,23 +32,9 @@ CONVERSATION: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    written: dict[str, Path] = {}
-
-    def get(architecture: str) -> Path:
-        if not runs(architecture):
-            pytest.skip(f"needs {' and '.join(VISION[architecture].needs)}")
-        if architecture not in written:
-            written[architecture] = write(tmp_path_factory.mktemp(architecture), architecture)
-        return written[architecture]
-
-    return get
-
-
 @pytest.mark.parametrize("architecture", VISION)
-def test_what_is_said_depends_on_what_is_seen(architecture: str, checkpoint: Callable[[str], Path]) -> None:
-    path = checkpoint(architecture)
+def test_what_is_said_depends_on_what_is_seen(architecture: str, sighted: Callable[..., Path]) -> None:
+    path = sighted(architecture)
     seen = [picture(1, 48, 32), picture(2, 40, 24)]
     tokens = reference(path, CONVERSATION, seen, 8)
     assert len(tokens) == 8
@@ -63,14 +49,14 @@ def test_what_is_said_depends_on_what_is_seen(architecture: str, checkpoint: Cal
 
 
 @pytest.mark.parametrize("architecture", VISION)
-def test_text_alone_needs_no_image(architecture: str, checkpoint: Callable[[str], Path]) -> None:
-    given = inputs(checkpoint(architecture), [{"role": "user", "content": "Hé!"}], [])
+def test_text_alone_needs_no_image(architecture: str, sighted: Callable[..., Path]) -> None:
+    given = inputs(sighted(architecture), [{"role": "user", "content": "Hé!"}], [])
     assert "pixel_values" not in given
     assert max(given["input_ids"][0]) <= 256
 
 
-def test_without_its_video_processor_a_processor_sees_images_the_same(checkpoint: Callable[[str], Path]) -> None:
-    path = checkpoint("qwen3_vl")
+def test_without_its_video_processor_a_processor_sees_images_the_same(sighted: Callable[..., Path]) -> None:
+    path = sighted("qwen3_vl")
     sighted = _without_videos(transformers.Qwen3VLProcessor, path)
     assert isinstance(sighted, transformers.Qwen3VLProcessor)
     assert sighted.video_processor.patch_size == 4
@@ -91,8 +77,8 @@ def test_without_its_video_processor_a_processor_sees_images_the_same(checkpoint
         sighted(text=["<|video_pad|>"], videos=[[numpy.zeros((32, 32, 3), numpy.uint8)] * 2])
 
 
-def test_files_that_say_nothing_of_videos(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    path = shutil.copytree(checkpoint("qwen2_vl"), tmp_path / "silent")
+def test_files_that_say_nothing_of_videos(sighted: Callable[..., Path], tmp_path: Path) -> None:
+    path = shutil.copytree(sighted("qwen2_vl"), tmp_path / "silent")
     settings = json.loads((path / "processor_config.json").read_text())
     del settings["video_processor"]
     (path / "processor_config.json").write_text(json.dumps(settings))

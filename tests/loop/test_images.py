@@ -1,0 +1,122 @@
+"""Images in prompts, to a model that knows each piece of them that it has seen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError
+from asyncengine.testing import ByteTokenizer, ScriptedLoader, pieces_of
+
+LONG = b"seven s"  # seven pieces
+
+
+def script(prompt: Sequence[int], branch: int) -> list[int]:
+    """An answer in which each token of the prompt has its part."""
+    return [1 + sum((place + branch) * token for place, token in enumerate(prompt, 1)) % 250, *b"end"]
+
+
+def engine(loader: ScriptedLoader, **changes: Any) -> AsyncEngine:
+    values: dict[str, Any] = {"prefill_chunk_size": 8, "kv_cache_page_size": 4, "max_num_sequence": 3}
+    return AsyncEngine(EngineConfig("scripted", **(values | changes)), loader=loader)
+
+
+def looking(**changes: Any) -> ScriptedLoader:
+    return ScriptedLoader(script, tokenizer=ByteTokenizer(), **({"takes_images": True} | changes))
+
+
+def asking(*parts: str | bytes) -> list[dict[str, Any]]:
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def answer(*parts: str | bytes, branch: int = 0) -> list[int]:
+    tokens = [token for part in parts for token in (part.encode() if isinstance(part, str) else pieces_of(part))]
+    return script([*b"user: ", *tokens, *b"\nassistant: "], branch)
+
+
+CONVERSATIONS: list[tuple[str | bytes, ...]] = [
+    ("what is ", b"this", " and ", b"that one", "?"),
+    (b"this", b"this"),
+    ("\0no image, but what stands for one\0"[1:-1],),
+    (b"that one", " is not ", b"this"),
+    ("what is ", b"this", " and ", LONG, "?"),
+]
+
+
+@pytest.mark.parametrize("changes", [{}, {"run_ahead": True}, {"kept_states": 3}, {"whole_images": True}])
+async def test_each_piece_is_seen_where_it_stands(changes: dict[str, Any]) -> None:
+    async with engine(looking(**changes), max_total_sequence_length=160) as serving:
+        for _ in range(2):
+            several = [serving.chat(asking(*parts), GenerationConfig(n=2)) for parts in CONVERSATIONS]
+            for parts, result in zip(CONVERSATIONS, await asyncio.gather(*several), strict=True):
+                for branch in (0, 1):
+                    assert list(result.outputs[branch].token_ids)[:-1] == answer(*parts, branch=branch)
+        found = await serving.chat(asking(*CONVERSATIONS[0]))
+        assert found.usage.cached_tokens >= found.usage.prompt_tokens - 4
+
+
+async def test_they_are_shared_where_they_are_the_same() -> None:
+    async with engine(looking(), max_num_sequence=1) as serving:
+        await serving.chat(asking("what is ", b"this", " picture?"))
+        same = await serving.chat(asking("what is ", b"this", " picture?"))
+        other = await serving.chat(asking("what is ", b"that", " picture?"))
+        assert same.usage.cached_tokens == same.usage.prompt_tokens // 4 * 4
+        assert other.usage.cached_tokens == len("user: what is ") // 4 * 4
+        assert same.usage.prompt_tokens == len("user: what is  picture?\nassistant: ") + len(pieces_of(b"this"))
+
+
+async def test_a_prompt_with_marks() -> None:
+    async with engine(looking()) as serving:
+        found = await serving.generate(ImagePrompt("a\0b\0", [b"x", LONG]))
+        assert list(found.token_ids)[:-1] == script([97, *pieces_of(b"x"), 98, *pieces_of(LONG)], 0)
+        for prompt, message in (
+            (ImagePrompt("a\0", []), "more marks of images than images, 0"),
+            (ImagePrompt("a", [b"x"]), "has 0 marks of images; expected 1"),
+            (ImagePrompt("\0" * 80, [LONG] * 80), "come to 640 tokens; allowed"),
+        ):
+            with pytest.raises(InvalidRequestError, match=message):
+                await serving.generate(prompt)
+
+
+async def test_an_image_that_must_be_seen_at_once_and_cannot() -> None:
+    async with engine(looking(whole_images=True), prefill_chunk_size=7) as serving:
+        with pytest.raises(InvalidRequestError, match=r"comes to 8 tokens, .* allows 1\.\.7"):
+            await serving.chat(asking(b"seven bytes, no: 20."[:7], b"x"))
+        assert list((await serving.chat(asking(LONG))).token_ids)[:-1] == answer(LONG)
+
+
+@pytest.mark.parametrize("images", [True, False])
+async def test_another_model_carries_them_on_if_it_reads_them_alike(images: bool) -> None:
+    loader = looking()
+    async with engine(loader, max_total_sequence_length=64) as serving:
+        loader.model.hold()
+        seeing = asyncio.ensure_future(serving.chat(asking("what is ", LONG)).__anext__())
+        await asyncio.to_thread(loader.model.wait_until_held)
+        seeing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await seeing
+        stream = await serving.add_request(ImagePrompt("what is \0", [LONG]))
+        held = loader.model
+        loader.takes_images = images
+        reloading = asyncio.ensure_future(serving.reload(EngineConfig("other"), in_flight="carry"))
+        held.release()
+        await reloading
+        if images:
+            assert list((await stream).token_ids)[:-1] == script([*b"what is ", *pieces_of(LONG)], 0)
+        else:
+            with pytest.raises(InvalidRequestError, match="the new model does not take its images"):
+                await stream
+
+
+async def test_who_takes_none_says_why() -> None:
+    async with engine(looking(takes_images=False)) as serving:
+        assert not serving.takes_images
+        for prompt in (serving.chat(asking(b"x")), serving.stream(ImagePrompt("\0", [b"x"]))):
+            with pytest.raises(InvalidRequestError, match="the model takes none: its checkpoint is of text alone"):
+                await prompt

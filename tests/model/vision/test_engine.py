@@ -1,0 +1,343 @@
+"""What models say of images: token for token as in transformers, whatever else is in their steps."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gc
+import io
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError, RequestOptions
+from asyncengine.errors import UnsupportedModelError
+from asyncengine.model.vision.processor import processor
+from tests.model.vision.checkpoints import VISION, inputs, load, picture, reference
+
+pytestmark = pytest.mark.loops("either")
+
+REFUSED = {
+    "deepseek_vl": "has no encoder that could be called by itself",
+    "ernie4_5_vl_moe": "something else than in transformers",
+    "gemma3": "look at later ones",
+    "gemma4_moe": "look at later ones",
+    "granite4_vision": "gives out no embeddings",
+    "idefics2": "text_replacement_offsets",
+    "ovis2": "gives out visual_indicator_features",
+}
+"""Those that are served without images, and why."""
+SERVED = [architecture for architecture in VISION if architecture not in REFUSED]
+FIRST, SECOND, THIRD = picture(1, 48, 32), picture(2, 40, 24), picture(3, 32, 48)
+TOKENS = 12
+
+
+def asking(*parts: Any) -> list[dict[str, Any]]:
+    """A question of texts and images."""
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def told(path: Path, messages: list[dict[str, Any]], max_tokens: int = TOKENS) -> list[int]:
+    """What transformers says."""
+    images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+    bare = [
+        {**message, "content": [{**part, "image": None} if "image" in part else part for part in message["content"]]}
+        for message in messages
+    ]
+    return reference(path, bare, images, max_tokens)
+
+
+def greedy(max_tokens: int = TOKENS, **more: Any) -> GenerationConfig:
+    return GenerationConfig(max_tokens=max_tokens, temperature=0, ignore_eos=True, **more)
+
+
+def engine(path: Path, **changes: Any) -> AsyncEngine:
+    values: dict[str, Any] = {
+        "device": "cpu", "dtype": "float32", "max_single_sequence_length": 400, "max_total_sequence_length": 1600,
+        "prefill_chunk_size": 11, "kv_cache_page_size": 8, "max_num_sequence": 4,
+    }  # fmt: skip
+    return AsyncEngine(EngineConfig(str(path), **(values | changes)))
+
+
+async def answers(engine: AsyncEngine, *conversations: list[dict[str, Any]]) -> list[list[int]]:
+    results = await asyncio.gather(*(engine.chat(messages, greedy()) for messages in conversations))
+    return [list(result.token_ids) for result in results]
+
+
+@pytest.mark.parametrize("architecture", SERVED)
+async def test_greedy_equals_transformers(architecture: str, sighted: Callable[..., Path]) -> None:
+    path = sighted(architecture)
+    conversations = [
+        asking("Look: ", FIRST, " and ", SECOND, " which?"),
+        asking("no image at all, but a text that takes some steps"),
+        asking(SECOND, "is other than", FIRST),
+    ]
+    wanted = [told(path, messages) for messages in conversations]
+    async with engine(path, images=True) as serving:
+        assert await answers(serving, *conversations) == wanted
+        again = await serving.chat(conversations[0], greedy())
+        assert list(again.token_ids) == wanted[0]
+        assert again.usage.cached_tokens >= again.usage.prompt_tokens - 16
+        other = await serving.chat(asking("Look: ", THIRD, " and ", SECOND, " which?"), greedy())
+        assert other.usage.cached_tokens <= 24  # up to the first image
+
+
+@pytest.mark.parametrize("architecture", REFUSED)
+async def test_what_cannot_be_served_says_so_and_serves_text(architecture: str, sighted: Callable[..., Path]) -> None:
+    path = sighted(architecture)
+    text = asking("no image")
+    async with engine(path) as serving:
+        assert not serving.takes_images
+        with pytest.raises(InvalidRequestError, match=REFUSED[architecture]):
+            await serving.chat(asking(FIRST))
+        assert any(note.startswith("images: refused: ") for note in serving.health().notes)
+        assert await answers(serving, text) == [told(path, text)]
+    with pytest.raises(UnsupportedModelError, match=r"images is True; .* takes none"):
+        async with engine(path, images=True):
+            pass
+
+
+@pytest.mark.parametrize("backend", ["compiled", "transformers"])
+@pytest.mark.parametrize("architecture", ["qwen3_vl", "qwen2_5_vl", "internvl"])
+async def test_both_ways_of_running_a_model(architecture: str, backend: Any, sighted: Callable[..., Path]) -> None:
+    path = sighted(architecture)
+    messages = asking(FIRST, "beside", SECOND)
+    async with engine(path, images=True, decoder_backend=backend) as serving:
+        assert serving.complete_engine_config.decoder_backend == backend
+        assert await answers(serving, messages) == [told(path, messages)]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_vl", "qwen3_5"])
+async def test_preempted_they_are_seen_again(architecture: str, sighted: Callable[..., Path]) -> None:
+    path = sighted(architecture)
+    conversations = [asking("a" * length, picture(length, 48, 32), "?") for length in range(1, 5)]
+    wanted = [told(path, messages, 40) for messages in conversations]
+    async with engine(path, images=True, max_total_sequence_length=200, max_single_sequence_length=120) as serving:
+        results = await asyncio.gather(*(serving.chat(messages, greedy(40)) for messages in conversations))
+        assert [list(result.token_ids) for result in results] == wanted
+        assert sum(result.usage.preemptions for result in results) > 0
+
+
+async def test_a_conversation_goes_on(sighted: Callable[..., Path]) -> None:
+    path = sighted("qwen3_vl")
+    messages = asking("What is ", FIRST, "?")
+    async with engine(path, images=True, kv_cache_page_size=4) as serving:
+        first = await serving.chat(messages, greedy())
+        said = {"role": "assistant", "content": [{"type": "text", "text": first.text}]}
+        more = [*messages, said | {"token_ids": list(first.token_ids)}, *asking("And ", SECOND, "?")]
+        second = await serving.chat(more, greedy())
+        assert second.usage.cached_tokens >= first.usage.prompt_tokens + first.usage.completion_tokens - 4
+        await serving.reset()
+        assert list((await serving.chat(more, greedy())).token_ids) == list(second.token_ids)
+
+
+async def test_a_prompt_without_a_template(sighted: Callable[..., Path]) -> None:
+    path, text = sighted("llava"), "say: <image> or <image>"
+    given = processor(path)(text=[text], images=[[FIRST, SECOND]], return_tensors="pt")
+    model = load(path)
+    model.generation_config.eos_token_id = None
+    wanted = model.generate(**given, do_sample=False, max_new_tokens=TOKENS, pad_token_id=0)
+    async with engine(path, images=True) as serving:
+        found = await serving.generate(ImagePrompt(text, [FIRST, SECOND]), greedy())
+    assert list(found.token_ids) == wanted[0, given["input_ids"].shape[1] :].tolist()
+
+
+async def test_branches_and_scores_of_a_prompt(sighted: Callable[..., Path]) -> None:
+    path = sighted("qwen3_vl")
+    messages = asking("x", FIRST, "y and z")
+    bare = [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"},
+                                         {"type": "text", "text": "y and z"}]}]  # fmt: skip
+    given = inputs(path, bare, [FIRST])
+    with torch.inference_mode():
+        logprobs = load(path)(**given).logits[0].log_softmax(-1)
+    ids = given["input_ids"][0]
+    wanted = logprobs[torch.arange(len(ids) - 1), ids[1:]].tolist()
+    async with engine(path, images=True) as serving:
+        result = await serving.chat(messages, greedy(n=2, prompt_logprobs=0))
+        assert result.prompt_token_ids is not None and result.prompt_logprobs is not None
+        assert list(result.prompt_token_ids) == ids.tolist()
+        assert [entry.logprob for entry in result.prompt_logprobs if entry] == pytest.approx(wanted, abs=1e-3)
+        assert [list(branch.token_ids) for branch in result.outputs] == [told(path, messages)] * 2
+
+
+async def test_text_that_has_the_token_of_images_stays_text(sighted: Callable[..., Path]) -> None:
+    """Beside an image in the same step, a token that happens to be what stands for one is what it is."""
+    path = sighted("llava")
+    token = load(path).config.image_token_id
+    ids = [80, token, 81, token, token, 82]
+    for backend in ("compiled", "transformers"):
+        async with engine(
+            path, decoder_backend=backend, prefill_chunk_size=100, prefix_cache_mode="disable"
+        ) as serving:
+            alone = await serving.generate(ids, greedy())
+            seeing, text = await asyncio.gather(serving.chat(asking(FIRST), greedy()), serving.generate(ids, greedy()))
+            assert list(text.token_ids) == list(alone.token_ids)
+            assert list(seeing.token_ids) == told(path, asking(FIRST))
+
+
+async def test_weights_that_change_change_what_is_seen(sighted: Callable[..., Path]) -> None:
+    path, other = sighted("llava"), sighted("llava", seed=1)
+    messages = asking("what ", FIRST)
+    async with engine(path, images=True, prefix_cache_mode="disable") as serving:
+        assert await answers(serving, messages) == [told(path, messages)]
+        await serving.update_weights(dict(load(other).named_parameters()))
+        assert await answers(serving, messages) == [told(other, messages)]
+
+
+async def test_nothing_is_left_of_a_model(sighted: Callable[..., Path]) -> None:
+    async with engine(sighted("qwen3_vl"), images=True) as serving:
+        await serving.chat(asking(FIRST), greedy(2))
+        core = serving._thread.core
+        assert core.loaded is not None and core.view is not None
+        reader = core.view.image_reader
+        encoder = weakref.ref(core.loaded.model._images)
+        weights = [weakref.ref(each) for each in core.loaded.model._model.parameters()]
+        await serving.unload()
+        gc.collect()
+        assert reader is not None
+        assert encoder() is None
+        assert not any(weight() is not None for weight in weights)
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
+    held = io.BytesIO()
+    image.save(held, kind, **how)
+    return held.getvalue()
+
+
+async def test_forms_of_one_image(sighted: Callable[..., Path], tmp_path: Path) -> None:
+    png = file_of(FIRST)
+    (tmp_path / "image.png").write_bytes(png)
+    url = "data:image/png;base64," + base64.b64encode(png).decode()
+    turned = FIRST.transpose(Image.Transpose.ROTATE_270)
+    exif = Image.Exif()
+    exif[0x0112] = 8  # how it was held
+    forms = [
+        {"type": "image", "image": FIRST},
+        {"type": "image", "image": png},
+        {"type": "image", "image": tmp_path / "image.png"},
+        {"type": "image", "path": str(tmp_path / "image.png")},
+        {"type": "image", "image": np.asarray(FIRST)},
+        {"type": "image", "base64": base64.b64encode(png).decode()},
+        {"type": "image", "url": url},
+        {"type": "image_url", "image_url": {"url": url, "detail": "low"}},
+        {"type": "image_url", "image_url": url},
+        {"type": "input_image", "image_url": url},
+        {"type": "image", "image": FIRST.convert("RGBA")},
+        {"type": "image", "image": file_of(turned, exif=exif)},
+    ]
+    async with engine(sighted("internvl"), images=True) as serving:
+        found = [await serving.chat([{"role": "user", "content": [form]}], greedy(3)) for form in forms]
+        assert len({tuple(result.token_ids) for result in found}) == 1
+        assert all(result.usage.cached_tokens for result in found[1:])  # it is the same to the prefix cache, too
+
+
+async def test_wrong_images(sighted: Callable[..., Path]) -> None:
+    png = file_of(FIRST)
+    wrong: dict[str, Any] = {
+        "in no format that is known": b"not an image",
+        "cannot be read": png[: len(png) // 2],
+        "is not base64": "data:image/png;base64,!!!",
+        "nothing is fetched": "https://example.com/a.png",
+        "expected a PIL image": 3,
+        r"array of \(2, 2\) float64": np.zeros((2, 2)),
+        "No such file": Path("/nowhere/image.png"),
+        "allowed: 1..67108864": np.zeros((1 << 14, (1 << 12) + 1), np.uint8),
+    }
+    async with engine(sighted("qwen3_vl"), images=True) as serving:
+        for message, image in wrong.items():
+            content = [{"type": "image", "image": each} for each in (FIRST, image)]
+            with pytest.raises(InvalidRequestError, match=rf"images\[1\]: .*{message}"):
+                await serving.chat([{"role": "user", "content": content}])
+        for part in (
+            {"type": "image"},
+            {"type": "image", "image": png, "url": "x"},
+            {"type": "image_url", "image_url": {}},
+        ):
+            with pytest.raises(InvalidRequestError, match="messages has an image part"):
+                await serving.chat([{"role": "user", "content": [part]}])
+        with pytest.raises(InvalidRequestError, match="a part of type 'video'; allowed: text and images"):
+            await serving.chat([{"role": "user", "content": [{"type": "video", "video": "x"}]}])
+        with pytest.raises(InvalidRequestError, match="more marks of images"):
+            await serving.chat(asking("<|image_pad|>", FIRST))
+        with pytest.raises(InvalidRequestError, match=r"marks of images .*; expected 1"):
+            await serving.generate(ImagePrompt("nothing", [FIRST]))
+        with pytest.raises(InvalidRequestError, match=r"first 17 images come to .* tokens; allowed: 399"):
+            await serving.chat(asking(*[FIRST] * 20))
+        with pytest.raises(InvalidRequestError, match="images is"):
+            ImagePrompt("x", "y")
+        assert len((await serving.chat(asking(FIRST), greedy(3))).token_ids) == 3
+
+
+async def test_they_are_seen_by_requests_with_adapters(sighted: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    path = sighted("qwen3_vl")
+    name = next(name for name, _ in load(path).named_modules() if name.endswith("layers.1.self_attn.q_proj"))
+    outputs, inputs_ = load(path).get_submodule(name).weight.shape
+    torch.manual_seed(1)
+    factors = {"lora_A": torch.randn(4, inputs_), "lora_B": torch.randn(outputs, 4)}
+    save_file(
+        {f"base_model.model.{name}.{factor}.weight": value for factor, value in factors.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}'
+    )
+    model = load(path)
+    with torch.no_grad():
+        model.get_submodule(name).weight += factors["lora_B"] @ factors["lora_A"]
+    merged = tmp_path / "merged"
+    model.save_pretrained(merged)
+    for file in path.glob("*"):
+        if not (merged / file.name).exists():
+            (merged / file.name).write_bytes(file.read_bytes())
+    messages = asking("what is", FIRST, "?")
+    for backend in ("compiled", "transformers"):
+        async with engine(path, images=True, decoder_backend=backend, adapters={"a": str(tmp_path)}) as serving:
+            with_one = serving.chat(messages, greedy(), RequestOptions(adapter="a"))
+            results = await asyncio.gather(with_one, serving.chat(messages, greedy()))
+            assert [list(result.token_ids) for result in results] == [told(merged, messages), told(path, messages)]
+
+
+async def test_narrow_weights_and_short_numbers(sighted: Callable[..., Path]) -> None:
+    """What looks at images is not rounded, and the trial allows for what rounding of the rest does."""
+    for changes in ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantization": "int8"}):
+        async with engine(sighted("qwen3_vl"), images=True, **changes) as serving:
+            assert len((await serving.chat(asking(FIRST), greedy(3))).token_ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"images": False}, "images is False"),
+        ({"speculative_mode": "ngram"}, "speculative_mode is 'ngram'"),
+    ],
+)
+async def test_they_can_be_left_out(changes: dict[str, Any], reason: str, sighted: Callable[..., Path]) -> None:
+    async with engine(sighted("qwen3_5" if "images" in changes else "qwen3_vl"), **changes) as serving:
+        with pytest.raises(InvalidRequestError, match=reason):
+            await serving.chat(asking(FIRST))
+        assert ("images: refused" in str(serving.health().notes)) == ("images" not in changes)
+        names = dict(serving._thread.core.loaded.model._model.named_parameters())  # type: ignore[union-attr]
+        assert "images" not in changes or not any("visual" in name for name in names)
+
+
+async def test_without_pillow(sighted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "PIL" else found(name, *more))
+    async with engine(sighted("qwen3_vl")) as serving:
+        with pytest.raises(InvalidRequestError, match="Pillow is not installed; the extra 'images' brings it"):
+            await serving.chat(asking(FIRST))
