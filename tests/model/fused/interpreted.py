@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from asyncengine.model import verification
 from asyncengine.model.fused import choice, tiles
 from asyncengine.model.fused.tiles import Tile
+from asyncengine.model.quantised import four_bit_product
 from tests.model.attention.triton_device import DEVICE, require_triton
 
 __all__ = ["DEVICE", "fuse_here", "large_tiles", "on_one_loop", "require_triton"]
@@ -32,6 +34,12 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch, outputs: int = 256) -> None:
     if DEVICE.type == "cpu":
         monkeypatch.setattr(tiles, "tile_for", lambda *_: Tile(outputs, 128))
         monkeypatch.setattr(tiles, "HEADS_EACH", 16)
+        for cut in ("rows_for", "tile_for"):
+            monkeypatch.setattr(four_bit_product, cut, functools.partial(_larger, getattr(four_bit_product, cut), outputs))
+
+
+def _larger(cut: Callable[..., Any], outputs: int, *given: Any) -> Any:
+    return dataclasses.replace(cut(*given), outputs=outputs)
 
 
 def fuse_here(monkeypatch: pytest.MonkeyPatch) -> None:
