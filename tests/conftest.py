@@ -44,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if (cache := getattr(config, "cache", None)) is not None:
         os.environ["XDG_CACHE_HOME"] = str(cache.mkdir("asyncengine"))
         _build_one_after_the_other(cache.mkdir("builds"))
+    _keep_again_what_a_test_lets_go()
 
 
 def _build_one_after_the_other(locks: Path) -> None:
@@ -102,6 +103,18 @@ def keep() -> None:
     gc.collect()
     gc.freeze()
     _kept_modules = len(sys.modules)
+
+
+def _keep_again_what_a_test_lets_go() -> None:
+    """A server that ends in this process does: every full collection after it would look at half a million objects."""
+    unfreeze = gc.unfreeze
+
+    def unfreeze_until_the_test_ends() -> None:
+        global _kept_modules
+        unfreeze()
+        _kept_modules = -MANY_MODULES
+
+    gc.unfreeze = unfreeze_until_the_test_ends
 
 
 @pytest.hookimpl(wrapper=True)
