@@ -52,7 +52,7 @@ def _build_one_after_the_other(locks: Path) -> None:
     build = builds._build
 
     def build_alone(recipe: builds.Recipe, compiler: Sequence[str], progress: Callable[[str], None] | None) -> Path:
-        with (locks / f"{recipe.name}-{builds._key(recipe, compiler)}").open("w") as lock:
+        with (locks / f"{recipe.name}-{zlib.crc32(repr(recipe.targets).encode())}").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return build(recipe, compiler, progress)
 
