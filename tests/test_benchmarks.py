@@ -286,8 +286,9 @@ def test_fused_kernels_compile_for_hopper_without_spills_and_read_much_at_a_time
     assert result["kernels"] == 6
 
 
-def test_four_bits_measures_layers_and_experts() -> None:
+def test_four_bits_measures_layers_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted.require_triton()
+    interpreted.large_tiles(monkeypatch)
     result = four_bits.main(["--tiny", "--tokens", "1", "5"])
     names = ("tiny layer", "tiny experts", "other tiny experts")
     assert list(result["results"]) == [f"{name}, {tokens}" for name in names for tokens in (1, 5)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from attention_case import TOLERANCE, dense, layer, random_row, run_paged
 from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.protocol import BackendUnavailableError
+from tests.model.attention.targets import require_target
 
 STUB = """
 extern "C" int paged_attention(void *, void *, void *) { return 42; }
@@ -248,17 +248,6 @@ def test_library_that_cannot_be_loaded(tmp_path: Path) -> None:
         kernel.load(broken)
 
 
-def _runs_here(target: str) -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    # The second is what the kernel is compiled for anyway where there is no AVX-512.
-    needed = {
-        "-march=x86-64": "sse2", "-march=x86-64-v3": "avx512vl", "-march=x86-64-v4": "avx512_bf16",
-        "-march=native -mno-amx-tile": "amx_bf16",
-    }[target]  # fmt: skip
-    return platform.machine() == "x86_64" and needed in flags
-
-
 @needs_compiler
 @pytest.mark.parametrize(
     ("target", "dtypes"),
@@ -274,8 +263,7 @@ def _runs_here(target: str) -> bool:
 )
 def test_older_processors(target: str, dtypes: Sequence[torch.dtype]) -> None:
     """The code for processors without tiles, bfloat16 products, AVX-512, and half-precision conversions."""
-    if not _runs_here(target):
-        pytest.skip("not this processor, or what is compiled for it anyway")
+    require_target(target)
     backend = CpuAttention(kernel.kind_of(dtypes[0]), target=target.split())
     spec = layer(heads=4, kv_heads=2, key_dim=23, value_dim=40, soft_cap=8.0, sliding_window=90)
     for dtype in dtypes:
@@ -292,8 +280,7 @@ def test_older_processors(target: str, dtypes: Sequence[torch.dtype]) -> None:
 @needs_compiler
 @pytest.mark.parametrize("target", ["-march=x86-64", "-march=x86-64-v3"])
 def test_half_precision_extremes_on_older_processors(target: str) -> None:
-    if not _runs_here(target):
-        pytest.skip("not this processor")
+    require_target(target)
     backend, spec = CpuAttention("float16", target=[target]), layer(heads=1, kv_heads=1, key_dim=8, value_dim=16)
     row = random_row(spec, 0, 1, torch.float16, 0)
     row.values[0, 0] = torch.tensor([0.0, 6e-8, -6e-5, 65504, -65504, torch.inf, -torch.inf, 1e-7] * 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,23 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from asyncengine import builds
 from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix, packed
 from asyncengine.model.decoder.weights import MatrixStruct, PackedMatrix, Packing
 from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits, nearest
 from asyncengine.model.quantised.four_bits import packed as packed_codes
+from tests.model.attention.targets import require_target
 
-TARGETS = {"-march=native": "", "-march=x86-64-v3": "avx2", "-march=x86-64": "sse2"}
+TARGETS = ["-march=native", "-march=x86-64-v3", "-march=x86-64"]
 
 
-@pytest.fixture(scope="module", params=list(TARGETS))
+@pytest.fixture(scope="module", params=TARGETS)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The compiled products for processors of this age, and no model."""
     target = request.param
-    if target != "-march=native" and (platform.machine() != "x86_64" or TARGETS[target] not in builds.processor()):
-        pytest.skip("not this processor")
+    require_target(target)
     program = tmp_path_factory.mktemp("driver") / "driver.so"
     source = Path(__file__).with_name("product_driver.cpp")
     flags = [f"-I{Path(kernel.__file__).parents[1] / 'decoder'}", "-DPAGED_ATTENTION_SERIAL", "-DONE_KIND=9"]

@@ -26,6 +26,7 @@ from asyncengine.model.quantised.four_bit_linear import round_layers
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.model import LoadedModel
+from tests.model.attention.targets import require_target
 
 PAGE = 16
 Checkpoint = Callable[..., Path]
@@ -368,6 +369,7 @@ class CompiledModel:
 )
 def test_older_processors(target: str, dtype: torch.dtype, quantization: Any, checkpoint: Checkpoint) -> None:
     """No dot products of bfloat16, no wide vectors."""
+    require_target(target)
     path = checkpoint("qwen3")
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION).eval()
     found = CompiledModel(model, dtype, quantization, [target]).logits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from asyncengine.model import verification
 from asyncengine.model.fused import choice, tiles
 from asyncengine.model.fused.tiles import Tile
+from asyncengine.model.quantised import four_bit_product
+from asyncengine.model.quantised.four_bit_tiles import rows_for, tile_for
 from tests.model.attention.triton_device import DEVICE, require_triton
 
 __all__ = ["DEVICE", "fuse_here", "large_tiles", "on_one_loop", "require_triton"]
@@ -32,6 +35,13 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch, outputs: int = 256) -> None:
     if DEVICE.type == "cpu":
         monkeypatch.setattr(tiles, "tile_for", lambda *_: Tile(outputs, 128))
         monkeypatch.setattr(tiles, "HEADS_EACH", 16)
+        for cut in (rows_for, tile_for):
+            larger = functools.partial(_larger, cut, outputs)
+            monkeypatch.setattr(four_bit_product, cut.__name__, larger)
+
+
+def _larger(cut: Callable[..., Any], outputs: int, *given: Any) -> Any:
+    return dataclasses.replace(cut(*given), outputs=outputs)
 
 
 def fuse_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from asyncengine.model.quantised import four_bit_product
 from asyncengine.model.quantised.four_bit_product import Gate, Matrices, multiply, multiply_experts
 from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits, packed
 from tests.model.attention.triton_device import DEVICE, require_triton
+from tests.model.fused.interpreted import large_tiles
 
 pytestmark = pytest.mark.loops("either")
 
@@ -208,7 +209,8 @@ def test_experts_are_those_of_transformers(make: Any, name: str) -> None:
     assert off(found, module(x, chosen, shares)) < 1e-6
 
 
-def test_few_pairs_and_many_come_to_the_same() -> None:
+def test_few_pairs_and_many_come_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    large_tiles(monkeypatch, 32)
     _, gate, (gate_up, down, gate_up_bias, down_bias) = gpt_oss()
     x, chosen = normal(1, HIDDEN, dtype=torch.bfloat16), torch.tensor([[1, 4]], device=DEVICE)
     shares = normal(1, 2).softmax(-1)
@@ -219,10 +221,11 @@ def test_few_pairs_and_many_come_to_the_same() -> None:
     assert off(many[:1], few) < 3e-2  # interpreted, what is stored in bfloat16 is cut off
 
 
-def test_what_else_is_in_a_step_changes_no_bit() -> None:
+def test_what_else_is_in_a_step_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as it is multiplied by the same kernel, cut in the same way."""
-    weights, x = some(40, 640), normal(11, 640)
+    weights, x = some(40, 320), normal(11, 320)
     assert torch.equal(multiply(x[:3], weights), multiply(x, weights)[:3])
+    large_tiles(monkeypatch, 32)
     gate_up, down, _, _ = both("integers", biased=False)
     chosen = torch.tensor([[0], [5], [5]], device=DEVICE)
     x, shares = x[:3, :HIDDEN], normal(3, 1)
@@ -233,7 +236,8 @@ def test_what_else_is_in_a_step_changes_no_bit() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_an_expert_that_does_not_exist_adds_nothing(tokens: int) -> None:
+def test_an_expert_that_does_not_exist_adds_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    large_tiles(monkeypatch, 32)
     _, gate, (gate_up, down, gate_up_bias, down_bias) = gpt_oss()
     x, shares = normal(tokens, HIDDEN), normal(tokens, 2)
     chosen = torch.tensor([[1, EXPERTS], [-1, 5], [2, 3], [EXPERTS, EXPERTS]], device=DEVICE)[:tokens]
