@@ -57,6 +57,13 @@ class Image:
     inputs: Mapping[str, Any]
     places: Int64
 
+    @property
+    def runs(self) -> Int64:
+        """(runs, 2) from and to of each run of places without others between them."""
+        last = np.append(np.flatnonzero(np.diff(self.places) > 1), len(self.places) - 1)
+        first = np.append(0, last[:-1] + 1)
+        return np.stack((self.places[first], self.places[last] + 1), axis=1)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptImages:
@@ -69,6 +76,7 @@ class PromptImages:
         axes: (axes, prompt) where each token of the prompt is rotated to, by axis (M-RoPE, Wang et al., 2024); None
             if by its position.
         shift: What is added to the position of tokens behind the prompt, where there are axes.
+        whole: Whether the tokens of each run of an image attend to all of it. If so, no step ends within a run.
     """
 
     images: tuple[Image, ...]
@@ -76,11 +84,24 @@ class PromptImages:
     reader: str = ""
     axes: Int32 | None = None
     shift: int = 0
+    whole: bool = False
 
     @property
     def num_tokens(self) -> int:
         """How many tokens stand for them."""
         return sum(len(image.places) for image in self.images)
+
+    def reach(self, start: int, end: int) -> Int32 | None:
+        """How many tokens each of the tokens start:end attends to; None if each to those up to itself."""
+        if not self.whole or not self.images:
+            return None
+        reach = np.arange(start + 1, end + 1, dtype=np.int32)
+        found = False
+        for first, last in np.concatenate([image.runs for image in self.images]).tolist():
+            within = reach[max(first - start, 0) : max(last - start, 0)]
+            within[:] = last
+            found |= len(within) > 0
+        return reach if found else None
 
     def plain(self, token_ids: Int32) -> Int32:
         """Token ids as the model has them, of some that are as in the prefix cache."""
