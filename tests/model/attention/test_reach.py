@@ -36,10 +36,10 @@ from asyncengine.step.batch import StepBatch
 
 Shape = tuple[int, int, tuple[tuple[int, int], ...]]
 # (context, new, images): decodes beside; images in the midst, at both ends, one after the other; one of which a part
-# was computed before, and one of which all but its last token was.
+# was computed before, and one of which all but its last two tokens were.
 MIXED: list[Shape] = [
-    (0, 60, ((5, 40),)), (70, 1, ()), (0, 20, ((0, 20),)), (20, 41, ((3, 33), (33, 50), (55, 60))), (0, 9, ()),
-    (31, 2, ((2, 32),)), (9, 3, ((4, 8),)),
+    (0, 60, ((5, 40),)), (70, 1, ()), (0, 20, ((0, 20),)), (20, 41, ((3, 33), (33, 50), (55, 60))), (0, 37, ()),
+    (31, 3, ((2, 33),)), (9, 3, ((4, 8),)),
 ]  # fmt: skip
 LONG: list[Shape] = [(500, 40, ((490, 540),)), (600, 1, ()), (0, 150, ((3, 140),)), (110, 25, ((100, 131),))]
 FEATURES: list[dict[str, Any]] = [
