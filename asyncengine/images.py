@@ -57,6 +57,13 @@ class Image:
     inputs: Mapping[str, Any]
     places: Int64
 
+    @property
+    def runs(self) -> Int64:
+        """(runs, 2) from and to of each run of places without others between them."""
+        last = np.append(np.flatnonzero(np.diff(self.places) > 1), len(self.places) - 1)
+        first = np.append(0, last[:-1] + 1)
+        return np.stack((self.places[first], self.places[last] + 1), axis=1)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptImages:
@@ -69,7 +76,7 @@ class PromptImages:
         axes: (axes, prompt) where each token of the prompt is rotated to, by axis (M-RoPE, Wang et al., 2024); None
             if by its position.
         shift: What is added to the position of tokens behind the prompt, where there are axes.
-        whole: Whether tokens of an image attend to all of it, so that it must be computed in one step.
+        whole: Whether the tokens of each run of an image attend to all of it. If so, no step ends within a run.
     """
 
     images: tuple[Image, ...]
@@ -86,11 +93,20 @@ class PromptImages:
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """From where to where, exclusive, tokens of images stand without others between them; ascending."""
-        places = np.concatenate([image.places for image in self.images])
-        first = np.flatnonzero(np.diff(places, prepend=-2) > 1)
-        last = np.append(first[1:], len(places)) - 1
-        return list(zip(places[first].tolist(), (places[last] + 1).tolist(), strict=True))
+        """From and to of each run of tokens of an image without others between them, in their order."""
+        return [(first, last) for image in self.images for first, last in image.runs.tolist()]
+
+    def reach(self, start: int, end: int) -> Int32 | None:
+        """How many tokens each of the tokens start:end attends to; None if each to those up to itself."""
+        if not self.whole or not self.images:
+            return None
+        reach = np.arange(start + 1, end + 1, dtype=np.int32)
+        found = False
+        for first, last in self.runs:
+            within = reach[max(first - start, 0) : max(last - start, 0)]
+            within[:] = last
+            found |= len(within) > 0
+        return reach if found else None
 
     def plain(self, token_ids: Int32) -> Int32:
         """Token ids as the model has them, of some that are as in the prefix cache."""

@@ -1,7 +1,8 @@
 """Registers, spills and instructions of the Triton attention kernels for Hopper. Needs triton, but no GPU.
 
 Every entry of the table of tiles is compiled for sm_90, short and long tiles, with and without window, soft cap and
-sinks; ptxas says how many registers a thread takes and how many bytes it spills. Of the loop over the keys this says
+sinks, and long ones of layers that look ahead; ptxas says how many registers a thread takes and how many bytes it
+spills. Of the loop over the keys this says
 
 * `turn`: instructions of a warp for one block of keys, splits that end and masks left out (`sass.py`),
 * `issue`, of short tiles: the share of a multiprocessor's issue slots that this takes where keys and values stream at
@@ -61,6 +62,7 @@ QUICK = [(128, 128)]
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window, soft cap, sinks": {"sliding_window": 1024, "soft_cap": 50.0, "has_sinks": True},
+    "window, looks ahead": {"sliding_window": 1024, "looks_ahead": True},
 }
 STREAM = 4.8e12 / 132 / 1.755e9
 """Bytes of memory for each multiprocessor and cycle."""
@@ -99,7 +101,7 @@ def cases(heads: list[tuple[int, int]], dtypes: list[torch.dtype]) -> Iterator[C
 
 
 def fewer(every: Iterator[Case]) -> Iterator[Case]:
-    """Of those with a loop over the keys, two, in which each dtype, all features and none, and both tiles occur."""
+    """Of those with a loop over the keys, three, in which each dtype, feature and tile occurs."""
     for case in every:
         choices = {"attend short" in case.name, "plain" in case.name, "bf16" in case.name}
         if not case.block or len(choices) == 1:
@@ -126,12 +128,16 @@ def cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, tiles: Tiles) -> It
         "scaling": "fp32", "soft_cap": "fp32", "value_scale": "fp32",
     }  # fmt: skip
     for kind, launch, index in (("short", tiles.short, 0), ("long", tiles.long, 1)):
-        constants = attend_constants(spec, dtype, 16, index, launch, tiles)
+        constants = attend_constants(spec, dtype, 16, index, launch, tiles, reach=True)
+        if spec.looks_ahead and not constants["AHEAD"]:
+            continue  # as of other layers
         numbers = tiles.keys * (spec.key_dim + spec.value_dim)
         case = Case(f"attend {kind} {name}", kernels.attend, types, constants, launch)
         yield dataclasses.replace(case, block=numbers * dtype.itemsize, products=2 * launch.rows * numbers)
     types = {"plan": "*i32", "sinks": sinks, "output": f"*{model}", "parts": "*fp32", "statistics": "*fp32"}
     types["value_scale"] = "fp32"
+    if spec.looks_ahead:
+        return
     yield Case(f"merge {name}", kernels.merge, types, merge_constants(spec, 0), MERGE_LAUNCH)
     if not spec.has_sinks:
         cached = "u8" if dtype is fp8.E4M3 else number

@@ -87,6 +87,11 @@ def build(
     trial = verification.Trial.of(model, layers, details.device)
     backend = attention()
     image_trial, no_images = _image_trial(details, model, layers, backend)
+
+    def seeing(layers: Recorded) -> Recorded:
+        return layers if image_trial is None else image_trial.layers_of(layers)
+
+    layers = trial.layers = seeing(layers)
     if config.quantization == "int4" and details.device.type == "cuda":
         how, trial = _in_four_bits(model, trial, details)
         notes.append(how)
@@ -114,8 +119,7 @@ def build(
         program = None
         if isinstance(error, UnsupportedModelError):  # it has taken the weights
             model, _ = _with_weights(details)
-            layers = architecture.layers_of(model, details.watched)
-            trial.layers = layers
+            layers = trial.layers = seeing(architecture.layers_of(model, details.watched))
     fused = None
     if program is None:
         if compiled_parts.multiplies(config, backend):
@@ -127,7 +131,7 @@ def build(
             if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
                 packed_linear.pack(model)
             notes.extend(_tried(config, model, trial, backend))
-        layers = trial.layers  # by now it is known which of the recurrent ones continue
+        layers = trial.layers = seeing(trial.layers)  # by now it is known which of the recurrent ones continue
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
         if details.device.type == "cuda" and (packages := missing(layers.recurrent)):
@@ -170,8 +174,8 @@ def _image_trial(details: Details, model: Any, layers: Recorded, backend: Any) -
     from asyncengine.model.vision.trial import ImageTrial
 
     try:
-        trial = ImageTrial(model, details.checkpoint.path, details.checkpoint.images_key, details.device)
-        trial.run(model, layers, backend)
+        trial = ImageTrial(model, layers, details.checkpoint.path, details.checkpoint.images_key, details.device)
+        trial.run(model, trial.layers_of(layers), backend)
     except Exception as error:  # whatever is in a processor or an encoder
         return None, reason_of(error)
     return trial, ""

@@ -58,6 +58,16 @@ class Recorded:
         ]
         return Recorded(self.attention, recurrent)
 
+    def looking_ahead(self, names: Collection[str]) -> Recorded:
+        """The same, with attention in which tokens of an image attend to all of it, by the names of the layers."""
+        if not names:
+            return self
+        attention = [
+            replace(layer, spec=replace(layer.spec, looks_ahead=True)) if layer.name in names else layer
+            for layer in self.attention
+        ]
+        return Recorded(attention, self.recurrent)
+
     def calling(self, functions: Functions | None) -> Recorded:
         """The same, with recurrent layers that call `functions`."""
         return Recorded(self.attention, [replace(layer, functions=functions) for layer in self.recurrent])

@@ -31,7 +31,7 @@ class StepBatch:
 
     Rows that decode come first, each with one query token and those that were drafted after it; rows in prefill follow.
     The keys and values of the query tokens are written before anything is attended: row r's token at position p attends
-    to positions 0..p.
+    to positions 0..p, in layers that look ahead to 0..reach - 1.
 
     Attributes:
         token_ids: (T,) input tokens.
@@ -62,6 +62,9 @@ class StepBatch:
             A row that begins at position 0 begins with no state; others go on with what is at their slot's place.
         images: Which tokens stand for pieces of which images. Other tokens of the same id are what they are.
         axes: (axes, T) where each token is rotated to, by axis; None where all axes are as `positions`.
+        reach: (T,) how many tokens of its sequence each token attends to in layers that look ahead: those up to the end
+            of its image for tokens of an image, those up to itself for others. All of them are in the KV cache by the
+            end of this step. None if no layer does so, or no token is of an image.
     """
 
     token_ids: Int32
@@ -87,6 +90,7 @@ class StepBatch:
     state_saves: Int64 = field(default_factory=lambda: NO_SAVES)
     images: tuple[ImagePart, ...] = ()
     axes: Int32 | None = None
+    reach: Int32 | None = None
 
 
 @dataclass(frozen=True, slots=True)

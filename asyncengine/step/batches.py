@@ -85,6 +85,9 @@ class Batches:
             if axes is not None:
                 rotated = axes[0]
                 more["axes"] = axes if more["images"] else None  # those of text are all alike
+            reach = self._reach(chunks, query_start[decodes:], context[decodes:], positions)
+            if reach is not None:
+                more["reach"] = reach
             token_ids = with_images[0].plain(token_ids)
             if "score_token_ids" in more:
                 more["score_token_ids"] = with_images[0].plain(more["score_token_ids"])
@@ -137,6 +140,19 @@ class Batches:
                 of_prompt = images.axes[:, computed:end]
                 axes[:, start : start + of_prompt.shape[1]] = of_prompt
         return tuple(parts), axes
+
+    @staticmethod
+    def _reach(chunks: list[Chunk], query_start: Int32, context: Int64, positions: Int64) -> Int32 | None:
+        """`StepBatch.reach`."""
+        reach = None
+        for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
+            images = chunk.sequence.request.new.images
+            own = None if images is None else images.reach(computed, computed + chunk.count)
+            if own is not None:
+                assert own[-1] <= computed + chunk.count, "a step ends within an image"
+                reach = (positions + 1).astype(np.int32) if reach is None else reach
+                reach[start : start + chunk.count] = own
+        return reach
 
     def _scores(self, chunks: list[Chunk], query_start: Int32, context: Int64) -> dict[str, Any]:
         """The fields of the batch that say which of the chunks' logits are looked at."""

@@ -11,7 +11,7 @@ import pytest
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, pieces_of
 
-LONG = b"seven s"  # seven pieces
+LONG = b"a longer file"  # seven pieces
 
 
 def script(prompt: Sequence[int], branch: int) -> list[int]:
@@ -86,9 +86,10 @@ async def test_a_prompt_with_marks() -> None:
 
 async def test_an_image_that_must_be_seen_at_once_and_cannot() -> None:
     async with engine(looking(whole_images=True), prefill_chunk_size=7) as serving:
-        with pytest.raises(InvalidRequestError, match=r"comes to 8 tokens, .* allows 1\.\.7"):
-            await serving.chat(asking(b"seven bytes, no: 20."[:7], b"x"))
-        assert list((await serving.chat(asking(LONG))).token_ids)[:-1] == answer(LONG)
+        assert list((await serving.chat(asking(LONG, b"x"))).token_ids)[:-1] == answer(LONG, b"x")
+    async with engine(looking(whole_images=True), prefill_chunk_size=6) as serving:
+        with pytest.raises(InvalidRequestError, match=r"comes to 7 tokens, .* allows 1\.\.6"):
+            await serving.chat(asking(LONG))
 
 
 @pytest.mark.parametrize("images", [True, False])

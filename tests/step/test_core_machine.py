@@ -120,8 +120,8 @@ def with_images(new: NewRequest, view: ModelView, prefix: str, pictures: list[by
     tokens = ByteTokenizer()
     text = prefix + "\0" * len(pictures) + tokens.decode(new.prompt.tolist())[len(prefix) :]
     read = view.image_reader.read(pictures, lambda encode: encode(text), tokens.encode, 100)
-    run = read.images.num_tokens  # they stand beside each other
-    if read.images.whole and run > (view.config.prefill_chunk_size or 0):
+    longest = max(len(image.places) for image in read.images.images)
+    if read.images.whole and longest > (view.config.prefill_chunk_size or 0):
         return new
     room = max(view.max_tokens - len(read.token_ids), 0)
     params = dataclasses.replace(new.params, max_tokens=min(new.params.max_tokens, room), min_tokens=0)

@@ -35,15 +35,8 @@ def test_those_that_were_not_seen_for_long_are_forgotten() -> None:
     assert ids.put(PROMPT, images(b"b"))[1] == -4
 
 
-def test_ids_fit_their_column(monkeypatch: object) -> None:
+def test_ids_fit_their_column() -> None:
     ids = StandIns()
     ids._given = stand_ins._IDS - 1
     assert ids.put(PROMPT, images(b"a"))[1] == -(2**31) + 1
     assert ids.put(PROMPT, images(b"b"))[1] == -1
-
-
-def test_runs_of_images_without_others_between_them() -> None:
-    assert images(b"a").runs == [(1, 3)]
-    assert images(b"a", b"b").runs == [(1, 3), (4, 5)]
-    beside = (Image(b"a", {}, np.array([1, 2, 5])), Image(b"b", {}, np.array([6, 7])))
-    assert PromptImages(beside, 0).runs == [(1, 3), (5, 8)]

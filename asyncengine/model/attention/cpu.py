@@ -21,8 +21,8 @@ from asyncengine.step.batch import Int32, Int64, StepBatch
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The structures Layer, Plan and Call of paged_attention.cpp.
-_LAYER = struct.Struct("@2P7q2d")
-_PLAN = struct.Struct("@5P4q")
+_LAYER = struct.Struct("@2P8q2d")
+_PLAN = struct.Struct("@6P4q")
 _CALL = struct.Struct("@" + "P2q" * 3 + "2P")
 # The kernel loads whole vectors, also where fewer dimensions are left: so far past the end it may read.
 _SLACK = 64
@@ -71,6 +71,7 @@ class CpuCache:
             spec.key_dim,
             spec.value_dim,
             spec.sliding_window or 0,
+            spec.looks_ahead,
             spec.scaling,
             spec.soft_cap or 0.0,
         )
@@ -181,6 +182,7 @@ class CpuAttention:
         # Rows in order of falling work, so that the threads end together.
         queries = query_start[1:] - query_start[:-1]
         order = np.argsort(-(queries.astype(np.int64) * (context_lens + queries)), kind="stable")
+        reach = None if batch.reach is None else np.ascontiguousarray(batch.reach, np.int32)
         arrays = (query_start, context_lens, tables, slots, order)
         rows, tokens = len(context_lens), int(query_start[-1])
         plan = _Struct(_PLAN)
@@ -188,12 +190,13 @@ class CpuAttention:
             plan.buffer,
             0,
             *(array.ctypes.data for array in arrays),
+            0 if reach is None else reach.ctypes.data,
             tables.strides[0] // tables.itemsize,
             rows,
             tokens,
             torch.get_num_threads(),
         )
-        return CpuPlan(plan.address, tokens, (plan, arrays))
+        return CpuPlan(plan.address, tokens, (plan, arrays if reach is None else (*arrays, reach)))
 
     def attend(
         self,

@@ -64,6 +64,10 @@ class LibraryAttention(TokenMajorLayout):
         """As `ParticularBackend` says."""
         if spec.has_sinks:
             raise BackendUnavailableError(f"the {self.name} attention back end has no attention sinks")
+        if spec.looks_ahead:
+            raise BackendUnavailableError(
+                f"with the {self.name} attention back end tokens of an image cannot attend to later ones of it"
+            )
         if spec.key_dim != spec.value_dim or spec.key_dim not in self.head_dims:
             raise BackendUnavailableError(
                 f"the {self.name} attention back end takes key and value heads of one size, {self.head_dims_in_words}, "

@@ -70,7 +70,8 @@ struct Layer {
   int64_t kv_heads;
   int64_t key_dim;
   int64_t value_dim;
-  int64_t window;  // 0 is unlimited
+  int64_t window;       // 0 is unlimited
+  int64_t looks_ahead;  // whether tokens see as far as the plan's `reach`
   double scaling;
   double soft_cap;  // 0 is off
 };
@@ -81,6 +82,7 @@ struct Plan {
   const int32_t *block_tables;  // (rows, table_stride)
   const int64_t *slot_mapping;  // (tokens); negative is not written
   const int64_t *row_order;     // (rows), costly rows first
+  const int32_t *reach;         // (tokens) how much of its row each token sees, ascending in a row; null: up to itself
   int64_t table_stride;
   int64_t rows;
   int64_t tokens;
@@ -486,6 +488,7 @@ constexpr Loops<T> loops;
 struct Tile {  // query tokens of one row that share a pass over its keys
   int64_t row, first, count;
   int64_t context;  // position of the first of them
+  int64_t limit;    // how much of the row the last of them sees, which is most
   int64_t split, splits;
   int64_t partials;  // where the results of its splits lie, when several threads share them
 };
@@ -552,6 +555,7 @@ struct Step {
   const Plan plan;
   const Call call;
   const bool tiled;  // whether tiles multiply, see tiles.h
+  const int32_t *const reach;  // of the plan, if the layer looks ahead
   const int64_t per_kv_head, key_steps, query_steps, value_pair, key_block, value_block, sum_width, max_rows;
   const bool direct;  // pages can be read where they are
   const float score_scale, tanh_scale;
@@ -568,6 +572,7 @@ struct Step {
         plan(p),
         call(c),
         tiled(by_tiles()),
+        reach(l.looks_ahead ? p.reach : nullptr),
         per_kv_head(l.heads / l.kv_heads),
         key_steps((l.key_dim + T::kPair - 1) / T::kPair),
         query_steps(tiled ? round_up(key_steps, kTile) : key_steps),
@@ -604,8 +609,9 @@ struct Step {
       for (int64_t first = round_up(count, tile_tokens) - tile_tokens; first >= 0; first -= tile_tokens) {
         const int64_t tokens = std::min(tile_tokens, count - first), context = plan.context_lens[row] + first;
         const int64_t split = first_visible(context) / kSplit;
-        const int64_t splits = (context + tokens - 1) / kSplit + 1 - split;
-        tiles.push_back({row, start + first, tokens, context, split, splits, partial_rows});
+        const int64_t limit = reach ? reach[start + first + tokens - 1] : context + tokens;
+        const int64_t splits = (limit - 1) / kSplit + 1 - split;
+        tiles.push_back({row, start + first, tokens, context, limit, split, splits, partial_rows});
         partial_rows += splits * tokens * per_kv_head;
         all_splits += splits;
       }
@@ -775,9 +781,12 @@ struct Step {
     int64_t row;  // the first of them
     int rows;
     int64_t context, per_kv_head;  // of the tile
+    const int32_t *reach;          // of the tile's tokens, or null
     int first, last;               // groups of the block that some row sees
     float correction[kChunkRows];  // what the sums so far are multiplied by
-    int64_t limit(int r) const { return context + (row + r) / per_kv_head + 1; }
+    int64_t token(int r) const { return (row + r) / per_kv_head; }
+    int64_t position(int r) const { return context + token(r); }
+    int64_t limit(int r) const { return reach ? reach[token(r)] : position(r) + 1; }
   };
 
   // Scores become weights 2^(score - maximum); updates the maximum and the total of each of the rows. `Whole` is the
@@ -818,7 +827,8 @@ struct Step {
 
   // Caps the scores of a row, and those of the tokens that it must not see become -inf.
   __attribute__((noinline)) void hide(const Block &block, const Chunk &chunk, int r, float *row) const {
-    const int64_t until = chunk.limit(r) - block.begin, from = layer.window ? until - layer.window : 0;
+    const int64_t until = chunk.limit(r) - block.begin;
+    const int64_t from = layer.window ? chunk.position(r) + 1 - layer.window - block.begin : 0;
     const int high = int(std::min<int64_t>(until, kBlock));
     const int low = int(std::min<int64_t>(std::max<int64_t>(from, 0), kBlock));
     const float cap = float(layer.soft_cap);
@@ -841,9 +851,11 @@ struct Step {
     for (int64_t i = 0; i < chunks; ++i) {
       const int64_t row = tiled ? i * at_once : rows * i / chunks;
       const int count = int((tiled ? std::min(rows, row + at_once) : rows * (i + 1) / chunks) - row);
-      Chunk chunk = {row, count, tile.context, per_kv_head, block.first, block.last, {}};
+      Chunk chunk = {row, count, tile.context, per_kv_head, reach ? reach + tile.first : nullptr,
+                     block.first, block.last, {}};
       const int64_t lowest = chunk.limit(0), highest = chunk.limit(chunk.rows - 1);
-      if (highest <= block.begin || (layer.window && lowest - layer.window >= block.begin + kBlock)) continue;
+      const int64_t first_seen = chunk.position(0) + 1 - layer.window;  // with a window
+      if (highest <= block.begin || (layer.window && first_seen >= block.begin + kBlock)) continue;
       chunk.last = int(std::min<int64_t>(block.last, (highest - block.begin + kLanes - 1) / kLanes));
       if (tiled) {
         chunk.first = chunk.first / 2 * 2;
@@ -854,7 +866,8 @@ struct Step {
         multiply_keys(block, chunk, i == 0, s);
       }
       const bool all_see_all =
-          lowest >= block.begin + kBlock && (!layer.window || highest - layer.window <= block.begin);
+          lowest >= block.begin + kBlock &&
+          (!layer.window || chunk.position(chunk.rows - 1) + 1 - layer.window <= block.begin);
       if (all_see_all && layer.soft_cap == 0)
         softmax<true>(block, chunk, s);
       else
@@ -1049,7 +1062,7 @@ struct Step {
     const Unit &unit = units[item / layer.kv_heads];
     const Tile &tile = tiles[unit.tile];
     const int64_t first = std::max(unit.split * kSplit, first_visible(tile.context) / kBlock * kBlock);
-    return locate(tile, item % layer.kv_heads, first, std::min(first + kBlock, tile.context + tile.count), s);
+    return locate(tile, item % layer.kv_heads, first, std::min(first + kBlock, tile.limit), s);
   }
 
   // Keys of the groups that have none beside them in the block before; values are fetched beside keys.
@@ -1065,7 +1078,7 @@ struct Step {
     const Unit &unit = units[item / layer.kv_heads];
     const int64_t kv_head = item % layer.kv_heads;
     const Tile &tile = tiles[unit.tile];
-    const int64_t rows = tile.count * per_kv_head, limit = tile.context + tile.count;
+    const int64_t rows = tile.count * per_kv_head, limit = tile.limit;
     const bool whole = !split_units && unit.splits == 1;  // there is nothing to fold it into
     int configured = 0;
     pack_queries(tile, kv_head, s.queries);

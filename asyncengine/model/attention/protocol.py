@@ -33,6 +33,8 @@ class LayerSpec:
         has_sinks: Whether each head has a learned logit that joins the softmax and attends to nothing (gpt-oss).
         key_scale: What keys are divided by where they are kept in fp8.
         value_scale: The same for values.
+        looks_ahead: Whether tokens of an image attend to all of it, also to what follows them (`StepBatch.reach`).
+            A sliding window bounds how far back they look, as it does for others.
     """
 
     num_heads: int
@@ -45,6 +47,7 @@ class LayerSpec:
     has_sinks: bool = False
     key_scale: float = 1.0
     value_scale: float = 1.0
+    looks_ahead: bool = False
 
 
 class AttentionBackend(Protocol):

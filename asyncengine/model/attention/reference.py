@@ -26,12 +26,15 @@ class RowGroup:
     Attributes:
         tokens: (rows * n,) indices of the query tokens.
         positions: (rows, n) their positions.
+        reach: (rows, n) how many tokens of their sequence they attend to in layers that look ahead; None if no more
+            than in others.
         slots: (rows, longest context) cache slot of each position; past a row's end its last slot, which is written.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
+    reach: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class TorchAttention(TokenMajorLayout):
         output = query.new_zeros(query.shape[0], spec.num_heads, spec.value_dim)
         for group in plan.groups:
             rows, n = group.positions.shape
+            until = group.positions + 1 if group.reach is None or not spec.looks_ahead else group.reach
             # (rows, kv heads, context, dim)
             group_keys, group_values = (
                 fp8.movable(cached)[group.slots].view(cached.dtype).transpose(1, 2).float() for cached in (keys, values)
@@ -95,6 +99,7 @@ class TorchAttention(TokenMajorLayout):
                     group_keys,
                     group_values,
                     group.positions[:, i : i + at_once],
+                    until[:, i : i + at_once],
                     sinks,
                 )
                 for i in range(0, n, at_once)
@@ -135,10 +140,12 @@ def _group(batch: StepBatch, rows: Int64, page_size: int, device: torch.device) 
     lengths = contexts + len(steps)
     positions = np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
     blocks = np.take_along_axis(batch.block_tables[rows].astype(np.int64), positions // page_size, 1)
+    tokens = starts[:, None] + steps
     return RowGroup(
-        tokens=_to((starts[:, None] + steps).ravel(), device),
+        tokens=_to(tokens.ravel(), device),
         positions=_to(contexts[:, None] + steps, device),
         slots=_to(blocks * page_size + positions % page_size, device),
+        reach=None if batch.reach is None else _to(batch.reach[tokens].astype(np.int64), device),
     )
 
 
@@ -148,6 +155,7 @@ def _softmax_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     positions: torch.Tensor,
+    until: torch.Tensor,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attends in float32.
@@ -158,6 +166,7 @@ def _softmax_attention(
         keys: (rows, kv heads, context, key_dim).
         values: (rows, kv heads, context, value_dim).
         positions: (rows, n), of the queries.
+        until: (rows, n), how many tokens of its row each of them sees, but for a window.
         sinks: (heads,) or None.
 
     Returns:
@@ -172,7 +181,7 @@ def _softmax_attention(
         scores.div_(spec.soft_cap).tanh_().mul_(spec.soft_cap)
     scores = scores.view(rows, spec.num_kv_heads, n, per_kv_head, -1)
     at = torch.arange(keys.shape[2], device=keys.device)
-    hidden = at > positions[..., None]
+    hidden = at >= until[..., None]
     if spec.sliding_window is not None:
         hidden |= at <= positions[..., None] - spec.sliding_window
     scores.masked_fill_(hidden[:, None, :, None], -torch.inf)

@@ -241,7 +241,8 @@ class TritonAttention:
         always = [mixed or (short_alone and i % 2 == 0) for i in range(len(lists.items))]
         launched = tuple(i for i, count in enumerate(lists.items) if count or always[i])
         merged = tuple(i for i in launched if lists.merges[i] or always[i])
-        key = (tokens, start, self._buffer.generation, self._generation, launched, merged)
+        ahead = batch.reach is not None
+        key = (tokens, start, self._buffer.generation, self._generation, launched, merged, ahead)
         return TritonPlan(batch, page_size, tokens, len(self._cuts), launched, merged, start, numbers, key, mixed)
 
     def _replace(self, plan: TritonPlan) -> None:
@@ -314,8 +315,10 @@ class TritonAttention:
         self._kernels.attend[(grid,)](
             plan.buffer, query, cache.keys, cache.values, sinks, output, self._parts, self._statistics,
             query.stride(0), query.stride(1), spec.scaling * key_scale, float(spec.soft_cap or 0.0), value_scale,
-            **attend_constants(spec, cache.keys.dtype, cache.keys.shape[2], index, launch, tiles, self._widen(cache)),
-            **launch_options(launch),
+            **attend_constants(
+                spec, cache.keys.dtype, cache.keys.shape[2], index, launch, tiles, self._widen(cache),
+                plan.batch.reach is not None,
+            ), **launch_options(launch),
         )  # fmt: skip
 
     def _widen(self, cache: TritonCache) -> bool:
@@ -366,6 +369,7 @@ def _cut(spec: LayerSpec, tiles: Tiles) -> Cut:
         long_rows=tiles.long.rows,
         split=tiles.split,
         window=spec.sliding_window,
+        looks_ahead=spec.looks_ahead,
     )
 
 

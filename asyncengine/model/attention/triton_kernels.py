@@ -5,6 +5,7 @@ that a captured launch can be replayed for any batch. Its first numbers say wher
 
     plan[SLOTS]             first of (tokens) cache slots, -1 for tokens that are not written
     plan[TABLES]            first of all block tables, one after the other
+    plan[REACH]             first of (tokens) numbers of tokens that each sees in layers that look ahead, if any do
     plan[list], [list + 1]  how many items a work list has, and where its first is; ITEM numbers each
     plan[list + 2], [+ 3]   the same for its merges; MERGE numbers each
 
@@ -22,7 +23,7 @@ part to the next one's.
 
 The order of every sum is: keys of a split in blocks of KEYS, from the split's start; then the splits, in order, each
 folded into what came before. Blocks that a token does not see change no bit. So it depends on the token's position
-alone, not on the tile, the step or the batch that it is in.
+and reach alone, not on the tile, the step or the batch that it is in.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from asyncengine.model.quantised.fp8_kernels import e4m3
 
 _SLOTS = tl.constexpr(work_list.SLOTS)
 _TABLES = tl.constexpr(work_list.TABLES)
+_REACH = tl.constexpr(work_list.REACH)
 _ITEM = tl.constexpr(work_list.ITEM)
 _MERGE = tl.constexpr(work_list.MERGE)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -154,12 +156,14 @@ def attend(
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
     PAGE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FP8: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FP8: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Works through one work list, all programs together. Each KV head (and each tile of query heads) is apart.
 
     With FP8, products are made of float16: the device turns two e4m3 into that at once, and it holds all of them. In
     any other case keys and values are multiplied as they are stored.
+
+    With AHEAD a token sees as many tokens of its row as the plan says; else those up to itself.
     """
     NUMBER: tl.constexpr = tl.float16 if FP8 else keys.dtype.element_ty
     TILE_HEADS: tl.constexpr = GROUP if GROUP < ROWS else ROWS
@@ -190,7 +194,13 @@ def attend(
 
         end = position + tokens
         start = split * SPLIT
-        stop = tl.minimum(end_split * SPLIT, end)
+        all_see = position + 1
+        most_see = end
+        if AHEAD:
+            reach = plan + tl.load(plan + _REACH) + token
+            all_see = tl.load(reach)
+            most_see = tl.load(reach + tokens - 1)
+        stop = tl.minimum(end_split * SPLIT, most_see)
         if WINDOW:
             start = tl.maximum(start, (position - WINDOW + 1) // KEYS * KEYS)
         # Pages are looked up one turn ahead, so that keys and values need not wait for it.
@@ -209,6 +219,9 @@ def attend(
             queries = tl.clamp(queries.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         queries = queries.to(NUMBER)
         row_position = position + row_token
+        row_last = row_position
+        if AHEAD:
+            row_last = tl.load(reach + row_token, mask=row_token < tokens, other=0) - 1
 
         total = tl.zeros((ROWS, VALUE_PAD), tl.float32)
         total_max = tl.full((ROWS,), -float("inf"), tl.float32)
@@ -233,13 +246,13 @@ def attend(
                 # tanh(score / cap); an exponential that overflows gives 1, one that vanishes -1
                 scores = 1.0 - 2.0 / (tl.exp2(scores * (scaling * (2.0 * _LOG2E) / soft_cap)) + 1.0)
             begins = block % SPLIT == 0
-            bounded = begins | (block + KEYS > position + 1)
+            bounded = begins | (block + KEYS > all_see)
             if WINDOW:
                 bounded |= block < end - WINDOW
             if bounded:  # Most blocks lie in the midst of a split, and all rows see all of them.
                 # A split is folded behind the first product of the next one: the compiler has to wait for that anyway,
                 # and would wait for the last product of a turn in every turn if what it gives were looked at before.
-                seen = at[None, :] <= row_position[:, None]
+                seen = at[None, :] <= row_last[:, None]
                 if WINDOW:
                     seen &= at[None, :] > row_position[:, None] - WINDOW
                 scores = tl.where(seen, scores, -float("inf"))

@@ -24,9 +24,16 @@ def launch_options(launch: Launch) -> dict[str, Any]:
 
 
 def attend_constants(
-    spec: LayerSpec, dtype: torch.dtype, page_size: int, index: int, launch: Launch, tiles: Tiles, widen: bool = False
+    spec: LayerSpec,
+    dtype: torch.dtype,
+    page_size: int,
+    index: int,
+    launch: Launch,
+    tiles: Tiles,
+    widen: bool = False,
+    reach: bool = False,
 ) -> dict[str, Any]:
-    """What the kernel `attend` is compiled for: a layer, and the index of a work list."""
+    """What the kernel `attend` is compiled for: a layer, the index of a work list, and whether the step has a reach."""
     return {
         "LIST": work_list.LISTS + work_list.LIST * index,
         "KV_HEADS": spec.num_kv_heads,
@@ -47,6 +54,8 @@ def attend_constants(
         "WIDEN": widen,
         "FP8": dtype is fp8.E4M3,
         "STAGES": launch.stages,
+        # Rows that look ahead are in long lists.
+        "AHEAD": reach and spec.looks_ahead and index % 2 == 1,
     }
 
 

@@ -16,6 +16,7 @@ from asyncengine.step.batch import Int32, Int64, StepBatch
 
 SLOTS = 0
 TABLES = 1
+REACH = 2
 LISTS = 4
 """The header's first work list; LIST numbers each: items, where they are, merges, where they are."""
 LIST = 4
@@ -25,6 +26,9 @@ MERGE = 4
 
 _NO_ITEMS = np.zeros((0, ITEM), np.int64)
 _NO_MERGES = np.zeros((0, MERGE), np.int64)
+_NO_REACH = np.zeros(0, np.int32)
+_SHARED = 3
+"""Sections before those of the work lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +38,11 @@ class Cut:
     Attributes:
         group: Query heads that share a KV head.
         ways: KV heads; each attends apart, and so adds to what can run side by side.
-        short_rows: Rows of a tile for rows with few query tokens, and
+        short_rows: Rows of a tile for rows with few query tokens, of which none looks ahead, and
         long_rows: for all others. A row is a pair of a token and a head.
         split: Keys of a split.
         window: The layer's sliding window, or None.
+        looks_ahead: Whether tokens see as far as `StepBatch.reach`.
     """
 
     group: int
@@ -46,6 +51,7 @@ class Cut:
     long_rows: int
     split: int
     window: int | None
+    looks_ahead: bool = False
 
     def tokens(self, rows: int) -> int:
         """Query tokens of a tile."""
@@ -105,12 +111,16 @@ def work_lists(batch: StepBatch, page_size: int, cuts: Sequence[Cut], programs: 
     # Padding is a row without context, which attends to nothing.
     padding = len(batch.slot_mapping) - int(batch.query_start[-1])
 
-    sections: list[np.ndarray[tuple[int, ...], np.dtype[np.integer]]] = [batch.slot_mapping, tables]
+    reach = _NO_REACH if batch.reach is None else batch.reach
+    sections: list[np.ndarray[tuple[int, ...], np.dtype[np.integer]]] = [batch.slot_mapping, tables, reach]
     items, merges, parts = [], [], 0
     for cut in cuts:
         size = cut.tokens(cut.short_rows)
-        short = np.flatnonzero((queries > 0) & (queries <= size))
-        long = np.flatnonzero(queries > size)
+        is_short = queries <= size
+        if cut.looks_ahead and batch.reach is not None:
+            is_short &= ~_looking_ahead(batch)
+        short = np.flatnonzero((queries > 0) & is_short)
+        long = np.flatnonzero((queries > 0) & ~is_short)
         for rows, chosen in ((cut.short_rows, short), (cut.long_rows, long)):
             work, merge, used = _NO_ITEMS, _NO_MERGES, 0
             if len(chosen):
@@ -127,10 +137,10 @@ def work_lists(batch: StepBatch, page_size: int, cuts: Sequence[Cut], programs: 
     starts = header + np.cumsum([0, *map(len, sections)])
     values = np.empty(int(starts[-1]), np.int32)
     values[:header] = 0
-    values[SLOTS], values[TABLES] = starts[0], starts[1]
+    values[SLOTS], values[TABLES], values[REACH] = starts[:_SHARED]
     for i, (count, merging) in enumerate(zip(items, merges, strict=True)):
         at = LISTS + LIST * i
-        values[at : at + LIST] = count, starts[2 + 2 * i], merging, starts[3 + 2 * i]
+        values[at : at + LIST] = count, starts[_SHARED + 2 * i], merging, starts[_SHARED + 1 + 2 * i]
     for start, section in zip(starts.tolist(), sections, strict=False):
         values[start : start + len(section)] = section
     return WorkLists(values, tuple(items), tuple(merges), parts)
@@ -146,6 +156,9 @@ def _tiles(batch: StepBatch, queries: Int64, table: Int64, rows: Int64, cut: Cut
         offset = _within(counts) * size
         tokens = np.minimum(queries[row] - offset, size)
     position = batch.context_lens[row].astype(np.int64) + offset
+    until = position + tokens
+    if cut.looks_ahead and batch.reach is not None:
+        until = batch.reach[batch.query_start[row] + offset + tokens - 1].astype(np.int64)
     first_seen = np.zeros_like(position) if cut.window is None else np.maximum(position - cut.window + 1, 0)
     return _Tiles(
         token=batch.query_start[row].astype(np.int64) + offset,
@@ -153,8 +166,17 @@ def _tiles(batch: StepBatch, queries: Int64, table: Int64, rows: Int64, cut: Cut
         position=position,
         table=table[row],
         split=first_seen // cut.split,
-        end=(position + tokens - 1) // cut.split + 1,
+        end=(until - 1) // cut.split + 1,
     )
+
+
+def _looking_ahead(batch: StepBatch) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    """Which rows have a token that reaches beyond itself: they are long, so that short ones are attended to as ever."""
+    assert batch.reach is not None
+    queries = np.diff(batch.query_start)
+    row = np.repeat(np.arange(len(queries)), queries)
+    beyond = batch.reach[: len(row)] > batch.context_lens[row] + _within(queries.astype(np.int64)) + 1
+    return np.bincount(row[beyond], minlength=len(queries)) > 0
 
 
 def _share_out(tiles: _Tiles, programs: int, max_parts: int) -> tuple[Int64, Int64, int]:

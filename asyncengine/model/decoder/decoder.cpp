@@ -469,7 +469,7 @@ struct Tiles {
 
 bool same_shape(const Layer &a, const Layer &b) {
   return a.heads == b.heads && a.kv_heads == b.kv_heads && a.key_dim == b.key_dim && a.value_dim == b.value_dim &&
-         a.window == b.window;
+         a.window == b.window && a.looks_ahead == b.looks_ahead;
 }
 
 template <class T, class W>

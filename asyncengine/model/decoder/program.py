@@ -43,7 +43,7 @@ class _AttentionStruct(ctypes.Structure):
     _fields_ = (
         ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in (
-            "dtype", "page_size", "heads", "kv_heads", "key_dim", "value_dim", "window",
+            "dtype", "page_size", "heads", "kv_heads", "key_dim", "value_dim", "window", "looks_ahead",
         )),
         ("scaling", ctypes.c_double), ("soft_cap", ctypes.c_double),
     )  # fmt: skip

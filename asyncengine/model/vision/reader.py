@@ -37,11 +37,15 @@ class ProcessedImageReader:
         axes: Finds where tokens are rotated to; None if by their position.
         together: Whether all images of a prompt are prepared at once, and are one to the model, for processors to whom
             their number matters. Else each is by itself, so that it is the same in whatever prompt it stands.
+
+    Attributes:
+        whole: As of `asyncengine.images.PromptImages`.
     """
 
     def __init__(self, processor: Any, token_id: int, key: str, axes: Axes | None, together: bool = False) -> None:
         self.key = key
         self.mark: str = processor.image_token
+        self.whole = False
         self._processor = processor
         self._token_id = token_id
         self._axes = axes
@@ -89,7 +93,7 @@ class ProcessedImageReader:
         )
         axes = None if self._axes is None else self._axes.of(ids, places, [each.inputs for each in prepared])
         shift = 0 if axes is None else int(axes.max()) + 1 - len(ids)
-        return ReadPrompt(ids, PromptImages(found, self._token_id, self.key, axes, shift))
+        return ReadPrompt(ids, PromptImages(found, self._token_id, self.key, axes, shift, self.whole))
 
     def _places(self, ids: list[int]) -> Int64:
         return np.flatnonzero(np.array(ids) == self._token_id)

@@ -40,6 +40,7 @@ class ImageTrial:
 
     Args:
         model: With its weights.
+        layers: Its layers.
         path: Of its checkpoint.
         key: Of the reader.
         device: Where it is.
@@ -48,7 +49,7 @@ class ImageTrial:
         UnsupportedModelError: It cannot take images; the message says why.
     """
 
-    def __init__(self, model: Any, path: Path, key: str, device: torch.device) -> None:
+    def __init__(self, model: Any, layers: Recorded, path: Path, key: str, device: torch.device) -> None:
         try:
             prepares = processor(path)
         except Exception as error:
@@ -72,13 +73,43 @@ class ImageTrial:
                 break
         else:
             raise UnsupportedModelError("its processor makes other tokens of images in a conversation than of a prompt")
-        self._images = read.images
         self._ids: Int32 = np.array(wanted, dtype=np.int32)
         faster = WidenedLinears() if is_faster(device) else contextlib.nullcontext()
         with _plainly(model) as ahead, torch.inference_mode(), faster:
             self._expected = model(**given, use_cache=False).logits[0].float()
-        if ahead:
-            raise UnsupportedModelError(f"its tokens of an image look at later ones: {ahead[0]}")
+        self.reader.whole = bool(ahead)
+        self._images = dataclasses.replace(read.images, whole=self.reader.whole)
+        self._ahead = self._looking_ahead(layers, ahead)
+
+    def _looking_ahead(self, layers: Recorded, ahead: dict[str, torch.Tensor]) -> set[str]:
+        """The layers whose tokens of an image attend to all of it, by their names.
+
+        Args:
+            layers: All of them.
+            ahead: As `_plainly` yields it.
+
+        Raises:
+            UnsupportedModelError: Some look at later tokens otherwise.
+        """
+        windows = {layer.name: layer.spec.sliding_window for layer in layers.attention if layer.name in ahead}
+        strange = None if windows else next(iter(ahead), None)
+        at, reach = torch.arange(len(self._ids)), self._images.reach(0, len(self._ids))
+        for name, window in windows.items():
+            assert reach is not None
+            allowed = at < torch.from_numpy(reach)[:, None]
+            if window is not None:
+                allowed &= at > at[:, None] - window
+            if not torch.equal(ahead[name], allowed):
+                strange = name
+        if strange is not None:
+            raise UnsupportedModelError(
+                f"its tokens of an image look at later ones, but not at all of the image and those before: {strange}"
+            )
+        return set(windows)
+
+    def layers_of(self, layers: Recorded) -> Recorded:
+        """The model's layers, as they attend where there are images."""
+        return layers.looking_ahead(self._ahead)
 
     def encoder(self, model: Any) -> ImageEncoder:
         """The encoder of a model."""
@@ -96,11 +127,11 @@ class ImageTrial:
         kv_dtype: torch.dtype | None = None,
         narrow: bool = False,
     ) -> None:
-        """Compares, with the prompt computed in pieces that part an image.
+        """Compares, with the prompt computed in pieces that part an image, if it can be parted.
 
         Args:
             model: As it was given before; without its weights, if they are in `program`.
-            layers: Its layers.
+            layers: Its layers, as `layers_of` has them.
             backend: How it attends.
             program: Runs in the model's place.
             quantization: What weights were rounded to since.
@@ -114,6 +145,8 @@ class ImageTrial:
         tolerance = verification.tolerance_of(self._dtype, program, quantization, narrow)
         length, first = len(self._ids), int(self._images.images[0].places[0])
         middle = int(self._images.images[0].places[len(self._images.images[0].places) // 2])
+        if self._images.whole:
+            middle = int(self._images.images[0].runs[0, 1])
         with verification.stepping(model, layers, backend, program, dtypes, self._device, length, 1) as runner:
             runner.use_images(self.encoder(model))
             cuts = sorted({0, middle, length - 1, length})
@@ -135,7 +168,7 @@ class ImageTrial:
             if first < last:
                 parts.append(ImagePart(image, first, image.places[first:last] - start))
         axes = None if images.axes is None else images.axes[:, start:end]
-        return dataclasses.replace(batch, images=tuple(parts), axes=axes)
+        return dataclasses.replace(batch, images=tuple(parts), axes=axes, reach=images.reach(start, end))
 
 
 def _sent(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -154,11 +187,12 @@ def _picture(width: int, height: int) -> Any:
 
 
 @contextlib.contextmanager
-def _plainly(model: Any) -> Iterator[list[str]]:
-    """Has a model attend as transformers does; yields the names of modules that are given a mask by which some token
-    looks at later ones.
+def _plainly(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Has a model attend as transformers does; yields which modules are given a mask by which some token looks at later
+    ones, by their names, and what each token may look at: (tokens, tokens).
     """
-    ahead: list[str] = []
+    ahead: dict[str, torch.Tensor] = {}
+    decoder = set(model.get_decoder().modules())
 
     def look(name: str) -> Any:
         def looking(module: nn.Module, arguments: Any, keywords: Any) -> None:
@@ -166,13 +200,14 @@ def _plainly(model: Any) -> Iterator[list[str]]:
                 if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] > 1:
                     allowed = mask if mask.dtype is torch.bool else mask == 0
                     if bool(allowed.triu(1).any()):
-                        ahead.append(name)
+                        ahead[name] = allowed[0, 0].cpu()
 
         return looking
 
     handles = [
         module.register_forward_pre_hook(look(name), with_kwargs=True)
-        for name, module in model.get_decoder().named_modules()
+        for name, module in model.named_modules()
+        if module in decoder
     ]
     try:
         model.set_attn_implementation("eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -35,13 +36,24 @@ def layer(
 
 @dataclass
 class Row:
-    """One sequence: `context` tokens are in the cache already, `new` are in this step."""
+    """One sequence: `context` tokens are in the cache already, `new` are in this step.
+
+    The tokens of each of its `images`, from and to, attend to all of it in layers that look ahead.
+    """
 
     context: int
     new: int
     keys: torch.Tensor  # (context + new, kv heads, key_dim)
     values: torch.Tensor
     query: torch.Tensor  # (new, heads, key_dim)
+    images: tuple[tuple[int, int], ...] = ()
+
+    def reach(self) -> np.ndarray:
+        """How many tokens each of the new ones attends to."""
+        reach = np.arange(self.context + self.new) + 1
+        for first, end in self.images:
+            reach[first:end] = end
+        return reach[self.context :].astype(np.int32)
 
 
 def random_row(spec: LayerSpec, context: int, new: int, dtype: torch.dtype, seed: int) -> Row:
@@ -76,6 +88,8 @@ def dense(spec: LayerSpec, row: Row, sinks: torch.Tensor | None) -> torch.Tensor
         scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
     at, position = torch.arange(row.context + row.new), row.context + torch.arange(row.new)[:, None]
     visible = at <= position
+    if spec.looks_ahead:
+        visible = at < torch.from_numpy(row.reach())[:, None]
     if spec.sliding_window is not None:
         visible &= at > position - spec.sliding_window
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -156,6 +170,8 @@ def run_paged(
             queries = torch.zeros(len(keys), spec.num_heads, spec.key_dim, dtype=dtype)
             backend.attend(spec, cache, backend.plan(batch, page_size, CPU), queries, keys, values, sinks)
     batch = step_batch([row.new for row in rows], [row.context for row in rows], tables, page_size)
+    if any(row.images for row in rows):
+        batch = dataclasses.replace(batch, reach=np.concatenate([row.reach() for row in rows]))
     output = backend.attend(
         spec,
         cache,

@@ -145,6 +145,7 @@ def test_flashinfer_plans_once_for_a_kind_of_layer_and_never_over_the_step_befor
         (layer(key_dim=64, value_dim=128), "not of 64 and 128"),
         (layer(key_dim=512), "not of 512 and 512"),
         (layer(key_dim=65), "not of 65 and 65"),
+        (layer(key_dim=64, looks_ahead=True), "tokens of an image cannot attend to later ones"),
     ],
 )
 def test_layers_that_it_does_not_know_are_refused(backend: Backend, spec: LayerSpec, says: str) -> None:

@@ -32,7 +32,7 @@ int main(int, char **arguments) {
     layer.cosines = static_cast<float *>(zeros(kPositions * kDim / 2 * 4));
     layer.sines = static_cast<float *>(zeros(kPositions * kDim / 2 * 4));
     const int64_t bytes = kPositions * kKvHeads * kDim * 4;
-    layer.attention = {zeros(bytes), zeros(bytes), 0, kPage, kHeads, kKvHeads, kDim, kDim, 0, 0.125, 0};
+    layer.attention = {zeros(bytes), zeros(bytes), 0, kPage, kHeads, kKvHeads, kDim, kDim, 0, 0, 0.125, 0};
   }
   Decoder decoder{};
   decoder.layers = layers.data();
@@ -54,7 +54,7 @@ int main(int, char **arguments) {
   for (int32_t page = 0; page < kPositions / kPage; ++page) table.push_back(page);
   const int32_t starts[] = {0, int32_t(tokens)}, contexts[] = {int32_t(context)};
   const int64_t order[] = {0}, sample[] = {tokens - 1};
-  const Plan plan = {starts, contexts, table.data(), slots.data(), order, int64_t(table.size()), 1, tokens, 1};
+  const Plan plan = {starts, contexts, table.data(), slots.data(), order, nullptr, int64_t(table.size()), 1, tokens, 1};
   std::vector<float> logits(kVocabulary);
   const DecoderStep step = {ids.data(), positions.data(), sample, 1, logits.data(), &plan};
   decltype(&decoder_step) volatile run = decoder_step;  // not inlined: counting begins where it is called

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable
@@ -154,6 +155,35 @@ def test_a_token_gets_the_same_bits_in_any_batch(
     finally:
         torch.set_num_threads(before)
         loaded.model.close()
+
+
+def test_layers_that_look_ahead_beside_others_of_their_shape(checkpoint: Checkpoint) -> None:
+    path, (first, end) = checkpoint("llama", num_hidden_layers=3), (45, 58)  # on two tiles and two vectors
+    loaded, (other, *_) = load(path), sequences(1)
+    tokens = np.random.default_rng(8).integers(1, 199, 64)
+    model = loaded.model
+    assert isinstance(model, TorchModel) and model._program is not None
+    ahead = model._program._layers[1]
+    ahead.spec = dataclasses.replace(ahead.spec, looks_ahead=True)
+    model._program.bind(model._layers.caches)
+
+    reach = np.arange(1, 65)
+    reach[first:end] = end
+    before = logits(loaded, batch_of([(tokens[:1], 0), (other, 0)]))
+    batch = batch_of([(tokens, 0), (other, 32)])
+    found = logits(loaded, dataclasses.replace(batch, reach=np.append(reach, 33).astype(np.int32)))
+
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    mask = torch.zeros(1, 1, 64, 64).masked_fill(torch.arange(64) >= torch.from_numpy(reach)[:, None], -torch.inf)
+    plain.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, arguments, given: (arguments, given | {"attention_mask": mask}), with_kwargs=True
+    )
+    with torch.inference_mode():
+        wanted = plain(torch.from_numpy(tokens)[None]).logits[0]
+    assert error(found[:64], wanted) < TOLERANCE[torch.float32]
+    assert error(found[first:end], expected(path, [tokens], torch.float32)[0][first:end]) > 1e-2
+    assert error(found[64:], before[-1:]) < TOLERANCE[torch.float32]
+    loaded.model.close()
 
 
 # Sizes that are no whole number of tiles: of steps, of groups of outputs, and of both.

@@ -26,8 +26,6 @@ pytestmark = pytest.mark.loops("either")
 REFUSED = {
     "deepseek_vl": "has no encoder that could be called by itself",
     "ernie4_5_vl_moe": "something else than in transformers",
-    "gemma3": "look at later ones",
-    "gemma4_moe": "look at later ones",
     "granite4_vision": "gives out no embeddings",
     "idefics2": "text_replacement_offsets",
     "ovis2": "gives out visual_indicator_features",
