@@ -102,33 +102,38 @@ def seen(tokens: Sequence[int], cells: Sequence[int]) -> list[int]:
     ]
 
 
-def check_positions(batch: StepBatch, row: int, cells: Sequence[int]) -> None:
+def check_positions(batch: StepBatch, row: int, cells: NDArray[np.int64]) -> None:
     """Compares where a row's tokens are rotated to with what the "KV cache" has of it, drafts included.
 
     Raises:
         AssertionError: It is somewhere else.
     """
-    begins, at = {}, 0
-    while at < len(cells):
-        if cells[at] >= _SEEN:
-            begins[at] = 1 + (cells[at] - _SEEN) % _MOST
-        at += begins.get(at, 1)
-    wanted = _axes(len(cells), begins)[:, batch.context_lens[row] :]
     tokens = slice(batch.query_start[row], batch.query_start[row + 1])
     found = batch.positions[None, tokens] if batch.axes is None else batch.axes[:, tokens]
+    context = int(batch.context_lens[row])
+    images, at = np.flatnonzero(cells >= _SEEN).tolist(), 0
+    if not images:
+        assert (found == np.arange(context, len(cells))).all(), "tokens are not at their positions"
+        return
+    begins: dict[int, int] = {}
+    for place in images:
+        if place >= at:
+            begins[place] = 1 + int(cells[place] - _SEEN) % _MOST
+            at = place + begins[place]
+    wanted = _axes(len(cells), begins)[:, context:]
     assert (found == wanted).all(), f"tokens are rotated to {found.tolist()}, not to {wanted.tolist()}"
 
 
 def _axes(tokens: int, images: dict[int, int]) -> Int32:
     """(3, tokens) where tokens are rotated to, with images of so many tokens that begin at some of them."""
-    axes = np.zeros((3, tokens), dtype=np.int32)
-    at = position = 0
-    while at < tokens:
-        end = min(at + images.get(at, 1), tokens)
-        axes[:, at:end] = position
-        axes[2, at:end] += np.arange(end - at, dtype=np.int32) // 2
-        position = int(axes[2, end - 1]) + 1
-        at = end
+    steps = np.ones((3, tokens), dtype=np.int32)  # from one token to the next
+    for at, count in images.items():
+        within = np.arange(1, min(count, tokens - at))
+        steps[:, at + within] = 0
+        steps[2, at + within[1::2]] = 1
+        if at + count < tokens:
+            steps[:2, at + count] = 1 + (count - 1) // 2
+    axes: Int32 = np.cumsum(steps, axis=1, dtype=np.int32) - 1
     return axes
 
 

@@ -249,7 +249,7 @@ class ScriptedModel:
         places = np.arange(length)
         blocks = batch.block_tables[row, places // page_size].astype(np.int64)
         found: NDArray[np.int64] = self._cache[blocks * page_size + places % page_size]
-        images.check_positions(batch, row, (found % _STAMP).tolist())
+        images.check_positions(batch, row, found % _STAMP)
         return found
 
     def _read(self, batch: StepBatch, row: int) -> list[int]:

@@ -30,7 +30,7 @@ def test_reach_of_rows_with_and_without_images(monkeypatch: pytest.MonkeyPatch) 
     for text, whole in (("a\0bc\0d", True), ("\0ef", False)):
         images = [b"one", b"two"][: text.count("\0")]
         read = ScriptedImageReader().read(
-            images, lambda encode, text=text: encode(text), lambda piece: list(piece.encode())
+            images, lambda encode, text=text: encode(text), lambda piece: list(piece.encode()), 100
         )
         new = dataclasses.replace(
             case.new(read.token_ids, max_tokens=1), images=dataclasses.replace(read.images, whole=whole)

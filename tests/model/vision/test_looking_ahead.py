@@ -45,6 +45,7 @@ def test_which_layers_do_is_seen_in_transformers(name: str, ahead: list[bool], p
             [picture(1, 48, 32)],
             lambda encode: encode(found.image_reader.mark),
             lambda text: found.tokenizer.encode(text),
+            1000,
         )
         assert prompt.images.whole == any(ahead)
 
