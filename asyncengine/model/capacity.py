@@ -44,6 +44,10 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
         activations = _profile(
             built.model, built.layers.attention, chunk, sequences + min(drafts, chunk), details.device
         )
+        if built.image_trial is not None:
+            activations = max(activations, _image_profile(built, details.device)) + built.image_trial.budget(
+                built.model
+            )
         used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
         available = int(memory.total_bytes(details.device) * share) - used - activations
         share = 1.0
@@ -160,6 +164,19 @@ def cache_bytes(built: Built, backend: Any, limits: Limits, details: Details) ->
 def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.dtype) -> int:
     """Bytes of one block of KV cache, all layers together."""
     return sum(int(backend.bytes_per_block(layer.spec, limits.page_size, dtype)) for layer in layers)
+
+
+def _image_profile(built: Built, device: torch.device) -> int:
+    """Bytes that a model's encoder takes for one large image, measured."""
+    assert built.image_trial is not None
+    image, encoder = built.image_trial.large(), built.image_trial.encoder(built.model)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    encoder.features(image)
+    peak = int(torch.cuda.max_memory_allocated(device)) - before
+    encoder.clear()
+    memory.empty_cache()
+    return peak
 
 
 def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.device) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 
 from asyncengine.config import Quantization
 from asyncengine.errors import UnsupportedModelError
-from asyncengine.images import ImagePart
+from asyncengine.images import Image, ImagePart
 from asyncengine.model import architecture, verification
 from asyncengine.model.attention_modules import text_config
 from asyncengine.model.recorded import Recorded
@@ -28,6 +28,7 @@ from asyncengine.step.batch import Int32, StepBatch
 
 _SIZES = (48, 32), (40, 56)
 """Width and height of the pictures of a trial."""
+_LARGE = 1024, 1024
 BUDGET_TOKENS = 8192
 """Tokens of images whose embeddings are kept."""
 
@@ -65,7 +66,7 @@ class ImageTrial:
         )
         given = {name: _sent(value, device, model.dtype) for name, value in given.items()}
         wanted = given["input_ids"][0].tolist()
-        encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
+        encode = self._encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
         for together in (False, True):
             self.reader = ProcessedImageReader(prepares, token_id, key, axes, together)
             read = self.reader.read(pictures, lambda expanding: expanding(text), encode, 1 << 30)
@@ -113,9 +114,17 @@ class ImageTrial:
 
     def encoder(self, model: Any) -> ImageEncoder:
         """The encoder of a model."""
-        text = text_config(model.config)
-        budget = BUDGET_TOKENS * text.hidden_size * model.dtype.itemsize
-        return ImageEncoder(model, self._images.token_id, self._device, budget)
+        return ImageEncoder(model, self._images.token_id, self._device, self.budget(model))
+
+    def budget(self, model: Any) -> int:
+        """Bytes of embeddings that a model's encoder keeps."""
+        return BUDGET_TOKENS * int(text_config(model.config).hidden_size) * int(model.dtype.itemsize)
+
+    def large(self) -> Image:
+        """An image for whose computation a device must have room; what is larger may be too large for it."""
+        mark = self.reader.mark
+        read = self.reader.read([_picture(*_LARGE)], lambda expanding: expanding(mark), self._encode, 1 << 30)
+        return read.images.images[0]
 
     def run(
         self,

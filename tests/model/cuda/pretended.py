@@ -740,6 +740,8 @@ def pretended() -> Iterator[Pretended]:
 
     def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
         """torch makes it where nobody is asked, and moves it."""
+        if isinstance(data, list):
+            data = [each.item() if isinstance(each, torch.Tensor) else each for each in data]
         return on_host(data, device="cpu", **options).to(torch.empty(0).device if device is None else device)
 
     patch.setattr(torch, "tensor", tensor)

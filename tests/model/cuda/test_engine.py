@@ -21,12 +21,14 @@ from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.quantised import four_bit_product
 from asyncengine.model.runner import TorchModel
+from asyncengine.model.vision import trial
 from tests.loop.harness import eventually
 from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
 from tests.model.fused.interpreted import large_tiles, on_one_loop
 from tests.model.stored import coded_checkpoints
+from tests.model.vision import checkpoints as sighted_checkpoints
 
 PROMPT = [1, 2, 3, 4, 5]
 
@@ -281,6 +283,33 @@ async def test_decodes_of_recurrent_layers_are_captured(
     for each in (found, again):
         assert each[:-1] == expected[:-1]
         assert each[-1].expected == expected[-1]
+
+
+@on_one_loop
+@pytest.mark.parametrize("architecture", ["qwen3_vl", "gemma3"])
+async def test_images_are_seen_beside_captured_steps(
+    device: Pretended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    """Steps with images are executed, decodes of their answers replayed."""
+    path = sighted_checkpoints.write(tmp_path / "checkpoint", architecture, text_config={"num_hidden_layers": 1})
+    monkeypatch.setattr(trial, "_LARGE", (64, 64))
+    config = EngineConfig(
+        str(path), device="cuda", dtype="float32", max_num_sequence=2, max_total_sequence_length=256,
+        prefill_chunk_size=32, graph_capture="load", decoder_backend="transformers", images=True,
+    )  # fmt: skip
+    content = [{"type": "image", "image": sighted_checkpoints.picture(1, 32, 32)}, {"type": "text", "text": "?"}]
+
+    async def look(engine: AsyncEngine) -> list[list[int]]:
+        settings = GenerationConfig(max_tokens=6, temperature=0, ignore_eos=True)
+        seeing = engine.chat([{"role": "user", "content": content}], settings)
+        answers = await asyncio.gather(seeing, engine.generate(PROMPT, settings))
+        return [answer.token_ids for answer in answers]
+
+    expected = await on_host(config, look)
+    async with AsyncEngine(config) as engine:
+        assert await look(engine) == expected
+        assert engine.health().notes == ()
+        assert device.replays > 3
 
 
 @on_one_loop
