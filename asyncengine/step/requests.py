@@ -515,5 +515,7 @@ class RequestTable:
                 self._waiting_new -= 1
                 self.counters.request_queue_seconds.observe(now - request.arrived_at)
                 self.counters.prompt_tokens += request.prompt_tokens
+                if request.new.images is not None:
+                    self.counters.image_tokens += request.new.images.num_tokens
             if self.trace.enabled:
                 self.trace.mark("n", "prefill", self.clock(), request.new.number, tokens=chunk.count)

@@ -66,6 +66,7 @@ async def test_they_are_shared_where_they_are_the_same() -> None:
         other = await serving.chat(asking("what is ", b"that", " picture?"))
         assert same.usage.cached_tokens == (same.usage.prompt_tokens - 1) // 4 * 4
         assert other.usage.cached_tokens == len("user: what is ") // 4 * 4
+        assert serving.metrics().counters.image_tokens == 3 * len(pieces_of(b"this"))
         assert same.usage.prompt_tokens == len("user: what is  picture?\nassistant: ") + len(pieces_of(b"this"))
 
 
