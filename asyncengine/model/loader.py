@@ -165,7 +165,11 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     return LoadedModel(
         model=model,
         limits=limits,
-        config=complete.replace(attention_backend=backend.name, decoder_backend=built.decoder_backend(config)),
+        config=complete.replace(
+            attention_backend=backend.name,
+            decoder_backend=built.decoder_backend(config),
+            images=built.image_trial is not None,
+        ),
         vocab_size=vocab_size,
         eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < vocab_size),
         default_generation_config=details.checkpoint.generation_defaults,

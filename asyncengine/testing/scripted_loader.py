@@ -121,6 +121,7 @@ class ScriptedLoader:
             prefill_chunk_size=config.prefill_chunk_size or 512,
             kv_cache_page_size=config.kv_cache_page_size or 16,
             attention_backend="torch",
+            images=self.takes_images,
         )
         assert complete.max_num_sequence is not None
         assert complete.max_single_sequence_length is not None
