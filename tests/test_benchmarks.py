@@ -78,7 +78,17 @@ def reports(plots: Path) -> Reports:
         ["scale", "--tiny", "--write", str(plots)],
         ["arrivals", "--tiny", "--keep", "--rounds", "2"],
         ["parts", "--tiny"],
-    )
+        ["images", "--shape", "tiny", "--dtype", "float32", "--pixels", "64", "--requests", "2", "--tokens", "4",
+         "--rounds", "1", "--peer"],
+    )  # fmt: skip
+
+
+def test_images_times_questions_and_those_of_transformers(reports: Reports) -> None:
+    status, result, said = ended(*reports["images"])
+    assert status == 0, said
+    assert "a question has 38 tokens" in said
+    assert set(result["seconds"]) == {"first", "again", "several", "peer first", "peer several"}
+    assert set(result["ratios"]) == {"first", "several"}
 
 
 @pytest.fixture(scope="module")

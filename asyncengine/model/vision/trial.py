@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from asyncengine.config import Quantization
 from asyncengine.errors import UnsupportedModelError
-from asyncengine.images import Image, ImagePart
+from asyncengine.images import Image, ImagePart, ReadPrompt
 from asyncengine.model import architecture, verification
 from asyncengine.model.attention_modules import text_config
 from asyncengine.model.recorded import Recorded
@@ -28,6 +29,10 @@ from asyncengine.step.batch import Int32, StepBatch
 
 _SIZES = (48, 32), (40, 56)
 """Width and height of the pictures of a trial."""
+_MANY = 768
+"""Tokens of a trial with two pictures that is too long: some processors make many of any picture. One will do then."""
+_LAST = 24
+"""Rows of logits at its end that are compared; what comes of its images is in all of them."""
 _LARGE = 1024, 1024
 BUDGET_TOKENS = 8192
 """Tokens of images whose embeddings are kept."""
@@ -59,28 +64,37 @@ class ImageTrial:
         body = next((each for each in (model, model.base_model) if hasattr(each, "get_rope_index")), None)
         axes = None if body is None else Axes(type(body), body.config)
         self._device, self._dtype = device, model.dtype
-        pictures = [_picture(*size) for size in _SIZES]
-        text = f"{prepares.image_token} a {prepares.image_token} b c"
-        given = prepares(
-            text=[text], images=[pictures], images_kwargs={"return_tensors": "pt"}, add_special_tokens=False
-        )
-        given = {name: _sent(value, device, model.dtype) for name, value in given.items()}
-        wanted = given["input_ids"][0].tolist()
-        encode = self._encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
+        self._encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
         for together in (False, True):
             self.reader = ProcessedImageReader(prepares, token_id, key, axes, together)
-            read = self.reader.read(pictures, lambda expanding: expanding(text), encode, 1 << 30)
-            if read.token_ids == wanted:
+            given, read = self._read(prepares, _SIZES)
+            if read.token_ids == given["input_ids"][0]:
                 break
         else:
             raise UnsupportedModelError("its processor makes other tokens of images in a conversation than of a prompt")
-        self._ids: Int32 = np.array(wanted, dtype=np.int32)
+        if len(read.token_ids) > _MANY:
+            given, read = self._read(prepares, _SIZES[:1])
+        self._ids: Int32 = np.array(read.token_ids, dtype=np.int32)
+        given = {name: _sent(value, device, model.dtype) for name, value in given.items()}
         faster = WidenedLinears() if is_faster(device) else contextlib.nullcontext()
         with _plainly(model) as ahead, torch.inference_mode(), faster:
-            self._expected = model(**given, use_cache=False).logits[0].float()
+            if "logits_to_keep" in inspect.signature(model.forward).parameters:
+                given["logits_to_keep"] = _LAST
+            self._expected = model(**given, use_cache=False).logits[0, -_LAST:].float()
         self.reader.whole = bool(ahead)
         self._images = dataclasses.replace(read.images, whole=self.reader.whole)
         self._ahead = self._looking_ahead(layers, ahead)
+
+    def _read(self, prepares: Any, sizes: Sequence[tuple[int, int]]) -> tuple[dict[str, Any], ReadPrompt]:
+        """A prompt with pictures, as transformers' processor has it and as the reader does."""
+        pictures, marks = [_picture(*size) for size in sizes], [self.reader.mark] * len(sizes)
+        text = " a ".join(marks) + " b c"
+        given = prepares(
+            text=[text], images=[pictures], images_kwargs={"return_tensors": "pt"}, add_special_tokens=False
+        )
+        given = dict(given)
+        given["input_ids"] = torch.as_tensor(given["input_ids"]).tolist()
+        return given, self.reader.read(pictures, lambda expanding: expanding(text), self._encode, 1 << 30)
 
     def _looking_ahead(self, layers: Recorded, ahead: dict[str, torch.Tensor]) -> set[str]:
         """The layers whose tokens of an image attend to all of it, by their names.
@@ -152,7 +166,7 @@ class ImageTrial:
         """
         dtypes = self._dtype, kv_dtype or self._dtype
         tolerance = verification.tolerance_of(self._dtype, program, quantization, narrow)
-        length, first = len(self._ids), int(self._images.images[0].places[0])
+        length = len(self._ids)
         middle = int(self._images.images[0].places[len(self._images.images[0].places) // 2])
         if self._images.whole:
             middle = int(self._images.images[0].runs[0, 1])
@@ -161,7 +175,7 @@ class ImageTrial:
             cuts = sorted({0, middle, length - 1, length})
             with torch.inference_mode():
                 found = [runner.logits(self._piece(*cut)) for cut in itertools.pairwise(cuts)]
-        error = verification.relative(torch.cat(found).float()[first:], self._expected[first:])
+        error = verification.relative(torch.cat(found).float(), self._expected)
         if not error <= tolerance:
             raise UnsupportedModelError(
                 f"of images it says something else than in transformers: relative error {error:.2g}, allowed "
@@ -177,7 +191,10 @@ class ImageTrial:
             if first < last:
                 parts.append(ImagePart(image, first, image.places[first:last] - start))
         axes = None if images.axes is None else images.axes[:, start:end]
-        return dataclasses.replace(batch, images=tuple(parts), axes=axes, reach=images.reach(start, end))
+        looked_at = np.arange(max(len(self._ids) - _LAST - start, 0), end - start, dtype=np.int64)
+        return dataclasses.replace(
+            batch, images=tuple(parts), axes=axes, reach=images.reach(start, end), sample_index=looked_at
+        )
 
 
 def _sent(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
