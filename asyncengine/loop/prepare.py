@@ -11,8 +11,10 @@ from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
 
+import anyio
 import anyio.to_thread
 import numpy as np
+from anyio.lowlevel import RunVar
 
 from asyncengine.detokenizer import BEFORE, TextStream
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
@@ -43,6 +45,9 @@ StreamedPrompt = AsyncIterable[Piece]
 
 NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 
+_READERS = 4
+"""Threads that read images at once, for each event loop."""
+_readers: RunVar[anyio.CapacityLimiter] = RunVar("asyncengine_image_readers")
 _INLINE_CHARACTERS = 1024
 """Shorter texts are encoded on the loop: that takes less time than handing them to a thread."""
 
@@ -161,7 +166,16 @@ async def _read_images(
         found = reader.read(images, write, encode, view.max_tokens - 1)
         return Encoded(token_ids_of(found.token_ids, view), found.images)
 
-    return await _in_thread(read)
+    return await _in_thread(read, _image_readers())
+
+
+def _image_readers() -> anyio.CapacityLimiter:
+    """Lets few of a loop's images be read at once, since a large one takes a lot of memory meanwhile."""
+    try:
+        return _readers.get()
+    except LookupError:
+        _readers.set(limiter := anyio.CapacityLimiter(_READERS))
+        return limiter
 
 
 def check_length(prompt_tokens: int, view: ModelView) -> None:
@@ -319,8 +333,8 @@ def _typed(function: Callable[[], T]) -> T:
         raise InvalidRequestError(f"the prompt cannot be encoded: {error}") from error
 
 
-async def _in_thread(function: Callable[[], T]) -> T:
-    return await anyio.to_thread.run_sync(lambda: _typed(function), abandon_on_cancel=True)
+async def _in_thread(function: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
+    return await anyio.to_thread.run_sync(lambda: _typed(function), abandon_on_cancel=True, limiter=limiter)
 
 
 def _check_messages(messages: object, view: ModelView) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError
-from asyncengine.testing import ByteTokenizer, ScriptedLoader, pieces_of
+from asyncengine.testing import ByteTokenizer, ScriptedImageReader, ScriptedLoader, pieces_of
 
 LONG = b"a longer file"  # seven pieces
 
@@ -108,6 +109,26 @@ async def test_another_model_carries_them_on_if_it_reads_them_alike(images: bool
         else:
             with pytest.raises(InvalidRequestError, match="the new model does not take its images"):
                 await stream
+
+
+async def test_few_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, most, lock = 0, 0, threading.Lock()
+    read = ScriptedImageReader.read
+
+    def watched(*arguments: Any) -> Any:
+        nonlocal reading, most
+        with lock:
+            reading, most = reading + 1, max(most, reading + 1)
+        started.wait(0.2)  # for those that come together
+        with lock:
+            reading -= 1
+        return read(*arguments)
+
+    started = threading.Event()
+    monkeypatch.setattr(ScriptedImageReader, "read", watched)
+    async with engine(looking()) as serving:
+        await asyncio.gather(*(serving.chat(asking(b"x"), GenerationConfig(max_tokens=1)) for _ in range(8)))
+    assert most == 4
 
 
 async def test_who_takes_none_says_why() -> None:

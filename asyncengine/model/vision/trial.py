@@ -22,6 +22,7 @@ from asyncengine.model import architecture, verification
 from asyncengine.model.attention_modules import text_config
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.vision.encoder import ImageEncoder
+from asyncengine.model.vision.patches import multiply_patches
 from asyncengine.model.vision.processor import processor
 from asyncengine.model.vision.reader import Axes, ProcessedImageReader
 from asyncengine.model.widened import WidenedLinears, is_faster
@@ -128,6 +129,7 @@ class ImageTrial:
 
     def encoder(self, model: Any) -> ImageEncoder:
         """The encoder of a model."""
+        multiply_patches(model)
         return ImageEncoder(model, self._images.token_id, self._device, self.budget(model))
 
     def budget(self, model: Any) -> int:
