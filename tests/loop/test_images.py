@@ -119,12 +119,12 @@ async def test_few_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         nonlocal reading, most
         with lock:
             reading, most = reading + 1, max(most, reading + 1)
-        started.wait(0.2)  # for those that come together
+        together.wait(30)
         with lock:
             reading -= 1
         return read(*arguments)
 
-    started = threading.Event()
+    together = threading.Barrier(4)
     monkeypatch.setattr(ScriptedImageReader, "read", watched)
     async with engine(looking()) as serving:
         await asyncio.gather(*(serving.chat(asking(b"x"), GenerationConfig(max_tokens=1)) for _ in range(8)))
