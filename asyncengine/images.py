@@ -41,6 +41,8 @@ class ImagePrompt:
             raise InvalidRequestError(f"text is {self.text!r:.80}; expected a non-empty string")
         if isinstance(self.images, (str, bytes, Mapping)) or not isinstance(self.images, Sequence):
             raise InvalidRequestError(f"images is {self.images!r:.80}; expected a list of images")
+        if not self.images:
+            raise InvalidRequestError("images is []; a prompt without images is a string")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +98,11 @@ class PromptImages:
         """From and to of each run of tokens of an image without others between them, in their order."""
         return [(first, last) for image in self.images for first, last in image.runs.tolist()]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest of those runs."""
+        return max(last - first for first, last in self.runs)
+
     def reach(self, start: int, end: int) -> Int32 | None:
         """How many tokens each of the tokens start:end attends to; None if each to those up to itself."""
         if not self.whole or not self.images:
@@ -126,6 +133,19 @@ class ImagePart:
     image: Image
     first: int
     tokens: Int64
+
+
+class ImageFailure(Exception):
+    """A step could not begin, because one of its images could not be encoded.
+
+    Args:
+        digest: Of the image.
+        cause: What its encoder raised.
+    """
+
+    def __init__(self, digest: bytes, cause: BaseException) -> None:
+        super().__init__(f"an image cannot be encoded: {cause}")
+        self.digest = digest
 
 
 @dataclass(frozen=True, slots=True)

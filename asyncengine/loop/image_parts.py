@@ -5,16 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from asyncengine.errors import InvalidRequestError
 from asyncengine.images import ImageSource
 from asyncengine.tokenizer import Message
 
-_SOURCES = ("image", "image_url", "url", "path", "base64")
+_SOURCES = ("image", "image_url", "url", "base64")
 _IMAGES = ("image", "image_url", "input_image")
-_OTHERS = ("audio", "audio_url", "input_audio", "video", "video_url", "input_video", "file", "input_file", "document")
+_OTHERS = ("audio", "audio_url", "input_audio", "video", "video_url", "input_video")
 _FORMS = "{'type': 'image', 'image': ...} or {'type': 'image_url', 'image_url': {'url': 'data:...'}}"
 
 
@@ -55,8 +54,6 @@ def _source(part: Mapping[str, Any]) -> ImageSource:
     name, value = given[0]
     if isinstance(value, Mapping):
         value = value.get("url")
-    if name == "path" and isinstance(value, str):
-        return Path(value)
     if name == "base64" and isinstance(value, str):
         try:
             return base64.b64decode(value, validate=True)

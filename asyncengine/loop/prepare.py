@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
+import os
 import secrets
 from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ StreamedPrompt = AsyncIterable[Piece]
 
 NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 
-_READERS = 4
+_READERS = min(4, os.cpu_count() or 1)
 """Threads that read images at once, for each event loop."""
 _readers: RunVar[anyio.CapacityLimiter] = RunVar("asyncengine_image_readers")
 _INLINE_CHARACTERS = 1024
@@ -243,13 +244,12 @@ def new_request(
     check_length(len(prompt), view)
     if options.adapter is not None and options.adapter not in view.adapters:
         raise InvalidRequestError(unknown_adapter(options.adapter, view.adapters))
-    if images is not None and images.whole and (most := view.config.prefill_chunk_size) is not None:
-        longest = max(last - first for first, last in images.runs)
-        if longest > most:
-            raise InvalidRequestError(
-                f"an image of the prompt comes to {longest} tokens, which must be computed in one step; "
-                f"prefill_chunk_size allows 1..{most}"
-            )
+    most = view.config.prefill_chunk_size
+    if images is not None and images.whole and most is not None and images.longest > most:
+        raise InvalidRequestError(
+            f"an image of the prompt comes to {images.longest} tokens, which must be computed in one step; "
+            f"prefill_chunk_size allows 1..{most}"
+        )
     if embedding is None and not view.has_head:
         raise InvalidRequestError(f"{view.config.model!r} can only embed: its checkpoint has no language-model head")
     pooling = None if embedding is None else pooling_of(embedding, view)

@@ -108,7 +108,7 @@ def build(
                 packing.run()
             notes.extend(_rounding(config.quantization, program, trial.run(model, backend, program)))
             if image_trial is not None:
-                image_trial.run(model, layers, backend, program)
+                image_trial, no_images = _with_program(config, image_trial, model, layers, backend, program)
             findings = _findings(details, model, layers, blueprint, trial, notes)
     except (NotRecognised, UnsupportedModelError) as error:
         if config.decoder_backend == "compiled" or not (
@@ -178,6 +178,25 @@ def _image_trial(details: Details, model: Any, layers: Recorded, backend: Any) -
         trial.run(model, trial.layers_of(layers), backend)
     except Exception as error:  # whatever is in a processor or an encoder
         return None, reason_of(error)
+    return trial, ""
+
+
+def _with_program(
+    config: EngineConfig, trial: ImageTrial, model: Any, layers: Recorded, backend: Any, program: Any
+) -> tuple[ImageTrial | None, str]:
+    """The trial, if a compiled step says of images what the model does; or why not, in words.
+
+    Raises:
+        UnsupportedModelError: It does not, and images are wanted: the model can run otherwise.
+    """
+    from asyncengine.model.graphs import reason_of
+
+    try:
+        trial.run(model, layers, backend, program)
+    except Exception as error:  # whatever is in its rotary embedding
+        if config.images:
+            raise UnsupportedModelError(reason_of(error)) from error
+        return None, f"{reason_of(error)}; images=True runs the model as transformers has it"
     return trial, ""
 
 

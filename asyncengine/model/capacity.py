@@ -45,9 +45,8 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
             built.model, built.layers.attention, chunk, sequences + min(drafts, chunk), details.device
         )
         if built.image_trial is not None:
-            activations = max(activations, _image_profile(built, details.device)) + built.image_trial.budget(
-                built.model
-            )
+            of_image, kept = _image_profile(built, details.device)
+            activations = max(activations, of_image) + kept
         used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
         available = int(memory.total_bytes(details.device) * share) - used - activations
         share = 1.0
@@ -166,17 +165,21 @@ def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.d
     return sum(int(backend.bytes_per_block(layer.spec, limits.page_size, dtype)) for layer in layers)
 
 
-def _image_profile(built: Built, device: torch.device) -> int:
-    """Bytes that a model's encoder takes for one large image, measured."""
+def _image_profile(built: Built, device: torch.device) -> tuple[int, int]:
+    """Bytes that a model's encoder takes for one large image, measured, and those of the embeddings that it keeps."""
+    from asyncengine.model.vision.trial import BUDGET_TOKENS
+
     assert built.image_trial is not None
     image, encoder = built.image_trial.large(), built.image_trial.encoder(built.model)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    encoder.features(image)
+    features = encoder.features(image)
     peak = int(torch.cuda.max_memory_allocated(device)) - before
+    kept = features.nbytes * BUDGET_TOKENS // len(features.rows)
+    del features
     encoder.clear()
     memory.empty_cache()
-    return peak
+    return peak, kept
 
 
 def _profile(model: Any, layers: Any, chunk: int, sequences: int, device: torch.device) -> int:

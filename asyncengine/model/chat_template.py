@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from asyncengine.tokenizer import Message
 
 _PROBE = "1f0c7"
+_AS_IT_IS = "'type': 'text'", '"type": "text"'
+"""Of parts that are written as Python or JSON has them: they are not what was said."""
+_HELLO = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
 
 
 class ChatTemplate:
@@ -22,6 +24,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._found: dict[str, bool] = {}
 
     def write(self, messages: Sequence[Message], arguments: Any) -> str:
         """A conversation as text.
@@ -32,25 +35,33 @@ class ChatTemplate:
         if not self._tokenizer.chat_template:
             raise ValueError("the model has no chat template")
         written = [dict(message) for message in messages]
-        if self._passes_over_strings:
-            for message in written:
-                if isinstance(message.get("content"), str):
-                    message["content"] = [{"type": "text", "text": message["content"]}]
+        for message in written:
+            content = message.get("content")
+            if isinstance(content, str) and self._passes_over_strings(str(message.get("role")), arguments):
+                message["content"] = [{"type": "text", "text": content}]
         return self._apply(written, {"add_generation_prompt": True, **arguments})
 
-    @cached_property
-    def _passes_over_strings(self) -> bool:
-        """Whether it writes the parts of a content and leaves out one that is a string, as of some models with images.
+    def _passes_over_strings(self, role: str, arguments: Any) -> bool:
+        """Whether it leaves out what a role says as a string and writes it in parts, as of some models with images.
 
-        It then says nothing at all of what was said, which nobody would notice.
+        Nobody would notice that nothing was said.
         """
-        return not self._writes(_PROBE) and self._writes([{"type": "text", "text": _PROBE}])
+        found = self._found.get(role)
+        if found is None:
+            parts = [{"type": "text", "text": _PROBE}]
+            found = self._writes(role, _PROBE, arguments) is False and self._writes(role, parts, arguments) is True
+            self._found[role] = found
+        return found
 
-    def _writes(self, content: Any) -> bool:
+    def _writes(self, role: str, content: Any, arguments: Any) -> bool | None:
+        """Whether what a role says is in a conversation; None if the template refuses it."""
+        said = {"role": role, "content": content}
+        around = {"system": [said, _HELLO], "user": [said]}.get(role, [_HELLO, said])
         try:
-            return _PROBE in self._apply([{"role": "user", "content": content}], {})
-        except Exception:  # of the template, which may refuse such a conversation
-            return False
+            text = self._apply(around, {**arguments, "add_generation_prompt": False})
+        except Exception:  # of the template
+            return None
+        return _PROBE in text and not any(written in text for written in _AS_IT_IS)
 
     def _apply(self, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> str:
         text: str = self._tokenizer.apply_chat_template(messages, **{**arguments, "tokenize": False})

@@ -17,6 +17,7 @@ from torch import nn
 
 from asyncengine.errors import InsufficientMemoryError, ReloadError
 from asyncengine.generation import SamplingParams
+from asyncengine.images import ImageFailure
 from asyncengine.model import memory, token_draw, token_logprobs, verified_draw
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of, places_of
 from asyncengine.model.capturing import Capturing
@@ -33,6 +34,7 @@ from asyncengine.model.recurrent.states import States
 from asyncengine.model.sampler import Drawn, Sampler
 from asyncengine.model.skeleton import Skeleton
 from asyncengine.model.step_inputs import StepInputs
+from asyncengine.model.text_names import name_in
 from asyncengine.model.token_draw import DrawSettings
 from asyncengine.model.token_ranking import argmax
 from asyncengine.model.vision.encoder import ImageEncoder
@@ -322,6 +324,8 @@ class TorchModel:
         Then it answers every call with that error. Running out of memory is not one, nor is what another thread's
         capture of a graph makes impossible; while that goes on, nobody may wait for the device and see.
         """
+        if isinstance(error, ImageFailure) and error.__cause__ is not None:
+            error = error.__cause__
         if self._device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
             return False
         if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) in _PASSING:
@@ -392,7 +396,7 @@ class TorchModel:
         known.update(self._model.named_buffers(remove_duplicate=False))
         taken_for = new_values.taken_for(self._model)
         for name, value in weights.items():
-            target = known.get(name)
+            target = known.get(name_in(name, known))
             if target is None:
                 raise ReloadError(f"weight {name!r} is not in the model")
             if not isinstance(value, torch.Tensor):
@@ -408,7 +412,7 @@ class TorchModel:
         with torch.inference_mode():
             try:
                 for name, value in weights.items():
-                    target = known[name]
+                    target = known[name_in(name, known)]
                     for writer in writers.get(id(target)) or [in_place(target)]:
                         restores.append(writer.keep())
                         writer.write(value)

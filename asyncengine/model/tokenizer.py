@@ -165,6 +165,7 @@ def load_tokenizer(path: Path, present: Tokenizer | None = None) -> Tokenizer | 
         return present
     place = kept_tokenizer.place_of(path, sources)
     if (kept := kept_tokenizer.recall(place)) is not None:
+        kept.chat_template = kept.chat_template or template_of_processor(path)
         return FastTokenizer(kept, sources)
     try:
         from transformers import AutoTokenizer

@@ -224,13 +224,12 @@ class Trial:
         around: Callable[[Any], Any] | None = None,
         in_parts: bool = True,
     ) -> float:
-        """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut. With
-        recurrent layers, of the first piece or of all others, whichever is larger.
+        """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut: of the
+        first piece or of all others, whichever is larger.
 
         Each layer's attention is called through what `around` makes of it.
         """
         length = self._ids.shape[1]
-        recurrent = self.layers.recurrent
         dtypes = self._dtype, kv_dtype or self._dtype
         with stepping(model, self.layers, backend, program, dtypes, self._device, length, 2, around) as runner:
             if fused is not None:
@@ -245,9 +244,9 @@ class Trial:
         if states is not None:
             self.layers = self.layers.alone(states.alone)
         expected, first = self._expected[:rows, : cuts[-1]], cuts[1]
-        if not recurrent or first == cuts[-1] or not in_parts:
+        if first == cuts[-1] or not in_parts:
             return relative(found, expected)
-        # What goes on from a state is judged by itself.
+        # What goes on from a cache or a state is judged by itself: a model that keeps none would pass by the others.
         errors = [relative(found[:, some], expected[:, some]) for some in (slice(first), slice(first, None))]
         return max(errors)
 

@@ -22,6 +22,7 @@ from asyncengine.errors import (
     StepError,
 )
 from asyncengine.events import BranchEnded, RequestEnded
+from asyncengine.images import ImageFailure
 from asyncengine.instructions import AddRequests, ExtendPrompt, Mailbox, NewRequest, ReplyTo
 from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Usage
@@ -363,11 +364,15 @@ class RequestTable:
             self.end_branches(request, FinishReason.ERROR, error)
 
     def fail(self, plan: Plan, cause: Exception) -> None:
-        """Ends the requests that took part in a failed step; the others are computed again."""
+        """Ends the requests that took part in a failed step, or those with the image for which it could not begin; the
+        others are computed again.
+        """
         assert self.scheduler is not None
         batch = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
         batch = [sequence for sequence in batch if sequence.resident]  # one that has ended may have a row yet
         for request in {sequence.request.new.number: sequence.request for sequence in batch}.values():
+            if isinstance(cause, ImageFailure) and not request.has_image(cause.digest):
+                continue
             error = StepError(f"request {request.new.request_id}: the step failed: {cause}")
             error.__cause__ = cause
             # What the failed step was writing must not reach the prefix cache, nor anyone who shares blocks.
@@ -491,8 +496,14 @@ class RequestTable:
             )
         if new.pooling is not None and not self._embeds:
             return InvalidRequestError(f"request {new.request_id}: the new model gives out no hidden states to embed")
-        if new.images is not None and new.images.reader != self._image_reader:
-            return InvalidRequestError(f"request {new.request_id}: the new model does not take its images")
+        if new.images is not None:
+            if new.images.reader != self._image_reader:
+                return InvalidRequestError(f"request {new.request_id}: the new model does not take its images")
+            if new.images.whole and new.images.longest > (chunk := self.scheduler.limits.prefill_chunk_size):
+                return InvalidRequestError(
+                    f"request {new.request_id}: an image of {new.images.longest} tokens must be computed in one step; "
+                    f"prefill_chunk_size of the new model allows {chunk}"
+                )
         if new.adapter is not None and self.adapters.get(new.adapter) is None:
             reason = unknown_adapter(new.adapter, self.adapters.names)
             return InvalidRequestError(f"request {new.request_id}: the new model does not have its adapter: {reason}")

@@ -87,6 +87,10 @@ class Request:
         new = self.new
         return new.params.follows_tokens or self.unscored or new.pooling is not None or new.images is not None
 
+    def has_image(self, digest: bytes) -> bool:
+        """Whether its prompt has an image."""
+        return self.new.images is not None and any(image.digest == digest for image in self.new.images.images)
+
     @property
     def unscored(self) -> bool:
         """Whether positions of the prompt are to be looked at that were not yet."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError
+from asyncengine.loop.prepare import _READERS
 from asyncengine.testing import ByteTokenizer, ScriptedImageReader, ScriptedLoader, pieces_of
 
 LONG = b"a longer file"  # seven pieces
@@ -76,7 +77,7 @@ async def test_a_prompt_with_marks() -> None:
         found = await serving.generate(ImagePrompt("a\0b\0", [b"x", LONG]))
         assert list(found.token_ids)[:-1] == script([97, *pieces_of(b"x"), 98, *pieces_of(LONG)], 0)
         for prompt, message in (
-            (ImagePrompt("a\0", []), "more marks of images than images, 0"),
+            (ImagePrompt("a\0\0", [b"x"]), "more marks of images than images, 1"),
             (ImagePrompt("a", [b"x"]), "has 0 marks of images; expected 1"),
             (ImagePrompt("\0" * 80, [LONG] * 80), "come to 560 tokens; allowed: 99"),
         ):
@@ -124,11 +125,27 @@ async def test_few_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             reading -= 1
         return read(*arguments)
 
-    together = threading.Barrier(4)
+    together = threading.Barrier(_READERS)
     monkeypatch.setattr(ScriptedImageReader, "read", watched)
     async with engine(looking()) as serving:
         await asyncio.gather(*(serving.chat(asking(b"x"), GenerationConfig(max_tokens=1)) for _ in range(8)))
-    assert most == 4
+    assert most == _READERS
+
+
+async def test_one_that_must_be_seen_at_once_and_no_longer_can() -> None:
+    loader = looking(fits_beside=False, whole_images=True)
+    loader.script = lambda prompt, branch: script(prompt, branch)[:1] * 3000
+    async with engine(loader) as serving:
+        loader.model.hold()
+        stream = await serving.add_request(ImagePrompt("what is \0", [LONG]))
+        await asyncio.to_thread(loader.model.wait_until_held)
+        reloading = asyncio.ensure_future(
+            serving.reload(EngineConfig("other", prefill_chunk_size=6), in_flight="carry")
+        )
+        loader.model.release()
+        await reloading
+        with pytest.raises(InvalidRequestError, match=r"an image of 7 tokens .* of the new model allows 6"):
+            await stream
 
 
 async def test_who_takes_none_says_why() -> None:

@@ -21,6 +21,7 @@ import torch
 
 from asyncengine.errors import AdapterError
 from asyncengine.model.location import ADAPTER_CONFIG, locate_adapter
+from asyncengine.model.text_names import name_in
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 
@@ -209,7 +210,8 @@ def _adapter(
 ) -> Lora:
     adapter = {}
     for module, (down, up) in _factors(what, tensors).items():
-        shape = layers.get(module)
+        name = name_in(module, layers)
+        shape = layers.get(name)
         if shape is None:
             near = difflib.get_close_matches(module, layers, n=1, cutoff=0.8)
             hint = f"; did you mean {near[0]!r}?" if near else f"; such as {next(iter(layers))!r}" if layers else ""
@@ -222,7 +224,7 @@ def _adapter(
         down, up = (factor.to("cpu", dtype, copy=True) for factor in (down, up))
         if not bool(torch.isfinite(down).all() and torch.isfinite(up).all()):
             raise AdapterError(f"{what}: {module} has numbers that {str(dtype).removeprefix('torch.')} cannot hold")
-        adapter[module] = LowRank(down, up, scaling)
+        adapter[name] = LowRank(down, up, scaling)
     return adapter
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from asyncengine.images import Image
+from asyncengine.images import Image, ImageFailure
 from asyncengine.model.decoder.program import CompiledDecoder, Seen
 from asyncengine.model.decoder.rotation import rotated
 from asyncengine.model.widened import WidenedLinears, is_faster
@@ -44,6 +44,10 @@ class Features:
         return self.rows.nbytes + sum(each.nbytes for several in self.beside.values() for each in several)
 
 
+class _Seen(Exception):
+    """Ends a forward that has shown what was looked for."""
+
+
 class ImageEncoder:
     """A model's encoder of images, and what it has made of the last ones.
 
@@ -51,7 +55,7 @@ class ImageEncoder:
         model: The model.
         token_id: What stands for a piece of an image in a prompt.
         device: Where it is.
-        budget: Bytes of embeddings that are kept for steps to come; those of one image are always.
+        budget: Tokens of images whose embeddings are kept for steps to come; those of one image are always.
 
     Attributes:
         encoded: How many images were encoded.
@@ -64,7 +68,8 @@ class ImageEncoder:
         self._device = device
         self._budget = budget
         self._kept: OrderedDict[bytes, Features] = OrderedDict()
-        self._bytes = 0
+        self._tokens = 0
+        self._row: torch.Tensor | None = None
         body = model.base_model
         self._encoding = body.get_image_features if hasattr(body, "get_image_features") else model.get_image_features
         self._wanted = inspect.signature(self._encoding).parameters
@@ -72,7 +77,8 @@ class ImageEncoder:
     def clear(self) -> None:
         """Forgets what was encoded."""
         self._kept.clear()
-        self._bytes = 0
+        self._tokens = 0
+        self._row = None
 
     def arguments(self, batch: StepBatch) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """What a model's forward takes of a step's images.
@@ -80,12 +86,11 @@ class ImageEncoder:
         Returns:
             (axes, 1, tokens) where tokens are rotated to, if that is not by their positions; and further arguments.
         """
-        # The model looks for the id, so whatever has it gets a row; text that happens to, that of its own embedding.
+        # The model looks for the id, so whatever has it gets a row; text that happens to, its row without images.
         order = np.flatnonzero(batch.token_ids == self._token_id)
         parts = [(self.features(part.image), part) for part in batch.images]
         first = parts[0][0]
-        token = torch.tensor([self._token_id], device=self._device)
-        rows = self._model.get_input_embeddings()(token).to(first.rows.dtype).repeat(len(order), 1)
+        rows = self._row_of_text().to(first.rows.dtype).repeat(len(order), 1)
         beside = {
             name: [each.new_zeros(len(order), each.shape[1]) for each in several]
             for name, several in first.beside.items()
@@ -126,11 +131,34 @@ class ImageEncoder:
         if found is not None:
             self._kept.move_to_end(image.digest)
             return found
-        found = self._kept[image.digest] = self._encode(image)
-        self._bytes += found.nbytes
-        while self._bytes > self._budget and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        try:
+            found = self._kept[image.digest] = self._encode(image)
+        except Exception as error:
+            raise ImageFailure(image.digest, error) from error
+        self._tokens += len(found.rows)
+        while self._tokens > self._budget and len(self._kept) > 1:
+            self._tokens -= len(self._kept.popitem(last=False)[1].rows)
         return found
+
+    def _row_of_text(self) -> torch.Tensor:
+        """(1, hidden) what the model makes of a token with the id of images where there are none, once."""
+        if self._row is None:
+            token = torch.tensor([[self._token_id]], device=self._device)
+
+            def look(module: Any, arguments: Any, keywords: Any) -> None:
+                self._row = keywords.get("inputs_embeds")
+                raise _Seen
+
+            handle = self._model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+            try:
+                self._model(input_ids=token, position_ids=torch.zeros_like(token), use_cache=False)
+            except _Seen:
+                pass
+            finally:
+                handle.remove()
+            found = self._model.get_input_embeddings()(token) if self._row is None else self._row
+            self._row = found[0]
+        return self._row
 
     def _encode(self, image: Image) -> Features:
         given = {name: self._sent(value) for name, value in image.inputs.items() if name in self._wanted}
@@ -157,6 +185,8 @@ class ImageEncoder:
         return Features(rows, beside, type(output), None if in_list else pooled.dim())
 
     def _sent(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self._sent(each) for each in value]
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(self._device, self._model.dtype if value.is_floating_point() else value.dtype)

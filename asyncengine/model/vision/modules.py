@@ -12,7 +12,7 @@ def seeing(model: Any) -> set[nn.Module]:
 
     No weight of theirs is rounded or packed: a step has few images, and they are computed as transformers does.
     """
-    if not hasattr(model, "get_decoder"):
+    if getattr(model.config, "vision_config", None) is None or not hasattr(model, "get_decoder"):
         return set()
     own = {*model.get_decoder().modules()}
     if (head := model.get_output_embeddings()) is not None:

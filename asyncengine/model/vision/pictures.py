@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import warnings
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ from asyncengine.images import ImageSource
 
 MOST_PIXELS = 1 << 26
 """Of one image, before any is decoded."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Of files. Pillow knows others that start programs, or that nobody has looked at for long."""
 
 _EXPECTED = "expected a PIL image, a (height, width, 3) array of uint8, bytes of a file, a pathlib.Path or a data: URL"
+_LOADING = threading.Lock()
+"""A picture that was opened and not read yet may be given to several requests."""
 
 
 def picture_of(source: ImageSource) -> Any:
@@ -35,17 +39,30 @@ def picture_of(source: ImageSource) -> Any:
         _check_size(source.shape[1], source.shape[0])
         return Image.fromarray(source).convert("RGB")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit of our own
-            picture = source if isinstance(source, Image.Image) else Image.open(_opened(source))
+        if isinstance(source, Image.Image):
+            _check_size(*source.size)
+            with _LOADING:
+                source.load()
+            return _in_rgb(ImageOps.exif_transpose(source))
+        with Image.open(_opened(source), formats=FORMATS) as picture:
             _check_size(*picture.size)
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return _in_rgb(ImageOps.exif_transpose(picture))
     except InvalidRequestError:
         raise
     except UnidentifiedImageError as error:
-        raise InvalidRequestError("an image is in no format that is known, or damaged") from error
+        raise InvalidRequestError(f"an image is damaged or none of {', '.join(FORMATS)}") from error
     except Exception as error:  # each decoder has errors of its own
         raise InvalidRequestError(f"an image cannot be read: {error}") from error
+
+
+def _in_rgb(picture: Any) -> Any:
+    from PIL import Image
+
+    if picture.mode.startswith("I;16"):  # Pillow would cut it off at 255
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise InvalidRequestError(f"an image has numbers of mode {picture.mode!r}, of which nobody knows what is white")
+    return picture.convert("RGB")
 
 
 def _opened(source: ImageSource) -> Any:

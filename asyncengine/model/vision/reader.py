@@ -13,9 +13,11 @@ import torch
 
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
 from asyncengine.images import Image, ImageSource, PromptImages, ReadPrompt, Write
-from asyncengine.model.vision.pictures import picture_of
+from asyncengine.model.vision.pictures import MOST_PIXELS, picture_of
 from asyncengine.step.batch import Int32, Int64
 
+_PLACE = -1
+"""In the place of a token that stands for a piece of an image, while a prompt is written."""
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
 
 
@@ -59,7 +61,7 @@ class ProcessedImageReader:
         groups = [range(len(images))] if self._together and images else [range(at, at + 1) for at in range(len(images))]
         for group in groups:
             prepared.append(self._prepared(images, group))
-            counts.append(sum(len(self._places(encode(text))) for text in prepared[-1].texts))
+            counts.append(sum(encode(text).count(self._token_id) for text in prepared[-1].texts))
             if sum(counts) > most_tokens:  # before the next one is decoded
                 raise ContextLengthExceededError(
                     f"the prompt's first {group.stop} images come to {sum(counts)} tokens; allowed: {most_tokens}"
@@ -75,18 +77,21 @@ class ProcessedImageReader:
                         f"the prompt has more marks of images ({self.mark!r}) than images, {len(images)}"
                     )
                 pieces += [left.pop(0), piece]
-            return encode("".join(pieces))
+            ids = encode("".join(pieces))
+            # Marked, since others may write tokens of the same id, which stand for nothing.
+            return [_PLACE if token_id == self._token_id else token_id for token_id in ids] if others else ids
 
-        ids = write(expanded)
+        marked = np.array(write(expanded))
         if left:
             raise InvalidRequestError(
                 f"the prompt has {len(images) - len(left)} marks of images ({self.mark!r}); expected {len(images)}"
             )
-        places = self._places(ids)
+        places = np.flatnonzero(marked == _PLACE)
         if len(places) != sum(counts) or not all(counts):
             raise InvalidRequestError(
                 f"the prompt has {len(places)} tokens that stand for images; its images come to {sum(counts)}"
             )
+        ids: list[int] = np.where(marked == _PLACE, self._token_id, marked).tolist()
         found = tuple(
             Image(_digest(each.inputs), each.inputs, own)
             for each, own in zip(prepared, np.split(places, np.cumsum(counts)[:-1]), strict=True)
@@ -95,9 +100,6 @@ class ProcessedImageReader:
         shift = 0 if axes is None else int(axes.max()) + 1 - len(ids)
         return ReadPrompt(ids, PromptImages(found, self._token_id, self.key, axes, shift, self.whole))
 
-    def _places(self, ids: list[int]) -> Int64:
-        return np.flatnonzero(np.array(ids) == self._token_id)
-
     def _prepared(self, images: Sequence[ImageSource], group: range) -> _Prepared:
         pictures = []
         for index in group:
@@ -105,6 +107,11 @@ class ProcessedImageReader:
                 pictures.append(picture_of(images[index]))
             except InvalidRequestError as error:
                 raise InvalidRequestError(f"images[{index}]: {error}") from error
+            if sum(picture.width * picture.height for picture in pictures) > MOST_PIXELS:
+                raise InvalidRequestError(
+                    f"images[{index}]: up to it they have more than {MOST_PIXELS} pixels, and this model must have all "
+                    "of a prompt's images prepared at once"
+                )
         try:
             made = self._processor(
                 text=[self.mark * len(pictures)],
@@ -149,7 +156,12 @@ class Axes:
         for name in self._wanted:
             if isinstance(inputs[0].get(name), torch.Tensor):
                 given[name] = torch.cat([each[name] for each in inputs])
-        found, _ = self._bare.get_rope_index(**given)
+        try:
+            found, _ = self._bare.get_rope_index(**given)
+        except Exception as error:
+            raise InvalidRequestError(
+                f"the model finds no positions for the prompt's images, which may stand beside each other: {error}"
+            ) from error
         axes: Int32 = found[:, 0].numpy().astype(np.int32)
         return axes
 
@@ -157,11 +169,23 @@ class Axes:
 def _digest(inputs: Mapping[str, Any]) -> bytes:
     found = hashlib.sha256()
     for name in sorted(inputs):
-        value = inputs[name]
-        found.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            found.update(f"{tuple(value.shape)} {value.dtype}".encode())
-            found.update(value.contiguous().view(torch.uint8).numpy().data if value.numel() else b"")
-        else:
-            found.update(repr(value).encode())
+        found.update(f"{name}\0".encode())
+        _add(found, inputs[name])
     return found.digest()
+
+
+def _add(found: Any, value: Any) -> None:
+    """Adds all of a value to a digest."""
+    if isinstance(value, (list, tuple)):
+        found.update(f"{len(value)} of ".encode())
+        for each in value:
+            _add(found, each)
+    elif isinstance(value, (torch.Tensor, np.ndarray)):
+        tensor = torch.as_tensor(value).contiguous()
+        found.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
+        if tensor.numel():
+            found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        found.update(f"{value!r} ".encode())
+    else:
+        raise TypeError(f"the model's processor gives out a {type(value).__name__}, for which there is no place here")

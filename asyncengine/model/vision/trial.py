@@ -19,7 +19,6 @@ from asyncengine.config import Quantization
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.images import Image, ImagePart, ReadPrompt
 from asyncengine.model import architecture, verification
-from asyncengine.model.attention_modules import text_config
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.vision.encoder import ImageEncoder
 from asyncengine.model.vision.patches import multiply_patches
@@ -130,11 +129,7 @@ class ImageTrial:
     def encoder(self, model: Any) -> ImageEncoder:
         """The encoder of a model."""
         multiply_patches(model)
-        return ImageEncoder(model, self._images.token_id, self._device, self.budget(model))
-
-    def budget(self, model: Any) -> int:
-        """Bytes of embeddings that a model's encoder keeps."""
-        return BUDGET_TOKENS * int(text_config(model.config).hidden_size) * int(model.dtype.itemsize)
+        return ImageEncoder(model, self._images.token_id, self._device, BUDGET_TOKENS)
 
     def large(self) -> Image:
         """An image for whose computation a device must have room; what is larger may be too large for it."""

@@ -16,8 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError, RequestOptions
+from asyncengine import (
+    AsyncEngine,
+    EngineConfig,
+    GenerationConfig,
+    ImagePrompt,
+    InvalidRequestError,
+    RequestOptions,
+    StepError,
+)
 from asyncengine.errors import UnsupportedModelError
+from asyncengine.model.vision.encoder import ImageEncoder
+from asyncengine.model.vision.pictures import picture_of
 from asyncengine.model.vision.processor import processor
 from tests.model.vision.checkpoints import VISION, inputs, load, picture, reference
 
@@ -168,12 +178,13 @@ async def test_branches_and_scores_of_a_prompt(sighted: Callable[..., Path]) -> 
         assert [list(branch.token_ids) for branch in result.outputs] == [told(path, messages)] * 2
 
 
-async def test_text_that_has_the_token_of_images_stays_text(sighted: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("architecture", ["llava", "qwen3_vl", "gemma4"])
+async def test_text_that_has_the_token_of_images_stays_text(architecture: str, sighted: Callable[..., Path]) -> None:
     """Beside an image in the same step, a token that happens to be what stands for one is what it is."""
-    path = sighted("llava")
+    path = sighted(architecture)
     token = load(path).config.image_token_id
     ids = [80, token, 81, token, token, 82]
-    for backend in ("compiled", "transformers"):
+    for backend in ("auto", "transformers"):
         async with engine(
             path, decoder_backend=backend, prefill_chunk_size=100, prefix_cache_mode="disable"
         ) as serving:
@@ -224,7 +235,6 @@ async def test_forms_of_one_image(sighted: Callable[..., Path], tmp_path: Path) 
         {"type": "image", "image": FIRST},
         {"type": "image", "image": png},
         {"type": "image", "image": tmp_path / "image.png"},
-        {"type": "image", "path": str(tmp_path / "image.png")},
         {"type": "image", "image": np.asarray(FIRST)},
         {"type": "image", "base64": base64.b64encode(png).decode()},
         {"type": "image", "url": url},
@@ -243,7 +253,9 @@ async def test_forms_of_one_image(sighted: Callable[..., Path], tmp_path: Path) 
 async def test_wrong_images(sighted: Callable[..., Path]) -> None:
     png = file_of(FIRST)
     wrong: dict[str, Any] = {
-        "in no format that is known": b"not an image",
+        "damaged or none of PNG, JPEG": b"not an image",
+        "damaged or none of": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+        "nobody knows what is white": Image.new("F", (8, 8)),
         "cannot be read": png[: len(png) // 2],
         "is not base64": "data:image/png;base64,!!!",
         "nothing is fetched": "https://example.com/a.png",
@@ -272,8 +284,11 @@ async def test_wrong_images(sighted: Callable[..., Path]) -> None:
             await serving.generate(ImagePrompt("nothing", [FIRST]))
         with pytest.raises(InvalidRequestError, match=r"first 17 images come to .* tokens; allowed: 399"):
             await serving.chat(asking(*[FIRST] * 20))
-        with pytest.raises(InvalidRequestError, match="images is"):
-            ImagePrompt("x", "y")
+        for given in ("y", [], None):
+            with pytest.raises(InvalidRequestError, match="images is"):
+                ImagePrompt("x", given)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequestError, match="may stand beside each other"):
+            await serving.generate(ImagePrompt("<|image_pad|><|image_pad|>", [FIRST, SECOND]))
         assert len((await serving.chat(asking(FIRST), greedy(3))).token_ids) == 3
 
 
@@ -307,6 +322,82 @@ async def test_they_are_seen_by_requests_with_adapters(sighted: Callable[..., Pa
             with_one = serving.chat(messages, greedy(), RequestOptions(adapter="a"))
             results = await asyncio.gather(with_one, serving.chat(messages, greedy()))
             assert [list(result.token_ids) for result in results] == [told(merged, messages), told(path, messages)]
+
+
+async def test_one_that_cannot_be_encoded_ends_its_own_requests(
+    sighted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = sighted("qwen3_vl")
+    text, other = asking("some text"), asking("and ", SECOND)
+    encode = ImageEncoder._encode
+
+    def failing(self: ImageEncoder, image: Any) -> Any:
+        if len(image.places) == 24:  # which FIRST has, and SECOND has not
+            raise torch.OutOfMemoryError("no memory for so large an image")
+        return encode(self, image)
+
+    for backend in ("compiled", "transformers"):
+        async with engine(path, images=True, decoder_backend=backend, max_num_sequence=8) as serving:
+            with monkeypatch.context() as patch:
+                patch.setattr(ImageEncoder, "_encode", failing)
+                seen = [serving.chat(each, greedy()) for each in (text, asking("what is ", FIRST), other)]
+                found = await asyncio.gather(*seen, return_exceptions=True)
+            assert isinstance(found[1], StepError)
+            assert "an image cannot be encoded: no memory for so large an image" in str(found[1])
+            assert [list(found[at].token_ids) for at in (0, 2)] == [told(path, text), told(path, other)]  # type: ignore[union-attr]
+            assert await answers(serving, asking("what is ", FIRST)) == [told(path, asking("what is ", FIRST))]
+
+
+async def test_a_turn_whose_tokens_have_that_of_images(sighted: Callable[..., Path]) -> None:
+    """A model may write the token that stands for images, and is told what it wrote."""
+    path = sighted("qwen3_vl")
+    token = load(path).config.image_token_id
+    said = {"role": "assistant", "content": [{"type": "text", "text": "?"}], "token_ids": [70, token, 71]}
+    async with engine(path, images=True) as serving:
+        ids = await serving.tokenize_chat([*asking("see ", FIRST), said, *asking(SECOND)])
+        assert ids.count(token) == 24 + 15 + 1
+        assert len((await serving.chat([*asking("see ", FIRST), said, *asking(SECOND)], greedy(3))).token_ids) == 3
+
+
+async def test_one_picture_in_many_requests(sighted: Callable[..., Path], tmp_path: Path) -> None:
+    """It is opened, and read by whoever comes first."""
+    path = sighted("internvl")
+    picture(5, 700, 500).save(tmp_path / "large.png")
+    opened = Image.open(tmp_path / "large.png")
+    messages = asking("what is ", opened)
+    async with engine(path, images=True, max_num_sequence=16, max_total_sequence_length=4000) as serving:
+        found = await asyncio.gather(*(serving.chat(messages, greedy(3)) for _ in range(16)))
+    assert {tuple(result.token_ids) for result in found} == {
+        tuple(told(path, asking("what is ", picture(5, 700, 500)), 3))
+    }
+
+
+def test_sixteen_bits_are_made_eight() -> None:
+    ramp = np.arange(256, dtype=np.uint16).repeat(256).reshape(256, 256) * 257
+    file = file_of(Image.fromarray(ramp))
+    assert np.array_equal(np.asarray(picture_of(file))[:, 0, 0], np.arange(256))
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_5", "llava"])
+async def test_names_of_the_text_alone_are_known(
+    architecture: str, sighted: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Adapters and weights of a model that was trained without its encoder have other names."""
+    path = sighted(architecture)
+    names = [name for name, module in load(path).named_modules() if name.endswith("mlp.up_proj")]
+    outputs, inputs_ = load(path).get_submodule(names[0]).weight.shape
+    alone = names[0].replace("model.language_model.", "model.")
+    assert alone != names[0]
+    factors = {"lora_A": torch.randn(4, inputs_), "lora_B": torch.randn(outputs, 4)}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    async with engine(path, images=True) as serving:
+        before = await answers(serving, asking(FIRST))
+        tensors = {f"base_model.model.{alone}.{factor}.weight": value for factor, value in factors.items()}
+        await serving.load_adapter("a", tensors, config)
+        adapted = await serving.chat(asking(FIRST), greedy(), RequestOptions(adapter="a"))
+        assert [list(adapted.token_ids)] != before
+        await serving.update_weights({f"{alone}.weight": load(path).get_submodule(names[0]).weight * 3})
+        assert await answers(serving, asking(FIRST)) != before
 
 
 async def test_narrow_weights_and_short_numbers(sighted: Callable[..., Path]) -> None:
