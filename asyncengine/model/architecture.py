@@ -80,8 +80,8 @@ def model_class(config: Any, images: bool = False) -> tuple[Any, Any]:
 def no_images(config: Any) -> str:
     """Why transformers' class for a configuration takes no images that were encoded before; empty if it does."""
     kind, _ = model_class(config, images=True)
-    if not hasattr(kind, "get_image_features") or getattr(config, "image_token_id", None) is None:
-        return f"{kind.__name__} has no encoder that could be called by itself"
+    if getattr(config, "image_token_id", None) is None:
+        return f"{kind.__name__} has no token that stands for images"
     if "mm_encoder_outputs" not in inspect.signature(kind.forward).parameters:
         return f"{kind.__name__} takes none that are encoded in transformers {transformers.__version__}"
     return ""

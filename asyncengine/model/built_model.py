@@ -88,10 +88,10 @@ def build(
     backend = attention()
     image_trial, no_images = _image_trial(details, model, layers, backend)
 
-    def seeing(layers: Recorded) -> Recorded:
+    def as_seen(layers: Recorded) -> Recorded:
         return layers if image_trial is None else image_trial.layers_of(layers)
 
-    layers = trial.layers = seeing(layers)
+    layers = trial.layers = as_seen(layers)
     if config.quantization == "int4" and details.device.type == "cuda":
         how, trial = _in_four_bits(model, trial, details)
         notes.append(how)
@@ -119,7 +119,7 @@ def build(
         program = None
         if isinstance(error, UnsupportedModelError):  # it has taken the weights
             model, _ = _with_weights(details)
-            layers = trial.layers = seeing(architecture.layers_of(model, details.watched))
+            layers = trial.layers = as_seen(architecture.layers_of(model, details.watched))
     fused = None
     if program is None:
         if compiled_parts.multiplies(config, backend):
@@ -131,7 +131,7 @@ def build(
             if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
                 packed_linear.pack(model)
             notes.extend(_tried(config, model, trial, backend))
-        layers = trial.layers = seeing(trial.layers)  # by now it is known which of the recurrent ones continue
+        layers = trial.layers = as_seen(trial.layers)  # by now it is known which of the recurrent ones continue
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
         if details.device.type == "cuda" and (packages := missing(layers.recurrent)):

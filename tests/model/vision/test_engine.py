@@ -34,7 +34,6 @@ from tests.model.vision.checkpoints import VISION, inputs, load, picture, refere
 pytestmark = pytest.mark.loops("either")
 
 REFUSED = {
-    "deepseek_vl": "has no encoder that could be called by itself",
     "ernie4_5_vl_moe": "something else than in transformers",
     "granite4_vision": "gives out no embeddings",
     "idefics2": "text_replacement_offsets",
