@@ -144,7 +144,8 @@ class Trial:
             UnsupportedModelError: They differ by more than rounding.
         """
         narrow = fp8_weights or kv_dtype not in (None, self._dtype)
-        error = self._error(2, self._cuts, model, backend, program, kv_dtype, in_parts=not narrow)
+        rounded = program is not None and program.rounded_to != "none"
+        error = self._error(2, self._cuts, model, backend, program, kv_dtype, in_parts=not (narrow or rounded))
         tolerance = tolerance_of(self._dtype, program, "none", narrow)
         self._judge(error, tolerance, "fp8" if fp8_weights else kv_dtype or self._dtype)
         return error

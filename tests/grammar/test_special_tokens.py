@@ -110,7 +110,7 @@ def test_no_text_matches_a_special_token(backend: GrammarBackend, wanted: Any) -
     matcher = backend.compile(wanted).matcher()
     for character in ('"', "y", " "):
         assert not SPECIAL & allowed(matcher) - {END}
-        token_id = tokenizer()._encode_piece(character)[0]
+        token_id = tokenizer().encode_piece(character)[0]
         if token_id in allowed(matcher):
             matcher.accept(token_id)
 
@@ -137,7 +137,7 @@ def test_the_text_of_another_added_token_is_its_text(backend: GrammarBackend, wa
 
 def test_another_added_token_begins_and_ends_a_tag(backend: GrammarBackend) -> None:
     matcher = backend.compile(StructuralTags([StructuralTag("<call>", {"const": 1}, "</call>")])).matcher()
-    text = [*tokenizer()._encode_piece("so "), CALL, *tokenizer()._encode_piece("1"), CALLED]
+    text = [*tokenizer().encode_piece("so "), CALL, *tokenizer().encode_piece("1"), CALLED]
     for token_id in text:
         assert token_id in allowed(matcher)
         matcher.accept(token_id)

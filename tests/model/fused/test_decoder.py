@@ -24,7 +24,7 @@ from asyncengine.model.quantised.four_bit_experts import use_kernels
 from asyncengine.model.quantised.four_bit_linear import round_layers
 from asyncengine.model.quantised.four_bits import FourBits
 from asyncengine.model.runner import TorchModel
-from asyncengine.model.verification import Trial, _piece
+from asyncengine.model.verification import Trial, piece
 from asyncengine.step.limits import Limits
 from tests.model.fused.interpreted import DEVICE, large_tiles, require_triton
 from tests.model.live_bytes import LiveBytes
@@ -63,8 +63,8 @@ class Case:
     def error(self) -> float:
         """The largest of 9 tokens: a step of 8, and one of a single token."""
         ids, expected = self.trial._ids[:, :5], self.trial._expected[:, :5]
-        together = self.runner.logits(_piece(ids, 0, 4)).reshape(2, 4, -1)
-        alone = self.runner.logits(_piece(ids[:1], 4, 5))
+        together = self.runner.logits(piece(ids, 0, 4)).reshape(2, 4, -1)
+        alone = self.runner.logits(piece(ids[:1], 4, 5))
         found, wanted = (
             torch.cat((together.flatten(0, 1), alone)),
             torch.cat((expected[:, :4].flatten(0, 1), expected[0, 4:])),
@@ -74,7 +74,7 @@ class Case:
     @torch.inference_mode()
     def error_of_many(self) -> float:
         """The largest of the 24 tokens of a step."""
-        found, wanted = self.runner.logits(_piece(self.trial._ids, 0, 12)), self.trial._expected.flatten(0, 1)
+        found, wanted = self.runner.logits(piece(self.trial._ids, 0, 12)), self.trial._expected.flatten(0, 1)
         return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
 
 
@@ -139,7 +139,7 @@ def test_token_counts_that_are_not_for_it_are_left_to_transformers(checkpoint: C
 
 def test_no_samples_make_no_logits(checkpoint: Checkpoint) -> None:
     case = Case(checkpoint("llama", num_hidden_layers=1))
-    batch = _piece(case.trial._ids[:1], 0, 1)
+    batch = piece(case.trial._ids[:1], 0, 1)
     ids, positions = (torch.tensor([[0]], device=DEVICE) for _ in range(2))
     with torch.inference_mode():
         case.runner.begin(batch)

@@ -134,7 +134,9 @@ async def test_an_engine_serves_codes_of_four_bits(
             found[str(settings)] = await scored(engine, prompt)
     codes, rounded, exact = found.values()
     # Head and embedding have eight bits, as have gpt-oss's projections: what that costs is little more than bfloat16.
-    assert (codes - exact).norm() < 2 * (rounded - exact).norm() + 0.002 * exact.norm()
+    # The largest is left out: a router may send a token elsewhere.
+    off, of_rounding = ((each - exact).abs().sort().values[:-1].norm() for each in (codes, rounded))
+    assert off < 2 * of_rounding + 0.002 * exact.norm()
 
 
 async def scored(engine: AsyncEngine, prompt: list[int]) -> torch.Tensor:
