@@ -24,7 +24,7 @@ from asyncengine import (
 from asyncengine.testing import MODEL, ByteTokenizer, ScriptedLoader, scripted_engine
 
 SHOUT = RequestOptions(adapter="shout")
-LONG = "a long answer that goes on and on"
+LONG = "a long answer that goes on and on " * 8
 
 
 def loader_of(**changes: Any) -> ScriptedLoader:
@@ -190,6 +190,7 @@ async def test_an_adapter_that_was_read_for_a_model_that_went_is_read_again() ->
 @pytest.mark.parametrize("has_it", [True, False])
 async def test_a_request_is_carried_over_a_reload_if_the_new_model_has_its_adapter(has_it: bool) -> None:
     loader = loader_of()
+    loader.fits_beside = False  # or else the request might end before the new model is there
     async with shouting(loader) as engine:
         loader.model.hold()
         stream = await engine.add_request("?", options=SHOUT)

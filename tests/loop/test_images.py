@@ -96,7 +96,7 @@ async def test_an_image_that_must_be_seen_at_once_and_cannot() -> None:
 @pytest.mark.parametrize("images", [True, False])
 async def test_another_model_carries_them_on_if_it_reads_them_alike(images: bool) -> None:
     loader = looking(fits_beside=False)
-    loader.script = lambda prompt, branch: script(prompt, branch)[:1] * 3000
+    loader.script = lambda prompt, branch: script(prompt, branch)[:1] * 1500
     async with engine(loader) as serving:
         loader.model.hold()
         stream = await serving.add_request(ImagePrompt("what is \0", [LONG]))
@@ -134,7 +134,7 @@ async def test_few_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_one_that_must_be_seen_at_once_and_no_longer_can() -> None:
     loader = looking(fits_beside=False, whole_images=True)
-    loader.script = lambda prompt, branch: script(prompt, branch)[:1] * 3000
+    loader.script = lambda prompt, branch: script(prompt, branch)[:1] * 1500
     async with engine(loader) as serving:
         loader.model.hold()
         stream = await serving.add_request(ImagePrompt("what is \0", [LONG]))

@@ -16,7 +16,10 @@ import transformers
 from asyncengine.model.vision.processor import _without_videos
 from tests.model import checkpoints as text_checkpoints
 from tests.model import letters
-from tests.model.vision.checkpoints import VISION, inputs, load, picture, processor, reference
+from tests.model.vision.checkpoints import inputs, load, picture, processor, reference
+
+SOME = ("qwen3_vl", "llava", "gemma3", "idefics2", "granite4_vision", "ovis2", "ernie4_5_vl_moe")
+"""Of each kind one, and those that the engine refuses; to the others it is compared."""
 
 CONVERSATION: list[dict[str, Any]] = [
     {
@@ -32,7 +35,7 @@ CONVERSATION: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("architecture", VISION)
+@pytest.mark.parametrize("architecture", SOME)
 def test_what_is_said_depends_on_what_is_seen(architecture: str, sighted: Callable[..., Path]) -> None:
     path = sighted(architecture)
     seen = [picture(1, 48, 32), picture(2, 40, 24)]
@@ -48,7 +51,7 @@ def test_what_is_said_depends_on_what_is_seen(architecture: str, sighted: Callab
     assert (logits - other).abs().max() > 0.1 * logits.std()
 
 
-@pytest.mark.parametrize("architecture", VISION)
+@pytest.mark.parametrize("architecture", SOME)
 def test_text_alone_needs_no_image(architecture: str, sighted: Callable[..., Path]) -> None:
     given = inputs(sighted(architecture), [{"role": "user", "content": "Hé!"}], [])
     assert "pixel_values" not in given
