@@ -171,9 +171,10 @@ def _image_trial(details: Details, model: Any, layers: Recorded, backend: Any) -
     if details.no_images:
         return None, details.no_images
     from asyncengine.model.graphs import reason_of
-    from asyncengine.model.vision.trial import ImageTrial
 
     try:
+        from asyncengine.model.vision.trial import ImageTrial
+
         trial = ImageTrial(model, layers, details.checkpoint.path, details.checkpoint.images_key, details.device)
         trial.run(model, trial.layers_of(layers), backend)
     except Exception as error:  # whatever is in a processor or an encoder
