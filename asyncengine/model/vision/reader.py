@@ -79,7 +79,7 @@ class ProcessedImageReader:
                 pieces += [left.pop(0), piece]
             ids = encode("".join(pieces))
             # Marked, since others may write tokens of the same id, which stand for nothing.
-            return [_PLACE if token_id == self._token_id else token_id for token_id in ids] if others else ids
+            return [_PLACE if token_id == self._token_id else token_id for token_id in ids]
 
         marked = np.array(write(expanded))
         if left:

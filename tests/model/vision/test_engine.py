@@ -187,10 +187,18 @@ async def test_text_that_has_the_token_of_images_stays_text(architecture: str, s
         async with engine(
             path, decoder_backend=backend, prefill_chunk_size=100, prefix_cache_mode="disable"
         ) as serving:
-            alone = await serving.generate(ids, greedy())
-            seeing, text = await asyncio.gather(serving.chat(asking(FIRST), greedy()), serving.generate(ids, greedy()))
-            assert list(text.token_ids) == list(alone.token_ids)
-            assert list(seeing.token_ids) == told(path, asking(FIRST))
+            prompt = ImagePrompt(serving._thread.core.view.image_reader.mark + "?", [FIRST])  # type: ignore[union-attr]
+            alone = [await serving.generate(each, greedy(logprobs=True)) for each in (prompt, ids)]
+            await serving.pause()
+            streams = [await serving.add_request(each, greedy(logprobs=True)) for each in (prompt, ids)]
+            steps = serving.metrics().counters.steps
+            await serving.resume()
+            for stream, wanted in zip(streams, alone, strict=True):
+                found = await stream
+                assert list(found.token_ids) == list(wanted.token_ids)
+                logprobs = [[entry.logprob for entry in each.outputs[0].logprobs or ()] for each in (found, wanted)]
+                assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-3)
+            assert serving.metrics().counters.steps - steps == TOKENS  # they were in the same ones
 
 
 async def test_weights_that_change_change_what_is_seen(sighted: Callable[..., Path]) -> None:
