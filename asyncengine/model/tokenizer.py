@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,35 @@ _LONG = 4096
 """Characters beyond which a text is encoded as a batch: for nothing else the library lets go of the lock."""
 
 
-class FastTokenizer:
+class _WithTemplate(ABC):
+    """Writes conversations by a chat template; the template writes special tokens itself, so pieces get none."""
+
+    _template: ChatTemplate
+
+    def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
+        """As `asyncengine.tokenizer.Tokenizer`."""
+        return self.encode_chat_by(messages, template_arguments, self.encode_piece)
+
+    def encode_chat_by(
+        self, messages: Sequence[Message], template_arguments: Mapping[str, Any], encode: Callable[[str], list[int]]
+    ) -> list[int]:
+        """As `asyncengine.tokenizer.WritingTokenizer`."""
+        if has_known_turns(messages):
+            return encode_known_turns(
+                messages, lambda marked: self._template.write(marked, template_arguments), encode, self.decode
+            )
+        return encode(self._template.write(messages, template_arguments))
+
+    @abstractmethod
+    def encode_piece(self, text: str) -> list[int]:
+        """As `asyncengine.tokenizer.WritingTokenizer`."""
+
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """As `asyncengine.tokenizer.Tokenizer`."""
+
+
+class FastTokenizer(_WithTemplate):
     """Over the `tokenizers` library, whose calls may overlap.
 
     Attributes:
@@ -59,16 +88,6 @@ class FastTokenizer:
         """As `asyncengine.tokenizer.Tokenizer`."""
         text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
-
-    def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
-        """As `asyncengine.tokenizer.Tokenizer`."""
-        return self.encode_chat_by(messages, template_arguments, self.encode_piece)
-
-    def encode_chat_by(
-        self, messages: Sequence[Message], template_arguments: Mapping[str, Any], encode: Callable[[str], list[int]]
-    ) -> list[int]:
-        """As `asyncengine.tokenizer.WritingTokenizer`."""
-        return _encode_chat(self, self._template, messages, template_arguments, encode)
 
     def encode_piece(self, text: str) -> list[int]:
         """As `asyncengine.tokenizer.WritingTokenizer`."""
@@ -110,7 +129,7 @@ class FastTokenizer:
         return AnswerParser(self._chat.response_template, prefix, tools)
 
 
-class SlowTokenizer:
+class SlowTokenizer(_WithTemplate):
     """Over a tokenizer that is pure Python; one call at a time."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -130,16 +149,6 @@ class SlowTokenizer:
                 list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
         return text
-
-    def encode_chat(self, messages: Sequence[Message], template_arguments: Mapping[str, Any]) -> list[int]:
-        """As `asyncengine.tokenizer.Tokenizer`."""
-        return self.encode_chat_by(messages, template_arguments, self.encode_piece)
-
-    def encode_chat_by(
-        self, messages: Sequence[Message], template_arguments: Mapping[str, Any], encode: Callable[[str], list[int]]
-    ) -> list[int]:
-        """As `asyncengine.tokenizer.WritingTokenizer`."""
-        return _encode_chat(self, self._template, messages, template_arguments, encode)
 
     def encode_piece(self, text: str) -> list[int]:
         """As `asyncengine.tokenizer.WritingTokenizer`."""
@@ -176,16 +185,3 @@ def load_tokenizer(path: Path, present: Tokenizer | None = None) -> Tokenizer | 
     if not tokenizer.chat_template:
         tokenizer.chat_template = template_of_processor(path)
     return FastTokenizer(tokenizer, sources, place) if tokenizer.is_fast else SlowTokenizer(tokenizer)
-
-
-def _encode_chat(
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    arguments: Mapping[str, Any],
-    encode: Callable[[str], list[int]],
-) -> list[int]:
-    """Token ids of a conversation; the template writes special tokens itself, so `encode` adds none."""
-    if has_known_turns(messages):
-        return encode_known_turns(messages, lambda marked: template.write(marked, arguments), encode, tokenizer.decode)
-    return encode(template.write(messages, arguments))

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from asyncengine import (
+    AdapterError,
     AsyncEngine,
     EngineConfig,
     GenerationConfig,
@@ -329,6 +330,31 @@ async def test_they_are_seen_by_requests_with_adapters(sighted: Callable[..., Pa
             with_one = serving.chat(messages, greedy(), RequestOptions(adapter="a"))
             results = await asyncio.gather(with_one, serving.chat(messages, greedy()))
             assert [list(result.token_ids) for result in results] == [told(merged, messages), told(path, messages)]
+
+
+async def test_an_adapter_of_what_looks_at_images_is_refused(sighted: Callable[..., Path]) -> None:
+    path = sighted("qwen3_vl")
+    modules = {n: m for n, m in load(path).named_modules() if isinstance(m, torch.nn.Linear) and ".visual." in n}
+    name, module = next(iter(modules.items()))
+    sizes = {"lora_A": (4, module.in_features), "lora_B": (module.out_features, 4)}
+    tensors = {f"base_model.model.{name}.{factor}.weight": torch.ones(size) for factor, size in sizes.items()}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": [name.rpartition(".")[2]]}
+    for backend in ("compiled", "transformers"):
+        async with engine(path, images=True, decoder_backend=backend) as serving:
+            with pytest.raises(AdapterError, match="not a linear layer that can be adapted"):
+                await serving.load_adapter("seeing", tensors, config)
+            assert await answers(serving, asking(FIRST)) == [told(path, asking(FIRST))]
+
+
+async def test_vectors_of_images(sighted: Callable[..., Path]) -> None:
+    path, text = sighted("qwen3_vl"), "<|image_pad|> and text"
+    given = processor(path)(text=[text], images=[[FIRST]], return_tensors="pt")
+    with torch.inference_mode():
+        wanted = load(path).base_model(**given, use_cache=False).last_hidden_state[0].mean(dim=0)
+    for backend in ("compiled", "transformers"):
+        async with engine(path, images=True, decoder_backend=backend) as serving:
+            [found] = await serving.embed([ImagePrompt(text, [FIRST])], "mean", normalize=False)
+            assert np.allclose(found.vector, wanted, atol=1e-3)
 
 
 async def test_one_that_cannot_be_encoded_ends_its_own_requests(
