@@ -5,7 +5,8 @@
 // A weight is an integer too, in steps of a scale. So what a bundle and a column come to is exact, however it is added up,
 // and each output is one chain of additions over the bundles, in ascending order: a row gets the same bits whatever else
 // is multiplied. Any processor with vectors multiplies integers of 16 bits, in pairs, twice as many at a time as floats;
-// nothing here hangs on products of bfloat16.
+// nothing here hangs on products of bfloat16. What codes stand for lies between -128 and 127: 32 such products, or those of
+// values from 0 to 255, stay far below 2^31.
 //
 // Bytes lie as decoder.cpp says. Of weights of four bits, what one vector of outputs needs lies in one run of memory:
 //
@@ -101,8 +102,8 @@ struct Codes {
   Words pair(Words shifted) const { return (Words)_mm512_permutexvar_epi16((__m512i)shifted, values); }
 #else
   // Bytes look bytes up, and are not negative, so that the upper byte of each half can stay zero. What that adds to a
-  // sum is taken off at its start.
-  static constexpr int32_t kOffset = 16;
+  // sum is taken off at its start; both stay below 255 * 32767 * 32.
+  static constexpr int32_t kOffset = 128;
   typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
   Bytes values;
   explicit Codes(const int16_t *of) {

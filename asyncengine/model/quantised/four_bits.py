@@ -2,12 +2,13 @@
 
 A weight is ``scale * (values[code] - zero)``. Neighbouring inputs of an output, `group` of them, share a scale and a
 zero. With `INT4` that is what GPTQ (Frantar et al., 2022), AWQ (Lin et al., 2023) and round-to-nearest come to; with
-`FP4` and scales that are powers of two, MXFP4 of the Open Compute Project's Microscaling Formats.
+`FP4` and scales that are powers of two, MXFP4 of the Open Compute Project's Microscaling Formats; with `NONLINEAR`,
+llama.cpp's IQ4_NL and IQ4_XS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ INT4 = tuple(float(value) for value in range(-8, 8))
 """What codes stand for as integers."""
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """What codes stand for as floats of four bits (E2M1)."""
+NONLINEAR = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
+"""What codes stand for as integers that lie closer together around 0 (llama.cpp)."""
 GROUP = 32
 """Inputs that share a scale, where nobody says otherwise."""
 _ROWS, _ROWS_OF_DEVICE = 128, 1 << 14
@@ -31,7 +34,7 @@ class FourBits:
         codes: (outputs, inputs / 2) uint8; the lower half of a byte is the input with the even number.
         scales: (outputs, inputs / group) floats.
         zeros: As `scales`, or None, which is 0.
-        values: What the sixteen codes stand for: `INT4` or `FP4`.
+        values: What the sixteen codes stand for: `INT4`, `FP4` or `NONLINEAR`.
     """
 
     codes: torch.Tensor
@@ -104,13 +107,13 @@ def nearest(weight: torch.Tensor, group: int = GROUP, values: tuple[float, ...] 
         weight: (outputs, inputs); the inputs are a multiple of `group`.
         group: Inputs that share a scale.
         values: What codes are to stand for. For `INT4` the number of a group that is farthest from 0 stands for 8, 7.5
-            or 7 scales, which may be negative, whichever leaves the smallest error; for `FP4` scales are powers of two,
-            the smallest that cut off nothing.
+            or 7 scales, which may be negative, whichever leaves the smallest error; for `NONLINEAR` it is so with 127,
+            113 and what is near; for `FP4` scales are powers of two, the smallest that cut off nothing.
     """
     outputs, inputs = weight.shape
     codes = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(outputs, inputs // group, dtype=torch.float32, device=weight.device)
-    rounded = _nearest_integers if values == INT4 else _nearest_floats
+    rounded = {INT4: _nearest_integers, FP4: _nearest_floats, NONLINEAR: _nearest_nonlinear}[values]
     for part in _parts(codes):
         own, scale = rounded(weight[part].float().view(-1, inputs // group, group))
         codes[part] = packed(own.view(-1, inputs))
@@ -126,18 +129,41 @@ def _parts(rows: torch.Tensor) -> Iterator[slice]:
 
 def _nearest_integers(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(outputs, groups, group) numbers to codes, and (outputs, groups, 1) scales."""
+    chosen, scales = _least_error(numbers, (-8.0, -7.5, -7.0), lambda steps: steps.round_().clamp_(INT4[0], INT4[15]))
+    return chosen + 8, scales
+
+
+def _nearest_nonlinear(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_nearest_integers`."""
+    table = torch.tensor(NONLINEAR, device=numbers.device)
+    middles = (table[1:] + table[:-1]) / 2
+    farthest = (-127.0, -122.0, -117.0, 120.0, 113.0, 106.0)  # which become the first value, or the last
+    chosen, scales = _least_error(numbers, farthest, lambda steps: table[torch.bucketize(steps, middles)])
+    return torch.bucketize(chosen, middles), scales
+
+
+def _least_error(
+    numbers: torch.Tensor, farthest: Sequence[float], rounded: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers in units of their scales, rounded, and (outputs, groups, 1) scales.
+
+    Args:
+        numbers: (outputs, groups, group)
+        farthest: What the number of a group that is farthest from 0 may be before rounding.
+        rounded: To values that codes stand for; it may write over what it is given.
+    """
     extreme = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True))
     tried = []
-    for farthest in (-8.0, -7.5, -7.0):
-        scales = extreme / farthest
-        rounded = (numbers / torch.where(scales == 0, 1.0, scales)).round_().clamp_(INT4[0], INT4[15])
-        tried.append(((rounded * scales - numbers).square_().sum(-1, keepdim=True), rounded, scales))
+    for many in farthest:
+        scales = extreme / many
+        values = rounded(numbers / torch.where(scales == 0, 1.0, scales))
+        tried.append(((values * scales - numbers).square_().sum(-1, keepdim=True), values, scales))
     error, chosen, best = tried[0]
-    for other, rounded, scales in tried[1:]:
+    for other, values, scales in tried[1:]:
         better = other < error
         error, best = torch.where(better, other, error), torch.where(better, scales, best)
-        chosen = torch.where(better, rounded, chosen)
-    return chosen + 8, best
+        chosen = torch.where(better, values, chosen)
+    return chosen, best
 
 
 def _nearest_floats(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

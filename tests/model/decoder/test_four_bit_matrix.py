@@ -15,7 +15,7 @@ from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix, packed
 from asyncengine.model.decoder.weights import MatrixStruct, PackedMatrix, Packing
-from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits, nearest
+from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR, FourBits, nearest
 from asyncengine.model.quantised.four_bits import packed as packed_codes
 from tests.model.attention.targets import require_target
 
@@ -82,8 +82,9 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
         ([48, 16, 5], 1, 256, [128, 64, 256], INT4, [True, False, True]),
         ([70, 70], 2, 96, [32, 96], FP4, [False, False]),
         ([1], 1, 32, [32], FP4, [False]),
+        ([40, 24], 1, 160, [32, 32], NONLINEAR, [False, False]),
     ],
-    ids=["groups of 32", "zeros", "siblings", "by turns", "least"],
+    ids=["groups of 32", "zeros", "siblings", "by turns", "least", "nonlinear"],
 )
 def test_products_are_those_of_the_numbers(
     sizes: list[int], turns: int, inputs: int, groups: list[int], values: Any, zeros: list[bool], library: Any
@@ -100,6 +101,17 @@ def test_products_are_those_of_the_numbers(
         for number, part in enumerate(parts):
             wanted = rows.double() @ part.weight(torch.float64).T
             assert error(of_part(matrix, number, sizes[number], sums), wanted) < most
+
+
+@pytest.mark.parametrize("code", [0, 15])
+def test_the_largest_sums_of_a_bundle_are_no_wider_than_an_integer(code: int, library: Any) -> None:
+    """All inputs and all values as far from 0 as they can be, on either side."""
+    codes = FourBits(packed_codes(torch.full((16, 64), code)), torch.ones(16, 2), None, NONLINEAR)
+    matrix = FourBitMatrix(library, [codes], [None])
+    for sign in (1.0, -1.0):
+        rows = torch.full((2, 64), sign)
+        found = of_part(matrix, 0, 16, product(library, matrix, rows))
+        assert error(found, rows.double() @ codes.weight(torch.float64).T) < 1e-6
 
 
 def test_a_row_gets_the_same_bits_beside_any_number_of_others(library: Any) -> None:
@@ -148,7 +160,7 @@ def test_scales_may_be_of_any_size(size: float, library: Any) -> None:
     assert error(found, rows.double() @ codes.weight(torch.float64).T) < 1e-6
 
 
-@pytest.mark.parametrize("values", [INT4, FP4], ids=["INT4", "FP4"])
+@pytest.mark.parametrize("values", [INT4, FP4, NONLINEAR], ids=["INT4", "FP4", "NONLINEAR"])
 def test_numbers_become_the_nearest_codes(values: Any, library: Any) -> None:
     """Also beside a layer that has codes: in its groups, to what its codes stand for."""
     weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).bfloat16()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits, joined, nearest, packed, unpacked
+from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR, FourBits, joined, nearest, packed, unpacked
 
 
 def numbers(outputs: int = 24, inputs: int = 128) -> torch.Tensor:
@@ -19,25 +19,25 @@ def test_codes_come_back_as_they_were() -> None:
 def test_a_weight_is_its_value_less_the_zero_times_the_scale(zeros: torch.Tensor | None) -> None:
     codes, scales = torch.tensor([[0, 8], [15, 3]]), torch.tensor([[0.5], [2.0]])
     off = torch.zeros(2, 1) if zeros is None else zeros
-    for values in (INT4, FP4):
+    for values in (INT4, FP4, NONLINEAR):
         found = FourBits(packed(codes), scales, zeros, values).weight(torch.float32)
         assert torch.equal(found, (torch.tensor(values)[codes] - off) * scales)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize(("values", "most"), [(INT4, 0.12), (FP4, 0.14)])
+@pytest.mark.parametrize(("values", "most"), [(INT4, 0.12), (FP4, 0.14), (NONLINEAR, 0.11)])
 def test_the_nearest_codes_are_near_and_stay(group: int, values: tuple[float, ...], most: float) -> None:
     weight = numbers()
     found = nearest(weight, group, values)
     assert (found.group, found.shape) == (group, tuple(weight.shape))
     rounded = found.weight(torch.float32)
     assert (rounded - weight).norm() < most * weight.norm()
-    assert torch.equal(nearest(rounded, group, values).weight(torch.float32), rounded)
+    torch.testing.assert_close(nearest(rounded, group, values).weight(torch.float32), rounded, rtol=1e-6, atol=0)
 
 
 def test_no_other_code_is_nearer() -> None:
     weight = numbers(4, 32)
-    for values in (INT4, FP4):
+    for values in (INT4, FP4, NONLINEAR):
         found = nearest(weight, 32, values)
         each = torch.tensor(values) * found.scales[..., None]  # (outputs, 1, 16)
         least = (weight[..., None] - each).abs().amin(-1)
