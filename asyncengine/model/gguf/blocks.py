@@ -1,0 +1,159 @@
+"""How ggml stores numbers: blocks of some, with scales of their own (llama.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import transformers
+
+from asyncengine.errors import UnsupportedModelError
+from asyncengine.model.gguf import float_blocks, four_bit_blocks
+from asyncengine.model.quantised.four_bits import FP4, GROUP, INT4, NONLINEAR, FourBits
+
+_AT_ONCE = 1 << 19
+"""Bytes that are decoded at once: what is made of them stays in a cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockType:
+    """One of ggml's types.
+
+    Attributes:
+        name: ggml's.
+        numbers: In a block.
+        nbytes: Of a block.
+        write: Writes blocks as float32, or as codes, scales and perhaps zeros.
+        values: What codes of four bits stand for, if the numbers stay such.
+        zeros: Whether codes have zeros.
+    """
+
+    name: str
+    numbers: int
+    nbytes: int
+    write: Callable[..., None]
+    values: tuple[float, ...] | None = None
+    zeros: bool = False
+
+    @property
+    def four_bits(self) -> bool:
+        """Whether `decode` gives `FourBits`."""
+        return self.values is not None
+
+    def row_nbytes(self, inputs: int) -> int:
+        """Bytes of so many numbers, a multiple of `numbers`."""
+        return inputs // self.numbers * self.nbytes
+
+
+def decode(
+    type_id: int, data: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> torch.Tensor | FourBits:
+    """Numbers of one of `TYPES`.
+
+    Floats have the bits that ggml gives them, and so have those that codes stand for, but where there are minima (Q4_1,
+    Q4_K): these are off by a few units in the last place of a group's largest number. There a group whose minimum is
+    more than 65000 steps is constant, and off by up to a ten thousandth of that. In MXFP4 the exponent 255 stands for
+    no numbers, as the Open Compute Project has it.
+
+    Args:
+        type_id: ggml's ``enum ggml_type``.
+        data: (rows, bytes of a row) uint8 on the CPU.
+        shape: Rows and inputs; these are whole blocks.
+        dtype: Of numbers that are no codes.
+
+    Returns:
+        (rows, inputs) in `dtype`, rounded once from float32, or codes in groups of 32 with scales and zeros in float32.
+        Nothing of it is in the memory of `data`.
+
+    Raises:
+        UnsupportedModelError: transformers is too old for this type.
+        ValueError: The data are not of this shape.
+    """
+    kind = TYPES[type_id]
+    rows, inputs = shape
+    if inputs % kind.numbers or tuple(data.shape) != (rows, kind.row_nbytes(inputs)):
+        raise ValueError(f"{tuple(data.shape)} bytes are not {rows} rows of {inputs} numbers in {kind.name}")
+    count = rows * inputs // kind.numbers
+    blocks = data.reshape(count, kind.nbytes)
+    if blocks.storage_offset() % 8:  # it could not be looked at as numbers
+        blocks = blocks.clone()
+    some = max(_AT_ONCE // kind.nbytes, 1)
+    parts = [slice(start, start + some) for start in range(0, count, some)]
+    if kind.values is None:
+        numbers = torch.empty(count, kind.numbers, dtype=dtype)
+        scratch = torch.empty(min(some, count), kind.numbers, dtype=torch.float32)
+        for part in parts:
+            if dtype is torch.float32:
+                kind.write(blocks[part], numbers[part])
+            else:  # fresh memory costs more than a copy
+                to = numbers[part]
+                kind.write(blocks[part], wide := scratch[: len(to)])
+                to.copy_(wide)
+        return numbers.view(rows, inputs)
+    codes = torch.empty(count, kind.numbers // 2, dtype=torch.uint8)
+    found = [torch.empty(count, kind.numbers // GROUP, dtype=torch.float32) for _ in range(2 if kind.zeros else 1)]
+    for part in parts:
+        kind.write(blocks[part], codes[part], *(each[part] for each in found))
+    scales, *zeros = (each.view(rows, inputs // GROUP) for each in found)
+    return FourBits(codes.view(rows, inputs // 2), scales, zeros[0] if zeros else None, kind.values)
+
+
+def _plain(dtype: torch.dtype, blocks: torch.Tensor, to: torch.Tensor) -> None:
+    to.copy_(blocks.view(dtype))
+
+
+def _by_transformers(type_id: int, blocks: torch.Tensor, to: torch.Tensor) -> None:
+    """Types with large tables of which numbers may stand beside each other."""
+    try:
+        from transformers.integrations.gguf.dequant import dequantize
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"numbers in {TYPES[type_id].name} need transformers 5.24 or later; there is {transformers.__version__}"
+        ) from error
+    to.copy_(dequantize(blocks.reshape(-1), type_id).view_as(to))
+
+
+def _number(name: str, dtype: torch.dtype) -> BlockType:
+    return BlockType(name, 1, dtype.itemsize, partial(_plain, dtype))
+
+
+def _gridded(name: str, nbytes: int, type_id: int) -> BlockType:
+    return BlockType(name, 256, nbytes, partial(_by_transformers, type_id))
+
+
+TYPES: Mapping[int, BlockType] = {
+    0: _number("F32", torch.float32),
+    1: _number("F16", torch.float16),
+    2: BlockType("Q4_0", 32, 18, four_bit_blocks.q4_0, INT4),
+    3: BlockType("Q4_1", 32, 20, four_bit_blocks.q4_1, INT4, zeros=True),
+    6: BlockType("Q5_0", 32, 22, float_blocks.q5_0),
+    7: BlockType("Q5_1", 32, 24, float_blocks.q5_1),
+    8: BlockType("Q8_0", 32, 34, float_blocks.q8_0),
+    10: BlockType("Q2_K", 256, 84, float_blocks.q2_k),
+    11: BlockType("Q3_K", 256, 110, float_blocks.q3_k),
+    12: BlockType("Q4_K", 256, 144, four_bit_blocks.q4_k, INT4, zeros=True),
+    13: BlockType("Q5_K", 256, 176, float_blocks.q5_k),
+    14: BlockType("Q6_K", 256, 210, float_blocks.q6_k),
+    16: _gridded("IQ2_XXS", 66, 16),
+    17: _gridded("IQ2_XS", 74, 17),
+    18: _gridded("IQ3_XXS", 98, 18),
+    19: _gridded("IQ1_S", 50, 19),
+    20: BlockType("IQ4_NL", 32, 18, four_bit_blocks.q4_0, NONLINEAR),
+    21: _gridded("IQ3_S", 110, 21),
+    22: _gridded("IQ2_S", 82, 22),
+    23: BlockType("IQ4_XS", 256, 136, four_bit_blocks.iq4_xs, NONLINEAR),
+    24: _number("I8", torch.int8),
+    25: _number("I16", torch.int16),
+    26: _number("I32", torch.int32),
+    27: _number("I64", torch.int64),
+    28: _number("F64", torch.float64),
+    29: _gridded("IQ1_M", 56, 29),
+    30: _number("BF16", torch.bfloat16),
+    34: BlockType("TQ1_0", 256, 54, float_blocks.tq1_0),
+    35: BlockType("TQ2_0", 256, 66, float_blocks.tq2_0),
+    39: BlockType("MXFP4", 32, 17, four_bit_blocks.mxfp4, FP4),
+    40: BlockType("NVFP4", 64, 36, float_blocks.nvfp4),
+}
+"""By ggml's type id."""
