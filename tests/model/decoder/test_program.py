@@ -20,10 +20,12 @@ from asyncengine.model.architecture import ATTENTION, record
 from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.decoder.blueprint import recognise
+from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix
 from asyncengine.model.decoder.program import CompiledDecoder, Writer
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.quantised.four_bit_experts import round_experts
-from asyncengine.model.quantised.four_bit_linear import round_layers
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear, round_layers
+from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR, nearest
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.model import LoadedModel
@@ -281,6 +283,46 @@ def test_a_model_whose_weights_have_four_bits(architecture: str, checkpoint: Che
     assert median_error(step.logits(batch_of([(tokens, 0)])), wanted) < 0.06
     left = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
     assert not [name for name in left if not name.endswith("sinks")]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kept"),
+    [
+        ({"q": (INT4, True), "k": (INT4, False), "v": (INT4, True), "up": (INT4, True)}, {"qkv", "gate_up"}),
+        ({"q": (NONLINEAR, False), "k": (NONLINEAR, False), "v": (NONLINEAR, False)}, {"qkv", "gate_up"}),
+        ({"q": (INT4, True), "k": (INT4, True), "v": None, "up": (NONLINEAR, False)}, set()),
+        ({"q": (NONLINEAR, False), "k": (FP4, False), "v": (INT4, True), "up": None}, set()),
+    ],
+    ids=["zeros beside none", "nonlinear", "plain numbers", "other tables"],
+)
+def test_siblings_may_be_stored_in_different_ways(
+    kinds: dict[str, Any], kept: set[str], checkpoint: Checkpoint
+) -> None:
+    """As llama.cpp mixes them. They stay codes if all are and stand for the same values; else they get bytes."""
+    [tokens] = sequences(1)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint("llama"), dtype=torch.bfloat16, attn_implementation=ATTENTION
+    ).eval()
+    for layer in model.model.layers:
+        for name in ("q", "k", "v", "o", "gate", "up", "down"):
+            module = layer.mlp if name in ("gate", "up", "down") else layer.self_attn
+            linear = getattr(module, f"{name}_proj")
+            if (kind := kinds.get(name, (INT4, False))) is not None:
+                values, zeros = kind
+                codes = nearest(linear.weight.detach(), 32, values)
+                if zeros:
+                    codes = dataclasses.replace(codes, zeros=torch.full_like(codes.scales, 0.625))
+                setattr(module, f"{name}_proj", FourBitLinear(codes, linear.bias, torch.bfloat16))
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(tokens)[None]).logits[0].float()
+    model.set_attn_implementation(ATTENTION)
+    step = CompiledModel(model, torch.bfloat16, "int4")
+    for packed in step.program._layers:
+        assert {name for name, (each, _) in packed.matrices.items() if type(each) is FourBitMatrix} == {
+            "output", "down", *kept
+        }  # fmt: skip
+    assert median_error(step.logits(batch_of([(tokens, 0)])), wanted) < 0.06
 
 
 def test_int8_needs_bfloat16(checkpoint: Checkpoint) -> None:
