@@ -45,9 +45,10 @@ from asyncengine.model.fused.tiles import MOST_TOKENS
 from asyncengine.model.fused.wide_product import NUMBERS_EACH, norm_constants, norm_options
 from asyncengine.model.launching import OPTIONS
 from asyncengine.model.quantised import four_bit_kernels
-from asyncengine.model.quantised.four_bit_product import Gate, Matrices, routing_constants
+from asyncengine.model.quantised.four_bit_product import TABLES, Gate, Matrices, routing_constants
 from asyncengine.model.quantised.four_bit_product import launch_options as four_bit_options
 from asyncengine.model.quantised.four_bit_tiles import rows_for, tile_for
+from asyncengine.model.quantised.four_bits import FP4, NONLINEAR
 from benchmarks import sass
 from benchmarks.attention_compile import HOPPER, NAMES, STREAM, resources
 from benchmarks.fused_shapes import DECODERS, Decoder, products
@@ -179,13 +180,14 @@ def four_bits(name: str, matrices: Matrices, dtype: torch.dtype, tokens: float) 
 
 def all_of_four_bits(dtype: torch.dtype) -> Iterator[Case]:
     """For the experts of gpt-oss 20b and layers of llama 8b, of each kind of tile."""
-    experts = {"fp4": True, "bias": True, "experts": 32}
+    experts = {"table": TABLES.index(FP4), "bias": True, "experts": 32}
     shapes = {
         "gpt-oss gate and up": Matrices(2880, 5760, 32, shared=4, gate=Gate(CLAMPED, True, 1.702, 7.0), **experts),
         "gpt-oss down": Matrices(2880, 2880, 32, **experts),
         "llama 8b output int4": Matrices(4096, 4096, 128),
         "llama 8b down int4": Matrices(14336, 4096, 128),
         "llama 8b down int4, zeros": Matrices(14336, 4096, 128, zeros=True),
+        "llama 8b down nonlinear": Matrices(14336, 4096, 32, TABLES.index(NONLINEAR)),
     }
     for name, matrices in shapes.items():
         for tokens in (1, 4, 16, 48, 160, 512):

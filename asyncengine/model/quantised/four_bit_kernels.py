@@ -19,9 +19,15 @@ import triton.language as tl
 
 from asyncengine.model.decoder import experts
 from asyncengine.model.fused.kernels import activated
-from asyncengine.model.quantised.four_bit_product import ITEM
+from asyncengine.model.quantised.four_bit_product import ITEM, TABLES
+from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR
 
 _CLAMPED, _ITEM = tl.constexpr(experts.CLAMPED), tl.constexpr(ITEM)
+_INT4, _FP4, _NONLINEAR = (tl.constexpr(TABLES.index(values)) for values in (INT4, FP4, NONLINEAR))
+_WORD_0, _WORD_1, _WORD_2, _WORD_3 = (
+    tl.constexpr(int.from_bytes([int(value) + 128 for value in NONLINEAR[at : at + 4]], "little", signed=True))
+    for at in range(0, 16, 4)
+)
 
 
 @triton.jit
@@ -42,23 +48,39 @@ def _pair(x, at, mask):
 
 
 @triton.jit
-def _number(word, AT: tl.constexpr, FP4: tl.constexpr):
-    """Of the code in the bits AT to AT + 3 of an int32, in float32 and times a power of two: `_raised` has the rest."""
-    if FP4:
-        high = word << (28 - AT) if AT < 28 else word
-        bits = (high >> 6) & -0x7E400000  # the sign, and bits 24 to 22
-    elif AT > 16:
-        bits = (word >> 12) & (15 << (AT - 12))
-    else:
-        bits = word & (15 << AT)
-    return bits.to(tl.float32, bitcast=True)
+def _nonlinear(word):
+    """What the lowest four bits of an int32 stand for: a byte of a table of four words, less 128."""
+    low = tl.where((word & 4) == 0, _WORD_0, _WORD_1)
+    high = tl.where((word & 4) == 0, _WORD_2, _WORD_3)
+    four = tl.where((word & 8) == 0, low, high)
+    bits = ((four >> ((word & 3) * 8)) & 255) | 0x4B000000  # of 2 ** 23 and more
+    return bits.to(tl.float32, bitcast=True) - (2.0**23 + 128.0)
 
 
 @triton.jit
-def _raised(x, AT: tl.constexpr, FP4: tl.constexpr):
+def _number(word, AT: tl.constexpr, TABLE: tl.constexpr):
+    """Of the code in the bits AT to AT + 3 of an int32, in float32 and times a power of two: `_raised` has the rest."""
+    if TABLE == _NONLINEAR:
+        number = _nonlinear(word >> AT)
+    else:
+        if TABLE == _FP4:
+            high = word << (28 - AT) if AT < 28 else word
+            bits = (high >> 6) & -0x7E400000  # the sign, and bits 24 to 22
+        elif AT > 16:
+            bits = (word >> 12) & (15 << (AT - 12))
+        else:
+            bits = word & (15 << AT)
+        number = bits.to(tl.float32, bitcast=True)
+    return number
+
+
+@triton.jit
+def _raised(x, AT: tl.constexpr, TABLE: tl.constexpr):
     """Times what `_number` lacks, but for what `by_row` has in its scales: all of it may be too much for a float."""
-    if FP4:
+    if TABLE == _FP4:
         x *= 2.0**63
+    elif TABLE == _NONLINEAR:
+        x *= 1.0
     elif AT > 16:
         x *= 2.0 ** (81 - AT)
     else:
@@ -81,7 +103,7 @@ def _gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.co
 def by_row(
     x, codes, scales, zeros, bias, chosen, shares, result,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, OTHER: tl.constexpr,
-    GROUP: tl.constexpr, FP4: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GROUP: tl.constexpr, TABLE: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
     EXPERTS: tl.constexpr, SHARED: tl.constexpr, HAS_SHARES: tl.constexpr,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     OUTPUTS_EACH: tl.constexpr, UNITS: tl.constexpr, STAGES: tl.constexpr,
@@ -96,7 +118,7 @@ def by_row(
     """
     UNIT: tl.constexpr = 32 if GROUP % 32 == 0 else 16
     WORDS: tl.constexpr = UNIT // 8
-    RAISED: tl.constexpr = 2.0**63 if FP4 else 2.0**80
+    RAISED: tl.constexpr = 2.0**63 if TABLE == _FP4 else 2.0**80 if TABLE == _INT4 else 1.0
     output = tl.program_id(0) * OUTPUTS_EACH + tl.arange(0, OUTPUTS_EACH)
     pair = tl.program_id(1)
     inside = output < OUTPUTS
@@ -130,18 +152,18 @@ def by_row(
         total = tl.zeros((UNITS * WORDS,), tl.float32)
         for k in tl.static_range(4):
             even, odd = _pair(numbers, word * 4 + k, known)
-            if not FP4:
+            if TABLE == _INT4:
                 total += even + odd
-            even = _raised(even, 8 * k, FP4)[None, :]
-            odd = _raised(odd, 8 * k + 4, FP4)[None, :]
-            part += _number(given, 8 * k, FP4) * even
-            part += _number(given, 8 * k + 4, FP4) * odd
+            even = _raised(even, 8 * k, TABLE)[None, :]
+            odd = _raised(odd, 8 * k + 4, TABLE)[None, :]
+            part += _number(given, 8 * k, TABLE) * even
+            part += _number(given, 8 * k + 4, TABLE) * odd
             if OTHER:
-                part_other += _number(given_other, 8 * k, FP4) * even
-                part_other += _number(given_other, 8 * k + 4, FP4) * odd
+                part_other += _number(given_other, 8 * k, TABLE) * even
+                part_other += _number(given_other, 8 * k + 4, TABLE) * odd
         of_unit = tl.sum(tl.reshape(part, (OUTPUTS_EACH, UNITS, WORDS)), 2)
         of_unit_other = tl.sum(tl.reshape(part_other, (OUTPUTS_EACH, UNITS, WORDS)), 2)
-        if not FP4:
+        if TABLE == _INT4:
             of_inputs = tl.sum(tl.reshape(total, (UNITS, WORDS)), 1)[None, :] * (1.0 / RAISED)
             centre = 8.0
             centre_other = 8.0
@@ -168,15 +190,21 @@ def by_row(
 
 
 @triton.jit
-def _numbers(code, FP4: tl.constexpr, dtype: tl.constexpr, WIDEN: tl.constexpr):
+def _numbers(code, TABLE: tl.constexpr, dtype: tl.constexpr, WIDEN: tl.constexpr):
     """Both codes of a byte as numbers in `dtype`, or in float32 if WIDEN; FP4 times 2 ** -63, but for float16."""
     CENTRE: tl.constexpr = 8.0 if dtype == tl.float32 else 1032.0 if dtype == tl.float16 else 136.0
     FOLD: tl.constexpr = 2.0**14 if dtype == tl.float16 else 2.0**63
     if dtype == tl.float32:
-        even = _number(code, 0, FP4) if FP4 else (code & 15).to(tl.float32)
-        odd = _number(code, 4, FP4) if FP4 else (code >> 4).to(tl.float32)
+        even = (code & 15).to(tl.float32) if TABLE == _INT4 else _number(code, 0, TABLE)
+        odd = (code >> 4).to(tl.float32) if TABLE == _INT4 else _number(code, 4, TABLE)
+    elif TABLE == _NONLINEAR:
+        even = _nonlinear(code)
+        odd = _nonlinear(code >> 4)
+        if not WIDEN:
+            even = even.to(dtype)
+            odd = odd.to(dtype)
     else:  # side by side in 32 bits: one instruction does what has to be done to both
-        if FP4:
+        if TABLE == _FP4:
             sign = (code * 0x1001000) & -0x7FFF8000
             both = sign | ((code * 0x200200) & 0xE000E00 if dtype == tl.float16 else (code * 0x40040) & 0x1C001C0)
         else:
@@ -187,10 +215,10 @@ def _numbers(code, FP4: tl.constexpr, dtype: tl.constexpr, WIDEN: tl.constexpr):
         else:
             even = both.to(tl.int16).to(dtype, bitcast=True)
             odd = (both >> 16).to(tl.int16).to(dtype, bitcast=True)
-    if FP4:
+    if TABLE == _FP4:
         even *= FOLD
         odd *= FOLD
-    else:
+    elif TABLE == _INT4:
         even -= CENTRE
         odd -= CENTRE
     return even, odd
@@ -207,7 +235,7 @@ def _spread(numbers, shape: tl.constexpr):
 @triton.jit
 def _read(
     codes, scales, zeros, row, start, inside,
-    INPUTS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, FP4: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    INPUTS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, TABLE: tl.constexpr, HAS_ZEROS: tl.constexpr,
     SPLITS: tl.constexpr, INPUTS_AT_ONCE: tl.constexpr, dtype: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """(SPLITS, rows, INPUTS_AT_ONCE) weights from the input `start` on, of as many pieces that follow each other."""
@@ -222,12 +250,12 @@ def _read(
     mask = inside[None, :, None] & (unit < INPUTS // UNIT)
     group = row[None, :, None] * (INPUTS // GROUP) + unit * UNIT // GROUP
     scale = tl.load(scales + group, mask=mask, other=0.0).to(tl.float32)
-    if FP4 and dtype != tl.float16:
+    if TABLE == _FP4 and dtype != tl.float16:
         scale *= 2.0**63
     computed: tl.constexpr = tl.float32 if WIDEN else dtype  # Triton's interpreter cannot compute with bfloat16
     shape: tl.constexpr = (SPLITS, OUTPUTS, UNITS, UNIT // 2)
     factor = _spread(scale.to(dtype).to(computed), shape)
-    even, odd = _numbers(code, FP4, dtype, WIDEN)
+    even, odd = _numbers(code, TABLE, dtype, WIDEN)
     if HAS_ZEROS:
         zero = _spread(tl.load(zeros + group, mask=mask, other=0.0).to(tl.float32).to(dtype).to(computed), shape)
         even -= zero
@@ -252,7 +280,7 @@ def _add(sums, weights, numbers, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 def by_tile(
     x, codes, scales, zeros, bias, items, order, shares, result, tokens,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, OTHER: tl.constexpr,
-    GROUP: tl.constexpr, UNIT: tl.constexpr, FP4: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, TABLE: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
     EXPERTS: tl.constexpr, SHARED: tl.constexpr, HAS_SHARES: tl.constexpr,
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     OUTPUTS_EACH: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, INPUTS_AT_ONCE: tl.constexpr,
@@ -290,13 +318,13 @@ def by_tile(
         mask = (at < INPUTS)[:, :, None] & some[None, None, :]
         numbers = tl.load(x + from_row[None, None, :] + at[:, :, None], mask=mask, other=0.0)
         weights = _read(
-            codes, scales, zeros, row, start, inside, INPUTS, GROUP, UNIT, FP4, HAS_ZEROS,
+            codes, scales, zeros, row, start, inside, INPUTS, GROUP, UNIT, TABLE, HAS_ZEROS,
             SPLITS, INPUTS_AT_ONCE, dtype, WIDEN,
         )  # fmt: skip
         sums = _add(sums, weights, numbers, PRECISION, WIDEN)
         if OTHER:
             weights = _read(
-                codes, scales, zeros, row + OTHER, start, inside, INPUTS, GROUP, UNIT, FP4, HAS_ZEROS,
+                codes, scales, zeros, row + OTHER, start, inside, INPUTS, GROUP, UNIT, TABLE, HAS_ZEROS,
                 SPLITS, INPUTS_AT_ONCE, dtype, WIDEN,
             )  # fmt: skip
             others = _add(others, weights, numbers, PRECISION, WIDEN)

@@ -21,10 +21,12 @@ import torch
 
 from asyncengine.model.launching import OPTIONS, power_of_two
 from asyncengine.model.quantised.four_bit_tiles import Rows, Tile, rows_for, tile_for
-from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits
+from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR, FourBits
 
 ALIGNMENT = 32
 """Inputs must be a multiple of it, and those that share a scale of half of it."""
+TABLES = (INT4, FP4, NONLINEAR)
+"""What codes may stand for; only the first may have zeros."""
 ITEM = 3
 """Numbers of an item of work: an expert, where its pairs begin in the order, and how many they are."""
 _NUMBERS_EACH = 1024
@@ -56,7 +58,7 @@ class Matrices:
         inputs: Of every matrix.
         rows: Of every matrix.
         group: Inputs that share a scale.
-        fp4: Whether codes are floats; else they are integers.
+        table: What codes stand for, as the number of one of `TABLES`.
         zeros: Whether there are zeros.
         bias: Whether there is a bias.
         experts: How many matrices there are; 0 is one that is no expert's.
@@ -67,7 +69,7 @@ class Matrices:
     inputs: int
     rows: int
     group: int
-    fp4: bool = False
+    table: int = 0
     zeros: bool = False
     bias: bool = False
     experts: int = 0
@@ -85,13 +87,13 @@ class Matrices:
         zeros = weights.zeros is not None
         if inputs % ALIGNMENT or weights.group % (ALIGNMENT // 2):
             raise ValueError(f"there is no kernel for {inputs} inputs in groups of {weights.group}")
-        if weights.values not in (INT4, FP4) or (zeros and weights.values == FP4):
-            raise ValueError("codes of four bits must be integers, or floats without zeros")
+        if weights.values not in TABLES or (zeros and weights.values != INT4):
+            raise ValueError("codes of four bits must be integers, or FP4 or NONLINEAR without zeros")
         parts = (weights.codes, weights.scales, weights.zeros, bias)
         if not all(part is None or part.is_contiguous() for part in parts):
             raise ValueError("weights of four bits must be contiguous")
-        fp4, has_bias = weights.values == FP4, bias is not None
-        return cls(inputs, rows // max(experts, 1), weights.group, fp4, zeros, has_bias, experts, **others)
+        table, has_bias = TABLES.index(weights.values), bias is not None
+        return cls(inputs, rows // max(experts, 1), weights.group, table, zeros, has_bias, experts, **others)
 
     @property
     def outputs(self) -> int:
@@ -113,7 +115,7 @@ class Matrices:
             "STEP": step,
             "OTHER": 0 if self.gate is None else 1 if gate.alternating else self.outputs,
             "GROUP": self.group,
-            "FP4": self.fp4,
+            "TABLE": self.table,
             "HAS_ZEROS": self.zeros,
             "HAS_BIAS": self.bias,
             "EXPERTS": self.experts,

@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from asyncengine.model.decoder.experts import CLAMPED
 from asyncengine.model.quantised import four_bit_product
 from asyncengine.model.quantised.four_bit_product import Gate, Matrices, multiply, multiply_experts
-from asyncengine.model.quantised.four_bits import FP4, INT4, FourBits, packed
+from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR, FourBits, packed
 from tests.model.attention.triton_device import DEVICE, require_triton
 from tests.model.fused.interpreted import large_tiles
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.loops("either")
 require_triton()
 
 EXPERTS, HIDDEN, INNER = 6, 64, 96
-NUMBERS = ("integers", "integers with zeros", "floats")
+NUMBERS = ("integers", "integers with zeros", "floats", "nonlinear")
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,8 @@ def some(outputs: int, inputs: int, group: int = 32, numbers: str = "integers", 
     scales = torch.exp2(torch.randint(-6, 0, scales.shape).float()) if power else scales / 8
     zeros = torch.randint(-8, 8, scales.shape).float() if numbers == "integers with zeros" else None
     codes = packed(torch.randint(0, 16, (outputs, inputs)))
-    return there(FourBits(codes, scales, zeros, FP4 if numbers == "floats" else INT4))
+    values = {"floats": FP4, "nonlinear": NONLINEAR}.get(numbers, INT4)
+    return there(FourBits(codes, scales / 16 if values == NONLINEAR else scales, zeros, values))
 
 
 def there(weights: FourBits) -> FourBits:
@@ -124,8 +125,14 @@ def test_weights_that_no_kernel_reads_are_refused() -> None:
     for wrong, reason in (
         (some(16, 48, 16), "48 inputs in groups of 16"),
         (some(16, 64, 8), "64 inputs in groups of 8"),
-        (dataclasses.replace(whole, values=tuple(map(float, range(16)))), "integers, or floats without zeros"),
-        (dataclasses.replace(some(16, 64, numbers="integers with zeros"), values=FP4), "floats without zeros"),
+        (
+            dataclasses.replace(whole, values=tuple(map(float, range(16)))),
+            "integers, or FP4 or NONLINEAR without zeros",
+        ),
+        (
+            dataclasses.replace(some(16, 64, numbers="integers with zeros"), values=FP4),
+            "FP4 or NONLINEAR without zeros",
+        ),
         (whole.rows(0, 16, 2), "must be contiguous"),
     ):
         with pytest.raises(ValueError, match=reason):
