@@ -19,7 +19,7 @@ PrefillMode = Literal["hybrid", "chunked"]
 SpeculativeMode = Literal["disable", "ngram", "small_draft"]
 AttentionBackend = Literal["auto", "cpu", "torch", "triton", "flashinfer", "flash_attention_3"]
 DecoderBackend = Literal["auto", "compiled", "transformers"]
-Quantization = Literal["none", "int8", "int4", "fp8"]
+Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
 KVCacheDType = Literal["auto", "fp8_e4m3"]
 GraphCapture = Literal["idle", "load"]
 GrammarLibrary = Literal["auto", "llguidance", "xgrammar"]
@@ -72,13 +72,14 @@ class EngineConfig:
             the CPU, and its products between fused kernels on CUDA; ``"transformers"`` runs the model's own modules
             around the attention, on the CPU with compiled products in them; ``"auto"`` takes the first where it can,
             and on CUDA where it was measured to be faster when the model was loaded.
-        quantization: How weights are kept while the model serves, however the checkpoint stores them. ``"none"`` keeps
-            them in `dtype`. ``"int8"`` keeps one byte each, with one scale for each output; needs the compiled code of
+        quantization: How weights are kept while the model serves, however the checkpoint stores them. ``"auto"`` keeps
+            codes of four bits as ``"int4"``, and of GGUF's blocks those of more as ``"int8"``, on the CPU where `dtype`
+            allows it and there is a compiler; all else as ``"none"``, which keeps them in `dtype`. ``"int8"`` keeps one byte each, with one scale for each output; needs the compiled code of
             the CPU. ``"int4"`` keeps four bits each: the codes of a checkpoint that has such (GPTQ, AWQ, MXFP4 and
             others), else the nearest of sixteen multiples of a scale that 32 weights share; needs the compiled code of
             the CPU, or CUDA. ``"fp8"`` keeps and multiplies linear layers in fp8, with one scale for each output and
             for each token; needs a CUDA device of compute capability 8.9 or later (a CPU computes the same, slowly).
-            All but ``"none"`` need dtype bfloat16, which ``"auto"`` then is.
+            The last three need dtype bfloat16, which ``"auto"`` then is.
         graph_capture: When CUDA graphs are captured. ``"idle"``: a few when the model is loaded, so that it is ready
             soon, and the others while there are no requests. ``"load"``: all when it is loaded, so that it is as fast
             as it will be when it is ready; for benchmarks, for engines that are never idle, and for programs that wait
@@ -117,7 +118,7 @@ class EngineConfig:
     attention_backend: AttentionBackend = field(default="auto", kw_only=True)
     grammar_backend: GrammarLibrary = field(default="auto", kw_only=True)
     decoder_backend: DecoderBackend = field(default="auto", kw_only=True)
-    quantization: Quantization = field(default="none", kw_only=True)
+    quantization: Quantization = field(default="auto", kw_only=True)
     graph_capture: GraphCapture = field(default="idle", kw_only=True)
     images: bool | None = field(default=None, kw_only=True)
     max_queue_size: int | None = field(default=None, kw_only=True)

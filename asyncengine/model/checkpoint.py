@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from asyncengine.config import Quantization
 from asyncengine.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
 from asyncengine.generation import GenerationConfig
 from asyncengine.model.stored.formats import coded_weights
@@ -38,7 +39,10 @@ class Checkpoint:
     """A checkpoint directory that has passed every check its headers allow.
 
     Attributes:
-        tensors: All that is stored in safetensors files.
+        name: What messages call it.
+        path: Where its configuration and its tokenizer are.
+        weight_files: Where its weights are.
+        tensors: All that is stored there, as far as it is not in pickles.
         coded: The weights that are stored as codes, by the names of their parameters.
         plain: The tensors that are stored as they are.
 
@@ -52,8 +56,15 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.name = str(path)
         self.config = self._json("config.json")
-        self.weight_files = self._weight_files()
+        self._read_headers()
+        self._reading: threading.Thread | None = None
+        self._enough = threading.Event()
+
+    def _read_headers(self) -> None:
+        """Finds out which weights there are."""
+        path, self.weight_files = self.path, self._weight_files()
         self.tensors = [tensor for file in self.weight_files for tensor in tensors_of(file)]
         try:
             beside = self._json("hf_quant_config.json", optional=True)
@@ -63,8 +74,6 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
         self.plain = [tensor for tensor in self.tensors if not self._goes_with_codes(tensor.name)]
-        self._reading: threading.Thread | None = None
-        self._enough = threading.Event()
 
     def _goes_with_codes(self, name: str) -> bool:
         """Whether a tensor is no parameter: a part of a weight's codes, or what else is stored beside those."""
@@ -80,6 +89,11 @@ class Checkpoint:
     @cached_property
     def _coded_layers(self) -> set[str]:
         return {name.rpartition(".")[0] for name in self.coded}
+
+    @property
+    def narrowest(self) -> Quantization:
+        """What its codes can be kept as, where nothing else is asked for."""
+        return "int4" if any(weight.form == "int4" for weight in self.coded.values()) else "none"
 
     @cached_property
     def dtype(self) -> torch.dtype:

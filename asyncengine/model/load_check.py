@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from asyncengine.builds import BuildError, find_compiler
 from asyncengine.config import EngineConfig, Quantization
 from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, UnsupportedModelError
 from asyncengine.model import memory
@@ -116,9 +118,10 @@ def plan_of(
         AsyncEngineError: It cannot be loaded; the kind says why.
     """
     from asyncengine.model.checkpoint import tokenizer_key
+    from asyncengine.model.gguf.checkpoint import described
     from asyncengine.model.location import locate
 
-    tokenizer_path = checkpoint.path if config.tokenizer is None else locate(config.tokenizer)
+    tokenizer_path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
     if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
     no_images = refusal(config, checkpoint)
@@ -203,17 +206,37 @@ def is_known(config: EngineConfig) -> bool:
     Raises:
         AsyncEngineError: The checkpoint or the device is not there.
     """
-    from asyncengine.model.checkpoint import Checkpoint
+    from asyncengine.model.gguf.checkpoint import checkpoint_at
     from asyncengine.model.location import locate
 
-    checkpoint = Checkpoint(locate(config.model))
+    checkpoint = checkpoint_at(locate(config.model))
     if config.attention_backend not in ("auto", "cpu"):
         return False
+    device = device_of(config.device)
+    config = settled(config, checkpoint, device)
     try:
-        place = place_of(config, checkpoint, device_of(config.device), dtype_of(config, checkpoint))
+        place = place_of(config, checkpoint, device, dtype_of(config, checkpoint))
         return place is not None and place.exists()
     except OSError:  # the load will say what is wrong
         return False
+
+
+def settled(config: EngineConfig, checkpoint: Any, device: torch.device) -> EngineConfig:
+    """The same with what weights are kept as, where that is left to the engine: codes stay codes where they can."""
+    if config.quantization != "auto":
+        return config
+    form: Quantization = "none"
+    if (
+        device.type == "cpu"
+        and config.dtype in ("auto", "bfloat16")
+        and config.decoder_backend in ("auto", "compiled")
+        and config.attention_backend in ("auto", "cpu")
+    ):
+        with contextlib.suppress(BuildError):
+            form = checkpoint.narrowest
+            if form != "none":
+                find_compiler()
+    return config.replace(quantization=form)
 
 
 def dtype_of(config: EngineConfig, checkpoint: Any) -> torch.dtype:
@@ -240,10 +263,11 @@ def check_draft(
 ) -> Details:
     """A draft model, whose tokens must be the target's. Its longest sequence is its own."""
     from asyncengine.model import architecture
-    from asyncengine.model.checkpoint import Checkpoint, same_vocabulary
+    from asyncengine.model.checkpoint import same_vocabulary
+    from asyncengine.model.gguf.checkpoint import checkpoint_at
     from asyncengine.model.location import locate
 
-    checkpoint = Checkpoint(locate(name))
+    checkpoint = checkpoint_at(locate(name))
     hf_config = architecture.read_config(checkpoint)
     text = text_config(hf_config)
     if text.vocab_size != vocab_size:
@@ -444,7 +468,7 @@ def fits(details: Details, current: LoadedModel | None) -> bool:
 
 def _arithmetic(details: Details, free: int, held: int) -> str:
     text = (
-        f"{details.checkpoint.path} does not fit on {details.device}: weights {details.all_weight_bytes / GIB:.2f} GiB "
+        f"{details.checkpoint.name} does not fit on {details.device}: weights {details.all_weight_bytes / GIB:.2f} GiB "
         f"in {details.dtype} + {SLACK / GIB:.2f} GiB for everything else > {free / GIB:.2f} GiB free"
     )
     text += f" + {held / GIB:.2f} GiB of the present model" if held else ""

@@ -18,7 +18,15 @@ from asyncengine.model.built_model import Built, build, recalled
 from asyncengine.model.capacity import cache_bytes, graphs_of, limits_of, state_scratch
 from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.findings import keep
-from asyncengine.model.load_check import Details, device_of, dtype_of, plan_of, select_attention, without_findings
+from asyncengine.model.load_check import (
+    Details,
+    device_of,
+    dtype_of,
+    plan_of,
+    select_attention,
+    settled,
+    without_findings,
+)
 from asyncengine.model.recurrent.refusals import check_recurrent
 from asyncengine.model.tokenizer import FastTokenizer, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
@@ -54,11 +62,12 @@ class TransformersLoader:
         """As the protocol says: everything that can be known without the weights."""
         # Imported here and not at the top: whoever uses another loader never pays for transformers.
         from asyncengine.model.attention import select  # noqa: F401  # not on the other thread, beside transformers
-        from asyncengine.model.checkpoint import Checkpoint
+        from asyncengine.model.gguf.checkpoint import checkpoint_at
         from asyncengine.model.location import locate
 
         device = device_of(config.device)
-        checkpoint = Checkpoint(locate(config.model))
+        checkpoint = checkpoint_at(locate(config.model))
+        config = settled(config, checkpoint, device)
         dtype = dtype_of(config, checkpoint)
         checkpoint.read_ahead(memory.free_bytes(torch.device("cpu")))
         # A compiler has much of its work done while transformers is imported and the model is watched. `plan_of` waits

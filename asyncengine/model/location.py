@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from asyncengine import tiny
 from asyncengine.config import EngineConfig
 from asyncengine.errors import AdapterError, CheckpointError
 
+GGUF = ".gguf"
+"""How names of llama.cpp's files end."""
+_OTHER_WEIGHTS = "*.safetensors", "*.bin"
+_PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 ADAPTER_CONFIG = "adapter_config.json"
 _NOWHERE = (RuntimeError, OSError, ValueError)
 """Raised of a path whose user or home there is not, that may not be looked at, and that nothing on a disk can have."""
@@ -17,7 +22,13 @@ _EMBEDDED = {"tiny": tiny.PATH, "tiny-draft": tiny.DRAFT_PATH}
 def locate(model: str) -> Path:
     """Directory of a model that is named by a path, by the id of a cached model, or as ``"tiny"`` or ``"tiny-draft"``.
 
+    A GGUF file is a model by itself, and is found where a directory has no other model and no second one. In a cached
+    model's place, ``"owner/name:Q4_K_M"`` means the one with that in its name. Of those in parts, the first is meant.
+
     Never touches the network.
+
+    Returns:
+        A directory, or a GGUF file.
 
     Raises:
         CheckpointError: It is not there.
@@ -25,6 +36,8 @@ def locate(model: str) -> Path:
     try:
         path = Path(model).expanduser()
         if path.is_dir():
+            return _in_directory(path)
+        if path.suffix == GGUF and path.is_file():
             return path
         there = path.exists()
     except _NOWHERE as error:
@@ -32,19 +45,47 @@ def locate(model: str) -> Path:
     if model in _EMBEDDED:
         return _EMBEDDED[model]
     if there:
-        raise CheckpointError(f"model {model!r} is a file; expected a checkpoint directory")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise CheckpointError(f"model {model!r}: there is no such directory")
+        raise CheckpointError(f"model {model!r} is a file; expected a checkpoint directory, or a file ending in {GGUF}")
+    cached, _, kind = model.partition(":")
+    if model.startswith((".", "/", "~")) or cached.count("/") != 1 or model.endswith(GGUF):
+        what = "file" if model.endswith(GGUF) else "directory"
+        raise CheckpointError(f"model {model!r}: there is no such {what}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, local_files_only=True))
+        path = Path(snapshot_download(cached, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"model {model!r} is neither a directory nor in the local Hugging Face cache; download it with "
-            f"'hf download {model}'"
+            f"'hf download {cached}'"
         ) from error
+    return _in_directory(path, kind)
+
+
+def _in_directory(path: Path, kind: str = "") -> Path:
+    """A directory, or the GGUF file in it that is a model.
+
+    Args:
+        path: The directory.
+        kind: What its name has in it.
+    """
+    models = [file for file in sorted(path.glob(f"*{GGUF}")) if _is_first(file.name)]
+    if not kind and (not models or any(next(path.glob(ending), None) for ending in _OTHER_WEIGHTS)):
+        return path
+    named = [file for file in models if kind.lower() in file.stem.lower()]
+    if len(named) == 1:
+        return named[0]
+    there = ", ".join(file.name for file in models) or "none"
+    if not named:
+        raise CheckpointError(f"{path} has no GGUF file with {kind!r} in its name; there: {there}")
+    raise CheckpointError(f"{path} has {len(models)} GGUF files; name one of them: {there}")
+
+
+def _is_first(name: str) -> bool:
+    """Whether a GGUF file is a model or the first part of one: encoders of images and other parts lie beside them."""
+    part = _PART.search(name)
+    return not name.startswith("mmproj") and (part is None or int(part[1]) == 1)
 
 
 def locate_adapter(source: str) -> Path:
@@ -73,7 +114,7 @@ def check_there(config: EngineConfig) -> None:
         AdapterError: An adapter's is missing, or has no ``adapter_config.json``.
     """
     for model in (config.model, *config.additional_models):
-        wanted = locate(model) / "config.json"
+        wanted = path if (path := locate(model)).suffix == GGUF else path / "config.json"
         if not wanted.exists():
             raise CheckpointError(f"{wanted} does not exist")
     if config.tokenizer is not None:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from asyncengine.model.attention_modules import RecordedLayer, text_config
 from asyncengine.model.decoder.experts import ROUTERS, experts_of
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
-from asyncengine.model.decoder.rotation import Rotation, rotation
+from asyncengine.model.decoder.rotation import Rotation, rotates, rotation
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.fp8_linear import Fp8Linear
 
@@ -84,7 +84,7 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int, whole_
     if activation not in ACTIVATIONS:
         raise NotRecognised(f"its activation is {activation!r}")
     positions, first_position = _positions(stack, hidden, max_length)
-    rotated = rotations[0]
+    rotated = next((each for each in rotations if each is not None), None)
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     return Blueprint(
         embedding=embedding,
@@ -158,7 +158,8 @@ def _rotations(
     widest = 2 * next(iter(found.values())).cosines.shape[1]
     if any(widest > layer.spec.key_dim for layer in recorded):
         raise NotRecognised("it rotates more dimensions than a head has")
-    return [found[kind] for kind in kinds]
+    each = zip(kinds, recorded, strict=True)
+    return [found[kind] if rotates(layer.module, config.hidden_size) else None for kind, layer in each]
 
 
 def _positions(stack: nn.Module, hidden: int, max_length: int) -> tuple[nn.Embedding | None, int]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
+from asyncengine.model.attention_modules import hooked
 from asyncengine.model.decoder.parts import NotRecognised
 
 
@@ -57,6 +59,38 @@ def rotation(rotary: nn.Module, attention: nn.Module, kind: str | None, max_leng
         if apply is None or _rotates_like(apply, cosines, sines, found):
             return found
     raise NotRecognised("its rotary embedding rotates neither halves nor pairs")
+
+
+class _Watched(torch.Tensor):
+    """Knows whether anybody has looked at it."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for each in args:
+            if isinstance(each, cls):
+                each.__dict__["seen"] = True
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def rotates(attention: nn.Module, hidden: int) -> bool:
+    """Whether a layer looks at the cosines that it is given; some of SmolLM3, Cohere2 and EXAONE 4 do not.
+
+    Args:
+        attention: The layer's attention, run here without weights; where it cannot be, it is taken to look.
+        hidden: Its inputs.
+    """
+    x, table = torch.empty(1, 1, hidden, device="meta"), torch.empty(1, 1, 2, device="meta").as_subclass(_Watched)
+    weights = {name: torch.empty_like(each, device="meta") for name, each in attention.named_parameters()}
+    try:
+        with hooked({attention: _values}):
+            functional_call(attention, weights, (x, (table, table)), {"attention_mask": None})
+    except Exception:
+        return True
+    return "seen" in table.__dict__
+
+
+def _values(_module: nn.Module, query: torch.Tensor, _key: Any, value: torch.Tensor, _more: Any) -> torch.Tensor:
+    return value.repeat_interleave(query.shape[1] // value.shape[1], 1)
 
 
 def rotated(rotary: nn.Module, axes: torch.Tensor, width: int, pairs: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -106,10 +106,20 @@ class OpenFiles:
 
     def tensor(self, part: StoredTensor) -> torch.Tensor:
         """A tensor's contents."""
+        if part.file.suffix != ".safetensors":
+            return self._bytes(part)
         if part.file not in self._files:
             self._files[part.file] = safe_open(part.file, framework="pt")
         found: torch.Tensor = self._files[part.file].get_tensor(part.name)
         return found
+
+    def _bytes(self, part: StoredTensor) -> torch.Tensor:
+        """Of a file that has no names for its bytes."""
+        if part.file not in self._files:
+            size = part.file.stat().st_size
+            self._files[part.file] = torch.from_file(str(part.file), shared=False, size=size, dtype=torch.uint8)
+        found: torch.Tensor = self._files[part.file]
+        return found[part.start : part.start + prod(part.shape)].view(part.shape)
 
 
 class Lazy:

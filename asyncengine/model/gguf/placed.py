@@ -1,0 +1,134 @@
+"""Where a model has what a GGUF file stores, and what llama.cpp has done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from asyncengine.model.gguf.blocks import decode
+from asyncengine.model.gguf.header import BlockTensor
+from asyncengine.model.quantised.four_bits import FourBits
+from asyncengine.model.stored.tensor import StoredTensor
+from asyncengine.model.stored.weight import CodedWeight, Decoded, Parts
+
+Change = Callable[[Decoded], Decoded]
+
+
+def numbers(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    """A change of numbers, which codes do not survive."""
+
+    def changed(found: Decoded) -> Decoded:
+        assert isinstance(found, torch.Tensor)
+        return change(found)
+
+    return changed
+
+
+def rows(order: Callable[[int], torch.Tensor]) -> Change:
+    """Another order of outputs.
+
+    Args:
+        order: Given how many there are, where each of them is.
+    """
+
+    def changed(found: Decoded) -> Decoded:
+        if isinstance(found, torch.Tensor):
+            return found[order(found.shape[0])]
+        assert isinstance(found, FourBits)
+        at = order(found.shape[0])
+        zeros = None if found.zeros is None else found.zeros[at]
+        return FourBits(found.codes[at], found.scales[at], zeros, found.values)
+
+    return changed
+
+
+def columns(order: torch.Tensor, width: int) -> Change:
+    """Another order of inputs.
+
+    Args:
+        order: Where each run of them is.
+        width: How many inputs a run has. Codes whose groups fit into one stay codes.
+    """
+
+    def moved(found: torch.Tensor, each: int) -> torch.Tensor:
+        return found.view(found.shape[0], -1, each)[:, order].flatten(1)
+
+    def changed(found: Decoded) -> Decoded:
+        if isinstance(found, torch.Tensor):
+            return moved(found, width)
+        assert isinstance(found, FourBits)
+        groups = width // found.group
+        zeros = None if found.zeros is None else moved(found.zeros, groups)
+        return FourBits(moved(found.codes, width // 2), moved(found.scales, groups), zeros, found.values)
+
+    return changed
+
+
+def halves_from_pairs(heads: int) -> Change:
+    """Outputs of heads whose neighbours rotate together, for a model in which the two halves of a head do."""
+    return rows(lambda count: torch.arange(count).view(heads, -1, 2).transpose(1, 2).flatten())
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One parameter of a model.
+
+    Attributes:
+        name: As transformers calls it.
+        tensors: What is stored of it.
+        shape: The parameter's, if it is not that of the one tensor.
+        first: The first row of the tensors that belongs to it.
+        count: How many do; None is all.
+        change: What makes of one tensor's rows those of the parameter; None changes nothing.
+        join: Makes one of several tensors.
+        keeps_codes: Whether all that leaves codes what they are.
+        experts: How many matrices there are in it; 0 if it is one.
+        transposed: Whether they have inputs first in the model.
+    """
+
+    name: str
+    tensors: tuple[BlockTensor, ...]
+    shape: tuple[int, ...] | None = None
+    first: int = 0
+    count: int | None = None
+    change: Change | None = None
+    join: Callable[[Sequence[Decoded]], Decoded] | None = None
+    keeps_codes: bool = True
+    experts: int = 0
+    transposed: bool = False
+
+    def weight(self) -> CodedWeight:
+        """What a load reads."""
+        kinds = {tensor.type_id for tensor in self.tensors}
+        four_bits = self.keeps_codes and len(kinds) == 1 and all(tensor.blocks.four_bits for tensor in self.tensors)
+        parts = {str(index): self._stored(tensor) for index, tensor in enumerate(self.tensors)}
+        first = self.tensors[0]
+        shape = first.shape if self.shape is None else self.shape
+        decoded = partial(self._decoded, four_bits=four_bits)
+        form = "int4" if four_bits and len(shape) > 1 else "none"
+        return CodedWeight(
+            self.name, shape, parts, decoded, form, experts=self.experts, transposed=self.transposed
+        )
+
+    def _stored(self, tensor: BlockTensor) -> StoredTensor:
+        count = tensor.rows - self.first if self.count is None else self.count
+        start = tensor.start + self.first * tensor.row_bytes
+        return StoredTensor(tensor.name, "U8", (count, tensor.row_bytes), tensor.file, start)
+
+    def _decoded(self, parts: Parts, four_bits: bool) -> Decoded:
+        found = []
+        for index, tensor in enumerate(self.tensors):
+            data = parts[str(index)]
+            each: Decoded = decode(tensor.type_id, data, (len(data), tensor.shape[-1]))
+            if isinstance(each, FourBits) and not four_bits:
+                each = each.weight(torch.float32)
+            if len(tensor.shape) == 1 and isinstance(each, torch.Tensor):
+                each = each[0]
+            found.append(each if self.change is None else self.change(each))
+        whole = found[0] if self.join is None else self.join(found)
+        if not isinstance(whole, torch.Tensor) or self.experts:
+            return whole
+        return whole.reshape(self.shape or self.tensors[0].shape)
