@@ -55,7 +55,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("decoder_backend", "own", "allowed: 'auto', 'compiled', 'transformers'"),
     ("kv_cache_dtype", "fp8_e5m2", "allowed: 'auto', 'fp8_e4m3'"),
     ("graph_capture", "never", "allowed: 'idle', 'load'"),
-    ("quantization", "int5", "allowed: 'none', 'int8', 'int4', 'fp8'"),
+    ("quantization", "int5", "allowed: 'auto', 'none', 'int8', 'int4', 'fp8'"),
     ("images", "yes", "allowed: True, False, None"),
     ("max_queue_size", 0, "expected an integer >= 1"),
     ("step_timeout", 0, "expected a number in (0.0, inf]"),

@@ -130,8 +130,8 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.attention.reference import TorchAttention
     from asyncengine.model.attention_modules import text_config
     from asyncengine.model.capacity import CUDA_CHUNK, state_scratch
-    from asyncengine.model.checkpoint import Checkpoint
-    from asyncengine.model.load_check import KV_DTYPES, check_draft, check_quantization, dtype_of, longest_of
+    from asyncengine.model.gguf.checkpoint import checkpoint_at
+    from asyncengine.model.load_check import KV_DTYPES, check_draft, check_quantization, dtype_of, longest_of, settled
     from asyncengine.model.location import locate
     from asyncengine.model.memory import GraphReserve
     from asyncengine.model.quantised.kept_bytes import Where, kept_bytes
@@ -140,7 +140,8 @@ def read(config: EngineConfig) -> Needs:
 
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
-    checkpoint = Checkpoint(locate(config.model))
+    checkpoint = checkpoint_at(locate(config.model))
+    config = settled(config, checkpoint, device)
     hf_config = architecture.read_config(checkpoint)
     text = text_config(hf_config)
     dtype = dtype_of(config, checkpoint)

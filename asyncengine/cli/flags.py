@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from asyncengine.generation import GenerationConfig
     from asyncengine.loop.prepare import RequestOptions
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory, id in the local cache, or 'tiny'.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Directory, GGUF file, id in the local cache, or 'tiny'.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +35,11 @@ class EngineFlags:
     ] = "auto"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     quantization: Annotated[
-        Literal["none", "int8", "int4", "fp8"],
-        typer.Option(help="Keep weights in fewer bits, with bfloat16: int8 on the CPU, int4, fp8 on CUDA."),
-    ] = "none"
+        Literal["auto", "none", "int8", "int4", "fp8"],
+        typer.Option(
+            help="Keep weights in fewer bits, with bfloat16: int8 on the CPU, int4, fp8 on CUDA; auto keeps codes."
+        ),
+    ] = "auto"
     speculative_model: Annotated[
         str | None, typer.Option(help="Who guesses tokens ahead: a smaller model of the same vocabulary, or 'ngram'.")
     ] = None
