@@ -189,7 +189,7 @@ class ExpertParts:
 
     def four_bits_of(self, name: str) -> list[FourBits] | None:
         """As `gate_up_of` or `down_of`, the codes of a parameter, if it has four bits."""
-        if not isinstance(self.module, FourBitExperts):
+        if not isinstance(self.module, FourBitExperts) or name not in self.module.four_bit_shapes:
             return None
         whole = self.module.four_bits(name)
         size = whole.shape[0] // self.count

@@ -29,15 +29,16 @@ _HELD: dict[type[nn.Module], type[nn.Module]] = {}
 class FourBitExperts(nn.Module):
     """What a module of experts becomes.
 
-    Its parameters of `NAMES` are codes, (experts * outputs, inputs / 2), with buffers ``NAME_scale`` and ``NAME_zero``.
-    As an attribute each of them is what it was, in shape and dtype: without numbers outside of a forward pass.
+    Its parameters of `NAMES`, or one of them, are codes, (experts * outputs, inputs / 2), with buffers ``NAME_scale``
+    and ``NAME_zero``. As an attribute each of these is what it was, in shape and dtype: without numbers outside of a
+    forward pass.
 
     Attributes:
         transposed: Whether the weights are (experts, inputs, outputs).
-        four_bit_shapes: What the parameters' shapes are taken to be, by name.
+        four_bit_shapes: What the shapes of those with codes are taken to be, by name.
         four_bit_values: What codes stand for, by name.
         dtype: Of the weights.
-        kernel_gate: What is between their products; None if there are no kernels for that.
+        kernel_gate: What is between their products; None if there are no kernels for that, or not both are codes.
         by_kernel: Whether kernels multiply codes on CUDA.
     """
 
@@ -62,7 +63,7 @@ class FourBitExperts(nn.Module):
         """As the module's own: (tokens, hidden), (tokens, top) experts, and their shares."""
         if self.kernel_gate is not None and self.by_kernel and len(args) == 3 and args[0].device.type == "cuda":
             return self._by_kernels(*args)
-        present = {name: self._made(name) for name in NAMES}
+        present = {name: self._made(name) for name in self.four_bit_shapes}
         self.__dict__["_present"] = present
         try:
             return super().forward(*args, **kwargs)
@@ -89,6 +90,8 @@ class FourBitExperts(nn.Module):
             self._buffers[buffer] = None
 
     def _numbers(self, name: str) -> torch.Tensor:
+        if name not in self.four_bit_shapes:
+            return cast("torch.Tensor", self._parameters[name])
         present = self.__dict__.get("_present")
         if present is not None:
             return cast("torch.Tensor", present[name])
@@ -105,20 +108,20 @@ def hold(module: Any, weights: dict[str, FourBits], transposed: bool) -> None:
     """Makes a module of experts one of `FourBitExperts`.
 
     Args:
-        module: Its parameters of `NAMES` are let go; they may be without numbers.
-        weights: Codes of all experts, one after the other, for each of `NAMES`.
+        module: Its parameters that become codes are let go; they may be without numbers.
+        weights: Codes of all experts, one after the other, for each of `NAMES`, or for one.
         transposed: Whether its weights are (experts, inputs, outputs).
     """
     dtype = module.down_proj.dtype
-    shapes = {name: getattr(module, name).shape for name in NAMES}
-    for name in NAMES:
+    shapes = {name: getattr(module, name).shape for name in weights}
+    for name in weights:
         del module._parameters[name]
     module.__class__ = _held(type(module))
     module.transposed, module.dtype = transposed, dtype
     module.four_bit_shapes = shapes
-    module.four_bit_values = {name: weights[name].values for name in NAMES}
+    module.four_bit_values = {name: weights[name].values for name in weights}
     module.kernel_gate, module.by_kernel = _gate(module, weights), True
-    for name in NAMES:
+    for name in weights:
         own = weights[name]
         module._parameters[name] = nn.Parameter(own.codes, requires_grad=False)
         module.register_buffer(f"{name}_scale", own.scales, persistent=False)
@@ -131,6 +134,8 @@ def _gate(module: Any, weights: dict[str, FourBits]) -> Gate | None:
     from asyncengine.model.decoder.experts import gate_of
     from asyncengine.model.decoder.parts import NotRecognised
 
+    if len(weights) < len(NAMES):
+        return None
     try:
         activation, alpha, limit, alternating = gate_of(module, weights["down_proj"].shape[1])
     except NotRecognised:
@@ -204,7 +209,7 @@ def layers(model: nn.Module) -> dict[int, tuple[torch.Size, torch.dtype]]:
         id(module._parameters[name]): (module.four_bit_shapes[name], module.dtype)
         for module in model.modules()
         if isinstance(module, FourBitExperts)
-        for name in NAMES
+        for name in module.four_bit_shapes
     }
 
 
@@ -213,7 +218,7 @@ def writers(model: nn.Module) -> dict[int, list[Writer]]:
     found: dict[int, list[Writer]] = {}
     for module in model.modules():
         if isinstance(module, FourBitExperts):
-            for name in NAMES:
+            for name in module.four_bit_shapes:
                 write: Callable[[torch.Tensor], None] = functools.partial(module.write, name)
                 keep = functools.partial(_keep, module, name)
                 found[id(module._parameters[name])] = [Writer(write, keep)]

@@ -141,15 +141,15 @@ class KeptCodes:
                 continue
             found[name] = [(weight, weight.read(self._files)) for weight in weights]
         codes = {name: [own for _, own in each if isinstance(own, FourBits)] for name, each in found.items()}
-        if len(found) == len(NAMES) and all(_fit(codes[name], len(found[name])) for name in NAMES):
-            transposed = is_transposed(module, *(module._parameters[name] for name in NAMES))
-            hold(module, {name: joined(codes[name]) for name in NAMES}, transposed)
-            return sum(weight.size for each in found.values() for weight, _ in each)
-        for name, each in found.items():
+        held = {name: joined(own) for name, own in codes.items() if _fit(own, len(found[name]))}
+        transposed = is_transposed(module, *(module._parameters[name] for name in NAMES))
+        for name in found.keys() - held.keys():
             shape = module._parameters[name].shape
-            numbers = [weight.numbers(self._files, self._dtype) for weight, _ in each]
+            numbers = [weight.numbers(self._files, self._dtype) for weight, _ in found[name]]
             module._parameters[name] = nn.Parameter(torch.cat(numbers).view(shape), requires_grad=False)
-        return 0
+        if held:
+            hold(module, held, transposed)
+        return sum(weight.size for name in held for weight, _ in found[name])
 
 
 def _in_order(path: str, experts: _Experts, roles: tuple[str, ...], count: int) -> list[CodedWeight]:

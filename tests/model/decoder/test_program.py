@@ -23,7 +23,7 @@ from asyncengine.model.decoder.blueprint import recognise
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix
 from asyncengine.model.decoder.program import CompiledDecoder, Writer
 from asyncengine.model.loader import TransformersLoader
-from asyncengine.model.quantised.four_bit_experts import round_experts
+from asyncengine.model.quantised.four_bit_experts import NAMES, hold, round_experts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear, round_layers
 from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR, nearest
 from asyncengine.model.runner import TorchModel
@@ -323,6 +323,27 @@ def test_siblings_may_be_stored_in_different_ways(
             "output", "down", *kept
         }  # fmt: skip
     assert median_error(step.logits(batch_of([(tokens, 0)])), wanted) < 0.06
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_of_the_weights_of_experts_may_be_codes(name: str, checkpoint: Checkpoint) -> None:
+    [tokens] = sequences(1)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint("mixtral"), dtype=torch.bfloat16, attn_implementation=ATTENTION
+    ).eval()
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        hold(experts, {name: nearest(getattr(experts, name).detach().flatten(0, 1))}, transposed=False)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(tokens)[None]).logits[0].float()
+    model.set_attn_implementation(ATTENTION)
+    step = CompiledModel(model, torch.bfloat16, "int4")
+    for packed in step.program._layers:
+        assert packed.experts is not None
+        kinds = dict(zip(NAMES, (type(packed.experts.gate_up), type(packed.experts.down)), strict=True))
+        assert [each for each, kind in kinds.items() if kind is FourBitMatrix] == [name]
+    assert median_error(step.logits(batch_of([(tokens, 0)])), wanted) < 0.1  # what has bytes is rounded
 
 
 def test_int8_needs_bfloat16(checkpoint: Checkpoint) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from asyncengine.model.quantised import new_values
-from asyncengine.model.quantised.four_bit_experts import NAMES, FourBitExperts, round_experts, share_of
+from asyncengine.model.quantised.four_bit_experts import NAMES, FourBitExperts, hold, round_experts, share_of
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear, round_layers
 from asyncengine.model.quantised.four_bits import nearest
 
@@ -79,6 +79,24 @@ def test_experts_compute_with_the_numbers_that_their_codes_stand_for(kind: str, 
         weight = weight.view(4, -1, weight.shape[1])
         own.copy_(weight.transpose(1, 2) if kind == "gpt_oss" else weight)
     assert torch.equal(logits(rounded), logits(plain))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_one_of_the_weights_of_experts_may_be_codes_alone(kind: str, name: str, checkpoint: Make) -> None:
+    """As llama.cpp stores some layers: down projections with more bits."""
+    held, plain = (model_of(checkpoint(kind, num_hidden_layers=1)) for _ in range(2))
+    experts, other = (each.model.layers[0].mlp.experts for each in (held, plain))
+    transposed = kind == "gpt_oss"
+    own = getattr(experts, name).data
+    codes = nearest((own.transpose(1, 2) if transposed else own).flatten(0, 1))
+    hold(experts, {name: codes}, transposed)
+    weight = codes.weight(torch.bfloat16).view(4, -1, codes.shape[1])
+    getattr(other, name).data.copy_(weight.transpose(1, 2) if transposed else weight)
+    assert torch.equal(logits(held), logits(plain))
+    assert experts.kernel_gate is None
+    names = new_values.taken_for(held)
+    assert [id(experts._parameters[each]) in names for each in NAMES] == [each == name for each in NAMES]
 
 
 def test_experts_move_and_are_counted_as_other_modules(checkpoint: Make) -> None:

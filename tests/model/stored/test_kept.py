@@ -1,6 +1,6 @@
 """Codes of four bits stay codes, in whatever place transformers has for their weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from tests.model.stored import coded_checkpoints
 Make = Callable[..., Path]
 
 
-def loaded(path: Path, keep: bool, form: str = "int4") -> tuple[Any, int]:
-    """A model in bfloat16, and how many of its weights are codes."""
+def loaded(path: Path, keep: bool, form: str = "int4", but: Collection[str] = ()) -> tuple[Any, int]:
+    """A model in bfloat16, and how many of its weights are codes; those with such parts in their names are none."""
     checkpoint, dtype = Checkpoint(path), torch.bfloat16
-    kept = KeptCodes(checkpoint.coded.values() if keep else (), dtype, form)
+    coded = [weight for name, weight in checkpoint.coded.items() if keep and not {*but} & {*name.split(".")}]
+    kept = KeptCodes(coded, dtype, form)
     config = architecture.read_config(checkpoint)
     state = state_of(checkpoint.plain, checkpoint.coded.values(), dtype) | kept.state()
     kind, config = architecture.model_class(config)
@@ -68,6 +69,18 @@ def test_experts_that_are_stored_one_by_one_hold_codes_together(kind: str, check
     experts = same_logits(coded).model.layers[1].mlp.experts
     assert isinstance(experts, FourBitExperts)
     assert not experts.transposed
+
+
+@pytest.mark.parametrize(("but", "name"), [(["w2"], "gate_up_proj"), (["w1", "w3"], "down_proj")])
+def test_experts_of_which_one_weight_is_codes_hold_these(
+    but: list[str], name: str, checkpoint: Make, tmp_path: Path
+) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("mixtral", num_hidden_layers=1), "awq")
+    (kept, _), (plain, _) = loaded(coded, True, but=but), loaded(coded, False)
+    assert list(kept.model.layers[0].mlp.experts.four_bit_shapes) == [name]
+    ids = torch.arange(24)[None]
+    with torch.inference_mode():
+        assert torch.equal(kept(ids).logits, plain(ids).logits)
 
 
 @pytest.mark.parametrize("method", ["fp8 by output", "fp8 of ModelOpt"])
