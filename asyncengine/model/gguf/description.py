@@ -70,7 +70,7 @@ def directory_of(header: Header, family: Family) -> Path:
 
 
 def _write(header: Header, family: Family, directory: Path) -> None:
-    config = family.config(Facts(header))
+    config = family.config(Facts(header)) | {"transformers_version": version("transformers")}
     generation = {"eos_token_id": list(_ends(header.metadata))} | _sampling(header.metadata)
     for name, values in (("config.json", config), ("generation_config.json", generation)):
         (directory / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
