@@ -5,11 +5,12 @@ llama.cpp by ``llama-batched-bench`` (its own loop, S_TG), asyncengine by the mo
 included. ``prefill``: `--prefill` tokens at once, by ``llama-bench``. The ratio is asyncengine over llama.cpp, the
 median of the rounds. The last line is one JSON object.
 
-    python -m benchmarks.llama_cpp --bin DIR [--shape S] [--rows 1 16] [--rounds 3] [--quantization none]
+    python -m benchmarks.llama_cpp --bin DIR [--shape S] [--rows 1 16] [--rounds 3] [--quantization none] [--file-type T]
 
 DIR has ``llama-bench`` and ``llama-batched-bench``, built with cmake's defaults. Needs the package ``gguf``. bfloat16
 weights on both sides; with ``--quantization int8``, int8 with one scale for each output beside q8_0; with
-``--quantization int4``, four bits with a scale for 32 inputs beside q4_0, and the embedding as with int8.
+``--quantization int4``, four bits with a scale for 32 inputs beside q4_0, and the embedding as with int8. With
+``--file-type Q4_K_M`` or another of ``llama-quantize``, both sides load the file that it makes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +146,10 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quantization", default="none", choices=["none", "int8", "int4"])
+    parser.add_argument("--file-type", help="of llama-quantize; the file is read by both")
     arguments = parser.parse_args()
+    if arguments.file_type and arguments.quantization != "none":
+        parser.error("--file-type says how weights are stored, so --quantization cannot")
     arguments.dtype, arguments.decoder = "bfloat16", "compiled"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -155,7 +160,15 @@ def main() -> None:
         path = shapes.write(Path(directory), arguments.shape, "bfloat16")
         gguf_path = Path(directory) / "model.gguf"
         write_gguf(path, gguf_path, arguments.shape, arguments.quantization)
+        if arguments.file_type:
+            quantised = gguf_path.with_name(f"{arguments.file_type}.gguf")
+            _run([f"{arguments.bin}/llama-quantize", str(gguf_path), str(quantised), arguments.file_type])
+            gguf_path.unlink()
+            path = gguf_path = quantised
+            arguments.quantization = "auto"
+        begun = time.perf_counter()
         loaded = step.load(arguments, path)
+        print(f"loaded in {time.perf_counter() - begun:.1f} s: {'; '.join(loaded.notes) or 'nothing noted'}")
         rounds = []
         for _ in range(arguments.rounds):
             mine = ours(arguments, loaded.model, loaded.vocab_size)
@@ -170,7 +183,8 @@ def main() -> None:
             "ratio": round(ratio, 3),
         }
         print(f"{name:>10}: asyncengine {mine_rate:8.1f}, llama.cpp {other_rate:8.1f} tokens/s, ratio {ratio:.2f}")
-    names = {"benchmark": "llama_cpp", "shape": arguments.shape, "quantization": arguments.quantization}
+    names = {"benchmark": "llama_cpp", "shape": arguments.shape, "quantization": loaded.config.quantization}
+    names |= {"file_type": arguments.file_type} if arguments.file_type else {}
     print(json.dumps({**names, "threads": torch.get_num_threads(), "results": results}))
 
 
