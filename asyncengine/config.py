@@ -32,9 +32,10 @@ class EngineConfig:
     `AsyncEngine.complete_engine_config` is the same object with every None filled in.
 
     Attributes:
-        model: A checkpoint directory, the id of a model in the local Hugging Face cache, or ``"tiny"`` for the
-            embedded model. Nothing is ever downloaded.
-        tokenizer: Where to read the tokenizer from instead of the checkpoint directory.
+        model: A checkpoint directory, a GGUF file or a directory with one, the id of a model in the local Hugging Face
+            cache (``"owner/name:Q4_K_M"`` for a GGUF file with that in its name), or ``"tiny"`` for the embedded model.
+            Nothing is ever downloaded.
+        tokenizer: Where to read the tokenizer from instead, named likewise.
         device: ``"auto"`` (CUDA if there is one, else CPU), ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         dtype: Of weights and KV cache. ``"auto"`` is the checkpoint's own.
         kv_cache_dtype: ``"fp8_e4m3"`` keeps keys and values as one byte each, so that the same memory holds twice as

@@ -233,9 +233,8 @@ def settled(config: EngineConfig, checkpoint: Any, device: torch.device) -> Engi
         and config.attention_backend in ("auto", "cpu")
     ):
         with contextlib.suppress(BuildError):
+            find_compiler()
             form = checkpoint.narrowest
-            if form != "none":
-                find_compiler()
     return config.replace(quantization=form)
 
 

@@ -1,6 +1,6 @@
 """The directory that describes the model in a GGUF file: what others read of a checkpoint beside its weights.
 
-It is written once for each header, by one rename, and the oldest ones go first.
+It is written once for each header, by one rename; the oldest ones go when there are many.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from asyncengine.model.kept_file import version
 
 MOST_DIRECTORIES = 16
 """Kept at a time. A vocabulary of 152,000 tokens takes some 12 MB."""
+_IN_USE = 3600.0
+"""Seconds after which nobody is taken to read one any more."""
 _ENDS = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>",
     "<end_of_turn>", "<turn|>", "<|tool_response>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
@@ -64,9 +67,17 @@ def directory_of(header: Header, family: Family) -> Path:
             os.rename(workspace, home)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
-    for old in sorted(home.parent.iterdir(), key=lambda each: -each.stat().st_mtime_ns)[MOST_DIRECTORIES:]:
-        shutil.rmtree(old, ignore_errors=True)
+    _forget(home.parent)
     return home
+
+
+def _forget(parent: Path) -> None:
+    """Removes the oldest directories, as far as no load can still be reading them."""
+    with contextlib.suppress(OSError):  # another process does the same
+        used = sorted(((each.stat().st_mtime, each) for each in parent.iterdir()), reverse=True)
+        for when, old in used[MOST_DIRECTORIES:]:
+            if when < time.time() - _IN_USE:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(header: Header, family: Family, directory: Path) -> None:

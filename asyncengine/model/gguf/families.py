@@ -18,7 +18,9 @@ from asyncengine.model.gguf.places import experts, interleaved_experts, short_co
 from asyncengine.model.gguf.placed import Placed, halves_from_pairs, numbers
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
-_PASSED_OVER = re.compile(r"(rope_freqs|rope_factors_(long|short)|blk\.\d+\.(rope_freqs|rope_factors_(long|short)))\.weight")
+_PASSED_OVER = re.compile(
+    r"(rope_freqs|rope_factors_(long|short)|blk\.\d+\.(rope_freqs|rope_factors_(long|short)))\.weight"
+)
 """Tensors that become settings."""
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ATTENTION = {

@@ -109,9 +109,7 @@ class Placed:
         shape = first.shape if self.shape is None else self.shape
         decoded = partial(self._decoded, four_bits=four_bits)
         form = "int4" if four_bits and len(shape) > 1 else "none"
-        return CodedWeight(
-            self.name, shape, parts, decoded, form, experts=self.experts, transposed=self.transposed
-        )
+        return CodedWeight(self.name, shape, parts, decoded, form, experts=self.experts, transposed=self.transposed)
 
     def _stored(self, tensor: BlockTensor) -> StoredTensor:
         count = tensor.rows - self.first if self.count is None else self.count
