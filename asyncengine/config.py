@@ -75,8 +75,9 @@ class EngineConfig:
             and on CUDA where it was measured to be faster when the model was loaded.
         quantization: How weights are kept while the model serves, however the checkpoint stores them. ``"auto"`` keeps
             codes of four bits as ``"int4"``, and of GGUF's blocks those of more as ``"int8"``, on the CPU where `dtype`
-            allows it and there is a compiler; all else as ``"none"``, which keeps them in `dtype`. ``"int8"`` keeps one byte each, with one scale for each output; needs the compiled code of
-            the CPU. ``"int4"`` keeps four bits each: the codes of a checkpoint that has such (GPTQ, AWQ, MXFP4 and
+            and back ends allow it and there is a compiler; all else as ``"none"``, which keeps them in `dtype`.
+            ``"int8"`` keeps one byte each, with one scale for each output; needs the compiled code of the CPU.
+            ``"int4"`` keeps four bits each: the codes of a checkpoint that has such (GPTQ, AWQ, MXFP4, GGUF and
             others), else the nearest of sixteen multiples of a scale that 32 weights share; needs the compiled code of
             the CPU, or CUDA. ``"fp8"`` keeps and multiplies linear layers in fp8, with one scale for each output and
             for each token; needs a CUDA device of compute capability 8.9 or later (a CPU computes the same, slowly).

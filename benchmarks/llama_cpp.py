@@ -5,7 +5,7 @@ llama.cpp by ``llama-batched-bench`` (its own loop, S_TG), asyncengine by the mo
 included. ``prefill``: `--prefill` tokens at once, by ``llama-bench``. The ratio is asyncengine over llama.cpp, the
 median of the rounds. The last line is one JSON object.
 
-    python -m benchmarks.llama_cpp --bin DIR [--shape S] [--rows 1 16] [--rounds 3] [--quantization none] [--file-type T]
+    python -m benchmarks.llama_cpp --bin DIR [--shape S] [--rows 1 16] [--quantization none] [--file-type T]
 
 DIR has ``llama-bench`` and ``llama-batched-bench``, built with cmake's defaults. Needs the package ``gguf``. bfloat16
 weights on both sides; with ``--quantization int8``, int8 with one scale for each output beside q8_0; with

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from asyncengine.config import EngineConfig, Quantization
     from asyncengine.model.attention.protocol import LayerSpec
+    from asyncengine.model.checkpoint import Checkpoint
     from asyncengine.model.memory import GraphReserve
     from asyncengine.model.recorded import Watched
 

@@ -82,7 +82,7 @@ async def test_a_model_in_parts_with_a_draft_model_and_a_tokenizer_from_such_fil
 
 
 async def test_new_weights_and_another_model(file: Path) -> None:
-    """Weights have transformers' names, as has what a trainer sends; the model may be let go for another kind of file."""
+    """Weights have transformers' names, as has what a trainer sends."""
     original = load_file(tiny.PATH / "model.safetensors")
     async with AsyncEngine(EngineConfig(str(file))) as engine:
         name = "model.layers.0.self_attn.q_proj.weight"
@@ -112,7 +112,8 @@ async def test_what_the_makers_say_of_sampling_and_of_ends(tmp_path: Path) -> No
     ("changes", "form"),
     [
         ({}, "int4"), ({"dtype": "float32"}, "none"), ({"decoder_backend": "transformers"}, "none"),
-        ({"attention_backend": "torch"}, "none"), ({"quantization": "none"}, "none"), ({"quantization": "int8"}, "int8"),
+        ({"attention_backend": "torch"}, "none"), ({"quantization": "none"}, "none"),
+        ({"quantization": "int8"}, "int8"),
     ],
     ids=str,
 )  # fmt: skip
