@@ -68,14 +68,16 @@ def _in_directory(path: Path, kind: str = "") -> Path:
 
     Args:
         path: The directory.
-        kind: What its name has in it.
+        kind: What its name has in it, at the end if several have. Such files may be in directories of their own.
     """
-    models = [file for file in sorted(path.glob(f"*{GGUF}")) if _is_first(file.name)]
+    models = [file for file in sorted(path.glob(f"{'**/' if kind else ''}*{GGUF}")) if _is_first(file.name)]
     if not kind and (not models or any(next(path.glob(ending), None) for ending in _OTHER_WEIGHTS)):
         return path
     named = [file for file in models if kind.lower() in file.stem.lower()]
-    if len(named) == 1:
-        return named[0]
+    ending = [file for file in named if _PART.sub("", file.name.lower()).removesuffix(GGUF).endswith(kind.lower())]
+    for found in (named, ending):
+        if len(found) == 1:
+            return found[0]
     there = ", ".join(file.name for file in models) or "none"
     if not named:
         raise CheckpointError(f"{path} has no GGUF file with {kind!r} in its name; there: {there}")
@@ -114,7 +116,8 @@ def check_there(config: EngineConfig) -> None:
         AdapterError: An adapter's is missing, or has no ``adapter_config.json``.
     """
     for model in (config.model, *config.additional_models):
-        wanted = path if (path := locate(model)).suffix == GGUF else path / "config.json"
+        found = locate(model)
+        wanted = found if found.suffix == GGUF else found / "config.json"
         if not wanted.exists():
             raise CheckpointError(f"{wanted} does not exist")
     if config.tokenizer is not None:

@@ -69,7 +69,7 @@ class _Watched(torch.Tensor):
         for each in args:
             if isinstance(each, cls):
                 each.__dict__["seen"] = True
-        return super().__torch_function__(function, types, args, kwargs or {})
+        return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def rotates(attention: nn.Module, hidden: int) -> bool:

@@ -236,6 +236,14 @@ def test_a_file_is_found_by_its_directory_and_by_what_is_in_its_name(
         copy(file, snapshot / name)
     assert locate("someone/model:q4_k_m") == snapshot / names[0]
     assert locate("someone/model:Q8_0") == snapshot / names[1]
+    (snapshot / "BF16").mkdir()
+    copy(file, snapshot / "BF16" / "model-BF16.gguf")
+    assert locate("someone/model:bf16") == snapshot / "BF16" / "model-BF16.gguf"
+    copy(file, snapshot / "model-Q8_0_L.gguf")
+    assert locate("someone/model:Q8_0") == snapshot / names[1]
+    with pytest.raises(CheckpointError, match="has 4 GGUF files"):
+        locate("someone/model:model-")
+    (snapshot / "model-Q8_0_L.gguf").unlink()
     with pytest.raises(
         CheckpointError, match=r"has 2 GGUF files; name one of them: model-Q4_K_M\.gguf, model-Q8_0-00001"
     ):
