@@ -248,7 +248,7 @@ def test_a_file_is_found_by_its_directory_and_by_what_is_in_its_name(
         CheckpointError, match=r"has 2 GGUF files; name one of them: model-Q4_K_M\.gguf, model-Q8_0-00001"
     ):
         locate("someone/model")
-    with pytest.raises(CheckpointError, match="no GGUF file with 'Q5_K' in its name; there: model-Q4_K_M"):
+    with pytest.raises(CheckpointError, match="no GGUF file with 'Q5_K' in its name; there: model-BF16"):
         locate("someone/model:Q5_K")
     (snapshot / "model.safetensors").write_bytes(b"")
     assert locate("someone/model") == snapshot
