@@ -92,8 +92,9 @@ class Checkpoint:
 
     @property
     def narrowest(self) -> Quantization:
-        """What its codes can be kept as, where nothing else is asked for."""
-        return "int4" if any(weight.form == "int4" for weight in self.coded.values()) else "none"
+        """What its codes can be kept as, where nothing else is asked for: most of its numbers must be such."""
+        codes = sum(weight.size for weight in self.coded.values() if weight.form == "int4")
+        return "int4" if 2 * codes > sum(map(prod, self.shapes.values())) else "none"
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -57,6 +57,8 @@ class GgufCheckpoint(Checkpoint):
 
     @property
     def narrowest(self) -> Quantization:
-        """As the same of `Checkpoint`: blocks of more than four bits are kept in eight."""
+        """As the same of `Checkpoint`, but any codes count: beside them all other matrices are kept in eight bits."""
+        if any(weight.form == "int4" for weight in self.coded.values()):
+            return "int4"
         blocks = any(tensor.blocks.numbers > 1 for tensor in self._header.tensors.values())
-        return "int8" if (form := super().narrowest) == "none" and blocks else form
+        return "int8" if blocks else "none"

@@ -12,6 +12,7 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.errors import CheckpointError, ReloadError, UnsupportedModelError
 from asyncengine.model import architecture
 from asyncengine.model.checkpoint import Checkpoint
+from asyncengine.model.load_check import settled
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts, share_of
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.four_bits import nearest
@@ -150,6 +151,17 @@ async def test_an_engine_serves_codes_of_four_bits(
     # A router may send a token elsewhere, at which those behind it look: not in all of the prompts.
     each = zip(codes, rounded, exact, strict=True)
     assert any((code - real).norm() < 2 * (short - real).norm() + 0.002 * real.norm() for code, short, real in each)
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "form"), [("gptq", 64, "int4"), ("awq", 4096, "none"), ("fp8 by output", 64, "none")]
+)
+def test_most_of_a_checkpoint_must_be_codes_if_they_are_to_stay_unasked(
+    method: str, words: int, form: str, checkpoint: Make, tmp_path: Path
+) -> None:
+    coded, _ = coded_checkpoints.write(tmp_path, checkpoint("llama", num_hidden_layers=1, vocab_size=words), method)
+    config = EngineConfig(str(coded), device="cpu")
+    assert settled(config, Checkpoint(coded), torch.device("cpu")).quantization == form
 
 
 async def scored(engine: AsyncEngine, prompt: list[int]) -> torch.Tensor:
