@@ -335,7 +335,7 @@ def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     if details.device.type == "cuda":
         memory.empty_cache()
     error = trial.run(model, backend, fp8_weights=True)
-    stays = [weight for weight in details.checkpoint.coded.values() if weight.stays(details.quantization)]
+    stays = [weight for weight in details.checkpoint.coded.values() if weight.stays(_kept_forms(details))]
     how = "as stored" if stays and not any(weight.rounded for weight in stays) else "rounded"
     note = (
         f"quantization: fp8, {done / of:.0%} of the weights, {how}: logits of a trial are {error:.1%} of their norm off"
@@ -344,11 +344,13 @@ def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
 
 
 def _rounding(quantization: str, program: Any, error: float) -> tuple[str, ...]:
-    """What weights of four bits have come to in a compiled step, in words, if there are to be such."""
+    """What narrow weights have come to in a compiled step, in words, if they are codes of the checkpoint or have four
+    bits.
+    """
+    if program.as_stored:
+        return (f"quantization: {quantization}, as stored",)
     if quantization != "int4":
         return ()
-    if program.rounded_to != "int4":
-        return ("quantization: int4, as stored",)
     return (f"quantization: int4, rounded: logits of a trial are {error:.1%} of their norm off",)
 
 
@@ -380,7 +382,12 @@ def _in_four_bits(model: Any, trial: Any, details: Details) -> tuple[str, Any]:
 
 def _stays(details: Details) -> bool:
     """Whether some of the checkpoint's codes stay codes."""
-    return any(weight.stays(details.quantization) for weight in details.checkpoint.coded.values())
+    forms = _kept_forms(details)
+    return any(weight.stays(forms) for weight in details.checkpoint.coded.values())
+
+
+def _kept_forms(details: Details) -> frozenset[str]:
+    return details.checkpoint.kept_forms(details.quantization, details.device.type)
 
 
 def _with_weights(details: Details) -> tuple[Any, bool]:
@@ -405,7 +412,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
         with BUILDING:
             turned = architecture.turned_weights(kind, hf_config)
         coded = [weight.turned() if weight.belongs_to(turned) else weight for weight in coded]
-    kept = KeptCodes(coded, dtype, details.quantization) if _stays(details) else None
+    kept = KeptCodes(coded, dtype, _kept_forms(details)) if _stays(details) else None
     state = state_of(checkpoint.plain, coded, dtype) | ({} if kept is None else kept.state()) if coded else None
     with BUILDING:
         model, report = kind.from_pretrained(

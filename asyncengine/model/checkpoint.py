@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Collection
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -129,19 +130,34 @@ class Checkpoint:
             found.update(b"\0")
         return found.hexdigest()
 
-    def weight_bytes(self, dtype: torch.dtype, form: str = "none") -> int:
+    def kept_forms(self, quantization: str, device: str) -> frozenset[str]:
+        """Which codes stay codes.
+
+        Those of eight bits stay on the CPU alone, which multiplies them: in "int8", and beside others of four in "int4".
+
+        Args:
+            quantization: `EngineConfig.quantization`.
+            device: Its type.
+        """
+        if quantization == "int8":
+            return frozenset({"int8"} if device == "cpu" else ())
+        if quantization == "int4" and device == "cpu" and any(each.form == "int4" for each in self.coded.values()):
+            return frozenset({"int4", "int8"})
+        return frozenset({quantization})
+
+    def weight_bytes(self, dtype: torch.dtype, forms: Collection[str] = ()) -> int:
         """Bytes of all weights once they are in `dtype`.
 
         Args:
             dtype: Of whatever is stored as floats or as codes.
-            form: What weights are kept as, as `EngineConfig.quantization` says it: some stay codes.
+            forms: Which codes stay codes, as `kept_forms` says it.
         """
         if not self.tensors:  # not safetensors: its size on disk is the best guess
             return sum(file.stat().st_size for file in self.weight_files)
         sizes = SIZES | dict.fromkeys(("F64", "F32", "F16", "BF16"), dtype.itemsize)
         plain = sum(prod(tensor.shape) * sizes.get(tensor.dtype, 1) for tensor in self.plain)
         return plain + sum(
-            weight.nbytes if weight.stays(form) else prod(weight.shape) * dtype.itemsize
+            weight.kept_nbytes if weight.stays(forms) else prod(weight.shape) * dtype.itemsize
             for weight in self.coded.values()
         )
 

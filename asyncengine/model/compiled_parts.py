@@ -93,7 +93,7 @@ def with_products(
 
     quantization = config.quantization
     products = Products(library_of(config, details, backend), details.dtype, quantization)
-    rounded_to = compiled_layers.rounded_to(model, quantization)
+    as_stored, rounded_to = compiled_layers.has_codes(model), compiled_layers.rounded_to(model, quantization)
     compiled_layers.compile_layers(model, products, trial.layers.uncalled | seeing(model))
     if quantization == "none":
         try:
@@ -116,6 +116,6 @@ def with_products(
         ) from error
     off = rounded.off(trial, rounded_to)
     slower = tried(model, rounded, backend)
-    how = "rounded" if rounded_to == quantization else "as stored"
+    how = "as stored" if as_stored else "rounded"
     how = f"{share:.0%} of the weights, {how}: logits of a trial are {off:.1%} of their norm off"
     return model, rounded, (*slower, f"quantization: {quantization}, {how}")

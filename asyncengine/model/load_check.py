@@ -169,7 +169,7 @@ def plan_of(
         for each in (watched, drafting):
             check_layers(config, backend, None if each is None else each.attention, kv_dtype, device)
     check_quantization(config, device, dtype)
-    weights = checkpoint.weight_bytes(dtype, config.quantization)
+    weights = checkpoint.weight_bytes(dtype, checkpoint.kept_forms(config.quantization, device.type))
     present = None if current is None else current.tokenizer
     details = Details(
         checkpoint,
@@ -280,7 +280,7 @@ def check_draft(
             "the same"
         )
     longest = getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST
-    weights = checkpoint.weight_bytes(dtype, quantization)
+    weights = checkpoint.weight_bytes(dtype, checkpoint.kept_forms(quantization, device.type))
     return Details(
         checkpoint,
         checkpoint.path,
@@ -471,5 +471,8 @@ def _arithmetic(details: Details, free: int, held: int) -> str:
         f"in {details.dtype} + {SLACK / GIB:.2f} GiB for everything else > {free / GIB:.2f} GiB free"
     )
     text += f" + {held / GIB:.2f} GiB of the present model" if held else ""
-    forms = {weight.form for weight in details.checkpoint.coded.values()} - {"none", details.quantization}
+    kept = details.checkpoint.kept_forms(details.quantization, details.device.type)
+    forms = {weight.form for weight in details.checkpoint.coded.values()} - {"none", *kept}
+    if details.device.type != "cpu":
+        forms -= {"int8"}
     return text + "".join(f"; quantization {form!r} keeps the checkpoint's codes" for form in sorted(forms))

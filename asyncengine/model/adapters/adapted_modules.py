@@ -21,6 +21,7 @@ from asyncengine.model.adapters.factor_table import MOST_RANK, FactorTable
 from asyncengine.model.adapters.lora import Lora, LowRank
 from asyncengine.model.decoder.compiled_linear import CompiledLinear
 from asyncengine.model.packed_linear import PackedLinear
+from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.fp8_linear import Fp8Linear
 from asyncengine.model.recorded import Recorded
@@ -30,7 +31,7 @@ from asyncengine.step.batch import Int32, Int64, StepBatch
 BY_TOKEN = 256
 """Tokens of the largest launched step in which each looks its adapter up; of more, those that share one go together."""
 
-_LINEAR = (nn.Linear, CompiledLinear, PackedLinear, Fp8Linear, FourBitLinear)
+_LINEAR = (nn.Linear, CompiledLinear, PackedLinear, Fp8Linear, FourBitLinear, ByteLinear)
 
 
 class ModulesFormat:

@@ -22,6 +22,7 @@ from asyncengine.model.attention_modules import RecordedLayer, text_config
 from asyncengine.model.decoder.experts import ROUTERS, experts_of
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
 from asyncengine.model.decoder.rotation import Rotation, rotates, rotation
+from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.fp8_linear import Fp8Linear
 
@@ -278,7 +279,7 @@ def _blocks(whole: Projection, widths: Sequence[int]) -> tuple[Projection, ...]:
 
 def _linear(module: nn.Module, names: Sequence[str]) -> Projection:
     linear = _first(module, names)
-    if type(linear) not in (nn.Linear, Conv1D, Fp8Linear, FourBitLinear):
+    if type(linear) not in (nn.Linear, Conv1D, Fp8Linear, FourBitLinear, ByteLinear):
         raise NotRecognised(f"{names[0]} is not a linear layer")
     return Projection(linear, transposed=type(linear) is Conv1D)
 

@@ -8,12 +8,14 @@
 // nothing here hangs on products of bfloat16. What codes stand for lies between -128 and 127: 32 such products, or those of
 // values from 0 to 255, stay far below 2^31.
 //
-// Bytes lie as decoder.cpp says. Of weights of four bits, what one vector of outputs needs lies in one run of memory:
+// Bytes with one scale for each output lie as decoder.cpp says. Of codes whose scales are those of some inputs, what one
+// vector of outputs needs lies in one run of memory:
 //
-//     codes   (inputs / 8, lane) words of 32 bits: input 2 i of eight is in bits 4 i to 4 i + 3, input 2 i + 1 in
-//             bits 16 + 4 i to 16 + 4 i + 3, so that shifting by 4 i brings a pair to the ends of two halves
+//     codes   of eight bits, (inputs, lane) bytes
+//             of four bits, (inputs / 8, lane) words of 32 bits: input 2 i of eight is in bits 4 i to 4 i + 3, input
+//             2 i + 1 in bits 16 + 4 i to 16 + 4 i + 3, so that shifting by 4 i brings a pair to the ends of two halves
 //     scales  (inputs / (32 run), lane) float16
-//     zeros   the same again, where there are any
+//     zeros   the same again, where there are any; bytes have none
 //
 // and the next one begins at a multiple of 64 bytes. The scales of an output have had a power of two taken out, which
 // is applied to the sum: so they fit into float16 whatever their size.
@@ -27,8 +29,9 @@
 constexpr int kBundle = 32;
 
 extern "C" {
-struct FourBits {      // how a matrix is stored; mirrored in four_bit_matrix.py
-  int16_t values[32];  // what the sixteen codes stand for, twice
+struct Format {        // how codes are stored; mirrored in coded_matrix.py
+  int16_t values[32];  // what the sixteen codes of four bits stand for, twice
+  int64_t bits;        // of a code: 4 or 8
   int64_t run;         // bundles of inputs that share a scale
   int64_t zeros;       // whether there are zeros
   int64_t stride;      // bytes of what a vector of outputs needs
@@ -37,13 +40,13 @@ struct FourBits {      // how a matrix is stored; mirrored in four_bit_matrix.py
 struct CodesPacking {  // one matrix that is to be put into that order; mirrored too
   const uint16_t *numbers;  // (outputs, inputs) bfloat16 that are to be rounded to integers of four bits; or null
   int64_t row_stride;       // theirs
-  const uint8_t *codes;     // (outputs, inputs / 2): the lower half of a byte is the input with the even number
+  const uint8_t *codes;     // (outputs, inputs / 2): the lower half of a byte is the input with the even number; or bytes
   const float *scales;      // (outputs, inputs / (32 run))
   const float *zeros;       // as `scales`, in the unit of the values; or null
   int64_t outputs, inputs;
   int64_t run;  // of what is given; a multiple of the format's
   double step;  // what a value of 1 stands for
-  const FourBits *format;
+  const Format *format;
   char *to;
   int64_t first_group, group_step;  // group g of the outputs becomes group first_group + g * group_step
   float *factors;                   // (outputs): what sums are multiplied by
@@ -158,18 +161,19 @@ inline Words byte_pair(const char *p) {
 #endif
 }
 
-// sums[row][lane] of `Rows` rows of bundles and `Cols` groups of outputs, which are `stride` bytes apart; of weights of
-// four bits, or of bytes, which have no format. What lies `ahead` bytes further on is brought
-// nearer meanwhile: a run is so short that it is over before the processor has found out that it is one.
-template <bool Coded, int Rows, int Cols>
+// sums[row][lane] of `Rows` rows of bundles and `Cols` groups of outputs, which are `stride` bytes apart; of weights of so
+// many bits, with scales for each run of inputs, or for each output, which need no format. What lies `ahead` bytes further
+// on is brought nearer meanwhile: a run is so short that it is over before the processor has found out that it is one.
+template <int Bits, bool Runs, int Rows, int Cols>
 __attribute__((noinline)) void multiply_bundles(const Bundle *inputs, int64_t input_stride, const void *weights,
-                                                int64_t stride, const FourBits *format, int64_t bundles, float *sums,
+                                                int64_t stride, const Format *format, int64_t bundles, float *sums,
                                                 int64_t sum_stride, int64_t ahead) {
-  constexpr int kEight = kLanes * (Coded ? 4 : 8);  // bytes of eight inputs
+  constexpr bool kCoded = Bits == 4;
+  constexpr int kEight = kLanes * Bits;  // bytes of eight inputs
   static constexpr int16_t kNone[32] = {};
-  const Codes codes(Coded ? format->values : kNone);
-  const int64_t run = Coded ? format->run : 1, scales_at = bundles * (kBundle / 8) * kEight;
-  const bool zeros = Coded && format->zeros;
+  const Codes codes(kCoded ? format->values : kNone);
+  const int64_t run = Runs ? format->run : 1, scales_at = bundles * (kBundle / 8) * kEight;
+  const bool zeros = kCoded && format->zeros;
   Vec sum[Rows][Cols] = {};
   for (int64_t bundle = 0, share = 0, used = 0; bundle < bundles; ++bundle) {
     Words dots[Rows][Cols];
@@ -177,7 +181,7 @@ __attribute__((noinline)) void multiply_bundles(const Bundle *inputs, int64_t in
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
       for (int c = 0; c < Cols; ++c)
-        dots[r][c] = Words{} - uint32_t(Coded ? Codes::kOffset * inputs[r * input_stride + bundle].sum : 0);
+        dots[r][c] = Words{} - uint32_t(kCoded ? Codes::kOffset * inputs[r * input_stride + bundle].sum : 0);
     for (int eight = 0; eight < kBundle / 8; ++eight) {
       const char *at = static_cast<const char *>(weights) + (bundle * (kBundle / 8) + eight) * kEight;
 #pragma GCC unroll 8
@@ -189,7 +193,7 @@ __attribute__((noinline)) void multiply_bundles(const Bundle *inputs, int64_t in
       for (int i = 0; i < 4; ++i) {
         const auto halves_of = [&](int c) {
           const char *lanes = at + c * stride;
-          return Coded ? codes.pair(load<Words>(lanes) >> (4 * i)) : byte_pair(lanes + i * 2 * kLanes);
+          return kCoded ? codes.pair(load<Words>(lanes) >> (4 * i)) : byte_pair(lanes + i * 2 * kLanes);
         };
         if constexpr (Rows <= Cols) {  // the order that needs the fewer registers
 #pragma GCC unroll 8
@@ -217,7 +221,7 @@ __attribute__((noinline)) void multiply_bundles(const Bundle *inputs, int64_t in
 #pragma GCC unroll 8
     for (int c = 0; c < Cols; ++c) {
       Vec scale = splat(1.0f), zero = {};
-      if constexpr (Coded) {
+      if constexpr (Runs) {
         const char *at = static_cast<const char *>(weights) + c * stride + scales_at;
         const auto *scales = reinterpret_cast<const uint16_t *>(at) + share * kLanes;
         prefetch(reinterpret_cast<const char *>(scales) + ahead);
@@ -284,18 +288,24 @@ float round_share(const uint16_t *numbers, int64_t count, uint8_t *codes, float 
 
 // Packs the outputs of one vector, whose rows begin where the pointers say.
 void pack_rows(const CodesPacking &p, int64_t group, const uint8_t *codes, const float *scales, const float *zeros) {
-  const FourBits &format = *p.format;
-  const int64_t words = p.inputs / 8, shares = p.inputs / kBundle / format.run, repeat = p.run / format.run;
+  const Format &format = *p.format;
+  const int64_t row_bytes = p.inputs * format.bits / 8, shares = p.inputs / kBundle / format.run, repeat = p.run / format.run;
   const int64_t count = std::min<int64_t>(kLanes, p.outputs - group * kLanes), theirs = shares / repeat;
   const int64_t place = p.first_group + group * p.group_step;
   char *to = p.to + place * format.stride;
-  for (int64_t word = 0; word < words; ++word) {
+  for (int64_t word = 0; word < row_bytes / 4; ++word) {
     uint32_t lanes[kLanes] = {};
-    for (int64_t lane = 0; lane < count; ++lane)
-      lanes[lane] = word_of(load<uint32_t>(codes + lane * (p.inputs / 2) + word * 4));
-    std::memcpy(to + word * kLanes * 4, lanes, sizeof lanes);
+    for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = load<uint32_t>(codes + lane * row_bytes + word * 4);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint32_t four = format.bits == 4 ? word_of(lanes[lane]) : lanes[lane];
+      char *at = to + word * kLanes * 4;
+      if (format.bits == 4)
+        std::memcpy(at + lane * 4, &four, 4);
+      else
+        for (int i = 0; i < 4; ++i) at[i * kLanes + lane] = char(four >> 8 * i);
+    }
   }
-  auto *to_scales = reinterpret_cast<uint16_t *>(to + words * kLanes * 4), *to_zeros = to_scales + shares * kLanes;
+  auto *to_scales = reinterpret_cast<uint16_t *>(to + row_bytes * kLanes), *to_zeros = to_scales + shares * kLanes;
   std::fill_n(to_scales, shares * kLanes * (format.zeros ? 2 : 1), uint16_t(0));
   std::fill_n(p.factors + place * kLanes, kLanes, 0.0f);
   for (int64_t lane = 0; lane < count; ++lane) {
@@ -316,7 +326,7 @@ void pack_rows(const CodesPacking &p, int64_t group, const uint8_t *codes, const
 void pack_codes(const CodesPacking &p, int64_t group) {
   const int64_t share = kBundle * p.run, shares = p.inputs / share, first = group * kLanes;
   if (!p.numbers)
-    return pack_rows(p, group, p.codes + first * (p.inputs / 2), p.scales + first * shares,
+    return pack_rows(p, group, p.codes + first * (p.inputs * p.format->bits / 8), p.scales + first * shares,
                      p.zeros ? p.zeros + first * shares : nullptr);
   static thread_local std::vector<uint8_t> codes;
   static thread_local std::vector<float> scales, wide;

@@ -15,13 +15,14 @@ from asyncengine.model.decoder.compiled_linear import CompiledLinear, Products
 from asyncengine.model.decoder.experts import alone
 from asyncengine.model.decoder.four_bit_matrix import packed
 from asyncengine.model.decoder.packed_experts import PackedExperts
-from asyncengine.model.decoder.parts import ExpertParts, NotRecognised
+from asyncengine.model.decoder.parts import ExpertParts, NotRecognised, Projection
 from asyncengine.model.decoder.weights import PackedMatrix, Weights
+from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_experts import NAMES, FourBitExperts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.weight_writer import Writer, in_place
 
-KINDS = (nn.Linear, FourBitLinear)
+KINDS = (nn.Linear, FourBitLinear, ByteLinear)
 """Linear layers that are replaced, subclasses left out."""
 _ALIGNMENT = 16
 """Sizes must be multiples of it: so many floats are in the widest vector."""
@@ -30,8 +31,8 @@ _ALIGNMENT = 16
 def compile_layers(model: Any, products: Products, but: Collection[nn.Module] = ()) -> None:
     """Puts a layer of the compiled code in the place of each linear layer and of all experts whose inputs fill vectors.
 
-    Codes of four bits stay what they are, and then nothing else is rounded to so few: it is stored as bytes, as the
-    head always is. A layer that has several names stays one, and layers that share a weight share it still.
+    Codes stay what they are, and then nothing else is rounded to four bits: it is stored as bytes, as the head always
+    is. A layer that has several names stays one, and layers that share a weight share it still.
 
     Args:
         model: A causal language model of transformers. Each of its weights is let go before the next one is packed.
@@ -64,9 +65,13 @@ def compile_layers(model: Any, products: Products, but: Collection[nn.Module] = 
 
 
 def rounded_to(model: nn.Module, quantization: Quantization) -> Quantization:
-    """What weights are rounded to, of a model that may have codes of four bits."""
-    codes = any(isinstance(module, (FourBitLinear, FourBitExperts)) for module in model.modules())
-    return "int8" if codes and quantization == "int4" else quantization
+    """What weights are rounded to, of a model that may have codes."""
+    return "int8" if has_codes(model) and quantization == "int4" else quantization
+
+
+def has_codes(model: nn.Module) -> bool:
+    """Whether some of its weights are codes, in layers that are not compiled yet."""
+    return any(isinstance(module, (FourBitLinear, ByteLinear, FourBitExperts)) for module in model.modules())
 
 
 def narrow_share(model: nn.Module) -> float:
@@ -129,7 +134,9 @@ def _compiled(
     """What takes a layer's place, whose weight is let go, unless it is in use elsewhere."""
     if tied is not None:
         return CompiledLinear(products, layer, tied.matrix, tied.weight)
-    weights: Weights = layer.four_bits if isinstance(layer, FourBitLinear) else layer.weight.detach()
+    weights: Weights | None = Projection(layer).codes
+    if weights is None:
+        weights = layer.weight.detach()
     matrix = packed(products.library, [weights], [None], how)
     if elsewhere:
         return CompiledLinear(products, layer, matrix, layer.weight)
@@ -138,7 +145,7 @@ def _compiled(
 
 
 def _fits(layer: Any, dtype: torch.dtype) -> bool:
-    own = layer.dtype if isinstance(layer, FourBitLinear) else layer.weight.dtype
+    own = layer.weight.dtype if type(layer) is nn.Linear else layer.dtype
     return own is dtype and layer.in_features % _ALIGNMENT == 0
 
 

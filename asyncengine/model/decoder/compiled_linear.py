@@ -16,6 +16,7 @@ from torch import nn
 
 from asyncengine.config import Quantization
 from asyncengine.model.decoder.weights import DTYPES, NARROW, MatrixStruct, PackedMatrix
+from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.weight_writer import restorer
 
@@ -52,13 +53,13 @@ class CompiledLinear(nn.Module):
 
     Args:
         products: What multiplies.
-        layer: A linear layer, or one of four bits.
+        layer: A linear layer, or one of codes.
         matrix: Its weight, packed without the bias.
         weight: As the attribute.
     """
 
     def __init__(
-        self, products: Products, layer: nn.Linear | FourBitLinear, matrix: PackedMatrix, weight: nn.Parameter
+        self, products: Products, layer: nn.Linear | FourBitLinear | ByteLinear, matrix: PackedMatrix, weight: nn.Parameter
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features

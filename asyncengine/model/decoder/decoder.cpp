@@ -29,7 +29,7 @@ struct Matrix {
   const float *scales;  // (outputs) of weights in int8 or four bits, or null
   const float *bias;    // (outputs) or null
   int64_t outputs, inputs;
-  const FourBits *four_bits;  // how they are stored, if so; or null
+  const Format *format;  // how they are stored, if as codes with scales for some inputs each; or null
 };
 
 struct Norm {  // (x - mean(x)) / deviation(x) * weight + bias, or x / rms(x) * weight + bias
@@ -173,6 +173,7 @@ struct Int4 {
 struct BundledInt8 : Int4 {
   typedef int8_t Stored;
 };
+struct GroupedInt8 : Int4 {};  // with a scale for some inputs each
 template <class W>
 constexpr bool takes_bundles() {
   return std::is_base_of<Int4, W>::value;
@@ -277,10 +278,11 @@ constexpr Products<W> products;
 // The same of bundles.
 template <class W>
 struct BundleProducts {
-  decltype(&multiply_bundles<true, 1, 1>) of[kRows + 1][kMostCols + 1];
+  decltype(&multiply_bundles<4, true, 1, 1>) of[kRows + 1][kMostCols + 1];
   template <int Rows, int Cols>
   constexpr void fill() {
-    of[Rows][Cols] = multiply_bundles<std::is_same<W, Int4>::value, Rows, Cols>;
+    constexpr int kBits = std::is_same<W, Int4>::value ? 4 : 8;
+    of[Rows][Cols] = multiply_bundles<kBits, !std::is_same<W, BundledInt8>::value, Rows, Cols>;
     if constexpr (Cols > 1)
       fill<Rows, Cols / 2>();
     else if constexpr (Rows > 1)
@@ -475,8 +477,9 @@ bool same_shape(const Layer &a, const Layer &b) {
 template <class T, class W>
 struct Run {
   typedef typename T::Stored Stored;
+  // Whether rows can enter products in bundles. Where tiles multiply bytes, that is for matrices with a format alone.
+  static constexpr bool kBundles = takes_bundles<W>() || std::is_same<W, Int8>::value;
   // How rows are multiplied that are no whole bundles, and how an embedding is read.
-  static constexpr bool kBundles = takes_bundles<W>();
   typedef typename std::conditional<kBundles, Int8, W>::type Plain;
   typedef typename Plain::Weight Input;  // one step of a row that enters a product
   // Whether what attention writes can enter a product as it is.
@@ -490,6 +493,7 @@ struct Run {
   const Decoder &decoder;
   const DecoderStep &step;
   const int64_t tokens, threads;
+  bool bundled = takes_bundles<W>();  // whether they do
   int64_t qkv_width = 0, attended_width = 0, most_top = 0, most_experts = 0, expert_inner = 0;
   float *hidden, *branch, *qkv;
   Entering normed, inner, widened;
@@ -522,7 +526,10 @@ struct Run {
       expert_inner = std::max(expert_inner, e.down.inputs);
       qkv_width = std::max(qkv_width, a.heads * a.key_dim + a.kv_heads * (a.key_dim + a.value_dim));
       attended_width = std::max(attended_width, a.heads * a.value_dim);
+      for (const Matrix *each : {&d.layers[i].qkv, &d.layers[i].output, &d.layers[i].gate_up, &d.layers[i].down})
+        bundled = bundled || each->format;
     }
+    bundled = bundled || d.head.format;
     if (std::is_same<Plain, Int8>::value && by_tiles<Plain>()) {
       const int64_t inputs = std::max({decoder.hidden, decoder.intermediate, attended_width, expert_inner});
       widened_count = std::max(kManyRowsItemBytes / 2, kMostCols * kLanes * inputs);
@@ -535,7 +542,7 @@ struct Run {
     const auto take = [&](int64_t count, int64_t width, bool plain = true) {
       Entering entering;
       entering.plain = memory.take<Input>(plain ? count * (width / Plain::kPair) : 0);
-      entering.bundles = memory.take<Bundle>(kBundles ? count * (width / kBundle) : 0);
+      entering.bundles = memory.take<Bundle>(kBundles && bundled ? count * (width / kBundle) : 0);
       return entering;
     };
     hidden = memory.take<float>(tokens * decoder.hidden);
@@ -669,7 +676,7 @@ struct Run {
           // The next groups, or those that the thread will probably come to with its next item.
           const int64_t next = group + cols < last ? cols : threads * (last - begin) - (group - begin);
           bundle_products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride,
-                                             matrix.four_bits, steps, sums, cols * kLanes, i ? 0 : next * group_stride);
+                                             matrix.format, steps, sums, cols * kLanes, i ? 0 : next * group_stride);
         } else {
           products<M>.of[count][cols](inputs + row * steps, steps, weights + group * group_stride, group_stride, steps,
                                       sums, cols * kLanes, i ? 0 : kAhead);
@@ -683,8 +690,8 @@ struct Run {
   // What one vector of outputs has of a matrix.
   template <class M>
   static int64_t stride_of(const Matrix &matrix) {
-    if constexpr (std::is_same<M, Int4>::value)
-      return matrix.four_bits->stride;
+    if constexpr (takes_bundles<M>() && !std::is_same<M, BundledInt8>::value)
+      return matrix.format->stride;
     else
       return matrix.inputs * kLanes;
   }
@@ -795,13 +802,15 @@ struct Run {
   }
 
   // Whether rows of so many numbers enter products in bundles.
-  static bool are_bundles(int64_t inputs) { return kBundles && inputs % kBundle == 0; }
+  bool are_bundles(int64_t inputs) const { return kBundles && bundled && inputs % kBundle == 0; }
 
   // The same, whatever the matrix is stored in.
   void product_of(Phase &phase, const Matrix &matrix, const Entering &inputs, int64_t rows, const Outcome &outcome) {
     if constexpr (std::is_same<W, Int4>::value)
-      if (matrix.four_bits) return product<Int4>(phase, matrix, inputs.bundles, rows, outcome);
+      if (matrix.format && matrix.format->bits == 4) return product<Int4>(phase, matrix, inputs.bundles, rows, outcome);
     if constexpr (kBundles)
+      if (matrix.format) return product<GroupedInt8>(phase, matrix, inputs.bundles, rows, outcome);
+    if constexpr (takes_bundles<W>())
       if (are_bundles(matrix.inputs)) return product<BundledInt8>(phase, matrix, inputs.bundles, rows, outcome);
     product<Plain>(phase, matrix, inputs.plain, rows, outcome);
   }
@@ -901,9 +910,12 @@ struct Run {
 
   void experts_product_of(Phase &phase, const Experts &experts, const Matrix &matrix, const Entering &inputs,
                           const Outcome &outcome) {
-    if constexpr (std::is_same<W, Int4>::value)
-      if (matrix.four_bits) return experts_product<Int4>(phase, experts, matrix, inputs.bundles, outcome);
-    if constexpr (kBundles)
+    if constexpr (std::is_same<W, Int4>::value) {
+      if (matrix.format && matrix.format->bits == 4)
+        return experts_product<Int4>(phase, experts, matrix, inputs.bundles, outcome);
+      if (matrix.format) return experts_product<GroupedInt8>(phase, experts, matrix, inputs.bundles, outcome);
+    }
+    if constexpr (takes_bundles<W>())
       if (are_bundles(matrix.inputs))
         return experts_product<BundledInt8>(phase, experts, matrix, inputs.bundles, outcome);
     experts_product<Plain>(phase, experts, matrix, inputs.plain, outcome);
@@ -1015,7 +1027,7 @@ struct Run {
     rows(next(), tokens * experts.top, [&](int64_t i) {
       const int64_t token = owner[i] / experts.top, steps = decoder.hidden / Plain::kPair;
       const int64_t bundles = decoder.hidden / kBundle;
-      if (are_bundles(decoder.hidden))
+      if (takes_bundles<W>() && are_bundles(decoder.hidden))
         std::memcpy(sent.bundles + i * bundles, normed.bundles + token * bundles, size_t(bundles) * sizeof(Bundle));
       else
         std::memcpy(sent.plain + i * steps, normed.plain + token * steps, size_t(steps) * sizeof(Input));
@@ -1025,7 +1037,7 @@ struct Run {
                       activate_pairs(sent_inner.plain + row * (experts.down.inputs / Plain::kPair), group, cols, sums,
                                      experts.activation, float(experts.alpha), float(experts.limit));
                     });
-    bundle_rows(next, experts.down.inputs, sent_inner, tokens * experts.top);
+    if (takes_bundles<W>()) bundle_rows(next, experts.down.inputs, sent_inner, tokens * experts.top);
     experts_product_of(next(), experts, experts.down, sent_inner,
                     [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                       copy(answers + row * decoder.hidden + group * kLanes, sums, cols);
@@ -1360,6 +1372,7 @@ int run_product(const Matrix &matrix, const void *from, int64_t rows, void *to, 
   static thread_local Buffer memory;
   Alone alone(rows, matrix.inputs * matrix.outputs, threads);
   alone.decoder.intermediate = matrix.inputs;
+  alone.decoder.head = matrix;
   struct Work {
     Run<T, W> run;
     const Matrix &matrix;
@@ -1568,7 +1581,7 @@ extern "C" void decoder_pack(const Packing *packings, int64_t count, int64_t thr
   pack_all(packings, count, threads);
 }
 
-// Packs matrices in four bits.
+// Packs matrices that have a format.
 extern "C" void decoder_pack_codes(const CodesPacking *packings, int64_t count, int64_t threads) {
   pack_all(packings, count, threads);
 }

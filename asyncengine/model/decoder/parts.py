@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.quantised.byte_linear import ByteLinear
+from asyncengine.model.quantised.eight_bits import EightBits
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.four_bits import FourBits
@@ -81,8 +83,11 @@ class Projection:
         return self.bias_of(bias) if isinstance(bias, torch.Tensor) else None
 
     @property
-    def four_bits(self) -> FourBits | None:
-        """The weight's codes, if it has four bits."""
+    def codes(self) -> FourBits | EightBits | None:
+        """The weight's codes, if the layer has some."""
+        if isinstance(self.linear, ByteLinear):
+            of_all = self.linear.eight_bits
+            return EightBits(self.taken(of_all.codes), self.taken(of_all.scales))
         if not isinstance(self.linear, FourBitLinear):
             return None
         whole = self.linear.four_bits

@@ -31,6 +31,7 @@ from asyncengine.model.decoder.weights import (
     Packing,
     release,
 )
+from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.weight_writer import Writer
@@ -115,7 +116,7 @@ class _Layer:
 
     def __init__(self, library: Any, parts: LayerParts, quantization: Quantization, later: Packing | None) -> None:
         def packed(parts: Sequence[Projection], turns: int = 1) -> tuple[PackedMatrix, Sequence[Projection]]:
-            weights = [part.weight if (codes := part.four_bits) is None else codes for part in parts]
+            weights = [part.weight if (codes := part.codes) is None else codes for part in parts]
             biases = [part.bias for part in parts]
             copies = any(part.period is not None for part in parts)  # which would all be there until they are packed
             then = None if copies else later
@@ -153,9 +154,9 @@ class _Layer:
         self.spec = spec
 
 
-def _has_four_bits(parts: LayerParts) -> bool:
+def _has_codes(parts: LayerParts) -> bool:
     projections = (*parts.qkv, parts.output, *parts.gate_up, *([] if parts.down is None else [parts.down]))
-    return any(isinstance(part.linear, FourBitLinear) for part in projections) or (
+    return any(isinstance(part.linear, (FourBitLinear, ByteLinear)) for part in projections) or (
         parts.experts is not None and isinstance(parts.experts.module, FourBitExperts)
     )
 
@@ -167,15 +168,16 @@ class CompiledDecoder:
         adapters: Those that a step may be asked for, once `adapters_of` has made a place for them.
         rotary: How many dimensions of a head rotate.
         pairs: Whether neighbouring ones rotate together.
-        rounded_to: What the layers' numbers are rounded to, of those that do not come in four bits.
+        as_stored: Whether some of the layers came as codes.
+        rounded_to: What the layers' numbers are rounded to, of those that do not.
 
     Args:
         blueprint: The model's parts. They give their weights up.
         library: The compiled code.
         dtype: Of weights and KV cache.
         quantization: How weights are stored, that of the library: in `dtype`; as int8, with one scale for each output;
-            or the layers' in four bits, as far as they fit, and embedding and head as int8. Where some come in four
-            bits already, what does not is not rounded so far: it is stored as int8.
+            or the layers' in four bits, as far as they fit, and embedding and head as int8. Where some come as codes
+            already, these stay, and what does not is not rounded to four bits: it is stored as int8.
         later: Takes what is to be packed; None packs at once, so that memory is let go matrix by matrix.
     """
 
@@ -192,7 +194,8 @@ class CompiledDecoder:
         self._quantization: Quantization = quantization
         int8 = quantization != "none"
         self.adapters: CompiledAdapters | None = None
-        self.rounded_to: Quantization = "int8" if any(map(_has_four_bits, blueprint.layers)) else quantization
+        self.as_stored = any(map(_has_codes, blueprint.layers))
+        self.rounded_to: Quantization = "int8" if self.as_stored else quantization
         self._layers = [_Layer(library, parts, self.rounded_to, later) for parts in blueprint.layers]
         self._norm = (PackedNorm(blueprint.norm, later=later), blueprint.norm)
         for _, part in self._norms():

@@ -17,6 +17,8 @@ from torch import nn
 
 from asyncengine.config import Quantization
 from asyncengine.model.decoder.parts import NormPart
+from asyncengine.model.quantised.byte_linear import ByteLinear
+from asyncengine.model.quantised.eight_bits import EightBits
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.four_bits import FourBits
@@ -25,7 +27,7 @@ from asyncengine.model.weight_writer import restorer
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NARROW: dict[Quantization, int] = {"none": 0, "int8": 1, "int4": 2}
 """As in `Decoder` in decoder.cpp."""
-Weights = torch.Tensor | FourBits
+Weights = torch.Tensor | FourBits | EightBits
 """(outputs, inputs) of a linear layer."""
 _HUGE = 1 << 21  # bytes
 
@@ -35,7 +37,7 @@ class MatrixStruct(ctypes.Structure):
 
     _fields_ = (
         ("weights", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p),
-        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64), ("four_bits", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64), ("format", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -262,7 +264,7 @@ def release(module: nn.Module, name: str) -> None:
     """Lets a parameter's memory go; its name, shape and dtype stay."""
     if isinstance(module, FourBitExperts) and name in module.four_bit_shapes:
         return module.release(name)
-    if isinstance(module, FourBitLinear) and name == "weight":
+    if isinstance(module, (FourBitLinear, ByteLinear)) and name == "weight":
         module.release()
     parameter = getattr(module, name, None)
     if parameter is not None:

@@ -14,6 +14,7 @@ from asyncengine.model.fused.launches import NO_ACTIVATION, Formula, load_kernel
 from asyncengine.model.launching import OPTIONS, power_of_two
 from asyncengine.model.quantised import four_bit_product
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
+from asyncengine.model.quantised.four_bits import FourBits
 from asyncengine.model.quantised.fp8_linear import Fp8Linear, codes_of
 
 NUMBERS_EACH = 1024
@@ -100,9 +101,10 @@ class WideProduct:
 
 def _multiplied(x: torch.Tensor, part: Projection) -> torch.Tensor:
     """(tokens, outputs) of (tokens, inputs)."""
-    codes = part.four_bits
+    codes = part.codes
     if codes is None:
         return functional.linear(x, part.weight, part.bias)
+    assert isinstance(codes, FourBits)  # there are no others on a device
     return four_bit_product.multiply(x, codes, part.bias)
 
 

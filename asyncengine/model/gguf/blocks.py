@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from asyncengine.errors import UnsupportedModelError
-from asyncengine.model.gguf import float_blocks, four_bit_blocks
+from asyncengine.model.gguf import eight_bit_blocks, float_blocks, four_bit_blocks
+from asyncengine.model.quantised.eight_bits import EightBits, nearest_bytes
 from asyncengine.model.quantised.four_bits import FP4, GROUP, INT4, NONLINEAR, FourBits
 
 _AT_ONCE = 1 << 19
@@ -28,6 +29,7 @@ class BlockType:
         write: Writes blocks as float32, or as codes, scales and perhaps zeros.
         values: What codes of four bits stand for, if the numbers stay such.
         zeros: Whether codes have zeros.
+        write_bytes: Writes blocks as codes of eight bits and scales, if that is exact.
     """
 
     name: str
@@ -36,6 +38,12 @@ class BlockType:
     write: Callable[..., None]
     values: tuple[float, ...] | None = None
     zeros: bool = False
+    write_bytes: Callable[..., None] | None = None
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether `decode_bytes` can be asked for."""
+        return self.numbers > 1 and not self.four_bits
 
     @property
     def four_bits(self) -> bool:
@@ -73,17 +81,11 @@ def decode(
     """
     kind = TYPES[type_id]
     rows, inputs = shape
-    if inputs % kind.numbers or tuple(data.shape) != (rows, kind.row_nbytes(inputs)):
-        raise ValueError(f"{tuple(data.shape)} bytes are not {rows} rows of {inputs} numbers in {kind.name}")
-    count = rows * inputs // kind.numbers
-    blocks = data.reshape(count, kind.nbytes)
-    if blocks.storage_offset() % 8:  # it could not be looked at as numbers
-        blocks = blocks.clone()
-    some = max(_AT_ONCE // kind.nbytes, 1)
-    parts = [slice(start, start + some) for start in range(0, count, some)]
+    blocks, parts = _blocks_of(kind, data, shape)
+    count = len(blocks)
     if kind.values is None:
         numbers = torch.empty(count, kind.numbers, dtype=dtype)
-        scratch = torch.empty(min(some, count), kind.numbers, dtype=torch.float32)
+        scratch = torch.empty(_longest(parts, count), kind.numbers, dtype=torch.float32)
         for part in parts:
             if dtype is torch.float32:
                 kind.write(blocks[part], numbers[part])
@@ -98,6 +100,61 @@ def decode(
         kind.write(blocks[part], codes[part], *(each[part] for each in found))
     scales, *zeros = (each.view(rows, inputs // GROUP) for each in found)
     return FourBits(codes.view(rows, inputs // 2), scales, zeros[0] if zeros else None, kind.values)
+
+
+def decode_bytes(type_id: int, data: torch.Tensor, shape: tuple[int, int]) -> EightBits:
+    """Numbers of one of `TYPES` that says `eight_bits`, as codes of eight bits in groups of 32.
+
+    Q8_0 and Q5_0 are exactly these; others are rounded to the nearest.
+
+    Args:
+        type_id: As for `decode`.
+        data: As for `decode`.
+        shape: As for `decode`.
+
+    Returns:
+        (rows, inputs) codes in int8, with scales in float32. Nothing of it is in the memory of `data`.
+
+    Raises:
+        UnsupportedModelError: As `decode`.
+        ValueError: As `decode`.
+    """
+    kind = TYPES[type_id]
+    blocks, parts = _blocks_of(kind, data, shape)
+    count, groups = len(blocks), kind.numbers // GROUP
+    codes = torch.empty(count, kind.numbers, dtype=torch.int8)
+    scales = torch.empty(count, groups, dtype=torch.float32)
+    scratch = torch.empty(0 if kind.write_bytes else _longest(parts, count), kind.numbers, dtype=torch.float32)
+    for part in parts:
+        if kind.write_bytes:
+            kind.write_bytes(blocks[part], codes[part], scales[part])
+            continue
+        kind.write(blocks[part], wide := scratch[: len(codes[part])])
+        rounded = nearest_bytes(wide)
+        codes[part], scales[part] = rounded.codes, rounded.scales
+    return EightBits(codes.view(shape), scales.view(shape[0], -1))
+
+
+def _blocks_of(kind: BlockType, data: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, list[slice]]:
+    """(blocks, bytes of a block), and which of them are decoded at once.
+
+    Raises:
+        ValueError: The data are not of this shape.
+    """
+    rows, inputs = shape
+    if inputs % kind.numbers or tuple(data.shape) != (rows, kind.row_nbytes(inputs)):
+        raise ValueError(f"{tuple(data.shape)} bytes are not {rows} rows of {inputs} numbers in {kind.name}")
+    count = rows * inputs // kind.numbers
+    blocks = data.reshape(count, kind.nbytes)
+    if blocks.storage_offset() % 8:  # it could not be looked at as numbers
+        blocks = blocks.clone()
+    some = max(_AT_ONCE // kind.nbytes, 1)
+    return blocks, [slice(start, start + some) for start in range(0, count, some)]
+
+
+def _longest(parts: list[slice], count: int) -> int:
+    """The most blocks that are decoded at once."""
+    return min(parts[0].stop, count) if parts else 0
 
 
 def _plain(dtype: torch.dtype, blocks: torch.Tensor, to: torch.Tensor) -> None:
@@ -128,9 +185,9 @@ TYPES: Mapping[int, BlockType] = {
     1: _number("F16", torch.float16),
     2: BlockType("Q4_0", 32, 18, four_bit_blocks.q4_0, INT4),
     3: BlockType("Q4_1", 32, 20, four_bit_blocks.q4_1, INT4, zeros=True),
-    6: BlockType("Q5_0", 32, 22, float_blocks.q5_0),
+    6: BlockType("Q5_0", 32, 22, float_blocks.q5_0, write_bytes=eight_bit_blocks.q5_0),
     7: BlockType("Q5_1", 32, 24, float_blocks.q5_1),
-    8: BlockType("Q8_0", 32, 34, float_blocks.q8_0),
+    8: BlockType("Q8_0", 32, 34, float_blocks.q8_0, write_bytes=eight_bit_blocks.q8_0),
     10: BlockType("Q2_K", 256, 84, float_blocks.q2_k),
     11: BlockType("Q3_K", 256, 110, float_blocks.q3_k),
     12: BlockType("Q4_K", 256, 144, four_bit_blocks.q4_k, INT4, zeros=True),

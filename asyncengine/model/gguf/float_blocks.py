@@ -20,13 +20,13 @@ _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 def q5_0(blocks: torch.Tensor, to: torch.Tensor) -> None:
     """Scale, fifth bits of 32 numbers, four bits each."""
-    _put(_planes(blocks[:, 6:], 16, 4) | _fifth(blocks[:, 2:6]), to)
+    _put(five_bits(blocks[:, 2:]), to)
     to.sub_(16).mul_(halves(blocks, 0))
 
 
 def q5_1(blocks: torch.Tensor, to: torch.Tensor) -> None:
     """As Q5_0, with a minimum after the scale."""
-    _put(_planes(blocks[:, 8:], 16, 4) | _fifth(blocks[:, 4:8]), to)
+    _put(five_bits(blocks[:, 4:]), to)
     to.mul_(halves(blocks, 0)).add_(halves(blocks, 2))
 
 
@@ -94,6 +94,11 @@ def nvfp4(blocks: torch.Tensor, to: torch.Tensor) -> None:
     codes = _planes(blocks[:, 4:], 8, 4).view(torch.uint8).int()
     to.copy_(torch.tensor(_E2M1, dtype=torch.float32)[codes])
     _groups(to, 16).mul_(scales.unsqueeze(-1))
+
+
+def five_bits(stored: torch.Tensor) -> torch.Tensor:
+    """(blocks, 20) bytes of Q5_0 or Q5_1 to (blocks, 4) words of eight numbers each: fifth bits, four bits each."""
+    return _planes(stored[:, 4:], 16, 4) | _fifth(stored[:, :4])
 
 
 def halves(blocks: torch.Tensor, at: int) -> torch.Tensor:

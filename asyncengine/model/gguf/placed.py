@@ -8,11 +8,12 @@ from functools import partial
 
 import torch
 
-from asyncengine.model.gguf.blocks import decode
+from asyncengine.model.gguf.blocks import decode, decode_bytes
 from asyncengine.model.gguf.header import BlockTensor
-from asyncengine.model.quantised.four_bits import FourBits
+from asyncengine.model.quantised.eight_bits import EightBits
+from asyncengine.model.quantised.four_bits import GROUP, FourBits
 from asyncengine.model.stored.tensor import StoredTensor
-from asyncengine.model.stored.weight import CodedWeight, Decoded, Parts
+from asyncengine.model.stored.weight import CodedWeight, Decoded, Form, Parts
 
 Change = Callable[[Decoded], Decoded]
 
@@ -35,10 +36,11 @@ def rows(order: Callable[[int], torch.Tensor]) -> Change:
     """
 
     def changed(found: Decoded) -> Decoded:
-        if isinstance(found, torch.Tensor):
-            return found[order(found.shape[0])]
-        assert isinstance(found, FourBits)
         at = order(found.shape[0])
+        if isinstance(found, torch.Tensor):
+            return found[at]
+        if isinstance(found, EightBits):
+            return EightBits(found.codes[at], found.scales[at])
         zeros = None if found.zeros is None else found.zeros[at]
         return FourBits(found.codes[at], found.scales[at], zeros, found.values)
 
@@ -59,8 +61,9 @@ def columns(order: torch.Tensor, width: int) -> Change:
     def changed(found: Decoded) -> Decoded:
         if isinstance(found, torch.Tensor):
             return moved(found, width)
-        assert isinstance(found, FourBits)
         groups = width // found.group
+        if isinstance(found, EightBits):
+            return EightBits(moved(found.codes, width), moved(found.scales, groups))
         zeros = None if found.zeros is None else moved(found.zeros, groups)
         return FourBits(moved(found.codes, width // 2), moved(found.scales, groups), zeros, found.values)
 
@@ -108,8 +111,29 @@ class Placed:
         first = self.tensors[0]
         shape = first.shape if self.shape is None else self.shape
         decoded = partial(self._decoded, four_bits=four_bits)
-        form = "int4" if four_bits and len(shape) > 1 else "none"
-        return CodedWeight(self.name, shape, parts, decoded, form, experts=self.experts, transposed=self.transposed)
+        form: Form = "int4" if four_bits and len(shape) > 1 else "int8" if self._may_be_bytes(shape) else "none"
+        return CodedWeight(
+            self.name,
+            shape,
+            parts,
+            decoded,
+            form,
+            experts=self.experts,
+            transposed=self.transposed,
+            decode_bytes=self._bytes if form == "int8" else None,
+        )
+
+    def _may_be_bytes(self, shape: tuple[int, ...]) -> bool:
+        if not self.keeps_codes or self.experts or self.join is not None or len(shape) != 2 or shape[1] % GROUP:
+            return False
+        return len(self.tensors) == 1 and self.tensors[0].blocks.eight_bits
+
+    def _bytes(self, parts: Parts) -> EightBits:
+        [tensor], [data] = self.tensors, parts.values()
+        found: Decoded = decode_bytes(tensor.type_id, data, (len(data), tensor.shape[-1]))
+        found = found if self.change is None else self.change(found)
+        assert isinstance(found, EightBits)
+        return found
 
     def _stored(self, tensor: BlockTensor) -> StoredTensor:
         count = tensor.rows - self.first if self.count is None else self.count

@@ -63,7 +63,7 @@ class FourBits:
         found = torch.empty(outputs, inputs, dtype=dtype, device=self.codes.device)
         table = torch.tensor(self.values, dtype=torch.float32, device=self.codes.device)
         pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), -1)  # (256, 2): of each byte
-        for part in _parts(self.codes):
+        for part in parts_of(self.codes):
             numbers = embedding(self.codes[part].int(), pairs).view(-1, inputs // self.group, self.group)
             if self.zeros is not None:
                 numbers -= self.zeros[part].unsqueeze(-1)
@@ -87,6 +87,12 @@ def joined(parts: Sequence[FourBits]) -> FourBits:
         zeros = torch.cat([torch.zeros_like(part.scales) if part.zeros is None else part.zeros for part in parts])
     codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
     return FourBits(codes, scales, zeros, parts[0].values)
+
+
+def parts_of(rows: torch.Tensor) -> Iterator[slice]:
+    """Some rows of a matrix after the other."""
+    each = _ROWS if rows.device.type == "cpu" else _ROWS_OF_DEVICE
+    return (slice(start, start + each) for start in range(0, rows.shape[0], each))
 
 
 def packed(codes: torch.Tensor) -> torch.Tensor:
@@ -114,17 +120,11 @@ def nearest(weight: torch.Tensor, group: int = GROUP, values: tuple[float, ...] 
     codes = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(outputs, inputs // group, dtype=torch.float32, device=weight.device)
     rounded = {INT4: _nearest_integers, FP4: _nearest_floats, NONLINEAR: _nearest_nonlinear}[values]
-    for part in _parts(codes):
+    for part in parts_of(codes):
         own, scale = rounded(weight[part].float().view(-1, inputs // group, group))
         codes[part] = packed(own.view(-1, inputs))
         scales[part] = scale.squeeze(-1)
     return FourBits(codes, scales, values=values)
-
-
-def _parts(rows: torch.Tensor) -> Iterator[slice]:
-    """Some rows of a matrix after the other."""
-    each = _ROWS if rows.device.type == "cpu" else _ROWS_OF_DEVICE
-    return (slice(start, start + each) for start in range(0, rows.shape[0], each))
 
 
 def _nearest_integers(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

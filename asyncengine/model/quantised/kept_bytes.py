@@ -36,13 +36,16 @@ def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantiz
     if quantization == "none" or not checkpoint.tensors:
         tied = len(tables) == 1 and where == "modules"  # embedding and head are kept apart there
         return checkpoint.weight_bytes(dtype) + (prod(tables[0]) * dtype.itemsize if tied else 0)
-    as_stored = {name: weight for name, weight in checkpoint.coded.items() if weight.stays(quantization)}
+    forms = checkpoint.kept_forms(quantization, "cuda" if where == "cuda" else "cpu")
+    as_stored = {name: weight for name, weight in checkpoint.coded.items() if weight.stays(forms)}
     total, cuda = 0, where == "cuda"
     by_modules = where == "modules" and quantization != "fp8"
     for name, shape in checkpoint.shapes.items():
         count, outputs = prod(shape), prod(shape[:-1])
         linear = words not in shape and not as_stored
-        if name in as_stored:
+        if name in as_stored and as_stored[name].form == "int8":
+            total += as_stored[name].kept_nbytes + outputs * _SCALE
+        elif name in as_stored:
             total += as_stored[name].nbytes if cuda or quantization == "fp8" else count // 2 + _scales(as_stored[name])
         elif len(shape) < 2 or (quantization == "fp8" and not (linear and len(shape) == 2)):
             total += count * dtype.itemsize

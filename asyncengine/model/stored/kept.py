@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.eight_bits import EightBits
 from asyncengine.model.quantised.four_bit_experts import NAMES, hold, is_transposed
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
@@ -48,10 +49,10 @@ class KeptCodes:
     Args:
         coded: Weights that are stored as codes.
         dtype: Of the model.
-        form: What they are kept as.
+        forms: Which of them stay codes, as `Checkpoint.kept_forms` says it.
     """
 
-    def __init__(self, coded: Iterable[CodedWeight], dtype: torch.dtype, form: str) -> None:
+    def __init__(self, coded: Iterable[CodedWeight], dtype: torch.dtype, forms: Collection[str]) -> None:
         self._dtype = dtype
         self._files = OpenFiles()
         self._alone: dict[int, CodedWeight] = {}  # by the address of what stands for it
@@ -59,7 +60,7 @@ class KeptCodes:
         # Of each layer, by the numbers in its name: its other parts may have other names in the model.
         self._experts: dict[tuple[str, ...], _Experts] = defaultdict(lambda: defaultdict(dict))
         for weight in coded:
-            if not weight.stays(form):
+            if not weight.stays(forms):
                 continue
             expert = OF_EXPERT.fullmatch(weight.name)
             if expert is not None and expert[3] in _ROLES:
@@ -116,8 +117,10 @@ class KeptCodes:
         module._parameters[name] = nn.Parameter(numbers, requires_grad=False)
         return 0
 
-    def _layer(self, module: nn.Linear, weight: CodedWeight) -> FourBitLinear | Fp8Linear | None:
+    def _layer(self, module: nn.Linear, weight: CodedWeight) -> FourBitLinear | ByteLinear | Fp8Linear | None:
         """What can take a layer's place, or None."""
+        if weight.form == "int8":
+            return ByteLinear(weight.read_bytes(self._files), module.bias, self._dtype)
         found = weight.read(self._files)
         if isinstance(found, FourBits):
             return FourBitLinear(found, module.bias, self._dtype) if found.group % GROUP == 0 else None

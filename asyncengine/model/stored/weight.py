@@ -8,21 +8,24 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import safe_open
 
 from asyncengine.errors import CheckpointError
 from asyncengine.model.quantised.eight_bits import EightBits
-from asyncengine.model.quantised.four_bits import FourBits
+from asyncengine.model.quantised.four_bits import GROUP, FourBits
 from asyncengine.model.stored.tensor import SIZES, StoredTensor
 
 Parts = Mapping[str, torch.Tensor]
 Decoded = torch.Tensor | FourBits | EightBits
 """Numbers in float32, or codes and what they stand for."""
-Form = Literal["none", "int4", "fp8"]
+Form = Literal["none", "int4", "int8", "fp8"]
 """What codes can be kept as, by the names of `EngineConfig.quantization`."""
+_Made = TypeVar("_Made")
+_SHORT_SCALE = 2
+"""Bytes of a scale of bytes, in float16."""
 OF_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
 """The names of the weights of experts that are stored one by one."""
 
@@ -40,6 +43,7 @@ class CodedWeight:
         rounded: Whether it is rounded once more where it is kept so.
         experts: How many matrices there are, one after the other in what `decode` returns; 0 if it is one.
         transposed: Whether each of them, or the one, has its dimensions the other way round in the parameter.
+        decode_bytes: Makes of their contents codes of eight bits, where the form is "int8" and `decode` makes numbers.
     """
 
     name: str
@@ -50,6 +54,7 @@ class CodedWeight:
     rounded: bool = False
     experts: int = 0
     transposed: bool = False
+    decode_bytes: Callable[[Parts], EightBits] | None = None
 
     @property
     def size(self) -> int:
@@ -69,9 +74,15 @@ class CodedWeight:
         """The same for a parameter with inputs and outputs the other way round, which can have no codes."""
         return dataclasses.replace(self, shape=self.shape[::-1], transposed=True, form="none")
 
-    def stays(self, form: str) -> bool:
-        """Whether it stays codes, where weights are to be kept in some form."""
-        return self.form == form != "none" and (form == "int4" or OF_EXPERT.fullmatch(self.name) is None)
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes that it takes where it stays codes."""
+        return self.size + self.size // GROUP * _SHORT_SCALE if self.form == "int8" else self.nbytes
+
+    def stays(self, forms: Collection[str]) -> bool:
+        """Whether it stays codes, where those of some forms do, as `Checkpoint.kept_forms` says them."""
+        single = OF_EXPERT.fullmatch(self.name) is not None
+        return self.form != "none" and self.form in forms and (self.form == "int4" or not single)
 
     def read(self, files: OpenFiles) -> Decoded:
         """What `decode` makes of it.
@@ -79,8 +90,20 @@ class CodedWeight:
         Raises:
             CheckpointError: Its tensors do not fit each other.
         """
+        return self._made(self.decode, files)
+
+    def read_bytes(self, files: OpenFiles) -> EightBits:
+        """What `decode_bytes` makes of it, where the form is "int8".
+
+        Raises:
+            CheckpointError: As `read`.
+        """
+        assert self.decode_bytes is not None
+        return self._made(self.decode_bytes, files)
+
+    def _made(self, decode: Callable[[Parts], _Made], files: OpenFiles) -> _Made:
         try:
-            return self.decode({what: files.tensor(part) for what, part in self.parts.items()})
+            return decode({what: files.tensor(part) for what, part in self.parts.items()})
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             shapes = ", ".join(f"{part.name} {part.shape} {part.dtype}" for part in self.parts.values())
             raise CheckpointError(f"{self.name} cannot be made of what is stored: {shapes}: {error}") from error

@@ -95,7 +95,7 @@ def test_what_a_checkpoint_takes_is_counted_in_numbers(plain: Path, tmp_path: Pa
     found, wanted = Checkpoint(coded), Checkpoint(numbers)
     assert found.shapes == wanted.shapes
     assert found.weight_bytes(torch.float32) == wanted.weight_bytes(torch.float32)
-    as_codes = found.weight_bytes(torch.float32, "int4")
+    as_codes = found.weight_bytes(torch.float32, {"int4"})
     weights = sum(weight.size for weight in found.coded.values())
     assert found.weight_bytes(torch.float32) - as_codes > 3.3 * weights  # of four bytes each
     assert Checkpoint(coded).dtype is torch.float32  # scales in float16 say nothing

@@ -28,7 +28,7 @@ def loaded(path: Path, keep: bool, form: str = "int4", but: Collection[str] = ()
     """A model in bfloat16, and how many of its weights are codes; those with such parts in their names are none."""
     checkpoint, dtype = Checkpoint(path), torch.bfloat16
     coded = [weight for name, weight in checkpoint.coded.items() if keep and not {*but} & {*name.split(".")}]
-    kept = KeptCodes(coded, dtype, form)
+    kept = KeptCodes(coded, dtype, {form})
     config = architecture.read_config(checkpoint)
     state = state_of(checkpoint.plain, checkpoint.coded.values(), dtype) | kept.state()
     kind, config = architecture.model_class(config)
@@ -245,7 +245,7 @@ async def test_codes_that_cannot_stay_are_rounded(checkpoint: Make, tmp_path: Pa
     """16 inputs share a scale in NVFP4."""
     coded, _ = coded_checkpoints.write(tmp_path, checkpoint("llama", num_hidden_layers=1), "nvfp4")
     found = Checkpoint(coded)
-    assert found.weight_bytes(torch.bfloat16, "int4") == found.weight_bytes(torch.bfloat16)
+    assert found.weight_bytes(torch.bfloat16, {"int4"}) == found.weight_bytes(torch.bfloat16)
     async with AsyncEngine(EngineConfig(str(coded), device="cpu", quantization="int4")) as engine:
         [note] = engine.health().notes
         assert note.startswith("quantization: int4, rounded: ")
@@ -284,7 +284,7 @@ def test_a_weight_that_is_none_of_the_model_is_left_out(checkpoint: Make, tmp_pa
 def test_a_weight_of_which_something_else_was_made_is_an_error(checkpoint: Make, tmp_path: Path) -> None:
     coded, _ = coded_checkpoints.write(tmp_path, checkpoint("llama", num_hidden_layers=1), "awq")
     checkpoint_, dtype = Checkpoint(coded), torch.bfloat16
-    kept = KeptCodes(checkpoint_.coded.values(), dtype, "int4")
+    kept = KeptCodes(checkpoint_.coded.values(), dtype, {"int4"})
     model, _ = loaded(coded, False)
     attention = model.model.layers[0].self_attn
     parts = [kept.state()[f"model.layers.0.self_attn.{name}.weight"][...] for name in ("k_proj", "v_proj")]
