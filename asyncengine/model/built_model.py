@@ -387,7 +387,8 @@ def _stays(details: Details) -> bool:
 
 
 def _kept_forms(details: Details) -> frozenset[str]:
-    return details.checkpoint.kept_forms(details.quantization, details.device.type)
+    forms: frozenset[str] = details.checkpoint.kept_forms(details.quantization, details.device.type)
+    return forms
 
 
 def _with_weights(details: Details) -> tuple[Any, bool]:

@@ -133,7 +133,7 @@ class Checkpoint:
     def kept_forms(self, quantization: str, device: str) -> frozenset[str]:
         """Which codes stay codes.
 
-        Those of eight bits stay on the CPU alone, which multiplies them: in "int8", and beside others of four in "int4".
+        Those of eight bits stay where they are multiplied, on the CPU: in "int8", and beside others of four in "int4".
 
         Args:
             quantization: `EngineConfig.quantization`.

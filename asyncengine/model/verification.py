@@ -53,7 +53,7 @@ _COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16:
 _KEPT_COLUMNS = 4096
 _FUSED_TOKENS = 8
 """Of each sequence, for kernels that run few tokens at a time."""
-_NARROW_TOLERANCE: dict[str, float] = {"int8": 0.3, "int4": 0.6}
+_NARROW_TOLERANCE: dict[str, float] = {"bytes": 0.3, "int8": 0.3, "int4": 0.6}
 """Of weights that are rounded to so few bits. Random ones, which no training has made robust, come to 0.3 in int4."""
 _FP8_ROUNDING = 3.0
 """How much farther off than the modules fused kernels may be, where weights are in fp8."""
@@ -150,7 +150,7 @@ class Trial:
         self._judge(error, tolerance, "fp8" if fp8_weights else kv_dtype or self._dtype)
         return error
 
-    def off(self, before: Trial, rounded_to: Quantization = "int4") -> float:
+    def off(self, before: Trial, rounded_to: Rounding = "int4") -> float:
         """How far rounding weights since `before` has moved what is expected, as `run` returns it.
 
         Raises:

@@ -38,7 +38,7 @@ struct Format {        // how codes are stored; mirrored in coded_matrix.py
 };
 
 struct CodesPacking {  // one matrix that is to be put into that order; mirrored too
-  const uint16_t *numbers;  // (outputs, inputs) bfloat16 that are to be rounded to integers of four bits; or null
+  const uint16_t *numbers;  // (outputs, inputs) bfloat16 that are to be rounded to integers; or null
   int64_t row_stride;       // theirs
   const uint8_t *codes;     // (outputs, inputs / 2): the lower half of a byte is the input with the even number; or bytes
   const float *scales;      // (outputs, inputs / (32 run))
@@ -286,6 +286,29 @@ float round_share(const uint16_t *numbers, int64_t count, uint8_t *codes, float 
   return extreme != 0 ? best : 0.0f;
 }
 
+// Rounds numbers that share a scale as `nearest_bytes` in eight_bits.py does.
+float round_bytes(const uint16_t *numbers, int64_t count, uint8_t *codes, float *wide) {
+  float most = 0;
+  bool strange = false;
+  for (int64_t i = 0; i < count; ++i) {
+    wide[i] = BFloat16::widen(numbers[i]);
+    most = std::max(most, std::fabs(wide[i]));
+    strange = strange || !std::isfinite(wide[i]);
+  }
+  if (strange) {
+    std::memset(codes, 0, size_t(count));
+    return __builtin_nanf("");
+  }
+  const float scale = most / 127.0f, divisor = scale != 0 ? scale : 1.0f;
+  const Vec shifter = splat(12582912.0f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec low = maximum((load<Vec>(wide + i) / divisor + shifter) - shifter, splat(-127.0f));
+    const Vec found = low > 127.0f ? splat(127.0f) : low;
+    for (int j = 0; j < kLanes; ++j) codes[i + j] = uint8_t(int8_t(found[j]));
+  }
+  return scale;
+}
+
 // Packs the outputs of one vector, whose rows begin where the pointers say.
 void pack_rows(const CodesPacking &p, int64_t group, const uint8_t *codes, const float *scales, const float *zeros) {
   const Format &format = *p.format;
@@ -330,13 +353,15 @@ void pack_codes(const CodesPacking &p, int64_t group) {
                      p.zeros ? p.zeros + first * shares : nullptr);
   static thread_local std::vector<uint8_t> codes;
   static thread_local std::vector<float> scales, wide;
-  codes.resize(size_t(kLanes * p.inputs / 2));
+  const int64_t bits = p.format->bits;
+  codes.resize(size_t(kLanes * p.inputs * bits / 8));
   scales.resize(size_t(kLanes * shares));
   wide.resize(size_t(share));
   const int64_t count = std::min<int64_t>(kLanes, p.outputs - first);
   for (int64_t i = 0; i < count * shares; ++i)
-    scales[size_t(i)] = round_share(p.numbers + (first + i / shares) * p.row_stride + i % shares * share, share,
-                                    codes.data() + i * share / 2, wide.data());
+    scales[size_t(i)] = (bits == 8 ? round_bytes : round_share)(
+        p.numbers + (first + i / shares) * p.row_stride + i % shares * share, share, codes.data() + i * share * bits / 8,
+        wide.data());
   pack_rows(p, group, codes.data(), scales.data(), nullptr);
 }
 

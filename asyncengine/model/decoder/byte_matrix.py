@@ -1,5 +1,6 @@
-"""Weights of eight bits with a scale for each 32 inputs, in the order in which the compiled step reads them. Owned by the
-step thread once the model serves.
+"""Weights of eight bits with a scale for each 32 inputs, in the order in which the compiled step reads them.
+
+Owned by the step thread once the model serves.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 
 from asyncengine.model.decoder.coded_matrix import CodedMatrix, Codes
 from asyncengine.model.decoder.weights import Packing, Weights
-from asyncengine.model.quantised.eight_bits import EightBits, as_bytes, nearest_bytes
-from asyncengine.model.quantised.four_bits import FourBits
+from asyncengine.model.quantised.eight_bits import as_bytes
+from asyncengine.model.quantised.four_bits import GROUP, FourBits
 
 
 class ByteMatrix(CodedMatrix):
@@ -21,8 +22,8 @@ class ByteMatrix(CodedMatrix):
 
     Args:
         library: The compiled code for "int8" or "int4".
-        weights: (outputs, inputs) each. What is not in eight bits is rounded to them, but four bits without zeros, which
-            are told exactly. Inputs, and groups of eight bits, are multiples of 32.
+        weights: (outputs, inputs) each. What is not in eight bits is rounded to them; four bits without zeros lose
+            nothing. Inputs, and groups of eight bits, are multiples of 32.
         biases: As for `PackedMatrix`.
         turns: As for `PackedMatrix`.
         later: As for `PackedMatrix`.
@@ -40,9 +41,13 @@ class ByteMatrix(CodedMatrix):
         super().__init__(library, weights, biases, Codes(8), turns=turns, later=later)
 
     def _pack(self, part: int, weight: Weights, later: Packing | None) -> None:
+        if isinstance(weight, torch.Tensor):
+            return super()._pack(part, weight, later)
         if later is not None:
             return later.add_other(functools.partial(self._pack, part, weight, None))
-        if isinstance(weight, FourBits):
-            weight = as_bytes(weight)
-        codes = weight if isinstance(weight, EightBits) else nearest_bytes(weight.detach())
+        codes = as_bytes(weight) if isinstance(weight, FourBits) else weight
         self._pack_codes(part, codes.codes, codes.scales, None, codes.shape[1])
+
+    def _add(self, packing: Packing, part: int, weight: torch.Tensor) -> None:
+        outputs, inputs = weight.shape
+        self._add_codes(packing, part, (outputs, inputs), GROUP, [], weight)

@@ -16,7 +16,7 @@ from asyncengine.model.decoder.experts import alone
 from asyncengine.model.decoder.four_bit_matrix import packed
 from asyncengine.model.decoder.packed_experts import PackedExperts
 from asyncengine.model.decoder.parts import ExpertParts, NotRecognised, Projection
-from asyncengine.model.decoder.weights import PackedMatrix, Weights
+from asyncengine.model.decoder.weights import PackedMatrix, Rounding, Weights
 from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_experts import NAMES, FourBitExperts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
@@ -31,15 +31,16 @@ _ALIGNMENT = 16
 def compile_layers(model: Any, products: Products, but: Collection[nn.Module] = ()) -> None:
     """Puts a layer of the compiled code in the place of each linear layer and of all experts whose inputs fill vectors.
 
-    Codes stay what they are, and then nothing else is rounded to four bits: it is stored as bytes, as the head always
-    is. A layer that has several names stays one, and layers that share a weight share it still.
+    Codes stay what they are, and then whatever else is rounded becomes bytes with a scale for each 32 inputs. Without
+    codes the head becomes int8 at least, with a scale for each output. A layer that has several names stays one, and
+    layers that share a weight share it still.
 
     Args:
         model: A causal language model of transformers. Each of its weights is let go before the next one is packed.
         products: What multiplies.
         but: Linear layers that stay as they are.
     """
-    quantization = rounded_to(model, products.quantization)
+    rounding = rounded_to(model, products.quantization)
     head = id(model.get_output_embeddings())
     elsewhere, shared = _in_use_elsewhere(model), _shared(model)
     made: dict[int, CompiledLinear] = {}  # of what is shared, which lives until all of it is replaced
@@ -51,22 +52,22 @@ def compile_layers(model: Any, products: Products, but: Collection[nn.Module] = 
                 layer = made.get(id(child))
                 if layer is None:
                     tied = made.get(id(child.weight))
-                    how: Quantization = "int8" if id(child) == head and quantization == "int4" else quantization
+                    how: Rounding = "int8" if id(child) == head and rounding == "int4" else rounding
                     layer = _compiled(products, child, tied, how, id(child.weight) in elsewhere)
                     made |= {id(each): layer for each in (child, child.weight) if id(each) in shared}
                 module._modules[name] = layer
             elif (parts := _experts(child, products.dtype)) is not None:
                 shapes = {each: getattr(child, each).shape for each in child._parameters}
                 module._modules[name] = CompiledExperts(
-                    products, PackedExperts(products.library, parts, quantization), shapes
+                    products, PackedExperts(products.library, parts, rounding), shapes
                 )
                 del parts
             del child
 
 
-def rounded_to(model: nn.Module, quantization: Quantization) -> Quantization:
+def rounded_to(model: nn.Module, quantization: Quantization) -> Rounding:
     """What weights are rounded to, of a model that may have codes."""
-    return "int8" if has_codes(model) and quantization == "int4" else quantization
+    return "bytes" if has_codes(model) else quantization
 
 
 def has_codes(model: nn.Module) -> bool:
@@ -129,7 +130,7 @@ def _writes(matrix: PackedMatrix) -> Callable[[torch.Tensor], None]:
 
 
 def _compiled(
-    products: Products, layer: Any, tied: CompiledLinear | None, how: Quantization, elsewhere: bool
+    products: Products, layer: Any, tied: CompiledLinear | None, how: Rounding, elsewhere: bool
 ) -> CompiledLinear:
     """What takes a layer's place, whose weight is let go, unless it is in use elsewhere."""
     if tied is not None:

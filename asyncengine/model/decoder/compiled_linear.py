@@ -59,7 +59,11 @@ class CompiledLinear(nn.Module):
     """
 
     def __init__(
-        self, products: Products, layer: nn.Linear | FourBitLinear | ByteLinear, matrix: PackedMatrix, weight: nn.Parameter
+        self,
+        products: Products,
+        layer: nn.Linear | FourBitLinear | ByteLinear,
+        matrix: PackedMatrix,
+        weight: nn.Parameter,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features

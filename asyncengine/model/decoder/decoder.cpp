@@ -526,7 +526,8 @@ struct Run {
       expert_inner = std::max(expert_inner, e.down.inputs);
       qkv_width = std::max(qkv_width, a.heads * a.key_dim + a.kv_heads * (a.key_dim + a.value_dim));
       attended_width = std::max(attended_width, a.heads * a.value_dim);
-      for (const Matrix *each : {&d.layers[i].qkv, &d.layers[i].output, &d.layers[i].gate_up, &d.layers[i].down})
+      for (const Matrix *each : {&d.layers[i].qkv, &d.layers[i].output, &d.layers[i].gate_up, &d.layers[i].down, &e.gate_up,
+                                 &e.down})
         bundled = bundled || each->format;
     }
     bundled = bundled || d.head.format;
@@ -910,11 +911,11 @@ struct Run {
 
   void experts_product_of(Phase &phase, const Experts &experts, const Matrix &matrix, const Entering &inputs,
                           const Outcome &outcome) {
-    if constexpr (std::is_same<W, Int4>::value) {
+    if constexpr (std::is_same<W, Int4>::value)
       if (matrix.format && matrix.format->bits == 4)
         return experts_product<Int4>(phase, experts, matrix, inputs.bundles, outcome);
+    if constexpr (kBundles)
       if (matrix.format) return experts_product<GroupedInt8>(phase, experts, matrix, inputs.bundles, outcome);
-    }
     if constexpr (takes_bundles<W>())
       if (are_bundles(matrix.inputs))
         return experts_product<BundledInt8>(phase, experts, matrix, inputs.bundles, outcome);
@@ -1027,9 +1028,10 @@ struct Run {
     rows(next(), tokens * experts.top, [&](int64_t i) {
       const int64_t token = owner[i] / experts.top, steps = decoder.hidden / Plain::kPair;
       const int64_t bundles = decoder.hidden / kBundle;
-      if (takes_bundles<W>() && are_bundles(decoder.hidden))
+      const bool bundles_sent = are_bundles(decoder.hidden);
+      if (bundles_sent)
         std::memcpy(sent.bundles + i * bundles, normed.bundles + token * bundles, size_t(bundles) * sizeof(Bundle));
-      else
+      if (!bundles_sent || !takes_bundles<W>())
         std::memcpy(sent.plain + i * steps, normed.plain + token * steps, size_t(steps) * sizeof(Input));
     });
     experts_product_of(next(), experts, experts.gate_up, sent,
@@ -1037,7 +1039,7 @@ struct Run {
                       activate_pairs(sent_inner.plain + row * (experts.down.inputs / Plain::kPair), group, cols, sums,
                                      experts.activation, float(experts.alpha), float(experts.limit));
                     });
-    if (takes_bundles<W>()) bundle_rows(next, experts.down.inputs, sent_inner, tokens * experts.top);
+    bundle_rows(next, experts.down.inputs, sent_inner, tokens * experts.top);
     experts_product_of(next(), experts, experts.down, sent_inner,
                     [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                       copy(answers + row * decoder.hidden + group * kLanes, sums, cols);
@@ -1061,12 +1063,18 @@ struct Run {
     }
     const Matrix &matrix = decoder.embedding;
     const int64_t id = step.token_ids[token], steps = decoder.hidden / Plain::kPair;
-    const auto *from = static_cast<const typename Plain::Stored *>(matrix.weights) +
-                       id / kLanes * steps * kLanes * Plain::kPair;
+    const int64_t stride = steps * kLanes * Plain::kPair * int64_t(sizeof(typename Plain::Stored));
+    const char *stored = static_cast<const char *>(matrix.weights) + id / kLanes * (matrix.format ? matrix.format->stride : stride);
+    const auto *from = reinterpret_cast<const typename Plain::Stored *>(stored);
     const float scale = float(decoder.embedding_scale) * (matrix.scales ? matrix.scales[id] : 1.0f);
     for (int64_t i = 0; i < steps; ++i, from += kLanes * Plain::kPair)
       for (int p = 0; p < Plain::kPair; ++p)
         to[i * Plain::kPair + p] = Plain::widen(from[place_of<Plain>(id % kLanes, p)]) * scale;
+    if (matrix.format) {  // bytes, which lie as those without; their scales come behind them
+      const auto *scales = reinterpret_cast<const uint16_t *>(stored + stride) + id % kLanes;
+      const int64_t share = kBundle * matrix.format->run;
+      for (int64_t i = 0; i < decoder.hidden; ++i) to[i] *= Float16::widen(scales[i / share * kLanes]);
+    }
     if (!decoder.positions) return;
     const float *added = decoder.positions + step.positions[token] * decoder.hidden;
     for (int64_t i = 0; i < decoder.hidden; ++i) to[i] += added[i];

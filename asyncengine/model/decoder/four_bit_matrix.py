@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from asyncengine.config import Quantization
 from asyncengine.model.decoder.byte_matrix import ByteMatrix
 from asyncengine.model.decoder.coded_matrix import CodedMatrix, Codes
-from asyncengine.model.decoder.weights import PackedMatrix, Packing, Weights
+from asyncengine.model.decoder.weights import PackedMatrix, Packing, Rounding, Weights
 from asyncengine.model.quantised.four_bits import GROUP, INT4, FourBits, nearest
 
 
@@ -66,7 +65,7 @@ def packed(
     library: Any,
     weights: Sequence[Weights],
     biases: Sequence[torch.Tensor | None],
-    quantization: Quantization,
+    rounding: Rounding,
     *,
     turns: int = 1,
     later: Packing | None = None,
@@ -81,7 +80,7 @@ def packed(
         library: The compiled code; that for "int4" if some of the weights are in four bits.
         weights: (outputs, inputs) each.
         biases: As for `PackedMatrix`.
-        quantization: What becomes of weights that are no codes.
+        rounding: What becomes of weights that are no codes. Beside such it is at least bytes.
         turns: As for `PackedMatrix`.
         later: As for `PackedMatrix`.
     """
@@ -89,14 +88,14 @@ def packed(
     given = [weight for weight in codes if isinstance(weight, FourBits)]
     fits = weights[0].shape[1] % GROUP == 0
     # What is beside codes and is none is not to be rounded so far.
-    four_bits = len(given) == len(weights) if codes else quantization == "int4"
+    four_bits = len(given) == len(weights) if codes else rounding == "int4"
     if given:
         four_bits = four_bits and len({each.values for each in given}) == 1
         four_bits = four_bits and not any(weight.group % GROUP for weight in given)
     if fits and four_bits:
         return FourBitMatrix(library, weights, biases, turns=turns, later=later)
-    if fits and codes:
+    if fits and (codes or rounding == "bytes"):
         return ByteMatrix(library, weights, biases, turns=turns, later=later)
     numbers = [each if isinstance(each, torch.Tensor) else each.weight(torch.bfloat16) for each in weights]
-    int8 = bool(codes) or quantization != "none"
+    int8 = bool(codes) or rounding != "none"
     return PackedMatrix(library, numbers, biases, turns=turns, int8=int8, later=later)

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from asyncengine.config import Quantization
 from asyncengine.model.decoder.four_bit_matrix import packed as packed_matrix
 from asyncengine.model.decoder.parts import ExpertParts
-from asyncengine.model.decoder.weights import DTYPES, MatrixStruct, PackedMatrix, Weights, release
+from asyncengine.model.decoder.weights import DTYPES, MatrixStruct, PackedMatrix, Rounding, Weights, release
 from asyncengine.model.weight_writer import Writer
 
 _Split = Callable[[torch.Tensor], list[torch.Tensor]]
@@ -33,10 +32,10 @@ class PackedExperts:
     Args:
         library: The compiled code.
         parts: The experts. They give their weights up.
-        quantization: How weights are stored that do not come in four bits.
+        rounding: What weights are rounded to that are no codes.
     """
 
-    def __init__(self, library: Any, parts: ExpertParts, quantization: Quantization) -> None:
+    def __init__(self, library: Any, parts: ExpertParts, rounding: Rounding) -> None:
         self._parts = parts
         module = parts.module
         count = parts.count
@@ -47,7 +46,7 @@ class PackedExperts:
                 weights = split(getattr(module, name))
             bias = getattr(module, f"{name}_bias", None)
             biases = [None] * len(weights) if bias is None else split_bias(bias)
-            matrix = packed_matrix(library, weights, biases, quantization, turns=turns)
+            matrix = packed_matrix(library, weights, biases, rounding, turns=turns)
             del weights
             release(module, name)
             release(module, f"{name}_bias")
@@ -60,7 +59,7 @@ class PackedExperts:
             # Whom a token is sent to must not hang on a byte's precision; its matrix is small.
             weight = routing.router.weight
             assert isinstance(weight, torch.Tensor)
-            weight = weight.to(small_dtype(library, weight.dtype, quantization))
+            weight = weight.to(small_dtype(library, weight.dtype, rounding))
             self.router = PackedMatrix(library, [weight], [getattr(routing.router, "bias", None)])
             release(routing.router, "weight")
             release(routing.router, "bias")
@@ -110,9 +109,9 @@ def _each(write: Callable[[int, torch.Tensor], None], split: _Split) -> Callable
     return whole
 
 
-def small_dtype(library: Any, dtype: torch.dtype, quantization: Quantization) -> torch.dtype:
+def small_dtype(library: Any, dtype: torch.dtype, rounding: Rounding) -> torch.dtype:
     """How matrices are stored that quantisation leaves out, in a model of `dtype`."""
-    return torch.float32 if quantization != "none" and library.decoder_int8_router() == DTYPES[torch.float32] else dtype
+    return torch.float32 if rounding != "none" and library.decoder_int8_router() == DTYPES[torch.float32] else dtype
 
 
 def _alone(whole: torch.Tensor) -> list[torch.Tensor]:

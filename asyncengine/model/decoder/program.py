@@ -29,6 +29,7 @@ from asyncengine.model.decoder.weights import (
     PackedNorm,
     PackedVector,
     Packing,
+    Rounding,
     release,
 )
 from asyncengine.model.quantised.byte_linear import ByteLinear
@@ -114,13 +115,13 @@ class Seen:
 class _Layer:
     """One layer's weights."""
 
-    def __init__(self, library: Any, parts: LayerParts, quantization: Quantization, later: Packing | None) -> None:
+    def __init__(self, library: Any, parts: LayerParts, rounding: Rounding, later: Packing | None) -> None:
         def packed(parts: Sequence[Projection], turns: int = 1) -> tuple[PackedMatrix, Sequence[Projection]]:
             weights = [part.weight if (codes := part.codes) is None else codes for part in parts]
             biases = [part.bias for part in parts]
             copies = any(part.period is not None for part in parts)  # which would all be there until they are packed
             then = None if copies else later
-            matrix = packed_matrix(library, weights, biases, quantization, turns=turns, later=then)
+            matrix = packed_matrix(library, weights, biases, rounding, turns=turns, later=then)
             for linear in {part.linear for part in parts}:
                 release(linear, "weight")
                 release(linear, "bias")
@@ -131,7 +132,7 @@ class _Layer:
         if parts.down is not None:
             self.matrices["gate_up"] = packed(parts.gate_up, turns=len(parts.gate_up))
             self.matrices["down"] = packed([parts.down])
-        self.experts = None if parts.experts is None else PackedExperts(library, parts.experts, quantization)
+        self.experts = None if parts.experts is None else PackedExperts(library, parts.experts, rounding)
         self.gated = len(parts.gate_up) > 1
         norms = {
             "before_attention": (parts.before_attention, 0),
@@ -177,7 +178,7 @@ class CompiledDecoder:
         dtype: Of weights and KV cache.
         quantization: How weights are stored, that of the library: in `dtype`; as int8, with one scale for each output;
             or the layers' in four bits, as far as they fit, and embedding and head as int8. Where some come as codes
-            already, these stay, and what does not is not rounded to four bits: it is stored as int8.
+            already, these stay, and what does not is rounded to bytes with a scale for each 32 inputs.
         later: Takes what is to be packed; None packs at once, so that memory is let go matrix by matrix.
     """
 
@@ -192,10 +193,9 @@ class CompiledDecoder:
         self._library = library
         self._dtype = dtype
         self._quantization: Quantization = quantization
-        int8 = quantization != "none"
         self.adapters: CompiledAdapters | None = None
         self.as_stored = any(map(_has_codes, blueprint.layers))
-        self.rounded_to: Quantization = "int8" if self.as_stored else quantization
+        self.rounded_to: Rounding = "bytes" if self.as_stored else quantization
         self._layers = [_Layer(library, parts, self.rounded_to, later) for parts in blueprint.layers]
         self._norm = (PackedNorm(blueprint.norm, later=later), blueprint.norm)
         for _, part in self._norms():
@@ -206,10 +206,11 @@ class CompiledDecoder:
             self._positions = PackedVector(blueprint.positions.weight, later=later)
         position_rows = None if self._positions is None else self._positions.values[blueprint.first_position :]
         tied = blueprint.head.weight is blueprint.embedding.weight
-        self._head = PackedMatrix(library, [blueprint.head.weight], [blueprint.head.bias], int8=int8, later=later)
+        rounding: Rounding = "int8" if self.rounded_to == "int4" else self.rounded_to
+        self._head = packed_matrix(library, [blueprint.head.weight], [blueprint.head.bias], rounding, later=later)
         self._embedding = self._head
         if not tied:
-            self._embedding = PackedMatrix(library, [blueprint.embedding.weight], [None], int8=int8, later=later)
+            self._embedding = packed_matrix(library, [blueprint.embedding.weight], [None], rounding, later=later)
         for module in (blueprint.head, blueprint.embedding):
             release(module, "weight")
         if blueprint.positions is not None:

@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ NARROW: dict[Quantization, int] = {"none": 0, "int8": 1, "int4": 2}
 """As in `Decoder` in decoder.cpp."""
 Weights = torch.Tensor | FourBits | EightBits
 """(outputs, inputs) of a linear layer."""
+Rounding = Quantization | Literal["bytes"]
+"""What numbers are rounded to: as `EngineConfig.quantization` says it, or to bytes with a scale for each 32 inputs."""
 _HUGE = 1 << 21  # bytes
 
 

@@ -14,8 +14,8 @@ from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.gguf import settings
 from asyncengine.model.gguf.facts import Facts
 from asyncengine.model.gguf.header import BlockTensor, Header
-from asyncengine.model.gguf.places import experts, interleaved_experts, short_convolution, value_heads
 from asyncengine.model.gguf.placed import Placed, halves_from_pairs, numbers
+from asyncengine.model.gguf.places import experts, interleaved_experts, short_convolution, value_heads
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _PASSED_OVER = re.compile(

@@ -55,8 +55,8 @@ def nearest_bytes(weight: torch.Tensor, group: int = GROUP) -> EightBits:
     """Rounds a matrix to integers, of which the largest of a group is `LARGEST`.
 
     Args:
-        weight: (outputs, inputs); the inputs are a multiple of `group`. What is no number, or infinite, makes a group one
-            of NaN.
+        weight: (outputs, inputs); the inputs are a multiple of `group`. Where a number is infinite or none, all of its
+            group become NaN.
         group: Inputs that share a scale.
     """
     outputs, inputs = weight.shape
@@ -73,7 +73,7 @@ def nearest_bytes(weight: torch.Tensor, group: int = GROUP) -> EightBits:
 
 
 def as_bytes(weight: FourBits) -> EightBits:
-    """The same numbers in eight bits: exactly, if there are no zeros and groups are multiples of `GROUP`; else rounded."""
+    """The same numbers in eight bits: exactly, without zeros and in groups of multiples of `GROUP`; else rounded."""
     if weight.zeros is not None or weight.group % GROUP:
         return nearest_bytes(weight.weight(torch.float32))
     steps = 1 if all(value.is_integer() for value in weight.values) else 2  # of a value of 1

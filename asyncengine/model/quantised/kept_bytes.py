@@ -44,7 +44,7 @@ def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantiz
         count, outputs = prod(shape), prod(shape[:-1])
         linear = words not in shape and not as_stored
         if name in as_stored and as_stored[name].form == "int8":
-            total += as_stored[name].kept_nbytes + outputs * _SCALE
+            total += _in_bytes(shape, True)
         elif name in as_stored:
             total += as_stored[name].nbytes if cuda or quantization == "fp8" else count // 2 + _scales(as_stored[name])
         elif len(shape) < 2 or (quantization == "fp8" and not (linear and len(shape) == 2)):
@@ -58,10 +58,16 @@ def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantiz
         elif quantization == "int4" and cuda:
             total += count * dtype.itemsize
         else:
-            total += count + outputs * _SCALE
+            total += _in_bytes(shape, bool(as_stored))
     if by_modules and tables:  # the embedding stays a table, and the head is in bytes
-        total += prod(tables[0]) * (dtype.itemsize + 1) + words * _SCALE
+        total += prod(tables[0]) * dtype.itemsize + _in_bytes((words, prod(tables[0]) // words), bool(as_stored))
     return total
+
+
+def _in_bytes(shape: tuple[int, ...], groups: bool) -> int:
+    """Bytes of a matrix in eight bits; with a scale for some inputs each, or for each output."""
+    count, outputs = prod(shape), prod(shape[:-1])
+    return count + outputs * _SCALE + (count // GROUP * _SHORT_SCALE if groups and shape[-1] % GROUP == 0 else 0)
 
 
 def _scales(weight: CodedWeight) -> int:
