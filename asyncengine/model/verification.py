@@ -33,6 +33,7 @@ from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
 
 if TYPE_CHECKING:
+    from asyncengine.model.decoder.weights import Rounding
     from asyncengine.model.runner import TorchModel
 
 _PAGE = 4

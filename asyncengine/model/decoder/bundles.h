@@ -14,8 +14,8 @@
 //     codes   of eight bits, (inputs, lane) bytes
 //             of four bits, (inputs / 8, lane) words of 32 bits: input 2 i of eight is in bits 4 i to 4 i + 3, input
 //             2 i + 1 in bits 16 + 4 i to 16 + 4 i + 3, so that shifting by 4 i brings a pair to the ends of two halves
-//     scales  (inputs / (32 run), lane) float16
-//     zeros   the same again, where there are any; bytes have none
+//     scales  (inputs / group, lane) float16; a group is 32 inputs or a multiple, of eight bits also 16
+//     zeros   the same again, where there are any
 //
 // and the next one begins at a multiple of 64 bytes. The scales of an output have had a power of two taken out, which
 // is applied to the sum: so they fit into float16 whatever their size.
@@ -32,7 +32,7 @@ extern "C" {
 struct Format {        // how codes are stored; mirrored in coded_matrix.py
   int16_t values[32];  // what the sixteen codes of four bits stand for, twice
   int64_t bits;        // of a code: 4 or 8
-  int64_t run;         // bundles of inputs that share a scale
+  int64_t group;       // inputs that share a scale
   int64_t zeros;       // whether there are zeros
   int64_t stride;      // bytes of what a vector of outputs needs
 };
@@ -41,11 +41,11 @@ struct CodesPacking {  // one matrix that is to be put into that order; mirrored
   const uint16_t *numbers;  // (outputs, inputs) bfloat16 that are to be rounded to integers; or null
   int64_t row_stride;       // theirs
   const uint8_t *codes;     // (outputs, inputs / 2): the lower half of a byte is the input with the even number; or bytes
-  const float *scales;      // (outputs, inputs / (32 run))
+  const float *scales;      // (outputs, inputs / group)
   const float *zeros;       // as `scales`, in the unit of the values; or null
   int64_t outputs, inputs;
-  int64_t run;  // of what is given; a multiple of the format's
-  double step;  // what a value of 1 stands for
+  int64_t group;  // of what is given; a multiple of the format's
+  double step;    // what a value of 1 stands for
   const Format *format;
   char *to;
   int64_t first_group, group_step;  // group g of the outputs becomes group first_group + g * group_step
@@ -58,7 +58,8 @@ namespace {
 struct Bundle {
   int16_t numbers[kBundle];
   float scale;
-  int32_t sum;  // of the numbers
+  int32_t sum;   // of the numbers
+  int32_t half;  // of the first half
 };
 
 inline uint32_t most_of(Words v) {
@@ -83,16 +84,18 @@ inline void fill(Bundle *to, const Vec (&x)[kBundle / kLanes]) {
   const float largest = load<float>(&bits);
   const Vec inverse = splat(largest > 1e-30f ? 32767.0f / largest : 0.0f);
   const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  Vec sum = {};
+  Vec sums[2] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < kBundle / kLanes; ++i) {
     const Vec shifted = fused(x[i], inverse, shifter);
     store_low_halves(reinterpret_cast<uint16_t *>(to->numbers) + i * kLanes, (Words)shifted);
+    Vec &sum = sums[2 * i * kLanes / kBundle];
     sum = sum + (shifted - shifter);
   }
   to->scale = largest * (1.0f / 32767.0f);
-  const float whole = lanes_sum(sum);
+  const float whole = lanes_sum(sums[0] + sums[1]), half = lanes_sum(sums[0]);
   to->sum = whole == whole ? int32_t(whole) : 0;
+  to->half = half == half ? int32_t(half) : 0;
 }
 
 // What codes stand for.
@@ -162,9 +165,9 @@ inline Words byte_pair(const char *p) {
 }
 
 // sums[row][lane] of `Rows` rows of bundles and `Cols` groups of outputs, which are `stride` bytes apart; of weights of so
-// many bits, with scales for each run of inputs, or for each output, which need no format. What lies `ahead` bytes further
+// many bits, with scales for `Group` inputs or a multiple, or, if that is 0, for each output, which need no format. What lies `ahead` bytes further
 // on is brought nearer meanwhile: a run is so short that it is over before the processor has found out that it is one.
-template <int Bits, bool Runs, int Rows, int Cols>
+template <int Bits, int Group, int Rows, int Cols>
 __attribute__((noinline)) void multiply_bundles(const Bundle *inputs, int64_t input_stride, const void *weights,
                                                 int64_t stride, const Format *format, int64_t bundles, float *sums,
                                                 int64_t sum_stride, int64_t ahead) {
@@ -172,17 +175,20 @@ __attribute__((noinline)) void multiply_bundles(const Bundle *inputs, int64_t in
   constexpr int kEight = kLanes * Bits;  // bytes of eight inputs
   static constexpr int16_t kNone[32] = {};
   const Codes codes(kCoded ? format->values : kNone);
-  const int64_t run = Runs ? format->run : 1, scales_at = bundles * (kBundle / 8) * kEight;
-  const bool zeros = kCoded && format->zeros;
+  constexpr int kParts = Group == kBundle / 2 ? 2 : 1, kEights = kBundle / 8 / kParts;  // of a bundle; of a part
+  const int64_t run = Group == kBundle ? format->group / kBundle : 1, scales_at = bundles * (kBundle / 8) * kEight;
+  const bool zeros = Group && format->zeros;
   Vec sum[Rows][Cols] = {};
-  for (int64_t bundle = 0, share = 0, used = 0; bundle < bundles; ++bundle) {
+  for (int64_t step = 0, share = 0, used = 0; step < bundles * kParts; ++step) {
+    const int64_t bundle = step / kParts;
+    const int first = int(step % kParts) * kEights;
     Words dots[Rows][Cols];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
       for (int c = 0; c < Cols; ++c)
         dots[r][c] = Words{} - uint32_t(kCoded ? Codes::kOffset * inputs[r * input_stride + bundle].sum : 0);
-    for (int eight = 0; eight < kBundle / 8; ++eight) {
+    for (int eight = first; eight < first + kEights; ++eight) {
       const char *at = static_cast<const char *>(weights) + (bundle * (kBundle / 8) + eight) * kEight;
 #pragma GCC unroll 8
       for (int c = 0; c < Cols; ++c) {
@@ -221,18 +227,19 @@ __attribute__((noinline)) void multiply_bundles(const Bundle *inputs, int64_t in
 #pragma GCC unroll 8
     for (int c = 0; c < Cols; ++c) {
       Vec scale = splat(1.0f), zero = {};
-      if constexpr (Runs) {
+      if constexpr (Group) {
         const char *at = static_cast<const char *>(weights) + c * stride + scales_at;
         const auto *scales = reinterpret_cast<const uint16_t *>(at) + share * kLanes;
         prefetch(reinterpret_cast<const char *>(scales) + ahead);
         scale = Float16::widen_vector(scales);
-        if (zeros) zero = Float16::widen_vector(scales + bundles / run * kLanes);
+        if (zeros) zero = Float16::widen_vector(scales + bundles * kParts / run * kLanes);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         const Bundle &of = inputs[r * input_stride + bundle];
         Vec dot = __builtin_convertvector((Ints)dots[r][c], Vec);
-        if (zeros) dot = fused(zero, splat(-float(of.sum)), dot);
+        const int32_t entered = kParts == 1 ? of.sum : first ? of.sum - of.half : of.half;
+        if (zeros) dot = fused(zero, splat(-float(entered)), dot);
         sum[r][c] = fused(dot, scale * of.scale, sum[r][c]);
       }
     }
@@ -312,7 +319,7 @@ float round_bytes(const uint16_t *numbers, int64_t count, uint8_t *codes, float 
 // Packs the outputs of one vector, whose rows begin where the pointers say.
 void pack_rows(const CodesPacking &p, int64_t group, const uint8_t *codes, const float *scales, const float *zeros) {
   const Format &format = *p.format;
-  const int64_t row_bytes = p.inputs * format.bits / 8, shares = p.inputs / kBundle / format.run, repeat = p.run / format.run;
+  const int64_t row_bytes = p.inputs * format.bits / 8, shares = p.inputs / format.group, repeat = p.group / format.group;
   const int64_t count = std::min<int64_t>(kLanes, p.outputs - group * kLanes), theirs = shares / repeat;
   const int64_t place = p.first_group + group * p.group_step;
   char *to = p.to + place * format.stride;
@@ -347,7 +354,7 @@ void pack_rows(const CodesPacking &p, int64_t group, const uint8_t *codes, const
 }
 
 void pack_codes(const CodesPacking &p, int64_t group) {
-  const int64_t share = kBundle * p.run, shares = p.inputs / share, first = group * kLanes;
+  const int64_t share = p.group, shares = p.inputs / share, first = group * kLanes;
   if (!p.numbers)
     return pack_rows(p, group, p.codes + first * (p.inputs * p.format->bits / 8), p.scales + first * shares,
                      p.zeros ? p.zeros + first * shares : nullptr);

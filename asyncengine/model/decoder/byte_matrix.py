@@ -1,4 +1,4 @@
-"""Weights of eight bits with a scale for each 32 inputs, in the order in which the compiled step reads them.
+"""Weights of eight bits with a scale for some inputs each, in the order in which the compiled step reads them.
 
 Owned by the step thread once the model serves.
 """
@@ -6,6 +6,7 @@ Owned by the step thread once the model serves.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ class ByteMatrix(CodedMatrix):
     Args:
         library: The compiled code for "int8" or "int4".
         weights: (outputs, inputs) each. What is not in eight bits is rounded to them; four bits without zeros lose
-            nothing. Inputs, and groups of eight bits, are multiples of 32.
+            nothing. Inputs are a multiple of 32. All get the groups, of 16 inputs or 32, that the finest codes have.
         biases: As for `PackedMatrix`.
         turns: As for `PackedMatrix`.
         later: As for `PackedMatrix`.
@@ -38,7 +39,10 @@ class ByteMatrix(CodedMatrix):
         turns: int = 1,
         later: Packing | None = None,
     ) -> None:
-        super().__init__(library, weights, biases, Codes(8), turns=turns, later=later)
+        given = [weight for weight in weights if not isinstance(weight, torch.Tensor)]
+        group = math.gcd(GROUP, *(weight.group for weight in given))
+        codes = Codes(8, group, any(weight.zeros is not None for weight in given))
+        super().__init__(library, weights, biases, codes, turns=turns, later=later)
 
     def _pack(self, part: int, weight: Weights, later: Packing | None) -> None:
         if isinstance(weight, torch.Tensor):
@@ -46,8 +50,8 @@ class ByteMatrix(CodedMatrix):
         if later is not None:
             return later.add_other(functools.partial(self._pack, part, weight, None))
         codes = as_bytes(weight) if isinstance(weight, FourBits) else weight
-        self._pack_codes(part, codes.codes, codes.scales, None, codes.shape[1])
+        self._pack_codes(part, codes.codes, codes.scales, codes.zeros, codes.shape[1])
 
     def _add(self, packing: Packing, part: int, weight: torch.Tensor) -> None:
         outputs, inputs = weight.shape
-        self._add_codes(packing, part, (outputs, inputs), GROUP, [], weight)
+        self._add_codes(packing, part, (outputs, inputs), self._codes.group, [], weight)

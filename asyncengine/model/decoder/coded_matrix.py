@@ -22,7 +22,7 @@ class FormatStruct(ctypes.Structure):
 
     _fields_ = (
         ("values", ctypes.c_int16 * 32),
-        *((name, ctypes.c_int64) for name in ("bits", "run", "zeros", "stride")),
+        *((name, ctypes.c_int64) for name in ("bits", "group", "zeros", "stride")),
     )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ class CodesStruct(ctypes.Structure):
     _fields_ = (
         ("numbers", ctypes.c_void_p), ("row_stride", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "run")),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "group")),
         ("step", ctypes.c_double), ("format", ctypes.c_void_p), ("target", ctypes.c_void_p),
         ("first_group", ctypes.c_int64), ("group_step", ctypes.c_int64), ("factors", ctypes.c_void_p),
     )  # fmt: skip
@@ -44,7 +44,7 @@ class Codes:
 
     Attributes:
         bits: Of each: 4 or 8.
-        group: Inputs that share a scale, a multiple of 32.
+        group: Inputs that share a scale: a multiple of 32, or of eight bits also 16.
         zeros: Whether there are zeros.
         values: What the sixteen codes of four bits stand for, in steps; none of bytes.
         step: What a value of 1 stands for.
@@ -61,7 +61,7 @@ class Codes:
         scales = inputs // self.group * (2 if self.zeros else 1)
         stride = -(-lanes * (inputs * self.bits // 8 + 2 * scales) // _ALIGNMENT) * _ALIGNMENT
         values = (ctypes.c_int16 * 32)(*self.values, *self.values)
-        return FormatStruct(values, self.bits, self.group // GROUP, self.zeros, stride)
+        return FormatStruct(values, self.bits, self.group, self.zeros, stride)
 
 
 class CodedMatrix(PackedMatrix):
@@ -124,7 +124,7 @@ class CodedMatrix(PackedMatrix):
             0 if numbers is None else numbers.stride(0),
             *([None if each is None else each.data_ptr() for each in codes] or (None, None, None)),
             *shape,
-            group // GROUP,
+            group,
             self._codes.step,
             ctypes.addressof(self._format),
             self.weights.data_ptr(),

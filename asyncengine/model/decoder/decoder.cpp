@@ -173,7 +173,8 @@ struct Int4 {
 struct BundledInt8 : Int4 {
   typedef int8_t Stored;
 };
-struct GroupedInt8 : Int4 {};  // with a scale for some inputs each
+struct GroupedInt8 : Int4 {};  // with a scale for some bundles each
+struct FineInt8 : Int4 {};     // with one for each half
 template <class W>
 constexpr bool takes_bundles() {
   return std::is_base_of<Int4, W>::value;
@@ -278,11 +279,12 @@ constexpr Products<W> products;
 // The same of bundles.
 template <class W>
 struct BundleProducts {
-  decltype(&multiply_bundles<4, true, 1, 1>) of[kRows + 1][kMostCols + 1];
+  decltype(&multiply_bundles<4, kBundle, 1, 1>) of[kRows + 1][kMostCols + 1];
   template <int Rows, int Cols>
   constexpr void fill() {
     constexpr int kBits = std::is_same<W, Int4>::value ? 4 : 8;
-    of[Rows][Cols] = multiply_bundles<kBits, !std::is_same<W, BundledInt8>::value, Rows, Cols>;
+    constexpr int kGroup = std::is_same<W, BundledInt8>::value ? 0 : std::is_same<W, FineInt8>::value ? kBundle / 2 : kBundle;
+    of[Rows][Cols] = multiply_bundles<kBits, kGroup, Rows, Cols>;
     if constexpr (Cols > 1)
       fill<Rows, Cols / 2>();
     else if constexpr (Rows > 1)
@@ -805,12 +807,16 @@ struct Run {
   // Whether rows of so many numbers enter products in bundles.
   bool are_bundles(int64_t inputs) const { return kBundles && bundled && inputs % kBundle == 0; }
 
+  static bool is_fine(const Matrix &matrix) { return matrix.format && matrix.format->group < kBundle; }
+
   // The same, whatever the matrix is stored in.
   void product_of(Phase &phase, const Matrix &matrix, const Entering &inputs, int64_t rows, const Outcome &outcome) {
     if constexpr (std::is_same<W, Int4>::value)
       if (matrix.format && matrix.format->bits == 4) return product<Int4>(phase, matrix, inputs.bundles, rows, outcome);
-    if constexpr (kBundles)
+    if constexpr (kBundles) {
+      if (is_fine(matrix)) return product<FineInt8>(phase, matrix, inputs.bundles, rows, outcome);
       if (matrix.format) return product<GroupedInt8>(phase, matrix, inputs.bundles, rows, outcome);
+    }
     if constexpr (takes_bundles<W>())
       if (are_bundles(matrix.inputs)) return product<BundledInt8>(phase, matrix, inputs.bundles, rows, outcome);
     product<Plain>(phase, matrix, inputs.plain, rows, outcome);
@@ -914,8 +920,10 @@ struct Run {
     if constexpr (std::is_same<W, Int4>::value)
       if (matrix.format && matrix.format->bits == 4)
         return experts_product<Int4>(phase, experts, matrix, inputs.bundles, outcome);
-    if constexpr (kBundles)
+    if constexpr (kBundles) {
+      if (is_fine(matrix)) return experts_product<FineInt8>(phase, experts, matrix, inputs.bundles, outcome);
       if (matrix.format) return experts_product<GroupedInt8>(phase, experts, matrix, inputs.bundles, outcome);
+    }
     if constexpr (takes_bundles<W>())
       if (are_bundles(matrix.inputs))
         return experts_product<BundledInt8>(phase, experts, matrix, inputs.bundles, outcome);
@@ -1070,10 +1078,9 @@ struct Run {
     for (int64_t i = 0; i < steps; ++i, from += kLanes * Plain::kPair)
       for (int p = 0; p < Plain::kPair; ++p)
         to[i * Plain::kPair + p] = Plain::widen(from[place_of<Plain>(id % kLanes, p)]) * scale;
-    if (matrix.format) {  // bytes, which lie as those without; their scales come behind them
+    if (matrix.format) {  // bytes without zeros, which lie as those without a format; their scales come behind them
       const auto *scales = reinterpret_cast<const uint16_t *>(stored + stride) + id % kLanes;
-      const int64_t share = kBundle * matrix.format->run;
-      for (int64_t i = 0; i < decoder.hidden; ++i) to[i] *= Float16::widen(scales[i / share * kLanes]);
+      for (int64_t i = 0; i < decoder.hidden; ++i) to[i] *= Float16::widen(scales[i / matrix.format->group * kLanes]);
     }
     if (!decoder.positions) return;
     const float *added = decoder.positions + step.positions[token] * decoder.hidden;

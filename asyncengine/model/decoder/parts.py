@@ -87,7 +87,8 @@ class Projection:
         """The weight's codes, if the layer has some."""
         if isinstance(self.linear, ByteLinear):
             of_all = self.linear.eight_bits
-            return EightBits(self.taken(of_all.codes), self.taken(of_all.scales))
+            zeros = None if of_all.zeros is None else self.taken(of_all.zeros)
+            return EightBits(self.taken(of_all.codes), self.taken(of_all.scales), zeros)
         if not isinstance(self.linear, FourBitLinear):
             return None
         whole = self.linear.four_bits

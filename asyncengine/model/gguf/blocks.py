@@ -29,7 +29,8 @@ class BlockType:
         write: Writes blocks as float32, or as codes, scales and perhaps zeros.
         values: What codes of four bits stand for, if the numbers stay such.
         zeros: Whether codes have zeros.
-        write_bytes: Writes blocks as codes of eight bits and scales, if that is exact.
+        write_bytes: Writes blocks as codes of eight bits, scales and perhaps zeros; None if they are rounded to such.
+        group: Inputs that share a scale as codes.
     """
 
     name: str
@@ -39,11 +40,17 @@ class BlockType:
     values: tuple[float, ...] | None = None
     zeros: bool = False
     write_bytes: Callable[..., None] | None = None
+    group: int = GROUP
 
     @property
     def eight_bits(self) -> bool:
         """Whether `decode_bytes` can be asked for."""
         return self.numbers > 1 and not self.four_bits
+
+    @property
+    def scale_nbytes(self) -> int:
+        """Bytes of scales and zeros of 32 codes, where products have them in float16."""
+        return 2 * (GROUP // self.group) * (2 if self.zeros else 1)
 
     @property
     def four_bits(self) -> bool:
@@ -103,9 +110,10 @@ def decode(
 
 
 def decode_bytes(type_id: int, data: torch.Tensor, shape: tuple[int, int]) -> EightBits:
-    """Numbers of one of `TYPES` that says `eight_bits`, as codes of eight bits in groups of 32.
+    """Numbers of one of `TYPES` that says `eight_bits`, as codes of eight bits.
 
-    Q8_0 and Q5_0 are exactly these; others are rounded to the nearest.
+    They stand for the same numbers, to the last bit in types without minima. Those with tables and ternary ones are
+    rounded to the nearest codes. Where steps are nothing beside a minimum it is as with `decode`.
 
     Args:
         type_id: As for `decode`.
@@ -113,7 +121,7 @@ def decode_bytes(type_id: int, data: torch.Tensor, shape: tuple[int, int]) -> Ei
         shape: As for `decode`.
 
     Returns:
-        (rows, inputs) codes in int8, with scales in float32. Nothing of it is in the memory of `data`.
+        (rows, inputs) codes in int8, with scales and zeros in float32. Nothing of it is in the memory of `data`.
 
     Raises:
         UnsupportedModelError: As `decode`.
@@ -121,18 +129,19 @@ def decode_bytes(type_id: int, data: torch.Tensor, shape: tuple[int, int]) -> Ei
     """
     kind = TYPES[type_id]
     blocks, parts = _blocks_of(kind, data, shape)
-    count, groups = len(blocks), kind.numbers // GROUP
+    count, groups = len(blocks), kind.numbers // kind.group
     codes = torch.empty(count, kind.numbers, dtype=torch.int8)
-    scales = torch.empty(count, groups, dtype=torch.float32)
+    found = [torch.empty(count, groups, dtype=torch.float32) for _ in range(2 if kind.zeros else 1)]
     scratch = torch.empty(0 if kind.write_bytes else _longest(parts, count), kind.numbers, dtype=torch.float32)
     for part in parts:
         if kind.write_bytes:
-            kind.write_bytes(blocks[part], codes[part], scales[part])
+            kind.write_bytes(blocks[part], codes[part], *(each[part] for each in found))
             continue
         kind.write(blocks[part], wide := scratch[: len(codes[part])])
-        rounded = nearest_bytes(wide)
-        codes[part], scales[part] = rounded.codes, rounded.scales
-    return EightBits(codes.view(shape), scales.view(shape[0], -1))
+        rounded = nearest_bytes(wide, kind.group)
+        codes[part], found[0][part] = rounded.codes, rounded.scales
+    scales, *zeros = (each.view(shape[0], shape[1] // kind.group) for each in found)
+    return EightBits(codes.view(shape), scales, zeros[0] if zeros else None)
 
 
 def _blocks_of(kind: BlockType, data: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, list[slice]]:
@@ -186,13 +195,13 @@ TYPES: Mapping[int, BlockType] = {
     2: BlockType("Q4_0", 32, 18, four_bit_blocks.q4_0, INT4),
     3: BlockType("Q4_1", 32, 20, four_bit_blocks.q4_1, INT4, zeros=True),
     6: BlockType("Q5_0", 32, 22, float_blocks.q5_0, write_bytes=eight_bit_blocks.q5_0),
-    7: BlockType("Q5_1", 32, 24, float_blocks.q5_1),
+    7: BlockType("Q5_1", 32, 24, float_blocks.q5_1, zeros=True, write_bytes=eight_bit_blocks.q5_1),
     8: BlockType("Q8_0", 32, 34, float_blocks.q8_0, write_bytes=eight_bit_blocks.q8_0),
-    10: BlockType("Q2_K", 256, 84, float_blocks.q2_k),
-    11: BlockType("Q3_K", 256, 110, float_blocks.q3_k),
+    10: BlockType("Q2_K", 256, 84, float_blocks.q2_k, zeros=True, write_bytes=eight_bit_blocks.q2_k, group=16),
+    11: BlockType("Q3_K", 256, 110, float_blocks.q3_k, write_bytes=eight_bit_blocks.q3_k, group=16),
     12: BlockType("Q4_K", 256, 144, four_bit_blocks.q4_k, INT4, zeros=True),
-    13: BlockType("Q5_K", 256, 176, float_blocks.q5_k),
-    14: BlockType("Q6_K", 256, 210, float_blocks.q6_k),
+    13: BlockType("Q5_K", 256, 176, float_blocks.q5_k, zeros=True, write_bytes=eight_bit_blocks.q5_k),
+    14: BlockType("Q6_K", 256, 210, float_blocks.q6_k, write_bytes=eight_bit_blocks.q6_k, group=16),
     16: _gridded("IQ2_XXS", 66, 16),
     17: _gridded("IQ2_XS", 74, 17),
     18: _gridded("IQ3_XXS", 98, 18),
@@ -211,6 +220,6 @@ TYPES: Mapping[int, BlockType] = {
     34: BlockType("TQ1_0", 256, 54, float_blocks.tq1_0),
     35: BlockType("TQ2_0", 256, 66, float_blocks.tq2_0),
     39: BlockType("MXFP4", 32, 17, four_bit_blocks.mxfp4, FP4),
-    40: BlockType("NVFP4", 64, 36, float_blocks.nvfp4),
+    40: BlockType("NVFP4", 64, 36, float_blocks.nvfp4, write_bytes=eight_bit_blocks.nvfp4, group=16),
 }
 """By ggml's type id."""

@@ -14,7 +14,7 @@ _OWN_BIT = 0x8040201008040201 - (1 << 64)
 """In byte k of a word, bit k."""
 _TO_TOP = 0x00406070787C7E7F
 """What it takes from that bit to bit 7 of the byte."""
-_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Twice what codes of NVFP4 stand for."""
 
 
@@ -37,37 +37,28 @@ def q8_0(blocks: torch.Tensor, to: torch.Tensor) -> None:
 
 def q2_k(blocks: torch.Tensor, to: torch.Tensor) -> None:
     """Scale and minimum of 16 numbers each, two bits each, what the first are multiplied by."""
-    steps = copied(blocks[:, :16], torch.uint8)
-    scales, minima = (steps & 15).float().mul_(halves(blocks, 80)), (steps >> 4).float().mul_(halves(blocks, 82))
-    _put(_planes(blocks[:, 16:80], 32, 2), to)
+    scales, minima = q2_k_scales_and_minima(blocks)
+    _put(planes(blocks[:, 16:80], 32, 2), to)
     _groups(to, 16).mul_(scales.unsqueeze(-1)).sub_(minima.unsqueeze(-1))
 
 
 def q3_k(blocks: torch.Tensor, to: torch.Tensor) -> None:
     """Third bits, two bits each, scales of 16 numbers each, what those are multiplied by."""
-    low = copied(blocks[:, 96:104], torch.int64)
-    low = torch.cat((low & 15 * _EACH, low >> 4 & 15 * _EACH), 1)
-    high = copied(blocks[:, 104:108], torch.int32)
-    high = torch.cat([high >> 2 * place & 0x03030303 for place in range(4)], 1).view(torch.int64)
-    scales = torch.empty(len(blocks), 16)
-    _put(low | high << 4, scales)
-    scales.sub_(32).mul_(halves(blocks, 108))
-    _put(_planes(blocks[:, 32:96], 32, 2) | _planes(blocks[:, :32], 32, 1) << 2, to)
-    _groups(to.sub_(4), 16).mul_(scales.unsqueeze(-1))
+    _put(q3_k_codes(blocks), to)
+    _groups(to.sub_(4), 16).mul_(q3_k_scales(blocks).unsqueeze(-1))
 
 
 def q5_k(blocks: torch.Tensor, to: torch.Tensor) -> None:
     """As Q4_K, with fifth bits before the others."""
     scales, minima = scales_and_minima(blocks)
-    _put(_planes(blocks[:, 48:], 32, 4) | _planes(blocks[:, 16:48], 32, 1) << 4, to)
+    _put(q5_k_codes(blocks), to)
     _groups(to, 32).mul_(scales.unsqueeze(-1)).sub_(minima.unsqueeze(-1))
 
 
 def q6_k(blocks: torch.Tensor, to: torch.Tensor) -> None:
     """Four bits each, two bits each, scales of 16 numbers each, what those are multiplied by."""
-    scales = blocks[:, 192:208].view(torch.int8).float().mul_(halves(blocks, 208))
-    _put(_planes(blocks[:, :128], 64, 4) | _planes(blocks[:, 128:192], 32, 2) << 4, to)
-    _groups(to.sub_(32), 16).mul_(scales.unsqueeze(-1))
+    _put(q6_k_codes(blocks), to)
+    _groups(to.sub_(32), 16).mul_(q6_k_scales(blocks).unsqueeze(-1))
 
 
 def tq1_0(blocks: torch.Tensor, to: torch.Tensor) -> None:
@@ -83,22 +74,63 @@ def tq1_0(blocks: torch.Tensor, to: torch.Tensor) -> None:
 
 def tq2_0(blocks: torch.Tensor, to: torch.Tensor) -> None:
     """Two bits each; scale."""
-    _put(_planes(blocks[:, :64], 32, 2), to)
+    _put(planes(blocks[:, :64], 32, 2), to)
     to.sub_(1).mul_(halves(blocks, 64))
 
 
 def nvfp4(blocks: torch.Tensor, to: torch.Tensor) -> None:
     """Scales in E4M3 of 16 numbers each, four bits each."""
-    # A sign does not count, and what is no number is 0.
-    scales = (blocks[:, :4] & 127).view(torch.float8_e4m3fn).float().nan_to_num_(0.0).mul_(0.5)
-    codes = _planes(blocks[:, 4:], 8, 4).view(torch.uint8).int()
-    to.copy_(torch.tensor(_E2M1, dtype=torch.float32)[codes])
-    _groups(to, 16).mul_(scales.unsqueeze(-1))
+    codes = planes(blocks[:, 4:], 8, 4).view(torch.uint8).int()
+    to.copy_(torch.tensor(E2M1, dtype=torch.float32)[codes])
+    _groups(to, 16).mul_(nvfp4_scales(blocks).unsqueeze(-1))
 
 
 def five_bits(stored: torch.Tensor) -> torch.Tensor:
     """(blocks, 20) bytes of Q5_0 or Q5_1 to (blocks, 4) words of eight numbers each: fifth bits, four bits each."""
-    return _planes(stored[:, 4:], 16, 4) | _fifth(stored[:, :4])
+    return planes(stored[:, 4:], 16, 4) | _fifth(stored[:, :4])
+
+
+def q2_k_scales_and_minima(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(blocks, 16) each."""
+    steps = copied(blocks[:, :16], torch.uint8)
+    return (steps & 15).float().mul_(halves(blocks, 80)), (steps >> 4).float().mul_(halves(blocks, 82))
+
+
+def q3_k_codes(blocks: torch.Tensor) -> torch.Tensor:
+    """(blocks, 32) words of eight numbers each."""
+    return planes(blocks[:, 32:96], 32, 2) | planes(blocks[:, :32], 32, 1) << 2
+
+
+def q3_k_scales(blocks: torch.Tensor) -> torch.Tensor:
+    """(blocks, 16)."""
+    low = copied(blocks[:, 96:104], torch.int64)
+    low = torch.cat((low & 15 * _EACH, low >> 4 & 15 * _EACH), 1)
+    high = copied(blocks[:, 104:108], torch.int32)
+    high = torch.cat([high >> 2 * place & 0x03030303 for place in range(4)], 1).view(torch.int64)
+    scales = torch.empty(len(blocks), 16)
+    _put(low | high << 4, scales)
+    return scales.sub_(32).mul_(halves(blocks, 108))
+
+
+def q5_k_codes(blocks: torch.Tensor) -> torch.Tensor:
+    """(blocks, 32) words of eight numbers each."""
+    return planes(blocks[:, 48:], 32, 4) | planes(blocks[:, 16:48], 32, 1) << 4
+
+
+def q6_k_codes(blocks: torch.Tensor) -> torch.Tensor:
+    """(blocks, 32) words of eight numbers each."""
+    return planes(blocks[:, :128], 64, 4) | planes(blocks[:, 128:192], 32, 2) << 4
+
+
+def q6_k_scales(blocks: torch.Tensor) -> torch.Tensor:
+    """(blocks, 16)."""
+    return blocks[:, 192:208].view(torch.int8).float().mul_(halves(blocks, 208))
+
+
+def nvfp4_scales(blocks: torch.Tensor) -> torch.Tensor:
+    """(blocks, 4), half of what is stored."""
+    # A sign does not count, and what is no number is 0.
+    return (blocks[:, :4] & 127).view(torch.float8_e4m3fn).float().nan_to_num_(0.0).mul_(0.5)
 
 
 def halves(blocks: torch.Tensor, at: int) -> torch.Tensor:
@@ -120,7 +152,7 @@ def scales_and_minima(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return scales.float().mul_(halves(blocks, 0)), minima.float().mul_(halves(blocks, 2))
 
 
-def _planes(stored: torch.Tensor, width: int, bits: int) -> torch.Tensor:
+def planes(stored: torch.Tensor, width: int, bits: int) -> torch.Tensor:
     """(blocks, numbers / 8) words of a byte for each number: the lowest bits of `width` bytes come first."""
     words = copied(stored, torch.int64).view(len(stored), -1, width // 8)
     found = words.new_empty(*words.shape[:2], 8 // bits, width // 8)

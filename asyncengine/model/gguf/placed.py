@@ -39,9 +39,9 @@ def rows(order: Callable[[int], torch.Tensor]) -> Change:
         at = order(found.shape[0])
         if isinstance(found, torch.Tensor):
             return found[at]
-        if isinstance(found, EightBits):
-            return EightBits(found.codes[at], found.scales[at])
         zeros = None if found.zeros is None else found.zeros[at]
+        if isinstance(found, EightBits):
+            return EightBits(found.codes[at], found.scales[at], zeros)
         return FourBits(found.codes[at], found.scales[at], zeros, found.values)
 
     return changed
@@ -62,9 +62,9 @@ def columns(order: torch.Tensor, width: int) -> Change:
         if isinstance(found, torch.Tensor):
             return moved(found, width)
         groups = width // found.group
-        if isinstance(found, EightBits):
-            return EightBits(moved(found.codes, width), moved(found.scales, groups))
         zeros = None if found.zeros is None else moved(found.zeros, groups)
+        if isinstance(found, EightBits):
+            return EightBits(moved(found.codes, width), moved(found.scales, groups), zeros)
         return FourBits(moved(found.codes, width // 2), moved(found.scales, groups), zeros, found.values)
 
     return changed
@@ -121,6 +121,7 @@ class Placed:
             experts=self.experts,
             transposed=self.transposed,
             decode_bytes=self._bytes if form == "int8" else None,
+            scale_nbytes=self.tensors[0].blocks.scale_nbytes if form != "none" else 0,
         )
 
     def _may_be_bytes(self, shape: tuple[int, ...]) -> bool:

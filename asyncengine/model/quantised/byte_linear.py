@@ -22,6 +22,7 @@ class ByteLinear(nn.Module):
         weight: (outputs, inputs) codes in int8.
         bias: (outputs,), or None, as it was.
         weight_scale: (outputs, inputs / group).
+        weight_zero: As `weight_scale`, or None.
         dtype: Of the weight that it stands for, of its inputs and of its outputs.
 
     Args:
@@ -37,12 +38,14 @@ class ByteLinear(nn.Module):
         self.weight = nn.Parameter(weights.codes, requires_grad=False)
         self.bias = bias
         self.weight_scale: torch.Tensor
+        self.weight_zero: torch.Tensor | None
         self.register_buffer("weight_scale", weights.scales, persistent=False)
+        self.register_buffer("weight_zero", weights.zeros, persistent=False)
 
     @property
     def eight_bits(self) -> EightBits:
-        """The codes and their scales."""
-        return EightBits(self.weight.data, self.weight_scale)
+        """The codes and what they stand for."""
+        return EightBits(self.weight.data, self.weight_scale, self.weight_zero)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs)."""
@@ -55,15 +58,18 @@ class ByteLinear(nn.Module):
         new = nearest_bytes(value.to(own.codes.device), own.group)
         own.codes.copy_(new.codes)
         own.scales.copy_(new.scales)
+        if own.zeros is not None:
+            own.zeros.zero_()
 
     def keep(self) -> Callable[[], None]:
         """What puts the present weight back."""
-        return restorer(self.weight.data, self.weight_scale)
+        return restorer(self.weight.data, self.weight_scale, self.weight_zero)
 
     def release(self) -> None:
         """Lets the codes go; whoever took them says so."""
         self.weight = nn.Parameter(self.weight.detach().to("meta"), requires_grad=False)
         self.weight_scale = self.weight_scale.to("meta")
+        self.weight_zero = None
 
 
 def layers(model: nn.Module) -> dict[int, tuple[torch.Size, torch.dtype]]:

@@ -15,15 +15,17 @@ LARGEST = 127
 
 @dataclass(frozen=True, slots=True)
 class EightBits:
-    """One matrix.
+    """One matrix, whose weights are ``scale * (code - zero)``.
 
     Attributes:
         codes: (outputs, inputs) in float8_e4m3fn or int8.
-        scales: (outputs, inputs / group) floats, by which codes are multiplied.
+        scales: (outputs, inputs / group) floats.
+        zeros: As `scales`, or None, which is 0.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
+    zeros: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -37,8 +39,8 @@ class EightBits:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
+        """Bytes of codes, scales and zeros."""
+        return sum(tensor.nbytes for tensor in (self.codes, self.scales, self.zeros) if tensor is not None)
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """(outputs, inputs) in `dtype`, rounded once."""
@@ -47,6 +49,8 @@ class EightBits:
         found = torch.empty(outputs, inputs, dtype=dtype, device=self.codes.device)
         for part in parts_of(self.codes):
             numbers = self.codes[part].to(wide).view(-1, self.scales.shape[1], self.group)
+            if self.zeros is not None:
+                numbers -= self.zeros[part].unsqueeze(-1)
             found[part] = numbers.mul_(self.scales[part].unsqueeze(-1)).view(-1, inputs)
         return found
 
@@ -73,13 +77,11 @@ def nearest_bytes(weight: torch.Tensor, group: int = GROUP) -> EightBits:
 
 
 def as_bytes(weight: FourBits) -> EightBits:
-    """The same numbers in eight bits: exactly, without zeros and in groups of multiples of `GROUP`; else rounded."""
-    if weight.zeros is not None or weight.group % GROUP:
-        return nearest_bytes(weight.weight(torch.float32))
+    """The same numbers in eight bits."""
     steps = 1 if all(value.is_integer() for value in weight.values) else 2  # of a value of 1
     table = torch.tensor([int(value * steps) for value in weight.values], dtype=torch.int8, device=weight.codes.device)
     pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), -1)  # (256, 2): of each byte
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.codes.device)
     for part in parts_of(codes):
         codes[part] = embedding(weight.codes[part].int(), pairs).view(-1, weight.shape[1])
-    return EightBits(codes, weight.scales / steps)
+    return EightBits(codes, weight.scales / steps, None if weight.zeros is None else weight.zeros * steps)

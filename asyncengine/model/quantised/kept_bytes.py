@@ -44,7 +44,7 @@ def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantiz
         count, outputs = prod(shape), prod(shape[:-1])
         linear = words not in shape and not as_stored
         if name in as_stored and as_stored[name].form == "int8":
-            total += _in_bytes(shape, True)
+            total += as_stored[name].kept_nbytes + outputs * _SCALE
         elif name in as_stored:
             total += as_stored[name].nbytes if cuda or quantization == "fp8" else count // 2 + _scales(as_stored[name])
         elif len(shape) < 2 or (quantization == "fp8" and not (linear and len(shape) == 2)):
@@ -72,6 +72,8 @@ def _in_bytes(shape: tuple[int, ...], groups: bool) -> int:
 
 def _scales(weight: CodedWeight) -> int:
     """Bytes of scales and zeros of four bits in the compiled step."""
+    if weight.scale_nbytes:
+        return weight.size // GROUP * weight.scale_nbytes
     own = [part for what, part in weight.parts.items() if "scale" in what]
     zeros = any("zero" in what for what in weight.parts)
     return sum(prod(part.shape) for part in own[:1]) * _SHORT_SCALE * (2 if zeros else 1)

@@ -24,8 +24,6 @@ Decoded = torch.Tensor | FourBits | EightBits
 Form = Literal["none", "int4", "int8", "fp8"]
 """What codes can be kept as, by the names of `EngineConfig.quantization`."""
 _Made = TypeVar("_Made")
-_SHORT_SCALE = 2
-"""Bytes of a scale of bytes, in float16."""
 OF_EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.weight")
 """The names of the weights of experts that are stored one by one."""
 
@@ -43,6 +41,7 @@ class CodedWeight:
         rounded: Whether it is rounded once more where it is kept so.
         experts: How many matrices there are, one after the other in what `decode` returns; 0 if it is one.
         transposed: Whether each of them, or the one, has its dimensions the other way round in the parameter.
+        scale_nbytes: Bytes of scales and zeros of 32 codes where it is multiplied on the CPU; 0 if only `parts` tell.
         decode_bytes: Makes of their contents codes of eight bits, where the form is "int8" and `decode` makes numbers.
     """
 
@@ -54,6 +53,7 @@ class CodedWeight:
     rounded: bool = False
     experts: int = 0
     transposed: bool = False
+    scale_nbytes: int = 0
     decode_bytes: Callable[[Parts], EightBits] | None = None
 
     @property
@@ -77,7 +77,7 @@ class CodedWeight:
     @property
     def kept_nbytes(self) -> int:
         """Bytes that it takes where it stays codes."""
-        return self.size + self.size // GROUP * _SHORT_SCALE if self.form == "int8" else self.nbytes
+        return self.size + self.size // GROUP * self.scale_nbytes if self.form == "int8" else self.nbytes
 
     def stays(self, forms: Collection[str]) -> bool:
         """Whether it stays codes, where those of some forms do, as `Checkpoint.kept_forms` says them."""

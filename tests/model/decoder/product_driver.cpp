@@ -20,6 +20,7 @@ extern "C" void product(const Matrix *matrix, const float *rows, int64_t count, 
       while (cols > groups - group) cols /= 2;
       const auto multiply = !matrix->format            ? bundle_products<BundledInt8>.of[some][cols]
                             : matrix->format->bits == 4 ? bundle_products<Int4>.of[some][cols]
+                            : matrix->format->group < kBundle ? bundle_products<FineInt8>.of[some][cols]
                                                         : bundle_products<GroupedInt8>.of[some][cols];
       multiply(&entering[size_t(row * bundles)], bundles, static_cast<const char *>(matrix->weights) + group * stride, stride,
                matrix->format, bundles, sums + (row * groups + group) * kLanes, groups * kLanes, 0);
