@@ -13,6 +13,7 @@ from torch.nn import functional
 from asyncengine.model.decoder import compiled_layers
 from asyncengine.model.decoder.compiled_layers import compile_layers, narrow_share, rounded_to, weight_bytes, writers
 from asyncengine.model.decoder.compiled_linear import CompiledLinear
+from asyncengine.model.decoder.byte_matrix import ByteMatrix
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.four_bits import nearest
@@ -132,10 +133,10 @@ def test_the_head_has_eight_bits_beside_layers_of_four() -> None:
 def test_nothing_is_rounded_to_four_bits_beside_codes() -> None:
     codes = FourBitLinear(nearest(torch.randn(16, 32)), None, torch.bfloat16)
     model = Model(codes=codes, layer=nn.Linear(32, 16).bfloat16())
-    assert rounded_to(model, "int4") == "int8"
+    assert rounded_to(model, "int4") == "bytes"
     compile_layers(model, products(torch.bfloat16, "int4"))
     assert isinstance(model.codes.matrix, FourBitMatrix)
-    assert model.layer.matrix.weights.dtype is torch.int8
+    assert isinstance(model.layer.matrix, ByteMatrix)
 
 
 def test_bytes_and_shares_are_those_of_what_was_packed() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
+from asyncengine.model.decoder.byte_matrix import ByteMatrix
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix, packed
 from asyncengine.model.decoder.weights import MatrixStruct, PackedMatrix, Packing
 from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR, FourBits, nearest
@@ -211,30 +212,32 @@ def test_four_bits_take_a_quarter_and_scales_an_eighth_of_that() -> None:
     assert FourBitMatrix(library, [torch.ones(64, 256).bfloat16()], [None]).nbytes == 64 * (128 + 16 + 4)
 
 
+@pytest.mark.parametrize("weight", [torch.ones(16, 48).bfloat16(), random_codes(16, 48, 16, INT4, False, 0)])
+def test_half_a_bundle_is_stored_in_bytes_with_a_scale_for_each_output(weight: torch.Tensor | FourBits) -> None:
+    matrix = packed(kernel.load(kernel.build("int4")), [weight], [None], "int4")
+    assert matrix.weights.dtype is torch.int8
+    numbers = weight.weight(torch.bfloat16) if isinstance(weight, FourBits) else weight
+    assert torch.equal(matrix.weights, PackedMatrix(matrix._library, [numbers], [None], int8=True).weights)
+
+
 @pytest.mark.parametrize(
     "weights",
     [
-        lambda: [torch.ones(16, 48).bfloat16()],
         lambda: [random_codes(16, 64, 16, INT4, False, 0)],
         lambda: [random_codes(16, 64, 32, values, False, 0) for values in (INT4, FP4)],
     ],
-    ids=["half a bundle", "small groups", "two tables"],
+    ids=["small groups", "two tables"],
 )
-def test_what_does_not_fit_is_stored_in_bytes(weights: Callable[[], list[Any]]) -> None:
+def test_codes_that_do_not_fit_become_bytes(weights: Callable[[], list[Any]]) -> None:
     given = weights()
-    matrix = packed(kernel.load(kernel.build("int4")), given, [None] * len(given), "int4")
-    assert matrix.weights.dtype is torch.int8
-    numbers = [part.weight(torch.bfloat16) if isinstance(part, FourBits) else part for part in given]
-    plain = PackedMatrix(matrix._library, numbers, [None] * len(given), int8=True)
-    assert torch.equal(matrix.weights, plain.weights)
+    assert type(packed(kernel.load(kernel.build("int4")), given, [None] * len(given), "int4")) is ByteMatrix
 
 
-def test_codes_beside_weights_that_are_none_are_stored_in_bytes() -> None:
+def test_codes_beside_weights_that_are_none_become_bytes() -> None:
     """Which are left out where others are quantised, and are not to be rounded so far."""
     library = CpuAttention("int4").library("int4")
     codes = random_codes(32, 64, 32, INT4, False, 0)
     weight = torch.randn(16, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
-    mixed = packed(library, [codes, weight], [None, None], "int8")
-    assert type(mixed) is PackedMatrix and mixed.weights.dtype is torch.int8
+    assert type(packed(library, [codes, weight], [None, None], "int8")) is ByteMatrix
     assert type(packed(library, [codes, codes], [None, None], "int8")) is FourBitMatrix
     assert type(packed(library, [weight, weight], [None, None], "int4")) is FourBitMatrix
