@@ -45,10 +45,9 @@ class EightBits:
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """(outputs, inputs) in `dtype`, rounded once."""
         outputs, inputs = self.shape
-        wide = torch.float64 if dtype is torch.float64 else torch.float32
         found = torch.empty(outputs, inputs, dtype=dtype, device=self.codes.device)
         for part in parts_of(self.codes):
-            numbers = self.codes[part].to(wide).view(-1, self.scales.shape[1], self.group)
+            numbers = self.codes[part].float().view(-1, self.scales.shape[1], self.group)
             if self.zeros is not None:
                 numbers -= self.zeros[part].unsqueeze(-1)
             found[part] = numbers.mul_(self.scales[part].unsqueeze(-1)).view(-1, inputs)

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from asyncengine.model.decoder import compiled_layers
+from asyncengine.model.decoder.byte_matrix import ByteMatrix
 from asyncengine.model.decoder.compiled_layers import compile_layers, narrow_share, rounded_to, weight_bytes, writers
 from asyncengine.model.decoder.compiled_linear import CompiledLinear
-from asyncengine.model.decoder.byte_matrix import ByteMatrix
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.four_bits import nearest
