@@ -121,7 +121,7 @@ def check_parts(
     if stack is None or not isinstance(blocks, nn.ModuleList) or len(blocks) != len(recorded):
         raise NotRecognised("there is no plain list of layers")
     if not isinstance(model.get_input_embeddings(), nn.Embedding) or not isinstance(
-        model.get_output_embeddings(), nn.Linear
+        model.get_output_embeddings(), (nn.Linear, ByteLinear)
     ):
         raise NotRecognised("embedding or head is more than a matrix")
     _expect(stack, {*_EMBEDDING, *_POSITIONS, *_LAYERS, *_LAST_NORM, "rotary_emb"}, "the model")

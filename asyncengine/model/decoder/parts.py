@@ -270,7 +270,7 @@ class Blueprint:
     first_position: int
     layers: tuple[LayerParts, ...]
     norm: NormPart
-    head: nn.Linear
+    head: nn.Linear | ByteLinear
     activation: int
     rotary: int
     pairs: bool

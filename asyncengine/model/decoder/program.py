@@ -207,7 +207,9 @@ class CompiledDecoder:
         position_rows = None if self._positions is None else self._positions.values[blueprint.first_position :]
         tied = blueprint.head.weight is blueprint.embedding.weight
         rounding: Rounding = "int8" if self.rounded_to == "int4" else self.rounded_to
-        self._head = packed_matrix(library, [blueprint.head.weight], [blueprint.head.bias], rounding, later=later)
+        head = Projection(blueprint.head).codes or blueprint.head.weight
+        self._head = packed_matrix(library, [head], [blueprint.head.bias], rounding, later=later)
+        del head
         self._embedding = self._head
         if not tied:
             self._embedding = packed_matrix(library, [blueprint.embedding.weight], [None], rounding, later=later)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Mapping
 from math import prod
 from typing import Literal
 
@@ -37,13 +40,18 @@ def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantiz
         tied = len(tables) == 1 and where == "modules"  # embedding and head are kept apart there
         return checkpoint.weight_bytes(dtype) + (prod(tables[0]) * dtype.itemsize if tied else 0)
     forms = checkpoint.kept_forms(quantization, "cuda" if where == "cuda" else "cpu")
-    as_stored = {name: weight for name, weight in checkpoint.coded.items() if weight.stays(forms)}
+    as_stored = {
+        name: weight for name, weight in checkpoint.coded.items() if weight.stays(forms) and words not in weight.shape
+    }
+    in_bytes = _beside_bytes(as_stored) if where == "compiled" else set()
     total, cuda = 0, where == "cuda"
     by_modules = where == "modules" and quantization != "fp8"
     for name, shape in checkpoint.shapes.items():
         count, outputs = prod(shape), prod(shape[:-1])
         linear = words not in shape and not as_stored
-        if name in as_stored and as_stored[name].form == "int8":
+        if name in in_bytes:
+            total += _in_bytes(shape, True)
+        elif name in as_stored and as_stored[name].form == "int8":
             total += as_stored[name].kept_nbytes + outputs * _SCALE
         elif name in as_stored:
             total += as_stored[name].nbytes if cuda or quantization == "fp8" else count // 2 + _scales(as_stored[name])
@@ -62,6 +70,16 @@ def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantiz
     if by_modules and tables:  # the embedding stays a table, and the head is in bytes
         total += prod(tables[0]) * dtype.itemsize + _in_bytes((words, prod(tables[0]) // words), bool(as_stored))
     return total
+
+
+def _beside_bytes(as_stored: Mapping[str, CodedWeight]) -> set[str]:
+    """Weights of four bits that the compiled step multiplies with others of eight, and has in eight therefore."""
+    beside: dict[str, list[CodedWeight]] = defaultdict(list)
+    for name, weight in as_stored.items():
+        together = re.sub(r"\.[qkv]_proj\.|\.(gate|up)_proj\.", lambda part: "." if part[1] else ".qkv.", name)
+        beside[together].append(weight)
+    mixed = (each for each in beside.values() if len({weight.form for weight in each}) > 1)
+    return {weight.name for each in mixed for weight in each if weight.form == "int4"}
 
 
 def _in_bytes(shape: tuple[int, ...], groups: bool) -> int:

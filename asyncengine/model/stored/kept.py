@@ -107,7 +107,8 @@ class KeptCodes:
 
     def _put_alone(self, model: Any, path: str, name: str, weight: CodedWeight) -> int:
         module = model.get_submodule(path)
-        is_layer = type(module) is nn.Linear and module is not model.get_output_embeddings()
+        is_head = module is model.get_output_embeddings()
+        is_layer = type(module) is nn.Linear and (not is_head or _may_be_bytes(model, weight))
         layer = self._layer(module, weight) if is_layer else None
         if layer is not None:
             parent, _, own = path.rpartition(".")
@@ -168,6 +169,11 @@ def _fit(codes: list[FourBits], count: int) -> bool:
     return (
         len(codes) == count and len({(each.group, each.values) for each in codes}) == 1 and codes[0].group % GROUP == 0
     )
+
+
+def _may_be_bytes(model: Any, weight: CodedWeight) -> bool:
+    """Whether the weight of a head can stay codes."""
+    return weight.form == "int8" and model.get_output_embeddings().weight is not model.get_input_embeddings().weight
 
 
 def _is_lost(parameter: torch.Tensor) -> bool:

@@ -14,10 +14,13 @@ from torch import nn
 
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model.attention.cpu import CpuAttention
+from asyncengine.model.decoder.byte_matrix import ByteMatrix
 from asyncengine.model.decoder.compiled_linear import CompiledLinear, Products
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix, packed
 from asyncengine.model.gguf import blocks as blocks_module
-from asyncengine.model.gguf.blocks import TYPES, decode
+from asyncengine.model.gguf.blocks import TYPES, decode, decode_bytes
+from asyncengine.model.quantised.byte_linear import ByteLinear
+from asyncengine.model.quantised.eight_bits import EightBits
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR, FourBits, unpacked
 
@@ -34,6 +37,7 @@ HALVES = {
 }  # fmt: skip
 """Where a block's float16 are, if not at its beginning."""
 MINIMA = ("Q4_1", "Q4_K")
+EXACT = [name for name, number in FLOATS.items() if TYPES[number].write_bytes is not None]
 
 
 def random_data(name: str, rows: int = ROWS, inputs: int = INPUTS, seed: int = 0) -> torch.Tensor:
@@ -72,6 +76,12 @@ def codes_of(name: str, data: torch.Tensor, inputs: int = INPUTS) -> FourBits:
 def floats_of(name: str, data: torch.Tensor, inputs: int = INPUTS, **options: Any) -> torch.Tensor:
     found = decode(FLOATS[name], data, (len(data), inputs), **options)
     assert isinstance(found, torch.Tensor)
+    return found
+
+
+def bytes_of(name: str, data: torch.Tensor, inputs: int = INPUTS) -> EightBits:
+    found = decode_bytes(FLOATS[name], data, (len(data), inputs))
+    assert found.codes.dtype is torch.int8
     return found
 
 
@@ -198,6 +208,59 @@ def test_types_that_an_old_transformers_does_not_read_are_refused(monkeypatch: p
     monkeypatch.setitem(sys.modules, "transformers.integrations.gguf.dequant", None)
     with pytest.raises(UnsupportedModelError, match=r"IQ3_S need transformers 5\.24 or later"):
         floats_of("IQ3_S", random_data("IQ3_S"))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_codes_of_eight_bits_stand_for_the_same_numbers(name: str) -> None:
+    data = random_data(name, rows=32)
+    found, wanted = bytes_of(name, data), of_ggml(name, data)
+    assert found.shape == wanted.shape
+    if found.zeros is None:
+        assert torch.equal(found.weight(torch.float32), wanted)
+        return
+    assert found.zeros.half().isfinite().all() and found.zeros.shape == found.scales.shape
+    largest = wanted.view(32, -1, found.group).abs().amax(-1, keepdim=True) + 31 * found.scales.abs().unsqueeze(-1)
+    off = (found.weight(torch.float32) - wanted).view(32, -1, found.group).abs()
+    steps = 16 * found.scales.abs().unsqueeze(-1)
+    beside = torch.where((found.zeros == 0).unsqueeze(-1), steps, 0)  # nothing beside the minimum
+    assert (off <= 4e-7 * largest + beside).all()
+
+
+def test_q8_0_has_the_codes_of_the_file() -> None:
+    data = random_data("Q8_0")
+    found = bytes_of("Q8_0", data)
+    blocks = data.view(ROWS, -1, 34)
+    assert torch.equal(found.codes, blocks[:, :, 2:].flatten(1).view(torch.int8))
+    assert torch.equal(found.scales, blocks[:, :, :2].contiguous().view(torch.float16).squeeze(-1).float())
+
+
+@pytest.mark.parametrize("name", [name for name in FLOATS if name not in EXACT])
+def test_other_types_are_rounded_to_eight_bits(name: str) -> None:
+    data = random_data(name)
+    found, wanted = bytes_of(name, data), of_ggml(name, data)
+    step = wanted.view(ROWS, -1, 32).abs().amax(-1, keepdim=True) / 127
+    assert found.group == 32
+    assert ((found.weight(torch.float32) - wanted).view(ROWS, -1, 32).abs() <= 0.501 * step).all()
+
+
+@pytest.mark.parametrize("minimum", [-0.5, 3.0])
+def test_eight_bits_without_steps_are_their_minimum(minimum: float) -> None:
+    data = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 24), dtype=np.uint8))
+    data[0, :4] = torch.tensor([0.0, minimum], dtype=torch.float16).view(torch.uint8)
+    assert (bytes_of("Q5_1", data, 32).weight(torch.float32) == minimum).all()
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_the_compiled_product_multiplies_eight_bits(name: str) -> None:
+    data = random_data(name, 48)
+    weights, dtype = bytes_of(name, data), torch.bfloat16
+    products = Products(CpuAttention("int8").library("int8"), dtype, "int8")
+    matrix = packed(products.library, [weights], [None], "int8")
+    assert isinstance(matrix, ByteMatrix)
+    layer = CompiledLinear(products, ByteLinear(weights, None, dtype), matrix, nn.Parameter(torch.empty(0)))
+    rows = torch.randn(5, INPUTS, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wanted = rows.double() @ of_ggml(name, data).double().T
+    assert (layer(rows).double() - wanted).norm() < (3e-3 if name in EXACT else 6e-3) * wanted.norm()
 
 
 @pytest.mark.parametrize("name", CODES)
