@@ -93,6 +93,7 @@ def with_products(
 
     quantization = config.quantization
     products = Products(library_of(config, details, backend), details.dtype, quantization)
+    model.get_input_embeddings().__dict__.pop("stored_codes", None)  # rows are looked up in numbers
     as_stored, rounded_to = compiled_layers.has_codes(model), compiled_layers.rounded_to(model, quantization)
     compiled_layers.compile_layers(model, products, trial.layers.uncalled | seeing(model))
     if quantization == "none":

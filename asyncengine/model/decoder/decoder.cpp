@@ -1078,9 +1078,14 @@ struct Run {
     for (int64_t i = 0; i < steps; ++i, from += kLanes * Plain::kPair)
       for (int p = 0; p < Plain::kPair; ++p)
         to[i * Plain::kPair + p] = Plain::widen(from[place_of<Plain>(id % kLanes, p)]) * scale;
-    if (matrix.format) {  // bytes without zeros, which lie as those without a format; their scales come behind them
+    if (matrix.format) {  // bytes, which lie as those without one; their scales and zeros come behind them
       const auto *scales = reinterpret_cast<const uint16_t *>(stored + stride) + id % kLanes;
-      for (int64_t i = 0; i < decoder.hidden; ++i) to[i] *= Float16::widen(scales[i / matrix.format->group * kLanes]);
+      const auto *zeros = scales + decoder.hidden / matrix.format->group * kLanes;
+      for (int64_t i = 0; i < decoder.hidden; ++i) {
+        const int64_t at = i / matrix.format->group * kLanes;
+        if (matrix.format->zeros) to[i] -= Float16::widen(zeros[at]) * scale;
+        to[i] *= Float16::widen(scales[at]);
+      }
     }
     if (!decoder.positions) return;
     const float *added = decoder.positions + step.positions[token] * decoder.hidden;

@@ -17,6 +17,7 @@ from torch import nn
 from asyncengine.config import Quantization
 from asyncengine.model.attention.cpu import CpuCache, CpuPlan
 from asyncengine.model.decoder.adapted import MATRICES, CompiledAdapters, CompiledFormat, Part, pieces_of
+from asyncengine.model.decoder.byte_matrix import ByteMatrix
 from asyncengine.model.decoder.four_bit_matrix import packed as packed_matrix
 from asyncengine.model.decoder.packed_experts import ExpertsStruct, PackedExperts, small_dtype
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Projection
@@ -30,6 +31,7 @@ from asyncengine.model.decoder.weights import (
     PackedVector,
     Packing,
     Rounding,
+    Weights,
     release,
 )
 from asyncengine.model.quantised.byte_linear import ByteLinear
@@ -155,6 +157,15 @@ class _Layer:
         self.spec = spec
 
 
+def _in_bytes(
+    library: Any, weight: Weights, bias: torch.Tensor | None, rounding: Rounding, later: Packing | None
+) -> PackedMatrix:
+    """A head or an embedding, whose rows can be looked up but in four bits."""
+    if isinstance(weight, torch.Tensor):
+        return packed_matrix(library, [weight], [bias], rounding, later=later)
+    return ByteMatrix(library, [weight], [bias], later=later)
+
+
 def _has_codes(parts: LayerParts) -> bool:
     projections = (*parts.qkv, parts.output, *parts.gate_up, *([] if parts.down is None else [parts.down]))
     return any(isinstance(part.linear, (FourBitLinear, ByteLinear)) for part in projections) or (
@@ -207,12 +218,14 @@ class CompiledDecoder:
         position_rows = None if self._positions is None else self._positions.values[blueprint.first_position :]
         tied = blueprint.head.weight is blueprint.embedding.weight
         rounding: Rounding = "int8" if self.rounded_to == "int4" else self.rounded_to
-        head = Projection(blueprint.head).codes or blueprint.head.weight
-        self._head = packed_matrix(library, [head], [blueprint.head.bias], rounding, later=later)
+        table = blueprint.embedding.__dict__.pop("stored_codes", None)
+        head = (table if tied else Projection(blueprint.head).codes) or blueprint.head.weight
+        self._head = _in_bytes(library, head, blueprint.head.bias, rounding, later)
         del head
         self._embedding = self._head
         if not tied:
-            self._embedding = packed_matrix(library, [blueprint.embedding.weight], [None], rounding, later=later)
+            self._embedding = _in_bytes(library, table or blueprint.embedding.weight, None, rounding, later)
+        del table
         for module in (blueprint.head, blueprint.embedding):
             release(module, "weight")
         if blueprint.positions is not None:

@@ -46,6 +46,9 @@ class _Nothing(torch.Tensor):
 class KeptCodes:
     """The weights of a checkpoint that stay codes, and where transformers puts them.
 
+    An embedding becomes numbers. Where codes of eight bits stay, it has its codes besides, as ``stored_codes``, for what
+    can look rows up in them.
+
     Args:
         coded: Weights that are stored as codes.
         dtype: Of the model.
@@ -54,6 +57,7 @@ class KeptCodes:
 
     def __init__(self, coded: Iterable[CodedWeight], dtype: torch.dtype, forms: Collection[str]) -> None:
         self._dtype = dtype
+        self._tables = "int8" in forms
         self._files = OpenFiles()
         self._alone: dict[int, CodedWeight] = {}  # by the address of what stands for it
         self._standing: dict[str, torch.Tensor] = {}
@@ -116,6 +120,8 @@ class KeptCodes:
             return weight.size
         numbers = weight.numbers(self._files, self._dtype)  # its groups are in another order, say
         module._parameters[name] = nn.Parameter(numbers, requires_grad=False)
+        if self._tables and module is model.get_input_embeddings() and weight.form != "none":
+            module.stored_codes = weight.read_bytes(self._files) if weight.form == "int8" else weight.read(self._files)
         return 0
 
     def _layer(self, module: nn.Linear, weight: CodedWeight) -> FourBitLinear | ByteLinear | Fp8Linear | None:

@@ -89,7 +89,9 @@ def write(path: Path, kind: Kind, others: dict[str, Kind]) -> None:
             data, own_kind = q6_k(shape, generator), own
         else:
             spread = 0.06 if name.startswith("blk") else 0.5
-            numbers = generator.standard_normal(shape, np.float32) * spread if len(shape) == 2 else np.ones(shape, np.float32)
+            numbers = (
+                generator.standard_normal(shape, np.float32) * spread if len(shape) == 2 else np.ones(shape, np.float32)
+            )
             data, own_kind = gguf.quants.quantize(numbers, own), own
         writer.add_tensor(f"{name}.weight", data, raw_dtype=own_kind)
     writer.write_header_to_file()
@@ -122,7 +124,13 @@ def matrices(loaded: LoadedModel) -> dict[str, type]:
 
 @pytest.mark.parametrize(
     ("kind", "others", "form"),
-    [(Kind.Q8_0, {}, "int8"), (Kind.Q6_K, {}, "int8"), (Kind.Q5_0, {}, "int8"), (Kind.Q5_1, {}, "int8"), (Kind.Q4_0, MIXED, "int4")],
+    [
+        (Kind.Q8_0, {}, "int8"),
+        (Kind.Q6_K, {}, "int8"),
+        (Kind.Q5_0, {}, "int8"),
+        (Kind.Q5_1, {}, "int8"),
+        (Kind.Q4_0, MIXED, "int4"),
+    ],
     ids=["Q8_0", "Q6_K", "Q5_0", "Q5_1", "mixed"],
 )
 async def test_they_say_what_the_numbers_of_the_file_say(
@@ -150,7 +158,12 @@ async def test_they_say_what_the_numbers_of_the_file_say(
 
 def test_layers_are_codes_and_those_of_four_bits_beside_them_are_told_in_eight(file: Make) -> None:
     loaded = load(file(Kind.Q4_0, MIXED))
-    assert matrices(loaded) == {"qkv": ByteMatrix, "output": FourBitMatrix, "gate_up": FourBitMatrix, "down": ByteMatrix}
+    assert matrices(loaded) == {
+        "qkv": ByteMatrix,
+        "output": FourBitMatrix,
+        "gate_up": FourBitMatrix,
+        "down": ByteMatrix,
+    }
     loaded.model.close()
 
 
@@ -183,7 +196,9 @@ def test_on_a_device_codes_of_eight_bits_become_numbers(file: Make) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"decoder_backend": "transformers"}], ids=["compiled step", "modules"])
-@pytest.mark.parametrize(("kind", "others", "form"), [(Kind.Q8_0, {}, "int8"), (Kind.Q6_K, {}, "int8"), (Kind.Q4_0, MIXED, "int4")])
+@pytest.mark.parametrize(
+    ("kind", "others", "form"), [(Kind.Q8_0, {}, "int8"), (Kind.Q6_K, {}, "int8"), (Kind.Q4_0, MIXED, "int4")]
+)
 def test_an_estimate_knows_what_they_take(kind: Kind, others: Any, form: str, changes: Any, file: Make) -> None:
     path = file(kind, others)
     loaded = load(path, quantization=form, **changes)
