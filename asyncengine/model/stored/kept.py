@@ -46,8 +46,8 @@ class _Nothing(torch.Tensor):
 class KeptCodes:
     """The weights of a checkpoint that stay codes, and where transformers puts them.
 
-    An embedding becomes numbers. Where codes of eight bits stay, it has its codes besides, as ``stored_codes``, for what
-    can look rows up in them.
+    An embedding becomes numbers. Where codes of eight bits stay, it has its codes besides, as ``stored_codes``, for
+    what can look rows up in them.
 
     Args:
         coded: Weights that are stored as codes.

@@ -156,16 +156,16 @@ def test_either_library_multiplies_them(kind: Any) -> None:
 
 
 def test_bytes_take_a_sixteenth_more_for_scales() -> None:
-    library = CpuAttention("int8").library("int8")
-    assert ByteMatrix(library, [random_bytes(64, 256, 32, False)], [None]).nbytes == 64 * (256 + 16 + 4)
-    assert ByteMatrix(library, [random_bytes(64, 256, 16, True)], [None]).nbytes == 64 * (256 + 64 + 4)
+    compiled = CpuAttention("int8").library("int8")
+    assert ByteMatrix(compiled, [random_bytes(64, 256, 32, False)], [None]).nbytes == 64 * (256 + 16 + 4)
+    assert ByteMatrix(compiled, [random_bytes(64, 256, 16, True)], [None]).nbytes == 64 * (256 + 64 + 4)
 
 
 def test_what_may_be_bytes_is_asked_for_by_name() -> None:
-    library = CpuAttention("int8").library("int8")
+    compiled = CpuAttention("int8").library("int8")
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert type(packed(library, [weight], [None], "bytes")) is ByteMatrix
-    assert type(packed(library, [weight[:, :48]], [None], "bytes")) is PackedMatrix
-    assert type(packed(library, [weight], [None], "int8")) is PackedMatrix
-    assert type(packed(library, [random_codes(16, 64, 32, INT4, False, 0)], [None], "bytes")) is FourBitMatrix
-    assert ctypes.sizeof(type(ByteMatrix(library, [weight], [None])._format)) == 96
+    assert type(packed(compiled, [weight], [None], "bytes")) is ByteMatrix
+    assert type(packed(compiled, [weight[:, :48]], [None], "bytes")) is PackedMatrix
+    assert type(packed(compiled, [weight], [None], "int8")) is PackedMatrix
+    assert type(packed(compiled, [random_codes(16, 64, 32, INT4, False, 0)], [None], "bytes")) is FourBitMatrix
+    assert ctypes.sizeof(type(ByteMatrix(compiled, [weight], [None])._format)) == 96

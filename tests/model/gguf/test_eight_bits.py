@@ -86,14 +86,14 @@ def write(path: Path, kind: Kind, others: dict[str, Kind]) -> None:
     for name, shape in tensors.items():
         own = others.get(name.rpartition(".")[2], kind) if len(shape) == 2 else Kind.F32
         if own is Kind.Q6_K:
-            data, own_kind = q6_k(shape, generator), own
+            data = q6_k(shape, generator)
         else:
             spread = 0.06 if name.startswith("blk") else 0.5
             numbers = (
                 generator.standard_normal(shape, np.float32) * spread if len(shape) == 2 else np.ones(shape, np.float32)
             )
             data, own_kind = gguf.quants.quantize(numbers, own), own
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=own_kind)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
