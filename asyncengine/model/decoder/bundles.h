@@ -59,7 +59,7 @@ struct Bundle {
   int16_t numbers[kBundle];
   float scale;
   int32_t sum;   // of the numbers
-  int32_t half;  // of the first half
+  int32_t half;  // of those of the first half, if that is asked for
 };
 
 inline uint32_t most_of(Words v) {
@@ -73,7 +73,7 @@ inline uint32_t most_of(Words v) {
 }
 
 // Rounds numbers to integers. Infinity and NaN make a NaN of whatever the bundle enters.
-inline void fill(Bundle *to, const Vec (&x)[kBundle / kLanes]) {
+inline void fill(Bundle *to, const Vec (&x)[kBundle / kLanes], bool halves) {
   Words most = {};
 #pragma GCC unroll 8
   for (int i = 0; i < kBundle / kLanes; ++i) {  // as integers, of which that of a NaN is the largest
@@ -93,9 +93,12 @@ inline void fill(Bundle *to, const Vec (&x)[kBundle / kLanes]) {
     sum = sum + (shifted - shifter);
   }
   to->scale = largest * (1.0f / 32767.0f);
-  const float whole = lanes_sum(sums[0] + sums[1]), half = lanes_sum(sums[0]);
-  to->sum = whole == whole ? int32_t(whole) : 0;
-  to->half = half == half ? int32_t(half) : 0;
+  const auto whole = [](Vec sum) {
+    const float all = lanes_sum(sum);
+    return all == all ? int32_t(all) : 0;
+  };
+  to->sum = whole(sums[0] + sums[1]);
+  if (halves) to->half = whole(sums[0]);
 }
 
 // What codes stand for.

@@ -496,6 +496,7 @@ struct Run {
   const DecoderStep &step;
   const int64_t tokens, threads;
   bool bundled = takes_bundles<W>();  // whether they do
+  bool halved = false;                // whether sums of their halves are wanted
   int64_t qkv_width = 0, attended_width = 0, most_top = 0, most_experts = 0, expert_inner = 0;
   float *hidden, *branch, *qkv;
   Entering normed, inner, widened;
@@ -530,13 +531,18 @@ struct Run {
       attended_width = std::max(attended_width, a.heads * a.value_dim);
       for (const Matrix *each : {&d.layers[i].qkv, &d.layers[i].output, &d.layers[i].gate_up, &d.layers[i].down, &e.gate_up,
                                  &e.down})
-        bundled = bundled || each->format;
+        expect(*each);
     }
-    bundled = bundled || d.head.format;
+    expect(d.head);
     if (std::is_same<Plain, Int8>::value && by_tiles<Plain>()) {
       const int64_t inputs = std::max({decoder.hidden, decoder.intermediate, attended_width, expert_inner});
       widened_count = std::max(kManyRowsItemBytes / 2, kMostCols * kLanes * inputs);
     }
+  }
+
+  void expect(const Matrix &matrix) {
+    bundled = bundled || matrix.format;
+    halved = halved || (is_fine(matrix) && matrix.format->zeros);
   }
 
   int64_t arrange(char *base) {
@@ -1116,7 +1122,7 @@ struct Run {
         Vec x[kBundle / kLanes];
 #pragma GCC unroll 8
         for (int part = 0; part < kBundle / kLanes; ++part) x[part] = widen_input(from, i + part * kLanes);
-        fill(to + i / kBundle, x);
+        fill(to + i / kBundle, x, halved);
       }
     }
   }

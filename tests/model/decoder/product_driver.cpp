@@ -11,7 +11,7 @@ extern "C" void product(const Matrix *matrix, const float *rows, int64_t count, 
   for (int64_t i = 0; i < count * bundles; ++i) {
     Vec x[kBundle / kLanes];
     for (int part = 0; part < kBundle / kLanes; ++part) x[part] = load<Vec>(rows + i * kBundle + part * kLanes);
-    fill(&entering[size_t(i)], x);
+    fill(&entering[size_t(i)], x, true);
   }
   for (int64_t row = 0, some; row < count; row += some) {
     some = std::min<int64_t>({count - row, most_rows, kRows});

@@ -89,10 +89,8 @@ def write(path: Path, kind: Kind, others: dict[str, Kind]) -> None:
             data = q6_k(shape, generator)
         else:
             spread = 0.06 if name.startswith("blk") else 0.5
-            numbers = (
-                generator.standard_normal(shape, np.float32) * spread if len(shape) == 2 else np.ones(shape, np.float32)
-            )
-            data, own_kind = gguf.quants.quantize(numbers, own), own
+            numbers = generator.standard_normal(shape, np.float32) * spread
+            data = gguf.quants.quantize(numbers if len(shape) == 2 else np.ones(shape, np.float32), own)
         writer.add_tensor(f"{name}.weight", data, raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
