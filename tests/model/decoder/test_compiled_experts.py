@@ -10,11 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from asyncengine.config import Quantization
+from asyncengine.model.decoder.byte_matrix import ByteMatrix
 from asyncengine.model.decoder.compiled_experts import CompiledExperts
 from asyncengine.model.decoder.compiled_layers import compile_layers, narrow_share, writers
+from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts, round_experts
 from tests.model import checkpoints
 from tests.model.decoder.test_compiled_linear import Model, each_kind, off, on_threads, products
+from tests.model.quantised.test_eight_bits import random_bytes
 
 HIDDEN, COUNT = 64, 4
 
@@ -91,6 +94,20 @@ def test_codes_of_four_bits_stay_codes() -> None:
     assert off(model.experts(x, chosen, shares), wanted) < 0.02
     assert tuple(model.experts.down_proj.shape) == (COUNT, HIDDEN, 96)
     assert narrow_share(model) == 1
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_beside_codes_they_get_a_scale_for_32_inputs(quantization: Quantization) -> None:
+    coded = ByteLinear(random_bytes(16, HIDDEN, 32, False), None, torch.bfloat16)
+    model = Model(experts=experts_of("mixtral", torch.bfloat16), coded=coded)
+    x, chosen, shares = sent(19, torch.bfloat16)
+    wanted = copy.deepcopy(model.experts).float()(x.float(), chosen, shares.float())
+    compile_layers(model, products(torch.bfloat16, quantization))
+    experts = model.experts.experts
+    assert type(experts.gate_up) is type(experts.down) is type(model.coded.matrix) is ByteMatrix
+    found = model.experts(x, chosen, shares)
+    assert off(found, wanted) < 0.012
+    assert torch.equal(model.experts(x[4:5], chosen[4:5], shares[4:5]), found[4:5])
 
 
 @pytest.mark.parametrize("architecture", ["deepseek_v3", "gpt_oss"])
