@@ -1,0 +1,426 @@
+"""Writes tiny checkpoints as GGUF files, as llama.cpp's converter does; knows nothing of how the engine reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize, quantize
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+Array = torch.Tensor
+Named = Iterator[tuple[str, Array]]
+F32 = gguf.GGMLQuantizationType.F32
+_ARCHITECTURES = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+_LAYER = re.compile(r"(?:model|backbone|transformer)\.(?:layers|h)\.(\d+)\.")
+
+
+def _nothing(config: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one architecture is written.
+
+    Attributes:
+        name: llama.cpp's.
+        metadata: What is said of it beside what is said of all.
+        permuted: Whether queries and keys are reordered.
+        shifted: Whether norms are stored with one added.
+    """
+
+    name: str
+    metadata: Callable[[Any], dict[str, Any]] = _nothing
+    permuted: bool = False
+    shifted: bool = False
+
+
+def _windows(config: Any) -> dict[str, Any]:
+    pattern = [kind == "sliding_attention" for kind in config.layer_types]
+    return {"attention.sliding_window": config.sliding_window, "attention.sliding_window_pattern": pattern}
+
+
+def _gemma(config: Any) -> dict[str, Any]:
+    stated = {"attention.sliding_window": config.sliding_window, "attention.value_length": config.head_dim}
+    caps = {"attn_logit_softcapping": config.attn_logit_softcapping}
+    return stated | caps | {"final_logit_softcapping": config.final_logit_softcapping}
+
+
+def _gemma3(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    far = [layer for layer, kind in enumerate(config.layer_types) if kind == "full_attention"]
+    return _gemma(config) | {
+        "attention.sliding_window_pattern": far[0] + 1,
+        "rope.freq_base": rope["full_attention"]["rope_theta"],
+        "rope.freq_base_swa": rope["sliding_attention"]["rope_theta"],
+    }
+
+
+def _experts(config: Any) -> dict[str, Any]:
+    count = getattr(config, "num_experts", None) or config.num_local_experts
+    found = {"expert_count": count, "expert_used_count": config.num_experts_per_tok}
+    if width := getattr(config, "moe_intermediate_size", None):
+        found["expert_feed_forward_length"] = width
+    return found
+
+
+def _layer_norms(config: Any) -> dict[str, Any]:
+    names = ("layer_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+    return {"attention.layer_norm_epsilon": next(getattr(config, name) for name in names if hasattr(config, name))}
+
+
+def _partial(config: Any) -> dict[str, Any]:
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {"rope.dimension_count": int(width * config.rope_parameters["partial_rotary_factor"])}
+
+
+def _granite(config: Any) -> dict[str, Any]:
+    return {
+        "attention.scale": config.attention_multiplier,
+        "embedding_scale": config.embedding_multiplier,
+        "residual_scale": config.residual_multiplier,
+        "logit_scale": config.logits_scaling,
+    }
+
+
+def _cohere(config: Any) -> dict[str, Any]:
+    return _layer_norms(config) | {"logit_scale": config.logit_scale}
+
+
+def _gpt_oss(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    return _experts(config) | {
+        "attention.sliding_window": config.sliding_window,
+        "expert_feed_forward_length": config.intermediate_size,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": rope["factor"],
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "rope.scaling.yarn_beta_fast": rope["beta_fast"],
+        "rope.scaling.yarn_beta_slow": rope["beta_slow"],
+    }
+
+
+def _deepseek(config: Any) -> dict[str, Any]:
+    return {
+        "attention.head_count_kv": 1,
+        "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+        "attention.value_length": config.kv_lora_rank,
+        "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "attention.value_length_mla": config.v_head_dim,
+        "attention.q_lora_rank": config.q_lora_rank,
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "rope.dimension_count": config.qk_rope_head_dim,
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "expert_count": config.n_routed_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_group_count": config.n_group,
+        "expert_group_used_count": config.topk_group,
+        "expert_gating_func": 2,
+        "expert_weights_scale": config.routed_scaling_factor,
+        "expert_weights_norm": config.norm_topk_prob,
+    }
+
+
+def _delta(config: Any) -> dict[str, Any]:
+    found = {
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "ssm.state_size": config.linear_key_head_dim,
+        "ssm.group_count": config.linear_num_key_heads,
+        "ssm.time_step_rank": config.linear_num_value_heads,
+        "ssm.inner_size": config.linear_value_head_dim * config.linear_num_value_heads,
+    }
+    if config.model_type != "qwen3_next":
+        found["rope.dimension_sections"] = [*config.rope_parameters.get("mrope_section", [11, 11, 10]), 0]
+    return found | _partial(config) | (_experts(config) if hasattr(config, "num_experts") else {})
+
+
+def _lfm2(config: Any) -> dict[str, Any]:
+    heads = [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
+    found = {"attention.head_count_kv": heads, "shortconv.l_cache": config.conv_L_cache}
+    found["attention.layer_norm_rms_epsilon"] = config.norm_eps
+    if config.model_type == "lfm2_moe":
+        dense = {"leading_dense_block_count": config.num_dense_layers, "expert_gating_func": 2}
+        return found | _experts(config) | dense
+    return found
+
+
+def _states(config: Any) -> dict[str, Any]:
+    """Of either Mamba, in models that call its fields differently."""
+
+    def field(*names: str) -> Any:
+        return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+
+    heads = field("mamba_n_heads", "mamba_num_heads", "num_heads")
+    inner = field("mamba_d_ssm")
+    if inner is None and heads is not None:
+        inner = heads * field("mamba_d_head", "mamba_head_dim", "head_dim")
+    stated = {
+        "ssm.conv_kernel": field("mamba_d_conv", "conv_kernel"),
+        "ssm.state_size": field("mamba_d_state", "ssm_state_size", "state_size"),
+        "ssm.group_count": field("mamba_n_groups", "n_groups"),
+        "ssm.inner_size": inner or config.intermediate_size,
+        "ssm.time_step_rank": heads or config.time_step_rank,
+    }
+    if heads is None or config.model_type == "mamba2":
+        stated |= {"attention.head_count": 0, "feed_forward_length": 0, "context_length": 1 << 20}
+    if (epsilon := field("layer_norm_epsilon")) is not None:
+        stated["attention.layer_norm_rms_epsilon"] = epsilon
+    return stated
+
+
+def _nemotron_h(config: Any) -> dict[str, Any]:
+    types = config.layers_block_type
+    heads = [config.num_key_value_heads if "attention" == kind or "full" in kind else 0 for kind in types]
+    return _states(config) | {"attention.head_count_kv": heads, "block_count": len(types)}
+
+
+def _granite_hybrid(config: Any) -> dict[str, Any]:
+    attends = [kind in ("attention", "full_attention") for kind in config.layer_types]
+    heads = [config.num_key_value_heads if each else 0 for each in attends]
+    shared = {"expert_shared_feed_forward_length": config.shared_intermediate_size}
+    stated = {"attention.head_count_kv": heads, "rope.scaling.finetuned": False, "context_length": 1 << 20}
+    return _granite(config) | _experts(config) | _states(config) | shared | stated
+
+
+KINDS: dict[str, Kind] = {
+    "llama": Kind("llama", permuted=True),
+    "mixtral": Kind("llama", _experts, permuted=True),
+    "qwen2": Kind("qwen2"),
+    "qwen3": Kind("qwen3"),
+    "qwen3_moe": Kind("qwen3moe", _experts),
+    "gemma2": Kind("gemma2", _gemma, shifted=True),
+    "gemma3_text": Kind("gemma3", _gemma3, shifted=True),
+    "phi3": Kind("phi3"),
+    "gpt2": Kind("gpt2", _layer_norms),
+    "olmo2": Kind("olmo2"),
+    "olmo3": Kind("olmo2", _windows),
+    "granite": Kind("granite", _granite, permuted=True),
+    "cohere": Kind("command-r", _cohere),
+    "starcoder2": Kind("starcoder2", _layer_norms),
+    "gpt_oss": Kind("gpt-oss", _gpt_oss),
+    "deepseek_v3": Kind("deepseek2", _deepseek),
+    "glm4": Kind("glm4", _partial),
+    "smollm3": Kind("smollm3", permuted=True),
+    "phi": Kind("phi2", lambda config: _layer_norms(config) | _partial(config)),
+    "qwen3_next": Kind("qwen3next", _delta, shifted=True),
+    "qwen3_5": Kind("qwen35", _delta, shifted=True),
+    "qwen3_5_moe": Kind("qwen35moe", _delta, shifted=True),
+    "lfm2": Kind("lfm2", _lfm2),
+    "lfm2_moe": Kind("lfm2moe", _lfm2),
+    "granitemoehybrid": Kind("granitehybrid", _granite_hybrid),
+    "falcon_h1": Kind("falcon-h1", _states),
+    "nemotron_h": Kind("nemotron_h", _nemotron_h),
+    "mamba": Kind("mamba", _states),
+    "falcon_mamba": Kind("mamba", lambda config: _states(config) | {"ssm.dt_b_c_rms": True}),
+    "mamba2": Kind("mamba2", _states),
+}
+"""By what `tests.model.checkpoints` calls them."""
+
+
+def write(
+    path: Path,
+    checkpoint: Path,
+    architecture: str,
+    *,
+    type_: gguf.GGMLQuantizationType = F32,
+    rounded: bool = False,
+    edit: Callable[[dict[str, Any], dict[str, Array]], None] | None = None,
+) -> Path:
+    """Writes a checkpoint's weights and configuration, without a tokenizer.
+
+    Args:
+        path: The file.
+        checkpoint: The directory of the original.
+        architecture: One of `KINDS`.
+        type_: Of all matrices whose rows are whole blocks.
+        rounded: Whether they are stored as floats that have been through that type.
+        edit: Changes metadata and tensors before they are written.
+    """
+    kind, config = KINDS[architecture], AutoConfig.from_pretrained(checkpoint).get_text_config()
+    metadata = _common(config) | kind.metadata(config)
+    names = gguf.get_tensor_name_map(_ARCHITECTURES[kind.name], metadata["block_count"])
+    tensors: dict[str, Array] = {}
+    for name, tensor in _stacked(load_file(checkpoint / "model.safetensors")):
+        for changed, value in _changed(kind, config, name, tensor):
+            found = changed if changed.startswith("blk.") else names.get_name(changed, (".weight", ".bias"))
+            assert found is not None, f"llama.cpp has no name for {changed}"
+            tensors[found] = value
+    if edit is not None:
+        edit(metadata, tensors)
+    writer = gguf.GGUFWriter(path, kind.name)
+    for key, value in metadata.items():
+        if value is not None:
+            _add(writer, f"{kind.name}.{key}", value)
+    for name, tensor in tensors.items():
+        array = np.ascontiguousarray(tensor.float().numpy())
+        quantised = type_ is not F32 and array.ndim > 1 and "norm" not in name and "conv1d" not in name
+        if quantised and array.shape[-1] % gguf.GGML_QUANT_SIZES[type_][0] == 0:
+            blocks = quantize(array, type_)
+            if rounded:
+                writer.add_tensor(name, dequantize(blocks, type_).reshape(array.shape))
+            else:
+                writer.add_tensor(name, blocks, raw_dtype=type_)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _common(config: Any) -> dict[str, Any]:
+    fields = {
+        "block_count": "num_hidden_layers",
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_key_value_heads",
+        "attention.key_length": "head_dim",
+        "attention.value_length": "head_dim",
+        "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    }
+    stated = {key: getattr(config, name, None) for key, name in fields.items()}
+    if stated["feed_forward_length"] is None and stated["attention.head_count"]:
+        stated["feed_forward_length"] = 4 * config.hidden_size
+    rope = getattr(config, "rope_parameters", None) or {}
+    return stated | {"rope.freq_base": rope.get("rope_theta")}
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    kinds.get(type(value), writer.add_array)(key, list(value) if isinstance(value, list | tuple) else value)
+
+
+def _stacked(state: dict[str, Array]) -> Named:
+    """The experts of a layer as one tensor each."""
+    experts: dict[str, dict[int, Array]] = {}
+    for name, tensor in state.items():
+        if found := _EXPERT.fullmatch(name):
+            experts.setdefault(f"{found[1]}.{found[3]}.weight", {})[int(found[2])] = tensor
+        else:
+            yield name, tensor
+    for name, each in experts.items():
+        yield name, torch.stack([each[index] for index in range(len(each))])
+
+
+def _changed(kind: Kind, config: Any, name: str, tensor: Array) -> Named:
+    """What llama.cpp's converter makes of one tensor."""
+    layer = found[1] if (found := _LAYER.match(name)) else ""
+    if kind.permuted and re.search(r"\.[qk]_proj\.", name):
+        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+        tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    if kind.shifted and name.endswith("norm.weight") and "linear_attn" not in name:
+        tensor = tensor + 1
+    if kind.name == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+        tensor = tensor.T
+    if kind.name == "gpt2" and not name.startswith("transformer."):
+        name = f"transformer.{name}"
+    if kind.name in ("qwen35", "qwen35moe") and "linear_attn" in name:
+        tensor = _tiled(config, name, tensor)
+    if kind.name == "falcon-h1":
+        tensor = _multiplied(config, name, tensor)
+    if name.endswith(".A_log"):
+        tensor = -tensor.exp()
+    if name.endswith(("A_log", ".D")) and tensor.ndim == 1 and kind.name not in ("mamba", "qwen35", "qwen35moe", "qwen3next"):
+        tensor = tensor[:, None]
+    if "conv1d.weight" in name or "conv.conv.weight" in name:
+        tensor = tensor.squeeze(1)
+    if name.endswith("mixer.norm.weight") or name.endswith("mamba.norm.weight"):
+        tensor = tensor.view(getattr(config, "n_groups", None) or config.mamba_n_groups, -1)
+    name = name.replace(".dt_bias", ".dt_proj.bias").replace("e_score_correction_bias", "e_score_correction.bias")
+    name = f"{name}.bias" if name.endswith("expert_bias") else name
+    if kind.name == "lfm2moe":
+        for short, full in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+            name = name.replace(f"experts.{short}.", f"experts.{full}.")
+    if kind.name == "gpt-oss" and ".experts." in name:
+        yield from _gpt_oss_experts(layer, name.rpartition(".")[2], tensor)
+    elif "block_sparse_moe.input_linear" in name or "shared_mlp.input_linear" in name:
+        ending = "exps" if "sparse" in name else "shexp"
+        for part, half in zip(("gate", "up"), tensor.chunk(2, -2), strict=True):
+            yield f"blk.{layer}.ffn_{part}_{ending}.weight", half
+    elif name.endswith("kv_b_proj.weight"):
+        heads = tensor.view(config.num_attention_heads, -1, tensor.shape[-1])
+        keys, values = heads.split([config.qk_nope_head_dim, config.v_head_dim], 1)
+        yield name.replace("kv_b", "k_b"), keys.transpose(1, 2)
+        yield name.replace("kv_b", "v_b"), values
+    elif "in_proj_qkvz" in name:
+        width, group = config.linear_key_head_dim, config.linear_num_value_heads // config.linear_num_key_heads
+        by_head = tensor.view(config.linear_num_key_heads, -1, tensor.shape[-1])
+        parts = by_head.split([width, width, *[group * config.linear_value_head_dim] * 2], 1)
+        *mixed, gate = (part.flatten(0, 1) for part in parts)
+        yield f"blk.{layer}.attn_qkv.weight", torch.cat(mixed)
+        yield f"blk.{layer}.attn_gate.weight", gate
+    elif name.endswith("sinks"):
+        yield f"blk.{layer}.attn_sinks.weight", tensor
+    else:
+        yield name, tensor
+
+
+def _gpt_oss_experts(layer: str, name: str, tensor: Array) -> Named:
+    last = "bias" if name.endswith("_bias") else "weight"
+    tensor = tensor if last == "bias" else tensor.transpose(1, 2)
+    if name.startswith("down"):
+        yield f"blk.{layer}.ffn_down_exps.{last}", tensor
+    else:
+        yield f"blk.{layer}.ffn_gate_exps.{last}", tensor[:, ::2]
+        yield f"blk.{layer}.ffn_up_exps.{last}", tensor[:, 1::2]
+
+
+def _tiled(config: Any, name: str, tensor: Array) -> Array:
+    """Value heads in the order in which llama.cpp repeats key heads: the first of each of these, the second, ..."""
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+
+    def reordered(part: Array, width: int) -> Array:
+        return part.reshape(keys, values // keys, width, *part.shape[1:]).transpose(0, 1).reshape(part.shape)
+
+    mixed = 2 * keys * config.linear_key_head_dim
+    if "in_proj_qkv." in name or "conv1d" in name:
+        return torch.cat([tensor[:mixed], reordered(tensor[mixed:], config.linear_value_head_dim)])
+    if "in_proj_z" in name:
+        return reordered(tensor, config.linear_value_head_dim)
+    if "out_proj" in name:
+        return reordered(tensor.T, config.linear_value_head_dim).T
+    return tensor if "norm" in name else reordered(tensor, 1)
+
+
+def _multiplied(config: Any, name: str, tensor: Array) -> Array:
+    """Falcon-H1's factors go into its weights."""
+    factors = {
+        "mlp": {"down_proj": config.mlp_multipliers[1], "gate_proj": config.mlp_multipliers[0]},
+        "attention": {
+            "k_proj": config.key_multiplier * config.attention_in_multiplier,
+            "q_proj": config.attention_in_multiplier,
+            "v_proj": config.attention_in_multiplier,
+            ".o_proj": config.attention_out_multiplier,
+        },
+        "rest": {
+            "mamba.out_proj": config.ssm_out_multiplier,
+            "lm_head": config.lm_head_multiplier,
+            "embed_tokens": config.embedding_multiplier,
+        },
+    }
+    for part in factors.values():
+        for piece, factor in part.items():
+            if piece in name:
+                return tensor * factor
+    if "mamba.in_proj" in name:
+        state = config.mamba_n_groups * config.mamba_d_state
+        widths = [config.mamba_d_ssm, config.mamba_d_ssm, state, state, config.mamba_n_heads]
+        by_row = torch.cat(
+            [torch.full((width, 1), factor) for width, factor in zip(widths, config.ssm_multipliers, strict=True)]
+        )
+        return tensor * config.ssm_in_multiplier * by_row
+    return tensor
