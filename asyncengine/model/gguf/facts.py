@@ -84,8 +84,15 @@ class Facts:
 
     @property
     def layers(self) -> int:
-        """How many layers the model has, without those that predict further tokens."""
-        return int(self("block_count")) - int(self.get("nextn_predict_layers", 0))
+        """How many layers the model has, without those that predict further tokens.
+
+        Raises:
+            CheckpointError: It is no number.
+        """
+        count, further = self("block_count"), self.get("nextn_predict_layers", 0)
+        if not isinstance(count, int) or not isinstance(further, int):
+            raise CheckpointError(f"{self.architecture} has {count} layers, {further} of them for further tokens")
+        return count - further
 
     @property
     def head_dim(self) -> int:

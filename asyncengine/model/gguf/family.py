@@ -77,8 +77,10 @@ class Family:
         unknown: list[str] = []
         placed = list(self._placed(facts, "", outside, unknown))
         for layer, tensors in sorted(layers.items()):
-            if layer < facts.layers:  # those behind predict further tokens
+            if layer < facts.layers:
                 placed += self._placed(facts, self.layer.format(layer), tensors, unknown)
+            elif layer >= facts("block_count"):  # those before that predict further tokens
+                unknown += [tensor.name for tensor in tensors.values()]
         if unknown:
             raise UnsupportedModelError(
                 f"{facts.architecture} is not known to have {len(unknown)} of its tensors: {unknown[0]}, ..."

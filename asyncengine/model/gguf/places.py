@@ -60,7 +60,7 @@ def interleaved_experts(name: str) -> Place:
         count, outputs, inputs = down.shape
         shape = (count, inputs, outputs)
         yield Placed(f"{prefix}{name}.down_proj", (down,), shape, experts=count, transposed=True)
-        yield Placed(f"{prefix}{name}.down_proj_bias", (tensors.pop("ffn_down_exps.bias"),))
+        yield Placed(f"{prefix}{name}.down_proj_bias", (tensors.pop("ffn_down_exps.bias"),), keeps_codes=False)
         pair = tensors.pop("ffn_gate_exps.weight"), tensors.pop("ffn_up_exps.weight")
         count, width, inputs = pair[0].shape
         shape, join = (count, inputs, 2 * width), merged(count, interleaved=True)
@@ -71,6 +71,7 @@ def interleaved_experts(name: str) -> Place:
             biases,
             (count, 2 * width),
             join=lambda pair: torch.stack([_numbers(each) for each in pair], -1),
+            keeps_codes=False,
         )
         sinks = tensors.pop("attn_sinks.weight")
         yield Placed(f"{prefix}self_attn.sinks", (sinks,))

@@ -181,7 +181,7 @@ def _states(config: Any) -> dict[str, Any]:
 
 def _nemotron_h(config: Any) -> dict[str, Any]:
     types = config.layers_block_type
-    heads = [config.num_key_value_heads if "attention" == kind or "full" in kind else 0 for kind in types]
+    heads = [config.num_key_value_heads if kind == "attention" or "full" in kind else 0 for kind in types]
     return _states(config) | {"attention.head_count_kv": heads, "block_count": len(types)}
 
 
@@ -264,7 +264,7 @@ def write(
             _add(writer, f"{kind.name}.{key}", value)
     for name, tensor in tensors.items():
         array = np.ascontiguousarray(tensor.float().numpy())
-        quantised = type_ is not F32 and array.ndim > 1 and "norm" not in name and "conv1d" not in name
+        quantised = type_ is not F32 and array.ndim > 1 and not any(word in name for word in ("norm", "conv1d", "bias"))
         if quantised and array.shape[-1] % gguf.GGML_QUANT_SIZES[type_][0] == 0:
             blocks = quantize(array, type_)
             if rounded:
@@ -334,7 +334,11 @@ def _changed(kind: Kind, config: Any, name: str, tensor: Array) -> Named:
         tensor = _multiplied(config, name, tensor)
     if name.endswith(".A_log"):
         tensor = -tensor.exp()
-    if name.endswith(("A_log", ".D")) and tensor.ndim == 1 and kind.name not in ("mamba", "qwen35", "qwen35moe", "qwen3next"):
+    if (
+        name.endswith(("A_log", ".D"))
+        and tensor.ndim == 1
+        and kind.name not in ("mamba", "qwen35", "qwen35moe", "qwen3next")
+    ):
         tensor = tensor[:, None]
     if "conv1d.weight" in name or "conv.conv.weight" in name:
         tensor = tensor.squeeze(1)

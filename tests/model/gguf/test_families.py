@@ -1,0 +1,246 @@
+"""GGUF files beside the checkpoints that they were made of: weights, configuration, tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.model.architecture import turned_weights
+from asyncengine.model.gguf.checkpoint import GgufCheckpoint
+from asyncengine.model.gguf.families import FAMILIES
+from asyncengine.model.stored.weight import Decoded, OpenFiles
+from tests.model.gguf.files import KINDS, write
+
+pytestmark = pytest.mark.loops("either")
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "starcoder2": {"sliding_window": None},  # files do not say
+    "qwen3_moe": {"norm_topk_prob": True},  # llama.cpp knows no other
+    "mixtral": {"sliding_window": None},
+    "falcon_h1": {
+        "attention_in_multiplier": 1.25, "attention_out_multiplier": 0.9, "key_multiplier": 0.7,
+        "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.8, "mlp_multipliers": [0.9, 1.1],
+        "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7], "embedding_multiplier": 2.0, "lm_head_multiplier": 0.5,
+    },
+    "lfm2": {"block_auto_adjust_ff_dim": False},
+}  # fmt: skip
+IN_WEIGHTS = ("falcon_h1",)
+"""Those whose weights are stored multiplied."""
+ELSEWHERE = {
+    "_name_or_path", "pad_token_id", "chunk_size", "mamba_chunk_size", "sliding_window_pattern", "rope_parameters",
+    "_sliding_window_pattern", "original_max_position_embeddings", "position_embedding_type", "n_inner",
+}  # fmt: skip
+"""Fields that are of no consequence here, or are told apart below."""
+UNKNOWN_LENGTH = ("granitemoehybrid",)
+PROMPT = torch.randint(1, 199, (45,), generator=torch.Generator().manual_seed(3)).tolist()
+GREEDY = GenerationConfig(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture
+def original(checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
+    return lambda architecture: checkpoint(architecture, **CHANGES.get(architecture, {}))
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    files = OpenFiles()
+    return {name: each.numbers(files, torch.float32) for name, each in GgufCheckpoint(file).coded.items()}
+
+
+def parameters(path: Path) -> dict[str, torch.Tensor]:
+    """As transformers has them, but those of other libraries' layers the usual way round."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    turned = turned_weights(type(model), model.config)
+    return {name: each.T if name in turned else each for name, each in model.state_dict().items()}
+
+
+def effective(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = AutoConfig.from_pretrained(path).get_text_config().to_dict()
+    return found
+
+
+def read(file: Path, *args: Any, **more: Any) -> GgufCheckpoint:
+    return GgufCheckpoint(write(file, *args, **more))
+
+
+async def served(file: Path, **more: Any) -> list[int]:
+    config = EngineConfig(str(file), dtype="float32", device="cpu", prefill_chunk_size=32, max_num_sequence=2, **more)
+    async with AsyncEngine(config) as engine:
+        return list((await engine.generate(PROMPT, GREEDY)).token_ids)
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_is_what_it_was_made_of(architecture: str, original: Callable[[str], Path], tmp_path: Path) -> None:
+    path = original(architecture)
+    file = write(tmp_path / "model.gguf", path, architecture)
+    expected = parameters(path)
+    found = weights(file)
+    assert expected.keys() - found.keys() <= {"lm_head.weight"}
+    assert not found.keys() - expected.keys()
+    if architecture not in IN_WEIGHTS:
+        for name, weight in found.items():
+            torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6, msg=name)
+    stated, derived = effective(path), effective(GgufCheckpoint(file).path)
+    passed = (
+        ELSEWHERE
+        | set(CHANGES["falcon_h1"])
+        | ({"max_position_embeddings"} if architecture in UNKNOWN_LENGTH else set())
+    )
+    shared = (stated.keys() & derived.keys()) - passed
+    assert {key: derived[key] for key in shared if stated[key] is not None} == {
+        key: stated[key] for key in shared if stated[key] is not None
+    }
+    rope = stated.get("rope_parameters") or {}
+    assert {key: derived["rope_parameters"].get(key) for key in rope} == rope
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    tokens = asyncio.run(served(file))
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*PROMPT, *tokens[:-1]]]), use_cache=False).logits[0]
+    assert tokens == logits[len(PROMPT) - 1 :].argmax(-1).tolist()
+
+
+def one_by_one(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "_exps.weight" in name]:
+        for expert, each in enumerate(tensors.pop(name)):
+            tensors[name.replace("_exps.", f".{expert}.")] = each
+
+
+def fused_experts(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "ffn_gate_exps" in name]:
+        pair = tensors.pop(name), tensors.pop(name.replace("gate", "up"))
+        tensors[name.replace("gate", "gate_up")] = torch.cat(pair, 1)
+
+
+def fused_attention(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "attn_q." in name]:
+        parts = [tensors.pop(name.replace("attn_q", f"attn_{each}")) for each in "qkv"]
+        tensors[name.replace("attn_q", "attn_qkv")] = torch.cat(parts)
+
+
+def scaled(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith("_exps.weight") or name.endswith("attn_q.weight")]:
+        weight = tensors[name]
+        scale = torch.arange(1.0, len(weight) + 1) if weight.ndim == 3 else torch.tensor([4.0])
+        tensors[name] = weight / scale.view(-1, *[1] * (weight.ndim - 1))
+        tensors[name.replace("weight", "scale")] = scale
+        tensors[name.replace("weight", "input_scale")] = torch.full_like(scale, 1e9)
+
+
+def further_tokens(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    metadata |= {"block_count": metadata["block_count"] + 1, "nextn_predict_layers": 1}
+    tensors |= {"blk.3.nextn.eh_proj.weight": torch.zeros(64, 128), "blk.3.attn_norm.weight": torch.zeros(64)}
+
+
+def little_stated(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    for key in ("attention.key_length", "attention.value_length", "expert_feed_forward_length", "rope.freq_base_swa"):
+        metadata.pop(key, None)
+    metadata["feed_forward_length"] = [metadata["feed_forward_length"]] * metadata["block_count"]
+
+
+VARIANTS = [
+    ("mixtral", one_by_one), ("qwen3_moe", one_by_one), ("qwen3_moe", fused_experts), ("llama", fused_attention),
+    ("qwen2", fused_attention), ("mixtral", scaled), ("llama", further_tokens), ("llama", little_stated),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "edit"), VARIANTS)
+def test_other_ways_to_store_the_same(
+    architecture: str, edit: Any, original: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = original(architecture)
+    file = write(tmp_path / "model.gguf", path, architecture, edit=edit)
+    expected = parameters(path)
+    for name, weight in weights(file).items():
+        torch.testing.assert_close(weight, expected[name], msg=name)
+    assert not expected.keys() - weights(file).keys() - {"lm_head.weight"}
+    stated, derived = effective(path), effective(GgufCheckpoint(file).path)
+    for key in ("num_hidden_layers", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"):
+        assert derived.get(key) == stated.get(key)
+
+
+def decoded(file: Path) -> dict[str, Decoded]:
+    files = OpenFiles()
+    return {name: each.read(files) for name, each in GgufCheckpoint(file).coded.items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt_oss", "qwen3_5", "qwen3_next", "granitemoehybrid"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_blocks_of_four_bits_stay_codes(
+    architecture: str, kind: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    wide = {"linear_value_head_dim": 32} if "qwen3_" in architecture else {}
+    path = checkpoint(architecture, **CHANGES.get(architecture, {}), **wide)
+    type_ = gguf.GGMLQuantizationType[kind]
+    file = write(tmp_path / "codes.gguf", path, architecture, type_=type_)
+    rounded = write(tmp_path / "floats.gguf", path, architecture, type_=type_, rounded=True)
+    codes, floats = weights(file), weights(rounded)
+    for name, weight in codes.items():
+        torch.testing.assert_close(weight, floats[name], atol=1e-6, rtol=1e-5, msg=name)
+    kept = {name: each for name, each in decoded(file).items() if not isinstance(each, torch.Tensor)}
+    matrices = {name for name, each in floats.items() if each.ndim > 1 and each.shape[-1] % 32 == 0}
+    assert matrices - kept.keys() <= {name for name in matrices if "conv" in name or "bias" in name}
+    assert all(GgufCheckpoint(file).coded[name].form == "int4" for name in kept)
+
+
+def test_what_is_not_known_is_refused(original: Callable[[str], Path], tmp_path: Path) -> None:
+    def surplus(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors["blk.1.attn_rot_embd.weight"] = torch.ones(4)
+
+    def lonely(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors["blk.1.attn_q.input_scale"] = torch.ones(1)
+
+    for edit, name in ((surplus, "blk.1.attn_rot_embd.weight"), (lonely, "blk.1.attn_q.input_scale")):
+        with pytest.raises(UnsupportedModelError, match=f"surplus.gguf: .*{name}"):
+            read(tmp_path / "surplus.gguf", original("llama"), "llama", edit=edit)
+
+
+def test_a_weight_that_is_missing_or_of_no_use_is_an_error(original: Callable[[str], Path], tmp_path: Path) -> None:
+    def less(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["blk.1.ffn_up.weight"]
+
+    def more(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors["blk.1.attn_q.bias"] = torch.ones(64)
+
+    for edit, message in ((less, "model.layers.1.mlp.up_proj.weight"), (more, "model.layers.1.self_attn.q_proj.bias")):
+        file = write(tmp_path / "model.gguf", original("llama"), "llama", edit=edit)
+        with pytest.raises(CheckpointError, match=f"model.gguf: .*{message}"):
+            asyncio.run(served(file))
+
+
+def test_metadata_that_do_not_fit_are_an_error(original: Callable[[str], Path], tmp_path: Path) -> None:
+    for key, value, message in (
+        ("embedding_length", None, "llama.embedding_length"),
+        ("attention.head_count", [4, 2, 4], "differs between layers"),
+        ("attention.head_count", "four", "num_attention_heads"),
+        ("block_count", 2.5, "llama has 2.5 layers"),
+        ("block_count", 2, "not known to have 9 of its tensors: blk.2"),
+        ("attention.head_count", 0, "head"),
+    ):
+
+        def edit(
+            metadata: dict[str, Any], tensors: dict[str, torch.Tensor], key: str = key, value: Any = value
+        ) -> None:
+            metadata[key] = value
+
+        file = write(tmp_path / "odd.gguf", original("llama"), "llama", edit=edit)
+        with pytest.raises((CheckpointError, UnsupportedModelError), match=message):
+            asyncio.run(served(file))
+
+
+def test_architectures_that_are_not_known_are_refused_by_name(original: Callable[[str], Path], tmp_path: Path) -> None:
+    file = write(tmp_path / "model.gguf", original("llama"), "llama")
+    file.write_bytes(file.read_bytes().replace(b"llama", b"lxama"))
+    with pytest.raises(UnsupportedModelError, match=r"'lxama' cannot be read; those of .*llama"):
+        GgufCheckpoint(file)
+
+
+def test_every_kind_is_of_a_family() -> None:
+    assert {kind.name for kind in KINDS.values()} <= FAMILIES.keys()
