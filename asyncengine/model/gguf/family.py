@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from asyncengine.errors import UnsupportedModelError
+from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.gguf import settings
 from asyncengine.model.gguf.facts import Facts
 from asyncengine.model.gguf.header import BlockTensor
@@ -56,7 +56,13 @@ class Family:
     differs: tuple[str, ...] = ()
 
     def config(self, facts: Facts) -> dict[str, Any]:
-        """What a ``config.json`` would say."""
+        """What a ``config.json`` would say.
+
+        Raises:
+            CheckpointError: Something is missing, or does not fit together.
+        """
+        if "attn_q" in self.names and not facts("attention.head_count"):
+            raise CheckpointError(f"{facts.architecture}.attention.head_count is 0")
         common = settings.common(facts, self.differs)
         own = {"model_type": self.model_type, "architectures": [self.model_class]}
         return common | own | self.settings(facts)

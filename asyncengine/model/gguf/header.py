@@ -209,7 +209,7 @@ class _Reader:
                 raise ValueError(f"an array of {count} numbers in a file of {len(self._content)} bytes")
             return list(self._numbers(f"{count}{_NUMBERS[of]}"))
         if of != _STRING:
-            return [self._value(of) for _ in range(count)]
+            raise ValueError(f"an array of values of kind {of}")
         return self._strings(count)
 
     def _strings(self, count: int) -> list[str]:

@@ -222,7 +222,7 @@ def test_metadata_that_do_not_fit_are_an_error(original: Callable[[str], Path], 
         ("attention.head_count", "four", "num_attention_heads"),
         ("block_count", 2.5, "llama has 2.5 layers"),
         ("block_count", 2, "not known to have 9 of its tensors: blk.2"),
-        ("attention.head_count", 0, "head"),
+        ("attention.head_count", 0, "attention.head_count is 0"),
     ):
 
         def edit(
