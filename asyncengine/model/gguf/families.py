@@ -105,6 +105,13 @@ _GPT2_OUTSIDE = {
 _PHI = _ATTENTION | {
     "attn_output": "self_attn.dense", "attn_norm": "input_layernorm", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2",
 }  # fmt: skip
+_GPT_NEOX = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_output": "attention.dense",
+    "ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h",
+}  # fmt: skip
+_GPT_NEOX_OUTSIDE = {
+    "token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "lm_head",
+}  # fmt: skip
 _EXPERTS = (places.experts("mlp.experts"),)
 _GRANITE_EXPERTS = (places.experts("block_sparse_moe.experts"),)
 
@@ -137,6 +144,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "arcee": _family("arcee", "Arcee", settings.biases, pairs=True),
     "cohere2": _family("cohere2", "Cohere2", settings.cohere2),
+    "cohere2moe": _family(
+        "cohere2_moe", "Cohere2Moe", sparse_settings.cohere2_moe, _DENSE | _ROUTED, places=_EXPERTS
+    ),
     "command-r": _family("cohere", "Cohere", settings.cohere, _DENSE | _NORMED),
     "deepseek2": _family(
         "deepseek_v2", "DeepseekV2", sparse_settings.deepseek_v2, _DEEPSEEK, places=(*_EXPERTS, places.latent_keys)
@@ -148,6 +158,9 @@ FAMILIES: dict[str, Family] = {
         _DENSE | _CORRECTED | {"exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias"}, places=_EXPERTS,
     ),
     "exaone4": _family("exaone4", "Exaone4", settings.windows, _OLMO),
+    "exaone-moe": _family(
+        "exaone_moe", "ExaoneMoe", sparse_settings.exaone_moe, _DENSE | _NORMED | _CORRECTED, places=_EXPERTS
+    ),
     "falcon-h1": _family(
         "falcon_h1", "FalconH1", recurrent_settings.falcon_h1, _FALCON_H1,
         _OUTSIDE | {"output_norm": "model.final_layernorm"}, places=(recurrent_places.mamba("mamba"),),
@@ -179,6 +192,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         "gpt2", "GPT2LMHeadModel", settings.gpt2, _GPT2, _GPT2_OUTSIDE, layer="transformer.h.{}."
+    ),
+    "gptneox": _family(
+        "gpt_neox", "GPTNeoX", settings.gpt_neox, _GPT_NEOX, _GPT_NEOX_OUTSIDE, layer="gpt_neox.layers.{}.",
+        places=(places.by_head("attention.query_key_value"),),
     ),
     "granite": _family("granite", "Granite", settings.granite, pairs=True),
     "granitehybrid": _family(
@@ -217,6 +234,7 @@ FAMILIES: dict[str, Family] = {
         "minimax_m2", "MiniMaxM2", sparse_settings.minimax_m2,
         _DENSE | _NORMED | _ROUTED | {"exp_probs_b.bias": "mlp.e_score_correction_bias"}, places=_EXPERTS,
     ),
+    "mistral3": _family("mistral", "Mistral", settings.mistral, pairs=True),
     "nemotron": _family("nemotron", "Nemotron", settings.nemotron, shifted=True),
     "nemotron_h": _NEMOTRON_HYBRID,
     "nemotron_h_moe": _NEMOTRON_HYBRID,
@@ -227,6 +245,9 @@ FAMILIES: dict[str, Family] = {
     "phi3": _family(
         "phi3", "Phi3", settings.phi3,
         _DENSE | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    ),
+    "phimoe": _family(
+        "phimoe", "Phimoe", sparse_settings.phimoe, _DENSE | {"ffn_gate_inp": "mlp.router"}, places=_EXPERTS
     ),
     "qwen2": _family("qwen2", "Qwen2"),
     "qwen2moe": _family(
@@ -258,7 +279,12 @@ FAMILIES: dict[str, Family] = {
         "starcoder2", "Starcoder2", settings.starcoder2, _DENSE | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
     ),
 }  # fmt: skip
-"""By what llama.cpp calls them. Some names stand for several, which `family_of` tells apart."""
+FAMILIES |= {
+    f"{name}vl{more}": FAMILIES[f"{name}{more}"] for name, more in (("qwen2", ""), ("qwen3", ""), ("qwen3", "moe"))
+}
+"""By what llama.cpp calls them. Those that see images compute the same of text. Some names stand for several, which
+`family_of` tells apart.
+"""
 _INSTEAD: Mapping[str, tuple[Callable[[Facts], Any], Family]] = {
     "deepseek2": (
         sparse_settings.sigmoid,
@@ -281,6 +307,10 @@ _INSTEAD: Mapping[str, tuple[Callable[[Facts], Any], Family]] = {
             "falcon_mamba", "FalconMamba", recurrent_settings.mamba, _MAMBA, _MAMBA_OUTSIDE,
             layer="backbone.layers.{}.", places=(recurrent_places.mamba("mixer"),),
         ),
+    ),
+    "mistral3": (
+        lambda facts: facts.get("attention.temperature_scale"),
+        _family("ministral3", "Ministral3", settings.ministral3, pairs=True),
     ),
     "olmo2": (lambda facts: facts.get("attention.sliding_window"), _OLMO3),
 }  # fmt: skip

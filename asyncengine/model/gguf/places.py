@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
 from asyncengine.model.gguf.facts import Facts
 from asyncengine.model.gguf.family import Place, Tensors
-from asyncengine.model.gguf.placed import Given, Placed
+from asyncengine.model.gguf.placed import Given, Placed, rows
 from asyncengine.model.quantised.four_bits import FourBits
 from asyncengine.model.stored.weight import Decoded
 
@@ -106,6 +107,28 @@ def gate_and_up(name: str, *stored: str) -> Place:
                 yield Placed(f"{prefix}{name}", (gate, up), shape, join=merged(1))
 
     return place
+
+
+def by_head(name: str) -> Place:
+    """Queries, keys and values in one matrix, which the model has by head.
+
+    Args:
+        name: Of the module.
+    """
+
+    def place(facts: Facts, prefix: str, tensors: Tensors) -> Iterator[Placed]:
+        heads = facts.one("attention.head_count")
+        for last in ("weight", "bias"):
+            if (found := tensors.pop(f"attn_qkv.{last}", None)) is not None:
+                order = torch.arange(found.shape[0]).view(3, heads, -1).transpose(0, 1).flatten()
+                change = rows(partial(_constant, order))
+                yield Placed(f"{prefix}{name}.{last}", (found,), change=change, keeps_codes=last == "weight")
+
+    return place
+
+
+def _constant(order: torch.Tensor, count: int) -> torch.Tensor:
+    return order
 
 
 def latent_keys(facts: Facts, prefix: str, tensors: Tensors) -> Iterator[Placed]:

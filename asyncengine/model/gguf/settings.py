@@ -242,6 +242,24 @@ def stablelm(facts: Facts) -> dict[str, Any]:
     }
 
 
+def gpt_neox(facts: Facts) -> dict[str, Any]:
+    """Attention and network may be side by side."""
+    return phi(facts) | {"use_parallel_residual": facts.get("use_parallel_residual", True)}
+
+
+def ministral3(facts: Facts) -> dict[str, Any]:
+    """Queries grow with positions that are far behind those of the training."""
+    more = {"llama_4_scaling_beta": facts("attention.temperature_scale")}
+    if (factor := facts.get("rope.scaling.yarn_log_multiplier")) is not None:
+        more |= dict.fromkeys(("mscale", "mscale_all_dim"), factor)
+    return {"rope_parameters": rope(facts) | more, "sliding_window": None}
+
+
+def mistral(facts: Facts) -> dict[str, Any]:
+    """No windows: later ones have none, and files do not say of earlier ones."""
+    return {"sliding_window": None}
+
+
 def gpt2(facts: Facts) -> dict[str, Any]:
     """Positions are learned."""
     return {

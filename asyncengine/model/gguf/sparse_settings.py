@@ -140,6 +140,35 @@ def dots1(facts: Facts) -> dict[str, Any]:
     return _grouped(facts) | settings.biases(facts)
 
 
+def exaone_moe(facts: Facts) -> dict[str, Any]:
+    """Experts as those of DeepSeek, and windows in three of four layers."""
+    _demand_gating(facts, _SIGMOID)
+    found = _grouped(facts)
+    counts = {"num_experts": found.pop("n_routed_experts"), "num_shared_experts": found.pop("n_shared_experts")}
+    return settings.windows(facts) | found | counts
+
+
+def cohere2_moe(facts: Facts) -> dict[str, Any]:
+    """As `settings.cohere2`, with experts behind the first layers."""
+    routed = facts.layers_with("ffn_gate_inp.weight")
+    return settings.cohere2(facts) | {
+        "expert_selection_fn": "sigmoid" if sigmoid(facts) else "softmax",
+        "intermediate_size": _width(facts),
+        "mlp_layer_types": ["sparse" if each else "dense" for each in routed],
+        "norm_topk_prob": facts.get("expert_weights_norm", False),
+        "num_experts": facts("expert_count"),
+        "num_experts_per_tok": facts("expert_used_count"),
+        "num_shared_experts": 0,
+        "prefix_dense_intermediate_size": facts.one("feed_forward_length"),
+    }
+
+
+def phimoe(facts: Facts) -> dict[str, Any]:
+    """Layer norms with biases, whose small number is stated as that of others."""
+    window = {"sliding_window": facts.get("attention.sliding_window") or None}
+    return mixtral(facts) | window | {"attention_bias": facts.has("blk.0.attn_q.bias"), "lm_head_bias": True}
+
+
 def glm4_moe(facts: Facts) -> dict[str, Any]:
     """Experts as those of DeepSeek, and heads that rotate in part."""
     _demand_gating(facts, _SIGMOID)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def _experts(config: Any) -> dict[str, Any]:
 
 
 def _layer_norms(config: Any) -> dict[str, Any]:
-    names = ("layer_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+    names = ("layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps")
     return {"attention.layer_norm_epsilon": next(getattr(config, name) for name in names if hasattr(config, name))}
 
 
@@ -193,6 +194,94 @@ def _granite_hybrid(config: Any) -> dict[str, Any]:
     return _granite(config) | _experts(config) | _states(config) | shared | stated
 
 
+def _grouped(config: Any) -> dict[str, Any]:
+    return {
+        "expert_count": getattr(config, "n_routed_experts", None) or config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": getattr(config, "n_shared_experts", None) or config.num_shared_experts,
+        "expert_group_count": config.n_group,
+        "expert_group_used_count": config.topk_group,
+        "expert_gating_func": 2,
+        "expert_weights_scale": config.routed_scaling_factor,
+        "expert_weights_norm": config.norm_topk_prob,
+    }
+
+
+def _ernie(config: Any) -> dict[str, Any]:
+    return {
+        "expert_count": config.moe_num_experts,
+        "expert_used_count": config.moe_k,
+        "interleave_moe_layer_step": config.moe_layer_interval,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.moe_num_shared_experts,
+    }
+
+
+def _near_and_far(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    return _windows(config) | {
+        "rope.freq_base": rope["full_attention"]["rope_theta"],
+        "rope.freq_base_swa": rope["sliding_attention"]["rope_theta"],
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+
+
+def _gemma3n(config: Any) -> dict[str, Any]:
+    normal = torch.distributions.Normal(0, 1)
+    scales = [float(normal.icdf(torch.tensor(each))) for each in config.activation_sparsity_pattern]
+    altup = {"altup.active_idx": config.altup_active_idx, "altup.num_inputs": config.altup_num_inputs}
+    return _near_and_far(config) | altup | {"activation_sparsity_scale": scales}
+
+
+def _gemma4(config: Any) -> dict[str, Any]:
+    far = config.per_layer_config[config.layer_types.index("full_attention")]
+    near = config.per_layer_config[config.layer_types.index("sliding_attention")]
+    first = config.num_hidden_layers - config.num_kv_shared_layers
+    wide = [config.intermediate_size * (2 if layer >= first else 1) for layer in range(config.num_hidden_layers)]
+    kinds = {"full_attention": far, "sliding_attention": near}
+    return _near_and_far(config) | {
+        "attention.key_length": far.head_dim,
+        "attention.value_length": far.head_dim,
+        "attention.key_length_swa": near.head_dim,
+        "attention.value_length_swa": near.head_dim,
+        "attention.head_count_kv": [kinds[kind].num_key_value_heads for kind in config.layer_types],
+        "feed_forward_length": wide if config.use_double_wide_mlp else config.intermediate_size,
+        "expert_count": config.num_experts,
+        "expert_used_count": config.top_k_experts,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+    }
+
+
+def _gpt_neox(config: Any) -> dict[str, Any]:
+    parallel = {"use_parallel_residual": config.use_parallel_residual}
+    return _layer_norms(config) | _partial(config) | parallel
+
+
+def _stablelm(config: Any) -> dict[str, Any]:
+    return _gpt_neox(config)
+
+
+def _granite_shared(config: Any) -> dict[str, Any]:
+    shared = {"expert_shared_feed_forward_length": config.shared_intermediate_size}
+    return _granite(config) | _experts(config) | shared
+
+
+def _ministral3(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": rope["factor"],
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        "rope.scaling.yarn_beta_fast": rope["beta_fast"],
+        "rope.scaling.yarn_beta_slow": rope["beta_slow"],
+        "rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"],
+        "attention.temperature_scale": rope["llama_4_scaling_beta"],
+    }
+
+
 KINDS: dict[str, Kind] = {
     "llama": Kind("llama", permuted=True),
     "mixtral": Kind("llama", _experts, permuted=True),
@@ -224,6 +313,33 @@ KINDS: dict[str, Kind] = {
     "mamba": Kind("mamba", _states),
     "falcon_mamba": Kind("mamba", lambda config: _states(config) | {"ssm.dt_b_c_rms": True}),
     "mamba2": Kind("mamba2", _states),
+    "apertus": Kind("apertus"),
+    "arcee": Kind("arcee", permuted=True),
+    "cohere2": Kind("cohere2", lambda config: _cohere(config) | {"attention.sliding_window": config.sliding_window}),
+    "deepseek_v2": Kind("deepseek2", lambda config: _deepseek(config) | {"expert_gating_func": None}),
+    "dots1": Kind("dots1", _grouped),
+    "ernie4_5": Kind("ernie4_5"),
+    "ernie4_5_moe": Kind("ernie4_5-moe", _ernie),
+    "exaone4": Kind("exaone4", _windows),
+    "exaone_moe": Kind("exaone-moe", lambda config: _windows(config) | _grouped(config)),
+    "gemma": Kind("gemma", shifted=True),
+    "gemma3n_text": Kind("gemma3n", _gemma3n),
+    "gemma4_text": Kind("gemma4", _gemma4),
+    "gemma4_moe": Kind("gemma4", _gemma4),
+    "glm4_moe": Kind("glm4moe", lambda config: _grouped(config) | _partial(config)),
+    "gpt_neox": Kind("gptneox", _gpt_neox),
+    "granitemoe": Kind("granitemoe", lambda config: _granite(config) | _experts(config), permuted=True),
+    "granitemoeshared": Kind("granitemoe", _granite_shared, permuted=True),
+    "hunyuan_v1_dense": Kind("hunyuan-dense"),
+    "minimax_m2": Kind("minimax-m2", lambda config: _experts(config) | _partial(config)),
+    "ministral3": Kind("mistral3", _ministral3, permuted=True),
+    "nemotron": Kind("nemotron", lambda config: _layer_norms(config) | _partial(config), shifted=True),
+    "olmo": Kind("olmo", lambda config: {"attention.clamp_kqv": config.clip_qkv}, permuted=True),
+    "olmoe": Kind("olmoe", _experts),
+    "phimoe": Kind("phimoe", _experts),
+    "qwen2_moe": Kind("qwen2moe", _experts),
+    "seed_oss": Kind("seed_oss"),
+    "stablelm": Kind("stablelm", _stablelm),
 }
 """By what `tests.model.checkpoints` calls them."""
 
@@ -248,20 +364,26 @@ def write(
         edit: Changes metadata and tensors before they are written.
     """
     kind, config = KINDS[architecture], AutoConfig.from_pretrained(checkpoint).get_text_config()
+    config.allow_global_per_layer_attribute_access = True
     metadata = _common(config) | kind.metadata(config)
     names = gguf.get_tensor_name_map(_ARCHITECTURES[kind.name], metadata["block_count"])
     tensors: dict[str, Array] = {}
     for name, tensor in _stacked(load_file(checkpoint / "model.safetensors")):
+        if ".act_fn." in name:  # of xIELU
+            metadata.setdefault(f"xielu.{name.rpartition('.')[2]}", []).append(float(tensor))
+            continue
         for changed, value in _changed(kind, config, name, tensor):
             found = changed if changed.startswith("blk.") else names.get_name(changed, (".weight", ".bias"))
             assert found is not None, f"llama.cpp has no name for {changed}"
             tensors[found] = value
+    if frequencies := _frequencies(config):
+        tensors["rope_freqs.weight"] = torch.tensor(frequencies)
     if edit is not None:
         edit(metadata, tensors)
     writer = gguf.GGUFWriter(path, kind.name)
     for key, value in metadata.items():
         if value is not None:
-            _add(writer, f"{kind.name}.{key}", value)
+            _add(writer, key if key.startswith("xielu") else f"{kind.name}.{key}", value)
     for name, tensor in tensors.items():
         array = np.ascontiguousarray(tensor.float().numpy())
         quantised = type_ is not F32 and array.ndim > 1 and not any(word in name for word in ("norm", "conv1d", "bias"))
@@ -299,17 +421,38 @@ def _common(config: Any) -> dict[str, Any]:
     return stated | {"rope.freq_base": rope.get("rope_theta")}
 
 
+def _frequencies(config: Any) -> list[float]:
+    """What frequencies are divided by, where that is stored one by one."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if (far := rope.get("full_attention", {})).get("rope_type") == "proportional":
+        half = config.per_layer_config[config.layer_types.index("full_attention")].head_dim // 2
+        rotated = int(half * far["partial_rotary_factor"])
+        return [1.0] * rotated + [1e30] * (half - rotated)
+    if rope.get("rope_type") != "llama3":
+        return []
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    found = []
+    for index in range(0, width, 2):
+        turns = rope["original_max_position_embeddings"] / (2 * math.pi * rope["rope_theta"] ** (index / width))
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        found.append(1 / ((1 - smooth) / factor + smooth))
+    return found
+
+
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     kinds.get(type(value), writer.add_array)(key, list(value) if isinstance(value, list | tuple) else value)
 
 
 def _stacked(state: dict[str, Array]) -> Named:
-    """The experts of a layer as one tensor each."""
+    """The experts of a layer as one tensor each, and so what is between streams of Gemma 3n."""
     experts: dict[str, dict[int, Array]] = {}
     for name, tensor in state.items():
         if found := _EXPERT.fullmatch(name):
             experts.setdefault(f"{found[1]}.{found[3]}.weight", {})[int(found[2])] = tensor
+        elif found := re.fullmatch(r"(.*\.altup_\w+)\.(\d)\.weight", name):
+            experts.setdefault(f"{found[1]}.weight", {})[int(found[2])] = tensor
         else:
             yield name, tensor
     for name, each in experts.items():
@@ -328,6 +471,16 @@ def _changed(kind: Kind, config: Any, name: str, tensor: Array) -> Named:
         tensor = tensor.T
     if kind.name == "gpt2" and not name.startswith("transformer."):
         name = f"transformer.{name}"
+    if "query_key_value" in name:
+        tensor = tensor.view(config.num_attention_heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+    if kind.name == "gemma4":
+        name = name.replace("router.scale", f"blk.{layer}.ffn_gate_inp.scale").replace(
+            "router.per_expert_scale", f"blk.{layer}.ffn_down_exps.scale"
+        )
+        name = name[name.find("blk.") :] if "blk." in name else name
+        name = f"{name}.weight" if name.endswith(("layer_scalar", "experts.down_proj", "gate_up_proj")) else name
+    if kind.name == "gemma3n" and name.endswith("_scale"):
+        name += ".weight"
     if kind.name in ("qwen35", "qwen35moe") and "linear_attn" in name:
         tensor = _tiled(config, name, tensor)
     if kind.name == "falcon-h1":
