@@ -128,7 +128,7 @@ def _family(
 
 
 _MIXTRAL = _family("mixtral", "Mixtral", sparse_settings.mixtral, _DENSE | _ROUTED, pairs=True, places=_EXPERTS)
-_OLMO3 = _family("olmo3", "Olmo3", settings.windows, _OLMO)
+_OLMO3 = _family("olmo3", "Olmo3", settings.olmo3, _OLMO)
 _DEEPSEEK = _LATENT | _NETWORK | _BEFORE | _CORRECTED
 _NEMOTRON_HYBRID = _family(
     "nemotron_h", "NemotronH", recurrent_settings.nemotron_h, _NEMOTRON_H, _NEMOTRON_H_OUTSIDE,

@@ -18,6 +18,8 @@ _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _PASSED_OVER = re.compile(r"(rope_freqs|rope_factors_(long|short))\.weight")
 """Tensors that become settings."""
 _LASTS = ("weight", "bias")
+_ROTATED_IN_PART = {"partial_rotary_factor", "qk_rope_head_dim", "global_head_dim"}
+"""Fields of models that rotate only some of a head's numbers."""
 
 Tensors = dict[str, BlockTensor]
 Place = Callable[[Facts, str, Tensors], Iterator[Placed | Given]]
@@ -60,12 +62,17 @@ class Family:
 
         Raises:
             CheckpointError: Something is missing, or does not fit together.
+            UnsupportedModelError: It says what this architecture is not known to do.
         """
         if "attn_q" in self.names and not facts("attention.head_count"):
             raise CheckpointError(f"{facts.architecture}.attention.head_count is 0")
         common = settings.common(facts, self.differs)
         own = {"model_type": self.model_type, "architectures": [self.model_class]}
-        return common | own | self.settings(facts)
+        found = common | own | self.settings(facts)
+        rotated = facts.get("rope.dimension_count", facts.head_dim if "head_dim" in found else None)
+        if "head_dim" in found and not found.keys() & _ROTATED_IN_PART and rotated != facts.head_dim:
+            raise UnsupportedModelError(f"{facts.architecture} is not known to rotate {rotated} numbers of each head")
+        return found
 
     def placed(self, facts: Facts) -> list[Placed | Given]:
         """All parameters.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from asyncengine.errors import UnsupportedModelError
 from asyncengine.model.gguf.facts import Facts
 
 _PLAIN = {0: "float32", 1: "float16", 30: "bfloat16"}
@@ -45,6 +46,8 @@ def common(facts: Facts, differs: tuple[str, ...] = ()) -> dict[str, Any]:
         "pad_token_id": facts.token("padding"),
         "dtype": _dtype(facts),
     }
+    if stated["rms_norm_eps"] is None:
+        facts("attention.layer_norm_epsilon")
     if heads := one("attention.head_count"):
         stated |= {
             "num_attention_heads": heads,
@@ -78,7 +81,10 @@ def rope(facts: Facts) -> dict[str, Any]:
     """How positions rotate. Frequencies that are stored one by one become those of "longrope", short and long alike."""
     found: dict[str, Any] = {"rope_theta": facts.get("rope.freq_base", 10000.0), "rope_type": "default"}
     longest, original = facts("context_length"), facts.get("rope.scaling.original_context_length")
-    kind, factor = facts.get("rope.scaling.type", "none"), facts.get("rope.scaling.factor")
+    factor = facts.get("rope.scaling.factor") or facts.get("rope.scale_linear")
+    kind = facts.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise UnsupportedModelError(f"positions that are scaled by {kind!r}")
     factors = facts.numbers("rope_freqs.weight") or facts.numbers("blk.0.rope_freqs.weight")
     short, long = (facts.numbers(f"rope_factors_{each}.weight") for each in ("short", "long"))
     if short and long:
@@ -89,7 +95,7 @@ def rope(facts: Facts) -> dict[str, Any]:
     elif factors:
         found |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
         found |= {"original_max_position_embeddings": longest}
-    elif kind == "linear" and factor:
+    elif kind == "linear" and factor and factor != 1.0:
         found |= {"rope_type": "linear", "factor": factor}
     elif kind == "yarn" and factor:
         more = {
@@ -108,26 +114,37 @@ def biases(facts: Facts) -> dict[str, Any]:
     return {"attention_bias": facts.has("blk.0.attn_q.bias"), "mlp_bias": facts.has("blk.0.ffn_up.bias")}
 
 
-def windows(facts: Facts) -> dict[str, Any]:
-    """Of models some of whose layers attend to a window: which ones."""
-    window = facts.get("attention.sliding_window")
-    pattern = facts.get("attention.sliding_window_pattern")
+def windows(facts: Facts, every: int = 4, otherwise: int | None = None) -> dict[str, Any]:
+    """Of models some of whose layers attend to a window: which ones.
+
+    Args:
+        facts: What the file says.
+        every: Which layers do not, if it does not say so.
+        otherwise: How long windows are, if it does not say so; None if there are none then.
+    """
+    window = facts.get("attention.sliding_window", otherwise)
+    pattern = facts.get("attention.sliding_window_pattern", every)
     if not window:
         return {"sliding_window": None, "layer_types": ["full_attention"] * facts.layers}
     if not isinstance(pattern, list):
-        every = int(pattern or 4)
-        pattern = [(layer + 1) % every != 0 for layer in range(facts.layers)]
+        pattern = [(layer + 1) % pattern != 0 for layer in range(facts.layers)]
     types = ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
     return {"sliding_window": window, "layer_types": types[: facts.layers]}
 
 
+def olmo3(facts: Facts) -> dict[str, Any]:
+    """Windows, whose layers rotate without scaling."""
+    far = rope(facts)
+    near = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base_swa", far["rope_theta"])}
+    return windows(facts) | {"rope_parameters": {"full_attention": far, "sliding_attention": near}}
+
+
 def gemma2(facts: Facts) -> dict[str, Any]:
     """Soft caps, and windows in every other layer."""
-    return {
+    return windows(facts, 2, 4096) | {
         "query_pre_attn_scalar": _scaled_by(facts, 46),
-        "sliding_window": facts("attention.sliding_window"),
-        "attn_logit_softcapping": facts.get("attn_logit_softcapping"),
-        "final_logit_softcapping": facts.get("final_logit_softcapping"),
+        "attn_logit_softcapping": facts.get("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": facts.get("final_logit_softcapping", 30.0),
     }
 
 
@@ -135,12 +152,8 @@ def gemma3(facts: Facts) -> dict[str, Any]:
     """Windows in five of six layers, which rotate by themselves."""
     near = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base_swa", 10000.0)}
     far = rope(facts) | {"rope_theta": facts.get("rope.freq_base", 1000000.0)}
-    every = int(facts.get("attention.sliding_window_pattern", 6))
-    sliding = [(layer + 1) % every != 0 for layer in range(facts.layers)]
-    return {
+    return windows(facts, 6, 1024) | {
         "query_pre_attn_scalar": _scaled_by(facts, 62),
-        "sliding_window": facts.get("attention.sliding_window", 1024),
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in sliding],
         "final_logit_softcapping": facts.get("final_logit_softcapping"),
         "rope_parameters": {"full_attention": far, "sliding_attention": near},
     }

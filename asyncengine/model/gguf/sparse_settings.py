@@ -90,14 +90,15 @@ def qwen3_next(facts: Facts) -> dict[str, Any]:
 
 def gpt_oss(facts: Facts) -> dict[str, Any]:
     """Experts, learned sinks, and windows in every other layer."""
-    types = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(facts.layers)]
-    return mixtral(facts) | {
-        "sliding_window": facts("attention.sliding_window"),
-        "layer_types": types,
-        "intermediate_size": facts("expert_feed_forward_length"),
-        "rope_parameters": settings.rope(facts) | {"truncate": False},
-        "attention_bias": True,
-    }
+    return (
+        mixtral(facts)
+        | settings.windows(facts, 2)
+        | {
+            "intermediate_size": _width(facts),
+            "rope_parameters": settings.rope(facts) | {"truncate": False},
+            "attention_bias": True,
+        }
+    )
 
 
 def lfm2_moe(facts: Facts) -> dict[str, Any]:

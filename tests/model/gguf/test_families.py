@@ -18,8 +18,9 @@ from asyncengine.model.architecture import turned_weights
 from asyncengine.model.gguf.checkpoint import GgufCheckpoint
 from asyncengine.model.gguf.families import FAMILIES
 from asyncengine.model.stored.weight import Decoded, OpenFiles
-from tests.model.checkpoints import OTHERS
-from tests.model.gguf.files import KINDS, write
+from tests.model.checkpoints import OTHERS, config
+from tests.model.gguf.files import write
+from tests.model.gguf.kinds import KINDS
 
 pytestmark = pytest.mark.loops("either")
 
@@ -38,6 +39,15 @@ CHANGES: dict[str, dict[str, Any]] = {
             "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
         },
     },
+    "olmo3": {
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn", "rope_theta": 5432.0, "factor": 4.0, "original_max_position_embeddings": 16,
+                "attention_factor": 1.25, "beta_fast": 32.0, "beta_slow": 1.0,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5432.0},
+        },
+    },
     "lfm2": {"block_auto_adjust_ff_dim": False},
 }  # fmt: skip
 IN_WEIGHTS = ("falcon_h1",)
@@ -51,6 +61,7 @@ NOT_READ = ("type", "max_position_embeddings")
 """What some configurations have in their `rope_parameters`."""
 SERVED = ("apertus", "deepseek_v2", "gemma4_text", "gemma4_moe", "granitemoeshared", "ministral3", "stablelm")
 """Of the others, those that say most that is read nowhere else."""
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_epsilon")
 UNKNOWN_LENGTH = ("granitemoehybrid",)
 PROMPT = torch.randint(1, 199, (45,), generator=torch.Generator().manual_seed(3)).tolist()
 GREEDY = GenerationConfig(temperature=0, max_tokens=8, ignore_eos=True)
@@ -58,7 +69,20 @@ GREEDY = GenerationConfig(temperature=0, max_tokens=8, ignore_eos=True)
 
 @pytest.fixture
 def original(checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
-    return lambda architecture: checkpoint(architecture, **CHANGES.get(architecture, {}))
+    return lambda architecture: checkpoint(architecture, **(unusual(architecture) | CHANGES.get(architecture, {})))
+
+
+def unusual(architecture: str) -> dict[str, Any]:
+    """Values that are nobody's defaults, for what most models have."""
+    values = config(architecture).to_dict()
+    changes: dict[str, Any] = {name: 3e-5 for name in EPSILONS if isinstance(values.get(name), float)}
+    rope = values.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        changes["rope_parameters"] = rope | {"rope_theta": 5432.0}
+    elif rope:
+        thetas = {"full_attention": 5432.0, "sliding_attention": 4321.0}
+        changes["rope_parameters"] = {kind: each | {"rope_theta": thetas[kind]} for kind, each in rope.items()}
+    return changes
 
 
 def weights(file: Path) -> dict[str, torch.Tensor]:
@@ -66,9 +90,8 @@ def weights(file: Path) -> dict[str, torch.Tensor]:
     return {name: each.numbers(files, torch.float32) for name, each in GgufCheckpoint(file).coded.items()}
 
 
-def parameters(path: Path) -> dict[str, torch.Tensor]:
-    """As transformers has them, but those of other libraries' layers the usual way round."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+def parameters(model: Any) -> dict[str, torch.Tensor]:
+    """As transformers has them, but those of layers with inputs first the usual way round."""
     turned = turned_weights(type(model), model.config)
     return {name: each.T if name in turned else each for name, each in model.state_dict().items()}
 
@@ -92,33 +115,32 @@ async def served(file: Path, **more: Any) -> list[int]:
 def test_is_what_it_was_made_of(architecture: str, original: Callable[[str], Path], tmp_path: Path) -> None:
     path = original(architecture)
     file = write(tmp_path / "model.gguf", path, architecture)
-    expected = parameters(path)
-    found = weights(file)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    expected, found = parameters(model), weights(file)
     assert expected.keys() - found.keys() <= {"lm_head.weight"}
     assert not found.keys() - expected.keys()
     if architecture not in IN_WEIGHTS:
         for name, weight in found.items():
             torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6, msg=name)
-    stated, derived = effective(path), effective(GgufCheckpoint(file).path)
-    passed = (
-        ELSEWHERE
-        | set(CHANGES["falcon_h1"])
-        | ({"max_position_embeddings"} if architecture in UNKNOWN_LENGTH else set())
-    )
-    shared = (stated.keys() & derived.keys()) - passed
-    assert {key: derived[key] for key in shared if stated[key] is not None} == {
-        key: stated[key] for key in shared if stated[key] is not None
-    }
-    rope = {key: value for key, value in (stated.get("rope_parameters") or {}).items() if key not in NOT_READ}
-    if rope.get("rope_type") != "llama3":  # which is stored as its frequencies
-        assert {key: derived["rope_parameters"].get(key) for key in rope} == rope
+    derives_what_is_stated(path, GgufCheckpoint(file).path)
     if architecture in OTHERS and architecture not in SERVED:
         return
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     tokens = asyncio.run(served(file))
     with torch.inference_mode():
         logits = model(torch.tensor([[*PROMPT, *tokens[:-1]]]), use_cache=False).logits[0]
     assert tokens == logits[len(PROMPT) - 1 :].argmax(-1).tolist()
+
+
+def derives_what_is_stated(original: Path, described: Path) -> None:
+    """A configuration has the fields of the original, as far as they are of consequence."""
+    stated, derived = effective(original), effective(described)
+    unknown = {name for name in UNKNOWN_LENGTH if derived["model_type"] == name} and {"max_position_embeddings"}
+    shared = (stated.keys() & derived.keys()) - ELSEWHERE - set(CHANGES["falcon_h1"]) - unknown
+    read = {key: stated[key] for key in shared if stated[key] is not None}
+    assert {key: derived[key] for key in read} == read
+    rope = {key: value for key, value in (stated.get("rope_parameters") or {}).items() if key not in NOT_READ}
+    if rope.get("rope_type") != "llama3":  # which is stored as its frequencies
+        assert {key: derived["rope_parameters"].get(key) for key in rope} == rope
 
 
 def one_by_one(metadata: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -171,7 +193,7 @@ def test_other_ways_to_store_the_same(
 ) -> None:
     path = original(architecture)
     file = write(tmp_path / "model.gguf", path, architecture, edit=edit)
-    expected = parameters(path)
+    expected = parameters(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
     for name, weight in weights(file).items():
         torch.testing.assert_close(weight, expected[name], msg=name)
     assert not expected.keys() - weights(file).keys() - {"lm_head.weight"}
@@ -185,8 +207,13 @@ def decoded(file: Path) -> dict[str, Decoded]:
     return {name: each.read(files) for name, each in GgufCheckpoint(file).coded.items()}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt_oss", "qwen3_5", "qwen3_next", "granitemoehybrid"])
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("llama", "Q4_0"), ("llama", "Q4_1"), ("mixtral", "Q4_1"), ("gpt_oss", "Q4_0"), ("qwen3_5", "Q4_1"),
+        ("qwen3_next", "Q4_0"), ("granitemoehybrid", "Q4_0"),
+    ],
+)  # fmt: skip
 def test_blocks_of_four_bits_stay_codes(
     architecture: str, kind: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
