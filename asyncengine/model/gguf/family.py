@@ -18,8 +18,10 @@ _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _PASSED_OVER = re.compile(r"(rope_freqs|rope_factors_(long|short))\.weight")
 """Tensors that become settings."""
 _LASTS = ("weight", "bias")
-_ROTATED_IN_PART = {"partial_rotary_factor", "qk_rope_head_dim", "global_head_dim"}
-"""Fields of models that rotate only some of a head's numbers."""
+_NOT_WHOLE = {
+    "partial_rotary_factor", "qk_rope_head_dim", "global_head_dim", "position_embedding_type", "layers_block_type",
+}  # fmt: skip
+"""Fields of models that rotate only some of a head's numbers, or none."""
 
 Tensors = dict[str, BlockTensor]
 Place = Callable[[Facts, str, Tensors], Iterator[Placed | Given]]
@@ -70,7 +72,7 @@ class Family:
         own = {"model_type": self.model_type, "architectures": [self.model_class]}
         found = common | own | self.settings(facts)
         rotated = facts.get("rope.dimension_count", facts.head_dim if "head_dim" in found else None)
-        if "head_dim" in found and not found.keys() & _ROTATED_IN_PART and rotated != facts.head_dim:
+        if "head_dim" in found and not found.keys() & _NOT_WHOLE and rotated != facts.head_dim:
             raise UnsupportedModelError(f"{facts.architecture} is not known to rotate {rotated} numbers of each head")
         return found
 

@@ -83,10 +83,8 @@ def write(
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    kinds: dict[type, Callable[[str, Any], None]] = {
-        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
-    }  # fmt: skip
-    kinds.get(type(value), writer.add_array)(key, value)
+    names = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string", list: "add_array"}
+    getattr(writer, names[type(value)])(key, value)
 
 
 def _stacked(state: dict[str, Array]) -> Named:
@@ -216,12 +214,12 @@ def _multiplied(config: Any, name: str, tensor: Array) -> Array:
     for part in factors.values():
         for piece, factor in part.items():
             if piece in name:
-                return tensor * factor
+                return tensor.mul(factor)
     if "mamba.in_proj" in name:
         state = config.mamba_n_groups * config.mamba_d_state
         widths = [config.mamba_d_ssm, config.mamba_d_ssm, state, state, config.mamba_n_heads]
         by_row = torch.cat(
             [torch.full((width, 1), factor) for width, factor in zip(widths, config.ssm_multipliers, strict=True)]
         )
-        return tensor * config.ssm_in_multiplier * by_row
+        return tensor.mul(config.ssm_in_multiplier).mul(by_row)
     return tensor
