@@ -91,7 +91,9 @@ class Facts:
         """
         count, further = self("block_count"), self.get("nextn_predict_layers", 0)
         if not isinstance(count, int) or not isinstance(further, int):
-            raise CheckpointError(f"{self.architecture} has {count} layers, {further} of them for further tokens")
+            raise CheckpointError(
+                f"{self.architecture}.block_count is {count!r}, of which {further!r} are for further tokens"
+            )
         return count - further
 
     @property

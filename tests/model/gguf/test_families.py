@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,7 +262,7 @@ def test_metadata_that_do_not_fit_are_an_error(original: Callable[[str], Path], 
         ("embedding_length", None, "llama.embedding_length"),
         ("attention.head_count", [4, 2, 4], "differs between layers"),
         ("attention.head_count", "four", "num_attention_heads"),
-        ("block_count", 2.5, "llama has 2.5 layers"),
+        ("block_count", 2.5, "llama.block_count is 2.5"),
         ("block_count", 2, "not known to have 9 of its tensors: blk.2"),
         ("attention.head_count", 0, "attention.head_count is 0"),
     ):
@@ -285,3 +286,9 @@ def test_architectures_that_are_not_known_are_refused_by_name(original: Callable
 
 def test_every_kind_is_of_a_family() -> None:
     assert {kind.name for kind in KINDS.values()} <= FAMILIES.keys()
+
+
+def test_the_page_lists_all_families() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "gguf.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2] for line in page.partition("## Which models")[2].splitlines() if line.startswith("| ")]
+    assert {name for row in rows for name in re.findall(r"`([^`]+)`", row)} == FAMILIES.keys()
