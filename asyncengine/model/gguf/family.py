@@ -125,9 +125,7 @@ class Family:
         if self.pairs and short in ("attn_q", "attn_k"):
             heads = "attention.head_count" if short == "attn_q" else "attention.head_count_kv"
             count = facts.one(heads, facts("attention.head_count"))
-            if len(tensor.shape) == 1:
-                return Placed(name, (tensor,), change=halves_from_pairs(count), keeps_codes=False)
-            return Placed(name, (tensor,), change=halves_from_pairs(count))
+            return Placed(name, (tensor,), change=halves_from_pairs(count), keeps_codes=len(tensor.shape) > 1)
         return Placed(name, (tensor,))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from asyncengine.errors import UnsupportedModelError
+from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.gguf.facts import Facts
 
 _PLAIN = {0: "float32", 1: "float16", 30: "bfloat16"}
@@ -78,7 +78,12 @@ def partly_rotated(facts: Facts, width: int | None = None) -> dict[str, Any]:
 
 
 def rope(facts: Facts) -> dict[str, Any]:
-    """How positions rotate. Frequencies that are stored one by one become those of "longrope", short and long alike."""
+    """How positions rotate. Frequencies that are stored one by one become those of "longrope", short and long alike.
+
+    Raises:
+        CheckpointError: A table of frequencies is missing.
+        UnsupportedModelError: They are scaled in a way that is not known.
+    """
     found: dict[str, Any] = {"rope_theta": facts.get("rope.freq_base", 10000.0), "rope_type": "default"}
     longest, original = facts("context_length"), facts.get("rope.scaling.original_context_length")
     factor = facts.get("rope.scaling.factor") or facts.get("rope.scale_linear")
@@ -87,6 +92,8 @@ def rope(facts: Facts) -> dict[str, Any]:
         raise UnsupportedModelError(f"positions that are scaled by {kind!r}")
     factors = facts.numbers("rope_freqs.weight") or facts.numbers("blk.0.rope_freqs.weight")
     short, long = (facts.numbers(f"rope_factors_{each}.weight") for each in ("short", "long"))
+    if bool(short) != bool(long):
+        raise CheckpointError("frequencies are stored for short or for long texts alone")
     if short and long:
         attention = facts.get("rope.scaling.attn_factor")
         found |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
@@ -152,7 +159,7 @@ def gemma3(facts: Facts) -> dict[str, Any]:
     """Windows in five of six layers, which rotate by themselves."""
     near = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base_swa", 10000.0)}
     far = rope(facts) | {"rope_theta": facts.get("rope.freq_base", 1000000.0)}
-    return windows(facts, 6, 1024) | {
+    return windows(facts, 6) | {
         "query_pre_attn_scalar": _scaled_by(facts, 62),
         "final_logit_softcapping": facts.get("final_logit_softcapping"),
         "rope_parameters": {"full_attention": far, "sliding_attention": near},
