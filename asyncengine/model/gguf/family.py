@@ -71,9 +71,10 @@ class Family:
         common = settings.common(facts, self.differs)
         own = {"model_type": self.model_type, "architectures": [self.model_class]}
         found = common | own | self.settings(facts)
-        rotated = facts.get("rope.dimension_count", facts.head_dim if "head_dim" in found else None)
-        if "head_dim" in found and not found.keys() & _NOT_WHOLE and rotated != facts.head_dim:
-            raise UnsupportedModelError(f"{facts.architecture} is not known to rotate {rotated} numbers of each head")
+        if "attn_q" in self.names and "head_dim" in found and not found.keys() & _NOT_WHOLE:
+            rotated = facts.get("rope.dimension_count", facts.head_dim)
+            if rotated != facts.head_dim:
+                raise UnsupportedModelError(f"{facts.architecture} is not known to rotate {rotated} of a head's numbers")
         return found
 
     def placed(self, facts: Facts) -> list[Placed | Given]:
