@@ -186,6 +186,7 @@ def _states(config: Any) -> dict[str, Any]:
     }
     if heads is None or config.model_type == "mamba2":
         stated |= {"attention.head_count": 0, "feed_forward_length": 0, "context_length": 1 << 20}
+        stated |= dict.fromkeys(("attention.key_length", "attention.value_length"))
     if (epsilon := field("layer_norm_epsilon")) is not None:
         stated["attention.layer_norm_rms_epsilon"] = epsilon
     return stated
