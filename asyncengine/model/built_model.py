@@ -428,7 +428,9 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
     head = model.get_output_embeddings()
     of_head = {name for name, module in model.named_modules() if module is head}
     if missing := sorted(name for name in report["missing_keys"] if name.rpartition(".")[0] not in of_head):
-        raise CheckpointError(f"{checkpoint.path}: {len(missing)} weights are missing: {missing[0]}, ...")
+        raise CheckpointError(f"{checkpoint.name}: {len(missing)} weights are missing: {missing[0]}, ...")
+    if checkpoint.complete and (left := sorted(report["unexpected_keys"])):
+        raise CheckpointError(f"{checkpoint.name}: its model has no use for {len(left)} weights: {left[0]}, ...")
     if kept is not None:
         kept.put(model)
     architecture.attend_here(model)

@@ -46,6 +46,7 @@ class Checkpoint:
         tensors: All that is stored there, as far as it is not in pickles.
         coded: The weights that are stored as codes, by the names of their parameters.
         plain: The tensors that are stored as they are.
+        complete: Whether a weight that the model has no use for is an error.
 
     Args:
         path: The directory.
@@ -54,6 +55,8 @@ class Checkpoint:
         CheckpointError: Something is missing, truncated or unreadable.
         UnsupportedModelError: Weights are quantised in a way that cannot be read.
     """
+
+    complete = False
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -147,10 +147,64 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 """Those with layers that keep a state, beside layers that attend or alone."""
 
+GROUPED: dict[str, Any] = MOE | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+ROUTED: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+WINDOWED: dict[str, Any] = COMMON | {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 24}
+
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus": ("ApertusConfig", COMMON),
+    "arcee": ("ArceeConfig", COMMON),
+    "cohere2": ("Cohere2Config", WINDOWED),
+    "deepseek_v2": ("DeepseekV2Config", COMMON | GROUPED | {
+        "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16, "v_head_dim": 20, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
+    }),
+    "dots1": ("Dots1Config", COMMON | GROUPED | {"head_dim": 16}),
+    "ernie4_5": ("Ernie4_5Config", COMMON),
+    "ernie4_5_moe": ("Ernie4_5_MoeConfig", COMMON | {
+        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 48, "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2, "moe_layer_interval": 1, "moe_num_shared_experts": 2,
+    }),
+    "exaone4": ("Exaone4Config", WINDOWED | {"sliding_window_pattern": 4}),
+    "exaone_moe": ("ExaoneMoeConfig", WINDOWED | MOE | {"num_experts": 4, "num_shared_experts": 1}),
+    "gemma": ("GemmaConfig", COMMON | {"head_dim": 16}),
+    "gemma3n_text": ("Gemma3nTextConfig", COMMON | {
+        "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 24, "intermediate_size": [96] * 4,
+        "vocab_size_per_layer_input": 199, "hidden_size_per_layer_input": 32, "laurel_rank": 16,
+        "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }),
+    "gemma4_text": ("Gemma4TextConfig", COMMON | {
+        "num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32, "sliding_window": 24,
+        "vocab_size_per_layer_input": 199, "hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "use_double_wide_mlp": True,
+    }),
+    "gemma4_moe": ("Gemma4TextConfig", COMMON | {
+        "num_hidden_layers": 2, "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True, "sliding_window": 24, "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"],
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48,
+    }),
+    "glm4_moe": ("Glm4MoeConfig", COMMON | GROUPED | {"head_dim": 16, "attention_bias": True, "use_qk_norm": True}),
+    "granitemoe": ("GraniteMoeConfig", COMMON | ROUTED | {"embedding_multiplier": 3.0}),
+    "granitemoeshared": ("GraniteMoeSharedConfig", COMMON | ROUTED | {"shared_intermediate_size": 80}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", COMMON | {"head_dim": 16}),
+    "minimax_m2": ("MiniMaxM2Config", COMMON | ROUTED | {"head_dim": 16, "rotary_dim": 8}),
+    "ministral3": ("Ministral3Config", COMMON | {"head_dim": 16}),
+    "nemotron": ("NemotronConfig", COMMON | {"head_dim": 16}),
+    "olmo": ("OlmoConfig", COMMON | {"clip_qkv": 2.0}),
+    "olmoe": ("OlmoeConfig", COMMON | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": ("PhimoeConfig", COMMON | ROUTED | {"attention_bias": True, "lm_head_bias": True}),
+    "qwen2_moe": ("Qwen2MoeConfig", COMMON | EXPERTS | {"decoder_sparse_step": 1}),
+    "seed_oss": ("SeedOssConfig", COMMON | {"head_dim": 16}),
+    "stablelm": ("StableLmConfig", COMMON | {"use_qkv_bias": True}),
+}  # fmt: skip
+"""Those that are nothing new to the engine, but have names of their own in other kinds of files."""
+
 
 def config(architecture: str, **changes: Any) -> Any:
     """The configuration of a tiny model."""
-    name, values = ARCHITECTURES[architecture] if architecture in ARCHITECTURES else RECURRENT[architecture]
+    name, values = (ARCHITECTURES | RECURRENT | OTHERS)[architecture]
     return getattr(transformers, name)(**(values | changes))
 
 

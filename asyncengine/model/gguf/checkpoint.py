@@ -35,6 +35,8 @@ def described(path: Path) -> Path:
 class GgufCheckpoint(Checkpoint):
     """As `Checkpoint`, of a GGUF file, or of several of which the first is given."""
 
+    complete = True
+
     def __init__(self, file: Path) -> None:
         self._header = read_header(file)
         try:

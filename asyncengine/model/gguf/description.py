@@ -19,7 +19,7 @@ from typing import Any
 
 from asyncengine.builds import cache_directory
 from asyncengine.model.gguf.facts import Facts
-from asyncengine.model.gguf.families import Family
+from asyncengine.model.gguf.family import Family
 from asyncengine.model.gguf.header import Header
 from asyncengine.model.gguf.tokenizer import write_tokenizer
 from asyncengine.model.kept_file import version

@@ -49,9 +49,25 @@ class Facts:
         value = self(key) if otherwise is None else self.get(key, otherwise)
         if not isinstance(value, list):
             return value
-        if len(found := set(value) - {0}) != 1:
+        if len(found := set(value) - {0}) > 1:
             raise CheckpointError(f"{self.architecture}.{key} differs between layers: {value}")
-        return found.pop()
+        return found.pop() if found else 0
+
+    def each(self, key: str) -> list[Any]:
+        """What is stated for each layer, or for all alike.
+
+        Raises:
+            CheckpointError: Nothing is, or not for all.
+        """
+        value = self(key)
+        found = value if isinstance(value, list) else [value] * self.layers
+        if len(found) < self.layers:
+            raise CheckpointError(f"{self.architecture}.{key} is of {len(found)} layers, and there are {self.layers}")
+        return found[: self.layers]
+
+    def without_architecture(self, key: str) -> Any:
+        """A value, by its whole key."""
+        return self._metadata.get(key)
 
     def token(self, kind: str) -> int | None:
         """The id of a special token."""
@@ -68,13 +84,30 @@ class Facts:
 
     @property
     def layers(self) -> int:
-        """How many layers the model has, without those that predict further tokens."""
-        return int(self("block_count")) - int(self.get("nextn_predict_layers", 0))
+        """How many layers the model has, without those that predict further tokens.
+
+        Raises:
+            CheckpointError: It is no number.
+        """
+        count, further = self("block_count"), self.get("nextn_predict_layers", 0)
+        if not isinstance(count, int) or not isinstance(further, int):
+            raise CheckpointError(
+                f"{self.architecture}.block_count is {count!r}, of which {further!r} are for further tokens"
+            )
+        return count - further
 
     @property
     def head_dim(self) -> int:
         """Width of a head's keys."""
         return int(self.get("attention.key_length") or self("embedding_length") // self.one("attention.head_count"))
+
+    def layers_with(self, tensor: str) -> list[bool]:
+        """Of each layer, whether it has a tensor."""
+        return [self.has(f"blk.{layer}.{tensor}") for layer in range(self.layers)]
+
+    def shape(self, tensor: str) -> tuple[int, ...] | None:
+        """Of a kind of tensor, in whatever layer has it first."""
+        return next((each.shape for key, each in self.tensors.items() if key.endswith(f".{tensor}")), None)
 
 
 def _contents(tensor: BlockTensor) -> torch.Tensor:

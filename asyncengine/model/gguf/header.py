@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import mmap
 import re
@@ -36,6 +37,7 @@ class BlockTensor:
         shape: As torch has it: the last dimension is the one along which numbers lie side by side.
         file: Where it is.
         start: Its first byte there.
+        scale: What its numbers are to be multiplied with, one number or one for each of its first dimension.
     """
 
     name: str
@@ -43,6 +45,7 @@ class BlockTensor:
     shape: tuple[int, ...]
     file: Path
     start: int
+    scale: BlockTensor | None = None
 
     @property
     def blocks(self) -> BlockType:
@@ -58,6 +61,17 @@ class BlockTensor:
     def rows(self) -> int:
         """How many of those there are."""
         return prod(self.shape[:-1])
+
+    def part(self, first: int, count: int) -> BlockTensor:
+        """Some of what lies along the first dimension.
+
+        Raises:
+            CheckpointError: There are not so many.
+        """
+        if min(first, count) < 0 or first + count > self.shape[0]:
+            raise CheckpointError(f"{self.name} of shape {self.shape} has no {count} from {first}")
+        nbytes = self.rows * self.row_bytes // self.shape[0]
+        return dataclasses.replace(self, shape=(count, *self.shape[1:]), start=self.start + first * nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +209,7 @@ class _Reader:
                 raise ValueError(f"an array of {count} numbers in a file of {len(self._content)} bytes")
             return list(self._numbers(f"{count}{_NUMBERS[of]}"))
         if of != _STRING:
-            return [self._value(of) for _ in range(count)]
+            raise ValueError(f"an array of values of kind {of}")
         return self._strings(count)
 
     def _strings(self, count: int) -> list[str]:

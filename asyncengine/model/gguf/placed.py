@@ -83,8 +83,6 @@ class Placed:
         name: As transformers calls it.
         tensors: What is stored of it.
         shape: The parameter's, if it is not that of the one tensor.
-        first: The first row of the tensors that belongs to it.
-        count: How many do; None is all.
         change: What makes of one tensor's rows those of the parameter; None changes nothing.
         join: Makes one of several tensors.
         keeps_codes: Whether all that leaves codes what they are.
@@ -95,8 +93,6 @@ class Placed:
     name: str
     tensors: tuple[BlockTensor, ...]
     shape: tuple[int, ...] | None = None
-    first: int = 0
-    count: int | None = None
     change: Change | None = None
     join: Callable[[Sequence[Decoded]], Decoded] | None = None
     keeps_codes: bool = True
@@ -106,16 +102,17 @@ class Placed:
     def weight(self) -> CodedWeight:
         """What a load reads."""
         kinds = {tensor.type_id for tensor in self.tensors}
-        four_bits = self.keeps_codes and len(kinds) == 1 and all(tensor.blocks.four_bits for tensor in self.tensors)
-        parts = {str(index): self._stored(tensor) for index, tensor in enumerate(self.tensors)}
-        first = self.tensors[0]
-        shape = first.shape if self.shape is None else self.shape
+        four_bits = self.keeps_codes and len(kinds) == 1
+        four_bits = four_bits and all(tensor.blocks.four_bits and tensor.scale is None for tensor in self.tensors)
+        parts = {str(index): _stored(tensor) for index, tensor in enumerate(self.tensors)}
+        scales = {f"{index} scale": _stored(each.scale) for index, each in enumerate(self.tensors) if each.scale}
+        shape = self.tensors[0].shape if self.shape is None else self.shape
         decoded = partial(self._decoded, four_bits=four_bits)
         form: Form = "int4" if four_bits and len(shape) > 1 else "int8" if self._may_be_bytes(shape) else "none"
         return CodedWeight(
             self.name,
             shape,
-            parts,
+            parts | scales,
             decoded,
             form,
             experts=self.experts,
@@ -127,7 +124,7 @@ class Placed:
     def _may_be_bytes(self, shape: tuple[int, ...]) -> bool:
         if not self.keeps_codes or self.experts or self.join is not None or len(shape) != 2 or shape[1] % GROUP:
             return False
-        return len(self.tensors) == 1 and self.tensors[0].blocks.eight_bits
+        return len(self.tensors) == 1 and self.tensors[0].blocks.eight_bits and self.tensors[0].scale is None
 
     def _bytes(self, parts: Parts) -> EightBits:
         [tensor], [data] = self.tensors, parts.values()
@@ -136,11 +133,6 @@ class Placed:
         assert isinstance(found, EightBits)
         return found
 
-    def _stored(self, tensor: BlockTensor) -> StoredTensor:
-        count = tensor.rows - self.first if self.count is None else self.count
-        start = tensor.start + self.first * tensor.row_bytes
-        return StoredTensor(tensor.name, "U8", (count, tensor.row_bytes), tensor.file, start)
-
     def _decoded(self, parts: Parts, four_bits: bool) -> Decoded:
         found = []
         for index, tensor in enumerate(self.tensors):
@@ -148,6 +140,10 @@ class Placed:
             each: Decoded = decode(tensor.type_id, data, (len(data), tensor.shape[-1]))
             if isinstance(each, FourBits) and not four_bits:
                 each = each.weight(torch.float32)
+            if tensor.scale is not None and isinstance(each, torch.Tensor):
+                scale = decode(tensor.scale.type_id, parts[f"{index} scale"], (1, tensor.scale.shape[-1]))
+                assert isinstance(scale, torch.Tensor)
+                each *= scale.flatten().repeat_interleave(len(each) // scale.numel())[:, None]
             if len(tensor.shape) == 1 and isinstance(each, torch.Tensor):
                 each = each[0]
             found.append(each if self.change is None else self.change(each))
@@ -155,3 +151,24 @@ class Placed:
         if not isinstance(whole, torch.Tensor) or self.experts:
             return whole
         return whole.reshape(self.shape or self.tensors[0].shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One parameter of a model that is no tensor of the file.
+
+    Attributes:
+        name: As transformers calls it.
+        numbers: What it is.
+    """
+
+    name: str
+    numbers: torch.Tensor
+
+    def weight(self) -> CodedWeight:
+        """As the same of `Placed`."""
+        return CodedWeight(self.name, tuple(self.numbers.shape), {}, lambda _: self.numbers.clone())
+
+
+def _stored(tensor: BlockTensor) -> StoredTensor:
+    return StoredTensor(tensor.name, "U8", (tensor.rows, tensor.row_bytes), tensor.file, tensor.start)

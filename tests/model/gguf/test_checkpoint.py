@@ -192,7 +192,7 @@ def test_processes_that_write_it_at_once_do_not_meet(
         ({"general.architecture": "clip"}, UnsupportedModelError, "architecture 'clip' cannot be read; those of"),
         ({"general.type": "adapter"}, UnsupportedModelError, "it is no model, but of type 'adapter'"),
         ({"tokenizer.ggml.pre": "strange"}, UnsupportedModelError, "pre-tokenizer, 'strange', is not known"),
-        ({"llama.block_count": "many"}, CheckpointError, "its metadata does not fit together"),
+        ({"llama.block_count": "many"}, CheckpointError, "llama.block_count is 'many'"),
     ],
     ids=str,
 )
