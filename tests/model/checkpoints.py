@@ -20,6 +20,7 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+WINDOWED: dict[str, Any] = COMMON | {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 24}
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", COMMON),
@@ -72,6 +73,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3Config", COMMON | {"sliding_window": 24}),
     "glm4": ("Glm4Config", COMMON | {"head_dim": 16}),
     "smollm3": ("SmolLM3Config", COMMON),
+    "cohere2": ("Cohere2Config", WINDOWED),
+    "exaone4": ("Exaone4Config", WINDOWED | {"sliding_window_pattern": 4}),
     "phi": ("PhiConfig", COMMON),
 }  # fmt: skip
 
@@ -149,12 +152,10 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
 
 GROUPED: dict[str, Any] = MOE | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
 ROUTED: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-WINDOWED: dict[str, Any] = COMMON | {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 24}
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("ApertusConfig", COMMON),
     "arcee": ("ArceeConfig", COMMON),
-    "cohere2": ("Cohere2Config", WINDOWED),
     "deepseek_v2": ("DeepseekV2Config", COMMON | GROUPED | {
         "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 16, "v_head_dim": 20, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
@@ -165,7 +166,6 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 48, "moe_layer_start_index": 1,
         "moe_layer_end_index": 2, "moe_layer_interval": 1, "moe_num_shared_experts": 2,
     }),
-    "exaone4": ("Exaone4Config", WINDOWED | {"sliding_window_pattern": 4}),
     "exaone_moe": ("ExaoneMoeConfig", WINDOWED | MOE | {"num_experts": 4, "num_shared_experts": 1}),
     "gemma": ("GemmaConfig", COMMON | {"head_dim": 16}),
     "gemma3n_text": ("Gemma3nTextConfig", COMMON | {

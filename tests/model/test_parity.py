@@ -15,7 +15,8 @@ from tests.model.reference import Reference
 NEW_TOKENS = 24
 COMPILED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3", "granite", "smollm3",
-    "gpt2", "gpt_neox", "cohere", "starcoder2", "opt", "glm4", "phi", "mixtral", "qwen3_moe", "gpt_oss",
+    "gpt2", "gpt_neox", "cohere", "cohere2", "exaone4", "starcoder2", "opt", "glm4", "phi", "mixtral", "qwen3_moe",
+    "gpt_oss",
 )  # fmt: skip
 LONGEST = 6  # of the prompts below
 GREEDY = GenerationConfig(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)

@@ -74,7 +74,9 @@ class Family:
         if "attn_q" in self.names and "head_dim" in found and not found.keys() & _NOT_WHOLE:
             rotated = facts.get("rope.dimension_count", facts.head_dim)
             if rotated != facts.head_dim:
-                raise UnsupportedModelError(f"{facts.architecture} is not known to rotate {rotated} of a head's numbers")
+                raise UnsupportedModelError(
+                    f"{facts.architecture} is not known to rotate {rotated} of a head's numbers"
+                )
         return found
 
     def placed(self, facts: Facts) -> list[Placed | Given]:

@@ -37,7 +37,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 OTHERS = (
     "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "granite", "phi3", "gpt2", "gpt_neox", "cohere",
-    "starcoder2", "opt", "glm4", "phi",
+    "starcoder2", "opt", "glm4", "phi", "cohere2", "exaone4",
 )  # fmt: skip
 
 

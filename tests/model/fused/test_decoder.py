@@ -82,12 +82,13 @@ class Case:
     "name",
     [
         "llama", "qwen3", "mistral", "gemma3_text", "olmo2", "cohere", "glm4", "phi3", "opt", "gpt2", "mixtral",
-        "gpt_oss",
+        "gpt_oss", "smollm3",
     ],
 )  # fmt: skip
 def test_logits_are_those_of_transformers(name: str, checkpoint: Checkpoint) -> None:
-    layers = {"n_layer" if name == "gpt2" else "num_hidden_layers": 1 + (name in ("llama", "gemma3_text", "gpt_oss"))}
-    case = Case(checkpoint(name, **layers))
+    count = 1 + (name in ("llama", "gemma3_text", "gpt_oss", "smollm3"))
+    changes: dict[str, Any] = {"n_layer" if name == "gpt2" else "num_hidden_layers": count}
+    case = Case(checkpoint(name, **changes, **({"no_rope_layers": [1, 0]} if name == "smollm3" else {})))
     forwards: list[int] = []
     case.model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
     assert case.error() < 1e-5

@@ -185,13 +185,19 @@ def test_what_nothing_is_captured_of_is_measured_as_it_is_launched(
     [
         ("gpt_neox", {}, "auto", "outputs of several projections alternate in one layer"),
         ("gpt_neox", {}, "compiled", "outputs of several projections alternate in one layer"),
-        # Some layers do not rotate, which its parts do not show; the numbers do.
+        # Were it not seen that some layers do not rotate, the numbers would show it.
         ("smollm3", {"no_rope_layers": [1, 0]}, "auto", "SmolLM3ForCausalLM does not compute over a paged"),
     ],
 )
 def test_what_they_cannot_run_is_run_by_transformers_or_refused(
-    name: str, changes: dict[str, Any], decoder: str, reason: str, checkpoint: Checkpoint
+    name: str,
+    changes: dict[str, Any],
+    decoder: str,
+    reason: str,
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("asyncengine.model.decoder.blueprint.rotates", lambda *_: True)
     path = checkpoint(name, num_hidden_layers=len(changes) + 1, **changes)
     if decoder == "auto":
         runs_as, (note,) = load(path, decoder)
