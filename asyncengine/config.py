@@ -76,8 +76,8 @@ class EngineConfig:
         quantization: How weights are kept while the model serves, however the checkpoint stores them. ``"auto"`` keeps
             codes of four bits as ``"int4"``, and of GGUF's blocks those of more as ``"int8"``, on the CPU where `dtype`
             and back ends allow it and there is a compiler; all else as ``"none"``, which keeps them in `dtype`.
-            ``"int8"`` keeps one byte each, with one scale for each output, or the codes of a GGUF file with theirs; needs
-            the compiled code of the CPU.
+            ``"int8"`` keeps one byte each, with one scale for each output, or a GGUF file's codes with its scales;
+            needs the compiled code of the CPU.
             ``"int4"`` keeps four bits each: the codes of a checkpoint that has such (GPTQ, AWQ, MXFP4, GGUF and
             others), else the nearest of sixteen multiples of a scale that 32 weights share; needs the compiled code of
             the CPU, or CUDA. ``"fp8"`` keeps and multiplies linear layers in fp8, with one scale for each output and

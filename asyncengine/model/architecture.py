@@ -139,7 +139,9 @@ def read_config(checkpoint: Checkpoint) -> Any:
         kind = checkpoint.config.get("model_type")
         if kind is None:
             raise CheckpointError(f"{checkpoint.path / 'config.json'} has no model_type") from error
-        raise UnsupportedModelError(f"transformers cannot read the config.json of a {kind!r} model: {error}") from error
+        raise UnsupportedModelError(
+            f"{checkpoint.name}: transformers cannot read the configuration of a {kind!r} model: {error}"
+        ) from error
     for each in (config, text_config(config)):  # codes are turned into numbers before transformers sees them
         if hasattr(each, "quantization_config"):
             del each.quantization_config

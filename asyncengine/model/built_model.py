@@ -402,6 +402,8 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
         CheckpointError: Others are missing, which transformers would make up. Models of embeddings are published
             without a head.
     """
+    import torch
+
     from asyncengine.model import architecture
     from asyncengine.model.stored.kept import KeptCodes
     from asyncengine.model.stored.weight import state_of
@@ -415,16 +417,22 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
         coded = [weight.turned() if weight.belongs_to(turned) else weight for weight in coded]
     kept = KeptCodes(coded, dtype, _kept_forms(details)) if _stays(details) else None
     state = state_of(checkpoint.plain, coded, dtype) | ({} if kept is None else kept.state()) if coded else None
-    with BUILDING:
-        model, report = kind.from_pretrained(
-            checkpoint.path if state is None else None,
-            state_dict=state,
-            config=hf_config,
-            dtype=dtype,
-            attn_implementation=architecture.ATTENTION,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+    try:
+        with BUILDING:
+            model, report = kind.from_pretrained(
+                checkpoint.path if state is None else None,
+                state_dict=state,
+                config=hf_config,
+                dtype=dtype,
+                attn_implementation=architecture.ATTENTION,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        checkpoint.check_unchanged()
+        raise CheckpointError(f"{checkpoint.name}: transformers cannot load its weights: {error}") from error
     head = model.get_output_embeddings()
     of_head = {name for name, module in model.named_modules() if module is head}
     if missing := sorted(name for name in report["missing_keys"] if name.rpartition(".")[0] not in of_head):
@@ -433,6 +441,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
         raise CheckpointError(f"{checkpoint.name}: its model has no use for {len(left)} weights: {left[0]}, ...")
     if kept is not None:
         kept.put(model)
+    checkpoint.check_unchanged()
     architecture.attend_here(model)
     return model.to(details.device).eval().requires_grad_(False), not report["missing_keys"]
 

@@ -133,6 +133,13 @@ class Checkpoint:
             found.update(b"\0")
         return found.hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Whether the weights that were read are those that the headers were of.
+
+        Raises:
+            CheckpointError: They are others.
+        """
+
     def kept_forms(self, quantization: str, device: str) -> frozenset[str]:
         """Which codes stay codes.
 

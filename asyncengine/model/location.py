@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from asyncengine import tiny
@@ -11,7 +12,7 @@ from asyncengine.errors import AdapterError, CheckpointError
 
 GGUF = ".gguf"
 """How names of llama.cpp's files end."""
-_OTHER_WEIGHTS = "*.safetensors", "*.bin"
+_OTHER_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"
 _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 ADAPTER_CONFIG = "adapter_config.json"
 _NOWHERE = (RuntimeError, OSError, ValueError)
@@ -37,7 +38,7 @@ def locate(model: str) -> Path:
         path = Path(model).expanduser()
         if path.is_dir():
             return _in_directory(path)
-        if path.suffix == GGUF and path.is_file():
+        if path.suffix.lower() == GGUF and path.is_file():
             return path
         there = path.exists()
     except _NOWHERE as error:
@@ -47,8 +48,9 @@ def locate(model: str) -> Path:
     if there:
         raise CheckpointError(f"model {model!r} is a file; expected a checkpoint directory, or a file ending in {GGUF}")
     cached, _, kind = model.partition(":")
-    if model.startswith((".", "/", "~")) or cached.count("/") != 1 or model.endswith(GGUF):
-        what = "file" if model.endswith(GGUF) else "directory"
+    is_file = model.lower().endswith(GGUF)
+    if model.startswith((".", "/", "~")) or cached.count("/") != 1 or is_file:
+        what = "file" if is_file else "directory"
         raise CheckpointError(f"model {model!r}: there is no such {what}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -68,26 +70,37 @@ def _in_directory(path: Path, kind: str = "") -> Path:
 
     Args:
         path: The directory.
-        kind: What its name has in it, at the end if several have. Such files may be in directories of their own.
+        kind: What its name has in it. Where several have, it is the one that ends with it behind a sign, and of those
+            the one with the shortest name: "model-F16" and not "model-BF16", "model-Q4_K_M" and not
+            "model-UD-Q4_K_M".
     """
-    models = [file for file in sorted(path.glob(f"{'**/' if kind else ''}*{GGUF}")) if _is_first(file.name)]
-    if not kind and (not models or any(next(path.glob(ending), None) for ending in _OTHER_WEIGHTS)):
+    models = _models(path.glob(f"*{GGUF}"))
+    if kind or not models:  # such files may be in directories of their own
+        models = _models(path.glob(f"*/*{GGUF}")) + models
+    if not kind and (not models or any(next(path.glob(pattern), None) for pattern in _OTHER_WEIGHTS)):
         return path
     named = [file for file in models if kind.lower() in file.stem.lower()]
-    ending = [file for file in named if _PART.sub("", file.name.lower()).removesuffix(GGUF).endswith(kind.lower())]
-    for found in (named, ending):
-        if len(found) == 1:
-            return found[0]
-    there = ", ".join(file.name for file in models) or "none"
+    stems = {file: _PART.sub("", file.name).removesuffix(GGUF) for file in named}
+    ending = [file for file in named if re.search(rf"(^|[-._]){re.escape(kind)}$", stems[file], re.IGNORECASE)]
+    shortest = sorted(ending, key=lambda file: len(stems[file]))
+    if len(named) == 1:
+        return named[0]
+    if kind and shortest and len({len(stems[file]) for file in shortest[:2]}) == len(shortest[:2]):
+        return shortest[0]
+    there = ", ".join(str(file.relative_to(path)) for file in models) or "none"
     if not named:
         raise CheckpointError(f"{path} has no GGUF file with {kind!r} in its name; there: {there}")
     raise CheckpointError(f"{path} has {len(models)} GGUF files; name one of them: {there}")
 
 
-def _is_first(name: str) -> bool:
-    """Whether a GGUF file is a model or the first part of one: encoders of images and other parts lie beside them."""
-    part = _PART.search(name)
-    return not name.startswith("mmproj") and (part is None or int(part[1]) == 1)
+def _models(files: Iterable[Path]) -> list[Path]:
+    """Those that are models, or the first parts of some: encoders of images and statistics lie beside them."""
+    found = []
+    for file in sorted(files):
+        part = _PART.search(file.name)
+        if "mmproj" not in file.name and "imatrix" not in file.name and (part is None or int(part[1]) == 1):
+            found.append(file)
+    return found
 
 
 def locate_adapter(source: str) -> Path:
@@ -117,7 +130,7 @@ def check_there(config: EngineConfig) -> None:
     """
     for model in (config.model, *config.additional_models):
         found = locate(model)
-        wanted = found if found.suffix == GGUF else found / "config.json"
+        wanted = found / "config.json" if found.is_dir() else found
         if not wanted.exists():
             raise CheckpointError(f"{wanted} does not exist")
     if config.tokenizer is not None:

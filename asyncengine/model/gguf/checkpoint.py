@@ -51,11 +51,17 @@ class GgufCheckpoint(Checkpoint):
         self.name = str(file)
 
     def _read_headers(self) -> None:
+        if "token_embd.weight" not in self._header.tensors:
+            raise CheckpointError("it has no token_embd.weight, so it is a vocabulary or a part of a model")
         self.weight_files = list(self._header.files)
         placed = self._family.placed(Facts(self._header))
         self.coded = {each.name: each.weight() for each in placed}
         self.tensors = [part for weight in self.coded.values() for part in weight.parts.values()]
         self.plain = []
+
+    def check_unchanged(self) -> None:
+        """As the same of `Checkpoint`."""
+        self._header.check_unchanged()
 
     @property
     def narrowest(self) -> Quantization:

@@ -1,6 +1,6 @@
 """The directory that describes the model in a GGUF file: what others read of a checkpoint beside its weights.
 
-It is written once for each header, by one rename; the oldest ones go when there are many.
+It is written once for what a file says, by one rename; the oldest ones go when there are many.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,13 @@ MOST_DIRECTORIES = 16
 """Kept at a time. A vocabulary of 152,000 tokens takes some 12 MB."""
 _IN_USE = 3600.0
 """Seconds after which nobody is taken to read one any more."""
-_ENDS = (
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|eom_id|>", "<|endoftext|>", "<|end_of_text|>",
-    "<end_of_turn>", "<turn|>", "<|tool_response>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
-    "<end_of_utterance>", "<｜end▁of▁sentence｜>", "[e~[",
-)  # fmt: skip
-"""Control tokens that end an answer whatever else the metadata says, as llama.cpp has it."""
 _SAMPLING = {
     "temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
 }  # fmt: skip
-_CONTROL = 3
+_WHOLE = "whole.json"
+"""What is written last: the sizes of the other files."""
+_OWN: dict[str, Path] = {}
+"""Directories of this process alone, by what would be their names."""
 
 
 def directory_of(header: Header, family: Family) -> Path:
@@ -47,22 +44,31 @@ def directory_of(header: Header, family: Family) -> Path:
         CheckpointError: The metadata does not fit together.
         UnsupportedModelError: The tokenizer is of a kind that is not known here.
     """
-    about = (header.digest, _program(), version("transformers"), version("tokenizers"))
+    config = json.dumps(family.config(Facts(header)) | {"transformers_version": version("transformers")}, indent=1)
+    about = (header.digest, config, _program(), version("transformers"), version("tokenizers"))
     name = hashlib.sha256("\0".join(about).encode()).hexdigest()
     try:
-        home = cache_directory() / "gguf" / name
-        if home.is_dir():
-            os.utime(home)
-            return home
-        home.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix="writing-", dir=home.parent))
-    except (OSError, RuntimeError):  # nowhere to keep it: it is for this process alone
-        workspace = Path(tempfile.mkdtemp(prefix="asyncengine-"))
-        atexit.register(shutil.rmtree, workspace, ignore_errors=True)
-        _write(header, family, workspace)
-        return workspace
+        return _kept(cache_directory() / "gguf" / name, header, config)
+    except (OSError, RuntimeError):  # nowhere to keep it, or no room: it is for this process alone
+        if name in _OWN and _is_whole(_OWN[name]):
+            return _OWN[name]
+        own = Path(tempfile.mkdtemp(prefix="asyncengine-"))
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        _write(header, config, own)
+        _OWN[name] = own
+        return own
+
+
+def _kept(home: Path, header: Header, config: str) -> Path:
+    if _is_whole(home):
+        os.utime(home)
+        return home
+    home.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix="writing-", dir=home.parent))
     try:
-        _write(header, family, workspace)
+        _write(header, config, workspace)
+        if home.exists() and not _is_whole(home):  # somebody has cleaned up
+            _remove(home)
         with contextlib.suppress(OSError):  # another process was faster
             os.rename(workspace, home)
     finally:
@@ -71,32 +77,41 @@ def directory_of(header: Header, family: Family) -> Path:
     return home
 
 
+def _is_whole(directory: Path) -> bool:
+    """Whether all that was written is there."""
+    try:
+        sizes = json.loads((directory / _WHOLE).read_text("utf-8"))
+        return all((directory / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _remove(directory: Path) -> None:
+    """At once, as far as others can see."""
+    gone = directory.with_name(f"removing-{directory.name}-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        os.rename(directory, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def _forget(parent: Path) -> None:
     """Removes the oldest directories, as far as no load can still be reading them."""
     with contextlib.suppress(OSError):  # another process does the same
         used = sorted(((each.stat().st_mtime, each) for each in parent.iterdir()), reverse=True)
         for when, old in used[MOST_DIRECTORIES:]:
             if when < time.time() - _IN_USE:
-                shutil.rmtree(old, ignore_errors=True)
+                _remove(old)
 
 
-def _write(header: Header, family: Family, directory: Path) -> None:
-    config = family.config(Facts(header)) | {"transformers_version": version("transformers")}
-    generation = {"eos_token_id": list(_ends(header.metadata))} | _sampling(header.metadata)
-    for name, values in (("config.json", config), ("generation_config.json", generation)):
-        (directory / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
-    write_tokenizer(header.metadata, directory)
-
-
-def _ends(metadata: Mapping[str, Any]) -> Iterator[int]:
-    """Tokens that end a text."""
-    stated = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-    tokens, kinds = metadata.get("tokenizer.ggml.tokens", []), metadata.get("tokenizer.ggml.token_type", [])
-    control = {token: at for at, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == _CONTROL}
-    found = {at for at in stated if isinstance(at, int)} | {control[each] for each in _ENDS if each in control}
-    if "<|return|>" in control and "<|call|>" in control:  # a message of several ends there, and no answer
-        found.discard(control.get("<|end|>", -1))
-    yield from sorted(found)
+def _write(header: Header, config: str, directory: Path) -> None:
+    vocabulary = write_tokenizer(header.metadata, directory)
+    stated = [header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    ends = {each for each in stated if isinstance(each, int)} if vocabulary is None else vocabulary.ends
+    generation = {"eos_token_id": sorted(ends)} | _sampling(header.metadata)
+    (directory / "config.json").write_text(config, encoding="utf-8")
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=1), encoding="utf-8")
+    sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
+    (directory / _WHOLE).write_text(json.dumps(sizes), encoding="utf-8")
 
 
 def _sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:

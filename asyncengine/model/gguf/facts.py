@@ -90,9 +90,10 @@ class Facts:
             CheckpointError: It is no number.
         """
         count, further = self("block_count"), self.get("nextn_predict_layers", 0)
-        if not isinstance(count, int) or not isinstance(further, int):
+        if not isinstance(count, int) or not isinstance(further, int) or not 0 <= count - further <= len(self.tensors):
             raise CheckpointError(
-                f"{self.architecture}.block_count is {count!r}, of which {further!r} are for further tokens"
+                f"{self.architecture}.block_count is {count!r}, of which {further!r} are for further tokens, and there "
+                f"are {len(self.tensors)} tensors"
             )
         return count - further
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import mmap
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
 _MOST_DIMENSIONS = 4
+_MOST_VALUES = 1 << 22
+"""Of an array: a vocabulary has some hundred thousand tokens, and as many merges."""
+_Stamp = tuple[int, int, int, int]
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -81,14 +85,28 @@ class Header:
     Attributes:
         metadata: By key, of the first file; arrays are lists.
         tensors: Of all files, by name.
-        files: All of them.
-        digest: Of all that the header of the first file says.
+        files: All of them, with what changes when one does.
+        digest: Of all that their headers say.
     """
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, BlockTensor]
-    files: tuple[Path, ...]
+    files: Mapping[Path, _Stamp]
     digest: str
+
+    def check_unchanged(self) -> None:
+        """Whether the files are those that it was read from.
+
+        Raises:
+            CheckpointError: One was replaced, written to or removed.
+        """
+        for file, stamp in self.files.items():
+            try:
+                same = _stamp(file.stat()) == stamp
+            except OSError as error:
+                raise CheckpointError(f"{file} was removed while it was loaded: {error}") from error
+            if not same:
+                raise CheckpointError(f"{file} was replaced or written to while it was loaded")
 
 
 def read_header(file: Path) -> Header:
@@ -99,17 +117,19 @@ def read_header(file: Path) -> Header:
         UnsupportedModelError: It has tensors of a kind that is not known here.
     """
     files = _parts(file)
-    metadata, tensors, digest = _read(files[0])
+    metadata, tensors, stamp, digest = _read(files[0])
+    stamps, digests = {files[0]: stamp}, [digest]
     if (count := metadata.get("split.count", 1)) not in (0, len(files)):
         raise CheckpointError(f"{file} is one of {count} files, and is not called as such")
     for other in files[1:]:
-        of_other = _read(other)[1]
+        _, of_other, stamps[other], digest = _read(other)
+        digests.append(digest)
         if twice := tensors.keys() & of_other.keys():
             raise CheckpointError(f"{other} has tensors that an earlier file has: {min(twice)}, ...")
         tensors |= of_other
     if (stated := metadata.get("split.tensors.count", len(tensors))) != len(tensors):
         raise CheckpointError(f"{file} and those that follow have {len(tensors)} tensors, where it says {stated}")
-    return Header(metadata, tensors, files, digest)
+    return Header(metadata, tensors, stamps, hashlib.sha256("".join(digests).encode()).hexdigest())
 
 
 def _parts(file: Path) -> tuple[Path, ...]:
@@ -125,10 +145,15 @@ def _parts(file: Path) -> tuple[Path, ...]:
     return files
 
 
-def _read(file: Path) -> tuple[dict[str, Any], dict[str, BlockTensor], str]:
+def _stamp(status: os.stat_result) -> _Stamp:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, BlockTensor], _Stamp, str]:
     try:
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _Reader(file, content).header()
+            metadata, tensors, digest = _Reader(file, content).header()
+            return metadata, tensors, _stamp(os.fstat(stream.fileno())), digest
     except (OSError, ValueError, LookupError, struct.error, OverflowError, MemoryError) as error:
         raise CheckpointError(f"{file} is damaged or incomplete: {error}") from error
 
@@ -204,9 +229,9 @@ class _Reader:
         if kind != _ARRAY:
             raise ValueError(f"a value of kind {kind}")
         of, count = self._numbers("IQ")
+        if count > _MOST_VALUES:
+            raise ValueError(f"an array of {count} values")
         if of in _NUMBERS:
-            if count > len(self._content):
-                raise ValueError(f"an array of {count} numbers in a file of {len(self._content)} bytes")
             return list(self._numbers(f"{count}{_NUMBERS[of]}"))
         if of != _STRING:
             raise ValueError(f"an array of values of kind {of}")

@@ -24,19 +24,22 @@ _SPACE = "\u2581"
 _PHI3_KEEPS_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 
 
-def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
+def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> Vocabulary | None:
     """Writes a tokenizer's files; nothing if the GGUF file has no tokenizer.
 
     Args:
         metadata: The file's, with arrays as lists and tokens as strings.
         directory: Where tokenizer.json and tokenizer_config.json go.
 
+    Returns:
+        Its vocabulary.
+
     Raises:
         UnsupportedModelError: Its kind, or the way it cuts text, is not known.
         CheckpointError: Parts of it do not fit together.
     """
     if metadata.get(f"{PREFIX}model") in _NO_TOKENIZER:
-        return
+        return None
     vocabulary = Vocabulary.of(metadata)
     if vocabulary.cut is None:
         backend = _sentencepiece(metadata, vocabulary)
@@ -44,9 +47,10 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
         backend = _by_merges(metadata, vocabulary, vocabulary.cut)
     _add_tokens(backend, vocabulary, phi3=vocabulary.cut is None and metadata.get("general.architecture") == "phi3")
     _surround(backend, vocabulary)
-    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
     config = json.dumps(_config(metadata, vocabulary), ensure_ascii=False, indent=2)
     (directory / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+    return vocabulary
 
 
 def _by_merges(metadata: Mapping[str, Any], vocabulary: Vocabulary, cut: PreTokenizer) -> Tokenizer:

@@ -139,8 +139,11 @@ class OpenFiles:
     def _bytes(self, part: StoredTensor) -> torch.Tensor:
         """Of a file that has no names for its bytes."""
         if part.file not in self._files:
-            size = part.file.stat().st_size
-            self._files[part.file] = torch.from_file(str(part.file), shared=False, size=size, dtype=torch.uint8)
+            try:
+                size = part.file.stat().st_size
+                self._files[part.file] = torch.from_file(str(part.file), shared=False, size=size, dtype=torch.uint8)
+            except (OSError, RuntimeError) as error:
+                raise CheckpointError(f"{part.file} cannot be read: {error}") from error
         found: torch.Tensor = self._files[part.file]
         return found[part.start : part.start + prod(part.shape)].view(part.shape)
 

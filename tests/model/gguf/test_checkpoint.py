@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf import TokenType
 from safetensors.torch import load_file
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, tiny
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.gguf import description
 from asyncengine.model.gguf.checkpoint import checkpoint_at, described
-from asyncengine.model.location import check_there, locate
+from asyncengine.model.location import _in_directory, check_there, locate
 from asyncengine.model.stored.weight import OpenFiles
 from tests.model.gguf.tiny_file import write_tiny
 
@@ -35,6 +36,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     """Where descriptions are kept; what is compiled stays where it is."""
     kept = tmp_path_factory.getbasetemp() / "descriptions"
     monkeypatch.setattr(description, "cache_directory", lambda: kept)
+    monkeypatch.setattr(description, "_OWN", {})
 
 
 def test_it_has_the_weights_and_the_configuration_of_the_original(file: Path) -> None:
@@ -186,6 +188,76 @@ def test_processes_that_write_it_at_once_do_not_meet(
     assert len(list((tmp_path / "gguf").iterdir())) == 1
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "generation_config.json", "whole.json"])
+def test_a_description_of_which_something_is_gone_is_written_anew(
+    name: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(description, "cache_directory", lambda: tmp_path)
+    first = described(file)
+    contents = {each.name: each.read_bytes() for each in first.iterdir()}
+    (first / name).write_bytes(contents[name][:-1])
+    assert described(file) == first
+    assert {each.name: each.read_bytes() for each in first.iterdir()} == contents
+    assert list(first.parent.iterdir()) == [first]
+
+
+def test_a_full_disk_leaves_a_process_its_own(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(description, "cache_directory", lambda: tmp_path)
+    write, written = description._write, list[Path]()
+
+    def until_it_is_full(header: Any, config: str, directory: Path) -> None:
+        written.append(directory)
+        write(header, config, directory)
+        if directory.is_relative_to(tmp_path / "gguf"):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(description, "_write", until_it_is_full)
+    own = described(file)
+    assert not own.is_relative_to(tmp_path / "gguf")
+    assert described(file) == own, "there is one for each file, however often it is loaded"
+    assert len([each for each in written if not each.is_relative_to(tmp_path / "gguf")]) == 1
+    assert list((tmp_path / "gguf").iterdir()) == []
+
+
+def test_files_that_differ_in_what_becomes_settings_have_descriptions_of_their_own(tmp_path: Path) -> None:
+    """Frequencies are stored as a tensor, of which the header says nothing but its place."""
+    files = [write_tiny(tmp_path / f"{factor}.gguf", factors=[factor] * 16) for factor in (2.0, 4.0)]
+    settings = [checkpoint_at(file).config["rope_parameters"]["short_factor"] for file in files]
+    assert settings == [[2.0] * 16, [4.0] * 16]
+
+
+async def test_a_file_that_is_replaced_while_it_is_loaded_is_an_error(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known of its tensors would be of another one."""
+    from asyncengine.model.loader import TransformersLoader
+
+    model, other = Path(copy(file, tmp_path / "model.gguf")), Path(copy(file, tmp_path / "other.gguf"))
+    load = TransformersLoader.load
+
+    def after_a_while(self: Any, plan: Any) -> Any:
+        if plan.config.model == str(model):
+            other.replace(model)
+        return load(self, plan)
+
+    monkeypatch.setattr(TransformersLoader, "load", after_a_while)
+    async with AsyncEngine(EngineConfig("tiny")) as engine:
+        with pytest.raises(CheckpointError, match=r"model\.gguf was replaced or written to while it was loaded"):
+            await engine.reload(EngineConfig(str(model)))
+
+
+@pytest.mark.parametrize("kind", [TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.NORMAL])
+async def test_an_answer_ends_at_a_token_that_ends_answers_whatever_the_file_says_of_it(
+    kind: TokenType, tmp_path: Path
+) -> None:
+    renamed = {"<|end|>": "<|im_end|>"}
+    file = write_tiny(tmp_path / "model.gguf", more={"tokenizer.ggml.eos_token_id": 5}, renamed=renamed, ends=kind)
+    assert set(checkpoint_at(file).eos_token_ids) == {2, 5}
+    async with AsyncEngine(EngineConfig(str(file), device="cpu")) as engine:
+        answer = await engine.chat(QUESTION, GREEDY)
+    assert (answer.text, answer.finish_reason) == (ANSWER, "stop")
+
+
 @pytest.mark.parametrize(
     ("more", "error", "words"),
     [
@@ -193,6 +265,7 @@ def test_processes_that_write_it_at_once_do_not_meet(
         ({"general.type": "adapter"}, UnsupportedModelError, "it is no model, but of type 'adapter'"),
         ({"tokenizer.ggml.pre": "strange"}, UnsupportedModelError, "pre-tokenizer, 'strange', is not known"),
         ({"llama.block_count": "many"}, CheckpointError, "llama.block_count is 'many'"),
+        ({"llama.block_count": 2_000_000_000}, CheckpointError, "llama.block_count is 2000000000"),
     ],
     ids=str,
 )
@@ -248,13 +321,42 @@ def test_a_file_is_found_by_its_directory_and_by_what_is_in_its_name(
         CheckpointError, match=r"has 2 GGUF files; name one of them: model-Q4_K_M\.gguf, model-Q8_0-00001"
     ):
         locate("someone/model")
-    with pytest.raises(CheckpointError, match="no GGUF file with 'Q5_K' in its name; there: model-BF16"):
+    with pytest.raises(CheckpointError, match="no GGUF file with 'Q5_K' in its name; there: BF16/model-BF16"):
         locate("someone/model:Q5_K")
     (snapshot / "model.safetensors").write_bytes(b"")
     assert locate("someone/model") == snapshot
     check_there(EngineConfig("someone/model:Q8_0", tokenizer=str(file)))
     with pytest.raises(CheckpointError, match="there is no such file"):
         locate(str(snapshot / "other.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "found"),
+    [
+        (["m-F16", "m-BF16"], "F16", "m-F16"),
+        (["m-Q4_K_M", "mmproj-F16", "imatrix_unsloth", "model-mmproj-f16"], "", "m-Q4_K_M"),
+        (["m-Q4_K_M", "training_args.bin"], "", "m-Q4_K_M"),
+        (["m-Q4_K_M", "m-UD-Q4_K_M"], "q4_k_m", "m-Q4_K_M"),
+        (["m-Q4_K_M", "m-UD-Q4_K_M"], "UD-Q4_K_M", "m-UD-Q4_K_M"),
+        (["BF16/m-BF16-00001-of-00002", "BF16/m-BF16-00002-of-00002"], "", "BF16/m-BF16-00001-of-00002"),
+        (["BF16/m-BF16-00001-of-00002", "m-Q8_0"], "", "m-Q8_0"),
+        (["a-Q8_0", "b-Q8_0"], "Q8_0", None),
+        (["a-Q8_0", "b-Q4_0"], "", None),
+    ],
+    ids=str,
+)
+def test_of_several_files_the_one_is_found_that_is_meant(
+    names: list[str], kind: str, found: str | None, tmp_path: Path
+) -> None:
+    for name in names:
+        path = tmp_path / (name if name.endswith(".bin") else f"{name}.gguf")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    if found is None:
+        with pytest.raises(CheckpointError, match=r"2 GGUF files; name one of them"):
+            _in_directory(tmp_path, kind)
+    else:
+        assert _in_directory(tmp_path, kind) == tmp_path / f"{found}.gguf"
 
 
 async def test_the_loop_goes_on_while_a_file_is_read(file: Path, tmp_path: Path) -> None:

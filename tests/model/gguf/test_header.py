@@ -91,7 +91,7 @@ def test_reads_what_is_there(tmp_path: Path, contents: bytes) -> None:
     assert contents[plain.start : plain.start + MATRIX.nbytes] == MATRIX.tobytes()
     assert contents[plain.part(3, 2).start :][:256] == MATRIX[3:5].tobytes()
     assert coded.part(3, 2).start == coded.start + 3 * 34
-    assert header.files == (path,)
+    assert tuple(header.files) == (path,)
 
 
 @pytest.mark.parametrize(("first", "count"), [(-1, 2), (0, 65), (64, 1), (2, -1)])
@@ -130,7 +130,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "strings beyond the end": (valued(struct.pack("<IIQQ", 9, 8, 1, 9)), "strings end"),
     "long string of several": (valued(struct.pack("<IIQQ", 9, 8, 2, HUGE)), "damaged"),
     "arrays of arrays": (valued(struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000), "of kind 9"),
-    "array of another kind": (valued(struct.pack("<IIQ", 9, 13, HUGE)), "of kind 13"),
+    "array of another kind": (valued(struct.pack("<IIQ", 9, 13, 3)), "of kind 13"),
     "alignment": (valued(struct.pack("<II", 4, 0), b"general.alignment"), "general.alignment is 0"),
     "text for an alignment": (
         valued(struct.pack("<I", 8) + string(b"x"), b"general.alignment"), "general.alignment is 'x'"
@@ -213,7 +213,7 @@ def split(tmp_path: Path, counts: tuple[int, ...] = (3, 3, 3), names: tuple[str,
 def test_a_model_in_several_files_is_read_from_the_first(tmp_path: Path) -> None:
     paths = split(tmp_path)
     header: Header = read_header(paths[0])
-    assert header.files == tuple(paths)
+    assert tuple(header.files) == tuple(paths)
     assert {name: tensor.file for name, tensor in header.tensors.items()} == dict(zip("abc", paths, strict=True))
 
 
