@@ -46,13 +46,15 @@ def attend(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: tor
 
 @contextlib.contextmanager
 def hooked(hooks: dict[nn.Module, Any]) -> Iterator[None]:
-    """Lets attention modules call `hooks` within the block."""
+    """Lets attention modules call `hooks` within the block, and then what they called before."""
+    before = {module: hook for module in hooks if (hook := getattr(module, HOOK, None)) is not None}
     attach(hooks)
     try:
         yield
     finally:
-        for module in hooks:
+        for module in hooks.keys() - before.keys():
             delattr(module, HOOK)
+        attach(before)
 
 
 def attach(hooks: dict[nn.Module, Any]) -> None:

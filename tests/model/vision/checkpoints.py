@@ -321,7 +321,7 @@ VISION: dict[str, Architecture] = {
     "gemma4_moe": _gemma4({
         "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision", "attention_k_eq_v": True,
         "num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
-        "moe_intermediate_size": 48,
+        "moe_intermediate_size": 40,
     }),
     "granite4_vision": Architecture(
         "Granite4VisionConfig", TEXT | {
