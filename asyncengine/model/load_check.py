@@ -65,6 +65,7 @@ class Details:
         selecting: Comes to what attends, as soon as that is compiled; None for a draft model.
         quantization: What weights are kept as.
         no_images: Why the model takes no images, in words; empty if it is to take some.
+        unasked: Whether nobody has asked for that `quantization`, so that it may be another one.
     """
 
     checkpoint: Any
@@ -84,6 +85,7 @@ class Details:
     selecting: Future[Any] | None = None
     quantization: Quantization = "none"
     no_images: str = "it drafts"
+    unasked: bool = False
 
     @property
     def images(self) -> bool:

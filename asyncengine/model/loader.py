@@ -12,7 +12,13 @@ import numpy as np
 import torch
 
 from asyncengine.config import EngineConfig
-from asyncengine.errors import AsyncEngineError, CheckpointError, InsufficientMemoryError, ReloadError
+from asyncengine.errors import (
+    AsyncEngineError,
+    CheckpointError,
+    InsufficientMemoryError,
+    ReloadError,
+    UnsupportedModelError,
+)
 from asyncengine.model import memory
 from asyncengine.model.built_model import Built, build, recalled
 from asyncengine.model.capacity import cache_bytes, graphs_of, limits_of, state_scratch
@@ -67,7 +73,7 @@ class TransformersLoader:
 
         device = device_of(config.device)
         checkpoint = checkpoint_at(locate(config.model))
-        config = settled(config, checkpoint, device)
+        given, config = config, settled(config, checkpoint, device)
         dtype = dtype_of(config, checkpoint)
         checkpoint.read_ahead(memory.free_bytes(torch.device("cpu")))
         # A compiler has much of its work done while transformers is imported and the model is watched. `plan_of` waits
@@ -78,16 +84,22 @@ class TransformersLoader:
         try:
             if device.type != "cpu":
                 wait([selecting])  # it imports triton, and so does transformers
-            return plan_of(config, current, checkpoint, device, dtype, selecting)
+            plan = plan_of(config, current, checkpoint, device, dtype, selecting)
         except BaseException:
             checkpoint.stop_reading_ahead()
             wait([selecting])
             raise
+        unasked = given.quantization == "auto" and config.quantization != "none"
+        return dataclasses.replace(plan, details=dataclasses.replace(plan.details, unasked=unasked))
 
     def load(self, plan: LoadPlan) -> LoadedModel:
         """As the protocol says."""
         try:
             return _load(plan, self._run_ahead)
+        except UnsupportedModelError as error:
+            if not plan.details.unasked:
+                raise
+            return self._with_numbers(plan.config, error)
         except AsyncEngineError:
             raise
         except torch.OutOfMemoryError as error:
@@ -98,6 +110,14 @@ class TransformersLoader:
             plan.details.checkpoint.stop_reading_ahead()
             wait([plan.details.selecting])
             memory.give_back()
+
+    def _with_numbers(self, config: EngineConfig, error: UnsupportedModelError) -> LoadedModel:
+        """The model without codes, if it could not keep them and nobody has asked for them."""
+        try:
+            loaded = self.load(self.check(config.replace(quantization="none"), None))
+        except AsyncEngineError as other:
+            raise other from error
+        return dataclasses.replace(loaded, notes=(f"quantization: none: {error}", *loaded.notes))
 
 
 def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:

@@ -131,6 +131,33 @@ def test_codes_stay_where_they_can(changes: dict[str, Any], form: str, tmp_path:
     )
 
 
+@pytest.mark.parametrize(("asked", "served"), [("auto", True), ("int4", False)])
+async def test_codes_that_cannot_stay_become_numbers_unless_they_were_asked_for(
+    asked: Any, served: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from asyncengine.model import loader
+
+    load = loader._load
+
+    def only_numbers(plan: Any, run_ahead: Any) -> Any:
+        if plan.config.quantization != "none":
+            raise UnsupportedModelError("too far off in int4")
+        return load(plan, run_ahead)
+
+    monkeypatch.setattr(loader, "_load", only_numbers)
+    engine = AsyncEngine()
+    config = EngineConfig(str(write_tiny(tmp_path / "model.gguf", Kind.Q4_0)), device="cpu", quantization=asked)
+    if served:
+        await engine.reload(config)
+        assert engine.complete_engine_config.quantization == "none"
+        assert engine.health().notes == ("quantization: none: too far off in int4",)
+        assert (await engine.chat(QUESTION, GREEDY)).text == ANSWER
+    else:
+        with pytest.raises(UnsupportedModelError, match="too far off in int4"):
+            await engine.reload(config)
+    await engine.shutdown()
+
+
 def test_without_a_compiler_codes_become_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from asyncengine.model.load_check import settled
 
