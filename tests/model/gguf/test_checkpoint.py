@@ -19,6 +19,7 @@ from asyncengine.model.gguf import description
 from asyncengine.model.gguf.checkpoint import checkpoint_at, described
 from asyncengine.model.location import _in_directory, check_there, locate
 from asyncengine.model.stored.weight import OpenFiles
+from asyncengine.model.tokenizer import load_tokenizer
 from tests.model.gguf.tiny_file import write_tiny
 
 GREEDY = GenerationConfig(temperature=0, max_tokens=24)
@@ -215,6 +216,25 @@ def test_processes_that_write_it_at_once_do_not_meet(
     assert len(list((tmp_path / "gguf").iterdir())) == 1
 
 
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({}, {"rope_type": "default"}),
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"type": "none", "factor": 4.0}, {"rope_type": "default"}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 256, "yarn_beta_fast": 16.0},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "beta_fast": 16.0},
+        ),
+    ],
+    ids=str,
+)
+def test_positions_rotate_as_a_file_says(more: dict[str, Any], wanted: dict[str, Any], tmp_path: Path) -> None:
+    stated = {f"llama.rope.scaling.{key}": value for key, value in more.items()}
+    found = checkpoint_at(write_tiny(tmp_path / "model.gguf", more=stated)).config["rope_parameters"]
+    assert found == wanted | {"rope_theta": 10000.0}
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "generation_config.json", "whole.json"])
 def test_a_description_of_which_something_is_gone_is_written_anew(
     name: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -280,6 +300,9 @@ async def test_an_answer_ends_at_a_token_that_ends_answers_whatever_the_file_say
     renamed = {"<|end|>": "<|im_end|>"}
     file = write_tiny(tmp_path / "model.gguf", more={"tokenizer.ggml.eos_token_id": 5}, renamed=renamed, ends=kind)
     assert set(checkpoint_at(file).eos_token_ids) == {2, 5}
+    tokenizer = load_tokenizer(described(file), None)
+    assert tokenizer is not None
+    assert tokenizer.encode("<|im_end|>")[-1] == 2  # as a template means it
     async with AsyncEngine(EngineConfig(str(file), device="cpu")) as engine:
         answer = await engine.chat(QUESTION, GREEDY)
     assert (answer.text, answer.finish_reason) == (ANSWER, "stop")
