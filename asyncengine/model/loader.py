@@ -93,13 +93,20 @@ class TransformersLoader:
         return dataclasses.replace(plan, details=dataclasses.replace(plan.details, unasked=unasked))
 
     def load(self, plan: LoadPlan) -> LoadedModel:
-        """As the protocol says."""
+        """As the protocol says. Codes that could not stay codes, and that nobody has asked for, become numbers."""
         try:
-            return _load(plan, self._run_ahead)
+            return self._load(plan)
         except UnsupportedModelError as error:
             if not plan.details.unasked:
                 raise
-            return self._with_numbers(plan.config, error)
+            reason = str(error)
+        # What was raised is gone, and with it the model that its traceback held.
+        loaded = self._load(self.check(plan.config.replace(quantization="none"), None))
+        return dataclasses.replace(loaded, notes=(f"quantization: none: {reason}", *loaded.notes))
+
+    def _load(self, plan: LoadPlan) -> LoadedModel:
+        try:
+            return _load(plan, self._run_ahead)
         except AsyncEngineError:
             raise
         except torch.OutOfMemoryError as error:
@@ -110,14 +117,6 @@ class TransformersLoader:
             plan.details.checkpoint.stop_reading_ahead()
             wait([plan.details.selecting])
             memory.give_back()
-
-    def _with_numbers(self, config: EngineConfig, error: UnsupportedModelError) -> LoadedModel:
-        """The model without codes, if it could not keep them and nobody has asked for them."""
-        try:
-            loaded = self.load(self.check(config.replace(quantization="none"), None))
-        except AsyncEngineError as other:
-            raise other from error
-        return dataclasses.replace(loaded, notes=(f"quantization: none: {error}", *loaded.notes))
 
 
 def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:

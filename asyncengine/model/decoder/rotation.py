@@ -80,7 +80,8 @@ def rotates(attention: nn.Module, hidden: int) -> bool:
         hidden: Its inputs.
     """
     x, table = torch.empty(1, 1, hidden, device="meta"), torch.empty(1, 1, 2, device="meta").as_subclass(_Watched)
-    weights = {name: torch.empty_like(each, device="meta") for name, each in attention.named_parameters()}
+    own = [*attention.named_parameters(), *attention.named_buffers()]
+    weights = {name: torch.empty_like(each, device="meta") for name, each in own}
     try:
         with hooked({attention: _values}):
             functional_call(attention, weights, (x, (table, table)), {"attention_mask": None})

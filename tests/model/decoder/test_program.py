@@ -22,7 +22,10 @@ from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.decoder.blueprint import recognise
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix
 from asyncengine.model.decoder.program import CompiledDecoder, Writer
+from asyncengine.model.decoder.rotation import rotates
 from asyncengine.model.loader import TransformersLoader
+from asyncengine.model.quantised.byte_linear import ByteLinear
+from asyncengine.model.quantised.eight_bits import nearest_bytes
 from asyncengine.model.quantised.four_bit_experts import NAMES, hold, round_experts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear, round_layers
 from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR, nearest
@@ -363,6 +366,21 @@ def test_what_cannot_be_compiled_runs_as_transformers_has_it_and_says_so(checkpo
     [note] = loaded.notes
     assert note.startswith("decoder: runs as transformers has it: attention has a part called ")
     loaded.model.close()
+
+
+@pytest.mark.parametrize("kind", ["numbers", "four bits", "bytes"])
+def test_layers_that_do_not_rotate_are_seen_whatever_their_weights_are(kind: str, checkpoint: Checkpoint) -> None:
+    """In few bits the logits would hardly tell."""
+    path = checkpoint("smollm3", num_hidden_layers=2, no_rope_layers=[1, 0])
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    if kind == "four bits":
+        round_layers(model)
+    elif kind == "bytes":
+        for layer in model.model.layers:
+            for name, each in list(layer.self_attn.named_children()):
+                setattr(layer.self_attn, name, ByteLinear(nearest_bytes(each.weight.detach()), None, torch.bfloat16))
+    model.set_attn_implementation(ATTENTION)
+    assert [rotates(layer.self_attn, 64) for layer in model.model.layers] == [True, False]
 
 
 def test_a_model_that_has_the_parts_but_computes_something_else_is_found_out(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import weakref
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -138,11 +139,14 @@ async def test_codes_that_cannot_stay_become_numbers_unless_they_were_asked_for(
 ) -> None:
     from asyncengine.model import loader
 
-    load = loader._load
+    load, models = loader._load, list[weakref.ref[Any]]()
 
     def only_numbers(plan: Any, run_ahead: Any) -> Any:
         if plan.config.quantization != "none":
+            model = torch.nn.Linear(1, 1)
+            models.append(weakref.ref(model))
             raise UnsupportedModelError("too far off in int4")
+        assert models[0]() is None, "there would be two models in memory"
         return load(plan, run_ahead)
 
     monkeypatch.setattr(loader, "_load", only_numbers)
