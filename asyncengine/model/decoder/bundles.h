@@ -168,8 +168,9 @@ inline Words byte_pair(const char *p) {
 }
 
 // sums[row][lane] of `Rows` rows of bundles and `Cols` groups of outputs, which are `stride` bytes apart; of weights of so
-// many bits, with scales for `Group` inputs or a multiple, or, if that is 0, for each output, which need no format. What lies `ahead` bytes further
-// on is brought nearer meanwhile: a run is so short that it is over before the processor has found out that it is one.
+// many bits, with scales for `Group` inputs or a multiple, or, if that is 0, for each output, which need no format. What
+// lies `ahead` bytes further on is brought nearer meanwhile: a run is so short that it is over before the processor has
+// found out that it is one.
 template <int Bits, int Group, int Rows, int Cols>
 __attribute__((noinline)) void multiply_bundles(const Bundle *inputs, int64_t input_stride, const void *weights,
                                                 int64_t stride, const Format *format, int64_t bundles, float *sums,

@@ -14,13 +14,14 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
 from safetensors.torch import load_file
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, tiny
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOptions, tiny
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model.gguf import description
 from asyncengine.model.gguf.checkpoint import checkpoint_at, described
 from asyncengine.model.location import _in_directory, check_there, locate
 from asyncengine.model.stored.weight import OpenFiles
 from asyncengine.model.tokenizer import load_tokenizer
+from tests.model import tiny_adapters
 from tests.model.gguf.tiny_file import write_tiny
 
 GREEDY = GenerationConfig(temperature=0, max_tokens=24)
@@ -98,6 +99,16 @@ async def test_new_weights_and_another_model(file: Path) -> None:
         assert (await engine.chat(QUESTION, GREEDY)).text == ANSWER
         await engine.reload(EngineConfig(str(file)))
         assert (await engine.chat(QUESTION, GREEDY)).text == ANSWER
+
+
+async def test_an_adapter_says_on_a_file_what_it_says_on_the_original(file: Path, tmp_path: Path) -> None:
+    """Its weights have transformers' names, and rows of the file's are in another order."""
+    adapter, texts = tiny_adapters.write(tmp_path / "adapter", 1), list[str]()
+    for model in ("tiny", str(file)):
+        async with AsyncEngine(EngineConfig(model, device="cpu", adapters={"it": str(adapter)})) as engine:
+            texts.append((await engine.chat(QUESTION, GREEDY, RequestOptions(adapter="it"))).text)
+            assert (await engine.chat(QUESTION, GREEDY)).text == ANSWER
+    assert texts[0] == texts[1] != ANSWER
 
 
 async def test_what_the_makers_say_of_sampling_and_of_ends(tmp_path: Path) -> None:
