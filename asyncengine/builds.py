@@ -1,12 +1,14 @@
 """Code that the system's compiler makes on this machine, on first use, and the cache where it is kept.
 
 A build lies in a directory of its own, named by a hash of everything that it depends on, beside a digest of its bytes.
-The directory appears by one rename, so processes that build at the same time cannot see each other's halves.
+The directory appears by one rename, so processes that build at the same time cannot see each other's halves. Of those
+that want the same, one compiles and the others wait for it.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import os
 import platform
@@ -15,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -81,21 +83,41 @@ def _build(recipe: Recipe, compiler: Sequence[str], progress: Callable[[str], No
         home = Path(os.devnull, name)
     if _is_intact(home, recipe):
         return home / recipe.library
-    if progress is not None:
-        progress(f"compiling the {recipe.name} with {shlex.join(compiler)}")
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         workspace = Path(tempfile.mkdtemp(prefix="building-", dir=home.parent))
     except OSError:  # no cache to write to: build for this process alone
         workspace = Path(tempfile.mkdtemp(prefix="asyncengine-"))
         atexit.register(shutil.rmtree, workspace, ignore_errors=True)
-        return _compile(recipe, compiler, workspace)
+        return _compile(recipe, compiler, workspace, progress)
     try:
-        library = _compile(recipe, compiler, workspace)
-        (workspace / _DIGEST).write_text(_digest(library))
-        return _publish(recipe, workspace, home) / recipe.library
+        with _alone(home):
+            if _is_intact(home, recipe):
+                return home / recipe.library
+            library = _compile(recipe, compiler, workspace, progress)
+            (workspace / _DIGEST).write_text(_digest(library))
+            return _publish(recipe, workspace, home) / recipe.library
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Within the block no other process or thread compiles the same, unless files cannot be locked there."""
+    from filelock import FileLock  # comes with torch
+
+    lock = FileLock(home.with_name(f"{home.name}.lock"))
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError):  # on some network drives
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                os.unlink(lock.lock_file)  # who waits has the file open; who comes later finds the build
+            lock.release()
 
 
 def find_compiler(variable: str = "CXX", names: Sequence[str] = ("c++", "g++", "clang++")) -> list[str]:
@@ -157,7 +179,9 @@ def processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(described)}))
 
 
-def _compile(recipe: Recipe, compiler: Sequence[str], workspace: Path) -> Path:
+def _compile(recipe: Recipe, compiler: Sequence[str], workspace: Path, progress: Callable[[str], None] | None) -> Path:
+    if progress is not None:
+        progress(f"compiling the {recipe.name} with {shlex.join(compiler)}")
     library = workspace / recipe.library
     said = ""
     for target in recipe.targets:

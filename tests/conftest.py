@@ -6,21 +6,18 @@ Tests of what models compute, to which the loop is all the same, are marked to r
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import gc
 import os
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
-
-from asyncengine import builds
 
 if not Path("/dev/nvidiactl").exists():
     # Kernels in Triton are interpreted where no GPU can run them. Triton wants to know before it is imported, and
@@ -43,20 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """What is compiled and kept lies in pytest's cache, so that runs share it and the user's own stays as it is."""
     if (cache := getattr(config, "cache", None)) is not None:
         os.environ["XDG_CACHE_HOME"] = str(cache.mkdir("asyncengine"))
-        _build_one_after_the_other(cache.mkdir("builds"))
     _keep_again_what_a_test_lets_go()
-
-
-def _build_one_after_the_other(locks: Path) -> None:
-    """What several processes of a run need, one compiles, for which the others wait: they have no cores to spare."""
-    build = builds._build
-
-    def build_alone(recipe: builds.Recipe, compiler: Sequence[str], progress: Callable[[str], None] | None) -> Path:
-        with (locks / f"{recipe.name}-{zlib.crc32(repr(recipe.targets).encode())}").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            return build(recipe, compiler, progress)
-
-    builds._build = build_alone
 
 
 def pytest_unconfigure() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,41 @@ def test_a_compiler_that_fails_without_a_word(recipe: Recipe, tmp_path: Path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(BuildError, match="exit status 3"):
         build(recipe, compiler(tmp_path, "exit 3"))
+
+
+def test_those_that_want_the_same_at_the_same_time_wait_for_one(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    slow = compiler(tmp_path, f'echo began >> {tmp_path}/times; sleep 0.2; echo built > "$3"')
+    said: list[str] = []
+    with ThreadPoolExecutor(4) as threads:
+        libraries = list(threads.map(lambda _: build(recipe, slow, said.append), range(4)))
+    assert (tmp_path / "times").read_text() == "began\n"
+    assert len(said) == 1
+    assert {library.read_text() for library in libraries} == {"built\n"}
+    assert [path.name for path in libraries[0].parent.parent.iterdir()] == [libraries[0].parent.name]
+
+
+def test_one_that_fails_keeps_nobody_waiting(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    broken = compiler(tmp_path, "sleep 0.1; exit 3")
+
+    def attempt(_: int) -> str:
+        with pytest.raises(BuildError) as failed:
+            build(recipe, broken)
+        return str(failed.value)
+
+    with ThreadPoolExecutor(3) as threads:
+        assert all("exit status 3" in said for said in threads.map(attempt, range(3)))
+
+
+def test_where_files_cannot_be_locked_it_is_built_all_the_same(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError("files cannot be locked here")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    assert build(recipe, compiler(tmp_path, 'echo built > "$3"')).read_text() == "built\n"
