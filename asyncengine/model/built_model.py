@@ -249,7 +249,9 @@ def recalled(config: EngineConfig, details: Details, backend: Any) -> Recalled:
     from asyncengine.model.skeleton import assembled
 
     assert details.findings is not None
-    model, layers, blueprint = assembled(details.findings, details.checkpoint, details.max_length)
+    forms = _kept_forms(details)
+    model, layers, blueprint = assembled(details.findings, details.checkpoint, details.max_length, details.dtype, forms)
+    details.checkpoint.check_unchanged()
     packing = Packing(compiled_parts.library_of(config, details, backend))
     program = _compile(config, details, blueprint, backend, packing)
     return Recalled(details, backend, model, Recorded(layers), program, packing)

@@ -7,6 +7,7 @@ of the weight files. The modules of a `Skeleton` compute nothing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,7 +21,11 @@ from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Pro
 from asyncengine.model.findings import Findings
 from asyncengine.model.hidden_states import hidden_size
 from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST
-from asyncengine.model.stored.tensor import TORCH_DTYPES
+from asyncengine.model.quantised.byte_linear import ByteLinear
+from asyncengine.model.quantised.four_bit_linear import FourBitLinear
+from asyncengine.model.stored.kept import codes_of, layer_of
+from asyncengine.model.stored.tensor import TORCH_DTYPES, StoredTensor
+from asyncengine.model.stored.weight import CodedWeight, OpenFiles
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -35,11 +40,13 @@ class Skeleton(nn.Module):
 
     Args:
         path: Of the checkpoint.
+        dtype: Of the model.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
         super().__init__()
         self._path = path
+        self._dtype = dtype
 
     def place(self, name: str) -> tuple[nn.Module, str]:
         """The module that a dotted name leads through, made where there is none, and the last part of the name."""
@@ -62,9 +69,8 @@ class Skeleton(nn.Module):
         from asyncengine.model import architecture
 
         config = architecture.read_config(Checkpoint(self._path))
-        dtype = next(self.parameters()).dtype
         with BUILDING, torch.device("meta"):
-            model = architecture.bare(config, dtype)
+            model = architecture.bare(config, self._dtype)
         return model.eval().requires_grad_(False)
 
 
@@ -81,21 +87,23 @@ class _Table(nn.Embedding):
 def described(model: Any, layers: list[RecordedLayer], parts: Blueprint, checkpoint: Checkpoint) -> Findings | None:
     """What `assembled` needs to know of a model that is compiled; None if it could not do without transformers.
 
-    It cannot where a parameter is not stored as it is, or is none of the compiled step's, or where layers have experts,
-    or where positions rotate in a way that is more than frequencies.
+    It cannot where a parameter is stored neither as it is nor as codes, or is none of the compiled step's, or where
+    layers have experts, or where positions rotate in a way that is more than frequencies.
     """
     names = {module: name for name, module in model.named_modules()}
     parameters = dict(model.named_parameters())
     sinks = [id(layer.sinks) for layer in layers if layer.sinks is not None]
-    stored = {tensor.name: tensor for tensor in checkpoint.tensors}
+    coded = {module: name for module, name in names.items() if isinstance(module, (ByteLinear, FourBitLinear))}
+    of_codes = [f"{name}.weight" for name in coded.values()]
+    stored = {tensor.name: tensor for tensor in checkpoint.plain} | checkpoint.coded
+    dtype = parts.embedding.weight.dtype
     for name, parameter in parameters.items():
-        own = stored.get(name)
-        if own is None or own.shape != tuple(parameter.shape) or TORCH_DTYPES.get(own.dtype) is not parameter.dtype:
-            return None
-        if not own.aligned:
-            return None
         if not parameter.is_meta and id(parameter) not in sinks:
             return None
+        if name not in of_codes and not _is_stored(stored.get(name), parameter, dtype):
+            return None
+    if checkpoint.coded and any(part.transposed for layer in parts.layers for part in (*layer.qkv, layer.output)):
+        return None  # codes are not turned
     named = dict(model.named_parameters(remove_duplicate=False))
     if any(name not in named for name in model.state_dict()):
         return None  # a buffer with contents
@@ -113,7 +121,12 @@ def described(model: Any, layers: list[RecordedLayer], parts: Blueprint, checkpo
         "longest": getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST,
         "hidden_size": hidden_size(model),
         "parameters": list(parameters),
-        "buffers": [[name, list(buffer.shape), str(buffer.dtype)[6:]] for name, buffer in model.named_buffers()],
+        "codes": of_codes,
+        "buffers": [
+            [name, list(buffer.shape), str(buffer.dtype)[6:]]
+            for name, buffer in model.named_buffers()
+            if model.get_submodule(name.rpartition(".")[0]) not in coded
+        ],
         "tied": parts.head.weight is parts.embedding.weight,
         "head": names[parts.head],
         "embedding": names[parts.embedding],
@@ -143,35 +156,53 @@ def described(model: Any, layers: list[RecordedLayer], parts: Blueprint, checkpo
 
 
 def assembled(
-    findings: Findings, checkpoint: Checkpoint, max_length: int
+    findings: Findings, checkpoint: Checkpoint, max_length: int, dtype: torch.dtype, forms: Collection[str]
 ) -> tuple[Skeleton, list[RecordedLayer], Blueprint]:
-    """A skeleton whose weights are mapped from their files, its attention layers, and its parts.
+    """A skeleton whose weights are mapped from their files, or made of what is stored, its attention layers, its parts.
 
     Args:
         findings: What `described` found of the same checkpoint.
         checkpoint: It.
         max_length: How many positions will be asked for.
+        dtype: Of the model.
+        forms: Which codes stay codes, as `Checkpoint.kept_forms` says it.
     """
-    about = findings.description
-    skeleton = Skeleton(checkpoint.path)
-    mapped = checkpoint.mapped(set(about["parameters"]))
-    parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in mapped.items()}
+    about, files = findings.description, OpenFiles()
+    skeleton = Skeleton(checkpoint.path, dtype)
     embedding_at, head_at, positions_at = about["embedding"], about["head"], about["positions"]
+    table, of_codes = f"{embedding_at}.weight", set(about["codes"])
+    looked_up = checkpoint.coded.get(table)
+    stored_codes = None
+    if looked_up is not None and "int8" in forms and looked_up.stays(forms):
+        stored_codes = codes_of(looked_up, files)  # and numbers are of no use
+    names = set(about["parameters"]) - of_codes
+    numbers = _numbers(checkpoint, names if stored_codes is None else names - {table}, dtype, files)
+    if looked_up is not None and stored_codes is not None:
+        numbers[table] = torch.empty(looked_up.shape, dtype=dtype, device="meta")
+    parameters = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in numbers.items()}
     if about["tied"]:
-        parameters[f"{head_at}.weight"] = parameters[f"{embedding_at}.weight"]
+        parameters[f"{head_at}.weight"] = parameters[table]
     with torch.device("meta"):
-        embedding = skeleton.add(embedding_at, _Table(*parameters[f"{embedding_at}.weight"].shape))
-        outputs, inputs = parameters[f"{head_at}.weight"].shape
-        head = skeleton.add(head_at, _Head(inputs, outputs, bias=False))
+        embedding = skeleton.add(embedding_at, _Table(*parameters[table].shape))
+        if f"{head_at}.weight" not in of_codes:
+            outputs, inputs = parameters[f"{head_at}.weight"].shape
+            skeleton.add(head_at, _Head(inputs, outputs, bias=False))
         positions = None
         if positions_at is not None:
             positions = skeleton.add(positions_at, _Table(*parameters[f"{positions_at}.weight"].shape))
+    for name in about["codes"]:
+        at = name.removesuffix(".weight")
+        codes = codes_of(checkpoint.coded[name], files)
+        skeleton.add(at, layer_of(codes, parameters.pop(f"{at}.bias", None), dtype))
     for name, parameter in parameters.items():
         module, last = skeleton.place(name)
         module.register_parameter(last, parameter)
-    for name, shape, dtype in about["buffers"]:
+    if stored_codes is not None:
+        vars(embedding)["stored_codes"] = stored_codes
+    head = cast("nn.Linear", skeleton.get_submodule(head_at))
+    for name, shape, its_dtype in about["buffers"]:
         module, last = skeleton.place(name)
-        module.register_buffer(last, torch.empty(shape, dtype=getattr(torch, dtype), device="meta"))
+        module.register_buffer(last, torch.empty(shape, dtype=getattr(torch, its_dtype), device="meta"))
     rotations = []
     for number, scale in enumerate(about["scales"]):
         rotations.append(_tables(max_length, findings.tensors[f"frequencies.{number}"], scale))
@@ -205,6 +236,26 @@ def assembled(
         **about["numbers"],
     )
     return skeleton, layers, blueprint
+
+
+def _is_stored(stored: StoredTensor | CodedWeight | None, parameter: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether `_numbers` makes a parameter of what is stored."""
+    if stored is None or stored.shape != tuple(parameter.shape) or parameter.dtype is not dtype:
+        return False
+    return isinstance(stored, CodedWeight) or stored.dtype in TORCH_DTYPES
+
+
+def _numbers(checkpoint: Checkpoint, names: set[str], dtype: torch.dtype, files: OpenFiles) -> dict[str, torch.Tensor]:
+    """Parameters by name: mapped where they are stored in the model's dtype, else made of what is stored."""
+    found = {name: checkpoint.coded[name].numbers(files, dtype) for name in names & checkpoint.coded.keys()}
+    as_they_are = set()
+    for tensor in checkpoint.plain:
+        if tensor.name in names:
+            if tensor.aligned and TORCH_DTYPES[tensor.dtype] is dtype:
+                as_they_are.add(tensor.name)
+            else:
+                found[tensor.name] = files.tensor(tensor).to(dtype, copy=not tensor.aligned)
+    return found | checkpoint.mapped(as_they_are)
 
 
 def _frequencies(model: nn.Module, cosines: torch.Tensor, sines: torch.Tensor) -> tuple[torch.Tensor, float] | None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import transformers
 
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model.gguf import eight_bit_blocks, float_blocks, four_bit_blocks
+from asyncengine.model.quantised import compiled_codes
 from asyncengine.model.quantised.eight_bits import EightBits, nearest_bytes
 from asyncengine.model.quantised.four_bits import FP4, GROUP, INT4, NONLINEAR, FourBits
 
@@ -31,6 +31,7 @@ class BlockType:
         zeros: Whether codes have zeros.
         write_bytes: Writes blocks as codes of eight bits, scales and perhaps zeros; None if they are rounded to such.
         group: Inputs that share a scale as codes.
+        middle: Of codes of eight bits with zeros, what has been taken from them.
     """
 
     name: str
@@ -41,6 +42,7 @@ class BlockType:
     zeros: bool = False
     write_bytes: Callable[..., None] | None = None
     group: int = GROUP
+    middle: int = 0
 
     @property
     def eight_bits(self) -> bool:
@@ -90,6 +92,8 @@ def decode(
     rows, inputs = shape
     blocks, parts = _blocks_of(kind, data, shape)
     count = len(blocks)
+    if kind.write_bytes is not None and not kind.zeros and compiled_codes.library() is not None:
+        return decode_bytes(type_id, data, shape).weight(dtype)  # the same numbers
     if kind.values is None:
         numbers = torch.empty(count, kind.numbers, dtype=dtype)
         scratch = torch.empty(_longest(parts, count), kind.numbers, dtype=torch.float32)
@@ -103,8 +107,12 @@ def decode(
         return numbers.view(rows, inputs)
     codes = torch.empty(count, kind.numbers // 2, dtype=torch.uint8)
     found = [torch.empty(count, kind.numbers // GROUP, dtype=torch.float32) for _ in range(2 if kind.zeros else 1)]
-    for part in parts:
-        kind.write(blocks[part], codes[part], *(each[part] for each in found))
+    if compiled_codes.take_apart(type_id, blocks, codes, *found, *(() if kind.zeros else (None,))):
+        if kind.zeros:
+            four_bit_blocks.from_minima(found[0], found[1].clone(), codes, *found)
+    else:
+        for part in parts:
+            kind.write(blocks[part], codes[part], *(each[part] for each in found))
     scales, *zeros = (each.view(rows, inputs // GROUP) for each in found)
     return FourBits(codes.view(rows, inputs // 2), scales, zeros[0] if zeros else None, kind.values)
 
@@ -133,6 +141,10 @@ def decode_bytes(type_id: int, data: torch.Tensor, shape: tuple[int, int]) -> Ei
     codes = torch.empty(count, kind.numbers, dtype=torch.int8)
     found = [torch.empty(count, groups, dtype=torch.float32) for _ in range(2 if kind.zeros else 1)]
     scratch = torch.empty(0 if kind.write_bytes else _longest(parts, count), kind.numbers, dtype=torch.float32)
+    if kind.write_bytes and compiled_codes.take_apart(type_id, blocks, codes, *found, *(() if kind.zeros else (None,))):
+        if kind.zeros:
+            eight_bit_blocks.from_minima(found[0], found[1].clone(), kind.middle, codes, *found)
+        parts = []
     for part in parts:
         if kind.write_bytes:
             kind.write_bytes(blocks[part], codes[part], *(each[part] for each in found))
@@ -172,6 +184,8 @@ def _plain(dtype: torch.dtype, blocks: torch.Tensor, to: torch.Tensor) -> None:
 
 def _by_transformers(type_id: int, blocks: torch.Tensor, to: torch.Tensor) -> None:
     """Types with large tables of which numbers may stand beside each other."""
+    import transformers
+
     try:
         from transformers.integrations.gguf.dequant import dequantize
     except ImportError as error:
@@ -195,12 +209,14 @@ TYPES: Mapping[int, BlockType] = {
     2: BlockType("Q4_0", 32, 18, four_bit_blocks.q4_0, INT4),
     3: BlockType("Q4_1", 32, 20, four_bit_blocks.q4_1, INT4, zeros=True),
     6: BlockType("Q5_0", 32, 22, float_blocks.q5_0, write_bytes=eight_bit_blocks.q5_0),
-    7: BlockType("Q5_1", 32, 24, float_blocks.q5_1, zeros=True, write_bytes=eight_bit_blocks.q5_1),
+    7: BlockType("Q5_1", 32, 24, float_blocks.q5_1, zeros=True, write_bytes=eight_bit_blocks.q5_1, middle=16),
     8: BlockType("Q8_0", 32, 34, float_blocks.q8_0, write_bytes=eight_bit_blocks.q8_0),
-    10: BlockType("Q2_K", 256, 84, float_blocks.q2_k, zeros=True, write_bytes=eight_bit_blocks.q2_k, group=16),
+    10: BlockType(
+        "Q2_K", 256, 84, float_blocks.q2_k, zeros=True, write_bytes=eight_bit_blocks.q2_k, group=16, middle=2
+    ),
     11: BlockType("Q3_K", 256, 110, float_blocks.q3_k, write_bytes=eight_bit_blocks.q3_k, group=16),
     12: BlockType("Q4_K", 256, 144, four_bit_blocks.q4_k, INT4, zeros=True),
-    13: BlockType("Q5_K", 256, 176, float_blocks.q5_k, zeros=True, write_bytes=eight_bit_blocks.q5_k),
+    13: BlockType("Q5_K", 256, 176, float_blocks.q5_k, zeros=True, write_bytes=eight_bit_blocks.q5_k, middle=16),
     14: BlockType("Q6_K", 256, 210, float_blocks.q6_k, write_bytes=eight_bit_blocks.q6_k, group=16),
     16: _gridded("IQ2_XXS", 66, 16),
     17: _gridded("IQ2_XS", 74, 17),

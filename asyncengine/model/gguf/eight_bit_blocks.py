@@ -42,14 +42,14 @@ def q5_0(blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> Non
 def q5_1(blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
     """Groups of 32."""
     _put(five_bits(blocks[:, 4:]), codes, 16)
-    _from_minima(halves(blocks, 0), halves(blocks, 2), 16, codes, scales, zeros)
+    from_minima(halves(blocks, 0), halves(blocks, 2), 16, codes, scales, zeros)
 
 
 def q2_k(blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
     """Groups of 16."""
     steps, minima = q2_k_scales_and_minima(blocks)
     _put(planes(blocks[:, 16:80], 32, 2), codes, 2)
-    _from_minima(steps, minima.neg_(), 2, codes, scales, zeros)
+    from_minima(steps, minima.neg_(), 2, codes, scales, zeros)
 
 
 def q3_k(blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
@@ -62,7 +62,7 @@ def q5_k(blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros:
     """Groups of 32."""
     steps, minima = scales_and_minima(blocks)
     _put(q5_k_codes(blocks), codes, 16)
-    _from_minima(steps, minima.neg_(), 16, codes, scales, zeros)
+    from_minima(steps, minima.neg_(), 16, codes, scales, zeros)
 
 
 def q6_k(blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
@@ -82,7 +82,7 @@ def _put(words: torch.Tensor, codes: torch.Tensor, middle: int) -> None:
     torch.sub(words.view(torch.int8), middle, out=codes)
 
 
-def _from_minima(
+def from_minima(
     steps: torch.Tensor,
     minima: torch.Tensor,
     middle: int,

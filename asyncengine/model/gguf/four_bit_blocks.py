@@ -29,14 +29,14 @@ def q4_0(blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> Non
 def q4_1(blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
     """Scale, minimum, codes."""
     _neighbours(blocks[:, 4:], 16, codes)
-    _from_minima(halves(blocks, 0), halves(blocks, 2), codes, scales, zeros)
+    from_minima(halves(blocks, 0), halves(blocks, 2), codes, scales, zeros)
 
 
 def q4_k(blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
     """What scales and minima are multiplied by, those in six bits each, codes."""
     steps, minima = scales_and_minima(blocks)
     _neighbours(blocks[:, 16:], 32, codes)
-    _from_minima(steps, minima.neg_(), codes, scales, zeros)
+    from_minima(steps, minima.neg_(), codes, scales, zeros)
 
 
 def iq4_xs(blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
@@ -65,7 +65,7 @@ def _neighbours(stored: torch.Tensor, width: int, codes: torch.Tensor) -> None:
         to[:, :, place] = bytes.view(torch.int64).view(len(codes), -1, width // 16)
 
 
-def _from_minima(
+def from_minima(
     steps: torch.Tensor, minima: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
 ) -> None:
     """Of numbers that are a minimum and up to 15 steps. Where the steps are nothing beside it, all codes become one."""

@@ -121,16 +121,16 @@ class KeptCodes:
         numbers = weight.numbers(self._files, self._dtype)  # its groups are in another order, say
         module._parameters[name] = nn.Parameter(numbers, requires_grad=False)
         if self._tables and module is model.get_input_embeddings() and weight.form != "none":
-            module.stored_codes = weight.read_bytes(self._files) if weight.form == "int8" else weight.read(self._files)
+            module.stored_codes = codes_of(weight, self._files)
         return 0
 
     def _layer(self, module: nn.Linear, weight: CodedWeight) -> FourBitLinear | ByteLinear | Fp8Linear | None:
         """What can take a layer's place, or None."""
+        found = codes_of(weight, self._files)
         if weight.form == "int8":
-            return ByteLinear(weight.read_bytes(self._files), module.bias, self._dtype)
-        found = weight.read(self._files)
+            return layer_of(found, module.bias, self._dtype)
         if isinstance(found, FourBits):
-            return FourBitLinear(found, module.bias, self._dtype) if found.group % GROUP == 0 else None
+            return layer_of(found, module.bias, self._dtype) if found.group % GROUP == 0 else None
         if weight.form != "fp8" or not fits(module):
             return None
         # Scales of blocks become scales of outputs.
@@ -160,6 +160,25 @@ class KeptCodes:
         if held:
             hold(module, held, transposed)
         return sum(weight.size for name in held for weight, _ in found[name])
+
+
+def codes_of(weight: CodedWeight, files: OpenFiles) -> Decoded:
+    """What is stored of a weight, as codes if there are any: of eight bits where that is its form."""
+    return weight.read_bytes(files) if weight.form == "int8" else weight.read(files)
+
+
+def layer_of(codes: Decoded, bias: nn.Parameter | None, dtype: torch.dtype) -> FourBitLinear | ByteLinear:
+    """A linear layer of codes.
+
+    Args:
+        codes: Of four bits, or eight.
+        bias: (outputs,), or None.
+        dtype: Of the weight that they stand for.
+    """
+    assert not isinstance(codes, torch.Tensor)
+    if isinstance(codes, FourBits):
+        return FourBitLinear(codes, bias, dtype)
+    return ByteLinear(codes, bias, dtype)
 
 
 def _in_order(path: str, experts: _Experts, roles: tuple[str, ...], count: int) -> list[CodedWeight]:
