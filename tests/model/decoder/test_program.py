@@ -287,7 +287,10 @@ def test_int4_computes_with_the_nearest_codes(architecture: str, checkpoint: Che
 def test_a_model_whose_weights_have_four_bits(architecture: str, checkpoint: Checkpoint) -> None:
     """Its codes are taken as they are, and what has none is stored in bytes."""
     changes = BESIDE.get(architecture, {})
-    path, [tokens] = checkpoint(architecture, 1, **changes), sequences(1)  # with this seed rounding sends none elsewhere
+    path, [tokens] = (
+        checkpoint(architecture, 1, **changes),
+        sequences(1),
+    )  # with this seed rounding sends none elsewhere
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=ATTENTION).eval()
     round_layers(model, 64)
     if architecture == "llama":  # one that its author left as it was
