@@ -95,9 +95,6 @@ def _ropes(text: Any) -> list[tuple[str | None, dict[str, Any]]]:
 
 
 def _limits(text: Any, longest: int) -> Iterator[RopeLimit]:
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     for layers, rope in _ropes(text):
         kind = str(rope.get("rope_type", "default"))
         if kind not in _KINDS:
@@ -106,11 +103,24 @@ def _limits(text: Any, longest: int) -> Iterator[RopeLimit]:
             text, "original_max_position_embeddings", None
         )
         tokens = int(original or text.max_position_embeddings)
-        named = {} if layers is None else {"layer_type": layers}
-        (short, _), (long, _) = (
-            ROPE_INIT_FUNCTIONS[kind](text, torch.device("cpu"), seq_len=length, **named)
-            for length in (tokens, longest)
-        )
+        if longest <= tokens:
+            continue
         scales = rope.get("short_mscale"), rope.get("long_mscale")  # Phi-3.5-MoE's, with a rotary module of its own
-        if longest > tokens and not (torch.equal(short, long) and scales[0] == scales[1]):
-            yield RopeLimit(kind, tokens, kind == "longrope" and scales[1] is None)
+        lasting = kind == "longrope" and scales[1] is None
+        try:
+            changes = _change(text, kind, layers, tokens, longest) or scales[0] != scales[1]
+        except Exception:  # a configuration without something that transformers' function needs
+            changes, lasting = True, False
+        if changes:
+            yield RopeLimit(kind, tokens, lasting)
+
+
+def _change(text: Any, kind: str, layers: str | None, *lengths: int) -> bool:
+    """Whether two sequences of these lengths are rotated in different ways."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    named = {} if layers is None else {"layer_type": layers}
+    make, cpu = ROPE_INIT_FUNCTIONS[kind], torch.device("cpu")
+    (first, _), (second, _) = (make(text, cpu, seq_len=length, **named) for length in lengths)
+    return not torch.equal(first, second)
