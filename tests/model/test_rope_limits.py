@@ -103,6 +103,8 @@ def test_frequencies_that_do_not_change_are_no_limit(checkpoint: Checkpoint) -> 
     alike = config("phi3", **PHI | {"rope_parameters": LONG | {"short_factor": LONG["long_factor"]}})
     assert rope_limits.limit_of(alike, LONGEST) is None
     assert rope_limits.limit_of(config("phi3", **PHI), LONGEST) == RopeLimit("longrope", ORIGINAL, True)
+    alike.rope_parameters |= {"short_mscale": 1.0, "long_mscale": 1.25}
+    assert rope_limits.limit_of(alike, LONGEST) == RopeLimit("longrope", ORIGINAL, False)
     odd = config("phi3", **PHI)
     del odd.rope_parameters["long_factor"]
     assert rope_limits.limit_of(odd, LONGEST) == RopeLimit("longrope", ORIGINAL, False)
