@@ -46,7 +46,8 @@ class EngineConfig:
             ``"server"``: many sequences, and as much KV cache as memory allows.
         max_num_sequence: Most sequences in one step.
         max_total_sequence_length: KV cache capacity in tokens, over all sequences.
-        max_single_sequence_length: Most tokens in one sequence, prompt and output together.
+        max_single_sequence_length: Most tokens in one sequence, prompt and output together. By default as many as the
+            model allows, or up to which its positions do not change with the length.
         prefill_chunk_size: Most prompt tokens computed in one step.
         kv_cache_page_size: Tokens per KV cache block.
         gpu_memory_utilization: Share of memory that may be used. On CUDA: share of the device's memory for weights,

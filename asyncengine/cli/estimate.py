@@ -138,6 +138,7 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.quantised.kept_bytes import Where, kept_bytes
     from asyncengine.model.recurrent.refusals import check_recurrent
     from asyncengine.model.recurrent.states import state_bytes
+    from asyncengine.model.rope_limits import length_for, limit_of, settle
 
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
@@ -153,13 +154,15 @@ def read(config: EngineConfig) -> Needs:
         check_draft(name, checkpoint, text.vocab_size, device, dtype, kv_dtype) for name in config.additional_models
     ]
     longest = min([longest_of(text, config), *(draft.max_length for draft in drafts)])
-    length = config.max_single_sequence_length or longest
+    limits = [limit_of(each, longest) for each in (hf_config, *(draft.hf_config for draft in drafts))]
+    length, _ = length_for(config.max_single_sequence_length, longest, limits)
     if length > longest:
         whose = "the model's or its draft model's" if drafts else "the model's"
         raise ConfigError(
             f"max_single_sequence_length is {length}; {whose} max_position_embeddings allows 1..{longest}"
         )
-    architecture.check_rope(hf_config, length)
+    for each in (hf_config, *(draft.hf_config for draft in drafts)):
+        settle(each, length)
     watched = _watched(architecture, hf_config)
     of_drafts = [_watched(architecture, draft.hf_config) for draft in drafts]
     check_recurrent(config, bool(watched.recurrent), any(each.recurrent for each in of_drafts))

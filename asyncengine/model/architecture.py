@@ -176,30 +176,6 @@ def _layer_types(config: Any) -> list[str]:
     return list(getattr(text_config(config), "layer_types", None) or ())
 
 
-def check_rope(config: Any, max_length: int) -> None:
-    """Refuses rotary embeddings that depend on the longest sequence in the batch, up to `max_length` tokens.
-
-    Raises:
-        UnsupportedModelError: They would make a sequence's output depend on its neighbours.
-    """
-    text = text_config(config)
-    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    for rope in nested:
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("dynamic", "longrope"):
-            continue
-        original = rope.get("original_max_position_embeddings") or getattr(
-            text, "original_max_position_embeddings", None
-        )
-        original = original or text.max_position_embeddings
-        if max_length > original:
-            raise UnsupportedModelError(
-                f"{_name(config)} has rotary embeddings of type {kind!r}, which change for every sequence in the batch "
-                f"once one has more than {original} tokens; set max_single_sequence_length to at most {original}"
-            )
-
-
 def record(model: PreTrainedModel, tokens: int = 4) -> Recorded:
     """Runs a dummy forward of `tokens` tokens and returns what keeps something of the tokens before, in order.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from asyncengine.config import DecoderBackend, EngineConfig
@@ -269,7 +269,9 @@ def _findings(
     ):
         return None
     kept = trial.kept()
-    return Findings(found.description | kept.description | {"notes": notes}, found.tensors | kept.tensors)
+    limit = None if details.rope_limit is None else astuple(details.rope_limit)
+    more = {"notes": notes, "rope_limit": limit}
+    return Findings(found.description | kept.description | more, found.tensors | kept.tensors)
 
 
 def _tried(config: EngineConfig, model: Any, trial: Any, backend: Any) -> tuple[str, ...]:

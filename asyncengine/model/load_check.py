@@ -16,13 +16,14 @@ import torch
 from asyncengine.builds import BuildError, find_compiler
 from asyncengine.config import EngineConfig, Quantization
 from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, UnsupportedModelError
-from asyncengine.model import memory
+from asyncengine.model import memory, rope_limits
 from asyncengine.model.adapters import lora
 from asyncengine.model.attention_modules import text_config
 from asyncengine.model.findings import Findings, place_of, recall
 from asyncengine.model.memory import GIB
 from asyncengine.model.recorded import Watched
 from asyncengine.model.recurrent.refusals import check_recurrent
+from asyncengine.model.rope_limits import RopeLimit
 from asyncengine.model.vision.refusals import refusal
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer
@@ -66,6 +67,8 @@ class Details:
         quantization: What weights are kept as.
         no_images: Why the model takes no images, in words; empty if it is to take some.
         unasked: Whether nobody has asked for that `quantization`, so that it may be another one.
+        rope_limit: Up to which length of a sequence its rotary embedding does not change; None if it never does.
+        rope_note: What there is to be said of that, in words; empty if there is nothing.
     """
 
     checkpoint: Any
@@ -86,6 +89,8 @@ class Details:
     quantization: Quantization = "none"
     no_images: str = "it drafts"
     unasked: bool = False
+    rope_limit: RopeLimit | None = None
+    rope_note: str = ""
 
     @property
     def images(self) -> bool:
@@ -137,20 +142,23 @@ def plan_of(
         hf_config = architecture.read_config(checkpoint)
         text = text_config(hf_config)
         vocab_size, longest = text.vocab_size, longest_of(text, config)
+        limit = rope_limits.limit_of(hf_config, longest)
         no_images = no_images or architecture.no_images(hf_config)
     else:
         hf_config = None
         vocab_size, longest = findings.description["vocab_size"], findings.description["longest"]
+        limit = None if (known := findings.description["rope_limit"]) is None else RopeLimit(*known)
     if config.images and no_images:
         raise UnsupportedModelError(f"images is True; {config.model!r} takes none: {no_images}")
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
     for path in config.adapters.values():
         lora.check_there(path, checkpoint.shapes)
-    draft = None
+    draft, limits = None, [limit]
     for name in config.additional_models:
         draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype, config.quantization)
         longest = min(longest, draft.max_length)
-    max_length = config.max_single_sequence_length or longest
+        limits.append(rope_limits.limit_of(draft.hf_config, draft.max_length))
+    max_length, rope_note = rope_limits.length_for(config.max_single_sequence_length, longest, limits)
     if max_length > longest:
         whose = "the model's" if draft is None else "the model's or its draft model's"
         raise ConfigError(
@@ -158,10 +166,10 @@ def plan_of(
         )
     watched = None
     if findings is None:
-        architecture.check_rope(hf_config, max_length)
+        rope_limits.settle(hf_config, max_length)
         watched = watch(architecture, hf_config, not no_images)
     if draft is not None:
-        architecture.check_rope(draft.hf_config, max_length)
+        rope_limits.settle(draft.hf_config, max_length)
         draft = dataclasses.replace(draft, max_length=max_length, watched=watch(architecture, draft.hf_config))
     drafting = None if draft is None else draft.watched
     check_recurrent(config, bool(watched and watched.recurrent), bool(drafting and drafting.recurrent))
@@ -191,6 +199,8 @@ def plan_of(
         selecting,
         config.quantization,
         no_images,
+        rope_limit=limit,
+        rope_note=rope_note,
     )
     try:
         beside = fits(details, current)
@@ -416,7 +426,7 @@ def without_findings(details: Details) -> Details:
     from asyncengine.model import architecture
 
     hf_config = architecture.read_config(details.checkpoint)
-    architecture.check_rope(hf_config, details.max_length)
+    rope_limits.settle(hf_config, details.max_length)
     watched = watch(architecture, hf_config, details.images)
     return dataclasses.replace(details, hf_config=hf_config, watched=watched, findings=None)
 

@@ -151,6 +151,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         keeping().result()
     backend, reason = attention().backend, attention().fallback_reason
     notes = [] if reason is None else [f"attention: {reason}"]
+    notes += [details.rope_note] if details.rope_note else []
     draft = None
     if details.draft is not None:
         draft = build(config, details.draft, lambda: backend)

@@ -156,6 +156,10 @@ ROUTED: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("ApertusConfig", COMMON),
     "arcee": ("ArceeConfig", COMMON),
+    "cohere2_moe": ("Cohere2MoeConfig", WINDOWED | ROUTED | {
+        "num_experts": 4, "num_shared_experts": 1, "shared_expert_combination_strategy": "average",
+        "expert_selection_fn": "sigmoid", "prefix_dense_intermediate_size": 96, "first_k_dense_replace": 1,
+    }),
     "deepseek_v2": ("DeepseekV2Config", COMMON | GROUPED | {
         "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 16, "v_head_dim": 20, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
@@ -221,5 +225,8 @@ def write(path: Path, architecture: str, seed: int = 0, **changes: Any) -> Path:
                     parameter.normal_(0.0, 0.12)
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("correction_bias"):
+                    buffer.add_(torch.randn_like(buffer) * 0.1)
     model.save_pretrained(path)
     return path

@@ -43,6 +43,7 @@ PARTS = {
     "phi3": ("qkv_proj", "gate_up_proj"),
     "mixtral": ("q_proj", "o_proj"),
     "deepseek_v3": ("q_b_proj", "shared_experts.up_proj"),
+    "qwen2_moe": ("shared_expert_gate", "shared_expert.down_proj"),
 }
 """Layers of the second adapter, where they are called otherwise than in llama."""
 
@@ -68,6 +69,7 @@ async def ask_all(engine: AsyncEngine, adapters: tuple[str | None, ...]) -> list
     ("architecture", "decoder"),
     [
         *((name, "compiled") for name in ("qwen2", "qwen3", "gemma3_text", "phi3", "gpt2", "gpt_neox", "mixtral")),
+        ("qwen2_moe", "compiled"),
         *((name, "transformers") for name in ("qwen3", "phi3", "gpt2", "deepseek_v3")),
     ],
 )

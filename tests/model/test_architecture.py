@@ -75,29 +75,6 @@ def test_refuses_an_unknown_model_type_by_name(tmp_path: Path) -> None:
         TransformersLoader().check(EngineConfig(str(path)), None)
 
 
-@pytest.mark.parametrize(
-    ("rope", "match"),
-    [
-        (
-            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128},
-            "dynamic",
-        ),
-        (
-            {
-                "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
-                "original_max_position_embeddings": 128,
-            },
-            "longrope",
-        ),
-    ],
-)  # fmt: skip
-def test_refuses_rotary_embeddings_that_depend_on_the_batch(rope: dict[str, Any], match: str, tmp_path: Path) -> None:
-    path = write(tmp_path, "llama", rope_parameters=rope)
-    with pytest.raises(UnsupportedModelError, match=f"{match}.*max_single_sequence_length to at most 128"):
-        TransformersLoader().check(EngineConfig(str(path)), None)
-    TransformersLoader().check(EngineConfig(str(path), max_single_sequence_length=128), None)
-
-
 def test_refuses_a_model_whose_paged_logits_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from asyncengine.model.attention.reference import TorchAttention
 

@@ -16,8 +16,10 @@ NEW_TOKENS = 24
 COMPILED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3", "granite", "smollm3",
     "gpt2", "gpt_neox", "cohere", "cohere2", "exaone4", "starcoder2", "opt", "glm4", "phi", "mixtral", "qwen3_moe",
-    "gpt_oss",
+    "gpt_oss", "qwen2_moe", "glm4_moe",
 )  # fmt: skip
+BESIDE = ("qwen2_moe", "glm4_moe")
+"""Experts that have an MLP beside them."""
 LONGEST = 6  # of the prompts below
 GREEDY = GenerationConfig(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
@@ -61,7 +63,8 @@ def references() -> dict[str, list[list[int]]]:
 
 @pytest.mark.parametrize(
     ("architecture", "backend"),
-    [(name, backend) for name in ARCHITECTURES for backend in ("cpu", "torch")] + [(name, "cpu") for name in RECURRENT],
+    [(name, backend) for name in ARCHITECTURES for backend in ("cpu", "torch")]
+    + [(name, "cpu") for name in (*RECURRENT, *BESIDE)],
 )
 def test_greedy_equals_transformers(
     architecture: str,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from asyncengine.model.attention_modules import RecordedLayer, text_config
-from asyncengine.model.decoder.experts import ROUTERS, experts_of
-from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
+from asyncengine.model.decoder.experts import ROUTERS, SHARED, SHARED_GATES, experts_of, shared_of
+from asyncengine.model.decoder.parts import Beside, Blueprint, LayerParts, NormPart, NotRecognised, Projection
 from asyncengine.model.decoder.rotation import Rotation, rotates, rotation
 from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
@@ -51,9 +52,12 @@ _KEY_NORM = ("k_norm", "k_layernorm")
 _FUSED_QKV = ("qkv_proj", "c_attn")  # queries, then keys, then values
 _QKV_BY_HEAD = ("query_key_value",)  # of every head: query, key, value
 _OUTPUT = ("o_proj", "c_proj", "out_proj", "dense")
+_GATE_UP = ("gate_up_proj", "input_linear")  # gate, then up projection
 _UP = ("up_proj", "fc1", "c_fc", "dense_h_to_4h")
-_DOWN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
-_ACTIVATION = ("act_fn", "activation_fn", "act")
+_DOWN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "output_linear")
+_ACTIVATION = ("act_fn", "activation_fn", "act", "activation")
+_MLP = ("mlp", "block_sparse_moe")
+_SHARED_MLP = ("shared_mlp",)  # beside a module of experts
 
 
 @torch.no_grad()
@@ -78,7 +82,7 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int, whole_
     rotations = _rotations(stack, config, recorded, max_length)
     hidden = config.hidden_size
     each = zip(blocks, recorded, rotations, strict=True)
-    layers = tuple(_layer(*parts, hidden, whole_experts) for parts in each)
+    layers = tuple(_layer(*parts, hidden, model.dtype, whole_experts) for parts in each)
     _aligned(hidden)
     names = ("hidden_act", "hidden_activation", "activation_function")
     activation = next((name for key in names if (name := getattr(config, key, None))), None)
@@ -131,17 +135,24 @@ def check_parts(
 
 
 def _check_layer(block: nn.Module, attention: nn.Module, whole_experts: bool) -> None:
-    mlp = getattr(block, "mlp", None)
-    own = {*_ATTENTION, *_FIRST_NORM, *_AFTER_ATTENTION, *_SECOND_NORM, *_BEFORE_MLP, *_AFTER_MLP, "mlp"}
-    of_mlp = {"gate_proj", "gate_up_proj", *_UP, *_DOWN, *_ACTIVATION}
+    mlp = _first(block, _MLP)
+    own = {*_ATTENTION, *_FIRST_NORM, *_AFTER_ATTENTION, *_SECOND_NORM, *_BEFORE_MLP, *_AFTER_MLP, *_MLP}
+    of_mlp = {"gate_proj", *_GATE_UP, *_UP, *_DOWN, *_ACTIVATION}
+    if not whole_experts:
+        own |= {*_SHARED_MLP}
     _expect(block, own if mlp is not None else own | of_mlp, "a layer")
     if _first(block, _ATTENTION) is not attention:
         raise NotRecognised("a layer is not attention and an MLP")
     of_attention = {"q_proj", "k_proj", "v_proj", *_FUSED_QKV, *_QKV_BY_HEAD, *_OUTPUT, *_QUERY_NORM, *_KEY_NORM}
     _expect(attention, of_attention, "attention")
-    if mlp is not None and not (whole_experts and hasattr(mlp, "experts")):
-        with_experts = hasattr(mlp, "experts")
-        _expect(mlp, {*ROUTERS, "experts"} if with_experts else of_mlp, f"an MLP{' with experts' * with_experts}")
+    if mlp is None or (whole_experts and hasattr(mlp, "experts")):
+        return
+    if not hasattr(mlp, "experts"):
+        return _expect(mlp, of_mlp, "an MLP")
+    _expect(mlp, {*ROUTERS, *SHARED, *SHARED_GATES, "experts"}, "an MLP with experts")
+    for shared in (shared_of(mlp), _first(block, _SHARED_MLP)):
+        if shared is not None:
+            _expect(shared, of_mlp, "a shared expert")
 
 
 def _rotations(
@@ -177,20 +188,32 @@ def _positions(stack: nn.Module, hidden: int, max_length: int) -> tuple[nn.Embed
 
 
 def _layer(
-    block: nn.Module, recorded: RecordedLayer, rotation: Rotation | None, hidden: int, whole_experts: bool
+    block: nn.Module,
+    recorded: RecordedLayer,
+    rotation: Rotation | None,
+    hidden: int,
+    dtype: torch.dtype,
+    whole_experts: bool,
 ) -> LayerParts:
     attention, spec = recorded.module, recorded.spec
-    mlp = getattr(block, "mlp", None)
+    mlp, beside = _first(block, _MLP), _first(block, _SHARED_MLP)
     experts, whole = None, None
     if mlp is None:
         mlp = block  # which has its linear layers
     elif whole_experts and hasattr(mlp, "experts"):
-        whole = mlp
+        whole, mlp = mlp, None
     elif hasattr(mlp, "experts"):
-        experts = experts_of(mlp, hidden)
+        experts = experts_of(mlp, hidden, dtype)
+        mlp = shared_of(mlp)
+        if beside is not None:
+            if mlp is not None:
+                raise NotRecognised("a layer has two shared experts")
+            mlp, experts = beside, replace(experts, beside=Beside())
+    elif beside is not None:
+        raise NotRecognised("a layer has an MLP beside another one")
     pre, post, pre_mlp, post_mlp, parallel = _norms_of(block)
     widths = (spec.num_heads * spec.key_dim, spec.num_kv_heads * spec.key_dim, spec.num_kv_heads * spec.value_dim)
-    down = None if experts is not None or whole is not None else _linear(mlp, _DOWN)
+    down = None if mlp is None else _linear(mlp, _DOWN)
     layer = LayerParts(
         before_attention=pre,
         after_attention=post,
@@ -209,8 +232,8 @@ def _layer(
         recorded=recorded,
         whole_mlp=whole,
     )
-    inner = down.inputs if down is not None else 0 if experts is None else experts.inner
-    for size in (*widths, spec.key_dim, spec.num_heads * spec.value_dim, inner):
+    inner = [0 if down is None else down.inputs, 0 if experts is None else experts.inner]
+    for size in (*widths, spec.key_dim, spec.num_heads * spec.value_dim, *inner):
         _aligned(size)
     return layer
 
@@ -257,8 +280,8 @@ def _qkv(attention: nn.Module, widths: tuple[int, int, int], equal_heads: bool) 
 
 
 def _gate_up(mlp: nn.Module, inner: int) -> tuple[Projection, ...]:
-    if hasattr(mlp, "gate_up_proj"):
-        return _blocks(_linear(mlp, ("gate_up_proj",)), (inner, inner))
+    if _first(mlp, _GATE_UP) is not None:
+        return _blocks(_linear(mlp, _GATE_UP), (inner, inner))
     gate = () if getattr(mlp, "gate_proj", None) is None else (_linear(mlp, ("gate_proj",)),)
     found = (*gate, _linear(mlp, _UP))
     if any(part.weight.shape[0] != inner for part in found):

@@ -41,14 +41,20 @@ struct Norm {  // (x - mean(x)) / deviation(x) * weight + bias, or x / rms(x) * 
   double epsilon;
 };
 
-struct Experts {  // in the place of an MLP; each has a gate
-  Matrix router;         // an output for each of them; no experts: there is an MLP
-  Matrix gate_up, down;  // of all of them, one after the other
-  int64_t count, top;    // how many there are, and to how many a token is sent
-  int64_t chosen_first;  // whether the softmax that weighs them is over those that were chosen; else over all
-  int64_t normalised;    // whether the weights of those that were chosen add up to 1
+struct Experts {  // in the place of an MLP, or beside it; each has a gate
+  Matrix router;            // an output for each of them, and behind these, from a whole vector on, one that tells how
+                            // much the MLP beside them counts; no experts: there is an MLP alone
+  Matrix gate_up, down;     // of all of them, one after the other
+  const float *correction;  // (count) added to what chooses, not to what weighs; or null
+  int64_t count, top;       // how many there are, and to how many a token is sent
+  int64_t groups, groups_asked;  // neighbours that are chosen together, by their two best; of how many groups
+  int64_t sigmoid;          // whether scores are sigmoids; else they are a softmax
+  int64_t chosen_first;     // whether that is over those that were chosen; else over all
+  int64_t normalised;       // whether the weights of those that were chosen add up to 1
+  int64_t beside_gated;     // whether the MLP beside them is multiplied by a sigmoid
   int64_t activation;
-  double alpha, limit;  // of activation 5
+  double alpha, limit;          // of activation 5
+  double scale, beside_scale;  // what their answers, and those of the MLP beside them, are multiplied by at last
 };
 
 struct DecoderLayer {
@@ -96,7 +102,7 @@ struct DecoderStep {
   const int64_t *pool_spans;  // (pools, 2) tokens, from and to, whose hidden states are summed
   int64_t pools;
   float *pooled;  // (pools, hidden), behind the last norm
-  const AdaptedMatrix *const *adapters;  // of each, (layers, 4): qkv, output, gate_up, down
+  const AdaptedMatrix *const *adapters;  // of each, (layers, 5): qkv, output, gate_up, down, router
   const int32_t *token_adapters;         // (tokens) indices, or -1
   const AdaptedPiece *pieces;            // all tokens that have an adapter
   int64_t num_pieces;
@@ -377,6 +383,11 @@ inline Vec erf_of(Vec x) {
   return y;
 }
 
+inline float sigmoid(float x) {  // from the side that cannot overflow
+  const float e = std::exp(-std::fabs(x));
+  return (x < 0 ? e : 1.0f) / (1.0f + e);
+}
+
 inline Vec activate(Vec x, int64_t kind) {
   switch (kind) {
     case 0: {  // x / (1 + e^-x), from the side that cannot overflow
@@ -497,12 +508,13 @@ struct Run {
   const int64_t tokens, threads;
   bool bundled = takes_bundles<W>();  // whether they do
   bool halved = false;                // whether sums of their halves are wanted
-  int64_t qkv_width = 0, attended_width = 0, most_top = 0, most_experts = 0, expert_inner = 0;
+  int64_t qkv_width = 0, attended_width = 0, most_top = 0, most_experts = 0, most_scores = 0,
+          expert_inner = 0;
   float *hidden, *branch, *qkv;
   Entering normed, inner, widened;
   Stored *heads, *attended;
   // Of a layer with experts. What is sent to them is sorted by expert: `sent` rows, `top` for each token.
-  float *scores, *shares, *answers;  // (tokens, experts), (sent), (sent, hidden)
+  float *scores, *shares, *answers;  // (tokens, outputs of the router), (sent), (sent, hidden)
   int32_t *chosen, *place;           // (tokens, top): experts in ascending order; where they are among those sent
   int32_t *owner, *first, *busy;     // (sent): which entry of `chosen`; (experts + 1); experts that something is sent to
   // How many of `busy` there are, for each layer by itself: a thread may come to a phase after the others have gone on,
@@ -517,15 +529,16 @@ struct Run {
   std::deque<Step<T>> attention;
 
   Run(const Decoder &d, const DecoderStep &s)
-      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), num_busy(size_t(d.num_layers)), phases(size_t(d.num_layers * 19 + 4)) {
+      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), num_busy(size_t(d.num_layers)), phases(size_t(d.num_layers * 25 + 4)) {
     for (int64_t i = 0; i < s.num_pieces; ++i)
-      for (int64_t place = 0; place < 4 * d.num_layers; ++place)
+      for (int64_t place = 0; place < kPlaces * d.num_layers; ++place)
         low_width = std::max(low_width, round_up(s.adapters[s.pieces[i].adapter][place].down.outputs, kLanes));
     for (int64_t i = 0; i < d.num_layers; ++i) {
       const Layer &a = d.layers[i].attention;
       const Experts &e = d.layers[i].experts;
       most_top = std::max(most_top, e.top);
       most_experts = std::max(most_experts, e.count);
+      most_scores = std::max(most_scores, round_up(e.router.outputs, kLanes));
       expert_inner = std::max(expert_inner, e.down.inputs);
       qkv_width = std::max(qkv_width, a.heads * a.key_dim + a.kv_heads * (a.key_dim + a.value_dim));
       attended_width = std::max(attended_width, a.heads * a.value_dim);
@@ -563,7 +576,7 @@ struct Run {
     heads = memory.take<Stored>(tokens * qkv_width);
     attended = memory.take<Stored>(tokens * attended_width);
     const int64_t rows_sent = tokens * most_top;
-    scores = memory.take<float>(tokens * round_up(most_experts, kLanes));
+    scores = memory.take<float>(tokens * most_scores);
     shares = memory.take<float>(rows_sent);
     answers = memory.take<float>(rows_sent * decoder.hidden);
     chosen = memory.take<int32_t>(rows_sent);
@@ -833,14 +846,18 @@ struct Run {
   // int8 leaves out what is as small as this, and the router of experts.
   typedef typename std::conditional<std::is_same<Plain, Int8>::value, RouterOfInt8, W>::type Small;
 
-  enum Place { kQkv, kOutput, kGateUp, kDown };
+  enum Place { kQkv, kOutput, kGateUp, kDown, kRouter, kPlaces };
 
   // A product over all tokens, and what their adapters add to it.
   template <class Next>
   void adapted_product(Next next, int64_t layer, Place place, const Matrix &matrix, const Entering &inputs,
                        const Outcome &outcome) {
-    if (!step.num_pieces) return product_of(next(), matrix, inputs, tokens, outcome);
-    const int64_t at = 4 * layer + place;
+    const auto multiply = [&](const Outcome &then) {
+      if (place == kRouter) return product<Small>(next(), matrix, inputs.plain, tokens, then);
+      product_of(next(), matrix, inputs, tokens, then);
+    };
+    if (!step.num_pieces) return multiply(outcome);
+    const int64_t at = kPlaces * layer + place;
     rows(next(), step.num_pieces, [&](int64_t i) {
       const AdaptedPiece &piece = step.pieces[i];
       const Matrix &down = step.adapters[piece.adapter][at].down;
@@ -850,7 +867,7 @@ struct Run {
                     copy(low + row * low_width + group * kLanes, sums, cols);
                   });
     });
-    product_of(next(), matrix, inputs, tokens, Adapting{*this, at, outcome});
+    multiply(Adapting{*this, at, outcome});
   }
 
   // What adapters add to outputs before anything else becomes of them.
@@ -971,23 +988,57 @@ struct Run {
 
   // To which experts a token is sent, in ascending order, and what their answers are multiplied by.
   void choose(int64_t token, const Experts &experts) const {
-    float *score = scores + token * round_up(experts.count, kLanes), *share = shares + token * experts.top;
+    float *score = scores + token * round_up(experts.router.outputs, kLanes), *share = shares + token * experts.top;
     int32_t *mine = chosen + token * experts.top;
+    const int64_t count = experts.count, each = count / experts.groups;
+    if (experts.sigmoid) {
+      for (int64_t i = 0; i < count; ++i) score[i] = sigmoid(score[i]);
+    } else if (experts.correction) {  // which is added to the softmax
+      const float most = *std::max_element(score, score + count);
+      float all = 0;
+      for (int64_t i = 0; i < count; ++i) all += score[i] = std::exp(score[i] - most);
+      for (int64_t i = 0; i < count; ++i) score[i] /= all;
+    }
+    const auto by = [&](int64_t i) { return experts.correction ? score[i] + experts.correction[i] : score[i]; };
+    const bool limited = experts.groups_asked < experts.groups;
+    uint64_t open = 0;  // groups that are chosen from
+    for (int64_t k = 0; limited && k < experts.groups_asked; ++k) {
+      int64_t best = -1;
+      float highest = 0;
+      for (int64_t group = 0; group < experts.groups; ++group) {
+        if (open >> group & 1) continue;
+        float first_two[2] = {-kInfinity, -kInfinity};
+        for (int64_t i = group * each; i < (group + 1) * each; ++i) {
+          first_two[1] = std::max(first_two[1], std::min(first_two[0], by(i)));
+          first_two[0] = std::max(first_two[0], by(i));
+        }
+        const float sum = first_two[0] + first_two[1];
+        if (best < 0 || sum > highest) best = group, highest = sum;
+      }
+      open |= uint64_t(1) << best;
+    }
     for (int64_t k = 0; k < experts.top; ++k) {
       int64_t best = -1;
-      for (int64_t i = 0; i < experts.count; ++i) {
-        if (std::find(mine, mine + k, int32_t(i)) != mine + k) continue;
-        if (best < 0 || score[i] > score[best]) best = i;
+      float most = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        if (limited && !(open >> i / each & 1)) continue;
+        if ((best >= 0 && !(by(i) > most)) || std::find(mine, mine + k, int32_t(i)) != mine + k) continue;
+        best = i, most = by(i);
       }
       mine[k] = int32_t(best);
     }
-    const float highest = score[mine[0]];
+    const float highest = score[mine[0]], scale = float(experts.scale);
     std::sort(mine, mine + experts.top);
     float all = 0, own = 0;
-    for (int64_t i = 0; i < experts.count; ++i) all += std::exp(score[i] - highest);
-    for (int64_t k = 0; k < experts.top; ++k) own += share[k] = std::exp(score[mine[k]] - highest);
-    const float total = experts.chosen_first || experts.normalised ? own : all;
-    for (int64_t k = 0; k < experts.top; ++k) share[k] /= total;
+    if (experts.sigmoid || experts.correction) {
+      for (int64_t k = 0; k < experts.top; ++k) own += share[k] = score[mine[k]];
+      all = 1;
+    } else {
+      for (int64_t i = 0; i < count; ++i) all += std::exp(score[i] - highest);
+      for (int64_t k = 0; k < experts.top; ++k) own += share[k] = std::exp(score[mine[k]] - highest);
+    }
+    const float total = experts.chosen_first || experts.normalised ? std::max(own, 1e-20f) : all;
+    for (int64_t k = 0; k < experts.top; ++k) share[k] = share[k] / total * scale;
   }
 
   // Sorts what is sent by expert, and within each by token.
@@ -1010,11 +1061,21 @@ struct Run {
     num_busy[number_of(experts)] = asked;
   }
 
+  // What the answer of an MLP beside experts, which is in `branch`, is multiplied by.
+  float share_beside(int64_t token, const Experts &experts) const {
+    if (!experts.beside_gated) return float(experts.beside_scale);
+    const float *score = scores + token * round_up(experts.router.outputs, kLanes);
+    return float(experts.beside_scale) * sigmoid(score[round_up(experts.count, kLanes)]);
+  }
+
   // The answers to a token, weighed and added up.
   void gather_answers(int64_t token, const DecoderLayer &layer) const {
     const int64_t top = layer.experts.top;
+    const bool beside = layer.down.weights;
+    const float share = beside ? share_beside(token, layer.experts) : 0.0f;
     for (int64_t i = 0; i < decoder.hidden; i += kLanes) {
       Vec sum = {};
+      if (beside) sum = share * load<Vec>(branch + token * decoder.hidden + i);
       for (int64_t k = token * top; k < (token + 1) * top; ++k)
         sum = sum + shares[k] * load<Vec>(answers + place[k] * decoder.hidden + i);
       add(token, i / kLanes, 1, reinterpret_cast<const float *>(&sum), layer.after_mlp.weight);
@@ -1022,17 +1083,33 @@ struct Run {
   }
 
   template <class Next>
-  void ask_experts(Next next, const DecoderLayer &layer) {
+  void ask_experts(Next next, int64_t i) {
+    const DecoderLayer &layer = decoder.layers[i];
     const Experts &experts = layer.experts;
     // Whom a token is sent to must not hang on a byte's precision.
-    const int64_t width = round_up(experts.count, kLanes);
-    product<Small>(next(), experts.router, normed.plain, tokens,
-               [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-                 copy(scores + row * width + group * kLanes, sums, cols);
-               });
+    const int64_t width = round_up(experts.router.outputs, kLanes);
+    adapted_product(next, i, kRouter, experts.router, normed,
+                    [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                      copy(scores + row * width + group * kLanes, sums, cols);
+                    });
     rows(next(), tokens, [&](int64_t token) { choose(token, experts); });
     answer(next, experts);
+    if (layer.down.weights)
+      ask_mlp(next, i, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+        copy(branch + row * decoder.hidden + group * kLanes, sums, cols);
+      });
     rows(next(), tokens, [&](int64_t token) { gather_answers(token, layer); });
+  }
+
+  template <class Next>
+  void ask_mlp(Next next, int64_t i, const Outcome &outcome) {
+    const DecoderLayer &layer = decoder.layers[i];
+    adapted_product(next, i, kGateUp, layer.gate_up, normed,
+                    [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                      activate_inner(layer, row, group, cols, sums);
+                    });
+    bundle_rows(next, layer.down.inputs, inner, tokens);
+    adapted_product(next, i, kDown, layer.down, inner, outcome);
   }
 
   // What each expert makes of what it is sent.
@@ -1315,17 +1392,11 @@ struct Run {
         if (!layer.parallel) enter_next(token, layer.before_mlp);
       });
       if (layer.experts.count) {
-        ask_experts(next, layer);
+        ask_experts(next, i);
       } else {
-        adapted_product(next, i, kGateUp, layer.gate_up, normed,
-                        [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-                          activate_inner(layer, row, group, cols, sums);
-                        });
-        bundle_rows(next, layer.down.inputs, inner, tokens);
-        adapted_product(next, i, kDown, layer.down, inner,
-                        [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
-                          add(row, group, cols, sums, layer.after_mlp.weight);
-                        });
+        ask_mlp(next, i, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+          add(row, group, cols, sums, layer.after_mlp.weight);
+        });
       }
       rows(next(), tokens, [&](int64_t token) {
         leave(token, layer.after_mlp);

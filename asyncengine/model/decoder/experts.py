@@ -1,19 +1,21 @@
-"""Recognises experts in the place of an MLP (Shazeer et al., 2017), by what router and gate do to numbers."""
+"""Recognises experts in the place of an MLP (Shazeer et al., 2017), by what their gate does to numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from asyncengine.model.decoder.parts import ExpertParts, NotRecognised, Routing
+from asyncengine.model.decoder import routing
+from asyncengine.model.decoder.parts import ExpertParts, NotRecognised
 from asyncengine.model.quantised.four_bit_experts import is_transposed
 
 ROUTERS = ("gate", "router")
+SHARED = ("shared_experts", "shared_expert", "shared_mlp")
+SHARED_GATES = ("shared_expert_gate",)
 CLAMPED = 5
 """The activation that clamps gate and up projection (gpt-oss)."""
 
@@ -26,24 +28,33 @@ _ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def experts_of(mlp: nn.Module, hidden: int) -> ExpertParts:
-    """Finds the parts of a module that has a router and experts, and nothing else.
+def experts_of(mlp: nn.Module, hidden: int, dtype: torch.dtype) -> ExpertParts:
+    """Finds the parts of a module that has a router and experts, and perhaps an MLP that every token is sent to.
 
     Args:
         mlp: The module.
         hidden: Inputs and outputs.
+        dtype: Of its inputs.
 
     Raises:
         NotRecognised: They do something that the compiled step does not.
     """
-    router: Any = next((found for name in ROUTERS if (found := getattr(mlp, name, None)) is not None), None)
-    if router is None or {name for name, _ in mlp.named_children()} - {*ROUTERS, "experts"}:
+    router = _first(mlp, ROUTERS)
+    if router is None or {name for name, _ in mlp.named_children()} - {*ROUTERS, *SHARED, *SHARED_GATES, "experts"}:
         raise NotRecognised("its experts have neighbours")
     parts = alone(mlp.experts)
-    routing = Routing(router, *_routing(router, hidden))
-    if parts.hidden != hidden or router.weight.shape[0] != parts.count:
+    if parts.hidden != hidden:
         raise NotRecognised("its experts are not those of its router")
-    return replace(parts, routing=routing)
+    return routing.added(mlp, router, parts, shared_of(mlp), _first(mlp, SHARED_GATES), dtype)
+
+
+def shared_of(mlp: nn.Module) -> Any:
+    """The MLP beside the experts of a module, or None."""
+    return _first(mlp, SHARED)
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> Any:
+    return next((part for name in names if (part := getattr(module, name, None)) is not None), None)
 
 
 def alone(module: Any) -> ExpertParts:
@@ -66,36 +77,6 @@ def alone(module: Any) -> ExpertParts:
     if tuple(gate_up.shape[1:]) != wanted or gate_up.shape[0] != down.shape[0]:
         raise NotRecognised("its experts have no gates")
     return ExpertParts(module, *gate_of(module, inner), transposed)
-
-
-def _routing(router: Any, hidden: int) -> tuple[int, bool, bool]:
-    """How many experts it chooses, whether before the softmax, and whether their weights add up to 1."""
-    weight = getattr(router, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.shape[1] != hidden:
-        raise NotRecognised("its router is more than a matrix")
-    x = torch.randn(16, hidden, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-    # So small that no expert has all the weight: then the ways to weigh them could not be told apart.
-    x = x / functional.linear(x, weight).float().std().clamp_min(1.0).to(x.dtype)
-    try:
-        _, scores, indices = router(x)
-        order = indices.sort(-1)
-    except Exception as error:
-        raise NotRecognised("its router gives no weights and indices of experts") from error
-    logits = functional.linear(x, weight, getattr(router, "bias", None)).float()
-    top = int(indices.shape[1])
-    chosen = logits.topk(top, -1)
-    if scores.shape != indices.shape or not torch.equal(chosen.indices.sort(-1).values, order.values):
-        raise NotRecognised("its router does not choose by its products alone")
-    found = scores.float().gather(1, order.indices)
-    ways = {
-        (True, True): chosen.values.softmax(-1),
-        (False, True): (shares := logits.softmax(-1).gather(1, chosen.indices)) / shares.sum(-1, keepdim=True),
-        (False, False): shares,
-    }
-    for (first, normalised), weights in ways.items():
-        if torch.allclose(weights.gather(1, chosen.indices.sort(-1).indices), found, rtol=2e-2, atol=2e-3):
-            return top, first, normalised
-    raise NotRecognised("its router weighs experts otherwise than by a softmax")
 
 
 def gate_of(module: Any, inner: int) -> tuple[int, float, float, bool]:

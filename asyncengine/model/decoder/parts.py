@@ -96,6 +96,12 @@ class Projection:
         return FourBits(self.taken(whole.codes), self.taken(whole.scales), zeros, whole.values)
 
     @property
+    def numbers(self) -> torch.Tensor:
+        """(outputs, inputs), of codes as well."""
+        codes = self.codes
+        return self.weight if codes is None else codes.weight(torch.float32)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Outputs and inputs of the whole layer."""
         weight = self.linear.weight
@@ -136,17 +142,41 @@ class Routing:
         top: How many a token is sent to.
         chosen_first: Whether the softmax that weighs them is over those that were chosen; else it is over all.
         normalised: Whether the weights of those that were chosen add up to 1.
+        sigmoid: Whether experts are weighed by sigmoids, not by a softmax.
+        scale: What their answers are multiplied by at last.
+        correction: The module and the name of what is added to the scores that choose, (experts,), but not to those
+            that weigh; None if nothing is.
+        groups: Neighbours that are chosen together, by the sum of their two best; 1 if that is not done.
+        groups_asked: How many groups experts are chosen from.
     """
 
     router: nn.Module
     top: int
     chosen_first: bool
     normalised: bool
+    sigmoid: bool = False
+    scale: float = 1.0
+    correction: tuple[nn.Module, str] | None = None
+    groups: int = 1
+    groups_asked: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """How much an MLP counts that stands beside experts.
+
+    Attributes:
+        gate: A linear layer of one output, whose sigmoid its answer is multiplied by; or None.
+        scale: What the answer is multiplied by as well.
+    """
+
+    gate: Projection | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertParts:
-    """Experts in the place of an MLP, each with a gate, of which every token is sent to a few.
+    """Experts in the place of an MLP or beside one, each with a gate, of which every token is sent to a few.
 
     Attributes:
         module: Has their weights, (experts, outputs, inputs) or (experts, inputs, outputs), and perhaps biases.
@@ -156,6 +186,7 @@ class ExpertParts:
         alternating: Whether a gate's and an up projection's outputs alternate; else they follow each other.
         transposed: Whether a weight is stored as (inputs, outputs).
         routing: None if they are asked by something else.
+        beside: None if no MLP is beside them.
     """
 
     module: nn.Module
@@ -165,6 +196,7 @@ class ExpertParts:
     alternating: bool
     transposed: bool
     routing: Routing | None = None
+    beside: Beside | None = None
 
     @property
     def count(self) -> int:
@@ -224,9 +256,9 @@ class LayerParts:
 
     Attributes:
         qkv: Projections to queries, keys and values, in this order.
-        gate_up: Gate and up projection, or the latter alone; none where there are experts.
-        down: None where there are experts.
-        experts: None where there is an MLP.
+        gate_up: Gate and up projection of the MLP, or the latter alone; none where there are experts alone.
+        down: None where there are experts alone.
+        experts: None where there is an MLP alone.
         rotation: Cosines and sines, (positions, rotary / 2) float32 each; the same tensors for layers that rotate
             alike.
         parallel: Whether the MLP stands beside attention: it sees what attention sees, through its own norm if it has

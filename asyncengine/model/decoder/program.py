@@ -40,6 +40,8 @@ from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.weight_writer import Writer
 from asyncengine.step.batch import Float32, Int64, StepBatch
 
+_LINEAR = (nn.Linear, FourBitLinear, ByteLinear)
+
 
 class _AttentionStruct(ctypes.Structure):
     """As `Layer` in paged_attention.cpp."""
@@ -117,7 +119,9 @@ class Seen:
 class _Layer:
     """One layer's weights."""
 
-    def __init__(self, library: Any, parts: LayerParts, rounding: Rounding, later: Packing | None) -> None:
+    def __init__(
+        self, library: Any, parts: LayerParts, dtype: torch.dtype, rounding: Rounding, later: Packing | None
+    ) -> None:
         def packed(parts: Sequence[Projection], turns: int = 1) -> tuple[PackedMatrix, Sequence[Projection]]:
             weights = [part.weight if (codes := part.codes) is None else codes for part in parts]
             biases = [part.bias for part in parts]
@@ -134,7 +138,7 @@ class _Layer:
         if parts.down is not None:
             self.matrices["gate_up"] = packed(parts.gate_up, turns=len(parts.gate_up))
             self.matrices["down"] = packed([parts.down])
-        self.experts = None if parts.experts is None else PackedExperts(library, parts.experts, rounding)
+        self.experts = None if parts.experts is None else PackedExperts(library, parts.experts, rounding, dtype)
         self.gated = len(parts.gate_up) > 1
         norms = {
             "before_attention": (parts.before_attention, 0),
@@ -207,7 +211,7 @@ class CompiledDecoder:
         self.adapters: CompiledAdapters | None = None
         self.as_stored = any(map(_has_codes, blueprint.layers))
         self.rounded_to: Rounding = "bytes" if self.as_stored else quantization
-        self._layers = [_Layer(library, parts, self.rounded_to, later) for parts in blueprint.layers]
+        self._layers = [_Layer(library, parts, dtype, self.rounded_to, later) for parts in blueprint.layers]
         self._norm = (PackedNorm(blueprint.norm, later=later), blueprint.norm)
         for _, part in self._norms():
             release(part.module, "weight")
@@ -335,12 +339,16 @@ class CompiledDecoder:
         matrices = []
         for layer in self._layers:
             found: dict[str, list[Part]] = {}
+            every: dict[str, tuple[PackedMatrix | None, Sequence[Projection]]] = {**layer.matrices}
+            if layer.experts is not None:
+                every["router"] = layer.experts.router, layer.experts.router_parts
             for name in MATRICES:
-                matrix, parts = layer.matrices.get(name, (None, ()))
+                matrix, parts = every.get(name, (None, ()))
                 for number, part in enumerate(parts):
                     assert matrix is not None
                     found.setdefault(name, []).append(Part(names[part.linear], part, matrix.places[number]))
-                    layers[names[part.linear]] = part.shape
+                    if name != "router" or type(part.linear) in _LINEAR:  # others are no layers to those who adapt some
+                        layers[names[part.linear]] = part.shape
             matrices.append(found)
         dtype = small_dtype(self._library, self._dtype, self._quantization)
         self.adapters = CompiledAdapters(CompiledFormat(self._library, dtype, layers, matrices))

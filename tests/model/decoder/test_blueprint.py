@@ -138,11 +138,11 @@ def test_a_router_that_does_something_else_is_refused() -> None:
     router = model.model.layers[1].mlp.gate
     forward = router.forward
 
-    def biased(x: torch.Tensor) -> Any:
+    def squared(x: torch.Tensor) -> Any:
         logits, scores, indices = forward(x)
-        return logits, scores * 2, indices
+        return logits, scores.square(), indices
 
-    router.forward = biased
+    router.forward = squared
     with pytest.raises(NotRecognised, match="weighs experts otherwise than by a softmax"):
         found(model)
     router.forward = lambda x: (lambda logits, scores, indices: (logits, scores, (indices + 1) % 4))(*forward(x))
@@ -159,6 +159,76 @@ def test_a_gate_that_does_something_else_is_refused() -> None:
 
 def test_experts_with_a_neighbour_are_refused() -> None:
     model = shaken(model_of("mixtral"))
-    model.model.layers[0].mlp.shared_expert = nn.Linear(64, 64)
-    with pytest.raises(NotRecognised, match="an MLP with experts has a part called shared_expert"):
+    model.model.layers[0].mlp.neighbour = nn.Linear(64, 64)
+    with pytest.raises(NotRecognised, match="an MLP with experts has a part called neighbour"):
         found(model)
+
+
+GROUPED = {
+    "num_local_experts": 8, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
+    "routed_scaling_factor": 2.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sigmoid", "normalised", "scale", "corrected", "groups"),
+    [
+        ("qwen2_moe", {}, False, False, 1.0, False, (1, 1)),
+        ("qwen2_moe", {"norm_topk_prob": True}, False, True, 1.0, False, (1, 1)),
+        ("glm4_moe", GROUPED, True, True, 2.5, True, (4, 2)),
+        ("dots1", {"norm_topk_prob": False}, True, False, 1.0, True, (1, 1)),
+        ("ernie4_5_moe", {}, False, True, 1.0, True, (1, 1)),
+        ("cohere2_moe", {}, True, True, 0.5, False, (1, 1)),
+    ],
+)
+def test_routers_are_told_by_whom_they_send_tokens_to(
+    name: str,
+    changes: dict[str, Any],
+    sigmoid: bool,
+    normalised: bool,
+    scale: float,
+    corrected: bool,
+    groups: tuple[int, int],
+) -> None:
+    layers = [layer for layer in found(shaken(model_of(name, **changes))).layers if layer.experts is not None]
+    assert layers
+    for layer in layers:
+        experts = layer.experts
+        assert experts is not None and experts.routing is not None and experts.beside is not None
+        assert layer.down is not None and len(layer.gate_up) == 2
+        routing, beside = experts.routing, experts.beside
+        assert (routing.sigmoid, routing.normalised, routing.scale) == (sigmoid, normalised, scale)
+        assert (routing.correction is not None, routing.groups, routing.groups_asked) == (corrected, *groups)
+        assert (beside.gate is not None, beside.scale) == (name == "qwen2_moe", 0.5 if name == "cohere2_moe" else 1.0)
+
+
+def test_a_correction_is_left_as_it_was() -> None:
+    model = shaken(model_of("glm4_moe"))
+    router = model.model.layers[1].mlp.gate
+    bias, before = router.e_score_correction_bias, router.e_score_correction_bias.clone()
+    found(model)
+    assert router.e_score_correction_bias is bias and torch.equal(bias, before)
+    assert "forward" not in model.model.layers[1].mlp.experts.__dict__
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda mlp, x: mlp.experts(x, *_sent(mlp, x)), "its shared expert is not added"),
+        (lambda mlp, x: mlp.experts(x, *_sent(mlp, x)) + mlp.shared_experts(x) * x[:, :1], "its shared expert is not"),
+        (lambda mlp, x: mlp.experts(x, *_sent(mlp, x)) + mlp.shared_experts(x) + x, "is not added up alone"),
+        (lambda mlp, x: mlp.experts(x, *_sent(mlp, x)) * x[:, :1] + mlp.shared_experts(x), "is not added up alone"),
+        (lambda mlp, x: mlp.shared_experts(x), "asked in another way"),
+    ],
+)
+def test_experts_that_are_put_together_in_another_way_are_refused(forward: Any, message: str) -> None:
+    model = shaken(model_of("glm4_moe"))
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: forward(mlp, x.view(-1, 64)).view(x.shape)
+    with pytest.raises(NotRecognised, match=message):
+        found(model)
+
+
+def _sent(mlp: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _, shares, indices = mlp.gate(x)
+    return indices, shares

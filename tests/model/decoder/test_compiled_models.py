@@ -125,7 +125,7 @@ async def test_an_engine_serves_them_and_replaces_their_weights(checkpoint: Chec
 
 def weights_of(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    return dict(model.named_parameters())
+    return model.state_dict()
 
 
 async def test_weights_that_fail_half_way_are_put_back(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

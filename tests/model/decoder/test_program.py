@@ -38,6 +38,17 @@ PAGE = 16
 Checkpoint = Callable[..., Path]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
+BESIDE = {
+    "qwen2_moe": {"num_hidden_layers": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    "glm4_moe": {
+        "num_local_experts": 8, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
+        "routed_scaling_factor": 2.5, "num_hidden_layers": 2,
+    },
+    "ernie4_5_moe": {"num_hidden_layers": 2},
+    "granitemoeshared": {"num_hidden_layers": 2},
+    "cohere2_moe": {"num_hidden_layers": 4},
+}  # fmt: skip
+"""Experts that have an MLP beside them, and changes to the checkpoints."""
 OTHERS = (
     "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "granite", "phi3", "gpt2", "gpt_neox", "cohere",
     "starcoder2", "opt", "glm4", "phi", "cohere2", "exaone4",
@@ -109,16 +120,20 @@ def logits(loaded: LoadedModel, batch: StepBatch) -> torch.Tensor:
         *itertools.product(OTHERS, [torch.float32]),
         *zip(OTHERS, itertools.cycle([torch.bfloat16, torch.float16]), strict=False),
         *itertools.product(EXPERTS, [torch.float32, torch.bfloat16, torch.float16]),
+        *itertools.product(BESIDE, [torch.float32]),
+        ("qwen2_moe", torch.float16),
+        ("glm4_moe", torch.bfloat16),
     ],
     ids=str,
 )
 def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
     """In low precision: of the rounded weights computed in float32, to which it is nearer than transformers is."""
-    path = checkpoint(architecture)
+    path = checkpoint(architecture, **BESIDE.get(architecture, {}))
     loaded = load(path, dtype=str(dtype).removeprefix("torch."))
     found = logits(loaded, batch_of([(tokens, 0) for tokens in sequences()]))
     # A rounding may send a token to another expert.
-    allowed = TOLERANCE[dtype] * (3 if architecture in EXPERTS and dtype is not torch.float32 else 1)
+    sparse = architecture in EXPERTS or architecture in BESIDE
+    allowed = TOLERANCE[dtype] * (3 if sparse and dtype is not torch.float32 else 1)
     start = 0
     for wanted in expected(path, sequences(), dtype):
         assert error(found[start : start + len(wanted)], wanted) < allowed
@@ -133,6 +148,8 @@ def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype,
         for case in [
             *itertools.product(["qwen3", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss"], ["float32", "bfloat16"]),
             *itertools.product(["qwen3", "qwen3_moe"], ["int8", "int4"]),
+            ("glm4_moe", "float32"),
+            ("qwen2_moe", "int4"),
         ]
         for threads in (1, 2)
     ],
@@ -142,7 +159,7 @@ def test_a_token_gets_the_same_bits_in_any_batch(
 ) -> None:
     """Contract 16: alone or beside others, prefilled at once, in chunks or token by token."""
     stored = {"dtype": "bfloat16", "quantization": dtype} if dtype in ("int8", "int4") else {"dtype": dtype}
-    loaded = load(checkpoint(architecture), **stored)
+    loaded = load(checkpoint(architecture, **BESIDE.get(architecture, {})), **stored)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -248,10 +265,10 @@ def test_int8_is_near(architecture: str, most: float, checkpoint: Checkpoint) ->
     loaded.model.close()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt_oss", "qwen2_moe"])
 def test_int4_computes_with_the_nearest_codes(architecture: str, checkpoint: Checkpoint) -> None:
     """And no worse than with what is left of the numbers, but for the head and the cache."""
-    path, [tokens] = checkpoint(architecture), sequences(1)
+    path, [tokens] = checkpoint(architecture, **BESIDE.get(architecture, {})), sequences(1)
     loaded = load(path, dtype="bfloat16", quantization="int4")
     found, [exact] = logits(loaded, batch_of([(tokens, 0)])), expected(path, [tokens], torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
@@ -266,10 +283,14 @@ def test_int4_computes_with_the_nearest_codes(architecture: str, checkpoint: Che
     loaded.model.close()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt_oss", "qwen2_moe"])
 def test_a_model_whose_weights_have_four_bits(architecture: str, checkpoint: Checkpoint) -> None:
     """Its codes are taken as they are, and what has none is stored in bytes."""
-    path, [tokens] = checkpoint(architecture, 1), sequences(1)  # with this seed rounding sends no token elsewhere
+    changes = BESIDE.get(architecture, {})
+    path, [tokens] = (
+        checkpoint(architecture, 1, **changes),
+        sequences(1),
+    )  # with this seed rounding sends none elsewhere
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=ATTENTION).eval()
     round_layers(model, 64)
     if architecture == "llama":  # one that its author left as it was
@@ -414,6 +435,9 @@ def test_the_model_gives_its_weights_up(checkpoint: Checkpoint) -> None:
         *((name, "none") for name in ("qwen2", "phi3", "gpt2", "gpt_neox", "opt", "cohere", "mixtral", "gpt_oss")),
         *((name, "int8") for name in ("qwen2", "phi3", "gpt2", "mixtral", "gpt_oss")),
         *((name, "int4") for name in ("phi3", "gpt2", "gpt_oss")),
+        ("qwen2_moe", "none"),
+        ("glm4_moe", "int8"),
+        ("qwen2_moe", "int4"),
     ],
 )
 def test_new_weights_are_those_of_a_new_model(architecture: str, quantization: str, checkpoint: Checkpoint) -> None:
