@@ -170,8 +170,8 @@ def state_budget(
     drafted = min(drafts(sequences), quarter // 2, half - sequences)
     if drafts(sequences) and not drafted:
         raise InsufficientMemoryError(
-            f"the states of recurrent layers behind guessed tokens do not fit: {text}, {sequences} of them wanted; lower "
-            "max_num_sequence, raise gpu_memory_utilization, or set speculative_mode to 'disable'"
+            f"the states of recurrent layers behind guessed tokens do not fit beside those of {sequences} sequences: "
+            f"{text}; lower max_num_sequence, raise gpu_memory_utilization, or set speculative_mode to 'disable'"
         )
     kept = min(max(4 * sequences, _KEPT_STATES), quarter, half - sequences - drafted) if keeps else 0
     return StateBudget(sequences, kept, drafted, (sequences + kept + drafted + 1) * bytes_per_state)

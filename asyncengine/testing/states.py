@@ -85,7 +85,9 @@ class ScriptedStates:
         """The slots of the rows, of a batch that is well-formed."""
         assert batch.slots is not None and len(batch.slots) == len(batch.context_lens), "rows have no slots"
         drafted = 0 if batch.draft_lengths is None else int(batch.draft_lengths.sum())
-        assert drafted <= self._num_drafted, f"{drafted} tokens are drafted; states can be set aside of {self._num_drafted}"
+        assert drafted <= self._num_drafted, (
+            f"{drafted} tokens are drafted; states can be set aside of {self._num_drafted}"
+        )
         slots: list[int] = batch.slots.tolist()
         copies, saves = batch.state_copies.tolist(), batch.state_saves.tolist()
         places = range(len(self._states))

@@ -7,8 +7,8 @@ from asyncengine.errors import ConfigError
 
 
 def check_recurrent(config: EngineConfig, target: bool, draft: bool) -> None:
-    """Refuses a compiled step, which knows no such layers, and a model with such layers that drafts: what it has guessed
-    could not be taken out of its states again.
+    """Refuses a compiled step, which knows no such layers, and a model with such layers that drafts: what it has
+    guessed could not be taken out of its states again.
 
     Args:
         config: What is wanted.
@@ -25,6 +25,6 @@ def check_recurrent(config: EngineConfig, target: bool, draft: bool) -> None:
         )
     if draft:
         raise ConfigError(
-            f"additional_models is {list(config.additional_models)!r}, a model with recurrent layers, from whose states "
-            "guesses cannot be taken back; name one that has attention alone, or use speculative_mode 'ngram'"
+            f"additional_models is {list(config.additional_models)!r}, a model with recurrent layers, from whose "
+            "states guesses cannot be taken back; name one with attention alone, or use speculative_mode 'ngram'"
         )
