@@ -515,6 +515,15 @@ class TestDrafts:
         own.end(request)
         assert usable(own, "ab" + "A" * 6) == 4
 
+    def test_leave_nothing_in_a_place_that_was_another_states(self) -> None:
+        own = drafting(kept_states=1)
+        request = own.add("abcdef")
+        own.step()
+        assert usable(own, "abcdef") == 4
+        assert saves(own.step([1])) == [(0, 2), (0, 6)]
+        own.end(request)
+        assert usable(own, "abcdefAA") == 0 and places_of(own).num_free == 1
+
     def test_are_not_believed_before_they_are_settled(self) -> None:
         own = drafting(length=4)
         request = own.add("ab")
