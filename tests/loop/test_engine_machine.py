@@ -483,11 +483,11 @@ def test_any_interleaving(
 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
-        await play(config, fits_beside, run_ahead, kept_states, operations)
+        await play(config, fits_beside, run_ahead, kept_states, guesses, operations)
         this = asyncio.current_task()
         assert [task for task in asyncio.all_tasks() if task is not this] == []
 
-    note(f"{config} {fits_beside} {run_ahead} {kept_states}")
+    note(f"{config} {fits_beside} {run_ahead} {kept_states} {guesses}")
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main())
     assert reported == []
