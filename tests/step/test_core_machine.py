@@ -586,6 +586,10 @@ class CoreMachine(RuleBasedStateMachine):
                     assert len(got) == new.params.max_tokens or full, f"{got}, {new.params.max_tokens}"
                     assert stop is None or len(got) < len(tokens)
         for number, end in box.ends.items():
+            cause: BaseException | None = end.error
+            while cause is not None:  # the scripted model has found a mistake about blocks or states
+                assert not isinstance(cause, AssertionError), f"{cause}"
+                cause = cause.__cause__
             usage = end.usage
             assert 0 <= usage.accepted_draft_tokens <= min(usage.draft_tokens, usage.completion_tokens)
             reasons = {box.branch_ends[number, branch].finish_reason for branch in range(self.news[number].params.n)}
