@@ -3,13 +3,14 @@
 A random checkpoint of a known shape. ``decode N``: N rows of one token each with `--context` tokens behind them,
 greedy; limited by reading all weights once and the rows' keys and values, so the share of the memory's bandwidth
 (measured here) is given. ``prefill``: one row of `--prefill` new tokens; limited by arithmetic, given in GFLOP/s, two
-operations for each weight of the layers and token.
+operations for each weight of the layers and token. With ``--drafts D``, ``drafted N``: N rows, each with D guessed
+tokens behind its own; given as a multiple of the time of the same rows without.
 
 A figure is the median over repetitions. With ``--peer``, transformers' own forward does the same, over a cache of its
 own. The last line is one JSON object.
 
     python -m benchmarks.step [--shape S] [--dtype bfloat16] [--decoder compiled] [--quantization none]
-        [--rows 1 16 64] [--peer]
+        [--rows 1 16 64] [--drafts 4] [--peer]
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ def bandwidth(words_read: int = 1 << 27) -> float:
     return words.nbytes / min(times)
 
 
-def batch_of(rows: int, new: int, context: int, vocabulary: int) -> StepBatch:
-    """`rows` sequences of `new` tokens on top of `context`, over blocks in random order."""
+def batch_of(rows: int, new: int, context: int, vocabulary: int, drafted: bool = False) -> StepBatch:
+    """`rows` sequences of `new` tokens on `context`, all but the first maybe `drafted`; blocks are in random order."""
     blocks = -(-(context + new) // PAGE)
     tables = np.random.default_rng(0).permutation(rows * blocks).astype(np.int32).reshape(rows, blocks)
     positions = np.tile(np.arange(context, context + new), rows)
     row = np.repeat(np.arange(rows), new)
+    samples = np.arange(rows * new) if drafted else np.arange(new - 1, rows * new, new)
     return StepBatch(
         token_ids=np.random.default_rng(1).integers(0, vocabulary, rows * new).astype(np.int32),
         positions=positions.astype(np.int32),
@@ -61,11 +63,12 @@ def batch_of(rows: int, new: int, context: int, vocabulary: int) -> StepBatch:
         context_lens=np.full(rows, context, np.int32),
         block_tables=tables,
         slot_mapping=tables[row, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE,
-        sample_index=np.arange(new - 1, rows * new, new, dtype=np.int64),
-        sample_slots=np.arange(rows, dtype=np.int64),
-        sample_positions=np.zeros(rows, np.int64),
+        sample_index=samples,
+        sample_slots=row[samples],
+        sample_positions=np.zeros(len(samples), np.int64),
         copies=np.empty((0, 2), np.int64),
-        num_decodes=rows if new == 1 else 0,
+        num_decodes=rows if new == 1 or drafted else 0,
+        draft_lengths=np.full(rows, new - 1) if drafted else None,
         slots=np.arange(rows, dtype=np.int64),
     )
 
@@ -79,6 +82,7 @@ def load(arguments: argparse.Namespace, path: Path) -> Any:
         str(path), device="cpu", dtype=arguments.dtype, decoder_backend=arguments.decoder,
         quantization=arguments.quantization, kv_cache_page_size=PAGE, max_num_sequence=max(arguments.rows),
         max_total_sequence_length=max(max(arguments.rows) * (arguments.context + PAGE), arguments.prefill + PAGE),
+        speculative_mode="ngram" if arguments.drafts else "disable", spec_draft_length=arguments.drafts,
     )  # fmt: skip
     return loader.load(loader.check(config, None))
 
@@ -134,6 +138,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--drafts", type=int, default=0)
     parser.add_argument("--peer", action="store_true", help="measure transformers' own forward as well")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -183,6 +188,11 @@ def main() -> None:
         print(f"decode {rows:>3}: {seconds * 1e3:8.2f} ms = {rate}{beside}")
         figures[f"decode_{rows}_ms"] = seconds * 1e3
         figures[f"decode_{rows}_bandwidth_share"] = share
+        if arguments.drafts:
+            batch = batch_of(rows, arguments.drafts + 1, arguments.context, vocabulary, drafted=True)
+            drafted = median_seconds(model, batch, arguments.repetitions)
+            print(f"drafted {rows:>2}: {drafted * 1e3:8.2f} ms = {drafted / seconds:.2f} x decode {rows}")
+            figures[f"drafted_{rows}_ms"] = drafted * 1e3
     seconds = median_seconds(model, batch_of(1, arguments.prefill, 0, vocabulary), max(arguments.repetitions // 4, 3))
     operations = 2 * (weights - embedding) * arguments.prefill / seconds
     peer = figures.get("peer_prefill_tokens_per_s")

@@ -88,6 +88,7 @@ class Needs:
         wanted: Whether `max_sequences` is asked for.
         max_length: Most tokens in one sequence.
         max_sequences: Most sequences in one step.
+        chunk: Most tokens of prompts and of drafts in one step.
         graphs: What captured steps take on a GPU; None if there are none.
     """
 
@@ -110,6 +111,7 @@ class Needs:
     wanted: bool
     max_length: int
     max_sequences: int
+    chunk: int
     graphs: GraphReserve | None = None
 
 
@@ -130,7 +132,7 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
     from asyncengine.model.attention_modules import text_config
-    from asyncengine.model.capacity import CUDA_CHUNK, state_scratch
+    from asyncengine.model.capacity import CPU_CHUNK, CUDA_CHUNK, state_scratch
     from asyncengine.model.gguf.checkpoint import checkpoint_at
     from asyncengine.model.load_check import KV_DTYPES, check_draft, check_quantization, dtype_of, longest_of, settled
     from asyncengine.model.location import locate
@@ -181,11 +183,12 @@ def read(config: EngineConfig) -> Needs:
     plain = cuda or kv_dtype is not dtype  # the kernel for the CPU has a layout of its own, and no fp8
     bytes_of = TorchAttention().bytes_per_block if plain else CpuAttention.bytes_per_block
     sequences = config.max_num_sequence or (256 if cuda else 64)
+    chunk = min(config.prefill_chunk_size or (CUDA_CHUNK if cuda else CPU_CHUNK), length)
     graphs = None
     if cuda and config.attention_backend in ("auto", "triton"):
         texts = [text, *(text_config(draft.hf_config) for draft in drafts)]
         draws = config.speculative_mode == "disable"
-        tokens = min(config.prefill_chunk_size or CUDA_CHUNK, length) + sequences
+        tokens = chunk + sequences
         graphs = sum((graph_memory.reserve(each, dtype, sequences, draws, tokens) for each in texts), GraphReserve())
         graphs += state_scratch(list(watched.recurrent.values()), dtype, sequences)
     names = getattr(hf_config, "architectures", None)
@@ -209,6 +212,7 @@ def read(config: EngineConfig) -> Needs:
         wanted=config.max_num_sequence is not None,
         max_length=length,
         max_sequences=sequences,
+        chunk=chunk,
         graphs=graphs,
     )
 
@@ -249,17 +253,20 @@ class Room:
         text: The arithmetic.
         sequences: Most in one step, by what the configuration says and by their states.
         kept: States that are kept for sequences to come.
+        drafted: States that a step with drafts sets aside.
     """
 
     blocks: int
     text: str
     sequences: int
     kept: int = 0
+    drafted: int = 0
 
     @classmethod
     def of(cls, needs: Needs, config: EngineConfig, given: int | None) -> Room:
         """As `asyncengine.model.capacity` reckons: a share of what is free after loading, or of a whole GPU."""
         from asyncengine.model import memory
+        from asyncengine.model.capacity import most_drafts
         from asyncengine.model.load_check import SLACK
 
         rest = f"{_gib(needs.weight_bytes)} weights - {_gib(SLACK)} for everything else"
@@ -285,13 +292,15 @@ class Room:
             sequences=needs.max_sequences,
             wanted=needs.wanted,
             keeps=needs.keeps,
+            drafts=lambda count: most_drafts(config, count, needs.chunk),
         )
         left = available - states.nbytes
         if needs.bytes_per_block:
             blocks = left // needs.bytes_per_block
         else:  # it attends to nothing
             blocks = states.sequences * -(-needs.max_length // needs.page_size)
-        return cls(blocks, f"{text}; - {_gib(states.nbytes)} of states = {_gib(left)}", states.sequences, states.kept)
+        text = f"{text}; - {_gib(states.nbytes)} of states = {_gib(left)}"
+        return cls(blocks, text, states.sequences, states.kept, states.drafted)
 
     def fitting(self, needs: Needs, length: int) -> int:
         """How many sequences of a length the KV cache has room for."""
@@ -329,9 +338,11 @@ def _room_rows(needs: Needs, room: Room) -> Iterator[tuple[str, str]]:
     yield f"memory ({needs.device.type})", room.text
     yield "", f"= {room.blocks:,} blocks = {tokens:,} tokens"
     if needs.recurrent:
+        of_drafts = f", {room.drafted:,} behind guessed tokens" if room.drafted else ""
         yield (
             "",
-            f"{room.sequences + room.kept:,} states: of {room.sequences:,} sequences, and {room.kept:,} that are kept",
+            f"{room.sequences + room.kept + room.drafted:,} states: of {room.sequences:,} sequences{of_drafts}, and "
+            f"{room.kept:,} that are kept",
         )
     longest = min(needs.max_length, tokens)
     by = "the model or --max-model-len" if longest == needs.max_length else "memory"

@@ -40,10 +40,8 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
     per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.kv_dtype) for layer in layers)
     share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
     if cuda:
-        drafts = 0 if config.speculative_mode == "disable" else sequences * (config.spec_draft_length or LONGEST)
-        activations = _profile(
-            built.model, built.layers.attention, chunk, sequences + min(drafts, chunk), details.device
-        )
+        drafts = most_drafts(config, sequences, chunk)
+        activations = _profile(built.model, built.layers.attention, chunk, sequences + drafts, details.device)
         if built.image_trial is not None:
             of_image, kept = _image_profile(built, details.device)
             activations = max(activations, of_image) + kept
@@ -65,7 +63,7 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
     def beside(count: int) -> int:
         return scratch(count).nbytes + (captured(count) or memory.GraphReserve()).nbytes
 
-    available, kept_states = max(available, 0), None
+    available, kept_states, drafted_states = max(available, 0), None, 0
     if built.layers.recurrent:
         per_state = bytes_per_place(built.layers.recurrent, details.dtype)
         room = memory.state_budget(
@@ -75,8 +73,9 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
             wanted=config.max_num_sequence is not None,
             keeps=config.prefix_cache_mode == "radix",
             beside=beside,
+            drafts=lambda count: most_drafts(config, count, chunk),
         )
-        sequences, kept_states = room.sequences, room.kept
+        sequences, kept_states, drafted_states = room.sequences, room.kept, room.drafted
         available -= int(room.nbytes / share) + scratch(sequences).nbytes
     budget = memory.kv_budget(
         available=available,
@@ -97,6 +96,7 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
         prefix_cache=config.prefix_cache_mode == "radix",
         max_recycling=config.prefix_cache_max_num_recycling_seqs,
         kept_states=kept_states,
+        drafted_states=drafted_states,
     )
     complete = config.replace(
         tokenizer=config.tokenizer or (config.model if plan.tokenizer_key else None),
@@ -116,6 +116,13 @@ def _chunk(config: EngineConfig, details: Details) -> int:
     """Tokens of prompts in a step."""
     usual = CUDA_CHUNK if details.device.type == "cuda" else CPU_CHUNK
     return min(config.prefill_chunk_size or usual, details.max_length)
+
+
+def most_drafts(config: EngineConfig, sequences: int, chunk: int) -> int:
+    """How many tokens a step of so many sequences can have drafted, of which `chunk` is the most."""
+    if config.speculative_mode == "disable":
+        return 0
+    return min(sequences * (config.spec_draft_length or LONGEST), chunk)
 
 
 def graph_reserve(
@@ -156,7 +163,7 @@ def graphs_of(
 def cache_bytes(built: Built, backend: Any, limits: Limits, details: Details) -> int:
     """Bytes of all that a model keeps of its sequences."""
     blocks = limits.num_blocks * kv_bytes_per_block(built.layers.attention, backend, limits, details.kv_dtype)
-    places = limits.max_num_sequence + (limits.kept_states or 0) + 1
+    places = limits.max_num_sequence + (limits.kept_states or 0) + limits.drafted_states + 1
     return blocks + places * bytes_per_place(built.layers.recurrent, details.dtype)
 
 

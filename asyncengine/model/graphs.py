@@ -276,6 +276,8 @@ class StepGraphs:
         """Whether it is a step of the kind that is captured."""
         if (batch.adapters is None) != (self._adapters is None):
             return False
+        if self._states is not None and batch.draft_lengths is not None:  # its rows are computed in waves
+            return False
         if self._most_samples is None:
             return batch.num_decodes == len(batch.context_lens) and len(batch.sample_index) <= len(batch.token_ids)
         return batch.draft_lengths is None

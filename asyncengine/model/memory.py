@@ -113,11 +113,13 @@ class StateBudget:
     Attributes:
         sequences: That have one.
         kept: How many more are kept for sequences to come.
+        drafted: How many more a step with drafts can set aside.
         nbytes: What all of them take.
     """
 
     sequences: int
     kept: int
+    drafted: int
     nbytes: int
 
 
@@ -129,11 +131,12 @@ def state_budget(
     wanted: bool,
     keeps: bool,
     beside: Callable[[int], int] = lambda sequences: 0,
+    drafts: Callable[[int], int] = lambda sequences: 0,
 ) -> StateBudget:
     """Decides how many states there are.
 
     Half of the memory is left to keys and values at least. What is kept takes a quarter at most, and so do sequences,
-    unless so many are demanded.
+    unless so many are demanded. What is set aside for drafts takes an eighth at most, and comes before what is kept.
 
     Args:
         nbytes: To be shared with the KV cache.
@@ -142,9 +145,10 @@ def state_budget(
         wanted: Whether the configuration demands so many.
         keeps: Whether there is a prefix cache.
         beside: What so many sequences take of the memory besides.
+        drafts: How many tokens may be drafted for so many sequences in a step; 0 for any if none are.
 
     Raises:
-        InsufficientMemoryError: The demand does not fit, or not even one sequence's does.
+        InsufficientMemoryError: The demand does not fit, or not even one sequence's or one draft's does.
     """
 
     def fit(count: int) -> tuple[int, int]:
@@ -163,8 +167,14 @@ def state_budget(
             f"the states of recurrent layers do not fit: {asked}{text}; lower max_num_sequence or raise "
             "gpu_memory_utilization"
         )
-    kept = min(max(4 * sequences, _KEPT_STATES), quarter, half - sequences) if keeps else 0
-    return StateBudget(sequences, kept, (sequences + kept + 1) * bytes_per_state)
+    drafted = min(drafts(sequences), quarter // 2, half - sequences)
+    if drafts(sequences) and not drafted:
+        raise InsufficientMemoryError(
+            f"the states of recurrent layers behind guessed tokens do not fit beside those of {sequences} sequences: "
+            f"{text}; lower max_num_sequence, raise gpu_memory_utilization, or set speculative_mode to 'disable'"
+        )
+    kept = min(max(4 * sequences, _KEPT_STATES), quarter, half - sequences - drafted) if keeps else 0
+    return StateBudget(sequences, kept, drafted, (sequences + kept + drafted + 1) * bytes_per_state)
 
 
 def kv_budget(

@@ -218,6 +218,9 @@ class TorchModel:
             tokens = self._sampler.sample(logits[:drawn], batch.sample_slots, batch.sample_positions)
         else:
             tokens = verified_draw.draw(self._sampler, logits[:drawn], batch)
+            if self.states is not None:
+                assert tokens.taken is not None
+                self.states.take(tokens.taken)
         return dataclasses.replace(tokens, scores=scores) if scores else tokens
 
     def _pooling(self, batch: StepBatch) -> StepTokens:

@@ -60,6 +60,8 @@ class StepBatch:
             slot's state is at the place of the same number; behind those are the places of states that are kept.
         state_saves: (S, 3) row, count and place: where the row's state goes as it is behind its first `count` tokens.
             A row that begins at position 0 begins with no state; others go on with what is at their slot's place.
+            With drafts, those of rows that decode are done, in this order, as far as their tokens count; what is at a
+            slot's place behind the step is of the tokens that count.
         images: Which tokens stand for pieces of which images. Other tokens of the same id are what they are.
         axes: (axes, T) where each token is rotated to, by axis; None where all axes are as `positions`.
         reach: (T,) how many tokens of its sequence each token attends to in layers that look ahead: those up to the end

@@ -80,3 +80,15 @@ class Drafting:
         drafted = np.zeros(len(slots), dtype=np.int64)
         drafted[rows] = [len(tokens) for tokens in found]
         return Drafts(drafted, np.concatenate(found)) if drafted.any() else None
+
+
+def shared(lengths: Int64, most: int) -> Int64:
+    """Lengths of drafts, each as wanted but `most` together: nobody gets a token more while another wants its first."""
+    if int(lengths.sum()) <= most:
+        return lengths
+    longest = np.arange(1, int(lengths.max()) + 1)
+    level = int(np.searchsorted(np.minimum(lengths[:, None], longest).sum(axis=0), most, side="right"))
+    fewer: Int64 = np.minimum(lengths, level)
+    longer = np.flatnonzero(lengths > level)
+    fewer[longer[: most - int(fewer.sum())]] += 1
+    return fewer

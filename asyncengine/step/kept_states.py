@@ -8,7 +8,8 @@ a sequence can begin only where one was kept. That is done at the ends of blocks
 * where more of a prompt is known than its deepest state allows to use: two have the same beginning, and others will
   (Marconi, Pan et al., 2025; SGLang's MambaRadixCache);
 * behind the last block that a sequence has computed, over and over in one place of its own. The tree gets it when the
-  sequence leaves the steps: the next turn of a conversation goes on there.
+  sequence leaves the steps: the next turn of a conversation goes on there. In a step with drafts that is done where the
+  tokens turn out to count.
 
 A state goes to the tree like the blocks before it, once the step that saves it is settled. What a step overwrites that
 is under way is not believed to be what it was. Copies come first in a step: a place may be saved to in the step that
@@ -21,8 +22,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from asyncengine.step.batch import NO_PAIRS, NO_SAVES, Int32
+from asyncengine.step.batch import NO_PAIRS, NO_SAVES, Int32, Int64
 from asyncengine.step.decode_rows import DecodeRows
+from asyncengine.step.drafting import Drafts
 from asyncengine.step.limits import Limits
 from asyncengine.step.plan import Chunk, StateMoves
 from asyncengine.step.prefix_tree import PrefixTree
@@ -39,13 +41,18 @@ class _Own:
         due: Numbers of tokens, ascending, behind which its state is to be saved for the tree.
         saved: Numbers of tokens, and the places of their states; they wait for their step to be settled.
         rolling: The place that is written over; None while it has none.
-        rolled: Behind how many tokens that was done last.
+        rolled: Behind how many tokens that was done last; 0 if it was not.
+        guessed: Numbers of tokens, ascending, behind which a step with drafts does it as far as they count. While that
+            is under way, `rolled` is the first of them.
+        before: Behind how many tokens that was done before that step.
     """
 
     due: tuple[int, ...] = ()
     saved: list[tuple[int, int]] = field(default_factory=list)
     rolling: int | None = None
     rolled: int = 0
+    guessed: tuple[int, ...] = ()
+    before: int = 0
 
     @property
     def places(self) -> list[int]:
@@ -98,7 +105,7 @@ class KeptStates:
         if trunk in self._own:
             self._own[branch] = _Own()
 
-    def moves(self, rows: DecodeRows, chunks: list[Chunk]) -> StateMoves:
+    def moves(self, rows: DecodeRows, chunks: list[Chunk], drafts: Drafts | None = None) -> StateMoves:
         """What the batch that is built now copies and saves; it counts as under way."""
         copies, saves = NO_PAIRS, NO_SAVES
         if self._copies:
@@ -107,10 +114,21 @@ class KeptStates:
                 self.places.release(place)
             self._copies.clear()
         in_chunks = [(row, *save) for row, chunk in enumerate(chunks, len(rows.slots)) for save in self._of(chunk)]
-        decoded = self._of_decodes(rows) if self._own else []
+        decoded: list[tuple[int, int, int]] = []
+        if self._own:
+            decoded = self._of_decodes(rows) if drafts is None else self._of_drafts(rows, drafts)
         if decoded or in_chunks:
             saves = np.array([*decoded, *in_chunks], dtype=np.int64)
         return StateMoves(copies, saves)
+
+    def settle(self, sequences: list[Sequence], taken: Int64) -> None:
+        """Notes how many tokens of each sequence count, of a step with drafts."""
+        for sequence, count in zip(sequences, taken.tolist(), strict=True):
+            own = self._own.get(sequence)
+            if own is not None and own.guessed:
+                computed = int(self._slots.num_computed[sequence.slot]) - 1 + count  # one was taken to count
+                own.rolled = max((position for position in own.guessed if position <= computed), default=own.before)
+                own.guessed = ()
 
     def publish(self, sequence: Sequence, known: Int32, settled: int, *, leaves: bool) -> None:
         """Makes states of a sequence known to the tree.
@@ -128,7 +146,7 @@ class KeptStates:
             if position <= settled:
                 self._tree.keep(int(known[position // self._page_size - 1]), place)
         own.saved = [save for save in own.saved if save[0] > settled]
-        if leaves and own.rolling is not None and own.rolled <= settled:
+        if leaves and own.rolling is not None and 0 < own.rolled <= settled:
             self._tree.keep(int(known[own.rolled // self._page_size - 1]), own.rolling)
             own.rolling = None
 
@@ -196,6 +214,24 @@ class KeptStates:
                 place = self._roll(own, int(self._slots.num_computed[sequence.slot]) + 1)
                 if place is not None:
                     saves.append((row, 1, place))
+        return saves
+
+    def _of_drafts(self, rows: DecodeRows, drafts: Drafts) -> list[tuple[int, int, int]]:
+        """(row, tokens of the row, place) of each save at an end of a block, whether or not its tokens will count."""
+        saves: list[tuple[int, int, int]] = []
+        computed = self._slots.num_computed[rows.slots]
+        first = computed // self._page_size + 1  # the first block that may be completed
+        last = (computed + 1 + drafts.lengths) // self._page_size
+        for row in np.flatnonzero(first <= last).tolist():
+            own = self._own.get(rows.sequences[row])
+            if own is None:
+                continue
+            before = own.rolled
+            ends = tuple(block * self._page_size for block in range(int(first[row]), int(last[row]) + 1))
+            place = self._roll(own, ends[0])
+            if place is not None:
+                own.guessed, own.before = ends, before
+                saves += [(row, end - int(computed[row]), place) for end in ends]
         return saves
 
     def _roll(self, own: _Own, position: int) -> int | None:

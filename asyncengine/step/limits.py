@@ -20,6 +20,7 @@ class Limits:
         max_recycling: Most finished sequences that are kept; None is unlimited.
         kept_states: How many states can be kept beside those of the slots, for a model that keeps a state for each
             sequence (of state-space layers, say) beside keys and values; None for a model that does not.
+        drafted_states: How many more a step can set aside, for such a model: so many tokens can be drafted in it.
     """
 
     max_num_sequence: int
@@ -31,6 +32,7 @@ class Limits:
     prefix_cache: bool = True
     max_recycling: int | None = None
     kept_states: int | None = None
+    drafted_states: int = 0
 
     @property
     def reuses_prefixes(self) -> bool:

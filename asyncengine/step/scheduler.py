@@ -23,7 +23,7 @@ from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
 from asyncengine.step.decode_rows import DecodeRows
-from asyncengine.step.drafting import Drafting, Drafts
+from asyncengine.step.drafting import Drafting, Drafts, shared
 from asyncengine.step.kv_blocks import KVBlocks
 from asyncengine.step.limits import Limits
 from asyncengine.step.plan import Chunk, Plan
@@ -51,7 +51,6 @@ class Scheduler:
     def __init__(
         self, limits: Limits, place: Callable[[Sequence, Int32], None], drafting: Drafting | None = None
     ) -> None:
-        assert limits.kept_states is None or drafting is None, "states cannot be taken back with drafts"
         self.limits = limits
         self.slots = SlotTable(limits.max_num_sequence, limits.max_single_sequence_length, limits.page_size)
         self.blocks = KVBlocks(limits, self.slots)
@@ -122,7 +121,7 @@ class Scheduler:
             return None
         drafts = None if self.drafting is None else self._draft(decode_slots, chunks)
         copies = self.blocks.due_copies() if self.blocks.copies else NO_PAIRS
-        states = None if self.blocks.states is None else self.blocks.states.moves(rows, chunks)
+        states = None if self.blocks.states is None else self.blocks.states.moves(rows, chunks, drafts)
         if chunks or drafts is not None:
             batch = self._batches.of(rows, chunks, copies, drafts, ahead, states)
         else:
@@ -146,10 +145,17 @@ class Scheduler:
             self._finishing[sequence] = None
             self._rows_changed = True
 
-    def settle(self, plan: Plan) -> None:
-        """Notes that a step's keys and values are in the cache indeed; of drafts see `take`."""
+    def settle(self, plan: Plan, taken: Int64 | None = None) -> None:
+        """Notes that a step's keys and values are in the cache indeed; of drafts see `take`.
+
+        Args:
+            plan: The step.
+            taken: As `StepTokens.taken`.
+        """
         if plan.decodes and plan.decodes is self._rows.sequences:
             self._rows.in_flight -= 1
+        if self.blocks.states is not None and taken is not None:
+            self.blocks.states.settle(plan.decodes, taken)
         for chunk in plan.chunks:
             if chunk.sequence.resident:
                 chunk.sequence.in_flight -= chunk.count
@@ -460,6 +466,8 @@ class Scheduler:
         lengths = drafting.lengths.wanted(rows, len(rows) + prefill)
         lengths = np.minimum(lengths, slots.max_tokens[rows] - slots.num_tokens[rows] - 1)  # one is drawn at the end
         lengths[np.cumsum(lengths) > self.limits.prefill_chunk_size - prefill] = 0
+        if self.limits.kept_states is not None:
+            lengths = shared(lengths, self.limits.drafted_states)
         have = slots.num_blocks[rows] * page_size - slots.num_computed[rows] - 1
         for row in np.flatnonzero(lengths > have).tolist():
             need = -(-int(lengths[row] - have[row]) // page_size)

@@ -183,7 +183,7 @@ class Stepping:
 
     def _commit(self, scheduler: Scheduler, plan: Plan, drawn: StepTokens) -> None:
         core = self._core
-        scheduler.settle(plan)
+        scheduler.settle(plan, drawn.taken)
         core.take_aborts(self._pending())
         if drawn.failed:
             core.requests.drop_rows(plan, drawn.failed)

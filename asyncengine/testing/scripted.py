@@ -96,7 +96,7 @@ class ScriptedModel:
         self._cache = np.full(limits.num_blocks * limits.page_size, -1, dtype=np.int64)
         self._states: ScriptedStates | None = None
         if limits.kept_states is not None:
-            self._states = ScriptedStates(limits.max_num_sequence, limits.kept_states)
+            self._states = ScriptedStates(limits.max_num_sequence, limits.kept_states, limits.drafted_states)
 
     # What a test does
 
@@ -214,11 +214,15 @@ class ScriptedModel:
                 token_ids[batch.query_start[row]] = self._last[int(batch.sample_slots[row])]
             batch = dataclasses.replace(batch, token_ids=token_ids)
         self._write(batch)
+        found: list[list[int]] = []
         if self._states is not None:
-            self._states.move(batch, [self._found(batch, row).tolist() for row in range(len(batch.context_lens))])
+            found = [self._found(batch, row).tolist() for row in range(len(batch.context_lens))]
+            self._states.move(batch, found)
         else:
             assert batch.slots is None and not len(batch.state_copies) and not len(batch.state_saves), "of no use"
         drawn = self._draw(batch)
+        if self._states is not None and drawn.taken is not None:
+            self._states.take(batch, found, drawn.taken.tolist())
         if batch.draft_lengths is None:
             self._last.update(zip(batch.sample_slots.tolist(), drawn.token_ids.tolist(), strict=True))
         return drawn

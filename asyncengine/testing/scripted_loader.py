@@ -35,7 +35,8 @@ class ScriptedLoader:
         run_ahead: Whether the engine launches steps ahead of the tokens of the steps before. Then a step more may be
             under way than a test expects that counts them.
         kept_states: How many states the models keep beside those of running sequences, as models with recurrent layers
-            do; None makes models that have none. The others take no drafts.
+            do; None makes models that have none.
+        drafted_states: How many tokens such models can have drafted in a step.
         adapters: What is generated with each adapter, by the directory that `EngineConfig.adapters` and `load_adapter`
             name. The latter takes a script itself as well.
         takes_images: Whether the models do, as `asyncengine.testing.ScriptedImageReader` reads them.
@@ -64,6 +65,7 @@ class ScriptedLoader:
         run_ahead: bool = False,
         warm_up_pieces: int = 0,
         kept_states: int | None = None,
+        drafted_states: int = 16,
         adapters: Mapping[str, Script] | None = None,
         takes_images: bool = False,
         whole_images: bool = False,
@@ -77,6 +79,7 @@ class ScriptedLoader:
         self.run_ahead = run_ahead
         self.warm_up_pieces = warm_up_pieces
         self.kept_states = kept_states
+        self.drafted_states = drafted_states
         self.adapters = dict(adapters or {})
         self.takes_images = takes_images
         self.whole_images = whole_images
@@ -98,8 +101,6 @@ class ScriptedLoader:
         error = self.check_errors.get(config.model)
         if error is not None:
             raise error
-        if self.kept_states is not None and (self.make_drafter is not None or config.speculative_mode == "ngram"):
-            raise ReloadError("a model that keeps states takes no drafts: states cannot be taken back")
         if self.takes_images and (self.make_drafter is not None or config.speculative_mode == "ngram"):
             raise ReloadError("a model that takes images takes no drafts")
         return LoadPlan(config, self.fits_beside, "bytes" if self.tokenizer is not None else None)
@@ -138,6 +139,7 @@ class ScriptedLoader:
             prefix_cache=complete.prefix_cache_mode == "radix",
             max_recycling=complete.prefix_cache_max_num_recycling_seqs,
             kept_states=self.kept_states,
+            drafted_states=self.drafted_states if self.kept_states is not None else 0,
         )
         model = ScriptedModel(self.script, limits, self.step_seconds)
         self.models.append(model)

@@ -107,6 +107,8 @@ async def test_states_of_recurrent_layers_are_shown_and_reckoned_as_the_loader_d
     assert done.status == 0, done.err
     assert "states          2 recurrent layers, 0.0 MiB per sequence" in done.out
     assert "320 states: of 64 sequences, and 256 that are kept" in done.out
+    done = run("estimate", path, "--memory", "1", "--speculative-model", "ngram", "--num-speculative-tokens", "3")
+    assert "512 states: of 64 sequences, 192 behind guessed tokens, and 256 that are kept" in done.out
     done = run("estimate", path, "--memory", "0.25")
     assert done.status == 1
     assert "states          2 recurrent layers" in done.out and "does not fit: the states of recurrent" in done.out

@@ -22,6 +22,7 @@ from asyncengine import (
     RequestStream,
 )
 from asyncengine.loop.router import Router
+from asyncengine.speculation.protocol import Drafter
 from asyncengine.testing import ByteTokenizer, Script, ScriptedLoader, ScriptedModel, echo
 
 LIMITS: dict[str, Any] = {
@@ -49,6 +50,7 @@ class Rig:
         fits_beside: bool = True,
         run_ahead: bool = False,
         kept_states: int | None = None,
+        make_drafter: Callable[[ScriptedModel], Drafter] | None = None,
         tokenizer: ByteTokenizer | None = None,
         **config: Any,
     ) -> None:
@@ -58,6 +60,7 @@ class Rig:
             fits_beside=fits_beside,
             run_ahead=run_ahead,
             kept_states=kept_states,
+            make_drafter=make_drafter,
             tokenizer=tokenizer or ByteTokenizer(),
         )
         self.config = EngineConfig("scripted", **(LIMITS | config))

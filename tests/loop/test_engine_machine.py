@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ from asyncengine import (
 from asyncengine.events import BranchEnded, RequestEnded
 from asyncengine.step import thread as step_thread
 from asyncengine.testing.scripted import ScriptedModel
+from tests.speculation.drafters import Guesser
 
 
 def script(prompt: Sequence[int], branch: int) -> list[int]:
@@ -110,8 +112,13 @@ class Track:
 class Machine:
     """An engine whose steps are held, and the operations on it."""
 
-    def __init__(self, config: dict[str, Any], fits_beside: bool, run_ahead: bool, kept_states: int | None) -> None:
-        self.rig = Rig(script, fits_beside=fits_beside, run_ahead=run_ahead, kept_states=kept_states, **config)
+    def __init__(
+        self, config: dict[str, Any], fits_beside: bool, run_ahead: bool, kept_states: int | None, guesses: bool
+    ) -> None:
+        self.rig = Rig(
+            script, fits_beside=fits_beside, run_ahead=run_ahead, kept_states=kept_states,
+            make_drafter=partial(Guesser, seed=1) if guesses else None, **config,
+        )  # fmt: skip
         self.engine = self.rig.engine
         self.holding = True
         self.held: ScriptedModel | None = None
@@ -434,9 +441,10 @@ async def play(
     fits_beside: bool,
     run_ahead: bool,
     kept_states: int | None,
+    guesses: bool,
     operations: list[tuple[str, Any]],
 ) -> None:
-    machine = Machine(config, fits_beside, run_ahead, kept_states)
+    machine = Machine(config, fits_beside, run_ahead, kept_states, guesses)
     async with machine.rig:
         machine.watch()
         for name, value in operations:
@@ -459,6 +467,7 @@ async def play(
     fits_beside=st.booleans(),
     run_ahead=st.booleans(),
     kept_states=st.sampled_from([None, None, 0, 2, 50]),
+    guesses=st.booleans(),
     operations=st.lists(OPERATIONS, min_size=5, max_size=40),
 )
 def test_any_interleaving(
@@ -467,17 +476,18 @@ def test_any_interleaving(
     fits_beside: bool,
     run_ahead: bool,
     kept_states: int | None,
+    guesses: bool,
     operations: list[tuple[str, Any]],
 ) -> None:
     reported: list[dict[str, Any]] = []
 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
-        await play(config, fits_beside, run_ahead, kept_states, operations)
+        await play(config, fits_beside, run_ahead, kept_states, guesses, operations)
         this = asyncio.current_task()
         assert [task for task in asyncio.all_tasks() if task is not this] == []
 
-    note(f"{config} {fits_beside} {run_ahead} {kept_states}")
+    note(f"{config} {fits_beside} {run_ahead} {kept_states} {guesses}")
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main())
     assert reported == []

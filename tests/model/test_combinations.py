@@ -97,8 +97,8 @@ def combine(
     drawn = case(seed, vocabulary, end, tokenizer(letters.STORY).input_ids, requests, engines)
     preempted, short = 0, False
     for index, knobs in enumerate(drawn.engines):
-        if recurrent:  # drafts are refused
-            knobs = {name: value for name, value in knobs.items() if not name.startswith("spec")}
+        if recurrent and knobs.get("speculative_mode") == "small_draft":  # it cannot draft
+            knobs = {**knobs, "speculative_mode": "ngram"}
         if knobs.get("speculative_mode") == "small_draft":
             knobs = {**knobs, "additional_models": [str(path)]}
         config = EngineConfig.from_dict({

@@ -401,6 +401,22 @@ async def test_an_engine_generates_the_same_with_captured_steps(
     assert recorder.replayed >= 3 * 11
 
 
+async def test_steps_with_drafts_of_a_model_that_keeps_states_are_launched_beside_captured_ones(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = engine_config(checkpoint("lfm2", vocab_size=50)).replace(kv_cache_page_size=8)
+    recorder = Replayer()
+    graphs_here(monkeypatch, recorder)
+    found = [await tokens_of(config.replace(speculative_mode=mode)) for mode in ("disable", "ngram")]
+    assert found[0][0] == found[1][0]
+    async with AsyncEngine(config.replace(speculative_mode="ngram", spec_draft_length=3)) as engine:
+        await warmed_up(engine)
+        replayed, steps = recorder.replayed, engine.metrics().counters.steps
+        await engine.generate([5, 6, 5, 6], GREEDY.replace(max_tokens=40))
+        counters = engine.metrics().counters
+        assert counters.draft_tokens and 0 < recorder.replayed - replayed < counters.steps - steps - 1
+
+
 @pytest.mark.loops("each")
 async def test_a_few_steps_are_captured_at_once_and_the_others_while_the_engine_is_idle(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

@@ -58,12 +58,16 @@ class Line:
         self.check(plan)
         return plan
 
-    def finish(self, plan: Plan, token: int = 65) -> None:
-        """What happens once the model has drawn."""
+    def finish(self, plan: Plan, token: int = 65, taken: list[int] | None = None) -> None:
+        """What happens once the model has drawn; with drafts, `taken` of each row's tokens count."""
         scheduler = self.scheduler
         scheduler.advance(plan)
-        scheduler.settle(plan)
-        if plan.decodes:
+        scheduler.settle(plan, None if plan.drafts is None else np.array(taken))
+        if plan.drafts is not None:
+            assert taken is not None
+            for sequence, count in zip(plan.decodes, taken, strict=True):
+                scheduler.take(sequence, [token] * count)
+        elif plan.decodes:
             scheduler.slots.append_tokens(plan.decode_slots, np.full(len(plan.decodes), token, dtype=np.int32))
         for chunk in plan.chunks:
             if chunk.last:
@@ -77,10 +81,11 @@ class Line:
                         scheduler.add(branch)
         scheduler.check()
 
-    def step(self, steps: int = 1) -> Plan:
-        for _ in range(steps):
+    def step(self, steps: int | list[int] = 1) -> Plan:
+        """So many steps, or one with drafts of which so many of each row's tokens count."""
+        for _ in range(steps if isinstance(steps, int) else 1):
             plan = self.schedule()
-            self.finish(plan)
+            self.finish(plan, taken=steps if isinstance(steps, list) else None)
         return plan
 
     def end(self, request: Request) -> None:
@@ -105,6 +110,8 @@ class Line:
             chunks = [chunk.sequence.slot for chunk in plan.chunks]
             assert batch.slots is not None and batch.slots.tolist() == [*plan.decode_slots.tolist(), *chunks]
         slots, page_size = self.scheduler.slots, self.scheduler.limits.page_size
+        if plan.drafts is not None:
+            return
         for row, sequence in enumerate(plan.decodes):  # the columns that were moved on say what the table says
             slot, position = sequence.slot, int(slots.num_computed[sequence.slot])
             assert (plan.decode_slots[row], batch.sample_slots[row]) == (slot, slot)

@@ -109,7 +109,8 @@ LOADED: dict[str, Any] = {
     "drafts": st.sampled_from(["none", "right", "guessed", "guessed", "wrong", "repeated", "broken"]),
     "longest": st.sampled_from([0, 1, 3, 20]),
     "adapters": st.sampled_from(["", "x", "x", "xy", "yx"]),
-    "kept": st.sampled_from([None, None, None, 0, 1, 3, 50]),
+    "kept": st.sampled_from([None, None, 0, 1, 3, 50]),
+    "set_aside": st.sampled_from([0, 1, 3, 16, 16]),
     "images": st.sampled_from(["", "", "parted", "whole"]),
 }
 
@@ -137,9 +138,10 @@ DRAFTERS: dict[str, Any] = {
 
 
 class Loader(ScriptedLoader):
-    """Loads models that keep states, as many as drawn, and take images if that is drawn, unless they have drafts."""
+    """Loads models that keep states, as many as drawn, and take images if that is drawn and they have no drafts."""
 
     kept: int | None = None
+    set_aside = 0
     images = ""
 
     def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
@@ -152,7 +154,7 @@ class Loader(ScriptedLoader):
 
     def _choose(self, config: EngineConfig) -> None:
         drafts = self.make_drafter is not None or config.speculative_mode != "disable"
-        self.kept_states = None if drafts else self.kept
+        self.kept_states, self.drafted_states = self.kept, self.set_aside
         self.takes_images, self.whole_images = bool(self.images) and not drafts, self.images == "whole"
 
 
@@ -200,13 +202,11 @@ class CoreMachine(RuleBasedStateMachine):
         else:
             self.case.give(make(to))
 
-    def drafts_by(self, drafts: str, longest: int, kept: int | None, images: str) -> dict[str, Any]:
-        """Lets the models that are loaded from now on have a drafter, or states and images; returns what to load them
+    def drafts_by(self, drafts: str, longest: int, kept: int | None, set_aside: int, images: str) -> dict[str, Any]:
+        """Lets the models that are loaded from now on have a drafter, or images, and states; returns what to load them
         with.
         """
-        self.loader.kept, self.loader.images = kept, images
-        if kept is not None:
-            drafts = "none"
+        self.loader.kept, self.loader.set_aside, self.loader.images = kept, set_aside, images
         self.case.loader.make_drafter = DRAFTERS.get(drafts)
         return {} if drafts == "none" else {"speculative_mode": "ngram", "spec_draft_length": longest}
 
@@ -233,6 +233,7 @@ class CoreMachine(RuleBasedStateMachine):
         longest: int,
         adapters: str,
         kept: int | None,
+        set_aside: int,
         images: str,
     ) -> None:
         self.limits.add(size)
@@ -244,7 +245,7 @@ class CoreMachine(RuleBasedStateMachine):
             prefix_cache_max_num_recycling_seqs=recycling,
             max_queue_size=queue,
             adapters=dict(zip(adapters, adapters, strict=True)),
-            **self.drafts_by(drafts, longest, kept, images),
+            **self.drafts_by(drafts, longest, kept, set_aside, images),
         )
 
     @precondition(alive)
@@ -444,6 +445,7 @@ class CoreMachine(RuleBasedStateMachine):
         longest: int,
         adapters: str,
         kept: int | None,
+        set_aside: int,
         images: str,
     ) -> None:
         loader = self.case.loader
@@ -462,7 +464,7 @@ class CoreMachine(RuleBasedStateMachine):
             max_queue_size=queue,
             max_single_sequence_length=length,
             adapters=dict(zip(adapters, adapters, strict=True)),
-            **self.drafts_by(drafts, longest, kept, images),
+            **self.drafts_by(drafts, longest, kept, set_aside, images),
         )
         self.later(data, lambda to: ins.Reload(new, in_flight, to, new_requests))
 
@@ -584,6 +586,10 @@ class CoreMachine(RuleBasedStateMachine):
                     assert len(got) == new.params.max_tokens or full, f"{got}, {new.params.max_tokens}"
                     assert stop is None or len(got) < len(tokens)
         for number, end in box.ends.items():
+            cause: BaseException | None = end.error
+            while cause is not None:  # the scripted model has found a mistake about blocks or states
+                assert not isinstance(cause, AssertionError), f"{cause}"
+                cause = cause.__cause__
             usage = end.usage
             assert 0 <= usage.accepted_draft_tokens <= min(usage.draft_tokens, usage.completion_tokens)
             reasons = {box.branch_ends[number, branch].finish_reason for branch in range(self.news[number].params.n)}

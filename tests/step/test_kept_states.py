@@ -14,19 +14,19 @@ from asyncengine.errors import StepError
 from asyncengine.instructions import ReplyTo
 from asyncengine.outputs import FinishReason
 from asyncengine.speculation.lengths import DraftLengths
-from asyncengine.speculation.ngram import NgramDrafter
 from asyncengine.state import EngineState
 from asyncengine.step.batch import NO_PAIRS, StepBatch, StepTokens
-from asyncengine.step.drafting import Drafting
+from asyncengine.step.drafting import Drafting, shared
 from asyncengine.step.kept_states import KeptStates
 from asyncengine.step.plan import Plan, StateMoves
-from asyncengine.step.scheduler import Scheduler
 from asyncengine.step.sequence import Request, SequenceState
 from asyncengine.step.state_places import StatePlaces
+from asyncengine.testing import ByteTokenizer, ScriptedLoader, ScriptedModel, echo
 from asyncengine.testing.adapters import ScriptedAdapter
+from tests.speculation.drafters import Guesser, Liar, Oracle, Scripted
 
 from .core_case import EOS, Case, answer, loaded, prompt_of
-from .line import Line, limits
+from .line import Line
 
 FIRST = 8
 """The first place that is no slot's own."""
@@ -92,11 +92,6 @@ class TestSlots:
         assert decoding.sequences is rows
         batch = decoding.batch(NO_PAIRS, False, moves)
         assert batch.state_copies is moves.copies and batch.state_saves is moves.saves
-
-    def test_drafts_are_refused(self) -> None:
-        drafting = Drafting(NgramDrafter(), DraftLengths(8, 3, 8.0))
-        with pytest.raises(AssertionError, match="cannot be taken back"):
-            Scheduler(limits(kept_states=1), lambda sequence, tokens: None, drafting)
 
 
 class TestPrompts:
@@ -461,6 +456,133 @@ class TestPins:
         assert places_of(own).num_free == 20
 
 
+class Sure:
+    """Drafts as many as are wanted, whatever they are."""
+
+    def place(self, slot: int, params: Any, branch: int) -> None: ...
+
+    def copy(self, copies: Any) -> None: ...
+
+    def follow(self, table: Any, slots: Any) -> None: ...
+
+    def propose(self, table: Any, slots: Any, lengths: Any) -> list[Any]:
+        return [np.arange(length, dtype=np.int32) for length in lengths.tolist()]
+
+
+def drafting(length: int = 6, drafted_states: int = 20, **changes: Any) -> Line:
+    own = line(drafted_states=drafted_states, **changes)
+    own.scheduler.drafting = Drafting(Sure(), DraftLengths(8, length, 8.0))
+    return own
+
+
+class TestDrafts:
+    """`taken` is how many of the tokens of a step's only row count."""
+
+    def test_save_at_each_end_of_a_block_in_one_place(self) -> None:
+        own = drafting()
+        own.add("ab")
+        own.step()
+        plan = own.schedule()
+        assert saves(plan) == [(0, 2), (0, 6)] and plan.batch.query_start.tolist() == [0, 7]
+        assert len({*plan.batch.state_saves[:, 2].tolist()}) == 1
+        assert plan.batch.state_copies.tolist() == []
+
+    def test_save_beside_prompts_and_rows_without(self) -> None:
+        own = drafting()
+        own.add("abcdef")
+        own.add("abc", max_tokens=2)  # of which one is left
+        own.step()
+        own.add("xyzxyz")
+        assert saves(own.step([7, 1])) == [(0, 2), (0, 6), (1, 1), (2, 4)]
+
+    @pytest.mark.parametrize(("taken", "behind"), [(1, 0), (2, 4), (5, 4), (6, 8), (7, 8)])
+    def test_are_believed_as_far_as_they_count(self, taken: int, behind: int) -> None:
+        own = drafting()
+        request = own.add("ab")
+        own.step()
+        own.step([taken])
+        assert places_of(own).num_held == 1
+        own.end(request)
+        assert usable(own, "ab" + "A" * taken) == behind
+        assert places_of(own).num_used == 0
+
+    def test_leave_what_was_there_if_none_counts(self) -> None:
+        own = drafting(length=4)
+        request = own.add("ab")
+        own.step()
+        own.step([3])  # behind 4 of 5 tokens, one of them not computed
+        assert saves(own.step([1])) == [(0, 3)]
+        own.end(request)
+        assert usable(own, "ab" + "A" * 6) == 4
+
+    def test_leave_nothing_in_a_place_that_was_another_states(self) -> None:
+        own = drafting(kept_states=1)
+        request = own.add("abcdef")
+        own.step()
+        assert usable(own, "abcdef") == 4
+        assert saves(own.step([1])) == [(0, 2), (0, 6)]
+        own.end(request)
+        assert usable(own, "abcdefAA") == 0 and places_of(own).num_free == 1
+
+    def test_are_not_believed_before_they_are_settled(self) -> None:
+        own = drafting(length=4)
+        request = own.add("ab")
+        own.step()
+        own.step([3])
+        own.schedule()  # and the step failed: nobody knows what it has written over
+        own.end(request)
+        assert usable(own, "ab" + "A" * 6) == 0 and places_of(own).num_free == 20
+
+    def test_of_a_run_that_ends_before_are_not_believed(self) -> None:
+        own = drafting()
+        request = own.add("ab")
+        own.step()
+        plan = own.schedule()
+        own.scheduler.advance(plan)
+        own.scheduler.settle(plan, np.array([7]))
+        own.scheduler.take(request.branches[0], [65] * 4)  # a stop token
+        own.end(request)
+        assert usable(own, "ab" + "A" * 6) == 0 and places_of(own).num_free == 20
+
+    def test_are_gone_on_with_after_a_preemption(self) -> None:
+        own = drafting()
+        request = own.add("ab")
+        own.step()
+        own.step([7])
+        own.scheduler.preempt(request.branches[0])
+        own.scheduler.check()
+        assert own.step().batch.context_lens.tolist() == [8]
+
+    def test_are_as_many_as_states_can_be_set_aside(self) -> None:
+        own = drafting(length=4, drafted_states=6)
+        for prompt in ("ab", "cd", "ef", "gh"):
+            own.add(prompt)
+        own.step()
+        lengths = own.step([1] * 4).batch.draft_lengths
+        assert lengths is not None and lengths.tolist() == [2, 2, 1, 1]
+        assert drafting(drafted_states=0).scheduler.limits.drafted_states == 0
+
+    def test_are_none_where_no_state_can_be_set_aside(self) -> None:
+        own = drafting(drafted_states=0)
+        own.add("ab")
+        own.step()
+        assert own.step().batch.draft_lengths is None
+
+    @pytest.mark.parametrize(
+        ("wanted", "most", "expected"),
+        [
+            ([4, 0, 2], 6, [4, 0, 2]),
+            ([4, 0, 2], 5, [3, 0, 2]),
+            ([4, 0, 2], 3, [2, 0, 1]),
+            ([4, 0, 2], 1, [1, 0, 0]),
+            ([4, 0, 2], 0, [0, 0, 0]),
+            ([0, 0], 3, [0, 0]),
+        ],
+    )
+    def test_are_shared(self, wanted: list[int], most: int, expected: list[int]) -> None:
+        assert shared(np.array(wanted), most).tolist() == expected
+
+
 class TestBranches:
     def test_are_given_the_state_behind_the_prompt(self) -> None:
         own = line()
@@ -788,3 +910,72 @@ def test_what_is_generated_is_the_same(changes: dict[str, Any], kept_states: int
         assert own.core.scheduler.num_preemptions or "max_num_sequence" in changes
     assert all(other == found[0] for other in found)
     assert np.prod([len(tokens) for tokens, _ in found[0]]) > 0
+
+
+def speculating(make: Callable[[ScriptedModel], Scripted], script: Any = None, **changes: Any) -> Case:
+    """A core over a model that keeps states, with a drafter."""
+    settings = {"kept_states": 20, "drafted_states": 16} | {
+        name: changes.pop(name) for name in ("kept_states", "drafted_states") if name in changes
+    }
+    own = Case(ScriptedLoader(script or echo, tokenizer=ByteTokenizer(), make_drafter=make, **settings))
+    own.load(speculative_mode="ngram", **({"spec_draft_length": 5} | changes))
+    return own
+
+
+@pytest.mark.parametrize("make", [Oracle, Liar, lambda model: Guesser(model, 3)])
+@pytest.mark.parametrize("stop", ["", "e", "fg", "k"])
+def test_the_next_turn_goes_on_behind_what_was_guessed(make: Any, stop: str) -> None:
+    own = speculating(make, answer("abcdefghijklmnop"))
+    number = own.add("hello", stop_strs=(stop,) if stop else ())
+    own.run()
+    turn = "hello" + own.text(number) + "!"
+    assert own.usage(number).draft_tokens > 0
+    again = own.add(turn)
+    own.run()
+    assert own.text(again) == "abcdefghijklmnop"
+    if make is Liar:  # where each token counts before the next is computed, the last block's state is kept
+        assert own.usage(again).cached_tokens == (len(turn) - 2) // 4 * 4
+
+
+@pytest.mark.parametrize("steps", range(1, 7))
+@pytest.mark.parametrize("what", ["abort", "fault", "weights", "sleep"])
+def test_drafts_leave_no_wrong_state_behind(what: str, steps: int) -> None:
+    own = speculating(lambda model: Guesser(model, steps), prefill_chunk_size=8)
+    text = "abcdefghijklmnopqrst"
+    number, other = own.add(text, n=2), own.add("uvwxyzuvwxyz")
+    own.step(steps)
+    if what == "abort":
+        own.abort(number)
+    elif what == "fault":
+        own.model.fail_next(ValueError("a bad kernel"))
+    elif what == "weights":
+        own.call(lambda to: ins.UpdateWeights({"w": 1}, to))
+    else:
+        own.call(ins.Sleep)
+        own.call(ins.Wake)
+    own.run()
+    again, more = own.add(text + "!", n=2), own.add("uvwxyzuvwxyz!")
+    own.run()
+    assert own.text(again) == own.text(again, 1) == text + "!" and own.text(more) == "uvwxyzuvwxyz!"
+    if what != "fault":
+        assert own.text(other) == "uvwxyzuvwxyz"
+
+
+@pytest.mark.parametrize("changes", CROWDED)
+@pytest.mark.parametrize(("kept_states", "drafted_states"), [(0, 16), (3, 1), (40, 16)])
+def test_with_drafts_the_same_is_generated(changes: dict[str, Any], kept_states: int, drafted_states: int) -> None:
+    found: list[Any] = []
+    for states in (None, kept_states):
+        own = speculating(
+            lambda model: Guesser(model, 1), different, kept_states=states, drafted_states=drafted_states, **changes
+        )
+        numbers = [
+            own.add("abcdefghabcd"[: 5 + i % 7] * (1 + i % 2), n=1 + i % 3, max_tokens=5 + 4 * (i % 4), priority=i % 2)
+            for i in range(12)
+        ]
+        own.run()
+        keys = [(number, branch) for i, number in enumerate(numbers) for branch in range(1 + i % 3)]
+        found.append([(own.tokens(*key), own.reason(*key)) for key in keys])
+        counters = own.core.metrics().counters
+        assert 0 < counters.accepted_draft_tokens < counters.draft_tokens
+    assert found[0] == found[1]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ReloadError, StepError
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, StepError
 from asyncengine.step.batch import NO_INDEX, StepBatch
 from asyncengine.step.sequence import EMPTY
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, scripted_engine
@@ -39,9 +39,15 @@ def batch(*rows: tuple[int, int, int], copies: Any = (), saves: Any = (), **chan
     return dataclasses.replace(made, **changes)
 
 
+def drafted(*rows: tuple[int, int, int], **changes: Any) -> StepBatch:
+    """The same, whose rows decode and have drafts behind their first tokens."""
+    lengths = np.array([count - 1 for _, _, count in rows])
+    return batch(*rows, num_decodes=len(rows), draft_lengths=lengths, **changes)
+
+
 def begun() -> ScriptedStates:
     """Two slots and three places; the first slot's state is of the tokens 5, 6, 7, a kept one of 5, 6."""
-    states = ScriptedStates(2, 3)
+    states = ScriptedStates(2, 3, 4)
     states.move(batch((0, 0, 3), saves=[(0, 2, 4)]), [[5, 6, 7]])
     return states
 
@@ -93,7 +99,9 @@ def test_what_a_failed_step_has_moved_is_rubbish(what: str) -> None:
 WRONG: dict[str, tuple[StepBatch, str]] = {
     "no slots": (batch((0, 3, 1), slots=None), "no slots"),
     "too few slots": (batch((0, 3, 1), slots=NO_INDEX), "no slots"),
-    "drafts": (batch((0, 3, 1), draft_lengths=NO_INDEX), "taken back"),
+    "too many drafts": (batch((0, 3, 2), num_decodes=1, draft_lengths=np.array([5])), "5 tokens are drafted; .* of 4"),
+    "a draft's save over a row's state": (drafted((0, 3, 2), saves=[(0, 1, 0)]), "to one place"),
+    "two rows' saves at one place": (drafted((0, 3, 2), (1, 0, 1), saves=[(0, 1, 3), (1, 1, 3)]), "to one place"),
     "a slot twice": (batch((0, 3, 1), (0, 0, 1)), "there twice"),
     "a copy to a kept place": (batch((0, 3, 1), copies=[(0, 4)]), "from or to nowhere"),
     "a copy from nowhere": (batch((0, 3, 1), copies=[(5, 1)]), "from or to nowhere"),
@@ -128,11 +136,25 @@ async def test_one_that_keeps_none_answers_all_the_same() -> None:
             assert result.text == "fine, thanks" and result.usage.cached_tokens == 0
 
 
-async def test_drafts_are_refused() -> None:
-    engine = scripted_engine("x", kept_states=4, speculative_mode="ngram")
-    with pytest.raises(ReloadError, match="takes no drafts"):
-        async with engine:
-            pass
+def test_with_drafts_states_are_of_the_tokens_that_count() -> None:
+    states, tokens = begun(), [[5, 6, 7, 8, 9], [4, 3]]
+    states.move(batch((1, 0, 1)), [[4]])
+    step = drafted((0, 3, 2), (1, 1, 1), saves=[(0, 1, 2), (0, 2, 2), (1, 1, 3)])
+    states.move(step, tokens)
+    assert states.at(0) is states.at(1) is states.at(2) is None
+    states.take(step, tokens, [1, 1])
+    assert (states.at(0), states.at(1)) == ((5, 6, 7, 8), (4, 3))
+    assert (states.at(2), states.at(3)) == ((5, 6, 7, 8), (4, 3))
+    again = drafted((0, 4, 2), saves=[(0, 1, 2), (0, 2, 4)])
+    states.move(again, [[5, 6, 7, 8, 1, 2]])
+    states.take(again, [[5, 6, 7, 8, 1, 2]], [0])
+    assert states.at(0) is None and (states.at(2), states.at(4)) == ((5, 6, 7, 8), (5, 6))
+
+
+async def test_drafts_are_made_for_a_model_that_keeps_states() -> None:
+    async with scripted_engine("aabaabaab", kept_states=4, speculative_mode="ngram") as engine:
+        result = await engine.generate("aab")
+        assert result.text == "aabaabaab" and 0 < result.usage.accepted_draft_tokens < result.usage.draft_tokens
 
 
 async def test_a_mistake_about_states_is_noticed() -> None:

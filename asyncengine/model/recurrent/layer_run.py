@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asyncengine.model.recurrent.drafted_rows import DraftedRows
 from asyncengine.model.recurrent.functions import Present
 from asyncengine.model.recurrent.recorded import Key, RecurrentLayer
 from asyncengine.model.recurrent.row_states import RowStates
@@ -113,8 +114,10 @@ class LayerRun:
         outputs: list[Any] = []
         try:
             self._stand_in()
-            if rows.num_decodes:
-                outputs.append(self._decodes(rows, places))
+            if rows.drafted is not None:
+                outputs.append(self._waves(rows.drafted))
+            elif rows.num_decodes:
+                outputs.append(self._decodes(rows.num_decodes, rows.alike, places))
             for piece in rows.pieces:
                 start, end = piece.tokens
                 own = {key: tensor[piece.place : piece.place + 1] for key, tensor in self._tensors.items()}
@@ -164,18 +167,35 @@ class LayerRun:
         for each in self._outside:
             each.parent._modules[each.name] = each.linear
 
-    def _decodes(self, rows: StepRows, places: torch.Tensor) -> Any:
+    def _decodes(self, count: int, alike: tuple[int, int] | None, places: torch.Tensor) -> Any:
         """All rows that decode, as a batch."""
-        count, alike = rows.num_decodes, rows.alike
-        if alike is not None:  # where their states lie side by side, they are used in place
-            own = {key: tensor[slice(*alike)] for key, tensor in self._tensors.items()}
-        else:
-            own = {key: tensor.index_select(0, places) for key, tensor in self._tensors.items()}
+        own = self._own(alike, places)
         output = self._run(lambda whole: whole[:, :count].transpose(0, 1), own, False)
+        self._give_back(own, alike, places)
+        return _flat(output)
+
+    def _waves(self, rows: DraftedRows) -> Any:
+        """All rows that decode, in a step with drafts: in waves of one token each, as batches."""
+        own, outputs = self._own(rows.alike, rows.places), []
+        for wave in rows.waves:
+            of_wave = {key: tensor[: wave.count] for key, tensor in own.items()}
+            outputs.append(_flat(self._run(wave.part, of_wave, False)))
+            start, end = wave.aside
+            for key, tensor in of_wave.items():
+                self._tensors[key][start:end].copy_(tensor[: end - start])
+        self._give_back(own, rows.alike, rows.places)
+        return _chosen(_joined(outputs), rows.back)
+
+    def _own(self, alike: tuple[int, int] | None, places: torch.Tensor) -> Tensors:
+        """The states at places; where these lie side by side, the states themselves."""
+        if alike is not None:
+            return {key: tensor[slice(*alike)] for key, tensor in self._tensors.items()}
+        return {key: tensor.index_select(0, places) for key, tensor in self._tensors.items()}
+
+    def _give_back(self, own: Tensors, alike: tuple[int, int] | None, places: torch.Tensor) -> None:
         if alike is None:
             for key, tensor in own.items():
                 self._tensors[key].index_copy_(0, places, tensor)
-        return _flat(output)
 
     def _piece(self, start: int, end: int, own: Tensors, fresh: bool) -> Any:
         return self._run(lambda whole: whole[:, start:end], own, fresh)
@@ -216,6 +236,13 @@ def _joined(outputs: list[Any]) -> Any:
     if isinstance(first, torch.Tensor):
         return torch.cat(outputs, dim=1)
     return tuple(_joined(list(each)) for each in zip(*outputs, strict=True)) if isinstance(first, tuple) else first
+
+
+def _chosen(output: Any, tokens: torch.Tensor) -> Any:
+    """Some tokens of an output, in their order."""
+    if isinstance(output, torch.Tensor):
+        return output.index_select(1, tokens)
+    return tuple(_chosen(each, tokens) for each in output) if isinstance(output, tuple) else output
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -7,8 +7,8 @@ from asyncengine.errors import ConfigError
 
 
 def check_recurrent(config: EngineConfig, target: bool, draft: bool) -> None:
-    """Refuses a compiled step, which knows no such layers, and speculation: tokens that turn out not to count cannot be
-    taken out of a state again.
+    """Refuses a compiled step, which knows no such layers, and a model with such layers that drafts: what it has
+    guessed could not be taken out of its states again.
 
     Args:
         config: What is wanted.
@@ -23,15 +23,8 @@ def check_recurrent(config: EngineConfig, target: bool, draft: bool) -> None:
             f"{config.model!r} cannot run as a compiled step: it has recurrent layers; decoder_backend is 'compiled', "
             "allowed: 'auto', 'transformers'"
         )
-    if config.speculative_mode == "disable":
-        return
     if draft:
         raise ConfigError(
-            f"additional_models is {list(config.additional_models)!r}, a model with recurrent layers, whose states "
-            "cannot be taken back; it cannot draft"
-        )
-    if target:
-        raise ConfigError(
-            f"speculative_mode is {config.speculative_mode!r} with a model that has recurrent layers, whose states "
-            "cannot be taken back; allowed: 'disable'"
+            f"additional_models is {list(config.additional_models)!r}, a model with recurrent layers, from whose "
+            "states guesses cannot be taken back; name one with attention alone, or use speculative_mode 'ngram'"
         )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from asyncengine.model.recurrent.drafted_rows import DraftedRows
 from asyncengine.model.recurrent.functions import CPU, Present, forward_with
 from asyncengine.model.recurrent.layer_run import LayerRun, Outside, Tensors
 from asyncengine.model.recurrent.recorded import Key, RecurrentLayer, RecurrentSpec
@@ -39,12 +40,12 @@ def bytes_per_place(layers: Iterable[RecurrentLayer], dtype: torch.dtype) -> int
 class States:
     """The states of all recurrent layers of a model.
 
-    A place is a row of each tensor: first the slots' own, then those of states that are kept, then one that stands for
-    nowhere.
+    A place is a row of each tensor: first the slots' own, then those of states that are kept, then those of states that
+    a step with drafts sets aside, then one that stands for nowhere.
 
     Args:
         layers: In the order of execution.
-        limits: Number of slots and of states that are kept.
+        limits: Number of slots, of states that are kept, and of those that are set aside.
         dtype: The model's.
         device: Theirs.
         trying: Whether to find out which layers do not continue.
@@ -72,10 +73,12 @@ class States:
         ] = {}  # (places, numbers): all that is kept of a sequence, side by side
         self._tensors: list[Tensors] = []  # of each layer, views of these
         self._trying = trying
-        self.nowhere = limits.max_num_sequence + (limits.kept_states or 0)
+        self._aside = limits.max_num_sequence + (limits.kept_states or 0)
+        self.nowhere = self._aside + limits.drafted_states
         self.rows: StepRows | None = None
         self.places = torch.empty(0, dtype=torch.int64, device=device)
         self._late: tuple[tuple[int, int], ...] = ()
+        self._drafted: DraftedRows | None = None
         self.alone: set[str] = set()
 
     def allocate(self) -> None:
@@ -103,20 +106,34 @@ class States:
 
     def free(self) -> None:
         """Lets the tensors go; the layers are as transformers made them."""
-        self._tensors, self._rows, self.rows = [], {}, None
+        self._tensors, self._rows, self.rows, self._drafted = [], {}, None, None
         for layer in self._layers:
             layer.module.__dict__.pop("forward", None)
 
     def begin(self, batch: StepBatch, captured: bool = False) -> None:
         """Prepares a step: copies states, then cuts it, unless that is done in what was `captured`."""
         self._copy(batch.state_copies.tolist())
-        self.rows = None if captured else cut(batch)
+        self._drafted = None
+        if batch.draft_lengths is not None:
+            assert not captured and int(batch.draft_lengths.sum()) <= self.nowhere - self._aside
+            self._drafted = DraftedRows(batch, self._aside, self._device)
+        self.rows = None if captured else cut(batch, self._drafted)
         self._late = late_saves(batch)
 
     def end(self) -> None:
         """Keeps states as they are behind the step."""
         self._copy(self._late)
         self._late = ()
+
+    def take(self, taken: Int64) -> None:
+        """Ends a step with drafts: each row's state is the one behind the last of its tokens that count.
+
+        Args:
+            taken: As `StepTokens.taken`.
+        """
+        assert self._drafted is not None
+        self._copy(self._drafted.taken(taken))
+        self._drafted = None
 
     def places_of(self, batch: StepBatch, tokens: int) -> Int64:
         """(tokens,) the place of each row of a step of decodes, padded to so many."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from asyncengine.model.recurrent.drafted_rows import DraftedRows
 from asyncengine.step.batch import StepBatch
 
 
@@ -32,24 +33,26 @@ class StepRows:
         num_decodes: How many rows decode.
         alike: From where to where their places are, if these follow one another; None else.
         pieces: What follows them.
+        drafted: The rows that decode, in a step with drafts.
     """
 
     num_decodes: int
     alike: tuple[int, int] | None = None
     pieces: tuple[Piece, ...] = ()
+    drafted: DraftedRows | None = None
 
 
 def late_saves(batch: StepBatch) -> tuple[tuple[int, int], ...]:
-    """What is kept of the rows that decode, whose state is that behind the step."""
-    if batch.slots is None:
+    """What is kept of the rows that decode, whose state is that behind the step; with drafts, nothing yet."""
+    if batch.slots is None or batch.draft_lengths is not None:
         return ()
     decodes = batch.num_decodes
     return tuple((int(batch.slots[row]), place) for row, _, place in batch.state_saves.tolist() if row < decodes)
 
 
-def cut(batch: StepBatch) -> StepRows:
-    """Cuts a step, whose rows that decode have one token each."""
-    assert batch.slots is not None and batch.draft_lengths is None
+def cut(batch: StepBatch, drafted: DraftedRows | None = None) -> StepRows:
+    """Cuts a step, whose rows that decode have one token each unless there are drafts."""
+    assert batch.slots is not None and (batch.draft_lengths is None or drafted is not None)
     decodes = batch.num_decodes
     places = batch.slots.tolist()
     saves: dict[int, list[tuple[int, int]]] = {}
@@ -70,4 +73,4 @@ def cut(batch: StepBatch) -> StepRows:
             start, fresh = stop, False
     first = places[0] if decodes else 0
     follow = places[:decodes] == list(range(first, first + decodes))
-    return StepRows(decodes, (first, first + decodes) if follow else None, tuple(pieces))
+    return StepRows(decodes, (first, first + decodes) if follow else None, tuple(pieces), drafted)

@@ -286,6 +286,31 @@ async def test_decodes_of_recurrent_layers_are_captured(
 
 
 @on_one_loop
+async def test_steps_with_drafts_of_recurrent_layers_are_launched(
+    device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path]
+) -> None:
+    path = checkpoint(
+        "qwen3_5", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], vocab_size=16
+    )  # fmt: skip
+
+    async def work(engine: AsyncEngine) -> list[Any]:
+        settings = GenerationConfig(max_tokens=24, temperature=0, ignore_eos=True)
+        results = await engine.generate_many([[1, 2, 3, 4] * 4, [5, 2] * 3], settings)
+        counters = engine.metrics().counters
+        return [*[result.token_ids for result in results], counters.draft_tokens, counters.accepted_draft_tokens]
+
+    config = config.replace(
+        model=str(path), max_num_sequence=2, kv_cache_page_size=16, speculative_mode="ngram", spec_draft_length=3
+    )
+    async with AsyncEngine(config) as engine:
+        replays = device.replays
+        found = await work(engine)
+        assert device.replays > replays
+    assert found == await on_host(config, work)
+    assert found[-1] < found[-2]  # states were put back
+
+
+@on_one_loop
 @pytest.mark.parametrize("architecture", ["qwen3_vl", "gemma3"])
 async def test_images_are_seen_beside_captured_steps(
     device: Pretended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str

@@ -139,15 +139,6 @@ async def test_adapters_of_what_is_computed_row_by_row_are_refused(
         assert len((await engine.generate(PROMPT, GREEDY, RequestOptions(adapter="outer"))).token_ids) == 20
 
 
-def test_speculation_is_refused_before_a_load(checkpoint: Callable[..., Path]) -> None:
-    recurrent, llama = checkpoint("lfm2"), checkpoint("llama")
-    with pytest.raises(ConfigError, match="speculative_mode is 'ngram' with a model that has recurrent layers"):
-        TransformersLoader().check(config_of(recurrent, speculative_mode="ngram"), None)
-    drafting = config_of(llama, speculative_mode="small_draft", additional_models=(str(recurrent),))
-    with pytest.raises(ConfigError, match="a model with recurrent layers, whose states cannot be taken back"):
-        TransformersLoader().check(drafting, None)
-
-
 async def test_a_weight_that_a_layer_reads_itself_stays_as_it_is(checkpoint: Callable[..., Path]) -> None:
     """The first Mamba multiplies by the weight of a linear layer that it does not call."""
     path = checkpoint("mamba", time_step_rank=16)
@@ -178,15 +169,16 @@ def test_half_of_the_memory_is_left_to_keys_and_values() -> None:
     mib = 1 << 20
 
     def budget(
-        nbytes: int, sequences: int = 16, wanted: bool = False, keeps: bool = True, each: int = 0
-    ) -> tuple[int, int]:
+        nbytes: int, sequences: int = 16, wanted: bool = False, keeps: bool = True, each: int = 0, drafts: int = 0
+    ) -> tuple[int, ...]:
         found = memory.state_budget(
             nbytes=nbytes, bytes_per_state=mib, sequences=sequences, wanted=wanted, keeps=keeps,
-            beside=lambda count: each * count,
+            beside=lambda count: each * count, drafts=lambda count: drafts * count,
         )  # fmt: skip
-        assert found.nbytes == (found.sequences + found.kept + 1) * mib
+        assert found.nbytes == (found.sequences + found.kept + found.drafted + 1) * mib
         assert 2 * found.nbytes <= nbytes - each * found.sequences
-        return found.sequences, found.kept
+        assert bool(drafts) == bool(found.drafted)
+        return found.sequences, found.kept, *([found.drafted] if drafts else [])
 
     assert budget(1000 * mib) == (16, 64)
     assert budget(1000 * mib, sequences=32) == (32, 128)
@@ -199,3 +191,9 @@ def test_half_of_the_memory_is_left_to_keys_and_values() -> None:
         budget(20 * mib, wanted=True)
     with pytest.raises(InsufficientMemoryError, match="the states of recurrent layers do not fit"):
         budget(3 * mib)
+    assert budget(1000 * mib, drafts=4) == (16, 64, 64)
+    assert budget(100 * mib, drafts=4) == (16, 21, 12)  # an eighth at most, and what is kept comes after it
+    assert budget(20 * mib, drafts=4) == (5, 2, 2)
+    assert budget(24 * mib, sequences=9, wanted=True, drafts=4) == (9, 0, 2)
+    with pytest.raises(InsufficientMemoryError, match="behind guessed tokens do not fit beside those of 9 sequences"):
+        budget(20 * mib, sequences=9, wanted=True, drafts=4)

@@ -35,7 +35,7 @@ class Case:
         layer = architecture.record(self.model).recurrent[0]
         alone = name in ("mamba",)  # as a trial finds out
         self.layer = RecurrentLayer(layer.name, layer.module, layer.spec, functions)
-        limits = Limits(SLOTS, 64, 64, 16, 8, kept_states=KEPT)
+        limits = Limits(SLOTS, 64, 64, 16, 8, kept_states=KEPT, drafted_states=6)
         self.states = States([self.layer], limits, torch.float32, CPU, trying=alone)
         self.hidden = 64
         self.histories: dict[int, torch.Tensor] = {}  # by place: (tokens, hidden) that its state has seen
@@ -57,8 +57,12 @@ class Case:
         copies: Sequence[tuple[int, int]] = (),
         saves: Sequence[tuple[int, int, int]] = (),
         fresh: Sequence[int] = (),
+        taken: Sequence[int] | None = None,
     ) -> None:
-        """A step of (slot, tokens) rows, each output compared with that of the sequence's whole history."""
+        """A step of (slot, tokens) rows, each output compared with that of the sequence's whole history.
+
+        With `taken`, so many tokens of each row that decodes count; the others were drafted wrongly.
+        """
         for source, to in copies:
             self.histories[to] = self.histories[source]
         for slot in fresh:
@@ -81,6 +85,7 @@ class Case:
                 sample_positions=none,
                 copies=none.reshape(0, 2),
                 num_decodes=decodes,
+                draft_lengths=None if taken is None else counts[:decodes] - 1,
                 slots=np.array([slot for slot, _ in rows]),
                 state_copies=np.array(copies, np.int64).reshape(-1, 2),
                 state_saves=np.array(saves, np.int64).reshape(-1, 3),
@@ -89,14 +94,17 @@ class Case:
         self.states.places = torch.tensor([slot for slot, _ in rows[:decodes]], dtype=torch.int64)
         found = _wide(self.layer.module(torch.cat(given)[None])).split(counts.tolist())
         self.states.end()
+        if taken is not None:
+            self.states.take(np.array(taken))
         for row, ((slot, count), piece) in enumerate(zip(rows, given, strict=True)):
             before = self.histories[slot]
             seen = torch.cat([before, piece])
             torch.testing.assert_close(found[row], self.plain(seen)[-count:], rtol=2e-4, atol=2e-5)
+            counting = count if taken is None or row >= decodes else taken[row]
             for of, behind, place in saves:
-                if of == row:
+                if of == row and behind <= counting:
                     self.histories[place] = torch.cat([before, piece[:behind]])
-            self.histories[slot] = seen
+            self.histories[slot] = seen[: len(before) + counting]
 
 
 def _wide(output: Any) -> torch.Tensor:
@@ -137,12 +145,24 @@ def test_states_are_kept_in_the_middle_of_a_piece_and_go_on_in_other_slots(case:
     case.step([(0, 1), (1, 1), (2, 1), (3, 1)], decodes=4)
 
 
+def test_states_are_those_behind_the_drafts_that_count(case: Case) -> None:
+    kept = [SLOTS, SLOTS + 1, SLOTS + 2]
+    case.step([(0, 5), (2, 2), (1, 1), (3, 3)], fresh=[0, 1, 2, 3])
+    # Rows of unlike lengths beside a prompt; two ends of blocks in one, of which the second one does not count.
+    saves = [(0, 1, kept[0]), (0, 3, kept[0]), (1, 2, kept[1]), (2, 1, kept[2])]
+    case.step([(0, 4), (1, 2), (2, 1), (3, 4)], decodes=3, saves=saves, taken=[2, 2, 1])
+    case.step([(1, 3), (3, 3), (0, 3)], decodes=3, taken=[1, 3, 2])  # of like lengths, at places in no order
+    case.step([(0, 3), (1, 3), (2, 3)], decodes=3, taken=[1, 2, 3])  # and side by side
+    case.step([(0, 1), (1, 1), (2, 1), (3, 1)], decodes=4)
+    case.step([(0, 1), (1, 1), (2, 1)], copies=list(zip(kept, (0, 1, 2), strict=True)))
+
+
 def test_every_place_has_room_for_all_states() -> None:
     with torch.inference_mode():
         case = Case("qwen3_5")
     assert bytes_per_place([case.layer], torch.float32) == 4 * (128 * 4 + 4 * 16 * 16)
     assert sum(tensor[0].nbytes for tensor in case.states._tensors[0].values()) == 4 * (128 * 4 + 4 * 16 * 16)
-    assert case.states.nowhere == SLOTS + KEPT
+    assert case.states.nowhere == SLOTS + KEPT + 6
     module = case.layer.module
     assert "forward" in module.__dict__
     case.states.free()
