@@ -131,7 +131,7 @@ async def test_requests_that_wait_for_another_model_meet_that_one() -> None:
     loader.classifier, loader.gate = ONE, threading.Event()
     reloading = asyncio.ensure_future(engine.reload(EngineConfig("b")))
     while not loader.model.closed:
-        await asyncio.sleep(0)
+        await engine.abort_request("nobody")
     waiting = asyncio.gather(engine.generate(PROMPT), engine.classify([PROMPT]), return_exceptions=True)
     await asyncio.sleep(0)
     loader.gate.set()
