@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,6 +61,21 @@ class RerankPrompt:
             token = getattr(self, name)
             if token is not None and (isinstance(token, bool) or not isinstance(token, (str, int)) or token == ""):
                 raise InvalidRequestError(f"{name} is {token!r:.80}; expected a token id, or a text that is one token")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RerankPrompt:
+        """Builds one from a mapping of field names.
+
+        Raises:
+            InvalidRequestError: An unknown key, or a wrong value.
+        """
+        known = [each.name for each in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise InvalidRequestError(f"unknown key {key!r} of a rerank prompt; {hint}")
+        return cls(**values)
 
     @property
     def takes_instructions(self) -> bool:

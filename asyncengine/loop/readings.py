@@ -160,18 +160,32 @@ class EngineReadings(EngineControl):
 
         Cancelling it ends the requests.
         """
-        if prompt is not None and not isinstance(prompt, RerankPrompt):
-            raise InvalidRequestError(f"prompt is {prompt!r:.80}; expected RerankPrompt(...) or None")
-        return _ranked(await self._relevances(_pairs(query, documents), prompt, instruction, options))
+        found = await self.relevances(_pairs(query, documents), prompt, instruction=instruction, options=options)
+        return sorted(found, key=lambda each: -each.logit)
 
-    async def _relevances(
+    async def relevances(
         self,
         pairs: Sequence[tuple[str, str]],
-        prompt: RerankPrompt | None,
-        instruction: str | None,
-        options: RequestOptions,
+        prompt: RerankPrompt | None = None,
+        *,
+        instruction: str | None = None,
+        options: RequestOptions = DEFAULTS,
     ) -> list[Relevance]:
-        """How far the second of each two texts answers the first, in their order."""
+        """How far the second of each two texts answers the first, in their order; else as `rerank`.
+
+        Args:
+            pairs: A query and a document, each.
+            prompt: As in `rerank`.
+            instruction: As in `rerank`.
+            options: As in `rerank`.
+
+        Raises:
+            AsyncEngineError: As `rerank`.
+
+        Cancelling it ends the requests.
+        """
+        if prompt is not None and not isinstance(prompt, RerankPrompt):
+            raise InvalidRequestError(f"prompt is {prompt!r:.80}; expected RerankPrompt(...) or None")
         view = await self._view()
         how = how_to_rank(prompt, view)
         if instruction is not None and (not isinstance(instruction, str) or not how.takes_instructions):
@@ -179,7 +193,7 @@ class EngineReadings(EngineControl):
                 f"instruction is {instruction!r:.80}; expected a string, and a prompt that has a place for it"
             )
         told = how.instruction if instruction is None else instruction
-        prompts = [Pair(query, document, how, told) for query, document in pairs]
+        prompts = [Pair(*pair, how, told) for pair in checked_pairs(pairs)]
         if view.classifier is not None:
             found = await self._read(prompts, ClassificationOptions(), options)
             logits = [(_classified(stream, usage).score, usage) for stream, usage in found]
@@ -246,17 +260,19 @@ def _said(prompt: Any, template_arguments: Mapping[str, Any]) -> Any:
     return prompt
 
 
+def checked_pairs(pairs: Any) -> list[tuple[str, str]]:
+    """A list of pairs of strings; raises InvalidRequestError if it is something else."""
+    if isinstance(pairs, (str, bytes, Mapping)) or not isinstance(pairs, Iterable):
+        raise InvalidRequestError(f"pairs is {pairs!r:.80}; expected a list of pairs of strings")
+    found = []
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise InvalidRequestError(f"pairs has {pair!r:.80}; expected a query and a document, two strings")
+        found.append((pair[0], pair[1]))
+    return found
+
+
 def _pairs(query: Any, documents: Any) -> list[tuple[str, str]]:
-    if not isinstance(query, str):
-        raise InvalidRequestError(f"query is {query!r:.80}; expected a string")
     if isinstance(documents, (str, bytes, Mapping)) or not isinstance(documents, Iterable):
         raise InvalidRequestError(f"documents is {documents!r:.80}; expected a list of strings")
-    pairs = [(query, document) for document in documents]
-    for index, (_, document) in enumerate(pairs):
-        if not isinstance(document, str):
-            raise InvalidRequestError(f"documents[{index}] is {document!r:.80}; expected a string")
-    return pairs
-
-
-def _ranked(found: list[Relevance]) -> list[Relevance]:
-    return sorted(found, key=lambda each: -each.logit)
+    return [(query, document) for document in documents]

@@ -152,10 +152,25 @@ async def test_a_head_of_one_label_ranks_documents() -> None:
         await engine.rerank("a", ["b"])
     with pytest.raises(InvalidRequestError, match="yes is 'y'; 'a' has a classification head"):
         await engine.rerank("a", ["b"], RerankPrompt(yes="y", no="n"))
-    wrongs = ((1, ["b"]), "query is 1"), (("a", "b"), "documents is 'b'"), (("a", [1]), r"documents\[0\] is 1")
-    for wrong, words in wrongs:
+    for wrong, words in (
+        ((1, ["b"]), r"pairs has \(1, 'b'\); expected a query and a document"),
+        (("a", "b"), "documents is 'b'"),
+        (("a", [1]), r"pairs has \('a', 1\)"),
+    ):
         with pytest.raises(InvalidRequestError, match=words):
             await engine.rerank(*wrong, how)  # type: ignore[arg-type]
+    await engine.shutdown()
+
+
+async def test_a_scripted_model_says_yes_or_no() -> None:
+    loader = ScriptedLoader(lambda prompt, _: list(b"yes" if ord("y") in prompt else b"no"), tokenizer=ByteTokenizer())
+    engine = await loaded(loader)
+    how = RerankPrompt(template="{query} {document}", yes="y", no="n")
+    found = await engine.rerank("a", ["b", "y", "c"], how)
+    assert [(each.index, each.logit) for each in found] == [(1, 1.0), (0, -1.0), (2, -1.0)]
+    assert [each.score for each in await engine.relevances([("a", "b"), ("a", "y")], how)] == pytest.approx(
+        [1 / (1 + np.e), np.e / (1 + np.e)]
+    )
     await engine.shutdown()
 
 
