@@ -240,18 +240,20 @@ async def test_a_checkpoint_says_how_it_ranks(tmp_path: Path) -> None:
     tokens.write_text(json.dumps({"true_token_id": yes, "false_token_id": no}))
     processing = {"processing_kwargs": {"chat_template": {"add_generation_prompt": True}}}
     (tmp_path / "sentence_bert_config.json").write_text(json.dumps(processing))
+    sampled = {"do_sample": True, "temperature": 0.3, "top_p": 0.1, "min_p": 0.9, "top_k": 1, "repetition_penalty": 2.0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(sampled))  # has no say in it
     prompted = {"prompts": {"task": "find it"}, "default_prompt_name": "task"}
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompted))
-    texts = [f"system: {told}\nquery: horse\ndocument: a duck\nGood?" for told in ("find it", "find that")]
+    texts = [f"system: {told}\nquery: horse\ndocument: a happy duck\nGood?" for told in ("find it", "find that")]
     expected = log_odds(texts, " happy", " sad")
     async with AsyncEngine(loads(tmp_path)) as engine:
-        (found,) = await engine.rerank("horse", ["a duck"])
-        (told,) = await engine.rerank("horse", ["a duck"], instruction="find that")
+        (found,) = await engine.rerank("horse", ["a happy duck"])
+        (told,) = await engine.rerank("horse", ["a happy duck"], instruction="find that")
         assert [found.logit, told.logit] == pytest.approx(expected, abs=1e-4)
         tokens.write_text(json.dumps({"true_token_id": yes, "false_token_id": None}))
         await engine.reload(loads(tmp_path))
         with pytest.raises(InvalidRequestError, match="does not say how it ranks"):
-            await engine.rerank("horse", ["a duck"])
+            await engine.rerank("horse", ["a happy duck"])
         tokens.write_text(json.dumps({"true_token_id": "", "false_token_id": no}))
         with pytest.raises(CheckpointError, match="yes is ''; expected a token id"):
             await engine.reload(loads(tmp_path))
