@@ -24,11 +24,13 @@ from asyncengine import (
     EngineState,
     InvalidRequestError,
     ReloadError,
+    RequestOptions,
     RerankPrompt,
     UnsupportedModelError,
     tiny,
 )
 from asyncengine.model.adapters import lora
+from tests.model.adapters import merge, save_adapter
 from tests.model.test_embeddings import CONFIG, prompts
 
 pytestmark = pytest.mark.loops("either")
@@ -257,3 +259,22 @@ async def test_a_checkpoint_says_how_it_ranks(tmp_path: Path) -> None:
         tokens.write_text(json.dumps({"true_token_id": "", "false_token_id": no}))
         with pytest.raises(CheckpointError, match="yes is ''; expected a token id"):
             await engine.reload(loads(tmp_path))
+
+
+async def test_an_adapter_of_its_layers_is_computed_and_it_drafts_for_nobody(tmp_path: Path) -> None:
+    path, adapter = tmp_path / "judge", tmp_path / "adapter"
+    model: Any = AutoModelForSequenceClassification.from_pretrained(tiny.PATH, dtype=torch.float32, num_labels=2)
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny.PATH / name, path)
+    factors = save_adapter(adapter, model, 1, only=("q_proj", "v_proj"), scale=1.5)
+    merge(model, factors, 2.0)  # alpha of 8 over a rank of 4
+    with torch.inference_mode():
+        expected = model(torch.tensor(prompts()[3:4])).logits[0].numpy()
+    async with AsyncEngine(loads(path, adapters={"strict": str(adapter)})) as engine:
+        (plain,) = await engine.classify(prompts()[3:4])
+        (found,) = await engine.classify(prompts()[3:4], RequestOptions(adapter="strict"))
+        assert np.abs(found.logits - expected).max() < 1e-4 < np.abs(plain.logits - expected).max()
+        drafting = loads("tiny", speculative_mode="small_draft", additional_models=(str(path),))
+        with pytest.raises(CheckpointError, match="cannot draft: it has no language-model head"):
+            await engine.reload(drafting)
