@@ -48,13 +48,16 @@ if TYPE_CHECKING:
     from asyncengine.metrics import Counters, EngineMetrics, Histogram
     from asyncengine.outputs import (
         BranchResult,
+        Classification,
         Embedding,
         FinishReason,
         PromptScore,
+        Relevance,
         RequestOutput,
         RequestResult,
         Usage,
     )
+    from asyncengine.reranking import RerankPrompt
     from asyncengine.response_format import (
         Choice,
         EbnfGrammar,
@@ -78,6 +81,7 @@ __all__ = [
     "BranchResult",
     "CheckpointError",
     "Choice",
+    "Classification",
     "ConfigError",
     "ContextLengthExceededError",
     "Counters",
@@ -109,12 +113,14 @@ __all__ = [
     "PendingStream",
     "PromptScore",
     "Regex",
+    "Relevance",
     "ReloadError",
     "RequestDroppedError",
     "RequestOptions",
     "RequestOutput",
     "RequestResult",
     "RequestStream",
+    "RerankPrompt",
     "ResponseFormat",
     "StepError",
     "StructuralTag",
@@ -169,13 +175,16 @@ _HOMES = {
     ),
     "asyncengine.outputs": (
         "BranchResult",
+        "Classification",
         "Embedding",
         "FinishReason",
         "PromptScore",
+        "Relevance",
         "RequestOutput",
         "RequestResult",
         "Usage",
     ),
+    "asyncengine.reranking": ("RerankPrompt",),
     "asyncengine.response_format": (
         "Choice",
         "EbnfGrammar",

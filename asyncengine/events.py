@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from asyncengine.classifier import Classifier
 from asyncengine.outputs import FinishReason, Usage
 from asyncengine.step.batch import Float32, TokenLogprobs
 
@@ -38,10 +39,16 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pooled:
-    """A request's embedding, (hidden,) float32, as the model has it."""
+    """A request's embedding, (hidden,) float32, as the model has it.
+
+    Attributes:
+        classifier: That model's classification head, if the request is for it: another model may be loaded by the time
+            that this is read.
+    """
 
     number: int
     vector: Float32
+    classifier: Classifier | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,7 @@ class NewRequest:
         pin: Name under which the prompt's blocks are pinned in the prefix cache once they are computed.
         arriving: Whether the prompt, empty so far, comes in pieces by `ExtendPrompt`.
         pooling: Which of the prompt's hidden states make its embedding; None wants none.
+        classifies: Whether the embedding is for the model's classification head.
         adapter: Name of the adapter that it is computed with; None is the model alone.
         images: Those in the prompt.
     """
@@ -93,6 +94,7 @@ class NewRequest:
     pooling: Pooling | None = None
     adapter: str | None = None
     images: PromptImages | None = None
+    classifies: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,3 +150,55 @@ class Embedding:
 
     vector: Float32
     usage: Usage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Classification:
+    """What a classification head says of a text.
+
+    Attributes:
+        logits: (labels,) float32, as the head gives them. Of a reward model, whose head has one label, the reward.
+        probs: (labels,) float32. By the checkpoint's ``problem_type``: softmax, or sigmoid of each where several labels
+            may hold at once; where it has none, softmax, or sigmoid of a single label. None of a regression, whose
+            logits are the values themselves.
+        labels: The labels' names.
+        usage: What it cost.
+    """
+
+    logits: Float32
+    probs: Float32 | None
+    labels: tuple[str, ...]
+    usage: Usage
+
+    @property
+    def label(self) -> str:
+        """The likeliest label."""
+        return self.labels[int(self.logits.argmax())]
+
+    @property
+    def score(self) -> float:
+        """The one logit of a head with one label: a reward, a relevance, a value.
+
+        Raises:
+            ValueError: There are several.
+        """
+        if len(self.labels) != 1:
+            raise ValueError(f"there is a score for each of {len(self.labels)} labels; look at logits or probs")
+        return float(self.logits[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Relevance:
+    """How far a document answers a query.
+
+    Attributes:
+        index: The document's.
+        logit: What the classification head says, or the logit of the model's "yes" above that of its "no".
+        score: The same in (0, 1): the sigmoid of `logit`, so of "yes" and "no" the probability of "yes".
+        usage: What it cost.
+    """
+
+    index: int
+    logit: float
+    score: float
+    usage: Usage

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -14,6 +16,7 @@ from asyncengine.cli.logs import LogFormat, log_to_stderr
 
 if TYPE_CHECKING:
     from asyncengine.loop.engine import AsyncEngine
+    from asyncengine.reranking import RerankPrompt
 
 EXTRA = {"httptools", "msgspec", "prometheus_client", "starlette", "uvicorn"}
 """What the extra ``server`` brings."""
@@ -31,6 +34,10 @@ def serve(
     graph_capture: Annotated[
         Literal["idle", "load"], typer.Option(help="When most CUDA graphs are captured; load: before it is ready.")
     ] = "idle",
+    rerank_prompt: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="How /score and /rerank ask: JSON with a RerankPrompt's fields, or 'qwen3'."),
+    ] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Routes to reload, abort, trace. Needs --api-key.")] = False,
     log_format: Annotated[LogFormat, typer.Option(help="json: one object per line.")] = "text",
     otel: Annotated[bool, typer.Option("--otel", help="OpenTelemetry spans, to the provider of the process.")] = False,
@@ -63,9 +70,32 @@ def serve(
         served_model_name=served_model_name,
         admin=admin,
         max_concurrency=max_concurrency,
+        rerank_prompt=None if rerank_prompt is None else _prompt(rerank_prompt),
         loader=ctx.obj,
         prepare=prepare,
     )
+
+
+def _prompt(given: str) -> RerankPrompt:
+    """How documents are ranked, by the name of it or of a file.
+
+    Raises:
+        Failure: The file cannot be read.
+        InvalidRequestError: It says something else.
+    """
+    from asyncengine.reranking import QWEN3_RERANKER, RerankPrompt
+
+    if given == "qwen3":
+        return QWEN3_RERANKER
+    try:
+        values = json.loads(Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Failure(
+            f"--rerank-prompt is {given!r}, which is no file of JSON: {error}; expected one, or 'qwen3'", 2
+        ) from error
+    if not isinstance(values, dict):
+        raise Failure(f"--rerank-prompt is {given!r}, whose JSON is no object", 2)
+    return RerankPrompt.from_dict(values)
 
 
 def _spans() -> Callable[[AsyncEngine], object]:

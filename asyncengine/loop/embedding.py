@@ -1,4 +1,4 @@
-"""From what a caller wants of an embedding to a vector. On the event loop; values."""
+"""What a caller wants of a prompt's hidden states, and from them to a vector. On the event loop; values."""
 
 from __future__ import annotations
 
@@ -46,12 +46,28 @@ class EmbeddingOptions:
         return np.ascontiguousarray(kept)
 
 
-def pooling_of(options: EmbeddingOptions, view: ModelView) -> Pooling:
-    """How a model embeds.
+@dataclass(frozen=True, slots=True)
+class ClassificationOptions:
+    """That texts are classified: by the last token's hidden state, as transformers does."""
+
+
+Reading = EmbeddingOptions | ClassificationOptions
+"""What is read off a prompt, where nothing is generated."""
+
+
+def pooling_of(options: Reading, view: ModelView) -> Pooling:
+    """How a model embeds, be it for its classification head.
 
     Raises:
         InvalidRequestError: It cannot, or not like this.
     """
+    if isinstance(options, ClassificationOptions):
+        if view.classifier is None:
+            raise InvalidRequestError(
+                f"{view.config.model!r} cannot classify: its checkpoint has no classification head; "
+                + ("generate and rerank need none" if view.has_head else "embed needs none")
+            )
+        return "last"
     if view.hidden_size is None:
         raise InvalidRequestError(f"{view.config.model!r} cannot embed: it gives out no hidden states")
     wanted = options.dimensions

@@ -6,21 +6,21 @@ import dataclasses
 import functools
 import itertools
 import secrets
-from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Iterable, Sequence
 from typing import Any
 
 from asyncengine import instructions as ins
 from asyncengine.config import EngineConfig
-from asyncengine.errors import InvalidRequestError, RequestDroppedError
+from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.images import ImagePrompt
 from asyncengine.instructions import ReplyTo
-from asyncengine.loop.control import EngineControl
-from asyncengine.loop.embedding import EmbeddingOptions
+from asyncengine.loop.embedding import ClassificationOptions, Reading
 from asyncengine.loop.feed import feed
 from asyncengine.loop.many import ManyStream, PendingStream
 from asyncengine.loop.observer import Operation, RequestBegun, begin
+from asyncengine.loop.pairs import Pair
 from asyncengine.loop.prepare import (
     NO_TOKENS,
     Conversation,
@@ -36,17 +36,15 @@ from asyncengine.loop.prepare import (
     new_branches,
     new_request,
 )
+from asyncengine.loop.readings import DEFAULTS, Configured, EngineReadings, check_computed, checked_prompts
 from asyncengine.loop.router import Inbox
 from asyncengine.loop.stream import RequestStream
-from asyncengine.outputs import Embedding, FinishReason, Pooling, PromptScore, RequestResult
+from asyncengine.outputs import FinishReason, RequestResult
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
 
-_DEFAULTS = RequestOptions()
-_PROMPT_ALONE = GenerationConfig(max_tokens=0, detokenize=False)
 
-
-class AsyncEngine(EngineControl):
+class AsyncEngine(EngineReadings):
     """An LLM engine in this process, driven from asyncio.
 
     ``async with AsyncEngine(EngineConfig("tiny")) as engine`` loads the model and, on leaving, ends whatever is left
@@ -74,7 +72,7 @@ class AsyncEngine(EngineControl):
         self,
         prompt: Prompt | StreamedPrompt,
         config: GenerationConfig | None = None,
-        options: RequestOptions = _DEFAULTS,
+        options: RequestOptions = DEFAULTS,
     ) -> RequestStream:
         """Adds a request and returns its stream once it is admitted.
 
@@ -105,7 +103,7 @@ class AsyncEngine(EngineControl):
         self,
         prompt: Prompt | StreamedPrompt,
         config: GenerationConfig | None = None,
-        options: RequestOptions = _DEFAULTS,
+        options: RequestOptions = DEFAULTS,
     ) -> PendingStream:
         """A request that is added when it is first used; ``async with`` aborts it on leaving. See `PendingStream`."""
         return PendingStream(lambda: self.add_request(prompt, config, options))
@@ -114,7 +112,7 @@ class AsyncEngine(EngineControl):
         self,
         prompt: Prompt | StreamedPrompt,
         config: GenerationConfig | None = None,
-        options: RequestOptions = _DEFAULTS,
+        options: RequestOptions = DEFAULTS,
     ) -> RequestResult:
         """Adds a request and returns its whole result.
 
@@ -129,7 +127,7 @@ class AsyncEngine(EngineControl):
         self,
         messages: Sequence[Message],
         config: GenerationConfig | None = None,
-        options: RequestOptions = _DEFAULTS,
+        options: RequestOptions = DEFAULTS,
         **template_arguments: Any,
     ) -> PendingStream:
         """The assistant's next turn, through the model's chat template.
@@ -157,7 +155,7 @@ class AsyncEngine(EngineControl):
         self,
         prompts: Sequence[Prompt],
         config: GenerationConfig | Sequence[GenerationConfig | None] | None = None,
-        options: RequestOptions = _DEFAULTS,
+        options: RequestOptions = DEFAULTS,
     ) -> ManyStream:
         """Many requests, added by one instruction, read as one stream of ``(index, output)``.
 
@@ -169,7 +167,7 @@ class AsyncEngine(EngineControl):
         Raises:
             InvalidRequestError: `prompts` is a string, or there are not as many configurations as prompts.
         """
-        prompts = _prompts(prompts)
+        prompts = checked_prompts(prompts)
         if isinstance(config, Sequence):
             configs = list(config)
             if len(configs) != len(prompts):
@@ -177,68 +175,6 @@ class AsyncEngine(EngineControl):
         else:
             configs = [config] * len(prompts)
         return ManyStream(lambda: self._add(prompts, configs, options, many=True))
-
-    async def score(
-        self, prompts: Sequence[Prompt], top_logprobs: int = 0, options: RequestOptions = _DEFAULTS
-    ) -> list[PromptScore]:
-        """How likely texts are under the model; nothing is generated.
-
-        Args:
-            prompts: Text or token ids, each.
-            top_logprobs: 0 to 20. How many of the likeliest tokens to name at each position.
-            options: For all; ``request_id`` gets ``-0``, ``-1``, ... appended.
-
-        Raises:
-            AsyncEngineError: As `generate`.
-
-        Cancelling it ends the requests.
-        """
-        config = GenerationConfig(max_tokens=0, prompt_logprobs=top_logprobs, detokenize=False)
-        scores = []
-        for result in await self.generate_many(prompts, config, options):
-            _check_computed(result.request_id, result.finish_reason is FinishReason.LENGTH)
-            assert result.prompt_token_ids is not None and result.prompt_logprobs is not None
-            scores.append(PromptScore(result.prompt_token_ids, result.prompt_logprobs))
-        return scores
-
-    async def embed(
-        self,
-        prompts: Sequence[Prompt],
-        pooling: Pooling | None = None,
-        *,
-        normalize: bool = True,
-        dimensions: int | None = None,
-        options: RequestOptions = _DEFAULTS,
-    ) -> list[Embedding]:
-        """Texts as vectors: the model's hidden states behind its last norm, pooled. Nothing is generated.
-
-        The prompts are computed in the same steps as everything else. A mean is over all tokens that the tokenizer
-        makes of a text, those that it adds included.
-
-        Args:
-            prompts: Text or token ids, each.
-            pooling: ``"mean"`` or ``"last"``, the last token's. None is what the checkpoint says
-                (``1_Pooling/config.json``), and without that the mean.
-            normalize: Whether the vectors have length 1.
-            dimensions: How many numbers are kept of each vector, from the front; None keeps all.
-            options: For all; ``request_id`` gets ``-0``, ``-1``, ... appended.
-
-        Raises:
-            AsyncEngineError: As `generate`.
-
-        Cancelling it ends the requests.
-        """
-        wanted = EmbeddingOptions(pooling=pooling, normalize=normalize, dimensions=dimensions)
-        prompts = _prompts(prompts)
-        configs = [_PROMPT_ALONE] * len(prompts)
-        many = ManyStream(lambda: self._add(prompts, configs, options, many=True, embedding=wanted))
-        results = await many
-        found = []
-        for stream, result in zip(many.streams, results, strict=True):
-            _check_computed(stream.request_id, stream.pooled is not None)
-            assert stream.pooled is not None
-            found.append(Embedding(wanted.vector(stream.pooled), result.usage))
-        return found
 
     async def tokenize_chat(self, messages: Sequence[Message], /, **template_arguments: Any) -> list[int]:
         """Token ids of a conversation, as `chat` would have them computed. Nothing is computed.
@@ -266,7 +202,7 @@ class AsyncEngine(EngineControl):
         _name("request_id", request_id)
         await self._call(lambda to: ins.AbortRequests(request_ids=(request_id,), reply_to=to))
 
-    async def pin_prompt(self, prompt: Prompt, name: str | None = None, options: RequestOptions = _DEFAULTS) -> str:
+    async def pin_prompt(self, prompt: Prompt, name: str | None = None, options: RequestOptions = DEFAULTS) -> str:
         """Computes a prompt and keeps it in the prefix cache, whole blocks of it, until `unpin_prompt`.
 
         Args:
@@ -284,7 +220,7 @@ class AsyncEngine(EngineControl):
         try:
             streams = await self._add([prompt], [GenerationConfig(max_tokens=0)], options, pin=pin)
             result = await streams[0]
-            _check_computed(result.request_id, result.finish_reason is FinishReason.LENGTH)
+            check_computed(result.request_id, result.finish_reason is FinishReason.LENGTH)
         except BaseException:
             if name is None:  # nobody could ever unpin it
                 self._put_quietly(ins.Unpin(pin))
@@ -310,33 +246,33 @@ class AsyncEngine(EngineControl):
 
     async def _add(
         self,
-        prompts: Sequence[Prompt | Conversation],
-        configs: Sequence[GenerationConfig | None],
+        prompts: Sequence[Prompt | Conversation | Pair],
+        configs: Sequence[Configured],
         options: RequestOptions,
         pin: str | None = None,
         many: bool = False,
-        embedding: EmbeddingOptions | None = None,
+        reading: Reading | None = None,
     ) -> list[RequestStream]:
         if not prompts:
             _check_options(options)
             return []
         reusable = [_reusable(prompt) for prompt in prompts]
-        return (await self._admit(reusable, configs, options, pin, many, embedding=embedding))[1]
+        return (await self._admit(reusable, configs, options, pin, many, reading=reading))[1]
 
     async def _admit(
         self,
-        prompts: Sequence[Prompt | Conversation | StreamedPrompt],
-        configs: Sequence[GenerationConfig | None],
+        prompts: Sequence[Prompt | Conversation | Pair | StreamedPrompt],
+        configs: Sequence[Configured],
         options: RequestOptions,
         pin: str | None = None,
         many: bool = False,
         arriving: bool = False,
-        embedding: EmbeddingOptions | None = None,
+        reading: Reading | None = None,
     ) -> tuple[ModelView, list[RequestStream]]:
         _check_options(options)
         while True:
             view = await self._view()
-            wanted = [checked_config(config) for config in configs]
+            wanted = [checked_config(config(view) if callable(config) else config) for config in configs]
             encoded = [Encoded(NO_TOKENS)] if arriving else await _encoded(prompts, view, many)
             compiler = self._compiler(view)
             grammars = [await compile_grammar(config, compiler) for config in wanted]
@@ -346,7 +282,7 @@ class AsyncEngine(EngineControl):
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
                 number, (ids, images) = next(self._numbers), read
-                news.append(new_request(number, ids, config, own, view, pin, grammar, arriving, embedding, images))
+                news.append(new_request(number, ids, config, own, view, pin, grammar, arriving, reading, images))
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []
@@ -356,7 +292,7 @@ class AsyncEngine(EngineControl):
                     if new.params.num_prompt_logprobs >= 0:
                         inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
                     if self.observer is not None:  # which may even exit
-                        operation = _operation(prompt, embedding)
+                        operation = _operation(prompt, reading)
                         begun = RequestBegun(
                             new.request_id, operation, view.config.model, len(new.prompt), config, new.adapter
                         )
@@ -376,7 +312,7 @@ class AsyncEngine(EngineControl):
 
 
 async def _encoded(
-    prompts: Sequence[Prompt | Conversation | StreamedPrompt], view: ModelView, many: bool
+    prompts: Sequence[Prompt | Conversation | Pair | StreamedPrompt], view: ModelView, many: bool
 ) -> list[Encoded]:
     """Token ids of each prompt; of many, an error names the one that is wrong."""
     encoded = []
@@ -397,21 +333,10 @@ def _check_options(options: object) -> None:
         raise InvalidRequestError(f"options is {options!r:.80}; expected RequestOptions(...)")
 
 
-def _prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-        raise InvalidRequestError(f"prompts is {prompts!r:.80}; expected a list of prompts")
-    return list(prompts)
-
-
-def _operation(prompt: Prompt | Conversation | StreamedPrompt, embedding: EmbeddingOptions | None) -> Operation:
-    if embedding is not None:
-        return "embeddings"
+def _operation(prompt: Prompt | Conversation | Pair | StreamedPrompt, reading: Reading | None) -> Operation:
+    if reading is not None:
+        return "classification" if isinstance(reading, ClassificationOptions) else "embeddings"
     return "chat" if isinstance(prompt, Conversation) else "text_completion"
-
-
-def _check_computed(request_id: str, computed: bool) -> None:
-    if not computed:
-        raise RequestDroppedError(f"request {request_id}: it was aborted before its prompt was computed")
 
 
 def _addressed(add: ins.AddRequests, reply_to: ReplyTo) -> ins.AddRequests:
@@ -424,8 +349,8 @@ def _name(field: str, value: object) -> str:
     return value
 
 
-def _reusable(prompt: Prompt | Conversation) -> Prompt | Conversation:
+def _reusable(prompt: Prompt | Conversation | Pair) -> Prompt | Conversation | Pair:
     """A prompt that can be read twice: iterators cannot."""
-    if isinstance(prompt, (str, Conversation, ImagePrompt, Sequence)) or not hasattr(prompt, "__next__"):
+    if isinstance(prompt, (str, Conversation, Pair, ImagePrompt, Sequence)) or not hasattr(prompt, "__next__"):
         return prompt
     return list(prompt)

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from asyncengine.generation import GenerationConfig
 from asyncengine.outputs import FinishReason, Usage
 
-Operation = Literal["chat", "text_completion", "embeddings"]
+Operation = Literal["chat", "text_completion", "embeddings", "classification"]
 
 
 @dataclass(frozen=True, slots=True)

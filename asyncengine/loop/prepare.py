@@ -26,8 +26,9 @@ from asyncengine.grammar.select import make_backend
 from asyncengine.images import ImagePrompt, ImageSource, PromptImages, Write
 from asyncengine.instructions import Deadlines, NewRequest, WhenFull
 from asyncengine.loop.branch import Branch
-from asyncengine.loop.embedding import EmbeddingOptions, pooling_of
+from asyncengine.loop.embedding import ClassificationOptions, Reading, pooling_of
 from asyncengine.loop.image_parts import take_images
+from asyncengine.loop.pairs import Pair
 from asyncengine.step.adapters import unknown_adapter
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
@@ -110,7 +111,7 @@ class Encoded(NamedTuple):
     images: PromptImages | None = None
 
 
-async def encode(prompt: Prompt | Conversation | StreamedPrompt, view: ModelView) -> Encoded:
+async def encode(prompt: Prompt | Conversation | Pair | StreamedPrompt, view: ModelView) -> Encoded:
     """Token ids of a prompt. Long texts and images are read on a worker thread; cancelling does not stop that.
 
     Raises:
@@ -123,6 +124,8 @@ async def encode(prompt: Prompt | Conversation | StreamedPrompt, view: ModelView
     elif isinstance(prompt, ImagePrompt):
         model, text = _tokenizer(tokenizer, view, "images need one"), prompt.text
         return await _read_images(prompt.images, view, lambda encode: encode(text), model.encode)
+    elif isinstance(prompt, Pair):
+        return Encoded(await _in_thread(lambda: token_ids_of(prompt.encoded(view), view)))
     elif isinstance(prompt, str):
         text = prompt
         if not text:
@@ -232,7 +235,7 @@ def new_request(
     pin: str | None = None,
     grammar: Grammar | None = None,
     arriving: bool = False,
-    embedding: EmbeddingOptions | None = None,
+    reading: Reading | None = None,
     images: PromptImages | None = None,
 ) -> NewRequest:
     """Checks a request against the model and fills in every default.
@@ -250,9 +253,10 @@ def new_request(
             f"an image of the prompt comes to {images.longest} tokens, which must be computed in one step; "
             f"prefill_chunk_size allows 1..{most}"
         )
-    if embedding is None and not view.has_head:
-        raise InvalidRequestError(f"{view.config.model!r} can only embed: its checkpoint has no language-model head")
-    pooling = None if embedding is None else pooling_of(embedding, view)
+    if reading is None and not view.has_head:
+        can = "embed" if view.classifier is None else "embed and classify"
+        raise InvalidRequestError(f"{view.config.model!r} can only {can}: its checkpoint has no language-model head")
+    pooling = None if reading is None else pooling_of(reading, view)
     params = resolve(
         config,
         view.default_generation_config,
@@ -279,6 +283,7 @@ def new_request(
         pooling,
         options.adapter,
         images,
+        isinstance(reading, ClassificationOptions),
     )
 
 

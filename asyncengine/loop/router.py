@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from asyncengine.classifier import Classifier
 from asyncengine.events import BranchEnded, BranchKey, Event, Pooled, PromptLogprobs, Reply, RequestEnded, Tokens
 from asyncengine.instructions import ReplyTo
 from asyncengine.loop import delivery
@@ -27,10 +28,13 @@ class Inbox:
         prompt: (tokens,) of a request that wants log-probabilities of its prompt.
         prompt_logprobs: Those that have come, the first token's None included.
         pooled: The prompt's hidden states, pooled, once they have come.
+        classifier: What makes logits of them, of a request for those.
         on_over: Called when the request is over; None where nobody observes it.
     """
 
-    __slots__ = ("branches", "ended", "error", "number", "on_over", "pooled", "prompt", "prompt_logprobs", "usage")
+    __slots__ = (
+        "branches", "classifier", "ended", "error", "number", "on_over", "pooled", "prompt", "prompt_logprobs", "usage",
+    )  # fmt: skip
 
     def __init__(self, number: int, branches: list[Branch]) -> None:
         self.number = number
@@ -41,6 +45,7 @@ class Inbox:
         self.prompt: Int32 | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.pooled: Float32 | None = None
+        self.classifier: Classifier | None = None
         self.on_over: Callable[[RequestOver], None] | None = None
 
     def end(self, usage: Usage | None = None, error: BaseException | None = None) -> None:
@@ -149,7 +154,7 @@ class Router:
         elif type(event) is Pooled:
             known = self._inboxes.get(event.number)
             if known is not None:
-                known.pooled = event.vector
+                known.pooled, known.classifier = event.vector, event.classifier
         else:
             assert type(event) is Reply
             future = self._futures.pop(event.ticket)

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from asyncengine.classifier import Classifier
 from asyncengine.detokenizer import BEFORE
 from asyncengine.errors import IllegalStateError
 from asyncengine.loop import delivery
@@ -92,6 +93,11 @@ class RequestStream:
     def pooled(self) -> Float32 | None:
         """The prompt's hidden states, pooled, (hidden,), of a request for an embedding, once they are there."""
         return self._inbox.pooled
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """The classification head of the model that made `pooled`, of a request that is for it."""
+        return self._inbox.classifier
 
     def abort(self) -> None:
         """Ends the request with reason "abort"; its blocks are free within a step. Idempotent; from any thread."""

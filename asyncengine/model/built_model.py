@@ -17,6 +17,7 @@ from asyncengine.model.vision.modules import seeing
 from asyncengine.model.vision.refusals import TEXT_ALONE
 
 if TYPE_CHECKING:
+    from asyncengine.classifier import Classifier
     from asyncengine.model.vision.trial import ImageTrial
 
 
@@ -29,6 +30,7 @@ class Built:
         hidden_size: Width of its hidden states; None if there is no telling.
         findings: What the next load of it need not find out; None if that is not to be kept.
         has_head: Whether its head is the checkpoint's, not made up.
+        classifier: Its classification head, if it has one.
         image_trial: What reads images and makes their encoder; None if the model takes none.
         no_images: Why it takes none, in words.
     """
@@ -41,6 +43,7 @@ class Built:
     hidden_size: int | None
     findings: Findings | None = None
     has_head: bool = True
+    classifier: Classifier | None = None
     image_trial: ImageTrial | None = None
     no_images: str = ""
 
@@ -85,6 +88,7 @@ def build(
     layers, slower = compiled_parts.calling_compiled(layers, details)
     notes.extend(slower)
     trial = verification.Trial.of(model, layers, details.device)
+    classifier = _classifier(details, model)
     backend = attention()
     image_trial, no_images = _image_trial(details, model, layers, backend)
 
@@ -162,8 +166,29 @@ def build(
     if no_images not in ("", TEXT_ALONE) and config.images is None:
         notes.append(f"images: refused: {no_images}")
     return Built(
-        model, layers, program, fused, tuple(notes), hidden_size(model), findings, has_head, image_trial, no_images
+        model,
+        layers,
+        program,
+        fused,
+        tuple(notes),
+        hidden_size(model),
+        findings,
+        has_head,
+        classifier,
+        image_trial,
+        no_images,
     )
+
+
+def _classifier(details: Details, model: Any) -> Classifier | None:
+    """The classification head of a model, tried, if it has one."""
+    if details.head is None:
+        return None
+    from asyncengine.model import classification
+
+    classifier = classification.read(details.head, details.checkpoint)
+    classification.try_head(details.head, classifier, model, details.hf_config, details.device)
+    return classifier
 
 
 def _image_trial(details: Details, model: Any, layers: Recorded, backend: Any) -> tuple[ImageTrial | None, str]:
@@ -447,7 +472,8 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
         kept.put(model)
     checkpoint.check_unchanged()
     architecture.attend_here(model)
-    return model.to(details.device).eval().requires_grad_(False), not report["missing_keys"]
+    has_head = not report["missing_keys"] and not checkpoint.classifies  # one that is tied is not missing
+    return model.to(details.device).eval().requires_grad_(False), has_head
 
 
 def _blueprint(config: EngineConfig, details: Details, model: Any, layers: Recorded, backend: Any) -> Any:

@@ -256,6 +256,13 @@ class Checkpoint:
         words = {"mean_tokens": "mean", "lasttoken": "last"}
         return " + ".join(words.get(mode, mode) for mode in modes) or "mean"
 
+    @property
+    def classifies(self) -> bool:
+        """Whether it says that it has a classification head."""
+        architectures = self.config.get("architectures")
+        named = architectures[0] if isinstance(architectures, list) and architectures else None
+        return isinstance(named, str) and named.endswith("ForSequenceClassification")
+
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""

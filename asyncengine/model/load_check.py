@@ -21,10 +21,12 @@ from asyncengine.model.adapters import lora
 from asyncengine.model.attention_modules import text_config
 from asyncengine.model.findings import Findings, place_of, recall
 from asyncengine.model.memory import GIB
+from asyncengine.model.ranking import ranking_of
 from asyncengine.model.recorded import Watched
 from asyncengine.model.recurrent.refusals import check_recurrent
 from asyncengine.model.rope_limits import RopeLimit
 from asyncengine.model.vision.refusals import refusal
+from asyncengine.reranking import RerankPrompt
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer
 
@@ -69,6 +71,8 @@ class Details:
         unasked: Whether nobody has asked for that `quantization`, so that it may be another one.
         rope_limit: Up to which length of a sequence its rotary embedding does not change; None if it never does.
         rope_note: What there is to be said of that, in words; empty if there is nothing.
+        head: Its classification head, if it has one: an `asyncengine.model.classification.Head`.
+        ranking: How it ranks documents, if it says so.
     """
 
     checkpoint: Any
@@ -91,6 +95,8 @@ class Details:
     unasked: bool = False
     rope_limit: RopeLimit | None = None
     rope_note: str = ""
+    head: Any = None
+    ranking: RerankPrompt | None = None
 
     @property
     def images(self) -> bool:
@@ -132,14 +138,17 @@ def plan_of(
     if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
     no_images = refusal(config, checkpoint)
-    findings_at = place_of(config, checkpoint, device, dtype) if no_images else None
+    alone = bool(no_images) and not checkpoint.classifies  # its head is tried in every load
+    findings_at = place_of(config, checkpoint, device, dtype) if alone else None
     findings = recall(findings_at)
     if findings is not None and selecting.result().backend.name != "cpu":
         findings = None
+    head = None
     if findings is None:
-        from asyncengine.model import architecture
+        from asyncengine.model import architecture, classification
 
         hf_config = architecture.read_config(checkpoint)
+        head = classification.head_of(checkpoint, hf_config)
         text = text_config(hf_config)
         vocab_size, longest = text.vocab_size, longest_of(text, config)
         limit = rope_limits.limit_of(hf_config, longest)
@@ -201,6 +210,8 @@ def plan_of(
         no_images,
         rope_limit=limit,
         rope_note=rope_note,
+        head=head,
+        ranking=ranking_of(checkpoint.path),
     )
     try:
         beside = fits(details, current)

@@ -212,6 +212,8 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         hidden_size=built.hidden_size,
         pooling=details.checkpoint.pooling,
         has_head=built.has_head,
+        classifier=built.classifier,
+        ranking=details.ranking,
         adapting=model,
         adapters=tuple(adapters),
         adapter_format=adapting.format,

@@ -50,7 +50,7 @@ class RequestSpans:
             "gen_ai.response.id": begun.request_id,
             "gen_ai.usage.input_tokens": begun.prompt_tokens,
         }
-        if begun.operation != "embeddings":
+        if begun.operation not in ("embeddings", "classification"):
             config = begun.config
             values = {name: getattr(config, name) for name in _SAMPLING}
             attributes |= {f"gen_ai.request.{name}": value for name, value in values.items() if value is not None}

@@ -18,12 +18,14 @@ from asyncengine.server import (
     adapters,
     admin,
     chat,
+    classify,
     completions,
     embeddings,
     messages,
     openapi,
     page,
     probes,
+    rerank,
     responses,
     tokens,
 )
@@ -70,7 +72,8 @@ def _application(service: Service, own_engine: bool = False) -> Starlette:
                 expose_headers=["x-request-id", IGNORED_HEADER, "retry-after"],
             ),
         )
-    modules = [probes, tokens, completions, chat, embeddings, responses, messages, admin, adapters, page, openapi]
+    readings = [embeddings, classify, rerank]
+    modules = [probes, tokens, completions, chat, *readings, responses, messages, admin, adapters, page, openapi]
     app = Starlette(
         routes=[route for module in modules for route in module.routes(service)],
         middleware=middleware,

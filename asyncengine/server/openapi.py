@@ -11,7 +11,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine._version import __version__
-from asyncengine.server import adapters, admin, chat, completions, embeddings, messages, responses, tokens
+from asyncengine.server import (
+    adapters,
+    admin,
+    chat,
+    classify,
+    completions,
+    embeddings,
+    messages,
+    rerank,
+    responses,
+    tokens,
+)
 from asyncengine.server.chunks import ChatCompletion, Completion
 from asyncengine.server.service import Service, reply
 from asyncengine.server.wire import Body
@@ -56,6 +67,12 @@ _OPERATIONS = (
     _Operation("post", "/v1/chat/completions", "The assistant's next turn.", chat.BODY, ChatCompletion, streams=True),
     _Operation("post", "/v1/completions", "What follows a text.", completions.BODY, Completion, streams=True),
     _Operation("post", "/v1/embeddings", "Texts as vectors.", embeddings.BODY, embeddings.Embeddings),
+    _Operation("post", "/classify", "What a classification head says of texts.", classify.BODY, classify.Classes),
+    _Operation("post", "/score", "How far texts answer others.", rerank.SCORE, rerank.Scores),
+    _Operation("post", "/v1/score", "The same.", rerank.SCORE, rerank.Scores),
+    _Operation("post", "/rerank", "Documents by how far they answer a query.", rerank.RERANK, rerank.Ranking),
+    _Operation("post", "/v1/rerank", "The same.", rerank.RERANK, rerank.Ranking),
+    _Operation("post", "/v2/rerank", "The same.", rerank.RERANK, rerank.Ranking),
     _Operation("post", "/v1/responses", "OpenAI's newer form of a turn.", responses.BODY, streams=True),
     _Operation("post", "/v1/messages", "Anthropic's form of a turn.", messages.BODY, streams=True),
     _Operation("post", "/v1/messages/count_tokens", "Tokens of a conversation.", messages.COUNT),

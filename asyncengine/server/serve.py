@@ -19,6 +19,7 @@ import uvicorn
 from asyncengine.config import EngineConfig
 from asyncengine.errors import AsyncEngineError, ConfigError
 from asyncengine.loop.engine import AsyncEngine
+from asyncengine.reranking import RerankPrompt
 from asyncengine.server.app import create_app
 from asyncengine.server.naming import check_names
 from asyncengine.server.service import Service
@@ -43,6 +44,7 @@ def serve(
     max_body_bytes: int = MAX_BODY_BYTES,
     max_image_bytes: int = MAX_IMAGE_BYTES,
     max_concurrency: int | None = None,
+    rerank_prompt: RerankPrompt | None = None,
     drain_seconds: float = 5.0,
     loader: Loader | None = None,
     on_listening: Callable[[str], None] | None = None,
@@ -57,13 +59,14 @@ def serve(
         config: What to load.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        api_key: As in `ServerSettings`, like the six that follow.
+        api_key: As in `ServerSettings`, like the seven that follow.
         served_model_name: See there.
         admin: See there.
         cors_origins: See there.
         max_body_bytes: See there.
         max_image_bytes: See there.
         max_concurrency: See there.
+        rerank_prompt: See there.
         drain_seconds: How long requests get to finish after a signal.
         loader: As in `AsyncEngine`.
         on_listening: Told the address once there is one.
@@ -83,6 +86,7 @@ def serve(
         max_body_bytes=max_body_bytes,
         max_image_bytes=max_image_bytes,
         max_concurrency=max_concurrency,
+        rerank_prompt=rerank_prompt,
     )
     check_names(config, settings)
     if isinstance(drain_seconds, bool) or not isinstance(drain_seconds, (int, float)) or not drain_seconds >= 0:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from asyncengine.errors import ConfigError
+from asyncengine.reranking import RerankPrompt
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_IMAGE_BYTES = 20 * 1024 * 1024
@@ -34,6 +35,7 @@ class ServerSettings:
         ping_seconds: Silence on a stream after which a comment is sent, so that nothing between takes it for dead.
         retry_after_seconds: What is told to clients that should come back.
         engine_name: The ``engine`` label of metrics.
+        rerank_prompt: How a query and a document become a prompt; None is as the checkpoint says.
     """
 
     served_model_name: str | None = None
@@ -49,6 +51,7 @@ class ServerSettings:
     ping_seconds: float = 15.0
     retry_after_seconds: int = 1
     engine_name: str = "0"
+    rerank_prompt: RerankPrompt | None = None
 
     def __post_init__(self) -> None:
         for name in ("served_model_name", "api_key"):
@@ -59,6 +62,8 @@ class ServerSettings:
             raise ConfigError("api_key has other characters than printable ASCII, which a header cannot carry")
         if self.admin and self.api_key is None:
             raise ConfigError("admin is True and api_key is None; the admin routes need an API key")
+        if self.rerank_prompt is not None and not isinstance(self.rerank_prompt, RerankPrompt):
+            raise ConfigError(f"rerank_prompt is {self.rerank_prompt!r:.80}; expected RerankPrompt(...) or None")
         if isinstance(self.cors_origins, str):
             raise ConfigError(f"cors_origins is {self.cors_origins!r}; expected a list of origins")
         object.__setattr__(self, "cors_origins", tuple(self.cors_origins))

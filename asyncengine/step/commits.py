@@ -138,7 +138,8 @@ class Commits:
             if chunk.last:
                 count = len(request.new.prompt) if request.new.pooling == "mean" else 1
                 vector = (request.pooled / count).astype(np.float32)
-                self._table.outbox.add(request.mailbox, Pooled(request.new.number, vector))
+                classifier = self._table.classifier if request.new.classifies else None
+                self._table.outbox.add(request.mailbox, Pooled(request.new.number, vector, classifier))
 
     def _commit_decodes(
         self,

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from asyncengine.classifier import Classifier
 from asyncengine.config import EngineConfig
 from asyncengine.generation import GenerationConfig, SamplingParams
 from asyncengine.images import ImageReader
+from asyncengine.reranking import RerankPrompt
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
 from asyncengine.step.drafting import Drafting
 from asyncengine.step.limits import Limits
@@ -150,6 +152,8 @@ class ModelView:
         hidden_size: Numbers in an embedding; None if the model cannot embed.
         pooling: How it embeds where the caller does not say, in the checkpoint's word.
         has_head: Whether it has a language-model head; without, it can only embed.
+        classifier: Its classification head; None without one.
+        ranking: How it ranks documents, if its checkpoint says so.
         adapters: Names of the adapters that are loaded.
         adapter_format: Reads adapters; None if the model takes none.
         image_reader: Reads images; None if the model takes none.
@@ -168,6 +172,8 @@ class ModelView:
     hidden_size: int | None = None
     pooling: str = "mean"
     has_head: bool = True
+    classifier: Classifier | None = None
+    ranking: RerankPrompt | None = None
     adapters: tuple[str, ...] = ()
     adapter_format: AdapterFormat | None = None
     image_reader: ImageReader | None = None
@@ -203,6 +209,8 @@ class LoadedModel:
     hidden_size: int | None = None
     pooling: str = "mean"
     has_head: bool = True
+    classifier: Classifier | None = None
+    ranking: RerankPrompt | None = None
     drafting: Drafting | None = None
     launching: LaunchingModel | None = None
     warming: WarmingModel | None = None
@@ -231,6 +239,8 @@ class LoadedModel:
             hidden_size=self.hidden_size,
             pooling=self.pooling,
             has_head=self.has_head,
+            classifier=self.classifier,
+            ranking=self.ranking,
             adapters=tuple(name for name, _ in self.adapters),
             adapter_format=self.adapter_format,
             image_reader=self.image_reader,

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from asyncengine.classifier import Classifier
 from asyncengine.detokenizer import BEFORE, TextStream
 from asyncengine.errors import (
     AsyncEngineError,
@@ -60,7 +61,8 @@ class RequestTable:
         self.max_queue_size = max_queue_size
         self._tokenizer: Tokenizer | None = None
         self._vocab_size = 0
-        self._embeds = True
+        self._embeds = self._generates = True
+        self.classifier: Classifier | None = None
         self._image_reader: str | None = None
         self._stand_ins = StandIns()
         self.adapters = AdapterTable()
@@ -457,7 +459,8 @@ class RequestTable:
         self.scheduler = scheduler
         self._tokenizer = loaded.tokenizer
         self._vocab_size = loaded.vocab_size
-        self._embeds = loaded.hidden_size is not None
+        self._embeds, self._generates = loaded.hidden_size is not None, loaded.has_head
+        self.classifier = loaded.classifier
         self._image_reader = None if loaded.image_reader is None else loaded.image_reader.key
         self.adapters = adapters
         for request in list(self._requests.values()):
@@ -496,6 +499,10 @@ class RequestTable:
             )
         if new.pooling is not None and not self._embeds:
             return InvalidRequestError(f"request {new.request_id}: the new model gives out no hidden states to embed")
+        if new.classifies and self.classifier is None:
+            return InvalidRequestError(f"request {new.request_id}: the new model has no classification head")
+        if new.pooling is None and not self._generates:
+            return InvalidRequestError(f"request {new.request_id}: the new model has no language-model head")
         if new.images is not None:
             if new.images.reader != self._image_reader:
                 return InvalidRequestError(f"request {new.request_id}: the new model does not take its images")

@@ -84,6 +84,7 @@ class ScriptedModel:
         self._tokens: dict[int, list[int]] = {}
         self._blind: set[int] = set()  # slots whose images are not known yet
         self._num_logprobs: dict[int, int] = {}
+        self._allowed: dict[int, tuple[int, ...]] = {}
         self._matchers: dict[int, Matcher] = {}
         self._faults: list[BaseException] = []
         self._launch_faults: list[BaseException] = []
@@ -157,6 +158,7 @@ class ScriptedModel:
         self._tokens[slot] = [*prompt.tolist(), *output.tolist()]
         self._blind.add(slot)
         self._num_logprobs[slot] = params.num_logprobs
+        self._allowed[slot] = params.allowed_token_ids or ()
 
     def execute(self, batch: StepBatch) -> StepTokens:
         """As `asyncengine.step.model.Model`."""
@@ -320,10 +322,10 @@ class ScriptedModel:
             tokens.append(token_id)
             token_ids.append(token_id)
             wanted = self._num_logprobs[slot]
-            top = (token_id,) * min(wanted, 1)
-            logprobs.append(
-                TokenLogprobs(-float(position), top, (-float(position),) * len(top)) if wanted >= 0 else None
-            )
+            others = (other for other in self._allowed[slot] if other != token_id)  # less likely by a factor of e
+            top = (token_id, *others)[: max(wanted, 0)]
+            tops = tuple(-float(position) - (place > 0) for place in range(len(top)))
+            logprobs.append(TokenLogprobs(-float(position), top, tops) if wanted >= 0 else None)
         some = any(entry is not None for entry in logprobs)
         scores = [
             TokenLogprobs(-float(position), (token_id,) * min(top, 1), (-float(position),) * min(top, 1))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
+from asyncengine.classifier import Classifier
 from asyncengine.config import EngineConfig
 from asyncengine.errors import ReloadError
 from asyncengine.generation import GenerationConfig
+from asyncengine.reranking import RerankPrompt
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
 from asyncengine.speculation.protocol import Drafter
@@ -51,6 +53,8 @@ class ScriptedLoader:
         load_errors: Model name to what loading it raises.
         gate: If set, loading waits until the event is.
         hidden_size: Of the models; None makes models that cannot embed.
+        classifier: Their classification head, which they have in place of a language-model head; None for none.
+        ranking: How their checkpoints say that they rank.
     """
 
     def __init__(
@@ -90,6 +94,8 @@ class ScriptedLoader:
         self.load_errors: dict[str, BaseException] = {}
         self.gate: threading.Event | None = None
         self.hidden_size: int | None = 3
+        self.classifier: Classifier | None = None
+        self.ranking: RerankPrompt | None = None
 
     @property
     def model(self) -> ScriptedModel:
@@ -162,6 +168,9 @@ class ScriptedLoader:
             tokenizer=self.tokenizer,
             tokenizer_key="bytes" if self.tokenizer is not None else None,
             hidden_size=self.hidden_size,
+            has_head=self.classifier is None,
+            classifier=self.classifier,
+            ranking=self.ranking,
             drafting=self._drafting(model, complete),
             launching=model if self.run_ahead else None,
             warming=warming,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
 
+from asyncengine.reranking import QWEN3_RERANKER, RerankPrompt
 from tests.cli.programs import run, scripted_loader, server
 
 
@@ -47,6 +49,26 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_an_exit_status(caplog: py
     wrong = run("serve", "./nowhere", "--port", "0", loader=loader)
     assert wrong.status == 1
     assert "./nowhere cannot be loaded" in caplog.text and "there is no such directory" in caplog.text
+
+
+def test_how_a_model_is_asked_for_ranks_comes_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from asyncengine.server import serve
+
+    asked: list[object] = []
+    monkeypatch.setattr(serve, "serve", lambda config, **settings: asked.append(settings["rerank_prompt"]) or 0)
+    file = tmp_path / "how.json"
+    file.write_text('{"template": "{query}{document}", "yes": "y", "no": "n"}')
+    for given in ("qwen3", str(file)):
+        assert run("serve", "--rerank-prompt", given).status == 0
+    assert asked == [QWEN3_RERANKER, RerankPrompt(template="{query}{document}", yes="y", no="n")]
+    for wrong, status, words in (
+        ('{"templat": "x"}', 1, "unknown key 'templat' of a rerank prompt; did you mean 'template'?"),
+        ("[]", 2, "whose JSON is no object"), ("{", 2, "which is no file of JSON"),
+    ):  # fmt: skip
+        file.write_text(wrong)
+        found = run("serve", "--rerank-prompt", str(file))
+        assert found.status == status and words in found.err
+    assert len(asked) == 2
 
 
 def test_without_the_extra_it_says_what_to_install() -> None:

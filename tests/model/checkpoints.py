@@ -212,11 +212,11 @@ def config(architecture: str, **changes: Any) -> Any:
     return getattr(transformers, name)(**(values | changes))
 
 
-def write(path: Path, architecture: str, seed: int = 0, **changes: Any) -> Path:
+def write(path: Path, architecture: str, seed: int = 0, kind: Any = AutoModelForCausalLM, **changes: Any) -> Path:
     """Writes a random checkpoint, whose logits are spread widely enough that greedy decoding is well defined."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config(architecture, **changes), dtype=torch.float32)
+        model = kind.from_config(config(architecture, **changes), dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith(("A_log", "dt_bias", ".D")):  # rates, which are what they are for a reason

@@ -7,9 +7,11 @@ import gc
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InvalidRequestError, RequestOptions, StepError
+from asyncengine.classifier import Classifier
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, echo_engine, scripted_engine
 
 pytest.importorskip("opentelemetry.sdk")
@@ -109,6 +111,19 @@ async def test_a_prompt_in_pieces_is_counted_once_it_is_whole(
         await engine.generate(pieces())
         [span] = await finished(exporter, engine, 1)
     assert attributes(span)["gen_ai.usage.input_tokens"] == len("hello")
+
+
+async def test_a_request_for_classes_is_of_a_kind_of_its_own(
+    exporter: InMemorySpanExporter, provider: TracerProvider
+) -> None:
+    loader = ScriptedLoader(tokenizer=ByteTokenizer())
+    loader.classifier = Classifier(np.eye(3, dtype=np.float32), None, ("a", "b", "c"), "softmax")
+    async with AsyncEngine(EngineConfig("scripted"), loader=loader) as engine:
+        instrument(engine, provider)
+        await engine.classify(["a"])
+        [span] = await finished(exporter, engine, 1)
+    assert span.name == "classification scripted" and attributes(span)["gen_ai.usage.input_tokens"] == 1
+    assert "gen_ai.request.max_tokens" not in attributes(span)  # nothing is generated
 
 
 async def test_names_are_those_of_the_conventions(exporter: InMemorySpanExporter, provider: TracerProvider) -> None:

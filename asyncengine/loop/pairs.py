@@ -1,0 +1,133 @@
+"""A query and a document as one prompt, and the tokens that say whether they belong together. On any thread; values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from asyncengine.errors import InvalidRequestError
+from asyncengine.generation import GenerationConfig
+from asyncengine.outputs import RequestResult
+from asyncengine.reranking import RerankPrompt
+from asyncengine.step.model import ModelView
+from asyncengine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt that asks how far a document answers a query.
+
+    Attributes:
+        how: What it is written by.
+        instruction: What makes a document relevant; None where nobody says.
+    """
+
+    query: str
+    document: str
+    how: RerankPrompt
+    instruction: str | None
+
+    def encoded(self, view: ModelView) -> list[int]:
+        """Token ids. The template writes special tokens itself, so none are added.
+
+        Raises:
+            InvalidRequestError: There is no tokenizer.
+        """
+        tokenizer = tokenizer_of(view)
+        if self.how.template is not None:
+            return encode_piece(tokenizer, self.how.text(self.query, self.document, self.instruction))
+        messages = self.how.messages(self.query, self.document, self.instruction)
+        return tokenizer.encode_chat(messages, {"add_generation_prompt": False, **self.how.template_arguments})
+
+
+def how_to_rank(given: RerankPrompt | None, view: ModelView) -> RerankPrompt:
+    """How a model ranks: as the caller says, else as its checkpoint does.
+
+    Raises:
+        InvalidRequestError: Neither says, or the model cannot do it so.
+    """
+    how = view.ranking if given is None else given
+    model = view.config.model
+    if how is None:
+        raise InvalidRequestError(
+            f"{model!r} does not say how it ranks; give a RerankPrompt with its template"
+            + (" and its tokens yes and no" if view.classifier is None else "")
+        )
+    if view.classifier is not None:
+        if len(view.classifier.labels) != 1:
+            raise InvalidRequestError(
+                f"{model!r} cannot rank: its head has {len(view.classifier.labels)} labels; allowed: 1"
+            )
+        if how.yes is not None:
+            raise InvalidRequestError(
+                f"yes is {how.yes!r:.40}; {model!r} has a classification head: leave yes and no out"
+            )
+    elif how.yes is None:
+        raise InvalidRequestError(f"yes is None; {model!r} has no classification head: give its tokens yes and no")
+    return how
+
+
+def yes_or_no(how: RerankPrompt, view: ModelView) -> GenerationConfig:
+    """A request for one token, which is one of the two, with the log-probabilities of both.
+
+    Raises:
+        InvalidRequestError: One of them is not a token.
+    """
+    yes, no = (_token_id(name, getattr(how, name), view) for name in ("yes", "no"))
+    if yes == no:
+        raise InvalidRequestError(f"yes is {how.yes!r:.40} and no is {how.no!r:.40}, which are one token")
+    return GenerationConfig(
+        max_tokens=1,
+        allowed_token_ids=(yes, no),
+        logprobs=True,
+        top_logprobs=2,
+        logprobs_mode="processed",
+        detokenize=False,
+        # All others as they change nothing, whatever the model's own defaults are.
+        temperature=1.0,
+        top_p=1.0,
+        top_k=2,
+        min_p=0.0,
+        frequency_penalty=0.0,
+        presence_penalty=0.0,
+        repetition_penalty=1.0,
+        seed=0,
+    )
+
+
+def log_odds(config: GenerationConfig, result: RequestResult) -> float:
+    """The logit of "yes" above that of "no", of what came of `yes_or_no`."""
+    logprobs = result.outputs[0].logprobs
+    assert logprobs is not None and config.allowed_token_ids is not None
+    found = dict(zip(logprobs[0].top_ids, logprobs[0].top_logprobs, strict=True))
+    yes, no = config.allowed_token_ids
+    return found[yes] - found[no]
+
+
+def tokenizer_of(view: ModelView) -> Tokenizer:
+    """The model's tokenizer.
+
+    Raises:
+        InvalidRequestError: It has none.
+    """
+    if view.tokenizer is None:
+        raise InvalidRequestError(f"{view.config.model!r} has no tokenizer; a query and a document need one")
+    return view.tokenizer
+
+
+def encode_piece(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text without special tokens around it, if the tokenizer can tell."""
+    encode = getattr(tokenizer, "encode_piece", tokenizer.encode)
+    found: list[int] = encode(text)
+    return found
+
+
+def _token_id(name: str, token: str | int | None, view: ModelView) -> int:
+    if isinstance(token, int):
+        if not 0 <= token < view.vocab_size:
+            raise InvalidRequestError(f"{name} is {token}; allowed: 0..{view.vocab_size - 1}")
+        return token
+    assert token is not None
+    ids = encode_piece(tokenizer_of(view), token)
+    if len(ids) != 1:
+        raise InvalidRequestError(f"{name} is {token!r:.80}, which is {len(ids)} tokens; expected a text that is one")
+    return ids[0]

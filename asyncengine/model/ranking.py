@@ -1,0 +1,53 @@
+"""What a checkpoint says of how it ranks documents: the files of Sentence Transformers beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from asyncengine.errors import CheckpointError, InvalidRequestError
+from asyncengine.reranking import RerankPrompt
+
+_MODULE = ".LogitScore"
+"""How the type of the module ends that compares the logits of two tokens after the prompt."""
+
+
+def ranking_of(path: Path) -> RerankPrompt | None:
+    """How the model in a directory ranks; None if it does not say, or not by two tokens.
+
+    Raises:
+        CheckpointError: What it says makes no sense.
+    """
+    modules = _json(path / "modules.json", [])
+    found = next((each for each in modules if str(each.get("type", "")).endswith(_MODULE)), None)
+    if found is None:
+        return None
+    place = path / str(found.get("path", "")) / "config.json"
+    tokens = _json(place, {})
+    if tokens.get("false_token_id") is None:  # the logit of one token is its relevance: log-probabilities do not tell
+        return None
+    processing = _json(path / "sentence_bert_config.json", {}).get("processing_kwargs") or {}
+    about = _json(path / "config_sentence_transformers.json", {})
+    prompts, named = about.get("prompts") or {}, about.get("default_prompt_name")
+    try:
+        return RerankPrompt(
+            instruction=prompts.get(named) or None,
+            template_arguments=processing.get("chat_template") or {},
+            yes=tokens.get("true_token_id"),
+            no=tokens["false_token_id"],
+        )
+    except InvalidRequestError as error:
+        raise CheckpointError(f"{place}: {error}") from error
+
+
+def _json(path: Path, otherwise: Any) -> Any:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return otherwise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if type(values) is not type(otherwise):
+        raise CheckpointError(f"{path} is a JSON {type(values).__name__}; expected a {type(otherwise).__name__}")
+    return values
