@@ -19,6 +19,7 @@ from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryE
 from asyncengine.model import memory
 from asyncengine.model.adapters import lora
 from asyncengine.model.attention_modules import text_config
+from asyncengine.model.draft_heads.plan import HeadPlan, check_head
 from asyncengine.model.findings import Findings, place_of, recall
 from asyncengine.model.memory import GIB
 from asyncengine.model.recorded import Watched
@@ -66,6 +67,7 @@ class Details:
         quantization: What weights are kept as.
         no_images: Why the model takes no images, in words; empty if it is to take some.
         unasked: Whether nobody has asked for that `quantization`, so that it may be another one.
+        head: What drafts from its hidden states.
     """
 
     checkpoint: Any
@@ -86,6 +88,7 @@ class Details:
     quantization: Quantization = "none"
     no_images: str = "it drafts"
     unasked: bool = False
+    head: HeadPlan | None = None
 
     @property
     def images(self) -> bool:
@@ -94,8 +97,8 @@ class Details:
 
     @property
     def all_weight_bytes(self) -> int:
-        """Those of the draft model included."""
-        return self.weight_bytes + (0 if self.draft is None else self.draft.weight_bytes)
+        """Those of what drafts included."""
+        return self.weight_bytes + sum(each.weight_bytes for each in (self.draft, self.head) if each is not None)
 
 
 def plan_of(
@@ -147,7 +150,7 @@ def plan_of(
     for path in config.adapters.values():
         lora.check_there(path, checkpoint.shapes)
     draft = None
-    for name in config.additional_models:
+    for name in config.additional_models if config.speculative_mode == "small_draft" else ():
         draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype, config.quantization)
         longest = min(longest, draft.max_length)
     max_length = config.max_single_sequence_length or longest
@@ -163,6 +166,7 @@ def plan_of(
     if draft is not None:
         architecture.check_rope(draft.hf_config, max_length)
         draft = dataclasses.replace(draft, max_length=max_length, watched=watch(architecture, draft.hf_config))
+    head = check_head(config, checkpoint, hf_config, dtype, max_length)
     drafting = None if draft is None else draft.watched
     check_recurrent(config, bool(watched and watched.recurrent), bool(drafting and drafting.recurrent))
     if current is not None or findings is not None or not _serves_all(config, device):
@@ -170,6 +174,7 @@ def plan_of(
         check_kv_dtype(config, backend, kv_dtype, device)
         for each in (watched, drafting):
             check_layers(config, backend, None if each is None else each.attention, kv_dtype, device)
+        check_layers(config, backend, None if head is None else head.specs, kv_dtype, device)
     check_quantization(config, device, dtype)
     weights = checkpoint.weight_bytes(dtype, checkpoint.kept_forms(config.quantization, device.type))
     present = None if current is None else current.tokenizer
@@ -191,6 +196,7 @@ def plan_of(
         selecting,
         config.quantization,
         no_images,
+        head=head,
     )
     try:
         beside = fits(details, current)

@@ -17,11 +17,11 @@ _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 ADAPTER_CONFIG = "adapter_config.json"
 _NOWHERE = (RuntimeError, OSError, ValueError)
 """Raised of a path whose user or home there is not, that may not be looked at, and that nothing on a disk can have."""
-_EMBEDDED = {"tiny": tiny.PATH, "tiny-draft": tiny.DRAFT_PATH}
+_EMBEDDED = {"tiny": tiny.PATH, "tiny-draft": tiny.DRAFT_PATH, "tiny-eagle3": tiny.EAGLE_PATH}
 
 
 def locate(model: str) -> Path:
-    """Directory of a model that is named by a path, by the id of a cached model, or as ``"tiny"`` or ``"tiny-draft"``.
+    """Directory of a model that is named by a path, by the id of a cached model, or as an embedded one (``"tiny"``).
 
     A GGUF file is a model by itself, and is found where a directory has no other model and no second one. In a cached
     model's place, ``"owner/name:Q4_K_M"`` means the one with that in its name. Of those in parts, the first is meant.
