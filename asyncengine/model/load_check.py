@@ -166,9 +166,9 @@ def plan_of(
     if draft is not None:
         architecture.check_rope(draft.hf_config, max_length)
         draft = dataclasses.replace(draft, max_length=max_length, watched=watch(architecture, draft.hf_config))
-    head = check_head(config, checkpoint, hf_config, dtype, max_length)
     drafting = None if draft is None else draft.watched
     check_recurrent(config, bool(watched and watched.recurrent), bool(drafting and drafting.recurrent))
+    head = check_head(config, checkpoint, hf_config, dtype, max_length)
     if current is not None or findings is not None or not _serves_all(config, device):
         backend = selecting.result().backend
         check_kv_dtype(config, backend, kv_dtype, device)

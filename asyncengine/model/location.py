@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from asyncengine import tiny
 from asyncengine.config import EngineConfig
 from asyncengine.errors import AdapterError, CheckpointError
+from asyncengine.model.draft_heads.eagle_config import is_head
 
 GGUF = ".gguf"
 """How names of llama.cpp's files end."""
@@ -119,6 +121,15 @@ def locate_adapter(source: str) -> Path:
     if there:
         raise AdapterError(f"adapter {source!r:.200} has no {ADAPTER_CONFIG}: it is not an adapter that PEFT saved")
     raise AdapterError(f"adapter {source!r:.200}: there is no such directory")
+
+
+def names_head(model: str) -> bool:
+    """Whether a draft head is meant, not a model: by the configuration that is there."""
+    try:
+        config = json.loads((locate(model) / "config.json").read_text(encoding="utf-8"))
+    except (CheckpointError, OSError, ValueError):
+        return False  # whoever reads it will say what is wrong
+    return isinstance(config, dict) and is_head(config)
 
 
 def check_there(config: EngineConfig) -> None:

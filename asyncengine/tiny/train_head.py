@@ -28,14 +28,15 @@ from asyncengine.model.draft_heads.eagle import EagleHead
 from asyncengine.model.draft_heads.eagle_config import EagleConfig, eagle_config
 from asyncengine.tiny import EAGLE_PATH, PATH, corpus
 from asyncengine.tiny.packing import IGNORED, PADDING, Row, encode_chat, encode_text
-from asyncengine.tiny.train import CHATS_PER_STEP, TEXTS_PER_STEP, THREADS, WARM_UP, batches
+from asyncengine.tiny.train import CHATS_PER_STEP, THREADS, WARM_UP, batches
 from asyncengine.tiny.train import ROWS as BATCH
 
-STEPS = 420
+STEPS = 520
 ROWS = 4  # in a step
+TEXTS = 12  # that go on in a way that is hard to guess, beside the chats of a step of the model's training
 TIMES = 3  # that a batch goes through the head
 DECAY = 0.8  # of the weight of each time after the first
-LAYERS = [1, 3, 5]
+LAYERS = [1, 2, 4]
 RATE = 3e-3
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(PATH / "tokenizer.json"))
     needed = -(-arguments.steps * ROWS // BATCH)
     documents = [encode_chat(tokenizer, chat) for chat in corpus.chats(rng, CHATS_PER_STEP * needed)]
-    documents += [encode_text(tokenizer, text) for text in corpus.texts(rng, TEXTS_PER_STEP * needed)]
+    documents += [encode_text(tokenizer, text) for text in corpus.texts(rng, TEXTS * needed)]
     rng.shuffle(documents)
     model = LlamaForCausalLM.from_pretrained(PATH).requires_grad_(False)
     config = configuration(model.config)
@@ -153,9 +154,9 @@ class Times:
     def losses(self) -> tuple[list[torch.Tensor], list[float]]:
         """Mean cross entropy in nats of each time, and the shares of the likeliest tokens that are the model's."""
         before, losses, right = shifted(self.head.enter(self.states)), [], []
-        for time in range(TIMES):
-            out = self.layer(before, time)
-            wanted = self.wanted & (self.positions > time)
+        for turn in range(TIMES):
+            out = self.layer(before, turn)
+            wanted = self.wanted & (self.positions > turn)
             logits, likely = self.head.logits(out[wanted]), self.likely[wanted]
             losses.append(functional.cross_entropy(logits, likely))
             right.append(float((logits.argmax(-1) == likely.argmax(-1)).float().mean()))

@@ -13,7 +13,7 @@ from typing import Any
 from asyncengine.errors import ConfigError
 
 _STRANGE = (
-    "fc_norm", "norm_output", "norm_before_fc", "parallel_drafting", "quantization_config", "sliding_window", "mlp_bias",
+    "fc_norm", "norm_output", "norm_before_fc", "parallel_drafting", "quantization_config", "sliding_window",
 )  # fmt: skip
 """Settings of other heads, which compute something else where these are set."""
 
@@ -79,10 +79,10 @@ def eagle_config(config: Mapping[str, Any], num_layers: int) -> EagleConfig:
     return EagleConfig(
         llama=llama,
         target_layers=_layers(config, about, num_layers),
-        target_hidden=config.get("target_hidden_size") or width,
+        target_hidden=_integer(config, "target_hidden_size", width),
         width=width,
         vocab_size=vocab_size,
-        draft_vocab=config.get("draft_vocab_size") or vocab_size,
+        draft_vocab=_integer(config, "draft_vocab_size", vocab_size),
         num_layers=_integer(llama, "num_hidden_layers"),
         norm_before_residual=bool(config.get("norm_before_residual", "transformer_layer_config" in config)),
     )
@@ -99,8 +99,8 @@ def _layers(config: Mapping[str, Any], about: Mapping[str, Any], num_layers: int
     return layers
 
 
-def _integer(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
+def _integer(config: Mapping[str, Any], name: str, otherwise: int | None = None) -> int:
+    value = otherwise if config.get(name) is None else config[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"its {name} is {value!r}; expected an integer >= 1")
     return value

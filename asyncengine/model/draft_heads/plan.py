@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from asyncengine.config import EngineConfig
-from asyncengine.errors import CheckpointError, ConfigError, ReloadError
+from asyncengine.errors import CheckpointError, ConfigError, ReloadError, UnsupportedModelError
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import RecordedLayer, text_config
 from asyncengine.model.draft_heads.eagle_config import EagleConfig, eagle_config
@@ -107,7 +107,10 @@ def _eagle_plan(name: str, target: Any, dtype: torch.dtype, length: int) -> Head
     path = locate(name)
     if not path.is_dir():
         raise ConfigError("it is a file; expected the directory of a head")
-    checkpoint = Checkpoint(path)
+    try:
+        checkpoint = Checkpoint(path)
+    except UnsupportedModelError as error:
+        raise ConfigError(f"it is quantised in a way that cannot be read: {error}") from error
     about = eagle_config(checkpoint.config, target.num_hidden_layers)
     if about.target_hidden != target.hidden_size:
         raise ConfigError(

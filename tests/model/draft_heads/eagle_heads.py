@@ -65,7 +65,8 @@ def write(path: Path, layout: str, tensors: dict[str, torch.Tensor], **changes: 
         save_file(tensors, path / "model.safetensors")
     else:
         config = {
-            "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "transformer_layer_config": LLAMA,
+            "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3",
+            "transformer_layer_config": LLAMA,
             "draft_vocab_size": draft_vocab, "eagle_aux_hidden_state_layer_ids": list(LAYERS),
             "norm_before_residual": True,
         }  # fmt: skip
@@ -103,7 +104,11 @@ class Reference:
     @torch.no_grad()
     def guesses(self, text: list[int], count: int) -> list[int]:
         """The likeliest tokens behind a text."""
-        states = self.model(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
+        states: list[torch.Tensor] = []  # as they leave the last layer, transformers gives them out normed alone
+        handle = self.model.model.norm.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0]))
+        found_states = self.model(torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
+        handle.remove()
+        states = [*found_states[:-1], *states]
         before = torch.cat([states[layer][0] for layer in LAYERS], -1) @ self.weights["fc.weight"].T
         tokens, found = list(text[1:]), list[int]()
         for _ in range(count):
