@@ -165,7 +165,7 @@ class Times:
 
     def layer(self, before: torch.Tensor, time: int) -> torch.Tensor:
         """(rows, length, hidden) states behind entries, of which those of the newest `time` tokens are the head's."""
-        first, attention = self.head.layers[0], self.head.layers[0].self_attn
+        first, attention = self.head.midlayer, self.head.midlayer.self_attn
         both = torch.cat([first.input_layernorm(self.head.embed_tokens(self.ids)), first.hidden_norm(before)], -1)
 
         def heads(project: nn.Module) -> torch.Tensor:
@@ -205,7 +205,7 @@ def save(head: EagleHead, config: dict[str, Any], directory: Path) -> None:
     """Writes the directory, in the layout of the method's authors. What is the model's is left out."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {
-        name.replace("layers.0.", "midlayer."): weight.detach().half().contiguous()
+        name: weight.detach().half().contiguous()
         for name, weight in head.named_parameters()
         if name not in ("embed_tokens.weight", "lm_head.weight")
     }

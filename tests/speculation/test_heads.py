@@ -76,6 +76,15 @@ async def test_a_trained_head_saves_half_of_the_steps_also_behind_a_cached_promp
     assert kept[0] == kept[2] and kept[1] >= 0.8 * kept[0]
 
 
+@pytest.mark.loops("either")
+@pytest.mark.parametrize("decoder", ["auto", "transformers"])
+async def test_a_head_shares_what_a_model_has_packed_in_few_bits(decoder: str) -> None:
+    config = EngineConfig("tiny", **LIMITS, **TINY_HEAD, quantization="int8", spec_draft_length=3)
+    async with AsyncEngine(config.replace(decoder_backend=decoder)) as engine:
+        result = await engine.generate(STORY, GREEDY)
+    assert result.usage.accepted_draft_tokens > 10
+
+
 async def test_leaving_in_the_middle_disturbs_nobody() -> None:
     async with AsyncEngine(EngineConfig("tiny", **LIMITS)) as engine:
         expected = await engine.generate(STORY, GREEDY)

@@ -22,6 +22,8 @@ from asyncengine.model.attention_modules import RecordedLayer
 from asyncengine.model.draft_heads.eagle_config import EagleConfig
 from asyncengine.model.load_check import BUILDING
 
+ATTENDS = "midlayer.self_attn"
+"""The module that attends."""
 OFFSETS, KNOWN = "d2t", "t2d"
 """Of each token that the head can guess, how much more its id is in the model; and which of the model's those are."""
 
@@ -37,7 +39,7 @@ class EagleHead(nn.Module):
         super().__init__()
         config = llama_config(about)
         self.width, self._about = about.width, about
-        self.layers: Any
+        self.midlayer: Any
         self._targets: torch.Tensor | None = None
         with BUILDING:
             self.rotary = LlamaRotaryEmbedding(config)
@@ -45,9 +47,9 @@ class EagleHead(nn.Module):
                 inputs = len(about.target_layers) * about.target_hidden
                 self.fc = nn.Linear(inputs, about.width, bias=False)
                 self.embed_tokens = nn.Embedding(about.vocab_size, about.width)
-                self.layers = nn.ModuleList([LlamaDecoderLayer(config, at) for at in range(about.num_layers)])
-                self.layers[0].hidden_norm = LlamaRMSNorm(about.width, eps=config.rms_norm_eps)
-                attention = self.layers[0].self_attn
+                self.midlayer = LlamaDecoderLayer(config, 0)
+                self.midlayer.hidden_norm = LlamaRMSNorm(about.width, eps=config.rms_norm_eps)
+                attention = self.midlayer.self_attn
                 for name in ("q_proj", "k_proj", "v_proj"):
                     single = getattr(attention, name)
                     double = nn.Linear(2 * about.width, single.out_features, bias=single.bias is not None)
@@ -75,16 +77,13 @@ class EagleHead(nn.Module):
 
     def run(self, token_ids: torch.Tensor, positions: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """As the protocol says."""
-        first, hidden = self.layers[0], before[None]
+        first, hidden = self.midlayer, before[None]
         seen = first.hidden_norm(hidden)
         rotated = self.rotary(hidden, positions[None])
         both = torch.cat([first.input_layernorm(self.embed_tokens(token_ids)[None]), seen], dim=-1)
         hidden = seen if self._about.norm_before_residual else hidden
         hidden = hidden + first.self_attn(hidden_states=both, position_embeddings=rotated, attention_mask=None)[0]
-        hidden = hidden + first.mlp(first.post_attention_layernorm(hidden))
-        for layer in self.layers[1:]:
-            hidden = layer(hidden, position_embeddings=rotated)
-        states: torch.Tensor = hidden[0]
+        states: torch.Tensor = (hidden + first.mlp(first.post_attention_layernorm(hidden)))[0]
         return states
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -97,15 +96,12 @@ class EagleHead(nn.Module):
         return whole
 
     def recorded(self) -> list[RecordedLayer]:
-        """Its layers that attend, in their order."""
-        spec = spec_of(self._about)
-        return [
-            RecordedLayer(f"layers.{at}.self_attn", layer.self_attn, spec, None) for at, layer in enumerate(self.layers)
-        ]
+        """Its layers that attend: one."""
+        return [RecordedLayer(ATTENDS, self.midlayer.self_attn, spec_of(self._about), None)]
 
 
 def llama_config(about: EagleConfig) -> Any:
-    """The configuration of a head's layers, as transformers takes it.
+    """The configuration of a head's layer, as transformers takes it.
 
     Raises:
         ConfigError: It does not.
@@ -119,7 +115,7 @@ def llama_config(about: EagleConfig) -> Any:
 
 
 def spec_of(about: EagleConfig) -> LayerSpec:
-    """What each of a head's layers needs."""
+    """What a head's layer needs."""
     config = llama_config(about)
     size = config.head_dim
     return LayerSpec(config.num_attention_heads, config.num_key_value_heads, size, size, size**-0.5)
@@ -128,4 +124,4 @@ def spec_of(about: EagleConfig) -> LayerSpec:
 def named(name: str) -> str:
     """A weight's name in `EagleHead`, of its name in any of the layouts."""
     name = name.removeprefix("model.")
-    return f"layers.0.{name.removeprefix('midlayer.')}" if name.startswith("midlayer.") else name
+    return f"midlayer.{name.removeprefix('layers.0.')}" if name.startswith("layers.0.") else name

@@ -23,14 +23,13 @@ class EagleConfig:
     """One head.
 
     Attributes:
-        llama: Settings of its layers, as `transformers.LlamaConfig` takes them.
+        llama: Settings of its layer, as `transformers.LlamaConfig` takes them.
         target_layers: Of the model, whose hidden states it sees as they enter them.
         target_hidden: Their width.
         width: Of its own states.
         vocab_size: Of the model.
         draft_vocab: Tokens that it can guess.
-        num_layers: It has.
-        norm_before_residual: Whether the first of them adds to what its norm gave, not to what that took.
+        norm_before_residual: Whether its layer adds to what its norm gave, not to what that took.
     """
 
     llama: Mapping[str, Any]
@@ -39,7 +38,6 @@ class EagleConfig:
     width: int
     vocab_size: int
     draft_vocab: int
-    num_layers: int
     norm_before_residual: bool
 
 
@@ -75,6 +73,8 @@ def eagle_config(config: Mapping[str, Any], num_layers: int) -> EagleConfig:
     for name in _STRANGE:
         if llama.get(name) or config.get(name):
             raise ConfigError(f"its {name} is {llama.get(name) or config.get(name)!r}, which nothing here knows")
+    if (layers := _integer(llama, "num_hidden_layers")) != 1:
+        raise ConfigError(f"its num_hidden_layers is {layers}; expected 1, as heads of this kind have")
     width, vocab_size = _integer(llama, "hidden_size"), _integer(llama, "vocab_size")
     return EagleConfig(
         llama=llama,
@@ -83,7 +83,6 @@ def eagle_config(config: Mapping[str, Any], num_layers: int) -> EagleConfig:
         width=width,
         vocab_size=vocab_size,
         draft_vocab=_integer(config, "draft_vocab_size", vocab_size),
-        num_layers=_integer(llama, "num_hidden_layers"),
         norm_before_residual=bool(config.get("norm_before_residual", "transformer_layer_config" in config)),
     )
 

@@ -175,8 +175,7 @@ class EaglePlan:
         """As the protocol says."""
         from asyncengine.model.draft_heads import eagle
 
-        spec = spec_of(eagle.spec_of(self.about))
-        return {f"layers.{at}.self_attn": spec for at in range(self.about.num_layers)}
+        return {eagle.ATTENDS: spec_of(eagle.spec_of(self.about))}
 
     def build(self, built: Any, details: Any) -> BuiltHead:
         """As the protocol says."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, INNER = 199, 64, 4, 2, 48
@@ -137,8 +137,3 @@ class Reference:
         inner = norm(hidden, own["post_attention_layernorm.weight"])
         gated = functional.silu(inner @ own["mlp.gate_proj.weight"].T) * (inner @ own["mlp.up_proj.weight"].T)
         return hidden + gated @ own["mlp.down_proj.weight"].T
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    """Those of a safetensors file, in the layout of the authors."""
-    return {name.replace("layers.0.", "midlayer."): t for name, t in load_file(path / "model.safetensors").items()}
