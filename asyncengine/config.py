@@ -16,7 +16,7 @@ Mode = Literal["local", "interactive", "server"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 PrefixCacheMode = Literal["radix", "disable"]
 PrefillMode = Literal["hybrid", "chunked"]
-SpeculativeMode = Literal["disable", "ngram", "small_draft"]
+SpeculativeMode = Literal["disable", "ngram", "small_draft", "eagle3", "mtp"]
 AttentionBackend = Literal["auto", "cpu", "torch", "triton", "flashinfer", "flash_attention_3"]
 DecoderBackend = Literal["auto", "compiled", "transformers"]
 Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
@@ -56,11 +56,12 @@ class EngineConfig:
         prefix_cache_mode: ``"radix"`` keeps computed prompts for reuse; ``"disable"`` does not.
         prefix_cache_max_num_recycling_seqs: Most finished sequences whose blocks are kept; None is unlimited.
         prefill_mode: ``"hybrid"`` computes prefill chunks and decodes in one step; ``"chunked"`` in separate steps.
-        additional_models: The draft model of ``speculative_mode="small_draft"``, named as `model` is: one with the same
-            vocabulary. Empty otherwise.
+        additional_models: The draft model of ``speculative_mode="small_draft"``, or the draft head of ``"eagle3"``,
+            named as `model` is: one with the same vocabulary. Empty otherwise.
         speculative_mode: Who guesses tokens ahead, which one step of the model then verifies: ``"ngram"`` looks for the
-            last tokens further up in the text, ``"small_draft"`` asks a smaller model, ``"disable"`` guesses none. The
-            output is the same.
+            last tokens further up in the text, ``"small_draft"`` asks a smaller model, ``"eagle3"`` a head that sees
+            the model's hidden states, ``"mtp"`` the head that the model's own checkpoint has for that, ``"disable"``
+            guesses none. The output is the same.
         spec_draft_length: Most tokens guessed for each sequence in a step; 0 decides by load and by how many guesses
             were right so far.
         adapters: LoRA adapters that are loaded with the model: directories as PEFT saves them, by the names that
@@ -162,11 +163,11 @@ class EngineConfig:
         object.__setattr__(self, "additional_models", tuple(self.additional_models))
         for model in self.additional_models:
             _text("additional_models", model)
-        wanted = int(self.speculative_mode == "small_draft")
-        if len(self.additional_models) != wanted:
+        wanted = {"small_draft": "draft model", "eagle3": "draft head"}.get(self.speculative_mode)
+        if len(self.additional_models) != int(wanted is not None):
             raise ConfigError(
                 f"additional_models is {self.additional_models!r} with speculative_mode {self.speculative_mode!r}; "
-                + ("expected one draft model" if wanted else "only 'small_draft' takes a model")
+                + (f"expected one {wanted}" if wanted else "only 'small_draft' and 'eagle3' take a model")
             )
         if self.spec_draft_length is None:
             raise ConfigError("spec_draft_length is None; expected an integer in 0..32")

@@ -144,7 +144,10 @@ async def times(arguments: argparse.Namespace, target: Path, draft: Path) -> dic
 
 async def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Both parts."""
-    steps = {name: await steps_per_token(changes) for name, changes in ways("tiny-draft").items()}
+    eagle3: dict[str, Any] = {"speculative_mode": "eagle3", "additional_models": ["tiny-eagle3"]}
+    compared = ways("tiny-draft") | {"eagle3": eagle3}
+    compared |= {f"eagle3, {length}": eagle3 | {"spec_draft_length": length} for length in FIXED}
+    steps = {name: await steps_per_token(changes) for name, changes in compared.items()}
     expected = steps["none"]
     for kind in ("answers, tokens", "repeating, tokens"):
         assert all(own[kind] == expected[kind] for own in steps.values()), "drafts changed the tokens"

@@ -72,14 +72,15 @@ class Needs:
         architecture: Of transformers.
         parameters: Elements of all weights.
         tensors: How many weights there are.
-        weight_bytes: Of all weights as they are kept, the draft model's included.
-        draft_bytes: Of the draft model's weights; 0 without one.
+        weight_bytes: Of all weights as they are kept, those of what drafts included.
+        draft_bytes: Of the weights of what drafts; 0 without.
+        drafts: What that is.
         dtype: Of weights, where they are not quantised.
         quantization: As `EngineConfig.quantization`.
         kv_dtype: Of the KV cache.
         device: What it would run on.
         layers: Attention layers and how often each kind is there.
-        draft_layers: The draft model's.
+        draft_layers: Those of what drafts.
         page_size: Tokens per block.
         bytes_per_block: Of KV cache, all layers together.
         recurrent: How many recurrent layers there are.
@@ -97,6 +98,7 @@ class Needs:
     tensors: int
     weight_bytes: int
     draft_bytes: int
+    drafts: str
     dtype: torch.dtype
     quantization: Quantization
     kv_dtype: torch.dtype
@@ -133,6 +135,7 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.attention.reference import TorchAttention
     from asyncengine.model.attention_modules import text_config
     from asyncengine.model.capacity import CPU_CHUNK, CUDA_CHUNK, state_scratch
+    from asyncengine.model.draft_heads.plan import check_head
     from asyncengine.model.gguf.checkpoint import checkpoint_at
     from asyncengine.model.load_check import KV_DTYPES, check_draft, check_quantization, dtype_of, longest_of, settled
     from asyncengine.model.location import locate
@@ -153,7 +156,9 @@ def read(config: EngineConfig) -> Needs:
         check_quantization(config, device, dtype)
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
     drafts = [
-        check_draft(name, checkpoint, text.vocab_size, device, dtype, kv_dtype) for name in config.additional_models
+        check_draft(name, checkpoint, text.vocab_size, device, dtype, kv_dtype)
+        for name in config.additional_models
+        if config.speculative_mode == "small_draft"
     ]
     longest = min([longest_of(text, config), *(draft.max_length for draft in drafts)])
     limits = [limit_of(each, longest) for each in (hf_config, *(draft.hf_config for draft in drafts))]
@@ -168,8 +173,10 @@ def read(config: EngineConfig) -> Needs:
     watched = _watched(architecture, hf_config)
     of_drafts = [_watched(architecture, draft.hf_config) for draft in drafts]
     check_recurrent(config, bool(watched.recurrent), any(each.recurrent for each in of_drafts))
+    head = check_head(config, checkpoint, hf_config, dtype, length)
     specs = list(watched.attention.values())
     draft_specs = [spec for each in of_drafts for spec in each.attention.values()]
+    draft_specs += [] if head is None else head.specs.values()
 
     def kept(of: Checkpoint, hf_config: Any, watched: Watched) -> int:
         where: Where = "cuda" if cuda else "modules"
@@ -179,6 +186,7 @@ def read(config: EngineConfig) -> Needs:
 
     each_draft = zip(drafts, of_drafts, strict=True)
     draft_bytes = sum(kept(draft.checkpoint, draft.hf_config, seen) for draft, seen in each_draft)
+    draft_bytes += 0 if head is None else head.weight_bytes
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
     plain = cuda or kv_dtype is not dtype  # the kernel for the CPU has a layout of its own, and no fp8
     bytes_of = TorchAttention().bytes_per_block if plain else CpuAttention.bytes_per_block
@@ -198,6 +206,7 @@ def read(config: EngineConfig) -> Needs:
         tensors=len(checkpoint.tensors),
         weight_bytes=kept(checkpoint, hf_config, watched) + draft_bytes,
         draft_bytes=draft_bytes,
+        drafts="draft model" if head is None else "draft head",
         dtype=dtype,
         quantization=config.quantization,
         kv_dtype=kv_dtype,
@@ -310,10 +319,10 @@ class Room:
 def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
     dtype = str(needs.dtype).removeprefix("torch.")
     yield "model", f"{needs.architecture}, {needs.parameters / 1e6:,.1f} M parameters in {needs.tensors} tensors"
-    of_draft = f", {_gib(needs.draft_bytes)} of them the draft model's" if needs.draft_bytes else ""
+    of_draft = f", {_gib(needs.draft_bytes)} of them the {needs.drafts}'s" if needs.draft_bytes else ""
     form = dtype if needs.quantization == "none" else needs.quantization
     yield "weights", f"{_gib(needs.weight_bytes)} in {form}{of_draft}"
-    for whose, layers in (("", needs.layers), (" of the draft model", needs.draft_layers)):
+    for whose, layers in (("", needs.layers), (f" of the {needs.drafts}", needs.draft_layers)):
         for spec, count in layers:
             window = "" if spec.sliding_window is None else f", window {spec.sliding_window}"
             yield (

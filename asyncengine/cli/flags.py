@@ -41,7 +41,10 @@ class EngineFlags:
         ),
     ] = "auto"
     speculative_model: Annotated[
-        str | None, typer.Option(help="Who guesses tokens ahead: a smaller model of the same vocabulary, or 'ngram'.")
+        str | None,
+        typer.Option(
+            help="Who guesses tokens ahead: a smaller model of the same vocabulary, a head, 'mtp' or 'ngram'."
+        ),
     ] = None
     num_speculative_tokens: Annotated[int, typer.Option(help="Most tokens guessed at a time; 0 adapts.")] = 0
     images: Annotated[
@@ -69,14 +72,14 @@ class EngineFlags:
             Failure: An adapter has no name, or that of another one.
         """
         from asyncengine.config import EngineConfig
+        from asyncengine.model.location import names_head
 
-        guesses = self.speculative_model
-        if guesses is None:
-            drafts: dict[str, Any] = {}
-        elif guesses == "ngram":
-            drafts = {"speculative_mode": "ngram"}
-        else:
-            drafts = {"speculative_mode": "small_draft", "additional_models": (guesses,)}
+        guesses, drafts = self.speculative_model, dict[str, Any]()
+        if guesses in ("ngram", "mtp"):
+            drafts = {"speculative_mode": guesses}
+        elif guesses is not None:
+            mode = "eagle3" if names_head(guesses) else "small_draft"
+            drafts = {"speculative_mode": mode, "additional_models": (guesses,)}
         config = EngineConfig(
             model,
             **drafts,

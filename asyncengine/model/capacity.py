@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from asyncengine.config import EngineConfig
 from asyncengine.model import memory
 from asyncengine.model.attention.protocol import CapturableBackend, CarryingBackend, LayerSpec, is_capturable
-from asyncengine.model.attention_modules import hooked, text_config
+from asyncengine.model.attention_modules import RecordedLayer, hooked, text_config
 from asyncengine.model.built_model import Built
 from asyncengine.model.load_check import Details
 from asyncengine.model.recurrent.recorded import RecurrentSpec
@@ -26,17 +26,24 @@ _STATE_COPIES = 6
 functions make of them in between."""
 
 
-def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -> tuple[Limits, EngineConfig]:
-    """Fills in everything that the configuration leaves open."""
+def limits_of(
+    plan: LoadPlan, built: Built, drafting: Sequence[RecordedLayer], backend: Any
+) -> tuple[Limits, EngineConfig]:
+    """Fills in everything that the configuration leaves open.
+
+    Args:
+        plan: What is wanted.
+        built: The model.
+        drafting: The layers of what drafts for it that attend.
+        backend: How they do.
+    """
     config, details = plan.config, plan.details
     cuda = details.device.type == "cuda"
     sequences = config.max_num_sequence or {"interactive": 1, "local": 4, "server": 256 if cuda else 64}[config.mode]
     length = details.max_length
     chunk = _chunk(config, details)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
-    layers = built.layers.attention
-    if draft is not None:
-        layers = [*layers, *draft.layers.attention]  # they share the blocks
+    layers = [*built.layers.attention, *drafting]  # they share the blocks
     per_block = sum(backend.bytes_per_block(layer.spec, page_size, details.kv_dtype) for layer in layers)
     share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
     if cuda:
@@ -45,6 +52,8 @@ def limits_of(plan: LoadPlan, built: Built, draft: Built | None, backend: Any) -
         if built.image_trial is not None:
             of_image, kept = _image_profile(built, details.device)
             activations = max(activations, of_image) + kept
+        if details.draft_head is not None:
+            activations += head_bytes(details, chunk + sequences)
         used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
         available = int(memory.total_bytes(details.device) * share) - used - activations
         share = 1.0
@@ -158,6 +167,15 @@ def graphs_of(
     if not isinstance(backend, CapturableBackend):
         return steps
     return steps + memory.GraphReserve(backend.capture_bytes(specs, sequences, details.device))
+
+
+def head_bytes(details: Details, tokens: int) -> int:
+    """Bytes that a draft head takes beside its weights and its KV cache, in a step of so many tokens: the hidden states
+    that it is handed, and what it computes with them.
+    """
+    assert details.draft_head is not None
+    hidden = int(text_config(details.hf_config).hidden_size)
+    return 4 * tokens * hidden * (len(details.draft_head.target_layers) + 8) * details.dtype.itemsize
 
 
 def cache_bytes(built: Built, backend: Any, limits: Limits, details: Details) -> int:

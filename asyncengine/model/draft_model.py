@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from asyncengine.generation import SamplingParams
+from asyncengine.model.draft_steps import alike, flattened, places_of
 from asyncengine.model.sampler import Sampler
 from asyncengine.step.batch import Int32, Int64, StepBatch
 from asyncengine.step.limits import Limits
@@ -57,19 +58,7 @@ class DraftModel:
 
     def place(self, slot: int, params: SamplingParams, branch: int) -> None:
         """As the protocol says."""
-        # What needs the tokens before is left out: a guess that it forbids is not kept, that is all.
-        alike = dataclasses.replace(
-            params,
-            frequency_penalty=0.0,
-            presence_penalty=0.0,
-            repetition_penalty=1.0,
-            num_logprobs=-1,
-            grammar=None,
-            jumps=False,
-            bad_words=(),
-            logits_processors=(),
-        )
-        self._sampler.place(slot, alike, branch, EMPTY, EMPTY)
+        self._sampler.place(slot, alike(params), branch, EMPTY, EMPTY)
         self._forget(slot)
 
     def copy(self, copies: Int64) -> None:
@@ -143,7 +132,7 @@ class DraftModel:
         some = np.flatnonzero(counts)
         if len(some):
             begin, number = np.array(starts, dtype=np.int64)[some], np.array(counts, dtype=np.int64)[some]
-            self._execute(_flattened(table, slots[some], begin, number), np.concatenate(prints))
+            self._execute(flattened(table, slots[some], begin, number), np.concatenate(prints))
 
     def _prints_of(self, table: SlotTable, slot: int, end: int) -> UInt64:
         """(tokens,) fingerprints of a slot's text up to each of its tokens from `_computed` to `end`."""
@@ -159,13 +148,13 @@ class DraftModel:
     def _same(self, table: SlotTable, slot: int, first: int, prints: UInt64) -> int:
         """How many of a slot's tokens, from `first` on, are found at their places."""
         at = np.arange(first, first + len(prints))
-        places = table.blocks[slot, at // self._page_size].astype(np.int64) * self._page_size + at % self._page_size
+        places = places_of(table, np.full(len(at), slot), at)
         other = np.flatnonzero(self._written[places] != prints)
         return int(other[0]) if len(other) else len(prints)
 
     def _run(self, table: SlotTable, slots: Int64, positions: Int64, token_ids: Int32, prints: UInt64) -> torch.Tensor:
         """Computes one token for each slot; returns (rows, vocab)."""
-        batch = _flattened(table, slots, positions, np.ones(len(slots), dtype=np.int64))
+        batch = flattened(table, slots, positions, np.ones(len(slots), dtype=np.int64))
         every = np.arange(len(slots), dtype=np.int64)
         batch = dataclasses.replace(batch, token_ids=token_ids.copy(), sample_index=every, num_decodes=len(slots))
         return self._execute(batch, prints)
@@ -175,26 +164,3 @@ class DraftModel:
             logits = self._model.logits(batch)
         self._written[batch.slot_mapping] = prints
         return logits
-
-
-def _flattened(table: SlotTable, slots: Int64, starts: Int64, counts: Int64) -> StepBatch:
-    """Tokens `starts` to `starts + counts` of each slot as one step without logits."""
-    query_start = np.zeros(len(slots) + 1, dtype=np.int32)
-    np.cumsum(counts, out=query_start[1:])
-    rows = np.repeat(slots, counts)
-    positions = np.repeat(starts - query_start[:-1], counts) + np.arange(query_start[-1], dtype=np.int64)
-    page_size = table.page_size
-    nothing = np.empty(0, dtype=np.int64)
-    return StepBatch(
-        token_ids=table.tokens[rows, positions],
-        positions=positions.astype(np.int32),
-        query_start=query_start,
-        context_lens=starts.astype(np.int32),
-        block_tables=table.blocks[slots, : table.num_blocks[slots].max()],
-        slot_mapping=table.blocks[rows, positions // page_size].astype(np.int64) * page_size + positions % page_size,
-        sample_index=nothing,
-        sample_slots=nothing,
-        sample_positions=nothing,
-        copies=nothing.reshape(0, 2),
-        num_decodes=0,
-    )

@@ -63,7 +63,12 @@ def place_of(config: EngineConfig, checkpoint: Any, device: torch.device, dtype:
     """
     if device.type != "cpu" or config.decoder_backend == "transformers" or config.quantization == "fp8":
         return None
-    if config.additional_models or config.kv_cache_dtype != "auto" or not checkpoint.tensors:
+    if (
+        config.speculative_mode == "mtp"
+        or config.additional_models
+        or config.kv_cache_dtype != "auto"
+        or not checkpoint.tensors
+    ):
         return None
     digest = hashlib.sha256()
     asked = (str(dtype), config.quantization, config.max_single_sequence_length)

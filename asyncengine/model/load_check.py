@@ -19,6 +19,7 @@ from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryE
 from asyncengine.model import memory, rope_limits
 from asyncengine.model.adapters import lora
 from asyncengine.model.attention_modules import text_config
+from asyncengine.model.draft_heads.plan import HeadPlan, check_head
 from asyncengine.model.findings import Findings, place_of, recall
 from asyncengine.model.memory import GIB
 from asyncengine.model.ranking import ranking_of
@@ -73,6 +74,7 @@ class Details:
         rope_note: What there is to be said of that, in words; empty if there is nothing.
         head: Its classification head, if it has one: an `asyncengine.model.classification.Head`.
         ranking: How it ranks documents, if it says so.
+        draft_head: What drafts from its hidden states.
     """
 
     checkpoint: Any
@@ -97,6 +99,7 @@ class Details:
     rope_note: str = ""
     head: Any = None
     ranking: RerankPrompt | None = None
+    draft_head: HeadPlan | None = None
 
     @property
     def images(self) -> bool:
@@ -105,8 +108,8 @@ class Details:
 
     @property
     def all_weight_bytes(self) -> int:
-        """Those of the draft model included."""
-        return self.weight_bytes + (0 if self.draft is None else self.draft.weight_bytes)
+        """Those of what drafts included."""
+        return self.weight_bytes + sum(each.weight_bytes for each in (self.draft, self.draft_head) if each is not None)
 
 
 def plan_of(
@@ -163,7 +166,7 @@ def plan_of(
     for path in config.adapters.values():
         lora.check_there(path, checkpoint.shapes)
     draft, limits = None, [limit]
-    for name in config.additional_models:
+    for name in config.additional_models if config.speculative_mode == "small_draft" else ():
         draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype, config.quantization)
         longest = min(longest, draft.max_length)
         limits.append(rope_limits.limit_of(draft.hf_config, draft.max_length))
@@ -182,11 +185,13 @@ def plan_of(
         draft = dataclasses.replace(draft, max_length=max_length, watched=watch(architecture, draft.hf_config))
     drafting = None if draft is None else draft.watched
     check_recurrent(config, bool(watched and watched.recurrent), bool(drafting and drafting.recurrent))
+    draft_head = check_head(config, checkpoint, hf_config, dtype, max_length)
     if current is not None or findings is not None or not _serves_all(config, device):
         backend = selecting.result().backend
         check_kv_dtype(config, backend, kv_dtype, device)
         for each in (watched, drafting):
             check_layers(config, backend, None if each is None else each.attention, kv_dtype, device)
+        check_layers(config, backend, None if draft_head is None else draft_head.specs, kv_dtype, device)
     check_quantization(config, device, dtype)
     weights = checkpoint.weight_bytes(dtype, checkpoint.kept_forms(config.quantization, device.type))
     present = None if current is None else current.tokenizer
@@ -212,6 +217,7 @@ def plan_of(
         rope_note=rope_note,
         head=head,
         ranking=ranking_of(checkpoint.path),
+        draft_head=draft_head,
     )
     try:
         beside = fits(details, current)

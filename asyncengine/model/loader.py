@@ -21,7 +21,9 @@ from asyncengine.errors import (
 )
 from asyncengine.model import memory
 from asyncengine.model.built_model import Built, build, recalled
-from asyncengine.model.capacity import cache_bytes, graphs_of, limits_of, state_scratch
+from asyncengine.model.capacity import cache_bytes, graphs_of, kv_bytes_per_block, limits_of, state_scratch
+from asyncengine.model.draft_heads.entries import widened
+from asyncengine.model.draft_heads.serving import drafter_of
 from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.findings import keep
 from asyncengine.model.load_check import (
@@ -157,8 +159,12 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         draft = build(config, details.draft, lambda: backend)
         if not draft.has_head:
             raise CheckpointError(f"{details.draft.checkpoint.path} cannot draft: it has no language-model head")
+    head = None if details.draft_head is None else details.draft_head.build(built, details)
     check_recurrent(config, bool(built.layers.recurrent), draft is not None and bool(draft.layers.recurrent))
-    limits, complete = limits_of(plan, built, draft, backend)
+    drafting_layers = [] if draft is None else draft.layers.attention
+    if head is not None:
+        drafting_layers = [widened(layer) for layer in head.layers]
+    limits, complete = limits_of(plan, built, drafting_layers, backend)
     vocab_size = details.vocab_size
     if run_ahead is None:
         run_ahead = details.device.type == "cuda"
@@ -180,12 +186,20 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
             draft_model, draft_sampler = _serving(draft, details.draft, backend, limits, vocab_size)
             drafter = model.companion = DraftModel(draft_model, draft_sampler, limits)
             drafting = _drafting(config, drafter, limits, details.device, draft.nbytes / built.nbytes)
+        heads = None
+        if head is not None:
+            heads = drafter_of(head, model, details, backend, limits, config)
+            drafting = _drafting(config, heads, limits, details.device, head.read_bytes / built.nbytes)
+            memory_bytes += head.nbytes + heads.nbytes
+            memory_bytes += limits.num_blocks * kv_bytes_per_block(drafting_layers, backend, limits, details.kv_dtype)
         # Both caches are there by now: they share the attention's plan, and what one adds to it changes its addresses.
         notes += [*built.notes, *_captured(config, model, built, details, backend, limits, last, adapting)]
         if draft is not None and draft_model is not None:
             slower = _captured(config, draft_model, draft, details, backend, limits)
             notes += [f"draft model: {note}" for note in (*draft.notes, *slower)]
             memory_bytes += draft.nbytes + cache_bytes(draft, backend, limits, details)
+        elif heads is not None:
+            heads.check()
         elif config.speculative_mode == "ngram":
             drafting = _drafting(config, NgramDrafter(), limits, details.device)
     except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from asyncengine import tiny
 from asyncengine.config import EngineConfig
 from asyncengine.errors import AdapterError, CheckpointError
+from asyncengine.model.draft_heads.eagle_config import is_head
 
 GGUF = ".gguf"
 """How names of llama.cpp's files end."""
@@ -17,11 +19,11 @@ _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 ADAPTER_CONFIG = "adapter_config.json"
 _NOWHERE = (RuntimeError, OSError, ValueError)
 """Raised of a path whose user or home there is not, that may not be looked at, and that nothing on a disk can have."""
-_EMBEDDED = {"tiny": tiny.PATH, "tiny-draft": tiny.DRAFT_PATH}
+_EMBEDDED = {"tiny": tiny.PATH, "tiny-draft": tiny.DRAFT_PATH, "tiny-eagle3": tiny.EAGLE_PATH}
 
 
 def locate(model: str) -> Path:
-    """Directory of a model that is named by a path, by the id of a cached model, or as ``"tiny"`` or ``"tiny-draft"``.
+    """Directory of a model that is named by a path, by the id of a cached model, or as an embedded one (``"tiny"``).
 
     A GGUF file is a model by itself, and is found where a directory has no other model and no second one. In a cached
     model's place, ``"owner/name:Q4_K_M"`` means the one with that in its name. Of those in parts, the first is meant.
@@ -119,6 +121,15 @@ def locate_adapter(source: str) -> Path:
     if there:
         raise AdapterError(f"adapter {source!r:.200} has no {ADAPTER_CONFIG}: it is not an adapter that PEFT saved")
     raise AdapterError(f"adapter {source!r:.200}: there is no such directory")
+
+
+def names_head(model: str) -> bool:
+    """Whether a draft head is meant, not a model: by the configuration that is there."""
+    try:
+        config = json.loads((locate(model) / "config.json").read_text(encoding="utf-8"))
+    except (CheckpointError, OSError, ValueError):
+        return False  # whoever reads it will say what is wrong
+    return isinstance(config, dict) and is_head(config)
 
 
 def check_there(config: EngineConfig) -> None:

@@ -52,6 +52,11 @@ class PagedLayers:
         self.caches: list[Any] = []
         self.plan: Any = None
 
+    @property
+    def first_layer(self) -> str:
+        """Name of the first module that keeps something."""
+        return self._layers[0].name
+
     def allocate(self) -> None:
         """Makes the cache; its contents are undefined."""
         limits = self._limits

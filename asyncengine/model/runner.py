@@ -24,6 +24,7 @@ from asyncengine.model.capturing import Capturing
 from asyncengine.model.decoder import compiled_layers
 from asyncengine.model.decoder.adapted import CompiledAdapters
 from asyncengine.model.decoder.program import CompiledDecoder, Seen
+from asyncengine.model.draft_heads.taps import Taps, tap_modules
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import Ran
 from asyncengine.model.hidden_states import hidden_states, summed
@@ -59,6 +60,14 @@ class Companion(Protocol):
 
     def close(self) -> None:
         """Lets everything go."""
+        ...
+
+
+class Reader(Protocol):
+    """Who reads the hidden states that a model hands out."""
+
+    def read(self, batch: StepBatch) -> None:
+        """A step was computed; its states are where the model's taps are."""
         ...
 
 
@@ -111,6 +120,8 @@ class TorchModel:
         self._last = last
         self._back = None if last is None else WayBack(device)
         self.companion: Companion | None = None
+        self._taps: Taps | None = None
+        self._reader: Reader | None = None
 
     def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
         """As the protocol says."""
@@ -119,13 +130,19 @@ class TorchModel:
     def execute(self, batch: StepBatch) -> StepTokens:
         """As the protocol says."""
         with torch.inference_mode():
-            if len(batch.pool_spans):
-                return self._pooling(batch)
-            if not len(batch.score_index):
-                return self._draw(batch, self.logits(batch))
-            # Further rows of logits, after those that are drawn from.
-            rows = np.append(batch.sample_index, batch.score_index)
-            return self._draw(batch, self.logits(dataclasses.replace(batch, sample_index=rows)))
+            drawn = self._executed(batch)
+        if self._reader is not None:
+            self._reader.read(batch)
+        return drawn
+
+    def _executed(self, batch: StepBatch) -> StepTokens:
+        if len(batch.pool_spans):
+            return self._pooling(batch)
+        if not len(batch.score_index):
+            return self._draw(batch, self.logits(batch))
+        # Further rows of logits, after those that are drawn from.
+        rows = np.append(batch.sample_index, batch.score_index)
+        return self._draw(batch, self.logits(dataclasses.replace(batch, sample_index=rows)))
 
     def launch(self, batch: StepBatch) -> Flight:
         """As the protocol says: nothing here waits for the device."""
@@ -320,6 +337,21 @@ class TorchModel:
     def use_fused(self, fused: FusedDecoder) -> None:
         """Runs steps of the sizes that it serves through the model's fused kernels, from now on."""
         self._fused = fused
+        fused.taps = self._taps
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a program runs its steps."""
+        return self._program is not None
+
+    def use_taps(self, taps: Taps, reader: Reader) -> None:
+        """Hands out hidden states from now on. Set before anything is captured, and before fused kernels are used."""
+        self._taps, self._reader = taps, reader
+        if self._program is not None:
+            self._program.taps = taps
+        else:
+            assert self._model is not None
+            tap_modules(self._model, self._layers.first_layer, taps)
 
     def device_lost(self, error: BaseException) -> bool:
         """Whether CUDA reports an error after which its context is unusable.
@@ -453,7 +485,7 @@ class TorchModel:
         if self.capturing is not None:
             self.capturing.clear()
             self.capturing = None
-        self._fused = self._images = None
+        self._fused = self._images = self._reader = self._taps = None
         self._layers.free()
         # Modules of transformers refer to each other in circles. A collection would find them, but it holds the
         # interpreter's lock for some 300 ms in a process that has torch; so they are taken apart by hand.

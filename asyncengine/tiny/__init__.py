@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["DRAFT_PATH", "PATH"]
+__all__ = ["DRAFT_PATH", "EAGLE_PATH", "PATH"]
 
 PATH = Path(__file__).resolve().parent / "checkpoint"
 
 DRAFT_PATH = Path(__file__).resolve().parent / "draft"
 """A smaller one with the same tokens, which drafts for it: ``python -m asyncengine.tiny.train --draft`` made it."""
+
+EAGLE_PATH = Path(__file__).resolve().parent / "eagle3"
+"""A head that drafts from its hidden states: ``python -m asyncengine.tiny.train_head`` made it."""

@@ -96,7 +96,15 @@ def test_a_wrong_command_and_a_wrong_flag_are_answered_with_the_nearest() -> Non
 
 
 @pytest.mark.parametrize(
-    ("given", "mode", "models"), [(None, "disable", ()), ("ngram", "ngram", ()), ("small", "small_draft", ("small",))]
+    ("given", "mode", "models"),
+    [
+        (None, "disable", ()),
+        ("ngram", "ngram", ()),
+        ("small", "small_draft", ("small",)),
+        ("mtp", "mtp", ()),
+        ("tiny-draft", "small_draft", ("tiny-draft",)),
+        ("tiny-eagle3", "eagle3", ("tiny-eagle3",)),
+    ],
 )
 def test_a_flag_names_who_guesses(given: str | None, mode: str, models: tuple[str, ...]) -> None:
     length = 0 if given is None else 3

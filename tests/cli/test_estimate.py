@@ -140,6 +140,23 @@ async def test_a_draft_model_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "layers of the draft model x" in told
 
 
+async def test_a_draft_head_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SLACK + (8 << 20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    config = EngineConfig("tiny", device="cpu", speculative_mode="eagle3", additional_models=("tiny-eagle3",))
+    needs, alone = read(config), read(EngineConfig("tiny", device="cpu"))
+    own = sum(tensor.numel() * 4 for tensor in safetensors(tiny.EAGLE_PATH / "model.safetensors").values())
+    shared = 2 * 1024 * 128 * 4  # embedding and head: as much as that, if they are not the model's own memory
+    assert needs.weight_bytes - alone.weight_bytes == needs.draft_bytes == own + shared
+    async with AsyncEngine(config) as engine:
+        complete = engine.complete_engine_config
+        assert complete is not None and complete.max_total_sequence_length is not None
+        assert complete.max_total_sequence_length // needs.page_size == int(free * 0.4) // needs.bytes_per_block
+    told = run("estimate", "tiny", "--speculative-model", "tiny-eagle3", "--memory", "1").out
+    assert f"{(own + shared) / 2**20:,.1f} MiB of them the draft head's" in told
+    assert "1 layers of the draft head x 1 heads x (40 + 32) x 4 bytes" in told
+
+
 def test_keys_and_values_of_one_byte_are_half_of_those_in_bfloat16() -> None:
     half = read(EngineConfig("tiny", device="cuda", dtype="bfloat16")).bytes_per_block
     assert 2 * read(EngineConfig("tiny", device="cuda", kv_cache_dtype="fp8_e4m3")).bytes_per_block == half

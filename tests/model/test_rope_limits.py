@@ -106,7 +106,7 @@ def test_frequencies_that_do_not_change_are_no_limit(checkpoint: Checkpoint) -> 
     alike.rope_parameters |= {"short_mscale": 1.0, "long_mscale": 1.25}
     assert rope_limits.limit_of(alike, LONGEST) == RopeLimit("longrope", ORIGINAL, False)
     odd = config("phi3", **PHI)
-    del odd.rope_parameters["long_factor"]
+    odd.rope_parameters = {name: value for name, value in LONG.items() if name != "long_factor"}
     assert rope_limits.limit_of(odd, LONGEST) == RopeLimit("longrope", ORIGINAL, False)
 
 

@@ -111,6 +111,8 @@ struct DecoderStep {
   const float *cosines, *sines;    // (tokens, rotary / 2), in the place of the layers'; or null
   const float *const *deep;        // of each of the first layers, (rows, hidden), added behind it
   int64_t num_deep;
+  float *const *taps;  // (layers + 1) where hidden states go as they enter each layer, or leave the last: (tokens, hidden),
+                       // or null; null itself: none are wanted
 };
 
 struct Product {  // of a matrix, by itself
@@ -1220,6 +1222,11 @@ struct Run {
     for (int64_t i = 0; i < decoder.hidden; i += kLanes) store(to + i, load<Vec>(to + i) + row.at(i) * scale);
   }
 
+  void tap(int64_t layer, int64_t token) const {
+    if (!step.taps || !step.taps[layer]) return;
+    std::copy_n(hidden + token * decoder.hidden, decoder.hidden, step.taps[layer] + token * decoder.hidden);
+  }
+
   // Hidden states as the head sees them, but not rounded, one after the other.
   void sum_up(int64_t pool) const {
     const Norm &norm = decoder.norm;
@@ -1366,6 +1373,7 @@ struct Run {
     auto next = [&]() -> Phase & { return *(phase = &phases[at++]); };
     rows(next(), tokens, [&](int64_t token) {
       embed(token);
+      tap(0, token);
       enter_next(token, decoder.layers[0].before_attention);
     });
     for (int64_t i = 0; i < decoder.num_layers; ++i) {
@@ -1404,6 +1412,7 @@ struct Run {
           const float *added = step.deep[i] + step.seen[token] * decoder.hidden;
           for (int64_t j = 0; j < decoder.hidden; ++j) hidden[token * decoder.hidden + j] += added[j];
         }
+        tap(i + 1, token);
         if (i + 1 < decoder.num_layers) enter_next(token, following);
       });
     }

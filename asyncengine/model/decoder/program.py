@@ -34,6 +34,7 @@ from asyncengine.model.decoder.weights import (
     Weights,
     release,
 )
+from asyncengine.model.draft_heads.taps import Taps
 from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
@@ -95,7 +96,7 @@ class _StepStruct(ctypes.Structure):
         ("adapters", ctypes.c_void_p), ("token_adapters", ctypes.c_void_p), ("pieces", ctypes.c_void_p),
         ("num_pieces", ctypes.c_int64), ("seen", ctypes.c_void_p), ("images", ctypes.c_void_p),
         ("cosines", ctypes.c_void_p), ("sines", ctypes.c_void_p), ("deep", ctypes.c_void_p),
-        ("num_deep", ctypes.c_int64),
+        ("num_deep", ctypes.c_int64), ("taps", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -186,6 +187,7 @@ class CompiledDecoder:
         pairs: Whether neighbouring ones rotate together.
         as_stored: Whether some of the layers came as codes.
         rounded_to: What the layers' numbers are rounded to, of those that do not.
+        taps: Where hidden states go, if somebody reads them.
 
     Args:
         blueprint: The model's parts. They give their weights up.
@@ -209,6 +211,7 @@ class CompiledDecoder:
         self._dtype = dtype
         self._quantization: Quantization = quantization
         self.adapters: CompiledAdapters | None = None
+        self.taps: Taps | None = None
         self.as_stored = any(map(_has_codes, blueprint.layers))
         self.rounded_to: Rounding = "bytes" if self.as_stored else quantization
         self._layers = [_Layer(library, parts, dtype, self.rounded_to, later) for parts in blueprint.layers]
@@ -328,6 +331,11 @@ class CompiledDecoder:
             step.deep, step.num_deep = ctypes.addressof(deep), len(seen.deep)
             if seen.rotation is not None:
                 step.cosines, step.sines = (table.data_ptr() for table in seen.rotation)
+        step.taps = None
+        if self.taps is not None:
+            places = [self.taps.place(layer) for layer in range(len(self._layers) + 1)]
+            taps = (ctypes.c_void_p * len(places))(*places)
+            step.taps = ctypes.addressof(taps)
         if self._library.decoder_step(ctypes.addressof(self._struct), ctypes.addressof(step)):
             raise MemoryError("no memory for the activations of a step")
         return logits, pooled

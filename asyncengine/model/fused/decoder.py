@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from asyncengine.model import attention_modules
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, NotRecognised, Projection
+from asyncengine.model.draft_heads.taps import Taps
 from asyncengine.model.fused import tiles
 from asyncengine.model.fused.launches import Formula, load_kernels
 from asyncengine.model.fused.product import Product
@@ -34,6 +35,7 @@ class FusedDecoder:
             transformers has them.
         some: Whether it runs steps of more tokens, up to `SOME_TOKENS`.
         many: Whether it runs steps of more than that; None is as `some`.
+        taps: Where hidden states go, if somebody reads them.
 
     Args:
         blueprint: The model's parts, which keep their weights.
@@ -46,6 +48,7 @@ class FusedDecoder:
         self.sizes: frozenset[int] = frozenset(range(1, MOST_TOKENS + 1))
         self.some = True
         self.many: bool | None = None
+        self.taps: Taps | None = None
         self._embedding = blueprint.embedding
         self._positions = blueprint.positions
         self._first_position = blueprint.first_position
@@ -102,8 +105,12 @@ class FusedDecoder:
             hidden = hidden * self._embedding_scale
         if self._positions is not None:
             hidden = hidden + functional.embedding(positions + self._first_position, self._positions.weight)
-        for layer in self._layers:
+        for at, layer in enumerate(self._layers):
+            if self.taps is not None:
+                self.taps.take(at, hidden)
             hidden = layer.run(hidden, positions)
+        if self.taps is not None:
+            self.taps.take(len(self._layers), hidden)
         if not index.shape[0]:
             return hidden.new_empty(0, self._head.width, dtype=torch.float32)
         return self._head(hidden[index])

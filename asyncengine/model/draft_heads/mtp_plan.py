@@ -1,0 +1,166 @@
+"""The head for multi-token prediction that a model's own checkpoint has: whether there is one, and how it is read."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncengine.config import EngineConfig
+from asyncengine.errors import CheckpointError, ConfigError
+from asyncengine.model.attention.protocol import LayerSpec
+from asyncengine.model.attention_modules import text_config
+from asyncengine.model.draft_heads.entries import spec_of
+from asyncengine.model.draft_heads.mtp_layouts import LAYER, NORM, MtpLayout, layout_of, layouts
+from asyncengine.model.draft_heads.plan import BuiltHead
+from asyncengine.model.text_names import name_in
+
+
+def mtp_plan(config: EngineConfig, checkpoint: Any, hf_config: Any, dtype: torch.dtype) -> MtpPlan:
+    """The head of a model's own checkpoint.
+
+    Args:
+        config: What is wanted.
+        checkpoint: Of the model, an `asyncengine.model.checkpoint.Checkpoint`.
+        hf_config: The model's, as transformers reads it.
+        dtype: Of weights and activations.
+
+    Raises:
+        ConfigError: It has none, or one that cannot be served.
+    """
+    from asyncengine.model import architecture
+    from asyncengine.model.load_check import watch
+
+    text, shapes = text_config(hf_config), checkpoint.shapes
+    wanted = f"speculative_mode is 'mtp' with model {config.model!r}"
+    layout = layout_of(shapes, text.num_hidden_layers)
+    if layout is None:
+        looked = ", ".join(f"{each.projection!r} ({name})" for name, each in layouts(text.num_hidden_layers).items())
+        raise ConfigError(f"{wanted}, whose checkpoint has no weights of such a head; looked for: {looked}")
+    needed = [*layout.own, *([name_in(NORM, shapes)] if layout.of_normed else [])]
+    if missing := [name for name in needed if name not in shapes]:
+        raise ConfigError(f"{wanted}: {len(missing)} of the head's weights are missing: {', '.join(missing)}")
+    expected = (text.hidden_size, 2 * text.hidden_size)
+    if shapes[layout.projection] != expected:
+        raise ConfigError(f"{wanted}: {layout.projection} is {shapes[layout.projection]}; expected {expected}")
+    single = one_layer(text)
+    try:
+        watched = watch(architecture, single)
+    except Exception as error:
+        raise ConfigError(f"{wanted}: transformers cannot run its layer by itself: {error}") from error
+    if watched is None or watched.recurrent or len(watched.attention) != 1:
+        raise ConfigError(f"{wanted}: its layer does not attend as others do, when transformers runs it by itself")
+    shared = [name for name in (layout.embedding, layout.head) if name not in shapes]
+    nbytes = len(shared) * prod((text.vocab_size, text.hidden_size)) * dtype.itemsize
+    return MtpPlan(
+        layout,
+        single,
+        (text.num_hidden_layers,),
+        {name: spec_of(spec) for name, spec in watched.attention.items()},
+        nbytes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MtpPlan:
+    """As `asyncengine.model.draft_heads.plan.HeadPlan`.
+
+    Attributes:
+        layout: How it is stored.
+        config: Of a model of one layer, as transformers takes it.
+        target_layers: As of the protocol.
+        specs: As of the protocol.
+        weight_bytes: As of the protocol, without those that are stored: the checkpoint's own count them.
+    """
+
+    layout: MtpLayout
+    config: Any
+    target_layers: tuple[int, ...]
+    specs: dict[str, LayerSpec]
+    weight_bytes: int
+
+    def build(self, built: Any, details: Any) -> BuiltHead:
+        """As the protocol says."""
+        from asyncengine.model import architecture
+        from asyncengine.model.draft_heads.mtp import MtpHead
+        from asyncengine.model.draft_heads.weights import shared_weight
+        from asyncengine.model.load_check import BUILDING
+        from asyncengine.model.stored.weight import state_of
+
+        checkpoint, dtype, device, layout = details.checkpoint, details.dtype, details.device, self.layout
+        stored = state_of(checkpoint.plain, checkpoint.coded.values(), dtype)
+        state: dict[str, Any] = {
+            LAYER + name.removeprefix(layout.layer): read
+            for name, read in stored.items()
+            if name.startswith(layout.layer) and name not in (*layout.own, layout.embedding, layout.head)
+        }
+        state[NORM] = stored[layout.norm]
+        nothing = torch.zeros(1, self.config.hidden_size, dtype=dtype)
+        state |= {"model.embed_tokens.weight": nothing, "lm_head.weight": nothing}  # these it does not use
+        kind, config = architecture.model_class(copy.deepcopy(self.config))
+        with BUILDING:
+            model, report = kind.from_pretrained(
+                None,
+                state_dict=state,
+                config=config,
+                dtype=dtype,
+                attn_implementation=architecture.ATTENTION,
+                output_loading_info=True,
+            )
+        if missing := sorted(report["missing_keys"]):
+            raise CheckpointError(
+                f"{checkpoint.name}: {len(missing)} weights of its head are missing: {missing[0]}, ..."
+            )
+        if left := sorted(report["unexpected_keys"]):
+            raise CheckpointError(f"{checkpoint.name}: {len(left)} weights of its head are of no use: {left[0]}, ...")
+        model = model.eval().requires_grad_(False)
+        layers = architecture.record(model).attention
+
+        def read(name: str) -> torch.Tensor:
+            tensor: torch.Tensor = stored[name][...]
+            return tensor.to(device=device, dtype=dtype)
+
+        def own_or_shared(name: str, of_head: bool) -> tuple[nn.Parameter, int]:
+            if name in stored:
+                weight = read(name)
+                return nn.Parameter(weight, requires_grad=False), weight.nbytes
+            weight = shared_weight(built, details, of_head)
+            return weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False), 0
+
+        embedding, embedding_bytes = own_or_shared(layout.embedding, False)
+        head, head_bytes = own_or_shared(layout.head, True)
+        norms = [layout.embedding_norm, layout.state_norm]
+        if layout.of_normed:
+            norms.append(name_in(NORM, checkpoint.shapes))
+        module = MtpHead(
+            model.to(device), layers, layout, [read(name) for name in norms], read(layout.projection), embedding, head
+        )
+        module.to(device)
+        nbytes = sum(weight.nbytes for weight in module.body.layers.parameters()) + module.projection.nbytes
+        return BuiltHead(module, layers, nbytes + embedding_bytes + head_bytes, nbytes + head.nbytes)
+
+
+def one_layer(text: Any) -> Any:
+    """The configuration of a model of one layer that is like the last ones of another, with hardly a vocabulary.
+
+    Args:
+        text: The other's.
+    """
+    single, count = copy.deepcopy(text), text.num_hidden_layers
+    types = list(getattr(text, "layer_types", None) or ())
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == count:
+            setattr(single, name, value[-1:])
+    if "full_attention" in types:
+        single.layer_types = ["full_attention"]
+    changes = {"num_hidden_layers": 1, "vocab_size": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    for name, value in changes.items():
+        if hasattr(single, name):
+            setattr(single, name, value)
+    single.pad_token_id = single.bos_token_id = single.eos_token_id = None
+    single.tie_word_embeddings = False
+    return single
