@@ -91,7 +91,7 @@ def _build(recipe: Recipe, compiler: Sequence[str], progress: Callable[[str], No
         atexit.register(shutil.rmtree, workspace, ignore_errors=True)
         return _compile(recipe, compiler, workspace, progress)
     try:
-        with _alone(home):
+        with _alone(home, recipe.what, progress):
             if _is_intact(home, recipe):
                 return home / recipe.library
             library = _compile(recipe, compiler, workspace, progress)
@@ -102,15 +102,25 @@ def _build(recipe: Recipe, compiler: Sequence[str], progress: Callable[[str], No
 
 
 @contextlib.contextmanager
-def _alone(home: Path) -> Iterator[None]:
-    """Within the block no other process or thread compiles the same, unless files cannot be locked there."""
-    from filelock import FileLock  # comes with torch
+def _alone(home: Path, what: str, progress: Callable[[str], None] | None) -> Iterator[None]:
+    """Within the block no other process or thread compiles the same, unless files cannot be locked there, or one has
+    been at it for longer than a compiler may take.
+    """
+    from filelock import FileLock, Timeout  # comes with torch
 
-    lock = FileLock(home.with_name(f"{home.name}.lock"))
+    lock = FileLock(home.with_name(f"{home.name}.lock"), fallback_to_soft=False)
     try:
-        lock.acquire()
-    except (OSError, NotImplementedError):  # on some network drives
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if progress is not None:
+                progress(f"waiting for another process that compiles {what}")
+            lock.acquire(timeout=_COMPILE_SECONDS)
+    except Timeout:
         pass
+    except (OSError, NotImplementedError):  # on some network drives; then each compiles for itself
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
     try:
         yield
     finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from asyncengine import builds
 from asyncengine.builds import BuildError, Recipe, build, find_compiler
@@ -85,7 +88,7 @@ def test_those_that_want_the_same_at_the_same_time_wait_for_one(
     with ThreadPoolExecutor(4) as threads:
         libraries = list(threads.map(lambda _: build(recipe, slow, said.append), range(4)))
     assert (tmp_path / "times").read_text() == "began\n"
-    assert len(said) == 1
+    assert sorted(each.split()[0] for each in said) == ["compiling", "waiting", "waiting", "waiting"]
     assert {library.read_text() for library in libraries} == {"built\n"}
     assert [path.name for path in libraries[0].parent.parent.iterdir()] == [libraries[0].parent.name]
 
@@ -103,11 +106,28 @@ def test_one_that_fails_keeps_nobody_waiting(recipe: Recipe, tmp_path: Path, mon
         assert all("exit status 3" in said for said in threads.map(attempt, range(3)))
 
 
+def test_one_that_comes_to_no_end_is_not_waited_for(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(builds, "_COMPILE_SECONDS", 5)
+    library = build(recipe, quick := compiler(tmp_path, 'echo built > "$3"'))
+    (library.parent / "sha256").unlink()
+    monkeypatch.setattr(builds, "_COMPILE_SECONDS", 0.05)
+    with FileLock(f"{library.parent}.lock"):
+        said: list[str] = []
+        waited = threading.Thread(target=build, args=(recipe, quick, said.append))
+        waited.start()
+        waited.join(30)
+        assert not waited.is_alive()
+    assert said[0] == "waiting for another process that compiles the answer"
+
+
 def test_where_files_cannot_be_locked_it_is_built_all_the_same(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unsupported(*_: object) -> None:
-        raise OSError("files cannot be locked here")
+        raise OSError(errno.ENOSYS, "files cannot be locked here")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("fcntl.flock", unsupported)

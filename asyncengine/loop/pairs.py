@@ -17,26 +17,32 @@ class Pair:
     """A prompt that asks how far a document answers a query.
 
     Attributes:
-        how: What it is written by.
-        instruction: What makes a document relevant; None where nobody says.
+        given: What it is written by; None is what the model's checkpoint says.
+        instruction: What makes a document relevant; None is what that says.
     """
 
     query: str
     document: str
-    how: RerankPrompt
+    given: RerankPrompt | None
     instruction: str | None
+
+    @property
+    def size(self) -> int:
+        """Characters of both."""
+        return len(self.query) + len(self.document)
 
     def encoded(self, view: ModelView) -> list[int]:
         """Token ids. The template writes special tokens itself, so none are added.
 
         Raises:
-            InvalidRequestError: There is no tokenizer.
+            InvalidRequestError: There is no tokenizer, or it is not known how the model ranks.
         """
-        tokenizer = tokenizer_of(view)
-        if self.how.template is not None:
-            return encode_piece(tokenizer, self.how.text(self.query, self.document, self.instruction))
-        messages = self.how.messages(self.query, self.document, self.instruction)
-        return tokenizer.encode_chat(messages, {"add_generation_prompt": False, **self.how.template_arguments})
+        how, tokenizer = how_to_rank(self.given, view), tokenizer_of(view)
+        instruction = instruction_of(how, self.instruction)
+        if how.template is not None:
+            return encode_piece(tokenizer, how.text(self.query, self.document, instruction))
+        messages = how.messages(self.query, self.document, instruction)
+        return tokenizer.encode_chat(messages, {"add_generation_prompt": False, **how.template_arguments})
 
 
 def how_to_rank(given: RerankPrompt | None, view: ModelView) -> RerankPrompt:
@@ -66,12 +72,29 @@ def how_to_rank(given: RerankPrompt | None, view: ModelView) -> RerankPrompt:
     return how
 
 
+def instruction_of(how: RerankPrompt, given: str | None) -> str | None:
+    """What makes a document relevant; None where nobody says.
+
+    Raises:
+        InvalidRequestError: It is no string, or there is no place for it.
+    """
+    if given is None:
+        return how.instruction
+    if not isinstance(given, str):
+        raise InvalidRequestError(f"instruction is {given!r:.80}; expected a string or None")
+    if not how.takes_instructions:
+        raise InvalidRequestError(f"instruction is {given!r:.80}; the prompt has no place for one: leave it out")
+    return given
+
+
 def yes_or_no(how: RerankPrompt, view: ModelView) -> GenerationConfig:
     """A request for one token, which is one of the two, with the log-probabilities of both.
 
     Raises:
-        InvalidRequestError: One of them is not a token.
+        InvalidRequestError: One of them is not a token, or there are none: a model with a head was loaded meanwhile.
     """
+    if how.yes is None:
+        raise InvalidRequestError(f"yes is None; {view.config.model!r}, which was loaded meanwhile, ranks by its head")
     yes, no = (_token_id(name, getattr(how, name), view) for name in ("yes", "no"))
     if yes == no:
         raise InvalidRequestError(f"yes is {how.yes!r:.40} and no is {how.no!r:.40}, which are one token")

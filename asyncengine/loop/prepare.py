@@ -125,6 +125,8 @@ async def encode(prompt: Prompt | Conversation | Pair | StreamedPrompt, view: Mo
         model, text = _tokenizer(tokenizer, view, "images need one"), prompt.text
         return await _read_images(prompt.images, view, lambda encode: encode(text), model.encode)
     elif isinstance(prompt, Pair):
+        if prompt.size <= _INLINE_CHARACTERS:
+            return Encoded(_typed(lambda: token_ids_of(prompt.encoded(view), view)))
         return Encoded(await _in_thread(lambda: token_ids_of(prompt.encoded(view), view)))
     elif isinstance(prompt, str):
         text = prompt

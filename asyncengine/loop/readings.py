@@ -6,13 +6,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import anyio.to_thread
+
 from asyncengine.classifier import sigmoid
 from asyncengine.errors import InvalidRequestError, RequestDroppedError
 from asyncengine.generation import GenerationConfig
 from asyncengine.loop.control import EngineControl
 from asyncengine.loop.embedding import ClassificationOptions, EmbeddingOptions, Reading
 from asyncengine.loop.many import ManyStream
-from asyncengine.loop.pairs import Pair, how_to_rank, log_odds, yes_or_no
+from asyncengine.loop.pairs import Pair, how_to_rank, instruction_of, log_odds, yes_or_no
 from asyncengine.loop.prepare import Conversation, Prompt, RequestOptions
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import Classification, Embedding, FinishReason, Pooling, PromptScore, Relevance, Usage
@@ -25,6 +27,8 @@ DEFAULTS = RequestOptions()
 Configured = GenerationConfig | None | Callable[[ModelView], GenerationConfig]
 """How to generate; or what says so of the model that there is."""
 
+_INLINE_PRODUCTS = 1 << 22
+"""Of heads, that are computed on the loop: about a millisecond."""
 _PROMPT_ALONE = GenerationConfig(max_tokens=0, detokenize=False)
 
 
@@ -125,8 +129,7 @@ class EngineReadings(EngineControl):
         Cancelling it ends the requests.
         """
         wanted = [_said(prompt, template_arguments) for prompt in checked_prompts(prompts)]
-        found = await self._read(wanted, ClassificationOptions(), options)
-        return [_classified(stream, usage) for stream, usage in found]
+        return await _classified(await self._read(wanted, ClassificationOptions(), options))
 
     async def rerank(
         self,
@@ -187,22 +190,18 @@ class EngineReadings(EngineControl):
         if prompt is not None and not isinstance(prompt, RerankPrompt):
             raise InvalidRequestError(f"prompt is {prompt!r:.80}; expected RerankPrompt(...) or None")
         view = await self._view()
-        how = how_to_rank(prompt, view)
-        if instruction is not None and (not isinstance(instruction, str) or not how.takes_instructions):
-            raise InvalidRequestError(
-                f"instruction is {instruction!r:.80}; expected a string, and a prompt that has a place for it"
-            )
-        told = how.instruction if instruction is None else instruction
-        prompts = [Pair(*pair, how, told) for pair in checked_pairs(pairs)]
+        instruction_of(how_to_rank(prompt, view), instruction)
+        # Another model may be loaded before they are admitted: each of these settles for itself how to rank.
+        prompts = [Pair(*pair, prompt, instruction) for pair in checked_pairs(pairs)]
         if view.classifier is not None:
-            found = await self._read(prompts, ClassificationOptions(), options)
-            logits = [(_classified(stream, usage).score, usage) for stream, usage in found]
+            read = await self._read(prompts, ClassificationOptions(), options)
+            logits = [(_only(each, view).score, each.usage) for each in await _classified(read)]
         else:
             asked: dict[int, GenerationConfig] = {}  # of each model that the requests were prepared for
 
             def ask(view: ModelView) -> GenerationConfig:
                 if view.epoch not in asked:
-                    asked[view.epoch] = yes_or_no(how, view)
+                    asked[view.epoch] = yes_or_no(how_to_rank(prompt, view), view)
                 return asked[view.epoch]
 
             logits = []
@@ -239,11 +238,31 @@ def _pooled(stream: RequestStream) -> Any:
     return stream.pooled
 
 
-def _classified(stream: RequestStream, usage: Usage) -> Classification:
-    hidden, classifier = _pooled(stream), stream.classifier
-    assert classifier is not None
-    logits = classifier.logits(hidden)
-    return Classification(logits, classifier.probs(logits), classifier.labels, usage)
+async def _classified(read: Sequence[tuple[RequestStream, Usage]]) -> list[Classification]:
+    """What the heads make of hidden states: on another thread, if there is much to multiply."""
+
+    def one(stream: RequestStream, usage: Usage) -> Classification:
+        hidden, classifier = _pooled(stream), stream.classifier
+        assert classifier is not None
+        logits = classifier.logits(hidden)
+        return Classification(logits, classifier.probs(logits), classifier.labels, usage)
+
+    def all_of_them() -> list[Classification]:
+        return [one(*each) for each in read]
+
+    products = sum(stream.classifier.weight.size for stream, _ in read if stream.classifier is not None)
+    if products <= _INLINE_PRODUCTS:
+        return all_of_them()
+    return await anyio.to_thread.run_sync(all_of_them, abandon_on_cancel=True)
+
+
+def _only(found: Classification, view: ModelView) -> Classification:
+    """What has one label; raises InvalidRequestError if a model with others was loaded since."""
+    if len(found.labels) != 1:
+        raise InvalidRequestError(
+            f"a head of {len(found.labels)} labels took the place of that of {view.config.model!r}; one ranks"
+        )
+    return found
 
 
 def _said(prompt: Any, template_arguments: Mapping[str, Any]) -> Any:

@@ -20,25 +20,39 @@ def ranking_of(path: Path) -> RerankPrompt | None:
         CheckpointError: What it says makes no sense.
     """
     modules = _json(path / "modules.json", [])
-    found = next((each for each in modules if str(each.get("type", "")).endswith(_MODULE)), None)
+    found = next((each for each in modules if isinstance(each, dict) and _type_of(each).endswith(_MODULE)), None)
     if found is None:
         return None
     place = path / str(found.get("path", "")) / "config.json"
     tokens = _json(place, {})
     if tokens.get("false_token_id") is None:  # the logit of one token is its relevance: log-probabilities do not tell
         return None
-    processing = _json(path / "sentence_bert_config.json", {}).get("processing_kwargs") or {}
-    about = _json(path / "config_sentence_transformers.json", {})
-    prompts, named = about.get("prompts") or {}, about.get("default_prompt_name")
+    processing = _part(path / "sentence_bert_config.json", "processing_kwargs")
+    beside = path / "config_sentence_transformers.json"
+    instruction = _part(beside, "prompts").get(str(_json(beside, {}).get("default_prompt_name"))) or None
+    if not isinstance(instruction, str | None):
+        raise CheckpointError(f"{beside}: the prompt that is named is {instruction!r:.80}; expected a string")
     try:
         return RerankPrompt(
-            instruction=prompts.get(named) or None,
+            instruction=instruction,
             template_arguments=processing.get("chat_template") or {},
             yes=tokens.get("true_token_id"),
             no=tokens["false_token_id"],
         )
     except InvalidRequestError as error:
         raise CheckpointError(f"{place}: {error}") from error
+
+
+def _type_of(module: dict[str, Any]) -> str:
+    return str(module.get("type", ""))
+
+
+def _part(path: Path, name: str) -> dict[str, Any]:
+    """An object within a file; an empty one if there is none."""
+    found = _json(path, {}).get(name) or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: {name} is a JSON {type(found).__name__}; expected an object")
+    return found
 
 
 def _json(path: Path, otherwise: Any) -> Any:

@@ -74,7 +74,7 @@ def routes(service: Service) -> list[Route]:
             if body.chat_template_kwargs or body.add_generation_prompt:
                 name = "chat_template_kwargs" if body.chat_template_kwargs else "add_generation_prompt"
                 raise Refusal(400, f"{name} is for messages; input has no chat template", "invalid_field", name)
-            prompts: list[Any] = list(prompts_of(body.input or "", "input"))
+            prompts: list[Any] = list(prompts_of("" if body.input is None else body.input, "input"))
             check_count(len(prompts), "input")
         else:
             request.state.names = dict.fromkeys(_NAMES, "messages")

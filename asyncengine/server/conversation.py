@@ -23,7 +23,7 @@ _RESERVED = frozenset({
     "add_generation_prompt", "add_special_tokens", "chat_template", "continue_final_message", "conversation",
     "max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
     "tokenizer_kwargs", "tools", "truncation",
-    "config", "messages", "options", "self",  # as arguments of `AsyncEngine.chat`
+    "config", "messages", "options", "prompts", "self",  # as arguments of `AsyncEngine.chat` and `classify`
 })  # fmt: skip
 
 

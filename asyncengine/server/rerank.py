@@ -41,7 +41,7 @@ class ScoreBody(RelevanceBody, kw_only=True):
     data_2: Texts | None = None
 
 
-class DocumentText(msgspec.Struct):
+class DocumentText(msgspec.Struct, forbid_unknown_fields=True):
     """A document as Jina's clients may send it, and as it comes back."""
 
     text: str

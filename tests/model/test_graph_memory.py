@@ -116,13 +116,13 @@ def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.Monkey
     monkeypatch.setattr(capacity, "_profile", lambda *args: 2 * gib)
     details: Any = SimpleNamespace(
         device=torch.device("cuda", 0), draft=None, hf_config=LlamaConfig(**SIZES), dtype=torch.bfloat16,
-        kv_dtype=torch.bfloat16, max_length=1 << 20,
+        kv_dtype=torch.bfloat16, max_length=1 << 20, draft_head=None,
     )  # fmt: skip
     backend = SimpleNamespace(plan_with=print, bytes_per_block=lambda spec, page_size, dtype: 1 << 20)
     layers: Any = [SimpleNamespace(spec=None)]
     built: Any = SimpleNamespace(model=None, layers=Recorded(layers), image_trial=None)
     config = EngineConfig("m", gpu_memory_utilization=0.5)
-    limits, _ = capacity.limits_of(LoadPlan(config, True, None, details), built, None, backend)
+    limits, _ = capacity.limits_of(LoadPlan(config, True, None, details), built, (), backend)
     recurrent: Any = [SimpleNamespace(spec=SimpleNamespace(states=[SimpleNamespace(nbytes=lambda dtype: 48 << 20)]))]
     with_states, _ = capacity.limits_of(
         LoadPlan(config, True, None, details),
@@ -137,4 +137,4 @@ def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.Monkey
     assert limits.num_blocks == (40 * gib - 20 * gib - 2 * gib - graphs.nbytes) >> 20
     with pytest.raises(InsufficientMemoryError, match=rf"\(18\.00 GiB available - {graphs}\)"):
         wanted = config.replace(max_total_sequence_length=18 * 1024 * 16)
-        capacity.limits_of(LoadPlan(wanted, True, None, details), built, None, backend)
+        capacity.limits_of(LoadPlan(wanted, True, None, details), built, (), backend)

@@ -137,3 +137,30 @@ async def test_new_weights_that_the_head_does_not_know_are_those_that_count() ->
             found.append(await engine.generate(STORY, GREEDY))
     assert found[0].token_ids == found[1].token_ids
     assert found[1].usage.draft_tokens > 0
+
+
+async def test_a_model_with_recurrent_layers_says_the_same_with_its_own_head(tmp_path: Path) -> None:
+    """Over few tokens, so that some of a random head's guesses are right; from the prefix cache, too."""
+    path = mtp_heads.write(tmp_path, "qwen3_5", "qwen", vocab_size=8)
+    prompts = [[1, 2, 3, 4] * 6, [5, 6, 7, 1, 1, 2], [3] * 17]
+    wishes = [
+        GenerationConfig(temperature=0, max_tokens=30, ignore_eos=True),
+        GenerationConfig(temperature=1.0, seed=3, n=2, max_tokens=30, ignore_eos=True),
+        GenerationConfig(temperature=0, max_tokens=30, stop_token_ids=(6,), ignore_eos=True),
+    ]
+    found = []
+    for mode in ("disable", "mtp"):
+        config = EngineConfig(
+            str(path), device="cpu", dtype="float32", speculative_mode=mode, max_single_sequence_length=96,
+            kv_cache_page_size=4, prefix_cache_mode="radix", spec_draft_length=3 if mode == "mtp" else 0,
+        )  # fmt: skip
+        async with AsyncEngine(config) as engine:
+            turns = [await engine.generate_many(prompts, wishes)]
+            longer = [prompt + list(result.token_ids) + [2] for prompt, result in zip(prompts, turns[0], strict=True)]
+            turns.append(await engine.generate_many(longer, wishes))
+            found.append([[branch.token_ids for branch in result.outputs] for turn in turns for result in turn])
+            if mode == "mtp":
+                counters = engine.metrics().counters
+                assert 0 < counters.accepted_draft_tokens < counters.draft_tokens
+                assert any(result.usage.cached_tokens for result in turns[1])
+    assert found[0] == found[1]

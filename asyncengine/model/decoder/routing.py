@@ -20,6 +20,10 @@ from asyncengine.model.decoder.parts import Beside, ExpertParts, NotRecognised, 
 MOST_GROUPS = 64
 """As many bits as the compiled step has for them."""
 _TOKENS = 32
+_DRAWN = 2048
+"""Of which these are some."""
+_LARGE = 8
+"""How many times as large logits are for another look."""
 _GROUPS = ("num_group", "n_group")
 _GROUPS_ASKED = ("topk_group",)
 _FAR = 1e-2
@@ -64,14 +68,17 @@ def added(
         raise NotRecognised("its experts are not those of its router")
     correction = _correction(mlp, router, owner, parts.count)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_TOKENS, parts.hidden, generator=generator).to(dtype)
+    x = torch.randn(_DRAWN, parts.hidden, generator=generator).to(dtype)
     # So large that experts can be told apart, and so small that none has all the weight.
     x = x / _logits(owner, x, wide=True).std().clamp_min(1e-9).to(dtype)
     # Trained corrections may all be alike. These are in the way of some experts, and matter little to others.
     drawn = -0.2 * torch.rand(parts.count, generator=generator) ** 3
+    x = _telling(x, _logits(owner, x, wide=True), correction is not None, router, drawn)
     with _in_place_of(correction, drawn):
         sent = _sent(mlp, parts.module, shared, x)
         routing = _routing(owner, router, sent, correction, parts.count)
+        if correction is None and not routing.sigmoid:  # what cuts logits off, or bends them, does it to large ones
+            _routing(owner, router, _sent(mlp, parts.module, shared, _LARGE * x), None, parts.count)
     return dataclasses.replace(parts, routing=routing, beside=None if shared is None else _beside(sent, gate))
 
 
@@ -203,6 +210,25 @@ def _routing(owner: Any, router: Any, sent: _Sent, correction: tuple[nn.Module, 
 def _number(router: Any, names: tuple[str, ...]) -> int:
     """The first of these settings that a router has; 1 if it has none."""
     return int(next((found for name in names if (found := getattr(router, name, None))), 1))
+
+
+def _telling(
+    x: torch.Tensor, logits: torch.Tensor, sigmoid: bool, router: Any, correction: torch.Tensor
+) -> torch.Tensor:
+    """Some of many random tokens: where experts are in groups, also those that tell how the groups are chosen, by their
+    two best experts or by the best, and are near to neither choice's edge.
+    """
+    count, groups, asked = logits.shape[1], _number(router, _GROUPS), _number(router, _GROUPS_ASKED)
+    if asked >= groups or count % groups:
+        return x[:_TOKENS]
+    by = (logits.sigmoid() + correction if sigmoid else logits).view(len(x), groups, -1)
+    ways = [by.topk(min(best, by.shape[2]), -1).values.sum(-1).sort(-1, descending=True) for best in (1, 2)]
+    edge = torch.stack([way.values[:, asked - 1] - way.values[:, asked] for way in ways]).amin(0)
+    one, two = (way.indices[:, :asked].sort(-1).values for way in ways)
+    edge[(one == two).all(-1)] = -1.0
+    edge[:_TOKENS] = -1.0
+    most = edge.topk(_TOKENS)
+    return torch.cat((x[:_TOKENS], x[most.indices[most.values > 0]]))
 
 
 def _open(by: torch.Tensor, groups: int, asked: int) -> torch.Tensor:

@@ -135,10 +135,14 @@ class HeadDrafter:
             self._head.to(torch.device("cpu"))
 
     def wake(self) -> None:
-        """Undoes `sleep`."""
-        if self._head is not None and self._device.type == "cuda":
-            self._head.to(self._device)
-        self._layers.allocate()
+        """Undoes `sleep`. Without memory for it there are no guesses any more."""
+        try:
+            if self._head is not None and self._device.type == "cuda":
+                self._head.to(self._device)
+            self._layers.allocate()
+        except Exception as error:
+            self._layers.free()
+            self._failure = error
 
     def close(self) -> None:
         """Lets head and KV cache go."""

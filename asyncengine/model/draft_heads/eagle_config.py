@@ -71,8 +71,8 @@ def eagle_config(config: Mapping[str, Any], num_layers: int) -> EagleConfig:
     if not isinstance(about, Mapping) or not about.get("use_aux_hidden_state", True):
         raise ConfigError("its eagle_config has no hidden states of several layers, so it is not of EAGLE-3")
     for name in _STRANGE:
-        if llama.get(name) or config.get(name):
-            raise ConfigError(f"its {name} is {llama.get(name) or config.get(name)!r}, which nothing here knows")
+        if found := llama.get(name) or config.get(name) or about.get(name):
+            raise ConfigError(f"its {name} is {found!r}, which nothing here knows")
     if (layers := _integer(llama, "num_hidden_layers")) != 1:
         raise ConfigError(f"its num_hidden_layers is {layers}; expected 1, as heads of this kind have")
     width, vocab_size = _integer(llama, "hidden_size"), _integer(llama, "vocab_size")

@@ -56,6 +56,9 @@ def mtp_plan(config: EngineConfig, checkpoint: Any, hf_config: Any, dtype: torch
         raise ConfigError(f"{wanted}: its layer does not attend as others do, when transformers runs it by itself")
     shared = [name for name in (layout.embedding, layout.head) if name not in shapes]
     nbytes = len(shared) * prod((text.vocab_size, text.hidden_size)) * dtype.itemsize
+    if config.quantization != "none":  # the head stays in the dtype, and the checkpoint's own are counted as codes
+        own = (name for name in shapes if name in layout.own or name.startswith(layout.layer))
+        nbytes += sum(prod(shapes[name]) for name in own) * dtype.itemsize
     return MtpPlan(
         layout,
         single,
@@ -74,7 +77,8 @@ class MtpPlan:
         config: Of a model of one layer, as transformers takes it.
         target_layers: As of the protocol.
         specs: As of the protocol.
-        weight_bytes: As of the protocol, without those that are stored: the checkpoint's own count them.
+        weight_bytes: As of the protocol, without those that are stored, unless the model is quantised: the checkpoint's
+            own count them.
     """
 
     layout: MtpLayout

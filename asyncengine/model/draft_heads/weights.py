@@ -9,7 +9,6 @@ from torch import nn
 
 from asyncengine.errors import CheckpointError
 from asyncengine.model.checkpoint import Checkpoint
-from asyncengine.model.stored.tensor import TORCH_DTYPES
 from asyncengine.model.stored.weight import OpenFiles, state_of
 from asyncengine.model.text_names import name_in
 
@@ -65,8 +64,7 @@ def shared_name(checkpoint: Checkpoint, model: Any, of_head: bool) -> str | None
 def shared_weight(built: Any, details: Any, of_head: bool) -> torch.Tensor:
     """The (vocabulary, hidden) weights of a model's embedding, or of its head.
 
-    Where the model runs as modules they are its own. A compiled step has packed them; then they are mapped from the
-    checkpoint's file, or copied where that has them in another dtype.
+    Where the model runs as modules they are its own. A compiled step has packed them; then they are read once more.
 
     Args:
         built: The model, an `asyncengine.model.built_model.Built`.
@@ -93,9 +91,5 @@ def shared_weight(built: Any, details: Any, of_head: bool) -> torch.Tensor:
         raise CheckpointError(
             f"{checkpoint.name}: its {'head' if of_head else 'embedding'} is not found for the draft head"
         )
-    stored = {tensor.name: tensor for tensor in checkpoint.plain}.get(name)
-    if stored is not None and stored.aligned and TORCH_DTYPES.get(stored.dtype) is details.dtype:
-        mapped: torch.Tensor = checkpoint.mapped({name})[name]
-        return mapped
     read = state_of(checkpoint.plain, checkpoint.coded.values(), details.dtype)[name][...]
-    return read.to(details.dtype)
+    return read.to(details.dtype, copy=True)  # a file that is written over while the model serves changes nothing

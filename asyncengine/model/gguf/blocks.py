@@ -16,6 +16,8 @@ from asyncengine.model.quantised.four_bits import FP4, GROUP, INT4, NONLINEAR, F
 
 _AT_ONCE = 1 << 19
 """Bytes that are decoded at once: what is made of them stays in a cache."""
+_NUMBERS_AT_ONCE = 1 << 24
+"""Numbers that are codes in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,12 @@ def decode(
     blocks, parts = _blocks_of(kind, data, shape)
     count = len(blocks)
     if kind.write_bytes is not None and not kind.zeros and compiled_codes.library() is not None:
-        return decode_bytes(type_id, data, shape).weight(dtype)  # the same numbers
+        numbers = torch.empty(shape, dtype=dtype)
+        some = max(_NUMBERS_AT_ONCE // max(inputs, 1), 1)
+        for start in range(0, rows, some):  # the same numbers
+            piece = data[start : start + some]
+            numbers[start : start + some] = decode_bytes(type_id, piece, (len(piece), inputs)).weight(dtype)
+        return numbers
     if kind.values is None:
         numbers = torch.empty(count, kind.numbers, dtype=dtype)
         scratch = torch.empty(_longest(parts, count), kind.numbers, dtype=torch.float32)

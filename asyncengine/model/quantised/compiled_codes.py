@@ -1,7 +1,7 @@
 """The compiled code that takes blocks of ggml apart and makes numbers of codes, on the CPU: built on first use.
 
 Where there is no compiler, or for what the code does not know, there is plain torch, which comes to the same bits in
-several times as long. No call holds the GIL.
+several times as long; only what is no number may be another such. No call holds the GIL.
 """
 
 from __future__ import annotations
@@ -118,6 +118,11 @@ def make_numbers(
     if codes.dtype is not (torch.int8 if values is None else torch.uint8) or (code := library()) is None:
         return False
     outputs, inputs = to.shape
+    group = inputs // max(scales.shape[-1], 1)
+    if scales.shape != (outputs, inputs // max(group, 1)) or group * scales.shape[1] != inputs:
+        return False
+    if (zeros is not None and zeros.shape != scales.shape) or (values is not None and group % 2):
+        return False
     table = None if values is None else torch.tensor(values, dtype=torch.float32)
     given = [None if each is None else each.contiguous() for each in (codes, scales.float(), zeros, table)]
     given[2] = None if given[2] is None else given[2].float()
@@ -125,7 +130,7 @@ def make_numbers(
         *(None if each is None else each.data_ptr() for each in (*given, to)),
         outputs,
         inputs,
-        inputs // scales.shape[1],
+        group,
         to.dtype is torch.bfloat16,
         torch.get_num_threads(),
     )

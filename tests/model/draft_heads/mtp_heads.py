@@ -23,7 +23,7 @@ BESIDE = {
 """What the names of the layer and of what is around it begin with, norms, and what brings two together."""
 
 
-def write(path: Path, architecture: str, layout: str, own: bool = False) -> Path:
+def write(path: Path, architecture: str, layout: str, own: bool = False, **changes: Any) -> Path:
     """A random model of one layer more than its configuration says, with what stands around that.
 
     Args:
@@ -31,9 +31,10 @@ def write(path: Path, architecture: str, layout: str, own: bool = False) -> Path
         architecture: Of `checkpoints`.
         layout: "deepseek", "mimo" or "qwen".
         own: Whether the head has an embedding and a head of its own.
+        changes: Of the configuration.
     """
     kinds = {"layer_types": ["linear_attention", "full_attention"] * 2} if layout == "qwen" else {}
-    checkpoints.write(path / "whole", architecture, num_hidden_layers=LAYERS + 1, **kinds)
+    checkpoints.write(path / "whole", architecture, num_hidden_layers=LAYERS + 1, **kinds, **changes)
     tensors = load_file(path / "whole" / "model.safetensors")
     noise = torch.Generator().manual_seed(5)
     hidden = tensors["model.norm.weight"].shape[0]

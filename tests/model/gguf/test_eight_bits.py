@@ -15,6 +15,7 @@ from gguf import GGUFWriter
 
 from asyncengine import AsyncEngine, EngineConfig, ReloadError
 from asyncengine.cli.estimate import read
+from asyncengine.model import load_check
 from asyncengine.model.adapters.adapted_modules import _LINEAR
 from asyncengine.model.built_model import _with_weights
 from asyncengine.model.decoder.byte_matrix import ByteMatrix
@@ -48,8 +49,10 @@ Make = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found out of a file in one load is not known in another, which may read it in other ways."""
     kept = tmp_path_factory.getbasetemp() / "descriptions"
     monkeypatch.setattr(description, "cache_directory", lambda: kept)
+    monkeypatch.setattr(load_check, "place_of", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
