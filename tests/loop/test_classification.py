@@ -162,6 +162,33 @@ async def test_a_head_of_one_label_ranks_documents() -> None:
     await engine.shutdown()
 
 
+async def test_who_ranks_while_another_model_is_loaded_asks_that_one_in_its_own_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loader = ScriptedLoader(lambda prompt, _: list(b"yes"), tokenizer=ByteTokenizer())
+    loader.ranking = RerankPrompt(template="old: {query} {document}", yes="y", no="n")
+    engine = await loaded(loader)
+    encoded: list[str] = []
+    text = RerankPrompt.text
+
+    def noting(self: RerankPrompt, query: str, document: str, instruction: str | None) -> str:
+        encoded.append(found := text(self, query, document, instruction))
+        return found
+
+    monkeypatch.setattr(RerankPrompt, "text", noting)
+    loader.ranking, loader.gate = RerankPrompt(template="new: {query} {document}", yes="n", no="y"), threading.Event()
+    reloading = asyncio.ensure_future(engine.reload(EngineConfig("b"), in_flight="abort"))
+    while not loader.model.closed:
+        await engine.abort_request("nobody")
+    ranking = asyncio.ensure_future(engine.relevances([("a", "b")]))
+    await asyncio.sleep(0)
+    loader.gate.set()
+    await reloading
+    (found,) = await ranking
+    assert encoded[-1] == "new: a b" and found.logit == -1.0  # "y" is a no there
+    await engine.shutdown()
+
+
 async def test_a_scripted_model_says_yes_or_no() -> None:
     loader = ScriptedLoader(lambda prompt, _: list(b"yes" if ord("y") in prompt else b"no"), tokenizer=ByteTokenizer())
     engine = await loaded(loader)

@@ -259,6 +259,23 @@ async def test_a_checkpoint_says_how_it_ranks(tmp_path: Path) -> None:
         tokens.write_text(json.dumps({"true_token_id": "", "false_token_id": no}))
         with pytest.raises(CheckpointError, match="yes is ''; expected a token id"):
             await engine.reload(loads(tmp_path))
+        tokens.write_text(json.dumps({"true_token_id": yes, "false_token_id": no}))
+        for name, wrong, words in (
+            ("sentence_bert_config.json", {"processing_kwargs": [1]}, "processing_kwargs is a JSON list"),
+            ("config_sentence_transformers.json", {"prompts": [1]}, "prompts is a JSON list; expected an object"),
+            (
+                "config_sentence_transformers.json",
+                {"prompts": {"a": 3}, "default_prompt_name": "a"},
+                "config_sentence_transformers.json: the prompt that is named is 3",
+            ),
+        ):
+            before = (tmp_path / name).read_text()
+            (tmp_path / name).write_text(json.dumps(wrong))
+            with pytest.raises(CheckpointError, match=words):
+                await engine.reload(loads(tmp_path))
+            (tmp_path / name).write_text(before)
+        (tmp_path / "modules.json").write_text("[1]")
+        await engine.reload(loads(tmp_path))  # which ranks nothing
 
 
 async def test_an_adapter_of_its_layers_is_computed_and_it_drafts_for_nobody(tmp_path: Path) -> None:

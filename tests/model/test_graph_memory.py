@@ -127,7 +127,7 @@ def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.Monkey
     with_states, _ = capacity.limits_of(
         LoadPlan(config, True, None, details),
         SimpleNamespace(model=None, layers=Recorded(layers, recurrent), image_trial=None),
-        None,
+        (),
         backend,
     )
     assert 8 < with_states.max_num_sequence < 64, "fewer than usual, and graphs for no more"

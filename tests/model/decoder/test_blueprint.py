@@ -202,6 +202,51 @@ def test_routers_are_told_by_whom_they_send_tokens_to(
         assert (beside.gate is not None, beside.scale) == (name == "qwen2_moe", 0.5 if name == "cohere2_moe" else 1.0)
 
 
+def test_logits_that_are_cut_off_where_they_are_large_are_noticed() -> None:
+    model = shaken(model_of("mixtral"))
+    router = model.model.layers[1].mlp.gate
+
+    def cut(x: torch.Tensor) -> Any:
+        logits = torch.nn.functional.linear(x, router.weight).clamp(-8, 8)
+        shares, indices = logits.softmax(-1).topk(2, -1)
+        return logits, shares / shares.sum(-1, keepdim=True), indices
+
+    router.forward = cut
+    with pytest.raises(NotRecognised, match=r"its router (weighs experts otherwise|does not choose by its products)"):
+        found(model)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_that_are_chosen_by_their_best_expert_alone_are_noticed(seed: int) -> None:
+    torch.manual_seed(seed)
+    count, groups, asked, top = 16, 4, 3, 2
+    model = model_of(
+        "glm4_moe", **GROUPED | {"n_routed_experts": count, "num_experts_per_tok": top, "topk_group": asked}
+    )
+    for layer in model.model.layers:
+        if (router := getattr(layer.mlp, "gate", None)) is not None:
+            nn.init.normal_(router.weight)
+    router = model.model.layers[1].mlp.gate
+
+    def by_the_best(x: torch.Tensor) -> Any:
+        logits = torch.nn.functional.linear(x.float(), router.weight.float())
+        scores = logits.sigmoid() + router.e_score_correction_bias
+        chosen = scores.view(-1, groups, count // groups).amax(-1).topk(asked, -1).indices
+        shut = torch.ones(len(x), groups, dtype=torch.bool).scatter(1, chosen, False)
+        scores = scores.masked_fill(shut.repeat_interleave(count // groups, 1), -torch.inf)
+        indices = scores.topk(top, -1).indices
+        shares = logits.sigmoid().gather(1, indices)
+        return indices, shares / shares.sum(-1, keepdim=True) * 2.5
+
+    mlp = model.model.layers[1].mlp
+    mlp.route_tokens_to_experts = lambda *_: by_the_best(_[0])
+    mlp.forward = lambda x: (
+        mlp.experts(flat := x.reshape(-1, x.shape[-1]), *by_the_best(flat)) + mlp.shared_experts(flat)
+    ).view(x.shape)
+    with pytest.raises(NotRecognised, match="does not choose by its products"):
+        found(model)
+
+
 def test_a_correction_is_left_as_it_was() -> None:
     model = shaken(model_of("glm4_moe"))
     router = model.model.layers[1].mlp.gate

@@ -123,6 +123,17 @@ def test_what_it_does_not_know_is_done_plainly(monkeypatch: pytest.MonkeyPatch) 
     assert in_bytes.weight(torch.float32).device.type == "cpu" and len(asked) == 1
 
 
+def test_shapes_that_do_not_fit_are_as_they_are_without_it(plainly: Callable[[Callable[[], Parts]], Parts]) -> None:
+    """Nothing beside the tensors is read."""
+    for_all = EightBits(torch.ones(4, 32, dtype=torch.int8), torch.full((1, 1), 3.0))
+    assert torch.equal(for_all.weight(torch.float32), torch.full((4, 32), 3.0))
+    odd = FourBits(torch.randint(0, 256, (3, 5), dtype=torch.uint8), torch.ones(3, 2))
+    assert same([odd.weight(torch.float32)], plainly(lambda: [odd.weight(torch.float32)]))
+    for scales, zeros in ((torch.ones(2, 2), None), (torch.ones(2, 1), torch.ones(1, 3))):
+        with pytest.raises(RuntimeError):
+            EightBits(torch.ones(2, 33, dtype=torch.int8), scales, zeros).weight(torch.float32)
+
+
 def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> Path:
         raise BuildError("there is none")
