@@ -178,7 +178,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     try:
         if built.image_trial is not None:
             model.use_images(encoder := built.image_trial.encoder(built.model))
-            of_image = min(built.image_trial.reader.token_id, vocab_size - 1)
+            of_image = built.image_trial.reader.token_id
         model.use_adapters(adapting := _adapting(built, details))
         adapters = [(name, adapting.format.prepare(path, None)) for name, path in config.adapters.items()]
         for index, (_, prepared) in enumerate(adapters):

@@ -43,7 +43,6 @@ class HeadDrafter:
         kept: Keeps some of them.
         sampler: Draws the drafts.
         device: Where all of that is.
-        vocab_size: How many tokens it has embeddings of. What stands for a piece of an image may be beyond them.
         encoder: Has what the model sees of images; None if it takes none.
     """
 
@@ -55,7 +54,6 @@ class HeadDrafter:
         kept: KeptStates,
         sampler: Sampler,
         device: torch.device,
-        vocab_size: int,
         encoder: ImageEncoder | None = None,
     ) -> None:
         self._head: Head | None = head
@@ -64,7 +62,6 @@ class HeadDrafter:
         self._kept = kept
         self._sampler = sampler
         self._device = device
-        self._last_token = vocab_size - 1
         self._encoder = encoder
         self._failure: Exception | None = None
 
@@ -181,7 +178,7 @@ class HeadDrafter:
         assert self._head is not None
         self._layers.begin(dataclasses.replace(batch, copies=NO_PAIRS))
         self._layers.absent = to_device(absent, self._device)
-        token_ids = to_device(np.minimum(batch.token_ids, self._last_token).astype(np.int64), self._device)
+        token_ids = to_device(batch.token_ids.astype(np.int64), self._device)
         sees = self._head.sees_images
         axes = batch.axes if sees and batch.axes is not None else batch.positions
         pictured = self._pictured(batch) if sees and batch.images else None

@@ -50,7 +50,7 @@ def drafter_of(
     tokens = limits.prefill_chunk_size + sequences
     taps = Taps(details.draft_head.target_layers, tokens, text.hidden_size, dtype, device)
     sampler = Sampler(sequences, details.vocab_size, device)
-    drafter = HeadDrafter(head.head, layers, taps, kept, sampler, device, details.vocab_size, encoder)
+    drafter = HeadDrafter(head.head, layers, taps, kept, sampler, device, encoder)
     model.use_taps(taps, drafter)
     model.companion = drafter
     return drafter

@@ -150,13 +150,13 @@ async def test_a_head_of_the_model_sees_what_the_model_sees(
 async def test_who_sees_no_images_guesses_behind_them(
     mode: str, sighted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    architecture = "llava" if mode == "small_draft" else "qwen3_vl"
-    path = sighted(architecture)
     if mode == "small_draft":
+        path = sighted("llava")
         checkpoints.write(tmp_path, "llama", vocab_size=VOCABULARY, max_position_embeddings=1024)
         for file in path.glob("token*"):
             shutil.copy(file, tmp_path)
     else:
+        path = sighted("qwen3_vl")
         monkeypatch.setattr(eagle_heads, "VOCAB", VOCABULARY)
         eagle_heads.write(tmp_path, "specforge", eagle_heads.weights(), vocab_size=VOCABULARY)
     changes: dict[str, Any] = {"speculative_mode": mode, "additional_models": [str(tmp_path)]}
