@@ -20,7 +20,12 @@ ENTERING = "mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight"
 
 def write(path: Path) -> Path:
     """A random Qwen3.5 with the layer behind its last one that transformers passes over."""
-    text = {"num_hidden_layers": len(KINDS) + 1, "layer_types": [*KINDS, "full_attention"]}
+    text = {
+        "num_hidden_layers": len(KINDS) + 1,
+        "layer_types": [*KINDS, "full_attention"],
+        # All of a head rotates, so that it matters by which axis.
+        "rope_parameters": checkpoints.INTERLEAVED | {"mrope_section": [6, 5, 5], "partial_rotary_factor": 1.0},
+    }
     checkpoints.write(path / "whole", "qwen3_5", text_config=text)
     for file in (path / "whole").iterdir():
         shutil.copy(file, path)
