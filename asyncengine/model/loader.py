@@ -156,7 +156,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     notes += [details.rope_note] if details.rope_note else []
     draft = None
     if details.draft is not None:
-        draft = build(config, details.draft, lambda: backend)
+        draft = build(config.replace(images=False), details.draft, lambda: backend)  # text is all that it sees
         if not draft.has_head:
             raise CheckpointError(f"{details.draft.checkpoint.path} cannot draft: it has no language-model head")
     head = None if details.draft_head is None else details.draft_head.build(built, details)
@@ -173,10 +173,12 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     model, _ = _serving(built, details, backend, limits, vocab_size, last)
     drafting = None
     memory_bytes = built.nbytes + cache_bytes(built, backend, limits, details)
-    draft_model = None
+    draft_model = encoder = None
+    of_image = 0
     try:
         if built.image_trial is not None:
-            model.use_images(built.image_trial.encoder(built.model))
+            model.use_images(encoder := built.image_trial.encoder(built.model))
+            of_image = built.image_trial.reader.token_id
         model.use_adapters(adapting := _adapting(built, details))
         adapters = [(name, adapting.format.prepare(path, None)) for name, path in config.adapters.items()]
         for index, (_, prepared) in enumerate(adapters):
@@ -184,11 +186,11 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         if draft is not None:
             assert details.draft is not None
             draft_model, draft_sampler = _serving(draft, details.draft, backend, limits, vocab_size)
-            drafter = model.companion = DraftModel(draft_model, draft_sampler, limits)
+            drafter = model.companion = DraftModel(draft_model, draft_sampler, limits, of_image)
             drafting = _drafting(config, drafter, limits, details.device, draft.nbytes / built.nbytes)
         heads = None
         if head is not None:
-            heads = drafter_of(head, model, details, backend, limits, config)
+            heads = drafter_of(head, model, details, backend, limits, config, encoder)
             drafting = _drafting(config, heads, limits, details.device, head.read_bytes / built.nbytes)
             memory_bytes += head.nbytes + heads.nbytes
             memory_bytes += limits.num_blocks * kv_bytes_per_block(drafting_layers, backend, limits, details.kv_dtype)

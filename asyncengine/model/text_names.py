@@ -7,6 +7,7 @@ from collections.abc import Container
 _WITHIN = "model.language_model."
 _ALONE = "model."
 _OLDER = "language_model.model."
+_HEAD, _OLDER_HEAD = "lm_head.", "language_model.lm_head."
 
 
 def name_in(name: str, known: Container[str]) -> str:
@@ -20,5 +21,6 @@ def name_in(name: str, known: Container[str]) -> str:
     for spelling in (_WITHIN, _OLDER, _ALONE):  # the longest first
         if name.startswith(spelling):
             rest = name.removeprefix(spelling)
-            return next((found for each in (_WITHIN, _ALONE) if (found := each + rest) in known), name)
-    return name
+            return next((found for each in (_WITHIN, _ALONE, _OLDER) if (found := each + rest) in known), name)
+    older = name.replace(_HEAD, _OLDER_HEAD) if name.startswith(_HEAD) else name
+    return older if older in known else name

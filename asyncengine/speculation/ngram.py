@@ -45,7 +45,7 @@ def continued(tokens: Int32, length: int) -> Int32:
     """What followed the longest, then newest, earlier occurrence of the end of `tokens`.
 
     Where that occurrence is so near that fewer than `length` tokens followed, the text repeats itself with that period,
-    and the guess goes on so.
+    and the guess goes on so. It ends before a piece of an image, which has a negative id: nobody draws one.
     """
     last = len(tokens) - 1
     ends = np.flatnonzero(tokens[:last] == tokens[last])  # where an occurrence may end
@@ -57,4 +57,8 @@ def continued(tokens: Int32, length: int) -> Int32:
             break
         if size + 1 >= SHORTEST:
             best = tokens[int(ends[-1]) + 1 :]
-    return np.resize(best, length) if len(best) else EMPTY
+    if not len(best):
+        return EMPTY
+    guess: Int32 = np.resize(best, length)
+    images = np.flatnonzero(guess < 0)
+    return guess[: images[0]] if len(images) else guess

@@ -15,7 +15,7 @@ class Drafter(Protocol):
 
     Whatever it guesses, the output is the same: a guess is only ever kept where the model draws the same token. It is
     told nothing of what was kept, because the slot table says it: a sequence's tokens are what became of its drafts.
-    The table is to be read, never written.
+    The table is to be read, never written. Negative tokens in it are pieces of images, and no guesses.
     """
 
     def place(self, slot: int, params: SamplingParams, branch: int) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 
 from asyncengine.classifier import Classifier
 from asyncengine.config import EngineConfig
-from asyncengine.errors import ReloadError
 from asyncengine.generation import GenerationConfig
 from asyncengine.reranking import RerankPrompt
 from asyncengine.speculation.lengths import DraftLengths
@@ -107,8 +106,6 @@ class ScriptedLoader:
         error = self.check_errors.get(config.model)
         if error is not None:
             raise error
-        if self.takes_images and (self.make_drafter is not None or config.speculative_mode == "ngram"):
-            raise ReloadError("a model that takes images takes no drafts")
         return LoadPlan(config, self.fits_beside, "bytes" if self.tokenizer is not None else None)
 
     def load(self, plan: LoadPlan) -> LoadedModel:

@@ -12,6 +12,7 @@ import pytest
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError
 from asyncengine.loop.prepare import _READERS
 from asyncengine.testing import ByteTokenizer, ScriptedImageReader, ScriptedLoader, pieces_of
+from tests.speculation.drafters import Oracle
 
 LONG = b"a longer file"  # seven pieces
 
@@ -51,7 +52,10 @@ CONVERSATIONS: list[tuple[str | bytes, ...]] = [
 ]
 
 
-@pytest.mark.parametrize("changes", [{}, {"run_ahead": True}, {"kept_states": 3}, {"whole_images": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"run_ahead": True}, {"kept_states": 3}, {"whole_images": True}, {"make_drafter": Oracle, "kept_states": 3}],
+)
 async def test_each_piece_is_seen_where_it_stands(changes: dict[str, Any]) -> None:
     async with engine(looking(**changes), max_total_sequence_length=160) as serving:
         for _ in range(2):

@@ -53,7 +53,7 @@ class Drafted:
     def __init__(self) -> None:
         self.model = Remembering()
         sampler = Sampler(LIMITS.max_num_sequence, VOCAB, torch.device("cpu"))
-        self.drafter = DraftModel(cast(TorchModel, self.model), sampler, LIMITS)
+        self.drafter = DraftModel(cast(TorchModel, self.model), sampler, LIMITS, ord("#"))
         self.table = SlotTable(LIMITS.max_num_sequence, LIMITS.max_single_sequence_length, PAGE)
 
     def place(self, slot: int, text: str, *blocks: int) -> None:
@@ -126,3 +126,12 @@ def test_copied_blocks_are_known_as_what_they_are() -> None:
     case.place(1, "abcdef", 3, 6)
     assert case.follow(1) == 0
     assert case.propose(1, 1) == [ord("y")]
+
+
+def test_a_piece_of_an_image_is_the_token_that_stands_for_one() -> None:
+    case = Drafted()
+    case.place(0, "ab..ef", 3, 5)
+    case.table.tokens[0, 2:4] = -7
+    case.follow(0)
+    assert case.model.texts[5 * PAGE + 1] == tuple(prompt_of("ab##ef").tolist())
+    assert case.propose(0, 1) == [ord("y")]

@@ -28,3 +28,15 @@ def guess(tokens: list[int], length: int) -> list[int]:
 )
 def test_what_followed_the_same_tokens_is_guessed(tokens: list[int], length: int, expected: list[int]) -> None:
     assert guess(tokens, length) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([1, 2, 3, -7, -7, 4, 1, 2], [3]),  # up to an image, from there on nothing is known
+        ([1, 2, -7, -7, 4, 1, 2], []),
+        ([-7, -7, 1, 4, 5, -7, -7, 1], [4, 5]),  # what came behind the same image
+    ],
+)
+def test_pieces_of_images_are_never_guessed(tokens: list[int], expected: list[int]) -> None:
+    assert guess(tokens, 4) == expected

@@ -138,24 +138,23 @@ DRAFTERS: dict[str, Any] = {
 
 
 class Loader(ScriptedLoader):
-    """Loads models that keep states, as many as drawn, and take images if that is drawn and they have no drafts."""
+    """Loads models that keep states, as many as drawn, and take images if that is drawn."""
 
     kept: int | None = None
     set_aside = 0
     images = ""
 
     def check(self, config: EngineConfig, current: LoadedModel | None) -> LoadPlan:
-        self._choose(config)
+        self._choose()
         return super().check(config, current)
 
     def load(self, plan: LoadPlan) -> LoadedModel:
-        self._choose(plan.config)
+        self._choose()
         return super().load(plan)
 
-    def _choose(self, config: EngineConfig) -> None:
-        drafts = self.make_drafter is not None or config.speculative_mode != "disable"
+    def _choose(self) -> None:
         self.kept_states, self.drafted_states = self.kept, self.set_aside
-        self.takes_images, self.whole_images = bool(self.images) and not drafts, self.images == "whole"
+        self.takes_images, self.whole_images = bool(self.images), self.images == "whole"
 
 
 def alive_and_open(machine: CoreMachine) -> bool:
@@ -203,9 +202,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.case.give(make(to))
 
     def drafts_by(self, drafts: str, longest: int, kept: int | None, set_aside: int, images: str) -> dict[str, Any]:
-        """Lets the models that are loaded from now on have a drafter, or images, and states; returns what to load them
-        with.
-        """
+        """Lets models have a drafter, images and states from now on; returns what to load them with."""
         self.loader.kept, self.loader.set_aside, self.loader.images = kept, set_aside, images
         self.case.loader.make_drafter = DRAFTERS.get(drafts)
         return {} if drafts == "none" else {"speculative_mode": "ngram", "spec_draft_length": longest}

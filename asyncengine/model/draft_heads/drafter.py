@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from asyncengine.generation import SamplingParams
 from asyncengine.model.device_copy import to_device
 from asyncengine.model.draft_heads.entries import EntryLayers
-from asyncengine.model.draft_heads.head import Head
+from asyncengine.model.draft_heads.head import Head, Pictured
 from asyncengine.model.draft_heads.kept_states import KeptStates
 from asyncengine.model.draft_heads.taps import Taps
 from asyncengine.model.draft_steps import alike, flattened, places_of
 from asyncengine.model.sampler import Sampler
+from asyncengine.model.vision.encoder import ImageEncoder
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64, StepBatch
 from asyncengine.step.sequence import EMPTY
 from asyncengine.step.slots import SlotTable
@@ -42,6 +43,7 @@ class HeadDrafter:
         kept: Keeps some of them.
         sampler: Draws the drafts.
         device: Where all of that is.
+        encoder: Has what the model sees of images; None if it takes none.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class HeadDrafter:
         kept: KeptStates,
         sampler: Sampler,
         device: torch.device,
+        encoder: ImageEncoder | None = None,
     ) -> None:
         self._head: Head | None = head
         self._layers = layers
@@ -59,6 +62,7 @@ class HeadDrafter:
         self._kept = kept
         self._sampler = sampler
         self._device = device
+        self._encoder = encoder
         self._failure: Exception | None = None
 
     @property
@@ -119,7 +123,8 @@ class HeadDrafter:
                 if len(going_on) < len(rows):
                     rows, before = rows[going_on], before[to_device(going_on, self._device)]
                 batch = flattened(table, slots[rows], ends[rows] - 1 + step, np.ones(len(rows), dtype=np.int64))
-                batch = dataclasses.replace(batch, token_ids=tokens[rows], num_decodes=len(rows))
+                shifted = batch.positions + table.shifts[slots[rows]].astype(np.int32)
+                batch = dataclasses.replace(batch, token_ids=tokens[rows], positions=shifted, num_decodes=len(rows))
                 before = self._entries(batch, before, np.zeros(len(rows), dtype=np.bool_))
                 drawn = self._sampler.sample(self._head.logits(before), slots[rows], generated[rows] + step)
                 drafts[rows, step] = tokens[rows] = drawn.token_ids
@@ -147,7 +152,7 @@ class HeadDrafter:
     def close(self) -> None:
         """Lets head and KV cache go."""
         self._layers.free()
-        self._head = None
+        self._head = self._encoder = None
 
     def _read(self, batch: StepBatch) -> None:
         """Makes the entries of a step, and keeps the states that later ones go on from."""
@@ -178,5 +183,16 @@ class HeadDrafter:
         self._layers.begin(dataclasses.replace(batch, copies=NO_PAIRS))
         self._layers.absent = to_device(absent, self._device)
         token_ids = to_device(batch.token_ids.astype(np.int64), self._device)
-        positions = to_device(batch.positions.astype(np.int64), self._device)
-        return self._head.run(token_ids, positions, before)
+        sees = self._head.sees_images
+        axes = batch.axes if sees and batch.axes is not None else batch.positions
+        pictured = self._pictured(batch) if sees and batch.images else None
+        return self._head.run(token_ids, to_device(axes.astype(np.int64), self._device), before, pictured)
+
+    def _pictured(self, batch: StepBatch) -> Pictured:
+        """What a step has of images; the model has just seen it."""
+        assert self._encoder is not None
+        rows = [
+            self._encoder.features(part.image).rows[part.first : part.first + len(part.tokens)] for part in batch.images
+        ]
+        tokens = np.concatenate([part.tokens for part in batch.images])
+        return Pictured(to_device(tokens, self._device), torch.cat(rows))

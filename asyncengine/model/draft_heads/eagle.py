@@ -20,6 +20,7 @@ from asyncengine.model.architecture import ATTENTION
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import RecordedLayer
 from asyncengine.model.draft_heads.eagle_config import EagleConfig
+from asyncengine.model.draft_heads.head import Pictured
 from asyncengine.model.load_check import BUILDING
 
 ATTENDS = "midlayer.self_attn"
@@ -34,6 +35,8 @@ class EagleHead(nn.Module):
     Args:
         about: Its configuration.
     """
+
+    sees_images = False
 
     def __init__(self, about: EagleConfig) -> None:
         super().__init__()
@@ -75,7 +78,13 @@ class EagleHead(nn.Module):
         states: torch.Tensor = self.fc(hidden.to(self.fc.weight.dtype))
         return states
 
-    def run(self, token_ids: torch.Tensor, positions: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        before: torch.Tensor,
+        pictured: Pictured | None = None,
+    ) -> torch.Tensor:
         """As the protocol says."""
         first, hidden = self.midlayer, before[None]
         seen = first.hidden_norm(hidden)

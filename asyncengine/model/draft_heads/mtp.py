@@ -2,7 +2,7 @@
 
 A token's embedding and the state before it come together in one product, each behind a norm of its own, and go through
 a decoder layer of the model's kind, which transformers runs as a model of one layer. A second guess goes through the
-same layer again.
+same layer again. Of images it has what the model has: in the place of their tokens' embeddings, and their axes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.draft_heads.head import Pictured
 from asyncengine.model.draft_heads.mtp_layouts import MtpLayout
 
 
@@ -30,6 +31,8 @@ class MtpHead(nn.Module):
         embedding: (vocabulary, hidden)
         head: (vocabulary, hidden)
     """
+
+    sees_images = True
 
     def __init__(
         self,
@@ -61,15 +64,23 @@ class MtpHead(nn.Module):
             states = self.norms[2](states)
         return states
 
-    def run(self, token_ids: torch.Tensor, positions: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    def run(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        before: torch.Tensor,
+        pictured: Pictured | None = None,
+    ) -> torch.Tensor:
         """As the protocol says."""
-        both = [self.norms[0](functional.embedding(token_ids, self.embedding)), self.norms[1](before)]
+        embedded = functional.embedding(token_ids, self.embedding)
+        if pictured is not None:
+            embedded[pictured.tokens] = pictured.rows.to(embedded.dtype)
+        both = [self.norms[0](embedded), self.norms[1](before)]
         if self._layout.state_first:
             both.reverse()
         entered = functional.linear(torch.cat(both, -1), self.projection)
-        states: torch.Tensor = self.body(inputs_embeds=entered[None], position_ids=positions[None], use_cache=False)[0][
-            0
-        ]
+        places = positions[..., None, :]  # (1, tokens), or (axes, 1, tokens)
+        states: torch.Tensor = self.body(inputs_embeds=entered[None], position_ids=places, use_cache=False)[0][0]
         return self._normed(states) if self._layout.goes_on_normed else states
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:

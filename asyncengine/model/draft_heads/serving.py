@@ -14,11 +14,20 @@ from asyncengine.model.draft_heads.kept_states import KeptStates
 from asyncengine.model.draft_heads.plan import BuiltHead
 from asyncengine.model.draft_heads.taps import Taps
 from asyncengine.model.sampler import Sampler
+from asyncengine.model.vision.encoder import ImageEncoder
 from asyncengine.speculation.lengths import LONGEST
 from asyncengine.step.limits import Limits
 
 
-def drafter_of(head: BuiltHead, model: Any, details: Any, backend: Any, limits: Limits, config: EngineConfig) -> Any:
+def drafter_of(
+    head: BuiltHead,
+    model: Any,
+    details: Any,
+    backend: Any,
+    limits: Limits,
+    config: EngineConfig,
+    encoder: ImageEncoder | None,
+) -> Any:
     """What drafts by a head; the model hands its hidden states to it from now on, and is its companion.
 
     Args:
@@ -28,6 +37,7 @@ def drafter_of(head: BuiltHead, model: Any, details: Any, backend: Any, limits: 
         backend: How both attend.
         limits: Of the model.
         config: What is wanted.
+        encoder: Of the model's images, if it takes some.
     """
     device, text = details.device, text_config(details.hf_config)
     layers = EntryLayers([widened(layer) for layer in head.layers], backend, limits, details.kv_dtype, device)
@@ -40,7 +50,7 @@ def drafter_of(head: BuiltHead, model: Any, details: Any, backend: Any, limits: 
     tokens = limits.prefill_chunk_size + sequences
     taps = Taps(details.draft_head.target_layers, tokens, text.hidden_size, dtype, device)
     sampler = Sampler(sequences, details.vocab_size, device)
-    drafter = HeadDrafter(head.head, layers, taps, kept, sampler, device)
+    drafter = HeadDrafter(head.head, layers, taps, kept, sampler, device, encoder)
     model.use_taps(taps, drafter)
     model.companion = drafter
     return drafter

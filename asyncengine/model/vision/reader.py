@@ -34,13 +34,14 @@ class ProcessedImageReader:
 
     Args:
         processor: It.
-        token_id: The id that the model looks for.
+        token_id: The id that the model looks for, and that stands for a piece of an image.
         key: As of `ImageReader`.
         axes: Finds where tokens are rotated to; None if by their position.
         together: Whether all images of a prompt are prepared at once, and are one to the model, for processors to whom
             their number matters. Else each is by itself, so that it is the same in whatever prompt it stands.
 
     Attributes:
+        token_id: As given.
         whole: As of `asyncengine.images.PromptImages`.
     """
 
@@ -49,7 +50,7 @@ class ProcessedImageReader:
         self.mark: str = processor.image_token
         self.whole = False
         self._processor = processor
-        self._token_id = token_id
+        self.token_id = token_id
         self._axes = axes
         self._together = together
 
@@ -61,7 +62,7 @@ class ProcessedImageReader:
         groups = [range(len(images))] if self._together and images else [range(at, at + 1) for at in range(len(images))]
         for group in groups:
             prepared.append(self._prepared(images, group))
-            counts.append(sum(encode(text).count(self._token_id) for text in prepared[-1].texts))
+            counts.append(sum(encode(text).count(self.token_id) for text in prepared[-1].texts))
             if sum(counts) > most_tokens:  # before the next one is decoded
                 raise ContextLengthExceededError(
                     f"the prompt's first {group.stop} images come to {sum(counts)} tokens; allowed: {most_tokens}"
@@ -79,7 +80,7 @@ class ProcessedImageReader:
                 pieces += [left.pop(0), piece]
             ids = encode("".join(pieces))
             # Marked, since others may write tokens of the same id, which stand for nothing.
-            return [_PLACE if token_id == self._token_id else token_id for token_id in ids]
+            return [_PLACE if token_id == self.token_id else token_id for token_id in ids]
 
         marked = np.array(write(expanded))
         if left:
@@ -91,14 +92,14 @@ class ProcessedImageReader:
             raise InvalidRequestError(
                 f"the prompt has {len(places)} tokens that stand for images; its images come to {sum(counts)}"
             )
-        ids: list[int] = np.where(marked == _PLACE, self._token_id, marked).tolist()
+        ids: list[int] = np.where(marked == _PLACE, self.token_id, marked).tolist()
         found = tuple(
             Image(_digest(each.inputs), each.inputs, own)
             for each, own in zip(prepared, np.split(places, np.cumsum(counts)[:-1]), strict=True)
         )
         axes = None if self._axes is None else self._axes.of(ids, places, [each.inputs for each in prepared])
         shift = 0 if axes is None else int(axes.max()) + 1 - len(ids)
-        return ReadPrompt(ids, PromptImages(found, self._token_id, self.key, axes, shift, self.whole))
+        return ReadPrompt(ids, PromptImages(found, self.token_id, self.key, axes, shift, self.whole))
 
     def _prepared(self, images: Sequence[ImageSource], group: range) -> _Prepared:
         pictures = []

@@ -22,8 +22,6 @@ def refusal(config: EngineConfig, checkpoint: Any) -> str:
         return TEXT_ALONE
     if config.images is False:
         return "images is False"
-    if config.speculative_mode != "disable":
-        return f"speculative_mode is {config.speculative_mode!r}, which cannot guess behind images"
     if not any((checkpoint.path / name).exists() for name in _PROCESSORS):
         return f"its checkpoint has no {' or '.join(_PROCESSORS)}"
     if importlib.util.find_spec("PIL") is None:

@@ -227,6 +227,7 @@ def test_groups_that_are_chosen_by_their_best_expert_alone_are_noticed(seed: int
         if (router := getattr(layer.mlp, "gate", None)) is not None:
             nn.init.normal_(router.weight)
     router = model.model.layers[1].mlp.gate
+    count = router.weight.shape[0]
 
     def by_the_best(x: torch.Tensor) -> Any:
         logits = torch.nn.functional.linear(x.float(), router.weight.float())

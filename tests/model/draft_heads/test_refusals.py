@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +114,3 @@ def test_a_head_of_a_checkpoint_must_be_whole(tmp_path: Path) -> None:
         save_file(without, path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(error, match=rf"1 (of the head's weights|weights of its head) are missing: .*{name}"):
             loader.load(loader.check(config, None))
-
-
-def test_images_are_refused_beside_a_head(tmp_path: Path) -> None:
-    from asyncengine.model.gguf.checkpoint import checkpoint_at
-    from asyncengine.model.vision.refusals import refusal
-
-    path = checkpoints.write(tmp_path, "llama")
-    config = json.loads((path / "config.json").read_text()) | {"vision_config": {}}
-    (path / "config.json").write_text(json.dumps(config))
-    wanted = EngineConfig(str(path), speculative_mode="mtp")
-    assert "cannot guess behind images" in refusal(wanted, checkpoint_at(path))

@@ -557,10 +557,20 @@ def load(path: Path) -> Any:
     ).eval()
 
 
-def reference(path: Path, messages: list[dict[str, Any]], images: list[Image.Image], max_tokens: int) -> list[int]:
-    """Greedy tokens by transformers alone; no token ends it."""
+def reference(
+    path: Path, messages: list[dict[str, Any]], images: list[Image.Image], max_tokens: int, **more: Any
+) -> list[int]:
+    """Greedy tokens by transformers alone; no token ends it.
+
+    Args:
+        path: Of the checkpoint.
+        messages: The conversation.
+        images: In it.
+        max_tokens: How many tokens.
+        more: For its `generate`.
+    """
     given = inputs(path, messages, images)
     model = load(path)
     model.generation_config.eos_token_id = None
-    made = model.generate(**given, do_sample=False, max_new_tokens=max_tokens, pad_token_id=END)
+    made = model.generate(**given, do_sample=False, max_new_tokens=max_tokens, pad_token_id=END, **more)
     return made[0, given["input_ids"].shape[1] :].tolist()

@@ -64,3 +64,7 @@ def test_names_of_a_text_alone_and_within_a_model_with_images() -> None:
         assert name_in(spelling, alone) == "model.layers.0.mlp"
         assert name_in(spelling, {"lm_head"}) == spelling
     assert name_in("lm_head", within) == "lm_head"
+    older = {"language_model.model.norm.weight", "language_model.lm_head.weight"}
+    for name in ("model.norm.weight", "model.language_model.norm.weight"):
+        assert name_in(name, older) == "language_model.model.norm.weight"
+    assert name_in("lm_head.weight", older) == "language_model.lm_head.weight"
