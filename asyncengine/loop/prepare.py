@@ -125,7 +125,7 @@ async def encode(prompt: Prompt | Conversation | Pair | StreamedPrompt, view: Mo
         model, text = _tokenizer(tokenizer, view, "images need one"), prompt.text
         return await _read_images(prompt.images, view, lambda encode: encode(text), model.encode)
     elif isinstance(prompt, Pair):
-        if prompt.size <= _INLINE_CHARACTERS:
+        if prompt.size <= _INLINE_CHARACTERS and prompt.given is not None and prompt.given.template is not None:
             return Encoded(_typed(lambda: token_ids_of(prompt.encoded(view), view)))
         return Encoded(await _in_thread(lambda: token_ids_of(prompt.encoded(view), view)))
     elif isinstance(prompt, str):
