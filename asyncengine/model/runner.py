@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from asyncengine.errors import InsufficientMemoryError, ReloadError
+from asyncengine.errors import InsufficientMemoryError
 from asyncengine.generation import SamplingParams
 from asyncengine.images import ImageFailure
 from asyncengine.model import memory, token_draw, token_logprobs, verified_draw
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of, places_of
 from asyncengine.model.capturing import Capturing
-from asyncengine.model.decoder import compiled_layers
+from asyncengine.model.debug_functions import debug_function
 from asyncengine.model.decoder.adapted import CompiledAdapters
 from asyncengine.model.decoder.program import CompiledDecoder, Seen
 from asyncengine.model.draft_heads.taps import Taps, tap_modules
@@ -29,22 +28,20 @@ from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import Ran
 from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
+from asyncengine.model.letting_go import take_apart
+from asyncengine.model.lost_device import is_lost
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.quantised import new_values
 from asyncengine.model.recurrent.states import States
 from asyncengine.model.sampler import Drawn, Sampler
 from asyncengine.model.skeleton import Skeleton
 from asyncengine.model.step_inputs import StepInputs
-from asyncengine.model.text_names import name_in
 from asyncengine.model.token_draw import DrawSettings
 from asyncengine.model.token_ranking import argmax
 from asyncengine.model.vision.encoder import ImageEncoder
 from asyncengine.model.way_back import OnItsWay, WayBack
-from asyncengine.model.weight_writer import in_place
+from asyncengine.model.weight_writer import replace_weights
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
-
-_PASSING = frozenset({2, *range(900, 909)})
-"""Errors of CUDA that its context survives: memory (of the host, or of a graph), and those that speak of a capture."""
 
 
 class Companion(Protocol):
@@ -354,23 +351,10 @@ class TorchModel:
             tap_modules(self._model, self._layers.first_layer, taps)
 
     def device_lost(self, error: BaseException) -> bool:
-        """Whether CUDA reports an error after which its context is unusable.
-
-        Then it answers every call with that error. Running out of memory is not one, nor is what another thread's
-        capture of a graph makes impossible; while that goes on, nobody may wait for the device and see.
-        """
+        """As `asyncengine.model.lost_device.is_lost`; an image's failure is what it came from."""
         if isinstance(error, ImageFailure) and error.__cause__ is not None:
             error = error.__cause__
-        if self._device.type != "cuda" or isinstance(error, torch.OutOfMemoryError):
-            return False
-        if isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) in _PASSING:
-            return False
-        try:
-            with memory.CAPTURES:  # another engine's, which would make it an error to wait
-                torch.cuda.synchronize(self._device)
-        except RuntimeError:
-            return True
-        return False
+        return is_lost(self._device, error)
 
     def sleep(self) -> None:
         """Frees the KV cache; on CUDA the weights wait in host memory."""
@@ -427,34 +411,10 @@ class TorchModel:
     def update_weights(self, weights: Mapping[str, Any]) -> None:
         """As the protocol says. The old values are kept until all new ones are in place."""
         assert self._model is not None
-        known: dict[str, torch.Tensor] = dict(self._model.named_parameters(remove_duplicate=False))
-        known.update(self._model.named_buffers(remove_duplicate=False))
-        taken_for = new_values.taken_for(self._model)
-        for name, value in weights.items():
-            target = known.get(name_in(name, known))
-            if target is None:
-                raise ReloadError(f"weight {name!r} is not in the model")
-            if not isinstance(value, torch.Tensor):
-                raise ReloadError(f"weight {name!r} is a {type(value).__name__}; expected a torch.Tensor")
-            shape, dtype = taken_for.get(id(target), (target.shape, target.dtype))
-            if value.shape != shape or value.dtype != dtype:
-                found = f"{tuple(value.shape)} of {value.dtype}"
-                raise ReloadError(f"weight {name!r} is {found}; the model's is {tuple(shape)} of {dtype}")
         writers = new_values.writers(self._model) if self._program is None else self._program.writers()
         if self._images is not None:
             self._images.clear()
-        restores: list[Callable[[], object]] = []
-        with torch.inference_mode():
-            try:
-                for name, value in weights.items():
-                    target = known[name_in(name, known)]
-                    for writer in writers.get(id(target)) or [in_place(target)]:
-                        restores.append(writer.keep())
-                        writer.write(value)
-            except Exception as error:
-                for restore in reversed(restores):
-                    restore()
-                raise ReloadError(f"replacing weights failed, none was replaced: {error}") from error
+        replace_weights(self._model, weights, writers, new_values.taken_for(self._model))
 
     def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
         """Calls ``package.module:function`` with the transformers model first, or a debug function of this module.
@@ -462,18 +422,8 @@ class TorchModel:
         Where none was needed to load, one is made for it, without weights.
         """
         assert self._model is not None
-        if ":" in name:
-            module, _, attribute = name.partition(":")
-            function = getattr(importlib.import_module(module), attribute)
-        else:
-            function = DEBUG_FUNCTIONS.get(name)
-            if function is None:
-                raise LookupError(
-                    f"there is no debug function {name!r}; there are {', '.join(sorted(DEBUG_FUNCTIONS))}, and any "
-                    "'package.module:function'"
-                )
         model = self._model.transformed() if isinstance(self._model, Skeleton) else self._model
-        return [function(model, *args)]
+        return [debug_function(name)(model, *args)]
 
     def close(self) -> None:
         """Lets weights and KV cache go and returns their memory."""
@@ -487,33 +437,10 @@ class TorchModel:
             self.capturing = None
         self._fused = self._images = self._reader = self._taps = None
         self._layers.free()
-        # Modules of transformers refer to each other in circles. A collection would find them, but it holds the
-        # interpreter's lock for some 300 ms in a process that has torch; so they are taken apart by hand.
-        for module in list(self._model.modules()):
-            for held in (module._parameters, module._buffers, module._modules):
-                held.clear()
-            for name in ("asyncengine_attention", "matrix", "experts"):
-                module.__dict__.pop(name, None)
+        take_apart(self._model)
         self._model = None
         self._layers = None  # type: ignore[assignment]
         self._sampler = None  # type: ignore[assignment]
         self._program = None
         self._adapters = None
         memory.give_back()
-
-
-def num_parameters(model: nn.Module) -> int:
-    """How many weights the model has."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def structure(model: nn.Module) -> str:
-    """The modules, as torch prints them."""
-    return str(model)
-
-
-DEBUG_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "num_parameters": num_parameters,
-    "weight_bytes": compiled_layers.weight_bytes,
-    "structure": structure,
-}

@@ -222,7 +222,7 @@ async def test_debug_functions_are_called_beside_the_model(checkpoint: Callable[
     async with AsyncEngine(config(checkpoint("llama"))) as engine:
         (count,) = await engine.debug_call_func_on_all_workers("num_parameters")
         assert count == AutoModelForCausalLM.from_pretrained(checkpoint("llama")).num_parameters()
-        (same,) = await engine.debug_call_func_on_all_workers("asyncengine.model.runner:num_parameters")
+        (same,) = await engine.debug_call_func_on_all_workers("asyncengine.model.debug_functions:num_parameters")
         assert same == count
         with pytest.raises(LookupError, match=r"no debug function 'nose'; there are num_parameters"):
             await engine.debug_call_func_on_all_workers("nose")
