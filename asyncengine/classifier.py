@@ -17,20 +17,24 @@ Activation = Literal["softmax", "sigmoid", "none"]
 class Classifier:
     """What turns the hidden state of a prompt's last token, behind the model's last norm, into logits.
 
+    An encoder has a head of its own in front of it, and gives out logits itself.
+
     Attributes:
-        weight: (labels, hidden).
+        weight: (labels, hidden); None of a model that gives out logits.
         bias: (labels,), or None.
         labels: Their names.
         activation: What makes probabilities of the logits.
     """
 
-    weight: Float32
+    weight: Float32 | None
     bias: Float32 | None
     labels: tuple[str, ...]
     activation: Activation
 
     def logits(self, hidden: Float32) -> Float32:
         """(labels,) float32, of one hidden state, (hidden,)."""
+        if self.weight is None:
+            return hidden
         logits: Float32 = self.weight @ hidden
         return logits if self.bias is None else logits + self.bias
 

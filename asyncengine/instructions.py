@@ -81,6 +81,7 @@ class NewRequest:
         classifies: Whether the embedding is for the model's classification head.
         adapter: Name of the adapter that it is computed with; None is the model alone.
         images: Those in the prompt.
+        second: Where the second of two texts begins that the prompt is made of; None if it is of one.
     """
 
     number: int
@@ -95,6 +96,7 @@ class NewRequest:
     adapter: str | None = None
     images: PromptImages | None = None
     classifies: bool = False
+    second: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

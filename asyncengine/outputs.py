@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from asyncengine.step.batch import Float32, TokenLogprobs
 
-Pooling = Literal["mean", "last"]
+Pooling = Literal["mean", "last", "cls"]
 """Which hidden states make an embedding: the mean over all tokens, or the last token's."""
 
 

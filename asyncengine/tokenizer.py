@@ -44,6 +44,21 @@ class WritingTokenizer(Tokenizer, Protocol):
         ...
 
 
+class PairingTokenizer(Tokenizer, Protocol):
+    """A tokenizer that makes one prompt of two texts, as encoders take them, and prompts that are not too long."""
+
+    def encode_texts(self, texts: Sequence[str], most: int | None = None) -> tuple[list[int], int | None]:
+        """Token ids of one text or two, with special tokens around and between them, and where those of the second
+        begin; None if the model is not told which text a token is of.
+
+        Args:
+            texts: One, or two.
+            most: How many tokens there may be, special ones included: the end of the last text is left out. None keeps
+                all. There are more if something else is too long.
+        """
+        ...
+
+
 class SpellingTokenizer(Tokenizer, Protocol):
     """A tokenizer that knows its tokens as bytes."""
 

@@ -10,7 +10,8 @@ import pytest
 
 from asyncengine import Deadlines, GenerationConfig, InvalidRequestError, RequestOptions
 from asyncengine.generation import GREEDY_BELOW, MAX_BRANCHES, MAX_STOP_STR_LENGTH, MAX_STOP_STRS, resolve
-from asyncengine.loop.prepare import encode, new_request, token_ids_of
+from asyncengine.loop.encoding import Encoded, encode, token_ids_of
+from asyncengine.loop.prepare import new_request
 from asyncengine.step.model import ModelView
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 
@@ -291,22 +292,26 @@ class TestPrompt:
     )
     def test_leaves_room_for_one_token(self, changes: dict[str, int], most: int) -> None:
         model = view(**changes)
-        request = new_request(1, prompt_of("x" * (most - 1)), None, RequestOptions(), model)
+        request = new_request(1, Encoded(prompt_of("x" * (most - 1))), None, RequestOptions(), model)
         assert request.params.max_tokens == 1
         for length in (most, most + 1, 500):
             refused(
-                lambda length=length: new_request(1, prompt_of("x" * length), None, RequestOptions(), model),  # type: ignore[misc]
+                lambda length=length: new_request(1, Encoded(prompt_of("x" * length)), None, RequestOptions(), model),  # type: ignore[misc]
                 f"the prompt has {length} tokens", f"allowed: 1..{most - 1}",
             )  # fmt: skip
 
     def test_stop_strings_need_a_tokenizer(self) -> None:
         generation = GenerationConfig(stop_strs="x")
         refused(
-            lambda: new_request(1, prompt_of("x"), generation, RequestOptions(), view(tokenizer=False)), "stop_strs"
+            lambda: new_request(1, Encoded(prompt_of("x")), generation, RequestOptions(), view(tokenizer=False)),
+            "stop_strs",
         )
 
     def test_the_configuration_is_one(self) -> None:
-        refused(lambda: new_request(1, prompt_of("x"), {"n": 2}, RequestOptions(), view()), "expected GenerationConfig")  # type: ignore[arg-type]
+        refused(
+            lambda: new_request(1, Encoded(prompt_of("x")), {"n": 2}, RequestOptions(), view()),
+            "expected GenerationConfig",
+        )  # type: ignore[arg-type]
 
 
 class TestOptions:

@@ -44,11 +44,16 @@ def estimate(
     config = flags.config(model)
     if config.adapters:
         raise Failure("--lora-modules is given; the estimate knows no adapters", 2)
+    given = None if memory is None else int(memory * _GIB)
+    if (lines := _of_encoder(config, given)) is not None:
+        for name, text in lines:
+            print(f"{name:15} {text}")
+        return 0 if lines[-1][0] else 1
     needs = read(config)
     for name, text in _needs_rows(needs):
         print(f"{name:15} {text}")
     try:
-        room = Room.of(needs, config, None if memory is None else int(memory * _GIB))
+        room = Room.of(needs, config, given)
     except InsufficientMemoryError as error:  # of states
         print(f"{'':15} does not fit: {error}")
         return 1
@@ -62,6 +67,30 @@ def estimate(
         fitting = room.fitting(needs, length)
         print(f"{length:>10,} {fitting:>15,} {min(fitting, room.sequences):>15,}")
     return 0
+
+
+def _of_encoder(config: EngineConfig, memory: int | None) -> list[tuple[str, str]] | None:
+    """Lines about a checkpoint of an encoder; None if it is of none."""
+    from asyncengine.model.encoders.kind import is_encoder
+    from asyncengine.model.gguf.checkpoint import checkpoint_at
+    from asyncengine.model.location import locate
+
+    checkpoint = checkpoint_at(locate(config.model))
+    if not is_encoder(checkpoint.config):
+        return None
+    from asyncengine.cli import estimate_encoder
+    from asyncengine.cli.loading import quiet
+
+    quiet()
+    return list(estimate_encoder.rows(config, checkpoint, _device(config), memory))
+
+
+def _device(config: EngineConfig) -> torch.device:
+    """What a model would run on, be it here or not."""
+    import torch
+
+    cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    return torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +174,8 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.recurrent.states import state_bytes
     from asyncengine.model.rope_limits import length_for, limit_of, settle
 
-    cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cpu" if not cuda else "cuda" if config.device == "auto" else config.device)
+    device = _device(config)
+    cuda = device.type == "cuda"
     checkpoint = checkpoint_at(locate(config.model))
     config = settled(config, checkpoint, device)
     hf_config = architecture.read_config(checkpoint)
@@ -278,12 +307,12 @@ class Room:
         from asyncengine.model.capacity import most_drafts
         from asyncengine.model.load_check import SLACK
 
-        rest = f"{_gib(needs.weight_bytes)} weights - {_gib(SLACK)} for everything else"
+        rest = f"{gib(needs.weight_bytes)} weights - {gib(SLACK)} for everything else"
         if needs.device.type == "cuda":
             total = memory.total_bytes(needs.device) if given is None else given
             share = config.gpu_memory_utilization or memory.CUDA_SHARE
             available = int(total * share) - needs.weight_bytes - SLACK
-            text = f"{share:g} x {_gib(total)} - {rest}"
+            text = f"{share:g} x {gib(total)} - {rest}"
             if needs.graphs is not None:
                 available -= needs.graphs.nbytes
                 text += f" - {needs.graphs}"
@@ -291,8 +320,8 @@ class Room:
             free = memory.free_bytes(needs.device) if given is None else given
             share = config.gpu_memory_utilization or memory.CPU_SHARE
             available = int((free - needs.weight_bytes - SLACK) * share)
-            text = f"{share:g} x ({_gib(free)} free - {rest})"
-        text = f"{text} = {_gib(available)}"
+            text = f"{share:g} x ({gib(free)} free - {rest})"
+        text = f"{text} = {gib(available)}"
         if not needs.recurrent:
             return cls(max(available, 0) // needs.bytes_per_block, text, needs.max_sequences)
         states = memory.state_budget(
@@ -308,7 +337,7 @@ class Room:
             blocks = left // needs.bytes_per_block
         else:  # it attends to nothing
             blocks = states.sequences * -(-needs.max_length // needs.page_size)
-        text = f"{text}; - {_gib(states.nbytes)} of states = {_gib(left)}"
+        text = f"{text}; - {gib(states.nbytes)} of states = {gib(left)}"
         return cls(blocks, text, states.sequences, states.kept, states.drafted)
 
     def fitting(self, needs: Needs, length: int) -> int:
@@ -319,9 +348,9 @@ class Room:
 def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
     dtype = str(needs.dtype).removeprefix("torch.")
     yield "model", f"{needs.architecture}, {needs.parameters / 1e6:,.1f} M parameters in {needs.tensors} tensors"
-    of_draft = f", {_gib(needs.draft_bytes)} of them the {needs.drafts}'s" if needs.draft_bytes else ""
+    of_draft = f", {gib(needs.draft_bytes)} of them the {needs.drafts}'s" if needs.draft_bytes else ""
     form = dtype if needs.quantization == "none" else needs.quantization
-    yield "weights", f"{_gib(needs.weight_bytes)} in {form}{of_draft}"
+    yield "weights", f"{gib(needs.weight_bytes)} in {form}{of_draft}"
     for whose, layers in (("", needs.layers), (f" of the {needs.drafts}", needs.draft_layers)):
         for spec, count in layers:
             window = "" if spec.sliding_window is None else f", window {spec.sliding_window}"
@@ -331,7 +360,7 @@ def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
                 f"{needs.kv_dtype.itemsize} bytes{window}",
             )
     if needs.recurrent:
-        yield "states", f"{needs.recurrent} recurrent layers, {_gib(needs.bytes_per_state)} per sequence"
+        yield "states", f"{needs.recurrent} recurrent layers, {gib(needs.bytes_per_state)} per sequence"
     if not needs.bytes_per_block:
         return
     per_token = needs.bytes_per_block / needs.page_size
@@ -371,5 +400,6 @@ def _lengths(longest: int) -> Iterator[int]:
     yield longest
 
 
-def _gib(count: float) -> str:
+def gib(count: float) -> str:
+    """Bytes for people to read."""
     return f"{count / _GIB:,.2f} GiB" if abs(count) >= _GIB / 10 else f"{count / (1 << 20):,.1f} MiB"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -18,7 +18,8 @@ class EmbeddingOptions:
     """How texts become vectors.
 
     Attributes:
-        pooling: Which hidden states make the vector: ``"mean"`` or ``"last"``. None is the checkpoint's own way.
+        pooling: Which hidden states make the vector: ``"mean"``, ``"last"`` or, of an encoder, ``"cls"``, the first
+            token's. None is the checkpoint's own way.
         normalize: Whether the vector has length 1.
         dimensions: How many of the vector's numbers are kept, from the front; None keeps all. Makes sense for models
             that were trained for it (Matryoshka representations, Kusupati et al., 2022).
@@ -30,7 +31,8 @@ class EmbeddingOptions:
 
     def __post_init__(self) -> None:
         if self.pooling is not None and self.pooling not in get_args(Pooling):
-            raise InvalidRequestError(f"pooling is {self.pooling!r:.80}; allowed: 'mean', 'last', None")
+            allowed = ", ".join(map(repr, get_args(Pooling)))
+            raise InvalidRequestError(f"pooling is {self.pooling!r:.80}; allowed: {allowed}, None")
         if not isinstance(self.normalize, bool):
             raise InvalidRequestError(f"normalize is {self.normalize!r:.80}; expected True or False")
         wanted = self.dimensions
@@ -48,7 +50,9 @@ class EmbeddingOptions:
 
 @dataclass(frozen=True, slots=True)
 class ClassificationOptions:
-    """That texts are classified: by the last token's hidden state, as transformers does."""
+    """That texts are classified: by the last token's hidden state, as transformers does, or by what an encoder's own
+    head says.
+    """
 
 
 Reading = EmbeddingOptions | ClassificationOptions
@@ -69,13 +73,16 @@ def pooling_of(options: Reading, view: ModelView) -> Pooling:
             )
         return "last"
     if view.hidden_size is None:
-        raise InvalidRequestError(f"{view.config.model!r} cannot embed: it gives out no hidden states")
+        raise InvalidRequestError(
+            f"{view.config.model!r} cannot embed: it gives out no hidden states"
+            + ("" if view.classifier is None else "; it classifies")
+        )
     wanted = options.dimensions
     if wanted is not None and wanted > view.hidden_size:
         raise InvalidRequestError(f"dimensions is {wanted}; allowed: 1..{view.hidden_size}, the model's hidden size")
     pooling = options.pooling or view.pooling
-    if pooling not in get_args(Pooling):
-        raise InvalidRequestError(
-            f"pooling is not given, and {view.config.model!r} pools by {pooling!r}; allowed here: 'mean', 'last'"
-        )
-    return cast(Pooling, pooling)
+    found = next((each for each in view.poolings if each == pooling), None)
+    if found is None:
+        given = f"{pooling!r}" if options.pooling else f"not given, and {view.config.model!r} pools by {pooling!r}"
+        raise InvalidRequestError(f"pooling is {given}; allowed here: {', '.join(map(repr, view.poolings))}")
+    return found

@@ -6,32 +6,27 @@ import dataclasses
 import functools
 import itertools
 import secrets
-from collections.abc import AsyncIterable, Iterable, Sequence
+from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
 from typing import Any
+
+import anyio.lowlevel
 
 from asyncengine import instructions as ins
 from asyncengine.config import EngineConfig
 from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
-from asyncengine.images import ImagePrompt
 from asyncengine.instructions import ReplyTo
 from asyncengine.loop.embedding import ClassificationOptions, Reading
+from asyncengine.loop.encoding import NO_TOKENS, AnyPrompt, Conversation, Encoded, Prompt, StreamedPrompt, encode
 from asyncengine.loop.feed import feed
 from asyncengine.loop.many import ManyStream, PendingStream
 from asyncengine.loop.observer import Operation, RequestBegun, begin
-from asyncengine.loop.pairs import Pair
 from asyncengine.loop.prepare import (
-    NO_TOKENS,
-    Conversation,
-    Encoded,
-    Prompt,
     RequestOptions,
-    StreamedPrompt,
     check_length,
     checked_config,
     compile_grammar,
-    encode,
     grammar_compiler,
     new_branches,
     new_request,
@@ -42,6 +37,9 @@ from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import FinishReason, RequestResult
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
+
+_ENCODED_AT_ONCE = 16
+"""Prompts of one call that are encoded before others have their turn on the loop."""
 
 
 class AsyncEngine(EngineReadings):
@@ -246,7 +244,7 @@ class AsyncEngine(EngineReadings):
 
     async def _add(
         self,
-        prompts: Sequence[Prompt | Conversation | Pair],
+        prompts: Sequence[AnyPrompt],
         configs: Sequence[Configured],
         options: RequestOptions,
         pin: str | None = None,
@@ -261,7 +259,7 @@ class AsyncEngine(EngineReadings):
 
     async def _admit(
         self,
-        prompts: Sequence[Prompt | Conversation | Pair | StreamedPrompt],
+        prompts: Sequence[AnyPrompt | StreamedPrompt],
         configs: Sequence[Configured],
         options: RequestOptions,
         pin: str | None = None,
@@ -281,8 +279,8 @@ class AsyncEngine(EngineReadings):
                 own = options
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
-                number, (ids, images) = next(self._numbers), read
-                news.append(new_request(number, ids, config, own, view, pin, grammar, arriving, reading, images))
+                number = next(self._numbers)
+                news.append(new_request(number, read, config, own, view, pin, grammar, arriving, reading))
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []
@@ -311,9 +309,7 @@ class AsyncEngine(EngineReadings):
                 stream.withdraw()
 
 
-async def _encoded(
-    prompts: Sequence[Prompt | Conversation | Pair | StreamedPrompt], view: ModelView, many: bool
-) -> list[Encoded]:
+async def _encoded(prompts: Sequence[AnyPrompt | StreamedPrompt], view: ModelView, many: bool) -> list[Encoded]:
     """Token ids of each prompt; of many, an error names the one that is wrong."""
     encoded = []
     for index, prompt in enumerate(prompts):
@@ -325,6 +321,8 @@ async def _encoded(
             if not many:
                 raise
             raise type(error)(f"prompts[{index}]: {error}") from error
+        if index % _ENCODED_AT_ONCE == _ENCODED_AT_ONCE - 1:
+            await anyio.lowlevel.checkpoint()
     return encoded
 
 
@@ -333,7 +331,7 @@ def _check_options(options: object) -> None:
         raise InvalidRequestError(f"options is {options!r:.80}; expected RequestOptions(...)")
 
 
-def _operation(prompt: Prompt | Conversation | Pair | StreamedPrompt, reading: Reading | None) -> Operation:
+def _operation(prompt: AnyPrompt | StreamedPrompt, reading: Reading | None) -> Operation:
     if reading is not None:
         return "classification" if isinstance(reading, ClassificationOptions) else "embeddings"
     return "chat" if isinstance(prompt, Conversation) else "text_completion"
@@ -349,8 +347,6 @@ def _name(field: str, value: object) -> str:
     return value
 
 
-def _reusable(prompt: Prompt | Conversation | Pair) -> Prompt | Conversation | Pair:
+def _reusable(prompt: AnyPrompt) -> AnyPrompt:
     """A prompt that can be read twice: iterators cannot."""
-    if isinstance(prompt, (str, Conversation, Pair, ImagePrompt, Sequence)) or not hasattr(prompt, "__next__"):
-        return prompt
-    return list(prompt)
+    return list(prompt) if isinstance(prompt, Iterator) else prompt

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from asyncengine.instructions import ExtendPrompt
+from asyncengine.loop.encoding import Piece, StreamedPrompt
 from asyncengine.loop.growing_prompt import GrowingPrompt
 from asyncengine.loop.interruption import Interruption
-from asyncengine.loop.prepare import Piece, StreamedPrompt
 from asyncengine.loop.stream import RequestStream
 from asyncengine.step.model import ModelView
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from asyncengine.errors import InvalidRequestError
-from asyncengine.loop.prepare import check_length, encode, token_ids_of
+from asyncengine.loop.encoding import encode, token_ids_of
+from asyncengine.loop.prepare import check_length
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 

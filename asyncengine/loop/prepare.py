@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import operator
-import os
 import secrets
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import anyio
 import anyio.to_thread
-import numpy as np
-from anyio.lowlevel import RunVar
 
 from asyncengine.detokenizer import BEFORE, TextStream
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
@@ -23,35 +17,12 @@ from asyncengine.generation import GenerationConfig, resolve
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.grammar.protocol import Grammar
 from asyncengine.grammar.select import make_backend
-from asyncengine.images import ImagePrompt, ImageSource, PromptImages, Write
 from asyncengine.instructions import Deadlines, NewRequest, WhenFull
 from asyncengine.loop.branch import Branch
 from asyncengine.loop.embedding import ClassificationOptions, Reading, pooling_of
-from asyncengine.loop.image_parts import take_images
-from asyncengine.loop.pairs import Pair
+from asyncengine.loop.encoding import Encoded, tokenizer_of, typed
 from asyncengine.step.adapters import unknown_adapter
-from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
-from asyncengine.tokenizer import Message, Tokenizer, WritingTokenizer
-
-T = TypeVar("T")
-
-TextPrompt = str | Iterable[int]
-
-Prompt = TextPrompt | ImagePrompt
-
-Piece = str | int | Iterable[int]
-
-StreamedPrompt = AsyncIterable[Piece]
-"""A prompt that comes in pieces: text, or token ids, one or several at a time."""
-
-NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
-
-_READERS = min(4, os.cpu_count() or 1)
-"""Threads that read images at once, for each event loop."""
-_readers: RunVar[anyio.CapacityLimiter] = RunVar("asyncengine_image_readers")
-_INLINE_CHARACTERS = 1024
-"""Shorter texts are encoded on the loop: that takes less time than handing them to a thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,104 +62,11 @@ class RequestOptions:
         return dataclasses.replace(self, request_id=request_id)
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages that become a prompt through the model's chat template."""
-
-    messages: Sequence[Message]
-    template_arguments: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Encoded(NamedTuple):
-    """A prompt as the model takes it.
-
-    Attributes:
-        ids: (tokens,) token ids.
-        images: Those in it.
-    """
-
-    ids: Int32
-    images: PromptImages | None = None
-
-
-async def encode(prompt: Prompt | Conversation | Pair | StreamedPrompt, view: ModelView) -> Encoded:
-    """Token ids of a prompt. Long texts and images are read on a worker thread; cancelling does not stop that.
-
-    Raises:
-        InvalidRequestError: Not text, token ids in the vocabulary, messages that the chat template takes, or images
-            that the model does; or empty.
-    """
-    tokenizer = view.tokenizer
-    if isinstance(prompt, Conversation):
-        return await _encode_chat(prompt, view)
-    elif isinstance(prompt, ImagePrompt):
-        model, text = _tokenizer(tokenizer, view, "images need one"), prompt.text
-        return await _read_images(prompt.images, view, lambda encode: encode(text), model.encode)
-    elif isinstance(prompt, Pair):
-        if prompt.size <= _INLINE_CHARACTERS and prompt.given is not None and prompt.given.template is not None:
-            return Encoded(_typed(lambda: token_ids_of(prompt.encoded(view), view)))
-        return Encoded(await _in_thread(lambda: token_ids_of(prompt.encoded(view), view)))
-    elif isinstance(prompt, str):
-        text = prompt
-        if not text:
-            raise InvalidRequestError("the prompt is ''; allowed: at least one token")
-        model = _tokenizer(tokenizer, view, "pass the prompt as token ids")
-        if len(text) <= _INLINE_CHARACTERS:
-            ids = _typed(lambda: model.encode(text))
-        else:
-            return Encoded(await _in_thread(lambda: token_ids_of(model.encode(text), view)))
-    elif isinstance(prompt, AsyncIterable) and not isinstance(prompt, Iterable):
-        raise InvalidRequestError("the prompt is an async iterator; add_request, stream and generate take one")
-    elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
-        raise InvalidRequestError(f"the prompt is {prompt!r:.80}; expected a string or token ids")
-    else:
-        ids = prompt  # type: ignore[assignment]
-    return Encoded(token_ids_of(ids, view))
-
-
-async def _encode_chat(conversation: Conversation, view: ModelView) -> Encoded:
-    _check_messages(conversation.messages, view)
-    model = _tokenizer(view.tokenizer, view, "messages need a tokenizer")
-    arguments = conversation.template_arguments
-    messages, images = take_images(conversation.messages)
-    if not images:
-        return Encoded(await _in_thread(lambda: token_ids_of(model.encode_chat(messages, arguments), view)))
-    if not hasattr(model, "encode_chat_by"):
-        raise InvalidRequestError("the messages have images; the tokenizer has no encode_chat_by, which they need")
-    writing = cast("WritingTokenizer", model)
-    return await _read_images(
-        images, view, lambda encode: writing.encode_chat_by(messages, arguments, encode), writing.encode_piece
-    )
-
-
-async def _read_images(
-    images: Sequence[ImageSource], view: ModelView, write: Write, encode: Callable[[str], list[int]]
-) -> Encoded:
-    reader = view.image_reader
-    if reader is None:
-        raise InvalidRequestError(f"the prompt has images; the model takes none: {view.no_images}")
-
-    def read() -> Encoded:
-        found = reader.read(images, write, encode, view.max_tokens - 1)
-        return Encoded(token_ids_of(found.token_ids, view), found.images)
-
-    return await _in_thread(read, _image_readers())
-
-
-def _image_readers() -> anyio.CapacityLimiter:
-    """Lets few of a loop's images be read at once, since a large one takes a lot of memory meanwhile."""
-    try:
-        return _readers.get()
-    except LookupError:
-        _readers.set(limiter := anyio.CapacityLimiter(_READERS))
-        return limiter
-
-
 def check_length(prompt_tokens: int, view: ModelView) -> None:
-    """Raises ContextLengthExceededError if a prompt of so many tokens leaves no room for another."""
-    if prompt_tokens >= view.max_tokens:
+    """Raises ContextLengthExceededError if a prompt has more tokens than the model takes."""
+    if prompt_tokens > view.max_prompt_tokens:
         raise ContextLengthExceededError(
-            f"the prompt has {prompt_tokens} tokens; allowed: 1..{view.max_tokens - 1} ({view.limits_text})"
+            f"the prompt has {prompt_tokens} tokens; allowed: 1..{view.max_prompt_tokens} ({view.limits_text})"
         )
 
 
@@ -230,7 +108,7 @@ def checked_config(config: GenerationConfig | None) -> GenerationConfig:
 
 def new_request(
     number: int,
-    prompt: Int32,
+    encoded: Encoded,
     config: GenerationConfig | None,
     options: RequestOptions,
     view: ModelView,
@@ -238,7 +116,6 @@ def new_request(
     grammar: Grammar | None = None,
     arriving: bool = False,
     reading: Reading | None = None,
-    images: PromptImages | None = None,
 ) -> NewRequest:
     """Checks a request against the model and fills in every default.
 
@@ -246,6 +123,7 @@ def new_request(
         InvalidRequestError: It cannot be served by this model.
     """
     config = checked_config(config)
+    prompt, images, second = encoded
     check_length(len(prompt), view)
     if options.adapter is not None and options.adapter not in view.adapters:
         raise InvalidRequestError(unknown_adapter(options.adapter, view.adapters))
@@ -286,6 +164,7 @@ def new_request(
         options.adapter,
         images,
         isinstance(reading, ClassificationOptions),
+        second,
     )
 
 
@@ -296,10 +175,10 @@ def _bad_words(words: Iterable[str | Iterable[int]], view: ModelView) -> tuple[t
         if not isinstance(word, str):
             sequences.append(tuple(word))
             continue
-        model = _tokenizer(view.tokenizer, view, f"pass bad_words as token ids, not as {word!r}")
+        model = tokenizer_of(view, f"pass bad_words as token ids, not as {word!r}")
         bare = word.lstrip()
         around = model.encode("")
-        sequences += [_without(around, _typed(functools.partial(model.encode, text))) for text in (bare, f" {bare}")]
+        sequences += [_without(around, typed(functools.partial(model.encode, text))) for text in (bare, f" {bare}")]
     return tuple(dict.fromkeys(sequence for sequence in sequences if sequence))
 
 
@@ -322,64 +201,3 @@ def new_branches(new: NewRequest, view: ModelView) -> list[Branch]:
         )
         for _ in range(params.n)
     ]
-
-
-def _tokenizer(tokenizer: Tokenizer | None, view: ModelView, otherwise: str) -> Tokenizer:
-    if tokenizer is None:
-        raise InvalidRequestError(f"{view.config.model!r} has no tokenizer; {otherwise}")
-    return tokenizer
-
-
-def _typed(function: Callable[[], T]) -> T:
-    """Whatever a tokenizer or template raises, it is the input that it did not like."""
-    try:
-        return function()
-    except InvalidRequestError:
-        raise
-    except Exception as error:
-        raise InvalidRequestError(f"the prompt cannot be encoded: {error}") from error
-
-
-async def _in_thread(function: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
-    return await anyio.to_thread.run_sync(lambda: _typed(function), abandon_on_cancel=True, limiter=limiter)
-
-
-def _check_messages(messages: object, view: ModelView) -> None:
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise InvalidRequestError(f"messages is {messages!r:.80}; expected a non-empty list of messages")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InvalidRequestError(f"messages has {message!r:.80}; expected a mapping with 'role' and 'content'")
-        known = message.get("token_ids")
-        if known is not None and not isinstance(known, (list, tuple)):
-            raise InvalidRequestError(f"messages has token_ids {known!r:.80}; expected a list of token ids")
-        for token_id in known or ():
-            if type(token_id) is not int or not 0 <= token_id < view.vocab_size:
-                raise InvalidRequestError(
-                    f"messages has token_ids with {token_id!r:.40}; allowed: 0..{view.vocab_size - 1}"
-                )
-
-
-def token_ids_of(ids: Iterable[int], view: ModelView) -> Int32:
-    """Token ids as an array; raises InvalidRequestError if there are none, or some are not in the vocabulary."""
-    values = list(ids)
-    if set(map(type, values)) - {int}:
-        values = [_index(token_id, view) for token_id in values]
-    if not values:
-        raise InvalidRequestError("the prompt is empty; allowed: at least one token")
-    low, high = min(values), max(values)
-    if low < 0 or high >= view.vocab_size:
-        raise InvalidRequestError(
-            f"the prompt has token id {low if low < 0 else high}; allowed: 0..{view.vocab_size - 1} "
-            f"(vocabulary of {view.vocab_size})"
-        )
-    return np.array(values, dtype=np.int32)
-
-
-def _index(token_id: object, view: ModelView) -> int:
-    if not isinstance(token_id, bool):
-        with contextlib.suppress(TypeError):
-            return operator.index(token_id)  # type: ignore[arg-type]
-    raise InvalidRequestError(
-        f"the prompt is not a list of token ids: it has {token_id!r:.40}; allowed: integers in 0..{view.vocab_size - 1}"
-    )

@@ -11,11 +11,13 @@ import anyio.to_thread
 from asyncengine.classifier import sigmoid
 from asyncengine.errors import InvalidRequestError, RequestDroppedError
 from asyncengine.generation import GenerationConfig
+from asyncengine.images import ImagePrompt
 from asyncengine.loop.control import EngineControl
 from asyncengine.loop.embedding import ClassificationOptions, EmbeddingOptions, Reading
+from asyncengine.loop.encoding import AnyPrompt, Conversation, Cut, Prompt
 from asyncengine.loop.many import ManyStream
-from asyncengine.loop.pairs import Pair, how_to_rank, instruction_of, log_odds, yes_or_no
-from asyncengine.loop.prepare import Conversation, Prompt, RequestOptions
+from asyncengine.loop.pairs import Pair, TextPair, how_to_rank, instruction_of, log_odds, yes_or_no
+from asyncengine.loop.prepare import RequestOptions
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import Classification, Embedding, FinishReason, Pooling, PromptScore, Relevance, Usage
 from asyncengine.reranking import RerankPrompt
@@ -38,7 +40,7 @@ class EngineReadings(EngineControl):
     @abstractmethod
     async def _add(
         self,
-        prompts: Sequence[Prompt | Conversation | Pair],
+        prompts: Sequence[AnyPrompt],
         configs: Sequence[Configured],
         options: RequestOptions,
         pin: str | None = None,
@@ -78,6 +80,7 @@ class EngineReadings(EngineControl):
         *,
         normalize: bool = True,
         dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
         options: RequestOptions = DEFAULTS,
     ) -> list[Embedding]:
         """Texts as vectors: the model's hidden states behind its last norm, pooled. Nothing is generated.
@@ -87,10 +90,12 @@ class EngineReadings(EngineControl):
 
         Args:
             prompts: Text or token ids, each.
-            pooling: ``"mean"`` or ``"last"``, the last token's. None is what the checkpoint says
-                (``1_Pooling/config.json``), and without that the mean.
+            pooling: ``"mean"``, ``"last"``, the last token's, or, of an encoder, ``"cls"``, the first one's. None is
+                what the checkpoint says (``1_Pooling/config.json``), and without that the mean.
             normalize: Whether the vectors have length 1.
             dimensions: How many numbers are kept of each vector, from the front; None keeps all.
+            truncate_prompt_tokens: How many tokens a prompt may have, special ones included: the end of what is longer
+                is left out. -1 is as many as the model takes; None refuses what is longer than that.
             options: For all; ``request_id`` gets ``-0``, ``-1``, ... appended.
 
         Raises:
@@ -99,24 +104,31 @@ class EngineReadings(EngineControl):
         Cancelling it ends the requests.
         """
         wanted = EmbeddingOptions(pooling=pooling, normalize=normalize, dimensions=dimensions)
-        found = await self._read(checked_prompts(prompts), wanted, options)
+        found = await self._read(_cut(checked_prompts(prompts), truncate_prompt_tokens), wanted, options)
         return [Embedding(wanted.vector(_pooled(stream)), usage) for stream, usage in found]
 
     async def classify(
         self,
-        prompts: Sequence[Prompt | Sequence[Message]],
+        prompts: Sequence[Prompt | Sequence[Message] | tuple[str, str]],
         options: RequestOptions = DEFAULTS,
+        *,
+        truncate_prompt_tokens: int | None = None,
         **template_arguments: Any,
     ) -> list[Classification]:
         """What a model with a classification head says of texts or conversations: labels, guards, rewards.
 
-        The hidden state of each prompt's last token, behind the model's last norm, goes through the head, in float32.
-        The prompts are computed in the same steps as everything else, and take what they can from the prefix cache.
+        The hidden state of each prompt's last token, behind the model's last norm, goes through the head, in float32;
+        an encoder has a head of its own. The prompts are computed in the same steps as everything else, and take what
+        they can from the prefix cache.
 
         Args:
-            prompts: Text, token ids or a conversation, each. A conversation is a list of messages as of `chat`; it is
-                written by the chat template without the beginning of another turn (``add_generation_prompt=False``).
+            prompts: Text, token ids, a conversation or, for an encoder, a tuple of two texts, each. A conversation is a
+                list of messages as of `chat`; it is written by the chat template without the beginning of another turn
+                (``add_generation_prompt=False``).
             options: For all; ``request_id`` gets ``-0``, ``-1``, ... appended.
+            truncate_prompt_tokens: How many tokens a prompt may have, special ones included: the end of what is longer
+                is left out. -1 is as many as the model takes; None refuses what is longer than that.
+                A conversation cannot be cut.
             **template_arguments: Passed to the chat template.
 
         Returns:
@@ -128,7 +140,8 @@ class EngineReadings(EngineControl):
 
         Cancelling it ends the requests.
         """
-        wanted = [_said(prompt, template_arguments) for prompt in checked_prompts(prompts)]
+        said = [_said(prompt, template_arguments) for prompt in checked_prompts(prompts)]
+        wanted = _cut(said, truncate_prompt_tokens)
         return await _classified(await self._read(wanted, ClassificationOptions(), options))
 
     async def rerank(
@@ -138,6 +151,7 @@ class EngineReadings(EngineControl):
         prompt: RerankPrompt | None = None,
         *,
         instruction: str | None = None,
+        truncate_prompt_tokens: int | None = None,
         options: RequestOptions = DEFAULTS,
     ) -> list[Relevance]:
         """How far documents answer a query: by a classification head of one label, or by the model's "yes" or "no".
@@ -152,6 +166,8 @@ class EngineReadings(EngineControl):
             prompt: How the two become a prompt. None is what the checkpoint says, if it does: the files of Sentence
                 Transformers (``modules.json`` with a ``LogitScore``).
             instruction: What makes a document relevant; None is that of `prompt`.
+            truncate_prompt_tokens: How many tokens query and document may come to, with all that is around them: the
+                end of a document that is longer is left out. -1 is as many as the model takes; None refuses it.
             options: For all; ``request_id`` gets ``-0``, ``-1``, ... appended.
 
         Returns:
@@ -163,7 +179,13 @@ class EngineReadings(EngineControl):
 
         Cancelling it ends the requests.
         """
-        found = await self.relevances(_pairs(query, documents), prompt, instruction=instruction, options=options)
+        found = await self.relevances(
+            _pairs(query, documents),
+            prompt,
+            instruction=instruction,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            options=options,
+        )
         return sorted(found, key=lambda each: -each.logit)
 
     async def relevances(
@@ -172,6 +194,7 @@ class EngineReadings(EngineControl):
         prompt: RerankPrompt | None = None,
         *,
         instruction: str | None = None,
+        truncate_prompt_tokens: int | None = None,
         options: RequestOptions = DEFAULTS,
     ) -> list[Relevance]:
         """How far the second of each two texts answers the first, in their order; else as `rerank`.
@@ -180,6 +203,7 @@ class EngineReadings(EngineControl):
             pairs: A query and a document, each.
             prompt: As in `rerank`.
             instruction: As in `rerank`.
+            truncate_prompt_tokens: As in `rerank`.
             options: As in `rerank`.
 
         Raises:
@@ -192,7 +216,7 @@ class EngineReadings(EngineControl):
         view = await self._view()
         instruction_of(how_to_rank(prompt, view), instruction)
         # Another model may be loaded before they are admitted: each of these settles for itself how to rank.
-        prompts = [Pair(*pair, prompt, instruction) for pair in checked_pairs(pairs)]
+        prompts = _cut([Pair(*pair, prompt, instruction) for pair in checked_pairs(pairs)], truncate_prompt_tokens)
         if view.classifier is not None:
             read = await self._read(prompts, ClassificationOptions(), options)
             logits = [(_only(each, view).score, each.usage) for each in await _classified(read)]
@@ -211,7 +235,7 @@ class EngineReadings(EngineControl):
         return [Relevance(index, logit, sigmoid(logit), usage) for index, (logit, usage) in enumerate(logits)]
 
     async def _read(
-        self, prompts: Sequence[Prompt | Conversation | Pair], reading: Reading, options: RequestOptions
+        self, prompts: Sequence[AnyPrompt], reading: Reading, options: RequestOptions
     ) -> list[tuple[RequestStream, Usage]]:
         """Requests that have ended, whose hidden states are wanted, and what they cost."""
         configs = [_PROMPT_ALONE] * len(prompts)
@@ -224,6 +248,23 @@ def check_computed(request_id: str, computed: bool) -> None:
     """Raises RequestDroppedError if a request has ended before its prompt was computed."""
     if not computed:
         raise RequestDroppedError(f"request {request_id}: it was aborted before its prompt was computed")
+
+
+def _cut(prompts: list[Any], most: int | None) -> list[Any]:
+    """Prompts that are cut if they are too long.
+
+    Raises:
+        InvalidRequestError: `most` is no number of tokens, or there is a prompt that cannot be cut.
+    """
+    if most is None:
+        return prompts
+    if isinstance(most, bool) or not isinstance(most, int) or most < -1 or not most:
+        raise InvalidRequestError(f"truncate_prompt_tokens is {most!r:.80}; allowed: integers >= 1, -1, or None")
+    for prompt in prompts:
+        if isinstance(prompt, (Conversation, ImagePrompt)):
+            what = "conversations" if isinstance(prompt, Conversation) else "prompts with images"
+            raise InvalidRequestError(f"truncate_prompt_tokens is {most}; {what} cannot be cut")
+    return [Cut(prompt, most) for prompt in prompts]
 
 
 def checked_prompts(prompts: Any) -> list[Any]:
@@ -250,7 +291,8 @@ async def _classified(read: Sequence[tuple[RequestStream, Usage]]) -> list[Class
     def all_of_them() -> list[Classification]:
         return [one(*each) for each in read]
 
-    products = sum(stream.classifier.weight.size for stream, _ in read if stream.classifier is not None)
+    heads = [stream.classifier for stream, _ in read if stream.classifier is not None]
+    products = sum(head.weight.size for head in heads if head.weight is not None)
     if products <= _INLINE_PRODUCTS:
         return all_of_them()
     return await anyio.to_thread.run_sync(all_of_them, abandon_on_cancel=True)
@@ -271,6 +313,8 @@ def _said(prompt: Any, template_arguments: Mapping[str, Any]) -> Any:
     Raises:
         InvalidRequestError: There are arguments for a chat template, and the prompt is none of its own.
     """
+    if isinstance(prompt, tuple) and len(prompt) == 2 and all(isinstance(text, str) for text in prompt):
+        prompt = TextPair(*prompt)
     if isinstance(prompt, (list, tuple)) and prompt and all(isinstance(message, Mapping) for message in prompt):
         return Conversation(tuple(prompt), {"add_generation_prompt": False, **template_arguments})
     if template_arguments:

@@ -11,6 +11,7 @@ from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model import compiled_parts, memory, packed_linear
 from asyncengine.model.findings import Findings
 from asyncengine.model.load_check import BUILDING, Details
+from asyncengine.model.load_report import without_report
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.recurrent.packages import missing
 from asyncengine.model.vision.modules import seeing
@@ -447,7 +448,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
     kept = KeptCodes(coded, dtype, _kept_forms(details)) if _stays(details) else None
     state = state_of(checkpoint.plain, coded, dtype) | ({} if kept is None else kept.state()) if coded else None
     try:
-        with BUILDING:
+        with BUILDING, without_report():
             model, report = kind.from_pretrained(
                 checkpoint.path if state is None else None,
                 state_dict=state,

@@ -248,14 +248,6 @@ class Checkpoint:
             defaults["temperature"] = 0.0
         return GenerationConfig(**defaults)
 
-    @cached_property
-    def pooling(self) -> str:
-        """How ``1_Pooling/config.json`` of a sentence-transformers model makes embeddings; without one, "mean"."""
-        wanted = [key for key, value in self._json("1_Pooling/config.json", optional=True).items() if value is True]
-        modes = [key.removeprefix("pooling_mode_") for key in wanted if key.startswith("pooling_mode_")]
-        words = {"mean_tokens": "mean", "lasttoken": "last"}
-        return " + ".join(words.get(mode, mode) for mode in modes) or "mean"
-
     @property
     def classifies(self) -> bool:
         """Whether it says that it has a classification head."""

@@ -79,9 +79,8 @@ def head_of(checkpoint: Checkpoint, hf_config: Any) -> Head | None:
             raise CheckpointError(f"{checkpoint.name}: {wanted}, of its classification head, is missing{pickled}")
         if stored[wanted] != shape:
             raise CheckpointError(f"{checkpoint.name}: {wanted} is {stored[wanted]}; config.json says {shape}")
-    names = getattr(hf_config, "id2label", None) or {}
-    labels = tuple(str(names.get(index, f"LABEL_{index}")) for index in range(linear.out_features))
-    return Head(name, "bias" in shapes, labels, _activation(getattr(hf_config, "problem_type", None), len(labels)))
+    labels = labels_of(hf_config, linear.out_features)
+    return Head(name, "bias" in shapes, labels, activation_of(hf_config, len(labels)))
 
 
 def read(head: Head, checkpoint: Checkpoint) -> Classifier:
@@ -121,6 +120,7 @@ def try_head(head: Head, classifier: Classifier, model: Any, hf_config: Any, dev
             expected = judge.eval()(input_ids=ids[None], use_cache=False).logits[0].float().cpu().numpy()
     finally:
         architecture.attend_here(model)
+    assert classifier.weight is not None
     last = hidden[0][-1].float().cpu().numpy()
     size = np.abs(classifier.weight) @ np.abs(last)
     error = float(np.max(np.abs(classifier.logits(last) - expected) / np.maximum(size, 1e-6)))
@@ -140,8 +140,15 @@ def _without_weights(hf_config: Any, named: str) -> Any:
         return mapping[type(hf_config)]._from_config(hf_config, attn_implementation="eager")
 
 
-def _activation(problem: str | None, labels: int) -> Activation:
+def labels_of(hf_config: Any, count: int) -> tuple[str, ...]:
+    """The names of a head's labels."""
+    names = getattr(hf_config, "id2label", None) or {}
+    return tuple(str(names.get(index, f"LABEL_{index}")) for index in range(count))
+
+
+def activation_of(hf_config: Any, labels: int) -> Activation:
     """As transformers' pipeline for text classification has it."""
+    problem = getattr(hf_config, "problem_type", None)
     if problem == "regression":
         return "none"
     return "sigmoid" if problem == "multi_label_classification" or labels == 1 else "softmax"

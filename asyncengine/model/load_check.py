@@ -7,7 +7,7 @@ import dataclasses
 import json
 import threading
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from asyncengine.model.ranking import ranking_of
 from asyncengine.model.recorded import Watched
 from asyncengine.model.recurrent.refusals import check_recurrent
 from asyncengine.model.rope_limits import RopeLimit
+from asyncengine.model.sentence_modules import Embedder, embedder_of
 from asyncengine.model.vision.refusals import refusal
 from asyncengine.reranking import RerankPrompt
 from asyncengine.step.model import LoadedModel, LoadPlan
@@ -75,6 +76,7 @@ class Details:
         head: Its classification head, if it has one: an `asyncengine.model.classification.Head`.
         ranking: How it ranks documents, if it says so.
         draft_head: What drafts from its hidden states.
+        embedder: How it makes embeddings, as far as that is said.
     """
 
     checkpoint: Any
@@ -100,6 +102,7 @@ class Details:
     head: Any = None
     ranking: RerankPrompt | None = None
     draft_head: HeadPlan | None = None
+    embedder: Embedder = field(default_factory=Embedder)
 
     @property
     def images(self) -> bool:
@@ -218,6 +221,7 @@ def plan_of(
         head=head,
         ranking=ranking_of(checkpoint.path),
         draft_head=draft_head,
+        embedder=embedder_of(checkpoint.path),
     )
     try:
         beside = fits(details, current)
@@ -227,6 +231,22 @@ def plan_of(
         wait([selecting])  # a compiler takes memory as well, and gives it back
         beside = fits(details, current)
     return LoadPlan(config, beside, tokenizer_key(tokenizer_path), details)
+
+
+def vector_size(details: Details, hidden_size: int | None) -> int | None:
+    """Numbers in an embedding; None if the model gives out no hidden states.
+
+    Raises:
+        CheckpointError: The layers behind the pooling are for hidden states of another size.
+    """
+    size = hidden_size
+    for layer in details.embedder.dense if size is not None else ():
+        outputs, inputs = layer.weight.shape
+        if inputs != size:
+            name = details.checkpoint.name
+            raise CheckpointError(f"{name}: a layer behind the pooling takes {inputs} numbers; it gets {size}")
+        size = outputs
+    return size
 
 
 def is_known(config: EngineConfig) -> bool:

@@ -25,6 +25,7 @@ from asyncengine.model.capacity import cache_bytes, graphs_of, kv_bytes_per_bloc
 from asyncengine.model.draft_heads.entries import widened
 from asyncengine.model.draft_heads.serving import drafter_of
 from asyncengine.model.draft_model import DraftModel
+from asyncengine.model.encoders.kind import is_encoder
 from asyncengine.model.findings import keep
 from asyncengine.model.load_check import (
     Details,
@@ -33,6 +34,7 @@ from asyncengine.model.load_check import (
     plan_of,
     select_attention,
     settled,
+    vector_size,
     without_findings,
 )
 from asyncengine.model.recurrent.refusals import check_recurrent
@@ -78,6 +80,14 @@ class TransformersLoader:
         given, config = config, settled(config, checkpoint, device)
         dtype = dtype_of(config, checkpoint)
         checkpoint.read_ahead(memory.free_bytes(torch.device("cpu")))
+        if is_encoder(checkpoint.config):
+            from asyncengine.model.encoders import loading
+
+            try:
+                return loading.plan_of(given, current, checkpoint, device, dtype)
+            except BaseException:
+                checkpoint.stop_reading_ahead()
+                raise
         # A compiler has much of its work done while transformers is imported and the model is watched. `plan_of` waits
         # for it where there is something to let go of, or to be refused; else its work may end after the check.
         pool = ThreadPoolExecutor(1, "asyncengine-compiler")
@@ -96,6 +106,10 @@ class TransformersLoader:
 
     def load(self, plan: LoadPlan) -> LoadedModel:
         """As the protocol says. Codes that could not stay codes, and that nobody has asked for, become numbers."""
+        if is_encoder(plan.details.checkpoint.config):
+            from asyncengine.model.encoders import loading
+
+            return loading.load(plan)
         try:
             return self._load(plan)
         except UnsupportedModelError as error:
@@ -225,8 +239,9 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         drafting=drafting,
         launching=model if run_ahead else None,
         warming=_warming(model, draft_model),
-        hidden_size=built.hidden_size,
-        pooling=details.checkpoint.pooling,
+        hidden_size=vector_size(details, built.hidden_size),
+        pooling=details.embedder.pooling,
+        dense=details.embedder.dense,
         has_head=built.has_head,
         classifier=built.classifier,
         ranking=details.ranking,

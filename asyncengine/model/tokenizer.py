@@ -93,6 +93,20 @@ class FastTokenizer(_WithTemplate):
         """As `asyncengine.tokenizer.WritingTokenizer`."""
         return self._encoded(text, False)
 
+    def encode_texts(self, texts: Sequence[str], most: int | None = None) -> tuple[list[int], int | None]:
+        """As `asyncengine.tokenizer.PairingTokenizer`."""
+        try:
+            pieces = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        except TypeError:
+            "".join(texts).encode()
+            raise
+        if most is not None:
+            around = self._backend.num_special_tokens_to_add(len(texts) == 2)
+            left = most - around - sum(len(piece.ids) for piece in pieces[:-1])
+            pieces[-1].truncate(max(left, 0))
+        encoding = self._backend.post_process(*pieces)
+        return encoding.ids, _second(encoding.type_ids, self._chat)
+
     def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
             if len(text) > _LONG:
@@ -154,6 +168,19 @@ class SlowTokenizer(_WithTemplate):
         """As `asyncengine.tokenizer.WritingTokenizer`."""
         with self._lock:
             return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_texts(self, texts: Sequence[str], most: int | None = None) -> tuple[list[int], int | None]:
+        """As `asyncengine.tokenizer.PairingTokenizer`."""
+        cut = {} if most is None else {"truncation": "only_second" if len(texts) == 2 else True, "max_length": most}
+        with self._lock:
+            found = self._tokenizer(*texts, **cut)
+        return list(found["input_ids"]), _second(found.get("token_type_ids", ()), self._tokenizer)
+
+
+def _second(types: Sequence[int], tokenizer: Any) -> int | None:
+    """Where the second text begins, by the types of tokens, if the tokenizer gives those to its model."""
+    told = "token_type_ids" in tokenizer.model_input_names and 1 in types
+    return list(types).index(1) if told else None
 
 
 def load_tokenizer(path: Path, present: Tokenizer | None = None) -> Tokenizer | None:

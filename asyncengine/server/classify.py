@@ -19,7 +19,7 @@ from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service, reply
 from asyncengine.server.wire import Body
 
-_NAMES = {"prompt": "input", "prompts": "input"}
+_NAMES = {"prompt": "input", "prompts": "input", CUT: CUT}
 
 
 class ClassifyBody(ReadingBody, kw_only=True):
@@ -55,7 +55,7 @@ class Classes(msgspec.Struct):
 BODY = Body(
     ClassifyBody,
     ignored=frozenset({"user"}),
-    refused={**CUT, "add_special_tokens": "a prompt gets the special tokens that its model expects"},
+    refused={"add_special_tokens": "a prompt gets the special tokens that its model expects"},
     harmless={"add_special_tokens": (True,)},
 )
 
@@ -77,11 +77,12 @@ def routes(service: Service) -> list[Route]:
             prompts: list[Any] = list(prompts_of("" if body.input is None else body.input, "input"))
             check_count(len(prompts), "input")
         else:
-            request.state.names = dict.fromkeys(_NAMES, "messages")
+            request.state.names = {**dict.fromkeys(_NAMES, "messages"), CUT: CUT}
             arguments = template_arguments(body.chat_template_kwargs)
             arguments["add_generation_prompt"] = body.add_generation_prompt
             prompts = [await decoded(conversation(body.messages, service.settings.max_image_bytes))]
         options = options_of(body, "classify", request, served)
+        arguments[CUT] = body.truncate_prompt_tokens
         read = await found(service, request, service.engine.classify(prompts, options, **arguments))
         if read is None:
             return Response(status_code=499)

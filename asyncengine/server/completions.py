@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine.detokenizer import BEFORE
-from asyncengine.loop.prepare import TextPrompt
+from asyncengine.loop.encoding import TextPrompt
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import FinishReason, RequestOutput
 from asyncengine.server.answer import Answer, new_id, now

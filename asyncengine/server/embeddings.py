@@ -16,7 +16,7 @@ from asyncengine.server.reading import CUT, ReadingBody, ReadingUsage, check_cou
 from asyncengine.server.service import Service, reply
 from asyncengine.server.wire import Body
 
-_NAMES = {"prompt": "input", "prompts": "input", **{name: name for name in ("pooling", "normalize", "dimensions")}}
+_NAMES = {"prompt": "input", "prompts": "input", **{name: name for name in ("pooling", "normalize", "dimensions", CUT)}}
 
 
 class EmbeddingsBody(ReadingBody, kw_only=True):
@@ -50,7 +50,7 @@ class Embeddings(msgspec.Struct):
 BODY = Body(
     EmbeddingsBody,
     ignored=frozenset({"user"}),
-    refused={**CUT, "messages": "use input"},
+    refused={"messages": "use input"},
 )
 
 
@@ -65,6 +65,7 @@ def routes(service: Service) -> list[Route]:
         check_count(len(inputs), "input")
         options = options_of(body, "embd", request, served)
         asked: dict[str, Any] = {"normalize": body.normalize, "dimensions": body.dimensions, "options": options}
+        asked[CUT] = body.truncate_prompt_tokens
         pooling: Pooling | None = body.pooling  # type: ignore[assignment]  # the engine checks it
         read = await found(service, request, service.engine.embed(inputs, pooling, **asked))
         if read is None:

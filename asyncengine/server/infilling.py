@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from asyncengine.loop.prepare import TextPrompt
+from asyncengine.loop.encoding import TextPrompt
 from asyncengine.server.refusal import Refusal
 from asyncengine.tokenizer import Tokenizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asyncengine.loop.prepare import TextPrompt
+from asyncengine.loop.encoding import TextPrompt
 from asyncengine.server.refusal import Refusal
 
 

@@ -22,13 +22,15 @@ T = TypeVar("T")
 
 MAX_INPUTS = 2048
 """OpenAI's."""
-CUT = {"truncate_prompt_tokens": "input that is too long is refused, not cut"}
+CUT = "truncate_prompt_tokens"
+"""vLLM's name of how long a prompt may be before its end is left out."""
 
 
 class ReadingBody(msgspec.Struct, kw_only=True):
     """Who reads, and how the request is handled."""
 
     model: str | None = None
+    truncate_prompt_tokens: int | None = None
     priority: int = 0
     deadlines: DeadlineFields | None = None
 

@@ -19,6 +19,9 @@ from asyncengine.server.wire import Body
 _FORMS = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 """What vLLM calls the two sides."""
 
+_SAME = {name: name for name in ("instruction", CUT)}
+"""Fields that the engine calls as the routes do."""
+
 Texts = str | list[str]
 
 
@@ -92,7 +95,7 @@ class Ranking(msgspec.Struct):
     usage: ReadingUsage
 
 
-_REFUSED = {**CUT, "max_tokens_per_doc": "a document that is too long is refused, not cut"}
+_REFUSED = {"max_tokens_per_doc": "use truncate_prompt_tokens, which counts the query as well"}
 SCORE = Body(ScoreBody, ignored=frozenset({"user"}), refused=_REFUSED)
 RERANK = Body(RerankBody, ignored=frozenset({"user"}), refused=_REFUSED)
 
@@ -112,7 +115,7 @@ def routes(service: Service) -> list[Route]:
         return reply(Scores(id, now(), model, items, _usage(read)), headers=headers)
 
     async def rerank(request: Request) -> Response:
-        request.state.names = {"prompt": "documents", "prompts": "documents", "instruction": "instruction"}
+        request.state.names = {"prompt": "documents", "prompts": "documents", **_SAME}
         body, headers = await service.read(request, RERANK)
         if body.top_n < 0:
             raise Refusal(
@@ -144,7 +147,11 @@ def routes(service: Service) -> list[Route]:
         options = options_of(body, prefix, request, served)
         assert options.request_id is not None
         asked = service.engine.relevances(
-            pairs, service.settings.rerank_prompt, instruction=body.instruction, options=options
+            pairs,
+            service.settings.rerank_prompt,
+            instruction=body.instruction,
+            truncate_prompt_tokens=body.truncate_prompt_tokens,
+            options=options,
         )
         read = await found(service, request, asked)
         return None if read is None else (options.request_id, served.name, read)
@@ -174,7 +181,7 @@ def _sides(body: ScoreBody) -> tuple[list[tuple[str, str]], dict[str, str]]:
     if len(one) not in (1, len(other)):
         message = f"{form[0]} has {len(one)} entries; allowed: 1, or as many as {form[1]}, {len(other)}"
         raise Refusal(400, message, "invalid_field", form[0])
-    names = {"prompt": form[1], "prompts": form[1], "instruction": "instruction"}
+    names = {"prompt": form[1], "prompts": form[1], **_SAME}
     return list(zip(itertools.islice(itertools.cycle(one), len(other)), other, strict=True)), names
 
 

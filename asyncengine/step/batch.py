@@ -67,6 +67,8 @@ class StepBatch:
         reach: (T,) how many tokens of its sequence each token attends to in layers that look ahead: those up to the end
             of its image for tokens of an image, those up to itself for others. All of them are in the KV cache by the
             end of this step. None if no layer does so, or no token is of an image.
+        token_types: (T,) 1 for tokens of the second of two texts that a prompt is made of, 0 for all others. None if
+            no prompt is of two texts that the model tells apart by that.
     """
 
     token_ids: Int32
@@ -93,6 +95,7 @@ class StepBatch:
     images: tuple[ImagePart, ...] = ()
     axes: Int32 | None = None
     reach: Int32 | None = None
+    token_types: Int32 | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,8 @@ class Batches:
         ]
         if spans:
             more["pool_spans"] = np.array(spans, dtype=np.int64)
+        if any(chunk.sequence.request.new.second is not None for chunk in chunks):
+            more["token_types"] = self._types(chunks, query_start[decodes:], context[decodes:], len(token_ids))
         return StepBatch(
             token_ids=token_ids,
             positions=rotated,
@@ -140,6 +142,16 @@ class Batches:
                 of_prompt = images.axes[:, computed:end]
                 axes[:, start : start + of_prompt.shape[1]] = of_prompt
         return tuple(parts), axes
+
+    @staticmethod
+    def _types(chunks: list[Chunk], query_start: Int32, context: Int64, tokens: int) -> Int32:
+        """`StepBatch.token_types`."""
+        types = np.zeros(tokens, dtype=np.int32)
+        for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
+            second = chunk.sequence.request.new.second
+            if second is not None:
+                types[start + max(second - computed, 0) : start + chunk.count] = 1
+        return types
 
     @staticmethod
     def _reach(chunks: list[Chunk], query_start: Int32, context: Int64, positions: Int64) -> Int32 | None:

@@ -17,7 +17,7 @@ from asyncengine.step.drafting import Drafts
 from asyncengine.step.pieces import Pieces
 from asyncengine.step.plan import Chunk, Plan
 from asyncengine.step.requests import RequestTable
-from asyncengine.step.sequence import Sequence, SequenceState
+from asyncengine.step.sequence import Request, Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
 
 _Beyond = tuple[list[int], bool]
@@ -129,6 +129,7 @@ class Commits:
     def _commit_pooled(self, plan: Plan, sums: Float32) -> None:
         """Adds up the hidden states, in double precision so that the pieces do not show; tells whose are complete."""
         pooling = (chunk for chunk in plan.chunks if chunk.pools)
+        complete: list[tuple[Request, Float32]] = []
         for chunk, part in zip(pooling, sums, strict=True):
             request = chunk.sequence.request
             if request.ended:
@@ -137,9 +138,18 @@ class Commits:
             request.scored = chunk.pooled[1]
             if chunk.last:
                 count = len(request.new.prompt) if request.new.pooling == "mean" else 1
-                vector = (request.pooled / count).astype(np.float32)
-                classifier = self._table.classifier if request.new.classifies else None
-                self._table.outbox.add(request.mailbox, Pooled(request.new.number, vector, classifier))
+                complete.append((request, (request.pooled / count).astype(np.float32)))
+        dense = self._table.dense
+        embedded = [i for i, (request, _) in enumerate(complete) if dense and not request.new.classifies]
+        if embedded:  # at once: the layers are read once for all of them
+            vectors = np.stack([complete[i][1] for i in embedded])
+            for layer in dense:
+                vectors = layer(vectors)
+            for i, vector in zip(embedded, vectors, strict=True):
+                complete[i] = (complete[i][0], vector)
+        for request, vector in complete:
+            classifier = self._table.classifier if request.new.classifies else None
+            self._table.outbox.add(request.mailbox, Pooled(request.new.number, vector, classifier))
 
     def _commit_decodes(
         self,

@@ -21,6 +21,8 @@ class Limits:
         kept_states: How many states can be kept beside those of the slots, for a model that keeps a state for each
             sequence (of state-space layers, say) beside keys and values; None for a model that does not.
         drafted_states: How many more a step can set aside, for such a model: so many tokens can be drafted in it.
+        whole_prompts: Whether a prompt is computed in one step, be it longer than `prefill_chunk_size`, for a model in
+            which tokens look at those behind them. Such a model generates nothing.
     """
 
     max_num_sequence: int
@@ -33,6 +35,7 @@ class Limits:
     max_recycling: int | None = None
     kept_states: int | None = None
     drafted_states: int = 0
+    whole_prompts: bool = False
 
     @property
     def reuses_prefixes(self) -> bool:
@@ -43,3 +46,8 @@ class Limits:
     def max_tokens(self) -> int:
         """Most tokens in one sequence, by its own limit and by the KV cache's capacity."""
         return min(self.max_single_sequence_length, self.num_blocks * self.page_size)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Most tokens in a prompt: one less, so that there is room for another, where something can be generated."""
+        return self.max_tokens if self.whole_prompts else self.max_tokens - 1

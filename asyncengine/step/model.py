@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 from asyncengine.classifier import Classifier
 from asyncengine.config import EngineConfig
+from asyncengine.dense import Dense
 from asyncengine.generation import GenerationConfig, SamplingParams
 from asyncengine.images import ImageReader
+from asyncengine.outputs import Pooling
 from asyncengine.reranking import RerankPrompt
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
 from asyncengine.step.drafting import Drafting
@@ -145,13 +147,16 @@ class ModelView:
         vocab_size: Token ids lie below it.
         eos_token_ids: End a branch unless ignored.
         max_tokens: Most tokens in one sequence.
+        max_prompt_tokens: Most of them in a prompt.
         limits_text: Which limits that comes from, for messages.
         default_generation_config: The model's own.
         tokenizer: None if there is none: prompts are token ids and outputs carry no text.
         tokenizer_key: Equal for equal tokenizers.
         hidden_size: Numbers in an embedding; None if the model cannot embed.
         pooling: How it embeds where the caller does not say, in the checkpoint's word.
-        has_head: Whether it has a language-model head; without, it can only embed.
+        poolings: How it can embed.
+        has_head: Whether it has a language-model head; without, it can only embed and classify.
+        takes_pairs: Whether its tokenizer makes one prompt of two texts, in a way that the model was trained for.
         classifier: Its classification head; None without one.
         ranking: How it ranks documents, if its checkpoint says so.
         adapters: Names of the adapters that are loaded.
@@ -165,13 +170,16 @@ class ModelView:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_tokens: int
+    max_prompt_tokens: int
     limits_text: str
     default_generation_config: GenerationConfig
     tokenizer: Tokenizer | None
     tokenizer_key: str | None
     hidden_size: int | None = None
     pooling: str = "mean"
+    poolings: tuple[Pooling, ...] = ("mean", "last")
     has_head: bool = True
+    takes_pairs: bool = False
     classifier: Classifier | None = None
     ranking: RerankPrompt | None = None
     adapters: tuple[str, ...] = ()
@@ -189,6 +197,7 @@ class LoadedModel:
         limits: What it can take.
         memory_bytes: What weights and KV cache take on their device.
         notes: What is not as fast as it could be, in words.
+        dense: Layers between pooled hidden states and an embedding.
         drafting: Guesses tokens for speculative decoding; None for none.
         launching: The model again, if its steps may be launched ahead; None if each is executed and waited for.
         warming: The model again, if there is more to do that makes it faster.
@@ -208,7 +217,9 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     hidden_size: int | None = None
     pooling: str = "mean"
+    dense: tuple[Dense, ...] = ()
     has_head: bool = True
+    takes_pairs: bool = False
     classifier: Classifier | None = None
     ranking: RerankPrompt | None = None
     drafting: Drafting | None = None
@@ -220,25 +231,36 @@ class LoadedModel:
     image_reader: ImageReader | None = None
     no_images: str = "its checkpoint is of text alone"
 
+    @property
+    def poolings(self) -> tuple[Pooling, ...]:
+        """How it can embed."""
+        if self.hidden_size is None:
+            return ()
+        return ("cls", "mean", "last") if self.limits.whole_prompts else ("mean", "last")
+
     def view(self, epoch: int) -> ModelView:
         """What the event loops may know of it."""
         limits = self.limits
+        text = f"max_single_sequence_length = {limits.max_single_sequence_length}"
+        if not limits.whole_prompts:
+            capacity = limits.num_blocks * limits.page_size
+            text += f", KV cache capacity = {limits.num_blocks} blocks x {limits.page_size} tokens = {capacity}"
         return ModelView(
             epoch=epoch,
             config=self.config,
             vocab_size=self.vocab_size,
             eos_token_ids=self.eos_token_ids,
             max_tokens=limits.max_tokens,
-            limits_text=(
-                f"max_single_sequence_length = {limits.max_single_sequence_length}, KV cache capacity = "
-                f"{limits.num_blocks} blocks x {limits.page_size} tokens = {limits.num_blocks * limits.page_size}"
-            ),
+            max_prompt_tokens=limits.max_prompt_tokens,
+            limits_text=text,
             default_generation_config=self.default_generation_config,
             tokenizer=self.tokenizer,
             tokenizer_key=self.tokenizer_key,
             hidden_size=self.hidden_size,
             pooling=self.pooling,
+            poolings=self.poolings,
             has_head=self.has_head,
+            takes_pairs=self.takes_pairs,
             classifier=self.classifier,
             ranking=self.ranking,
             adapters=tuple(name for name, _ in self.adapters),

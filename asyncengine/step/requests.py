@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from asyncengine.classifier import Classifier
+from asyncengine.dense import Dense
 from asyncengine.detokenizer import BEFORE, TextStream
 from asyncengine.errors import (
     AsyncEngineError,
@@ -26,7 +27,7 @@ from asyncengine.events import BranchEnded, RequestEnded
 from asyncengine.images import ImageFailure
 from asyncengine.instructions import AddRequests, ExtendPrompt, Mailbox, NewRequest, ReplyTo
 from asyncengine.metrics import Counters
-from asyncengine.outputs import FinishReason, Usage
+from asyncengine.outputs import FinishReason, Pooling, Usage
 from asyncengine.step.adapters import Adapter, AdapterTable, unknown_adapter
 from asyncengine.step.arriving import Arriving
 from asyncengine.step.batch import Int32
@@ -61,7 +62,9 @@ class RequestTable:
         self.max_queue_size = max_queue_size
         self._tokenizer: Tokenizer | None = None
         self._vocab_size = 0
-        self._embeds = self._generates = True
+        self._poolings: tuple[Pooling, ...] = ()
+        self._generates, self._takes_pairs = True, False
+        self.dense: tuple[Dense, ...] = ()
         self.classifier: Classifier | None = None
         self._image_reader: str | None = None
         self._stand_ins = StandIns()
@@ -459,8 +462,8 @@ class RequestTable:
         self.scheduler = scheduler
         self._tokenizer = loaded.tokenizer
         self._vocab_size = loaded.vocab_size
-        self._embeds, self._generates = loaded.hidden_size is not None, loaded.has_head
-        self.classifier = loaded.classifier
+        self._poolings, self._generates, self._takes_pairs = loaded.poolings, loaded.has_head, loaded.takes_pairs
+        self.classifier, self.dense = loaded.classifier, loaded.dense
         self._image_reader = None if loaded.image_reader is None else loaded.image_reader.key
         self.adapters = adapters
         for request in list(self._requests.values()):
@@ -488,17 +491,20 @@ class RequestTable:
     def _misfit(self, new: NewRequest, sequences: list[Int32], looked_at: int = 0) -> InvalidRequestError | None:
         """Why a request does not fit the model; `looked_at` tokens before those of each sequence do."""
         assert self.scheduler is not None
-        most, vocab_size = self.scheduler.limits.max_tokens, self._vocab_size
-        if any(looked_at + len(tokens) >= most for tokens in sequences):
+        limits, vocab_size = self.scheduler.limits, self._vocab_size
+        if any(looked_at + len(tokens) > limits.max_prompt_tokens for tokens in sequences):
             return InvalidRequestError(
-                f"request {new.request_id}: its tokens do not fit the new model: at most {most} tokens"
+                f"request {new.request_id}: its tokens do not fit the new model: at most {limits.max_tokens} tokens"
             )
         if any(int(tokens.max(initial=0)) >= vocab_size for tokens in sequences):
             return InvalidRequestError(
                 f"request {new.request_id}: it has token ids outside the new vocabulary of {vocab_size}"
             )
-        if new.pooling is not None and not self._embeds:
-            return InvalidRequestError(f"request {new.request_id}: the new model gives out no hidden states to embed")
+        if new.pooling is not None and not new.classifies and new.pooling not in self._poolings:
+            can = f"pools by {', '.join(self._poolings)}" if self._poolings else "gives out no hidden states to embed"
+            return InvalidRequestError(f"request {new.request_id}: it pools by {new.pooling!r}; the new model {can}")
+        if new.second is not None and not self._takes_pairs:
+            return InvalidRequestError(f"request {new.request_id}: the new model takes no pairs of texts")
         if new.classifies and self.classifier is None:
             return InvalidRequestError(f"request {new.request_id}: the new model has no classification head")
         if new.pooling is None and not self._generates:

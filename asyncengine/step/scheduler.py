@@ -352,7 +352,12 @@ class Scheduler:
         left = int(slots.num_tokens[sequence.slot]) - computed
         if not left:  # its last piece is under way
             return 0
-        count = min(left, budget)
+        if not self.limits.whole_prompts:
+            count = min(left, budget)
+        elif left > budget and chunks:
+            return 0
+        else:
+            count = left
         scored = pooled = (0, 0)
         first = max(computed, request.scored)
         if request.new.pooling is None and request.unscored:
@@ -366,6 +371,8 @@ class Scheduler:
                 return 0
         if request.new.pooling is None and request.unscored:
             scored = (first, max(first, min(computed + count, len(request.new.prompt) - 1)))
+        elif request.new.pooling == "cls":
+            pooled = (0, 1)
         elif request.new.pooling is not None:
             last_one = max(len(request.new.prompt) - 1, computed)
             pooled = (first if request.unscored else last_one, computed + count)

@@ -17,6 +17,7 @@ from asyncengine.model import memory
 from asyncengine.model.load_check import SLACK
 from tests.cli.programs import run
 from tests.model.checkpoints import write
+from tests.model.encoders import checkpoints as encoders
 
 pytestmark = pytest.mark.loops("either")
 
@@ -212,3 +213,15 @@ def test_a_model_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     done = run("estimate", str(tmp_path))
     assert done.status == 1 and "encoder-decoder" in done.err
+
+
+def test_an_encoder_takes_its_weights_and_nothing_for_texts(tmp_path: Path) -> None:
+    path = str(encoders.write(tmp_path, "bert", 3))
+    done = run("estimate", path, "--memory", "1", "--max-num-seqs", "7")
+    assert done.status == 0, done.err
+    for text in ("BertForSequenceClassification", "in float32", "none: an encoder", "64 tokens", "7 prompts"):
+        assert text in done.out
+    done = run("estimate", path, "--memory", "0.1")
+    assert done.status == 1 and "does not fit" in done.out
+    done = run("estimate", path, "--max-model-len", "65")
+    assert done.status == 1 and "the model's positions allow 1..64" in done.err

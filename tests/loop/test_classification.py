@@ -171,9 +171,11 @@ def test_a_pair_is_written_as_the_model_says_that_it_is_prepared_for() -> None:
     for template in ("old: {query} {document}", "new: {query} {document}"):
         view: Any = SimpleNamespace(
             ranking=RerankPrompt(template=template, yes="y", no="n"), classifier=None, tokenizer=ByteTokenizer(),
-            config=EngineConfig("m"),
+            config=EngineConfig("m"), takes_pairs=False,
         )  # fmt: skip
-        assert bytes(pair.encoded(view)).decode() == template.format(query="a", document="b")
+        ids, second = pair.encoded(view)
+        assert second is None
+        assert bytes(ids).decode() == template.format(query="a", document="b")
 
 
 async def test_a_scripted_model_says_yes_or_no() -> None:

@@ -64,7 +64,7 @@ def tokenizers() -> dict[str, Tokenizer]:
 
 def view(tokenizer: Tokenizer | None, max_tokens: int = 4096) -> ModelView:
     config = EngineConfig("m", kv_cache_page_size=8)
-    return ModelView(1, config, 2000, (), max_tokens, "so many", GenerationConfig(), tokenizer, None)
+    return ModelView(1, config, 2000, (), max_tokens, max_tokens - 1, "so many", GenerationConfig(), tokenizer, None)
 
 
 def now(coroutine: Coroutine[Any, Any, tuple[int, Any]]) -> tuple[int, list[int]]:

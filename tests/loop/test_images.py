@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError
-from asyncengine.loop.prepare import _READERS
+from asyncengine.loop.encoding import _READERS
 from asyncengine.testing import ByteTokenizer, ScriptedImageReader, ScriptedLoader, pieces_of
 from tests.speculation.drafters import Oracle
 

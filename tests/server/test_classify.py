@@ -83,7 +83,7 @@ async def test_what_is_wrong_is_refused_by_name() -> None:
         ("/classify", {"messages": []}, "messages"), ("/classify", {"input": [99999]}, "input"),
         ("/classify", {"input": "a", "add_generation_prompt": True}, "add_generation_prompt"),
         ("/classify", {"input": ["a"] * 2049}, "input"), ("/classify", {"input": "a", "softmax": True}, "softmax"),
-        ("/classify", {"input": "a", "truncate_prompt_tokens": 1}, "truncate_prompt_tokens"),
+        ("/classify", {"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ("/score", {"text_1": "a"}, "text_1"), ("/score", {"text_1": "a", "documents": "b"}, "text_1"),
         ("/score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1"),
         ("/score", {"queries": [], "items": "b"}, "queries"),

@@ -44,6 +44,7 @@ async def test_fields_say_how() -> None:
 
         assert await vector(pooling="last", normalize=False) == [98.0, 1.0, 1.0]
         assert await vector(dimensions=2, normalize=False) == [97.5, 0.5]
+        assert await vector(truncate_prompt_tokens=1, pooling="last", normalize=False) == [97.0, 0.0, 1.0]
         assert np.linalg.norm(await vector()) == pytest.approx(1.0)
         plain, packed = await vector(), base64.b64decode(await vector(encoding_format="base64"))
         assert np.frombuffer(packed, "<f4").tolist() == pytest.approx(plain)
@@ -55,7 +56,7 @@ async def test_what_is_wrong_is_refused_by_name() -> None:
         (asked([99999]), "input"), (asked(["a"] * 2049), "input"), (asked({"a": 1}), "input"), ({}, "input"),
         (asked(encoding_format="int8"), "encoding_format"), (asked(dimensions=4), "dimensions"),
         (asked(dimensions=0), "dimensions"), (asked(pooling="cls"), "pooling"), (asked(messages=[]), "messages"),
-        (asked(truncate_prompt_tokens=3), "truncate_prompt_tokens"), (asked(colour="red"), "colour"),
+        (asked(truncate_prompt_tokens=0), "truncate_prompt_tokens"), (asked(colour="red"), "colour"),
     ]  # fmt: skip
     async with served() as client:
         for body, param in wrong:

@@ -1,0 +1,248 @@
+"""Prompts as token ids: texts, pairs of them, conversations, images. Runs on the caller, or on a thread for it."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar, cast
+
+import anyio
+import anyio.to_thread
+import numpy as np
+from anyio.lowlevel import RunVar
+
+from asyncengine.errors import InvalidRequestError
+from asyncengine.images import ImagePrompt, ImageSource, PromptImages, Write
+from asyncengine.loop.image_parts import take_images
+from asyncengine.loop.pairs import Pair, TextPair
+from asyncengine.step.batch import Int32
+from asyncengine.step.model import ModelView
+from asyncengine.tokenizer import Message, PairingTokenizer, Tokenizer, WritingTokenizer
+
+T = TypeVar("T")
+
+TextPrompt = str | Iterable[int]
+
+Prompt = TextPrompt | ImagePrompt
+
+Piece = str | int | Iterable[int]
+
+StreamedPrompt = AsyncIterable[Piece]
+"""A prompt that comes in pieces: text, or token ids, one or several at a time."""
+
+NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
+
+_READERS = min(4, os.cpu_count() or 1)
+"""Threads that read images at once, for each event loop."""
+_readers: RunVar[anyio.CapacityLimiter] = RunVar("asyncengine_image_readers")
+_INLINE_CHARACTERS = 1024
+"""Shorter texts are encoded on the loop: that takes less time than handing them to a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages that become a prompt through the model's chat template."""
+
+    messages: Sequence[Message]
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A prompt whose end is left out if it is too long; of a pair, that of the second text.
+
+    Attributes:
+        most: How many tokens there may be, special ones included; -1 means as many as the model takes.
+    """
+
+    prompt: TextPrompt | Pair | TextPair
+    most: int
+
+    def within(self, view: ModelView) -> int:
+        """How many tokens there may be.
+
+        Raises:
+            InvalidRequestError: The model does not take so many.
+        """
+        if self.most > view.max_prompt_tokens:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens is {self.most}; allowed: -1 and 1..{view.max_prompt_tokens} "
+                f"({view.limits_text})"
+            )
+        return view.max_prompt_tokens if self.most < 0 else self.most
+
+
+AnyPrompt = Prompt | Conversation | Pair | TextPair | Cut
+"""Whatever becomes token ids at once."""
+
+
+class Encoded(NamedTuple):
+    """A prompt as the model takes it.
+
+    Attributes:
+        ids: (tokens,) token ids.
+        images: Those in it.
+        second: Where the second of two texts begins, if it is of two.
+    """
+
+    ids: Int32
+    images: PromptImages | None = None
+    second: int | None = None
+
+
+async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded:
+    """Token ids of a prompt. Long texts and images are read on a worker thread; cancelling does not stop that.
+
+    Raises:
+        InvalidRequestError: Not text, token ids in the vocabulary, messages that the chat template takes, or images
+            that the model does; or empty.
+    """
+    most = None
+    if isinstance(prompt, Cut):
+        most, prompt = prompt.within(view), prompt.prompt
+    if isinstance(prompt, Conversation):
+        return await _encode_chat(prompt, view)
+    elif isinstance(prompt, ImagePrompt):
+        model, text = tokenizer_of(view, "images need one"), prompt.text
+        return await _read_images(prompt.images, view, lambda encode: encode(text), model.encode)
+    elif isinstance(prompt, (Pair, TextPair)):
+        if prompt.size <= _INLINE_CHARACTERS and (view.takes_pairs or prompt.has_template):
+            return typed(lambda: _encode_pair(prompt, view, most))
+        return await _in_thread(lambda: _encode_pair(prompt, view, most))
+    elif isinstance(prompt, str):
+        text = prompt
+        if not text:
+            raise InvalidRequestError("the prompt is ''; allowed: at least one token")
+        model = tokenizer_of(view, "pass the prompt as token ids")
+        if len(text) <= _INLINE_CHARACTERS:
+            ids = typed(lambda: _encode_text(text, model, most))
+        else:
+            return Encoded(await _in_thread(lambda: token_ids_of(_encode_text(text, model, most), view)))
+    elif isinstance(prompt, AsyncIterable) and not isinstance(prompt, Iterable):
+        raise InvalidRequestError("the prompt is an async iterator; add_request, stream and generate take one")
+    elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
+        raise InvalidRequestError(f"the prompt is {prompt!r:.80}; expected a string or token ids")
+    else:
+        ids = prompt if most is None else list(prompt)[:most]  # type: ignore[assignment]
+    return Encoded(token_ids_of(ids, view))
+
+
+def _encode_text(text: str, tokenizer: Tokenizer, most: int | None) -> list[int]:
+    ids = tokenizer.encode(text)
+    if most is None or len(ids) <= most:
+        return ids
+    if not hasattr(tokenizer, "encode_texts"):
+        return ids[:most]
+    return cast("PairingTokenizer", tokenizer).encode_texts([text], most)[0]
+
+
+def _encode_pair(pair: Pair | TextPair, view: ModelView, most: int | None) -> Encoded:
+    ids, second = pair.encoded(view, most)
+    return Encoded(token_ids_of(ids, view), second=second)
+
+
+async def _encode_chat(conversation: Conversation, view: ModelView) -> Encoded:
+    _check_messages(conversation.messages, view)
+    model = tokenizer_of(view, "messages need a tokenizer")
+    arguments = conversation.template_arguments
+    messages, images = take_images(conversation.messages)
+    if not images:
+        return Encoded(await _in_thread(lambda: token_ids_of(model.encode_chat(messages, arguments), view)))
+    if not hasattr(model, "encode_chat_by"):
+        raise InvalidRequestError("the messages have images; the tokenizer has no encode_chat_by, which they need")
+    writing = cast("WritingTokenizer", model)
+    return await _read_images(
+        images, view, lambda encode: writing.encode_chat_by(messages, arguments, encode), writing.encode_piece
+    )
+
+
+async def _read_images(
+    images: Sequence[ImageSource], view: ModelView, write: Write, encode: Callable[[str], list[int]]
+) -> Encoded:
+    reader = view.image_reader
+    if reader is None:
+        raise InvalidRequestError(f"the prompt has images; the model takes none: {view.no_images}")
+
+    def read() -> Encoded:
+        found = reader.read(images, write, encode, view.max_tokens - 1)
+        return Encoded(token_ids_of(found.token_ids, view), found.images)
+
+    return await _in_thread(read, _image_readers())
+
+
+def _image_readers() -> anyio.CapacityLimiter:
+    """Lets few of a loop's images be read at once, since a large one takes a lot of memory meanwhile."""
+    try:
+        return _readers.get()
+    except LookupError:
+        _readers.set(limiter := anyio.CapacityLimiter(_READERS))
+        return limiter
+
+
+def tokenizer_of(view: ModelView, otherwise: str) -> Tokenizer:
+    """The model's tokenizer.
+
+    Raises:
+        InvalidRequestError: It has none; the message says what to do.
+    """
+    if view.tokenizer is None:
+        raise InvalidRequestError(f"{view.config.model!r} has no tokenizer; {otherwise}")
+    return view.tokenizer
+
+
+def typed(function: Callable[[], T]) -> T:
+    """Whatever a tokenizer or template raises, it is the input that it did not like."""
+    try:
+        return function()
+    except InvalidRequestError:
+        raise
+    except Exception as error:
+        raise InvalidRequestError(f"the prompt cannot be encoded: {error}") from error
+
+
+async def _in_thread(function: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
+    return await anyio.to_thread.run_sync(lambda: typed(function), abandon_on_cancel=True, limiter=limiter)
+
+
+def _check_messages(messages: object, view: ModelView) -> None:
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        raise InvalidRequestError(f"messages is {messages!r:.80}; expected a non-empty list of messages")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InvalidRequestError(f"messages has {message!r:.80}; expected a mapping with 'role' and 'content'")
+        known = message.get("token_ids")
+        if known is not None and not isinstance(known, (list, tuple)):
+            raise InvalidRequestError(f"messages has token_ids {known!r:.80}; expected a list of token ids")
+        for token_id in known or ():
+            if type(token_id) is not int or not 0 <= token_id < view.vocab_size:
+                raise InvalidRequestError(
+                    f"messages has token_ids with {token_id!r:.40}; allowed: 0..{view.vocab_size - 1}"
+                )
+
+
+def token_ids_of(ids: Iterable[int], view: ModelView) -> Int32:
+    """Token ids as an array; raises InvalidRequestError if there are none, or some are not in the vocabulary."""
+    values = list(ids)
+    if set(map(type, values)) - {int}:
+        values = [_index(token_id, view) for token_id in values]
+    if not values:
+        raise InvalidRequestError("the prompt is empty; allowed: at least one token")
+    low, high = min(values), max(values)
+    if low < 0 or high >= view.vocab_size:
+        raise InvalidRequestError(
+            f"the prompt has token id {low if low < 0 else high}; allowed: 0..{view.vocab_size - 1} "
+            f"(vocabulary of {view.vocab_size})"
+        )
+    return np.array(values, dtype=np.int32)
+
+
+def _index(token_id: object, view: ModelView) -> int:
+    if not isinstance(token_id, bool):
+        with contextlib.suppress(TypeError):
+            return operator.index(token_id)  # type: ignore[arg-type]
+    raise InvalidRequestError(
+        f"the prompt is not a list of token ids: it has {token_id!r:.40}; allowed: integers in 0..{view.vocab_size - 1}"
+    )

@@ -1,0 +1,285 @@
+"""Loads encoders: what can be known before, and the model with its limits. Runs on threads of its own."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from asyncengine.classifier import Classifier
+from asyncengine.config import EngineConfig
+from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, ReloadError, UnsupportedModelError
+from asyncengine.model import memory
+from asyncengine.model.checkpoint import tokenizer_key
+from asyncengine.model.classification import activation_of, labels_of
+from asyncengine.model.encoders.model import EncoderModel
+from asyncengine.model.gguf.checkpoint import described
+from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST, Details, fits, vector_size
+from asyncengine.model.load_report import without_report
+from asyncengine.model.location import locate
+from asyncengine.model.sentence_modules import embedder_of
+from asyncengine.model.tokenizer import load_tokenizer
+from asyncengine.step.limits import Limits
+from asyncengine.step.model import LoadedModel, LoadPlan
+
+CPU_CHUNK, CUDA_CHUNK = 512, 8192
+"""Tokens of prompts in a step, where the configuration leaves that open."""
+_PAGE = 16
+_TRIAL = (11, 7, 2)
+"""Tokens of the prompts by which it is seen whether padding changes what a model says."""
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""How far that may be off, in parts of the largest number."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderDetails(Details):
+    """What a load needs to know of an encoder.
+
+    Attributes:
+        kind: Transformers' class for it.
+        classifies: Whether that has a classification head.
+    """
+
+    kind: Any = None
+    classifies: bool = False
+
+
+def plan_of(
+    config: EngineConfig, current: LoadedModel | None, checkpoint: Any, device: torch.device, dtype: torch.dtype
+) -> LoadPlan:
+    """A load, if all is well; arguments as those of `asyncengine.model.load_check.plan_of`.
+
+    Raises:
+        AsyncEngineError: It cannot be loaded; the kind says why.
+    """
+    details = details_of(config, current, checkpoint, device, dtype)
+    return LoadPlan(config, fits(details, current), tokenizer_key(details.tokenizer_path), details)
+
+
+def details_of(
+    config: EngineConfig, current: LoadedModel | None, checkpoint: Any, device: torch.device, dtype: torch.dtype
+) -> EncoderDetails:
+    """The same without a look at the memory that there is."""
+    _check_config(config)
+    try:
+        hf_config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{checkpoint.name}: transformers cannot read its configuration: {error}"
+        ) from error
+    if checkpoint.coded:
+        raise UnsupportedModelError(f"{checkpoint.name} is an encoder; quantised ones cannot be served")
+    tokenizer_path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
+    if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
+        raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
+    classifies = checkpoint.classifies
+    mapping = (AutoModelForSequenceClassification if classifies else AutoModel)._model_mapping
+    if type(hf_config) not in mapping:
+        what = "with a classification head " if classifies else ""
+        raise UnsupportedModelError(f"transformers has no model {what}of type {hf_config.model_type!r}")
+    kind = mapping[type(hf_config)]
+    longest = _longest(kind, hf_config)
+    stated = _stated_longest(checkpoint)
+    length = config.max_single_sequence_length or min(longest, stated or longest)
+    if length > longest:
+        raise ConfigError(f"max_single_sequence_length is {length}; the model's positions allow 1..{longest}")
+    return EncoderDetails(
+        checkpoint,
+        tokenizer_path,
+        hf_config,
+        hf_config.vocab_size,
+        device,
+        dtype,
+        checkpoint.weight_bytes(dtype),
+        length,
+        None if current is None else current.tokenizer,
+        dtype,
+        embedder=embedder_of(checkpoint.path),
+        kind=kind,
+        classifies=classifies,
+    )
+
+
+def load(plan: LoadPlan) -> LoadedModel:
+    """The model that was planned.
+
+    Raises:
+        ReloadError: It failed; nothing is left behind.
+    """
+    details, config = plan.details, plan.config
+    assert isinstance(details, EncoderDetails)
+    try:
+        model = _with_weights(details)
+        tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
+        padding = _padding(model, details)
+        hidden_size = None if details.classifies else vector_size(details, details.hf_config.hidden_size)
+    except torch.OutOfMemoryError as error:
+        raise InsufficientMemoryError(f"loading {config.model!r}: {error}") from error
+    except ReloadError:
+        raise
+    except Exception as error:
+        raise ReloadError(f"loading {config.model!r} failed: {error}") from error
+    finally:
+        details.checkpoint.stop_reading_ahead()
+        memory.give_back()
+    limits, complete = _limits(config, details, plan.tokenizer_key is not None)
+    hf_config = details.hf_config
+    classifier = None
+    if details.classifies:
+        labels = labels_of(hf_config, hf_config.num_labels)
+        classifier = Classifier(None, None, labels, activation_of(hf_config, len(labels)))
+    notes = [] if padding is not None else ["encoder: padding changes what it says: prompts of one length at a time"]
+    return LoadedModel(
+        model=EncoderModel(model, details.device, padding),
+        limits=limits,
+        config=complete,
+        vocab_size=details.vocab_size,
+        eos_token_ids=(),
+        default_generation_config=details.checkpoint.generation_defaults,
+        tokenizer=tokenizer,
+        tokenizer_key=plan.tokenizer_key,
+        memory_bytes=sum(each.nbytes for each in (*model.parameters(), *model.buffers())),
+        notes=tuple(notes),
+        hidden_size=hidden_size,
+        pooling=details.embedder.pooling,
+        dense=details.embedder.dense,
+        has_head=False,
+        takes_pairs=tokenizer is not None,
+        classifier=classifier,
+        no_images="it is an encoder of texts",
+    )
+
+
+def _check_config(config: EngineConfig) -> None:
+    """Refuses what an encoder has no use for."""
+    usual = EngineConfig(config.model)
+    for name in ("speculative_mode", "additional_models", "adapters", "kv_cache_dtype", "attention_backend"):
+        if (given := getattr(config, name)) != getattr(usual, name):
+            raise ConfigError(f"{name} is {given!r}; {config.model!r} is an encoder: leave it out")
+    if config.quantization not in ("auto", "none"):
+        raise ConfigError(f"quantization is {config.quantization!r}; {config.model!r} is an encoder; allowed: 'none'")
+    if config.decoder_backend == "compiled":
+        raise ConfigError(f"decoder_backend is 'compiled'; {config.model!r} is an encoder; allowed: 'auto'")
+    if config.images:
+        raise UnsupportedModelError(f"images is True; {config.model!r} takes none: it is an encoder of texts")
+
+
+def _longest(kind: Any, hf_config: Any) -> int:
+    """Most tokens that a model has positions for: some leave out the first ones, up to that of padding."""
+    with BUILDING, torch.device("meta"):
+        model = kind._from_config(hf_config)
+    tables = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
+    ]
+    stated = getattr(hf_config, "max_position_embeddings", None)
+    return min([*tables, *([int(stated)] if stated and stated > 0 else [])], default=DEFAULT_LONGEST)
+
+
+def _stated_longest(checkpoint: Any) -> int | None:
+    """How long prompts may be by the files of Sentence Transformers, if they say so."""
+    try:
+        values = json.loads((checkpoint.path / "sentence_bert_config.json").read_text(encoding="utf-8"))
+        stated = values.get("max_seq_length")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{checkpoint.path / 'sentence_bert_config.json'} cannot be read: {error}") from error
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
+def _with_weights(details: EncoderDetails) -> Any:
+    checkpoint, kind = details.checkpoint, details.kind
+    # What makes one vector of a text behind the last layer is trained for other things than embeddings.
+    unpooled = not details.classifies and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    try:
+        with BUILDING, without_report():
+            model, report = kind.from_pretrained(
+                checkpoint.path,
+                config=details.hf_config,
+                dtype=details.dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                **({"add_pooling_layer": False} if unpooled else {}),
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        checkpoint.check_unchanged()
+        raise CheckpointError(f"{checkpoint.name}: transformers cannot load its weights: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{checkpoint.name}: {len(missing)} weights are missing: {missing[0]}, ...")
+    checkpoint.check_unchanged()
+    return model.to(details.device).eval().requires_grad_(False)
+
+
+def _padding(model: Any, details: EncoderDetails) -> int | None:
+    """The token that prompts are padded with; None if that changes what the model says of them.
+
+    Raises:
+        UnsupportedModelError: What it says is not what an encoder says.
+    """
+    padding = getattr(details.hf_config, "pad_token_id", None)
+    padding = padding if isinstance(padding, int) and 0 <= padding < details.vocab_size else 0
+    usable = np.arange(details.vocab_size)
+    usable = usable[usable != padding]
+    prompts = [usable[np.arange(count) * 7 % len(usable)].astype(np.int32) for count in _TRIAL]
+    prompts = [prompt[: details.max_length] for prompt in prompts]
+    tried = EncoderModel(model, details.device, padding)
+    alone = [tried.outputs([prompt])[0].float() for prompt in prompts]
+    width = details.hf_config.num_labels if details.classifies else details.hf_config.hidden_size
+    for prompt, output in zip(prompts, alone, strict=True):
+        if output.shape != ((width,) if details.classifies else (len(prompt), width)):
+            raise UnsupportedModelError(f"{details.checkpoint.name} gives out {tuple(output.shape)} for a prompt")
+    rows = list(range(len(prompts)))
+    with torch.inference_mode():
+        together = tried.padded(rows, prompts, None).float()
+    for row, output in enumerate(alone):
+        padded = together[row][: len(prompts[row])] if output.dim() == 2 else together[row]
+        if not (padded - output).abs().max() <= _TOLERANCE[details.dtype] * output.abs().max():
+            return None
+    return padding
+
+
+def sequences_of(config: EngineConfig, device: torch.device) -> int:
+    """Most prompts in a step."""
+    many = 256 if device.type == "cuda" else 64
+    return config.max_num_sequence or {"interactive": 1, "local": 4, "server": many}[config.mode]
+
+
+def _limits(config: EngineConfig, details: EncoderDetails, has_tokenizer: bool) -> tuple[Limits, EngineConfig]:
+    """What the model can take: there is no cache, so every sequence has room for the longest prompt."""
+    sequences = sequences_of(config, details.device)
+    chunk = config.prefill_chunk_size or (CUDA_CHUNK if details.device.type == "cuda" else CPU_CHUNK)
+    blocks = sequences * (-(-details.max_length // _PAGE) + 1)
+    limits = Limits(
+        max_num_sequence=sequences,
+        max_single_sequence_length=details.max_length,
+        prefill_chunk_size=chunk,
+        page_size=_PAGE,
+        num_blocks=blocks,
+        prefix_cache=False,
+        whole_prompts=True,
+    )
+    complete = config.replace(
+        tokenizer=config.tokenizer or (config.model if has_tokenizer else None),
+        device=str(details.device),
+        dtype=str(details.dtype).removeprefix("torch."),
+        max_num_sequence=sequences,
+        max_total_sequence_length=blocks * _PAGE,
+        max_single_sequence_length=details.max_length,
+        prefill_chunk_size=chunk,
+        kv_cache_page_size=_PAGE,
+        prefix_cache_mode="disable",
+        quantization="none",
+        decoder_backend="transformers",
+        images=False,
+    )
+    return limits, complete

@@ -1,0 +1,105 @@
+"""How a checkpoint makes embeddings: the files of Sentence Transformers beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asyncengine.dense import Dense, Squash
+from asyncengine.errors import CheckpointError, UnsupportedModelError
+
+_POOLINGS = {"mean_tokens": "mean", "lasttoken": "last", "cls_token": "cls"}  # newer files have the engine's words
+_SQUASHES: dict[str, Squash] = {"Identity": "identity", "Tanh": "tanh"}
+_BEFORE = ("Transformer", "Normalize")
+"""Modules that need nothing here: the model itself, and the length of its vectors, which callers choose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedder:
+    """How hidden states become vectors.
+
+    Attributes:
+        pooling: Which of them, in one of the engine's words or in the checkpoint's.
+        dense: Layers behind that.
+    """
+
+    pooling: str = "mean"
+    dense: tuple[Dense, ...] = ()
+
+
+def embedder_of(path: Path) -> Embedder:
+    """How the model in a directory makes embeddings; the mean, if nothing is said.
+
+    Raises:
+        CheckpointError: A file is damaged or missing.
+        UnsupportedModelError: A layer behind the pooling does something that is not known.
+    """
+    listed = _json(path / "modules.json")
+    if listed is None:  # of older ones there is this file alone
+        return Embedder(_pooling(path / "1_Pooling"))
+    if not isinstance(listed, list):
+        raise CheckpointError(f"{path / 'modules.json'} is no list of modules")
+    pooling, dense = "mean", []
+    for module in (each for each in listed if isinstance(each, dict)):
+        kind, place = str(module.get("type", "")).rpartition(".")[2], path / str(module.get("path", ""))
+        if kind == "Pooling":
+            pooling = _pooling(place)
+        elif kind == "Dense":
+            dense.append(_dense(place))
+        elif kind not in _BEFORE:
+            pooling = f"{pooling} + {kind}"
+    return Embedder(pooling, tuple(dense))
+
+
+def _pooling(place: Path) -> str:
+    values = _json(place / "config.json")
+    if values is None:
+        return "mean"
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{place / 'config.json'} is not a JSON object")
+    prefix = "pooling_mode_"
+    modes = [key.removeprefix(prefix) for key, value in values.items() if key.startswith(prefix) and value is True]
+    if isinstance(stated := values.get("pooling_mode"), str):
+        modes = [stated]
+    return " + ".join(_POOLINGS.get(mode, mode) for mode in modes) or "mean"
+
+
+def _dense(place: Path) -> Dense:
+    values = _json(place / "config.json")
+    named = str(values.get("activation_function", "")) if isinstance(values, dict) else ""
+    squash = _SQUASHES.get(named.rpartition(".")[2])
+    if squash is None:
+        raise UnsupportedModelError(
+            f"{place}: its activation is {named!r:.80}; allowed: {', '.join(sorted(_SQUASHES))} of torch"
+        )
+    tensors = _tensors(place)
+    weight, bias = tensors.get("linear.weight"), tensors.get("linear.bias")
+    if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise CheckpointError(f"{place}: linear.weight and linear.bias do not make a layer")
+    return Dense(weight, bias, squash)
+
+
+def _tensors(place: Path) -> dict[str, Any]:
+    import torch
+    from safetensors.torch import load_file
+
+    try:
+        if (file := place / "model.safetensors").exists():
+            tensors = load_file(file)
+        else:
+            tensors = torch.load(place / "pytorch_model.bin", weights_only=True, map_location="cpu")
+        return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    except Exception as error:
+        raise CheckpointError(f"{place}: its weights cannot be read: {error}") from error
+
+
+def _json(path: Path) -> Any:
+    """What a file has; None if there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
