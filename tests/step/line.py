@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from asyncengine.instructions import NewRequest
+from asyncengine.outputs import Pooling
 from asyncengine.step.batch import Int32
 from asyncengine.step.limits import Limits
 from asyncengine.step.plan import Plan
@@ -43,9 +44,19 @@ class Line:
             raise ValueError(f"not branch {sequence.branch}")
         self.placed.append((sequence, tokens.tolist()))
 
-    def add(self, prompt: str, n: int = 1, priority: int = 0, **changes: Any) -> Request:
+    def add(
+        self,
+        prompt: str,
+        n: int = 1,
+        priority: int = 0,
+        pooling: Pooling | None = None,
+        second: int | None = None,
+        **changes: Any,
+    ) -> Request:
         arrival = next(self.arrivals)
-        new = NewRequest(arrival, f"r{arrival}", prompt_of(prompt), params(n=n, **changes), priority)
+        new = NewRequest(
+            arrival, f"r{arrival}", prompt_of(prompt), params(n=n, **changes), priority, pooling=pooling, second=second
+        )
         request = Request(new, Box(), arrival, 0.0)
         request.branches = [Sequence(request, branch) for branch in range(n)]
         self.requests.append(request)
@@ -103,7 +114,9 @@ class Line:
         assert len(set(batch.slot_mapping.tolist())) == len(batch.slot_mapping)
         written = batch.slot_mapping // self.scheduler.limits.page_size
         assert (pool._refs[written] == 1).all(), "a block that is shared is written to"
-        assert sum(chunk.count for chunk in plan.chunks) <= self.scheduler.limits.prefill_chunk_size
+        limits = self.scheduler.limits
+        alone = limits.whole_prompts and len(plan.chunks) == 1
+        assert alone or sum(chunk.count for chunk in plan.chunks) <= limits.prefill_chunk_size
         if self.scheduler.limits.kept_states is None:
             assert batch.slots is None and not len(batch.state_copies) and not len(batch.state_saves)
         else:

@@ -56,6 +56,53 @@ class TestPrefill:
         assert line.scheduler.slots.num_free == 8
 
 
+class TestWholePrompts:
+    """Of models in which tokens look at those behind them."""
+
+    @staticmethod
+    def line(**changes: Any) -> Line:
+        return Line(prefill_chunk_size=8, whole_prompts=True, prefix_cache=False, **changes)
+
+    @staticmethod
+    def counts(line: Line, steps: int) -> list[list[int]]:
+        found = []
+        for _ in range(steps):
+            plan = line.schedule()
+            found.append([chunk.count for chunk in plan.chunks])
+            assert all(chunk.last for chunk in plan.chunks)
+            line.scheduler.advance(plan)
+            for chunk in plan.chunks:
+                line.end(chunk.sequence.request)
+        assert line.scheduler.schedule() is None
+        return found
+
+    def test_are_never_parted_be_they_longer_than_a_step(self) -> None:
+        line = self.line()
+        for length in (6, 20, 6, 8):
+            line.add("a" * length, pooling="mean", max_tokens=0)
+        assert self.counts(line, 4) == [[6], [20], [6], [8]]
+
+    def test_shorter_ones_go_before_one_that_does_not_fit_once(self) -> None:
+        line = self.line()
+        for length in (5, 20, 3, 2, 4):
+            line.add("a" * length, pooling="mean", max_tokens=0)
+        assert self.counts(line, 3) == [[5, 3], [20], [2, 4]]
+
+    def test_where_they_are_pooled_and_of_which_text_their_tokens_are(self) -> None:
+        line = self.line()
+        for pooling, second in (("mean", None), ("cls", 2), ("last", 1)):
+            line.add("ab" if second is None else "abc", pooling=pooling, second=second, max_tokens=0)  # type: ignore[arg-type]
+        batch = line.schedule().batch
+        assert batch.pool_spans.tolist() == [[0, 2], [2, 3], [7, 8]]
+        assert batch.token_types is not None
+        assert batch.token_types.tolist() == [0, 0, 0, 0, 1, 0, 1, 1]
+
+    def test_one_text_has_no_types(self) -> None:
+        line = self.line()
+        line.add("ab", pooling="cls", max_tokens=0)
+        assert line.schedule().batch.token_types is None
+
+
 class TestDecodes:
     def test_never_wait_for_a_long_prefill(self) -> None:
         line = Line(prefill_chunk_size=4)
