@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ from asyncengine.model import memory
 from asyncengine.model.checkpoint import tokenizer_key
 from asyncengine.model.classification import activation_of, labels_of
 from asyncengine.model.encoders.model import EncoderModel
+from asyncengine.model.encoders.packing import Packing
 from asyncengine.model.gguf.checkpoint import described
 from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST, Details, fits, vector_size
 from asyncengine.model.load_report import without_report
@@ -31,8 +34,8 @@ from asyncengine.step.model import LoadedModel, LoadPlan
 CPU_CHUNK, CUDA_CHUNK = 512, 8192
 """Tokens of prompts in a step, where the configuration leaves that open."""
 _PAGE = 16
-_TRIAL = (11, 7, 2)
-"""Tokens of the prompts by which it is seen whether padding changes what a model says."""
+_TRIAL = (11, 7, 7, 2)
+"""Tokens of the prompts by which it is seen whether a model says the same of them together."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """How far that may be off, in parts of the largest number."""
 
@@ -44,10 +47,12 @@ class EncoderDetails(Details):
     Attributes:
         kind: Transformers' class for it.
         classifies: Whether that has a classification head.
+        first_position: That of a prompt's first token.
     """
 
     kind: Any = None
     classifies: bool = False
+    first_position: int = 0
 
 
 def plan_of(
@@ -84,7 +89,7 @@ def details_of(
         what = "with a classification head " if classifies else ""
         raise UnsupportedModelError(f"transformers has no model {what}of type {hf_config.model_type!r}")
     kind = mapping[type(hf_config)]
-    longest = _longest(kind, hf_config)
+    first_position, longest = _positions(kind, hf_config)
     stated = _stated_longest(checkpoint)
     length = config.max_single_sequence_length or min(longest, stated or longest)
     if length > longest:
@@ -103,6 +108,7 @@ def details_of(
         embedder=embedder_of(checkpoint.path),
         kind=kind,
         classifies=classifies,
+        first_position=first_position,
     )
 
 
@@ -117,7 +123,9 @@ def load(plan: LoadPlan) -> LoadedModel:
     try:
         model = _with_weights(details)
         tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
-        padding = _padding(model, details)
+        trial = _Trial(model, details)
+        packing = trial.packing()
+        padding = trial.padding() if packing is None else None
         hidden_size = None if details.classifies else vector_size(details, details.hf_config.hidden_size)
     except torch.OutOfMemoryError as error:
         raise InsufficientMemoryError(f"loading {config.model!r}: {error}") from error
@@ -134,9 +142,10 @@ def load(plan: LoadPlan) -> LoadedModel:
     if details.classifies:
         labels = labels_of(hf_config, hf_config.num_labels)
         classifier = Classifier(None, None, labels, activation_of(hf_config, len(labels)))
-    notes = [] if padding is not None else ["encoder: padding changes what it says: prompts of one length at a time"]
+    alone = packing is None and padding is None
+    notes = ["encoder: padding changes what it says: prompts of one length at a time"] * alone
     return LoadedModel(
-        model=EncoderModel(model, details.device, padding),
+        model=EncoderModel(model, details.device, padding, packing),
         limits=limits,
         config=complete,
         vocab_size=details.vocab_size,
@@ -170,17 +179,18 @@ def _check_config(config: EngineConfig) -> None:
         raise UnsupportedModelError(f"images is True; {config.model!r} takes none: it is an encoder of texts")
 
 
-def _longest(kind: Any, hf_config: Any) -> int:
-    """Most tokens that a model has positions for: some leave out the first ones, up to that of padding."""
+def _positions(kind: Any, hf_config: Any) -> tuple[int, int]:
+    """The first position of a prompt, and how many there are: some models leave out those up to that of padding."""
     with BUILDING, torch.device("meta"):
         model = kind._from_config(hf_config)
     tables = [
-        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        (0 if module.padding_idx is None else module.padding_idx + 1, module.num_embeddings)
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
     ]
     stated = getattr(hf_config, "max_position_embeddings", None)
-    return min([*tables, *([int(stated)] if stated and stated > 0 else [])], default=DEFAULT_LONGEST)
+    counts = [count - first for first, count in tables] + ([int(stated)] if stated and stated > 0 else [])
+    return max((first for first, _ in tables), default=0), min(counts, default=DEFAULT_LONGEST)
 
 
 def _stated_longest(checkpoint: Any) -> int | None:
@@ -220,32 +230,63 @@ def _with_weights(details: EncoderDetails) -> Any:
     return model.to(details.device).eval().requires_grad_(False)
 
 
-def _padding(model: Any, details: EncoderDetails) -> int | None:
-    """The token that prompts are padded with; None if that changes what the model says of them.
+class _Trial:
+    """What a model says of some prompts, one at a time, and whether it says the same of them together.
+
+    Args:
+        model: With its weights.
+        details: Of the load.
 
     Raises:
         UnsupportedModelError: What it says is not what an encoder says.
     """
-    padding = getattr(details.hf_config, "pad_token_id", None)
-    padding = padding if isinstance(padding, int) and 0 <= padding < details.vocab_size else 0
-    usable = np.arange(details.vocab_size)
-    usable = usable[usable != padding]
-    prompts = [usable[np.arange(count) * 7 % len(usable)].astype(np.int32) for count in _TRIAL]
-    prompts = [prompt[: details.max_length] for prompt in prompts]
-    tried = EncoderModel(model, details.device, padding)
-    alone = [tried.outputs([prompt])[0].float() for prompt in prompts]
-    width = details.hf_config.num_labels if details.classifies else details.hf_config.hidden_size
-    for prompt, output in zip(prompts, alone, strict=True):
-        if output.shape != ((width,) if details.classifies else (len(prompt), width)):
-            raise UnsupportedModelError(f"{details.checkpoint.name} gives out {tuple(output.shape)} for a prompt")
-    rows = list(range(len(prompts)))
-    with torch.inference_mode():
-        together = tried.padded(rows, prompts, None).float()
-    for row, output in enumerate(alone):
-        padded = together[row][: len(prompts[row])] if output.dim() == 2 else together[row]
-        if not (padded - output).abs().max() <= _TOLERANCE[details.dtype] * output.abs().max():
+
+    def __init__(self, model: Any, details: EncoderDetails) -> None:
+        self._model, self._details = model, details
+        given = getattr(details.hf_config, "pad_token_id", None)
+        self._padding = given if isinstance(given, int) and 0 <= given < details.vocab_size else 0
+        usable = np.delete(np.arange(details.vocab_size), self._padding)
+        window = getattr(details.hf_config, "sliding_window", None) or 0
+        lengths = [min(length, details.max_length) for length in (*_TRIAL, 2 * window + 2)]  # one reaches beyond it
+        self._prompts = [usable[np.arange(length) * 7 % len(usable)].astype(np.int32) for length in lengths]
+        padded = EncoderModel(model, details.device, self._padding)
+        self._alone = [padded.outputs([prompt])[0].float() for prompt in self._prompts]
+        width = details.hf_config.num_labels if details.classifies else details.hf_config.hidden_size
+        for prompt, output in zip(self._prompts, self._alone, strict=True):
+            if output.shape != ((width,) if details.classifies else (len(prompt), width)):
+                name = details.checkpoint.name
+                raise UnsupportedModelError(f"{name} gives out {tuple(output.shape)} for a prompt of {len(prompt)}")
+
+    def packing(self) -> Packing | None:
+        """What runs the model over prompts in one row; None if it does not say the same then."""
+        if self._details.classifies:  # what is behind the last layer looks at the first token of a row
             return None
-    return padding
+        try:
+            packing = Packing(self._model, self._details.device, self._details.first_position)
+        except NotImplementedError:
+            return None
+        with contextlib.suppress(NotImplementedError, RuntimeError, IndexError), torch.inference_mode():
+            if self._same(packing.run(self._prompts, None)):
+                return packing
+        packing.undo()
+        return None
+
+    def padding(self) -> int | None:
+        """The token that prompts are padded with; None if that changes what the model says of them."""
+        rows = list(range(len(self._prompts)))
+        tried = EncoderModel(self._model, self._details.device, self._padding)
+        with torch.inference_mode():
+            together: Sequence[torch.Tensor] = list(tried.padded(rows, self._prompts, None))
+        if not self._details.classifies:
+            together = [each[: len(prompt)] for each, prompt in zip(together, self._prompts, strict=True)]
+        return self._padding if self._same(together) else None
+
+    def _same(self, found: Sequence[torch.Tensor]) -> bool:
+        tolerance = _TOLERANCE[self._details.dtype]
+        return all(
+            bool((each.float() - alone).abs().max() <= tolerance * alone.abs().max())
+            for each, alone in zip(found, self._alone, strict=True)
+        )
 
 
 def sequences_of(config: EngineConfig, device: torch.device) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from asyncengine.generation import SamplingParams
 from asyncengine.model import memory
 from asyncengine.model.debug_functions import debug_function
+from asyncengine.model.encoders.packing import Packing
 from asyncengine.model.letting_go import take_apart
 from asyncengine.model.lost_device import is_lost
 from asyncengine.model.weight_writer import replace_weights
@@ -26,19 +27,22 @@ _NO_TOKENS = np.empty(0, dtype=np.int32)
 class EncoderModel:
     """As `asyncengine.step.model.Model`, over a model of transformers that has no cache.
 
-    Prompts of similar length are computed together, padded to the longest of them.
+    Prompts are computed in one row, or those of similar length together, padded to the longest of them.
 
     Args:
         model: With its weights, on its device. Gives out `last_hidden_state`, or `logits` of a classification head.
         device: That.
         padding: The token that shorter prompts end with; None if the model cannot tell it from others: prompts of
             different length are not computed together then.
+        packing: Computes them in one row; None if the model does not allow that.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, padding: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, padding: int | None, packing: Packing | None = None
+    ) -> None:
         self._model: nn.Module | None = model
         self._device = device
-        self._padding = padding
+        self._padding, self._packing = padding, packing
         taken = inspect.signature(model.forward).parameters
         self._takes_mask, self._takes_types = "attention_mask" in taken, "token_type_ids" in taken
 
@@ -71,6 +75,8 @@ class EncoderModel:
             prompts: Token ids.
             types: Which of two texts each token is of.
         """
+        if self._packing is not None:
+            return self._packing.run(prompts, types)
         found: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
         for group in self._groups([len(prompt) for prompt in prompts]):
             for row, output in zip(group, self.padded(group, prompts, types), strict=True):
@@ -137,7 +143,7 @@ class EncoderModel:
         """Lets the weights go and returns their memory."""
         if self._model is not None:
             take_apart(self._model)
-            self._model = None
+            self._model = self._packing = None
             memory.give_back()
 
 
