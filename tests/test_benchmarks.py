@@ -7,15 +7,18 @@ import importlib
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import pytest
 import torch
+import transformers
 
 from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.model.attention import flashinfer
@@ -41,6 +44,19 @@ def ended(status: int, out: str, err: str) -> Ended:
     return status, json.loads(out.splitlines()[-1]), out + err
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _settings_of_the_process() -> Iterator[None]:
+    """The programs leave less to be logged in it, and draw numbers."""
+    disabled, verbosity = logging.root.manager.disable, transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    logging.disable(disabled)
+    transformers.logging.set_verbosity(verbosity)
+    if bars:
+        transformers.logging.enable_progress_bar()
+
+
 @pytest.fixture(scope="module")
 def plots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("plots")
@@ -49,16 +65,15 @@ def plots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reports(plots: Path) -> Reports:
     """The programs that serve models."""
-    with torch.random.fork_rng(devices=[]):
-        return together(
-            ["gpu", "--tiny", "--together"],
-            ["lag", "--tiny", "--only", "serve", "load"],
-            ["scale", "--tiny", "--write", str(plots)],
-            ["arrivals", "--tiny", "--keep", "--rounds", "2"],
-            ["parts", "--tiny"],
-            ["images", "--shape", "tiny", "--dtype", "float32", "--pixels", "64", "--requests", "2", "--tokens", "4",
-             "--rounds", "1", "--peer"],
-        )  # fmt: skip
+    return together(
+        ["gpu", "--tiny", "--together"],
+        ["lag", "--tiny", "--only", "serve", "load"],
+        ["scale", "--tiny", "--write", str(plots)],
+        ["arrivals", "--tiny", "--keep", "--rounds", "2"],
+        ["parts", "--tiny"],
+        ["images", "--shape", "tiny", "--dtype", "float32", "--pixels", "64", "--requests", "2", "--tokens", "4",
+         "--rounds", "1", "--peer"],
+    )  # fmt: skip
 
 
 def test_images_times_questions_and_those_of_transformers(reports: Reports) -> None:
@@ -249,8 +264,16 @@ def test_groups_of_gpu_end_by_themselves(monkeypatch: pytest.MonkeyPatch, capsys
 def test_a_group_of_gpu_is_a_process_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT)  # where the process finds the program
-    monkeypatch.setattr(gpu, "measure", lambda *_: pytest.fail("in this process"))
+    """Which has the arguments of one and writes the file of one, but runs in this process, which has imported torch."""
+
+    def started(command: list[str], timeout: float) -> Any:
+        python, *program = command[:3]
+        assert (python, program) == (sys.executable, ["-m", "benchmarks.gpu"])
+        status, _, said = together(["gpu", *command[3:]])["gpu"]
+        return subprocess.CompletedProcess(command, status, said)
+
+    monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr(gpu, "measure", lambda *_: pytest.fail("of the module that is tested"))
     status = gpu.main(["--tiny", "--only", "attention"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (status, result["errors"]) == (0, {})
