@@ -58,12 +58,15 @@ from benchmarks import sass
 
 HOPPER = GPUTarget("cuda", 90, 32)
 HEADS = [(16, 16), (24, 24), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)]
-QUICK = [(128, 128)]
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window, soft cap, sinks": {"sliding_window": 1024, "soft_cap": 50.0, "has_sinks": True},
     "window, looks ahead": {"sliding_window": 1024, "looks_ahead": True},
 }
+QUICK = [(128, 128)]
+QUICK_FEATURES = FEATURES | {"everything": FEATURES["window, soft cap, sinks"] | FEATURES["window, looks ahead"]}
+QUICK_LOOPS = ("attend short bf16 128/128 plain", "attend long fp8e4nv 128/128 everything")
+"""Kernels with a loop over the keys, in which each dtype, feature and tile occurs."""
 STREAM = 4.8e12 / 132 / 1.755e9
 """Bytes of memory for each multiprocessor and cycle."""
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", fp8.E4M3: "fp8e4nv"}
@@ -87,25 +90,25 @@ class Case:
     products: int = 0
 
 
-def cases(heads: list[tuple[int, int]], dtypes: list[torch.dtype]) -> Iterator[Case]:
+def cases(
+    heads: list[tuple[int, int]], dtypes: list[torch.dtype], features: dict[str, dict[str, Any]] = FEATURES
+) -> Iterator[Case]:
     """Every kernel that layers with such heads would run."""
     for dtype in dtypes:
         number = NAMES[dtype]
         for key_dim, value_dim in heads:
             tiles = tiles_for(dtype.itemsize, key_dim, value_dim)
             assert tiles is not None
-            for features, values in FEATURES.items():
+            for named, values in features.items():
                 spec = LayerSpec(32, 8, key_dim, value_dim, key_dim**-0.5, **values)
-                name = f"{number} {key_dim}/{value_dim} {features}"
+                name = f"{number} {key_dim}/{value_dim} {named}"
                 yield from cases_of(name, spec, dtype, tiles)
 
 
-def fewer(every: Iterator[Case]) -> Iterator[Case]:
-    """Of those with a loop over the keys, three, in which each dtype, feature and tile occurs."""
-    for case in every:
-        choices = {"attend short" in case.name, "plain" in case.name, "bf16" in case.name}
-        if not case.block or len(choices) == 1:
-            yield case
+def quick_cases() -> Iterator[Case]:
+    """Of those with a loop over the keys, two, and all others, of one head size in bfloat16 and in fp8."""
+    every = cases(QUICK, [torch.bfloat16, fp8.E4M3], QUICK_FEATURES)
+    return (case for case in every if not case.block or case.name in QUICK_LOOPS)
 
 
 def stored() -> Iterator[Case]:
@@ -211,9 +214,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one head size, a few kernels in bfloat16 and in fp8")
     quick = parser.parse_args().quick
     results, loads_ahead = {}, {}
-    wanted: Iterator[Case] = cases(HEADS, list(NAMES))
-    if quick:
-        wanted = fewer(cases(QUICK, [torch.bfloat16, fp8.E4M3]))
+    wanted = quick_cases() if quick else cases(HEADS, list(NAMES))
     for case in itertools.chain(wanted, stored()):
         results[case.name] = found = compiled(case)
         loads_ahead[case.name] = case.launch.stages > 1

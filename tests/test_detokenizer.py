@@ -31,7 +31,7 @@ SIZES = st.lists(st.integers(1, 70), min_size=1, max_size=5) | st.just([1]) | st
 
 
 class TestText:
-    @settings(max_examples=200)
+    @settings(max_examples=100)
     @given(TEXTS, SIZES)
     def test_pieces_are_the_whole_however_it_is_cut_and_break_no_character(self, text: str, sizes: list[int]) -> None:
         stream = Detokenizer(TOKENIZER)
@@ -41,7 +41,7 @@ class TestText:
             assert text.startswith(shown)
         assert shown + stream.flush() == text
 
-    @settings(max_examples=200)
+    @settings(max_examples=100)
     @given(st.binary(max_size=90) | st.lists(st.sampled_from([0x80, 0xC3, 0xE2, 0xF0, 0x9F, 65, 0xEF, 0xBF, 0xBD]),
                                               max_size=90).map(bytes), SIZES)  # fmt: skip
     def test_garbage_is_told_as_the_tokenizer_tells_it(self, garbage: bytes, sizes: list[int]) -> None:
@@ -162,7 +162,7 @@ def naive(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
 
 
 class TestStopStrings:
-    @settings(max_examples=300)
+    @settings(max_examples=150)
     @given(
         st.text("abé", max_size=40),
         st.lists(st.text("abé", min_size=1, max_size=5), min_size=1, max_size=4),
@@ -178,7 +178,7 @@ class TestStopStrings:
         shown += stream.flush()
         assert (shown, stream.stopped_by) == (expected, stopped_by)
 
-    @settings(max_examples=300)
+    @settings(max_examples=150)
     @given(
         st.binary(max_size=80) | st.lists(st.sampled_from([0xC3, 0xA9, 0xFF, 97]), max_size=80).map(bytes),
         st.lists(st.sampled_from(["a", "é", "aé", "éa", "aa"]), min_size=1, max_size=2),

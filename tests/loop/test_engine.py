@@ -286,6 +286,7 @@ async def test_reload_takes_a_configuration_or_its_json(rig: Rig) -> None:
         (5, "expected EngineConfig"),
     ],
 )
+@pytest.mark.loops("either")
 async def test_a_wrong_configuration_changes_nothing(rig: Rig, config: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         await rig.engine.reload(config)
@@ -914,6 +915,7 @@ async def test_abort_by_id_hits_exactly_one() -> None:
 
 
 @pytest.mark.parametrize("request_id", [None, 3, ["a"], {"a"}, {"a": 1}, b"a"])
+@pytest.mark.loops("either")
 async def test_aborting_something_that_is_no_id_harms_nobody(rig: Rig, request_id: Any) -> None:
     stream = await rig.add_held("hello")
     with pytest.raises(InvalidRequestError, match="request_id"):
@@ -988,6 +990,7 @@ def _raising() -> Iterator[int]:
     ],
     ids=lambda value: f"{value!r:.20}" if not isinstance(value, str) else "",
 )
+@pytest.mark.loops("either")
 async def test_a_wrong_prompt_reaches_the_caller_only(rig: Rig, prompt: Any, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message) as caught:
         await rig.engine.add_request(prompt)
@@ -1006,6 +1009,7 @@ async def test_a_wrong_prompt_reaches_the_caller_only(rig: Rig, prompt: Any, mes
     ],
     ids=repr,
 )  # fmt: skip
+@pytest.mark.loops("either")
 async def test_wrong_messages_reach_the_caller_only(rig: Rig, messages: Any) -> None:
     with pytest.raises(InvalidRequestError, match="messages"):
         await rig.engine.chat(messages)

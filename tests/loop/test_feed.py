@@ -152,6 +152,7 @@ async def test_many_at_once(rig: Rig) -> None:
         ([[1] * 600, [1] * 600, [1]], "1200 tokens; allowed: 1..1023"),
     ],
 )
+@pytest.mark.loops("either")
 async def test_a_wrong_piece_is_refused_and_ends_the_request(rig: Rig, given: Sequence[Any], says: str) -> None:
     with pytest.raises(InvalidRequestError, match=says.replace(".", r"\.")):
         await rig.engine.add_request(pieces(*given))

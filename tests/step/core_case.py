@@ -310,6 +310,7 @@ class Case:
         scheduler.check()
         assert not scheduler.dropped
         running = scheduler.running()
+        of_running, of_waiting = {*map(id, running)}, {*map(id, scheduler.waiting)}
         slots = [*(s.slot for s in running)]
         for request in requests._requests.values():
             assert any(b.state is not SequenceState.ENDED for b in request.branches)
@@ -318,25 +319,26 @@ class Case:
                     assert request.branches[0].state is SequenceState.PREFILL, "a slot is kept for nothing"
                     slots.append(branch.slot)
                 if branch.state is SequenceState.WAITING:
-                    assert branch in scheduler.waiting and branch.slot == -1
+                    assert id(branch) in of_waiting and branch.slot == -1
                 if branch.state is SequenceState.HELD:
-                    assert request.arriving is not None and branch not in scheduler.waiting and branch.slot == -1
-                assert branch.resident == (branch in running)
+                    assert request.arriving is not None and id(branch) not in of_waiting and branch.slot == -1
+                assert branch.resident == (id(branch) in of_running)
                 assert branch.state is not SequenceState.ENDED or branch.slot == -1
         owned = {id(branch) for request in requests._requests.values() for branch in request.branches}
-        assert all(id(sequence) in owned for sequence in [*running, *scheduler.waiting])
+        assert of_running | of_waiting <= owned
         assert sorted([*slots, *scheduler.slots._free]) == list(range(scheduler.limits.max_num_sequence))
         assert set(scheduler.slots.more_stop_ids) <= set(slots)
         # Who holds each block?
         pool, tree = scheduler.blocks.pool, scheduler.blocks.tree
-        refs = np.zeros(pool.num_blocks, dtype=np.int64)
-        in_tree = np.zeros(pool.num_blocks, dtype=np.int64)
+        refs, in_tree = [0] * pool.num_blocks, [0] * pool.num_blocks
         for sequence in running:
-            table = scheduler.slots.block_table(sequence.slot)
-            assert len(set(table.tolist())) == len(table)
-            np.add.at(refs, table, 1)
+            table = scheduler.slots.block_table(sequence.slot).tolist()
+            assert len(set(table)) == len(table)
+            for block in table:
+                refs[block] += 1
         for _, blocks in tree._pins.values():
-            np.add.at(refs, blocks, 1)
+            for block in blocks.tolist():
+                refs[block] += 1
         stamps = {NO_SPACE: 0} | {adapter.space: adapter.prepared.stamp for adapter in requests.adapters}
         assert set(tree._roots) <= set(stamps), "something is left of an adapter that is gone"
         stack: list[tuple[Any, int, tuple[int, ...]]] = [
@@ -348,20 +350,26 @@ class Case:
         seen: dict[int, set[int]] = {}  # pieces of images by what stands for them
         while stack:
             node, stamp, before = stack.pop()
-            np.add.at(in_tree, node.blocks, 1)
+            of_node = node.blocks.tolist()
+            for block in of_node:
+                in_tree[block] += 1
             known = node.tokens.astype(np.int64) + stamp * (1 << 32)
             if not model.asleep:
                 there, of_images = cache[node.blocks].ravel(), node.tokens < 0
-                known[of_images] = there[of_images]  # the tree has what stands for an image, the cache what is seen
-                assert np.array_equal(there, known), "not what is known"
-                for token_id, piece in zip(node.tokens[of_images].tolist(), there[of_images].tolist(), strict=True):
-                    seen.setdefault(token_id, set()).add(piece - stamp * (1 << 32))
-            path = (*before, *known.tolist())
-            stack += [(child, stamp, path) for child in node.children.values()]
-            self.check_states(node.blocks.tolist(), path[: len(before)], path[len(before) :])
+                if of_images.any():  # the tree has what stands for an image, the cache what is seen
+                    known[of_images] = there[of_images]
+                    for token_id, piece in zip(node.tokens[of_images].tolist(), there[of_images].tolist(), strict=True):
+                        seen.setdefault(token_id, set()).add(piece - stamp * (1 << 32))
+                assert there.tolist() == known.tolist(), "not what is known"
+            after = tuple(known.tolist())
+            if node.children:
+                path = before + after
+                stack += [(child, stamp, path) for child in node.children.values()]
+            self.check_states(of_node, before, after)
         assert all(are_of_one_image(pieces) for pieces in seen.values()), "one id stands for several images"
-        assert in_tree.max(initial=0) <= 1
-        assert np.array_equal(pool._refs, refs + in_tree), "a block is held by nobody, or freed too early"
+        assert max(in_tree, default=0) <= 1
+        held = [holders + known for holders, known in zip(refs, in_tree, strict=True)]
+        assert pool._refs.tolist() == held, "a block is held by nobody, or freed too early"
         assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks
         if scheduler.blocks.states is not None:
             places = scheduler.blocks.states.places

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -189,8 +190,8 @@ def test_a_document_longer_than_a_row_is_left_out() -> None:
 
 
 def options(directory: Path, held_out: int) -> list[str]:
-    """Of the script, for a few steps."""
-    return ["--steps", "2", "--held-out", str(held_out), "--output", str(directory)]
+    """Of the script, for one step."""
+    return ["--steps", "1", "--held-out", str(held_out), "--output", str(directory)]
 
 
 @pytest.fixture
@@ -208,13 +209,11 @@ def torchs_settings() -> Iterator[None]:
 def test_training_twice_writes_the_same_files_and_prints_a_held_out_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Once in a process of its own, as whoever makes the checkpoint does, and once in this one."""
-    # Threads that wait without spinning: otherwise a busy machine slows training down many times over.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "asyncengine.tiny.train", *options(tmp_path / "first", held_out=0)]
-    finished = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    assert "held-out" not in finished.stdout
-    # A model that was trained for two steps ends no answer: each would be as long as it may be.
+    """Once as whoever makes the checkpoint does, and once by its function."""
+    monkeypatch.setattr(sys, "argv", ["train", *options(tmp_path / "first", held_out=0)])
+    runpy.run_path(train.__file__, run_name="__main__")
+    assert "held-out" not in capsys.readouterr().out
+    # A model that was trained for one step ends no answer: each would be as long as it may be.
     monkeypatch.setattr(train, "LONGEST_ANSWER", 8)
     monkeypatch.setattr(sys, "argv", ["train", *options(tmp_path / "second", held_out=1)])
     train.main()
@@ -225,3 +224,32 @@ def test_training_twice_writes_the_same_files_and_prints_a_held_out_loss(
     assert first.keys() == {file.name for file in PATH.iterdir()}
     assert first == second
     assert "held-out loss" in printed
+
+
+TRAINED_ON = """
+import hashlib, itertools, random
+from asyncengine.tiny import corpus
+from asyncengine.tiny.packing import encode_chat, encode_text, pack
+from asyncengine.tiny.tokenizer import train_tokenizer
+
+rng = random.Random(0)
+chats, texts = corpus.chats(rng, 60), corpus.texts(rng, 8)
+held_out = [corpus.held_out(random.Random(1), category, 1, chats) for category in corpus.WEIGHTS]
+contents = [message["content"] for chat in chats for message in chat.prompt] + [chat.answer for chat in chats]
+tokenizer = train_tokenizer(itertools.chain(texts, contents))
+documents = [encode_chat(tokenizer, chat) for chat in chats] + [encode_text(tokenizer, text) for text in texts]
+rows = list(itertools.islice(pack(itertools.cycle(documents), 256), 24))
+print(hashlib.sha256(repr((tokenizer.to_str(), rows, held_out)).encode()).hexdigest())
+"""
+"""Without torch, which takes long to import."""
+
+
+def test_what_it_is_trained_on_is_the_same_in_every_process(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the order is in which Python goes through a set of strings there."""
+    exec(TRAINED_ON, {})
+    here = capsys.readouterr().out
+    for seed in ("1", "2"):  # one of them is not this process's
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", TRAINED_ON]
+        there = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        assert there.stdout == here
