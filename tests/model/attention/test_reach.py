@@ -79,9 +79,14 @@ def test_layers_that_look_ahead(backend: AttentionBackend, features: dict[str, A
     assert_reaches(backend, spec, MIXED, 16, torch.float32)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("torch", torch.float32), ("cpu", torch.float32),
-    ("cpu", torch.bfloat16), ("cpu", torch.float16)], indirect=["backend"])  # fmt: skip
-@pytest.mark.parametrize("page_size", [7, 16])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "page_size"),
+    [
+        ("torch", torch.float32, 7), ("cpu", torch.float32, 7), ("cpu", torch.float32, 16), ("cpu", torch.bfloat16, 16),
+        ("cpu", torch.float16, 7),
+    ],
+    indirect=["backend"],
+)  # fmt: skip
 @pytest.mark.parametrize("features", FEATURES, ids=str)
 def test_over_several_blocks_and_splits(
     backend: AttentionBackend, features: dict[str, Any], page_size: int, dtype: torch.dtype
@@ -91,10 +96,10 @@ def test_over_several_blocks_and_splits(
 
 @pytest.mark.usefixtures("small_splits")
 def test_triton_in_bfloat16_whose_query_heads_fill_several_tiles(triton_backend: AttentionBackend) -> None:
-    assert_reaches(triton_backend, layer(heads=40, kv_heads=1, looks_ahead=True), MIXED[3:], 16, torch.bfloat16)
+    assert_reaches(triton_backend, layer(heads=40, kv_heads=1, looks_ahead=True), MIXED[4:], 16, torch.bfloat16)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_random_images(data: st.DataObject) -> None:
     draw = data.draw
@@ -139,9 +144,16 @@ SPECS = {
 
 
 @pytest.mark.usefixtures("small_splits")
-@pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize(
+    ("backend", "spec", "dtype"),
+    [
+        *(("cpu", spec, dtype) for spec in SPECS.values() for dtype in (torch.float32, torch.bfloat16)),
+        ("triton", SPECS["plain"], torch.bfloat16),
+        ("triton", SPECS["everything"], torch.float32),
+    ],
+    indirect=["backend"],
+    ids=str,
+)
 def test_same_bits_alone_in_a_batch_and_without_looking_ahead(
     backend: AttentionBackend, spec: LayerSpec, dtype: torch.dtype
 ) -> None:
