@@ -76,8 +76,7 @@ def test_they_are_kept_in_few_bits(
 ) -> None:
     """The embedding stays a table; a note says how much is narrow, and how far that moved the logits.
 
-    An estimate knows what they take, but for routers, buffers and what fills vectors up, which count where a model is so
-    small.
+    An estimate knows what they take, but for routers, buffers and what fills vectors up: so small a model has much.
     """
     path = calmed(checkpoint(architecture, vocab_size=208), tmp_path / "calm")
     loaded = load(path, quantization=quantization)
