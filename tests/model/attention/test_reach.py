@@ -16,6 +16,7 @@ from attention_case import (
     dense,
     fresh_cache,
     layer,
+    random_case,
     random_row,
     random_sinks,
     run_paged,
@@ -59,11 +60,11 @@ def row_of(spec: LayerSpec, shape: Shape, dtype: torch.dtype, seed: int) -> Row:
 def assert_reaches(
     backend: AttentionBackend, spec: LayerSpec, shapes: list[Shape], page_size: int, dtype: torch.dtype
 ) -> None:
-    rows, sinks = [row_of(spec, shape, dtype, i) for i, shape in enumerate(shapes)], random_sinks(spec)
-    outputs = run_paged(backend, spec, rows, page_size, dtype, sinks)
+    cases = [random_case(spec, context, new, dtype, i, images) for i, (context, new, images) in enumerate(shapes)]
+    outputs = run_paged(backend, spec, [row for row, _ in cases], page_size, dtype, random_sinks(spec))
     tolerance = TOLERANCE[dtype]
-    for row, output in zip(rows, outputs, strict=True):
-        torch.testing.assert_close(output.double(), dense(spec, row, sinks), rtol=tolerance / 2, atol=tolerance)
+    for (_, expected), output in zip(cases, outputs, strict=True):
+        torch.testing.assert_close(output.double(), expected, rtol=tolerance / 2, atol=tolerance)
 
 
 @pytest.fixture
