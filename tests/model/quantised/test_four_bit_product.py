@@ -69,8 +69,14 @@ def test_a_product_is_that_of_the_weights(inputs: int, group: int, numbers: str,
     assert off(multiply(x, weights), found - bias) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize(
+    ("numbers", "dtype"),
+    [
+        *((numbers, dtype) for numbers in NUMBERS for dtype in (torch.bfloat16, torch.float16)),
+        ("integers with zeros", torch.float32),
+    ],
+    ids=str,
+)
 def test_weights_that_the_dtype_holds_are_exact(numbers: str, dtype: torch.dtype) -> None:
     weights = some(40, 64, numbers=numbers, power=True)
     each = torch.eye(64, dtype=dtype, device=DEVICE)
