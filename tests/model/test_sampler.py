@@ -457,7 +457,7 @@ class TestMaskAndBias:
 
 
 class TestEverythingAtOnce:
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=150, deadline=None)
     @given(
         vocab=st.sampled_from([3, 40, 127, 600, 2500]),
         spread=st.sampled_from([0.0, 0.5, 3.0, 10.0]),

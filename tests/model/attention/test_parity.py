@@ -113,7 +113,7 @@ def test_features(backend: AttentionBackend, features: dict[str, Any], page_size
     assert_matches_dense(backend, layer(**features), MIXED, page_size, dtype)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_random_batches(data: st.DataObject) -> None:
     draw = data.draw

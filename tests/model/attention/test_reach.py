@@ -100,7 +100,7 @@ def test_triton_in_bfloat16_whose_query_heads_fill_several_tiles(triton_backend:
     assert_reaches(triton_backend, layer(heads=40, kv_heads=1, looks_ahead=True), MIXED[4:], 16, torch.bfloat16)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_random_images(data: st.DataObject) -> None:
     draw = data.draw
