@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,15 @@ def dense(spec: LayerSpec, row: Row, sinks: torch.Tensor | None) -> torch.Tensor
         scores = torch.cat((scores, sinks.double()[:, None, None].expand(-1, row.new, 1)), -1)
     weights = scores.softmax(-1)[..., : row.context + row.new]
     return torch.einsum("hqk,khd->qhd", weights, values)
+
+
+@functools.lru_cache(maxsize=512)
+def random_case(
+    spec: LayerSpec, context: int, new: int, dtype: torch.dtype, seed: int, images: tuple[tuple[int, int], ...] = ()
+) -> tuple[Row, torch.Tensor]:
+    """A row, and what is made of it, with sinks if there are any; the same for all back ends, and not to be changed."""
+    row = dataclasses.replace(random_row(spec, context, new, dtype, seed), images=images)
+    return row, dense(spec, row, random_sinks(spec))
 
 
 def step_batch(

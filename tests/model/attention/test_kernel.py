@@ -18,9 +18,7 @@ from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.protocol import BackendUnavailableError
 from tests.model.attention.targets import require_target
 
-STUB = """
-extern "C" int paged_attention(void *, void *, void *) { return 42; }
-extern "C" void paged_attention_advise(void *, long) {}
+DECODERS = """
 extern "C" void decoder_lanes() {}
 extern "C" void decoder_int8_router() {}
 extern "C" void decoder_pack_codes() {}
@@ -29,6 +27,10 @@ extern "C" void decoder_step() {}
 extern "C" void decoder_experts() {}
 extern "C" void decoder_product() {}
 """
+STUB = f"""
+extern "C" int paged_attention(void *, void *, void *) {{ return 42; }}
+extern "C" void paged_attention_advise(void *, long) {{}}
+{DECODERS}"""
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
 
 
@@ -44,6 +46,14 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source.write_text(STUB)
     monkeypatch.setattr(kernel, "SOURCE", source)
     return source
+
+
+@pytest.fixture
+def attention_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler takes twice as long for a decoder's step, which other tests compile for other processors."""
+    source = tmp_path / "attention.cpp"
+    source.write_text(f'#include "{kernel.SOURCE.parents[1] / "attention" / "paged_attention.cpp"}"\n{DECODERS}')
+    monkeypatch.setattr(kernel, "SOURCE", source)
 
 
 @pytest.fixture
@@ -251,6 +261,7 @@ def test_library_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("attention_alone")
 @pytest.mark.parametrize(
     ("target", "dtypes"),
     [
@@ -280,6 +291,7 @@ def test_older_processors(target: str, dtypes: Sequence[torch.dtype]) -> None:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("attention_alone")
 @pytest.mark.parametrize("target", ["-march=x86-64", "-march=x86-64-v3"])
 def test_half_precision_extremes_on_older_processors(target: str) -> None:
     require_target(target)

@@ -13,6 +13,7 @@ from attention_case import (
     dense,
     fresh_cache,
     layer,
+    random_case,
     random_row,
     random_sinks,
     run_paged,
@@ -51,13 +52,13 @@ def assert_matches_dense(
     tolerance: float | None = None,
 ) -> None:
     tolerance = tolerance or TOLERANCE[dtype]
-    rows = [random_row(spec, context, new, dtype, seed + i) for i, (context, new) in enumerate(shapes)]
-    sinks = random_sinks(spec)
-    outputs = run_paged(backend, spec, rows, page_size, dtype, sinks, seed)
-    for row, output in zip(rows, outputs, strict=True):
+    cases = [random_case(spec, context, new, dtype, seed + i) for i, (context, new) in enumerate(shapes)]
+    rows = [row for row, _ in cases]
+    outputs = run_paged(backend, spec, rows, page_size, dtype, random_sinks(spec), seed)
+    for (row, expected), output in zip(cases, outputs, strict=True):
         assert output.dtype == dtype
         assert output.shape == (row.new, spec.num_heads, spec.value_dim)
-        torch.testing.assert_close(output.double(), dense(spec, row, sinks), rtol=tolerance / 2, atol=tolerance)
+        torch.testing.assert_close(output.double(), expected, rtol=tolerance / 2, atol=tolerance)
 
 
 @quick_backends
@@ -68,13 +69,13 @@ def test_mixed_batch(backend: AttentionBackend, dtype: torch.dtype, page_size: i
 
 
 @over_dtypes(torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("page_size", [2, 3, 8, 24, 32, 48, 80, 128])
+@pytest.mark.parametrize("page_size", [2, 3, 8, 24, 48, 128])
 def test_uncommon_page_sizes(backend: AttentionBackend, dtype: torch.dtype, page_size: int) -> None:
     assert_matches_dense(backend, layer(value_dim=24), MIXED, page_size, dtype)
 
 
 @over_dtypes(torch.float32, torch.bfloat16, torch.float16)
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16])
+@pytest.mark.parametrize("group", [1, 3, 4, 5, 8, 16])
 def test_query_heads_that_share_a_kv_head(backend: AttentionBackend, group: int, dtype: torch.dtype) -> None:
     assert_matches_dense(backend, layer(heads=2 * group, kv_heads=2), MIXED, 16, dtype)
 
@@ -106,7 +107,7 @@ FEATURES: list[dict[str, Any]] = [
 
 
 @over_dtypes(torch.float32, torch.bfloat16)
-@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("features", FEATURES, ids=str)
 def test_features(backend: AttentionBackend, features: dict[str, Any], page_size: int, dtype: torch.dtype) -> None:
     assert_matches_dense(backend, layer(**features), MIXED, page_size, dtype)

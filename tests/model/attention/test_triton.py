@@ -78,8 +78,8 @@ def test_more_query_heads_on_a_kv_head_than_a_tile_has_rows() -> None:
 )
 def test_head_sizes(key_dim: int, value_dim: int) -> None:
     shapes = [(65, 1), (30, 9)]
-    assert_matches_dense(backend(), layer(key_dim=key_dim, value_dim=value_dim), shapes, 16, torch.bfloat16)
-    assert_matches_dense(backend(), layer(key_dim=key_dim, value_dim=value_dim), shapes, 16, torch.float32)
+    for dtype in (torch.bfloat16, torch.float32)[: 1 + (key_dim in (7, 256))]:  # the least, and the largest tiles
+        assert_matches_dense(backend(), layer(key_dim=key_dim, value_dim=value_dim), shapes, 16, dtype)
 
 
 @pytest.mark.usefixtures("small_splits")
@@ -97,15 +97,16 @@ def test_head_sizes(key_dim: int, value_dim: int) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_features(features: dict[str, Any], dtype: torch.dtype) -> None:
-    assert_matches_dense(backend(), layer(2, 1, **features), [(40, 1), (95, 1), (30, 9)], 16, dtype)
+def test_features(features: dict[str, Any]) -> None:
+    shapes = [(40, 1), (95, 1), (30, 9)]
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + (len(features) > 1)]:  # of each alone, dtypes make no difference
+        assert_matches_dense(backend(), layer(2, 1, **features), shapes, 16, dtype)
 
 
 @pytest.mark.parametrize(
     ("length", "features"),
-    [(32_000, {}), (8_000, {"has_sinks": True, "soft_cap": 5.0, "sliding_window": 5_000})],
-    ids=["32 k", "8 k, all features"],
+    [(16_000, {}), (8_000, {"has_sinks": True, "soft_cap": 5.0, "sliding_window": 5_000})],
+    ids=["16 k", "8 k, all features"],
 )
 def test_long_contexts_are_shared_out(length: int, features: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A decode and a verification over much, a short row and a prefill chunk, in splits of 512 keys."""
@@ -113,7 +114,7 @@ def test_long_contexts_are_shared_out(length: int, features: dict[str, Any], mon
     monkeypatch.setitem(triton_tiles.TABLE, (4, 16), Tiles(512, 512, Launch(16, 4, 1), Launch(32, 4, 1)))
     spec = layer(2, 1, key_dim=16, value_dim=8, **features)
     shapes = [(length, 1), (length + 700, 3), (40, 1), (1000, 12)]
-    triton = backend(programs=66)
+    triton = backend(programs=33)
     assert_matches_dense(triton, spec, shapes, 64, torch.float32)
     tables, _ = shuffled_tables([context + new for context, new in shapes], 64, 0)
     plan = triton.plan(step_batch([1, 3, 1, 12], [context for context, _ in shapes], tables, 64), 64, CPU)

@@ -1,7 +1,9 @@
-// One step of a small decoder, for callgrind to count: driver TOKENS CONTEXT. Weights are zero: what is counted does not
-// depend on them.
+// One step of a small decoder, for callgrind to count: driver LIBRARY TOKENS CONTEXT. Weights are zero: what is counted does
+// not depend on them.
 
-#include "decoder.cpp"
+#include "decoder.cpp"  // for its structures; the code is the library's
+
+#include <dlfcn.h>
 
 namespace {
 
@@ -19,7 +21,10 @@ Norm norm() { return {static_cast<float *>(zeros(kHidden * 4)), nullptr, 0, 0, 0
 }  // namespace
 
 int main(int, char **arguments) {
-  const int64_t tokens = std::atoi(arguments[1]), context = std::atoi(arguments[2]);
+  void *library = dlopen(arguments[1], RTLD_NOW);
+  const auto run = library ? reinterpret_cast<decltype(&decoder_step)>(dlsym(library, "decoder_step")) : nullptr;
+  if (!run) return 2;
+  const int64_t tokens = std::atoi(arguments[2]), context = std::atoi(arguments[3]);
   std::vector<DecoderLayer> layers(kLayers);
   for (DecoderLayer &layer : layers) {
     layer.before_attention = norm();
@@ -57,6 +62,5 @@ int main(int, char **arguments) {
   const Plan plan = {starts, contexts, table.data(), slots.data(), order, nullptr, int64_t(table.size()), 1, tokens, 1};
   std::vector<float> logits(kVocabulary);
   const DecoderStep step = {ids.data(), positions.data(), sample, 1, logits.data(), &plan};
-  decltype(&decoder_step) volatile run = decoder_step;  // not inlined: counting begins where it is called
   return run(&decoder, &step);
 }

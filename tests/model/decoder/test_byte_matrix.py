@@ -19,7 +19,6 @@ from asyncengine.model.quantised.eight_bits import EightBits, nearest_bytes
 from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR
 from tests.model.decoder.test_four_bit_matrix import (
     error,
-    library,  # noqa: F401
     of_part,
     product,
     random_codes,
@@ -47,7 +46,7 @@ def test_products_are_those_of_the_numbers(
     inputs: int,
     groups: list[int],
     zeros: list[bool],
-    library: Any,  # noqa: F811
+    library: Any,
 ) -> None:
     """Rows are rounded to integers of 16 bits. Where that loses nothing, float32 alone rounds."""
     parts = [
@@ -64,7 +63,7 @@ def test_products_are_those_of_the_numbers(
 
 
 @pytest.mark.parametrize("code", [-128, 127])
-def test_the_largest_sums_of_a_bundle_are_no_wider_than_an_integer(code: int, library: Any) -> None:  # noqa: F811
+def test_the_largest_sums_of_a_bundle_are_no_wider_than_an_integer(code: int, library: Any) -> None:
     codes = EightBits(torch.full((16, 64), code, dtype=torch.int8), torch.ones(16, 2))
     matrix = ByteMatrix(library, [codes], [None])
     for sign in (1.0, -1.0):
@@ -74,7 +73,7 @@ def test_the_largest_sums_of_a_bundle_are_no_wider_than_an_integer(code: int, li
 
 
 @pytest.mark.parametrize("group", [16, 32])
-def test_a_row_gets_the_same_bits_beside_any_number_of_others(group: int, library: Any) -> None:  # noqa: F811
+def test_a_row_gets_the_same_bits_beside_any_number_of_others(group: int, library: Any) -> None:
     matrix = ByteMatrix(library, [random_bytes(208, 160, group, True)], [None])
     rows = random_rows(13, 160, exact=False)
     alone = product(library, matrix, rows, most_rows=1)
@@ -83,7 +82,7 @@ def test_a_row_gets_the_same_bits_beside_any_number_of_others(group: int, librar
 
 
 @pytest.mark.parametrize("values", [INT4, FP4, NONLINEAR], ids=["INT4", "FP4", "NONLINEAR"])
-def test_four_bits_beside_them_stand_for_what_they_did(values: Any, library: Any) -> None:  # noqa: F811
+def test_four_bits_beside_them_stand_for_what_they_did(values: Any, library: Any) -> None:
     parts = [random_codes(40, 128, 32, values, True, 0), random_bytes(24, 128, 16, False, 1)]
     matrix = packed(library, parts, [None, None], "int4")
     assert type(matrix) is ByteMatrix
@@ -95,7 +94,7 @@ def test_four_bits_beside_them_stand_for_what_they_did(values: Any, library: Any
 
 
 @pytest.mark.parametrize("group", [16, 32])
-def test_numbers_become_the_nearest_codes(group: int, library: Any) -> None:  # noqa: F811
+def test_numbers_become_the_nearest_codes(group: int, library: Any) -> None:
     """Also beside a layer that has codes, in its groups; where one is none, so is what it enters."""
     weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).bfloat16()
     weight[3] = 0
@@ -112,7 +111,7 @@ def test_numbers_become_the_nearest_codes(group: int, library: Any) -> None:  # 
     assert found.isnan().any(0).nonzero().flatten().tolist() == [3, 7]
 
 
-def test_new_numbers_replace_codes_and_can_be_taken_back(library: Any) -> None:  # noqa: F811
+def test_new_numbers_replace_codes_and_can_be_taken_back(library: Any) -> None:
     first, second = random_bytes(40, 128, 32, True), random_bytes(40, 128, 32, False, 1)
     matrix, rows = ByteMatrix(library, [first, second], [None, None]), random_rows(5, 128, exact=True)
     before = product(library, matrix, rows)
@@ -127,7 +126,7 @@ def test_new_numbers_replace_codes_and_can_be_taken_back(library: Any) -> None: 
     assert torch.equal(product(library, matrix, rows), before)
 
 
-def test_what_is_packed_later_is_the_same(library: Any) -> None:  # noqa: F811
+def test_what_is_packed_later_is_the_same(library: Any) -> None:
     weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).bfloat16()
     codes = random_bytes(24, 128, 16, False)
     at_once, later = ByteMatrix(library, [codes, weight], [None, None]), Packing(library)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,24 +16,6 @@ from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix, packed
 from asyncengine.model.decoder.weights import MatrixStruct, PackedMatrix, Packing
 from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR, FourBits, nearest
 from asyncengine.model.quantised.four_bits import packed as packed_codes
-from tests.model.attention.targets import require_target
-
-TARGETS = ["-march=native", "-march=x86-64-v3", "-march=x86-64"]
-
-
-@pytest.fixture(scope="module", params=TARGETS)
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The compiled products for processors of this age, and no model."""
-    target = request.param
-    require_target(target)
-    program = tmp_path_factory.mktemp("driver") / "driver.so"
-    source = Path(__file__).with_name("product_driver.cpp")
-    flags = [f"-I{Path(kernel.__file__).parents[1] / 'decoder'}", "-DPAGED_ATTENTION_SERIAL", "-DONE_KIND=9"]
-    command = [*kernel.find_compiler(), *kernel._FLAGS, *flags, target, str(source), "-o", str(program)]
-    subprocess.run(command, check=True)
-    loaded = kernel.load(program)
-    loaded.product.argtypes = (*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p)
-    return loaded
 
 
 def product(library: Any, matrix: PackedMatrix | MatrixStruct, rows: torch.Tensor, most_rows: int = 6) -> torch.Tensor:

@@ -118,9 +118,13 @@ def logits(loaded: LoadedModel, batch: StepBatch) -> torch.Tensor:
     ("architecture", "dtype"),
     [
         *itertools.product(OTHERS, [torch.float32]),
-        *zip(OTHERS, itertools.cycle([torch.bfloat16, torch.float16]), strict=False),
-        *itertools.product(EXPERTS, [torch.float32, torch.bfloat16, torch.float16]),
+        *itertools.product(EXPERTS, [torch.float32]),
         *itertools.product(BESIDE, [torch.float32]),
+        # Parts are the same code in all dtypes, but for how numbers enter products and leave them.
+        *itertools.product(["qwen2", "gpt2", "gpt_oss"], [torch.bfloat16, torch.float16]),
+        ("gemma2", torch.float16),
+        ("cohere", torch.bfloat16),
+        ("mixtral", torch.bfloat16),
         ("qwen2_moe", torch.float16),
         ("glm4_moe", torch.bfloat16),
     ],
@@ -142,38 +146,35 @@ def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "threads"),
+    ("architecture", "dtype"),
     [
-        (*case, threads)
-        for case in [
-            *itertools.product(["qwen3", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss"], ["float32", "bfloat16"]),
-            *itertools.product(["qwen3", "qwen3_moe"], ["int8", "int4"]),
-            ("glm4_moe", "float32"),
-            ("qwen2_moe", "int4"),
-        ]
-        for threads in (1, 2)
+        *itertools.product(["qwen3", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss"], ["float32", "bfloat16"]),
+        *itertools.product(["qwen3", "qwen3_moe"], ["int8", "int4"]),
+        ("glm4_moe", "float32"),
+        ("qwen2_moe", "int4"),
     ],
-)  # fmt: skip
-def test_a_token_gets_the_same_bits_in_any_batch(
-    architecture: str, dtype: str, threads: int, checkpoint: Checkpoint
-) -> None:
-    """Contract 16: alone or beside others, prefilled at once, in chunks or token by token."""
+)
+def test_a_token_gets_the_same_bits_in_any_batch(architecture: str, dtype: str, checkpoint: Checkpoint) -> None:
+    """Contract 16: alone or beside others, prefilled at once, in chunks or token by token, by any number of threads."""
     stored = {"dtype": "bfloat16", "quantization": dtype} if dtype in ("int8", "int4") else {"dtype": dtype}
     loaded = load(checkpoint(architecture, **BESIDE.get(architecture, {})), **stored)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         together = logits(loaded, batch_of([(tokens, 0) for tokens in sequences()]))
-        start = 0
-        for tokens in sequences():
-            mine = together[start : start + len(tokens)]
-            assert torch.equal(logits(loaded, batch_of([(tokens, 0)])), mine)
-            cuts = sorted({0, *range(min(7, len(tokens)), len(tokens), 7), len(tokens)})
-            chunks = [logits(loaded, batch_of([(tokens[:end], begin)])) for begin, end in itertools.pairwise(cuts)]
-            assert torch.equal(torch.cat(chunks), mine)
-            single = [logits(loaded, batch_of([(tokens[: end + 1], end)])) for end in range(len(tokens))]
-            assert torch.equal(torch.cat(single), mine)
-            start += len(tokens)
+        for threads, token_by_token in ((1, 33), (2, 17)):  # the first over three pages
+            torch.set_num_threads(threads)
+            assert torch.equal(logits(loaded, batch_of([(tokens, 0) for tokens in sequences()])), together)
+            start = 0
+            for tokens in sequences():
+                mine = together[start : start + len(tokens)]
+                assert torch.equal(logits(loaded, batch_of([(tokens, 0)])), mine)
+                cuts = sorted({0, *range(min(7, len(tokens)), len(tokens), 7), len(tokens)})
+                if len(tokens) == token_by_token:
+                    cuts = [*range(len(tokens) + 1)]
+                chunks = [logits(loaded, batch_of([(tokens[:end], begin)])) for begin, end in itertools.pairwise(cuts)]
+                assert torch.equal(torch.cat(chunks), mine)
+                start += len(tokens)
     finally:
         torch.set_num_threads(before)
         loaded.model.close()
@@ -433,9 +434,8 @@ def test_the_model_gives_its_weights_up(checkpoint: Checkpoint) -> None:
     ("architecture", "quantization"),
     [
         *((name, "none") for name in ("qwen2", "phi3", "gpt2", "gpt_neox", "opt", "cohere", "mixtral", "gpt_oss")),
-        *((name, "int8") for name in ("qwen2", "phi3", "gpt2", "mixtral", "gpt_oss")),
-        *((name, "int4") for name in ("phi3", "gpt2", "gpt_oss")),
-        ("qwen2_moe", "none"),
+        *((name, "int8") for name in ("phi3", "gpt2", "gpt_oss")),
+        *((name, "int4") for name in ("phi3", "gpt_oss")),
         ("glm4_moe", "int8"),
         ("qwen2_moe", "int4"),
     ],

@@ -24,6 +24,8 @@ from asyncengine.model.tokenizer import load_tokenizer
 from tests.model import tiny_adapters
 from tests.model.gguf.tiny_file import write_tiny
 
+pytestmark = pytest.mark.loops("either")
+
 GREEDY = GenerationConfig(temperature=0, max_tokens=24)
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
@@ -424,6 +426,7 @@ def test_of_several_files_the_one_is_found_that_is_meant(
         assert _in_directory(tmp_path, kind) == tmp_path / f"{found}.gguf"
 
 
+@pytest.mark.loops("each")
 async def test_the_loop_goes_on_while_a_file_is_read(file: Path, tmp_path: Path) -> None:
     """What a load does happens on other threads."""
     copied = tmp_path / "copied.gguf"

@@ -101,7 +101,9 @@ KIMI = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
 @pytest.mark.parametrize("dims", [(16, 16), (64, 64), (128, 128), (20, 20), (12, 40)])
 def test_delta_rules(fast: Compiled, name: str, dims: tuple[int, int]) -> None:
     module, heads = (kimi, [(2, 2)]) if name in KIMI else (qwen, [(2, 2), (1, 4)])
-    for tokens, batch, each, begun in itertools.product((1, 2, 65), (1, 5), heads, (False, True)):
+    for each, (tokens, batch, begun) in itertools.product(
+        heads, ((1, 1, False), (1, 5, True), (2, 1, True), (65, 2, True))
+    ):
         case = delta_case(batch, tokens, each, dims, per_channel=name in KIMI)
         state = delta_state(case) if begun else None
         expected, behind = getattr(module, name)(**case, initial_state=state, **DELTA)
@@ -222,7 +224,7 @@ SCAN = {"chunk_size": 16, "dt_softplus": True, "return_final_states": True}
 @pytest.mark.parametrize("dims", [(16, 16), (64, 128), (20, 20), (5, 3)])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_the_scan_of_mamba2(fast: Compiled, dims: tuple[int, int], tokens: int) -> None:
-    for batch, groups, begun in itertools.product((1, 3), (1, 2), (False, True)):
+    for batch, groups, begun in ((1, 2, False), (1, 1, True), (3, 2, True)):
         case = mamba2_case(batch, tokens, groups, dims)
         state = mamba2_state(case) if begun else None
         more = SCAN | {"dt_limit": (0.01, 3.0)}
@@ -375,7 +377,15 @@ def test_the_scan_of_mamba_goes_on_from_the_state_that_the_layer_has(fast: Compi
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("taps", [2, 3, 4, 5])
 def test_convolutions(fast: Compiled, taps: int, activation: str | None) -> None:
-    for tokens, batch, channels, biased in itertools.product((1, 2, 33, 70), (1, 3), (64, 100, 7), (False, True)):
+    sizes = (
+        (1, 1, 64, False),
+        (2, 3, 7, True),
+        (33, 1, 100, True),
+        (33, 3, 64, True),
+        (70, 3, 7, False),
+        (70, 1, 100, False),
+    )
+    for tokens, batch, channels, biased in sizes:
         weight, bias = torch.randn(channels, taps), torch.randn(channels) if biased else None
         beside = torch.randn(batch, tokens, channels).transpose(1, 2)
         for given in (beside, beside.contiguous()):

@@ -113,7 +113,10 @@ def _wide(output: Any) -> torch.Tensor:
     return torch.cat([part[0].flatten(1) for part in parts], dim=-1)
 
 
-@pytest.fixture(params=[(name, how) for name in NAMES for how in ("plain", "compiled")], ids="-".join)
+HOW = [(name, "compiled") for name in NAMES] + [(name, "plain") for name in ("qwen3_5", "lfm2", "mamba", "kimi_linear")]
+
+
+@pytest.fixture(params=HOW, ids="-".join)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     name, how = request.param
     functions = compiled(request.getfixturevalue("compiled_scans")) if how == "compiled" else None

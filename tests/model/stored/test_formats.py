@@ -20,6 +20,8 @@ from tests.model.reference import Reference
 from tests.model.stored import coded_checkpoints
 from tests.model.stored.coded_checkpoints import METHODS
 
+pytestmark = pytest.mark.loops("either")
+
 Make = Callable[..., Path]
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 

@@ -21,6 +21,8 @@ from asyncengine.model.stored.kept import KeptCodes
 from asyncengine.model.stored.weight import state_of
 from tests.model.stored import coded_checkpoints
 
+pytestmark = pytest.mark.loops("either")
+
 Make = Callable[..., Path]
 
 
