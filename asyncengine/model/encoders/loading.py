@@ -31,7 +31,7 @@ from asyncengine.model.tokenizer import load_tokenizer
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
 
-CPU_CHUNK, CUDA_CHUNK = 512, 8192
+CPU_CHUNK, CUDA_CHUNK = 1024, 8192
 """Tokens of prompts in a step, where the configuration leaves that open."""
 _PAGE = 16
 _TRIAL = (11, 7, 7, 2)
