@@ -29,14 +29,14 @@ pytestmark = pytest.mark.loops("either")
 FIRST, SECOND, THIRD = picture(1, 48, 32), picture(2, 40, 24), picture(3, 32, 48)
 LETTERS = list(range(70, 76))
 """All that may be said, so that it repeats itself and some guesses are right."""
-TOKENS = 24
+TOKENS = 16
 CONVERSATIONS = [
     asking("Look: ", FIRST, " and ", SECOND, " which?"),
     asking("what is ", FIRST),
     asking(SECOND, "is other than", FIRST),
 ]
 GUESSING: dict[str, Any] = {
-    "images": True, "spec_draft_length": 3, "max_total_sequence_length": 152, "max_single_sequence_length": 152,
+    "images": True, "spec_draft_length": 3, "max_total_sequence_length": 136, "max_single_sequence_length": 136,
     "prefill_chunk_size": 48,
 }  # fmt: skip
 
