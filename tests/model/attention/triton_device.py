@@ -70,7 +70,7 @@ def _quicken() -> None:
 
 
 def _quicken_bfloat16(interpreter: Any, language: Any) -> None:
-    """A number in bfloat16 is the upper half of one in float32; the interpreter takes both apart, and numbers at zero."""
+    """A number in bfloat16 is the upper half of one in float32; the interpreter takes both apart to convert them."""
     convert, narrow, wide = interpreter._convert_float, language.bfloat16, language.float32
 
     def converted(given: Any, one: Any, other: Any, rounding: Any) -> Any:
