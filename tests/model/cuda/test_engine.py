@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOptions, StepError
-from asyncengine.model import buckets, graphs, loader, verification
+from asyncengine.model import buckets, graphs, loader, token_draw, verification
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.quantised import four_bit_product
@@ -42,6 +42,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     monkeypatch.setattr(verification, "_CUTS", (0, 3, 5))
     monkeypatch.setattr(loader, "_SOME_TOKENS", 9)
     monkeypatch.setattr(buckets, "_MIXED", (1 + len(PROMPT),))
+    monkeypatch.setattr(graphs, "FILTERED", ())  # a draw is the same behind any model
     monkeypatch.setattr(choice, "cuda_seconds", lambda device, **_: lambda run: (run(), 1.0)[1])
     with pretended() as device:
         yield device
@@ -95,6 +96,7 @@ async def test_draws_what_the_host_draws_and_waits_for_nothing_but_tokens(
 
     config = config.replace(max_num_sequence=2)
     monkeypatch.setattr(buckets, "_MIXED", (6, 12))
+    monkeypatch.setattr(graphs, "FILTERED", token_draw.FILTERED)
     async with AsyncEngine(config) as engine:
         assert engine.health().notes == ()
         assert engine.health().warm_up.done == 2 + 2 * 3 + 2  # steps and draws of 1 and 2, steps with prompts
@@ -160,7 +162,7 @@ async def test_fused_kernels_take_part_in_captured_steps(
         found = await work(engine)
         assert set(device.waits) == {"Event.synchronize"}
         assert before.keys() >= {"project", "rotate", "norm_rows", "activate"}
-        assert device.replays > 5  # of steps; draws are part of them
+        assert device.replays > 5
         launched = device.kernels - before  # several prompts at once are more than there is a graph for
         assert launched.keys() >= {"rotate", "norm_rows", "activate"}
     assert found == await on_host(config.replace(decoder_backend="transformers"), work)
@@ -183,7 +185,6 @@ async def test_steps_with_adapters_are_captured(
     for seed, name in enumerate(("one", "two")):
         save_adapter(tmp_path / name, model, seed, rank=2, only="up_proj", scale=1.0)
     save_adapter(tmp_path / "large", model, 2, rank=12, only=("q_proj", "up_proj"), scale=1.0)
-    monkeypatch.setattr(graphs, "FILTERED", ())
     launch = TorchModel.launch
 
     def launched(model: TorchModel, batch: Any) -> Any:
@@ -242,7 +243,6 @@ async def test_decodes_of_recurrent_layers_are_captured(
 ) -> None:
     """States are copied for branches, kept for the next turn, and gone with the engine; no launch waits."""
     path = checkpoint("qwen3_5", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
-    monkeypatch.setattr(graphs, "FILTERED", ())
     launch = TorchModel.launch
 
     def launched(model: TorchModel, batch: Any) -> Any:
@@ -352,8 +352,11 @@ async def test_scores_and_embeddings(device: Pretended, config: EngineConfig) ->
 
 
 @on_one_loop
-async def test_sleeps_wakes_changes_and_reloads_without_a_trace(device: Pretended, config: EngineConfig) -> None:
+async def test_sleeps_wakes_changes_and_reloads_without_a_trace(
+    device: Pretended, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a model takes is the same after each load, and nothing is left after an unload."""
+    monkeypatch.setattr(graphs, "FILTERED", token_draw.FILTERED)
     async with AsyncEngine(config) as engine:
         first, taken = await greedy(engine), device.allocated
         weights = load_file(Path(config.model) / "model.safetensors")
