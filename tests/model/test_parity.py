@@ -12,7 +12,7 @@ from asyncengine import AsyncEngine, EngineConfig, EngineMetrics, GenerationConf
 from tests.model.checkpoints import ARCHITECTURES, RECURRENT
 from tests.model.reference import Reference
 
-NEW_TOKENS = 12
+NEW_TOKENS = 16
 COMPILED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3", "granite", "smollm3",
     "gpt2", "gpt_neox", "cohere", "cohere2", "exaone4", "starcoder2", "opt", "glm4", "phi", "mixtral", "qwen3_moe",
