@@ -21,7 +21,7 @@ from tests.model.draft_heads import eagle_heads, mtp_heads
 
 SQUEEZED: dict[str, Any] = {
     "device": "cpu", "max_num_sequence": 6, "kv_cache_page_size": 4, "max_single_sequence_length": 60,
-    "max_total_sequence_length": 76, "prefill_chunk_size": 16, "prefix_cache_mode": "disable", "spec_draft_length": 3,
+    "max_total_sequence_length": 120, "prefill_chunk_size": 16, "prefix_cache_mode": "disable", "spec_draft_length": 3,
 }  # fmt: skip
 Guess = tuple[list[int], list[int]]
 
@@ -59,7 +59,7 @@ async def ask(config: EngineConfig) -> None:
     """Some sequences at once, in pieces, more than there is room for; one prompt has several answers."""
     random = np.random.default_rng(0)
     prompts = [random.integers(1, 199, size).tolist() for size in (1, 7, 37, 22, 14)]
-    greedy = GenerationConfig(temperature=0, max_tokens=9)
+    greedy = GenerationConfig(temperature=0, max_tokens=14)
     wishes = [greedy, greedy.replace(n=3), greedy, greedy, greedy]
     async with AsyncEngine(config) as engine:
         await engine.generate_many(prompts, wishes)
