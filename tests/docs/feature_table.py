@@ -32,7 +32,7 @@ def drawn() -> list[Asked]:
     story = list(range(60, 160))  # as long as the story of the cases, and as good as it
     asked = []
     for seed in range(3):
-        found = case(seed, 288, 0, story, requests=50, engines=3).asked()
+        found = case(seed, 288, 0, story, requests=28, engines=3).asked()
         # The architecture of the last case is not of the family that is compiled.
         asked += [request for request in found if seed < 2 or not FEATURES["compiled step"](request)]
     return asked

@@ -34,7 +34,7 @@ from asyncengine.model.adapters import adapted_modules, lora
 from tests.model.adapters import PREFIX, linear_layers, merge, save_adapter, tensors_of
 from tests.model.reference import Reference
 
-TOKENS = 24
+TOKENS = 12
 GREEDY = GenerationConfig(temperature=0, max_tokens=TOKENS, ignore_eos=True)
 PROMPTS = [[5], [7, 8, 9, 10, 11], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30]]
 PARTS = {
@@ -128,7 +128,7 @@ def test_the_batch_changes_no_bits(changes: Any, tiny_adapters: Path) -> None:
         async with AsyncEngine(settings) as engine:
             assert engine.complete_engine_config.decoder_backend == "compiled"
             wanted = [(prompt, name) for prompt in (*PROMPTS, [*range(40, 150)]) for name in (None, "one", "two")]
-            changed = {"logprobs": True, "top_logprobs": 3, "max_tokens": 10}
+            changed = {"logprobs": True, "top_logprobs": 3, "max_tokens": 6}
             asked = [ask(engine, prompt, name, **changed) for prompt, name in wanted]
             return await asyncio.gather(*asked) if together else [await each for each in asked]
 

@@ -1,6 +1,6 @@
 """Random combinations of everything a request may ask for, in engines of every kind, against the scalar reference.
 
-A case is a model, a few dozen requests, and engines that serve them all at once. What each branch got is compared with
+A case is a model, some thirty requests, and engines that serve them all at once. What each branch got is compared with
 what it should have got alone: one plain forward, no cache, no chunks, and a sampler that takes one row at a time.
 """
 
@@ -121,7 +121,7 @@ def test_whatever_is_asked_for_together_is_what_the_reference_gives(
     layers = {"n_layer": 2} if architecture == "gpt2" else {"num_hidden_layers": 2}
     path = checkpoint(architecture, vocab_size=letters.VOCABULARY, eos_token_id=letters.END, **layers)
     letters.write(path)
-    combine(path, seed, requests=50, engines=3, end=letters.END, directory=tmp_path)
+    combine(path, seed, requests=28, engines=3, end=letters.END, directory=tmp_path)
 
 
 def test_so_it_is_with_recurrent_layers(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_so_it_is_with_recurrent_layers(checkpoint: Callable[..., Path], tmp_pat
         layer_types=["linear_attention", "full_attention"],
     )  # fmt: skip
     letters.write(path)
-    combine(path, seed=1, requests=40, engines=3, end=letters.END, directory=tmp_path, recurrent=True)
+    combine(path, seed=1, requests=20, engines=3, end=letters.END, directory=tmp_path, recurrent=True)
 
 
 def test_so_it_is_with_the_tiny_model(tmp_path: Path) -> None:
-    combine(Path(tiny.PATH), seed=2, requests=24, engines=2, end=2, directory=tmp_path)
+    combine(Path(tiny.PATH), seed=2, requests=14, engines=2, end=2, directory=tmp_path)

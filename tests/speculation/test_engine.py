@@ -24,7 +24,7 @@ LIMITS: dict[str, Any] = {
     "device": "cpu", "max_num_sequence": 16, "kv_cache_page_size": 8, "max_total_sequence_length": 2048,
 }  # fmt: skip
 SQUEEZED: dict[str, Any] = {
-    "prefill_chunk_size": 16, "max_total_sequence_length": 136, "max_single_sequence_length": 128,
+    "prefill_chunk_size": 16, "max_total_sequence_length": 120, "max_single_sequence_length": 112,
 }  # fmt: skip
 TINY_DRAFT: dict[str, Any] = {"speculative_mode": "small_draft", "additional_models": ["tiny-draft"]}
 STORY = "Once upon a time there was a young horse. The horse liked to pick flowers. The horse"
@@ -56,11 +56,11 @@ def wishes() -> list[tuple[list[int], GenerationConfig]]:
     random = np.random.default_rng(0)
     shared = random.integers(1, 199, 30).tolist()
     repeated = random.integers(1, 199, 6).tolist() * 5
-    sampled = GenerationConfig(temperature=0.8, seed=11, max_tokens=18)
+    sampled = GenerationConfig(temperature=0.8, seed=11, max_tokens=12)
     return [
-        (shared, GenerationConfig(temperature=0, max_tokens=20)),
-        (repeated, GenerationConfig(temperature=0, max_tokens=30, logprobs=True, top_logprobs=3)),
-        ([*shared, 5, 6, 7], GenerationConfig(temperature=0, max_tokens=16, n=3, repetition_penalty=1.3)),
+        (shared, GenerationConfig(temperature=0, max_tokens=12)),
+        (repeated, GenerationConfig(temperature=0, max_tokens=20, logprobs=True, top_logprobs=3)),
+        ([*shared, 5, 6, 7], GenerationConfig(temperature=0, max_tokens=12, n=3, repetition_penalty=1.3)),
         (repeated, sampled.replace(n=3, logprobs=True)),
         (shared[:17], sampled.replace(frequency_penalty=0.8, logit_bias={7: 2.0}, top_p=0.9)),
         ([*repeated, 9], sampled.replace(temperature=0.3, top_k=4, min_tokens=10, stop_token_ids=list(range(20, 60)))),
@@ -117,7 +117,7 @@ def test_outputs_are_those_without_drafts(
             assert (counters.preemptions > 0) == ("squeezed" in name)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "qwen3", "gpt_neox", "olmo2"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt_neox"])
 def test_so_it_is_with_other_architectures(
     architecture: str, pair: Callable[[str], tuple[Path, Path]], subtests: pytest.Subtests
 ) -> None:
@@ -125,11 +125,8 @@ def test_so_it_is_with_other_architectures(
     asked = wishes()[:4]
     plain = EngineConfig(str(target), **LIMITS)
     expected, _ = asyncio.run(outputs(plain, asked))
-    ways = {"ngram": NGRAM}
-    if architecture not in ("gemma2", "gpt2"):
-        ways["draft"] = {
-            "speculative_mode": "small_draft", "additional_models": [str(draft)], "spec_draft_length": 2,
-        }  # fmt: skip
+    drafted = {"speculative_mode": "small_draft", "additional_models": [str(draft)], "spec_draft_length": 2}
+    ways: dict[str, dict[str, Any]] = {"ngram": NGRAM, "draft": drafted}
     for name, changes in ways.items():
         with subtests.test(name):
             found, counters = asyncio.run(outputs(plain.replace(**changes), asked))

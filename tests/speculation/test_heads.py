@@ -34,7 +34,7 @@ def test_outputs_are_those_without_drafts(mode: str, tmp_path: Path) -> None:
     drafted = plain.replace(speculative_mode=mode, additional_models=models, spec_draft_length=3, **SQUEEZED)
     found, counters = asyncio.run(outputs(drafted, wishes()))
     same(found, expected)
-    assert counters.draft_tokens > 100  # type: ignore[attr-defined]
+    assert counters.draft_tokens > 60  # type: ignore[attr-defined]
     assert counters.preemptions > 0  # type: ignore[attr-defined]
 
 
@@ -139,14 +139,15 @@ async def test_new_weights_that_the_head_does_not_know_are_those_that_count() ->
     assert found[1].usage.draft_tokens > 0
 
 
+@pytest.mark.loops("either")
 async def test_a_model_with_recurrent_layers_says_the_same_with_its_own_head(tmp_path: Path) -> None:
     """Over few tokens, so that some of a random head's guesses are right; from the prefix cache, too."""
     path = mtp_heads.write(tmp_path, "qwen3_5", "qwen", vocab_size=8)
     prompts = [[1, 2, 3, 4] * 6, [5, 6, 7, 1, 1, 2], [3] * 17]
     wishes = [
-        GenerationConfig(temperature=0, max_tokens=30, ignore_eos=True),
-        GenerationConfig(temperature=1.0, seed=3, n=2, max_tokens=30, ignore_eos=True),
-        GenerationConfig(temperature=0, max_tokens=30, stop_token_ids=(6,), ignore_eos=True),
+        GenerationConfig(temperature=0, max_tokens=20, ignore_eos=True),
+        GenerationConfig(temperature=1.0, seed=3, n=2, max_tokens=20, ignore_eos=True),
+        GenerationConfig(temperature=0, max_tokens=20, stop_token_ids=(6,), ignore_eos=True),
     ]
     found = []
     for mode in ("disable", "mtp"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -541,9 +543,12 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(drawn)
 
 
+_processor = functools.lru_cache(maxsize=4)(processor)
+
+
 def inputs(path: Path, messages: list[dict[str, Any]], images: list[Image.Image]) -> Any:
     """What transformers' processor makes of a conversation."""
-    made = processor(path)
+    made = _processor(path)
     rendered = made.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, for how one of the processors copies a tensor
@@ -555,6 +560,12 @@ def load(path: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     ).eval()
+
+
+@functools.lru_cache(maxsize=4)
+def loaded(path: Path) -> Any:
+    """The model, for those who ask it something and leave it as it is."""
+    return load(path)
 
 
 def reference(
@@ -570,7 +581,38 @@ def reference(
         more: For its `generate`.
     """
     given = inputs(path, messages, images)
-    model = load(path)
-    model.generation_config.eos_token_id = None
-    made = model.generate(**given, do_sample=False, max_new_tokens=max_tokens, pad_token_id=END, **more)
+    settings = {"do_sample": False, "max_new_tokens": max_tokens, "eos_token_id": None, "pad_token_id": END}
+    made = loaded(path).generate(**given, **settings, **more)
     return made[0, given["input_ids"].shape[1] :].tolist()
+
+
+def likeliest(
+    path: Path,
+    messages: list[dict[str, Any]],
+    images: list[Image.Image],
+    tokens: Sequence[int],
+    allowed: Sequence[int] = range(VOCABULARY),
+) -> list[int]:
+    """What transformers finds the likeliest after a conversation, after it and the first token, and so on.
+
+    As in `tests.model.reference`: whoever said just these tokens said what `reference` would find, which takes longer.
+
+    Args:
+        path: Of the checkpoint.
+        messages: The conversation.
+        images: In it.
+        tokens: What was said.
+        allowed: All that may be said.
+    """
+    model = loaded(path)
+    if model.config.image_token_id in tokens:  # in one forward, it would be taken for what stands for an image
+        return reference(path, messages, images, len(tokens), suppress_tokens=sorted({*range(VOCABULARY)} - {*allowed}))
+    given = dict(inputs(path, messages, images))
+    prompt, said = given["input_ids"], torch.tensor([tokens[:-1]])
+    more = {"input_ids": said, "attention_mask": torch.ones_like(said)}
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor) and value.shape == prompt.shape:
+            given[name] = torch.cat([value, more.get(name, torch.zeros_like(said)).to(value.dtype)], 1)
+    with torch.inference_mode():
+        logits = model(**given, use_cache=False).logits[0, prompt.shape[1] - 1 :, list(allowed)]
+    return [allowed[place] for place in logits.argmax(-1).tolist()]

@@ -16,7 +16,7 @@ import transformers
 from asyncengine.model.vision.processor import _without_videos
 from tests.model import checkpoints as text_checkpoints
 from tests.model import letters
-from tests.model.vision.checkpoints import inputs, load, picture, processor, reference
+from tests.model.vision.checkpoints import inputs, loaded, picture, processor, reference
 
 SOME = ("qwen3_vl", "llava", "gemma3", "idefics2", "granite4_vision", "ovis2", "ernie4_5_vl_moe")
 """Of each kind one, and those that the engine refuses; to the others it is compared."""
@@ -43,7 +43,7 @@ def test_what_is_said_depends_on_what_is_seen(architecture: str, sighted: Callab
     assert len(tokens) == 8
     assert len(set(tokens)) > 1
 
-    model = load(path)
+    model = loaded(path)
     with torch.inference_mode():
         logits = model(**inputs(path, CONVERSATION, seen)).logits[0, -1]
         other = model(**inputs(path, CONVERSATION, [picture(3, 48, 32), seen[1]])).logits[0, -1]

@@ -14,12 +14,12 @@ from asyncengine.model import architecture
 from asyncengine.model.text_names import name_in
 from asyncengine.model.vision.modules import seeing
 from tests.model import checkpoints
-from tests.model.vision.checkpoints import VISION, load
+from tests.model.vision.checkpoints import VISION, loaded
 
 
 @pytest.mark.parametrize("name", VISION)
 def test_of_models_that_take_images_all_but_the_text(name: str, sighted: Callable[..., Path]) -> None:
-    model = load(sighted(name))
+    model = loaded(sighted(name))
     found = seeing(model)
     text = {module for module in model.modules() if module not in found}
     assert set(model.get_decoder().modules()) <= text
