@@ -51,6 +51,30 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptedText:
+    """A text to embed, behind what the model's checkpoint puts in front of texts for that purpose.
+
+    Attributes:
+        name: Of the purpose.
+    """
+
+    text: str
+    name: str
+
+    def written(self, view: ModelView) -> str:
+        """Both.
+
+        Raises:
+            InvalidRequestError: The checkpoint does not know the purpose.
+        """
+        prompts = view.embedding_prompts
+        if self.name not in prompts:
+            known = ", ".join(map(repr, prompts)) if prompts else f"{view.config.model!r} has none"
+            raise InvalidRequestError(f"prompt_name is {self.name!r:.80}; allowed: {known}")
+        return prompts[self.name] + self.text
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """A prompt whose end is left out if it is too long; of a pair, that of the second text.
 
@@ -58,7 +82,7 @@ class Cut:
         most: How many tokens there may be, special ones included; -1 means as many as the model takes.
     """
 
-    prompt: TextPrompt | Pair | TextPair
+    prompt: TextPrompt | PromptedText | Pair | TextPair
     most: int
 
     def within(self, view: ModelView) -> int:
@@ -75,7 +99,7 @@ class Cut:
         return view.max_prompt_tokens if self.most < 0 else self.most
 
 
-AnyPrompt = Prompt | Conversation | Pair | TextPair | Cut
+AnyPrompt = Prompt | Conversation | PromptedText | Pair | TextPair | Cut
 """Whatever becomes token ids at once."""
 
 
@@ -103,6 +127,8 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
     most = None
     if isinstance(prompt, Cut):
         most, prompt = prompt.within(view), prompt.prompt
+    if isinstance(prompt, PromptedText):
+        prompt = prompt.written(view)
     if isinstance(prompt, Conversation):
         return await _encode_chat(prompt, view)
     elif isinstance(prompt, ImagePrompt):

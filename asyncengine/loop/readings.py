@@ -14,7 +14,7 @@ from asyncengine.generation import GenerationConfig
 from asyncengine.images import ImagePrompt
 from asyncengine.loop.control import EngineControl
 from asyncengine.loop.embedding import ClassificationOptions, EmbeddingOptions, Reading
-from asyncengine.loop.encoding import AnyPrompt, Conversation, Cut, Prompt
+from asyncengine.loop.encoding import AnyPrompt, Conversation, Cut, Prompt, PromptedText
 from asyncengine.loop.many import ManyStream
 from asyncengine.loop.pairs import Pair, TextPair, how_to_rank, instruction_of, log_odds, yes_or_no
 from asyncengine.loop.prepare import RequestOptions
@@ -80,6 +80,7 @@ class EngineReadings(EngineControl):
         *,
         normalize: bool = True,
         dimensions: int | None = None,
+        prompt_name: str | None = None,
         truncate_prompt_tokens: int | None = None,
         options: RequestOptions = DEFAULTS,
     ) -> list[Embedding]:
@@ -94,6 +95,8 @@ class EngineReadings(EngineControl):
                 what the checkpoint says (``1_Pooling/config.json``), and without that the mean.
             normalize: Whether the vectors have length 1.
             dimensions: How many numbers are kept of each vector, from the front; None keeps all.
+            prompt_name: What the texts are for: ``"query"``, ``"document"``, or what else the checkpoint has a text for
+                that is put in front of them (``config_sentence_transformers.json``). None puts nothing there.
             truncate_prompt_tokens: How many tokens a prompt may have, special ones included: the end of what is longer
                 is left out. -1 is as many as the model takes; None refuses what is longer than that.
             options: For all; ``request_id`` gets ``-0``, ``-1``, ... appended.
@@ -104,7 +107,8 @@ class EngineReadings(EngineControl):
         Cancelling it ends the requests.
         """
         wanted = EmbeddingOptions(pooling=pooling, normalize=normalize, dimensions=dimensions)
-        found = await self._read(_cut(checked_prompts(prompts), truncate_prompt_tokens), wanted, options)
+        texts = _prompted(checked_prompts(prompts), prompt_name)
+        found = await self._read(await self._cut(texts, truncate_prompt_tokens), wanted, options)
         return [Embedding(wanted.vector(_pooled(stream)), usage) for stream, usage in found]
 
     async def classify(
@@ -141,7 +145,7 @@ class EngineReadings(EngineControl):
         Cancelling it ends the requests.
         """
         said = [_said(prompt, template_arguments) for prompt in checked_prompts(prompts)]
-        wanted = _cut(said, truncate_prompt_tokens)
+        wanted = await self._cut(said, truncate_prompt_tokens)
         return await _classified(await self._read(wanted, ClassificationOptions(), options))
 
     async def rerank(
@@ -216,7 +220,8 @@ class EngineReadings(EngineControl):
         view = await self._view()
         instruction_of(how_to_rank(prompt, view), instruction)
         # Another model may be loaded before they are admitted: each of these settles for itself how to rank.
-        prompts = _cut([Pair(*pair, prompt, instruction) for pair in checked_pairs(pairs)], truncate_prompt_tokens)
+        asked_of = [Pair(*pair, prompt, instruction) for pair in checked_pairs(pairs)]
+        prompts = await self._cut(asked_of, truncate_prompt_tokens)
         if view.classifier is not None:
             read = await self._read(prompts, ClassificationOptions(), options)
             logits = [(_only(each, view).score, each.usage) for each in await _classified(read)]
@@ -234,6 +239,26 @@ class EngineReadings(EngineControl):
                 logits.append((log_odds(asked[max(asked)], result), result.usage))
         return [Relevance(index, logit, sigmoid(logit), usage) for index, (logit, usage) in enumerate(logits)]
 
+    async def _cut(self, prompts: list[Any], most: int | None) -> list[Any]:
+        """Prompts that are cut if they are too long.
+
+        Raises:
+            InvalidRequestError: `most` is no number of tokens that the model takes, or there is a prompt that cannot be
+                cut, or has in front of it what the model's checkpoint does not know.
+        """
+        if prompts and isinstance(prompts[0], PromptedText):
+            prompts[0].written(await self._view())
+        if most is None:
+            return prompts
+        if isinstance(most, bool) or not isinstance(most, int) or most < -1 or not most:
+            raise InvalidRequestError(f"truncate_prompt_tokens is {most!r:.80}; allowed: integers >= 1, -1, or None")
+        for prompt in prompts:
+            if isinstance(prompt, (Conversation, ImagePrompt)):
+                what = "conversations" if isinstance(prompt, Conversation) else "prompts with images"
+                raise InvalidRequestError(f"truncate_prompt_tokens is {most}; {what} cannot be cut")
+        Cut("", most).within(await self._view())
+        return [Cut(prompt, most) for prompt in prompts]
+
     async def _read(
         self, prompts: Sequence[AnyPrompt], reading: Reading, options: RequestOptions
     ) -> list[tuple[RequestStream, Usage]]:
@@ -250,21 +275,22 @@ def check_computed(request_id: str, computed: bool) -> None:
         raise RequestDroppedError(f"request {request_id}: it was aborted before its prompt was computed")
 
 
-def _cut(prompts: list[Any], most: int | None) -> list[Any]:
-    """Prompts that are cut if they are too long.
+def _prompted(prompts: list[Any], name: str | None) -> list[Any]:
+    """Texts behind what the checkpoint puts in front of them for a purpose.
 
     Raises:
-        InvalidRequestError: `most` is no number of tokens, or there is a prompt that cannot be cut.
+        InvalidRequestError: The name is no string, or a prompt is no text.
     """
-    if most is None:
+    if name is None:
         return prompts
-    if isinstance(most, bool) or not isinstance(most, int) or most < -1 or not most:
-        raise InvalidRequestError(f"truncate_prompt_tokens is {most!r:.80}; allowed: integers >= 1, -1, or None")
+    if not isinstance(name, str):
+        raise InvalidRequestError(f"prompt_name is {name!r:.80}; expected a string or None")
     for prompt in prompts:
-        if isinstance(prompt, (Conversation, ImagePrompt)):
-            what = "conversations" if isinstance(prompt, Conversation) else "prompts with images"
-            raise InvalidRequestError(f"truncate_prompt_tokens is {most}; {what} cannot be cut")
-    return [Cut(prompt, most) for prompt in prompts]
+        if not isinstance(prompt, str):
+            raise InvalidRequestError(
+                f"prompt_name is {name!r:.80}; it is for texts alone, and there is {prompt!r:.40}"
+            )
+    return [PromptedText(prompt, name) for prompt in prompts]
 
 
 def checked_prompts(prompts: Any) -> list[Any]:

@@ -38,7 +38,7 @@ from asyncengine.model.load_check import (
     without_findings,
 )
 from asyncengine.model.recurrent.refusals import check_recurrent
-from asyncengine.model.tokenizer import FastTokenizer, load_tokenizer
+from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
 from asyncengine.speculation.protocol import Drafter
@@ -152,7 +152,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         if known is not None:
             built = known.built()
         tokenizer = reading.result()
-        keeping = functools.cache(lambda: pool.submit(_keep, tokenizer))
+        keeping = functools.cache(lambda: pool.submit(keep_for_next_load, tokenizer))
         if built is None:
             details = details if details.findings is None else without_findings(details)
 
@@ -242,6 +242,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         hidden_size=vector_size(details, built.hidden_size),
         pooling=details.embedder.pooling,
         dense=details.embedder.dense,
+        embedding_prompts=details.embedder.prompts,
         has_head=built.has_head,
         classifier=built.classifier,
         ranking=details.ranking,
@@ -251,11 +252,6 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         image_reader=None if built.image_trial is None else built.image_trial.reader,
         no_images=built.no_images,
     )
-
-
-def _keep(tokenizer: Any) -> None:
-    if isinstance(tokenizer, FastTokenizer) and tokenizer.keep_at is not None:
-        tokenizer.keep()
 
 
 def _attention(config: EngineConfig, details: Details, compiling: Future[Any]) -> Any:

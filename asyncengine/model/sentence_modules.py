@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ class Embedder:
     Attributes:
         pooling: Which of them, in one of the engine's words or in the checkpoint's.
         dense: Layers behind that.
+        prompts: What is put in front of a text, by the name of what the text is for.
     """
 
     pooling: str = "mean"
     dense: tuple[Dense, ...] = ()
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
 
 def embedder_of(path: Path) -> Embedder:
@@ -36,9 +39,9 @@ def embedder_of(path: Path) -> Embedder:
         CheckpointError: A file is damaged or missing.
         UnsupportedModelError: A layer behind the pooling does something that is not known.
     """
-    listed = _json(path / "modules.json")
+    listed, prompts = _json(path / "modules.json"), _prompts(path / "config_sentence_transformers.json")
     if listed is None:  # of older ones there is this file alone
-        return Embedder(_pooling(path / "1_Pooling"))
+        return Embedder(_pooling(path / "1_Pooling"), prompts=prompts)
     if not isinstance(listed, list):
         raise CheckpointError(f"{path / 'modules.json'} is no list of modules")
     pooling, dense = "mean", []
@@ -50,7 +53,15 @@ def embedder_of(path: Path) -> Embedder:
             dense.append(_dense(place))
         elif kind not in _BEFORE:
             pooling = f"{pooling} + {kind}"
-    return Embedder(pooling, tuple(dense))
+    return Embedder(pooling, tuple(dense), prompts)
+
+
+def _prompts(file: Path) -> dict[str, str]:
+    values = _json(file)
+    found = values.get("prompts") if isinstance(values, dict) else None
+    if not isinstance(found, dict):
+        return {}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
 def _pooling(place: Path) -> str:
@@ -63,7 +74,8 @@ def _pooling(place: Path) -> str:
     modes = [key.removeprefix(prefix) for key, value in values.items() if key.startswith(prefix) and value is True]
     if isinstance(stated := values.get("pooling_mode"), str):
         modes = [stated]
-    return " + ".join(_POOLINGS.get(mode, mode) for mode in modes) or "mean"
+    pooling = " + ".join(_POOLINGS.get(mode, mode) for mode in modes) or "mean"
+    return f"{pooling} without the prompt" if values.get("include_prompt") is False else pooling
 
 
 def _dense(place: Path) -> Dense:

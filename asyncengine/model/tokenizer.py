@@ -183,6 +183,12 @@ def _second(types: Sequence[int], tokenizer: Any) -> int | None:
     return list(types).index(1) if told else None
 
 
+def keep_for_next_load(tokenizer: Tokenizer | None) -> None:
+    """Keeps what `load_tokenizer` has read, if it can be kept and is not."""
+    if isinstance(tokenizer, FastTokenizer) and tokenizer.keep_at is not None:
+        tokenizer.keep()
+
+
 def load_tokenizer(path: Path, present: Tokenizer | None = None) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory; None if it has none.
 

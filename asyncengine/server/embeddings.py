@@ -16,7 +16,11 @@ from asyncengine.server.reading import CUT, ReadingBody, ReadingUsage, check_cou
 from asyncengine.server.service import Service, reply
 from asyncengine.server.wire import Body
 
-_NAMES = {"prompt": "input", "prompts": "input", **{name: name for name in ("pooling", "normalize", "dimensions", CUT)}}
+_NAMES = {
+    "prompt": "input",
+    "prompts": "input",
+    **{name: name for name in ("pooling", "normalize", "dimensions", "prompt_name", CUT)},
+}
 
 
 class EmbeddingsBody(ReadingBody, kw_only=True):
@@ -28,6 +32,7 @@ class EmbeddingsBody(ReadingBody, kw_only=True):
 
     pooling: str | None = None
     normalize: bool = True
+    prompt_name: str | None = None
 
 
 class EmbeddingItem(msgspec.Struct):
@@ -65,7 +70,7 @@ def routes(service: Service) -> list[Route]:
         check_count(len(inputs), "input")
         options = options_of(body, "embd", request, served)
         asked: dict[str, Any] = {"normalize": body.normalize, "dimensions": body.dimensions, "options": options}
-        asked[CUT] = body.truncate_prompt_tokens
+        asked |= {"prompt_name": body.prompt_name, CUT: body.truncate_prompt_tokens}
         pooling: Pooling | None = body.pooling  # type: ignore[assignment]  # the engine checks it
         read = await found(service, request, service.engine.embed(inputs, pooling, **asked))
         if read is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from asyncengine.classifier import Classifier
@@ -155,6 +155,7 @@ class ModelView:
         hidden_size: Numbers in an embedding; None if the model cannot embed.
         pooling: How it embeds where the caller does not say, in the checkpoint's word.
         poolings: How it can embed.
+        embedding_prompts: What its checkpoint puts in front of texts to embed, by the name of what they are for.
         has_head: Whether it has a language-model head; without, it can only embed and classify.
         takes_pairs: Whether its tokenizer makes one prompt of two texts, in a way that the model was trained for.
         classifier: Its classification head; None without one.
@@ -178,6 +179,7 @@ class ModelView:
     hidden_size: int | None = None
     pooling: str = "mean"
     poolings: tuple[Pooling, ...] = ("mean", "last")
+    embedding_prompts: Mapping[str, str] = field(default_factory=dict)
     has_head: bool = True
     takes_pairs: bool = False
     classifier: Classifier | None = None
@@ -218,6 +220,7 @@ class LoadedModel:
     hidden_size: int | None = None
     pooling: str = "mean"
     dense: tuple[Dense, ...] = ()
+    embedding_prompts: Mapping[str, str] = field(default_factory=dict)
     has_head: bool = True
     takes_pairs: bool = False
     classifier: Classifier | None = None
@@ -259,6 +262,7 @@ class LoadedModel:
             hidden_size=self.hidden_size,
             pooling=self.pooling,
             poolings=self.poolings,
+            embedding_prompts=self.embedding_prompts,
             has_head=self.has_head,
             takes_pairs=self.takes_pairs,
             classifier=self.classifier,

@@ -56,6 +56,7 @@ async def test_what_is_wrong_is_refused_by_name() -> None:
         (asked([99999]), "input"), (asked(["a"] * 2049), "input"), (asked({"a": 1}), "input"), ({}, "input"),
         (asked(encoding_format="int8"), "encoding_format"), (asked(dimensions=4), "dimensions"),
         (asked(dimensions=0), "dimensions"), (asked(pooling="cls"), "pooling"), (asked(messages=[]), "messages"),
+        (asked(prompt_name="query"), "prompt_name"), (asked(truncate_prompt_tokens=10**6), "truncate_prompt_tokens"),
         (asked(truncate_prompt_tokens=0), "truncate_prompt_tokens"), (asked(colour="red"), "colour"),
     ]  # fmt: skip
     async with served() as client:

@@ -27,7 +27,7 @@ from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST, Details, fit
 from asyncengine.model.load_report import without_report
 from asyncengine.model.location import locate
 from asyncengine.model.sentence_modules import embedder_of
-from asyncengine.model.tokenizer import load_tokenizer
+from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
 
@@ -123,6 +123,7 @@ def load(plan: LoadPlan) -> LoadedModel:
     try:
         model = _with_weights(details)
         tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
+        keep_for_next_load(tokenizer)
         trial = _Trial(model, details)
         packing = trial.packing()
         padding = trial.padding() if packing is None else None
@@ -158,6 +159,7 @@ def load(plan: LoadPlan) -> LoadedModel:
         hidden_size=hidden_size,
         pooling=details.embedder.pooling,
         dense=details.embedder.dense,
+        embedding_prompts=details.embedder.prompts,
         has_head=False,
         takes_pairs=tokenizer is not None,
         classifier=classifier,

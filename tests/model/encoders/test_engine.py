@@ -192,6 +192,8 @@ def sentence_transformer(source: Path, path: Path, **changes: Any) -> Path:
     weights = {"linear.weight": torch.randn(12, inputs), "linear.bias": torch.randn(12)}
     save_file(weights, path / "2_Dense" / "model.safetensors")
     (path / "sentence_bert_config.json").write_text('{"max_seq_length": 20}')
+    prompts = {"query": "find : ", "document": "", "odd": None}
+    (path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
     return path
 
 
@@ -207,6 +209,17 @@ async def test_files_of_sentence_transformers_say_how(encoder: Callable[..., Pat
             near(each.vector, vector / vector.norm())
         (short,) = await engine.embed(TEXTS[:1], dimensions=4)
         assert short.vector.shape == (4,) and np.linalg.norm(short.vector) == pytest.approx(1.0)
+        asked = await engine.embed(["the cat"], prompt_name="query")
+        told = await engine.embed(["find : the cat"])
+        assert np.array_equal(asked[0].vector, told[0].vector)
+        assert asked[0].usage.prompt_tokens == told[0].usage.prompt_tokens
+        (cut,) = await engine.embed(["the cat"], prompt_name="query", truncate_prompt_tokens=4)
+        assert cut.usage.prompt_tokens == 4
+        for wrong, words in (("task", "allowed: 'query', 'document'"), (3, "expected a string or None")):
+            with pytest.raises(InvalidRequestError, match=words):
+                await engine.embed(["the cat"], prompt_name=wrong)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequestError, match="it is for texts alone, and there is"):
+            await engine.embed([[5]], prompt_name="query")
         with pytest.raises(InvalidRequestError, match=r"dimensions is 13; allowed: 1\.\.12"):
             await engine.embed(TEXTS[:1], dimensions=13)
         await engine.reload(config(path, max_single_sequence_length=64))  # the model has positions for as many
@@ -226,6 +239,8 @@ async def test_files_that_make_no_sense_leave_the_old_model(
 ) -> None:
     path = sentence_transformer(encoder("bert"), tmp_path / "model", **changes)
     async with AsyncEngine(config(encoder("roberta"))) as engine:
+        with pytest.raises(InvalidRequestError, match=r"prompt_name is 'query'; allowed: .* has none"):
+            await engine.embed(["a"], prompt_name="query")
         with pytest.raises(error, match=words):
             await engine.reload(config(path))
         assert len(await engine.embed(["a"])) == 1
