@@ -73,6 +73,7 @@ def reports(plots: Path) -> Reports:
         ["parts", "--tiny"],
         ["images", "--shape", "tiny", "--dtype", "float32", "--pixels", "64", "--requests", "2", "--tokens", "4",
          "--rounds", "1", "--peer"],
+        ["encoders", "--shape", "tiny", "--prompts", "6", "--lengths", "2", "20", "--rounds", "1"],
     )  # fmt: skip
 
 
@@ -82,6 +83,16 @@ def test_images_times_questions_and_those_of_transformers(reports: Reports) -> N
     assert "a question has 38 tokens" in said
     assert set(result["seconds"]) == {"first", "again", "several", "peer first", "peer several"}
     assert set(result["ratios"]) == {"first", "several"}
+
+
+def test_encoders_times_what_transformers_says_as_well(reports: Reports) -> None:
+    status, result, said = ended(*reports["encoders"])
+    assert status == 0, said
+    assert result["error"] < 1e-5
+    assert set(result["tokens_per_second"]) == {"many", "single", "peer"} and set(result["ratios"]) == {
+        "many",
+        "single",
+    }
 
 
 @pytest.fixture(scope="module")
