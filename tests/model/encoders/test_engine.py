@@ -35,6 +35,8 @@ from asyncengine.outputs import FinishReason
 from asyncengine.reranking import RerankPrompt
 from tests.model.encoders.checkpoints import KINDS, WITH_HEADS, logits, states, tokenizer_of
 
+pytestmark = pytest.mark.loops("either")
+
 TEXTS = [
     "the cat is in the house", "a", "who lives in paris ?", "unable dogs running , some", "the cat lives in the house",
     "the old king of france was in rome and some dog eats the red tree in the river of the house",
@@ -54,7 +56,6 @@ def near(found: Any, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
     np.testing.assert_allclose(found, expected.numpy(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.loops("either")
 @pytest.mark.parametrize("kind", KINDS)
 async def test_vectors_are_those_of_transformers(kind: str, encoder: Callable[..., Path]) -> None:
     path = encoder(kind)
@@ -70,7 +71,6 @@ async def test_vectors_are_those_of_transformers(kind: str, encoder: Callable[..
         assert engine.metrics().kv_blocks_used == 0
 
 
-@pytest.mark.loops("either")
 @pytest.mark.parametrize("kind", HEADS)
 async def test_heads_say_what_they_say_in_transformers(kind: str, encoder: Callable[..., Path]) -> None:
     path = encoder(kind, 3, id2label={0: "no", 1: "perhaps", 2: "yes"})
@@ -352,6 +352,7 @@ async def test_transformers_reports_nothing_of_what_is_left_over(encoder: Callab
         logger.removeHandler(handler)
 
 
+@pytest.mark.loops("each")
 async def test_leaving_in_the_middle_disturbs_nobody(encoder: Callable[..., Path]) -> None:
     path = encoder("bert")
     async with AsyncEngine(config(path, max_num_sequence=2)) as engine:
@@ -376,6 +377,7 @@ async def test_leaving_in_the_middle_disturbs_nobody(encoder: Callable[..., Path
         assert engine.metrics().num_requests_running == engine.metrics().num_requests_waiting == 0
 
 
+@pytest.mark.loops("each")
 async def test_models_change_places(encoder: Callable[..., Path]) -> None:
     """Between encoders and decoders, also under requests that wait."""
     first, ranker = encoder("bert"), encoder("bert", 1)
