@@ -14,7 +14,7 @@ import anyio.to_thread
 import numpy as np
 from anyio.lowlevel import RunVar
 
-from asyncengine.errors import InvalidRequestError
+from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
 from asyncengine.images import ImagePrompt, ImageSource, PromptImages, Write
 from asyncengine.loop.image_parts import take_images
 from asyncengine.loop.pairs import Pair, TextPair
@@ -157,17 +157,25 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
 
 
 def _encode_text(text: str, tokenizer: Tokenizer, most: int | None) -> list[int]:
-    ids = tokenizer.encode(text)
-    if most is None or len(ids) <= most:
-        return ids
+    if most is None:
+        return tokenizer.encode(text)
     if not hasattr(tokenizer, "encode_texts"):
-        return ids[:most]
-    return cast("PairingTokenizer", tokenizer).encode_texts([text], most)[0]
+        return tokenizer.encode(text)[:most]
+    return _within(most, cast("PairingTokenizer", tokenizer).encode_texts([text], most)[0])
+
+
+def _within(most: int | None, ids: list[int]) -> list[int]:
+    """Token ids of a prompt that was cut; raises ContextLengthExceededError if there are still too many."""
+    if most is not None and len(ids) > most:
+        raise ContextLengthExceededError(
+            f"the prompt is to be cut to {most} tokens, and without its last text it has {len(ids)}"
+        )
+    return ids
 
 
 def _encode_pair(pair: Pair | TextPair, view: ModelView, most: int | None) -> Encoded:
     ids, second = pair.encoded(view, most)
-    return Encoded(token_ids_of(ids, view), second=second)
+    return Encoded(token_ids_of(_within(most, ids), view), second=second)
 
 
 async def _encode_chat(conversation: Conversation, view: ModelView) -> Encoded:

@@ -11,7 +11,7 @@ from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model import compiled_parts, memory, packed_linear
 from asyncengine.model.findings import Findings
 from asyncengine.model.load_check import BUILDING, Details
-from asyncengine.model.load_report import without_report
+from asyncengine.model.load_report import cannot_load, without_report
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.recurrent.packages import missing
 from asyncengine.model.vision.modules import seeing
@@ -462,7 +462,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
         raise
     except RuntimeError as error:
         checkpoint.check_unchanged()
-        raise CheckpointError(f"{checkpoint.name}: transformers cannot load its weights: {error}") from error
+        raise CheckpointError(f"{checkpoint.name}: {cannot_load(error)}") from error
     head = model.get_output_embeddings()
     of_head = {name for name, module in model.named_modules() if module is head}
     if missing := sorted(name for name in report["missing_keys"] if name.rpartition(".")[0] not in of_head):

@@ -24,3 +24,10 @@ def without_report() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(goes_on)
+
+
+def cannot_load(error: Exception) -> str:
+    """Why transformers cannot load weights, in words: of shapes, its own refer to the report."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "transformers cannot load its weights: some are of another shape than config.json says"
+    return f"transformers cannot load its weights: {error}"

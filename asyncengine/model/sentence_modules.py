@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from asyncengine.dense import Dense, Squash
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 
 _POOLINGS = {"mean_tokens": "mean", "lasttoken": "last", "cls_token": "cls"}  # newer files have the engine's words
 _SQUASHES: dict[str, Squash] = {"Identity": "identity", "Tanh": "tanh"}
-_BEFORE = ("Transformer", "Normalize")
-"""Modules that need nothing here: the model itself, and the length of its vectors, which callers choose."""
+_ORDER = re.compile(r"(\w+( Pooling( Dense)*( Normalize)?)?)?")
+"""The modules that are known. The first is the model itself; the length of vectors is what callers choose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +48,18 @@ def embedder_of(path: Path) -> Embedder:
     if not isinstance(listed, list):
         raise CheckpointError(f"{path / 'modules.json'} is no list of modules")
     pooling, dense = "mean", []
+    kinds = []
     for module in (each for each in listed if isinstance(each, dict)):
-        kind, place = str(module.get("type", "")).rpartition(".")[2], path / str(module.get("path", ""))
+        kind, place = str(module.get("type", "")).rpartition(".")[2], module.get("path", "")
+        if not isinstance(place, str):
+            raise CheckpointError(f"{path / 'modules.json'}: the path of a {kind} is {place!r:.80}")
+        kinds.append(kind)
         if kind == "Pooling":
-            pooling = _pooling(place)
+            pooling = _pooling(path / place, needed=True)
         elif kind == "Dense":
-            dense.append(_dense(place))
-        elif kind not in _BEFORE:
-            pooling = f"{pooling} + {kind}"
+            dense.append(_dense(path / place))
+    if not _ORDER.fullmatch(" ".join(kinds)):  # something else is done to the vectors, which nobody does here
+        return Embedder(" + ".join(kinds[1:]), (), prompts)
     return Embedder(pooling, tuple(dense), prompts)
 
 
@@ -64,17 +71,17 @@ def _prompts(file: Path) -> dict[str, str]:
     return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
-def _pooling(place: Path) -> str:
+def _pooling(place: Path, needed: bool = False) -> str:
     values = _json(place / "config.json")
-    if values is None:
+    if values is None and not needed:
         return "mean"
     if not isinstance(values, dict):
         raise CheckpointError(f"{place / 'config.json'} is not a JSON object")
     prefix = "pooling_mode_"
     modes = [key.removeprefix(prefix) for key, value in values.items() if key.startswith(prefix) and value is True]
-    if isinstance(stated := values.get("pooling_mode"), str):
-        modes = [stated]
-    pooling = " + ".join(_POOLINGS.get(mode, mode) for mode in modes) or "mean"
+    if stated := values.get("pooling_mode"):
+        modes = [str(each) for each in (stated if isinstance(stated, list) else [stated])]
+    pooling = " + ".join(_POOLINGS.get(mode, mode) for mode in modes) or "none of the modes"
     return f"{pooling} without the prompt" if values.get("include_prompt") is False else pooling
 
 
@@ -88,8 +95,10 @@ def _dense(place: Path) -> Dense:
         )
     tensors = _tensors(place)
     weight, bias = tensors.get("linear.weight"), tensors.get("linear.bias")
-    if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+    if weight is None or weight.ndim != 2 or not weight.size or (bias is not None and bias.shape != weight.shape[:1]):
         raise CheckpointError(f"{place}: linear.weight and linear.bias do not make a layer")
+    if not all(np.isfinite(each).all() for each in (weight, bias) if each is not None):
+        raise CheckpointError(f"{place}: there are numbers in it that are none")
     return Dense(weight, bias, squash)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asyncengine.errors import CheckpointError
+from asyncengine.errors import CheckpointError, ContextLengthExceededError
 from asyncengine.grammar.vocabulary import TokenTable
 from asyncengine.known_turns import encode_known_turns, has_known_turns
 from asyncengine.model import kept_tokenizer
@@ -19,6 +19,9 @@ from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
 
 _LONG = 4096
 """Characters beyond which a text is encoded as a batch: for nothing else the library lets go of the lock."""
+
+_BEYOND = 64
+"""Tokens that are looked at beyond those that are left of a text."""
 
 
 class _WithTemplate(ABC):
@@ -96,16 +99,37 @@ class FastTokenizer(_WithTemplate):
     def encode_texts(self, texts: Sequence[str], most: int | None = None) -> tuple[list[int], int | None]:
         """As `asyncengine.tokenizer.PairingTokenizer`."""
         try:
-            pieces = self._backend.encode_batch(list(texts), add_special_tokens=False)
+            encoding = self._backend.encode_batch_fast([tuple(texts) if len(texts) == 2 else texts[0]])[0]
+            if most is not None and len(encoding) > most:
+                encoding = self._cut(texts, most)
         except TypeError:
             "".join(texts).encode()
             raise
-        if most is not None:
-            around = self._backend.num_special_tokens_to_add(len(texts) == 2)
-            left = most - around - sum(len(piece.ids) for piece in pieces[:-1])
-            pieces[-1].truncate(max(left, 0))
-        encoding = self._backend.post_process(*pieces)
         return encoding.ids, _second(encoding.type_ids, self._chat)
+
+    def _cut(self, texts: Sequence[str], most: int) -> Any:
+        """The same in so many tokens at most: the end of the last text is left out.
+
+        Raises:
+            ContextLengthExceededError: Nothing of it would be left.
+        """
+        around = self._backend.num_special_tokens_to_add(len(texts) == 2)
+        before = [self._backend.encode_batch([text], add_special_tokens=False)[0] for text in texts[:-1]]
+        left = most - around - sum(map(len, before))
+        if left < 1:
+            raise ContextLengthExceededError(
+                f"the prompt is to be cut to {most} tokens, and what is not cut of it has {most - left}; allowed: more"
+            )
+        # What follows holds the interpreter's lock for as long as the encoding is long, so that is made of the text's
+        # beginning alone: with some tokens more, since the last ones would be others if the text went on.
+        size, text = 8 * left + _BEYOND, texts[-1]
+        while True:
+            piece = self._backend.encode_batch([text[:size]], add_special_tokens=False)[0]
+            if size >= len(text) or len(piece) >= left + _BEYOND:
+                break
+            size *= 2
+        piece.truncate(left)
+        return self._backend.post_process(*before, piece)
 
     def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
@@ -181,6 +205,12 @@ def _second(types: Sequence[int], tokenizer: Any) -> int | None:
     """Where the second text begins, by the types of tokens, if the tokenizer gives those to its model."""
     told = "token_type_ids" in tokenizer.model_input_names and 1 in types
     return list(types).index(1) if told else None
+
+
+def special_ids(tokenizer: Tokenizer | None) -> list[int]:
+    """Ids of a tokenizer's special tokens, as far as it is one of transformers'."""
+    own = getattr(tokenizer, "_chat", None) or getattr(tokenizer, "_tokenizer", None)
+    return [] if own is None else list(own.all_special_ids)
 
 
 def keep_for_next_load(tokenizer: Tokenizer | None) -> None:

@@ -60,10 +60,12 @@ def replace_weights(
     Raises:
         ReloadError: A name, shape or dtype does not fit, or a value cannot be written.
     """
+    if not isinstance(weights, Mapping):
+        raise ReloadError(f"weights is a {type(weights).__name__}; expected tensors by their names")
     known: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     known.update(model.named_buffers(remove_duplicate=False))
     for name, value in weights.items():
-        target = known.get(name_in(name, known))
+        target = known.get(name_in(name, known)) if isinstance(name, str) else None
         if target is None:
             raise ReloadError(f"weight {name!r} is not in the model")
         if not isinstance(value, torch.Tensor):

@@ -24,6 +24,7 @@ _RESERVED = frozenset({
     "max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
     "tokenizer_kwargs", "tools", "truncation",
     "config", "messages", "options", "prompts", "self",  # as arguments of `AsyncEngine.chat` and `classify`
+    "truncate_prompt_tokens",
 })  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from asyncengine.classifier import Classifier
@@ -23,11 +22,12 @@ from asyncengine.model.classification import activation_of, labels_of
 from asyncengine.model.encoders.model import EncoderModel
 from asyncengine.model.encoders.packing import Packing
 from asyncengine.model.gguf.checkpoint import described
+from asyncengine.model.letting_go import take_apart
 from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST, Details, fits, vector_size
-from asyncengine.model.load_report import without_report
+from asyncengine.model.load_report import cannot_load, without_report
 from asyncengine.model.location import locate
 from asyncengine.model.sentence_modules import embedder_of
-from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
+from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer, special_ids
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
 
@@ -36,8 +36,8 @@ CPU_CHUNK, CUDA_CHUNK = 1024, 8192
 _PAGE = 16
 _TRIAL = (11, 7, 7, 2)
 """Tokens of the prompts by which it is seen whether a model says the same of them together."""
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""How far that may be off, in parts of the largest number."""
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far that may be off, in parts of what the numbers vary by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,12 @@ class EncoderDetails(Details):
     kind: Any = None
     classifies: bool = False
     first_position: int = 0
+
+    @property
+    def takes_types(self) -> bool:
+        """Whether the model tells tokens of two texts apart."""
+        types = getattr(self.hf_config, "type_vocab_size", 2)
+        return "token_type_ids" in inspect.signature(self.kind.forward).parameters and (types is None or types > 1)
 
 
 def plan_of(
@@ -89,12 +95,19 @@ def details_of(
         what = "with a classification head " if classifies else ""
         raise UnsupportedModelError(f"transformers has no model {what}of type {hf_config.model_type!r}")
     kind = mapping[type(hf_config)]
+    if isinstance(kind, tuple):
+        named = checkpoint.config.get("architectures") or ()
+        kind = next((each for each in kind if each.__name__ in named), kind[0])
+    if getattr(hf_config, "attention_type", None) == "block_sparse":
+        raise UnsupportedModelError(
+            f"{checkpoint.name} attends to blocks at random; an attention_type of 'original_full' can be served"
+        )
     first_position, longest = _positions(kind, hf_config)
     stated = _stated_longest(checkpoint)
     length = config.max_single_sequence_length or min(longest, stated or longest)
     if length > longest:
         raise ConfigError(f"max_single_sequence_length is {length}; the model's positions allow 1..{longest}")
-    return EncoderDetails(
+    details = EncoderDetails(
         checkpoint,
         tokenizer_path,
         hf_config,
@@ -110,6 +123,9 @@ def details_of(
         classifies=classifies,
         first_position=first_position,
     )
+    if not classifies:
+        vector_size(details, hf_config.hidden_size)
+    return details
 
 
 def load(plan: LoadPlan) -> LoadedModel:
@@ -120,19 +136,22 @@ def load(plan: LoadPlan) -> LoadedModel:
     """
     details, config = plan.details, plan.config
     assert isinstance(details, EncoderDetails)
+    model = None
     try:
         model = _with_weights(details)
         tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
         keep_for_next_load(tokenizer)
-        trial = _Trial(model, details)
+        trial = _Trial(model, details, special_ids(tokenizer))
         packing = trial.packing()
         padding = trial.padding() if packing is None else None
         hidden_size = None if details.classifies else vector_size(details, details.hf_config.hidden_size)
-    except torch.OutOfMemoryError as error:
-        raise InsufficientMemoryError(f"loading {config.model!r}: {error}") from error
-    except ReloadError:
-        raise
-    except Exception as error:
+    except BaseException as error:
+        if model is not None:
+            take_apart(model)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise InsufficientMemoryError(f"loading {config.model!r}: {error}") from error
+        if isinstance(error, ReloadError) or not isinstance(error, Exception):
+            raise
         raise ReloadError(f"loading {config.model!r} failed: {error}") from error
     finally:
         details.checkpoint.stop_reading_ahead()
@@ -146,7 +165,7 @@ def load(plan: LoadPlan) -> LoadedModel:
     alone = packing is None and padding is None
     notes = ["encoder: padding changes what it says: prompts of one length at a time"] * alone
     return LoadedModel(
-        model=EncoderModel(model, details.device, padding, packing),
+        model=EncoderModel(model, details.device, padding, packing, details.takes_types),
         limits=limits,
         config=complete,
         vocab_size=details.vocab_size,
@@ -186,9 +205,9 @@ def _positions(kind: Any, hf_config: Any) -> tuple[int, int]:
     with BUILDING, torch.device("meta"):
         model = kind._from_config(hf_config)
     tables = [
-        (0 if module.padding_idx is None else module.padding_idx + 1, module.num_embeddings)
+        (0 if module.padding_idx is None else module.padding_idx + 1, len(module.weight))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
+        if name.endswith("position_embeddings") and hasattr(module, "padding_idx") and module.weight.dim() == 2
     ]
     stated = getattr(hf_config, "max_position_embeddings", None)
     counts = [count - first for first, count in tables] + ([int(stated)] if stated and stated > 0 else [])
@@ -204,7 +223,7 @@ def _stated_longest(checkpoint: Any) -> int | None:
         return None
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint.path / 'sentence_bert_config.json'} cannot be read: {error}") from error
-    return stated if isinstance(stated, int) and stated > 0 else None
+    return stated if type(stated) is int and stated > 0 else None
 
 
 def _with_weights(details: EncoderDetails) -> Any:
@@ -219,15 +238,18 @@ def _with_weights(details: EncoderDetails) -> Any:
                 dtype=details.dtype,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # what they are is said below
                 **({"add_pooling_layer": False} if unpooled else {}),
             )
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         checkpoint.check_unchanged()
-        raise CheckpointError(f"{checkpoint.name}: transformers cannot load its weights: {error}") from error
+        raise CheckpointError(f"{checkpoint.name}: {cannot_load(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{checkpoint.name}: {len(missing)} weights are missing: {missing[0]}, ...")
+    if other := sorted(name for name, *_ in report["mismatched_keys"]):
+        raise CheckpointError(f"{checkpoint.name}: {len(other)} weights are of another shape: {other[0]}, ...")
     checkpoint.check_unchanged()
     return model.to(details.device).eval().requires_grad_(False)
 
@@ -238,19 +260,22 @@ class _Trial:
     Args:
         model: With its weights.
         details: Of the load.
+        special: Token ids that mean something to some models: masks, padding, separators.
 
     Raises:
         UnsupportedModelError: What it says is not what an encoder says.
     """
 
-    def __init__(self, model: Any, details: EncoderDetails) -> None:
+    def __init__(self, model: Any, details: EncoderDetails, special: Sequence[int]) -> None:
         self._model, self._details = model, details
         given = getattr(details.hf_config, "pad_token_id", None)
         self._padding = given if isinstance(given, int) and 0 <= given < details.vocab_size else 0
         usable = np.delete(np.arange(details.vocab_size), self._padding)
-        window = getattr(details.hf_config, "sliding_window", None) or 0
+        window = vars(details.hf_config).get("sliding_window") or 0
         lengths = [min(length, details.max_length) for length in (*_TRIAL, 2 * window + 2)]  # one reaches beyond it
         self._prompts = [usable[np.arange(length) * 7 % len(usable)].astype(np.int32) for length in lengths]
+        odd = [each for each in (*special, self._padding) if 0 <= each < details.vocab_size][: details.max_length - 2]
+        self._prompts.append(np.array([int(usable[-1]), *odd, int(usable[-2])], dtype=np.int32))
         padded = EncoderModel(model, details.device, self._padding)
         self._alone = [padded.outputs([prompt])[0].float() for prompt in self._prompts]
         width = details.hf_config.num_labels if details.classifies else details.hf_config.hidden_size
@@ -264,7 +289,8 @@ class _Trial:
         if self._details.classifies:  # what is behind the last layer looks at the first token of a row
             return None
         try:
-            packing = Packing(self._model, self._details.device, self._details.first_position)
+            details = self._details
+            packing = Packing(self._model, details.device, details.first_position, details.takes_types)
         except NotImplementedError:
             return None
         with contextlib.suppress(NotImplementedError, RuntimeError, IndexError), torch.inference_mode():
@@ -284,11 +310,15 @@ class _Trial:
         return self._padding if self._same(together) else None
 
     def _same(self, found: Sequence[torch.Tensor]) -> bool:
-        tolerance = _TOLERANCE[self._details.dtype]
-        return all(
-            bool((each.float() - alone).abs().max() <= tolerance * alone.abs().max())
-            for each, alone in zip(found, self._alone, strict=True)
-        )
+        """Whether it is, but for rounding: measured by how much the numbers differ from one token to another."""
+        alone, together = _rows(self._alone), _rows(found)
+        spread = (alone - alone.mean(dim=0)).norm()
+        return bool((together - alone).norm() <= _TOLERANCE[self._details.dtype] * spread)
+
+
+def _rows(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All of them, one below the other, (rows, width)."""
+    return torch.cat([each.float().view(-1, each.shape[-1]) for each in outputs])
 
 
 def sequences_of(config: EngineConfig, device: torch.device) -> int:

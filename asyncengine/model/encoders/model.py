@@ -35,16 +35,22 @@ class EncoderModel:
         padding: The token that shorter prompts end with; None if the model cannot tell it from others: prompts of
             different length are not computed together then.
         packing: Computes them in one row; None if the model does not allow that.
+        takes_types: Whether tokens of a second text are told apart.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, padding: int | None, packing: Packing | None = None
+        self,
+        model: nn.Module,
+        device: torch.device,
+        padding: int | None,
+        packing: Packing | None = None,
+        takes_types: bool = True,
     ) -> None:
         self._model: nn.Module | None = model
         self._device = device
         self._padding, self._packing = padding, packing
-        taken = inspect.signature(model.forward).parameters
-        self._takes_mask, self._takes_types = "attention_mask" in taken, "token_type_ids" in taken
+        self._takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+        self._takes_types = takes_types
 
     def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
         """As the protocol says: nothing is drawn."""

@@ -25,19 +25,22 @@ class Packing:
     Args:
         model: Of transformers, with its weights.
         device: Where it is.
-        first_position: That of a prompt's first token: some models begin behind that of padding.
+        first_position: That of a prompt's first token. Some models begin behind the token of padding, which is one
+            less, and do not count that token wherever it is.
+        takes_types: Whether tokens of a second text are told apart.
 
     Raises:
         NotImplementedError: The model cannot be run so, as far as that shows before it is.
     """
 
-    def __init__(self, model: Any, device: torch.device, first_position: int) -> None:
+    def __init__(self, model: Any, device: torch.device, first_position: int, takes_types: bool) -> None:
         taken = inspect.signature(model.forward).parameters
         if "position_ids" not in taken or not model._can_set_attn_implementation():
             raise NotImplementedError("it has positions or attention of its own")
         self._model, self._device = model, device
         self._first = first_position
-        self._takes_types = "token_type_ids" in taken
+        self._takes_types = takes_types
+        self._bands: dict[tuple[int, int], torch.Tensor] = {}
         self._runs: list[tuple[int, int, int]] = []
         self._before = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION)
@@ -57,13 +60,14 @@ class Packing:
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # those of one length are neighbours
         lengths = [len(prompts[row]) for row in order]
         self._runs, at = [], 0
+        self._bands.clear()
         for length, alike in itertools.groupby(lengths):
             count = len(list(alike))
             self._runs.append((at, count, length))
             at += count * length
         given = {
             "input_ids": np.concatenate([prompts[row] for row in order]),
-            "position_ids": np.concatenate([np.arange(length) for length in lengths]) + self._first,
+            "position_ids": np.concatenate([self._positions(prompts[row]) for row in order]),
         }
         if types is not None and self._takes_types:
             given["token_type_ids"] = np.concatenate([types[row] for row in order])
@@ -72,6 +76,19 @@ class Packing:
         for row, hidden in zip(order, output.last_hidden_state[0].split(lengths), strict=True):
             found[row] = hidden
         return found
+
+    def _positions(self, prompt: Int32) -> Int64:
+        if not self._first:
+            return np.arange(len(prompt))
+        counts = prompt != self._first - 1
+        positions: Int64 = np.cumsum(counts) * counts + self._first - 1
+        return positions
+
+    def _band(self, length: int, window: int) -> torch.Tensor:
+        """(length, length), True where a token is less than `window` from another; the same in all layers."""
+        if (length, window) not in self._bands:
+            self._bands[length, window] = band(length, window, self._device)
+        return self._bands[length, window]
 
     def _sent(self, values: Int32 | Int64) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64))[None].to(self._device)
@@ -91,7 +108,7 @@ class Packing:
                 each[first : first + count * length].view(count, length, *each.shape[1:]).transpose(1, 2)
                 for each in (query, key, value)
             )
-            mask = None if window is None or length <= window else _band(length, window, query.device)
+            mask = None if window is None or length <= window else self._band(length, window)
             attended = nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, scale=kwargs.get("scaling"), enable_gqa=grouped
             )
@@ -99,7 +116,7 @@ class Packing:
         return torch.cat(outputs)
 
 
-def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
+def band(length: int, window: int, device: torch.device) -> torch.Tensor:
     """(length, length), True where a token is less than `window` from another."""
-    places = torch.arange(length, device=device)
-    return (places[:, None] - places).abs() < window
+    near = torch.ones(length, length, dtype=torch.bool, device=device)
+    return near.triu_(1 - window).tril_(window - 1)

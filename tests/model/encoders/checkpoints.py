@@ -37,6 +37,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "modernbert": ("ModernBertConfig", _SIZE | _WINDOW | {"max_position_embeddings": 64}),
     "eurobert": ("EuroBertConfig", _SIZE | {"max_position_embeddings": 64, "num_key_value_heads": 2}),
+    "esm": ("EsmConfig", _SIZE | {
+        "max_position_embeddings": 66, "position_embedding_type": "rotary", "token_dropout": True,
+    }),
     "fnet": ("FNetConfig", {
         "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 64,
     }),
@@ -97,6 +100,7 @@ def write(path: Path, kind: str, labels: int = 0, seed: int = 0, **settings: Any
         "eos_token_id": tokenizer.sep_token_id,
         "cls_token_id": tokenizer.cls_token_id,
         "sep_token_id": tokenizer.sep_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
     }
     config = getattr(transformers, name)(**(given | tokens | {"num_labels": labels or 2} | settings))
     torch.manual_seed(seed)

@@ -107,6 +107,38 @@ async def test_a_separator_within_a_text_begins_no_second_one(encoder: Callable[
             near(each.logits, expected)
 
 
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "mpnet", "bert"])
+async def test_tokens_of_padding_within_a_text_count_as_they_do_in_transformers(
+    kind: str, encoder: Callable[..., Path]
+) -> None:
+    path = encoder(kind)
+    pad = AutoTokenizer.from_pretrained(path).pad_token
+    texts = [f"the cat is {pad} in the house", f"one king {pad}", "a dog"]
+    async with AsyncEngine(config(path)) as engine:
+        for each, hidden in zip(await engine.embed(texts, normalize=False), states(path, texts), strict=True):
+            near(each.vector, hidden.mean(0))
+
+
+async def test_a_mask_in_one_prompt_changes_no_other(encoder: Callable[..., Path]) -> None:
+    """ESM scales all embeddings of a row by how many masks are in it."""
+    path = encoder("esm")
+    texts = ["the cat is [MASK] in the house", "a dog runs", "one king [MASK]"]
+    async with AsyncEngine(config(path)) as engine:
+        for each, hidden in zip(await engine.embed(texts, normalize=False), states(path, texts), strict=True):
+            near(each.vector, hidden.mean(0))
+
+
+async def test_a_model_of_one_type_of_text_is_told_none(encoder: Callable[..., Path]) -> None:
+    path = encoder("bert", 1, type_vocab_size=1)
+    model, tokenizer = _with_head(path), AutoTokenizer.from_pretrained(path)
+    encoded = tokenizer("a dog", "the cat", return_tensors="pt")
+    with torch.inference_mode():
+        expected = model(encoded.input_ids, encoded.attention_mask).logits[0, 0]
+    async with AsyncEngine(config(path)) as engine:
+        (found,) = await engine.relevances([("a dog", "the cat")])
+        assert found.logit == pytest.approx(float(expected), rel=1e-5, abs=1e-5)
+
+
 async def test_prompts_may_be_token_ids(encoder: Callable[..., Path]) -> None:
     path = encoder("bert")
     ids = AutoTokenizer.from_pretrained(path)(TEXTS[0]).input_ids
@@ -155,8 +187,13 @@ async def test_what_is_too_long_is_cut_as_transformers_cuts_it(kind: str, encode
         model = _with_head(path)
         with torch.inference_mode():
             near(cut.logits, model(**encoded).logits[0])
-        with pytest.raises(ContextLengthExceededError):  # nothing of the document is left to cut
-            await engine.classify([(LONG, "a dog")], truncate_prompt_tokens=-1)
+        for prompt, few in (((LONG, "a dog"), -1), ((QUERY, "a dog"), 8), ("the cat", 2)):
+            with pytest.raises(
+                ContextLengthExceededError, match="is to be cut to"
+            ):  # nothing would be left of the last
+                await engine.classify([prompt], truncate_prompt_tokens=few)  # type: ignore[list-item]
+        (longer,) = await engine.classify(["the cat " * 50_000], truncate_prompt_tokens=-1)
+        assert longer.usage.prompt_tokens == 64
         for wrong in (0, -2, True, 1.5, "all"):
             with pytest.raises(InvalidRequestError, match="truncate_prompt_tokens is"):
                 await engine.classify(["a"], truncate_prompt_tokens=wrong)  # type: ignore[arg-type]
@@ -225,6 +262,28 @@ async def test_files_of_sentence_transformers_say_how(encoder: Callable[..., Pat
         await engine.reload(config(path, max_single_sequence_length=64))  # the model has positions for as many
         (long,) = await engine.embed([LONG], truncate_prompt_tokens=-1)
         assert long.usage.prompt_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        (["Transformer", "Pooling", "Normalize", "Dense"], "Pooling [+] Normalize [+] Dense"),
+        (["Transformer", "Dense"], "Dense"),
+        (["Transformer", "Pooling", "LayerNorm", "Dense"], "Pooling [+] LayerNorm [+] Dense"),
+    ],
+)
+async def test_modules_in_another_order_are_not_made_up(
+    kinds: list[str], said: str, encoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = sentence_transformer(encoder("bert"), tmp_path / "model")
+    places = {"Pooling": "1_Pooling", "Dense": "2_Dense"}
+    modules = [{"path": places.get(kind, ""), "type": f"sentence_transformers.models.{kind}"} for kind in kinds]
+    (path / "modules.json").write_text(json.dumps(modules))
+    async with AsyncEngine(config(path)) as engine:
+        with pytest.raises(InvalidRequestError, match=f"pools by '{said}'"):
+            await engine.embed(["a"])
+        (found,) = await engine.embed(["a"], "mean", normalize=False)
+        near(found.vector, states(path, ["a"])[0].mean(0))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +385,7 @@ async def test_what_is_missing_is_said_and_leaves_the_engine_usable(
     with pytest.raises(CheckpointError, match="1 weights are missing"):
         await engine.reload(config(path))
     save_file(weights | {lost: weights[lost][:5]}, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ReloadError, match="cannot load its weights"):
+    with pytest.raises(CheckpointError, match=f"1 weights are of another shape: {lost}"):
         await engine.reload(config(path))
     await engine.reload(config(encoder("bert")))
     assert len(await engine.embed(["a"])) == 1

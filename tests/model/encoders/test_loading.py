@@ -39,8 +39,8 @@ def test_in_one_row_where_that_is_the_same_and_padded_else(kind: str, encoder: C
 def test_a_window_that_is_another_one_is_noticed(
     kind: str, encoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = packing._band
-    monkeypatch.setattr(packing, "_band", lambda length, window, device: whole(length, window + 1, device))
+    whole = packing.band
+    monkeypatch.setattr(packing, "band", lambda length, window, device: whole(length, window + 1, device))
     model = loaded(encoder(kind))
     assert model._packing is None and model._padding is not None
     prompts = [np.arange(5, 5 + length, dtype=np.int32) for length in (30, 3)]
