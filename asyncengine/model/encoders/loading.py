@@ -36,6 +36,8 @@ CPU_CHUNK, CUDA_CHUNK = 1024, 8192
 _PAGE = 16
 _TRIAL = (11, 7, 7, 2)
 """Tokens of the prompts by which it is seen whether a model says the same of them together."""
+_SHORT = 1024
+"""Tokens of a longest prompt that is tried as well."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far that may be off, in parts of what the numbers vary by."""
 
@@ -278,6 +280,14 @@ class _Trial:
         self._prompts.append(np.array([int(usable[-1]), *odd, int(usable[-2])], dtype=np.int32))
         padded = EncoderModel(model, details.device, self._padding)
         self._alone = [padded.outputs([prompt])[0].float() for prompt in self._prompts]
+        if details.max_length <= _SHORT:  # positions may be counted in a way that nobody here knows
+            try:
+                padded.outputs([np.full(details.max_length, usable[0], dtype=np.int32)])
+            except IndexError as error:
+                raise UnsupportedModelError(
+                    f"{details.checkpoint.name} fails over {details.max_length} tokens, which its positions seem to allow: "
+                    "ask for fewer by max_single_sequence_length"
+                ) from error
         width = details.hf_config.num_labels if details.classifies else details.hf_config.hidden_size
         for prompt, output in zip(self._prompts, self._alone, strict=True):
             if output.shape != ((width,) if details.classifies else (len(prompt), width)):

@@ -187,10 +187,9 @@ async def test_what_is_too_long_is_cut_as_transformers_cuts_it(kind: str, encode
         model = _with_head(path)
         with torch.inference_mode():
             near(cut.logits, model(**encoded).logits[0])
+        # Nothing would be left of what is cut.
         for prompt, few in (((LONG, "a dog"), -1), ((QUERY, "a dog"), 8), ("the cat", 2)):
-            with pytest.raises(
-                ContextLengthExceededError, match="is to be cut to"
-            ):  # nothing would be left of the last
+            with pytest.raises(ContextLengthExceededError, match="is to be cut to"):
                 await engine.classify([prompt], truncate_prompt_tokens=few)  # type: ignore[list-item]
         (longer,) = await engine.classify(["the cat " * 50_000], truncate_prompt_tokens=-1)
         assert longer.usage.prompt_tokens == 64
