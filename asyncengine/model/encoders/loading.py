@@ -284,9 +284,10 @@ class _Trial:
             try:
                 padded.outputs([np.full(details.max_length, usable[0], dtype=np.int32)])
             except IndexError as error:
+                name, most = details.checkpoint.name, details.max_length
                 raise UnsupportedModelError(
-                    f"{details.checkpoint.name} fails over {details.max_length} tokens, which its positions seem to allow: "
-                    "ask for fewer by max_single_sequence_length"
+                    f"{name} fails over {most} tokens, which its positions seem to allow: ask for fewer by "
+                    "max_single_sequence_length"
                 ) from error
         width = details.hf_config.num_labels if details.classifies else details.hf_config.hidden_size
         for prompt, output in zip(self._prompts, self._alone, strict=True):
