@@ -20,7 +20,7 @@ from asyncengine.model import memory
 from asyncengine.model.checkpoint import tokenizer_key
 from asyncengine.model.classification import activation_of, labels_of
 from asyncengine.model.encoders.model import EncoderModel
-from asyncengine.model.encoders.packing import Packing
+from asyncengine.model.encoders.packing import Packing, UnpackableError
 from asyncengine.model.gguf.checkpoint import described
 from asyncengine.model.letting_go import take_apart
 from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST, Details, fits, vector_size
@@ -302,9 +302,9 @@ class _Trial:
         try:
             details = self._details
             packing = Packing(self._model, details.device, details.first_position, details.takes_types)
-        except NotImplementedError:
+        except UnpackableError:
             return None
-        with contextlib.suppress(NotImplementedError, RuntimeError, IndexError), torch.inference_mode():
+        with contextlib.suppress(UnpackableError, RuntimeError, IndexError), torch.inference_mode():
             if self._same(packing.run(self._prompts, None)):
                 return packing
         packing.undo()

@@ -19,6 +19,10 @@ _HARMLESS = {"attention_mask", "position_ids", "position_embeddings", "cu_seq_le
 """Tensors that modules pass along to the attention although it has no use for them here."""
 
 
+class UnpackableError(Exception):
+    """A model cannot be run over prompts in one row."""
+
+
 class Packing:
     """Runs a model over prompts in one row. Its attention is replaced for good, unless `undo` is called.
 
@@ -30,13 +34,13 @@ class Packing:
         takes_types: Whether tokens of a second text are told apart.
 
     Raises:
-        NotImplementedError: The model cannot be run so, as far as that shows before it is.
+        UnpackableError: The model cannot be run so, as far as that shows before it is.
     """
 
     def __init__(self, model: Any, device: torch.device, first_position: int, takes_types: bool) -> None:
         taken = inspect.signature(model.forward).parameters
         if "position_ids" not in taken or not model._can_set_attn_implementation():
-            raise NotImplementedError("it has positions or attention of its own")
+            raise UnpackableError("it has positions or attention of its own")
         self._model, self._device = model, device
         self._first = first_position
         self._takes_types = takes_types
@@ -100,7 +104,7 @@ class Packing:
         tensors = (name for name, given in kwargs.items() if isinstance(given, (torch.Tensor, list, tuple)))
         strange = sorted({*tensors} - _HARMLESS) + ["softcap"] * bool(kwargs.get("softcap"))
         if strange:
-            raise NotImplementedError(f"its attention is told {', '.join(strange)}")
+            raise UnpackableError(f"its attention is told {', '.join(strange)}")
         window, grouped = kwargs.get("sliding_window"), query.shape[1] != key.shape[1]
         outputs = []
         for first, count, length in self._runs:
