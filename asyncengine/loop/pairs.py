@@ -114,24 +114,28 @@ def how_to_rank(given: RerankPrompt | None, view: ModelView) -> RerankPrompt | N
             )
         if view.classifier is None:
             raise InvalidRequestError(f"{model!r} cannot rank: it has no classification head; embed needs none")
-        how = None
-    elif how is None:
+        _check_one_label(view)
+        return None
+    if how is None:
         raise InvalidRequestError(
             f"{model!r} does not say how it ranks; give a RerankPrompt with its template"
             + (" and its tokens yes and no" if view.classifier is None else "")
         )
     if view.classifier is not None:
-        if len(view.classifier.labels) != 1:
-            raise InvalidRequestError(
-                f"{model!r} cannot rank: its head has {len(view.classifier.labels)} labels; allowed: 1"
-            )
-        if how is not None and how.yes is not None:
+        _check_one_label(view)
+        if how.yes is not None:
             raise InvalidRequestError(
                 f"yes is {how.yes!r:.40}; {model!r} has a classification head: leave yes and no out"
             )
-    elif how is not None and how.yes is None:
+    elif how.yes is None:
         raise InvalidRequestError(f"yes is None; {model!r} has no classification head: give its tokens yes and no")
     return how
+
+
+def _check_one_label(view: ModelView) -> None:
+    assert view.classifier is not None
+    if (count := len(view.classifier.labels)) != 1:
+        raise InvalidRequestError(f"{view.config.model!r} cannot rank: its head has {count} labels; allowed: 1")
 
 
 def instruction_of(how: RerankPrompt | None, given: str | None) -> str | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from asyncengine.errors import CheckpointError, InvalidRequestError
+from asyncengine.model.sentence_modules import json_in, part_of
 from asyncengine.reranking import RerankPrompt
 
 _MODULE = ".LogitScore"
@@ -19,17 +19,17 @@ def ranking_of(path: Path) -> RerankPrompt | None:
     Raises:
         CheckpointError: What it says makes no sense.
     """
-    modules = _json(path / "modules.json", [])
+    modules = json_in(path / "modules.json", [])
     found = next((each for each in modules if isinstance(each, dict) and _type_of(each).endswith(_MODULE)), None)
     if found is None:
         return None
     place = path / str(found.get("path", "")) / "config.json"
-    tokens = _json(place, {})
+    tokens = json_in(place, {})
     if tokens.get("false_token_id") is None:  # the logit of one token is its relevance: log-probabilities do not tell
         return None
-    processing = _part(path / "sentence_bert_config.json", "processing_kwargs")
+    processing = part_of(path / "sentence_bert_config.json", "processing_kwargs")
     beside = path / "config_sentence_transformers.json"
-    instruction = _part(beside, "prompts").get(str(_json(beside, {}).get("default_prompt_name"))) or None
+    instruction = part_of(beside, "prompts").get(str(json_in(beside, {}).get("default_prompt_name"))) or None
     if not isinstance(instruction, str | None):
         raise CheckpointError(f"{beside}: the prompt that is named is {instruction!r:.80}; expected a string")
     try:
@@ -45,23 +45,3 @@ def ranking_of(path: Path) -> RerankPrompt | None:
 
 def _type_of(module: dict[str, Any]) -> str:
     return str(module.get("type", ""))
-
-
-def _part(path: Path, name: str) -> dict[str, Any]:
-    """An object within a file; an empty one if there is none."""
-    found = _json(path, {}).get(name) or {}
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: {name} is a JSON {type(found).__name__}; expected an object")
-    return found
-
-
-def _json(path: Path, otherwise: Any) -> Any:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return otherwise
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if type(values) is not type(otherwise):
-        raise CheckpointError(f"{path} is a JSON {type(values).__name__}; expected a {type(otherwise).__name__}")
-    return values

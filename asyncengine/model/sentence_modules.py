@@ -16,7 +16,7 @@ from asyncengine.errors import CheckpointError, UnsupportedModelError
 
 _POOLINGS = {"mean_tokens": "mean", "lasttoken": "last", "cls_token": "cls"}  # newer files have the engine's words
 _SQUASHES: dict[str, Squash] = {"Identity": "identity", "Tanh": "tanh"}
-_ORDER = re.compile(r"(\w+( Pooling( Dense)*( Normalize)?)?)?")
+_ORDER = re.compile(r"(Transformer( Pooling( Dense)*( Normalize)?)?)?")
 """The modules that are known. The first is the model itself; the length of vectors is what callers choose."""
 
 
@@ -42,41 +42,33 @@ def embedder_of(path: Path) -> Embedder:
         CheckpointError: A file is damaged or missing.
         UnsupportedModelError: A layer behind the pooling does something that is not known.
     """
-    listed, prompts = _json(path / "modules.json"), _prompts(path / "config_sentence_transformers.json")
-    if listed is None:  # of older ones there is this file alone
+    listed = json_in(path / "modules.json", [])
+    found = part_of(path / "config_sentence_transformers.json", "prompts")
+    prompts = {name: text for name, text in found.items() if isinstance(text, str)}
+    if not listed:  # of older ones there is this file alone
         return Embedder(_pooling(path / "1_Pooling"), prompts=prompts)
-    if not isinstance(listed, list):
-        raise CheckpointError(f"{path / 'modules.json'} is no list of modules")
+    modules = [each for each in listed if isinstance(each, dict)]
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    if not _ORDER.fullmatch(" ".join(kinds)):  # something else is done to the vectors, which nobody does here
+        return Embedder(" + ".join(kinds[1:]) or kinds[0], prompts=prompts)
     pooling, dense = "mean", []
-    kinds = []
-    for module in (each for each in listed if isinstance(each, dict)):
-        kind, place = str(module.get("type", "")).rpartition(".")[2], module.get("path", "")
+    for kind, module in zip(kinds, modules, strict=True):
+        place = module.get("path", "")
         if not isinstance(place, str):
             raise CheckpointError(f"{path / 'modules.json'}: the path of a {kind} is {place!r:.80}")
-        kinds.append(kind)
         if kind == "Pooling":
             pooling = _pooling(path / place, needed=True)
         elif kind == "Dense":
             dense.append(_dense(path / place))
-    if not _ORDER.fullmatch(" ".join(kinds)):  # something else is done to the vectors, which nobody does here
-        return Embedder(" + ".join(kinds[1:]), (), prompts)
     return Embedder(pooling, tuple(dense), prompts)
 
 
-def _prompts(file: Path) -> dict[str, str]:
-    values = _json(file)
-    found = values.get("prompts") if isinstance(values, dict) else None
-    if not isinstance(found, dict):
-        return {}
-    return {name: text for name, text in found.items() if isinstance(text, str)}
-
-
 def _pooling(place: Path, needed: bool = False) -> str:
-    values = _json(place / "config.json")
-    if values is None and not needed:
+    values = json_in(place / "config.json", {})
+    if not values:
+        if needed:
+            raise CheckpointError(f"{place / 'config.json'} does not say how to pool")
         return "mean"
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{place / 'config.json'} is not a JSON object")
     prefix = "pooling_mode_"
     modes = [key.removeprefix(prefix) for key, value in values.items() if key.startswith(prefix) and value is True]
     if stated := values.get("pooling_mode"):
@@ -86,8 +78,7 @@ def _pooling(place: Path, needed: bool = False) -> str:
 
 
 def _dense(place: Path) -> Dense:
-    values = _json(place / "config.json")
-    named = str(values.get("activation_function", "")) if isinstance(values, dict) else ""
+    named = str(json_in(place / "config.json", {}).get("activation_function", ""))
     squash = _SQUASHES.get(named.rpartition(".")[2])
     if squash is None:
         raise UnsupportedModelError(
@@ -116,11 +107,30 @@ def _tensors(place: Path) -> dict[str, Any]:
         raise CheckpointError(f"{place}: its weights cannot be read: {error}") from error
 
 
-def _json(path: Path) -> Any:
-    """What a file has; None if there is none."""
+def part_of(path: Path, name: str) -> dict[str, Any]:
+    """An object within a file; an empty one if there is none.
+
+    Raises:
+        CheckpointError: There is something else.
+    """
+    found = json_in(path, {}).get(name) or {}
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: {name} is a JSON {type(found).__name__}; expected an object")
+    return found
+
+
+def json_in(path: Path, otherwise: Any) -> Any:
+    """What a file has, of the type of `otherwise`, which is what stands for a file that is not there.
+
+    Raises:
+        CheckpointError: It cannot be read, or has something else.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return otherwise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if type(values) is not type(otherwise):
+        raise CheckpointError(f"{path} is a JSON {type(values).__name__}; expected a {type(otherwise).__name__}")
+    return values

@@ -27,4 +27,4 @@ def is_encoder(config: dict[str, Any]) -> bool:
         return False
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    return config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return str(config.get("model_type")) in MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from asyncengine.model.letting_go import take_apart
 from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST, Details, fits, vector_size
 from asyncengine.model.load_report import cannot_load, without_report
 from asyncengine.model.location import locate
-from asyncengine.model.sentence_modules import embedder_of
+from asyncengine.model.sentence_modules import embedder_of, json_in
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer, special_ids
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
@@ -218,13 +217,7 @@ def _positions(kind: Any, hf_config: Any) -> tuple[int, int]:
 
 def _stated_longest(checkpoint: Any) -> int | None:
     """How long prompts may be by the files of Sentence Transformers, if they say so."""
-    try:
-        values = json.loads((checkpoint.path / "sentence_bert_config.json").read_text(encoding="utf-8"))
-        stated = values.get("max_seq_length")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'sentence_bert_config.json'} cannot be read: {error}") from error
+    stated = json_in(checkpoint.path / "sentence_bert_config.json", {}).get("max_seq_length")
     return stated if type(stated) is int and stated > 0 else None
 
 

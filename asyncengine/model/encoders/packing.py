@@ -64,7 +64,6 @@ class Packing:
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # those of one length are neighbours
         lengths = [len(prompts[row]) for row in order]
         self._runs, at = [], 0
-        self._bands.clear()
         for length, alike in itertools.groupby(lengths):
             count = len(list(alike))
             self._runs.append((at, count, length))
@@ -75,7 +74,10 @@ class Packing:
         }
         if types is not None and self._takes_types:
             given["token_type_ids"] = np.concatenate([types[row] for row in order])
-        output = self._model(**{name: self._sent(values) for name, values in given.items()})
+        try:
+            output = self._model(**{name: self._sent(values) for name, values in given.items()})
+        finally:
+            self._bands.clear()
         found: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
         for row, hidden in zip(order, output.last_hidden_state[0].split(lengths), strict=True):
             found[row] = hidden

@@ -268,6 +268,7 @@ async def test_files_of_sentence_transformers_say_how(encoder: Callable[..., Pat
     [
         (["Transformer", "Pooling", "Normalize", "Dense"], "Pooling [+] Normalize [+] Dense"),
         (["Transformer", "Dense"], "Dense"),
+        (["Router"], "Router"),
         (["Transformer", "Pooling", "LayerNorm", "Dense"], "Pooling [+] LayerNorm [+] Dense"),
     ],
 )
@@ -278,6 +279,7 @@ async def test_modules_in_another_order_are_not_made_up(
     places = {"Pooling": "1_Pooling", "Dense": "2_Dense"}
     modules = [{"path": places.get(kind, ""), "type": f"sentence_transformers.models.{kind}"} for kind in kinds]
     (path / "modules.json").write_text(json.dumps(modules))
+    (path / "2_Dense" / "config.json").write_text("{}")  # which nobody reads then
     async with AsyncEngine(config(path)) as engine:
         with pytest.raises(InvalidRequestError, match=f"pools by '{said}'"):
             await engine.embed(["a"])

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from asyncengine.model.encoders import packing
 from asyncengine.model.encoders.kind import is_encoder
 from asyncengine.model.encoders.model import EncoderModel
 from asyncengine.model.loader import TransformersLoader
+from asyncengine.model.tokenizer import load_tokenizer
 from tests.model.encoders.checkpoints import KINDS
 from tests.model.encoders.test_engine import config
 
@@ -59,6 +61,28 @@ def test_prompts_of_similar_length_are_padded_together(encoder: Callable[..., Pa
     model.close()
 
 
+@pytest.mark.parametrize("most", [5, 64])
+def test_of_a_text_that_is_cut_no_more_is_looked_at_than_is_kept(most: int, encoder: Callable[..., Path]) -> None:
+    """But for once, without the interpreter's lock: an encoding holds it for as long as it is long."""
+    path, text = encoder("bert"), "the old cat lives in the house " * 20_000
+    tokenizer: Any = load_tokenizer(path)
+    backend, looked_at = tokenizer._backend, []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(backend, name)
+
+        def encode_batch(self, texts: list[str], **settings: Any) -> Any:
+            looked_at.extend(map(len, texts))
+            return backend.encode_batch(texts, **settings)
+
+    tokenizer._backend = Watched()
+    ids, second = tokenizer.encode_texts([text], most)
+    expected = AutoTokenizer.from_pretrained(path)(text, truncation=True, max_length=most).input_ids
+    assert (ids, second) == (expected, None)
+    assert 0 < max(looked_at) < 2000 < len(text)
+
+
 @pytest.mark.parametrize(
     ("given", "found"),
     [
@@ -74,6 +98,7 @@ def test_prompts_of_similar_length_are_padded_together(encoder: Callable[..., Pa
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, True),
         ({"model_type": "gemma3", "text_config": {}, "use_bidirectional_attention": True}, False),
         ({}, False),
+        ({"model_type": ["bert"]}, False),
     ],
 )
 def test_what_is_an_encoder(given: dict[str, Any], found: bool) -> None:
