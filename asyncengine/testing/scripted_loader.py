@@ -54,6 +54,7 @@ class ScriptedLoader:
         hidden_size: Of the models; None makes models that cannot embed.
         classifier: Their classification head, which they have in place of a language-model head; None for none.
         ranking: How their checkpoints say that they rank.
+        takes_pairs: Whether they take prompts of two texts, which their tokenizer puts together by `encode_texts`.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class ScriptedLoader:
         self.hidden_size: int | None = 3
         self.classifier: Classifier | None = None
         self.ranking: RerankPrompt | None = None
+        self.takes_pairs = False
 
     @property
     def model(self) -> ScriptedModel:
@@ -167,6 +169,7 @@ class ScriptedLoader:
             hidden_size=self.hidden_size,
             has_head=self.classifier is None,
             classifier=self.classifier,
+            takes_pairs=self.takes_pairs,
             ranking=self.ranking,
             drafting=self._drafting(model, complete),
             launching=model if self.run_ahead else None,

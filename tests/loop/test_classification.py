@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,6 +111,36 @@ async def test_requests_that_are_carried_over_meet_the_new_models_head_or_end(ot
     else:
         (found,) = await task
         assert (found.labels, found.score) == (("reward",), PROMPT[-1])
+    await engine.shutdown()
+
+
+class Pairing(ByteTokenizer):
+    """Two texts are one behind the other."""
+
+    def encode_texts(self, texts: Sequence[str], most: int | None = None) -> tuple[list[int], int | None]:
+        return self.encode("".join(texts)), len(texts[0])
+
+
+@pytest.mark.parametrize("takes_pairs", [True, False])
+async def test_pairs_that_are_carried_over_meet_a_model_that_takes_them_or_end(takes_pairs: bool) -> None:
+    loader = classifying(ONE)
+    loader.tokenizer, loader.takes_pairs = Pairing(), True
+    engine = await loaded(loader)
+    first = loader.model
+    first.hold()
+    task = asyncio.ensure_future(engine.relevances([("a" * 60, "b" * 40)]))
+    await held_in_the_middle(engine, first)
+    loader.takes_pairs = takes_pairs
+    reloading = asyncio.ensure_future(engine.reload(EngineConfig("b", prefill_chunk_size=16), "carry"))
+    await asyncio.sleep(0)
+    first.release()
+    await reloading
+    if takes_pairs:
+        assert [each.logit for each in await task] == [ord("b")]
+    else:
+        with pytest.raises(InvalidRequestError, match="the new model takes no pairs of texts"):
+            await task
+    await all_is_free(engine)
     await engine.shutdown()
 
 

@@ -60,6 +60,10 @@ async def test_a_query_that_is_too_long_is_not_cut() -> None:
     assert found.usage.prompt_tokens == 15
     with pytest.raises(ContextLengthExceededError):
         await engine.relevances([("q" * 50, "d")], HOW, truncate_prompt_tokens=-1)
+    with pytest.raises(
+        ContextLengthExceededError, match="is to be cut to 4 tokens, and without its last text it has 7"
+    ):
+        await engine.relevances([("query", "document")], HOW, truncate_prompt_tokens=4)
     with pytest.raises(InvalidRequestError, match=r"truncate_prompt_tokens is 16; allowed: -1 and 1\.\.15"):
         await engine.relevances([("q", "d")], HOW, truncate_prompt_tokens=16)
     await engine.shutdown()
