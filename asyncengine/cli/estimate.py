@@ -166,7 +166,16 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.capacity import CPU_CHUNK, CUDA_CHUNK, state_scratch
     from asyncengine.model.draft_heads.plan import check_head
     from asyncengine.model.gguf.checkpoint import checkpoint_at
-    from asyncengine.model.load_check import KV_DTYPES, check_draft, check_quantization, dtype_of, longest_of, settled
+    from asyncengine.model.load_check import (
+        KV_DTYPES,
+        check_draft,
+        check_latents,
+        check_quantization,
+        dtype_of,
+        keeps_latents,
+        longest_of,
+        settled,
+    )
     from asyncengine.model.location import locate
     from asyncengine.model.memory import GraphReserve
     from asyncengine.model.quantised.kept_bytes import Where, kept_bytes
@@ -199,8 +208,10 @@ def read(config: EngineConfig) -> Needs:
         )
     for each in (hf_config, *(draft.hf_config for draft in drafts)):
         settle(each, length)
-    watched = _watched(architecture, hf_config)
-    of_drafts = [_watched(architecture, draft.hf_config) for draft in drafts]
+    latents = keeps_latents(config)
+    watched = _watched(architecture, hf_config, latents)
+    check_latents(config, watched.attention.values())
+    of_drafts = [_watched(architecture, draft.hf_config, latents) for draft in drafts]
     check_recurrent(config, bool(watched.recurrent), any(each.recurrent for each in of_drafts))
     head = check_head(config, checkpoint, hf_config, dtype, length)
     specs = list(watched.attention.values())
@@ -255,10 +266,10 @@ def read(config: EngineConfig) -> Needs:
     )
 
 
-def _watched(architecture: Any, hf_config: Any) -> Watched:
+def _watched(architecture: Any, hf_config: Any, latents: bool) -> Watched:
     from asyncengine.model.load_check import watch
 
-    watched = watch(architecture, hf_config)
+    watched = watch(architecture, hf_config, latents=latents)
     if watched is None:
         raise Failure("the model's code cannot be watched without its weights, so there is no estimate")
     return watched
@@ -354,11 +365,11 @@ def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
     for whose, layers in (("", needs.layers), (f" of the {needs.drafts}", needs.draft_layers)):
         for spec, count in layers:
             window = "" if spec.sliding_window is None else f", window {spec.sliding_window}"
-            yield (
-                "KV cache",
-                f"{count} layers{whose} x {spec.num_kv_heads} heads x ({spec.key_dim} + {spec.value_dim}) x "
-                f"{needs.kv_dtype.itemsize} bytes{window}",
-            )
+            each = f"{spec.num_kv_heads} heads x ({spec.key_dim} + {spec.value_dim})"
+            if spec.values_in_keys:
+                twice = needs.device.type == "cpu" and needs.kv_dtype is needs.dtype
+                each = f"latents of ({spec.key_dim} + {spec.value_dim})" if twice else f"latents of {spec.key_dim}"
+            yield "KV cache", f"{count} layers{whose} x {each} x {needs.kv_dtype.itemsize} bytes{window}"
     if needs.recurrent:
         yield "states", f"{needs.recurrent} recurrent layers, {gib(needs.bytes_per_state)} per sequence"
     if not needs.bytes_per_block:

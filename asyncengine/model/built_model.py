@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from asyncengine.config import DecoderBackend, EngineConfig
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model import compiled_parts, memory, packed_linear
+from asyncengine.model.attention_modules import ATTENTION
 from asyncengine.model.findings import Findings
-from asyncengine.model.load_check import BUILDING, Details
+from asyncengine.model.latent_attention import keep_latents
+from asyncengine.model.load_check import BUILDING, Details, check_latents
 from asyncengine.model.load_report import cannot_load, without_report
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.recurrent.packages import missing
@@ -86,6 +88,7 @@ def build(
     name = str(details.checkpoint.path)
     model, has_head = _with_weights(details)
     layers = architecture.layers_of(model, details.watched)
+    check_latents(config, [layer.spec for layer in layers.attention])
     layers, slower = compiled_parts.calling_compiled(layers, details)
     notes.extend(slower)
     trial = verification.Trial.of(model, layers, details.device)
@@ -454,7 +457,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
                 state_dict=state,
                 config=hf_config,
                 dtype=dtype,
-                attn_implementation=architecture.ATTENTION,
+                attn_implementation=ATTENTION,
                 local_files_only=True,
                 output_loading_info=True,
             )
@@ -473,6 +476,8 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
         kept.put(model)
     checkpoint.check_unchanged()
     architecture.attend_here(model)
+    if details.latents:
+        keep_latents(model)
     has_head = not report["missing_keys"] and not checkpoint.classifies  # one that is tied is not missing
     return model.to(details.device).eval().requires_grad_(False), has_head
 

@@ -170,7 +170,8 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     notes += [details.rope_note] if details.rope_note else []
     draft = None
     if details.draft is not None:
-        draft = build(config.replace(images=False), details.draft, lambda: backend)  # text is all that it sees
+        text_alone = config.replace(images=False, mla=None)
+        draft = build(text_alone, details.draft, lambda: backend)
         if not draft.has_head:
             raise CheckpointError(f"{details.draft.checkpoint.path} cannot draft: it has no language-model head")
     head = None if details.draft_head is None else details.draft_head.build(built, details)
@@ -228,6 +229,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
             attention_backend=backend.name,
             decoder_backend=built.decoder_backend(config),
             images=built.image_trial is not None,
+            mla=any(layer.spec.values_in_keys for layer in built.layers.attention),
         ),
         vocab_size=vocab_size,
         eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < vocab_size),

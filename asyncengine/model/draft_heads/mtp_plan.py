@@ -13,10 +13,11 @@ from torch import nn
 from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, ConfigError
 from asyncengine.model.attention.protocol import LayerSpec
-from asyncengine.model.attention_modules import text_config
+from asyncengine.model.attention_modules import ATTENTION, text_config
 from asyncengine.model.draft_heads.entries import spec_of
 from asyncengine.model.draft_heads.mtp_layouts import LAYER, NORM, MtpLayout, layout_of, layouts
 from asyncengine.model.draft_heads.plan import BuiltHead
+from asyncengine.model.latent_attention import keep_latents
 from asyncengine.model.text_names import name_in
 
 
@@ -33,7 +34,7 @@ def mtp_plan(config: EngineConfig, checkpoint: Any, hf_config: Any, dtype: torch
         ConfigError: It has none, or one that cannot be served.
     """
     from asyncengine.model import architecture
-    from asyncengine.model.load_check import watch
+    from asyncengine.model.load_check import keeps_latents, watch
 
     text, shapes = text_config(hf_config), checkpoint.shapes
     wanted = f"speculative_mode is 'mtp' with model {config.model!r}"
@@ -49,7 +50,7 @@ def mtp_plan(config: EngineConfig, checkpoint: Any, hf_config: Any, dtype: torch
         raise ConfigError(f"{wanted}: {layout.projection} is {shapes[layout.projection]}; expected {expected}")
     single = one_layer(text)
     try:
-        watched = watch(architecture, single)
+        watched = watch(architecture, single, latents=keeps_latents(config))
     except Exception as error:
         raise ConfigError(f"{wanted}: transformers cannot run its layer by itself: {error}") from error
     if watched is None or watched.recurrent or len(watched.attention) != 1:
@@ -112,7 +113,7 @@ class MtpPlan:
                 state_dict=state,
                 config=config,
                 dtype=dtype,
-                attn_implementation=architecture.ATTENTION,
+                attn_implementation=ATTENTION,
                 output_loading_info=True,
             )
         if missing := sorted(report["missing_keys"]):
@@ -121,6 +122,8 @@ class MtpPlan:
             )
         if left := sorted(report["unexpected_keys"]):
             raise CheckpointError(f"{checkpoint.name}: {len(left)} weights of its head are of no use: {left[0]}, ...")
+        if details.latents:
+            keep_latents(model)
         model = model.eval().requires_grad_(False)
         layers = architecture.record(model).attention
 

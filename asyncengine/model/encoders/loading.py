@@ -197,6 +197,8 @@ def _check_config(config: EngineConfig) -> None:
         raise ConfigError(f"quantization is {config.quantization!r}; {config.model!r} is an encoder; allowed: 'none'")
     if config.decoder_backend == "compiled":
         raise ConfigError(f"decoder_backend is 'compiled'; {config.model!r} is an encoder; allowed: 'auto'")
+    if config.mla:
+        raise UnsupportedModelError(f"mla is True; {config.model!r} has no KV cache: it is an encoder of texts")
     if config.images:
         raise UnsupportedModelError(f"images is True; {config.model!r} takes none: it is an encoder of texts")
 
