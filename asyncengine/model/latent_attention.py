@@ -40,7 +40,8 @@ class LatentAttention(nn.Module):
     """Comes before the class of an attention module, whose `expand_kv` then hands on the latents.
 
     Attributes:
-        kv_b_proj: The matrix that makes keys and values of latents.
+        kv_b_proj: The matrix that makes keys and values of latents, in a linear layer, or in what takes its place on
+            the CPU, `asyncengine.model.decoder.head_products.LatentMatrix`.
         config: The model's.
         adapting: What adds to products with that matrix what adapters add, if it is adapted.
     """
@@ -77,7 +78,10 @@ class LatentAttention(nn.Module):
         """
         keys = slice(query.shape[2] - rotated)
         given = query[..., keys]
-        latent = torch.bmm(given.transpose(0, 1), self._matrices(query.shape[1], keys)).transpose(0, 1)
+        if type(self.kv_b_proj) is not nn.Linear:
+            latent = self.kv_b_proj.into_latents(given)
+        else:
+            latent = torch.bmm(given.transpose(0, 1), self._matrices(query.shape[1], keys)).transpose(0, 1)
         if self.adapting is not None:
             latent = self.adapting.add_to(latent, given, keys, into=True)
         return torch.cat((latent, query[..., keys.stop :]), dim=-1)
@@ -94,8 +98,11 @@ class LatentAttention(nn.Module):
             (tokens, heads, value_dim).
         """
         values = slice(key_dim - rotated, None)
-        matrices = self._matrices(attended.shape[1], values).transpose(1, 2)
-        value = torch.bmm(attended.transpose(0, 1), matrices).transpose(0, 1)
+        if type(self.kv_b_proj) is not nn.Linear:
+            value = self.kv_b_proj.out_of_latents(attended)
+        else:
+            matrices = self._matrices(attended.shape[1], values).transpose(1, 2)
+            value = torch.bmm(attended.transpose(0, 1), matrices).transpose(0, 1)
         return value if self.adapting is None else self.adapting.add_to(value, attended, values, into=False)
 
     def _matrices(self, heads: int, part: slice) -> torch.Tensor:

@@ -20,6 +20,7 @@ from asyncengine.model.adapters import lora
 from asyncengine.model.adapters.factor_table import MOST_RANK, FactorTable
 from asyncengine.model.adapters.lora import Lora, LowRank
 from asyncengine.model.decoder.compiled_linear import CompiledLinear
+from asyncengine.model.decoder.head_products import LatentMatrix
 from asyncengine.model.latent_attention import LatentAttention
 from asyncengine.model.packed_linear import PackedLinear
 from asyncengine.model.quantised.byte_linear import ByteLinear
@@ -32,7 +33,7 @@ from asyncengine.step.batch import Int32, Int64, StepBatch
 BY_TOKEN = 256
 """Tokens of the largest launched step in which each looks its adapter up; of more, those that share one go together."""
 
-_LINEAR = (nn.Linear, CompiledLinear, PackedLinear, Fp8Linear, FourBitLinear, ByteLinear)
+_LINEAR = (nn.Linear, CompiledLinear, LatentMatrix, PackedLinear, Fp8Linear, FourBitLinear, ByteLinear)
 
 
 class ModulesFormat:
@@ -118,16 +119,16 @@ class AdaptedModules:
     def remove(self, index: int) -> None:
         """As `AdaptableModel.remove_adapter`."""
         del self._adapters[index]
+        in_use = {name for adapter in self._adapters.values() for name in adapter}
+        for name in self._latent.keys() - in_use:
+            self._latent[name].adapting = None
         if self._table is not None and self._adapters:  # what was captured still has all layers
             self._table.remove(index)
             return
         if self._table is not None:
             self._table.clear()
-        in_use = {name for adapter in self._adapters.values() for name in adapter}
         for name in [name for name in self._hooks if name not in in_use]:
             self._hooks.pop(name).remove()
-        for name in self._latent.keys() - in_use:
-            self._latent[name].adapting = None
 
     def move(self, device: torch.device) -> None:
         """Takes them to where the model is."""

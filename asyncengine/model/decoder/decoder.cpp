@@ -1707,6 +1707,34 @@ extern "C" int decoder_product(const Product *product, const void *from, int64_t
   });
 }
 
+// Several products, each of rows of its own: (count, rows, inputs) to (count, rows, outputs), of one dtype and one size.
+// Each is made by one thread. Returns as `decoder_step` does.
+extern "C" int decoder_products(const Product *products, int64_t count, const void *from, int64_t rows, void *to,
+                                int64_t threads) {
+  struct Work {
+    const Product *products;
+    int64_t count, rows;
+    const char *from;
+    char *to;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> failed{0};
+  } work{products, count, rows, static_cast<const char *>(from), static_cast<char *>(to)};
+  const int64_t products_of_all = count * rows * products->matrix.inputs * products->matrix.outputs;
+  GOMP_parallel(
+      [](void *data) {
+        Work &mine = *static_cast<Work *>(data);
+        const int64_t size = mine.products->dtype == 0 ? 4 : 2;
+        for (int64_t i; (i = mine.next++) < mine.count;) {
+          const Product &one = mine.products[i];
+          if (decoder_product(&one, mine.from + i * mine.rows * one.matrix.inputs * size, mine.rows,
+                              mine.to + i * mine.rows * one.matrix.outputs * size, 1))
+            mine.failed = 1;
+        }
+      },
+      &work, unsigned(products_of_all < kAlone ? 1 : threads), 0);
+  return work.failed;
+}
+
 // (tokens, hidden) to the same, what the `top` experts of each token answer, weighed by `shares`; both are (tokens, top).
 // Returns as `decoder_step` does, or 2 where there is no such expert.
 extern "C" int decoder_experts(const Asking *asking, int64_t top, const void *from, int64_t tokens,
