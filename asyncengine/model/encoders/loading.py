@@ -23,8 +23,9 @@ from asyncengine.model.encoders.packing import Packing, UnpackableError
 from asyncengine.model.gguf.checkpoint import described
 from asyncengine.model.letting_go import take_apart
 from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST, Details, fits, vector_size
-from asyncengine.model.load_report import cannot_load, without_report
+from asyncengine.model.load_report import cannot_load, check_weights, loaded
 from asyncengine.model.location import locate
+from asyncengine.model.rehearsal import rehearsed
 from asyncengine.model.sentence_modules import embedder_of, json_in
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer, special_ids
 from asyncengine.step.limits import Limits
@@ -71,7 +72,10 @@ def plan_of(
         AsyncEngineError: It cannot be loaded; the kind says why.
     """
     details = details_of(config, current, checkpoint, device, dtype)
-    return LoadPlan(config, fits(details, current), tokenizer_key(details.tokenizer_path), details)
+    beside = fits(details, current)
+    if not beside:
+        _rehearse(details)
+    return LoadPlan(config, beside, tokenizer_key(details.tokenizer_path), details)
 
 
 def details_of(
@@ -222,31 +226,37 @@ def _stated_longest(checkpoint: Any) -> int | None:
 
 
 def _with_weights(details: EncoderDetails) -> Any:
-    checkpoint, kind = details.checkpoint, details.kind
-    # What makes one vector of a text behind the last layer is trained for other things than embeddings.
-    unpooled = not details.classifies and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    checkpoint = details.checkpoint
     try:
-        with BUILDING, without_report():
-            model, report = kind.from_pretrained(
-                checkpoint.path,
-                config=details.hf_config,
-                dtype=details.dtype,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # what they are is said below
-                **({"add_pooling_layer": False} if unpooled else {}),
-            )
+        model, report = loaded(details.kind, checkpoint.path, **_arguments(details))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        checkpoint.check_unchanged()
-        raise CheckpointError(f"{checkpoint.name}: {cannot_load(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{checkpoint.name}: {len(missing)} weights are missing: {missing[0]}, ...")
-    if other := sorted(name for name, *_ in report["mismatched_keys"]):
-        raise CheckpointError(f"{checkpoint.name}: {len(other)} weights are of another shape: {other[0]}, ...")
+        raise cannot_load(checkpoint, error) from error
+    check_weights(checkpoint, report)
     checkpoint.check_unchanged()
     return model.to(details.device).eval().requires_grad_(False)
+
+
+def _rehearse(details: EncoderDetails) -> None:
+    """Refuses weights that are not those of the model, as far as headers tell.
+
+    Raises:
+        CheckpointError: As it says.
+    """
+    checkpoint = details.checkpoint
+    if checkpoint.tensors:  # there are no headers in pickles
+        found = rehearsed(checkpoint, details.kind, checkpoint.shapes, **_arguments(details))
+        if found is not None:
+            check_weights(checkpoint, found[1])
+
+
+def _arguments(details: EncoderDetails) -> dict[str, Any]:
+    """Those of `from_pretrained`."""
+    # What makes one vector of a text behind the last layer is trained for other things than embeddings.
+    unpooled = not details.classifies and "add_pooling_layer" in inspect.signature(details.kind.__init__).parameters
+    given = {"config": details.hf_config, "dtype": details.dtype}
+    return given | ({"add_pooling_layer": False} if unpooled else {})
 
 
 class _Trial:
