@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOptions
+from asyncengine import AsyncEngine, EngineConfig, EngineState, GenerationConfig, RequestOptions
 from asyncengine.errors import (
     CheckpointError,
     ConfigError,
@@ -31,6 +31,7 @@ from asyncengine.errors import (
 )
 from asyncengine.loop.embedding import ClassificationOptions, EmbeddingOptions
 from asyncengine.loop.pairs import Pair
+from asyncengine.model.encoders import loading as encoders_loading
 from asyncengine.outputs import FinishReason
 from asyncengine.reranking import RerankPrompt
 from tests.model.encoders.checkpoints import KINDS, WITH_HEADS, logits, states, tokenizer_of
@@ -391,6 +392,29 @@ async def test_what_is_missing_is_said_and_leaves_the_engine_usable(
     await engine.reload(config(encoder("bert")))
     assert len(await engine.embed(["a"])) == 1
     await engine.shutdown()
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("bert", 0), ("roberta", 2)])
+async def test_what_is_missing_is_found_out_before_the_present_model_has_to_go(
+    kind: str, labels: int, encoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shutil.copytree(encoder(kind, labels=labels), tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    lost = "classifier.out_proj.weight" if labels else "encoder.layer.1.output.dense.weight"
+    monkeypatch.setattr(encoders_loading, "fits", lambda details, current: False)
+    async with AsyncEngine(config(encoder("bert"))) as engine:
+        for changed, says in (
+            ({name: value for name, value in weights.items() if name != lost}, "1 weights are missing"),
+            (weights | {lost: weights[lost][:1].clone()}, "1 weights are of another shape"),
+        ):
+            save_file(changed, path / "model.safetensors", {"format": "pt"})
+            with pytest.raises(CheckpointError, match=f"{says}: {lost}"):
+                await engine.reload(config(path))
+            assert engine.state is EngineState.READY
+            assert len(await engine.embed(["a"])) == 1
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+        await engine.reload(config(path))
+        assert engine.state is EngineState.READY
 
 
 async def test_transformers_reports_nothing_of_what_is_left_over(encoder: Callable[..., Path]) -> None:
