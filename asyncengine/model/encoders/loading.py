@@ -38,6 +38,11 @@ _TRIAL = (11, 7, 7, 2)
 """Tokens of the prompts by which it is seen whether a model says the same of them together."""
 _SHORT = 1024
 """Tokens of a longest prompt that is tried as well."""
+_OF_CACHES = (
+    "kv_cache_page_size", "max_total_sequence_length", "gpu_memory_utilization", "prefix_cache_mode",
+    "prefix_cache_max_num_recycling_seqs",
+)  # fmt: skip
+"""Settings that say nothing to an encoder."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far that may be off, in parts of what the numbers vary by."""
 
@@ -169,6 +174,7 @@ def load(plan: LoadPlan) -> LoadedModel:
         classifier = Classifier(None, None, labels, activation_of(hf_config, len(labels)))
     alone = packing is None and padding is None
     notes = ["encoder: padding changes what it says: prompts of one length at a time"] * alone
+    notes += _passed_over(config, complete)
     return LoadedModel(
         model=EncoderModel(model, details.device, padding, packing, details.takes_types),
         limits=limits,
@@ -203,6 +209,13 @@ def _check_config(config: EngineConfig) -> None:
         raise ConfigError(f"decoder_backend is 'compiled'; {config.model!r} is an encoder; allowed: 'auto'")
     if config.images:
         raise UnsupportedModelError(f"images is True; {config.model!r} takes none: it is an encoder of texts")
+
+
+def _passed_over(config: EngineConfig, complete: EngineConfig) -> list[str]:
+    """What is said of settings of a KV cache, which are not refused: one configuration may be for both kinds."""
+    usual, meant = EngineConfig(config.model), complete.replace(gpu_memory_utilization=None)
+    given = [name for name in _OF_CACHES if getattr(config, name) not in (getattr(usual, name), getattr(meant, name))]
+    return [f"encoder: there is no KV cache; passed over: {', '.join(given)}"] if given else []
 
 
 def _positions(kind: Any, hf_config: Any) -> tuple[int, int]:
@@ -365,6 +378,7 @@ def _limits(config: EngineConfig, details: EncoderDetails, has_tokenizer: bool) 
         prefill_chunk_size=chunk,
         kv_cache_page_size=_PAGE,
         prefix_cache_mode="disable",
+        prefix_cache_max_num_recycling_seqs=None,
         quantization="none",
         decoder_backend="transformers",
         images=False,

@@ -374,6 +374,17 @@ async def test_settings_that_mean_nothing_to_it_are_refused(
     await engine.shutdown()
 
 
+async def test_settings_of_a_cache_are_passed_over_and_said(encoder: Callable[..., Path]) -> None:
+    engine = AsyncEngine()
+    complete = await engine.reload(config(encoder("bert"), kv_cache_page_size=32, gpu_memory_utilization=0.5))
+    [note] = engine.health().notes
+    assert note == "encoder: there is no KV cache; passed over: kv_cache_page_size, gpu_memory_utilization"
+    assert complete.kv_cache_page_size == 16
+    await engine.reload(complete.replace(gpu_memory_utilization=None))  # what it comes to is nothing to speak of
+    assert not engine.health().notes
+    await engine.shutdown()
+
+
 async def test_what_is_missing_is_said_and_leaves_the_engine_usable(
     encoder: Callable[..., Path], tmp_path: Path
 ) -> None:
