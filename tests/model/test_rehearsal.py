@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from asyncengine import AsyncEngine, CheckpointError, EngineConfig, EngineState, GenerationConfig
 from asyncengine.model import load_check, rehearsal
@@ -105,6 +106,12 @@ FAULTS = {
         r"2 weights are of another shape: model\.layers\.1\.mlp\.experts\.down_proj",
         lambda tensors: [tensors.pop(f"{EXPERT[:-4]}3.{part}.weight") for part in ("w1", "w2", "w3")],
     ),
+    "all experts are of another shape": Fault(
+        "mixtral",
+        r"6 weights are of another shape: model\.layers\.0\.mlp\.experts\.down_proj",
+        lambda tensors: None,
+        stated={"intermediate_size": 128},
+    ),
     "beside codes a weight is missing": Fault(
         "qwen2", rf"1 weights are missing: {Q}\.bias", without(f"{Q}.bias"), method="gptq"
     ),
@@ -155,7 +162,8 @@ def test_a_gguf_file_is_refused_by_the_check(
 
 @pytest.mark.usefixtures("first_out")
 @pytest.mark.parametrize(
-    ("architecture", "method"), [("gemma2", ""), ("mixtral", ""), ("mixtral", "awq"), ("qwen2", "gptq"), ("gpt2", "")]
+    ("architecture", "method"),
+    [("gemma2", ""), ("mixtral", ""), ("mixtral", "awq"), ("qwen2", "gptq"), ("gpt2", "gguf")],
 )
 def test_one_whose_weights_are_whole_is_rehearsed_and_passes(
     architecture: str,
@@ -166,8 +174,15 @@ def test_one_whose_weights_are_whole_is_rehearsed_and_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = checkpoint(architecture)
-    if method:
+    if method == "gguf":
+        path = files.write(tmp_path / "model.gguf", path, architecture)
+    elif method:
         path, _ = coded_checkpoints.write(tmp_path, path, method)
+
+    def make_up(*_: Any) -> None:
+        raise AssertionError("numbers are made up")
+
+    monkeypatch.setattr(PreTrainedModel, "initialize_weights", make_up)
     done: list[Any] = []
     rehearsed = rehearsal.rehearsed
     monkeypatch.setattr(rehearsal, "rehearsed", lambda *args, **more: done.append(rehearsed(*args, **more)) or done[-1])
