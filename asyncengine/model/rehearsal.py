@@ -92,7 +92,10 @@ def _decoder(details: Details) -> Rehearsed | None:
         return None
     kind, config = architecture.model_class(details.hf_config, details.images)
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.plain}
-    shapes |= {weight.name: weight.shape for weight in architecture.coded_for(checkpoint, kind, config)}
+    try:
+        shapes |= {weight.name: weight.shape for weight in architecture.coded_for(checkpoint, kind, config)}
+    except Exception:  # whatever is in transformers' code
+        return None
     found = rehearsed(checkpoint, kind, shapes, config, details.dtype, attn_implementation=architecture.ATTENTION)
     if found is not None:
         check_weights(checkpoint, found[1], head_of(found[0]))
