@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from asyncengine.cli.command import Failure
 from asyncengine.cli.flags import EngineFlags
-from asyncengine.errors import InsufficientMemoryError
+from asyncengine.errors import ConfigError, InsufficientMemoryError
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from asyncengine.model.recorded import Watched
 
 _GIB = 1 << 30
+_MOST_GIB = 1 << 30
+"""More than any machine has; what is reckoned with it is still printed in a line."""
 
 
 def estimate(
@@ -39,12 +41,19 @@ def estimate(
 
     Reads headers, no weights. Exit status 1: it does not fit, or cannot be served.
     """
-    if memory is not None and not isfinite(memory):
-        raise Failure(f"--memory is {memory}; expected GiB >= 0", 2)
+    if memory is not None and not memory < _MOST_GIB:
+        raise Failure(f"--memory is {memory}; expected GiB >= 0, and less than {_MOST_GIB:,}", 2)
     config = flags.config(model)
     if config.adapters:
         raise Failure("--lora-modules is given; the estimate knows no adapters", 2)
     given = None if memory is None else int(memory * _GIB)
+    if given is None:
+        from asyncengine.model.load_check import device_of
+
+        try:
+            device_of(config.device)
+        except ConfigError as error:
+            raise Failure(f"{error}; --memory says how much to reckon with", 2) from error
     if (lines := _of_encoder(config, given)) is not None:
         for name, text in lines:
             print(f"{name:15} {text}")
@@ -158,7 +167,6 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.cli.loading import quiet
 
     quiet()
-    from asyncengine.errors import ConfigError
     from asyncengine.model import architecture, graph_memory
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention

@@ -25,8 +25,10 @@ from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import ATTENTION, HOOK, RecordedLayer, hooked, text_config
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.latent_attention import LatentAttention, keep_latents
+from asyncengine.model.load_check import BUILDING
 from asyncengine.model.recorded import Recorded, Watched
 from asyncengine.model.recurrent.recorded import RecurrentLayer, recording
+from asyncengine.model.stored.weight import CodedWeight
 from asyncengine.model.vision.modules import seeing
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
@@ -125,6 +127,16 @@ def turned_weights(kind: Any, config: Any) -> set[str]:
     with torch.device("meta"):
         model = kind(copy.deepcopy(config))  # which a model may change
     return {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
+
+
+def coded_for(checkpoint: Checkpoint, kind: Any, config: Any) -> list[CodedWeight]:
+    """The weights that a checkpoint stores as codes, each of them the way round in which a model has it."""
+    coded = list(checkpoint.coded.values())
+    if not coded:
+        return coded
+    with BUILDING:
+        turned = turned_weights(kind, config)
+    return [weight.turned() if weight.belongs_to(turned) else weight for weight in coded]
 
 
 def waits(model: PreTrainedModel) -> str | None:

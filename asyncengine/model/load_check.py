@@ -239,6 +239,10 @@ def plan_of(
             raise
         wait([selecting])  # a compiler takes memory as well, and gives it back
         beside = fits(details, current)
+    if not beside:  # else a load that fails takes nothing from anyone
+        from asyncengine.model.rehearsal import rehearse
+
+        rehearse(details)
     return LoadPlan(config, beside, tokenizer_key(tokenizer_path), details)
 
 
@@ -352,6 +356,16 @@ def check_draft(
         kv_dtype,
         quantization=quantization,
     )
+
+
+def check_drafts(draft: Details, has_head: bool) -> None:
+    """Refuses a draft model that has no head.
+
+    Raises:
+        CheckpointError: So it is.
+    """
+    if not has_head:
+        raise CheckpointError(f"{draft.checkpoint.path} cannot draft: it has no language-model head")
 
 
 def device_of(name: str) -> torch.device:

@@ -14,7 +14,6 @@ import torch
 from asyncengine.config import EngineConfig
 from asyncengine.errors import (
     AsyncEngineError,
-    CheckpointError,
     InsufficientMemoryError,
     ReloadError,
     UnsupportedModelError,
@@ -29,6 +28,7 @@ from asyncengine.model.encoders.kind import is_encoder
 from asyncengine.model.findings import keep
 from asyncengine.model.load_check import (
     Details,
+    check_drafts,
     device_of,
     dtype_of,
     plan_of,
@@ -172,8 +172,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     if details.draft is not None:
         text_alone = config.replace(images=False, mla=None)
         draft = build(text_alone, details.draft, lambda: backend)
-        if not draft.has_head:
-            raise CheckpointError(f"{details.draft.checkpoint.path} cannot draft: it has no language-model head")
+        check_drafts(details.draft, draft.has_head)
     head = None if details.draft_head is None else details.draft_head.build(built, details)
     check_recurrent(config, bool(built.layers.recurrent), draft is not None and bool(draft.layers.recurrent))
     drafting_layers = [] if draft is None else draft.layers.attention
