@@ -228,7 +228,7 @@ def read(config: EngineConfig) -> Needs:
 
     def kept(of: Checkpoint, hf_config: Any, watched: Watched) -> int:
         where: Where = "cuda" if cuda else "modules"
-        if not cuda and config.decoder_backend != "transformers" and _is_recognised(hf_config, watched):
+        if not cuda and config.decoder_backend != "transformers" and _is_recognised(hf_config, watched, latents):
             where = "compiled"
         return kept_bytes(of, dtype, config.quantization, text.vocab_size, where)
 
@@ -283,7 +283,7 @@ def _watched(architecture: Any, hf_config: Any, latents: bool) -> Watched:
     return watched
 
 
-def _is_recognised(hf_config: Any, watched: Watched) -> bool:
+def _is_recognised(hf_config: Any, watched: Watched, latents: bool) -> bool:
     """Whether a model is of the family that runs as a compiled step, as far as the names of its parts tell."""
     import torch
 
@@ -293,7 +293,7 @@ def _is_recognised(hf_config: Any, watched: Watched) -> bool:
     if watched.recurrent:
         return False
     with torch.device("meta"):
-        model = architecture.bare(hf_config)
+        model = architecture.bare(hf_config, latents=latents)
     try:
         check_parts(model, architecture.layers_of(model.eval(), watched).attention)
     except NotRecognised:

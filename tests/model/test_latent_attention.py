@@ -12,7 +12,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from asyncengine import AsyncEngine, ConfigError, EngineConfig, GenerationConfig, RequestOptions, UnsupportedModelError
+from asyncengine import (
+    AdapterError,
+    AsyncEngine,
+    ConfigError,
+    EngineConfig,
+    GenerationConfig,
+    RequestOptions,
+    UnsupportedModelError,
+)
 from asyncengine.model import architecture
 from asyncengine.model.adapters.adapted_modules import AdaptedModules
 from asyncengine.model.attention.cpu import CpuAttention
@@ -33,6 +41,8 @@ Checkpoint = Callable[..., Path]
 GREEDY = GenerationConfig(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = [[3 + 7 * i % 190 for i in range(length)] for length in (41, 1, 9)]
 RANK, ROTATED = 16, 8
+FILLING = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+"""Sizes that fill vectors, so that the model runs as a compiled step."""
 
 
 def engine_config(path: Path, **changes: Any) -> EngineConfig:
@@ -105,11 +115,15 @@ async def test_keys_and_values_of_one_byte_have_one_scale(checkpoint: Checkpoint
         assert len((await engine.generate(PROMPTS[0], GREEDY)).token_ids) == 12
 
 
-async def test_the_matrix_stays_numbers_where_weights_are_narrow_and_can_be_replaced(checkpoint: Checkpoint) -> None:
-    path, other = checkpoint("minicpm3", seed=1), checkpoint("minicpm3", seed=2)
+@pytest.mark.parametrize("changes", [{}, FILLING], ids=["transformers", "compiled"])
+async def test_the_matrix_can_be_replaced_where_weights_are_narrow(
+    checkpoint: Checkpoint, changes: dict[str, int]
+) -> None:
+    path, other = checkpoint("minicpm3", seed=1, **changes), checkpoint("minicpm3", seed=2, **changes)
     name = "model.layers.1.self_attn.kv_b_proj.weight"
 
     async with AsyncEngine(engine_config(path, quantization="int8", dtype="auto")) as engine:
+        assert engine.complete_engine_config.decoder_backend == ("compiled" if changes else "transformers")
         before = await scored(engine)
         await engine.update_weights({name: model_of(other, torch.bfloat16).get_parameter(name)})
         after = await scored(engine)
@@ -157,6 +171,27 @@ async def scored(engine: AsyncEngine, adapter: str | None = None) -> torch.Tenso
     """The logarithms of the probabilities of a prompt's tokens."""
     [score] = await engine.score([PROMPTS[0]], options=RequestOptions(adapter=adapter))
     return torch.tensor([each.logprob for each in score.logprobs if each is not None])
+
+
+async def test_adapters_of_a_compiled_step_may_adapt_all_else(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = checkpoint("minicpm3", **FILLING)
+    model = model_of(path)
+    save_adapter(tmp_path / "one", model, 1, only=("q_a_proj", "kv_a_proj_with_mqa", "o_proj"))
+    save_adapter(tmp_path / "two", model, 2, only=("q_b_proj",), rank=5)
+    save_adapter(tmp_path / "none", model, 3, only=("kv_b_proj",))
+    adapters = {name: str(tmp_path / name) for name in ("one", "two")}
+    found = []
+    for changes in ({"decoder_backend": "compiled"}, {"decoder_backend": "transformers", "mla": False}):
+        async with AsyncEngine(engine_config(path, adapters=adapters, **changes)) as engine:
+            found.append(torch.stack(await asyncio.gather(*(scored(engine, name) for name in ("one", None, "two")))))
+            if engine.complete_engine_config.mla:
+                with pytest.raises(
+                    AdapterError, match=r"kv_b_proj', which .*decoder_backend='transformers' lets it be"
+                ):
+                    await engine.load_adapter("none", tmp_path / "none")
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (found[0][one] - found[0][other]).abs().max() > 0.01
 
 
 def test_no_kernel_looks_up_what_adapts_the_matrix(checkpoint: Checkpoint, tmp_path: Path) -> None:
