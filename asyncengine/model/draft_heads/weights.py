@@ -72,8 +72,10 @@ def shared_weight(built: Any, details: Any, of_head: bool) -> torch.Tensor:
         of_head: Which of them.
 
     Raises:
-        CheckpointError: They are nowhere.
+        CheckpointError: They are nowhere; some models have no head.
     """
+    if of_head and not built.has_head:
+        raise CheckpointError(f"{details.checkpoint.name} has no language-model head, which the draft head shares")
     model, checkpoint = built.model, details.checkpoint
     module = model.get_output_embeddings() if of_head else model.get_input_embeddings()
     weight = getattr(module, "weight", None)

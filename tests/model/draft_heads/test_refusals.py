@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from asyncengine import AsyncEngine, CheckpointError, ConfigError, EngineConfig, GenerationConfig
 from asyncengine.model import load_check
@@ -147,3 +148,22 @@ def test_what_stands_around_its_layer_must_have_the_shapes_of_the_model(name: st
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=rf"{name}\.weight is \(5,.*\); expected \("):
         TransformersLoader().check(EngineConfig(str(path), device="cpu", speculative_mode="mtp"), None)
+
+
+def test_a_head_cannot_share_one_that_the_model_has_not(target: Path, tmp_path: Path) -> None:
+    """As of models of embeddings, in the place of which something would be made up."""
+    weights = load_file(target / "model.safetensors")
+    model, alone = shutil.copytree(target, tmp_path / "model"), eagle_heads.weights(eagle_heads.VOCAB)
+    save_file({name: each for name, each in weights.items() if name != "lm_head.weight"}, model / "model.safetensors")
+    del alone["lm_head.weight"]
+    head = eagle_heads.write(tmp_path / "head", "specforge", alone)
+    loader = TransformersLoader()
+    for path in (target, model):
+        plan = loader.check(
+            EngineConfig(str(path), device="cpu", speculative_mode="eagle3", additional_models=[str(head)]), None
+        )
+        if path is target:
+            loader.load(plan).model.close()
+        else:
+            with pytest.raises(CheckpointError, match="has no language-model head, which the draft head shares"):
+                loader.load(plan)
