@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -21,14 +22,12 @@ from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.quantised import four_bit_product
 from asyncengine.model.runner import TorchModel
-from asyncengine.model.vision import trial
 from tests.loop.harness import eventually
 from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
 from tests.model.fused.interpreted import large_tiles, on_one_loop
 from tests.model.stored import coded_checkpoints
-from tests.model.vision import checkpoints as sighted_checkpoints
 
 PROMPT = [1, 2, 3, 4, 5]
 TOKENS = 3
@@ -317,6 +316,8 @@ async def test_images_are_seen_beside_captured_steps(
     device: Pretended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
     """Steps with images are executed, decodes of their answers replayed."""
+    sighted_checkpoints = pytest.importorskip("tests.model.vision.checkpoints", exc_type=ImportError)
+    trial = importlib.import_module("asyncengine.model.vision.trial")
     path = sighted_checkpoints.write(tmp_path / "checkpoint", architecture, text_config={"num_hidden_layers": 1})
     monkeypatch.setattr(trial, "_LARGE", (64, 64))
     config = EngineConfig(
@@ -369,6 +370,7 @@ async def test_sleeps_wakes_changes_and_reloads_without_a_trace(
         assert changed != first
         await engine.update_weights(weights)
         assert await greedy(engine) == first
+        streams = device.multiplied.copy()
         await engine.unload()
         gc.collect()
         assert device.allocated == 0
@@ -376,6 +378,7 @@ async def test_sleeps_wakes_changes_and_reloads_without_a_trace(
         assert await greedy(engine) == first
         gc.collect()
         assert device.allocated == pytest.approx(taken, rel=0.05)
+        assert device.multiplied == streams
 
 
 @on_one_loop
