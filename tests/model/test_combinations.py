@@ -97,7 +97,8 @@ def combine(
 ) -> None:
     """One case: so many requests in so many engines, whose knobs and modes are drawn; or a head drafts in all."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    models = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name in (None, "one", "two")}
+    plain: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    models = {name: AutoModelForCausalLM.from_pretrained(path, **plain) for name in (None, "one", "two")}
     for number, name in enumerate(("one", "two")):
         factors = save_adapter(directory / name, models[None], number, rank=3 + number, alpha=6.0)
         merge(models[name], factors, 6.0 / (3 + number))
