@@ -74,6 +74,8 @@ class CudaRecorder:
                     raise
                 raise cause from cause.__cause__  # that the capture could not be ended then tells nothing
         self._in_pool.add(graph)
+        # Nobody else gets the stream as long as this may be replayed: products on it would work in the same memory.
+        graph.recorder = self  # type: ignore[attr-defined]
         return graph.replay, outputs
 
     def _mend(self, present: torch.cuda.Stream) -> None:
