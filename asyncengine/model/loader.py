@@ -333,7 +333,7 @@ def _captured(
     measured = None
     if fused is not None and config.decoder_backend == "auto":
         measured = choice.Choice(fused, choice.cuda_seconds(details.device), graphs)
-        _choose_launched(model, measured, graphs, limits, details)
+        _choose_launched(model, measured, graphs, limits, details.device, details.vocab_size)
     if graphs is None:
         return slower if measured is None else (*measured.notes, *slower)
     room = None
@@ -357,7 +357,9 @@ def _captured(
     return slower
 
 
-def _choose_launched(model: Any, choice: Choice, graphs: StepGraphs | None, limits: Limits, details: Details) -> None:
+def _choose_launched(
+    model: Any, choice: Choice, graphs: StepGraphs | None, limits: Limits, device: torch.device, vocab_size: int
+) -> None:
     """Has the choice measure, by steps that are launched, what it cannot measure by captured ones."""
     from asyncengine.model.fused.choice import cuda_seconds
     from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
@@ -373,10 +375,10 @@ def _choose_launched(model: Any, choice: Choice, graphs: StepGraphs | None, limi
         sorts.append(((SOME_TOKENS + 1,), _MANY_TOKENS))
     for counts, tokens in sorts:
         tokens = min(tokens, longest)
-        prefill = _prefill(tokens, limits.page_size, details.vocab_size)
+        prefill = _prefill(tokens, limits.page_size, vocab_size)
         step = dataclasses.replace(prefill, sample_index=np.array([tokens - 1]))
         # The first run makes whatever is made on first use. A step of many tokens takes so long that two tell enough.
-        seconds = cuda_seconds(details.device, rounds=2 if tokens == _MANY_TOKENS else 7, replays=1)
+        seconds = cuda_seconds(device, rounds=2 if tokens == _MANY_TOKENS else 7, replays=1)
         with torch.inference_mode():
             choice.decide_launched(counts, tokens, functools.partial(model.logits, step), seconds)
 
