@@ -13,10 +13,13 @@ First parity with transformers (`gpu_parity.py`: median relative error of logits
   continuous batching; gaps between steps that decode 1,024 sequences with nobody reading and with a task for each.
 
 A part that fails is reported under "errors", one for which there is no time left under "skipped"; neither stops the
-others. Each group is a process of its own: what it does to the device, or to torch, ends with it, and what it had found
-by then is kept. The exit status is 1 if parity or any part failed. The last line is one JSON object.
+others. Each group is a process of its own, parity some beside each other, because most of its time goes to compiling on
+one processor: what a process does to the device, or to torch, ends with it, and what it had found by then is kept. The
+exit status is 1 if parity or any part failed. The last line is one JSON object, also when the program is told to end
+(SIGTERM). With --keep all that was found lies in a directory, part by part, whatever happens; on a machine that is
+there for a few minutes only, that is where its files are looked for.
 
-    python -m benchmarks.gpu [--write] [--seconds 500] [--only parity attention 8b 0.6b] [--together]
+    python -m benchmarks.gpu [--write] [--keep DIR] [--seconds 500] [--only parity attention 8b 0.6b] [--together]
     python -m benchmarks.gpu --tiny        # the same on the CPU with tiny shapes, to see that it runs
 """
 
@@ -26,6 +29,7 @@ import argparse
 import asyncio
 import contextlib
 import datetime
+import faulthandler
 import functools
 import gc
 import json
@@ -33,6 +37,8 @@ import logging
 import os
 import platform
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +47,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,6 +55,16 @@ GROUPS = {"parity": 120.0, "attention": 50.0, "8b": 200.0, "0.6b": 130.0}
 """What is done in one process, and the seconds that are kept for it."""
 _GRACE = 20.0
 """Seconds after which a group that should have ended is ended."""
+BESIDE = {"parity": 6}
+"""Processes that a group is shared out to on a device; one, if it is not here."""
+USUAL = {"copy_gb_per_s": 4300.0, "matmul_tflop_per_s": 790.0}
+"""Of an H200: what shares are shares of, if they cannot be measured."""
+_WEIGHTS = 40 << 30
+"""Bytes that must be free in memory for checkpoints to be written there: a disk may take minutes."""
+
+
+class Ended(BaseException):
+    """The program was told to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +187,7 @@ def run_async(coroutine: Any) -> Any:
     return uvloop.run(coroutine)
 
 
-def parity(scale: Scale, report: Report, device: Any) -> None:
+def parity(scale: Scale, report: Report, device: Any, share: tuple[int, int] = (0, 1)) -> None:
     import torch
 
     from benchmarks import gpu_parity
@@ -185,13 +202,13 @@ def parity(scale: Scale, report: Report, device: Any) -> None:
         report.keep()
 
     lengths, fused = list(scale.parity_lengths), scale.device == "cuda"  # the interpreter would take its time
-    for case, check in gpu_parity.checks(names, dtypes, lengths, scale.long_context, device, fused).items():
+    checks = gpu_parity.checks(names, dtypes, lengths, scale.long_context, device, fused)
+    for case, check in list(checks.items())[share[0] :: share[1]]:
         name = f"parity, {case}"
         if report.has(name, 10 if scale.device == "cuda" else 0):
             whole(report, name, functools.partial(run, case, check))
-    wrong = [case for case, result in found.items() if not result["ok"]]
-    if wrong:
-        report.failed("parity", f"not what transformers computes: {', '.join(wrong)}")
+            if case in found and not found[case]["ok"]:
+                report.failed(name, "not what transformers computes")
 
 
 def attention(scale: Scale, report: Report, device: Any, ceilings: dict[str, float], there: tuple[str, ...]) -> None:
@@ -273,10 +290,7 @@ def large(
         length += gpu_speed.until_all_decode(max(scale.batches), scale.context, scale.chunk)
         begun = time.monotonic()
         async with AsyncEngine(engine_config(path, scale, max(scale.batches), length)) as engine:
-            health = engine.health()
-            loaded = {"seconds": round(time.monotonic() - begun, 1), "notes": health.notes}
-            loaded["graph_bytes"] = health.warm_up.nbytes
-            report.part("8b load", 0, lambda: loaded)
+            report.part("8b load", 0, lambda: loaded(engine, begun))
             with gpu_speed.probing(device) as probe:
                 for batch in scale.batches:
                     await part(
@@ -289,7 +303,7 @@ def large(
                         gpu_speed.first_token, engine, probe, vocab, load, scale.repeats, scale.first_token_prompt,
                     )  # fmt: skip
 
-    run_async(measure())
+    whole(report, "8b", lambda: run_async(measure()))
     in_fp8: dict[str, Any] = {"kv_cache_dtype": "fp8_e4m3"}
     if scale.device == "cpu":
         in_fp8["attention_backend"] = "torch"
@@ -301,8 +315,8 @@ def large(
     if scale.device == "cuda":
         ways |= {name: {"attention_backend": name} for name in others}
     for way, changes in ways.items():
-        otherwise = large_otherwise(scale, report, device, path, known, way, changes)
-        whole(report, f"8b decode, batch {scale.other_batch}, {way}", functools.partial(run_async, otherwise))
+        otherwise = functools.partial(large_otherwise, scale, report, device, path, known, way, changes)
+        whole(report, f"8b decode, batch {scale.other_batch}, {way}", lambda way=otherwise: run_async(way()))
     release()
     # Last, because it compiles, for as long as that takes.
     report.part(
@@ -356,16 +370,12 @@ def small(scale: Scale, report: Report, device: Any, directory: Path) -> None:
     given, outputs = gpu_speed.workload(scale.requests, *scale.lengths, vocab)
     share = slice(scale.peer_requests)
 
-    async def measure() -> None:
-        if report.has("0.6b workload", loads + 20):
-            await serve()
-        if report.has("0.6b step gap", loads + 15):
-            await gaps()
-
     async def serve() -> None:
         from asyncengine import AsyncEngine
 
+        begun = time.monotonic()
         async with AsyncEngine(engine_config(path, scale, scale.requests, 2 * scale.lengths[1])) as engine:
+            report.part("0.6b load", 0, lambda: loaded(engine, begun))
             await gpu_speed.serve(engine, given[share], [2] * len(given[share]))  # compiles what is compiled
             await part(report, "0.6b workload", 20, gpu_speed.serve, engine, given, outputs)
             mean = [round(sum(outputs[share]) / len(outputs[share]))] * len(outputs[share])
@@ -385,7 +395,9 @@ def small(scale: Scale, report: Report, device: Any, directory: Path) -> None:
                         gpu_speed.readers, engine, probe, device, scale.readers, steps, vocab, read,
                     )  # fmt: skip
 
-    run_async(measure())
+    for name, needs, measured in (("0.6b workload", 20, serve), ("0.6b step gap", 15, gaps)):
+        if report.has(name, loads + needs):
+            whole(report, name, lambda measured=measured: run_async(measured()))
     release()
     # Last, because it can be neither bounded nor interrupted.
     report.part(
@@ -395,13 +407,21 @@ def small(scale: Scale, report: Report, device: Any, directory: Path) -> None:
     )
 
 
+def loaded(engine: Any, begun: float) -> dict[str, Any]:
+    """What a load took, and what it has to say: which captures failed, say."""
+    health = engine.health()
+    seconds = round(time.monotonic() - begun, 1)
+    return {"seconds": seconds, "notes": health.notes, "graph_bytes": health.warm_up.nbytes}
+
+
 async def part(report: Report, name: str, needs: float, function: Any, *arguments: Any) -> None:
-    """As `Report.part`, for a coroutine function."""
+    """As `Report.part`, for a coroutine function, which may take three times as long as usual, and half a minute."""
     found: Any = None
     error: Exception | None = None
     if time.monotonic() + needs <= report._until:
         try:
-            found = await function(*arguments)
+            async with asyncio.timeout(3 * needs + 30):
+                found = await function(*arguments)
         except Exception as raised:
             error = raised
 
@@ -455,19 +475,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=500.0, help="no part begins that would end after this time")
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--together", action="store_true", help="all groups in this process")
+    parser.add_argument("--keep", type=Path, help="a directory for what was found, written part by part")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     begun = time.monotonic()
     report = Report(options.seconds, options.into)
     scale = TINY if options.tiny else FULL
     groups = [group for group in GROUPS if group in options.only]
-    if options.together:
-        measure(scale, report, groups)
-    else:
-        apart(report, groups, options)
-    if options.into is not None:
+    if options.into is not None:  # one process of several, which says where it is before it is ended
+        faulthandler.dump_traceback_later(options.seconds + _GRACE / 2, file=sys.__stderr__)
+        try:
+            measure(scale, report, groups, tuple(options.share))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         return bool(report.errors)
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        if options.together:
+            measure(scale, report, groups)
+        else:
+            apart(report, groups, options)
+    except (Ended, KeyboardInterrupt):
+        report.failed("benchmark", "it was told to end")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     result = {
         "benchmark": "gpu",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -485,36 +518,84 @@ def main(arguments: list[str] | None = None) -> int:
         RESULTS.mkdir(exist_ok=True)
         name = report.about["environment"]["device"].replace(" ", "-")
         (RESULTS / f"gpu-{name}-{result['date']}.json").write_text(json.dumps(result, indent=2) + "\n")
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        (options.keep / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     return bool(report.errors)
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    raise Ended
+
+
 def apart(report: Report, groups: list[str], options: argparse.Namespace) -> None:
-    """Each group in a process of its own, which has what the later ones leave it of the time."""
-    with tempfile.TemporaryDirectory() as directory:
+    """Each group in processes of its own, which have what the later ones leave them of the time."""
+    with contextlib.ExitStack() as stack:
+        directory = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory.mkdir(parents=True, exist_ok=True)
         until = time.monotonic() + options.seconds
+        scarce = min(options.seconds / sum(GROUPS[group] for group in groups), 1.0)
         for number, group in enumerate(groups):
-            into = Path(directory, f"{group}.json")
-            seconds = max(until - time.monotonic() - sum(GROUPS[later] for later in groups[number + 1 :]), 0.0)
-            command = [sys.executable, "-m", "benchmarks.gpu", "--together", "--only", group, "--into", str(into)]
-            command += ["--seconds", str(seconds), *(["--tiny"] if options.tiny else [])]
+            later = scarce * sum(GROUPS[each] for each in groups[number + 1 :])
+            seconds = max(until - time.monotonic() - later, 0.0)
+            count = 1 if options.tiny else BESIDE.get(group, 1)
+            files = [directory / f"{group}-{share}.json" for share in range(count)]
+            for into in files:
+                into.unlink(missing_ok=True)  # of an earlier run
+            command = [sys.executable, "-m", "benchmarks.gpu", "--only", group, "--seconds", str(seconds)]
+            command += ["--tiny"] if options.tiny else []
+            commands = [
+                [*command, "--into", str(into), "--share", str(share), str(count)] for share, into in enumerate(files)
+            ]
+            ended: list[int | None] = [0] * count
             try:
-                ended = subprocess.run(command, timeout=seconds + _GRACE).returncode
-                well = ended in (0, 1) and into.exists()
-                failure = None if well else f"the process ended with {ended}"
+                ended = run_all(commands, seconds + _GRACE)
+            finally:
+                for into, status in zip(files, ended, strict=True):
+                    take(report, into)
+                    if status is None:
+                        report.failed(group, f"not done after {seconds + _GRACE:.0f} s")
+                    elif status not in (0, 1) or not into.exists():
+                        report.failed(group, f"the process ended with {status}")
+
+
+def run_all(commands: list[list[str]], seconds: float) -> list[int | None]:
+    """Runs programs beside each other, no longer than that; their exit statuses, None of those that had to be ended."""
+    processes: list[subprocess.Popen[bytes]] = []
+    ended: list[int | None] = []
+    try:
+        processes.extend(subprocess.Popen(command) for command in commands)
+        until = time.monotonic() + seconds
+        for process in processes:
+            try:
+                ended.append(process.wait(max(until - time.monotonic(), 0.0)))
             except subprocess.TimeoutExpired:
-                failure = f"not done after {seconds + _GRACE:.0f} s"
-            if into.exists():
-                found = json.loads(into.read_text())
-                for name in ("results", "errors", "about"):
-                    getattr(report, name).update(found[name])
-                report.skipped += found["skipped"]
-            if failure is not None:
-                report.failed(group, failure)
+                ended.append(None)
+        return ended
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that a device holds
+                process.wait(5)
 
 
-def measure(scale: Scale, report: Report, groups: list[str]) -> None:
-    """Groups, in this process."""
+def take(report: Report, file: Path) -> None:
+    """Adds what a process has kept."""
+    if not file.exists():
+        return
+    found = json.loads(file.read_text())
+    report.results.setdefault("parity", {}).update(found["results"].pop("parity", {}))
+    if not report.results["parity"]:
+        del report.results["parity"]
+    for name in ("results", "errors", "about"):
+        getattr(report, name).update(found[name])
+    report.skipped += found["skipped"]
+
+
+def measure(scale: Scale, report: Report, groups: list[str], share: tuple[int, int] = (0, 1)) -> None:
+    """Groups, or a share of one, in this process."""
     import torch
     from transformers.utils import logging as hf_logging
 
@@ -528,15 +609,17 @@ def measure(scale: Scale, report: Report, groups: list[str]) -> None:
     device = torch.device(scale.device, 0) if scale.device == "cuda" else torch.device("cpu")
     others, missing = gpu_attention.installed()
     report.about = {"environment": environment(device), "not_installed": missing}
-    ceilings = None
+    ceilings = USUAL
     if {"attention", "8b"} & set(groups):
         dtype = getattr(torch, scale.dtype)
         limits = functools.partial(gpu_speed.ceilings, device, scale.copy_megabytes, scale.matrix, dtype)
-        ceilings = report.part("ceilings", 0, limits)
-    with tempfile.TemporaryDirectory() as directory:
+        ceilings = report.part("ceilings", 0, limits) or USUAL
+    memory = Path("/dev/shm")
+    fits = scale.device == "cuda" and memory.exists() and shutil.disk_usage(memory).free > _WEIGHTS
+    with tempfile.TemporaryDirectory(dir=memory if fits else None) as directory:
         path = Path(directory)
         of = {
-            "parity": lambda: parity(scale, report, device),
+            "parity": lambda: parity(scale, report, device, share),
             "attention": lambda: attention(scale, report, device, ceilings, others),
             "8b": lambda: large(scale, report, device, ceilings, path, others),
             "0.6b": lambda: small(scale, report, device, path),

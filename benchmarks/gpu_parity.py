@@ -191,8 +191,12 @@ def paged_logits(
     ids: list[np.ndarray],
     device: torch.device,
     way: Way,
+    notes: list[str] | None = None,
 ) -> list[torch.Tensor]:
-    """The last rows of logits of every sequence, (rows, vocabulary) each, on the host in float32."""
+    """The last rows of logits of every sequence, (rows, vocabulary) each, on the host in float32.
+
+    What there is to be said of captures is added to the notes, if they are given.
+    """
     lengths = [len(sequence) for sequence in ids]
     blocks = [-(-length // PAGE) for length in lengths]
     order = np.random.default_rng(1).permutation(sum(blocks))
@@ -213,7 +217,7 @@ def paged_logits(
     for index, adapter in enumerate(adapters_of(model) if way.adapted else ()):
         adapters.put(index, adapter)
     runner.use_adapters(adapters)
-    graphs, notes = graphs_for(runner, backend, len(ids), device, waits=architecture.waits(model))
+    graphs, said = graphs_for(runner, backend, len(ids), device, waits=architecture.waits(model))
     if graphs is not None:
         mixed = None
         if isinstance(backend, CarryingBackend):
@@ -222,9 +226,9 @@ def paged_logits(
         capturing = Capturing(graphs, mixed=mixed, adapted=adapted, at_once=True)
         capturing.begin()
         runner.use_graphs(capturing)
-        notes += capturing.warmth.notes
-    for note in notes:
-        print(f"  {note}", flush=True)
+        said += capturing.warmth.notes
+    if notes is not None:
+        notes.extend(said)
     rows: list[list[torch.Tensor]] = [[] for _ in ids]
     with torch.inference_mode():
         for step in mixed_steps(lengths, way.chunk):
@@ -238,7 +242,12 @@ def paged_logits(
 
 
 def errors(
-    model: Any, backend: AttentionBackend, ids: list[np.ndarray], device: torch.device, way: Way
+    model: Any,
+    backend: AttentionBackend,
+    ids: list[np.ndarray],
+    device: torch.device,
+    way: Way,
+    notes: list[str],
 ) -> torch.Tensor:
     """(rows,) relative errors of all sequences' last rows; with fp8, the errors of that."""
     if way.four_bits:
@@ -256,7 +265,7 @@ def errors(
         quantise(model)
     if way.four_bits:
         use_kernels(model, True)
-    found = paged_logits(model, backend, ids, device, way)
+    found = paged_logits(model, backend, ids, device, way, notes)
     return torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(found, expected, strict=True)])
 
 
@@ -348,7 +357,8 @@ def _case(
 ) -> dict[str, Any]:
     """Errors of one model, and whether they are small enough."""
     dtype = next(model.parameters()).dtype
-    found = errors(model, backend, ids, device, way)
+    notes: list[str] = []
+    found = errors(model, backend, ids, device, way, notes)
     median = float(found.median())
     result = {
         "attention": backend.name,
@@ -356,6 +366,6 @@ def _case(
         "median_error": float(f"{median:.2g}"),
         "largest_error": float(f"{float(found.max()):.2g}"),
         "ok": median <= (FP8_TOLERANCE if way.fp8 else TOLERANCE[dtype]),
-    }
+    } | ({"notes": notes} if notes else {})
     print(f"  {key:<50} {result}", flush=True)
     return result

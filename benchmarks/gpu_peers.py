@@ -27,7 +27,7 @@ def continuous_batching(model: Any, given: list[list[int]], outputs: list[int]) 
             if output.is_finished():
                 generated, left = generated + len(output.generated_tokens), left - 1
         seconds = time.perf_counter() - begun
-    assert generated == tokens * len(given), generated
+    assert generated == tokens * len(given), f"{generated} tokens: {output.error}"
     return {"requests": len(given), "seconds": round(seconds, 2), "tokens_per_s": round(generated / seconds, 1)}
 
 

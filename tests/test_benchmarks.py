@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib
 import importlib.util
 import itertools
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -137,7 +140,7 @@ def test_gpu_runs_end_to_end_on_the_cpu(reports: Reports) -> None:
         "ceilings", "parity", "attention, ours", "8b transformers static cache, batch 1", "8b load",
         "8b decode, batch 1", "8b decode, batch 4", "8b decode, batch 4, KV cache in fp8",
         "8b decode, batch 4, weights and KV cache in fp8", "8b first token, 0 others", "8b first token, 2 others",
-        "0.6b workload",
+        "0.6b load", "0.6b workload",
         "0.6b workload, share for the peer", "0.6b step gap, 0 readers", "0.6b step gap, 8 readers",
         "0.6b transformers continuous batching",
     }  # fmt: skip
@@ -246,30 +249,81 @@ def test_a_part_of_gpu_that_fails_or_has_no_time_stops_no_other(capsys: pytest.C
     assert "late: skipped, it takes about 1000 s" in capsys.readouterr().out
 
 
-def test_groups_of_gpu_end_by_themselves(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_groups_of_gpu_end_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What a group had found is kept when its process dies or takes too long, and the next one begins anew."""
     seconds = dict[str, float]()
 
-    def ended(command: list[str], timeout: float) -> Any:
-        options = dict(itertools.pairwise(command))
-        group = options["--only"]
-        seconds[group] = float(options["--seconds"])
-        if group != "attention":  # which dies before it finds anything
+    def ended(commands: list[list[str]], timeout: float) -> list[int | None]:
+        statuses = list[int | None]()
+        for number, command in enumerate(commands):
+            options = dict(itertools.pairwise(command))
+            group = options["--only"]
+            seconds[group] = float(options["--seconds"])
+            assert command[-3:] == ["--share", str(number), str(6 if group == "parity" else 1)]
             report = Report(1, Path(options["--into"]))
             report.about = {"environment": {"device": group}, "not_installed": {}}
-            report.part(f"a part of {group}", 0, lambda: {"ok": True})
-            report.part("late", 9, dict)
-        if group == "8b":
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, {"parity": 0, "attention": 1, "0.6b": 1}[group])
+            if group == "parity":
+                report.results["parity"] = {f"case {number}": {"ok": True}}
+                report.keep()
+            elif group != "attention":  # which dies before it finds anything
+                report.part(f"a part of {group}", 0, lambda: {"ok": True})
+                report.part("late", 9, dict)
+            statuses.append({"parity": 0, "attention": -11, "8b": None, "0.6b": 1}[group])
+        return statuses
 
-    monkeypatch.setattr(subprocess, "run", ended)
-    assert gpu.main(["--seconds", "600"]) == 1
+    monkeypatch.setattr(gpu, "run_all", ended)
+    assert gpu.main(["--seconds", "600", "--keep", str(tmp_path / "kept")]) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(result["results"]) == ["a part of parity", "a part of 8b", "a part of 0.6b"]
-    assert result["errors"] == {"attention": "the process ended with 1", "8b": "not done after 490 s"}
-    assert result["skipped"] == ["late"] * 3
+    assert list(result["results"]["parity"]) == [f"case {number}" for number in range(6)]
+    assert list(result["results"]) == ["parity", "a part of 8b", "a part of 0.6b"]
+    assert result["errors"] == {"attention": "the process ended with -11", "8b": "not done after 490 s"}
+    assert result["skipped"] == ["late"] * 2
     assert [round(each) for each in seconds.values()] == [220, 270, 470, 600]
+    assert json.loads((tmp_path / "kept" / "gpu.json").read_text())["results"] == result["results"]
+    assert {file.name for file in (tmp_path / "kept").iterdir()} >= {"parity-5.json", "8b-0.json"}
+
+    gpu.main(["--seconds", "250"])  # then each has half of its usual time
+    assert [round(each) for each in seconds.values()] == [60, 85, 185, 250]
+
+
+def test_gpu_that_is_told_to_end_says_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ended(commands: list[list[str]], timeout: float) -> list[int | None]:
+        options = dict(itertools.pairwise(commands[0]))
+        if options["--only"] == "attention":
+            Report(1, Path(options["--into"])).part("a part", 0, lambda: {"ok": True})
+            signal.raise_signal(signal.SIGTERM)
+        return [1] * len(commands)
+
+    monkeypatch.setattr(gpu, "run_all", ended)
+    assert gpu.main([]) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["results"] == {"a part": {"ok": True}}
+    assert result["errors"]["benchmark"] == "it was told to end" and "8b" not in result["errors"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_programs_beside_each_other_are_ended_when_their_time_is_over() -> None:
+    begun = time.monotonic()
+    waits = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    assert gpu.run_all([[sys.executable, "-S", "-c", "raise SystemExit(3)"], waits, waits], 0.5) == [3, None, None]
+    assert time.monotonic() - begun < 30
+
+
+def test_a_part_of_gpu_that_never_ends_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report(seconds=100)
+
+    async def parts() -> None:
+        await gpu.part(report, "endless", -9.99, asyncio.Event().wait)
+        await gpu.part(report, "good", 1, asyncio.sleep, 0, 2)
+
+    asyncio.run(parts())
+    assert report.results == {"good": 2} and report.errors == {"endless": "TimeoutError: "}
 
 
 def test_a_group_of_gpu_is_a_process_of_its_own(
@@ -277,13 +331,15 @@ def test_a_group_of_gpu_is_a_process_of_its_own(
 ) -> None:
     """Which has the arguments of one and writes the file of one, but runs in this process, which has imported torch."""
 
-    def started(command: list[str], timeout: float) -> Any:
+    def started(commands: list[list[str]], timeout: float) -> list[int | None]:
+        (command,) = commands
         python, *program = command[:3]
         assert (python, program) == (sys.executable, ["-m", "benchmarks.gpu"])
         status, _, said = together(["gpu", *command[3:]])["gpu"]
-        return subprocess.CompletedProcess(command, status, said)
+        assert "Timeout" not in said
+        return [status]
 
-    monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr(gpu, "run_all", started)
     monkeypatch.setattr(gpu, "measure", lambda *_: pytest.fail("of the module that is tested"))
     status = gpu.main(["--tiny", "--only", "attention"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,6 +15,9 @@ from asyncengine.model import memory
 Tensors = tuple[torch.Tensor, ...]
 _WARM_UPS = 2
 """Runs before a capture, so that what is made on first use is not captured."""
+_STREAMS: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+"""Those that no recorder has any longer. cuBLAS keeps 32 MiB for each stream that a product was made on, as long as the
+process lives: with a new stream for each load, reloads would come to a gigabyte."""
 
 
 class Recorder(Protocol):
@@ -28,8 +33,14 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._new_pool()
+        streams = _STREAMS[device]
+        self._stream = streams.pop() if streams else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        weakref.finalize(self, streams.append, self._stream).atexit = False
+
+    def _new_pool(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._in_pool = weakref.WeakSet[torch.cuda.CUDAGraph]()
 
     def record(self, function: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         """As the protocol says."""
@@ -43,6 +54,8 @@ class CudaRecorder:
             for _ in range(_WARM_UPS):
                 function()
         present.wait_stream(self._stream)
+        if not self._in_pool:  # torch takes no pool whose graphs are gone, as long as a tensor of theirs is held
+            self._new_pool()
         graph = torch.cuda.CUDAGraph()
         cause: BaseException | None = None
         with memory.CAPTURES:
@@ -60,6 +73,9 @@ class CudaRecorder:
                 if cause is None:
                     raise
                 raise cause from cause.__cause__  # that the capture could not be ended then tells nothing
+        self._in_pool.add(graph)
+        # Nobody else gets the stream as long as this may be replayed: products on it would work in the same memory.
+        graph.recorder = self  # type: ignore[attr-defined]
         return graph.replay, outputs
 
     def _mend(self, present: torch.cuda.Stream) -> None:
@@ -71,7 +87,7 @@ class CudaRecorder:
         torch.cuda.set_stream(present)
         with contextlib.suppress(RuntimeError):  # it has been ended
             torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._new_pool()
         with contextlib.suppress(RuntimeError):
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
                 torch.zeros(1, device=self._device)

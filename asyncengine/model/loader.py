@@ -324,7 +324,7 @@ def _captured(
         if config.decoder_backend == "auto":  # not before it has been measured
             fused.rest()
     prompt = _SOME_TOKENS if details.device.type != "cpu" else 2 if built.program is None else 1
-    _warm_up(model, limits, prompt)
+    _warm_up(model, limits, prompt, details.vocab_size)
     waits = None
     if details.device.type == "cuda":
         from asyncengine.model import architecture
@@ -334,7 +334,7 @@ def _captured(
     measured = None
     if fused is not None and config.decoder_backend == "auto":
         measured = choice.Choice(fused, choice.cuda_seconds(details.device), graphs)
-        _choose_launched(model, measured, graphs, limits, details.device)
+        _choose_launched(model, measured, graphs, limits, details.device, details.vocab_size)
     if graphs is None:
         return slower if measured is None else (*measured.notes, *slower)
     room = None
@@ -359,7 +359,7 @@ def _captured(
 
 
 def _choose_launched(
-    model: Any, choice: Choice, graphs: StepGraphs | None, limits: Limits, device: torch.device
+    model: Any, choice: Choice, graphs: StepGraphs | None, limits: Limits, device: torch.device, vocab_size: int
 ) -> None:
     """Has the choice measure, by steps that are launched, what it cannot measure by captured ones."""
     from asyncengine.model.fused.choice import cuda_seconds
@@ -376,21 +376,22 @@ def _choose_launched(
         sorts.append(((SOME_TOKENS + 1,), _MANY_TOKENS))
     for counts, tokens in sorts:
         tokens = min(tokens, longest)
-        step = dataclasses.replace(_prefill(tokens, limits.page_size), sample_index=np.array([tokens - 1]))
+        prefill = _prefill(tokens, limits.page_size, vocab_size)
+        step = dataclasses.replace(prefill, sample_index=np.array([tokens - 1]))
         # The first run makes whatever is made on first use. A step of many tokens takes so long that two tell enough.
         seconds = cuda_seconds(device, rounds=2 if tokens == _MANY_TOKENS else 7, replays=1)
         with torch.inference_mode():
             choice.decide_launched(counts, tokens, functools.partial(model.logits, step), seconds)
 
 
-def _warm_up(model: Any, limits: Limits, prompt: int) -> None:
+def _warm_up(model: Any, limits: Limits, prompt: int, vocab_size: int) -> None:
     """Runs a prefill and a decode, so that whatever is built on first use is built before the model serves.
 
     For that a device wants some tokens; on the CPU nothing depends on how many there are. A compiled step has been run
     by the trial, and its prefill and decode are one code: a single token shows that it runs over this cache.
     """
     for count in {min(prompt, _longest_piece(limits)), 1}:
-        model.execute(_prefill(count, limits.page_size))
+        model.execute(_prefill(count, limits.page_size, vocab_size))
 
 
 def _longest_piece(limits: Limits) -> int:
@@ -398,11 +399,11 @@ def _longest_piece(limits: Limits) -> int:
     return min(limits.prefill_chunk_size, limits.max_single_sequence_length, limits.num_blocks * limits.page_size)
 
 
-def _prefill(count: int, page_size: int) -> StepBatch:
-    """A step of so many tokens of one prompt, or of one that decodes."""
+def _prefill(count: int, page_size: int, vocab_size: int) -> StepBatch:
+    """A step of so many tokens of one prompt, or of one that decodes. A token that there is not would lose a device."""
     positions = np.arange(count, dtype=np.int32)
     return StepBatch(
-        token_ids=positions % 16,
+        token_ids=positions % min(16, vocab_size),
         positions=positions,
         query_start=np.array([0, count], dtype=np.int32),
         context_lens=np.zeros(1, dtype=np.int32),

@@ -44,7 +44,8 @@ class WayBack:
     def __init__(self, device: torch.device, places: int = 3) -> None:
         self._device = device
         self._cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
+        # torch has 32 streams of each priority, and hands them out in turn: so this one is none that is captured on.
+        self._stream = torch.cuda.Stream(device, priority=-1) if self._cuda else None  # type: ignore[no-untyped-call]
         self._ring = [torch.empty(0, dtype=torch.uint8)] * places
         self._next = 0
 

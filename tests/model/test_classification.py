@@ -55,7 +55,7 @@ def loads(path: Path | str, **changes: Any) -> EngineConfig:
 
 
 def reference(path: Path, prompts: list[list[int]]) -> list[np.ndarray[Any, Any]]:
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     with torch.inference_mode():
         return [model(torch.tensor([prompt])).logits[0].numpy() for prompt in prompts]
 

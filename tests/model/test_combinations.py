@@ -10,6 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,12 @@ from asyncengine import (
     tiny,
 )
 from asyncengine.grammar.select import make_backend
+from asyncengine.metrics import Counters
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.tokenizer import load_tokenizer
 from tests.model import letters
 from tests.model.adapters import merge, save_adapter
+from tests.model.draft_heads import mtp_heads
 from tests.model.scalar_reference import Reference, check_entry
 from tests.model.wishes import LIMIT, Case, case
 
@@ -52,13 +55,13 @@ async def outcome(engine: AsyncEngine, drawn: Case, index: int) -> Outcome:
         return stream.result(), error
 
 
-async def served(config: EngineConfig, drawn: Case, run_ahead: bool) -> tuple[list[Outcome], int]:
-    """All requests at once; and how often one was preempted."""
+async def served(config: EngineConfig, drawn: Case, run_ahead: bool) -> tuple[list[Outcome], Counters]:
+    """All requests at once, and what was counted."""
     async with AsyncEngine(config, loader=TransformersLoader(run_ahead=run_ahead)) as engine:
         outcomes = await asyncio.gather(*(outcome(engine, drawn, index) for index in range(len(drawn.wishes))))
         metrics = engine.metrics()
         assert metrics.kv_blocks_used == 0
-        return outcomes, metrics.counters.preemptions
+        return outcomes, metrics.counters
 
 
 def check(references: Mapping[str | None, Reference], drawn: Case, outcomes: list[Outcome]) -> None:
@@ -83,11 +86,19 @@ def check(references: Mapping[str | None, Reference], drawn: Case, outcomes: lis
 
 
 def combine(
-    path: Path, seed: int, requests: int, engines: int, end: int, directory: Path, recurrent: bool = False
+    path: Path,
+    seed: int,
+    requests: int,
+    engines: int,
+    end: int,
+    directory: Path,
+    recurrent: bool = False,
+    head: Mapping[str, Any] | None = None,
 ) -> None:
-    """One case: so many requests in so many engines, whose knobs and modes are drawn."""
+    """One case: so many requests in so many engines, whose knobs and modes are drawn; or a head drafts in all."""
     tokenizer = AutoTokenizer.from_pretrained(path)
-    models = {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name in (None, "one", "two")}
+    plain: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    models = {name: AutoModelForCausalLM.from_pretrained(path, **plain) for name in (None, "one", "two")}
     for number, name in enumerate(("one", "two")):
         factors = save_adapter(directory / name, models[None], number, rank=3 + number, alpha=6.0)
         merge(models[name], factors, 6.0 / (3 + number))
@@ -101,15 +112,18 @@ def combine(
             knobs = {**knobs, "speculative_mode": "ngram"}
         if knobs.get("speculative_mode") == "small_draft":
             knobs = {**knobs, "additional_models": [str(path)]}
+        if head is not None:
+            knobs = {**knobs, "additional_models": [], **head}
         config = EngineConfig.from_dict({
             "model": str(path), "device": "cpu", "dtype": "float32",
             "max_single_sequence_length": LIMIT, "max_total_sequence_length": 4096, "max_num_sequence": 32,
             "kv_cache_page_size": 8, "adapters": {name: str(directory / name) for name in ("one", "two")}, **knobs,
         })  # fmt: skip
-        outcomes, preemptions = asyncio.run(served(config, drawn, run_ahead=index % 2 == 0))
-        preempted, short = preempted + preemptions, short or "max_total_sequence_length" in knobs
+        outcomes, counters = asyncio.run(served(config, drawn, run_ahead=index % 2 == 0))
+        preempted, short = preempted + counters.preemptions, short or "max_total_sequence_length" in knobs
+        assert head is None or counters.accepted_draft_tokens < counters.draft_tokens
         check(references, drawn, outcomes)
-    assert preempted > 0 or not short, "blocks were meant to run out"
+    assert preempted > 0 or not short or head is not None, "blocks were meant to run out"
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("CASES", "3"))))
@@ -133,5 +147,16 @@ def test_so_it_is_with_recurrent_layers(checkpoint: Callable[..., Path], tmp_pat
     combine(path, seed=1, requests=20, engines=3, end=letters.END, directory=tmp_path, recurrent=True)
 
 
-def test_so_it_is_with_the_tiny_model(tmp_path: Path) -> None:
-    combine(Path(tiny.PATH), seed=2, requests=14, engines=2, end=2, directory=tmp_path)
+def test_so_it_is_with_the_tiny_model_and_its_head(tmp_path: Path) -> None:
+    head = {"speculative_mode": "eagle3", "additional_models": ["tiny-eagle3"]}
+    combine(Path(tiny.PATH), seed=4, requests=12, engines=1, end=2, directory=tmp_path, head=head)
+
+
+def test_so_it_is_with_a_head_of_the_model_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mtp_heads, "LAYERS", 1)
+    path = mtp_heads.write(
+        tmp_path / "model", "qwen2", "mimo", vocab_size=letters.VOCABULARY + 1, eos_token_id=letters.END
+    )  # fmt: skip
+    letters.write(path)  # to which transformers adds a token of Qwen's
+    head = {"speculative_mode": "mtp", "spec_draft_length": 2}
+    combine(path, seed=1, requests=28, engines=1, end=letters.END, directory=tmp_path, head=head)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from asyncengine.model import memory
+from asyncengine.model import graph_recorder, memory
 from asyncengine.model.graph_recorder import CudaRecorder
 
 
@@ -31,6 +32,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def __exit__(self, *_: object) -> None:
             note("end")
 
+    class Captured:
+        def replay(self) -> None:
+            pass
+
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, fake in {
         "graph_pool_handle": lambda: (0, 1),
@@ -38,7 +43,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "current_stream": lambda device: stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "device": lambda device: contextlib.nullcontext(),
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "CUDAGraph": Captured,
         "graph": Graph,
         "is_available": lambda: True,
         "mem_get_info": lambda device: (7, 80),
@@ -46,6 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "empty_cache": lambda: note("empty"),
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(graph_recorder, "_STREAMS", defaultdict(list))
     return asked
 
 

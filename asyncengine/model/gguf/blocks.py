@@ -195,11 +195,13 @@ def _by_transformers(type_id: int, blocks: torch.Tensor, to: torch.Tensor) -> No
 
     try:
         from transformers.integrations.gguf.dequant import dequantize
-    except ImportError as error:
+
+        numbers = dequantize(blocks.reshape(-1), type_id)
+    except (ImportError, ValueError) as error:  # the latter from one that knows some types
         raise UnsupportedModelError(
             f"numbers in {TYPES[type_id].name} need transformers 5.24 or later; there is {transformers.__version__}"
         ) from error
-    to.copy_(dequantize(blocks.reshape(-1), type_id).view_as(to))
+    to.copy_(numbers.view_as(to))
 
 
 def _number(name: str, dtype: torch.dtype) -> BlockType:

@@ -1,7 +1,8 @@
 """Linear layers in fp8: weights with one scale for each output, inputs with one for each token.
 
 Both are multiplied as they are by `torch._scaled_mm`, scaled by rows; on CUDA one kernel of our own quantises the input
-before it. torch has the same product for the CPU, where it is slow: it is there for tests, and to look at the error.
+before it. torch has the same product for the CPU, where it is slow: it is there for tests, and to look at the error
+(torch 2.11 has not, and numbers are multiplied).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from asyncengine.model.attention import fp8
 from asyncengine.model.quantised.eight_bits import EightBits
@@ -82,6 +84,9 @@ class Fp8Linear(nn.Module):
 
     def multiply(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """(rows, inputs) in fp8 and (rows, 1) scales to (rows, outputs)."""
+        if codes.is_cpu and not _scales_rows_on_cpu():
+            found = functional.linear(codes.float(), self.weight.float()).mul_(scales).mul_(self.weight_scale)
+            return (found if self.bias is None else found.add_(self.bias)).to(self.dtype)
         return torch._scaled_mm(
             codes,
             self.weight.t(),
@@ -168,6 +173,23 @@ class RowKernel:
 def constants(columns: int) -> dict[str, int]:
     """What the kernel `quantise_rows` is compiled for."""
     return {"COLUMNS": columns, "BLOCK": min(_BLOCK, 1 << (columns - 1).bit_length()), "num_warps": _WARPS}
+
+
+@functools.cache
+def _scales_rows_on_cpu() -> bool:
+    """Whether torch's product for the CPU takes scales of rows; that of 2.11 takes one of each matrix."""
+    codes = torch.ones(ALIGNMENT, ALIGNMENT).to(fp8.E4M3)
+    try:
+        torch._scaled_mm(
+            codes,
+            codes.t(),
+            scale_a=torch.ones(ALIGNMENT, 1),
+            scale_b=torch.ones(1, ALIGNMENT),
+            out_dtype=torch.bfloat16,
+        )
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache

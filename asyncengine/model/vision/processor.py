@@ -13,7 +13,11 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
-from transformers.video_processing_utils import VideoProcessorMixin
+
+try:
+    from transformers.video_processing_utils import VideoProcessorMixin
+except ImportError as error:
+    raise ImportError(f"images need transformers 5.24 or later; there is {transformers.__version__}") from error
 
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json")
 """Those that may name the processor's class, in the order in which they are asked."""

@@ -12,7 +12,8 @@ interpreter). Held against it:
 * pinned memory that is written again while a copy out of it may be under way;
 * memory that nobody has written: it is not a number;
 * graphs: a capture computes nothing, a replay computes it again in the same places, and what nobody holds of a graph's
-  memory is garbage after it; a capture that breaks off leaves behind what torch 2.11 leaves behind.
+  memory is garbage after it; a capture that breaks off leaves behind what torch 2.11 leaves behind; a pool of memory
+  whose graphs are gone takes no others, as long as somebody holds something of it.
 
 What it cannot know: what a kernel does on a device, how long it takes, and what the allocator of CUDA memory does.
 """
@@ -26,7 +27,7 @@ import functools
 import threading
 import time
 import types
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from asyncengine import builds
+from asyncengine.model import graph_recorder
 
 aten = torch.ops.aten
 PLACE = torch.device("cuda", 0)
@@ -139,6 +141,13 @@ class OnDevice(torch.Tensor):
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        copied = self.detach().clone()
+        if isinstance(self, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, requires_grad=self.requires_grad)
+        memo[id(self)] = copied
+        return copied
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -282,7 +291,7 @@ class CUDAGraph:
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.tape: list[_Taped] | None = None
-        self.pool: Any = None
+        self.pool: _Pool | None = None
 
     def replay(self) -> None:
         assert Pretended.present is not None and self.tape is not None
@@ -290,12 +299,38 @@ class CUDAGraph:
 
     def reset(self) -> None:
         self.tape = None
+        if self.pool is not None:
+            self.pool.graphs -= 1
+            self.pool = None
+
+    __del__ = reset
+
+
+class _Pool:
+    """What captures share.
+
+    Attributes:
+        graphs: How many there are.
+        held: What was made in captures: each storage's number of tensors, and its size.
+    """
+
+    def __init__(self) -> None:
+        self.graphs = 0
+        self.held: list[list[int]] = []
+
+    def enter(self) -> None:
+        """A graph more. It is as in torch: what is left of graphs that are gone is given back, if nobody holds it."""
+        self.held = [size for size in self.held if size[0] > 0]
+        if self.held and not self.graphs:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        self.graphs += 1
 
 
 class Pretended:
     """The device.
 
     Attributes:
+        multiplied: The streams on which products were made: cuBLAS keeps memory for each.
         waits: How often the host waited for it, by what for.
         replays: How often a graph was replayed.
         launches: Operators and kernels that were launched, one by one.
@@ -310,6 +345,7 @@ class Pretended:
         self.replays = 0
         self.launches = 0
         self.kernels: Counter[str] = Counter()
+        self.multiplied: set[int] = set()
         self._streams = 0
         self._moment = 0
         self._host: Clock = {}
@@ -427,6 +463,9 @@ class Pretended:
         size = self._sizes.get(_address(held))
         if size is None:
             size = self._sizes[_address(held)] = [0, held.untyped_storage().nbytes()]
+            capturing = self._capturing.get(threading.get_ident())
+            if capturing is not None and capturing[0].pool is not None:
+                capturing[0].pool.held.append(size)
             self.allocated += size[1]
             self.peak = max(self.peak, self.allocated)
         size[0] += 1
@@ -480,8 +519,10 @@ class Pretended:
         for one in flat:
             if isinstance(one, torch.Tensor) and not isinstance(one, OnDevice) and (one.dim() or func in _INDEXED):
                 raise RuntimeError(f"{name}: tensors on cuda and on the host, {tuple(one.shape)} of {one.dtype}")
-        if func in _PRODUCTS and not args[0].is_floating_point():
-            raise RuntimeError(f"{name} of integers")
+        if func in _PRODUCTS:
+            if not args[0].is_floating_point():
+                raise RuntimeError(f"{name} of integers")
+            self.multiplied.add(self.stream.number)
         if name.startswith(_RANDOM) and self._generator_captures and self.tape is None:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         if func is aten._local_scalar_dense.default:
@@ -512,6 +553,8 @@ class Pretended:
 
     @staticmethod
     def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is aten._scaled_mm.default:
+            return _scaled(*args, **kwargs)
         if func is aten.histc.default and not args[0].is_floating_point():  # the host's is of real numbers alone
             return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
         return func(*args, **kwargs)
@@ -595,9 +638,11 @@ class Pretended:
             self.kernels[name] += 1
             self._launched(call, given, [], tensors, tensors)
 
-    def begin_capture(self, graph: CUDAGraph, pool: Any) -> None:
+    def begin_capture(self, graph: CUDAGraph, pool: _Pool | None) -> None:
         if self._capturing:
             raise RuntimeError("two captures at once")
+        if pool is not None:
+            pool.enter()
         graph.tape, graph.pool = [], pool
         self._generator_captures = True
         self._capturing[threading.get_ident()] = (graph, [])
@@ -612,7 +657,7 @@ class Pretended:
                 for one in taped.outputs:
                     _garbage(one)
         if self._invalid:
-            self._invalid = False
+            self._invalid, graph.pool = False, None  # nothing of it is given back
             self.captures_underway += 1  # until somebody ends it
             raise RuntimeError("operation failed due to a previous error during capture")
         self._generator_captures = False
@@ -648,6 +693,26 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
             other.detach().contiguous().view(-1).view(torch.uint8).numpy(),
         )
     )
+
+
+def _scaled(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale_result: None = None,
+    out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> torch.Tensor:
+    """As `torch._scaled_mm` by rows, and held to what that asks for on CUDA; torch 2.11 has none for the host."""
+    assert a.dtype is b.dtype is torch.float8_e4m3fn and out_dtype is torch.bfloat16
+    assert a.stride(1) == 1 and b.stride(0) == 1 and not any(size % 16 for size in (*b.shape, a.stride(0)))
+    assert scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1])
+    assert all(each.dtype is torch.float32 and each.is_contiguous() for each in (scale_a, scale_b))
+    assert bias is None or (bias.dtype is out_dtype and bias.is_contiguous())
+    found = (a.float() @ b.float()) * scale_a * scale_b
+    return (found if bias is None else found + bias).to(out_dtype)
 
 
 class _Graph:
@@ -729,12 +794,13 @@ def pretended() -> Iterator[Pretended]:
         "Event": Event,
         "CUDAGraph": CUDAGraph,
         "graph": _Graph,
-        "graph_pool_handle": object,
+        "graph_pool_handle": _Pool,
         "is_current_stream_capturing": lambda: device.tape is not None,
     }
     for name, replacement in replaced.items():
         patch.setattr(cuda, name, replacement)
     patch.setattr(torch._C, "_cuda_endAllocateToPool", device.end_allocate, raising=False)
+    patch.setattr(graph_recorder, "_STREAMS", defaultdict(list))
     _device_constructors()  # keeps the functions that it finds
     on_host = torch.tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -17,18 +18,19 @@ from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOptions, StepError
 from asyncengine.model import buckets, graphs, loader, token_draw, verification
+from asyncengine.model.draft_heads.drafter import HeadDrafter
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.quantised import four_bit_product
 from asyncengine.model.runner import TorchModel
-from asyncengine.model.vision import trial
 from tests.loop.harness import eventually
+from tests.model import checkpoints
 from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
+from tests.model.draft_heads import eagle_heads, mtp_heads
 from tests.model.fused.interpreted import large_tiles, on_one_loop
 from tests.model.stored import coded_checkpoints
-from tests.model.vision import checkpoints as sighted_checkpoints
 
 PROMPT = [1, 2, 3, 4, 5]
 TOKENS = 3
@@ -63,6 +65,10 @@ async def on_host(config: EngineConfig, work: Callable[[AsyncEngine], Awaitable[
     changes = {"device": "cpu", "graph_capture": "idle", "attention_backend": "torch"}
     async with AsyncEngine(config.replace(**changes)) as engine:
         return await work(engine)
+
+
+def logprobs_of(branch: Any) -> list[float]:
+    return [entry.logprob for entry in branch.logprobs]
 
 
 async def greedy(engine: AsyncEngine) -> list[list[int]]:
@@ -177,6 +183,54 @@ async def test_speculation_verifies_on_the_device(device: Pretended, config: Eng
 
 
 @on_one_loop
+@pytest.mark.parametrize("mode", ["eagle3", "mtp"])
+async def test_heads_draft_from_states_that_replayed_steps_hand_out(
+    mode: str, device: Pretended, config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guesses are those of the host, also behind a cached prompt, of branches, and after a sleep."""
+    monkeypatch.setattr(mtp_heads, "LAYERS", 1)
+    monkeypatch.setattr(eagle_heads, "VOCAB", 8)
+    if mode == "mtp":
+        path, heads = mtp_heads.write(tmp_path / "model", "qwen2", "mimo", vocab_size=8), []
+    else:
+        path = checkpoints.write(tmp_path / "model", "llama", num_hidden_layers=1, vocab_size=8)
+        seen = {"vocab_size": 8, "eagle_aux_hidden_state_layer_ids": [0, 1, 1]}
+        heads = [str(eagle_heads.write(tmp_path / "head", "authors", eagle_heads.weights(6), **seen))]
+
+    async def work(engine: AsyncEngine) -> list[Any]:
+        settings = GenerationConfig(max_tokens=8, temperature=0, ignore_eos=True)
+        drawn = settings.replace(n=2, temperature=1, seed=3, max_tokens=3)
+        found = [await engine.generate([1, 2, 3, 4] * 2 + [5], each) for each in (settings, drawn)]
+        assert found[-1].usage.cached_tokens == 8
+        return [[branch.token_ids for branch in result.outputs] for result in found]
+
+    config = config.replace(model=str(path), max_num_sequence=3, kv_cache_page_size=8)
+    drafting = config.replace(speculative_mode=mode, additional_models=tuple(heads), spec_draft_length=2)
+    expected = await on_host(config, work)
+    guesses, propose = list[list[int]](), HeadDrafter.propose
+
+    def noted(self: HeadDrafter, *asked: Any) -> Any:
+        found = propose(self, *asked)
+        guesses.extend(each.tolist() for each in found)
+        return found
+
+    monkeypatch.setattr(HeadDrafter, "propose", noted)
+    assert await on_host(drafting, work) == expected
+    of_host = guesses.copy()
+    assert len(of_host) > 6 and len({tuple(each) for each in of_host}) > 3
+    async with AsyncEngine(drafting) as engine:
+        assert engine.health().notes == ()
+        replays = device.replays
+        guesses.clear()
+        assert await work(engine) == expected
+        await engine.sleep()
+        await engine.wake()
+        assert await work(engine) == expected
+        assert guesses == 2 * of_host
+        assert device.replays > replays
+
+
+@on_one_loop
 async def test_steps_with_adapters_are_captured(
     device: Pretended, config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,9 +308,13 @@ async def test_decodes_of_recurrent_layers_are_captured(
     async def work(engine: AsyncEngine) -> list[Any]:
         settings = GenerationConfig(max_tokens=5, temperature=0, ignore_eos=True)
         first, other = await asyncio.gather(
-            engine.generate(PROMPT, settings.replace(n=2, temperature=1, seed=3)),
+            engine.generate(PROMPT, settings.replace(n=2, temperature=1, seed=3, logprobs=True)),
             engine.generate([9, *PROMPT], settings),
         )
+        for seed, branch in enumerate(first.outputs, 3):  # each is what it would be alone
+            alone = await engine.generate(PROMPT, settings.replace(temperature=1, seed=seed, logprobs=True))
+            assert alone.outputs[0].token_ids == branch.token_ids
+            assert logprobs_of(alone.outputs[0]) == pytest.approx(logprobs_of(branch), abs=1e-4)
         turn = [9, *PROMPT, *other.token_ids, 7]
         second = await engine.generate(turn, settings.replace(max_tokens=3, logprobs=True))
         return [
@@ -265,7 +323,7 @@ async def test_decodes_of_recurrent_layers_are_captured(
             second.token_ids,
             second.usage.cached_tokens,
             # They tell what state it went on from, where three tokens would not.
-            pytest.approx([entry.logprob for entry in second.outputs[0].logprobs or ()], abs=1e-4),
+            pytest.approx(logprobs_of(second.outputs[0]), abs=1e-4),
         ]
 
     config = config.replace(model=str(path), max_num_sequence=4, kv_cache_page_size=8)
@@ -279,10 +337,9 @@ async def test_decodes_of_recurrent_layers_are_captured(
         await engine.sleep()
         await engine.wake()
         again = await work(engine)
-    expected = await on_host(config, work)
-    assert found[-2] == 8
+    expected = await on_host(config.replace(prefix_cache_mode="disable"), work)  # where no state is copied for a turn
     for each in (found, again):
-        assert each[:-1] == expected[:-1]
+        assert each[:-2] == expected[:-2] and each[-2] == 8
         assert each[-1].expected == expected[-1]
 
 
@@ -291,24 +348,25 @@ async def test_steps_with_drafts_of_recurrent_layers_are_launched(
     device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path]
 ) -> None:
     path = checkpoint(
-        "qwen3_5", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], vocab_size=9
+        "qwen3_5", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], vocab_size=4
     )  # fmt: skip
+    counted = list[Any]()
 
     async def work(engine: AsyncEngine) -> list[Any]:
-        settings = GenerationConfig(max_tokens=16, temperature=0, ignore_eos=True)
-        results = await engine.generate_many([[1, 2, 3, 4] * 4, [5, 2] * 3], settings)
-        counters = engine.metrics().counters
-        return [*[result.token_ids for result in results], counters.draft_tokens, counters.accepted_draft_tokens]
+        settings = GenerationConfig(max_tokens=16, temperature=0, ignore_eos=True, logprobs=True)
+        results = await engine.generate_many([[1, 2, 3, 0] * 4, [3, 2] * 3], settings)
+        counted.append(engine.metrics().counters)
+        return [(result.token_ids, pytest.approx(logprobs_of(result.outputs[0]), abs=1e-4)) for result in results]
 
-    config = config.replace(
-        model=str(path), max_num_sequence=2, kv_cache_page_size=16, speculative_mode="ngram", spec_draft_length=3
-    )
-    async with AsyncEngine(config) as engine:
+    config = config.replace(model=str(path), max_num_sequence=2, kv_cache_page_size=16)
+    expected = await on_host(config, work)
+    async with AsyncEngine(config.replace(speculative_mode="ngram", spec_draft_length=3)) as engine:
         replays = device.replays
         found = await work(engine)
         assert device.replays > replays
-    assert found == await on_host(config, work)
-    assert found[-1] < found[-2]  # states were put back
+    for (tokens, logprobs), (wanted, those) in zip(found, expected, strict=True):
+        assert tokens == wanted and logprobs.expected == those
+    assert 0 < counted[1].accepted_draft_tokens < counted[1].draft_tokens  # states were put back
 
 
 @on_one_loop
@@ -317,6 +375,8 @@ async def test_images_are_seen_beside_captured_steps(
     device: Pretended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
     """Steps with images are executed, decodes of their answers replayed."""
+    sighted_checkpoints = pytest.importorskip("tests.model.vision.checkpoints", exc_type=ImportError)
+    trial = importlib.import_module("asyncengine.model.vision.trial")
     path = sighted_checkpoints.write(tmp_path / "checkpoint", architecture, text_config={"num_hidden_layers": 1})
     monkeypatch.setattr(trial, "_LARGE", (64, 64))
     config = EngineConfig(
@@ -369,6 +429,7 @@ async def test_sleeps_wakes_changes_and_reloads_without_a_trace(
         assert changed != first
         await engine.update_weights(weights)
         assert await greedy(engine) == first
+        streams = device.multiplied.copy()
         await engine.unload()
         gc.collect()
         assert device.allocated == 0
@@ -376,6 +437,7 @@ async def test_sleeps_wakes_changes_and_reloads_without_a_trace(
         assert await greedy(engine) == first
         gc.collect()
         assert device.allocated == pytest.approx(taken, rel=0.05)
+        assert device.multiplied == streams
 
 
 @on_one_loop

@@ -116,6 +116,32 @@ def test_a_graph_computes_when_it_is_replayed_and_keeps_what_is_held(device: Pre
     assert result.cpu().tolist() == [9, 9] and device.replays == 2
 
 
+def test_what_is_held_of_a_graph_that_is_gone_keeps_nobody_from_a_capture(device: Pretended) -> None:
+    given, made = torch.ones(2, device="cuda"), list[torch.Tensor]()
+    recorder = CudaRecorder(torch.device("cuda", 0))
+
+    def function() -> tuple[torch.Tensor, ...]:
+        made[:] = [given + 1]
+        return (made[0] * 2,)
+
+    recorder.record(function)
+    replay, (result,) = recorder.record(lambda: (given + 2,))
+    replay()
+    assert result.cpu().tolist() == [3, 3] and len(made) == 1
+
+
+def test_a_recorder_captures_where_one_that_is_gone_did(device: Pretended) -> None:
+    """Each stream on which products are made costs memory that is never given back."""
+    given = torch.ones(2, 2, device="cuda")
+    for _ in range(3):
+        CudaRecorder(torch.device("cuda", 0)).record(lambda: (given @ given,))
+        assert len(device.multiplied) == 1
+    replay, _ = CudaRecorder(torch.device("cuda", 0)).record(lambda: (given @ given,))
+    CudaRecorder(torch.device("cuda", 0)).record(lambda: (given @ given,))
+    assert len(device.multiplied) == 2  # the first may yet be replayed
+    replay()
+
+
 def test_a_capture_that_breaks_off_holds_nobody_up(device: Pretended) -> None:
     """As torch leaves it, the thread would stay on its stream, and everybody's random numbers would be refused."""
     recorder, stream = CudaRecorder(torch.device("cuda", 0)), torch.cuda.current_stream()

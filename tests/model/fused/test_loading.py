@@ -167,7 +167,7 @@ def test_a_sort_of_steps_is_decided_by_one_of_them(changes: dict[str, Any], deci
     limits = Limits(given["sequences"], given["length"], given["chunk"], 16, 1 << 14)
     graphs: Any = None if given["buckets"] is None else SimpleNamespace(sizes=given["buckets"])
     measured: Any = Measured()
-    loader_module._choose_launched(SimpleNamespace(logits=print), measured, graphs, limits, torch.device("cpu"))
+    loader_module._choose_launched(SimpleNamespace(logits=print), measured, graphs, limits, torch.device("cpu"), 99)
     assert found == decided
 
 

@@ -63,6 +63,20 @@ def test_the_kernel_quantises_as_torch_does(columns: int, dtype: torch.dtype) ->
     assert (off <= codes.float().abs() / 8 + 2**-9).all()
 
 
+def test_without_scales_of_rows_numbers_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the CPU with torch 2.11."""
+    torch.manual_seed(0)
+    layer = Fp8Linear.of(nn.Linear(64, 48).to(torch.bfloat16).requires_grad_(False))
+    x = torch.randn(7, 64).to(torch.bfloat16)
+    monkeypatch.setattr(fp8_linear, "_scales_rows_on_cpu", lambda: False)
+    codes, scales = quantised(x)
+    weight = layer.weight.float() * layer.weight_scale.T
+    wanted = (codes.float() * scales) @ weight.T + layer.bias.float()
+    found = layer(x)
+    assert found.dtype is torch.bfloat16
+    assert (found.float() - wanted).norm() < 4e-3 * wanted.norm()
+
+
 def test_a_layer_is_near_what_it_was() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 48).to(torch.bfloat16).requires_grad_(False)
