@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import datetime
 import faulthandler
 import functools
@@ -236,6 +237,13 @@ def attention(scale: Scale, report: Report, device: Any, ceilings: dict[str, flo
             gpu_attention.measure, name, layer, scale.batches, scale.context, scale.chunk, device
         )
         report.part(f"attention, {name}", 15 if scale.device == "cuda" else 0, measure)
+    rank, rotated = (512, 64) if scale.device == "cuda" else (32, 16)
+    latent = LayerSpec(heads, 1, rank + rotated, rank, (rank + rotated) ** -0.5, values_in_keys=True)
+    measure = functools.partial(
+        gpu_attention.measure, "ours", dataclasses.replace(layer, spec=latent), scale.batches, scale.context,
+        scale.chunk, device,
+    )  # fmt: skip
+    report.part("attention, ours, of latents", 15 if scale.device == "cuda" else 0, measure)
 
 
 def description(model: Any, scale: Scale, ceilings: dict[str, float]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from asyncengine.model.attention.flash_attention import FlashAttention3
 from asyncengine.model.attention.flashinfer import FlashInferAttention
 from asyncengine.model.attention.protocol import AttentionBackend, BackendUnavailableError, LayerSpec
 from asyncengine.model.attention.select import select
+from asyncengine.model.attention.token_major import numbers_kept
 from benchmarks import gpu_parity
 from benchmarks.attention import batch_of
 
@@ -86,7 +87,7 @@ def measure(
     found: dict[str, dict[str, float]] = {"attention": {"kernel": backend.name}}  # type: ignore[dict-item]
     for rows in batches:
         seconds, host = _one_layer(backend, layer, [1] * rows, [context] * rows, device)
-        read = rows * (context + 1) * spec.num_kv_heads * (spec.key_dim + spec.value_dim) * layer.dtype.itemsize
+        read = rows * (context + 1) * spec.num_kv_heads * numbers_kept(spec) * layer.dtype.itemsize
         found[f"decode, batch {rows}"] = {
             "us": round(seconds * 1e6, 2),
             "host_us": round(host * 1e6, 1),

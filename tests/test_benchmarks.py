@@ -135,7 +135,7 @@ def test_gpu_runs_end_to_end_on_the_cpu(reports: Reports) -> None:
     assert [case for case in found["parity"] if "fp8" in case] == [
         "llama bfloat16, fp8 weights and KV cache", "gemma3 bfloat16, fp8 weights and KV cache",
     ]  # fmt: skip
-    assert {case.split()[0] for case in found["parity"]} == {"llama", "qwen3", "gemma3", "gpt_oss", "mixtral"}
+    assert {case.split()[0] for case in found["parity"]} == set(gpu_parity.ARCHITECTURES)
     assert set(found) == {
         "ceilings", "parity", "attention, ours", "8b transformers static cache, batch 1", "8b load",
         "8b decode, batch 1", "8b decode, batch 4", "8b decode, batch 4, KV cache in fp8",
@@ -185,7 +185,7 @@ def test_gpu_measures_the_kernels_of_other_packages_where_they_are(
     found = result["results"]
     names = ["flashinfer", "flash_attention_3"]
     parities, measured = [f"attention parity, {name}" for name in names], [f"attention, {name}" for name in names]
-    assert list(found) == ["ceilings", *parities, "attention, ours", *measured]
+    assert list(found) == ["ceilings", *parities, "attention, ours", *measured, "attention, ours, of latents"]
     for name, parity, figures in zip(names, parities, measured, strict=True):
         assert {case: result["attention"] for case, result in found[parity].items()} == {"llama": name, "gemma3": name}
         assert found[figures]["attention"]["kernel"] == name
@@ -344,7 +344,7 @@ def test_a_group_of_gpu_is_a_process_of_its_own(
     status = gpu.main(["--tiny", "--only", "attention"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (status, result["errors"]) == (0, {})
-    assert list(result["results"]) == ["ceilings", "attention, ours"]
+    assert list(result["results"]) == ["ceilings", "attention, ours", "attention, ours, of latents"]
     assert result["environment"]["torch"] == torch.__version__
 
 
