@@ -37,7 +37,6 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from asyncengine.generation import GenerationConfig
-    from asyncengine.images import ImagePrompt
     from asyncengine.instructions import Deadlines
     from asyncengine.logits_processor import LogitsProcessor, LogitsRow
     from asyncengine.loop.engine import AsyncEngine
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from asyncengine.loop.many import ManyStream, PendingStream
     from asyncengine.loop.prepare import RequestOptions
     from asyncengine.loop.stream import RequestStream
+    from asyncengine.media import AudioPrompt, ImagePrompt
     from asyncengine.metrics import Counters, EngineMetrics, Histogram
     from asyncengine.outputs import (
         BranchResult,
@@ -78,6 +78,7 @@ __all__ = [
     "AdapterError",
     "AsyncEngine",
     "AsyncEngineError",
+    "AudioPrompt",
     "BranchResult",
     "CheckpointError",
     "Choice",
@@ -157,7 +158,7 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "asyncengine.generation": ("GenerationConfig",),
-    "asyncengine.images": ("ImagePrompt",),
+    "asyncengine.media": ("AudioPrompt", "ImagePrompt"),
     "asyncengine.instructions": ("Deadlines",),
     "asyncengine.logits_processor": ("LogitsProcessor", "LogitsRow"),
     "asyncengine.loop.engine": ("AsyncEngine",),

@@ -94,6 +94,7 @@ class EngineConfig:
             installed, and a trial shows that the model says of images what it says in transformers;
             `AsyncEngine.health` says why not. True: the same, or the load fails. False: images are refused, and the
             encoder is not loaded where the model can do without.
+        audio: Whether prompts may have audio in them; None, True and False as of `images`.
         grammar_backend: Compiles `GenerationConfig.response_format`: ``"llguidance"``, ``"xgrammar"``, or ``"auto"``,
             which takes the first of these that is installed.
         max_queue_size: Most requests that wait for their first step; None is unlimited.
@@ -126,6 +127,7 @@ class EngineConfig:
     quantization: Quantization = field(default="auto", kw_only=True)
     graph_capture: GraphCapture = field(default="idle", kw_only=True)
     images: bool | None = field(default=None, kw_only=True)
+    audio: bool | None = field(default=None, kw_only=True)
     max_queue_size: int | None = field(default=None, kw_only=True)
     step_timeout: float = field(default=60.0, kw_only=True)
 
@@ -143,8 +145,9 @@ class EngineConfig:
             if value not in choices:
                 allowed = ", ".join(repr(choice) for choice in choices)
                 raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
-        if self.images is not None and not isinstance(self.images, bool):
-            raise ConfigError(f"images is {self.images!r}; allowed: True, False, None")
+        for name, given in (("images", self.images), ("audio", self.audio)):
+            if given is not None and not isinstance(given, bool):
+                raise ConfigError(f"{name} is {given!r}; allowed: True, False, None")
         for name in (
             "max_num_sequence",
             "max_total_sequence_length",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from asyncengine.images import Image, PromptImages
+from asyncengine.media import MediaItem, PromptMedia
 
 
-def prompt(*places: list[int], whole: bool = True) -> PromptImages:
-    return PromptImages(tuple(Image(b"", {}, np.array(each)) for each in places), 7, whole=whole)
+def prompt(*places: list[int], whole: bool = True) -> PromptMedia:
+    return PromptMedia(tuple(MediaItem("image", b"", {}, np.array(each), 7, whole) for each in places))
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ def prompt(*places: list[int], whole: bool = True) -> PromptImages:
     [([3], [[3, 4]]), ([3, 4, 5], [[3, 6]]), ([0, 1, 4, 7, 8, 9], [[0, 2], [4, 5], [7, 10]])],
 )
 def test_runs_are_what_has_no_other_token_in_it(places: list[int], runs: list[list[int]]) -> None:
-    assert Image(b"", {}, np.array(places)).runs.tolist() == runs
+    assert MediaItem("image", b"", {}, np.array(places), 7).runs.tolist() == runs
 
 
 def test_tokens_of_a_run_reach_to_its_end_and_others_to_themselves() -> None:

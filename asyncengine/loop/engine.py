@@ -135,7 +135,7 @@ class AsyncEngine(EngineReadings):
         Args:
             messages: Mappings with ``role`` and ``content``, which is text or a list of parts: ``{"type": "text",
                 "text": ...}`` and ``{"type": "image", "image": ...}``, where the image is what
-                `asyncengine.images.ImageSource` says, or OpenAI's ``image_url`` with a ``data:`` URL. The
+                `asyncengine.media.ImageSource` says, or OpenAI's ``image_url`` with a ``data:`` URL. The
                 ``token_ids`` of an answer, given beside its content, take its place: nothing that the model wrote is
                 then cut into other tokens and computed again.
             config: How to generate.

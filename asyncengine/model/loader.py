@@ -170,7 +170,9 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     notes += [details.rope_note] if details.rope_note else []
     draft = None
     if details.draft is not None:
-        draft = build(config.replace(images=False), details.draft, lambda: backend)  # text is all that it sees
+        draft = build(
+            config.replace(images=False, audio=False), details.draft, lambda: backend
+        )  # text is all that it sees
         if not draft.has_head:
             raise CheckpointError(f"{details.draft.checkpoint.path} cannot draft: it has no language-model head")
     head = None if details.draft_head is None else details.draft_head.build(built, details)
@@ -188,11 +190,11 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     drafting = None
     memory_bytes = built.nbytes + cache_bytes(built, backend, limits, details)
     draft_model = encoder = None
-    of_image = 0
+    of_media = 0
     try:
-        if built.image_trial is not None:
-            model.use_images(encoder := built.image_trial.encoder(built.model))
-            of_image = built.image_trial.reader.token_id
+        if built.media_trial is not None:
+            model.use_media(encoder := built.media_trial.encoder(built.model))
+            of_media = next(iter(built.media_trial.reader.token_ids.values()))
         model.use_adapters(adapting := _adapting(built, details))
         adapters = [(name, adapting.format.prepare(path, None)) for name, path in config.adapters.items()]
         for index, (_, prepared) in enumerate(adapters):
@@ -200,7 +202,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         if draft is not None:
             assert details.draft is not None
             draft_model, draft_sampler = _serving(draft, details.draft, backend, limits, vocab_size)
-            drafter = model.companion = DraftModel(draft_model, draft_sampler, limits, of_image)
+            drafter = model.companion = DraftModel(draft_model, draft_sampler, limits, of_media)
             drafting = _drafting(config, drafter, limits, details.device, draft.nbytes / built.nbytes)
         heads = None
         if head is not None:
@@ -227,7 +229,8 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         config=complete.replace(
             attention_backend=backend.name,
             decoder_backend=built.decoder_backend(config),
-            images=built.image_trial is not None,
+            images=not built.no_media["image"],
+            audio=not built.no_media["audio"],
         ),
         vocab_size=vocab_size,
         eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < vocab_size),
@@ -249,8 +252,8 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         adapting=model,
         adapters=tuple(adapters),
         adapter_format=adapting.format,
-        image_reader=None if built.image_trial is None else built.image_trial.reader,
-        no_images=built.no_images,
+        media_reader=None if built.media_trial is None else built.media_trial.reader,
+        no_media=built.no_media,
     )
 
 

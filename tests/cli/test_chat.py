@@ -90,7 +90,9 @@ def test_images_are_looked_at_before_the_first_question(tmp_path: Path) -> None:
     there.write_bytes(b"a picture")
     done = run("chat", "--image", str(there), stdin="hello\n", loader=loader)
     assert done.status == 1 and done.out == ""
-    assert last_error(done.err) == "the prompt has images; the model takes none: its checkpoint is of text alone"
+    assert (
+        last_error(done.err) == "the prompt has images; the model takes none: its checkpoint has no encoder of images"
+    )
 
 
 def last_error(err: str) -> str:

@@ -19,16 +19,16 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOpti
 from asyncengine.model import buckets, graphs, loader, token_draw, verification
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
+from asyncengine.model.media import trial
 from asyncengine.model.quantised import four_bit_product
 from asyncengine.model.runner import TorchModel
-from asyncengine.model.vision import trial
 from tests.loop.harness import eventually
 from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
 from tests.model.fused.interpreted import large_tiles, on_one_loop
+from tests.model.media import checkpoints as sighted_checkpoints
 from tests.model.stored import coded_checkpoints
-from tests.model.vision import checkpoints as sighted_checkpoints
 
 PROMPT = [1, 2, 3, 4, 5]
 TOKENS = 3

@@ -18,7 +18,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from asyncengine.model.vision.processor import processor
+from asyncengine.model.media.processor import processor
 
 VOCABULARY = 320
 END = 0

@@ -1,4 +1,4 @@
-"""Processors of models that look at images, as transformers loads them, where torchvision is and where it is not.
+"""Processors of models that look at images or listen, as transformers loads them, with torchvision and without.
 
 transformers prepares images with torchvision where it is installed, and with Pillow where it is not and where the model
 has such a variant, as nearly all have. Videos it prepares with torchvision alone, and a processor that knows of videos
@@ -8,12 +8,16 @@ is not loaded without it, even if it is only to see images.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.video_processing_utils import VideoProcessorMixin
+
+from asyncengine.media import Kind
+from asyncengine.model.media.preparation import listening_part
 
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json")
 """Those that may name the processor's class, in the order in which they are asked."""
@@ -31,12 +35,17 @@ PARTS: dict[str, Any] = {
     "tokenizer": AutoTokenizer,
     "image_processor": AutoImageProcessor,
     "feature_extractor": AutoFeatureExtractor,
+    "audio_processor": AutoFeatureExtractor,
     "video_processor": VideoSettings,
 }
 
 
-def processor(path: Path) -> Any:
-    """The processor of a checkpoint; where its video processor is not to be had, one that sees images alone.
+def processor(path: Path, kinds: Sequence[Kind] = ("image",)) -> Any:
+    """The processor of a checkpoint; where its video processor is not to be had, one that sees no videos.
+
+    Args:
+        path: Of the checkpoint.
+        kinds: What it is to prepare.
 
     Raises:
         ImportError: The processor needs a package that is not installed.
@@ -49,8 +58,10 @@ def processor(path: Path) -> Any:
         if (kind := _class(path)) is None or "video_processor" not in kind.get_attributes():
             raise
         made = _without_videos(kind, path)
-    if not hasattr(made, "image_processor"):  # of text alone, this is a tokenizer
+    if "image" in kinds and not hasattr(made, "image_processor"):  # of text alone, this is a tokenizer
         raise ValueError(f"{path} has no image processor")
+    if "audio" in kinds and listening_part(made) is None:
+        raise ValueError(f"{path} has no feature extractor of audio")
     return made
 
 

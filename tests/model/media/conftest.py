@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.model.vision import checkpoints
+from tests.model.media import checkpoints
 
 
 @pytest.fixture(scope="session")

@@ -27,10 +27,10 @@ from asyncengine import (
     StepError,
 )
 from asyncengine.errors import UnsupportedModelError
-from asyncengine.model.vision.encoder import ImageEncoder
-from asyncengine.model.vision.pictures import picture_of
-from asyncengine.model.vision.processor import processor
-from tests.model.vision.checkpoints import VISION, VOCABULARY, inputs, likeliest, load, loaded, picture, reference
+from asyncengine.model.media.encoder import MediaEncoder
+from asyncengine.model.media.pictures import picture_of
+from asyncengine.model.media.processor import processor
+from tests.model.media.checkpoints import VISION, VOCABULARY, inputs, likeliest, load, loaded, picture, reference
 
 pytestmark = pytest.mark.loops("either")
 
@@ -210,7 +210,7 @@ async def test_text_that_has_the_token_of_images_stays_text(architecture: str, s
         async with engine(
             path, decoder_backend=backend, prefill_chunk_size=100, prefix_cache_mode="disable"
         ) as serving:
-            prompt = ImagePrompt(serving._thread.core.view.image_reader.mark + "?", [FIRST])  # type: ignore[union-attr]
+            prompt = ImagePrompt(serving._thread.core.view.media_reader.marks["image"] + "?", [FIRST])  # type: ignore[union-attr]
             alone = [await serving.generate(each, greedy(logprobs=True)) for each in (prompt, ids)]
             await serving.pause()
             streams = [await serving.add_request(each, greedy(logprobs=True)) for each in (prompt, ids)]
@@ -238,8 +238,8 @@ async def test_nothing_is_left_of_a_model(sighted: Callable[..., Path]) -> None:
         await serving.chat(asking(FIRST), greedy(2))
         core = serving._thread.core
         assert core.loaded is not None and core.view is not None
-        reader = core.view.image_reader
-        encoder = weakref.ref(core.loaded.model._images)
+        reader = core.view.media_reader
+        encoder = weakref.ref(core.loaded.model._media)
         weights = [weakref.ref(each) for each in core.loaded.model._model.parameters()]
         await serving.unload()
         gc.collect()
@@ -385,9 +385,9 @@ async def test_one_that_cannot_be_encoded_ends_its_own_requests(
 ) -> None:
     path = sighted("qwen3_vl")
     text, other = asking("some text"), asking("and ", SECOND)
-    encode = ImageEncoder._encode
+    encode = MediaEncoder._encode
 
-    def failing(self: ImageEncoder, image: Any) -> Any:
+    def failing(self: MediaEncoder, image: Any) -> Any:
         if len(image.places) == 24:  # which FIRST has, and SECOND has not
             raise torch.OutOfMemoryError("no memory for so large an image")
         return encode(self, image)
@@ -395,7 +395,7 @@ async def test_one_that_cannot_be_encoded_ends_its_own_requests(
     for backend in ("compiled", "transformers"):
         async with engine(path, images=True, decoder_backend=backend, max_num_sequence=8) as serving:
             with monkeypatch.context() as patch:
-                patch.setattr(ImageEncoder, "_encode", failing)
+                patch.setattr(MediaEncoder, "_encode", failing)
                 seen = [serving.chat(each, greedy()) for each in (text, asking("what is ", FIRST), other)]
                 found = await asyncio.gather(*seen, return_exceptions=True)
             assert isinstance(found[1], StepError)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from asyncengine.model.vision.patches import PatchConv3d, multiply_patches
-from tests.model.vision.checkpoints import load
+from asyncengine.model.media.patches import PatchConv3d, multiply_patches
+from tests.model.media.checkpoints import load
 
 
 def test_single_patches_are_multiplied_and_others_convolved(

@@ -11,16 +11,16 @@ import transformers
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.model import architecture
+from asyncengine.model.media.modules import senses
 from asyncengine.model.text_names import name_in
-from asyncengine.model.vision.modules import seeing
 from tests.model import checkpoints
-from tests.model.vision.checkpoints import VISION, loaded
+from tests.model.media.checkpoints import VISION, loaded
 
 
 @pytest.mark.parametrize("name", VISION)
 def test_of_models_that_take_images_all_but_the_text(name: str, sighted: Callable[..., Path]) -> None:
     model = loaded(sighted(name))
-    found = seeing(model)
+    found = senses(model)
     text = {module for module in model.modules() if module not in found}
     assert set(model.get_decoder().modules()) <= text
     assert any(module in found for module in model.modules() if "vision" in type(module).__name__.lower())
@@ -30,7 +30,7 @@ def test_of_models_that_take_images_all_but_the_text(name: str, sighted: Callabl
 def test_of_models_of_text_nothing(name: str) -> None:
     config, values = checkpoints.ARCHITECTURES[name]
     with torch.device("meta"):
-        assert not seeing(architecture.bare(getattr(transformers, config)(**values)))
+        assert not senses(architecture.bare(getattr(transformers, config)(**values)))
 
 
 async def test_a_head_that_is_called_decoder(tmp_path: Path) -> None:

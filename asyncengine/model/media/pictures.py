@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import threading
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from asyncengine.errors import InvalidRequestError
-from asyncengine.images import ImageSource
+from asyncengine.media import ImageSource
+from asyncengine.model.media.data_urls import data_of
 
 MOST_PIXELS = 1 << 26
 """Of one image, before any is decoded."""
@@ -71,20 +70,8 @@ def _opened(source: ImageSource) -> Any:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source)
     if isinstance(source, str):
-        return io.BytesIO(_data_of(source))
+        return io.BytesIO(data_of(source, "an image", "image"))
     raise InvalidRequestError(f"an image is {source!r:.80}; {_EXPECTED}")
-
-
-def _data_of(url: str) -> bytes:
-    kind, found, data = url.partition(",")
-    if not url.startswith("data:") or not found or not kind.endswith(";base64"):
-        raise InvalidRequestError(
-            f"an image is at {url!r:.80}; nothing is fetched: allowed are data:image/...;base64,... URLs, bytes, paths"
-        )
-    try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise InvalidRequestError(f"an image's data: URL is not base64: {error}") from error
 
 
 def _check_size(width: int, height: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from asyncengine.model.vision.modules import seeing
+from asyncengine.model.media.modules import senses
 
 
 class PatchConv3d(nn.Conv3d):
@@ -26,6 +26,6 @@ def multiply_patches(model: Any) -> None:
 
     oneDNN convolves a patch at a time in 3 dimensions, which takes some 15 times as long as one product of all of them.
     """
-    for module in seeing(model):
+    for module in senses(model):
         if type(module) is nn.Conv3d and module.groups == 1 and not any(module.padding):
             module.__class__ = PatchConv3d

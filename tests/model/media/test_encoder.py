@@ -9,20 +9,24 @@ from typing import Any
 import pytest
 import torch
 
-from asyncengine.images import Image, ImageFailure
-from asyncengine.model.vision.encoder import ImageEncoder
-from asyncengine.model.vision.processor import processor
-from asyncengine.model.vision.reader import ProcessedImageReader
-from tests.model.vision.checkpoints import load, picture
+from asyncengine.media import MediaFailure, MediaItem
+from asyncengine.model.media.encoder import MediaEncoder
+from asyncengine.model.media.preparation import ImagePreparation
+from asyncengine.model.media.processor import processor
+from asyncengine.model.media.reader import ProcessedMediaReader
+from tests.model.media.checkpoints import load, picture
 
 
-def encoder_and_images(path: Path, budget: int) -> tuple[ImageEncoder, list[Image]]:
+def encoder_and_images(path: Path, budget: int) -> tuple[MediaEncoder, list[MediaItem]]:
     model, prepares = load(path), processor(path)
-    reader = ProcessedImageReader(prepares, model.config.image_token_id, "", None)
+    reader = ProcessedMediaReader([ImagePreparation(prepares, model.config.image_token_id)], "")
     encode = prepares.tokenizer.encode
     pictures = [picture(1, 48, 32), picture(2, 40, 24)]
-    read = [reader.read([each], lambda write: write(reader.mark), encode, 999).images.images[0] for each in pictures]
-    return ImageEncoder(model, model.config.image_token_id, torch.device("cpu"), budget), read
+    read = [
+        reader.read({"image": [each]}, lambda write: write(reader.marks["image"]), encode, 999).media.items[0]
+        for each in pictures
+    ]
+    return MediaEncoder(model, reader.token_ids, torch.device("cpu"), budget), read
 
 
 def test_as_many_tokens_of_images_as_may_be_are_kept_and_one_image_always(sighted: Callable[..., Path]) -> None:
@@ -49,8 +53,8 @@ def test_an_error_of_the_encoder_says_of_which_image(
     def fail(*arguments: Any, **keywords: Any) -> None:
         raise IndexError("no such position")
 
-    monkeypatch.setattr(encoder, "_encoding", fail)
-    with pytest.raises(ImageFailure, match="an image cannot be encoded: no such position") as caught:
+    monkeypatch.setattr(encoder, "_look", fail)
+    with pytest.raises(MediaFailure, match="an image cannot be encoded: no such position") as caught:
         encoder.features(first)
     assert caught.value.digest == first.digest
     monkeypatch.undo()

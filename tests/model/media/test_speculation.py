@@ -21,8 +21,8 @@ from asyncengine.step.slots import SlotTable
 from tests.model import checkpoints
 from tests.model.draft_heads import eagle_heads
 from tests.model.draft_heads import sighted as seeing
-from tests.model.vision.checkpoints import VOCABULARY, picture
-from tests.model.vision.test_engine import asking, check, engine, greedy
+from tests.model.media.checkpoints import VOCABULARY, picture
+from tests.model.media.test_engine import asking, check, engine, greedy
 
 pytestmark = pytest.mark.loops("either")
 
@@ -127,7 +127,7 @@ async def test_what_repeats_itself_is_guessed_behind_images(
         plain, seeing = await together(serving, text(serving), serving.chat(other, greedy()))
         assert list(plain.token_ids) == LETTERS[:1] * 2 * TOKENS
         check(path, other, seeing)
-    assert any(step.images and step.draft_lengths is not None for step in steps)
+    assert any(step.media and step.draft_lengths is not None for step in steps)
 
 
 async def test_a_head_of_the_model_sees_what_the_model_sees(
@@ -170,6 +170,7 @@ async def test_who_sees_no_images_guesses_behind_them(
         await are_as_told(serving, path)
         await goes_on(serving, path)
         if mode == "small_draft":
-            reader = serving._thread.core.view.image_reader  # type: ignore[union-attr]
-            assert any(not step.images and reader.token_id in step.token_ids for step in steps)  # type: ignore[union-attr]
+            reader = serving._thread.core.view.media_reader  # type: ignore[union-attr]
+            token_id = reader.token_ids["image"]  # type: ignore[union-attr]
+            assert any(not step.media and token_id in step.token_ids for step in steps)
         assert not any("images" in note or "drafting failed" in note for note in serving.health().notes)

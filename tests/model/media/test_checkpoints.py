@@ -13,10 +13,10 @@ import pytest
 import torch
 import transformers
 
-from asyncengine.model.vision.processor import _without_videos
+from asyncengine.model.media.processor import _without_videos
 from tests.model import checkpoints as text_checkpoints
 from tests.model import letters
-from tests.model.vision.checkpoints import inputs, loaded, picture, processor, reference
+from tests.model.media.checkpoints import inputs, loaded, picture, processor, reference
 
 SOME = ("qwen3_vl", "llava", "gemma3", "idefics2", "granite4_vision", "ovis2", "ernie4_5_vl_moe")
 """Of each kind one, and those that the engine refuses; to the others it is compared."""

@@ -14,7 +14,7 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.model import LoadedModel
-from tests.model.vision.checkpoints import picture, reference, write
+from tests.model.media.checkpoints import picture, reference, write
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,14 @@ def test_which_layers_do_is_seen_in_transformers(name: str, ahead: list[bool], p
         assert isinstance(found.model, TorchModel)
         specs = [layer.spec for layer in found.model._layers._layers]
         assert [spec.looks_ahead for spec in specs] == ahead[: len(specs)]
-        assert found.image_reader is not None
-        prompt = found.image_reader.read(
-            [picture(1, 48, 32)],
-            lambda encode: encode(found.image_reader.mark),
+        assert found.media_reader is not None
+        prompt = found.media_reader.read(
+            {"image": [picture(1, 48, 32)]},
+            lambda encode: encode(found.media_reader.marks["image"]),
             lambda text: found.tokenizer.encode(text),
             1000,
         )
-        assert prompt.images.whole == any(ahead)
+        assert prompt.media.whole == any(ahead)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_one_that_looks_ahead_otherwise_takes_no_images(
     together = lambda *given, **named: groups(*given, **named).clamp(max=0)  # noqa: E731
     monkeypatch.setattr(modeling_gemma3, "get_block_sequence_ids_for_mask", together)
     with loaded(paths["gemma3"]) as found:
-        assert found.image_reader is None
+        assert found.media_reader is None
         (note,) = found.notes
         assert note.startswith(
             "images: refused: its tokens of an image look at later ones, but not at all of the image"
