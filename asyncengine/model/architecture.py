@@ -15,7 +15,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +40,9 @@ ATTENTION = "asyncengine"
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _RECURRENT_TYPES = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
+_MAPPINGS = [kind._model_mapping for kind in (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM)]
+"""Where a configuration's class is looked up. In the last of them some are decoders, too, with an encoder of audio in
+front."""
 _STATELESS_TYPES = {"mlp", "moe"}
 """Layers that look at no other token."""
 _HARMLESS = {
@@ -67,9 +76,7 @@ def model_class(config: Any, media: bool = False) -> tuple[Any, Any]:
         config: Of a checkpoint.
         media: Whether it is to be the class that takes images or audio; it is where there is no other.
     """
-    mappings = [AutoModelForCausalLM._model_mapping, AutoModelForMultimodalLM._model_mapping]
-    if media:
-        mappings.reverse()
+    mappings = _MAPPINGS[1:] + _MAPPINGS[:1] if media else _MAPPINGS
     found = next(mapping[type(config)] for mapping in mappings if type(config) in mapping)
     if isinstance(found, (list, tuple)):
         named = getattr(config, "architectures", None) or ()
@@ -151,8 +158,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
     name = _name(config)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoders can be served")
-    mappings = AutoModelForCausalLM._model_mapping, AutoModelForMultimodalLM._model_mapping
-    if not any(type(config) in mapping for mapping in mappings):
+    if not any(type(config) in mapping for mapping in _MAPPINGS):
         raise UnsupportedModelError(f"{name} has no causal language model in transformers")
     if not model_class(config)[0]._can_set_attn_implementation():
         raise UnsupportedModelError(

@@ -154,12 +154,12 @@ class AudioPreparation:
         options = {"sampling_rate": self.rate, "return_tensors": "pt"}
         if self._tells:
             try:
-                made = self._processor(**given, return_text_replacement_offsets=True, audio_kwargs=dict(options))
+                made = processed(self._processor, **given, return_text_replacement_offsets=True, audio_kwargs=options)
                 return Prepared(_inputs(made), _replacements(made))
             except Exception:  # some make tensors of all that comes of it, which texts cannot be
                 self._tells = False
         try:
-            made = self._processor(**given, audio_kwargs=dict(options))
+            made = processed(self._processor, **given, audio_kwargs=options)
         except Exception as error:  # it may refuse a length, say
             raise InvalidRequestError(
                 f"an audio of {len(sound) / self.rate:.2f} s is refused by the model's processor: {error}"
@@ -189,6 +189,17 @@ class AudioPreparation:
             self._too_long = min(len(sound), self._too_long or len(sound))
             self._check_known(sound)
         self._heard = max(self._heard, len(sound))
+
+
+def processed(processor: Any, **given: Any) -> Any:
+    """What a processor of audio makes of what it is given; some want to be told that they make tensors of all of it."""
+    try:
+        return processor(**given)
+    except Exception as error:
+        try:
+            return processor(**given, text_kwargs={"return_tensors": "pt"})
+        except Exception:
+            raise error from None
 
 
 def listening_part(processor: Any) -> Any:

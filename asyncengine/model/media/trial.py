@@ -21,7 +21,13 @@ from asyncengine.model import architecture, verification
 from asyncengine.model.media.axes import Axes
 from asyncengine.model.media.encoder import MediaEncoder
 from asyncengine.model.media.patches import multiply_patches
-from asyncengine.model.media.preparation import AudioPreparation, ImagePreparation, Preparation, listening_part
+from asyncengine.model.media.preparation import (
+    AudioPreparation,
+    ImagePreparation,
+    Preparation,
+    listening_part,
+    processed,
+)
 from asyncengine.model.media.reader import ProcessedMediaReader
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.widened import WidenedLinears, is_faster
@@ -123,7 +129,7 @@ class MediaTrial:
                 sources[kind] = [(sound, rate) for sound in sounds]
                 given |= {"audio": sounds, "audio_kwargs": {"return_tensors": "pt", "sampling_rate": rate}}
         text = " a ".join(marks) + " b c"
-        given = dict(self._processor(text=[text], add_special_tokens=False, **given))
+        given = dict(processed(self._processor, text=[text], add_special_tokens=False, **given))
         given["input_ids"] = torch.as_tensor(given["input_ids"]).tolist()
         return given, self._reading(sources, text)
 

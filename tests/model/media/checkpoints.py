@@ -474,21 +474,21 @@ def config(architecture: str, **changes: Any) -> Any:
     return getattr(transformers, described.config)(**_resolved(values, _indices(described)))
 
 
-def _tokenizer(described: Architecture) -> PreTrainedTokenizerFast:
-    """Of single bytes and the special tokens."""
+def tokenizer_of(tokens: Sequence[str], named_tokens: dict[str, str]) -> PreTrainedTokenizerFast:
+    """Of single bytes and the special tokens, some of which are asked for by name."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<end>": END} | {letter: 1 + place for place, letter in enumerate(letters)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<end>", *described.tokens])
-    named = set(described.named_tokens.values())
+    backend.add_special_tokens(["<end>", *tokens])
+    named = set(named_tokens.values())
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<end>",
         pad_token="<end>",
-        extra_special_tokens=[token for token in described.tokens if token not in named],
-        model_specific_special_tokens=described.named_tokens,
+        extra_special_tokens=[token for token in tokens if token not in named],
+        model_specific_special_tokens=named_tokens,
     )
 
 
@@ -527,7 +527,7 @@ def write(path: Path, architecture: str, seed: int = 0, **changes: Any) -> Path:
         with torch.no_grad():
             _spread(model)
     model.save_pretrained(path)
-    _tokenizer(described).save_pretrained(path)
+    tokenizer_of(described.tokens, described.named_tokens).save_pretrained(path)
     parts = {"image_processor": described.image_processor}
     if described.video_processor is not None:
         parts["video_processor"] = {name: value for name, value in described.video_processor.items() if value}
