@@ -30,6 +30,7 @@ class Usage:
         prompt_tokens: Tokens of the prompt.
         completion_tokens: Tokens generated and delivered, over all branches.
         cached_tokens: Prompt tokens that came from the prefix cache.
+        audio_tokens: Prompt tokens that stand for audio.
         preemptions: How often a branch lost its KV blocks and was computed again.
         queue_seconds: From admission to the first step.
         first_token_seconds: From admission to the first token; None if there was none.
@@ -41,6 +42,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    audio_tokens: int = 0
     preemptions: int = 0
     queue_seconds: float = 0.0
     first_token_seconds: float | None = None

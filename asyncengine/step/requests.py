@@ -440,6 +440,7 @@ class RequestTable:
             prompt_tokens=request.prompt_tokens,
             completion_tokens=request.num_output,
             cached_tokens=request.cached_tokens,
+            audio_tokens=0 if request.new.media is None else request.new.media.num_tokens("audio"),
             preemptions=request.preemptions,
             queue_seconds=(now if request.started_at is None else request.started_at) - request.arrived_at,
             first_token_seconds=None if first is None else first - request.arrived_at,

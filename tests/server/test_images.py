@@ -263,7 +263,6 @@ def source(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("asked", "param", "says"),
     [
-        (in_chat({"type": "input_audio", "input_audio": {"data": "AA=="}}), ".type", "only text and images"),
         (in_chat({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA=="}}), ".type", "'video_url'"),
         (in_chat({"type": "file", "file": {"file_data": "AA=="}}), ".type", "'file'"),
         (in_chat({"type": "image", "image": url(RED)}), ".source", "is missing"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from asyncengine import (
     AsyncEngine,
@@ -16,7 +19,11 @@ from asyncengine import (
     EngineConfig,
     GenerationConfig,
     InvalidRequestError,
+    StepError,
+    UnsupportedModelError,
 )
+from asyncengine.model.media import door
+from asyncengine.model.media.encoder import MediaEncoder
 from tests.model.media import listening
 from tests.model.media.checkpoints import picture
 from tests.model.media.listening import LISTENING, RATE, sound
@@ -124,3 +131,112 @@ async def test_beside_images(hearing: Callable[..., Path]) -> None:
         with pytest.raises(InvalidRequestError, match=r"2 marks of audio .*; expected 3|0 marks of images"):
             await serving.generate(AudioPrompt("<|audio|>", [(FIRST, RATE)], [image]))
         assert len((await serving.generate(prompt, greedy(3))).token_ids) == 3
+
+
+async def test_wrong_audio(hearing: Callable[..., Path]) -> None:
+    """Nothing of it reaches the model."""
+    wrong: dict[str, Any] = {
+        "no samples": (FIRST[:0], RATE),
+        "not finite": (FIRST * np.float32("nan"), RATE),
+        "without its sampling rate": FIRST,
+        "no file that libsndfile reads": b"not audio",
+        r"audio of 2\.50 s is too long .* leaves out the end of one of 2\.50 s": (sound(3, 2.5), RATE),
+        r"audio of 3\.00 s is too long .* leaves out the end of one of 2\.50 s": (sound(3, 3.0), RATE),
+    }
+    async with engine(hearing("qwen2_audio")) as serving:
+        for message, audio in wrong.items():
+            content = [{"type": "audio", "audio": each} for each in ((FIRST, RATE), audio)]
+            with pytest.raises(InvalidRequestError, match=rf"audio\[1\]: .*{message}"):
+                await serving.chat([{"role": "user", "content": content}])
+        with pytest.raises(InvalidRequestError, match=r"first 8 audio come to .* tokens; allowed: 399"):
+            await serving.chat(asking(*[sound(seed, 2.0) for seed in range(20)]))
+        with pytest.raises(InvalidRequestError, match="more marks of audio"):
+            await serving.chat(asking("<|AUDIO|>", FIRST))
+        assert serving.metrics().counters.steps == 0
+        assert len((await serving.chat(asking(sound(4, 2.0)), greedy(3))).token_ids) == 3  # as long as it may be
+
+
+async def test_a_model_of_one_audio_in_a_prompt_says_so(hearing: Callable[..., Path]) -> None:
+    async with engine(hearing("glmasr")) as serving:
+        with pytest.raises(InvalidRequestError, match="the prompt has 2 audio; the model takes 1"):
+            await serving.chat(asking(FIRST, SECOND))
+
+
+async def test_files_and_other_rates(hearing: Callable[..., Path]) -> None:
+    path = hearing("qwen2_audio")
+    held = io.BytesIO()
+    soundfile.write(held, np.repeat(FIRST, 2), 2 * RATE, format="WAV", subtype="FLOAT")
+    data = {"data": base64.b64encode(held.getvalue()).decode(), "format": "wav"}
+    async with engine(path) as serving:
+        asked = [{"role": "user", "content": [{"type": "input_audio", "input_audio": data}]}]
+        result = await serving.chat(asked, greedy())
+        given = [{"role": "user", "content": [{"type": "audio", "audio": (np.repeat(FIRST, 2), 2 * RATE)}]}]
+        assert list((await serving.chat(given, greedy())).token_ids) == list(result.token_ids)
+        assert result.usage.audio_tokens > 0 and encoded(serving) == 1  # it is the same to the prefix cache, too
+
+
+@pytest.mark.parametrize("backend", ["auto", "transformers"])
+async def test_one_that_cannot_be_encoded_ends_its_own_requests(
+    backend: str, hearing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = hearing("qwen2_audio")
+    asked = [asking("text"), asking(FIRST), asking(SECOND)]
+    encode = MediaEncoder._encode
+
+    def failing(self: MediaEncoder, item: Any) -> Any:
+        if len(item.places) < 20:  # which FIRST has, and SECOND has not
+            raise MemoryError("no memory for so long an audio")
+        return encode(self, item)
+
+    async with engine(path, decoder_backend=backend) as serving:
+        with monkeypatch.context() as patch:
+            patch.setattr(MediaEncoder, "_encode", failing)
+            found: list[Any] = await asyncio.gather(
+                *(serving.chat(each, greedy()) for each in asked), return_exceptions=True
+            )
+        assert isinstance(found[1], StepError)
+        assert "an audio cannot be encoded: no memory for so long an audio" in str(found[1])
+        assert [list(found[at].token_ids) for at in (0, 2)] == [told(path, asked[at]) for at in (0, 2)]
+
+
+async def test_what_says_something_else_is_refused_and_serves_text(
+    hearing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = hearing("qwen2_audio")
+    embeddings = door.embeddings
+
+    def louder(*given: Any, **named: Any) -> Any:
+        found = embeddings(*given, **named)
+        return None if found is None else found * 1.5
+
+    monkeypatch.setattr(door, "embeddings", louder)
+    async with engine(path, audio=None) as serving:
+        assert not serving.takes_audio
+        [note] = [note for note in serving.health().notes if "audio" in note]
+        assert note.startswith("audio: refused: of audio it says something else than in transformers: relative error")
+        with pytest.raises(InvalidRequestError, match="the model takes none: of audio it says something else"):
+            await serving.chat(asking(FIRST))
+        assert list((await serving.chat(asking("text"), greedy())).token_ids) == told(path, asking("text"))
+    with pytest.raises(UnsupportedModelError, match=r"audio is True; .* takes none: of audio it says"):
+        async with engine(path):
+            pass
+
+
+async def test_it_can_be_left_out(hearing: Callable[..., Path]) -> None:
+    async with engine(hearing("gemma4"), audio=False, images=True) as serving:
+        assert serving.takes_images and not serving.takes_audio
+        with pytest.raises(InvalidRequestError, match="the model takes none: audio is False"):
+            await serving.chat(asking(FIRST))
+        assert not any("audio" in note for note in serving.health().notes)
+    with pytest.raises(UnsupportedModelError, match=r"audio is True; .* takes none: its checkpoint has no encoder of"):
+        async with engine(Path("tiny")):
+            pass
+
+
+async def test_a_checkpoint_with_an_adapter_for_audio_is_refused(hearing: Callable[..., Path], tmp_path: Path) -> None:
+    for file in hearing("qwen2_audio").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModelError, match="an adapter beside its weights"):
+        async with engine(tmp_path):
+            pass

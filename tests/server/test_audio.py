@@ -1,0 +1,111 @@
+"""Audio in the bodies of requests: taken as base64, never fetched, and told apart when something is wrong with it."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+
+from asyncengine import AsyncEngine
+from asyncengine.testing import pieces_of, scripted_engine
+from tests.server.serving import error, served
+
+pytestmark = pytest.mark.loops("either")
+
+CHAT = "/v1/chat/completions"
+FILE, IMAGE = b"RIFF a file", b"\x89PNG"
+
+
+def hearing() -> AsyncEngine:
+    heard, seen = pieces_of(FILE, "audio"), pieces_of(IMAGE)
+
+    def told(prompt: Any, branch: int) -> bytes:
+        text = [*prompt]
+        for pieces, name in ((heard, b"[audio]"), (seen, b"[image]")):
+            while pieces[0] in text:
+                at = text.index(pieces[0])
+                text[at : at + len(pieces)] = name
+        return bytes(text)
+
+    return scripted_engine(told, takes_audio=True, takes_images=True)
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def input_audio(data: Any = FILE) -> dict[str, Any]:
+    text = encoded(data) if isinstance(data, bytes) else data
+    return {"type": "input_audio", "input_audio": {"data": text, "format": "wav"}}
+
+
+def asked(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+async def test_it_is_heard_beside_images_and_counted() -> None:
+    text, url = {"type": "text", "text": "hear "}, f"data:image/png;base64,{encoded(IMAGE)}"
+    async with served(hearing()) as client:
+        body = asked(text, input_audio(), {"type": "image_url", "image_url": {"url": url}})
+        found = (await client.post(CHAT, json=body)).json()
+        assert found["choices"][0]["message"]["content"] == "user: hear [audio][image]\nassistant: "
+        assert found["usage"]["prompt_tokens_details"]["audio_tokens"] == len(pieces_of(FILE, "audio"))
+        by_url = {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{encoded(FILE)}"}}
+        found = (await client.post(CHAT, json=asked(by_url))).json()
+        assert found["choices"][0]["message"]["content"] == "user: [audio]\nassistant: "
+        [model] = (await client.get("/v1/models")).json()["data"]
+        assert model["architecture"]["input_modalities"] == ["text", "image", "audio"]
+        metrics = (await client.get("/metrics")).text
+        [line] = [line for line in metrics.splitlines() if line.startswith("asyncengine_audio_tokens_total")]
+        assert float(line.rsplit(" ", 1)[1]) == 2 * len(pieces_of(FILE, "audio"))
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "says"),
+    [
+        (input_audio(FILE + b"!" * 10), "input_audio.data", "has 21 bytes; allowed: max_audio_bytes = 20"),
+        (input_audio(b""), "input_audio.data", "is an audio of 0 bytes"),
+        (input_audio("!!!!"), "input_audio.data", "is not base64"),
+        (input_audio(None), "input_audio", "expected an object with data"),
+        ({"type": "input_audio"}, "input_audio", "expected an object with data"),
+        (
+            {"type": "audio_url", "audio_url": {"url": "https://example.com/a.wav"}},
+            "audio_url.url",
+            "has the scheme 'https'; audio is not fetched here",
+        ),
+        (
+            {"type": "audio_url", "audio_url": "data:image/png;base64,AAAA"},
+            "audio_url",
+            "is data of the type 'image/png'; expected data:audio/...",
+        ),
+    ],
+)
+async def test_what_is_wrong_is_said_with_its_field(part: dict[str, Any], field: str, says: str) -> None:
+    async with served(hearing(), max_audio_bytes=20) as client:
+        refused = await client.post(CHAT, json=asked(input_audio(), part))
+        assert refused.status_code == 400
+        assert error(refused)["param"] == f"messages[0].content[1].{field}"
+        assert says in error(refused)["message"]
+
+
+async def test_what_the_engine_finds_wrong_is_said_with_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    from asyncengine.errors import InvalidRequestError
+    from asyncengine.testing import ScriptedMediaReader
+
+    def refuse(*given: Any) -> None:
+        raise InvalidRequestError("audio[1]: an audio is damaged")
+
+    monkeypatch.setattr(ScriptedMediaReader, "read", refuse)
+    async with served(hearing()) as client:
+        refused = await client.post(CHAT, json=asked(input_audio(), input_audio()))
+        assert error(refused)["param"] == "messages[0].content[1].input_audio.data"
+        assert "cannot be taken: an audio is damaged" in error(refused)["message"]
+
+
+async def test_none_where_it_has_no_place() -> None:
+    async with served(hearing()) as client:
+        body = {"messages": [{"role": "system", "content": [input_audio()]}, *asked("x")["messages"]]}
+        refused = await client.post(CHAT, json=body)
+        assert error(refused)["param"] == "messages[0].content[0].type"
+        assert "audio go into messages whose role is user or tool" in error(refused)["message"]
