@@ -50,7 +50,7 @@ class EngineFlags:
     images: Annotated[
         bool | None, typer.Option(help="Take images in prompts, or the load fails; without, if the model can.")
     ] = None
-    audio: Annotated[
+    audio_input: Annotated[
         bool | None, typer.Option(help="Take audio in prompts, or the load fails; without, if the model can.")
     ] = None
     enable_prefix_caching: Annotated[bool, typer.Option(help="Keep computed prompts for reuse.")] = True
@@ -97,7 +97,7 @@ class EngineFlags:
             device=self.device,
             quantization=self.quantization,
             images=self.images,
-            audio=self.audio,
+            audio=self.audio_input,
             prefix_cache_mode="radix" if self.enable_prefix_caching else "disable",
             adapters=self.adapters(),
             **more,
