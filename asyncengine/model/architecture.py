@@ -18,6 +18,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
@@ -40,9 +41,6 @@ ATTENTION = "asyncengine"
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _RECURRENT_TYPES = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
-_MAPPINGS = [kind._model_mapping for kind in (AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModelForSeq2SeqLM)]
-"""Where a configuration's class is looked up. In the last of them some are decoders, too, with an encoder of audio in
-front."""
 _STATELESS_TYPES = {"mlp", "moe"}
 """Layers that look at no other token."""
 _HARMLESS = {
@@ -76,13 +74,26 @@ def model_class(config: Any, media: bool = False) -> tuple[Any, Any]:
         config: Of a checkpoint.
         media: Whether it is to be the class that takes images or audio; it is where there is no other.
     """
-    mappings = _MAPPINGS[1:] + _MAPPINGS[:1] if media else _MAPPINGS
+    mappings = _mappings(config)
+    if media:
+        mappings.reverse()
     found = next(mapping[type(config)] for mapping in mappings if type(config) in mapping)
     if isinstance(found, (list, tuple)):
         named = getattr(config, "architectures", None) or ()
         found = next((each for each in found if each.__name__ in named), found[0])
     of_text = getattr(config, "sub_configs", {}).get("text_config")
     return found, config.get_text_config() if of_text is not None and found.config_class is of_text else config
+
+
+def _mappings(config: Any) -> list[Any]:
+    """Where a configuration's class is looked up: in the first of these for text, in the last of them for media.
+
+    Those of models that listen are among encoder-decoder models and others that speak, too.
+    """
+    kinds: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    if getattr(config, "audio_token_id", None) is not None:
+        kinds += [AutoModelForSeq2SeqLM, AutoModelForMultimodalLM]
+    return [kind._model_mapping for kind in kinds]
 
 
 def no_media(config: Any, kind_of_media: Kind) -> str:
@@ -158,7 +169,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
     name = _name(config)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoders can be served")
-    if not any(type(config) in mapping for mapping in _MAPPINGS):
+    if not any(type(config) in mapping for mapping in _mappings(config)):
         raise UnsupportedModelError(f"{name} has no causal language model in transformers")
     if not model_class(config)[0]._can_set_attn_implementation():
         raise UnsupportedModelError(

@@ -171,6 +171,18 @@ class MediaTrial:
         multiply_patches(model)
         return MediaEncoder(model, self.reader.token_ids, self._device, BUDGET_TOKENS)
 
+    def check_repeats(self, model: Any) -> None:
+        """Has a sound encoded twice: some encoders add noise, of which nobody could say again what they said.
+
+        Raises:
+            UnsupportedModelError: They differ.
+        """
+        item, encoder = next(item for item in self._media.items if item.kind == "audio"), self.encoder(model)
+        first = encoder.features(item).rows
+        encoder.clear()
+        if not torch.equal(first, encoder.features(item).rows):
+            raise UnsupportedModelError("its encoder makes something else of the same audio each time")
+
     def large(self) -> list[MediaItem]:
         """An image and an audio for whose computation a device must have room; what is larger may be too large for it.
 

@@ -61,6 +61,8 @@ class Trials:
             def tried(one_audio: bool, kind: Kind = kind) -> Any:
                 tried_kinds = [*self._passed, kind]
                 trial = MediaTrial(model, layers, prepares, tried_kinds, key, details.device, one_audio)
+                if kind == "audio":
+                    trial.check_repeats(model)
                 trial.run(model, trial.layers_of(layers), backend)
                 return trial
 
