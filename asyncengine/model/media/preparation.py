@@ -126,7 +126,6 @@ class AudioPreparation:
         self.most: int | None = None
         self.whole = False
         self._processor = processor
-        self._tells = True  # texts that it puts in
         extractor = listening_part(processor)
         rate = getattr(extractor, "sampling_rate", None)
         if not isinstance(rate, int):
@@ -150,23 +149,19 @@ class AudioPreparation:
         return found
 
     def _processed(self, sound: Samples) -> Prepared:
-        given: dict[str, Any] = {"text": [self.mark], "audio": [sound]}
-        options = {"sampling_rate": self.rate, "return_tensors": "pt"}
-        if self._tells:
-            try:
-                made = processed(self._processor, **given, return_text_replacement_offsets=True, audio_kwargs=options)
-                return Prepared(_inputs(made), _replacements(made))
-            except Exception:  # some make tensors of all that comes of it, which texts cannot be
-                self._tells = False
         try:
-            made = processed(self._processor, **given, audio_kwargs=options)
+            made = processed(
+                self._processor,
+                text=[self.mark],
+                audio=[sound],
+                return_text_replacement_offsets=True,
+                audio_kwargs={"sampling_rate": self.rate, "return_tensors": "pt"},
+            )
         except Exception as error:  # it may refuse a length, say
             raise InvalidRequestError(
                 f"an audio of {len(sound) / self.rate:.2f} s is refused by the model's processor: {error}"
             ) from error
-        self._tells = _OFFSETS in made
-        ids = np.asarray(made["input_ids"][0])
-        return Prepared(_inputs(made), [self.mark * int((ids == self.token_id).sum())])
+        return Prepared(_inputs(made), _replacements(made))
 
     def _check_known(self, sound: Samples) -> None:
         if self._too_long is not None and len(sound) >= self._too_long:
