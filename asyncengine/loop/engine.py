@@ -134,9 +134,9 @@ class AsyncEngine(EngineReadings):
 
         Args:
             messages: Mappings with ``role`` and ``content``, which is text or a list of parts: ``{"type": "text",
-                "text": ...}`` and ``{"type": "image", "image": ...}``, where the image is what
-                `asyncengine.media.ImageSource` says, or OpenAI's ``image_url`` with a ``data:`` URL. The
-                ``token_ids`` of an answer, given beside its content, take its place: nothing that the model wrote is
+                "text": ...}``, ``{"type": "image", "image": ...}`` and ``{"type": "audio", "audio": ...}``, where the
+                image is what `asyncengine.media.ImageSource` says, the audio what `asyncengine.media.AudioSource`
+                does, or OpenAI's ``image_url`` with a ``data:`` URL and ``input_audio`` with base64. The ``token_ids`` of an answer, given beside its content, take its place: nothing that the model wrote is
                 then cut into other tokens and computed again.
             config: How to generate.
             options: Id, priority, deadlines.

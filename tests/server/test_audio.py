@@ -54,11 +54,15 @@ async def test_it_is_heard_beside_images_and_counted() -> None:
         by_url = {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{encoded(FILE)}"}}
         found = (await client.post(CHAT, json=asked(by_url))).json()
         assert found["choices"][0]["message"]["content"] == "user: [audio]\nassistant: "
+        answered = (await client.post("/v1/responses", json={"input": body["messages"]})).json()
+        assert answered["output"][0]["content"][0]["text"] == "user: hear [audio][image]\nassistant: "
+        counted = (await client.post("/tokenize", json=body)).json()["count"]
+        assert counted == len("user: hear \nassistant: ") + len(pieces_of(FILE, "audio")) + len(pieces_of(IMAGE))
         [model] = (await client.get("/v1/models")).json()["data"]
         assert model["architecture"]["input_modalities"] == ["text", "image", "audio"]
         metrics = (await client.get("/metrics")).text
         [line] = [line for line in metrics.splitlines() if line.startswith("asyncengine_audio_tokens_total")]
-        assert float(line.rsplit(" ", 1)[1]) == 2 * len(pieces_of(FILE, "audio"))
+        assert float(line.rsplit(" ", 1)[1]) == 3 * len(pieces_of(FILE, "audio"))
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Images of models that take them, through transformers' own processors and encoders."""
+"""Images and audio of models that take them, through transformers' own processors and encoders."""

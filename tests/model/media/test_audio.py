@@ -138,6 +138,22 @@ async def test_several_in_one_prompt(backend: str, hearing: Callable[..., Path])
         assert counters.image_tokens == 0 < counters.audio_tokens < counters.prompt_tokens
 
 
+async def test_scores_of_a_prompt(hearing: Callable[..., Path]) -> None:
+    path = hearing("qwen2_audio")
+    parts = [{"type": "text", "text": "hear "}, {"type": "audio"}, {"type": "text", "text": " what?"}]
+    messages = [{"role": "user", "content": parts}]
+    given = listening.inputs(path, messages, [FIRST])
+    with torch.inference_mode():
+        logprobs = listening.loaded(path)(**given).logits[0].log_softmax(-1)
+    ids = given["input_ids"][0]
+    async with engine(path) as serving:
+        result = await serving.chat(asking("hear ", FIRST, " what?"), greedy(1, prompt_logprobs=0))
+    assert result.prompt_token_ids is not None and result.prompt_logprobs is not None
+    assert list(result.prompt_token_ids) == ids.tolist()
+    wanted = logprobs[:-1].gather(-1, ids[1:, None])[:, 0].tolist()
+    assert [entry.logprob for entry in result.prompt_logprobs if entry] == pytest.approx(wanted, abs=1e-3)
+
+
 async def test_beside_images(hearing: Callable[..., Path]) -> None:
     path, image = hearing("gemma4"), picture(1, 40, 32)
     asked = [asking("see ", image, " hear ", FIRST, "?"), asking(SECOND, image), asking(image, "?")]

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt attend to later ones, where those of an image attend to all of it."""
+"""Where images and audio stand in a prompt, and which tokens attend to later ones."""
 
 from __future__ import annotations
 
@@ -36,3 +36,16 @@ def test_of_a_part_of_the_prompt(start: int, end: int, reach: list[int] | None) 
 def test_where_no_token_attends_to_later_ones() -> None:
     assert prompt([1, 2], whole=False).reach(0, 4) is None
     assert prompt().reach(0, 4) is None
+
+
+def test_each_piece_has_the_id_of_its_kind_in_any_part_of_a_sequence() -> None:
+    image = MediaItem("image", b"i", {}, np.array([1, 2]), 7)
+    audio = MediaItem("audio", b"a", {}, np.array([4, 5, 7]), 9)
+    media = PromptMedia((image, audio))
+    sequence = np.array([50, -1, -1, 51, -2, -2, 52, -2, 53, 54], dtype=np.int32)
+    wanted = [50, 7, 7, 51, 9, 9, 52, 9, 53, 54]
+    for start in range(len(sequence)):
+        assert media.plain(sequence[start:], start).tolist() == wanted[start:]
+        assert media.plain(sequence[:start]).tolist() == wanted[:start]
+    assert sequence[1] == -1
+    assert (media.num_tokens("image"), media.num_tokens("audio"), media.kinds) == (2, 3, {"image", "audio"})
