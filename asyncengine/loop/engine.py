@@ -135,8 +135,9 @@ class AsyncEngine(EngineReadings):
         Args:
             messages: Mappings with ``role`` and ``content``, which is text or a list of parts: ``{"type": "text",
                 "text": ...}``, ``{"type": "image", "image": ...}`` and ``{"type": "audio", "audio": ...}``, where the
-                image is what `asyncengine.media.ImageSource` says, the audio what `asyncengine.media.AudioSource`
-                does, or OpenAI's ``image_url`` with a ``data:`` URL and ``input_audio`` with base64. The ``token_ids`` of an answer, given beside its content, take its place: nothing that the model wrote is
+                image is what `asyncengine.media.ImageSource` says and the audio what `asyncengine.media.AudioSource`
+                does; or OpenAI's ``image_url`` with a ``data:`` URL and ``input_audio`` with base64. The
+                ``token_ids`` of an answer, given beside its content, take its place: nothing that the model wrote is
                 then cut into other tokens and computed again.
             config: How to generate.
             options: Id, priority, deadlines.
@@ -178,7 +179,8 @@ class AsyncEngine(EngineReadings):
         """Token ids of a conversation, as `chat` would have them computed. Nothing is computed.
 
         Args:
-            messages: As in `chat`. What stands for a piece of an image is one token, the same for all of them.
+            messages: As in `chat`. What stands for a piece of an image is one token, the same for all of them, and
+                so is what stands for a piece of audio.
             **template_arguments: Passed to the chat template.
 
         Raises:
