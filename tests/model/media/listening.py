@@ -130,7 +130,7 @@ LISTENING: dict[str, Listening] = {
             "text_config": TEXT | {
                 "head_dim": 16, "global_head_dim": 32, "sliding_window": 24, "vocab_size_per_layer_input": VOCABULARY,
                 "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
-                "hidden_size_per_layer_input": 0,
+                "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
             },
             "vision_config": VISION_TOWER | {
                 "num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2, "position_embedding_size": 64,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,6 +258,21 @@ async def test_what_says_something_else_is_refused_and_serves_text(
     with pytest.raises(UnsupportedModelError, match=rf"audio is True; .* takes none: {reason}"):
         async with engine(path):
             pass
+
+
+async def test_narrow_weights_of_which_nothing_is_left(hearing: Callable[..., Path]) -> None:
+    """What listens is not rounded, and the trial allows for what rounding of the rest does."""
+    async with engine(hearing("qwen2_audio"), dtype="bfloat16", quantization="int8") as serving:
+        assert len((await serving.chat(asking(FIRST), greedy(2))).token_ids) == 2
+        core = serving._thread.core
+        assert core.loaded is not None and core.view is not None
+        reader = core.view.media_reader
+        model: Any = core.loaded.model
+        weights = [weakref.ref(each) for each in model._model.parameters()]
+        del model
+        await serving.unload()
+        gc.collect()
+        assert reader is not None and not any(weight() is not None for weight in weights)
 
 
 async def test_it_can_be_left_out(hearing: Callable[..., Path]) -> None:
