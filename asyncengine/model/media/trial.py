@@ -98,6 +98,9 @@ class MediaTrial:
             )
         if len(read.token_ids) > _MANY:
             self._numbers = dict.fromkeys(kinds, 1)
+            for preparation in preparations:
+                if preparation.kind == "audio":
+                    preparation.most = 1
             given, read = self._read()
         self._ids: Int32 = np.array(read.token_ids, dtype=np.int32)
         given = {name: _sent(value, device, model.dtype) for name, value in given.items()}

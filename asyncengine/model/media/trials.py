@@ -43,7 +43,9 @@ class Trials:
         kinds = [kind for kind in KINDS if not self.refused[kind]]
         if not kinds:
             return
+        from asyncengine.model.graphs import reason_of
         from asyncengine.model.media.processor import processor
+        from asyncengine.model.media.trial import MediaTrial
 
         try:
             prepares = processor(details.checkpoint.path, kinds)
@@ -51,16 +53,12 @@ class Trials:
             for kind in kinds:
                 self.refused[kind] = f"its processor cannot be loaded: {_first_line(error)}"
             return
-        from asyncengine.model.media.trial import MediaTrial
-
         key = details.checkpoint.media_key
-        from asyncengine.model.graphs import reason_of
-
         for kind in kinds:
 
             def tried(one_audio: bool, kind: Kind = kind) -> Any:
-                tried_kinds = [*self._passed, kind]
-                trial = MediaTrial(model, layers, prepares, tried_kinds, key, details.device, one_audio)
+                both = [*self._passed, kind]
+                trial = MediaTrial(model, layers, prepares, both, key, details.device, one_audio)
                 if kind == "audio":
                     trial.check_repeats(model)
                 trial.run(model, trial.layers_of(layers), backend)

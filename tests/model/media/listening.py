@@ -220,11 +220,16 @@ def inputs(path: Path, messages: list[dict[str, Any]], sounds: Sequence[Any], im
     return made(text=[rendered], return_tensors="pt", **given).to(torch.float32)
 
 
-@functools.lru_cache(maxsize=8)
-def loaded(path: Path) -> Any:
+def load(path: Path) -> Any:
     """The model as transformers loads it."""
     kind = _class(AutoConfig.from_pretrained(path))
     return kind.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", local_files_only=True).eval()
+
+
+@functools.lru_cache(maxsize=8)
+def loaded(path: Path) -> Any:
+    """The model, for those who ask it something and leave it as it is."""
+    return load(path)
 
 
 def reference(

@@ -25,8 +25,11 @@ from asyncengine import (
     StepError,
     UnsupportedModelError,
 )
+from asyncengine.model import architecture as architectures
 from asyncengine.model.media import door
 from asyncengine.model.media.encoder import MediaEncoder
+from asyncengine.model.media.processor import processor
+from asyncengine.model.media.trial import MediaTrial
 from tests.model.media import listening
 from tests.model.media.checkpoints import picture
 from tests.model.media.listening import LISTENING, RATE, sound
@@ -258,6 +261,22 @@ async def test_what_says_something_else_is_refused_and_serves_text(
     with pytest.raises(UnsupportedModelError, match=rf"audio is True; .* takes none: {reason}"):
         async with engine(path):
             pass
+
+
+@pytest.mark.parametrize(("architecture", "seconds"), [("qwen2_audio", 1.0), ("glmasr", 30.0)])
+def test_a_device_has_room_for_as_long_as_is_heard(
+    architecture: str, seconds: float, hearing: Callable[..., Path]
+) -> None:
+    path = hearing(architecture)
+    model, prepares = listening.load(path), processor(path, ("audio",))
+    architectures.attend_here(model)
+    layers, device = architectures.record(model), torch.device("cpu")
+    trial = MediaTrial(model, layers, prepares, ["audio"], "", device, one_audio=architecture == "glmasr")
+    [item] = trial.large()
+    asked = [{"role": "user", "content": [{"type": "audio"}]}]
+    tokens = len(listening.inputs(path, asked, [sound(1, seconds)])["input_ids"][0])
+    assert len(item.places) == len(trial.encoder(model).features(item).rows)
+    assert 0 < tokens - len(item.places) < 40  # those of the text around it
 
 
 async def test_narrow_weights_of_which_nothing_is_left(hearing: Callable[..., Path]) -> None:
