@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         Relevance,
         RequestOutput,
         RequestResult,
+        Transcript,
         Usage,
     )
     from asyncengine.reranking import RerankPrompt
@@ -129,6 +130,7 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "Trace",
+    "Transcript",
     "UnsupportedModelError",
     "Usage",
     "WarmUp",
@@ -183,6 +185,7 @@ _HOMES = {
         "Relevance",
         "RequestOutput",
         "RequestResult",
+        "Transcript",
         "Usage",
     ),
     "asyncengine.reranking": ("RerankPrompt",),

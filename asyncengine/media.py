@@ -89,6 +89,26 @@ class AudioPrompt:
         return {"image": self.images, "audio": self.audio} if self.images else {"audio": self.audio}
 
 
+@dataclass(frozen=True, slots=True)
+class TranscriptionPrompt:
+    """Asks for what is said in an audio, in the words that a model was trained to be asked in.
+
+    Attributes:
+        audio: It.
+        language: That is spoken, by its code or name; None leaves it to the model.
+        hint: What it is about, words that are in it; what that does is the model's.
+    """
+
+    audio: AudioSource
+    language: str | None = None
+    hint: str | None = None
+
+    @property
+    def sources(self) -> Sources:
+        """What is in it beside text."""
+        return {"audio": [self.audio]}
+
+
 def _check_text(text: object) -> None:
     if not isinstance(text, str) or not text:
         raise InvalidRequestError(f"text is {text!r:.80}; expected a non-empty string")
@@ -231,6 +251,22 @@ class ReadPrompt:
     media: PromptMedia
 
 
+class Transcribing(Protocol):
+    """How one model is asked to transcribe. May be called from several threads."""
+
+    def request(self, language: str | None, hint: str | None) -> str:
+        """A prompt with one mark of audio in it.
+
+        Raises:
+            InvalidRequestError: The model is not told any language, or no such, or no hints.
+        """
+        ...
+
+    def text(self, token_ids: Sequence[int]) -> str | None:
+        """What is said in the audio, of what the model has answered; None if that is its text as it is."""
+        ...
+
+
 class MediaReader(Protocol):
     """Reads images and audio as one model needs them. May be called from several threads.
 
@@ -238,11 +274,13 @@ class MediaReader(Protocol):
         key: Equal for readers that make the same of the same media.
         kinds: Of what it reads.
         token_ids: By kind, what stands for a piece.
+        transcribing: How the model is asked to transcribe; None if there is no telling.
     """
 
     key: str
     kinds: Sequence[Kind]
     token_ids: Mapping[Kind, int]
+    transcribing: Transcribing | None
 
     def read(self, sources: Sources, write: Write, encode: Callable[[str], list[int]], most_tokens: int) -> ReadPrompt:
         """Reads the images and the audio of a prompt, and lets it be written with the tokens that stand for them.

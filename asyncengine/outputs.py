@@ -141,6 +141,21 @@ class PromptScore:
         return math.fsum(entry.logprob for entry in self.logprobs if entry is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What is said in an audio.
+
+    Attributes:
+        text: It.
+        usage: What it cost.
+        finish_reason: ``"length"`` if it is cut off.
+    """
+
+    text: str
+    usage: Usage
+    finish_reason: FinishReason
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Embedding:
     """A text as a vector.

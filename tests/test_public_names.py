@@ -60,6 +60,7 @@ PUBLIC = [
     "TokenLogprobs",
     "Tokenizer",
     "Trace",
+    "Transcript",
     "UnsupportedModelError",
     "Usage",
     "WarmUp",

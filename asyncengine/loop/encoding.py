@@ -17,7 +17,18 @@ from anyio.lowlevel import RunVar
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
 from asyncengine.loop.media_parts import take_media
 from asyncengine.loop.pairs import Pair, TextPair
-from asyncengine.media import KINDS, PLURALS, UNENCODED, AudioPrompt, ImagePrompt, PromptMedia, Sources, Write
+from asyncengine.media import (
+    KINDS,
+    PLURALS,
+    UNENCODED,
+    AudioPrompt,
+    ImagePrompt,
+    PromptMedia,
+    Sources,
+    Transcribing,
+    TranscriptionPrompt,
+    Write,
+)
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, PairingTokenizer, Tokenizer, WritingTokenizer
@@ -99,7 +110,7 @@ class Cut:
         return view.max_prompt_tokens if self.most < 0 else self.most
 
 
-AnyPrompt = Prompt | Conversation | PromptedText | Pair | TextPair | Cut
+AnyPrompt = Prompt | TranscriptionPrompt | Conversation | PromptedText | Pair | TextPair | Cut
 """Whatever becomes token ids at once."""
 
 
@@ -135,6 +146,8 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
         sources, text = prompt.sources, prompt.text
         model = tokenizer_of(view, f"{_named(sources)} need one")
         return await _read_media(sources, view, lambda encode: encode(text), model.encode)
+    elif isinstance(prompt, TranscriptionPrompt):
+        return await _encode_transcription(prompt, view)
     elif isinstance(prompt, (Pair, TextPair)):
         if prompt.size <= _INLINE_CHARACTERS and (view.takes_pairs or prompt.has_template):
             return typed(lambda: _encode_pair(prompt, view, most))
@@ -194,6 +207,32 @@ async def _encode_chat(conversation: Conversation, view: ModelView) -> Encoded:
     return await _read_media(
         sources, view, lambda encode: writing.encode_chat_by(messages, arguments, encode), writing.encode_piece
     )
+
+
+async def _encode_transcription(prompt: TranscriptionPrompt, view: ModelView) -> Encoded:
+    transcribing = transcribing_of(view)
+    model = cast("WritingTokenizer", tokenizer_of(view, "transcription needs one"))
+    encode = model.encode_piece if hasattr(model, "encode_piece") else model.encode
+    return await _read_media(
+        prompt.sources, view, lambda encode: encode(transcribing.request(prompt.language, prompt.hint)), encode
+    )
+
+
+def transcribing_of(view: ModelView) -> Transcribing:
+    """How the model is asked to transcribe.
+
+    Raises:
+        InvalidRequestError: It takes no audio, or there is no telling.
+    """
+    reader = view.media_reader
+    if reader is None or "audio" not in reader.kinds:
+        reason = view.no_media.get("audio", UNENCODED["audio"])
+        raise InvalidRequestError(f"the model takes no audio: {reason}")
+    if reader.transcribing is None:
+        raise InvalidRequestError(
+            "the model's processor does not say how it is asked to transcribe; ask it in a conversation"
+        )
+    return reader.transcribing
 
 
 async def _read_media(sources: Sources, view: ModelView, write: Write, encode: Callable[[str], list[int]]) -> Encoded:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
-from asyncengine.media import PLURALS, Kind, MediaItem, PromptMedia, ReadPrompt, Sources, Write
+from asyncengine.media import PLURALS, Kind, MediaItem, PromptMedia, ReadPrompt, Sources, Transcribing, Write
 from asyncengine.step.batch import Int32, StepBatch
 
 _SEEN = 1 << 24
@@ -33,6 +33,20 @@ def are_of_one_item(pieces: Collection[int]) -> bool:
     return min(pieces) >= _SEEN and len(counts) == 1 and len(pieces) <= max(counts)
 
 
+class ScriptedTranscription:
+    """Asks in three lines: the hint, the audio, the language. The only one that is known is ``"en"``."""
+
+    def request(self, language: str | None, hint: str | None) -> str:
+        """As `asyncengine.media.Transcribing`."""
+        if language not in (None, "en"):
+            raise InvalidRequestError(f"language is {language!r:.80}; allowed: 'en'")
+        return f"{hint or ''}\n{MARKS['audio']}\n{language or ''}"
+
+    def text(self, token_ids: Sequence[int]) -> str | None:
+        """As `asyncengine.media.Transcribing`: the answer is what is said."""
+        return None
+
+
 class ScriptedMediaReader:
     """Takes any bytes, or text, for an image or audio, which comes to one to seven tokens after their number.
 
@@ -48,12 +62,15 @@ class ScriptedMediaReader:
     """
 
     key = "scripted media"
+    transcribing: Transcribing | None = None
 
     def __init__(self, whole: bool = False, kinds: Sequence[Kind] = ("image",)) -> None:
         self._whole = whole
         self.kinds: Sequence[Kind] = tuple(kinds)
         self.marks = {kind: MARKS[kind] for kind in kinds}
         self.token_ids: Mapping[Kind, int] = {kind: _IDS[kind] for kind in kinds}
+        if "audio" in kinds:
+            self.transcribing = ScriptedTranscription()
 
     def read(self, sources: Sources, write: Write, encode: Callable[[str], list[int]], most_tokens: int) -> ReadPrompt:
         """As `asyncengine.media.MediaReader`."""

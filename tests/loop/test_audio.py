@@ -150,3 +150,26 @@ async def test_another_model_carries_it_on_if_it_listens(audio: bool) -> None:
         else:
             with pytest.raises(InvalidRequestError, match="the new model does not take its audio"):
                 await stream
+
+
+async def test_transcripts() -> None:
+    loader = hearing()
+    asked: list[list[int]] = []
+
+    def said(prompt: Sequence[int], branch: int) -> list[int]:
+        asked.append(list(prompt))
+        return [*b" hello "]
+
+    loader.script = said
+    async with engine(loader) as serving:
+        found = await serving.transcribe(LONG, language="en", hint="names")
+        assert (found.text, found.finish_reason, found.usage.audio_tokens) == ("hello", "stop", 7)
+        cut = await serving.transcribe(LONG, GenerationConfig(max_tokens=3))
+        assert (cut.text, cut.finish_reason) == ("he", "length")
+        heard = pieces_of(LONG, "audio")
+        assert asked == [[*b"names\n", *heard, *b"\nen"], [*b"\n", *heard, *b"\n"]]
+        with pytest.raises(InvalidRequestError, match="language is 'xx'; allowed: 'en'"):
+            await serving.transcribe(LONG, language="xx")
+    async with engine(hearing(takes_audio=False)) as serving:
+        with pytest.raises(InvalidRequestError, match=r"the model takes no audio: .* no encoder of audio"):
+            await serving.transcribe(LONG)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
-from asyncengine.media import PLURALS, Kind, MediaItem, PromptMedia, ReadPrompt, Sources, Write
+from asyncengine.media import PLURALS, Kind, MediaItem, PromptMedia, ReadPrompt, Sources, Transcribing, Write
 from asyncengine.model.media.axes import Axes
 from asyncengine.model.media.digest import digest_of
 from asyncengine.model.media.preparation import Preparation, Prepared
@@ -45,15 +45,23 @@ class ProcessedMediaReader:
         preparations: Of the kinds that it is to read.
         key: As of the protocol.
         axes: Finds where tokens are rotated to if there are images; None if by their position.
+        transcribing: As of the protocol.
     """
 
-    def __init__(self, preparations: Sequence[Preparation], key: str, axes: Axes | None = None) -> None:
+    def __init__(
+        self,
+        preparations: Sequence[Preparation],
+        key: str,
+        axes: Axes | None = None,
+        transcribing: Transcribing | None = None,
+    ) -> None:
         self.key = key
         self.kinds: Sequence[Kind] = [each.kind for each in preparations]
         self.token_ids: Mapping[Kind, int] = {each.kind: each.token_id for each in preparations}
         self.marks = {each.kind: each.mark for each in preparations}
         self._preparations = preparations
         self._axes = axes
+        self.transcribing = transcribing
 
     def read(self, sources: Sources, write: Write, encode: Callable[[str], list[int]], most_tokens: int) -> ReadPrompt:
         """As the protocol says."""

@@ -29,6 +29,7 @@ from asyncengine.model.media.preparation import (
     processed,
 )
 from asyncengine.model.media.reader import ProcessedMediaReader
+from asyncengine.model.media.transcription import ProcessedTranscription
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import Int32, StepBatch
@@ -87,7 +88,8 @@ class MediaTrial:
             for preparation in preparations:
                 if preparation.kind == "audio" and one_audio:
                     preparation.most = 1
-            self.reader = ProcessedMediaReader(preparations, key, axes)
+            transcribing = ProcessedTranscription.of(prepares) if "audio" in kinds else None
+            self.reader = ProcessedMediaReader(preparations, key, axes, transcribing)
             given, read = self._read()
             if read.token_ids == given["input_ids"][0]:
                 break

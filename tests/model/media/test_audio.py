@@ -294,6 +294,43 @@ async def test_narrow_weights_of_which_nothing_is_left(hearing: Callable[..., Pa
         assert reader is not None and not any(weight() is not None for weight in weights)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "asked"),
+    [
+        ("glmasr", {"prompt": "Write it down."}),
+        ("qwen3_asr", {"language": "en"}),
+        ("omniasr", {}),
+        ("moss_transcribe_diarize", {}),
+        ("audioflamingo3", {}),
+    ],
+)
+async def test_transcripts_are_asked_for_as_transformers_does(
+    architecture: str, asked: dict[str, str], hearing: Callable[..., Path]
+) -> None:
+    path = hearing(architecture)
+    made = listening._processor(path, ("audio",))
+    more = {} if hasattr(made, "text_kwargs") else {"return_tensors": "pt"}
+    given = made.apply_transcription_request(audio=FIRST, **asked, **more).to(torch.float32)
+    settings = {"do_sample": False, "max_new_tokens": TOKENS, "eos_token_id": None, "pad_token_id": 0}
+    tokens = listening.loaded(path).generate(**given, **settings)[0, given["input_ids"].shape[1] :].tolist()
+    parsed = {"return_format": "transcription_only"} if architecture == "qwen3_asr" else {}
+    wanted = made.decode(tokens, skip_special_tokens=True, **parsed)
+    async with engine(path) as serving:
+        ours = {"hint" if name == "prompt" else name: value for name, value in asked.items()}
+        found = await serving.transcribe((FIRST, RATE), greedy(), **ours)
+        assert found.text == wanted.strip()
+        assert found.usage.prompt_tokens == given["input_ids"].shape[1]
+        if architecture == "glmasr":
+            with pytest.raises(InvalidRequestError, match="language is 'en'; the model is not told any"):
+                await serving.transcribe((FIRST, RATE), language="en")
+
+
+async def test_who_is_asked_in_a_conversation_alone_says_so(hearing: Callable[..., Path]) -> None:
+    async with engine(hearing("qwen2_audio")) as serving:
+        with pytest.raises(InvalidRequestError, match="does not say how it is asked to transcribe"):
+            await serving.transcribe((FIRST, RATE))
+
+
 async def test_it_can_be_left_out(hearing: Callable[..., Path]) -> None:
     async with engine(hearing("gemma4"), audio=False, images=True) as serving:
         assert serving.takes_images and not serving.takes_audio
