@@ -227,7 +227,7 @@ def transcribing_of(view: ModelView) -> Transcribing:
     reader = view.media_reader
     if reader is None or "audio" not in reader.kinds:
         reason = view.no_media.get("audio", UNENCODED["audio"])
-        raise InvalidRequestError(f"the model takes no audio: {reason}")
+        raise InvalidRequestError(f"an audio is to be transcribed; the model takes none: {reason}")
     if reader.transcribing is None:
         raise InvalidRequestError(
             "the model's processor does not say how it is asked to transcribe; ask it in a conversation"

@@ -171,5 +171,5 @@ async def test_transcripts() -> None:
         with pytest.raises(InvalidRequestError, match="language is 'xx'; allowed: 'en'"):
             await serving.transcribe(LONG, language="xx")
     async with engine(hearing(takes_audio=False)) as serving:
-        with pytest.raises(InvalidRequestError, match=r"the model takes no audio: .* no encoder of audio"):
+        with pytest.raises(InvalidRequestError, match=r"the model takes none: .* no encoder of audio"):
             await serving.transcribe(LONG)
