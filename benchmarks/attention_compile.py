@@ -1,8 +1,8 @@
 """Registers, spills and instructions of the Triton attention kernels for Hopper. Needs triton, but no GPU.
 
-Every entry of the table of tiles is compiled for sm_90, short and long tiles, with and without window, soft cap and
-sinks, and long ones of layers that look ahead; ptxas says how many registers a thread takes and how many bytes it
-spills. Of the loop over the keys this says
+Every entry of the tables of tiles is compiled for sm_90, short and long tiles, with and without window, soft cap and
+sinks, and long ones of layers that look ahead; those of latents, whose values are in their keys, without. ptxas says
+how many registers a thread takes and how many bytes it spills. Of the loop over the keys this says
 
 * `turn`: instructions of a warp for one block of keys, splits that end and masks left out (`sass.py`),
 * `issue`, of short tiles: the share of a multiprocessor's issue slots that this takes where keys and values stream at
@@ -45,6 +45,7 @@ from triton.compiler import ASTSource
 from asyncengine.model.attention import fp8, tuned_tiles
 from asyncengine.model.attention import triton_kernels as kernels
 from asyncengine.model.attention.protocol import LayerSpec
+from asyncengine.model.attention.token_major import numbers_kept
 from asyncengine.model.attention.triton_launch import (
     MERGE_LAUNCH,
     WRITE_LAUNCH,
@@ -53,11 +54,13 @@ from asyncengine.model.attention.triton_launch import (
     merge_constants,
     write_constants,
 )
-from asyncengine.model.attention.triton_tiles import EXACT, TABLE, Launch, Tiles, tiles_for
+from asyncengine.model.attention.triton_tiles import EXACT, IN_KEYS, TABLE, Launch, Tiles, tiles_for
 from benchmarks import sass
 
 HOPPER = GPUTarget("cuda", 90, 32)
 HEADS = [(16, 16), (24, 24), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512)]
+LATENTS = [(72, 64), (160, 128), (288, 256), (576, 512), (584, 512)]
+"""Sizes of keys whose beginnings are values: the last of a draft head's layer."""
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window, soft cap, sinks": {"sliding_window": 1024, "soft_cap": 50.0, "has_sinks": True},
@@ -91,16 +94,20 @@ class Case:
 
 
 def cases(
-    heads: list[tuple[int, int]], dtypes: list[torch.dtype], features: dict[str, dict[str, Any]] = FEATURES
+    heads: list[tuple[int, int]],
+    dtypes: list[torch.dtype],
+    features: dict[str, dict[str, Any]] = FEATURES,
+    heads_of_query: int = 32,
+    kv_heads: int = 8,
 ) -> Iterator[Case]:
     """Every kernel that layers with such heads would run."""
     for dtype in dtypes:
         number = NAMES[dtype]
         for key_dim, value_dim in heads:
-            tiles = tiles_for(dtype.itemsize, key_dim, value_dim)
-            assert tiles is not None
             for named, values in features.items():
-                spec = LayerSpec(32, 8, key_dim, value_dim, key_dim**-0.5, **values)
+                spec = LayerSpec(heads_of_query, kv_heads, key_dim, value_dim, key_dim**-0.5, **values)
+                tiles = tiles_for(dtype.itemsize, key_dim, value_dim, spec.values_in_keys)
+                assert tiles is not None
                 name = f"{number} {key_dim}/{value_dim} {named}"
                 yield from cases_of(name, spec, dtype, tiles)
 
@@ -134,9 +141,9 @@ def cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, tiles: Tiles) -> It
         constants = attend_constants(spec, dtype, 16, index, launch, tiles, reach=True)
         if spec.looks_ahead and not constants["AHEAD"]:
             continue  # as of other layers
-        numbers = tiles.keys * (spec.key_dim + spec.value_dim)
         case = Case(f"attend {kind} {name}", kernels.attend, types, constants, launch)
-        yield dataclasses.replace(case, block=numbers * dtype.itemsize, products=2 * launch.rows * numbers)
+        products = 2 * launch.rows * tiles.keys * (spec.key_dim + spec.value_dim)
+        yield dataclasses.replace(case, block=tiles.keys * numbers_kept(spec) * dtype.itemsize, products=products)
     types = {"plan": "*i32", "sinks": sinks, "output": f"*{model}", "parts": "*fp32", "statistics": "*fp32"}
     types["value_scale"] = "fp32"
     if spec.looks_ahead:
@@ -214,7 +221,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one head size, a few kernels in bfloat16 and in fp8")
     quick = parser.parse_args().quick
     results, loads_ahead = {}, {}
-    wanted = quick_cases() if quick else cases(HEADS, list(NAMES))
+    of_latents = cases(LATENTS, list(NAMES), {"in keys": {"values_in_keys": True}}, 128, 1)
+    wanted = quick_cases() if quick else itertools.chain(cases(HEADS, list(NAMES)), of_latents)
     for case in itertools.chain(wanted, stored()):
         results[case.name] = found = compiled(case)
         loads_ahead[case.name] = case.launch.stages > 1
@@ -227,7 +235,7 @@ def main() -> None:
                 "benchmark": "attention_compile",
                 "triton": triton.__version__,
                 "target": "sm_90a",
-                "entries": len(TABLE) + len(EXACT),
+                "entries": len(TABLE) + len(EXACT) + len(IN_KEYS),
                 "kernels": len(results),
                 "spilling": spilling,
                 "waiting": waiting,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from asyncengine.cli.command import Failure
 from asyncengine.cli.flags import EngineFlags
-from asyncengine.errors import InsufficientMemoryError
+from asyncengine.errors import ConfigError, InsufficientMemoryError
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from asyncengine.model.recorded import Watched
 
 _GIB = 1 << 30
+_MOST_GIB = 1 << 30
+"""More than any machine has; what is reckoned with it is still printed in a line."""
 
 
 def estimate(
@@ -39,12 +41,19 @@ def estimate(
 
     Reads headers, no weights. Exit status 1: it does not fit, or cannot be served.
     """
-    if memory is not None and not isfinite(memory):
-        raise Failure(f"--memory is {memory}; expected GiB >= 0", 2)
+    if memory is not None and not memory < _MOST_GIB:
+        raise Failure(f"--memory is {memory}; expected GiB >= 0, and less than {_MOST_GIB:,}", 2)
     config = flags.config(model)
     if config.adapters:
         raise Failure("--lora-modules is given; the estimate knows no adapters", 2)
     given = None if memory is None else int(memory * _GIB)
+    if given is None:
+        from asyncengine.model.load_check import device_of
+
+        try:
+            device_of(config.device)
+        except ConfigError as error:
+            raise Failure(f"{error}; --memory says how much to reckon with", 2) from error
     if (lines := _of_encoder(config, given)) is not None:
         for name, text in lines:
             print(f"{name:15} {text}")
@@ -158,7 +167,6 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.cli.loading import quiet
 
     quiet()
-    from asyncengine.errors import ConfigError
     from asyncengine.model import architecture, graph_memory
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
@@ -166,7 +174,16 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.capacity import CPU_CHUNK, CUDA_CHUNK, state_scratch
     from asyncengine.model.draft_heads.plan import check_head
     from asyncengine.model.gguf.checkpoint import checkpoint_at
-    from asyncengine.model.load_check import KV_DTYPES, check_draft, check_quantization, dtype_of, longest_of, settled
+    from asyncengine.model.load_check import (
+        KV_DTYPES,
+        check_draft,
+        check_latents,
+        check_quantization,
+        dtype_of,
+        keeps_latents,
+        longest_of,
+        settled,
+    )
     from asyncengine.model.location import locate
     from asyncengine.model.memory import GraphReserve
     from asyncengine.model.quantised.kept_bytes import Where, kept_bytes
@@ -199,8 +216,10 @@ def read(config: EngineConfig) -> Needs:
         )
     for each in (hf_config, *(draft.hf_config for draft in drafts)):
         settle(each, length)
-    watched = _watched(architecture, hf_config)
-    of_drafts = [_watched(architecture, draft.hf_config) for draft in drafts]
+    latents = keeps_latents(config)
+    watched = _watched(architecture, hf_config, latents)
+    check_latents(config, watched.attention.values())
+    of_drafts = [_watched(architecture, draft.hf_config, latents) for draft in drafts]
     check_recurrent(config, bool(watched.recurrent), any(each.recurrent for each in of_drafts))
     head = check_head(config, checkpoint, hf_config, dtype, length)
     specs = list(watched.attention.values())
@@ -209,7 +228,7 @@ def read(config: EngineConfig) -> Needs:
 
     def kept(of: Checkpoint, hf_config: Any, watched: Watched) -> int:
         where: Where = "cuda" if cuda else "modules"
-        if not cuda and config.decoder_backend != "transformers" and _is_recognised(hf_config, watched):
+        if not cuda and config.decoder_backend != "transformers" and _is_recognised(hf_config, watched, latents):
             where = "compiled"
         return kept_bytes(of, dtype, config.quantization, text.vocab_size, where)
 
@@ -255,16 +274,16 @@ def read(config: EngineConfig) -> Needs:
     )
 
 
-def _watched(architecture: Any, hf_config: Any) -> Watched:
+def _watched(architecture: Any, hf_config: Any, latents: bool) -> Watched:
     from asyncengine.model.load_check import watch
 
-    watched = watch(architecture, hf_config)
+    watched = watch(architecture, hf_config, latents=latents)
     if watched is None:
         raise Failure("the model's code cannot be watched without its weights, so there is no estimate")
     return watched
 
 
-def _is_recognised(hf_config: Any, watched: Watched) -> bool:
+def _is_recognised(hf_config: Any, watched: Watched, latents: bool) -> bool:
     """Whether a model is of the family that runs as a compiled step, as far as the names of its parts tell."""
     import torch
 
@@ -274,7 +293,7 @@ def _is_recognised(hf_config: Any, watched: Watched) -> bool:
     if watched.recurrent:
         return False
     with torch.device("meta"):
-        model = architecture.bare(hf_config)
+        model = architecture.bare(hf_config, latents=latents)
     try:
         check_parts(model, architecture.layers_of(model.eval(), watched).attention)
     except NotRecognised:
@@ -354,11 +373,11 @@ def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
     for whose, layers in (("", needs.layers), (f" of the {needs.drafts}", needs.draft_layers)):
         for spec, count in layers:
             window = "" if spec.sliding_window is None else f", window {spec.sliding_window}"
-            yield (
-                "KV cache",
-                f"{count} layers{whose} x {spec.num_kv_heads} heads x ({spec.key_dim} + {spec.value_dim}) x "
-                f"{needs.kv_dtype.itemsize} bytes{window}",
-            )
+            each = f"{spec.num_kv_heads} heads x ({spec.key_dim} + {spec.value_dim})"
+            if spec.values_in_keys:
+                twice = needs.device.type == "cpu" and needs.kv_dtype is needs.dtype
+                each = f"latents of ({spec.key_dim} + {spec.value_dim})" if twice else f"latents of {spec.key_dim}"
+            yield "KV cache", f"{count} layers{whose} x {each} x {needs.kv_dtype.itemsize} bytes{window}"
     if needs.recurrent:
         yield "states", f"{needs.recurrent} recurrent layers, {gib(needs.bytes_per_state)} per sequence"
     if not needs.bytes_per_block:

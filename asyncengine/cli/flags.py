@@ -53,6 +53,10 @@ class EngineFlags:
     audio_input: Annotated[
         bool | None, typer.Option(help="Take audio in prompts, or the load fails; without, if the model can.")
     ] = None
+    mla: Annotated[
+        bool | None,
+        typer.Option(help="Keep latents in the KV cache, or the load fails; without, if the model has some."),
+    ] = None
     enable_prefix_caching: Annotated[bool, typer.Option(help="Keep computed prompts for reuse.")] = True
     lora_modules: Annotated[
         list[str] | None,
@@ -98,6 +102,7 @@ class EngineFlags:
             quantization=self.quantization,
             images=self.images,
             audio=self.audio_input,
+            mla=self.mla,
             prefix_cache_mode="radix" if self.enable_prefix_caching else "disable",
             adapters=self.adapters(),
             **more,

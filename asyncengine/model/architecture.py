@@ -30,14 +30,14 @@ from transformers.pytorch_utils import Conv1D
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.media import PLURALS, Kind
 from asyncengine.model.attention.protocol import LayerSpec
-from asyncengine.model.attention_modules import HOOK, RecordedLayer, hooked, text_config
+from asyncengine.model.attention_modules import ATTENTION, HOOK, RecordedLayer, hooked, text_config
 from asyncengine.model.checkpoint import Checkpoint
+from asyncengine.model.latent_attention import LatentAttention, keep_latents
+from asyncengine.model.load_check import BUILDING
 from asyncengine.model.media.modules import senses
 from asyncengine.model.recorded import Recorded, Watched
 from asyncengine.model.recurrent.recorded import RecurrentLayer, recording
-
-ATTENTION = "asyncengine"
-"""Name under which our attention is known to transformers."""
+from asyncengine.model.stored.weight import CodedWeight
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _RECURRENT_TYPES = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
@@ -61,7 +61,14 @@ def _attend(
     """The attention function that transformers calls; (1, heads, tokens, dim) in, (1, tokens, heads, dim) out."""
     hook = getattr(module, HOOK)
     kwargs["attention_mask"] = attention_mask
-    return hook(module, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), kwargs)[None], None
+    query, key, value = (given[0].transpose(0, 1) for given in (query, key, value))
+    if not isinstance(module, LatentAttention):
+        return hook(module, query, key, value, kwargs)[None], None
+    if kwargs.get("scaling") is None:
+        kwargs["scaling"] = query.shape[2] ** -0.5
+    rotated = key.shape[2] - value.shape[2]
+    attended = hook(module, module.absorb(query, rotated), key, value, kwargs)
+    return module.expand(attended, query.shape[2], rotated)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
@@ -108,11 +115,21 @@ def no_media(config: Any, kind_of_media: Kind) -> str:
     return ""
 
 
-def bare(config: Any, dtype: torch.dtype | None = None, media: bool = False) -> Any:
-    """A model without weights, whatever device is the default; it attends by our function."""
+def bare(config: Any, dtype: torch.dtype | None = None, media: bool = False, latents: bool = False) -> Any:
+    """A model without weights, whatever device is the default; it attends by our function.
+
+    Args:
+        config: Of a checkpoint.
+        dtype: Of its weights; as the configuration says, if it is not given.
+        media: As `model_class` has it.
+        latents: Whether it keeps those of multi-head latent attention.
+    """
     kind, config = model_class(config, media)
     given = {} if dtype is None else {"dtype": dtype}
-    return kind._from_config(config, attn_implementation=ATTENTION, **given)
+    model = kind._from_config(config, attn_implementation=ATTENTION, **given)
+    if latents:
+        keep_latents(model)
+    return model
 
 
 def attend_here(model: Any) -> None:
@@ -131,6 +148,16 @@ def turned_weights(kind: Any, config: Any) -> set[str]:
     with torch.device("meta"):
         model = kind(copy.deepcopy(config))  # which a model may change
     return {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
+
+
+def coded_for(checkpoint: Checkpoint, kind: Any, config: Any) -> list[CodedWeight]:
+    """The weights that a checkpoint stores as codes, each of them the way round in which a model has it."""
+    coded = list(checkpoint.coded.values())
+    if not coded:
+        return coded
+    with BUILDING:
+        turned = turned_weights(kind, config)
+    return [weight.turned() if weight.belongs_to(turned) else weight for weight in coded]
 
 
 def waits(model: PreTrainedModel) -> str | None:
@@ -299,6 +326,7 @@ def _recorded(
         sliding_window=int(window) if window else None,
         soft_cap=float(soft_cap) if soft_cap else None,
         has_sinks=sinks is not None,
+        values_in_keys=isinstance(module, LatentAttention),
     )
     return RecordedLayer(name, module, spec, sinks)
 

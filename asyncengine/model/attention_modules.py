@@ -12,6 +12,8 @@ from torch import nn
 
 from asyncengine.model.attention.protocol import LayerSpec
 
+ATTENTION = "asyncengine"
+"""Name under which our attention is known to transformers."""
 HOOK = "asyncengine_attention"
 """Attribute of an attention module that takes its calls."""
 

@@ -7,12 +7,14 @@ from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from asyncengine.config import DecoderBackend, EngineConfig
-from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.errors import UnsupportedModelError
 from asyncengine.media import UNENCODED, Kind
 from asyncengine.model import compiled_parts, memory, packed_linear
+from asyncengine.model.attention_modules import ATTENTION
 from asyncengine.model.findings import Findings
-from asyncengine.model.load_check import BUILDING, Details
-from asyncengine.model.load_report import cannot_load, without_report
+from asyncengine.model.latent_attention import keep_latents
+from asyncengine.model.load_check import Details, check_latents
+from asyncengine.model.load_report import cannot_load, check_weights, head_of, loaded
 from asyncengine.model.media.modules import senses
 from asyncengine.model.media.trials import Trials
 from asyncengine.model.recorded import Recorded
@@ -86,6 +88,7 @@ def build(
     name = str(details.checkpoint.path)
     model, has_head = _with_weights(details)
     layers = architecture.layers_of(model, details.watched)
+    check_latents(config, [layer.spec for layer in layers.attention])
     layers, slower = compiled_parts.calling_compiled(layers, details)
     notes.extend(slower)
     trial = verification.Trial.of(model, layers, details.device)
@@ -386,8 +389,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
     experts that transformers puts together, are held in host memory once, besides the file's pages.
 
     Raises:
-        CheckpointError: Others are missing, which transformers would make up. Models of embeddings are published
-            without a head.
+        CheckpointError: Others are missing, or they are not those of the model.
     """
     import torch
 
@@ -397,39 +399,28 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
 
     checkpoint, dtype = details.checkpoint, details.dtype
     kind, hf_config = architecture.model_class(details.hf_config, details.media)
-    coded = checkpoint.coded.values()
-    if coded:
-        with BUILDING:
-            turned = architecture.turned_weights(kind, hf_config)
-        coded = [weight.turned() if weight.belongs_to(turned) else weight for weight in coded]
+    coded = architecture.coded_for(checkpoint, kind, hf_config)
     kept = KeptCodes(coded, dtype, _kept_forms(details)) if _stays(details) else None
     state = state_of(checkpoint.plain, coded, dtype) | ({} if kept is None else kept.state()) if coded else None
     try:
-        with BUILDING, without_report():
-            model, report = kind.from_pretrained(
-                checkpoint.path if state is None else None,
-                state_dict=state,
-                config=hf_config,
-                dtype=dtype,
-                attn_implementation=architecture.ATTENTION,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+        model, report = loaded(
+            kind,
+            checkpoint.path if state is None else state,
+            config=hf_config,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+        )
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        checkpoint.check_unchanged()
-        raise CheckpointError(f"{checkpoint.name}: {cannot_load(error)}") from error
-    head = model.get_output_embeddings()
-    of_head = {name for name, module in model.named_modules() if module is head}
-    if missing := sorted(name for name in report["missing_keys"] if name.rpartition(".")[0] not in of_head):
-        raise CheckpointError(f"{checkpoint.name}: {len(missing)} weights are missing: {missing[0]}, ...")
-    if checkpoint.complete and (left := sorted(report["unexpected_keys"])):
-        raise CheckpointError(f"{checkpoint.name}: its model has no use for {len(left)} weights: {left[0]}, ...")
+        raise cannot_load(checkpoint, error) from error
+    check_weights(checkpoint, report, head_of(model))
     if kept is not None:
         kept.put(model)
     checkpoint.check_unchanged()
     architecture.attend_here(model)
+    if details.latents:
+        keep_latents(model)
     has_head = not report["missing_keys"] and not checkpoint.classifies  # one that is tied is not missing
     return model.to(details.device).eval().requires_grad_(False), has_head
 

@@ -273,7 +273,7 @@ class Checkpoint:
             if optional:
                 return {}
             raise CheckpointError(f"{path} does not exist") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{path} is not a JSON object")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import threading
+from collections.abc import Collection
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryE
 from asyncengine.media import KINDS, PLURALS, Kind
 from asyncengine.model import memory, rope_limits
 from asyncengine.model.adapters import lora
+from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import text_config
 from asyncengine.model.draft_heads.plan import HeadPlan, check_head
 from asyncengine.model.findings import Findings, place_of, recall
@@ -78,6 +80,7 @@ class Details:
         ranking: How it ranks documents, if it says so.
         draft_head: What drafts from its hidden states.
         embedder: How it makes embeddings, as far as that is said.
+        latents: Whether it keeps those of multi-head latent attention, if it has such layers.
     """
 
     checkpoint: Any
@@ -104,6 +107,7 @@ class Details:
     ranking: RerankPrompt | None = None
     draft_head: HeadPlan | None = None
     embedder: Embedder = field(default_factory=Embedder)
+    latents: bool = False
 
     @property
     def media(self) -> bool:
@@ -145,7 +149,9 @@ def plan_of(
     if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
     no_media = refusals(config, checkpoint)
-    alone = all(no_media.values()) and not checkpoint.classifies  # its head is tried in every load
+    # A head is tried in every load.
+    alone = all(no_media.values()) and not checkpoint.classifies and not config.mla
+    latents = keeps_latents(config)
     findings_at = place_of(config, checkpoint, device, dtype) if alone else None
     findings = recall(findings_at)
     if findings is not None and selecting.result().backend.name != "cpu":
@@ -173,6 +179,7 @@ def plan_of(
     draft, limits = None, [limit]
     for name in config.additional_models if config.speculative_mode == "small_draft" else ():
         draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype, config.quantization)
+        draft = dataclasses.replace(draft, latents=latents)
         longest = min(longest, draft.max_length)
         limits.append(rope_limits.limit_of(draft.hf_config, draft.max_length))
     max_length, rope_note = rope_limits.length_for(config.max_single_sequence_length, longest, limits)
@@ -184,10 +191,12 @@ def plan_of(
     watched = None
     if findings is None:
         rope_limits.settle(hf_config, max_length)
-        watched = watch(architecture, hf_config, not all(no_media.values()))
+        watched = watch(architecture, hf_config, not all(no_media.values()), latents)
+        check_latents(config, None if watched is None else watched.attention.values())
     if draft is not None:
         rope_limits.settle(draft.hf_config, max_length)
-        draft = dataclasses.replace(draft, max_length=max_length, watched=watch(architecture, draft.hf_config))
+        seen = watch(architecture, draft.hf_config, latents=latents)
+        draft = dataclasses.replace(draft, max_length=max_length, watched=seen)
     drafting = None if draft is None else draft.watched
     check_recurrent(config, bool(watched and watched.recurrent), bool(drafting and drafting.recurrent))
     draft_head = check_head(config, checkpoint, hf_config, dtype, max_length)
@@ -224,6 +233,7 @@ def plan_of(
         ranking=ranking_of(checkpoint.path),
         draft_head=draft_head,
         embedder=embedder_of(checkpoint.path),
+        latents=latents,
     )
     try:
         beside = fits(details, current)
@@ -232,6 +242,10 @@ def plan_of(
             raise
         wait([selecting])  # a compiler takes memory as well, and gives it back
         beside = fits(details, current)
+    if not beside:  # else a load that fails takes nothing from anyone
+        from asyncengine.model.rehearsal import rehearse
+
+        rehearse(details)
     return LoadPlan(config, beside, tokenizer_key(tokenizer_path), details)
 
 
@@ -345,6 +359,16 @@ def check_draft(
         kv_dtype,
         quantization=quantization,
     )
+
+
+def check_drafts(draft: Details, has_head: bool) -> None:
+    """Refuses a draft model that has no head.
+
+    Raises:
+        CheckpointError: So it is.
+    """
+    if not has_head:
+        raise CheckpointError(f"{draft.checkpoint.path} cannot draft: it has no language-model head")
 
 
 def device_of(name: str) -> torch.device:
@@ -466,25 +490,62 @@ def without_findings(details: Details) -> Details:
 
     hf_config = architecture.read_config(details.checkpoint)
     rope_limits.settle(hf_config, details.max_length)
-    watched = watch(architecture, hf_config, details.media)
+    watched = watch(architecture, hf_config, details.media, details.latents)
     return dataclasses.replace(details, hf_config=hf_config, watched=watched, findings=None)
 
 
-def watch(architecture: Any, hf_config: Any, media: bool = False) -> Watched | None:
+def keeps_latents(config: EngineConfig) -> bool:
+    """Whether a model keeps latents if it has some: the kernels of other packages do not know these.
+
+    Raises:
+        ConfigError: They are wanted with such kernels.
+    """
+    knows = config.attention_backend not in ("flashinfer", "flash_attention_3")
+    if config.mla and not knows:
+        raise ConfigError(
+            f"mla is True with attention_backend {config.attention_backend!r}, which knows no latents; allowed: "
+            "'auto', 'triton', 'cpu', 'torch'"
+        )
+    return knows and config.mla is not False
+
+
+def check_latents(config: EngineConfig, specs: Collection[LayerSpec] | None) -> None:
+    """Looks whether a model has the latents that a configuration wants to be kept.
+
+    Args:
+        config: It.
+        specs: Of its layers that attend; None if they are not known yet.
+
+    Raises:
+        UnsupportedModelError: It has none.
+    """
+    if config.mla and specs is not None and not any(spec.values_in_keys for spec in specs):
+        raise UnsupportedModelError(
+            f"mla is True; {config.model!r} has no multi-head latent attention that transformers would let be kept so"
+        )
+
+
+def watch(architecture: Any, hf_config: Any, media: bool = False, latents: bool = False) -> Watched | None:
     """Watches the model run without weights, unless one of the same configuration was watched.
+
+    Args:
+        architecture: The module of that name.
+        hf_config: The model's.
+        media: Whether it is to take images or audio.
+        latents: Whether it keeps those of multi-head latent attention.
 
     Returns:
         What its layers need; None if it does not run without weights.
     """
     stated = json.loads(hf_config.to_json_string(use_diff=False))
     stated.pop("_name_or_path", None)  # where it was read from
-    configuration = f"{type(hf_config).__qualname__} {media} {json.dumps(stated, sort_keys=True)}"
+    configuration = f"{type(hf_config).__qualname__} {media} {latents} {json.dumps(stated, sort_keys=True)}"
     if (known := _WATCHED.get(configuration)) is not None:
         return known
     try:
         with BUILDING, torch.device("meta"):
             # In a dtype of few digits, so that states of more digits are known to be so.
-            model = architecture.bare(hf_config, torch.bfloat16, media)
+            model = architecture.bare(hf_config, torch.bfloat16, media, latents)
         found: Watched = architecture.record(model.eval()).watched
     except UnsupportedModelError:
         raise

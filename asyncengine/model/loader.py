@@ -14,7 +14,6 @@ import torch
 from asyncengine.config import EngineConfig
 from asyncengine.errors import (
     AsyncEngineError,
-    CheckpointError,
     InsufficientMemoryError,
     ReloadError,
     UnsupportedModelError,
@@ -29,6 +28,7 @@ from asyncengine.model.encoders.kind import is_encoder
 from asyncengine.model.findings import keep
 from asyncengine.model.load_check import (
     Details,
+    check_drafts,
     device_of,
     dtype_of,
     plan_of,
@@ -170,11 +170,9 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     notes += [details.rope_note] if details.rope_note else []
     draft = None
     if details.draft is not None:
-        draft = build(
-            config.replace(images=False, audio=False), details.draft, lambda: backend
-        )  # text is all that it sees
-        if not draft.has_head:
-            raise CheckpointError(f"{details.draft.checkpoint.path} cannot draft: it has no language-model head")
+        text_alone = config.replace(images=False, audio=False, mla=None)
+        draft = build(text_alone, details.draft, lambda: backend)
+        check_drafts(details.draft, draft.has_head)
     head = None if details.draft_head is None else details.draft_head.build(built, details)
     check_recurrent(config, bool(built.layers.recurrent), draft is not None and bool(draft.layers.recurrent))
     drafting_layers = [] if draft is None else draft.layers.attention
@@ -231,6 +229,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
             decoder_backend=built.decoder_backend(config),
             images=not built.no_media["image"],
             audio=not built.no_media["audio"],
+            mla=any(layer.spec.values_in_keys for layer in built.layers.attention),
         ),
         vocab_size=vocab_size,
         eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < vocab_size),

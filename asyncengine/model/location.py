@@ -127,7 +127,7 @@ def names_head(model: str) -> bool:
     """Whether a draft head is meant, not a model: by the configuration that is there."""
     try:
         config = json.loads((locate(model) / "config.json").read_text(encoding="utf-8"))
-    except (CheckpointError, OSError, ValueError):
+    except (CheckpointError, OSError, ValueError, RecursionError):
         return False  # whoever reads it will say what is wrong
     return isinstance(config, dict) and is_head(config)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.latent_attention import LatentAttention
 from asyncengine.model.recurrent.functions import Functions
 from asyncengine.model.recurrent.recorded import RecurrentLayer, RecurrentSpec
 
@@ -74,8 +75,9 @@ class Recorded:
 
     @property
     def uncalled(self) -> set[nn.Module]:
-        """Modules within recurrent layers whose weights may be read by these, since they are not called."""
-        return {
+        """Modules within layers whose weights may be read by these, since they are not called."""
+        latent = {layer.module.kv_b_proj for layer in self.attention if isinstance(layer.module, LatentAttention)}
+        return latent | {
             module
             for layer in self.recurrent
             for name, module in layer.module.named_modules()

@@ -129,7 +129,7 @@ def json_in(path: Path, otherwise: Any) -> Any:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return otherwise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if type(values) is not type(otherwise):
         raise CheckpointError(f"{path} is a JSON {type(values).__name__}; expected a {type(otherwise).__name__}")

@@ -88,7 +88,7 @@ def described(model: Any, layers: list[RecordedLayer], parts: Blueprint, checkpo
     """What `assembled` needs to know of a model that is compiled; None if it could not do without transformers.
 
     It cannot where a parameter is stored neither as it is nor as codes, or is none of the compiled step's, or where
-    layers have experts, or where positions rotate in a way that is more than frequencies.
+    layers have experts or keep latents, or where positions rotate in a way that is more than frequencies.
     """
     names = {module: name for name, module in model.named_modules()}
     parameters = dict(model.named_parameters())
@@ -107,7 +107,7 @@ def described(model: Any, layers: list[RecordedLayer], parts: Blueprint, checkpo
     named = dict(model.named_parameters(remove_duplicate=False))
     if any(name not in named for name in model.state_dict()):
         return None  # a buffer with contents
-    if any(part.experts is not None for part in parts.layers):
+    if any(part.experts is not None or part.latents is not None for part in parts.layers):
         return None
     tables = list({id(part.rotation[0]): part.rotation for part in parts.layers if part.rotation is not None}.values())
     rotations = [_frequencies(model, *table) for table in tables]

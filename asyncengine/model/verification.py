@@ -182,6 +182,8 @@ class Trial:
         layers = []
         for layer in self.layers.attention:
             key, value = (fp8.scale_for(float(number)) for number in largest[layer.module])
+            if layer.spec.values_in_keys:  # which are kept once, and what is largest of both is in the key
+                value = key
             spec = dataclasses.replace(layer.spec, key_scale=key, value_scale=value)
             layers.append(dataclasses.replace(layer, spec=spec))
         return dataclasses.replace(self.layers, attention=layers)

@@ -196,6 +196,8 @@ def safetensors(path: Path) -> dict[str, torch.Tensor]:
         (["./nowhere"], "model './nowhere': there is no such directory"),
         (["tiny", "--max-model-len", "4096"], "--max-model-len (max_single_sequence_length) is 4096"),
         (["tiny", "--memory", "inf"], "--memory is inf; expected GiB >= 0"),
+        (["tiny", "--memory", "1e300"], "--memory is 1e+300; expected GiB >= 0, and less than 1,073,741,824"),
+        (["tiny", "--device", "cuda:99"], "--memory says how much to reckon with"),
         (["tiny", "--quantization", "int8", "--dtype", "float16"], "quantization is 'int8' with dtype float16"),
         (["tiny", "--speculative-model", "./nowhere"], "model './nowhere': there is no such directory"),
         (["tiny", "--num-speculative-tokens", "3"], "--num-speculative-tokens (spec_draft_length) is 3 with"),

@@ -153,6 +153,11 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
 GROUPED: dict[str, Any] = MOE | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
 ROUTED: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
+LATENT_HEADS: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+    "v_head_dim": 20,
+}  # fmt: skip
+
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("ApertusConfig", COMMON),
     "arcee": ("ArceeConfig", COMMON),
@@ -160,9 +165,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_experts": 4, "num_shared_experts": 1, "shared_expert_combination_strategy": "average",
         "expert_selection_fn": "sigmoid", "prefix_dense_intermediate_size": 96, "first_k_dense_replace": 1,
     }),
-    "deepseek_v2": ("DeepseekV2Config", COMMON | GROUPED | {
-        "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16, "v_head_dim": 20, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
+    "deepseek_v2": ("DeepseekV2Config", COMMON | GROUPED | LATENT_HEADS | {
+        "q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
     }),
     "dots1": ("Dots1Config", COMMON | GROUPED | {"head_dim": 16}),
     "ernie4_5": ("Ernie4_5Config", COMMON),
@@ -190,9 +194,15 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48,
     }),
     "glm4_moe": ("Glm4MoeConfig", COMMON | GROUPED | {"head_dim": 16, "attention_bias": True, "use_qk_norm": True}),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", COMMON | GROUPED | LATENT_HEADS | {"n_group": 1, "topk_group": 1}),
     "granitemoe": ("GraniteMoeConfig", COMMON | ROUTED | {"embedding_multiplier": 3.0}),
     "granitemoeshared": ("GraniteMoeSharedConfig", COMMON | ROUTED | {"shared_intermediate_size": 80}),
     "hunyuan_v1_dense": ("HunYuanDenseV1Config", COMMON | {"head_dim": 16}),
+    "longcat_flash": ("LongcatFlashConfig", COMMON | LATENT_HEADS | {
+        "n_routed_experts": 4, "zero_expert_num": 1, "moe_topk": 2, "expert_ffn_hidden_size": 32,
+        "ffn_hidden_size": 96, "num_layers": 2, "head_dim": 8,
+    }),
+    "minicpm3": ("MiniCPM3Config", COMMON | LATENT_HEADS),
     "minimax_m2": ("MiniMaxM2Config", COMMON | ROUTED | {"head_dim": 16, "rotary_dim": 8}),
     "ministral3": ("Ministral3Config", COMMON | {"head_dim": 16}),
     "nemotron": ("NemotronConfig", COMMON | {"head_dim": 16}),

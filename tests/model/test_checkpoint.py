@@ -11,6 +11,7 @@ import torch
 from asyncengine import tiny
 from asyncengine.errors import CheckpointError
 from asyncengine.model.checkpoint import Checkpoint, tokenizer_key
+from asyncengine.model.sentence_modules import embedder_of
 
 
 @pytest.fixture
@@ -22,6 +23,20 @@ def llama(checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 def test_a_missing_configuration_is_named(llama: Path) -> None:
     (llama / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        Checkpoint(llama)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "modules.json"])
+def test_json_that_is_nested_too_deeply_cannot_be_read(name: str, llama: Path) -> None:
+    (llama / name).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read: .*recursion"):
+        embedder_of(llama) if name == "modules.json" else Checkpoint(llama).generation_defaults
+
+
+def test_a_header_that_is_nested_too_deeply_cannot_be_read(llama: Path) -> None:
+    text = b"[" * 100_000
+    (llama / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged or incomplete: .*recursion"):
         Checkpoint(llama)
 
 

@@ -130,17 +130,19 @@ async def test_a_warm_up_that_raises_leaves_the_old_model_serving(
 
 @pytest.mark.loops("either")
 async def test_a_load_that_fails_after_the_old_model_is_gone_leaves_a_usable_engine(
-    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from asyncengine.model import load_check
+    from asyncengine.model import load_check, loader
 
-    bad = Path(copytree(checkpoint("llama", seed=1), tmp_path / "bad"))
-    break_shapes(bad)
+    def warm_up(*_: Any) -> None:
+        raise RuntimeError("the kernel does not like it")
+
     async with AsyncEngine(config(checkpoint("llama"))) as engine:
         with monkeypatch.context() as patch:
             patch.setattr(load_check, "fits", lambda details, current: False)
-            with pytest.raises(ReloadError):
-                await engine.reload(config(bad))
+            patch.setattr(loader, "_warm_up", warm_up)
+            with pytest.raises(ReloadError, match="the kernel does not like it"):
+                await engine.reload(config(checkpoint("llama", seed=1)))
         assert engine.state is EngineState.UNLOADED
         await engine.reload(config(checkpoint("llama", seed=1)))
         assert (await engine.generate(PROMPT, GREEDY)).token_ids == generated(checkpoint("llama", seed=1))

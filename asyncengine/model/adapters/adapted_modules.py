@@ -20,6 +20,8 @@ from asyncengine.model.adapters import lora
 from asyncengine.model.adapters.factor_table import MOST_RANK, FactorTable
 from asyncengine.model.adapters.lora import Lora, LowRank
 from asyncengine.model.decoder.compiled_linear import CompiledLinear
+from asyncengine.model.decoder.head_products import LatentMatrix
+from asyncengine.model.latent_attention import LatentAttention
 from asyncengine.model.packed_linear import PackedLinear
 from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
@@ -31,7 +33,7 @@ from asyncengine.step.batch import Int32, Int64, StepBatch
 BY_TOKEN = 256
 """Tokens of the largest launched step in which each looks its adapter up; of more, those that share one go together."""
 
-_LINEAR = (nn.Linear, CompiledLinear, PackedLinear, Fp8Linear, FourBitLinear, ByteLinear)
+_LINEAR = (nn.Linear, CompiledLinear, LatentMatrix, PackedLinear, Fp8Linear, FourBitLinear, ByteLinear)
 
 
 class ModulesFormat:
@@ -75,6 +77,11 @@ class AdaptedModules:
         by_token: bool | None = None,
     ) -> None:
         self._modules = _linear_layers(model, recorded)
+        self._latent = {
+            f"{layer.name}.kv_b_proj": layer.module
+            for layer in recorded.attention
+            if isinstance(layer.module, LatentAttention)
+        }
         self.format = ModulesFormat({name: _shape(module) for name, module in self._modules.items()}, dtype)
         self._device = self._home = device
         self._adapters: dict[int, dict[str, LowRank]] = {}
@@ -90,7 +97,7 @@ class AdaptedModules:
     @property
     def capturable(self) -> bool:
         """Whether there are adapters, with which steps can be captured."""
-        return self._table is not None and bool(self._adapters) and self._table.rank <= MOST_RANK
+        return bool(self._adapters) and self.by_token(1)
 
     @property
     def generation(self) -> int:
@@ -104,18 +111,22 @@ class AdaptedModules:
             self._table.put(index, moved)
         self._adapters[index] = moved
         for name in adapter:
-            if name not in self._hooks:
+            if name in self._latent:
+                self._latent[name].adapting = _OfLatents(self, name)
+            elif name not in self._hooks:
                 self._hooks[name] = self._modules[name].register_forward_hook(self._hook(name))
 
     def remove(self, index: int) -> None:
         """As `AdaptableModel.remove_adapter`."""
         del self._adapters[index]
+        in_use = {name for adapter in self._adapters.values() for name in adapter}
+        for name in self._latent.keys() - in_use:
+            self._latent[name].adapting = None
         if self._table is not None and self._adapters:  # what was captured still has all layers
             self._table.remove(index)
             return
         if self._table is not None:
             self._table.clear()
-        in_use = {name for adapter in self._adapters.values() for name in adapter}
         for name in [name for name in self._hooks if name not in in_use]:
             self._hooks.pop(name).remove()
 
@@ -131,7 +142,9 @@ class AdaptedModules:
 
     def by_token(self, tokens: int) -> bool:
         """Whether in a step of so many tokens each looks its adapter up."""
-        return self._table is not None and tokens <= BY_TOKEN and self._table.rank <= MOST_RANK
+        if self._table is None or tokens > BY_TOKEN or self._table.rank > MOST_RANK:
+            return False
+        return not any(layer.adapting for layer in self._latent.values())  # for which there are no kernels
 
     @contextlib.contextmanager
     def looked_up(self, which: torch.Tensor) -> Iterator[None]:
@@ -187,6 +200,38 @@ class AdaptedModules:
             return outputs.view(output.shape)
 
         return add
+
+
+class _OfLatents:
+    """What the adapters of the matrix behind latents add, where it is multiplied with queries and with what comes out
+    of attention, head by head.
+
+    Args:
+        adapted: All adapters.
+        name: Of that matrix.
+    """
+
+    def __init__(self, adapted: AdaptedModules, name: str) -> None:
+        self._adapted = adapted
+        self._name = name
+
+    def add_to(self, made: torch.Tensor, given: torch.Tensor, part: slice, into: bool) -> torch.Tensor:
+        """As `LatentAttention` has it."""
+        if not self._adapted.active:
+            return made
+        for adapter, tokens in self._adapted._present:
+            factors = adapter.get(self._name)
+            if factors is None:
+                continue
+            own = (given if tokens is None else given[tokens]).transpose(0, 1)
+            up = factors.up.view(len(own), -1, factors.up.shape[1])[:, part]
+            if into:
+                added = torch.bmm(own, up) @ factors.down
+            else:
+                added = torch.bmm(own @ factors.down.T, up.transpose(1, 2))
+            added = added.transpose(0, 1) * factors.scaling
+            made = made + added if tokens is None else made.index_add(0, tokens, added)
+        return made
 
 
 def groups_of(batch: StepBatch) -> tuple[Int64, list[tuple[int, int, int]]]:

@@ -215,6 +215,10 @@ def _adapter(
         if shape is None:
             near = difflib.get_close_matches(module, layers, n=1, cutoff=0.8)
             hint = f"; did you mean {near[0]!r}?" if near else f"; such as {next(iter(layers))!r}" if layers else ""
+            if module.endswith(".kv_b_proj"):
+                hint = (
+                    "; where the model keeps latents, decoder_backend='transformers' lets it be, and so does mla=False"
+                )
             raise AdapterError(f"{what} adapts {module!r}, which is not a linear layer that can be adapted{hint}")
         rank = down.shape[0]
         if up.shape[1] != rank or (up.shape[0], down.shape[1]) != shape:

@@ -36,6 +36,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (_POINTER, _INTEGER, _POINTER, _INTEGER, _POINTER, _POINTER, _POINTER, _INTEGER),
     ),
     "decoder_product": (ctypes.c_int, (_POINTER, _POINTER, _INTEGER, _POINTER, _INTEGER)),
+    "decoder_products": (ctypes.c_int, (_POINTER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER)),
 }
 Kind = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 """What a library computes with. The last two are bfloat16 with weights in int8 or four bits."""

@@ -35,6 +35,8 @@ class LayerSpec:
         value_scale: The same for values.
         looks_ahead: Whether tokens of an image attend to all of it, also to what follows them (`StepBatch.reach`).
             A sliding window bounds how far back they look, as it does for others.
+        values_in_keys: Whether the value of a token is the beginning of its key, as of latents
+            (`asyncengine.model.latent_attention`), so that a back end may keep it once.
     """
 
     num_heads: int
@@ -48,6 +50,7 @@ class LayerSpec:
     key_scale: float = 1.0
     value_scale: float = 1.0
     looks_ahead: bool = False
+    values_in_keys: bool = False
 
 
 class AttentionBackend(Protocol):

@@ -20,11 +20,13 @@ class TokenMajorCache:
 
     Attributes:
         keys: (blocks, page size, kv heads, key_dim).
-        values: (blocks, page size, kv heads, value_dim).
+        values: (blocks, page size, kv heads, value_dim); a part of `keys` where values are in keys.
+        stored: Those that have memory of their own.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    stored: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,14 @@ class Writes:
     def write(self, cache: TokenMajorCache, key: torch.Tensor, value: torch.Tensor) -> None:
         """Writes (tokens, kv heads, dim) keys and values."""
         written = slice(len(self.slots)) if self.tokens is None else self.tokens
-        for cached, given in ((cache.keys, key), (cache.values, value)):
+        for cached, given in zip(cache.stored, (key, value), strict=False):
             numbers = fp8.movable(fp8.stored(given[written], cached.dtype))
             fp8.movable(cached).flatten(0, 1).index_copy_(0, self.slots, numbers)
+
+
+def numbers_kept(spec: LayerSpec) -> int:
+    """How many numbers a layer keeps for each token and head, where values that are in keys are kept with these."""
+    return spec.key_dim if spec.values_in_keys else spec.key_dim + spec.value_dim
 
 
 class TokenMajorLayout:
@@ -61,21 +68,22 @@ class TokenMajorLayout:
 
     def bytes_per_block(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block of one layer takes."""
-        return page_size * spec.num_kv_heads * (spec.key_dim + spec.value_dim) * dtype.itemsize
+        return page_size * spec.num_kv_heads * numbers_kept(spec) * dtype.itemsize
 
     def allocate(
         self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> TokenMajorCache:
         """Returns the uninitialised KV cache of one layer."""
         shape = (num_blocks, page_size, spec.num_kv_heads)
-        return TokenMajorCache(
-            torch.empty(*shape, spec.key_dim, dtype=dtype, device=device),
-            torch.empty(*shape, spec.value_dim, dtype=dtype, device=device),
-        )
+        keys = torch.empty(*shape, spec.key_dim, dtype=dtype, device=device)
+        if spec.values_in_keys:
+            return TokenMajorCache(keys, keys[..., : spec.value_dim], (keys,))
+        values = torch.empty(*shape, spec.value_dim, dtype=dtype, device=device)
+        return TokenMajorCache(keys, values, (keys, values))
 
     def copy_blocks(self, caches: Sequence[TokenMajorCache], copies: torch.Tensor) -> None:
         """Copies whole blocks in every layer, all of them read before any is written; `copies` is (C, 2)."""
         for cache in caches:
             source, destination = copies.to(cache.keys.device).long().unbind(1)
-            for numbers in (fp8.movable(cache.keys), fp8.movable(cache.values)):
+            for numbers in map(fp8.movable, cache.stored):
                 numbers.index_copy_(0, destination, numbers[source])

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from asyncengine.model.attention import fp8, tuned_tiles, work_list
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec
+from asyncengine.model.attention.token_major import numbers_kept
 from asyncengine.model.attention.triton_launch import (
     MERGE_LAUNCH,
     WRITE_LAUNCH,
@@ -45,11 +46,13 @@ class TritonCache:
 
     Attributes:
         keys: (blocks, kv heads, page size, key_dim).
-        values: (blocks, kv heads, page size, value_dim).
+        values: (blocks, kv heads, page size, value_dim); a part of `keys` where values are in keys.
+        stored: Those that have memory of their own.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    stored: tuple[torch.Tensor, ...]
 
 
 @dataclass(slots=True)
@@ -136,7 +139,7 @@ class TritonAttention:
 
     def bytes_per_block(self, spec: LayerSpec, page_size: int, dtype: torch.dtype) -> int:
         """Bytes that one block of one layer takes."""
-        return page_size * spec.num_kv_heads * (spec.key_dim + spec.value_dim) * dtype.itemsize
+        return page_size * spec.num_kv_heads * numbers_kept(spec) * dtype.itemsize
 
     def allocate(
         self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device
@@ -159,10 +162,11 @@ class TritonAttention:
         self._buffer.reserve((1 << 16) + 2 * num_blocks)
         self._know(spec, dtype)
         shape = (num_blocks, spec.num_kv_heads, page_size)
-        return TritonCache(
-            torch.empty(*shape, spec.key_dim, dtype=dtype, device=device),
-            torch.empty(*shape, spec.value_dim, dtype=dtype, device=device),
-        )
+        keys = torch.empty(*shape, spec.key_dim, dtype=dtype, device=device)
+        if spec.values_in_keys:
+            return TritonCache(keys, keys[..., : spec.value_dim], (keys,))
+        values = torch.empty(*shape, spec.value_dim, dtype=dtype, device=device)
+        return TritonCache(keys, values, (keys, values))
 
     def _prepare(self, device: torch.device) -> None:
         """Makes what is made once for a device."""
@@ -185,7 +189,7 @@ class TritonAttention:
         """How a layer is cut, or None where its heads are too large for the kernel."""
         assert self._tuned is not None
         found = self._tuned.get((dtype.itemsize, spec.key_dim, spec.value_dim))
-        return found or tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim)
+        return found or tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim, spec.values_in_keys)
 
     def _know(self, spec: LayerSpec, dtype: torch.dtype) -> int:
         """The index of the layer's cut, and room for its parts."""
@@ -348,7 +352,7 @@ class TritonAttention:
             copies = copies.pin_memory().to(device, non_blocking=True)
         source, destination = copies.long().unbind(1)
         for cache in caches:
-            for numbers in (fp8.movable(cache.keys), fp8.movable(cache.values)):
+            for numbers in map(fp8.movable, cache.stored):
                 numbers.index_copy_(0, destination, numbers[source])
 
 

@@ -123,10 +123,11 @@ def write(
     key_token, key_head, value_token, value_head, key_scale, value_scale,
     KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr,
+    IN_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Writes keys and values to their slots; a row is a pair of a token and a head.
 
-    With FP8 the slots are bytes, and what they hold was divided by the scales.
+    With FP8 the slots are bytes, and what they hold was divided by the scales. With IN_KEYS values are in keys.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = row // KV_HEADS
@@ -141,11 +142,12 @@ def write(
     numbers = tl.load(key + token * key_token + head * key_head + dim, mask=mask)
     numbers = e4m3(numbers.to(tl.float32) / key_scale) if FP8 else numbers.to(keys.dtype.element_ty)
     tl.store(keys + here * KEY_DIM + dim, numbers, mask=mask)
-    dim = tl.arange(0, VALUE_PAD)[None, :]
-    mask = written & (dim < VALUE_DIM)
-    numbers = tl.load(value + token * value_token + head * value_head + dim, mask=mask)
-    numbers = e4m3(numbers.to(tl.float32) / value_scale) if FP8 else numbers.to(values.dtype.element_ty)
-    tl.store(values + here * VALUE_DIM + dim, numbers, mask=mask)
+    if not IN_KEYS:
+        dim = tl.arange(0, VALUE_PAD)[None, :]
+        mask = written & (dim < VALUE_DIM)
+        numbers = tl.load(value + token * value_token + head * value_head + dim, mask=mask)
+        numbers = e4m3(numbers.to(tl.float32) / value_scale) if FP8 else numbers.to(values.dtype.element_ty)
+        tl.store(values + here * VALUE_DIM + dim, numbers, mask=mask)
 
 
 @triton.jit
@@ -156,7 +158,7 @@ def attend(
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
     PAGE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FP8: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, FP8: tl.constexpr, AHEAD: tl.constexpr, IN_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Works through one work list, all programs together. Each KV head (and each tile of query heads) is apart.
 
@@ -164,16 +166,21 @@ def attend(
     any other case keys and values are multiplied as they are stored.
 
     With AHEAD a token sees as many tokens of its row as the plan says; else those up to itself.
+
+    With IN_KEYS the value of a token is the beginning of its key, and is loaded once. Products of queries and keys are
+    then made of two: of what is a value, too, and of the rest, which is what KEY_PAD is the size of.
     """
     NUMBER: tl.constexpr = tl.float16 if FP8 else keys.dtype.element_ty
     TILE_HEADS: tl.constexpr = GROUP if GROUP < ROWS else ROWS
     HEAD_TILES: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
     WAYS: tl.constexpr = KV_HEADS * HEAD_TILES
     HEADS: tl.constexpr = KV_HEADS * GROUP
+    FIRST: tl.constexpr = VALUE_DIM if IN_KEYS else 0
+    VALUE_ROW: tl.constexpr = KEY_DIM if IN_KEYS else VALUE_DIM
 
     row = tl.arange(0, ROWS)
     step = tl.arange(0, KEYS)
-    key_dim = tl.arange(0, KEY_PAD)
+    key_dim = FIRST + tl.arange(0, KEY_PAD)
     value_dim = tl.arange(0, VALUE_PAD)
     row_token = row // TILE_HEADS
     first_item = plan + tl.load(plan + LIST + 1)
@@ -218,6 +225,15 @@ def attend(
         if FP8:
             queries = tl.clamp(queries.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         queries = queries.to(NUMBER)
+        if IN_KEYS:
+            of_values = tl.load(
+                query + ((token + row_token) * query_token + head * query_head)[:, None] + value_dim[None, :],
+                mask=valid[:, None] & (value_dim[None, :] < VALUE_DIM),
+                other=0.0,
+            )  # fmt: skip
+            if FP8:
+                of_values = tl.clamp(of_values.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+            of_values = of_values.to(NUMBER)
         row_position = position + row_token
         row_last = row_position
         if AHEAD:
@@ -242,6 +258,13 @@ def attend(
                 other=0.0,
             ).to(NUMBER)  # fmt: skip
             scores = _dot(queries, tl.trans(block_keys), PRECISION, WIDEN)
+            if IN_KEYS:
+                block_values = tl.load(
+                    values + in_page[:, None] * VALUE_ROW + value_dim[None, :] + (first_row * VALUE_ROW)[:, None],
+                    mask=written[:, None] & (value_dim[None, :] < VALUE_DIM),
+                    other=0.0,
+                ).to(NUMBER)  # fmt: skip
+                scores += _dot(of_values, tl.trans(block_values), PRECISION, WIDEN)
             if HAS_SOFT_CAP:
                 # tanh(score / cap); an exponential that overflows gives 1, one that vanishes -1
                 scores = 1.0 - 2.0 / (tl.exp2(scores * (scaling * (2.0 * _LOG2E) / soft_cap)) + 1.0)
@@ -275,11 +298,12 @@ def attend(
             keep = tl.exp2(part_max - safe)
             part_sum = tl.fma(part_sum, keep, tl.sum(weights, 1))
             part_max = new_max
-            block_values = tl.load(
-                values + in_page[:, None] * VALUE_DIM + value_dim[None, :] + (first_row * VALUE_DIM)[:, None],
-                mask=written[:, None] & (value_dim[None, :] < VALUE_DIM),
-                other=0.0,
-            ).to(NUMBER)  # fmt: skip
+            if not IN_KEYS:
+                block_values = tl.load(
+                    values + in_page[:, None] * VALUE_ROW + value_dim[None, :] + (first_row * VALUE_ROW)[:, None],
+                    mask=written[:, None] & (value_dim[None, :] < VALUE_DIM),
+                    other=0.0,
+                ).to(NUMBER)  # fmt: skip
             weights = weights.to(NUMBER)
             part_total = part_total * keep[:, None] + _dot(weights, block_values, PRECISION, WIDEN)
         if part < 0:

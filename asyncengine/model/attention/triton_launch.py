@@ -40,7 +40,7 @@ def attend_constants(
         "GROUP": spec.num_heads // spec.num_kv_heads,
         "KEY_DIM": spec.key_dim,
         "VALUE_DIM": spec.value_dim,
-        "KEY_PAD": padded(spec.key_dim),
+        "KEY_PAD": padded(spec.key_dim - spec.value_dim if spec.values_in_keys else spec.key_dim),
         "VALUE_PAD": padded(spec.value_dim),
         "PAGE": page_size,
         "WINDOW": spec.sliding_window or 0,
@@ -56,6 +56,7 @@ def attend_constants(
         "STAGES": launch.stages,
         # Rows that look ahead are in long lists.
         "AHEAD": reach and spec.looks_ahead and index % 2 == 1,
+        "IN_KEYS": spec.values_in_keys,
     }
 
 
@@ -70,6 +71,7 @@ def write_constants(spec: LayerSpec, dtype: torch.dtype, page_size: int) -> dict
         "PAGE": page_size,
         "ROWS": WRITE_LAUNCH.rows,
         "FP8": dtype is fp8.E4M3,
+        "IN_KEYS": spec.values_in_keys,
     }
 
 

@@ -76,6 +76,18 @@ EXACT: dict[tuple[int, int, int], Tiles] = {
     (2, 256, 256): Tiles(32, 256, Launch(16, 4, 3, 248), Launch(64, 8, 3)),
     (4, 256, 256): Tiles(32, 256, Launch(16, 8, 2), Launch(16, 8, 2)),
 }
+IN_KEYS: dict[tuple[int, int], Tiles] = {
+    # As TABLE, of layers whose values are the beginning of their keys: the larger of that and of the rest. There are
+    # many query heads on the one KV head, so tiles have more rows.
+    (1, 256): Tiles(32, 256, Launch(16, 8, 3), Launch(32, 8, 3)),
+    (1, 512): Tiles(32, 256, Launch(16, 8, 3), Launch(16, 8, 3)),
+    (2, 256): Tiles(32, 256, Launch(32, 8, 3), Launch(32, 8, 3)),
+    (2, 512): Tiles(32, 256, Launch(32, 8, 3), Launch(32, 8, 3)),
+    (4, 64): Tiles(32, 256, Launch(16, 4, 3), Launch(32, 4, 3)),
+    (4, 128): Tiles(32, 256, Launch(16, 8, 3), Launch(32, 8, 3)),
+    (4, 256): Tiles(16, 256, Launch(16, 8, 3), Launch(16, 8, 3)),
+    (4, 512): Tiles(16, 256, Launch(16, 8, 3), Launch(16, 8, 3)),
+}
 
 
 def padded(size: int) -> int:
@@ -83,7 +95,17 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def tiles_for(itemsize: int, key_dim: int, value_dim: int) -> Tiles | None:
-    """How a layer is cut, or None where its heads are too large for the kernel."""
+def tiles_for(itemsize: int, key_dim: int, value_dim: int, values_in_keys: bool = False) -> Tiles | None:
+    """How a layer is cut, or None where its heads are too large for the kernel.
+
+    Args:
+        itemsize: Bytes of a stored number.
+        key_dim: Size of a key head.
+        value_dim: Of a value head.
+        values_in_keys: Whether that is the beginning of the key, which is then multiplied in two parts.
+    """
+    if values_in_keys:
+        size = itemsize, padded(max(key_dim - value_dim, value_dim))
+        return IN_KEYS.get(size) or TABLE.get(size)
     exact = EXACT.get((itemsize, key_dim, value_dim))
     return exact or TABLE.get((itemsize, padded(max(key_dim, value_dim))))

@@ -24,7 +24,7 @@ from asyncengine.model.decoder.weights import MatrixStruct, PackedMatrix, Place
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import Int32, Int64, StepBatch
 
-MATRICES = ("qkv", "output", "gate_up", "down", "router")
+MATRICES = ("qkv", "output", "gate_up", "down", "router", "query")
 """Of a layer, in the order of `Place` in decoder.cpp."""
 _MOST = 64
 """Tokens in one piece of work."""
@@ -58,7 +58,7 @@ class PackedAdapter:
     """An adapter for the compiled step.
 
     Attributes:
-        structs: (layers * 5,) what is added to each matrix.
+        structs: (layers * 6,) what is added to each matrix.
         held: The memory that they point to.
     """
 

@@ -19,10 +19,20 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import RecordedLayer, text_config
 from asyncengine.model.decoder.experts import ROUTERS, SHARED, SHARED_GATES, experts_of, shared_of
-from asyncengine.model.decoder.parts import Beside, Blueprint, LayerParts, NormPart, NotRecognised, Projection
-from asyncengine.model.decoder.rotation import Rotation, rotates, rotation
+from asyncengine.model.decoder.parts import (
+    Beside,
+    Blueprint,
+    LatentParts,
+    LayerParts,
+    NormPart,
+    NotRecognised,
+    Projection,
+)
+from asyncengine.model.decoder.rotation import Rotation, latent_rotation, rotates, rotation
+from asyncengine.model.latent_attention import LatentAttention
 from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.fp8_linear import Fp8Linear
@@ -57,6 +67,7 @@ _UP = ("up_proj", "fc1", "c_fc", "dense_h_to_4h")
 _DOWN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "output_linear")
 _ACTIVATION = ("act_fn", "activation_fn", "act", "activation")
 _MLP = ("mlp", "block_sparse_moe")
+_OF_LATENTS = {"q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"}
 _SHARED_MLP = ("shared_mlp",)  # beside a module of experts
 
 
@@ -90,7 +101,10 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int, whole_
         raise NotRecognised(f"its activation is {activation!r}")
     positions, first_position = _positions(stack, hidden, max_length)
     rotated = next((each for each in rotations if each is not None), None)
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    branches = {float(getattr(block, "residual_scale", 1.0)) for block in blocks}
+    if len(branches) > 1:
+        raise NotRecognised("its layers add their branches in different sizes")
     return Blueprint(
         embedding=embedding,
         positions=positions,
@@ -102,8 +116,8 @@ def recognise(model: Any, recorded: list[RecordedLayer], max_length: int, whole_
         rotary=0 if rotated is None else 2 * rotated.cosines.shape[1],
         pairs=rotated is not None and rotated.pairs,
         embedding_scale=_embedding_scale(embedding, config),
-        residual_scale=float(getattr(config, "residual_multiplier", None) or 1.0),
-        logit_scale=scale / float(getattr(config, "logits_scaling", None) or 1.0),
+        residual_scale=float(getattr(config, "residual_multiplier", None) or branches.pop()),
+        logit_scale=scale,
         logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
     )
 
@@ -131,6 +145,11 @@ def check_parts(
     _expect(stack, {*_EMBEDDING, *_POSITIONS, *_LAYERS, *_LAST_NORM, "rotary_emb"}, "the model")
     for block, layer in zip(blocks, recorded, strict=True):
         _check_layer(block, layer.module, whole_experts)
+        if isinstance(layer.module, LatentAttention):
+            of_heads: Any = layer.module
+            sizes = layer.spec.value_dim, layer.spec.key_dim - layer.spec.value_dim
+            for size in (*sizes, of_heads.qk_nope_head_dim, of_heads.v_head_dim):
+                _aligned(size)
     return stack, blocks
 
 
@@ -144,6 +163,8 @@ def _check_layer(block: nn.Module, attention: nn.Module, whole_experts: bool) ->
     if _first(block, _ATTENTION) is not attention:
         raise NotRecognised("a layer is not attention and an MLP")
     of_attention = {"q_proj", "k_proj", "v_proj", *_FUSED_QKV, *_QKV_BY_HEAD, *_OUTPUT, *_QUERY_NORM, *_KEY_NORM}
+    if isinstance(attention, LatentAttention):
+        of_attention = {"q_proj", *_OUTPUT, *_OF_LATENTS}
     _expect(attention, of_attention, "attention")
     if mlp is None or (whole_experts and hasattr(mlp, "experts")):
         return
@@ -164,7 +185,10 @@ def _rotations(
         return [None] * len(recorded)
     kinds = getattr(config, "layer_types", None) or [None] * len(recorded)
     first = {kind: layer for kind, layer in zip(reversed(kinds), reversed(recorded), strict=True)}
-    found = {kind: rotation(rotary, layer.module, kind, max_length) for kind, layer in first.items()}
+    found = {
+        kind: (latent_rotation if layer.spec.values_in_keys else rotation)(rotary, layer.module, kind, max_length)
+        for kind, layer in first.items()
+    }
     if len({(each.cosines.shape, each.pairs) for each in found.values()}) > 1:
         raise NotRecognised("its layers rotate in different ways")
     widest = 2 * next(iter(found.values())).cosines.shape[1]
@@ -213,6 +237,13 @@ def _layer(
         raise NotRecognised("a layer has an MLP beside another one")
     pre, post, pre_mlp, post_mlp, parallel = _norms_of(block)
     widths = (spec.num_heads * spec.key_dim, spec.num_kv_heads * spec.key_dim, spec.num_kv_heads * spec.value_dim)
+    latents = None
+    if isinstance(attention, LatentAttention):
+        if whole_experts:
+            raise NotRecognised("it keeps latents")
+        latents, qkv = _latents(attention, spec)
+    else:
+        qkv = _qkv(attention, widths, spec.num_heads == spec.num_kv_heads)
     down = None if mlp is None else _linear(mlp, _DOWN)
     layer = LayerParts(
         before_attention=pre,
@@ -221,7 +252,7 @@ def _layer(
         after_mlp=post_mlp,
         query_norm=_norm(attention, _QUERY_NORM, spec.key_dim, spec.num_heads),
         key_norm=_norm(attention, _KEY_NORM, spec.key_dim, spec.num_kv_heads),
-        qkv=_qkv(attention, widths, spec.num_heads == spec.num_kv_heads),
+        qkv=qkv,
         output=_linear(attention, _OUTPUT),
         gate_up=() if down is None else _gate_up(mlp, down.inputs),
         down=down,
@@ -231,11 +262,34 @@ def _layer(
         query_scale=_query_scale(recorded),
         recorded=recorded,
         whole_mlp=whole,
+        latents=latents,
     )
     inner = [0 if down is None else down.inputs, 0 if experts is None else experts.inner]
     for size in (*widths, spec.key_dim, spec.num_heads * spec.value_dim, *inner):
         _aligned(size)
     return layer
+
+
+def _latents(attention: Any, spec: LayerSpec) -> tuple[LatentParts, tuple[Projection, ...]]:
+    """What is between the first projections and attention, and these."""
+    rank, rotated, plain = spec.value_dim, spec.key_dim - spec.value_dim, attention.qk_nope_head_dim
+    norm, query, query_norm = _norm(attention, ("kv_a_layernorm",)), None, None
+    if norm is None:
+        raise NotRecognised("latents have no norm")
+    asked, kept = _linear(attention, ("q_a_proj", "q_proj")), _linear(attention, ("kv_a_proj_with_mqa",))
+    if getattr(attention, "q_a_proj", None) is not None:
+        query, query_norm = _linear(attention, ("q_b_proj",)), _norm(attention, ("q_a_layernorm",))
+        if query_norm is None or query.inputs != asked.shape[0] or query.bias is not None:
+            raise NotRecognised("queries are not a product behind a norm")
+    queries = spec.num_heads * (plain + rotated)
+    if (asked if query is None else query).shape[0] != queries or kept.shape[0] != spec.key_dim:
+        raise NotRecognised("queries or latents have another size than is taken from them")
+    outputs, inputs = attention.kv_b_proj.weight.shape
+    value = outputs // spec.num_heads - plain
+    if inputs != rank or outputs != spec.num_heads * (plain + value):
+        raise NotRecognised("latents do not make a key and a value for each head")
+    _aligned(asked.shape[0])
+    return LatentParts(attention.kv_b_proj, spec.num_heads, plain, norm, query, query_norm), (asked, kept)
 
 
 def _query_scale(recorded: RecordedLayer) -> float:

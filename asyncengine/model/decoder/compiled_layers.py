@@ -14,9 +14,11 @@ from asyncengine.model.decoder.compiled_experts import CompiledExperts
 from asyncengine.model.decoder.compiled_linear import CompiledLinear, Products
 from asyncengine.model.decoder.experts import alone
 from asyncengine.model.decoder.four_bit_matrix import packed
+from asyncengine.model.decoder.head_products import LatentMatrix
 from asyncengine.model.decoder.packed_experts import PackedExperts
 from asyncengine.model.decoder.parts import ExpertParts, NotRecognised, Projection
 from asyncengine.model.decoder.weights import PackedMatrix, Rounding, Weights
+from asyncengine.model.latent_attention import LatentAttention
 from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_experts import NAMES, FourBitExperts
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
@@ -41,6 +43,11 @@ def compile_layers(model: Any, products: Products, but: Collection[nn.Module] = 
         but: Linear layers that stay as they are.
     """
     rounding = rounded_to(model, products.quantization)
+    for layer in _latent(model):
+        if _fits(layer.kv_b_proj, products.dtype) and not layer.qk_nope_head_dim % _ALIGNMENT:
+            of_head = layer.qk_nope_head_dim, layer.v_head_dim
+            how_latent: Rounding = "int8" if rounding == "int4" else rounding
+            layer.kv_b_proj = LatentMatrix(products, layer.kv_b_proj, of_head, how_latent)
     head = id(model.get_output_embeddings())
     elsewhere, shared = _in_use_elsewhere(model), _shared(model)
     made: dict[int, CompiledLinear] = {}  # of what is shared, which lives until all of it is replaced
@@ -86,7 +93,8 @@ def narrow_share(model: nn.Module) -> float:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of weights and buffers."""
-    made = [module for module in model.modules() if isinstance(module, (CompiledLinear, CompiledExperts))]
+    kinds = CompiledLinear, CompiledExperts, LatentMatrix
+    made = [module for module in model.modules() if isinstance(module, kinds)]
     nowhere = {id(each) for module in made for each in module.parameters(recurse=False) if each.is_meta}
     tensors = [*(each for each in model.parameters() if id(each) not in nowhere), *model.buffers()]
     own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -104,10 +112,16 @@ def writers(model: nn.Module) -> dict[int, list[Writer]]:
         if bias is not None:
             found.setdefault(id(bias), [in_place(bias)]).append(Writer(layer.write_bias, layer.keep_bias))
     for module in model.modules():
+        if isinstance(module, LatentMatrix):
+            found[id(module.weight)] = [Writer(module.write, module.keep)]
         if isinstance(module, CompiledExperts):
             for name, writer in module.experts.named_writers().items():
                 found[id(module._parameters[name])] = [writer]
     return found
+
+
+def _latent(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, LatentAttention)]
 
 
 def _linears(model: nn.Module) -> Iterator[CompiledLinear]:
@@ -117,8 +131,9 @@ def _linears(model: nn.Module) -> Iterator[CompiledLinear]:
 def _matrices(model: nn.Module) -> list[PackedMatrix]:
     """All that were packed, each once."""
     found = {id(layer.matrix): layer.matrix for layer in _linears(model)}
-    experts = [module.experts for module in model.modules() if isinstance(module, CompiledExperts)]
-    return [*found.values(), *(matrix for each in experts for matrix in each.matrices)]
+    several: list[Any] = [module.experts for module in model.modules() if isinstance(module, CompiledExperts)]
+    several += (module for module in model.modules() if isinstance(module, LatentMatrix))
+    return [*found.values(), *(matrix for each in several for matrix in each.matrices)]
 
 
 def _weights(matrix: PackedMatrix) -> int:

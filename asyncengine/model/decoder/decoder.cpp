@@ -57,10 +57,18 @@ struct Experts {  // in the place of an MLP, or beside it; each has a gate
   double scale, beside_scale;  // what their answers, and those of the MLP beside them, are multiplied by at last
 };
 
+struct Latents {  // what is kept of a token: attention sees one key of all heads, whose beginning is the value
+  Matrix query;           // from what `query_norm` leaves to queries of all heads; null: these are the beginning of `qkv`
+  Norm query_norm, norm;  // of its inputs, and of latents
+  Matrix into, out_of;    // of all heads, one after the other: from queries to latents, from latents to values
+  int64_t rank, plain;    // numbers of a latent, and of a head's query that do not rotate; 0: there are no latents
+};
+
 struct DecoderLayer {
   Norm before_attention, after_attention, before_mlp, after_mlp, query_norm, key_norm;
   Matrix qkv, output, gate_up, down;  // gate and up by turns, a group of each; or up alone
   Experts experts;
+  Latents latents;  // with them `qkv` gives queries, or what they are made of, then latents and what rotates of the key
   int64_t gated;                      // whether there is a gate
   int64_t parallel;                   // whether the MLP sees what attention sees, not what it leaves
   const float *cosines, *sines;       // (positions, rotary / 2), or null: no rotation
@@ -102,7 +110,7 @@ struct DecoderStep {
   const int64_t *pool_spans;  // (pools, 2) tokens, from and to, whose hidden states are summed
   int64_t pools;
   float *pooled;  // (pools, hidden), behind the last norm
-  const AdaptedMatrix *const *adapters;  // of each, (layers, 5): qkv, output, gate_up, down, router
+  const AdaptedMatrix *const *adapters;  // of each, (layers, 6): qkv, output, gate_up, down, router, query
   const int32_t *token_adapters;         // (tokens) indices, or -1
   const AdaptedPiece *pieces;            // all tokens that have an adapter
   int64_t num_pieces;
@@ -510,10 +518,15 @@ struct Run {
   const int64_t tokens, threads;
   bool bundled = takes_bundles<W>();  // whether they do
   bool halved = false;                // whether sums of their halves are wanted
-  int64_t qkv_width = 0, attended_width = 0, most_top = 0, most_experts = 0, most_scores = 0,
+  int64_t qkv_width = 0, heads_width = 0, attended_width = 0, most_top = 0, most_experts = 0, most_scores = 0,
           expert_inner = 0;
   float *hidden, *branch, *qkv;
   Entering normed, inner, widened;
+  // Of layers with latents. Rows of a head, one for each token, lie together where they enter products of its own.
+  int64_t asked_width = 0, asking_width = 0, absorbing_width = 0, leaving_width = 0, valued_width = 0, most_heads = 0;
+  float *asked;                                // (tokens, asked_width) queries, where they are a product by itself
+  Entering asking, absorbing, leaving, valued;  // what makes queries; queries, what was attended to, by head; values
+  int32_t *head_first, *every_head;            // (heads + 1), (heads): as `first` and `busy`
   Stored *heads, *attended;
   // Of a layer with experts. What is sent to them is sorted by expert: `sent` rows, `top` for each token.
   float *scores, *shares, *answers;  // (tokens, outputs of the router), (sent), (sent, hidden)
@@ -531,7 +544,7 @@ struct Run {
   std::deque<Step<T>> attention;
 
   Run(const Decoder &d, const DecoderStep &s)
-      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), num_busy(size_t(d.num_layers)), phases(size_t(d.num_layers * 25 + 4)) {
+      : decoder(d), step(s), tokens(s.plan->tokens), threads(s.plan->threads), num_busy(size_t(d.num_layers)), phases(size_t(d.num_layers * 36 + 4)) {
     for (int64_t i = 0; i < s.num_pieces; ++i)
       for (int64_t place = 0; place < kPlaces * d.num_layers; ++place)
         low_width = std::max(low_width, round_up(s.adapters[s.pieces[i].adapter][place].down.outputs, kLanes));
@@ -542,15 +555,31 @@ struct Run {
       most_experts = std::max(most_experts, e.count);
       most_scores = std::max(most_scores, round_up(e.router.outputs, kLanes));
       expert_inner = std::max(expert_inner, e.down.inputs);
-      qkv_width = std::max(qkv_width, a.heads * a.key_dim + a.kv_heads * (a.key_dim + a.value_dim));
+      const Latents &l = d.layers[i].latents;
+      if (l.rank) {
+        const int64_t queries = a.heads * (l.plain + a.key_dim - l.rank);
+        qkv_width = std::max(qkv_width, round_up((l.query.weights ? l.query.inputs : queries) + a.key_dim, kLanes));
+        heads_width = std::max(heads_width, (a.heads + 1) * a.key_dim);
+        asked_width = std::max(asked_width, l.query.weights ? queries : 0);
+        asking_width = std::max(asking_width, l.query.inputs);
+        absorbing_width = std::max(absorbing_width, a.heads * l.plain);
+        leaving_width = std::max(leaving_width, a.heads * l.rank);
+        valued_width = std::max(valued_width, l.out_of.outputs);
+        most_heads = std::max(most_heads, a.heads);
+      } else {
+        const int64_t width = a.heads * a.key_dim + a.kv_heads * (a.key_dim + a.value_dim);
+        qkv_width = std::max(qkv_width, width);
+        heads_width = std::max(heads_width, width);
+      }
       attended_width = std::max(attended_width, a.heads * a.value_dim);
       for (const Matrix *each : {&d.layers[i].qkv, &d.layers[i].output, &d.layers[i].gate_up, &d.layers[i].down, &e.gate_up,
-                                 &e.down})
+                                 &e.down, &l.query, &l.into, &l.out_of})
         expect(*each);
     }
     expect(d.head);
     if (std::is_same<Plain, Int8>::value && by_tiles<Plain>()) {
-      const int64_t inputs = std::max({decoder.hidden, decoder.intermediate, attended_width, expert_inner});
+      const int64_t inputs = std::max({decoder.hidden, decoder.intermediate, attended_width, expert_inner, asking_width,
+                                       valued_width});
       widened_count = std::max(kManyRowsItemBytes / 2, kMostCols * kLanes * inputs);
     }
   }
@@ -575,7 +604,14 @@ struct Run {
     normed = take(rows, decoder.hidden);
     inner = take(tokens, decoder.intermediate);
     widened = take(tokens, attended_width, !kSame);
-    heads = memory.take<Stored>(tokens * qkv_width);
+    asked = memory.take<float>(tokens * asked_width);
+    asking = take(tokens, asking_width);
+    absorbing = take(tokens, absorbing_width);
+    leaving = take(tokens, leaving_width);
+    valued = take(tokens, valued_width);
+    head_first = memory.take<int32_t>(most_heads + 1);
+    every_head = memory.take<int32_t>(most_heads);
+    heads = memory.take<Stored>(tokens * heads_width);
     attended = memory.take<Stored>(tokens * attended_width);
     const int64_t rows_sent = tokens * most_top;
     scores = memory.take<float>(tokens * most_scores);
@@ -596,6 +632,10 @@ struct Run {
   bool prepare(Buffer &memory) {
     char *base = memory.at_least(size_t(arrange(nullptr)));
     if (base) arrange(base);
+    for (int64_t h = 0; base && h <= most_heads; ++h) {
+      head_first[h] = int32_t(h * tokens);
+      if (h < most_heads) every_head[h] = int32_t(h);
+    }
     return base;
   }
 
@@ -605,9 +645,10 @@ struct Run {
     for (int64_t i = 0; i < decoder.num_layers; ++i) {
       const DecoderLayer &layer = decoder.layers[i];
       const Layer &a = layer.attention;
-      const Stored *keys = heads + a.heads * a.key_dim, *values = keys + a.kv_heads * a.key_dim;
-      const Call call = {heads,  qkv_width, a.key_dim,   keys,        qkv_width, a.key_dim,
-                         values, qkv_width, a.value_dim, layer.sinks, attended};
+      const Stored *keys = heads + a.heads * a.key_dim;
+      const Stored *values = layer.latents.rank ? keys : keys + a.kv_heads * a.key_dim;
+      const Call call = {heads,  heads_width, a.key_dim,   keys,        heads_width, a.key_dim,
+                         values, heads_width, a.value_dim, layer.sinks, attended};
       Tiles *tiles = nullptr;
       for (Tiles &known : shared)
         if (same_shape(*known.like, a)) tiles = &known;
@@ -848,7 +889,7 @@ struct Run {
   // int8 leaves out what is as small as this, and the router of experts.
   typedef typename std::conditional<std::is_same<Plain, Int8>::value, RouterOfInt8, W>::type Small;
 
-  enum Place { kQkv, kOutput, kGateUp, kDown, kRouter, kPlaces };
+  enum Place { kQkv, kOutput, kGateUp, kDown, kRouter, kQuery, kPlaces };
 
   // A product over all tokens, and what their adapters add to it.
   template <class Next>
@@ -925,34 +966,44 @@ struct Run {
     return layer;
   }
 
-  // A product of what was sent to each expert with its own part of the matrix.
+  struct Sorted {  // rows, each of which is multiplied with one of several parts of a matrix: experts, or heads
+    int64_t count;         // parts
+    const int32_t *first;  // (count + 1) of the rows of each
+    const int32_t *busy;   // those that have some
+    int64_t asked;         // how many these are
+  };
+
+  Sorted by_expert(const Experts &experts) const { return {experts.count, first, busy, num_busy[number_of(experts)]}; }
+
+  Sorted by_head(int64_t count) const { return {count, head_first, every_head, count}; }
+
+  // A product of the rows of each part with that part of the matrix.
   template <class M>
-  void experts_product(Phase &phase, const Experts &experts, const Matrix &matrix, const typename M::Weight *inputs,
-                       const Outcome &outcome) {
-    const int64_t groups = matrix.outputs / experts.count / kLanes, steps = matrix.inputs / M::kPair;
-    const int64_t asked = num_busy[number_of(experts)], each = groups_each<M>(matrix, groups * asked, kMostCols);
+  void sorted_product(Phase &phase, const Sorted &sorted, const Matrix &matrix, const typename M::Weight *inputs,
+                      const Outcome &outcome) {
+    const int64_t groups = matrix.outputs / sorted.count / kLanes, steps = matrix.inputs / M::kPair;
+    const int64_t each = groups_each<M>(matrix, groups * sorted.asked, kMostCols);
     const int64_t parts = (groups + each - 1) / each;
-    phase.run(asked * parts, [&](int64_t item) {
-      const int64_t expert = busy[item / parts], begin = item % parts * each, start = first[expert];
-      part<M>(matrix, expert * groups, begin, std::min(groups, begin + each), inputs + start * steps,
-              first[expert + 1] - start, start, outcome);
+    phase.run(sorted.asked * parts, [&](int64_t item) {
+      const int64_t at = sorted.busy[item / parts], begin = item % parts * each, start = sorted.first[at];
+      part<M>(matrix, at * groups, begin, std::min(groups, begin + each), inputs + start * steps,
+              sorted.first[at + 1] - start, start, outcome);
     });
-    phase.wait(asked * parts);
+    phase.wait(sorted.asked * parts);
   }
 
-  void experts_product_of(Phase &phase, const Experts &experts, const Matrix &matrix, const Entering &inputs,
-                          const Outcome &outcome) {
+  void sorted_product_of(Phase &phase, const Sorted &sorted, const Matrix &matrix, const Entering &inputs,
+                         const Outcome &outcome) {
     if constexpr (std::is_same<W, Int4>::value)
       if (matrix.format && matrix.format->bits == 4)
-        return experts_product<Int4>(phase, experts, matrix, inputs.bundles, outcome);
+        return sorted_product<Int4>(phase, sorted, matrix, inputs.bundles, outcome);
     if constexpr (kBundles) {
-      if (is_fine(matrix)) return experts_product<FineInt8>(phase, experts, matrix, inputs.bundles, outcome);
-      if (matrix.format) return experts_product<GroupedInt8>(phase, experts, matrix, inputs.bundles, outcome);
+      if (is_fine(matrix)) return sorted_product<FineInt8>(phase, sorted, matrix, inputs.bundles, outcome);
+      if (matrix.format) return sorted_product<GroupedInt8>(phase, sorted, matrix, inputs.bundles, outcome);
     }
     if constexpr (takes_bundles<W>())
-      if (are_bundles(matrix.inputs))
-        return experts_product<BundledInt8>(phase, experts, matrix, inputs.bundles, outcome);
-    experts_product<Plain>(phase, experts, matrix, inputs.plain, outcome);
+      if (are_bundles(matrix.inputs)) return sorted_product<BundledInt8>(phase, sorted, matrix, inputs.bundles, outcome);
+    sorted_product<Plain>(phase, sorted, matrix, inputs.plain, outcome);
   }
 
   static void copy(float *to, const float *sums, int64_t cols) {
@@ -1127,13 +1178,13 @@ struct Run {
       if (!bundles_sent || !takes_bundles<W>())
         std::memcpy(sent.plain + i * steps, normed.plain + token * steps, size_t(steps) * sizeof(Input));
     });
-    experts_product_of(next(), experts, experts.gate_up, sent,
+    sorted_product_of(next(), by_expert(experts), experts.gate_up, sent,
                     [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                       activate_pairs(sent_inner.plain + row * (experts.down.inputs / Plain::kPair), group, cols, sums,
                                      experts.activation, float(experts.alpha), float(experts.limit));
                     });
     bundle_rows(next, experts.down.inputs, sent_inner, tokens * experts.top);
-    experts_product_of(next(), experts, experts.down, sent_inner,
+    sorted_product_of(next(), by_expert(experts), experts.down, sent_inner,
                     [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                       copy(answers + row * decoder.hidden + group * kLanes, sums, cols);
                     });
@@ -1272,20 +1323,107 @@ struct Run {
     }
   }
 
+  // Cosines and sines of a token.
+  std::pair<const float *, const float *> turned(int64_t token, const DecoderLayer &layer) const {
+    const int64_t at = (step.cosines ? token : int64_t(step.positions[token])) * (decoder.rotary / 2);
+    return {(step.cosines ? step.cosines : layer.cosines) + at, (step.cosines ? step.sines : layer.sines) + at};
+  }
+
   void position(int64_t token, const DecoderLayer &layer) const {
+    if (layer.latents.rank) return position_latents(token, layer);
     const Layer &a = layer.attention;
     const int64_t q = a.heads * a.key_dim, k = a.kv_heads * a.key_dim, width = q + k + a.kv_heads * a.value_dim;
     float *x = qkv + token * qkv_width;
     norm_heads(x, q, layer.query_norm);
     norm_heads(x + q, k, layer.key_norm);
     if (layer.cosines) {
-      const int64_t at = (step.cosines ? token : int64_t(step.positions[token])) * (decoder.rotary / 2);
-      const float *cosines = (step.cosines ? step.cosines : layer.cosines) + at;
-      const float *sines = (step.cosines ? step.sines : layer.sines) + at;
+      const auto [cosines, sines] = turned(token, layer);
       rotate(x, q, a.key_dim, cosines, sines);
       rotate(x + q, k, a.key_dim, cosines, sines);
     }
-    narrow_row<T>(heads + token * qkv_width, x, width);
+    narrow_row<T>(heads + token * heads_width, x, width);
+  }
+
+  // -- latents
+
+  // How many of the outputs of `qkv` come before latents.
+  static int64_t before_latents(const DecoderLayer &layer) {
+    const Latents &l = layer.latents;
+    return l.query.weights ? l.query.inputs : layer.attention.heads * (l.plain + layer.attention.key_dim - l.rank);
+  }
+
+  // The key, and what queries are made of.
+  void position_latents(int64_t token, const DecoderLayer &layer) const {
+    const Latents &l = layer.latents;
+    const Layer &a = layer.attention;
+    float *x = qkv + token * qkv_width, *key = x + before_latents(layer);
+    if (l.query.weights) {
+      const int64_t width = l.query.inputs;
+      norm_heads(x, width, l.query_norm);
+      Input *to = asking.plain + token * (width / Plain::kPair);
+      for (int64_t i = 0; i < width; i += kLanes) Plain::pack_vector(to + i / Plain::kPair, load<Vec>(x + i));
+      bundle(asking, token, width);
+    }
+    norm_heads(key, l.rank, l.norm);
+    if (layer.cosines) {
+      const auto [cosines, sines] = turned(token, layer);
+      rotate(key + l.rank, a.key_dim - l.rank, a.key_dim - l.rank, cosines, sines);
+    }
+    narrow_row<T>(heads + token * heads_width + a.heads * a.key_dim, key, a.key_dim);
+  }
+
+  // A query's rotated part goes to attention, the other enters the product with its head's matrix.
+  void ask_latents(int64_t token, int64_t head, const DecoderLayer &layer) const {
+    const Latents &l = layer.latents;
+    const Layer &a = layer.attention;
+    const int64_t rotated = a.key_dim - l.rank, row = head * tokens + token;
+    float *x = (l.query.weights ? asked + token * asked_width : qkv + token * qkv_width) + head * (l.plain + rotated);
+    if (layer.cosines) {
+      const auto [cosines, sines] = turned(token, layer);
+      rotate(x + l.plain, rotated, rotated, cosines, sines);
+    }
+    narrow_row<T>(heads + token * heads_width + head * a.key_dim + l.rank, x + l.plain, rotated);
+    Input *to = absorbing.plain + row * (l.plain / Plain::kPair);
+    for (int64_t i = 0; i < l.plain; i += kLanes) Plain::pack_vector(to + i / Plain::kPair, load<Vec>(x + i));
+    bundle(absorbing, row, l.plain);
+  }
+
+  // From queries to latents.
+  template <class Next>
+  void enter_latents(Next next, int64_t i) {
+    const DecoderLayer &layer = decoder.layers[i];
+    const Layer &a = layer.attention;
+    const Latents &l = layer.latents;
+    if (l.query.weights)
+      adapted_product(next, i, kQuery, l.query, asking, [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+        copy(asked + row * asked_width + group * kLanes, sums, cols);
+      });
+    rows(next(), tokens * a.heads, [&](int64_t item) { ask_latents(item / a.heads, item % a.heads, layer); });
+    sorted_product_of(next(), by_head(a.heads), l.into, absorbing,
+                      [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                        Stored *to = heads + row % tokens * heads_width + row / tokens * a.key_dim + group * kLanes;
+                        narrow_row<T>(to, sums, cols * kLanes);
+                      });
+  }
+
+  // From what was attended to to values.
+  template <class Next>
+  void leave_latents(Next next, const DecoderLayer &layer) {
+    const Layer &a = layer.attention;
+    const Latents &l = layer.latents;
+    const int64_t width = l.out_of.outputs, each = width / a.heads;
+    rows(next(), tokens * a.heads, [&](int64_t item) {
+      const int64_t row = item % a.heads * tokens + item / a.heads;
+      widen(attended + item * l.rank, leaving.plain + row * (l.rank / Plain::kPair), l.rank);
+      bundle(leaving, row, l.rank);
+    });
+    sorted_product_of(next(), by_head(a.heads), l.out_of, leaving,
+                      [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
+                        Input *to = valued.plain + (row % tokens * width + row / tokens * each) / Plain::kPair;
+                        for (int64_t c = 0; c < cols; ++c)
+                          Plain::pack_vector(to + (group + c) * (kLanes / Plain::kPair), load<Vec>(sums + c * kLanes));
+                      });
+    bundle_rows(next, width, valued, tokens);
   }
 
   // Rows in the type of what attends, as they enter a product: in their own place, or where there is room for them.
@@ -1386,11 +1524,16 @@ struct Run {
         position(token, layer);
         if (layer.parallel && layer.before_mlp.weight) enter_next(token, layer.before_mlp);
       });
+      if (layer.latents.rank) enter_latents(next, i);
       attention[size_t(i)].work();
       attention[size_t(i)].wait();
-      const int64_t width = layer.attention.heads * layer.attention.value_dim;
-      const Entering attending = entering_of(attended, widened);
-      enter_rows(next, attended, attending, width);
+      Entering attending = valued;
+      if (layer.latents.rank) {
+        leave_latents(next, layer);
+      } else {
+        attending = entering_of(attended, widened);
+        enter_rows(next, attended, attending, layer.attention.heads * layer.attention.value_dim);
+      }
       adapted_product(next, i, kOutput, layer.output, attending,
                       [&](int64_t row, int64_t group, int64_t cols, const float *sums) {
                         add(row, group, cols, sums, layer.after_attention.weight);
@@ -1705,6 +1848,34 @@ extern "C" int decoder_product(const Product *product, const void *from, int64_t
     return run_product<typename decltype(kind)::Numbers, typename decltype(kind)::Weights>(product->matrix, from, rows, to,
                                                                                           threads);
   });
+}
+
+// Several products, each of rows of its own: (count, rows, inputs) to (count, rows, outputs), of one dtype and one size.
+// Each is made by one thread. Returns as `decoder_step` does.
+extern "C" int decoder_products(const Product *products, int64_t count, const void *from, int64_t rows, void *to,
+                                int64_t threads) {
+  struct Work {
+    const Product *products;
+    int64_t count, rows;
+    const char *from;
+    char *to;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> failed{0};
+  } work{products, count, rows, static_cast<const char *>(from), static_cast<char *>(to)};
+  const int64_t products_of_all = count * rows * products->matrix.inputs * products->matrix.outputs;
+  GOMP_parallel(
+      [](void *data) {
+        Work &mine = *static_cast<Work *>(data);
+        const int64_t size = mine.products->dtype == 0 ? 4 : 2;
+        for (int64_t i; (i = mine.next++) < mine.count;) {
+          const Product &one = mine.products[i];
+          if (decoder_product(&one, mine.from + i * mine.rows * one.matrix.inputs * size, mine.rows,
+                              mine.to + i * mine.rows * one.matrix.outputs * size, 1))
+            mine.failed = 1;
+        }
+      },
+      &work, unsigned(products_of_all < kAlone ? 1 : threads), 0);
+  return work.failed;
 }
 
 // (tokens, hidden) to the same, what the `top` experts of each token answer, weighed by `shares`; both are (tokens, top).

@@ -251,11 +251,38 @@ def _tensor(module: nn.Module, name: str) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentParts:
+    """What is between the first projections and attention where latents are kept.
+
+    Attributes:
+        matrix: The module whose weight, (heads * (plain + value), rank), makes keys and values of latents.
+        heads: How many there are.
+        plain: How many numbers of a head's query do not rotate.
+        norm: Of latents.
+        query: From what `query_norm` leaves to queries; None if these are projected at once.
+        query_norm: Of the inputs of that.
+    """
+
+    matrix: nn.Module
+    heads: int
+    plain: int
+    norm: NormPart
+    query: Projection | None
+    query_norm: NormPart | None
+
+    def split(self, weight: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Of each head what makes latents of its query, (rank, plain), and what makes its values, (value, rank)."""
+        heads = weight.view(self.heads, -1, weight.shape[1])
+        return list(heads[:, : self.plain].transpose(1, 2)), list(heads[:, self.plain :])
+
+
+@dataclass(frozen=True, slots=True)
 class LayerParts:
     """One layer. A norm that is None is not there.
 
     Attributes:
-        qkv: Projections to queries, keys and values, in this order.
+        qkv: Projections to queries, keys and values, in this order; with latents to queries, or what these are made of,
+            and to latents with what rotates of the key.
         gate_up: Gate and up projection of the MLP, or the latter alone; none where there are experts alone.
         down: None where there are experts alone.
         experts: None where there is an MLP alone.
@@ -265,6 +292,7 @@ class LayerParts:
             one.
         query_scale: What queries are multiplied by before attention.
         whole_mlp: The module that stands for gate, up and down projection and experts, where it is not looked into.
+        latents: None where keys and values are kept.
     """
 
     before_attention: NormPart | None
@@ -283,6 +311,7 @@ class LayerParts:
     query_scale: float
     recorded: RecordedLayer
     whole_mlp: nn.Module | None = None
+    latents: LatentParts | None = None
 
 
 @dataclass(frozen=True, slots=True)

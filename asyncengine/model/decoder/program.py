@@ -20,7 +20,7 @@ from asyncengine.model.decoder.adapted import MATRICES, CompiledAdapters, Compil
 from asyncengine.model.decoder.byte_matrix import ByteMatrix
 from asyncengine.model.decoder.four_bit_matrix import packed as packed_matrix
 from asyncengine.model.decoder.packed_experts import ExpertsStruct, PackedExperts, small_dtype
-from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Projection
+from asyncengine.model.decoder.parts import Blueprint, LatentParts, LayerParts, NormPart, Projection
 from asyncengine.model.decoder.weights import (
     DTYPES,
     NARROW,
@@ -56,6 +56,15 @@ class _AttentionStruct(ctypes.Structure):
     )  # fmt: skip
 
 
+class _LatentsStruct(ctypes.Structure):
+    """As `Latents`."""
+
+    _fields_ = (
+        ("query", MatrixStruct), ("query_norm", NormStruct), ("norm", NormStruct), ("into", MatrixStruct),
+        ("out_of", MatrixStruct), ("rank", ctypes.c_int64), ("plain", ctypes.c_int64),
+    )  # fmt: skip
+
+
 class _LayerStruct(ctypes.Structure):
     """As `DecoderLayer`."""
 
@@ -64,7 +73,7 @@ class _LayerStruct(ctypes.Structure):
             "before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm",
         )),
         *((name, MatrixStruct) for name in ("qkv", "output", "gate_up", "down")),
-        ("experts", ExpertsStruct),
+        ("experts", ExpertsStruct), ("latents", _LatentsStruct),
         ("gated", ctypes.c_int64), ("parallel", ctypes.c_int64),
         ("cosines", ctypes.c_void_p), ("sines", ctypes.c_void_p), ("sinks", ctypes.c_void_p),
         ("attention", _AttentionStruct),
@@ -140,6 +149,9 @@ class _Layer:
             self.matrices["gate_up"] = packed(parts.gate_up, turns=len(parts.gate_up))
             self.matrices["down"] = packed([parts.down])
         self.experts = None if parts.experts is None else PackedExperts(library, parts.experts, rounding, dtype)
+        self.latents = None if parts.latents is None else _Latents(library, parts.latents, rounding, later)
+        if parts.latents is not None and parts.latents.query is not None:
+            self.matrices["query"] = packed([parts.latents.query])
         self.gated = len(parts.gate_up) > 1
         norms = {
             "before_attention": (parts.before_attention, 0),
@@ -154,12 +166,43 @@ class _Layer:
             for name, (part, size) in norms.items()
             if part is not None
         }
+        if parts.latents is not None:
+            of_latents = {"latents.norm": parts.latents.norm, "latents.query_norm": parts.latents.query_norm}
+            self.norms |= {
+                name: (PackedNorm(part, 0, later), part) for name, part in of_latents.items() if part is not None
+            }
         self.parallel = parts.parallel
         self.query_scale = parts.query_scale
         self.rotation = parts.rotation
         sinks = parts.recorded.sinks
         self.sinks = None if sinks is None else (PackedVector(sinks, later=later), sinks)
         self.spec = spec
+
+
+class _Latents:
+    """The matrix behind latents, as queries are multiplied with it, and what comes out of attention."""
+
+    def __init__(self, library: Any, parts: LatentParts, rounding: Rounding, later: Packing | None) -> None:
+        weight = parts.matrix.weight
+        assert isinstance(weight, nn.Parameter)
+        self.parts = parts
+        how: Rounding = "int8" if rounding == "int4" else rounding
+        into, out_of = parts.split(weight.detach())
+        self.into = packed_matrix(library, into, [None] * len(into), how, later=later)
+        self.out_of = packed_matrix(library, out_of, [None] * len(out_of), how, later=later)
+        release(parts.matrix, "weight")
+
+    def writers(self) -> list[Writer]:
+        """What writes a new weight into its places."""
+
+        def write(at: int, matrix: PackedMatrix) -> Writer:
+            def write_parts(weight: torch.Tensor) -> None:
+                for number, part in enumerate(self.parts.split(weight)[at]):
+                    matrix.write(number, part)
+
+            return Writer(write_parts, matrix.restorer)
+
+        return [write(0, self.into), write(1, self.out_of)]
 
 
 def _in_bytes(
@@ -172,7 +215,8 @@ def _in_bytes(
 
 
 def _has_codes(parts: LayerParts) -> bool:
-    projections = (*parts.qkv, parts.output, *parts.gate_up, *([] if parts.down is None else [parts.down]))
+    query = [] if parts.latents is None or parts.latents.query is None else [parts.latents.query]
+    projections = (*parts.qkv, *query, parts.output, *parts.gate_up, *([] if parts.down is None else [parts.down]))
     return any(isinstance(part.linear, (FourBitLinear, ByteLinear)) for part in projections) or (
         parts.experts is not None and isinstance(parts.experts.module, FourBitExperts)
     )
@@ -273,15 +317,21 @@ class CompiledDecoder:
         layers = sum(matrix.nbytes for layer in self._layers for matrix, _ in layer.matrices.values())
         experts = (layer.experts for layer in self._layers if layer.experts is not None)
         layers += sum(matrix.nbytes for each in experts for matrix in each.matrices)
+        latents = (layer.latents for layer in self._layers if layer.latents is not None)
+        layers += sum(each.into.nbytes + each.out_of.nbytes for each in latents)
         return layers + self._head.nbytes + (0 if self._embedding is self._head else self._embedding.nbytes)
 
     def bind(self, caches: Sequence[CpuCache]) -> None:
         """Uses a KV cache from now on."""
         for struct, layer, cache in zip(self._layer_structs, self._layers, caches, strict=True):
             for name, (norm, _) in layer.norms.items():
-                setattr(struct, name, norm.struct)
+                inner, _, own = name.rpartition(".")
+                setattr(struct.latents if inner else struct, own, norm.struct)
             for name, (matrix, _) in layer.matrices.items():
-                setattr(struct, name, matrix.struct)
+                setattr(struct.latents if name == "query" else struct, name, matrix.struct)
+            if layer.latents is not None:
+                struct.latents.into, struct.latents.out_of = layer.latents.into.struct, layer.latents.out_of.struct
+                struct.latents.rank, struct.latents.plain = layer.spec.value_dim, layer.latents.parts.plain
             if layer.experts is not None:
                 struct.experts = layer.experts.struct
             struct.gated, struct.parallel = layer.gated, layer.parallel
@@ -378,6 +428,8 @@ class CompiledDecoder:
             for matrix, parts in layer.matrices.values():
                 for number, part in enumerate(parts):
                     note(matrix, number, part)
+            if layer.latents is not None:
+                found[id(layer.latents.parts.matrix.weight)] = layer.latents.writers()
             if layer.experts is not None:
                 found |= layer.experts.writers()
             if layer.sinks is not None:

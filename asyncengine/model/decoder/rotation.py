@@ -61,6 +61,53 @@ def rotation(rotary: nn.Module, attention: nn.Module, kind: str | None, max_leng
     raise NotRecognised("its rotary embedding rotates neither halves nor pairs")
 
 
+@torch.no_grad()
+def latent_rotation(rotary: nn.Module, attention: Any, kind: str | None, max_length: int) -> Rotation:
+    """As `rotation`, where latents are kept: asked of the attention itself, which may rotate in ways of its own.
+
+    Some put what they rotated in pairs into halves, keys as well as queries, which changes no product of the two.
+    """
+    weight = attention.kv_a_layernorm.weight
+    positions, hidden = torch.arange(max_length, device=weight.device)[None], attention.kv_a_proj_with_mqa.in_features
+    x = torch.empty(1, 1, 1, dtype=torch.float32, device=weight.device)
+
+    def tables(positions: torch.Tensor) -> Any:
+        try:
+            return rotary(x, positions)
+        except Exception:
+            return rotary(x, positions, kind)
+
+    seen: list[torch.Tensor] = []
+
+    def watch(_module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _more: Any) -> Any:
+        seen.append(key[:, 0, value.shape[2] :].float())
+        return query.new_zeros(*query.shape[:2], value.shape[2])
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, min(4, max_length), hidden, generator=generator, dtype=torch.float32).to(weight)
+    try:
+        whole, few = tables(positions), tables(positions[:, : inputs.shape[1]])
+        if not isinstance(few, torch.Tensor):
+            few = tuple(each.to(weight.dtype) for each in few)
+        with hooked({attention: watch}):
+            attention(hidden_states=inputs, position_embeddings=few, attention_mask=None)
+        before = attention.kv_a_proj_with_mqa(inputs)[0, :, weight.shape[0] :].float()
+    except Exception as error:
+        raise NotRecognised("its attention takes more than positions that rotate") from error
+    cosines, sines = (whole.real, whole.imag) if isinstance(whole, torch.Tensor) else whole
+    half = before.shape[1] // 2
+    for found in _known_tables(cosines[0], sines[0]):
+        if found.cosines.shape[1] != half:
+            continue
+        first, second = (before[:, ::2], before[:, 1::2]) if found.pairs else before.split(half, 1)
+        c, s = found.cosines[: len(before)], found.sines[: len(before)]
+        turned = first * c - second * s, second * c + first * s
+        ways = [torch.cat(turned, 1), *([torch.stack(turned, 2).flatten(1)] if found.pairs else [])]
+        if any(torch.allclose(seen[0], way, rtol=2e-2, atol=2e-2 * float(before.abs().max())) for way in ways):
+            return found
+    raise NotRecognised("its attention rotates neither halves nor pairs")
+
+
 class _Watched(torch.Tensor):
     """Knows whether anybody has looked at it."""
 

@@ -16,9 +16,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from asyncengine.errors import CheckpointError, ConfigError
-from asyncengine.model.architecture import ATTENTION
 from asyncengine.model.attention.protocol import LayerSpec
-from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.attention_modules import ATTENTION, RecordedLayer
 from asyncengine.model.draft_heads.eagle_config import EagleConfig
 from asyncengine.model.draft_heads.head import Pictured
 from asyncengine.model.load_check import BUILDING

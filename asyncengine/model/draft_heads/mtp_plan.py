@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,11 +14,15 @@ from torch import nn
 from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, ConfigError
 from asyncengine.model.attention.protocol import LayerSpec
-from asyncengine.model.attention_modules import text_config
+from asyncengine.model.attention_modules import ATTENTION, text_config
 from asyncengine.model.draft_heads.entries import spec_of
 from asyncengine.model.draft_heads.mtp_layouts import LAYER, NORM, MtpLayout, layout_of, layouts
 from asyncengine.model.draft_heads.plan import BuiltHead
+from asyncengine.model.latent_attention import keep_latents
 from asyncengine.model.text_names import name_in
+
+_UNUSED = ("model.embed_tokens.weight", "lm_head.weight")
+"""Of a model of one layer, what the head does not use."""
 
 
 def mtp_plan(config: EngineConfig, checkpoint: Any, hf_config: Any, dtype: torch.dtype) -> MtpPlan:
@@ -33,7 +38,7 @@ def mtp_plan(config: EngineConfig, checkpoint: Any, hf_config: Any, dtype: torch
         ConfigError: It has none, or one that cannot be served.
     """
     from asyncengine.model import architecture
-    from asyncengine.model.load_check import watch
+    from asyncengine.model.load_check import keeps_latents, watch
 
     text, shapes = text_config(hf_config), checkpoint.shapes
     wanted = f"speculative_mode is 'mtp' with model {config.model!r}"
@@ -44,12 +49,17 @@ def mtp_plan(config: EngineConfig, checkpoint: Any, hf_config: Any, dtype: torch
     needed = [*layout.own, *([name_in(NORM, shapes)] if layout.of_normed else [])]
     if missing := [name for name in needed if name not in shapes]:
         raise ConfigError(f"{wanted}: {len(missing)} of the head's weights are missing: {', '.join(missing)}")
-    expected = (text.hidden_size, 2 * text.hidden_size)
-    if shapes[layout.projection] != expected:
-        raise ConfigError(f"{wanted}: {layout.projection} is {shapes[layout.projection]}; expected {expected}")
+    expected = dict.fromkeys(needed, (text.hidden_size,)) | {
+        layout.projection: (text.hidden_size, 2 * text.hidden_size)
+    }
+    table = (text.vocab_size, text.hidden_size)
+    expected |= {name: table for name in (layout.embedding, layout.head) if name in shapes}
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ConfigError(f"{wanted}: {name} is {shapes[name]}; expected {shape}")
     single = one_layer(text)
     try:
-        watched = watch(architecture, single)
+        watched = watch(architecture, single, latents=keeps_latents(config))
     except Exception as error:
         raise ConfigError(f"{wanted}: transformers cannot run its layer by itself: {error}") from error
     if watched is None or watched.recurrent or len(watched.attention) != 1:
@@ -87,40 +97,37 @@ class MtpPlan:
     specs: dict[str, LayerSpec]
     weight_bytes: int
 
+    def rehearse(self, details: Any) -> None:
+        """As the protocol says."""
+        from asyncengine.model import architecture
+        from asyncengine.model.rehearsal import rehearsed
+
+        checkpoint, dtype = details.checkpoint, details.dtype
+        shapes = {inner: checkpoint.shapes[name] for name, inner in self._of_layer(checkpoint).items()}
+        shapes |= dict.fromkeys(_UNUSED, (1, self.config.hidden_size))
+        kind, config = architecture.model_class(copy.deepcopy(self.config))
+        found = rehearsed(checkpoint, kind, shapes, config, dtype, attn_implementation=ATTENTION)
+        if found is not None:
+            _check(checkpoint, found[1])
+
     def build(self, built: Any, details: Any) -> BuiltHead:
         """As the protocol says."""
         from asyncengine.model import architecture
         from asyncengine.model.draft_heads.mtp import MtpHead
         from asyncengine.model.draft_heads.weights import shared_weight
-        from asyncengine.model.load_check import BUILDING
+        from asyncengine.model.load_report import loaded
         from asyncengine.model.stored.weight import state_of
 
         checkpoint, dtype, device, layout = details.checkpoint, details.dtype, details.device, self.layout
         stored = state_of(checkpoint.plain, checkpoint.coded.values(), dtype)
-        state: dict[str, Any] = {
-            LAYER + name.removeprefix(layout.layer): read
-            for name, read in stored.items()
-            if name.startswith(layout.layer) and name not in (*layout.own, layout.embedding, layout.head)
-        }
-        state[NORM] = stored[layout.norm]
+        state: dict[str, Any] = {inner: stored[name] for name, inner in self._of_layer(checkpoint).items()}
         nothing = torch.zeros(1, self.config.hidden_size, dtype=dtype)
-        state |= {"model.embed_tokens.weight": nothing, "lm_head.weight": nothing}  # these it does not use
+        state |= dict.fromkeys(_UNUSED, nothing)
         kind, config = architecture.model_class(copy.deepcopy(self.config))
-        with BUILDING:
-            model, report = kind.from_pretrained(
-                None,
-                state_dict=state,
-                config=config,
-                dtype=dtype,
-                attn_implementation=architecture.ATTENTION,
-                output_loading_info=True,
-            )
-        if missing := sorted(report["missing_keys"]):
-            raise CheckpointError(
-                f"{checkpoint.name}: {len(missing)} weights of its head are missing: {missing[0]}, ..."
-            )
-        if left := sorted(report["unexpected_keys"]):
-            raise CheckpointError(f"{checkpoint.name}: {len(left)} weights of its head are of no use: {left[0]}, ...")
+        model, report = loaded(kind, state, config=config, dtype=dtype, attn_implementation=ATTENTION)
+        _check(checkpoint, report)
+        if details.latents:
+            keep_latents(model)
         model = model.eval().requires_grad_(False)
         layers = architecture.record(model).attention
 
@@ -146,6 +153,31 @@ class MtpPlan:
         module.to(device)
         nbytes = sum(weight.nbytes for weight in module.body.layers.parameters()) + module.projection.nbytes
         return BuiltHead(module, layers, nbytes + embedding_bytes + head_bytes, nbytes + head.nbytes)
+
+    def _of_layer(self, checkpoint: Any) -> dict[str, str]:
+        """The weights of its layer, by their names in the checkpoint: what they are called in a model of one layer."""
+        layout = self.layout
+        inner = {
+            name: LAYER + name.removeprefix(layout.layer)
+            for name in checkpoint.shapes
+            if name.startswith(layout.layer) and name not in (*layout.own, layout.embedding, layout.head)
+        }
+        return inner | {layout.norm: NORM}
+
+
+def _check(checkpoint: Any, report: Mapping[str, Any]) -> None:
+    """Refuses weights that are not those of its layer.
+
+    Raises:
+        CheckpointError: As it says.
+    """
+    for names, what in (
+        (sorted(report["missing_keys"]), "missing"),
+        (sorted(name for name, *_ in report["mismatched_keys"]), "of another shape"),
+        (sorted(report["unexpected_keys"]), "of no use"),
+    ):
+        if names:
+            raise CheckpointError(f"{checkpoint.name}: {len(names)} weights of its head are {what}: {names[0]}, ...")
 
 
 def one_layer(text: Any) -> Any:

@@ -55,6 +55,17 @@ class HeadPlan(Protocol):
         """Bytes of its weights at most, what it may share with the model included."""
         ...
 
+    def rehearse(self, details: Any) -> None:
+        """Refuses weights that are not those of the head, as far as headers tell and as that is not known already.
+
+        Args:
+            details: What is known of the model.
+
+        Raises:
+            CheckpointError: As it says.
+        """
+        ...
+
     def build(self, built: Any, details: Any) -> BuiltHead:
         """Reads its weights.
 
@@ -177,6 +188,9 @@ class EaglePlan:
         from asyncengine.model.draft_heads import eagle
 
         return {eagle.ATTENDS: spec_of(eagle.spec_of(self.about))}
+
+    def rehearse(self, details: Any) -> None:
+        """As the protocol says: `check_head` has compared all shapes."""
 
     def build(self, built: Any, details: Any) -> BuiltHead:
         """As the protocol says."""

@@ -24,9 +24,10 @@ from asyncengine.model.encoders.packing import Packing, UnpackableError
 from asyncengine.model.gguf.checkpoint import described
 from asyncengine.model.letting_go import take_apart
 from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST, Details, fits, vector_size
-from asyncengine.model.load_report import cannot_load, without_report
+from asyncengine.model.load_report import cannot_load, check_weights, loaded
 from asyncengine.model.location import locate
 from asyncengine.model.media.refusals import wanted
+from asyncengine.model.rehearsal import rehearsed
 from asyncengine.model.sentence_modules import embedder_of, json_in
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer, special_ids
 from asyncengine.step.limits import Limits
@@ -39,6 +40,11 @@ _TRIAL = (11, 7, 7, 2)
 """Tokens of the prompts by which it is seen whether a model says the same of them together."""
 _SHORT = 1024
 """Tokens of a longest prompt that is tried as well."""
+_OF_CACHES = (
+    "kv_cache_page_size", "max_total_sequence_length", "gpu_memory_utilization", "prefix_cache_mode",
+    "prefix_cache_max_num_recycling_seqs",
+)  # fmt: skip
+"""Settings that say nothing to an encoder."""
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far that may be off, in parts of what the numbers vary by."""
 
@@ -73,7 +79,10 @@ def plan_of(
         AsyncEngineError: It cannot be loaded; the kind says why.
     """
     details = details_of(config, current, checkpoint, device, dtype)
-    return LoadPlan(config, fits(details, current), tokenizer_key(details.tokenizer_path), details)
+    beside = fits(details, current)
+    if not beside:
+        _rehearse(details)
+    return LoadPlan(config, beside, tokenizer_key(details.tokenizer_path), details)
 
 
 def details_of(
@@ -167,6 +176,7 @@ def load(plan: LoadPlan) -> LoadedModel:
         classifier = Classifier(None, None, labels, activation_of(hf_config, len(labels)))
     alone = packing is None and padding is None
     notes = ["encoder: padding changes what it says: prompts of one length at a time"] * alone
+    notes += _passed_over(config, complete)
     return LoadedModel(
         model=EncoderModel(model, details.device, padding, packing, details.takes_types),
         limits=limits,
@@ -204,6 +214,15 @@ def _check_config(config: EngineConfig) -> None:
             raise UnsupportedModelError(
                 f"{PLURALS[kind]} is True; {config.model!r} takes none: it is an encoder of texts"
             )
+    if config.mla:
+        raise UnsupportedModelError(f"mla is True; {config.model!r} has no KV cache: it is an encoder of texts")
+
+
+def _passed_over(config: EngineConfig, complete: EngineConfig) -> list[str]:
+    """What is said of settings of a KV cache, which are not refused: one configuration may be for both kinds."""
+    usual, meant = EngineConfig(config.model), complete.replace(gpu_memory_utilization=None)
+    given = [name for name in _OF_CACHES if getattr(config, name) not in (getattr(usual, name), getattr(meant, name))]
+    return [f"encoder: there is no KV cache; passed over: {', '.join(given)}"] if given else []
 
 
 def _positions(kind: Any, hf_config: Any) -> tuple[int, int]:
@@ -227,31 +246,37 @@ def _stated_longest(checkpoint: Any) -> int | None:
 
 
 def _with_weights(details: EncoderDetails) -> Any:
-    checkpoint, kind = details.checkpoint, details.kind
-    # What makes one vector of a text behind the last layer is trained for other things than embeddings.
-    unpooled = not details.classifies and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    checkpoint = details.checkpoint
     try:
-        with BUILDING, without_report():
-            model, report = kind.from_pretrained(
-                checkpoint.path,
-                config=details.hf_config,
-                dtype=details.dtype,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # what they are is said below
-                **({"add_pooling_layer": False} if unpooled else {}),
-            )
+        model, report = loaded(details.kind, checkpoint.path, **_arguments(details))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        checkpoint.check_unchanged()
-        raise CheckpointError(f"{checkpoint.name}: {cannot_load(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{checkpoint.name}: {len(missing)} weights are missing: {missing[0]}, ...")
-    if other := sorted(name for name, *_ in report["mismatched_keys"]):
-        raise CheckpointError(f"{checkpoint.name}: {len(other)} weights are of another shape: {other[0]}, ...")
+        raise cannot_load(checkpoint, error) from error
+    check_weights(checkpoint, report)
     checkpoint.check_unchanged()
     return model.to(details.device).eval().requires_grad_(False)
+
+
+def _rehearse(details: EncoderDetails) -> None:
+    """Refuses weights that are not those of the model, as far as headers tell.
+
+    Raises:
+        CheckpointError: As it says.
+    """
+    checkpoint = details.checkpoint
+    if checkpoint.tensors:  # there are no headers in pickles
+        found = rehearsed(checkpoint, details.kind, checkpoint.shapes, **_arguments(details))
+        if found is not None:
+            check_weights(checkpoint, found[1])
+
+
+def _arguments(details: EncoderDetails) -> dict[str, Any]:
+    """Those of `from_pretrained`."""
+    # What makes one vector of a text behind the last layer is trained for other things than embeddings.
+    unpooled = not details.classifies and "add_pooling_layer" in inspect.signature(details.kind.__init__).parameters
+    given = {"config": details.hf_config, "dtype": details.dtype}
+    return given | ({"add_pooling_layer": False} if unpooled else {})
 
 
 class _Trial:
@@ -360,6 +385,7 @@ def _limits(config: EngineConfig, details: EncoderDetails, has_tokenizer: bool) 
         prefill_chunk_size=chunk,
         kv_cache_page_size=_PAGE,
         prefix_cache_mode="disable",
+        prefix_cache_max_num_recycling_seqs=None,
         quantization="none",
         decoder_backend="transformers",
         images=False,

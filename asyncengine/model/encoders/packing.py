@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from asyncengine.model.architecture import ATTENTION
-from asyncengine.model.attention_modules import attach
+from asyncengine.model.attention_modules import ATTENTION, attach
 from asyncengine.step.batch import Int32, Int64
 
 _HARMLESS = {"attention_mask", "position_ids", "position_embeddings", "cu_seq_lens_q", "cu_seq_lens_k"}

@@ -22,6 +22,7 @@ from asyncengine.model.quantised.four_bit_experts import NAMES, hold, is_transpo
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.four_bits import GROUP, FourBits, joined
 from asyncengine.model.quantised.fp8_linear import Fp8Linear, fits, quantised
+from asyncengine.model.stored.nothing import Nothing, nothing
 from asyncengine.model.stored.weight import OF_EXPERT, CodedWeight, Decoded, Lazy, OpenFiles
 
 _ROLES = {
@@ -33,14 +34,6 @@ _PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 _SAMPLE = 1 << 12
 """Numbers of a parameter that are looked at."""
 _Experts = dict[int, dict[str, CodedWeight]]
-
-
-class _Nothing(torch.Tensor):
-    """Numbers that nobody has computed, of which transformers makes one tensor for all experts."""
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Itself: there is nothing that could be moved."""
-        return self
 
 
 class KeptCodes:
@@ -69,8 +62,7 @@ class KeptCodes:
             expert = OF_EXPERT.fullmatch(weight.name)
             if expert is not None and expert[3] in _ROLES:
                 self._experts[_numbers_in(expert[1])][int(expert[2])][_ROLES[expert[3]]] = weight
-                nothing = torch.empty(weight.shape, dtype=dtype, device="meta").as_subclass(_Nothing)
-                self._standing[weight.name] = nothing
+                self._standing[weight.name] = nothing(weight.shape, dtype)
             else:
                 number = torch.full((), torch.nan, dtype=dtype)
                 self._alone[number.data_ptr()] = weight
@@ -142,7 +134,7 @@ class KeptCodes:
         merged: _Experts | None = None
         for name in NAMES:
             parameter = module._parameters[name]
-            if isinstance(parameter, _Nothing):
+            if isinstance(parameter, Nothing):
                 merged = merged or self._experts.pop(_numbers_in(path), {})
                 weights = _in_order(path, merged, _PARTS[name], parameter.shape[0])
             elif (alone := self._alone.pop(parameter.data_ptr(), None)) is not None:
@@ -203,7 +195,7 @@ def _may_be_bytes(model: Any, weight: CodedWeight) -> bool:
 
 def _is_lost(parameter: torch.Tensor) -> bool:
     """Whether it was made of what stands for codes."""
-    if isinstance(parameter, _Nothing):
+    if isinstance(parameter, Nothing):
         return True
     if parameter.is_meta or not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         return False

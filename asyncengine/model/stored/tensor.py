@@ -68,5 +68,5 @@ def tensors_of(file: Path) -> Iterator[StoredTensor]:
             if each is not None and prod(shape) * each != end - begin:
                 raise ValueError(f"{name} of shape {shape} in {end - begin} bytes")
             yield StoredTensor(name, entry["dtype"], shape, file, 8 + length + begin)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{file} is damaged or incomplete: {error}") from error

@@ -64,13 +64,11 @@ def random_row(spec: LayerSpec, context: int, new: int, dtype: torch.dtype, seed
         return torch.randn(*shape, generator=generator).to(dtype)
 
     total = context + new
-    return Row(
-        context,
-        new,
-        normal(total, spec.num_kv_heads, spec.key_dim),
-        normal(total, spec.num_kv_heads, spec.value_dim),
-        normal(new, spec.num_heads, spec.key_dim),
-    )
+    keys = normal(total, spec.num_kv_heads, spec.key_dim)
+    values = normal(total, spec.num_kv_heads, spec.value_dim)
+    if spec.values_in_keys:
+        values = keys[..., : spec.value_dim].clone()
+    return Row(context, new, keys, values, normal(new, spec.num_heads, spec.key_dim))
 
 
 def random_sinks(spec: LayerSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:

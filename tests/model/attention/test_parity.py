@@ -113,6 +113,15 @@ def test_features(backend: AttentionBackend, features: dict[str, Any], page_size
     assert_matches_dense(backend, layer(**features), MIXED, page_size, dtype)
 
 
+@over_dtypes(torch.float32, torch.bfloat16, torch.float16)
+@pytest.mark.parametrize(("heads", "key_dim", "value_dim"), [(5, 40, 32), (20, 576, 512)])
+def test_values_that_are_the_beginning_of_keys(
+    backend: AttentionBackend, heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> None:
+    spec = layer(heads, 1, key_dim, value_dim, values_in_keys=True)
+    assert_matches_dense(backend, spec, MIXED[::2], 16, dtype)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_random_batches(data: st.DataObject) -> None:
@@ -266,8 +275,9 @@ def test_two_layers_that_share_a_cache(backend: AttentionBackend) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_copy_blocks(backend: AttentionBackend, page_size: int, dtype: torch.dtype) -> None:
-    spec = layer()
+@pytest.mark.parametrize("shared", [{}, {"kv_heads": 1, "value_dim": 24, "values_in_keys": True}], ids=["", "shared"])
+def test_copy_blocks(backend: AttentionBackend, page_size: int, dtype: torch.dtype, shared: dict[str, Any]) -> None:
+    spec = layer(**shared)
     row = random_row(spec, 0, 2 * page_size, dtype, 0)
     caches = [fresh_cache(backend, spec, 6, page_size, dtype) for _ in range(2)]
     plan = backend.plan(step_batch([2 * page_size], [0], [[0, 1]], page_size), page_size, CPU)
@@ -289,6 +299,8 @@ def test_copy_of_no_blocks(backend: AttentionBackend) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("page_size", [1, 16, 17])
 def test_bytes_per_block_is_what_allocate_takes(backend: AttentionBackend, page_size: int, dtype: torch.dtype) -> None:
-    spec = layer(key_dim=9, value_dim=5)
-    cache = backend.allocate(spec, 11, page_size, dtype, CPU)
-    assert cache.keys.nbytes + cache.values.nbytes == 11 * backend.bytes_per_block(spec, page_size, dtype)
+    for shared in ({}, {"kv_heads": 1, "values_in_keys": True}):
+        spec = layer(key_dim=9, value_dim=5, **shared)
+        cache = backend.allocate(spec, 11, page_size, dtype, CPU)
+        tensors = {tensor.untyped_storage().data_ptr(): tensor for tensor in (cache.values, cache.keys)}.values()
+        assert sum(each.nbytes for each in tensors) == 11 * backend.bytes_per_block(spec, page_size, dtype)

@@ -84,6 +84,25 @@ def test_head_sizes(key_dim: int, value_dim: int) -> None:
 
 @pytest.mark.usefixtures("small_splits")
 @pytest.mark.parametrize(
+    ("heads", "key_dim", "value_dim", "features"),
+    [
+        (5, 40, 32, {}),
+        (18, 40, 24, {"sliding_window": 20, "soft_cap": 5.0, "has_sinks": True}),
+        (4, 80, 24, {}),  # the rest is the larger part
+        (20, 576, 512, {}),
+    ],
+    ids=str,
+)
+def test_values_that_are_the_beginning_of_keys(
+    heads: int, key_dim: int, value_dim: int, features: dict[str, Any]
+) -> None:
+    spec = layer(heads, 1, key_dim, value_dim, values_in_keys=True, **features)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_matches_dense(backend(), spec, [(40, 1), (95, 1), (30, 9)], 16, dtype)
+
+
+@pytest.mark.usefixtures("small_splits")
+@pytest.mark.parametrize(
     "features",
     [
         {"sliding_window": 1},

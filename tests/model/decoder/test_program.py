@@ -49,6 +49,12 @@ BESIDE = {
     "cohere2_moe": {"num_hidden_layers": 4},
 }  # fmt: skip
 """Experts that have an MLP beside them, and changes to the checkpoints."""
+LATENT = {
+    "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32, "num_hidden_layers": 2,
+}  # fmt: skip
+LATENTS = {"deepseek_v3": LATENT | {"q_lora_rank": 48}, "deepseek_v2": LATENT, "minicpm3": LATENT | {"q_lora_rank": 32}}
+"""Models that keep latents, in sizes that fill vectors."""
+CHANGES: dict[str, dict[str, Any]] = BESIDE | LATENTS
 OTHERS = (
     "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "granite", "phi3", "gpt2", "gpt_neox", "cohere",
     "starcoder2", "opt", "glm4", "phi", "cohere2", "exaone4",
@@ -119,7 +125,7 @@ def logits(loaded: LoadedModel, batch: StepBatch) -> torch.Tensor:
     [
         *itertools.product(OTHERS, [torch.float32]),
         *itertools.product(EXPERTS, [torch.float32]),
-        *itertools.product(BESIDE, [torch.float32]),
+        *itertools.product(CHANGES, [torch.float32]),
         # Parts are the same code in all dtypes, but for how numbers enter products and leave them.
         *itertools.product(["qwen2", "gpt2", "gpt_oss"], [torch.bfloat16, torch.float16]),
         ("gemma2", torch.float16),
@@ -127,16 +133,18 @@ def logits(loaded: LoadedModel, batch: StepBatch) -> torch.Tensor:
         ("mixtral", torch.bfloat16),
         ("qwen2_moe", torch.float16),
         ("glm4_moe", torch.bfloat16),
+        ("minicpm3", torch.bfloat16),
+        ("minicpm3", torch.float16),
     ],
     ids=str,
 )
 def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype, checkpoint: Checkpoint) -> None:
     """In low precision: of the rounded weights computed in float32, to which it is nearer than transformers is."""
-    path = checkpoint(architecture, **BESIDE.get(architecture, {}))
+    path = checkpoint(architecture, **CHANGES.get(architecture, {}))
     loaded = load(path, dtype=str(dtype).removeprefix("torch."))
     found = logits(loaded, batch_of([(tokens, 0) for tokens in sequences()]))
     # A rounding may send a token to another expert.
-    sparse = architecture in EXPERTS or architecture in BESIDE
+    sparse = architecture in EXPERTS or architecture in CHANGES
     allowed = TOLERANCE[dtype] * (3 if sparse and dtype is not torch.float32 else 1)
     start = 0
     for wanted in expected(path, sequences(), dtype):
@@ -152,12 +160,13 @@ def test_logits_are_those_of_transformers(architecture: str, dtype: torch.dtype,
         *itertools.product(["qwen3", "qwen3_moe"], ["int8", "int4"]),
         ("glm4_moe", "float32"),
         ("qwen2_moe", "int4"),
+        *itertools.product(["minicpm3"], ["float32", "bfloat16", "int8", "int4"]),
     ],
 )
 def test_a_token_gets_the_same_bits_in_any_batch(architecture: str, dtype: str, checkpoint: Checkpoint) -> None:
     """Contract 16: alone or beside others, prefilled at once, in chunks or token by token, by any number of threads."""
     stored = {"dtype": "bfloat16", "quantization": dtype} if dtype in ("int8", "int4") else {"dtype": dtype}
-    loaded = load(checkpoint(architecture, **BESIDE.get(architecture, {})), **stored)
+    loaded = load(checkpoint(architecture, **CHANGES.get(architecture, {})), **stored)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -378,7 +387,7 @@ def test_int8_needs_bfloat16(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"quantization": "int8", "dtype": "bfloat16"}])
 def test_what_cannot_be_compiled_is_refused_by_reason(changes: dict[str, Any], checkpoint: Checkpoint) -> None:
-    with pytest.raises(UnsupportedModelError, match="cannot run as a compiled step: attention has a part called kv_a"):
+    with pytest.raises(UnsupportedModelError, match="cannot run as a compiled step: it has a size of 8, which is"):
         load(checkpoint("deepseek_v3"), decoder_backend="compiled", **changes)
 
 
@@ -386,7 +395,7 @@ def test_what_cannot_be_compiled_runs_as_transformers_has_it_and_says_so(checkpo
     loaded = load(checkpoint("deepseek_v3"), decoder_backend="auto")
     assert loaded.config.decoder_backend == "transformers"
     [note] = loaded.notes
-    assert note.startswith("decoder: runs as transformers has it: attention has a part called ")
+    assert note.startswith("decoder: runs as transformers has it: it has a size of 8, which is not a multiple of 16")
     loaded.model.close()
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from asyncengine import AsyncEngine, CheckpointError, ConfigError, EngineConfig, GenerationConfig
+from asyncengine.model import load_check
 from asyncengine.model.loader import TransformersLoader
 from tests.model import checkpoints
 from tests.model.draft_heads import eagle_heads, mtp_heads
@@ -114,3 +115,35 @@ def test_a_head_of_a_checkpoint_must_be_whole(tmp_path: Path) -> None:
         save_file(without, path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(error, match=rf"1 (of the head's weights|weights of its head) are missing: .*{name}"):
             loader.load(loader.check(config, None))
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("layers.3.self_attn.q_proj", r"1 weights of its head are missing: model\.layers\.0\.self_attn\.q_proj"),
+    ("layers.3.mlp.up_proj", r"1 weights of its head are of another shape: model\.layers\.0\.mlp\.up_proj"),
+])  # fmt: skip
+def test_weights_of_its_layer_are_checked_while_the_present_model_is_there(
+    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    path = mtp_heads.write(tmp_path, "qwen2", "deepseek")
+    tensors = load_file(path / "model.safetensors")
+    lost = tensors.pop(f"model.{name}.weight")
+    if "another shape" in says:
+        tensors[f"model.{name}.weight"] = lost[:5].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(load_check, "fits", lambda details, current: False)
+    with pytest.raises(CheckpointError, match=says):
+        TransformersLoader().check(EngineConfig(str(path), device="cpu", speculative_mode="mtp"), None)
+
+
+@pytest.mark.parametrize("name", ["enorm", "shared_head.norm", "embed_tokens"])
+def test_what_stands_around_its_layer_must_have_the_shapes_of_the_model(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    path = mtp_heads.write(tmp_path, "qwen2", "deepseek", own=True)
+    tensors = load_file(path / "model.safetensors")
+    tensors[f"model.layers.3.{name}.weight"] = tensors[f"model.layers.3.{name}.weight"][:5].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"{name}\.weight is \(5,.*\); expected \("):
+        TransformersLoader().check(EngineConfig(str(path), device="cpu", speculative_mode="mtp"), None)

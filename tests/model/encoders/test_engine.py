@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOptions
+from asyncengine import AsyncEngine, EngineConfig, EngineState, GenerationConfig, RequestOptions
 from asyncengine.errors import (
     CheckpointError,
     ConfigError,
@@ -31,6 +31,7 @@ from asyncengine.errors import (
 )
 from asyncengine.loop.embedding import ClassificationOptions, EmbeddingOptions
 from asyncengine.loop.pairs import Pair
+from asyncengine.model.encoders import loading as encoders_loading
 from asyncengine.outputs import FinishReason
 from asyncengine.reranking import RerankPrompt
 from tests.model.encoders.checkpoints import KINDS, WITH_HEADS, logits, states, tokenizer_of
@@ -373,6 +374,17 @@ async def test_settings_that_mean_nothing_to_it_are_refused(
     await engine.shutdown()
 
 
+async def test_settings_of_a_cache_are_passed_over_and_said(encoder: Callable[..., Path]) -> None:
+    engine = AsyncEngine()
+    complete = await engine.reload(config(encoder("bert"), kv_cache_page_size=32, gpu_memory_utilization=0.5))
+    [note] = engine.health().notes
+    assert note == "encoder: there is no KV cache; passed over: kv_cache_page_size, gpu_memory_utilization"
+    assert complete.kv_cache_page_size == 16
+    await engine.reload(complete.replace(gpu_memory_utilization=None))  # what it comes to is nothing to speak of
+    assert not engine.health().notes
+    await engine.shutdown()
+
+
 async def test_what_is_missing_is_said_and_leaves_the_engine_usable(
     encoder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -391,6 +403,29 @@ async def test_what_is_missing_is_said_and_leaves_the_engine_usable(
     await engine.reload(config(encoder("bert")))
     assert len(await engine.embed(["a"])) == 1
     await engine.shutdown()
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("bert", 0), ("roberta", 2)])
+async def test_what_is_missing_is_found_out_before_the_present_model_has_to_go(
+    kind: str, labels: int, encoder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shutil.copytree(encoder(kind, labels=labels), tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    lost = "classifier.out_proj.weight" if labels else "encoder.layer.1.output.dense.weight"
+    monkeypatch.setattr(encoders_loading, "fits", lambda details, current: False)
+    async with AsyncEngine(config(encoder("bert"))) as engine:
+        for changed, says in (
+            ({name: value for name, value in weights.items() if name != lost}, "1 weights are missing"),
+            (weights | {lost: weights[lost][:1].clone()}, "1 weights are of another shape"),
+        ):
+            save_file(changed, path / "model.safetensors", {"format": "pt"})
+            with pytest.raises(CheckpointError, match=f"{says}: {lost}"):
+                await engine.reload(config(path))
+            assert engine.state is EngineState.READY
+            assert len(await engine.embed(["a"])) == 1
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+        await engine.reload(config(path))
+        assert engine.state is EngineState.READY
 
 
 async def test_transformers_reports_nothing_of_what_is_left_over(encoder: Callable[..., Path]) -> None:
