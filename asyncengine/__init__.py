@@ -37,7 +37,6 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from asyncengine.generation import GenerationConfig
-    from asyncengine.images import ImagePrompt
     from asyncengine.instructions import Deadlines
     from asyncengine.logits_processor import LogitsProcessor, LogitsRow
     from asyncengine.loop.engine import AsyncEngine
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from asyncengine.loop.many import ManyStream, PendingStream
     from asyncengine.loop.prepare import RequestOptions
     from asyncengine.loop.stream import RequestStream
+    from asyncengine.media import AudioPrompt, ImagePrompt
     from asyncengine.metrics import Counters, EngineMetrics, Histogram
     from asyncengine.outputs import (
         BranchResult,
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         Relevance,
         RequestOutput,
         RequestResult,
+        Transcript,
         Usage,
     )
     from asyncengine.reranking import RerankPrompt
@@ -78,6 +79,7 @@ __all__ = [
     "AdapterError",
     "AsyncEngine",
     "AsyncEngineError",
+    "AudioPrompt",
     "BranchResult",
     "CheckpointError",
     "Choice",
@@ -128,6 +130,7 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "Trace",
+    "Transcript",
     "UnsupportedModelError",
     "Usage",
     "WarmUp",
@@ -157,7 +160,7 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "asyncengine.generation": ("GenerationConfig",),
-    "asyncengine.images": ("ImagePrompt",),
+    "asyncengine.media": ("AudioPrompt", "ImagePrompt"),
     "asyncengine.instructions": ("Deadlines",),
     "asyncengine.logits_processor": ("LogitsProcessor", "LogitsRow"),
     "asyncengine.loop.engine": ("AsyncEngine",),
@@ -182,6 +185,7 @@ _HOMES = {
         "Relevance",
         "RequestOutput",
         "RequestResult",
+        "Transcript",
         "Usage",
     ),
     "asyncengine.reranking": ("RerankPrompt",),

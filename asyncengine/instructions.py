@@ -11,7 +11,7 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import InvalidRequestError
 from asyncengine.events import Event
 from asyncengine.generation import SamplingParams
-from asyncengine.images import PromptImages
+from asyncengine.media import PromptMedia
 from asyncengine.outputs import Pooling
 from asyncengine.step.batch import Int32
 
@@ -80,7 +80,7 @@ class NewRequest:
         pooling: Which of the prompt's hidden states make its embedding; None wants none.
         classifies: Whether the embedding is for the model's classification head.
         adapter: Name of the adapter that it is computed with; None is the model alone.
-        images: Those in the prompt.
+        media: Images and audio in the prompt.
         second: Where the second of two texts begins that the prompt is made of; None if it is of one.
     """
 
@@ -94,7 +94,7 @@ class NewRequest:
     arriving: bool = False
     pooling: Pooling | None = None
     adapter: str | None = None
-    images: PromptImages | None = None
+    media: PromptMedia | None = None
     classifies: bool = False
     second: int | None = None
 

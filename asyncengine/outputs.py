@@ -30,6 +30,7 @@ class Usage:
         prompt_tokens: Tokens of the prompt.
         completion_tokens: Tokens generated and delivered, over all branches.
         cached_tokens: Prompt tokens that came from the prefix cache.
+        audio_tokens: Prompt tokens that stand for audio.
         preemptions: How often a branch lost its KV blocks and was computed again.
         queue_seconds: From admission to the first step.
         first_token_seconds: From admission to the first token; None if there was none.
@@ -41,6 +42,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    audio_tokens: int = 0
     preemptions: int = 0
     queue_seconds: float = 0.0
     first_token_seconds: float | None = None
@@ -137,6 +139,21 @@ class PromptScore:
     def logprob(self) -> float:
         """Of the text after its first token: the sum over its tokens."""
         return math.fsum(entry.logprob for entry in self.logprobs if entry is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What is said in an audio.
+
+    Attributes:
+        text: It.
+        usage: What it cost.
+        finish_reason: ``"length"`` if it is cut off.
+    """
+
+    text: str
+    usage: Usage
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -109,7 +109,7 @@ class Peer:
         import torch
         from transformers import AutoModelForImageTextToText
 
-        from asyncengine.model.vision.processor import processor
+        from asyncengine.model.media.processor import processor
 
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
         self.processor = processor(path)

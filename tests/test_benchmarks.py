@@ -137,7 +137,8 @@ def test_gpu_runs_end_to_end_on_the_cpu(reports: Reports) -> None:
     ]  # fmt: skip
     assert {case.split()[0] for case in found["parity"]} == set(gpu_parity.ARCHITECTURES)
     assert set(found) == {
-        "ceilings", "parity", "attention, ours", "8b transformers static cache, batch 1", "8b load",
+        "ceilings", "parity", "attention, ours", "attention, ours, of latents",
+        "8b transformers static cache, batch 1", "8b load",
         "8b decode, batch 1", "8b decode, batch 4", "8b decode, batch 4, KV cache in fp8",
         "8b decode, batch 4, weights and KV cache in fp8", "8b first token, 0 others", "8b first token, 2 others",
         "0.6b load", "0.6b workload",

@@ -30,6 +30,10 @@ def chat(
         list[Path] | None,
         typer.Option(metavar="FILE", help="An image, before the first question; may be given several times."),
     ] = None,
+    audio: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Audio, before the first question; may be given several times."),
+    ] = None,
     *,
     generation: GenerationFlags,
     flags: AnsweringFlags,
@@ -40,13 +44,14 @@ def chat(
     a pipe, every line is a question, and the conversation goes on from line to line.
     """
     config = generation.config()
-    images = [_read(path) for path in image or ()]
+    media = [{"type": "image", "image": _read(path, "--image")} for path in image or ()]
+    media += [{"type": "audio", "audio": _read(path, "--audio")} for path in audio or ()]
     engine_config, options = flags.config(model, ctx.obj), flags.options()
     from asyncengine.cli.loading import loaded
 
     with loaded(engine_config, ctx.obj) as (engine, runner):
-        talk = Conversation(engine, runner, config, options, system, images)
-        talk.check_images()
+        talk = Conversation(engine, runner, config, options, system, media)
+        talk.check_media()
         return talk.run(sys.stdin.isatty())
 
 
@@ -59,7 +64,7 @@ class Conversation:
         config: How answers are generated.
         options: How requests are handled.
         system: What the model is told before anything else.
-        images: Files of images, which go before the first question.
+        media: Parts of a message, images and audio, which go before the first question.
     """
 
     def __init__(
@@ -69,7 +74,7 @@ class Conversation:
         config: GenerationConfig,
         options: RequestOptions,
         system: str | None,
-        images: Sequence[bytes] = (),
+        media: Sequence[dict[str, Any]] = (),
     ) -> None:
         self._engine = engine
         self._runner = runner
@@ -77,15 +82,15 @@ class Conversation:
         self._options = options
         self._begin: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._begin)
-        self._images = [{"type": "image", "image": data} for data in images]
+        self._media = media
 
-    def check_images(self) -> None:
-        """Has the images read, before anybody asks about them.
+    def check_media(self) -> None:
+        """Has the images and the audio read, before anybody asks about them.
 
         Raises:
-            InvalidRequestError: One is no image, or the model takes none.
+            InvalidRequestError: One is not what it should be, or the model takes none.
         """
-        if self._images:
+        if self._media:
             self._runner.run(self._engine.tokenize_chat([*self._begin, self._said("?")]))
 
     def run(self, interactive: bool) -> int:
@@ -132,9 +137,9 @@ class Conversation:
         return True
 
     def _said(self, question: str) -> dict[str, Any]:
-        """What the user says next; the first time, with the images."""
-        if self._images and len(self._messages) == len(self._begin):
-            return {"role": "user", "content": [*self._images, {"type": "text", "text": question}]}
+        """What the user says next; the first time, with the images and the audio."""
+        if self._media and len(self._messages) == len(self._begin):
+            return {"role": "user", "content": [*self._media, {"type": "text", "text": question}]}
         return {"role": "user", "content": question}
 
     async def _answer(self, pieces: list[str]) -> None:
@@ -147,11 +152,11 @@ class Conversation:
         print(" [cut off: the limit is reached]" if cut else "", flush=True)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, flag: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise Failure(f"--image is {str(path)!r}; {error.strerror or error}", 2) from error
+        raise Failure(f"{flag} is {str(path)!r}; {error.strerror or error}", 2) from error
 
 
 def _typed() -> Iterator[str]:

@@ -50,6 +50,9 @@ class EngineFlags:
     images: Annotated[
         bool | None, typer.Option(help="Take images in prompts, or the load fails; without, if the model can.")
     ] = None
+    audio_input: Annotated[
+        bool | None, typer.Option(help="Take audio in prompts, or the load fails; without, if the model can.")
+    ] = None
     mla: Annotated[
         bool | None,
         typer.Option(help="Keep latents in the KV cache, or the load fails; without, if the model has some."),
@@ -98,6 +101,7 @@ class EngineFlags:
             device=self.device,
             quantization=self.quantization,
             images=self.images,
+            audio=self.audio_input,
             mla=self.mla,
             prefix_cache_mode="radix" if self.enable_prefix_caching else "disable",
             adapters=self.adapters(),

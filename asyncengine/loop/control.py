@@ -89,7 +89,13 @@ class EngineControl:
     def takes_images(self) -> bool:
         """Whether the loaded model takes images in prompts; False without a model."""
         view = self._thread.core.view
-        return view is not None and view.image_reader is not None
+        return view is not None and view.media_reader is not None and "image" in view.media_reader.kinds
+
+    @property
+    def takes_audio(self) -> bool:
+        """Whether the loaded model takes audio in prompts; False without a model."""
+        view = self._thread.core.view
+        return view is not None and view.media_reader is not None and "audio" in view.media_reader.kinds
 
     @property
     def _model(self) -> ModelView:

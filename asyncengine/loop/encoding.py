@@ -1,4 +1,4 @@
-"""Prompts as token ids: texts, pairs of them, conversations, images. Runs on the caller, or on a thread for it."""
+"""Prompts as token ids: texts, pairs of them, conversations, images, audio. Runs on the caller or a thread of its."""
 
 from __future__ import annotations
 
@@ -15,9 +15,20 @@ import numpy as np
 from anyio.lowlevel import RunVar
 
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
-from asyncengine.images import ImagePrompt, ImageSource, PromptImages, Write
-from asyncengine.loop.image_parts import take_images
+from asyncengine.loop.media_parts import take_media
 from asyncengine.loop.pairs import Pair, TextPair
+from asyncengine.media import (
+    KINDS,
+    PLURALS,
+    UNENCODED,
+    AudioPrompt,
+    ImagePrompt,
+    PromptMedia,
+    Sources,
+    Transcribing,
+    TranscriptionPrompt,
+    Write,
+)
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, PairingTokenizer, Tokenizer, WritingTokenizer
@@ -26,7 +37,7 @@ T = TypeVar("T")
 
 TextPrompt = str | Iterable[int]
 
-Prompt = TextPrompt | ImagePrompt
+Prompt = TextPrompt | ImagePrompt | AudioPrompt
 
 Piece = str | int | Iterable[int]
 
@@ -36,8 +47,8 @@ StreamedPrompt = AsyncIterable[Piece]
 NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 
 _READERS = min(4, os.cpu_count() or 1)
-"""Threads that read images at once, for each event loop."""
-_readers: RunVar[anyio.CapacityLimiter] = RunVar("asyncengine_image_readers")
+"""Threads that read images or audio at once, for each event loop."""
+_readers: RunVar[anyio.CapacityLimiter] = RunVar("asyncengine_media_readers")
 _INLINE_CHARACTERS = 1024
 """Shorter texts are encoded on the loop: that takes less time than handing them to a thread."""
 
@@ -99,7 +110,7 @@ class Cut:
         return view.max_prompt_tokens if self.most < 0 else self.most
 
 
-AnyPrompt = Prompt | Conversation | PromptedText | Pair | TextPair | Cut
+AnyPrompt = Prompt | TranscriptionPrompt | Conversation | PromptedText | Pair | TextPair | Cut
 """Whatever becomes token ids at once."""
 
 
@@ -108,21 +119,21 @@ class Encoded(NamedTuple):
 
     Attributes:
         ids: (tokens,) token ids.
-        images: Those in it.
+        media: Images and audio in it.
         second: Where the second of two texts begins, if it is of two.
     """
 
     ids: Int32
-    images: PromptImages | None = None
+    media: PromptMedia | None = None
     second: int | None = None
 
 
 async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded:
-    """Token ids of a prompt. Long texts and images are read on a worker thread; cancelling does not stop that.
+    """Token ids of a prompt. Long texts, images and audio are read on a worker thread; cancelling does not stop that.
 
     Raises:
-        InvalidRequestError: Not text, token ids in the vocabulary, messages that the chat template takes, or images
-            that the model does; or empty.
+        InvalidRequestError: Not text, token ids in the vocabulary, messages that the chat template takes, or images or
+            audio that the model does; or empty.
     """
     most = None
     if isinstance(prompt, Cut):
@@ -131,9 +142,12 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
         prompt = prompt.written(view)
     if isinstance(prompt, Conversation):
         return await _encode_chat(prompt, view)
-    elif isinstance(prompt, ImagePrompt):
-        model, text = tokenizer_of(view, "images need one"), prompt.text
-        return await _read_images(prompt.images, view, lambda encode: encode(text), model.encode)
+    elif isinstance(prompt, (ImagePrompt, AudioPrompt)):
+        sources, text = prompt.sources, prompt.text
+        model = tokenizer_of(view, f"{_named(sources)} need one")
+        return await _read_media(sources, view, lambda encode: encode(text), model.encode)
+    elif isinstance(prompt, TranscriptionPrompt):
+        return await _encode_transcription(prompt, view)
     elif isinstance(prompt, (Pair, TextPair)):
         if prompt.size <= _INLINE_CHARACTERS and (view.takes_pairs or prompt.has_template):
             return typed(lambda: _encode_pair(prompt, view, most))
@@ -182,33 +196,66 @@ async def _encode_chat(conversation: Conversation, view: ModelView) -> Encoded:
     _check_messages(conversation.messages, view)
     model = tokenizer_of(view, "messages need a tokenizer")
     arguments = conversation.template_arguments
-    messages, images = take_images(conversation.messages)
-    if not images:
+    messages, sources = take_media(conversation.messages)
+    if not sources:
         return Encoded(await _in_thread(lambda: token_ids_of(model.encode_chat(messages, arguments), view)))
     if not hasattr(model, "encode_chat_by"):
-        raise InvalidRequestError("the messages have images; the tokenizer has no encode_chat_by, which they need")
+        raise InvalidRequestError(
+            f"the messages have {_named(sources)}; the tokenizer has no encode_chat_by, which they need"
+        )
     writing = cast("WritingTokenizer", model)
-    return await _read_images(
-        images, view, lambda encode: writing.encode_chat_by(messages, arguments, encode), writing.encode_piece
+    return await _read_media(
+        sources, view, lambda encode: writing.encode_chat_by(messages, arguments, encode), writing.encode_piece
     )
 
 
-async def _read_images(
-    images: Sequence[ImageSource], view: ModelView, write: Write, encode: Callable[[str], list[int]]
-) -> Encoded:
-    reader = view.image_reader
-    if reader is None:
-        raise InvalidRequestError(f"the prompt has images; the model takes none: {view.no_images}")
+async def _encode_transcription(prompt: TranscriptionPrompt, view: ModelView) -> Encoded:
+    transcribing = transcribing_of(view)
+    model = cast("WritingTokenizer", tokenizer_of(view, "transcription needs one"))
+    encode = model.encode_piece if hasattr(model, "encode_piece") else model.encode
+    return await _read_media(
+        prompt.sources, view, lambda encode: encode(transcribing.request(prompt.language, prompt.hint)), encode
+    )
+
+
+def transcribing_of(view: ModelView) -> Transcribing:
+    """How the model is asked to transcribe.
+
+    Raises:
+        InvalidRequestError: It takes no audio, or there is no telling.
+    """
+    reader = view.media_reader
+    if reader is None or "audio" not in reader.kinds:
+        reason = view.no_media.get("audio", UNENCODED["audio"])
+        raise InvalidRequestError(f"an audio is to be transcribed; the model takes none: {reason}")
+    if reader.transcribing is None:
+        raise InvalidRequestError(
+            "the model's processor does not say how it is asked to transcribe; ask it in a conversation"
+        )
+    return reader.transcribing
+
+
+async def _read_media(sources: Sources, view: ModelView, write: Write, encode: Callable[[str], list[int]]) -> Encoded:
+    reader = view.media_reader
+    for kind in KINDS:
+        if sources.get(kind) and (reader is None or kind not in reader.kinds):
+            reason = view.no_media.get(kind, UNENCODED[kind])
+            raise InvalidRequestError(f"the prompt has {PLURALS[kind]}; the model takes none: {reason}")
+    assert reader is not None
 
     def read() -> Encoded:
-        found = reader.read(images, write, encode, view.max_tokens - 1)
-        return Encoded(token_ids_of(found.token_ids, view), found.images)
+        found = reader.read(sources, write, encode, view.max_tokens - 1)
+        return Encoded(token_ids_of(found.token_ids, view), found.media)
 
-    return await _in_thread(read, _image_readers())
+    return await _in_thread(read, _media_readers())
 
 
-def _image_readers() -> anyio.CapacityLimiter:
-    """Lets few of a loop's images be read at once, since a large one takes a lot of memory meanwhile."""
+def _named(sources: Sources) -> str:
+    return " and ".join(PLURALS[kind] for kind in KINDS if sources.get(kind))
+
+
+def _media_readers() -> anyio.CapacityLimiter:
+    """Lets few images and audio of a loop be read at once, since a large one takes a lot of memory meanwhile."""
     try:
         return _readers.get()
     except LookupError:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
 from typing import Any
 
 import anyio.lowlevel
+import anyio.to_thread
 
 from asyncengine import instructions as ins
 from asyncengine.config import EngineConfig
@@ -18,7 +19,16 @@ from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.instructions import ReplyTo
 from asyncengine.loop.embedding import ClassificationOptions, Reading
-from asyncengine.loop.encoding import NO_TOKENS, AnyPrompt, Conversation, Encoded, Prompt, StreamedPrompt, encode
+from asyncengine.loop.encoding import (
+    NO_TOKENS,
+    AnyPrompt,
+    Conversation,
+    Encoded,
+    Prompt,
+    StreamedPrompt,
+    encode,
+    transcribing_of,
+)
 from asyncengine.loop.feed import feed
 from asyncengine.loop.many import ManyStream, PendingStream
 from asyncengine.loop.observer import Operation, RequestBegun, begin
@@ -34,7 +44,8 @@ from asyncengine.loop.prepare import (
 from asyncengine.loop.readings import DEFAULTS, Configured, EngineReadings, check_computed, checked_prompts
 from asyncengine.loop.router import Inbox
 from asyncengine.loop.stream import RequestStream
-from asyncengine.outputs import FinishReason, RequestResult
+from asyncengine.media import AudioSource, TranscriptionPrompt
+from asyncengine.outputs import FinishReason, RequestResult, Transcript
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
 
@@ -134,8 +145,9 @@ class AsyncEngine(EngineReadings):
 
         Args:
             messages: Mappings with ``role`` and ``content``, which is text or a list of parts: ``{"type": "text",
-                "text": ...}`` and ``{"type": "image", "image": ...}``, where the image is what
-                `asyncengine.images.ImageSource` says, or OpenAI's ``image_url`` with a ``data:`` URL. The
+                "text": ...}``, ``{"type": "image", "image": ...}`` and ``{"type": "audio", "audio": ...}``, where the
+                image is what `asyncengine.media.ImageSource` says and the audio what `asyncengine.media.AudioSource`
+                does; or OpenAI's ``image_url`` with a ``data:`` URL and ``input_audio`` with base64. The
                 ``token_ids`` of an answer, given beside its content, take its place: nothing that the model wrote is
                 then cut into other tokens and computed again.
             config: How to generate.
@@ -148,6 +160,37 @@ class AsyncEngine(EngineReadings):
             return (await self._add([conversation], [config], options))[0]
 
         return PendingStream(add)
+
+    async def transcribe(
+        self,
+        audio: AudioSource,
+        config: GenerationConfig | None = None,
+        options: RequestOptions = DEFAULTS,
+        *,
+        language: str | None = None,
+        hint: str | None = None,
+    ) -> Transcript:
+        """What is said in an audio, by a model whose processor knows how it is asked for that.
+
+        Args:
+            audio: As `asyncengine.media.AudioSource` says.
+            config: How to generate, greedily for most models; of several branches the first counts.
+            options: Id, priority, deadlines.
+            language: That is spoken, by its code or name; None leaves it to the model.
+            hint: What it is about, or words that are in it, for models that are told such.
+
+        Raises:
+            InvalidRequestError: The model takes no audio, does not transcribe, or not in that language.
+            AsyncEngineError: As `generate`.
+
+        Cancelling it aborts the request.
+        """
+        view = await self._view()
+        transcribing = transcribing_of(view)
+        stream = (await self._add([TranscriptionPrompt(audio, language, hint)], [config], options))[0]
+        result = await stream
+        text = await anyio.to_thread.run_sync(transcribing.text, result.token_ids, abandon_on_cancel=True)
+        return Transcript(result.text.strip() if text is None else text, result.usage, result.finish_reason)
 
     def generate_many(
         self,
@@ -178,7 +221,8 @@ class AsyncEngine(EngineReadings):
         """Token ids of a conversation, as `chat` would have them computed. Nothing is computed.
 
         Args:
-            messages: As in `chat`. What stands for a piece of an image is one token, the same for all of them.
+            messages: As in `chat`. What stands for a piece of an image is one token, the same for all of them, and
+                so is what stands for a piece of audio.
             **template_arguments: Passed to the chat template.
 
         Raises:

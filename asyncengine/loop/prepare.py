@@ -123,14 +123,14 @@ def new_request(
         InvalidRequestError: It cannot be served by this model.
     """
     config = checked_config(config)
-    prompt, images, second = encoded
+    prompt, media, second = encoded
     check_length(len(prompt), view)
     if options.adapter is not None and options.adapter not in view.adapters:
         raise InvalidRequestError(unknown_adapter(options.adapter, view.adapters))
     most = view.config.prefill_chunk_size
-    if images is not None and images.whole and most is not None and images.longest > most:
+    if media is not None and most is not None and media.longest_whole > most:
         raise InvalidRequestError(
-            f"an image of the prompt comes to {images.longest} tokens, which must be computed in one step; "
+            f"an image of the prompt comes to {media.longest_whole} tokens, which must be computed in one step; "
             f"prefill_chunk_size allows 1..{most}"
         )
     if reading is None and not view.has_head:
@@ -162,7 +162,7 @@ def new_request(
         arriving,
         pooling,
         options.adapter,
-        images,
+        media,
         isinstance(reading, ClassificationOptions),
         second,
     )

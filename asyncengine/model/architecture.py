@@ -15,21 +15,29 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.media import PLURALS, Kind
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import ATTENTION, HOOK, RecordedLayer, hooked, text_config
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.latent_attention import LatentAttention, keep_latents
 from asyncengine.model.load_check import BUILDING
+from asyncengine.model.media.modules import senses
 from asyncengine.model.recorded import Recorded, Watched
 from asyncengine.model.recurrent.recorded import RecurrentLayer, recording
 from asyncengine.model.stored.weight import CodedWeight
-from asyncengine.model.vision.modules import seeing
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _RECURRENT_TYPES = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
@@ -66,15 +74,15 @@ def _attend(
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
 
 
-def model_class(config: Any, images: bool = False) -> tuple[Any, Any]:
+def model_class(config: Any, media: bool = False) -> tuple[Any, Any]:
     """The class of transformers that `AutoModelForCausalLM` would take, and the configuration that it would give it.
 
     Args:
         config: Of a checkpoint.
-        images: Whether it is to be the class that takes images; it is where there is no other.
+        media: Whether it is to be the class that takes images or audio; it is where there is no other.
     """
-    mappings = [AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping]
-    if images:
+    mappings = _mappings(config)
+    if media:
         mappings.reverse()
     found = next(mapping[type(config)] for mapping in mappings if type(config) in mapping)
     if isinstance(found, (list, tuple)):
@@ -84,26 +92,39 @@ def model_class(config: Any, images: bool = False) -> tuple[Any, Any]:
     return found, config.get_text_config() if of_text is not None and found.config_class is of_text else config
 
 
-def no_images(config: Any) -> str:
-    """Why transformers' class for a configuration takes no images that were encoded before; empty if it does."""
-    kind, _ = model_class(config, images=True)
-    if getattr(config, "image_token_id", None) is None:
-        return f"{kind.__name__} has no token that stands for images"
-    if "mm_encoder_outputs" not in inspect.signature(kind.forward).parameters:
+def _mappings(config: Any) -> list[Any]:
+    """Where a configuration's class is looked up: in the first of these for text, in the last of them for media.
+
+    Those of models that listen are among encoder-decoder models and others that speak, too.
+    """
+    kinds: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    if getattr(config, "audio_token_id", None) is not None:
+        kinds += [AutoModelForSeq2SeqLM, AutoModelForMultimodalLM]
+    return [kind._model_mapping for kind in kinds]
+
+
+def no_media(config: Any, kind_of_media: Kind) -> str:
+    """Why transformers' class for a configuration takes no images, or no audio, that were encoded before; empty if it
+    does.
+    """
+    kind, _ = model_class(config, media=True)
+    if getattr(config, f"{kind_of_media}_token_id", None) is None:
+        return f"{kind.__name__} has no token that stands for {PLURALS[kind_of_media]}"
+    if kind_of_media == "image" and "mm_encoder_outputs" not in inspect.signature(kind.forward).parameters:
         return f"{kind.__name__} takes none that are encoded in transformers {transformers.__version__}"
     return ""
 
 
-def bare(config: Any, dtype: torch.dtype | None = None, images: bool = False, latents: bool = False) -> Any:
+def bare(config: Any, dtype: torch.dtype | None = None, media: bool = False, latents: bool = False) -> Any:
     """A model without weights, whatever device is the default; it attends by our function.
 
     Args:
         config: Of a checkpoint.
         dtype: Of its weights; as the configuration says, if it is not given.
-        images: As `model_class` has it.
+        media: As `model_class` has it.
         latents: Whether it keeps those of multi-head latent attention.
     """
-    kind, config = model_class(config, images)
+    kind, config = model_class(config, media)
     given = {} if dtype is None else {"dtype": dtype}
     model = kind._from_config(config, attn_implementation=ATTENTION, **given)
     if latents:
@@ -112,9 +133,9 @@ def bare(config: Any, dtype: torch.dtype | None = None, images: bool = False, la
 
 
 def attend_here(model: Any) -> None:
-    """Lets a model attend by our function, but for what looks at images, which attends as transformers does."""
+    """Lets a model attend by our function, but for what looks or listens, which attends as transformers does."""
     model.set_attn_implementation(ATTENTION)
-    for module in seeing(model):
+    for module in senses(model):
         if isinstance(module, PreTrainedModel):
             try:
                 module.set_attn_implementation("sdpa")
@@ -175,8 +196,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
     name = _name(config)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoders can be served")
-    mappings = AutoModelForCausalLM._model_mapping, AutoModelForImageTextToText._model_mapping
-    if not any(type(config) in mapping for mapping in mappings):
+    if not any(type(config) in mapping for mapping in _mappings(config)):
         raise UnsupportedModelError(f"{name} has no causal language model in transformers")
     if not model_class(config)[0]._can_set_attn_implementation():
         raise UnsupportedModelError(

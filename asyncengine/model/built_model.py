@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from asyncengine.config import DecoderBackend, EngineConfig
 from asyncengine.errors import UnsupportedModelError
+from asyncengine.media import UNENCODED, Kind
 from asyncengine.model import compiled_parts, memory, packed_linear
 from asyncengine.model.attention_modules import ATTENTION
 from asyncengine.model.findings import Findings
 from asyncengine.model.latent_attention import keep_latents
 from asyncengine.model.load_check import Details, check_latents
 from asyncengine.model.load_report import cannot_load, check_weights, head_of, loaded
+from asyncengine.model.media.modules import senses
+from asyncengine.model.media.trials import Trials
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.recurrent.packages import missing
-from asyncengine.model.vision.modules import seeing
-from asyncengine.model.vision.refusals import TEXT_ALONE
 
 if TYPE_CHECKING:
     from asyncengine.classifier import Classifier
-    from asyncengine.model.vision.trial import ImageTrial
+    from asyncengine.model.media.trial import MediaTrial
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class Built:
         findings: What the next load of it need not find out; None if that is not to be kept.
         has_head: Whether its head is the checkpoint's, not made up.
         classifier: Its classification head, if it has one.
-        image_trial: What reads images and makes their encoder; None if the model takes none.
-        no_images: Why it takes none, in words.
+        media_trial: What reads images and audio and makes their encoder; None if the model takes neither.
+        no_media: By kind, why it takes none, in words.
     """
 
     model: Any
@@ -47,8 +48,8 @@ class Built:
     findings: Findings | None = None
     has_head: bool = True
     classifier: Classifier | None = None
-    image_trial: ImageTrial | None = None
-    no_images: str = ""
+    media_trial: MediaTrial | None = None
+    no_media: Mapping[Kind, str] = field(default_factory=lambda: UNENCODED)
 
     def decoder_backend(self, config: EngineConfig) -> DecoderBackend:
         """What the configuration comes to; "auto" where that rests on measurements, so that a restart makes them."""
@@ -81,7 +82,6 @@ def build(
     from asyncengine.model import architecture, verification
     from asyncengine.model.decoder.parts import NotRecognised
     from asyncengine.model.decoder.weights import Packing
-    from asyncengine.model.graphs import reason_of
     from asyncengine.model.hidden_states import hidden_size
 
     notes: list[str] = []
@@ -94,12 +94,9 @@ def build(
     trial = verification.Trial.of(model, layers, details.device)
     classifier = _classifier(details, model)
     backend = attention()
-    image_trial, no_images = _image_trial(details, model, layers, backend)
-
-    def as_seen(layers: Recorded) -> Recorded:
-        return layers if image_trial is None else image_trial.layers_of(layers)
-
-    layers = trial.layers = as_seen(layers)
+    trials = Trials(config, details.no_media)
+    trials.begin(details, model, layers, backend)
+    layers = trial.layers = trials.layers_of(layers)
     if config.quantization == "int4" and details.device.type == "cuda":
         how, trial = _in_four_bits(model, trial, details)
         notes.append(how)
@@ -115,8 +112,7 @@ def build(
                 meanwhile()
                 packing.run()
             notes.extend(_rounding(config.quantization, program, trial.run(model, backend, program)))
-            if image_trial is not None:
-                image_trial, no_images = _with_program(config, image_trial, model, layers, backend, program)
+            trials.with_program(model, layers, backend, program)
             findings = _findings(details, model, layers, blueprint, trial, notes)
     except (NotRecognised, UnsupportedModelError) as error:
         if config.decoder_backend == "compiled" or not (
@@ -127,7 +123,7 @@ def build(
         program = None
         if isinstance(error, UnsupportedModelError):  # it has taken the weights
             model, _ = _with_weights(details)
-            layers = trial.layers = as_seen(architecture.layers_of(model, details.watched))
+            layers = trial.layers = trials.layers_of(architecture.layers_of(model, details.watched))
     fused = None
     if program is None:
         if compiled_parts.multiplies(config, backend):
@@ -139,7 +135,9 @@ def build(
             if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
                 packed_linear.pack(model)
             notes.extend(_tried(config, model, trial, backend))
-        layers = trial.layers = as_seen(trial.layers)  # by now it is known which of the recurrent ones continue
+        layers = trial.layers = trials.layers_of(
+            trial.layers
+        )  # by now it is known which of the recurrent ones continue
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
         if details.device.type == "cuda" and (packages := missing(layers.recurrent)):
@@ -159,16 +157,10 @@ def build(
             notes.append(
                 f"KV cache: {config.kv_cache_dtype}{with_scales}: logits of a trial are {off:.1%} of their norm off"
             )
-    if image_trial is not None and program is None:
+    if program is None:
         narrow = config.quantization == "fp8" or details.kv_dtype is not details.dtype
-        try:
-            image_trial.run(model, layers, backend, None, config.quantization, details.kv_dtype, narrow)
-        except Exception as error:  # also what a compiler or a driver raises
-            image_trial, no_images = None, reason_of(error)
-    if no_images and config.images:
-        raise UnsupportedModelError(f"images is True; {name!r} takes none: {no_images}")
-    if no_images not in ("", TEXT_ALONE) and config.images is None:
-        notes.append(f"images: refused: {no_images}")
+        trials.run(model, layers, backend, config.quantization, details.kv_dtype, narrow)
+    notes.extend(trials.notes(name))
     return Built(
         model,
         layers,
@@ -179,8 +171,8 @@ def build(
         findings,
         has_head,
         classifier,
-        image_trial,
-        no_images,
+        trials.widest,
+        trials.refused,
     )
 
 
@@ -193,41 +185,6 @@ def _classifier(details: Details, model: Any) -> Classifier | None:
     classifier = classification.read(details.head, details.checkpoint)
     classification.try_head(details.head, classifier, model, details.hf_config, details.device)
     return classifier
-
-
-def _image_trial(details: Details, model: Any, layers: Recorded, backend: Any) -> tuple[ImageTrial | None, str]:
-    """A trial of a model with images, as transformers has it so far; or why there is none, in words."""
-    if details.no_images:
-        return None, details.no_images
-    from asyncengine.model.graphs import reason_of
-
-    try:
-        from asyncengine.model.vision.trial import ImageTrial
-
-        trial = ImageTrial(model, layers, details.checkpoint.path, details.checkpoint.images_key, details.device)
-        trial.run(model, trial.layers_of(layers), backend)
-    except Exception as error:  # whatever is in a processor or an encoder
-        return None, reason_of(error)
-    return trial, ""
-
-
-def _with_program(
-    config: EngineConfig, trial: ImageTrial, model: Any, layers: Recorded, backend: Any, program: Any
-) -> tuple[ImageTrial | None, str]:
-    """The trial, if a compiled step says of images what the model does; or why not, in words.
-
-    Raises:
-        UnsupportedModelError: It does not, and images are wanted: the model can run otherwise.
-    """
-    from asyncengine.model.graphs import reason_of
-
-    try:
-        trial.run(model, layers, backend, program)
-    except Exception as error:  # whatever is in its rotary embedding
-        if config.images:
-            raise UnsupportedModelError(reason_of(error)) from error
-        return None, f"{reason_of(error)}; images=True runs the model as transformers has it"
-    return trial, ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +225,7 @@ class Recalled:
             None,
             tuple(about["notes"]),
             about["hidden_size"],
-            no_images=details.no_images,
+            no_media=details.no_media,
         )
 
 
@@ -362,7 +319,7 @@ def _quantise(model: Any, trial: Any, backend: Any, details: Details) -> str:
     """Turns linear layers into fp8; returns what came of it, in words."""
     from asyncengine.model.quantised.fp8_linear import counted, quantise
 
-    done, of = counted(model) if _stays(details) else quantise(model, trial.layers.uncalled | seeing(model))
+    done, of = counted(model) if _stays(details) else quantise(model, trial.layers.uncalled | senses(model))
     if not done:
         raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in fp8")
     if details.device.type == "cuda":
@@ -402,7 +359,7 @@ def _in_four_bits(model: Any, trial: Any, details: Details) -> tuple[str, Any]:
     rounded = not _stays(details)
     if rounded:
         round_experts(model)
-        round_layers(model, but=trial.layers.uncalled | seeing(model))
+        round_layers(model, but=trial.layers.uncalled | senses(model))
         memory.empty_cache()
     if not (share := share_of(model)):
         raise UnsupportedModelError(f"{str(details.checkpoint.path)!r} has no linear layers that could be in int4")
@@ -441,7 +398,7 @@ def _with_weights(details: Details) -> tuple[Any, bool]:
     from asyncengine.model.stored.weight import state_of
 
     checkpoint, dtype = details.checkpoint, details.dtype
-    kind, hf_config = architecture.model_class(details.hf_config, details.images)
+    kind, hf_config = architecture.model_class(details.hf_config, details.media)
     coded = architecture.coded_for(checkpoint, kind, hf_config)
     kept = KeptCodes(coded, dtype, _kept_forms(details)) if _stays(details) else None
     state = state_of(checkpoint.plain, coded, dtype) | ({} if kept is None else kept.state()) if coded else None

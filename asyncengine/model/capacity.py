@@ -49,9 +49,9 @@ def limits_of(
     if cuda:
         drafts = most_drafts(config, sequences, chunk)
         activations = _profile(built.model, built.layers.attention, chunk, sequences + drafts, details.device)
-        if built.image_trial is not None:
-            of_image, kept = _image_profile(built, details.device)
-            activations = max(activations, of_image) + kept
+        if built.media_trial is not None:
+            of_media, kept = _media_profile(built, details.device)
+            activations = max(activations, of_media) + kept
         if details.draft_head is not None:
             activations += head_bytes(details, chunk + sequences)
         used = memory.total_bytes(details.device) - memory.free_bytes(details.device)
@@ -190,20 +190,24 @@ def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.d
     return sum(int(backend.bytes_per_block(layer.spec, limits.page_size, dtype)) for layer in layers)
 
 
-def _image_profile(built: Built, device: torch.device) -> tuple[int, int]:
-    """Bytes that a model's encoder takes for one large image, measured, and those of the embeddings that it keeps."""
-    from asyncengine.model.vision.trial import BUDGET_TOKENS
+def _media_profile(built: Built, device: torch.device) -> tuple[int, int]:
+    """Bytes that a model's encoders take for one large image or a long audio, measured, and those of the embeddings
+    that it keeps.
+    """
+    from asyncengine.model.media.trial import BUDGET_TOKENS
 
-    assert built.image_trial is not None
-    image, encoder = built.image_trial.large(), built.image_trial.encoder(built.model)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    features = encoder.features(image)
-    peak = int(torch.cuda.max_memory_allocated(device)) - before
-    kept = features.nbytes * BUDGET_TOKENS // len(features.rows)
-    del features
-    encoder.clear()
-    memory.empty_cache()
+    assert built.media_trial is not None
+    peak = kept = 0
+    encoder = built.media_trial.encoder(built.model)
+    for item in built.media_trial.large():
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        features = encoder.features(item)
+        peak = max(peak, int(torch.cuda.max_memory_allocated(device)) - before)
+        kept = max(kept, features.nbytes * BUDGET_TOKENS // len(features.rows))
+        del features
+        encoder.clear()
+        memory.empty_cache()
     return peak, kept
 
 

@@ -124,8 +124,8 @@ class Checkpoint:
         return plain | {name: weight.shape for name, weight in self.coded.items()}
 
     @cached_property
-    def images_key(self) -> str:
-        """Equal for checkpoints that read images alike."""
+    def media_key(self) -> str:
+        """Equal for checkpoints that read images and audio alike."""
         found = hashlib.sha256()
         for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json"):
             path = self.path / name

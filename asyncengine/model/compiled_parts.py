@@ -89,13 +89,13 @@ def with_products(
     from asyncengine.model.decoder import compiled_layers
     from asyncengine.model.decoder.compiled_linear import Products
     from asyncengine.model.graphs import reason_of
-    from asyncengine.model.vision.modules import seeing
+    from asyncengine.model.media.modules import senses
 
     quantization = config.quantization
     products = Products(library_of(config, details, backend), details.dtype, quantization)
     model.get_input_embeddings().__dict__.pop("stored_codes", None)  # rows are looked up in numbers
     as_stored, rounded_to = compiled_layers.has_codes(model), compiled_layers.rounded_to(model, quantization)
-    compiled_layers.compile_layers(model, products, trial.layers.uncalled | seeing(model))
+    compiled_layers.compile_layers(model, products, trial.layers.uncalled | senses(model))
     if quantization == "none":
         try:
             return model, trial, tried(model, trial, backend)

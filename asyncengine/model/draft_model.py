@@ -7,7 +7,8 @@ whatever the scheduler does with blocks (shares, copies, caches, releases them) 
 after which text it has last computed each place is noted, as a fingerprint, and what is missing of a sequence is
 computed before it drafts. Computing too little would cost right guesses, never a wrong token.
 
-Images it does not see: in the place of each of their pieces it has the token that stands for one in a text.
+Images it does not see, and audio it does not hear: in the place of each of their pieces it has a token that stands for
+one in a text.
 
 A draft is drawn as the model draws, with the same temperature and filters and the same random number at each position:
 where the two distributions are alike, so are the tokens, also at a high temperature.
@@ -45,12 +46,12 @@ class DraftModel:
         model: Its sampler is not used.
         sampler: Draws the drafts.
         limits: Of the model that is drafted for.
-        of_image: The token that it has in the place of a piece of an image.
+        of_media: The token that it has in the place of a piece of an image or of audio.
     """
 
-    def __init__(self, model: TorchModel, sampler: Sampler, limits: Limits, of_image: int = 0) -> None:
+    def __init__(self, model: TorchModel, sampler: Sampler, limits: Limits, of_media: int = 0) -> None:
         self._model = model
-        self._of_image = of_image
+        self._of_media = of_media
         self._sampler = sampler
         self._page_size = limits.page_size
         self._budget = limits.prefill_chunk_size
@@ -136,7 +137,7 @@ class DraftModel:
         some = np.flatnonzero(counts)
         if len(some):
             begin, number = np.array(starts, dtype=np.int64)[some], np.array(counts, dtype=np.int64)[some]
-            self._execute(flattened(table, slots[some], begin, number, self._of_image), np.concatenate(prints))
+            self._execute(flattened(table, slots[some], begin, number, self._of_media), np.concatenate(prints))
 
     def _prints_of(self, table: SlotTable, slot: int, end: int) -> UInt64:
         """(tokens,) fingerprints of a slot's text up to each of its tokens from `_computed` to `end`."""

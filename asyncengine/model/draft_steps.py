@@ -36,7 +36,7 @@ def places_of(table: SlotTable, slots: Int64, positions: Int64) -> Int64:
     return places
 
 
-def flattened(table: SlotTable, slots: Int64, starts: Int64, counts: Int64, of_image: int = 0) -> StepBatch:
+def flattened(table: SlotTable, slots: Int64, starts: Int64, counts: Int64, of_media: int = 0) -> StepBatch:
     """Tokens `starts` to `starts + counts` of each slot as one step without logits.
 
     Args:
@@ -44,7 +44,7 @@ def flattened(table: SlotTable, slots: Int64, starts: Int64, counts: Int64, of_i
         slots: (rows,)
         starts: (rows,)
         counts: (rows,)
-        of_image: What is put in the place of a piece of an image.
+        of_media: What is put in the place of a piece of an image or of audio.
     """
     query_start = np.zeros(len(slots) + 1, dtype=np.int32)
     np.cumsum(counts, out=query_start[1:])
@@ -53,7 +53,7 @@ def flattened(table: SlotTable, slots: Int64, starts: Int64, counts: Int64, of_i
     nothing = np.empty(0, dtype=np.int64)
     token_ids = table.tokens[rows, positions]
     return StepBatch(
-        token_ids=np.where(token_ids < 0, np.int32(of_image), token_ids),
+        token_ids=np.where(token_ids < 0, np.int32(of_media), token_ids),
         positions=positions.astype(np.int32),
         query_start=query_start,
         context_lens=starts.astype(np.int32),

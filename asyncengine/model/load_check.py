@@ -17,19 +17,20 @@ import torch
 from asyncengine.builds import BuildError, find_compiler
 from asyncengine.config import EngineConfig, Quantization
 from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, UnsupportedModelError
+from asyncengine.media import KINDS, PLURALS, Kind
 from asyncengine.model import memory, rope_limits
 from asyncengine.model.adapters import lora
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import text_config
 from asyncengine.model.draft_heads.plan import HeadPlan, check_head
 from asyncengine.model.findings import Findings, place_of, recall
+from asyncengine.model.media.refusals import refusals, wanted
 from asyncengine.model.memory import GIB
 from asyncengine.model.ranking import ranking_of
 from asyncengine.model.recorded import Watched
 from asyncengine.model.recurrent.refusals import check_recurrent
 from asyncengine.model.rope_limits import RopeLimit
 from asyncengine.model.sentence_modules import Embedder, embedder_of
-from asyncengine.model.vision.refusals import refusal
 from asyncengine.reranking import RerankPrompt
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ class Details:
         findings_at: Where what is found out is kept; None if it is not.
         selecting: Comes to what attends, as soon as that is compiled; None for a draft model.
         quantization: What weights are kept as.
-        no_images: Why the model takes no images, in words; empty if it is to take some.
+        no_media: By kind, why the model takes none, in words; empty if it is to take some.
         unasked: Whether nobody has asked for that `quantization`, so that it may be another one.
         rope_limit: Up to which length of a sequence its rotary embedding does not change; None if it never does.
         rope_note: What there is to be said of that, in words; empty if there is nothing.
@@ -98,7 +99,7 @@ class Details:
     findings_at: Path | None = None
     selecting: Future[Any] | None = None
     quantization: Quantization = "none"
-    no_images: str = "it drafts"
+    no_media: dict[Kind, str] = field(default_factory=lambda: dict.fromkeys(KINDS, "it drafts"))
     unasked: bool = False
     rope_limit: RopeLimit | None = None
     rope_note: str = ""
@@ -109,9 +110,9 @@ class Details:
     latents: bool = False
 
     @property
-    def images(self) -> bool:
-        """Whether the model is to take images."""
-        return not self.no_images
+    def media(self) -> bool:
+        """Whether the model is to take images or audio."""
+        return not all(self.no_media.values())
 
     @property
     def all_weight_bytes(self) -> int:
@@ -147,8 +148,9 @@ def plan_of(
     tokenizer_path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
     if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
-    no_images = refusal(config, checkpoint)
-    alone = bool(no_images) and not checkpoint.classifies and not config.mla  # a head is tried in every load
+    no_media = refusals(config, checkpoint)
+    # A head is tried in every load.
+    alone = all(no_media.values()) and not checkpoint.classifies and not config.mla
     latents = keeps_latents(config)
     findings_at = place_of(config, checkpoint, device, dtype) if alone else None
     findings = recall(findings_at)
@@ -163,13 +165,14 @@ def plan_of(
         text = text_config(hf_config)
         vocab_size, longest = text.vocab_size, longest_of(text, config)
         limit = rope_limits.limit_of(hf_config, longest)
-        no_images = no_images or architecture.no_images(hf_config)
+        no_media = {kind: reason or architecture.no_media(hf_config, kind) for kind, reason in no_media.items()}
     else:
         hf_config = None
         vocab_size, longest = findings.description["vocab_size"], findings.description["longest"]
         limit = None if (known := findings.description["rope_limit"]) is None else RopeLimit(*known)
-    if config.images and no_images:
-        raise UnsupportedModelError(f"images is True; {config.model!r} takes none: {no_images}")
+    for kind, reason in no_media.items():
+        if reason and wanted(kind, config):
+            raise UnsupportedModelError(f"{PLURALS[kind]} is True; {config.model!r} takes none: {reason}")
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
     for path in config.adapters.values():
         lora.check_there(path, checkpoint.shapes)
@@ -188,7 +191,7 @@ def plan_of(
     watched = None
     if findings is None:
         rope_limits.settle(hf_config, max_length)
-        watched = watch(architecture, hf_config, not no_images, latents)
+        watched = watch(architecture, hf_config, not all(no_media.values()), latents)
         check_latents(config, None if watched is None else watched.attention.values())
     if draft is not None:
         rope_limits.settle(draft.hf_config, max_length)
@@ -223,7 +226,7 @@ def plan_of(
         findings_at,
         selecting,
         config.quantization,
-        no_images,
+        no_media,
         rope_limit=limit,
         rope_note=rope_note,
         head=head,
@@ -487,7 +490,7 @@ def without_findings(details: Details) -> Details:
 
     hf_config = architecture.read_config(details.checkpoint)
     rope_limits.settle(hf_config, details.max_length)
-    watched = watch(architecture, hf_config, details.images, details.latents)
+    watched = watch(architecture, hf_config, details.media, details.latents)
     return dataclasses.replace(details, hf_config=hf_config, watched=watched, findings=None)
 
 
@@ -522,13 +525,13 @@ def check_latents(config: EngineConfig, specs: Collection[LayerSpec] | None) -> 
         )
 
 
-def watch(architecture: Any, hf_config: Any, images: bool = False, latents: bool = False) -> Watched | None:
+def watch(architecture: Any, hf_config: Any, media: bool = False, latents: bool = False) -> Watched | None:
     """Watches the model run without weights, unless one of the same configuration was watched.
 
     Args:
         architecture: The module of that name.
         hf_config: The model's.
-        images: Whether it is to take images.
+        media: Whether it is to take images or audio.
         latents: Whether it keeps those of multi-head latent attention.
 
     Returns:
@@ -536,13 +539,13 @@ def watch(architecture: Any, hf_config: Any, images: bool = False, latents: bool
     """
     stated = json.loads(hf_config.to_json_string(use_diff=False))
     stated.pop("_name_or_path", None)  # where it was read from
-    configuration = f"{type(hf_config).__qualname__} {images} {latents} {json.dumps(stated, sort_keys=True)}"
+    configuration = f"{type(hf_config).__qualname__} {media} {latents} {json.dumps(stated, sort_keys=True)}"
     if (known := _WATCHED.get(configuration)) is not None:
         return known
     try:
         with BUILDING, torch.device("meta"):
             # In a dtype of few digits, so that states of more digits are known to be so.
-            model = architecture.bare(hf_config, torch.bfloat16, images, latents)
+            model = architecture.bare(hf_config, torch.bfloat16, media, latents)
         found: Watched = architecture.record(model.eval()).watched
     except UnsupportedModelError:
         raise

@@ -170,7 +170,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     notes += [details.rope_note] if details.rope_note else []
     draft = None
     if details.draft is not None:
-        text_alone = config.replace(images=False, mla=None)
+        text_alone = config.replace(images=False, audio=False, mla=None)
         draft = build(text_alone, details.draft, lambda: backend)
         check_drafts(details.draft, draft.has_head)
     head = None if details.draft_head is None else details.draft_head.build(built, details)
@@ -188,11 +188,11 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     drafting = None
     memory_bytes = built.nbytes + cache_bytes(built, backend, limits, details)
     draft_model = encoder = None
-    of_image = 0
+    of_media = 0
     try:
-        if built.image_trial is not None:
-            model.use_images(encoder := built.image_trial.encoder(built.model))
-            of_image = built.image_trial.reader.token_id
+        if built.media_trial is not None:
+            model.use_media(encoder := built.media_trial.encoder(built.model))
+            of_media = next(iter(built.media_trial.reader.token_ids.values()))
         model.use_adapters(adapting := _adapting(built, details))
         adapters = [(name, adapting.format.prepare(path, None)) for name, path in config.adapters.items()]
         for index, (_, prepared) in enumerate(adapters):
@@ -200,7 +200,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         if draft is not None:
             assert details.draft is not None
             draft_model, draft_sampler = _serving(draft, details.draft, backend, limits, vocab_size)
-            drafter = model.companion = DraftModel(draft_model, draft_sampler, limits, of_image)
+            drafter = model.companion = DraftModel(draft_model, draft_sampler, limits, of_media)
             drafting = _drafting(config, drafter, limits, details.device, draft.nbytes / built.nbytes)
         heads = None
         if head is not None:
@@ -227,7 +227,8 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         config=complete.replace(
             attention_backend=backend.name,
             decoder_backend=built.decoder_backend(config),
-            images=built.image_trial is not None,
+            images=not built.no_media["image"],
+            audio=not built.no_media["audio"],
             mla=any(layer.spec.values_in_keys for layer in built.layers.attention),
         ),
         vocab_size=vocab_size,
@@ -250,8 +251,8 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         adapting=model,
         adapters=tuple(adapters),
         adapter_format=adapting.format,
-        image_reader=None if built.image_trial is None else built.image_trial.reader,
-        no_images=built.no_images,
+        media_reader=None if built.media_trial is None else built.media_trial.reader,
+        no_media=built.no_media,
     )
 
 

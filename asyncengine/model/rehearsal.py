@@ -91,7 +91,7 @@ def _decoder(details: Details) -> Rehearsed | None:
     checkpoint = details.checkpoint
     if not checkpoint.tensors:  # there are no headers in pickles
         return None
-    kind, config = architecture.model_class(details.hf_config, details.images)
+    kind, config = architecture.model_class(details.hf_config, details.media)
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.plain}
     try:
         shapes |= {weight.name: weight.shape for weight in architecture.coded_for(checkpoint, kind, config)}

@@ -16,7 +16,7 @@ from torch import nn
 
 from asyncengine.errors import InsufficientMemoryError
 from asyncengine.generation import SamplingParams
-from asyncengine.images import ImageFailure
+from asyncengine.media import MediaFailure
 from asyncengine.model import memory, token_draw, token_logprobs, verified_draw
 from asyncengine.model.adapters.adapted_modules import AdaptedModules, groups_of, places_of
 from asyncengine.model.capturing import Capturing
@@ -30,6 +30,7 @@ from asyncengine.model.hidden_states import hidden_states, summed
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.letting_go import take_apart
 from asyncengine.model.lost_device import is_lost
+from asyncengine.model.media.encoder import MediaEncoder
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.quantised import new_values
 from asyncengine.model.recurrent.states import States
@@ -38,7 +39,6 @@ from asyncengine.model.skeleton import Skeleton
 from asyncengine.model.step_inputs import StepInputs
 from asyncengine.model.token_draw import DrawSettings
 from asyncengine.model.token_ranking import argmax
-from asyncengine.model.vision.encoder import ImageEncoder
 from asyncengine.model.way_back import OnItsWay, WayBack
 from asyncengine.model.weight_writer import replace_weights
 from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
@@ -112,7 +112,7 @@ class TorchModel:
         self._some_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.capturing: Capturing | None = None
         self._fused: FusedDecoder | None = None
-        self._images: ImageEncoder | None = None
+        self._media: MediaEncoder | None = None
         self._inputs = StepInputs(device, last=last)
         self._last = last
         self._back = None if last is None else WayBack(device)
@@ -245,13 +245,13 @@ class TorchModel:
             logits, pooled = self._program.run(step, self.begin(batch), self._seen(batch))
         else:
             with hidden_states(self._model) as hidden:
-                logits = self._send_and_run(step, self._seeing(batch) if batch.images else self._forward)
+                logits = self._send_and_run(step, self._seeing(batch) if batch.media else self._forward)
             pooled = summed(hidden, batch.pool_spans)
         return dataclasses.replace(self._draw(batch, logits), pooled=pooled)
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """Runs the model; returns (M, vocabulary), one row per entry of `batch.sample_index`."""
-        if batch.images:
+        if batch.media:
             if self._program is not None:
                 return self._program.logits(batch, self.begin(batch), self._seen(batch))
             return self._send_and_run(batch, self._seeing(batch))
@@ -262,18 +262,24 @@ class TorchModel:
         return self._send_and_run(batch, self.forward)
 
     def _seen(self, batch: StepBatch) -> Seen | None:
-        """What a step has of images, for the program."""
-        if not batch.images:
+        """What a step has of images and audio, for the program."""
+        if not batch.media:
             return None
-        assert self._images is not None
+        assert self._media is not None
         assert self._program is not None
-        return self._images.seen(batch, self._program)
+        return self._media.seen(batch, self._program)
 
     def _seeing(self, batch: StepBatch) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-        """As `_forward`, of a step with images."""
-        assert self._images is not None
-        axes, more = self._images.arguments(batch)
-        return lambda ids, positions, index: self._forward(ids, positions if axes is None else axes, index, **more)
+        """As `_forward`, of a step with images or audio."""
+        assert self._media is not None
+        axes, more = self._media.arguments(batch)
+        around = self._media.at_the_door(batch)
+
+        def forward(ids: torch.Tensor, positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            with around:
+                return self._forward(ids, positions if axes is None else axes, index, **more)
+
+        return forward
 
     def _replayed(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
         """Replays a step that was captured, if there is one."""
@@ -327,9 +333,9 @@ class TorchModel:
         """Computes steps with adapters, from now on."""
         self._adapters = adapters
 
-    def use_images(self, images: ImageEncoder) -> None:
-        """Computes steps with images, from now on."""
-        self._images = images
+    def use_media(self, media: MediaEncoder) -> None:
+        """Computes steps with images and audio, from now on."""
+        self._media = media
 
     def use_fused(self, fused: FusedDecoder) -> None:
         """Runs steps of the sizes that it serves through the model's fused kernels, from now on."""
@@ -351,8 +357,8 @@ class TorchModel:
             tap_modules(self._model, self._layers.first_layer, taps)
 
     def device_lost(self, error: BaseException) -> bool:
-        """As `asyncengine.model.lost_device.is_lost`; an image's failure is what it came from."""
-        if isinstance(error, ImageFailure) and error.__cause__ is not None:
+        """As `asyncengine.model.lost_device.is_lost`; that of an image or audio is what it came from."""
+        if isinstance(error, MediaFailure) and error.__cause__ is not None:
             error = error.__cause__
         return is_lost(self._device, error)
 
@@ -363,8 +369,8 @@ class TorchModel:
             self.companion.sleep()
         if self.capturing is not None:
             self.capturing.clear()
-        if self._images is not None:
-            self._images.clear()
+        if self._media is not None:
+            self._media.clear()
         self._layers.free()
         if self._device.type == "cuda":
             self._model.to("cpu")
@@ -412,8 +418,8 @@ class TorchModel:
         """As the protocol says. The old values are kept until all new ones are in place."""
         assert self._model is not None
         writers = new_values.writers(self._model) if self._program is None else self._program.writers()
-        if self._images is not None:
-            self._images.clear()
+        if self._media is not None:
+            self._media.clear()
         replace_weights(self._model, weights, writers, new_values.taken_for(self._model))
 
     def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
@@ -435,7 +441,7 @@ class TorchModel:
         if self.capturing is not None:
             self.capturing.clear()
             self.capturing = None
-        self._fused = self._images = self._reader = self._taps = None
+        self._fused = self._media = self._reader = self._taps = None
         self._layers.free()
         take_apart(self._model)
         self._model = None

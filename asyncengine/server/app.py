@@ -28,6 +28,7 @@ from asyncengine.server import (
     rerank,
     responses,
     tokens,
+    transcriptions,
 )
 from asyncengine.server.gate import Gate
 from asyncengine.server.refusal import Refusal
@@ -72,7 +73,7 @@ def _application(service: Service, own_engine: bool = False) -> Starlette:
                 expose_headers=["x-request-id", IGNORED_HEADER, "retry-after"],
             ),
         )
-    readings = [embeddings, classify, rerank]
+    readings = [embeddings, classify, rerank, transcriptions]
     modules = [probes, tokens, completions, chat, *readings, responses, messages, admin, adapters, page, openapi]
     app = Starlette(
         routes=[route for module in modules for route in module.routes(service)],

@@ -29,8 +29,8 @@ from asyncengine.server.chunks import (
     UsageRecord,
 )
 from asyncengine.server.conversation import conversation, template_arguments
-from asyncengine.server.image_data import decoded, told_apart
 from asyncengine.server.logprobs import chat_logprobs
+from asyncengine.server.media_data import decoded, told_apart
 from asyncengine.server.naming import fresh_id
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.sampling import IGNORED, OTHERS, Sampling, generation_config, request_options
@@ -100,7 +100,7 @@ class Chat:
             message = "max_tokens and max_completion_tokens are both given; expected one of them"
             raise Refusal(400, message, "invalid_field", "max_completion_tokens")
         self.choice = tool_choice(body.tools, body.tool_choice, body.parallel_tool_calls, self.tokenizer)
-        self.messages = conversation(body.messages, service.settings.max_image_bytes)
+        self.messages = conversation(body.messages, service.settings.media)
         body.messages = []  # images in it are large, and an answer takes its time
         changes: dict[str, Any] = {"logprobs": body.logprobs, "top_logprobs": body.top_logprobs}
         if body.max_completion_tokens is not None:

@@ -10,9 +10,10 @@ from asyncengine.outputs import Usage
 
 
 class PromptDetails(msgspec.Struct):
-    """Of a prompt's tokens."""
+    """Of a prompt's tokens. Where there is no audio, nothing is said of it."""
 
     cached_tokens: int
+    audio_tokens: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionDetails(msgspec.Struct):
@@ -182,7 +183,9 @@ def usage_of(records: list[Usage], speculates: bool) -> UsageRecord:
     """
     prompt, completion = sum(u.prompt_tokens for u in records), sum(u.completion_tokens for u in records)
     cached = sum(u.cached_tokens for u in records)
-    found = UsageRecord(prompt, completion, prompt + completion, PromptDetails(cached))
+    heard = sum(u.audio_tokens for u in records)
+    details = PromptDetails(cached, heard or msgspec.UNSET)
+    found = UsageRecord(prompt, completion, prompt + completion, details)
     guessed = sum(u.draft_tokens for u in records)
     if speculates or guessed:
         accepted = sum(u.accepted_draft_tokens for u in records)

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from asyncengine.outputs import Classification
 from asyncengine.server.answer import now
 from asyncengine.server.conversation import conversation, template_arguments
-from asyncengine.server.image_data import decoded
+from asyncengine.server.media_data import decoded
 from asyncengine.server.prompts import prompts_of
 from asyncengine.server.reading import CUT, ReadingBody, ReadingUsage, check_count, found, options_of
 from asyncengine.server.refusal import Refusal
@@ -80,7 +80,7 @@ def routes(service: Service) -> list[Route]:
             request.state.names = {**dict.fromkeys(_NAMES, "messages"), CUT: CUT}
             arguments = template_arguments(body.chat_template_kwargs)
             arguments["add_generation_prompt"] = body.add_generation_prompt
-            prompts = [await decoded(conversation(body.messages, service.settings.max_image_bytes))]
+            prompts = [await decoded(conversation(body.messages, service.settings.media))]
         options = options_of(body, "classify", request, served)
         arguments[CUT] = body.truncate_prompt_tokens
         read = await found(service, request, service.engine.classify(prompts, options, **arguments))

@@ -8,12 +8,13 @@ from typing import Any
 
 import msgspec
 
-from asyncengine.server import image_data
+from asyncengine.server import media_data
 from asyncengine.server.refusal import Refusal
+from asyncengine.server.settings import MediaLimits
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_SAY_IMAGES = ("user", "tool")
-"""Roles whose messages may have images in them."""
+_SAY_MEDIA = ("user", "tool")
+"""Roles whose messages may have images and audio in them."""
 _TEXTS = ("text", "input_text", "output_text", "refusal")
 _KNOWN = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"})
 _EMPTY = frozenset({"audio", "refusal", "function_call", "annotations"})
@@ -28,19 +29,17 @@ _RESERVED = frozenset({
 })  # fmt: skip
 
 
-def conversation(
-    messages: list[dict[str, Any]], most_image_bytes: int, field: str = "messages"
-) -> list[dict[str, Any]]:
+def conversation(messages: list[dict[str, Any]], most: MediaLimits, field: str = "messages") -> list[dict[str, Any]]:
     """Checked messages: text instead of parts, tool-call arguments as objects, the developer as system.
 
-    Where there are images among the parts, the parts stay, as the engine has them; see `image_data.decoded`.
+    Where there are images or audio among the parts, the parts stay, as the engine has them; see `media_data.decoded`.
 
     Raises:
         Refusal: A message has something that no chat template here can take.
     """
     if not messages:
         raise Refusal(400, f"{field} is empty; expected at least one message", "invalid_field", field)
-    return [_message(message, f"{field}[{index}]", most_image_bytes) for index, message in enumerate(messages)]
+    return [_message(message, f"{field}[{index}]", most) for index, message in enumerate(messages)]
 
 
 def template_arguments(arguments: dict[str, Any] | None) -> dict[str, Any]:
@@ -67,13 +66,13 @@ def text_of(content: object, where: str) -> str:
     return text
 
 
-def content_of(content: object, where: str, most_image_bytes: int | None) -> str | list[dict[str, Any]]:
-    """Text, of a string or of a list of parts; or the parts, if some of them are images.
+def content_of(content: object, where: str, most: MediaLimits | None) -> str | list[dict[str, Any]]:
+    """Text, of a string or of a list of parts; or the parts, if some of them are images or audio.
 
     Args:
         content: It.
         where: Where it stands in the body.
-        most_image_bytes: Size of the largest image that is taken; None where images have no place.
+        most: Sizes of the largest images and audio that are taken; None where they have no place.
 
     Raises:
         Refusal: There is something else in it.
@@ -84,11 +83,11 @@ def content_of(content: object, where: str, most_image_bytes: int | None) -> str
         return content
     if not isinstance(content, list):
         raise Refusal(400, f"{where} is {content!r:.80}; expected text or a list of parts", "invalid_field", where)
-    return joined(part_of(part, f"{where}[{index}]", most_image_bytes) for index, part in enumerate(content))
+    return joined(part_of(part, f"{where}[{index}]", most) for index, part in enumerate(content))
 
 
-def part_of(part: object, where: str, most_image_bytes: int | None) -> dict[str, Any]:
-    """A part of a message, as the engine has it: a text or an image.
+def part_of(part: object, where: str, most: MediaLimits | None) -> dict[str, Any]:
+    """A part of a message, as the engine has it: a text, an image or audio.
 
     Raises:
         Refusal: It is something else.
@@ -99,11 +98,11 @@ def part_of(part: object, where: str, most_image_bytes: int | None) -> dict[str,
         if not isinstance(text, str):
             raise Refusal(400, f"{where}.text is {text!r:.80}; expected a string", "invalid_field", f"{where}.text")
         return {"type": "text", "text": text}
-    if isinstance(part, dict) and kind in image_data.KINDS and most_image_bytes is not None:
-        return image_data.image_part(part, where, most_image_bytes)
-    what = "only text can be read here" if most_image_bytes is None else "only text and images can be read here"
-    if kind in image_data.KINDS:
-        what += f"; images go into messages whose role is {' or '.join(_SAY_IMAGES)}"
+    if isinstance(part, dict) and kind in media_data.IMAGES + media_data.AUDIO and most is not None:
+        return media_data.media_part(part, where, most)
+    what = "only text can be read here" if most is None else "only text, images and audio can be read here"
+    if kind in media_data.IMAGES + media_data.AUDIO:
+        what += f"; images and audio go into messages whose role is {' or '.join(_SAY_MEDIA)}"
     raise Refusal(400, f"{where}.type is {kind!r:.80}; {what}", "unsupported_field", f"{where}.type")
 
 
@@ -120,7 +119,7 @@ def joined(parts: Iterable[dict[str, Any]]) -> str | list[dict[str, Any]]:
     return str(found[0]["text"]) if len(found) == 1 and found[0]["type"] == "text" else found
 
 
-def _message(message: dict[str, Any], where: str, most_image_bytes: int) -> dict[str, Any]:
+def _message(message: dict[str, Any], where: str, most: MediaLimits) -> dict[str, Any]:
     role = message.get("role")
     if role not in _ROLES:
         path = f"{where}.role"
@@ -135,8 +134,8 @@ def _message(message: dict[str, Any], where: str, most_image_bytes: int) -> dict
     if message.get("content") is None and role != "assistant":
         path = f"{where}.content"
         raise Refusal(400, f"{path} is missing; expected text or a list of parts", "invalid_field", path)
-    most = most_image_bytes if role in _SAY_IMAGES else None
-    found["content"] = content_of(message.get("content"), f"{where}.content", most)
+    allowed = most if role in _SAY_MEDIA else None
+    found["content"] = content_of(message.get("content"), f"{where}.content", allowed)
     for name in ("name", "tool_call_id"):
         if message.get(name) is not None:
             found[name] = message[name]

@@ -9,6 +9,7 @@ import msgspec
 
 from asyncengine.server.conversation import content_of, joined, part_of, text_of
 from asyncengine.server.refusal import Refusal
+from asyncengine.server.settings import MediaLimits
 from asyncengine.server.turn import Piece, Text, ToolCall
 
 Event = tuple[str, dict[str, Any]]
@@ -82,9 +83,9 @@ def tools_of(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def messages_of(
-    messages: list[dict[str, Any]], system: str | list[dict[str, Any]] | None, most_image_bytes: int
+    messages: list[dict[str, Any]], system: str | list[dict[str, Any]] | None, most: MediaLimits
 ) -> list[dict[str, Any]]:
-    """Messages in OpenAI's words, which are those of chat templates; images are as `image_data.image_part` has them.
+    """Messages in OpenAI's words, which are those of chat templates; images are as `media_data.image_part` has them.
 
     Raises:
         Refusal: One has something that cannot be read here.
@@ -100,13 +101,13 @@ def messages_of(
         if role not in ("user", "assistant", "system"):
             raise Refusal(400, f"{where}.role is {role!r}; allowed: user, assistant", "invalid_field", f"{where}.role")
         if isinstance(content, list):
-            found += _from_blocks(role, content, f"{where}.content", most_image_bytes)
+            found += _from_blocks(role, content, f"{where}.content", most)
         else:
             found.append({"role": role, "content": text_of(content, f"{where}.content")})
     return found
 
 
-def _from_blocks(role: str, blocks: list[Any], where: str, most_image_bytes: int) -> list[dict[str, Any]]:
+def _from_blocks(role: str, blocks: list[Any], where: str, most: MediaLimits) -> list[dict[str, Any]]:
     """A message, and before it one per result of a tool."""
     results: list[dict[str, Any]] = []
     message: dict[str, Any] = {"role": role, "content": ""}
@@ -115,7 +116,7 @@ def _from_blocks(role: str, blocks: list[Any], where: str, most_image_bytes: int
         path = f"{where}[{index}]"
         kind = block.get("type") if isinstance(block, dict) else None
         if kind in ("text", "image"):
-            parts.append(part_of(block, path, most_image_bytes if role == "user" else None))
+            parts.append(part_of(block, path, most if role == "user" else None))
         elif kind == "tool_use":
             given = block.get("input") or {}
             if not isinstance(given, dict):
@@ -125,7 +126,7 @@ def _from_blocks(role: str, blocks: list[Any], where: str, most_image_bytes: int
             made = {"id": block.get("id"), "type": "function", "function": function}
             message.setdefault("tool_calls", []).append(made)
         elif kind == "tool_result":
-            content = content_of(block.get("content"), f"{path}.content", most_image_bytes)
+            content = content_of(block.get("content"), f"{path}.content", most)
             results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content})
         elif kind == "thinking":
             message["reasoning_content"] = message.get("reasoning_content", "") + str(block.get("thinking", ""))

@@ -15,7 +15,7 @@ from asyncengine.outputs import FinishReason, RequestOutput
 from asyncengine.server.answer import Answer
 from asyncengine.server.chat import Chat, ChatBody
 from asyncengine.server.conversation import conversation
-from asyncengine.server.image_data import decoded, told_apart
+from asyncengine.server.media_data import decoded, told_apart
 from asyncengine.server.message_blocks import Blocks, messages_of, tools_of
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.sampling import DeadlineFields
@@ -98,7 +98,7 @@ class Messaging:
             message = f"tool_choice.type is {kind!r:.80}; allowed: {', '.join(map(repr, wanted))}"
             raise Refusal(400, message, "unsupported_field", "tool_choice")
         found: dict[str, Any] = {name: getattr(body, name) for name in _SAME}
-        messages = messages_of(body.messages, body.system, service.settings.max_image_bytes)
+        messages = messages_of(body.messages, body.system, service.settings.media)
         body.messages = []
         prefilled = messages[-1]["role"] == "assistant"
         self.chat = Chat(
@@ -187,7 +187,7 @@ def routes(service: Service) -> list[Route]:
         body, headers = await service.read(request, COUNT)
         service.check_serving(body.model)
         service.tokenizer()  # without one there are no tokens to count
-        most = service.settings.max_image_bytes
+        most = service.settings.media
         messages = conversation(messages_of(body.messages, body.system, most), most)
         tools = tools_of(body.tools)
         with told_apart(messages):

@@ -22,6 +22,7 @@ from asyncengine.server import (
     rerank,
     responses,
     tokens,
+    transcriptions,
 )
 from asyncengine.server.chunks import ChatCompletion, Completion
 from asyncengine.server.service import Service, reply
@@ -55,6 +56,7 @@ class _Operation:
     body: Body[Any] | None = None
     answer: type | None = None
     kind: str = "application/json"
+    file: str | None = None
     streams: bool = False
 
 
@@ -66,6 +68,14 @@ _OPERATIONS = (
     _Operation("get", "/v1/models/{model}", "The model that is served, or one of its adapters, by its name."),
     _Operation("post", "/v1/chat/completions", "The assistant's next turn.", chat.BODY, ChatCompletion, streams=True),
     _Operation("post", "/v1/completions", "What follows a text.", completions.BODY, Completion, streams=True),
+    _Operation(
+        "post",
+        "/v1/audio/transcriptions",
+        "What is said in a file.",
+        transcriptions.BODY,
+        transcriptions.Transcription,
+        file="file",
+    ),
     _Operation("post", "/v1/embeddings", "Texts as vectors.", embeddings.BODY, embeddings.Embeddings),
     _Operation("post", "/classify", "What a classification head says of texts.", classify.BODY, classify.Classes),
     _Operation("post", "/score", "How far texts answer others.", rerank.SCORE, rerank.Scores),
@@ -107,6 +117,11 @@ def document(with_admin: bool, with_key: bool) -> dict[str, Any]:
         for name, field in schema["properties"].items():
             if name not in required and "description" not in field:  # null is as good as absent
                 schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+    for operation in operations:
+        if operation.file is not None and operation.body is not None:
+            form = schemas[operation.body.shape.__name__]
+            form["properties"][operation.file] = {"type": "string", "format": "binary"}
+            form["required"] = [*form.get("required", []), operation.file]
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation, with_key)
@@ -148,7 +163,10 @@ def _operation(operation: _Operation, with_key: bool) -> dict[str, Any]:
         found["responses"]["503"] = {"description": "Not well.", "content": {"application/json": {"schema": {}}}}
     if operation.body is not None:
         schema = {"$ref": _REF.format(name=operation.body.shape.__name__)}
-        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        asked: dict[str, Any] = {"application/json": {"schema": schema}}
+        if operation.file is not None:
+            asked = {"multipart/form-data": {"schema": schema}}
+        found["requestBody"] = {"required": True, "content": asked}
     if "{model}" in operation.path:
         found["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
     if with_key and operation.path != "/health":

@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from asyncengine.loop.engine import AsyncEngine
 from asyncengine.server.naming import Served
 from asyncengine.server.service import Service, reply
 from asyncengine.state import EngineState
@@ -67,7 +68,12 @@ def _model(service: Service, served: Served) -> dict[str, object]:
         "parent": None if served.adapter is None else service.name,
         # As OpenRouter and llama.cpp's router have it; OpenAI's list has nothing like it.
         "architecture": {
-            "input_modalities": ["text", "image"] if service.engine.takes_images else ["text"],
+            "input_modalities": _modalities(service.engine),
             "output_modalities": ["text"],
         },
     }
+
+
+def _modalities(engine: AsyncEngine) -> list[str]:
+    """What may be in prompts."""
+    return ["text", *["image"] * engine.takes_images, *["audio"] * engine.takes_audio]

@@ -21,6 +21,7 @@ from asyncengine.server.refusal import Refusal
 from asyncengine.server.response_items import Items
 from asyncengine.server.sampling import DeadlineFields
 from asyncengine.server.service import Service, reply
+from asyncengine.server.settings import MediaLimits
 from asyncengine.server.sse import EventStream, named, unless_gone
 from asyncengine.server.wire import Body
 
@@ -111,7 +112,7 @@ class Responding:
         self.chat = Chat(
             service,
             ChatBody(
-                messages=_messages(body, service.settings.max_image_bytes),
+                messages=_messages(body, service.settings.media),
                 max_tokens=body.max_output_tokens,
                 response_format=_response_format(body.text),
                 tools=tools or None,
@@ -269,7 +270,7 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type" and v is not None}}
 
 
-def _messages(body: ResponsesBody, most_image_bytes: int) -> list[dict[str, Any]]:
+def _messages(body: ResponsesBody, most: MediaLimits) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})
@@ -278,22 +279,22 @@ def _messages(body: ResponsesBody, most_image_bytes: int) -> list[dict[str, Any]
     if not body.input:
         raise Refusal(400, "input is []; expected text or at least one item", "invalid_field", "input")
     for index, item in enumerate(body.input):
-        _add_item(messages, item, f"input[{index}]", most_image_bytes)
+        _add_item(messages, item, f"input[{index}]", most)
     return messages
 
 
-def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], where: str, most_image_bytes: int) -> None:
+def _add_item(messages: list[dict[str, Any]], item: dict[str, Any], where: str, most: MediaLimits) -> None:
     kind = item.get("type", "message")
     if kind == "message":
         role = item.get("role")
-        content = content_of(item.get("content"), f"{where}.content", most_image_bytes if role == "user" else None)
+        content = content_of(item.get("content"), f"{where}.content", most if role == "user" else None)
         messages.append({"role": role, "content": content})
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         made = {"id": item.get("call_id"), "type": "function", "function": function}
         _assistant(messages).setdefault("tool_calls", []).append(made)
     elif kind == "function_call_output":
-        output = content_of(item.get("output"), f"{where}.output", most_image_bytes)
+        output = content_of(item.get("output"), f"{where}.output", most)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
     elif kind == "reasoning":
         texts = [str(part.get("text", "")) for part in item.get("content") or [] if isinstance(part, dict)]

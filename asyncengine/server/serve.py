@@ -23,7 +23,7 @@ from asyncengine.reranking import RerankPrompt
 from asyncengine.server.app import create_app
 from asyncengine.server.naming import check_names
 from asyncengine.server.service import Service
-from asyncengine.server.settings import MAX_BODY_BYTES, MAX_IMAGE_BYTES, ServerSettings
+from asyncengine.server.settings import MAX_AUDIO_BYTES, MAX_BODY_BYTES, MAX_IMAGE_BYTES, ServerSettings
 from asyncengine.step.model import Loader
 
 logger = logging.getLogger("asyncengine.server")
@@ -43,6 +43,7 @@ def serve(
     cors_origins: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
     max_image_bytes: int = MAX_IMAGE_BYTES,
+    max_audio_bytes: int = MAX_AUDIO_BYTES,
     max_concurrency: int | None = None,
     rerank_prompt: RerankPrompt | None = None,
     drain_seconds: float = 5.0,
@@ -65,6 +66,7 @@ def serve(
         cors_origins: See there.
         max_body_bytes: See there.
         max_image_bytes: See there.
+        max_audio_bytes: See there.
         max_concurrency: See there.
         rerank_prompt: See there.
         drain_seconds: How long requests get to finish after a signal.
@@ -85,6 +87,7 @@ def serve(
         cors_origins=cors_origins,
         max_body_bytes=max_body_bytes,
         max_image_bytes=max_image_bytes,
+        max_audio_bytes=max_audio_bytes,
         max_concurrency=max_concurrency,
         rerank_prompt=rerank_prompt,
     )

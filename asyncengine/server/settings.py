@@ -10,7 +10,16 @@ from asyncengine.reranking import RerankPrompt
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_IMAGE_BYTES = 20 * 1024 * 1024
+MAX_AUDIO_BYTES = 20 * 1024 * 1024
 MAX_HEADER_BYTES = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class MediaLimits:
+    """Sizes of the largest files in a body that are taken, in bytes."""
+
+    image: int
+    audio: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +37,7 @@ class ServerSettings:
         cors_origins: Web origins whose pages may call; ``"*"`` is all. None by default.
         max_body_bytes: Largest body of a request; larger ones are a 413.
         max_image_bytes: Largest image in a body, as a file; larger ones are a 400. As base64 it is a third larger.
+        max_audio_bytes: The same of audio.
         max_header_bytes: Largest sum of a request's headers; larger ones are a 431.
         max_concurrency: Most requests at a time that use the engine; more are a 429. None leaves it to
             ``max_queue_size`` of the engine.
@@ -45,6 +55,7 @@ class ServerSettings:
     cors_origins: Sequence[str] = ()
     max_body_bytes: int = MAX_BODY_BYTES
     max_image_bytes: int = MAX_IMAGE_BYTES
+    max_audio_bytes: int = MAX_AUDIO_BYTES
     max_header_bytes: int = MAX_HEADER_BYTES
     max_concurrency: int | None = None
     body_seconds: float = 30.0
@@ -67,7 +78,8 @@ class ServerSettings:
         if isinstance(self.cors_origins, str):
             raise ConfigError(f"cors_origins is {self.cors_origins!r}; expected a list of origins")
         object.__setattr__(self, "cors_origins", tuple(self.cors_origins))
-        least = {"max_body_bytes": 1, "max_image_bytes": 1, "max_header_bytes": 1, "retry_after_seconds": 0}
+        sizes = ("max_body_bytes", "max_image_bytes", "max_audio_bytes", "max_header_bytes")
+        least = dict.fromkeys(sizes, 1) | {"retry_after_seconds": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -79,3 +91,8 @@ class ServerSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ConfigError(f"{name} is {value!r}; expected seconds > 0")
+
+    @property
+    def media(self) -> MediaLimits:
+        """Sizes of the largest images and audio that are taken."""
+        return MediaLimits(self.max_image_bytes, self.max_audio_bytes)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine.server.conversation import conversation, template_arguments
-from asyncengine.server.image_data import decoded, told_apart
+from asyncengine.server.media_data import decoded, told_apart
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service, reply
 from asyncengine.server.token_text import token_text
@@ -67,7 +67,7 @@ def routes(service: Service) -> list[Route]:
                 arguments["tools"] = body.tools
             if not body.add_generation_prompt:
                 arguments["add_generation_prompt"] = False
-            messages = conversation(body.messages, service.settings.max_image_bytes)
+            messages = conversation(body.messages, service.settings.media)
             with told_apart(messages):
                 ids = await service.engine.tokenize_chat(await decoded(messages), **arguments)
         config = service.engine.complete_engine_config

@@ -93,14 +93,19 @@ async def read_json(request: Request, settings: ServerSettings) -> Any:
     if kind != "application/json" and not kind.endswith("+json"):
         # Also what keeps other web sites' forms from being posted here: those cannot say so.
         raise Refusal(415, f"the content-type is {kind or 'missing'}; expected application/json", "content_type")
-    body = await _read(request, settings)
+    body = await read_body(request, settings)
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise Refusal(400, f"the body is not JSON: {error}", "invalid_json") from error
 
 
-async def _read(request: Request, settings: ServerSettings) -> bytes:
+async def read_body(request: Request, settings: ServerSettings) -> bytes:
+    """A request's body.
+
+    Raises:
+        Refusal: It is too large or too slow.
+    """
     most = settings.max_body_bytes
     too_large = Refusal(413, f"the body has more than max_body_bytes = {most} bytes", "body_too_large")
     announced = request.headers.get("content-length", "")

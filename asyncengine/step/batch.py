@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from asyncengine.images import ImagePart
+    from asyncengine.media import MediaPart
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -62,7 +62,7 @@ class StepBatch:
             A row that begins at position 0 begins with no state; others go on with what is at their slot's place.
             With drafts, those of rows that decode are done, in this order, as far as their tokens count; what is at a
             slot's place behind the step is of the tokens that count.
-        images: Which tokens stand for pieces of which images. Other tokens of the same id are what they are.
+        media: Which tokens stand for pieces of which images or audio. Other tokens of the same id are what they are.
         axes: (axes, T) where each token is rotated to, by axis; None where all axes are as `positions`.
         reach: (T,) how many tokens of its sequence each token attends to in layers that look ahead: those up to the end
             of its image for tokens of an image, those up to itself for others. All of them are in the KV cache by the
@@ -92,7 +92,7 @@ class StepBatch:
     slots: Int64 | None = None
     state_copies: Int64 = field(default_factory=lambda: NO_PAIRS)
     state_saves: Int64 = field(default_factory=lambda: NO_SAVES)
-    images: tuple[ImagePart, ...] = ()
+    media: tuple[MediaPart, ...] = ()
     axes: Int32 | None = None
     reach: Int32 | None = None
     token_types: Int32 | None = None

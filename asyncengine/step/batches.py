@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from asyncengine.images import ImagePart
+from asyncengine.media import MediaPart
 from asyncengine.step.batch import NO_PAIRS, NO_SAVES, Int32, Int64, StepBatch
 from asyncengine.step.decode_rows import DecodeRows
 from asyncengine.step.drafting import Drafts
@@ -79,18 +79,16 @@ class Batches:
         rotated, shifts = positions.astype(np.int32), slots.shifts_of(rows)
         if shifts is not None:
             rotated += np.repeat(shifts, counts).astype(np.int32)
-        with_images = [images for chunk in chunks if (images := chunk.sequence.request.new.images) is not None]
-        if with_images:
-            more["images"], axes = self._images(chunks, query_start[decodes:], context[decodes:], rotated)
+        if any(chunk.sequence.request.new.media is not None for chunk in chunks):
+            more["media"], axes = self._media(chunks, query_start[decodes:], context[decodes:], rotated)
             if axes is not None:
                 rotated = axes[0]
-                more["axes"] = axes if more["images"] else None  # those of text are all alike
+                more["axes"] = axes if more["media"] else None  # those of text are all alike
             reach = self._reach(chunks, query_start[decodes:], context[decodes:], positions)
             if reach is not None:
                 more["reach"] = reach
-            token_ids = with_images[0].plain(token_ids)
-            if "score_token_ids" in more:
-                more["score_token_ids"] = with_images[0].plain(more["score_token_ids"])
+            for part in more["media"]:
+                token_ids[part.tokens] = part.item.token_id
         spans = [
             [position - computed + start for position in chunk.pooled]
             for chunk, start, computed in zip(chunks, query_start[decodes:-1].tolist(), context[decodes:], strict=True)
@@ -122,24 +120,24 @@ class Batches:
             **more,
         )
 
-    def _images(
+    def _media(
         self, chunks: list[Chunk], query_start: Int32, context: Int64, positions: Int32
-    ) -> tuple[tuple[ImagePart, ...], Int32 | None]:
-        """Where images are in the batch, and where its tokens are rotated to if prompts have axes."""
+    ) -> tuple[tuple[MediaPart, ...], Int32 | None]:
+        """Where images and audio are in the batch, and where its tokens are rotated to if prompts have axes."""
         parts, axes = [], None
         for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
-            images = chunk.sequence.request.new.images
-            if images is None:
+            media = chunk.sequence.request.new.media
+            if media is None:
                 continue
             end = computed + chunk.count
-            for image in images.images:
-                first, last = np.searchsorted(image.places, (computed, end)).tolist()
+            for item in media.items:
+                first, last = np.searchsorted(item.places, (computed, end)).tolist()
                 if first < last:
-                    parts.append(ImagePart(image, first, image.places[first:last] - computed + start))
-            if images.axes is not None:
+                    parts.append(MediaPart(item, first, item.places[first:last] - computed + start))
+            if media.axes is not None:
                 if axes is None:
-                    axes = np.repeat(positions[None], len(images.axes), axis=0)
-                of_prompt = images.axes[:, computed:end]
+                    axes = np.repeat(positions[None], len(media.axes), axis=0)
+                of_prompt = media.axes[:, computed:end]
                 axes[:, start : start + of_prompt.shape[1]] = of_prompt
         return tuple(parts), axes
 
@@ -158,8 +156,8 @@ class Batches:
         """`StepBatch.reach`."""
         reach = None
         for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
-            images = chunk.sequence.request.new.images
-            own = None if images is None else images.reach(computed, computed + chunk.count)
+            media = chunk.sequence.request.new.media
+            own = None if media is None else media.reach(computed, computed + chunk.count)
             if own is not None:
                 assert own[-1] <= computed + chunk.count, "a step ends within an image"
                 reach = (positions + 1).astype(np.int32) if reach is None else reach
@@ -172,8 +170,10 @@ class Batches:
         for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
             first, end = chunk.scored
             index.append(np.arange(first, end, dtype=np.int64) - computed + start)
-            token_ids.append(self._slots.tokens[chunk.sequence.slot, first + 1 : end + 1])
-            top = chunk.sequence.request.new.params.num_prompt_logprobs
+            new = chunk.sequence.request.new
+            targets = self._slots.tokens[chunk.sequence.slot, first + 1 : end + 1]
+            token_ids.append(targets if new.media is None else new.media.plain(targets, first + 1))
+            top = new.params.num_prompt_logprobs
             tops.append(np.full(end - first, top, dtype=np.int64))
         return {
             "score_index": np.concatenate(index),

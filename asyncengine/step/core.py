@@ -324,8 +324,8 @@ class Core:
         def place(sequence: Any, tokens: Any) -> None:
             new = sequence.request.new
             prompt = len(new.prompt)
-            if new.images is not None:
-                tokens = new.images.plain(tokens)
+            if new.media is not None:
+                tokens = new.media.plain(tokens)
             model.place(sequence.slot, new.params, sequence.branch, tokens[:prompt], tokens[prompt:])
             if drafting is not None:
                 drafting.place(sequence.slot, new.params, sequence.branch, sequence.learnt)

@@ -10,7 +10,7 @@ from asyncengine.classifier import Classifier
 from asyncengine.config import EngineConfig
 from asyncengine.dense import Dense
 from asyncengine.generation import GenerationConfig, SamplingParams
-from asyncengine.images import ImageReader
+from asyncengine.media import UNENCODED, Kind, MediaReader
 from asyncengine.outputs import Pooling
 from asyncengine.reranking import RerankPrompt
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
@@ -162,8 +162,8 @@ class ModelView:
         ranking: How it ranks documents, if its checkpoint says so.
         adapters: Names of the adapters that are loaded.
         adapter_format: Reads adapters; None if the model takes none.
-        image_reader: Reads images; None if the model takes none.
-        no_images: Why it takes none, in words.
+        media_reader: Reads images and audio; None if the model takes neither.
+        no_media: By kind, why it takes none of it, in words.
     """
 
     epoch: int
@@ -186,8 +186,8 @@ class ModelView:
     ranking: RerankPrompt | None = None
     adapters: tuple[str, ...] = ()
     adapter_format: AdapterFormat | None = None
-    image_reader: ImageReader | None = None
-    no_images: str = "its checkpoint is of text alone"
+    media_reader: MediaReader | None = None
+    no_media: Mapping[Kind, str] = field(default_factory=lambda: UNENCODED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +231,8 @@ class LoadedModel:
     adapting: AdaptableModel | None = None
     adapters: tuple[tuple[str, Any], ...] = ()
     adapter_format: AdapterFormat | None = None
-    image_reader: ImageReader | None = None
-    no_images: str = "its checkpoint is of text alone"
+    media_reader: MediaReader | None = None
+    no_media: Mapping[Kind, str] = field(default_factory=lambda: UNENCODED)
 
     @property
     def poolings(self) -> tuple[Pooling, ...]:
@@ -269,8 +269,8 @@ class LoadedModel:
             ranking=self.ranking,
             adapters=tuple(name for name, _ in self.adapters),
             adapter_format=self.adapter_format,
-            image_reader=self.image_reader,
-            no_images=self.no_images,
+            media_reader=self.media_reader,
+            no_media=self.no_media,
         )
 
 

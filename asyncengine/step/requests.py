@@ -24,8 +24,8 @@ from asyncengine.errors import (
     StepError,
 )
 from asyncengine.events import BranchEnded, RequestEnded
-from asyncengine.images import ImageFailure
 from asyncengine.instructions import AddRequests, ExtendPrompt, Mailbox, NewRequest, ReplyTo
+from asyncengine.media import PLURALS, MediaFailure, MediaReader
 from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Pooling, Usage
 from asyncengine.step.adapters import Adapter, AdapterTable, unknown_adapter
@@ -66,7 +66,7 @@ class RequestTable:
         self._generates, self._takes_pairs = True, False
         self.dense: tuple[Dense, ...] = ()
         self.classifier: Classifier | None = None
-        self._image_reader: str | None = None
+        self._media_reader: MediaReader | None = None
         self._stand_ins = StandIns()
         self.adapters = AdapterTable()
         self.trace = trace
@@ -173,8 +173,8 @@ class RequestTable:
         self._arrivals += 1
         self._waiting_new += 1
         plain = new.prompt
-        if new.images is not None:
-            new = dataclasses.replace(new, prompt=self._stand_ins.put(plain, new.images))
+        if new.media is not None:
+            new = dataclasses.replace(new, prompt=self._stand_ins.put(plain, new.media))
         request = Request(new, mailbox, self._arrivals, now, adapter=self.adapters.get(new.adapter))
         request.branches = [Sequence(request, branch) for branch in range(new.params.n)]
         if new.params.stop_strs and self._tokenizer is not None:
@@ -369,14 +369,14 @@ class RequestTable:
             self.end_branches(request, FinishReason.ERROR, error)
 
     def fail(self, plan: Plan, cause: Exception) -> None:
-        """Ends the requests that took part in a failed step, or those with the image for which it could not begin; the
+        """Ends the requests that took part in a failed step, or those with what could not be encoded for it; the
         others are computed again.
         """
         assert self.scheduler is not None
         batch = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
         batch = [sequence for sequence in batch if sequence.resident]  # one that has ended may have a row yet
         for request in {sequence.request.new.number: sequence.request for sequence in batch}.values():
-            if isinstance(cause, ImageFailure) and not request.has_image(cause.digest):
+            if isinstance(cause, MediaFailure) and not request.has_media(cause.digest):
                 continue
             error = StepError(f"request {request.new.request_id}: the step failed: {cause}")
             error.__cause__ = cause
@@ -440,6 +440,7 @@ class RequestTable:
             prompt_tokens=request.prompt_tokens,
             completion_tokens=request.num_output,
             cached_tokens=request.cached_tokens,
+            audio_tokens=0 if request.new.media is None else request.new.media.num_tokens("audio"),
             preemptions=request.preemptions,
             queue_seconds=(now if request.started_at is None else request.started_at) - request.arrived_at,
             first_token_seconds=None if first is None else first - request.arrived_at,
@@ -464,7 +465,7 @@ class RequestTable:
         self._vocab_size = loaded.vocab_size
         self._poolings, self._generates, self._takes_pairs = loaded.poolings, loaded.has_head, loaded.takes_pairs
         self.classifier, self.dense = loaded.classifier, loaded.dense
-        self._image_reader = None if loaded.image_reader is None else loaded.image_reader.key
+        self._media_reader = loaded.media_reader
         self.adapters = adapters
         for request in list(self._requests.values()):
             request.adapter = adapters.get(request.new.adapter)
@@ -509,12 +510,15 @@ class RequestTable:
             return InvalidRequestError(f"request {new.request_id}: the new model has no classification head")
         if new.pooling is None and not self._generates:
             return InvalidRequestError(f"request {new.request_id}: the new model has no language-model head")
-        if new.images is not None:
-            if new.images.reader != self._image_reader:
-                return InvalidRequestError(f"request {new.request_id}: the new model does not take its images")
-            if new.images.whole and new.images.longest > (chunk := self.scheduler.limits.prefill_chunk_size):
+        if new.media is not None:
+            reader = self._media_reader
+            if reader is None or new.media.reader != reader.key or not new.media.kinds <= set(reader.kinds):
+                what = " and ".join(PLURALS[kind] for kind in sorted(new.media.kinds))
+                return InvalidRequestError(f"request {new.request_id}: the new model does not take its {what}")
+            longest, chunk = new.media.longest_whole, self.scheduler.limits.prefill_chunk_size
+            if longest > chunk:
                 return InvalidRequestError(
-                    f"request {new.request_id}: an image of {new.images.longest} tokens must be computed in one step; "
+                    f"request {new.request_id}: an image of {longest} tokens must be computed in one step; "
                     f"prefill_chunk_size of the new model allows {chunk}"
                 )
         if new.adapter is not None and self.adapters.get(new.adapter) is None:
@@ -539,7 +543,8 @@ class RequestTable:
                 self._waiting_new -= 1
                 self.counters.request_queue_seconds.observe(now - request.arrived_at)
                 self.counters.prompt_tokens += request.prompt_tokens
-                if request.new.images is not None:
-                    self.counters.image_tokens += request.new.images.num_tokens
+                if request.new.media is not None:
+                    self.counters.image_tokens += request.new.media.num_tokens("image")
+                    self.counters.audio_tokens += request.new.media.num_tokens("audio")
             if self.trace.enabled:
                 self.trace.mark("n", "prefill", self.clock(), request.new.number, tokens=chunk.count)

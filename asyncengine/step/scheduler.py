@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from asyncengine.images import PromptImages
+from asyncengine.media import PromptMedia
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
@@ -365,8 +365,8 @@ class Scheduler:
             if room <= 0:
                 return 0
             count = min(count, first + room - computed)
-        if request.new.images is not None and request.new.images.whole:
-            count = _whole(request.new.images, computed, count, budget)
+        if request.new.media is not None and request.new.media.whole:
+            count = _whole(request.new.media, computed, count, budget)
             if not count:
                 return 0
         if request.new.pooling is None and request.unscored:
@@ -431,7 +431,7 @@ class Scheduler:
             new.params.stop_token_ids,
             new.params.follows_tokens,
             NO_ADAPTER if sequence.request.adapter is None else sequence.request.adapter.index,
-            0 if new.images is None else new.images.shift,
+            0 if new.media is None else new.media.shift,
         )
 
     def _leave(self, sequence: Sequence) -> None:
@@ -485,12 +485,12 @@ class Scheduler:
         return drafting.propose(slots, rows, lengths)
 
 
-def _whole(images: PromptImages, computed: int, count: int, most: int) -> int:
+def _whole(media: PromptMedia, computed: int, count: int, most: int) -> int:
     """How many of the next `count` tokens are computed, or of `most` at most, so that no image is parted; 0 if none can
     be in this step.
     """
     end = computed + count
-    for first, last in images.runs:
+    for first, last in media.whole_runs:
         if first < end < last:
             if computed < first:
                 return first - computed

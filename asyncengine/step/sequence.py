@@ -85,11 +85,11 @@ class Request:
     def bound(self) -> bool:
         """Whether a step with a piece of its prompt must be through before the next one is scheduled."""
         new = self.new
-        return new.params.follows_tokens or self.unscored or new.pooling is not None or new.images is not None
+        return new.params.follows_tokens or self.unscored or new.pooling is not None or new.media is not None
 
-    def has_image(self, digest: bytes) -> bool:
-        """Whether its prompt has an image."""
-        return self.new.images is not None and any(image.digest == digest for image in self.new.images.images)
+    def has_media(self, digest: bytes) -> bool:
+        """Whether its prompt has an image or an audio."""
+        return self.new.media is not None and any(item.digest == digest for item in self.new.media.items)
 
     @property
     def unscored(self) -> bool:

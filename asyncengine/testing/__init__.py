@@ -5,7 +5,7 @@ Everything but the model is the real engine: threads, scheduler, KV accounting, 
 
 from asyncengine.testing.adapters import Script
 from asyncengine.testing.engines import MODEL, echo_engine, scripted_engine
-from asyncengine.testing.images import ScriptedImageReader, pieces_of
+from asyncengine.testing.media import ScriptedMediaReader, pieces_of
 from asyncengine.testing.scripted import ScriptedModel, echo
 from asyncengine.testing.scripted_loader import ScriptedLoader
 from asyncengine.testing.tokenizer import ByteTokenizer
@@ -14,8 +14,8 @@ __all__ = [
     "MODEL",
     "ByteTokenizer",
     "Script",
-    "ScriptedImageReader",
     "ScriptedLoader",
+    "ScriptedMediaReader",
     "ScriptedModel",
     "echo",
     "echo_engine",

@@ -25,6 +25,7 @@ def scripted_engine(
     adapters: Mapping[str, Answers] | None = None,
     kept_states: int | None = None,
     takes_images: bool = False,
+    takes_audio: bool = False,
     **config: Any,
 ) -> AsyncEngine:
     """An engine that gives known answers; enter it with ``async with``.
@@ -36,6 +37,7 @@ def scripted_engine(
         adapters: The answers that adapters give, by their names.
         kept_states: As of `ScriptedLoader`.
         takes_images: As of `ScriptedLoader`; any bytes are an image.
+        takes_audio: The same of audio.
         **config: Fields of `EngineConfig`.
     """
     scripts = {name: _script(own) for name, own in (adapters or {}).items()}
@@ -46,6 +48,7 @@ def scripted_engine(
         adapters=scripts,
         kept_states=kept_states,
         takes_images=takes_images,
+        takes_audio=takes_audio,
     )
     return AsyncEngine(EngineConfig(MODEL, adapters={name: name for name in scripts}, **config), loader=loader)
 

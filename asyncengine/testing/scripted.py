@@ -18,7 +18,7 @@ from asyncengine.grammar.protocol import Matcher
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import Int32, StepBatch, StepTokens, TokenLogprobs
 from asyncengine.step.limits import Limits
-from asyncengine.testing import images
+from asyncengine.testing import media
 from asyncengine.testing.adapters import Script, ScriptedAdapter, ScriptedAdapters
 from asyncengine.testing.states import ScriptedStates
 
@@ -43,7 +43,7 @@ class ScriptedModel:
     and lists of tokens change nothing.
 
     The hidden state of a token is ``(token id, position, 1)``. In the prompt, the script finds what was seen of images
-    in the place of the tokens that stand for them (`asyncengine.testing.images`).
+    and heard of audio in the place of the tokens that stand for them (`asyncengine.testing.media`).
 
     It also keeps a paged "KV cache" of its own, in which every token is written where the scheduler says, and before
     it answers it reads each sequence back through its block table: a mistake of the engine about blocks raises. With
@@ -241,7 +241,7 @@ class ScriptedModel:
             ]
         assert len(np.unique(batch.slot_mapping)) == len(batch.slot_mapping), "two tokens are written to one place"
         cells = batch.token_ids.astype(np.int64)
-        images.see(batch, cells)
+        media.see(batch, cells)
         self._cache[batch.slot_mapping] = cells
         if batch.adapters is not None:
             stamps = np.array([self._adapters.stamp(index) for index in batch.adapters.tolist()])
@@ -255,7 +255,7 @@ class ScriptedModel:
         places = np.arange(length)
         blocks = batch.block_tables[row, places // page_size].astype(np.int64)
         found: NDArray[np.int64] = self._cache[blocks * page_size + places % page_size]
-        images.check_positions(batch, row, found % _STAMP)
+        media.check_positions(batch, row, found % _STAMP)
         return found
 
     def _read(self, batch: StepBatch, row: int) -> list[int]:
@@ -270,7 +270,7 @@ class ScriptedModel:
         if slot in self._blind:
             self._blind.discard(slot)
             tokens, known = self._tokens[slot], len(self._asked[slot][0]) if slot in self._asked else 0
-            tokens[: len(found)] = images.seen(tokens[: len(found)], found[: len(tokens)])
+            tokens[: len(found)] = media.seen(tokens[: len(found)], found[: len(tokens)])
             if slot in self._asked:
                 self._asked[slot] = tokens[:known], self._asked[slot][1]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from asyncengine.classifier import Classifier
 from asyncengine.config import EngineConfig
 from asyncengine.generation import GenerationConfig
+from asyncengine.media import KINDS
 from asyncengine.reranking import RerankPrompt
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
@@ -16,7 +17,7 @@ from asyncengine.step.drafting import Drafting
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.testing.adapters import Script, ScriptedFormat
-from asyncengine.testing.images import ScriptedImageReader
+from asyncengine.testing.media import ScriptedMediaReader
 from asyncengine.testing.scripted import ScriptedModel, echo
 from asyncengine.testing.tokenizer import ByteTokenizer
 from asyncengine.testing.warming import ScriptedWarmUp
@@ -40,7 +41,8 @@ class ScriptedLoader:
         drafted_states: How many tokens such models can have drafted in a step.
         adapters: What is generated with each adapter, by the directory that `EngineConfig.adapters` and `load_adapter`
             name. The latter takes a script itself as well.
-        takes_images: Whether the models do, as `asyncengine.testing.ScriptedImageReader` reads them.
+        takes_images: Whether the models do, as `asyncengine.testing.ScriptedMediaReader` reads them.
+        takes_audio: The same of audio.
         whole_images: Whether an image must be seen in one step then.
         warm_up_pieces: Pieces of work that the engine lets a model do while there are no requests.
 
@@ -72,6 +74,7 @@ class ScriptedLoader:
         drafted_states: int = 16,
         adapters: Mapping[str, Script] | None = None,
         takes_images: bool = False,
+        takes_audio: bool = False,
         whole_images: bool = False,
     ) -> None:
         self.script = script
@@ -86,6 +89,7 @@ class ScriptedLoader:
         self.drafted_states = drafted_states
         self.adapters = dict(adapters or {})
         self.takes_images = takes_images
+        self.takes_audio = takes_audio
         self.whole_images = whole_images
         self.hold_warm_ups = False
         self.warm_ups: list[ScriptedWarmUp] = []
@@ -128,6 +132,7 @@ class ScriptedLoader:
             kv_cache_page_size=config.kv_cache_page_size or 16,
             attention_backend="torch",
             images=self.takes_images,
+            audio=self.takes_audio,
         )
         assert complete.max_num_sequence is not None
         assert complete.max_single_sequence_length is not None
@@ -177,8 +182,13 @@ class ScriptedLoader:
             adapting=model,
             adapters=tuple(adapters),
             adapter_format=format,
-            image_reader=ScriptedImageReader(self.whole_images) if self.takes_images else None,
+            media_reader=self._media_reader(),
         )
+
+    def _media_reader(self) -> ScriptedMediaReader | None:
+        takes = {"image": self.takes_images, "audio": self.takes_audio}
+        kinds = [kind for kind in KINDS if takes[kind]]
+        return ScriptedMediaReader(self.whole_images, kinds) if kinds else None
 
     def _drafting(self, model: ScriptedModel, config: EngineConfig) -> Drafting | None:
         if self.make_drafter is not None:

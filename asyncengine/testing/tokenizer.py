@@ -69,4 +69,5 @@ class ByteTokenizer:
 def _text_of(content: Any) -> str:
     if not isinstance(content, (list, tuple)):
         return str(content or "")
-    return "".join("\0" if part["type"] == "image" else part["text"] for part in content)
+    marks = {"image": "\0", "audio": "\1"}  # of `asyncengine.testing.ScriptedMediaReader`
+    return "".join(marks.get(part["type"]) or part["text"] for part in content)

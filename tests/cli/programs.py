@@ -62,9 +62,10 @@ def last_line(prompt: Sequence[int], branch: int) -> bytes:
 
 
 def scripted_loader(
-    step_seconds: float = 0.0, script: Script = last_line, takes_images: bool = False
+    step_seconds: float = 0.0, script: Script = last_line, takes_images: bool = False, takes_audio: bool = False
 ) -> ScriptedLoader:
-    return ScriptedLoader(script, step_seconds=step_seconds, tokenizer=ByteTokenizer(), takes_images=takes_images)
+    takes = {"takes_images": takes_images, "takes_audio": takes_audio}
+    return ScriptedLoader(script, step_seconds=step_seconds, tokenizer=ByteTokenizer(), **takes)
 
 
 class Done:

@@ -113,8 +113,9 @@ def test_a_flag_names_who_guesses(given: str | None, mode: str, models: tuple[st
 
 
 @pytest.mark.parametrize("given", [None, True, False])
-def test_a_flag_says_whether_images_are_taken(given: bool | None) -> None:
-    assert EngineFlags(images=given).config("large", scripted_loader()).images is given
+def test_flags_say_whether_images_and_audio_are_taken(given: bool | None) -> None:
+    config = EngineFlags(images=given, audio_input=given).config("large", scripted_loader())
+    assert config.images is given and config.audio is given
 
 
 def test_an_error_of_the_engine_names_the_flag() -> None:

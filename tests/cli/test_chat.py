@@ -80,6 +80,23 @@ def test_images_go_before_the_first_question_of_each_conversation(tmp_path: Path
     ]
 
 
+def test_audio_goes_before_the_first_question_behind_images(tmp_path: Path) -> None:
+    image, audio = b"a picture", b"a sound"
+    prompts: list[list[int]] = []
+
+    def listen(prompt: list[int], branch: int) -> bytes:
+        prompts.append(list(prompt))
+        return b"yes"
+
+    flags = []
+    for flag, data in (("--audio", audio), ("--image", image)):
+        (tmp_path / flag).write_bytes(data)
+        flags += [flag, str(tmp_path / flag)]
+    loader = scripted_loader(script=listen, takes_images=True, takes_audio=True)  # type: ignore[arg-type]
+    assert run("chat", *flags, stdin="one\n", loader=loader).out == "yes\n"
+    assert prompts == [[*b"user: ", *pieces_of(image), *pieces_of(audio, "audio"), *b"one\nassistant: "]]
+
+
 def test_images_are_looked_at_before_the_first_question(tmp_path: Path) -> None:
     loader = scripted_loader()
     missing = tmp_path / "missing.png"
@@ -90,7 +107,9 @@ def test_images_are_looked_at_before_the_first_question(tmp_path: Path) -> None:
     there.write_bytes(b"a picture")
     done = run("chat", "--image", str(there), stdin="hello\n", loader=loader)
     assert done.status == 1 and done.out == ""
-    assert last_error(done.err) == "the prompt has images; the model takes none: its checkpoint is of text alone"
+    assert (
+        last_error(done.err) == "the prompt has images; the model takes none: its checkpoint has no encoder of images"
+    )
 
 
 def last_error(err: str) -> str:

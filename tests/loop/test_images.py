@@ -11,7 +11,7 @@ import pytest
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError
 from asyncengine.loop.encoding import _READERS
-from asyncengine.testing import ByteTokenizer, ScriptedImageReader, ScriptedLoader, pieces_of
+from asyncengine.testing import ByteTokenizer, ScriptedLoader, ScriptedMediaReader, pieces_of
 from tests.speculation.drafters import Oracle
 
 LONG = b"a longer file"  # seven pieces
@@ -118,7 +118,7 @@ async def test_another_model_carries_them_on_if_it_reads_them_alike(images: bool
 
 async def test_few_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, most, lock = 0, 0, threading.Lock()
-    read = ScriptedImageReader.read
+    read = ScriptedMediaReader.read
 
     def watched(*arguments: Any) -> Any:
         nonlocal reading, most
@@ -130,7 +130,7 @@ async def test_few_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return read(*arguments)
 
     together = threading.Barrier(_READERS)
-    monkeypatch.setattr(ScriptedImageReader, "read", watched)
+    monkeypatch.setattr(ScriptedMediaReader, "read", watched)
     async with engine(looking()) as serving:
         await asyncio.gather(*(serving.chat(asking(b"x"), GenerationConfig(max_tokens=1)) for _ in range(8)))
     assert most == _READERS
@@ -156,5 +156,7 @@ async def test_who_takes_none_says_why() -> None:
     async with engine(looking(takes_images=False)) as serving:
         assert not serving.takes_images
         for prompt in (serving.chat(asking(b"x")), serving.stream(ImagePrompt("\0", [b"x"]))):
-            with pytest.raises(InvalidRequestError, match="the model takes none: its checkpoint is of text alone"):
+            with pytest.raises(
+                InvalidRequestError, match="the model takes none: its checkpoint has no encoder of images"
+            ):
                 await prompt

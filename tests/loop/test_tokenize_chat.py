@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asyncengine import EngineClosedError, InvalidRequestError, ModelNotLoadedError
-from asyncengine.testing import ScriptedImageReader, pieces_of, scripted_engine
+from asyncengine.testing import ScriptedMediaReader, pieces_of, scripted_engine
 
 HELLO = [{"role": "user", "content": "hello"}]
 LOOK: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "image", "image": b"image"}]}]
@@ -21,7 +21,7 @@ async def test_it_has_the_tokens_that_a_request_has() -> None:
             stream = engine.chat(messages)
             async with stream as entered:
                 assert await engine.tokenize_chat(messages) == entered.prompt_token_ids.tolist()
-        stand_ins = [ScriptedImageReader.token_id] * len(pieces_of(b"image"))
+        stand_ins = [ScriptedMediaReader().token_ids["image"]] * len(pieces_of(b"image"))
         assert await engine.tokenize_chat(LOOK) == [*b"user: ", *stand_ins, *b"\nassistant: "]
         await engine.reset()
         await engine.tokenize_chat(LOOK, messages="an argument of the template")

@@ -120,13 +120,13 @@ def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.Monkey
     )  # fmt: skip
     backend = SimpleNamespace(plan_with=print, bytes_per_block=lambda spec, page_size, dtype: 1 << 20)
     layers: Any = [SimpleNamespace(spec=None)]
-    built: Any = SimpleNamespace(model=None, layers=Recorded(layers), image_trial=None)
+    built: Any = SimpleNamespace(model=None, layers=Recorded(layers), media_trial=None)
     config = EngineConfig("m", gpu_memory_utilization=0.5)
     limits, _ = capacity.limits_of(LoadPlan(config, True, None, details), built, (), backend)
     recurrent: Any = [SimpleNamespace(spec=SimpleNamespace(states=[SimpleNamespace(nbytes=lambda dtype: 48 << 20)]))]
     with_states, _ = capacity.limits_of(
         LoadPlan(config, True, None, details),
-        SimpleNamespace(model=None, layers=Recorded(layers, recurrent), image_trial=None),
+        SimpleNamespace(model=None, layers=Recorded(layers, recurrent), media_trial=None),
         (),
         backend,
     )

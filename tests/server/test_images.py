@@ -14,7 +14,7 @@ import pytest
 
 from asyncengine import AsyncEngine, InvalidRequestError
 from asyncengine.server import create_app
-from asyncengine.testing import ScriptedImageReader, pieces_of, scripted_engine
+from asyncengine.testing import ScriptedMediaReader, pieces_of, scripted_engine
 from tests.server.serving import KEY, MODEL, Later, error, listening, served, until
 
 openai = Later("openai")
@@ -153,7 +153,7 @@ async def test_tokenize_has_each_token_that_stands_for_a_piece() -> None:
     messages = from_user(text_part("a"), image_part(RED), text_part("b"))
     async with served(seeing()) as client:
         found = (await client.post("/tokenize", json={"messages": messages})).json()
-        stand_ins = [ScriptedImageReader.token_id] * len(pieces_of(RED))
+        stand_ins = [ScriptedMediaReader().token_ids["image"]] * len(pieces_of(RED))
         assert len(stand_ins) > 1
         assert found["tokens"] == [*b"user: a", *stand_ins, *b"b\nassistant: "]
         usage = (await client.post(CHAT, json={"messages": messages})).json()["usage"]
@@ -263,12 +263,15 @@ def source(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("asked", "param", "says"),
     [
-        (in_chat({"type": "input_audio", "input_audio": {"data": "AA=="}}), ".type", "only text and images"),
         (in_chat({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA=="}}), ".type", "'video_url'"),
         (in_chat({"type": "file", "file": {"file_data": "AA=="}}), ".type", "'file'"),
         (in_chat({"type": "image", "image": url(RED)}), ".source", "is missing"),
-        (in_chat(image_part(RED), "system"), ".type", "images go into messages whose role is user or tool"),
-        (in_chat(image_part(RED), "assistant"), ".type", "images go into messages whose role is user or tool"),
+        (in_chat(image_part(RED), "system"), ".type", "audio go into messages whose role is user or tool"),
+        (
+            in_chat(image_part(RED), "assistant"),
+            ".type",
+            "audio go into messages whose role is user or tool",
+        ),
         (in_responses({"type": "input_image", "file_id": "file-1"}), ".file_id", "send the image itself as image_url"),
         (in_responses({"type": "input_file", "file_data": "AA=="}), ".type", "'input_file'"),
         (in_responses({"type": "input_image", "image_url": url(RED)}, "developer"), ".type", "user or tool"),
@@ -308,7 +311,7 @@ async def test_one_that_the_model_cannot_take_is_told_by_its_field(
     def refuse(*given: Any) -> Any:
         raise InvalidRequestError(said)
 
-    monkeypatch.setattr(ScriptedImageReader, "read", refuse)
+    monkeypatch.setattr(ScriptedMediaReader, "read", refuse)
     item = {"type": "input_image", "image_url": url(RED)}
     in_chat, in_responses, in_messages = fields
     asked: list[tuple[str, Any, str | None]] = [
@@ -345,7 +348,7 @@ async def test_a_model_that_takes_none_says_why() -> None:
             refused = await client.post(route, json=body)
             assert refused.status_code == 400, refused.text
             assert error(refused) == {
-                "message": "the prompt has images; the model takes none: its checkpoint is of text alone",
+                "message": "the prompt has images; the model takes none: its checkpoint has no encoder of images",
                 "type": "invalid_request_error",
                 "param": param,
                 "code": "invalid_request",

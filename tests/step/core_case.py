@@ -21,7 +21,7 @@ from asyncengine.step.adapters import NO_SPACE
 from asyncengine.step.core import Core
 from asyncengine.step.sequence import SequenceState
 from asyncengine.testing import ByteTokenizer, Script, ScriptedLoader, ScriptedModel, echo
-from asyncengine.testing.images import are_of_one_image
+from asyncengine.testing.media import are_of_one_item
 
 EOS = ByteTokenizer.eos_token_id
 
@@ -366,7 +366,7 @@ class Case:
                 path = before + after
                 stack += [(child, stamp, path) for child in node.children.values()]
             self.check_states(of_node, before, after)
-        assert all(are_of_one_image(pieces) for pieces in seen.values()), "one id stands for several images"
+        assert all(are_of_one_item(pieces) for pieces in seen.values()), "one id stands for several images"
         assert max(in_tree, default=0) <= 1
         held = [holders + known for holders, known in zip(refs, in_tree, strict=True)]
         assert pool._refs.tolist() == held, "a block is held by nobody, or freed too early"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from asyncengine.step.batch import StepBatch
-from asyncengine.testing import ScriptedImageReader, ScriptedLoader
+from asyncengine.testing import ScriptedLoader, ScriptedMediaReader
 
 from .core_case import Case
 
@@ -29,15 +29,13 @@ def test_reach_of_rows_with_and_without_images(monkeypatch: pytest.MonkeyPatch) 
     expected = [[8]]
     for text, whole in (("a\0bc\0d", True), ("\0ef", False)):
         images = [b"one", b"two"][: text.count("\0")]
-        read = ScriptedImageReader().read(
-            images, lambda encode, text=text: encode(text), lambda piece: list(piece.encode()), 100
+        read = ScriptedMediaReader(whole).read(
+            {"image": images}, lambda encode, text=text: encode(text), lambda piece: list(piece.encode()), 100
         )
-        new = dataclasses.replace(
-            case.new(read.token_ids, max_tokens=1), images=dataclasses.replace(read.images, whole=whole)
-        )
+        new = dataclasses.replace(case.new(read.token_ids, max_tokens=1), media=read.media)
         case.give(case.adding(new))
         reach = np.arange(1, len(read.token_ids) + 1)
-        for image in read.images.images if whole else ():
+        for image in read.media.items if whole else ():
             assert len(image.places) > 1
             reach[image.places] = image.places[-1] + 1
         expected.append(reach.tolist())

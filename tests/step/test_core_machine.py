@@ -53,7 +53,7 @@ def script_of(adapter: str | None) -> Script:
 def as_seen(new: NewRequest) -> list[int]:
     """A prompt as a script finds it: with what is seen of images in their places."""
     prompt = new.prompt.tolist()
-    for image in () if new.images is None else new.images.images:
+    for image in () if new.media is None else new.media.items:
         for place, piece in zip(image.places.tolist(), pieces_of(image.inputs["data"]), strict=True):
             prompt[place] = piece
     return prompt
@@ -117,16 +117,16 @@ LOADED: dict[str, Any] = {
 
 def with_images(new: NewRequest, view: ModelView, prefix: str, pictures: list[bytes]) -> NewRequest:
     """A request with images behind the prefix of its prompt, if none of them is too large to be seen at once."""
-    assert view.image_reader is not None
+    assert view.media_reader is not None
     tokens = ByteTokenizer()
     text = prefix + "\0" * len(pictures) + tokens.decode(new.prompt.tolist())[len(prefix) :]
-    read = view.image_reader.read(pictures, lambda encode: encode(text), tokens.encode, 100)
-    longest = max(len(image.places) for image in read.images.images)
-    if read.images.whole and longest > (view.config.prefill_chunk_size or 0):
+    read = view.media_reader.read({"image": pictures}, lambda encode: encode(text), tokens.encode, 100)
+    longest = max(len(image.places) for image in read.media.items)
+    if read.media.whole and longest > (view.config.prefill_chunk_size or 0):
         return new
     room = max(view.max_tokens - len(read.token_ids), 0)
     params = dataclasses.replace(new.params, max_tokens=min(new.params.max_tokens, room), min_tokens=0)
-    return dataclasses.replace(new, prompt=prompt_of(read.token_ids), images=read.images, params=params)
+    return dataclasses.replace(new, prompt=prompt_of(read.token_ids), media=read.media, params=params)
 
 
 DRAFTERS: dict[str, Any] = {
@@ -305,7 +305,7 @@ class CoreMachine(RuleBasedStateMachine):
             for i in range(count)
         ]
         news = [dataclasses.replace(new, pooling=pooling) for new in news]
-        if kind == "text" and pictures and view is not None and view.image_reader is not None:
+        if kind == "text" and pictures and view is not None and view.media_reader is not None:
             news = [with_images(new, view, prefix, pictures) for new in news]
         epoch = None
         if view is not None and any(len(new.prompt) >= view.max_tokens for new in news):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from asyncengine.images import Image, PromptImages
+from asyncengine.media import MediaItem, PromptMedia
 from asyncengine.step import stand_ins
 from asyncengine.step.stand_ins import StandIns
 
 PROMPT = np.array([5, 0, 0, 6, 0, 7], dtype=np.int32)
 
 
-def images(*digests: bytes) -> PromptImages:
+def images(*digests: bytes) -> PromptMedia:
     places = [np.array([1, 2]), np.array([4])][: len(digests)]
-    return PromptImages(tuple(Image(digest, {}, own) for digest, own in zip(digests, places, strict=True)), 0)
+    items = [MediaItem("image", digest, {}, own, 0) for digest, own in zip(digests, places, strict=True)]
+    return PromptMedia(tuple(items))
 
 
 def test_each_image_has_an_id_of_its_own_and_keeps_it() -> None:

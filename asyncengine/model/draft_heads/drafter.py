@@ -26,8 +26,8 @@ from asyncengine.model.draft_heads.head import Head, Pictured
 from asyncengine.model.draft_heads.kept_states import KeptStates
 from asyncengine.model.draft_heads.taps import Taps
 from asyncengine.model.draft_steps import alike, flattened, places_of
+from asyncengine.model.media.encoder import MediaEncoder
 from asyncengine.model.sampler import Sampler
-from asyncengine.model.vision.encoder import ImageEncoder
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64, StepBatch
 from asyncengine.step.sequence import EMPTY
 from asyncengine.step.slots import SlotTable
@@ -54,7 +54,7 @@ class HeadDrafter:
         kept: KeptStates,
         sampler: Sampler,
         device: torch.device,
-        encoder: ImageEncoder | None = None,
+        encoder: MediaEncoder | None = None,
     ) -> None:
         self._head: Head | None = head
         self._layers = layers
@@ -185,14 +185,14 @@ class HeadDrafter:
         token_ids = to_device(batch.token_ids.astype(np.int64), self._device)
         sees = self._head.sees_images
         axes = batch.axes if sees and batch.axes is not None else batch.positions
-        pictured = self._pictured(batch) if sees and batch.images else None
+        pictured = self._pictured(batch) if sees and batch.media else None
         return self._head.run(token_ids, to_device(axes.astype(np.int64), self._device), before, pictured)
 
     def _pictured(self, batch: StepBatch) -> Pictured:
         """What a step has of images; the model has just seen it."""
         assert self._encoder is not None
         rows = [
-            self._encoder.features(part.image).rows[part.first : part.first + len(part.tokens)] for part in batch.images
+            self._encoder.features(part.item).rows[part.first : part.first + len(part.tokens)] for part in batch.media
         ]
-        tokens = np.concatenate([part.tokens for part in batch.images])
+        tokens = np.concatenate([part.tokens for part in batch.media])
         return Pictured(to_device(tokens, self._device), torch.cat(rows))

@@ -13,8 +13,8 @@ from asyncengine.model.draft_heads.entries import EntryLayers, widened
 from asyncengine.model.draft_heads.kept_states import KeptStates
 from asyncengine.model.draft_heads.plan import BuiltHead
 from asyncengine.model.draft_heads.taps import Taps
+from asyncengine.model.media.encoder import MediaEncoder
 from asyncengine.model.sampler import Sampler
-from asyncengine.model.vision.encoder import ImageEncoder
 from asyncengine.speculation.lengths import LONGEST
 from asyncengine.step.limits import Limits
 
@@ -26,7 +26,7 @@ def drafter_of(
     backend: Any,
     limits: Limits,
     config: EngineConfig,
-    encoder: ImageEncoder | None,
+    encoder: MediaEncoder | None,
 ) -> Any:
     """What drafts by a head; the model hands its hidden states to it from now on, and is its companion.
 

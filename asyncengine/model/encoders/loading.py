@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from asyncengine.classifier import Classifier
 from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, ReloadError, UnsupportedModelError
+from asyncengine.media import KINDS, PLURALS
 from asyncengine.model import memory
 from asyncengine.model.checkpoint import tokenizer_key
 from asyncengine.model.classification import activation_of, labels_of
@@ -25,6 +26,7 @@ from asyncengine.model.letting_go import take_apart
 from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST, Details, fits, vector_size
 from asyncengine.model.load_report import cannot_load, check_weights, loaded
 from asyncengine.model.location import locate
+from asyncengine.model.media.refusals import wanted
 from asyncengine.model.rehearsal import rehearsed
 from asyncengine.model.sentence_modules import embedder_of, json_in
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer, special_ids
@@ -193,7 +195,7 @@ def load(plan: LoadPlan) -> LoadedModel:
         has_head=False,
         takes_pairs=tokenizer is not None,
         classifier=classifier,
-        no_images="it is an encoder of texts",
+        no_media=dict.fromkeys(KINDS, "it is an encoder of texts"),
     )
 
 
@@ -207,10 +209,13 @@ def _check_config(config: EngineConfig) -> None:
         raise ConfigError(f"quantization is {config.quantization!r}; {config.model!r} is an encoder; allowed: 'none'")
     if config.decoder_backend == "compiled":
         raise ConfigError(f"decoder_backend is 'compiled'; {config.model!r} is an encoder; allowed: 'auto'")
+    for kind in KINDS:
+        if wanted(kind, config):
+            raise UnsupportedModelError(
+                f"{PLURALS[kind]} is True; {config.model!r} takes none: it is an encoder of texts"
+            )
     if config.mla:
         raise UnsupportedModelError(f"mla is True; {config.model!r} has no KV cache: it is an encoder of texts")
-    if config.images:
-        raise UnsupportedModelError(f"images is True; {config.model!r} takes none: it is an encoder of texts")
 
 
 def _passed_over(config: EngineConfig, complete: EngineConfig) -> list[str]:
@@ -384,5 +389,6 @@ def _limits(config: EngineConfig, details: EncoderDetails, has_tokenizer: bool) 
         quantization="none",
         decoder_backend="transformers",
         images=False,
+        audio=False,
     )
     return limits, complete

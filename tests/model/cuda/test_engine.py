@@ -375,8 +375,8 @@ async def test_images_are_seen_beside_captured_steps(
     device: Pretended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
     """Steps with images are executed, decodes of their answers replayed."""
-    sighted_checkpoints = pytest.importorskip("tests.model.vision.checkpoints", exc_type=ImportError)
-    trial = importlib.import_module("asyncengine.model.vision.trial")
+    sighted_checkpoints = pytest.importorskip("tests.model.media.checkpoints", exc_type=ImportError)
+    trial = importlib.import_module("asyncengine.model.media.trial")
     path = sighted_checkpoints.write(tmp_path / "checkpoint", architecture, text_config={"num_hidden_layers": 1})
     monkeypatch.setattr(trial, "_LARGE", (64, 64))
     config = EngineConfig(

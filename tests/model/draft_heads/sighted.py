@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from tests.model.vision import checkpoints
+from tests.model.media import checkpoints
 
 KINDS = ["linear_attention"] * 3 + ["full_attention"]
 LAYER = f"model.language_model.layers.{len(KINDS)}."

@@ -1,0 +1,298 @@
+"""Images and audio in prompts: values that any thread may have. Knows neither torch nor Pillow nor soundfile.
+
+Each token that stands for a piece of an image has the id of the model's image token, and one that stands for a piece of
+audio that of its audio token. On the step thread it has a negative id meanwhile, one for each image or audio, so that
+prompts share blocks of the prefix cache where what stands in them is the same, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from asyncengine.errors import InvalidRequestError
+from asyncengine.step.batch import Int32, Int64
+
+Kind = Literal["image", "audio"]
+KINDS: tuple[Kind, ...] = ("image", "audio")
+PLURALS: dict[Kind, str] = {"image": "images", "audio": "audio"}
+UNENCODED: dict[Kind, str] = {kind: f"its checkpoint has no encoder of {PLURALS[kind]}" for kind in KINDS}
+"""Why a model takes none, where there is nothing more to say."""
+
+ImageSource = Any
+"""A ``PIL.Image.Image``; a (height, width, 3) or (height, width) array of bytes; an encoded file (PNG, JPEG, WebP, ...)
+as ``bytes``, as the `pathlib.Path` where it is, or as a ``data:`` URL."""
+
+AudioSource = Any
+"""Samples and their sampling rate, as ``(samples, rate)`` or ``{"array": samples, "sampling_rate": rate}``, where the
+samples are an array of floats of one dimension, -1 to 1; an encoded file (WAV, FLAC, MP3, Ogg, ...) as ``bytes``, as
+the `pathlib.Path` where it is, or as a ``data:`` URL."""
+
+Sources = Mapping[Kind, Sequence[Any]]
+"""By kind, `ImageSource` or `AudioSource` in the order of their marks in the prompt."""
+
+Write = Callable[[Callable[[str], list[int]]], list[int]]
+"""Writes a prompt by a function that encodes each piece of text of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePrompt:
+    """A prompt with images in it, where there is no chat template to place them.
+
+    Attributes:
+        text: Has the model's own mark once for each image, where it goes; which that is, is in the model's card.
+        images: In the order of the marks.
+    """
+
+    text: str
+    images: Sequence[ImageSource]
+
+    def __post_init__(self) -> None:
+        _check_text(self.text)
+        _check_sources("images", self.images)
+        if not self.images:
+            raise InvalidRequestError("images is []; a prompt without images is a string")
+
+    @property
+    def sources(self) -> Sources:
+        """What is in it beside text."""
+        return {"image": self.images}
+
+
+@dataclass(frozen=True, slots=True)
+class AudioPrompt:
+    """A prompt with audio in it, where there is no chat template to place it.
+
+    Attributes:
+        text: Has the model's own marks, one for each audio and one for each image, where they go.
+        audio: In the order of its marks.
+        images: In the order of theirs, for models that take both.
+    """
+
+    text: str
+    audio: Sequence[AudioSource]
+    images: Sequence[ImageSource] = ()
+
+    def __post_init__(self) -> None:
+        _check_text(self.text)
+        _check_sources("audio", self.audio)
+        _check_sources("images", self.images)
+        if not self.audio:
+            raise InvalidRequestError("audio is []; a prompt without audio is a string or an ImagePrompt")
+
+    @property
+    def sources(self) -> Sources:
+        """What is in it beside text."""
+        return {"image": self.images, "audio": self.audio} if self.images else {"audio": self.audio}
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptionPrompt:
+    """Asks for what is said in an audio, in the words that a model was trained to be asked in.
+
+    Attributes:
+        audio: It.
+        language: That is spoken, by its code or name; None leaves it to the model.
+        hint: What it is about, words that are in it; what that does is the model's.
+    """
+
+    audio: AudioSource
+    language: str | None = None
+    hint: str | None = None
+
+    @property
+    def sources(self) -> Sources:
+        """What is in it beside text."""
+        return {"audio": [self.audio]}
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str) or not text:
+        raise InvalidRequestError(f"text is {text!r:.80}; expected a non-empty string")
+
+
+def _check_sources(name: str, sources: object) -> None:
+    if isinstance(sources, (str, bytes, Mapping)) or not isinstance(sources, Sequence):
+        what = "images" if name == "images" else "audio, each of it samples with their rate, or a file"
+        raise InvalidRequestError(f"{name} is {sources!r:.80}; expected a list of {what}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaItem:
+    """One image or one audio of a prompt, as the model's encoder takes it.
+
+    Attributes:
+        kind: Which of them.
+        digest: Equal for items that are the same to the model.
+        inputs: What the encoder takes, by name; tensors on the host.
+        places: (tokens,) positions in the prompt of the tokens that stand for it, ascending.
+        token_id: What stands for a piece of it.
+        whole: Whether the tokens of each of its runs attend to all of the run. If so, no step ends within one.
+        tokens: Those of its text alone, what stands around its pieces included, for encoders that want to see it.
+    """
+
+    kind: Kind
+    digest: bytes
+    inputs: Mapping[str, Any]
+    places: Int64
+    token_id: int
+    whole: bool = False
+    tokens: Sequence[int] = ()
+
+    @property
+    def runs(self) -> Int64:
+        """(runs, 2) from and to of each run of places without others between them."""
+        last = np.append(np.flatnonzero(np.diff(self.places) > 1), len(self.places) - 1)
+        first = np.append(0, last[:-1] + 1)
+        return np.stack((self.places[first], self.places[last] + 1), axis=1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptMedia:
+    """The images and the audio of one prompt.
+
+    Attributes:
+        items: In the order of their first tokens.
+        reader: The `MediaReader.key` of who has read them.
+        axes: (axes, prompt) where each token of the prompt is rotated to, by axis (M-RoPE, Wang et al., 2024); None
+            if by its position.
+        shift: What is added to the position of tokens behind the prompt, where there are axes.
+    """
+
+    items: tuple[MediaItem, ...]
+    reader: str = ""
+    axes: Int32 | None = None
+    shift: int = 0
+
+    @property
+    def kinds(self) -> set[Kind]:
+        """Of its items."""
+        return {item.kind for item in self.items}
+
+    def num_tokens(self, kind: Kind) -> int:
+        """How many tokens stand for items of a kind."""
+        return sum(len(item.places) for item in self.items if item.kind == kind)
+
+    @property
+    def whole(self) -> bool:
+        """Whether some of its tokens must be computed in one step."""
+        return any(item.whole for item in self.items)
+
+    @property
+    def whole_runs(self) -> list[tuple[int, int]]:
+        """From and to of each run of tokens that attend to all of it, in their order."""
+        return [(first, last) for item in self.items if item.whole for first, last in item.runs.tolist()]
+
+    @property
+    def longest_whole(self) -> int:
+        """Tokens of the longest of those runs; 0 if there is none."""
+        return max((last - first for first, last in self.whole_runs), default=0)
+
+    def reach(self, start: int, end: int) -> Int32 | None:
+        """How many tokens each of the tokens start:end attends to; None if each to those up to itself."""
+        reach = np.arange(start + 1, end + 1, dtype=np.int32)
+        found = False
+        for first, last in self.whole_runs:
+            within = reach[max(first - start, 0) : max(last - start, 0)]
+            within[:] = last
+            found |= len(within) > 0
+        return reach if found else None
+
+    def plain(self, token_ids: Int32, start: int = 0) -> Int32:
+        """Token ids as the model has them, of some that are as in the prefix cache.
+
+        Args:
+            token_ids: Of the sequence, from `start` on; what is in none of the items' places stays as it is.
+            start: Position of the first of them.
+        """
+        token_ids = token_ids.copy()
+        for item in self.items:
+            first, last = np.searchsorted(item.places, (start, start + len(token_ids))).tolist()
+            token_ids[item.places[first:last] - start] = item.token_id
+        return token_ids
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPart:
+    """Tokens of a step that stand for pieces of one item.
+
+    Attributes:
+        item: It.
+        first: The first of its pieces.
+        tokens: (pieces,) which of the step's tokens they are.
+    """
+
+    item: MediaItem
+    first: int
+    tokens: Int64
+
+
+class MediaFailure(Exception):
+    """A step could not begin, because one of its images, or of its audio, could not be encoded.
+
+    Args:
+        item: It.
+        cause: What its encoder raised.
+    """
+
+    def __init__(self, item: MediaItem, cause: BaseException) -> None:
+        super().__init__(f"an {item.kind} cannot be encoded: {cause}")
+        self.digest = item.digest
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPrompt:
+    """A prompt that was read with its images and its audio."""
+
+    token_ids: list[int]
+    media: PromptMedia
+
+
+class Transcribing(Protocol):
+    """How one model is asked to transcribe. May be called from several threads."""
+
+    def request(self, language: str | None, hint: str | None) -> str:
+        """A prompt with one mark of audio in it.
+
+        Raises:
+            InvalidRequestError: The model is not told any language, or no such, or no hints.
+        """
+        ...
+
+    def text(self, token_ids: Sequence[int]) -> str | None:
+        """What is said in the audio, of what the model has answered; None if that is its text as it is."""
+        ...
+
+
+class MediaReader(Protocol):
+    """Reads images and audio as one model needs them. May be called from several threads.
+
+    Attributes:
+        key: Equal for readers that make the same of the same media.
+        kinds: Of what it reads.
+        token_ids: By kind, what stands for a piece.
+        transcribing: How the model is asked to transcribe; None if there is no telling.
+    """
+
+    key: str
+    kinds: Sequence[Kind]
+    token_ids: Mapping[Kind, int]
+    transcribing: Transcribing | None
+
+    def read(self, sources: Sources, write: Write, encode: Callable[[str], list[int]], most_tokens: int) -> ReadPrompt:
+        """Reads the images and the audio of a prompt, and lets it be written with the tokens that stand for them.
+
+        Args:
+            sources: Of kinds that it reads.
+            write: Writes the prompt.
+            encode: Token ids of a piece of text; the reader gives `write` one that knows of media.
+            most_tokens: That may stand for media. What comes after so many is not looked at.
+
+        Raises:
+            ContextLengthExceededError: They come to more.
+            InvalidRequestError: One is no image or no audio, or there are more or fewer marks than of them.
+        """
+        ...

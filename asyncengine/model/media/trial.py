@@ -1,0 +1,321 @@
+"""A last look before a model serves images or audio: does it say of them what it says in transformers?"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from asyncengine.config import Quantization
+from asyncengine.errors import InvalidRequestError, UnsupportedModelError
+from asyncengine.media import PLURALS, Kind, MediaItem, MediaPart, ReadPrompt, Sources
+from asyncengine.model import architecture, verification
+from asyncengine.model.media.axes import Axes
+from asyncengine.model.media.encoder import MediaEncoder
+from asyncengine.model.media.patches import multiply_patches
+from asyncengine.model.media.preparation import (
+    AudioPreparation,
+    ImagePreparation,
+    Preparation,
+    listening_part,
+    processed,
+)
+from asyncengine.model.media.reader import ProcessedMediaReader
+from asyncengine.model.media.transcription import ProcessedTranscription
+from asyncengine.model.recorded import Recorded
+from asyncengine.model.widened import WidenedLinears, is_faster
+from asyncengine.step.batch import Int32, StepBatch
+
+_SIZES = (48, 32), (40, 56)
+"""Width and height of the pictures of a trial."""
+_SECONDS = 0.5, 0.81
+"""Length of its sounds."""
+_MANY = 768
+"""Tokens of a trial with two of a kind that is too long: some processors make many of any picture. One will do then."""
+_LAST = 24
+"""Rows of logits at its end that are compared; what comes of its images is in all of them."""
+_LARGE = 1024, 1024
+_LONG_SECONDS = 30.0
+BUDGET_TOKENS = 8192
+"""Tokens of images and audio whose embeddings are kept."""
+
+
+class MediaTrial:
+    """A prompt with two pictures, two sounds, or two of each, and what transformers makes of it.
+
+    Attributes:
+        reader: Reads the images and the audio of prompts.
+
+    Args:
+        model: With its weights.
+        layers: Its layers.
+        prepares: Its processor.
+        kinds: What is tried.
+        key: Of the reader.
+        device: Where it is.
+        one_audio: Whether a prompt may have one audio and no more.
+
+    Raises:
+        UnsupportedModelError: It cannot take them; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Recorded,
+        prepares: Any,
+        kinds: Sequence[Kind],
+        key: str,
+        device: torch.device,
+        one_audio: bool = False,
+    ) -> None:
+        body = next((each for each in (model, model.base_model) if hasattr(each, "get_rope_index")), None)
+        axes = None if body is None else Axes(type(body), body.config)
+        self._device, self._dtype = device, model.dtype
+        self._processor = prepares
+        self._encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
+        self._numbers = {kind: 1 if kind == "audio" and one_audio else 2 for kind in kinds}
+        for together in (False, True) if "image" in kinds else (False,):
+            preparations = [_preparation(kind, prepares, model.config, together) for kind in kinds]
+            for preparation in preparations:
+                if preparation.kind == "audio" and one_audio:
+                    preparation.most = 1
+            transcribing = ProcessedTranscription.of(prepares) if "audio" in kinds else None
+            self.reader = ProcessedMediaReader(preparations, key, axes, transcribing)
+            given, read = self._read()
+            if read.token_ids == given["input_ids"][0]:
+                break
+        else:
+            what = " and ".join(PLURALS[kind] for kind in kinds)
+            raise UnsupportedModelError(
+                f"its processor makes other tokens of {what} in a conversation than of a prompt"
+            )
+        if len(read.token_ids) > _MANY:
+            self._numbers = dict.fromkeys(kinds, 1)
+            for preparation in preparations:
+                if preparation.kind == "audio":
+                    preparation.most = 1
+            given, read = self._read()
+        self._ids: Int32 = np.array(read.token_ids, dtype=np.int32)
+        given = {name: _sent(value, device, model.dtype) for name, value in given.items()}
+        faster = WidenedLinears() if is_faster(device) else contextlib.nullcontext()
+        with _plainly(model) as ahead, torch.inference_mode(), faster:
+            if "logits_to_keep" in inspect.signature(model.forward).parameters:
+                given["logits_to_keep"] = _LAST
+            self._expected = model(**given, use_cache=False).logits[0, -_LAST:].float()
+        for preparation in preparations:
+            if preparation.kind == "image":
+                preparation.whole = bool(ahead)
+        items = [dataclasses.replace(each, whole=bool(ahead) and each.kind == "image") for each in read.media.items]
+        self._media = dataclasses.replace(read.media, items=tuple(items))
+        self._ahead = self._looking_ahead(layers, ahead)
+
+    def _read(self) -> tuple[dict[str, Any], ReadPrompt]:
+        """The prompt, as transformers' processor has it and as the reader does."""
+        given: dict[str, Any] = {}
+        sources: dict[Kind, Sequence[Any]] = {}
+        marks = []
+        for kind, number in self._numbers.items():
+            marks += [self.reader.marks[kind]] * number
+            if kind == "image":
+                sources[kind] = pictures = [_picture(*size) for size in _SIZES[:number]]
+                given |= {"images": [pictures], "images_kwargs": {"return_tensors": "pt"}}
+            else:
+                rate = int(listening_part(self._processor).sampling_rate)
+                sounds = [_sound(seconds, rate) for seconds in _SECONDS[:number]]
+                sources[kind] = [(sound, rate) for sound in sounds]
+                given |= {"audio": sounds, "audio_kwargs": {"return_tensors": "pt", "sampling_rate": rate}}
+        text = " a ".join(marks) + " b c"
+        given = dict(processed(self._processor, text=[text], add_special_tokens=False, **given))
+        given["input_ids"] = torch.as_tensor(given["input_ids"]).tolist()
+        return given, self._reading(sources, text)
+
+    def _reading(self, sources: Sources, text: str) -> ReadPrompt:
+        return self.reader.read(sources, lambda expanding: expanding(text), self._encode, 1 << 30)
+
+    def _looking_ahead(self, layers: Recorded, ahead: dict[str, torch.Tensor]) -> set[str]:
+        """The layers whose tokens of an image attend to all of it, by their names.
+
+        Args:
+            layers: All of them.
+            ahead: As `_plainly` yields it.
+
+        Raises:
+            UnsupportedModelError: Some look at later tokens otherwise.
+        """
+        windows = {layer.name: layer.spec.sliding_window for layer in layers.attention if layer.name in ahead}
+        strange = None if windows else next(iter(ahead), None)
+        at, reach = torch.arange(len(self._ids)), self._media.reach(0, len(self._ids))
+        for name, window in windows.items():
+            allowed = at < (at + 1 if reach is None else torch.from_numpy(reach))[:, None]
+            if window is not None:
+                allowed &= at > at[:, None] - window
+            if not torch.equal(ahead[name], allowed):
+                strange = name
+        if strange is not None:
+            what = "an image" if "image" in self._numbers else "audio"
+            raise UnsupportedModelError(
+                f"its tokens of {what} look at later ones, but not at all of the image and those before: {strange}"
+            )
+        return set(windows)
+
+    def layers_of(self, layers: Recorded) -> Recorded:
+        """The model's layers, as they attend where there are images."""
+        return layers.looking_ahead(self._ahead)
+
+    def encoder(self, model: Any) -> MediaEncoder:
+        """The encoder of a model."""
+        multiply_patches(model)
+        return MediaEncoder(model, self.reader.token_ids, self._device, BUDGET_TOKENS)
+
+    def check_repeats(self, model: Any) -> None:
+        """Has a sound encoded twice: some encoders add noise, of which nobody could say again what they said.
+
+        Raises:
+            UnsupportedModelError: They differ.
+        """
+        item, encoder = next(item for item in self._media.items if item.kind == "audio"), self.encoder(model)
+        first = encoder.features(item).rows
+        encoder.clear()
+        if not torch.equal(first, encoder.features(item).rows):
+            raise UnsupportedModelError("its encoder makes something else of the same audio each time")
+
+    def large(self) -> list[MediaItem]:
+        """An image and an audio for whose computation a device must have room; what is larger may be too large for it.
+
+        Of audio it is as long a piece as the processor takes, up to 30 seconds.
+        """
+        found: list[MediaItem] = []
+        for kind in self._numbers:
+            mark = self.reader.marks[kind]
+            if kind == "image":
+                found += self._reading({kind: [_picture(*_LARGE)]}, mark).media.items
+                continue
+            rate = int(listening_part(self._processor).sampling_rate)
+            for seconds in (_LONG_SECONDS, _LONG_SECONDS / 2, 1.0):
+                with contextlib.suppress(InvalidRequestError):
+                    found += self._reading({kind: [(_sound(seconds, rate), rate)]}, mark).media.items
+                    break
+        return found
+
+    def run(
+        self,
+        model: Any,
+        layers: Recorded,
+        backend: Any,
+        program: Any = None,
+        quantization: Quantization = "none",
+        kv_dtype: torch.dtype | None = None,
+        narrow: bool = False,
+    ) -> None:
+        """Compares, with the prompt computed in pieces that part an image and an audio, if they can be parted.
+
+        Args:
+            model: As it was given before; without its weights, if they are in `program`.
+            layers: Its layers, as `layers_of` has them.
+            backend: How it attends.
+            program: Runs in the model's place.
+            quantization: What weights were rounded to since.
+            kv_dtype: Of its KV cache, if that is not the model's.
+            narrow: Whether weights or KV cache are in fp8.
+
+        Raises:
+            UnsupportedModelError: It says something else.
+        """
+        dtypes = self._dtype, kv_dtype or self._dtype
+        tolerance = verification.tolerance_of(self._dtype, program, quantization, narrow)
+        length = len(self._ids)
+        firsts = {item.kind: item for item in reversed(self._media.items)}.values()
+        middles = {int(item.runs[0, 1] if item.whole else item.places[len(item.places) // 2]) for item in firsts}
+        with verification.stepping(model, layers, backend, program, dtypes, self._device, length, 1) as runner:
+            runner.use_media(self.encoder(model))
+            cuts = sorted({0, *middles, length - 1, length})
+            with torch.inference_mode():
+                found = [runner.logits(self._piece(*cut)) for cut in itertools.pairwise(cuts)]
+        error = verification.relative(torch.cat(found).float(), self._expected)
+        if not error <= tolerance:
+            what = " and ".join(PLURALS[kind] for kind in self._numbers)
+            raise UnsupportedModelError(
+                f"of {what} it says something else than in transformers: relative error {error:.2g}, allowed "
+                f"{tolerance:g}"
+            )
+
+    def _piece(self, start: int, end: int) -> StepBatch:
+        """Tokens start:end as one step."""
+        batch, media = verification.piece(self._ids[None], start, end), self._media
+        parts = []
+        for item in media.items:
+            first, last = np.searchsorted(item.places, (start, end)).tolist()
+            if first < last:
+                parts.append(MediaPart(item, first, item.places[first:last] - start))
+        axes = None if media.axes is None else media.axes[:, start:end]
+        looked_at = np.arange(max(len(self._ids) - _LAST - start, 0), end - start, dtype=np.int64)
+        return dataclasses.replace(
+            batch, media=tuple(parts), axes=axes, reach=media.reach(start, end), sample_index=looked_at
+        )
+
+
+def _sent(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A value on a device, what is a list as a tensor."""
+    tensor = torch.as_tensor(value) if isinstance(value, (torch.Tensor, list)) else None
+    if tensor is None:
+        return value
+    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _preparation(kind: Kind, prepares: Any, config: Any, together: bool) -> Preparation:
+    if kind == "image":
+        return ImagePreparation(prepares, int(config.image_token_id), together)
+    return AudioPreparation(prepares, int(config.audio_token_id))
+
+
+def _sound(seconds: float, rate: int) -> Any:
+    samples = int(seconds * rate)
+    return np.random.default_rng(samples).uniform(-0.5, 0.5, samples).astype(np.float32)
+
+
+def _picture(width: int, height: int) -> Any:
+    from PIL import Image
+
+    drawn = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(drawn)
+
+
+@contextlib.contextmanager
+def _plainly(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Has a model attend as transformers does; yields which modules are given a mask by which some token looks at later
+    ones, by their names, and what each token may look at: (tokens, tokens).
+    """
+    ahead: dict[str, torch.Tensor] = {}
+    decoder = set(model.get_decoder().modules())
+
+    def look(name: str) -> Any:
+        def looking(module: nn.Module, arguments: Any, keywords: Any) -> None:
+            for mask in (*arguments, *keywords.values()):
+                if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] > 1:
+                    allowed = mask if mask.dtype is torch.bool else mask == 0
+                    if bool(allowed.triu(1).any()):
+                        ahead[name] = allowed[0, 0].cpu()
+
+        return looking
+
+    handles = [
+        module.register_forward_pre_hook(look(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if module in decoder
+    ]
+    try:
+        model.set_attn_implementation("eager")
+        yield ahead
+    finally:
+        for handle in handles:
+            handle.remove()
+        architecture.attend_here(model)

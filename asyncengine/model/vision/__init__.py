@@ -1,1 +1,0 @@
-"""Images of models that take them, through transformers' own processors and encoders."""

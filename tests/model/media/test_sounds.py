@@ -1,0 +1,112 @@
+"""Whatever is given for audio becomes samples of one channel at the rate that is needed, or an error says why not."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from asyncengine.errors import InvalidRequestError
+from asyncengine.model.media import sounds
+from asyncengine.model.media.sounds import sound_of
+
+RATE = 16_000
+TONE = (0.5 * np.sin(np.arange(RATE // 4) * 2 * np.pi * 440 / RATE)).astype(np.float32)
+
+
+def file_of(samples: Any = TONE, rate: int = RATE, kind: str = "WAV", subtype: str | None = None) -> bytes:
+    held = io.BytesIO()
+    soundfile.write(held, samples, rate, format=kind, subtype=subtype)
+    return held.getvalue()
+
+
+def test_forms_of_the_same_samples(tmp_path: Path) -> None:
+    file = file_of(subtype="FLOAT")
+    (tmp_path / "tone.wav").write_bytes(file)
+    for source in (
+        (TONE, RATE),
+        (TONE.astype(np.float64), np.int64(RATE)),
+        {"array": TONE, "sampling_rate": RATE},
+        file,
+        memoryview(file),
+        tmp_path / "tone.wav",
+        "data:audio/wav;base64," + base64.b64encode(file).decode(),
+    ):
+        found = sound_of(source, RATE)
+        assert found.dtype == np.float32 and np.array_equal(found, TONE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype", "within"), [("WAV", "PCM_16", 1e-4), ("FLAC", None, 1e-4), ("OGG", None, 0.1)]
+)
+def test_files_of_other_kinds(kind: str, subtype: str | None, within: float) -> None:
+    assert np.allclose(sound_of(file_of(kind=kind, subtype=subtype), RATE), TONE, atol=within)
+
+
+def test_channels_are_averaged() -> None:
+    both = np.stack((TONE, -TONE * 0.5), axis=1)
+    assert np.allclose(sound_of(file_of(both, subtype="FLOAT"), RATE), TONE * 0.25, atol=1e-6)
+
+
+def test_other_rates_are_resampled_as_transformers_does() -> None:
+    from transformers.audio_utils import load_audio
+
+    rate = 44_100
+    high = (0.5 * np.sin(np.arange(rate // 4) * 2 * np.pi * 440 / rate)).astype(np.float32)
+    file = file_of(high, rate, subtype="FLOAT")
+    found = sound_of((high, rate), RATE)
+    assert np.array_equal(found, sound_of(file, RATE))
+    assert np.array_equal(found, load_audio(base64.b64encode(file).decode(), RATE))
+    assert len(found) == len(TONE) and np.allclose(found[200:-200], TONE[200:-200], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (TONE, "an array without its sampling rate"),
+        ((TONE, RATE, 1), "a tuple of 3"),
+        ((TONE, 16e3), "the sampling rate 16000.0"),
+        ((TONE, True), "the sampling rate True"),
+        ((TONE, 7), r"a sampling rate of 7 Hz; allowed: 1000\.\.768000"),
+        ((TONE[:, None], RATE), r"an array of \(4000, 1\) float32; expected floats"),
+        (((TONE * 99).astype(np.int16), RATE), "int16; expected floats, -1 to 1"),
+        (([0.1, 0.2], RATE), r"samples are \[0.1, 0.2\]"),
+        ((TONE[:0], RATE), "has no samples"),
+        ((np.append(TONE, np.float32("nan")), RATE), "not finite"),
+        ((np.append(TONE, np.float32("inf")), RATE), "not finite"),
+        (b"not audio", "damaged or no file that libsndfile reads"),
+        (file_of()[:20], "damaged or no file"),
+        (file_of(TONE[:0]), "has no samples"),
+        ("https://example.com/a.wav", "nothing is fetched"),
+        ("data:audio/wav;base64,!!!", "is not base64"),
+        (Path("/nowhere/a.wav"), "No such file|System error"),
+        (3, r"an audio is 3; expected \(samples, sampling_rate\)"),
+    ],
+)
+def test_what_is_no_audio(source: Any, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        sound_of(source, RATE)
+
+
+def test_too_much_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sounds, "MOST_SAMPLES", len(TONE) - 1)
+    for source in ((TONE, RATE), file_of()):
+        with pytest.raises(InvalidRequestError, match=r"has 4000 samples in 1 channels; allowed: 3999"):
+            sound_of(source, RATE)
+
+
+def test_without_what_reads_and_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    gone = ("soundfile", "soxr")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in gone else found(name, *more))
+    assert np.array_equal(sound_of((TONE, RATE), RATE), TONE)
+    with pytest.raises(InvalidRequestError, match="soundfile is not installed; the extra 'audio' brings it"):
+        sound_of(file_of(), RATE)
+    with pytest.raises(InvalidRequestError, match="rate of 8000 Hz and the model needs 16000; without soxr"):
+        sound_of((TONE, 8000), RATE)
