@@ -133,7 +133,7 @@ def build(
             notes.extend(note_of_products)
         else:
             if config.quantization == "none" and packed_linear.supports(details.dtype, details.device):
-                packed_linear.pack(model)
+                packed_linear.pack(model, trial.layers.uncalled)
             notes.extend(_tried(config, model, trial, backend))
         layers = trial.layers = trials.layers_of(
             trial.layers

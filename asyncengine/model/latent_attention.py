@@ -11,6 +11,7 @@ All classes of transformers for such models make keys and values in a method `ex
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -119,8 +120,14 @@ def keep_latents(model: nn.Module) -> None:
     for module in latent_modules(model):
         if type(module.kv_b_proj) is not nn.Linear:
             module.kv_b_proj = _as_numbers(module.kv_b_proj, module.kv_a_layernorm.weight)
-        kind = type(module)
-        module.__class__ = type(kind.__name__, (LatentAttention, kind), {"__module__": kind.__module__})
+        kind: Any = type(module)
+        module.__class__ = _keeping(kind)
+
+
+@functools.cache
+def _keeping(kind: Any) -> Any:
+    """A class of attention modules, with latents that are kept."""
+    return type(kind.__name__, (LatentAttention, kind), {"__module__": kind.__module__})
 
 
 def latent_modules(model: nn.Module) -> Iterator[Any]:

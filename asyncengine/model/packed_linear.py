@@ -6,7 +6,7 @@ rows that takes longer than the product. Used on the CPU where the model runs as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -71,8 +71,12 @@ class PackedLinear(nn.Module):
         return restore
 
 
-def pack(model: nn.Module) -> int:
+def pack(model: nn.Module, but: Collection[nn.Module] = ()) -> int:
     """Puts a `PackedLinear` in the place of every linear layer that is large enough.
+
+    Args:
+        model: The model.
+        but: Layers that stay as they are.
 
     Returns:
         How many there are.
@@ -83,7 +87,7 @@ def pack(model: nn.Module) -> int:
         for parameter in module._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
         for name, child in module._modules.items():
-            if type(child) is nn.Linear and child.weight.numel() >= _LEAST:
+            if type(child) is nn.Linear and child.weight.numel() >= _LEAST and child not in but:
                 places.setdefault(id(child), []).append((module, name))
     for (module, name), *others in places.values():
         child = getattr(module, name)

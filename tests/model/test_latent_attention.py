@@ -21,7 +21,7 @@ from asyncengine import (
     RequestOptions,
     UnsupportedModelError,
 )
-from asyncengine.model import architecture
+from asyncengine.model import architecture, packed_linear
 from asyncengine.model.adapters.adapted_modules import AdaptedModules
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.reference import TorchAttention
@@ -76,6 +76,16 @@ async def answers(engine: AsyncEngine, prompts: list[list[int]]) -> Any:
     streams = [await engine.add_request(prompt, GREEDY) for prompt in prompts]
     for prompt, stream in zip(prompts, streams, strict=True):
         yield prompt, await stream
+
+
+async def test_the_matrix_is_read_where_other_layers_are_packed(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_linear, "_LEAST", 1)
+    path = checkpoint("minicpm3")
+    async with AsyncEngine(engine_config(path, attention_backend="torch")) as engine:
+        result = await engine.generate(PROMPTS[0], GREEDY)
+    assert result.token_ids == Reference(path).after_each(PROMPTS[0], result.token_ids)
 
 
 def test_a_token_takes_its_latents_alone() -> None:
