@@ -26,6 +26,7 @@ extern "C" void decoder_pack() {}
 extern "C" void decoder_step() {}
 extern "C" void decoder_experts() {}
 extern "C" void decoder_product() {}
+extern "C" void decoder_products() {}
 """
 STUB = f"""
 extern "C" int paged_attention(void *, void *, void *) {{ return 42; }}
