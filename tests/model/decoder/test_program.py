@@ -449,15 +449,16 @@ def test_the_model_gives_its_weights_up(checkpoint: Checkpoint) -> None:
         *((name, "int4") for name in ("phi3", "gpt_oss")),
         ("glm4_moe", "int8"),
         ("qwen2_moe", "int4"),
+        ("minicpm3", "int8"),
     ],
 )
 def test_new_weights_are_those_of_a_new_model(architecture: str, quantization: str, checkpoint: Checkpoint) -> None:
     """Every parameter finds its place: biases, norms, projections that were fused, embedding and head."""
     dtype = "float32" if quantization == "none" else "bfloat16"
-    old, new = (load(checkpoint(architecture, seed=seed), dtype=dtype, quantization=quantization) for seed in (0, 1))
-    weights = AutoModelForCausalLM.from_pretrained(
-        checkpoint(architecture, seed=1), dtype=getattr(torch, dtype)
-    ).state_dict()
+    changes = LATENTS.get(architecture, {})
+    paths = [checkpoint(architecture, seed=seed, **changes) for seed in (0, 1)]
+    old, new = (load(path, dtype=dtype, quantization=quantization) for path in paths)
+    weights = AutoModelForCausalLM.from_pretrained(paths[1], dtype=getattr(torch, dtype)).state_dict()
     batch = batch_of([(sequences()[0], 0)])
     before = logits(old, batch)
     old.model.update_weights(weights)
