@@ -468,6 +468,17 @@ def test_new_weights_are_those_of_a_new_model(architecture: str, quantization: s
     new.model.close()
 
 
+def test_the_matrix_behind_latents_counts(checkpoint: Checkpoint) -> None:
+    sizes = []
+    for rank in (32, 64):
+        loaded = load(checkpoint("minicpm3", **LATENTS["minicpm3"] | {"kv_lora_rank": rank}), dtype="float32")
+        assert isinstance(loaded.model, TorchModel) and loaded.model._program is not None
+        sizes.append(loaded.model._program.nbytes)
+        loaded.model.close()
+    heads, hidden = 4 * (16 + 32), 64
+    assert sizes[1] - sizes[0] == 2 * 32 * (heads + hidden) * 4
+
+
 def test_new_weights_that_fail_leave_the_old_ones(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(checkpoint("llama"), dtype="float32")
     model = loaded.model
