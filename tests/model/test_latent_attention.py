@@ -36,6 +36,7 @@ from tests.model import checkpoints
 from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
 from tests.model.decoder.test_compiled_models import failing_at
+from tests.model.draft_heads import mtp_heads
 from tests.model.reference import Reference
 
 pytestmark = pytest.mark.loops("either")
@@ -88,6 +89,31 @@ async def test_the_matrix_is_read_where_other_layers_are_packed(
     path = checkpoint("minicpm3")
     async with AsyncEngine(engine_config(path, attention_backend="torch")) as engine:
         result = await engine.generate(PROMPTS[0], GREEDY)
+    assert result.token_ids == Reference(path).after_each(PROMPTS[0], result.token_ids)
+
+
+@pytest.mark.parametrize("mode", ["small_draft", "mtp"])
+async def test_who_drafts_keeps_latents_too(
+    mode: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absorb, seen = LatentAttention.absorb, set()
+
+    def watched(module: LatentAttention, query: torch.Tensor, rotated: int) -> torch.Tensor:
+        seen.add(module)
+        return absorb(module, query, rotated)
+
+    monkeypatch.setattr(LatentAttention, "absorb", watched)
+    drafts: dict[str, Any] = {"speculative_mode": mode, "spec_draft_length": 2}
+    if mode == "mtp":
+        path, modules = mtp_heads.write(tmp_path, "deepseek_v3", "deepseek"), mtp_heads.LAYERS + 1
+    else:
+        path, modules = checkpoint("llama"), 3
+        drafts["additional_models"] = [str(checkpoint("deepseek_v2"))]
+    async with AsyncEngine(engine_config(path, **drafts)) as engine:
+        seen.clear()  # of the trial
+        result = await engine.generate(PROMPTS[0], GREEDY)
+        assert engine.metrics().counters.draft_tokens > 0
+    assert len(seen) == modules
     assert result.token_ids == Reference(path).after_each(PROMPTS[0], result.token_ids)
 
 
