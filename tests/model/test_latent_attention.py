@@ -92,9 +92,11 @@ async def test_the_matrix_is_read_where_other_layers_are_packed(
     assert result.token_ids == Reference(path).after_each(PROMPTS[0], result.token_ids)
 
 
-@pytest.mark.parametrize("mode", ["small_draft", "mtp"])
+@pytest.mark.parametrize(
+    ("target", "draft"), [("llama", "deepseek_v2"), ("deepseek_v2", "llama"), ("deepseek_v3", "")], ids=str
+)
 async def test_who_drafts_keeps_latents_too(
-    mode: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, draft: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absorb, seen = LatentAttention.absorb, set()
 
@@ -103,13 +105,14 @@ async def test_who_drafts_keeps_latents_too(
         return absorb(module, query, rotated)
 
     monkeypatch.setattr(LatentAttention, "absorb", watched)
-    drafts: dict[str, Any] = {"speculative_mode": mode, "spec_draft_length": 2}
-    if mode == "mtp":
-        path, modules = mtp_heads.write(tmp_path, "deepseek_v3", "deepseek"), mtp_heads.LAYERS + 1
+    if draft:
+        path, modules = checkpoint(target), 3
+        drafts = {"speculative_mode": "small_draft", "additional_models": [str(checkpoint(draft))]}
     else:
-        path, modules = checkpoint("llama"), 3
-        drafts["additional_models"] = [str(checkpoint("deepseek_v2"))]
-    async with AsyncEngine(engine_config(path, **drafts)) as engine:
+        path, modules = mtp_heads.write(tmp_path, target, "deepseek"), mtp_heads.LAYERS + 1
+        drafts = {"speculative_mode": "mtp"}
+    mla = True if target != "llama" else None  # which is asked of the target alone
+    async with AsyncEngine(engine_config(path, mla=mla, spec_draft_length=2, **drafts)) as engine:
         seen.clear()  # of the trial
         result = await engine.generate(PROMPTS[0], GREEDY)
         assert engine.metrics().counters.draft_tokens > 0
