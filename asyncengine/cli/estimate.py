@@ -121,6 +121,7 @@ class Needs:
         draft_layers: Those of what drafts.
         page_size: Tokens per block.
         bytes_per_block: Of KV cache, all layers together.
+        values_apart: Whether values are kept beside the latents that they are the beginning of.
         recurrent: How many recurrent layers there are.
         bytes_per_state: Of what those keep of one sequence.
         keeps: Whether there is a prefix cache, which keeps states, too.
@@ -145,6 +146,7 @@ class Needs:
     draft_layers: list[tuple[LayerSpec, int]]
     page_size: int
     bytes_per_block: int
+    values_apart: bool
     recurrent: int
     bytes_per_state: int
     keeps: bool
@@ -236,7 +238,8 @@ def read(config: EngineConfig) -> Needs:
     draft_bytes = sum(kept(draft.checkpoint, draft.hf_config, seen) for draft, seen in each_draft)
     draft_bytes += 0 if head is None else head.weight_bytes
     page_size = config.kv_cache_page_size or (16 if cuda else 32)
-    plain = cuda or kv_dtype is not dtype  # the kernel for the CPU has a layout of its own, and no fp8
+    # The kernel for the CPU has a layout of its own, and no fp8.
+    plain = cuda or kv_dtype is not dtype or config.attention_backend == "torch"
     bytes_of = TorchAttention().bytes_per_block if plain else CpuAttention.bytes_per_block
     sequences = config.max_num_sequence or (256 if cuda else 64)
     chunk = min(config.prefill_chunk_size or (CUDA_CHUNK if cuda else CPU_CHUNK), length)
@@ -263,6 +266,7 @@ def read(config: EngineConfig) -> Needs:
         draft_layers=list(Counter(draft_specs).items()),
         page_size=page_size,
         bytes_per_block=sum(bytes_of(spec, page_size, kv_dtype) for spec in [*specs, *draft_specs]),
+        values_apart=not plain,
         recurrent=len(watched.recurrent),
         bytes_per_state=state_bytes(watched.recurrent.values(), dtype),
         keeps=config.prefix_cache_mode == "radix",
@@ -375,8 +379,8 @@ def _needs_rows(needs: Needs) -> Iterator[tuple[str, str]]:
             window = "" if spec.sliding_window is None else f", window {spec.sliding_window}"
             each = f"{spec.num_kv_heads} heads x ({spec.key_dim} + {spec.value_dim})"
             if spec.values_in_keys:
-                twice = needs.device.type == "cpu" and needs.kv_dtype is needs.dtype
-                each = f"latents of ({spec.key_dim} + {spec.value_dim})" if twice else f"latents of {spec.key_dim}"
+                size = f"({spec.key_dim} + {spec.value_dim})" if needs.values_apart else f"{spec.key_dim}"
+                each = f"latents of {size}"
             yield "KV cache", f"{count} layers{whose} x {each} x {needs.kv_dtype.itemsize} bytes{window}"
     if needs.recurrent:
         yield "states", f"{needs.recurrent} recurrent layers, {gib(needs.bytes_per_state)} per sequence"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from asyncengine import AsyncEngine, EngineConfig, tiny
-from asyncengine.cli.estimate import Room, read
+from asyncengine import AsyncEngine, EngineConfig, UnsupportedModelError, tiny
+from asyncengine.cli.estimate import Room, _needs_rows, read
 from asyncengine.model import memory
 from asyncengine.model.load_check import SLACK
 from tests.cli.programs import run
@@ -163,6 +163,20 @@ def test_keys_and_values_of_one_byte_are_half_of_those_in_bfloat16() -> None:
     assert 2 * read(EngineConfig("tiny", device="cuda", kv_cache_dtype="fp8_e4m3")).bytes_per_block == half
     done = run("estimate", "tiny", "--kv-cache-dtype", "fp8_e4m3", "--memory", "1")
     assert done.status == 0 and "x 1 bytes" in done.out
+
+
+def test_latents_are_kept_once_but_for_the_kernel_of_the_cpu(tmp_path: Path) -> None:
+    path = str(write(tmp_path, "minicpm3"))
+    for changes, text, numbers in (
+        ({}, "latents of (24 + 16)", 24 + 16),
+        ({"attention_backend": "torch"}, "latents of 24", 24),
+        ({"attention_backend": "torch", "mla": False}, "4 heads x (24 + 20)", 4 * (24 + 20)),
+    ):
+        needs = read(EngineConfig(path, device="cpu", **changes))
+        assert needs.bytes_per_block == 3 * needs.page_size * numbers * 4
+        assert ("KV cache", f"3 layers x {text} x 4 bytes") in _needs_rows(needs)
+    with pytest.raises(UnsupportedModelError, match="mla is True"):
+        read(EngineConfig("tiny", device="cpu", mla=True))
 
 
 def test_graphs_of_a_gpu_are_taken_off() -> None:

@@ -18,6 +18,7 @@ from asyncengine import (
     ConfigError,
     EngineConfig,
     GenerationConfig,
+    ReloadError,
     RequestOptions,
     UnsupportedModelError,
 )
@@ -25,6 +26,7 @@ from asyncengine.model import architecture, packed_linear
 from asyncengine.model.adapters.adapted_modules import AdaptedModules
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.reference import TorchAttention
+from asyncengine.model.decoder.weights import PackedMatrix
 from asyncengine.model.latent_attention import LatentAttention, keep_latents
 from asyncengine.model.load_check import watch
 from asyncengine.model.loader import TransformersLoader
@@ -33,6 +35,8 @@ from asyncengine.model.verification import Trial
 from tests.model import checkpoints
 from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
+from tests.model.decoder.test_compiled_models import failing_at
+from tests.model.draft_heads import mtp_heads
 from tests.model.reference import Reference
 
 pytestmark = pytest.mark.loops("either")
@@ -88,6 +92,34 @@ async def test_the_matrix_is_read_where_other_layers_are_packed(
     assert result.token_ids == Reference(path).after_each(PROMPTS[0], result.token_ids)
 
 
+@pytest.mark.parametrize(
+    ("target", "draft"), [("llama", "deepseek_v2"), ("deepseek_v2", "llama"), ("deepseek_v3", "")], ids=str
+)
+async def test_who_drafts_keeps_latents_too(
+    target: str, draft: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absorb, seen = LatentAttention.absorb, set()
+
+    def watched(module: LatentAttention, query: torch.Tensor, rotated: int) -> torch.Tensor:
+        seen.add(module)
+        return absorb(module, query, rotated)
+
+    monkeypatch.setattr(LatentAttention, "absorb", watched)
+    if draft:
+        path, modules = checkpoint(target), 3
+        drafts = {"speculative_mode": "small_draft", "additional_models": [str(checkpoint(draft))]}
+    else:
+        path, modules = mtp_heads.write(tmp_path, target, "deepseek"), mtp_heads.LAYERS + 1
+        drafts = {"speculative_mode": "mtp"}
+    mla = True if target != "llama" else None  # which is asked of the target alone
+    async with AsyncEngine(engine_config(path, mla=mla, spec_draft_length=2, **drafts)) as engine:
+        seen.clear()  # of the trial
+        result = await engine.generate(PROMPTS[0], GREEDY)
+        assert engine.metrics().counters.draft_tokens > 0
+    assert len(seen) == modules
+    assert result.token_ids == Reference(path).after_each(PROMPTS[0], result.token_ids)
+
+
 def test_a_token_takes_its_latents_alone() -> None:
     config = checkpoints.config("glm4_moe_lite")
     heads = 4 * (16 + ROTATED + 20)
@@ -127,21 +159,33 @@ async def test_keys_and_values_of_one_byte_have_one_scale(checkpoint: Checkpoint
 
 @pytest.mark.parametrize("changes", [{}, FILLING], ids=["transformers", "compiled"])
 async def test_the_matrix_can_be_replaced_where_weights_are_narrow(
-    checkpoint: Checkpoint, changes: dict[str, int]
+    checkpoint: Checkpoint, changes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its part that makes keys, and the one that makes values; if that fails half-way, neither."""
     path, other = checkpoint("minicpm3", seed=1, **changes), checkpoint("minicpm3", seed=2, **changes)
     name = "model.layers.1.self_attn.kv_b_proj.weight"
+    old, new = (model_of(each, torch.bfloat16).get_parameter(name) for each in (path, other))
+    values = old.clone()
+    values.view(4, -1, old.shape[1])[:, 16:] = new.view(4, -1, old.shape[1])[:, 16:]
 
     async with AsyncEngine(engine_config(path, quantization="int8", dtype="auto")) as engine:
         assert engine.complete_engine_config.decoder_backend == ("compiled" if changes else "transformers")
         before = await scored(engine)
-        await engine.update_weights({name: model_of(other, torch.bfloat16).get_parameter(name)})
+        with monkeypatch.context() as patched:
+            patched.setattr(PackedMatrix, "write", failing_at(8))  # of four heads, the last one's value
+            with pytest.raises(ReloadError, match="none was replaced"):
+                await engine.update_weights({name: new})
+        assert torch.equal(await scored(engine), before)
+        await engine.update_weights({name: values})
+        half = await scored(engine)
+        await engine.update_weights({name: new})
         after = await scored(engine)
-        assert not torch.equal(after, before)
+        assert not torch.equal(half, before)
+        assert not torch.equal(after, half)
         await engine.sleep()
         await engine.wake()
         assert torch.equal(await scored(engine), after)
-        await engine.update_weights({name: model_of(path, torch.bfloat16).get_parameter(name)})
+        await engine.update_weights({name: old})
         assert torch.equal(await scored(engine), before)
 
 
@@ -172,6 +216,7 @@ async def test_an_adapter_of_the_matrix_is_added_to_what_is_multiplied_with_it(
     for mla in (True, False):
         async with AsyncEngine(engine_config(path, mla=mla, adapters=adapters)) as engine:
             found.append(torch.stack(await asyncio.gather(*(scored(engine, name) for name in ("one", None, "two")))))
+            torch.testing.assert_close(await scored(engine), found[-1][1], rtol=1e-4, atol=1e-4)  # in steps without any
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert (found[0][one] - found[0][other]).abs().max() > 0.01

@@ -407,7 +407,12 @@ def _embedding_scale(embedding: nn.Embedding, config: Any) -> float:
     row = int(embedding.weight[:64].double().norm(dim=1).argmax())  # not that of a padding token
     weight = embedding.weight[row].double()
     at = torch.tensor([row], device=weight.device)
-    within = float(embedding(at).double().flatten() @ weight / (weight @ weight))
+    answer = embedding(at).flatten()
+    within = float(answer.double() @ weight / (weight @ weight))
+    # Answers of few digits tell no more of them; most models round what they multiply by to the same type.
+    rounded = float(torch.tensor(within).to(answer.dtype))
+    if torch.equal(embedding.weight[row] * rounded, answer):
+        within = rounded
     return (within if within == within else 1.0) * float(getattr(config, "embedding_multiplier", None) or 1.0)
 
 

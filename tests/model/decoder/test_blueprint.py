@@ -61,6 +61,11 @@ def test_a_table_of_positions_that_is_too_short_is_not_read_past_its_end() -> No
         found(model_of("gpt2"), max_length=513)
 
 
+def test_what_embeddings_are_multiplied_by_is_told_from_answers_of_few_digits() -> None:
+    model = model_of("gemma3_text", hidden_size=80).bfloat16()
+    assert found(model).embedding_scale == float(torch.tensor(80**0.5).bfloat16())
+
+
 def test_queries_keys_and_values_of_each_head_are_told_apart() -> None:
     model = model_of("gpt_neox")
     whole = model.gpt_neox.layers[0].attention.query_key_value.weight.view(4, 3, 16, 64)

@@ -449,7 +449,7 @@ def test_the_model_gives_its_weights_up(checkpoint: Checkpoint) -> None:
         *((name, "int4") for name in ("phi3", "gpt_oss")),
         ("glm4_moe", "int8"),
         ("qwen2_moe", "int4"),
-        ("minicpm3", "none"),
+        ("minicpm3", "int8"),
         ("deepseek_v2", "int4"),
     ],
 )
@@ -466,6 +466,17 @@ def test_new_weights_are_those_of_a_new_model(architecture: str, quantization: s
     assert not torch.equal(before, logits(old, batch))
     old.model.close()
     new.model.close()
+
+
+def test_the_matrix_behind_latents_counts(checkpoint: Checkpoint) -> None:
+    sizes = []
+    for rank in (32, 64):
+        loaded = load(checkpoint("minicpm3", **LATENTS["minicpm3"] | {"kv_lora_rank": rank}), dtype="float32")
+        assert isinstance(loaded.model, TorchModel) and loaded.model._program is not None
+        sizes.append(loaded.model._program.nbytes)
+        loaded.model.close()
+    heads, hidden = 4 * (16 + 32), 64
+    assert sizes[1] - sizes[0] == 2 * 32 * (heads + hidden) * 4
 
 
 def test_new_weights_that_fail_leave_the_old_ones(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
