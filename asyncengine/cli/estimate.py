@@ -48,7 +48,7 @@ def estimate(
         raise Failure("--lora-modules is given; the estimate knows no adapters", 2)
     given = None if memory is None else int(memory * _GIB)
     if given is None:
-        from asyncengine.model.load_check import device_of
+        from asyncengine.model.load_settings import device_of
 
         try:
             device_of(config.device)
@@ -176,9 +176,9 @@ def read(config: EngineConfig) -> Needs:
     from asyncengine.model.capacity import CPU_CHUNK, CUDA_CHUNK, state_scratch
     from asyncengine.model.draft_heads.plan import check_head
     from asyncengine.model.gguf.checkpoint import checkpoint_at
-    from asyncengine.model.load_check import (
+    from asyncengine.model.load_check import check_draft
+    from asyncengine.model.load_settings import (
         KV_DTYPES,
-        check_draft,
         check_latents,
         check_quantization,
         dtype_of,

@@ -13,8 +13,9 @@ from asyncengine.model import compiled_parts, memory, packed_linear
 from asyncengine.model.attention_modules import ATTENTION
 from asyncengine.model.findings import Findings
 from asyncengine.model.latent_attention import keep_latents
-from asyncengine.model.load_check import Details, check_latents
+from asyncengine.model.load_check import Details
 from asyncengine.model.load_report import cannot_load, check_weights, head_of, loaded
+from asyncengine.model.load_settings import check_latents
 from asyncengine.model.media.modules import senses
 from asyncengine.model.media.trials import Trials
 from asyncengine.model.recorded import Recorded

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import threading
-from collections.abc import Collection
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +12,28 @@ from typing import Any
 
 import torch
 
-from asyncengine.builds import BuildError, find_compiler
 from asyncengine.config import EngineConfig, Quantization
 from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, UnsupportedModelError
 from asyncengine.media import KINDS, PLURALS, Kind
 from asyncengine.model import memory, rope_limits
 from asyncengine.model.adapters import lora
-from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import text_config
 from asyncengine.model.draft_heads.plan import HeadPlan, check_head
 from asyncengine.model.findings import Findings, place_of, recall
+from asyncengine.model.load_settings import (
+    DEFAULT_LONGEST,
+    KV_DTYPES,
+    check_kv_dtype,
+    check_latents,
+    check_layers,
+    check_quantization,
+    device_of,
+    dtype_of,
+    keeps_latents,
+    longest_of,
+    serves_all,
+    settled,
+)
 from asyncengine.model.media.refusals import refusals, wanted
 from asyncengine.model.memory import GIB
 from asyncengine.model.ranking import ranking_of
@@ -35,18 +45,12 @@ from asyncengine.reranking import RerankPrompt
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""What `EngineConfig.dtype` may be, besides "auto"."""
-KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
-"""What `EngineConfig.kv_cache_dtype` may be, besides "auto"."""
 BUILDING = threading.Lock()
 """Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at
 once restore each other's."""
 _WATCHED: dict[str, Watched] = {}
 """For each configuration whose model ran without weights, what was seen. It is not watched again: what is found depends
 on nothing else."""
-DEFAULT_LONGEST = 2048
-"""Tokens in one sequence, where the configuration does not say how many positions there are."""
 SLACK = 256 << 20
 """Bytes for whatever else a load needs: modules, a tokenizer, activations of the first steps."""
 
@@ -200,7 +204,7 @@ def plan_of(
     drafting = None if draft is None else draft.watched
     check_recurrent(config, bool(watched and watched.recurrent), bool(drafting and drafting.recurrent))
     draft_head = check_head(config, checkpoint, hf_config, dtype, max_length)
-    if current is not None or findings is not None or not _serves_all(config, device):
+    if current is not None or findings is not None or not serves_all(config, device):
         backend = selecting.result().backend
         check_kv_dtype(config, backend, kv_dtype, device)
         for each in (watched, drafting):
@@ -286,36 +290,6 @@ def is_known(config: EngineConfig) -> bool:
         return False
 
 
-def settled(config: EngineConfig, checkpoint: Any, device: torch.device) -> EngineConfig:
-    """The same with what weights are kept as, where that is left to the engine: codes stay codes where they can."""
-    if config.quantization != "auto":
-        return config
-    form: Quantization = "none"
-    if (
-        device.type == "cpu"
-        and config.dtype in ("auto", "bfloat16")
-        and config.decoder_backend in ("auto", "compiled")
-        and config.attention_backend in ("auto", "cpu")
-    ):
-        with contextlib.suppress(BuildError):
-            find_compiler()
-            form = checkpoint.narrowest
-    return config.replace(quantization=form)
-
-
-def dtype_of(config: EngineConfig, checkpoint: Any) -> torch.dtype:
-    """The dtype of weights and activations."""
-    if config.dtype != "auto":
-        return DTYPES[config.dtype]
-    dtype: torch.dtype = checkpoint.dtype if config.quantization == "none" else torch.bfloat16
-    return dtype
-
-
-def _serves_all(config: EngineConfig, device: torch.device) -> bool:
-    """Whether whatever comes to attend serves any model as it is configured."""
-    return device.type == "cpu" and config.attention_backend == "auto" and config.kv_cache_dtype == "auto"
-
-
 def check_draft(
     name: str,
     target: Any,
@@ -371,115 +345,6 @@ def check_drafts(draft: Details, has_head: bool) -> None:
         raise CheckpointError(f"{draft.checkpoint.path} cannot draft: it has no language-model head")
 
 
-def device_of(name: str) -> torch.device:
-    """The device that `EngineConfig.device` means.
-
-    Raises:
-        ConfigError: It is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not name.startswith("cuda"):
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        raise ConfigError(f"device is {name!r}, but torch {torch.__version__} finds no CUDA device")
-    index = int(name[5:]) if ":" in name else 0
-    if index >= torch.cuda.device_count():
-        raise ConfigError(f"device is {name!r}; there are {torch.cuda.device_count()} CUDA devices")
-    return torch.device("cuda", index)
-
-
-def select_attention(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """An attention back end, as `asyncengine.model.attention.select` chooses it.
-
-    Raises:
-        ConfigError: The one that is wanted cannot be had.
-    """
-    from asyncengine.model.attention.kernel import kind_of
-    from asyncengine.model.attention.protocol import BackendUnavailableError
-    from asyncengine.model.attention.select import select
-
-    try:
-        return select(config.attention_backend, device, kind_of(dtype, config.quantization))
-    except BackendUnavailableError as error:
-        raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
-
-
-def check_kv_dtype(config: EngineConfig, backend: Any, kv_dtype: torch.dtype, device: torch.device) -> None:
-    """Refuses a KV cache that the attention back end cannot keep.
-
-    Raises:
-        ConfigError: As it says.
-    """
-    from asyncengine.model.attention.protocol import BackendUnavailableError
-
-    if config.kv_cache_dtype == "auto":
-        return
-    try:
-        backend.check_dtype(kv_dtype, device)
-    except BackendUnavailableError as error:
-        raise ConfigError(
-            f"kv_cache_dtype is {config.kv_cache_dtype!r} with attention_backend {config.attention_backend!r} on "
-            f"{device}: {error}; allowed: 'auto', or attention_backend 'torch' or, on CUDA, 'triton'"
-        ) from error
-
-
-def check_layers(
-    config: EngineConfig, backend: Any, watched: dict[str, Any] | None, kv_dtype: torch.dtype, device: torch.device
-) -> None:
-    """Refuses a model for which an attention back end that is particular has no kernels, as far as it was watched.
-
-    Raises:
-        ConfigError: As it says.
-    """
-    from asyncengine.model.attention.protocol import BackendUnavailableError, ParticularBackend
-
-    if not isinstance(backend, ParticularBackend):
-        return
-    try:
-        backend.check_dtype(kv_dtype, device)
-        for spec in (watched or {}).values():
-            backend.check_layer(spec)
-    except BackendUnavailableError as error:
-        raise ConfigError(f"attention_backend is {config.attention_backend!r}: {error}") from error
-
-
-def check_quantization(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuses weights in a form in which nothing multiplies them."""
-    if config.quantization != "none" and dtype is not torch.bfloat16:
-        given = str(dtype).removeprefix("torch.")
-        raise ConfigError(f"quantization is {config.quantization!r} with dtype {given}; allowed: bfloat16")
-    if config.quantization == "fp8":
-        check_fp8(config, device)
-    elif config.quantization == "int8" and device.type != "cpu":
-        raise ConfigError(f"quantization is 'int8' on {device}; it is for the CPU; allowed: 'int4', 'fp8', 'none'")
-    elif config.quantization != "none" and device.type == "cpu" and config.attention_backend not in ("auto", "cpu"):
-        raise ConfigError(
-            f"quantization is {config.quantization!r} on the CPU with attention_backend "
-            f"{config.attention_backend!r}; allowed: 'auto', 'cpu'"
-        )
-
-
-def check_fp8(config: EngineConfig, device: torch.device) -> None:
-    """Refuses weights in fp8 where nothing multiplies them."""
-    if config.decoder_backend == "compiled" and device.type == "cpu":
-        raise ConfigError(
-            "quantization is 'fp8' with decoder_backend 'compiled', which has no products in fp8 on the CPU; allowed: "
-            "'auto', 'transformers'"
-        )
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-        raise ConfigError(
-            f"quantization is 'fp8' on a device of compute capability {capability[0]}.{capability[1]} "
-            f"({torch.cuda.get_device_name(device)}); allowed: 8.9 and later"
-        )
-
-
-def longest_of(text: Any, config: EngineConfig) -> int:
-    """Most tokens in one sequence, by a model's configuration; one that says nothing about positions limits nothing."""
-    stated = getattr(text, "max_position_embeddings", None)
-    return int(stated or max(DEFAULT_LONGEST, config.max_single_sequence_length or 0))
-
-
 def without_findings(details: Details) -> Details:
     """The same load, with what is known of the configuration alone: what an earlier one had kept does not hold.
 
@@ -492,37 +357,6 @@ def without_findings(details: Details) -> Details:
     rope_limits.settle(hf_config, details.max_length)
     watched = watch(architecture, hf_config, details.media, details.latents)
     return dataclasses.replace(details, hf_config=hf_config, watched=watched, findings=None)
-
-
-def keeps_latents(config: EngineConfig) -> bool:
-    """Whether a model keeps latents if it has some: the kernels of other packages do not know these.
-
-    Raises:
-        ConfigError: They are wanted with such kernels.
-    """
-    knows = config.attention_backend not in ("flashinfer", "flash_attention_3")
-    if config.mla and not knows:
-        raise ConfigError(
-            f"mla is True with attention_backend {config.attention_backend!r}, which knows no latents; allowed: "
-            "'auto', 'triton', 'cpu', 'torch'"
-        )
-    return knows and config.mla is not False
-
-
-def check_latents(config: EngineConfig, specs: Collection[LayerSpec] | None) -> None:
-    """Looks whether a model has the latents that a configuration wants to be kept.
-
-    Args:
-        config: It.
-        specs: Of its layers that attend; None if they are not known yet.
-
-    Raises:
-        UnsupportedModelError: It has none.
-    """
-    if config.mla and specs is not None and not any(spec.values_in_keys for spec in specs):
-        raise UnsupportedModelError(
-            f"mla is True; {config.model!r} has no multi-head latent attention that transformers would let be kept so"
-        )
 
 
 def watch(architecture: Any, hf_config: Any, media: bool = False, latents: bool = False) -> Watched | None:

@@ -26,17 +26,8 @@ from asyncengine.model.draft_heads.serving import drafter_of
 from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.encoders.kind import is_encoder
 from asyncengine.model.findings import keep
-from asyncengine.model.load_check import (
-    Details,
-    check_drafts,
-    device_of,
-    dtype_of,
-    plan_of,
-    select_attention,
-    settled,
-    vector_size,
-    without_findings,
-)
+from asyncengine.model.load_check import Details, check_drafts, plan_of, vector_size, without_findings
+from asyncengine.model.load_settings import device_of, dtype_of, select_attention, settled
 from asyncengine.model.recurrent.refusals import check_recurrent
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths

@@ -20,7 +20,8 @@ from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Projection
 from asyncengine.model.findings import Findings
 from asyncengine.model.hidden_states import hidden_size
-from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST
+from asyncengine.model.load_check import BUILDING
+from asyncengine.model.load_settings import DEFAULT_LONGEST
 from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.stored.kept import codes_of, layer_of

@@ -23,7 +23,7 @@ from asyncengine.model import architecture, findings, graphs, kept_tokenizer, lo
 from asyncengine.model import loader as loader_module
 from asyncengine.model.built_model import _with_weights
 from asyncengine.model.decoder.weights import Packing
-from asyncengine.model.load_check import check_quantization
+from asyncengine.model.load_settings import check_quantization
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.verification import Trial

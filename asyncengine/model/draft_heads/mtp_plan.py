@@ -38,7 +38,8 @@ def mtp_plan(config: EngineConfig, checkpoint: Any, hf_config: Any, dtype: torch
         ConfigError: It has none, or one that cannot be served.
     """
     from asyncengine.model import architecture
-    from asyncengine.model.load_check import keeps_latents, watch
+    from asyncengine.model.load_check import watch
+    from asyncengine.model.load_settings import keeps_latents
 
     text, shapes = text_config(hf_config), checkpoint.shapes
     wanted = f"speculative_mode is 'mtp' with model {config.model!r}"

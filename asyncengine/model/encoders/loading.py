@@ -23,8 +23,9 @@ from asyncengine.model.encoders.model import EncoderModel
 from asyncengine.model.encoders.packing import Packing, UnpackableError
 from asyncengine.model.gguf.checkpoint import described
 from asyncengine.model.letting_go import take_apart
-from asyncengine.model.load_check import BUILDING, DEFAULT_LONGEST, Details, fits, vector_size
+from asyncengine.model.load_check import BUILDING, Details, fits, vector_size
 from asyncengine.model.load_report import cannot_load, check_weights, loaded
+from asyncengine.model.load_settings import DEFAULT_LONGEST
 from asyncengine.model.location import locate
 from asyncengine.model.media.refusals import wanted
 from asyncengine.model.rehearsal import rehearsed

@@ -24,7 +24,7 @@ from asyncengine.model.attention.flashinfer import FlashInferAttention
 from asyncengine.model.attention.protocol import BackendUnavailableError, LayerSpec, ParticularBackend
 from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.attention.select import Selection, select
-from asyncengine.model.load_check import check_layers
+from asyncengine.model.load_settings import check_layers
 
 pytestmark = pytest.mark.loops("either")
 

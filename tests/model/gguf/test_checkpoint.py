@@ -135,7 +135,7 @@ async def test_what_the_makers_say_of_sampling_and_of_ends(tmp_path: Path) -> No
     ids=str,
 )  # fmt: skip
 def test_codes_stay_where_they_can(changes: dict[str, Any], form: str, tmp_path: Path) -> None:
-    from asyncengine.model.load_check import settled
+    from asyncengine.model.load_settings import settled
 
     file = write_tiny(tmp_path / "model.gguf", Kind.Q4_0)
     config = EngineConfig(str(file), **changes)
@@ -177,7 +177,7 @@ async def test_codes_that_cannot_stay_become_numbers_unless_they_were_asked_for(
 
 
 def test_without_a_compiler_codes_become_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from asyncengine.model.load_check import settled
+    from asyncengine.model.load_settings import settled
 
     monkeypatch.setenv("CXX", "no-such-compiler")
     file = write_tiny(tmp_path / "model.gguf", Kind.Q4_0)

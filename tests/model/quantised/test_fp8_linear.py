@@ -241,7 +241,7 @@ def test_where_nothing_multiplies_it_it_is_refused(changes: dict[str, Any], said
 
 
 def test_older_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from asyncengine.model.load_check import check_fp8
+    from asyncengine.model.load_settings import check_fp8
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

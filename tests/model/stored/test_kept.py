@@ -12,7 +12,7 @@ from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.errors import CheckpointError, ReloadError, UnsupportedModelError
 from asyncengine.model import architecture
 from asyncengine.model.checkpoint import Checkpoint
-from asyncengine.model.load_check import settled
+from asyncengine.model.load_settings import settled
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts, share_of
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
 from asyncengine.model.quantised.four_bits import nearest
