@@ -487,6 +487,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.keep is not None:
+        try:
+            options.keep.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--keep: {error}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     begun = time.monotonic()
     report = Report(options.seconds, options.into)
@@ -527,7 +532,6 @@ def main(arguments: list[str] | None = None) -> int:
         name = report.about["environment"]["device"].replace(" ", "-")
         (RESULTS / f"gpu-{name}-{result['date']}.json").write_text(json.dumps(result, indent=2) + "\n")
     if options.keep is not None:
-        options.keep.mkdir(parents=True, exist_ok=True)
         (options.keep / "gpu.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     return bool(report.errors)
@@ -541,7 +545,6 @@ def apart(report: Report, groups: list[str], options: argparse.Namespace) -> Non
     """Each group in processes of its own, which have what the later ones leave them of the time."""
     with contextlib.ExitStack() as stack:
         directory = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        directory.mkdir(parents=True, exist_ok=True)
         until = time.monotonic() + options.seconds
         scarce = min(options.seconds / sum(GROUPS[group] for group in groups), 1.0)
         for number, group in enumerate(groups):

@@ -289,6 +289,13 @@ def test_groups_of_gpu_end_by_themselves(
     assert [round(each) for each in seconds.values()] == [60, 85, 185, 250]
 
 
+def test_gpu_says_at_once_where_nothing_can_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--tiny", "--keep", str(tmp_path / "file" / "there")])
+    assert "error: --keep: " in capsys.readouterr().err
+
+
 def test_gpu_that_is_told_to_end_says_what_was_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

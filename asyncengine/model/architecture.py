@@ -64,8 +64,6 @@ def _attend(
     query, key, value = (given[0].transpose(0, 1) for given in (query, key, value))
     if not isinstance(module, LatentAttention):
         return hook(module, query, key, value, kwargs)[None], None
-    if kwargs.get("scaling") is None:
-        kwargs["scaling"] = query.shape[2] ** -0.5
     rotated = key.shape[2] - value.shape[2]
     attended = hook(module, module.absorb(query, rotated), key, value, kwargs)
     return module.expand(attended, query.shape[2], rotated)[None], None

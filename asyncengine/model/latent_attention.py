@@ -112,6 +112,19 @@ class LatentAttention(nn.Module):
         return weight.view(heads, -1, weight.shape[1])[:, part]
 
 
+def by_head(weight: torch.Tensor, heads: int, plain: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrix behind latents, as what makes latents of queries, (heads, rank, plain), and what makes values of
+    latents, (heads, value_dim, rank).
+
+    Args:
+        weight: (heads * (plain + value_dim), rank).
+        heads: How many there are.
+        plain: Numbers of a head's query that do not rotate.
+    """
+    whole = weight.view(heads, -1, weight.shape[1])
+    return whole[:, :plain].transpose(1, 2), whole[:, plain:]
+
+
 def keep_latents(model: nn.Module) -> None:
     """Lets all modules of a model whose keys and values come of latents keep these.
 

@@ -9,22 +9,11 @@ from typing import Any
 
 import pytest
 
-from asyncengine import AsyncEngine, AudioPrompt, EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError
+from asyncengine import AudioPrompt, EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, pieces_of
+from tests.loop.media_engine import LONG, engine, script
 
 pytestmark = pytest.mark.loops("either")
-
-LONG = b"a longer file"  # seven pieces
-
-
-def script(prompt: Sequence[int], branch: int) -> list[int]:
-    """An answer in which each token of the prompt has its part."""
-    return [1 + sum((place + branch) * token for place, token in enumerate(prompt, 1)) % 250, *b"end"]
-
-
-def engine(loader: ScriptedLoader, **changes: Any) -> AsyncEngine:
-    values: dict[str, Any] = {"prefill_chunk_size": 8, "kv_cache_page_size": 4, "max_num_sequence": 3}
-    return AsyncEngine(EngineConfig("scripted", **(values | changes)), loader=loader)
 
 
 def hearing(**changes: Any) -> ScriptedLoader:

@@ -107,6 +107,28 @@ def _first_rows(page, WAYS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr
 
 
 @triton.jit
+def _queries(query, at, dim, valid, DIM: tl.constexpr, NUMBER: tl.constexpr, FP8: tl.constexpr):
+    """The queries of a tile from `at` on, (rows, dim), as they are multiplied; zeros from DIM on."""
+    mask = valid[:, None] & (dim[None, :] < DIM)
+    found = tl.load(query + at[:, None] + dim[None, :], mask=mask, other=0.0)
+    if FP8:
+        found = tl.clamp(found.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return found.to(NUMBER)
+
+
+@triton.jit
+def _block(
+    cached, first_row, in_page, dim, written, DIM: tl.constexpr, ROW: tl.constexpr, NUMBER: tl.constexpr
+):  # fmt: skip
+    """A block of keys or of values, (keys, dim), of rows that are ROW numbers apart; zeros from DIM on."""
+    return tl.load(
+        cached + in_page[:, None] * ROW + dim[None, :] + (first_row * ROW)[:, None],
+        mask=written[:, None] & (dim[None, :] < DIM),
+        other=0.0,
+    ).to(NUMBER)  # fmt: skip
+
+
+@triton.jit
 def _finish(total, total_max, total_sum, sink, HAS_SINKS: tl.constexpr):
     """The weighted mean, (rows, dim); zeros where nothing was attended to."""
     if HAS_SINKS:
@@ -176,7 +198,6 @@ def attend(
     WAYS: tl.constexpr = KV_HEADS * HEAD_TILES
     HEADS: tl.constexpr = KV_HEADS * GROUP
     FIRST: tl.constexpr = VALUE_DIM if IN_KEYS else 0
-    VALUE_ROW: tl.constexpr = KEY_DIM if IN_KEYS else VALUE_DIM
 
     row = tl.arange(0, ROWS)
     step = tl.arange(0, KEYS)
@@ -217,23 +238,10 @@ def attend(
         heads = GROUP - way % HEAD_TILES * TILE_HEADS
         valid = (row_token < tokens) & (row % TILE_HEADS < heads)
         head = first_head + row % TILE_HEADS
-        queries = tl.load(
-            query + ((token + row_token) * query_token + head * query_head)[:, None] + key_dim[None, :],
-            mask=valid[:, None] & (key_dim[None, :] < KEY_DIM),
-            other=0.0,
-        )  # fmt: skip
-        if FP8:
-            queries = tl.clamp(queries.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        queries = queries.to(NUMBER)
+        row_query = (token + row_token) * query_token + head * query_head
+        queries = _queries(query, row_query, key_dim, valid, KEY_DIM, NUMBER, FP8)
         if IN_KEYS:
-            of_values = tl.load(
-                query + ((token + row_token) * query_token + head * query_head)[:, None] + value_dim[None, :],
-                mask=valid[:, None] & (value_dim[None, :] < VALUE_DIM),
-                other=0.0,
-            )  # fmt: skip
-            if FP8:
-                of_values = tl.clamp(of_values.to(tl.float32), -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-            of_values = of_values.to(NUMBER)
+            of_values = _queries(query, row_query, value_dim, valid, VALUE_DIM, NUMBER, FP8)
         row_position = position + row_token
         row_last = row_position
         if AHEAD:
@@ -252,18 +260,10 @@ def attend(
             in_page = kv_head * PAGE + (step % PAGE if KEYS % PAGE == 0 else at % PAGE)
             first_row = _first_rows(page, KV_HEADS, KEYS, PAGE)
             page = _pages(table, block + KEYS, stop, KEYS, PAGE)
-            block_keys = tl.load(
-                keys + in_page[:, None] * KEY_DIM + key_dim[None, :] + (first_row * KEY_DIM)[:, None],
-                mask=written[:, None] & (key_dim[None, :] < KEY_DIM),
-                other=0.0,
-            ).to(NUMBER)  # fmt: skip
+            block_keys = _block(keys, first_row, in_page, key_dim, written, KEY_DIM, KEY_DIM, NUMBER)
             scores = _dot(queries, tl.trans(block_keys), PRECISION, WIDEN)
             if IN_KEYS:
-                block_values = tl.load(
-                    values + in_page[:, None] * VALUE_ROW + value_dim[None, :] + (first_row * VALUE_ROW)[:, None],
-                    mask=written[:, None] & (value_dim[None, :] < VALUE_DIM),
-                    other=0.0,
-                ).to(NUMBER)  # fmt: skip
+                block_values = _block(values, first_row, in_page, value_dim, written, VALUE_DIM, KEY_DIM, NUMBER)
                 scores += _dot(of_values, tl.trans(block_values), PRECISION, WIDEN)
             if HAS_SOFT_CAP:
                 # tanh(score / cap); an exponential that overflows gives 1, one that vanishes -1
@@ -299,11 +299,7 @@ def attend(
             part_sum = tl.fma(part_sum, keep, tl.sum(weights, 1))
             part_max = new_max
             if not IN_KEYS:
-                block_values = tl.load(
-                    values + in_page[:, None] * VALUE_ROW + value_dim[None, :] + (first_row * VALUE_ROW)[:, None],
-                    mask=written[:, None] & (value_dim[None, :] < VALUE_DIM),
-                    other=0.0,
-                ).to(NUMBER)  # fmt: skip
+                block_values = _block(values, first_row, in_page, value_dim, written, VALUE_DIM, VALUE_DIM, NUMBER)
             weights = weights.to(NUMBER)
             part_total = part_total * keep[:, None] + _dot(weights, block_values, PRECISION, WIDEN)
         if part < 0:

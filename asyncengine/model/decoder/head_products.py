@@ -11,6 +11,7 @@ from torch.nn import functional
 from asyncengine.model.decoder.compiled_linear import Products, ProductStruct
 from asyncengine.model.decoder.four_bit_matrix import packed
 from asyncengine.model.decoder.weights import DTYPES, NARROW, PackedMatrix, Rounding
+from asyncengine.model.latent_attention import by_head
 
 
 class HeadProducts:
@@ -72,7 +73,7 @@ class LatentMatrix(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._parts = parts
-        keys, values = self._split(layer.weight.detach())
+        keys, values = self._by_head(layer.weight.detach())
         self.into_latents = HeadProducts(products, keys, rounding)
         self.out_of_latents = HeadProducts(products, values, rounding)
         nothing = torch.empty(layer.weight.shape, dtype=layer.weight.dtype, device="meta")
@@ -90,7 +91,7 @@ class LatentMatrix(nn.Module):
 
     def write(self, weight: torch.Tensor) -> None:
         """Replaces the weight."""
-        for product, matrices in zip((self.into_latents, self.out_of_latents), self._split(weight), strict=True):
+        for product, matrices in zip((self.into_latents, self.out_of_latents), self._by_head(weight), strict=True):
             product.write(matrices)
 
     def keep(self) -> Callable[[], None]:
@@ -108,8 +109,5 @@ class LatentMatrix(nn.Module):
         """All that were packed."""
         return [*self.into_latents.packed, *self.out_of_latents.packed]
 
-    def _split(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each head what makes latents of its queries, and what makes its values."""
-        keys, _ = self._parts
-        heads = weight.view(-1, sum(self._parts), weight.shape[1])
-        return heads[:, :keys].transpose(1, 2), heads[:, keys:]
+    def _by_head(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return by_head(weight, self.out_features // sum(self._parts), self._parts[0])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from asyncengine.model.attention_modules import RecordedLayer
+from asyncengine.model.latent_attention import by_head
 from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.eight_bits import EightBits
 from asyncengine.model.quantised.four_bit_experts import FourBitExperts
@@ -272,8 +273,8 @@ class LatentParts:
 
     def split(self, weight: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Of each head what makes latents of its query, (rank, plain), and what makes its values, (value, rank)."""
-        heads = weight.view(self.heads, -1, weight.shape[1])
-        return list(heads[:, : self.plain].transpose(1, 2)), list(heads[:, self.plain :])
+        into, out_of = by_head(weight, self.heads, self.plain)
+        return list(into), list(out_of)
 
 
 @dataclass(frozen=True, slots=True)
