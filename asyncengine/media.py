@@ -15,6 +15,7 @@ import numpy as np
 
 from asyncengine.errors import InvalidRequestError
 from asyncengine.step.batch import Int32, Int64
+from asyncengine.transcription import Transcribing
 
 Kind = Literal["image", "audio"]
 KINDS: tuple[Kind, ...] = ("image", "audio")
@@ -87,26 +88,6 @@ class AudioPrompt:
     def sources(self) -> Sources:
         """What is in it beside text."""
         return {"image": self.images, "audio": self.audio} if self.images else {"audio": self.audio}
-
-
-@dataclass(frozen=True, slots=True)
-class TranscriptionPrompt:
-    """Asks for what is said in an audio, in the words that a model was trained to be asked in.
-
-    Attributes:
-        audio: It.
-        language: That is spoken, by its code or name; None leaves it to the model.
-        hint: What it is about, words that are in it; what that does is the model's.
-    """
-
-    audio: AudioSource
-    language: str | None = None
-    hint: str | None = None
-
-    @property
-    def sources(self) -> Sources:
-        """What is in it beside text."""
-        return {"audio": [self.audio]}
 
 
 def _check_text(text: object) -> None:
@@ -249,22 +230,6 @@ class ReadPrompt:
 
     token_ids: list[int]
     media: PromptMedia
-
-
-class Transcribing(Protocol):
-    """How one model is asked to transcribe. May be called from several threads."""
-
-    def request(self, language: str | None, hint: str | None) -> str:
-        """A prompt with one mark of audio in it.
-
-        Raises:
-            InvalidRequestError: The model is not told any language, or no such, or no hints.
-        """
-        ...
-
-    def text(self, token_ids: Sequence[int]) -> str | None:
-        """What is said in the audio, of what the model has answered; None if that is its text as it is."""
-        ...
 
 
 class MediaReader(Protocol):

@@ -142,18 +142,41 @@ class PromptScore:
 
 
 @dataclass(frozen=True, slots=True)
+class TranscriptSegment:
+    """A part of what is said in an audio.
+
+    Attributes:
+        start: Seconds from the beginning of the audio.
+        end: The same of its end.
+        text: What is said.
+        token_ids: As the model has written it.
+    """
+
+    start: float
+    end: float
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Transcript:
     """What is said in an audio.
 
     Attributes:
         text: It.
-        usage: What it cost.
+        usage: What it cost; of an audio that is heard in pieces, all of them together.
         finish_reason: ``"length"`` if it is cut off.
+        language: That is spoken, by its code, if it was said or found out.
+        segments: Its parts, in their order, if they were asked for.
+        seconds: How long the audio is; None if nobody has counted.
     """
 
     text: str
     usage: Usage
     finish_reason: FinishReason
+    language: str | None = None
+    segments: tuple[TranscriptSegment, ...] = ()
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

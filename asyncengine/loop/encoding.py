@@ -25,13 +25,12 @@ from asyncengine.media import (
     ImagePrompt,
     PromptMedia,
     Sources,
-    Transcribing,
-    TranscriptionPrompt,
     Write,
 )
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, PairingTokenizer, Tokenizer, WritingTokenizer
+from asyncengine.transcription import Transcribing, TranscriptionPrompt
 
 T = TypeVar("T")
 
@@ -213,9 +212,7 @@ async def _encode_transcription(prompt: TranscriptionPrompt, view: ModelView) ->
     transcribing = transcribing_of(view)
     model = cast("WritingTokenizer", tokenizer_of(view, "transcription needs one"))
     encode = model.encode_piece if hasattr(model, "encode_piece") else model.encode
-    return await _read_media(
-        prompt.sources, view, lambda encode: encode(transcribing.request(prompt.language, prompt.hint)), encode
-    )
+    return await _read_media(prompt.sources, view, lambda encode: encode(transcribing.request(prompt)), encode)
 
 
 def transcribing_of(view: ModelView) -> Transcribing:

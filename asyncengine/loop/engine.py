@@ -10,7 +10,6 @@ from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
 from typing import Any
 
 import anyio.lowlevel
-import anyio.to_thread
 
 from asyncengine import instructions as ins
 from asyncengine.config import EngineConfig
@@ -18,6 +17,7 @@ from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.instructions import ReplyTo
+from asyncengine.loop import transcribing
 from asyncengine.loop.embedding import ClassificationOptions, Reading
 from asyncengine.loop.encoding import (
     NO_TOKENS,
@@ -27,7 +27,6 @@ from asyncengine.loop.encoding import (
     Prompt,
     StreamedPrompt,
     encode,
-    transcribing_of,
 )
 from asyncengine.loop.feed import feed
 from asyncengine.loop.many import ManyStream, PendingStream
@@ -44,10 +43,11 @@ from asyncengine.loop.prepare import (
 from asyncengine.loop.readings import DEFAULTS, Configured, EngineReadings, check_computed, checked_prompts
 from asyncengine.loop.router import Inbox
 from asyncengine.loop.stream import RequestStream
-from asyncengine.media import AudioSource, TranscriptionPrompt
+from asyncengine.media import AudioSource
 from asyncengine.outputs import FinishReason, RequestResult, Transcript
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
+from asyncengine.transcription import TranscriptionPrompt, TranscriptionTask
 
 _ENCODED_AT_ONCE = 16
 """Prompts of one call that are encoded before others have their turn on the loop."""
@@ -169,28 +169,33 @@ class AsyncEngine(EngineReadings):
         *,
         language: str | None = None,
         hint: str | None = None,
+        task: TranscriptionTask = "transcribe",
+        timestamps: bool = False,
     ) -> Transcript:
-        """What is said in an audio, by a model whose processor knows how it is asked for that.
+        """What is said in an audio, by a model that was trained to be asked for that.
+
+        Whisper hears 30 seconds at once: of a longer audio it is given pieces, cut where it is quiet, which are
+        requests of their own that run side by side. It must be told the language; where it is not, it is asked for it
+        first, of the first piece.
 
         Args:
             audio: As `asyncengine.media.AudioSource` says.
-            config: How to generate, greedily for most models; of several branches the first counts.
-            options: Id, priority, deadlines.
+            config: How to generate. Whisper is greedy where it does not say; of several branches the first counts.
+            options: Id, priority, deadlines. Of several pieces, each has the ``request_id`` with ``-0``, ``-1``, ...
+                appended, and deadlines of its own.
             language: That is spoken, by its code or name; None leaves it to the model.
-            hint: What it is about, or words that are in it, for models that are told such.
+            hint: What it is about, or words that are in it, for models that are told such; each piece is.
+            task: ``"translate"`` into English, for models that do.
+            timestamps: Whether the transcript has segments with times, for models that know them.
 
         Raises:
-            InvalidRequestError: The model takes no audio, does not transcribe, or not in that language.
+            InvalidRequestError: The model takes no audio, or does not transcribe in that way or that language.
             AsyncEngineError: As `generate`.
 
-        Cancelling it aborts the request.
+        Cancelling it aborts the requests.
         """
-        view = await self._view()
-        transcribing = transcribing_of(view)
-        stream = (await self._add([TranscriptionPrompt(audio, language, hint)], [config], options))[0]
-        result = await stream
-        text = await anyio.to_thread.run_sync(transcribing.text, result.token_ids, abandon_on_cancel=True)
-        return Transcript(result.text.strip() if text is None else text, result.usage, result.finish_reason)
+        asked = TranscriptionPrompt(audio, language, hint, task, timestamps)
+        return await transcribing.transcribe(self._add, await self._view(), asked, config, options)
 
     def generate_many(
         self,

@@ -124,6 +124,8 @@ def new_request(
     """
     config = checked_config(config)
     prompt, media, second = encoded
+    if view.begins_with_audio:
+        _check_begins(encoded, config, view)
     check_length(len(prompt), view)
     if options.adapter is not None and options.adapter not in view.adapters:
         raise InvalidRequestError(unknown_adapter(options.adapter, view.adapters))
@@ -166,6 +168,20 @@ def new_request(
         isinstance(reading, ClassificationOptions),
         second,
     )
+
+
+def _check_begins(encoded: Encoded, config: GenerationConfig, view: ModelView) -> None:
+    """Raises InvalidRequestError where a model that hears is not given anything to hear."""
+    if encoded.media is None:
+        raise InvalidRequestError(
+            f"the prompt has no audio, and {view.config.model!r} writes what it hears: transcribe takes one, and "
+            "AudioPrompt(text, [audio]) what its text begins with"
+        )
+    if config.prompt_logprobs is not None:
+        raise InvalidRequestError(
+            f"prompt_logprobs is {config.prompt_logprobs}; tokens that stand for what {view.config.model!r} hears have "
+            "no log-probabilities"
+        )
 
 
 def _bad_words(words: Iterable[str | Iterable[int]], view: ModelView) -> tuple[tuple[int, ...], ...]:

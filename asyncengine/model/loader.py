@@ -29,6 +29,7 @@ from asyncengine.model.findings import keep
 from asyncengine.model.load_check import Details, check_drafts, plan_of, vector_size, without_findings
 from asyncengine.model.load_settings import device_of, dtype_of, select_attention, settled
 from asyncengine.model.recurrent.refusals import check_recurrent
+from asyncengine.model.speech.kind import is_speech
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
@@ -79,6 +80,14 @@ class TransformersLoader:
             except BaseException:
                 checkpoint.stop_reading_ahead()
                 raise
+        if is_speech(checkpoint.config):
+            from asyncengine.model.speech import loading as of_speech
+
+            try:
+                return of_speech.plan_of(given, current, checkpoint, device, dtype)
+            except BaseException:
+                checkpoint.stop_reading_ahead()
+                raise
         # A compiler has much of its work done while transformers is imported and the model is watched. `plan_of` waits
         # for it where there is something to let go of, or to be refused; else its work may end after the check.
         pool = ThreadPoolExecutor(1, "asyncengine-compiler")
@@ -101,6 +110,10 @@ class TransformersLoader:
             from asyncengine.model.encoders import loading
 
             return loading.load(plan)
+        if is_speech(plan.details.checkpoint.config):
+            from asyncengine.model.speech import loading as of_speech
+
+            return of_speech.load(plan)
         try:
             return self._load(plan)
         except UnsupportedModelError as error:

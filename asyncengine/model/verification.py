@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from asyncengine.model.decoder.weights import Rounding
     from asyncengine.model.runner import TorchModel
 
-_PAGE = 4
+PAGE = 4
 _TOKENS = 12
 _CUTS = (0, 6, 10, 11, 12)
 """Two sequences of 12 tokens are computed in these pieces: prefills of 6 and 4 tokens, then single decodes."""
@@ -309,9 +309,7 @@ def stepping(
     from asyncengine.model.runner import TorchModel
 
     recurrent = layers.recurrent
-    limits = Limits(
-        rows, length, rows * length, _PAGE, rows * -(-length // _PAGE), kept_states=0 if recurrent else None
-    )
+    limits = Limits(rows, length, rows * length, PAGE, rows * -(-length // PAGE), kept_states=0 if recurrent else None)
     dtype, kv_dtype = dtypes
     states = States(recurrent, limits, dtype, device, trying=True) if recurrent else None
     paged = PagedLayers(layers.attention, backend, limits, kv_dtype, device, states)
@@ -352,7 +350,7 @@ def _plain(model: Any, ids: Any, device: torch.device) -> torch.Tensor:
 
 def piece(ids: Any, start: int, end: int) -> StepBatch:
     """Tokens start:end of every sequence as one step; every token's logits are wanted."""
-    sequences, count, blocks = len(ids), end - start, -(-ids.shape[1] // _PAGE)
+    sequences, count, blocks = len(ids), end - start, -(-ids.shape[1] // PAGE)
     tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
     positions = np.tile(np.arange(start, end), sequences)
     rows = np.repeat(np.arange(sequences), count)
@@ -362,7 +360,7 @@ def piece(ids: Any, start: int, end: int) -> StepBatch:
         query_start=np.arange(sequences + 1, dtype=np.int32) * np.int32(count),
         context_lens=np.full(sequences, start, dtype=np.int32),
         block_tables=tables,
-        slot_mapping=tables[rows, positions // _PAGE].astype(np.int64) * _PAGE + positions % _PAGE,
+        slot_mapping=tables[rows, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE,
         sample_index=np.arange(sequences * count, dtype=np.int64),
         sample_slots=np.zeros(sequences * count, dtype=np.int64),
         sample_positions=np.zeros(sequences * count, dtype=np.int64),

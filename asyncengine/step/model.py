@@ -164,6 +164,8 @@ class ModelView:
         adapter_format: Reads adapters; None if the model takes none.
         media_reader: Reads images and audio; None if the model takes neither.
         no_media: By kind, why it takes none of it, in words.
+        begins_with_audio: Whether each prompt begins with an audio, which is not among the tokens that the model writes
+            on, but beside them (Whisper).
     """
 
     epoch: int
@@ -188,6 +190,7 @@ class ModelView:
     adapter_format: AdapterFormat | None = None
     media_reader: MediaReader | None = None
     no_media: Mapping[Kind, str] = field(default_factory=lambda: UNENCODED)
+    begins_with_audio: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +236,7 @@ class LoadedModel:
     adapter_format: AdapterFormat | None = None
     media_reader: MediaReader | None = None
     no_media: Mapping[Kind, str] = field(default_factory=lambda: UNENCODED)
+    begins_with_audio: bool = False
 
     @property
     def poolings(self) -> tuple[Pooling, ...]:
@@ -271,6 +275,7 @@ class LoadedModel:
             adapter_format=self.adapter_format,
             media_reader=self.media_reader,
             no_media=self.no_media,
+            begins_with_audio=self.begins_with_audio,
         )
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
-from asyncengine.media import PLURALS, Kind, MediaItem, PromptMedia, ReadPrompt, Sources, Transcribing, Write
+from asyncengine.media import PLURALS, Kind, MediaItem, PromptMedia, ReadPrompt, Sources, Write
 from asyncengine.step.batch import Int32, StepBatch
+from asyncengine.transcription import Transcribing, TranscriptionPrompt, WholeTranscription
 
 _SEEN = 1 << 24
 """From here on, a number in the "KV cache" of a scripted model is a piece of an image or audio, not a token."""
@@ -33,17 +34,18 @@ def are_of_one_item(pieces: Collection[int]) -> bool:
     return min(pieces) >= _SEEN and len(counts) == 1 and len(pieces) <= max(counts)
 
 
-class ScriptedTranscription:
+class ScriptedTranscription(WholeTranscription):
     """Asks in three lines: the hint, the audio, the language. The only one that is known is ``"en"``."""
 
-    def request(self, language: str | None, hint: str | None) -> str:
-        """As `asyncengine.media.Transcribing`."""
-        if language not in (None, "en"):
-            raise InvalidRequestError(f"language is {language!r:.80}; allowed: 'en'")
-        return f"{hint or ''}\n{MARKS['audio']}\n{language or ''}"
+    def request(self, asked: TranscriptionPrompt) -> str:
+        """As `asyncengine.transcription.Transcribing`."""
+        self.check(asked)
+        if asked.language not in (None, "en"):
+            raise InvalidRequestError(f"language is {asked.language!r:.80}; allowed: 'en'")
+        return f"{asked.hint or ''}\n{MARKS['audio']}\n{asked.language or ''}"
 
     def text(self, token_ids: Sequence[int]) -> str | None:
-        """As `asyncengine.media.Transcribing`: the answer is what is said."""
+        """As `asyncengine.transcription.Transcribing`: the answer is what is said."""
         return None
 
 

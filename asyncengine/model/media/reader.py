@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
-from asyncengine.media import PLURALS, Kind, MediaItem, PromptMedia, ReadPrompt, Sources, Transcribing, Write
+from asyncengine.media import PLURALS, Kind, MediaItem, PromptMedia, ReadPrompt, Sources, Write
 from asyncengine.model.media.axes import Axes
 from asyncengine.model.media.digest import digest_of
 from asyncengine.model.media.preparation import Preparation, Prepared
 from asyncengine.step.batch import Int64
+from asyncengine.transcription import Transcribing
 
 
 @dataclass(slots=True)

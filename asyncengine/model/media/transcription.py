@@ -10,12 +10,13 @@ import numpy as np
 
 from asyncengine.errors import InvalidRequestError
 from asyncengine.model.media.preparation import listening_part
+from asyncengine.transcription import TranscriptionPrompt, WholeTranscription
 
 _FORMAT = "transcription_only"
 
 
-class ProcessedTranscription:
-    """As `asyncengine.media.Transcribing`, over a processor of transformers'.
+class ProcessedTranscription(WholeTranscription):
+    """As `asyncengine.transcription.Transcribing`, over a processor of transformers'.
 
     Args:
         processor: It, which has ``apply_transcription_request``.
@@ -32,10 +33,11 @@ class ProcessedTranscription:
         asks = getattr(processor, "apply_transcription_request", None)
         return cls(processor) if asks is not None and "tokenize" in inspect.signature(asks).parameters else None
 
-    def request(self, language: str | None, hint: str | None) -> str:
+    def request(self, asked: TranscriptionPrompt) -> str:
         """As the protocol says."""
+        self.check(asked)
         given: dict[str, Any] = {}
-        for name, field, value in (("language", "language", language), ("prompt", "hint", hint)):
+        for name, field, value in (("language", "language", asked.language), ("prompt", "hint", asked.hint)):
             if value is None:
                 continue
             if name not in self._taken:

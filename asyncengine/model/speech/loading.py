@@ -1,0 +1,391 @@
+"""Loads models that write down what they hear. Runs on threads of its own; what it returns goes to the step thread."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from asyncengine.config import EngineConfig
+from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, ReloadError, UnsupportedModelError
+from asyncengine.model import memory, packed_linear, verification
+from asyncengine.model.attention.protocol import AttentionBackend
+from asyncengine.model.checkpoint import tokenizer_key
+from asyncengine.model.gguf.checkpoint import described
+from asyncengine.model.letting_go import take_apart
+from asyncengine.model.load_check import Details, fits
+from asyncengine.model.load_report import cannot_load, check_weights, loaded
+from asyncengine.model.load_settings import check_layers, select_attention
+from asyncengine.model.location import locate
+from asyncengine.model.media.trial import BUDGET_TOKENS
+from asyncengine.model.paged_layers import PagedLayers
+from asyncengine.model.rehearsal import rehearsed
+from asyncengine.model.runner import TorchModel
+from asyncengine.model.sampler import Sampler
+from asyncengine.model.speech.decoder import HeardLayers, SpeechDecoder, attend_here, layers_of, spec_of
+from asyncengine.model.speech.model import SpeechEncoder, SpeechModel
+from asyncengine.model.speech.parting import Places, of_text
+from asyncengine.model.speech.reader import SpeechReader
+from asyncengine.model.speech.transcription import Hearing, WhisperTranscription
+from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
+from asyncengine.step.limits import Limits
+from asyncengine.step.model import LoadedModel, LoadPlan
+from asyncengine.tokenizer import Tokenizer, WritingTokenizer
+
+_CHUNK = 2048
+"""Tokens of prompts in a step, where the configuration leaves that open: an audio and what stands behind it."""
+_TRIAL = (3, 2, 1, 1)
+"""Tokens of the pieces in which a model is tried."""
+_NOT_HERE: dict[str, object] = {
+    "speculative_mode": "disable", "additional_models": (), "adapters": {}, "kv_cache_dtype": "auto",
+}  # fmt: skip
+"""Settings that mean nothing here yet, and how they may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechDetails(Details):
+    """What a load needs to know of such a model.
+
+    Attributes:
+        places: Of audio.
+    """
+
+    places: Places = dataclasses.field(default_factory=lambda: Places(0, 0, 1))
+
+
+def plan_of(
+    config: EngineConfig, current: LoadedModel | None, checkpoint: Any, device: torch.device, dtype: torch.dtype
+) -> LoadPlan:
+    """A load, if all is well; arguments as those of `asyncengine.model.load_check.plan_of`.
+
+    Raises:
+        AsyncEngineError: It cannot be loaded; the kind says why.
+    """
+    details = details_of(config, current, checkpoint, device, dtype)
+    for backend in _backends(config, details):
+        check_layers(config, backend, {"": spec_of(details.hf_config)}, dtype, device)
+    beside = fits(details, current)
+    if not beside and checkpoint.tensors:  # there are no headers in pickles
+        found = rehearsed(checkpoint, SpeechDecoder, checkpoint.shapes, details.hf_config, dtype)
+        if found is not None:
+            check_weights(checkpoint, found[1])
+    return LoadPlan(config, beside, tokenizer_key(details.tokenizer_path), details)
+
+
+def details_of(
+    config: EngineConfig, current: LoadedModel | None, checkpoint: Any, device: torch.device, dtype: torch.dtype
+) -> SpeechDetails:
+    """The same without a look at the memory that there is."""
+    _check_config(config)
+    try:
+        hf_config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{checkpoint.name}: transformers cannot read its configuration: {error}"
+        ) from error
+    if checkpoint.coded:
+        raise UnsupportedModelError(f"{checkpoint.name} is a {hf_config.model_type}; quantised ones cannot be served")
+    if checkpoint.classifies:
+        raise UnsupportedModelError(f"{checkpoint.name} is a classifier of audio, which cannot be served")
+    tokenizer_path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
+    if tokenizer_key(tokenizer_path) is None:
+        raise CheckpointError(f"{tokenizer_path}: there are no tokenizer files")
+    if (
+        not (checkpoint.path / "preprocessor_config.json").exists()
+        and not (checkpoint.path / "processor_config.json").exists()
+    ):
+        raise CheckpointError(f"{checkpoint.name} has no preprocessor_config.json, which says what it hears")
+    page_size = config.kv_cache_page_size or (16 if device.type == "cuda" else 32)
+    places = Places.of(hf_config.max_source_positions, page_size)
+    longest = places.count + hf_config.max_target_positions
+    length = config.max_single_sequence_length or longest
+    if not places.count + 1 < length <= longest:
+        raise ConfigError(
+            f"max_single_sequence_length is {length}; an audio takes {places.count} tokens and the model's positions "
+            f"allow {hf_config.max_target_positions} behind it: {places.count + 2}..{longest}"
+        )
+    return SpeechDetails(
+        checkpoint,
+        tokenizer_path,
+        hf_config,
+        hf_config.vocab_size,
+        device,
+        dtype,
+        checkpoint.weight_bytes(dtype),
+        length,
+        None if current is None else current.tokenizer,
+        dtype,
+        places=places,
+    )
+
+
+def load(plan: LoadPlan) -> LoadedModel:
+    """The model that was planned.
+
+    Raises:
+        ReloadError: It failed; nothing is left behind.
+    """
+    details, config = plan.details, plan.config
+    assert isinstance(details, SpeechDetails)
+    model = None
+    try:
+        tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
+        assert tokenizer is not None
+        keep_for_next_load(tokenizer)
+        model = _with_weights(details)
+        _try(model, details, _backends(config, details))
+        return _loaded(plan, details, model, tokenizer)
+    except BaseException as error:
+        if model is not None:
+            take_apart(model)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise InsufficientMemoryError(f"loading {config.model!r}: {error}") from error
+        if isinstance(error, ReloadError) or not isinstance(error, Exception):
+            raise
+        raise ReloadError(f"loading {config.model!r} failed: {error}") from error
+    finally:
+        details.checkpoint.stop_reading_ahead()
+        memory.give_back()
+
+
+def _loaded(plan: LoadPlan, details: SpeechDetails, model: SpeechDecoder, tokenizer: Tokenizer) -> LoadedModel:
+    config, device, backends = plan.config, details.device, _backends(plan.config, details)
+    limits, complete = _limits(config, details, backends[0], plan.tokenizer_key is not None)
+    reader, notes = _reader(details, model, tokenizer)
+    text, heard = _serving(
+        model, details, backends, limits, Sampler(limits.max_num_sequence, details.vocab_size, device)
+    )
+    encoder = SpeechEncoder(model, reader.token_ids, device, BUDGET_TOKENS)
+    blocks = limits.num_blocks * _bytes_per_block(details, backends[0])
+    weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    if packed_linear.supports(details.dtype, device):
+        packed_linear.pack(model.model.decoder, set())
+    return LoadedModel(
+        model=SpeechModel(text, heard, encoder, details.places),
+        limits=limits,
+        config=complete.replace(attention_backend=backends[0].name),
+        vocab_size=details.vocab_size,
+        eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < details.vocab_size),
+        default_generation_config=details.checkpoint.generation_defaults,
+        tokenizer=tokenizer,
+        tokenizer_key=plan.tokenizer_key,
+        memory_bytes=weights + blocks,
+        notes=tuple(notes),
+        media_reader=reader,
+        begins_with_audio=True,
+        no_media={"image": "it hears", "audio": ""},
+    )
+
+
+def _check_config(config: EngineConfig) -> None:
+    """Refuses what there is nothing for."""
+    for name, usual in _NOT_HERE.items():
+        given = getattr(config, name)
+        if given != usual and given:
+            raise ConfigError(f"{name} is {given!r}; {config.model!r} transcribes audio: leave it out")
+    if config.quantization not in ("auto", "none"):
+        raise ConfigError(f"quantization is {config.quantization!r}; {config.model!r} hears audio; allowed: 'none'")
+    if config.decoder_backend == "compiled":
+        raise ConfigError(f"decoder_backend is 'compiled'; {config.model!r} transcribes audio; allowed: 'auto'")
+    if config.images:
+        raise UnsupportedModelError(f"images is True; {config.model!r} takes none: it hears")
+    if config.audio is False:
+        raise ConfigError(f"audio is False; {config.model!r} takes nothing else")
+    if config.mla:
+        raise UnsupportedModelError(f"mla is True; {config.model!r} has no multi-head latent attention")
+
+
+def _with_weights(details: SpeechDetails) -> SpeechDecoder:
+    checkpoint = details.checkpoint
+    try:
+        model, report = loaded(SpeechDecoder, checkpoint.path, config=details.hf_config, dtype=details.dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise cannot_load(checkpoint, error) from error
+    check_weights(checkpoint, report)
+    checkpoint.check_unchanged()
+    served: SpeechDecoder = model.to(details.device).eval().requires_grad_(False)
+    return served
+
+
+def _backends(config: EngineConfig, details: SpeechDetails) -> tuple[AttentionBackend, AttentionBackend]:
+    """What attends to the tokens before, and what attends to audio: each keeps its own plan of a step."""
+    first, second = (select_attention(config, details.device, details.dtype).backend for _ in range(2))
+    return first, second
+
+
+def _serving(
+    model: SpeechDecoder,
+    details: SpeechDetails,
+    backends: tuple[AttentionBackend, AttentionBackend],
+    limits: Limits,
+    sampler: Any,
+) -> tuple[TorchModel, HeardLayers]:
+    """A model with its KV cache."""
+    places = Places.of(details.places.heard, limits.page_size)
+    paged = PagedLayers(layers_of(model), backends[0], limits, details.dtype, details.device)
+    paged.allocate()
+    heard = HeardLayers(model, paged, backends[1], places, details.device)
+    return TorchModel(model, paged, sampler, details.device), heard
+
+
+def _try(model: SpeechDecoder, details: SpeechDetails, backends: tuple[AttentionBackend, AttentionBackend]) -> None:
+    """Compares the decoder over a paged cache with transformers', behind what no encoder gives out.
+
+    Raises:
+        UnsupportedModelError: They differ by more than rounding.
+    """
+    config, count = details.hf_config, sum(_TRIAL)
+    heard = torch.randn(details.places.heard, config.d_model, generator=torch.Generator().manual_seed(0))
+    rows = heard.to(details.device, details.dtype)
+    ids = np.arange(count, dtype=np.int32)[None] * 7 % details.vocab_size
+    with torch.inference_mode():
+        expected = WhisperForConditionalGeneration.forward(
+            model,
+            encoder_outputs=BaseModelOutput(last_hidden_state=rows[None]),
+            decoder_input_ids=torch.from_numpy(ids).to(details.device).long(),
+            use_cache=False,
+        ).logits[0]
+    attend_here(model)
+    places = Places.of(details.places.heard, verification.PAGE)
+    length = places.count + count
+    limits = Limits(1, length, length, places.page_size, -(-length // places.page_size))
+    text, layers = _serving(model, details, backends, limits, None)
+    sequence = np.concatenate((np.zeros((1, places.count), np.int32), ids), axis=1)
+    slots = verification.piece(sequence, 0, places.heard).slot_mapping
+    found = []
+    with torch.inference_mode():
+        layers.write(rows, slots)
+        for start, end in itertools.pairwise(itertools.accumulate((places.count, *_TRIAL))):
+            batch = verification.piece(sequence, start, end)
+            layers.begin(batch)
+            own = of_text(batch, places)
+            assert own is not None
+            found.append(text.logits(own))
+    error = verification.relative(torch.cat(found).float(), expected.float())
+    tolerance = verification.tolerance_of(details.dtype, None, "none", False)
+    if not error <= tolerance:
+        raise UnsupportedModelError(
+            f"{details.checkpoint.name} does not compute over a paged KV cache what it computes without one: relative "
+            f"error {error:.2g}, allowed {tolerance:g}"
+        )
+
+
+def _reader(details: SpeechDetails, model: SpeechDecoder, tokenizer: Tokenizer) -> tuple[SpeechReader, list[str]]:
+    """What reads audio, and what there is to be said of it, in words."""
+    path, config = details.checkpoint.path, details.hf_config
+    try:
+        extractor = WhisperFeatureExtractor.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{details.checkpoint.name}: its feature extractor cannot be loaded: {error}") from error
+    rate, samples = int(extractor.sampling_rate), int(extractor.n_samples)
+    if extractor.nb_max_frames != 2 * config.max_source_positions or extractor.feature_size != config.num_mel_bins:
+        raise CheckpointError(
+            f"{details.checkpoint.name}: its feature extractor makes {extractor.nb_max_frames} frames of "
+            f"{extractor.feature_size} mel bins; its encoder takes {2 * config.max_source_positions} of "
+            f"{config.num_mel_bins}"
+        )
+    hearing = Hearing(rate, samples, samples / rate / config.max_source_positions)
+    writing, notes, transcribing = cast("WritingTokenizer", tokenizer), [], None
+    try:
+        transcribing = WhisperTranscription(
+            writing, _generation(details), hearing, details.vocab_size, config.max_target_positions
+        )
+    except UnsupportedModelError as error:
+        notes.append(f"transcripts: refused: {error}")
+    key = f"{details.checkpoint.media_key} {details.places}"
+    token_id = int(config.decoder_start_token_id)  # begins every text, so that penalties of tokens do nothing new
+    return SpeechReader(key, extractor, hearing, details.places, token_id, writing, transcribing), notes
+
+
+def _generation(details: SpeechDetails) -> GenerationConfig:
+    """What the checkpoint says of generating."""
+    path = details.checkpoint.path
+    if not (path / "generation_config.json").exists():
+        return GenerationConfig.from_model_config(details.hf_config)
+    try:
+        return GenerationConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path / 'generation_config.json'} cannot be read: {error}") from error
+
+
+def _bytes_per_block(details: SpeechDetails, backend: AttentionBackend) -> int:
+    layer = backend.bytes_per_block(spec_of(details.hf_config), details.places.page_size, details.dtype)
+    return layer * int(details.hf_config.decoder_layers)
+
+
+def sequences_of(config: EngineConfig, device: torch.device) -> int:
+    """Most sequences in a step."""
+    many = 256 if device.type == "cuda" else 64
+    return config.max_num_sequence or {"interactive": 1, "local": 4, "server": many}[config.mode]
+
+
+def _limits(
+    config: EngineConfig, details: SpeechDetails, backend: AttentionBackend, has_tokenizer: bool
+) -> tuple[Limits, EngineConfig]:
+    """What the model can take, by the memory that there is."""
+    device, page_size, length = details.device, details.places.page_size, details.max_length
+    cuda = device.type == "cuda"
+    sequences = sequences_of(config, device)
+    chunk = min(config.prefill_chunk_size or _CHUNK, length)
+    share = config.gpu_memory_utilization or (memory.CUDA_SHARE if cuda else memory.CPU_SHARE)
+    available, taken = memory.free_bytes(device), share
+    if cuda:
+        used = memory.total_bytes(device) - available
+        available = int(memory.total_bytes(device) * share) - used - _activations(details, chunk + sequences, sequences)
+        taken = 1.0
+    budget = memory.kv_budget(
+        available=max(available, 0),
+        share=taken,
+        bytes_per_block=_bytes_per_block(details, backend),
+        page_size=page_size,
+        wanted_tokens=config.max_total_sequence_length,
+        useful_tokens=sequences * -(-length // page_size) * page_size,
+    )
+    limits = Limits(
+        max_num_sequence=sequences,
+        max_single_sequence_length=length,
+        prefill_chunk_size=chunk,
+        page_size=page_size,
+        num_blocks=budget.num_blocks,
+        hybrid=config.prefill_mode == "hybrid",
+        prefix_cache=config.prefix_cache_mode == "radix",
+        max_recycling=config.prefix_cache_max_num_recycling_seqs,
+    )
+    complete = config.replace(
+        tokenizer=config.tokenizer or (config.model if has_tokenizer else None),
+        device=str(device),
+        dtype=str(details.dtype).removeprefix("torch."),
+        max_num_sequence=sequences,
+        max_total_sequence_length=budget.num_blocks * page_size,
+        max_single_sequence_length=length,
+        prefill_chunk_size=chunk,
+        kv_cache_page_size=page_size,
+        gpu_memory_utilization=share,
+        quantization="none",
+        decoder_backend="transformers",
+        images=False,
+        audio=True,
+        mla=False,
+    )
+    return limits, complete
+
+
+def _activations(details: SpeechDetails, tokens: int, sequences: int) -> int:
+    """Bytes that the largest step takes beside weights and KV cache: an encoder's layer, and copies of all logits."""
+    config = details.hf_config
+    frames = 2 * max(details.places.heard, tokens)
+    of_layer = frames * (8 * config.d_model + 2 * config.encoder_ffn_dim) * details.dtype.itemsize
+    return int(of_layer + 4 * sequences * config.vocab_size * 4)

@@ -1,0 +1,171 @@
+"""How Whisper is asked to transcribe (Radford et al., 2022), and how its answer is read. On worker threads.
+
+Its decoder's tokens begin with ``<|startoftranscript|>``, the language, the task, and whether it writes no times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig as TransformersGenerationConfig
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
+
+from asyncengine.errors import InvalidRequestError, UnsupportedModelError
+from asyncengine.generation import GenerationConfig
+from asyncengine.media import AudioSource
+from asyncengine.model.media.sounds import sound_of
+from asyncengine.model.speech.cutting import pieces
+from asyncengine.model.speech.rules import Rules
+from asyncengine.outputs import TranscriptSegment
+from asyncengine.tokenizer import WritingTokenizer
+from asyncengine.transcription import AudioPiece, LanguageQuestion, TranscriptionPrompt
+
+_START, _NO_TIMES, _BEFORE = "<|startoftranscript|>", "<|notimestamps|>", "<|startofprev|>"
+_MULTILINGUAL_VOCABULARY = 51865
+"""From so many tokens on, a published model knows other languages than English, where nothing else is said."""
+_MOST_OF_HINT = 2
+"""A hint may take one of so many parts of the tokens that the decoder has room for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hearing:
+    """How a model hears.
+
+    Attributes:
+        rate: Samples in a second.
+        samples: Most of them that it hears at once.
+        seconds: How long a frame of its encoder's output is.
+    """
+
+    rate: int
+    samples: int
+    seconds: float
+
+
+class WhisperTranscription:
+    """As `asyncengine.transcription.Transcribing`.
+
+    Args:
+        tokenizer: The model's.
+        generation: What its checkpoint says of generating.
+        hearing: How it hears.
+        vocab_size: How many tokens it knows.
+        longest: How many tokens its decoder has room for.
+
+    Raises:
+        UnsupportedModelError: The tokenizer is not one of Whisper's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: WritingTokenizer,
+        generation: TransformersGenerationConfig,
+        hearing: Hearing,
+        vocab_size: int,
+        longest: int,
+    ) -> None:
+        self._tokenizer, self._hearing, self._longest = tokenizer, hearing, longest
+        self._end = self._token("<|endoftext|>")
+        self._rules = Rules(generation, self._token(_NO_TIMES), self._end)
+        self._first_time = self._rules.first_time
+        codes = {code: f"<|{code}|>" for code in LANGUAGES}
+        known = {code: token for code, mark in codes.items() if (token := self._find(mark)) is not None}
+        told = getattr(generation, "is_multilingual", None)
+        if told is None:
+            told = hasattr(generation, "lang_to_id") or vocab_size >= _MULTILINGUAL_VOCABULARY
+        self._languages = known if told else {}
+        self.question: LanguageQuestion | None = None
+        if self._languages:
+            self.question = LanguageQuestion(_START, {token: code for code, token in self._languages.items()})
+
+    def _find(self, mark: str) -> int | None:
+        ids = self._tokenizer.encode_piece(mark)
+        return ids[0] if len(ids) == 1 else None
+
+    def _token(self, mark: str) -> int:
+        found = self._find(mark)
+        if found is None:
+            raise UnsupportedModelError(f"its tokenizer has no token {mark}, as Whisper's have")
+        return found
+
+    def pieces(self, audio: AudioSource) -> Sequence[AudioPiece]:
+        """As the protocol says."""
+        try:
+            samples = sound_of(audio, rate := self._hearing.rate)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"audio[0]: {error}") from error
+        return [
+            AudioPiece((samples[start:end], rate), start / rate, end / rate)
+            for start, end in pieces(samples, self._hearing.samples, rate)
+        ]
+
+    def request(self, asked: TranscriptionPrompt) -> str:
+        """As the protocol says."""
+        hint = "" if asked.hint is None or not asked.hint.strip() else self._hint(asked.hint)
+        marks = [_START]
+        if self._languages:
+            code = "en" if asked.language is None else self._code(asked.language)
+            marks += [f"<|{code}|>", f"<|{asked.task}|>"]
+        else:
+            if asked.language is not None and self._named(asked.language) != "en":
+                raise InvalidRequestError(f"language is {asked.language!r:.80}; the model knows English alone")
+            if asked.task != "transcribe":
+                raise InvalidRequestError(f"task is {asked.task!r}; the model knows English alone")
+        return hint + "".join(marks if asked.timestamps else [*marks, _NO_TIMES])
+
+    def _hint(self, hint: str) -> str:
+        text = f" {hint.strip()}"
+        ids = self._tokenizer.encode_piece(text)
+        if any(token >= self._end for token in ids):
+            raise InvalidRequestError(f"hint is {hint!r:.80}, which has marks of the model's in it")
+        if len(ids) >= (most := self._longest // _MOST_OF_HINT):
+            raise InvalidRequestError(f"hint has {len(ids)} tokens; allowed: up to {most - 1}")
+        return _BEFORE + text
+
+    @staticmethod
+    def _named(language: str) -> str:
+        name = language.strip().lower().removeprefix("<|").removesuffix("|>")
+        return str(TO_LANGUAGE_CODE.get(name, name))
+
+    def _code(self, language: str) -> str:
+        code = self._named(language)
+        if code not in self._languages:
+            known = ", ".join(sorted(self._languages))
+            raise InvalidRequestError(f"language is {language!r:.80}; the model knows {known}")
+        return code
+
+    def settings(self, config: GenerationConfig, asked: TranscriptionPrompt) -> GenerationConfig:
+        """As the protocol says; greedy where nothing is said."""
+        rules: Callable[..., Any] = self._rules.with_times if asked.timestamps else self._rules.without_times
+        temperature = 0.0 if config.temperature is None else config.temperature
+        assert isinstance(config.logits_processors, tuple)
+        return config.replace(temperature=temperature, logits_processors=(rules, *config.logits_processors))
+
+    def text(self, token_ids: Sequence[int]) -> str | None:
+        """As the protocol says."""
+        said = [token for token in token_ids if token < self._first_time]
+        return self._tokenizer.decode(said, skip_special_tokens=True)
+
+    def segments(self, token_ids: Sequence[int], piece: AudioPiece) -> list[TranscriptSegment]:
+        """As the protocol says: what stands between two times, and what stands behind the last up to the end."""
+        assert piece.end is not None
+        found: list[TranscriptSegment] = []
+        start, said = piece.start, list[int]()
+
+        def add(end: float) -> None:
+            text = self._tokenizer.decode(said, skip_special_tokens=True)
+            if said and text.strip():
+                found.append(TranscriptSegment(start, max(start, end), text.strip(), tuple(said)))
+
+        for token in token_ids:
+            if token < self._first_time:
+                if token < self._end:
+                    said.append(token)
+                continue
+            time = min(piece.start + (token - self._first_time) * self._hearing.seconds, piece.end)
+            add(time)
+            start, said = time, []
+        add(piece.end)
+        return found

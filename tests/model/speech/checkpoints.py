@@ -1,0 +1,169 @@
+"""Tiny random checkpoints of Whisper with tokenizers like the published ones, and what transformers makes of them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTimeStampLogitsProcessor,
+    WhisperTokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+RATE = 16_000
+SECONDS = 2
+"""That it hears at once."""
+FRAMES = 100
+ROOM = 40
+"""Tokens of its decoder."""
+END = 256
+LANGUAGES = ("en", "de", "fr")
+_MARKS = (
+    "<|endoftext|>", "<|startoftranscript|>", *(f"<|{code}|>" for code in LANGUAGES), "<|translate|>",
+    "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>",
+)  # fmt: skip
+IDS = {mark: END + place for place, mark in enumerate(_MARKS)}
+FIRST_TIME = END + len(_MARKS)
+VOCABULARY = FIRST_TIME + FRAMES + 1
+
+
+def tokenizer() -> WhisperTokenizer:
+    """Bytes, marks and times."""
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    made = WhisperTokenizer(vocabulary, [])
+    made.add_special_tokens({"additional_special_tokens": list(_MARKS)})
+    made.add_tokens([f"<|{frame * SECONDS / FRAMES:.2f}|>" for frame in range(FRAMES + 1)])
+    assert made.convert_tokens_to_ids("<|notimestamps|>") == FIRST_TIME - 1
+    assert len(made) == VOCABULARY
+    return made
+
+
+def config(**changes: Any) -> WhisperConfig:
+    """Of a tiny model."""
+    values: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "num_mel_bins": 16, "encoder_layers": 2, "decoder_layers": 2, "d_model": 32,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+        "max_source_positions": FRAMES, "max_target_positions": ROOM, "pad_token_id": END, "bos_token_id": END,
+        "eos_token_id": END, "decoder_start_token_id": END + 1, "suppress_tokens": None, "begin_suppress_tokens": None,
+    }  # fmt: skip
+    return WhisperConfig(**(values | changes))
+
+
+def generation(multilingual: bool, times: bool) -> dict[str, Any]:
+    """What a published checkpoint says of generating, and that nothing but ASCII is said; with or without times."""
+    never = [*range(9), 65, *range(127, END), *range(END + 1, FIRST_TIME if times else VOCABULARY)]
+    values: dict[str, Any] = {
+        "bos_token_id": END, "eos_token_id": END, "pad_token_id": END, "decoder_start_token_id": END + 1,
+        "is_multilingual": multilingual, "no_timestamps_token_id": FIRST_TIME - 1, "return_timestamps": False,
+        "max_initial_timestamp_index": 20, "max_length": ROOM,
+        "suppress_tokens": never,
+        "begin_suppress_tokens": [32, END],
+        "prev_sot_token_id": IDS["<|startofprev|>"],
+    }  # fmt: skip
+    if multilingual:
+        values["lang_to_id"] = {f"<|{code}|>": IDS[f"<|{code}|>"] for code in LANGUAGES}
+        values["task_to_id"] = {task: IDS[f"<|{task}|>"] for task in ("translate", "transcribe")}
+    return values
+
+
+def _spread(name: str, weight: torch.Tensor) -> float:
+    """How far a matrix's numbers are apart: so far that what is said depends much on what is heard, and is not one
+    token over and over.
+    """
+    if "embed" in name:
+        return 0.3
+    inputs = weight[0].numel() ** -0.5
+    if weight.dim() == 3:  # of the convolutions that hear
+        return 10 * inputs
+    if "encoder_attn" in name:
+        return (5 if "q_proj" in name or "k_proj" in name else 2) * inputs
+    return 3 * inputs
+
+
+def write(path: Path, seed: int = 0, multilingual: bool = True, times: bool = False) -> Path:
+    """Writes a random checkpoint whose greedy answers depend on what it hears."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = WhisperForConditionalGeneration._from_config(config(), dtype=torch.float32)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() > 1 and "encoder.embed_positions" not in name:
+                    weight.normal_(std=_spread(name, weight))
+    model.save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps(generation(multilingual, times)))
+    tokenizer().save_pretrained(path)
+    WhisperFeatureExtractor(
+        feature_size=16, sampling_rate=RATE, hop_length=160, chunk_length=SECONDS, n_fft=400
+    ).save_pretrained(path)
+    return path
+
+
+def sound(seed: int, seconds: float) -> Any:
+    """Tones that come and go, always the same for a seed."""
+    random, time = np.random.default_rng(seed), np.arange(int(seconds * RATE)) / RATE
+    tones = [
+        np.sin(2 * np.pi * (random.uniform(80, 6000) * time + random.uniform())) * np.sin(random.uniform(2, 20) * time)
+        for _ in range(4)
+    ]
+    return (0.2 * np.sum(tones, axis=0)).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=8)
+def loaded(path: Path) -> Any:
+    """The model as transformers loads it."""
+    kind = WhisperForConditionalGeneration
+    return kind.from_pretrained(path, dtype=torch.float32, attn_implementation="eager", local_files_only=True).eval()
+
+
+def features(path: Path, samples: Any) -> Any:
+    """What transformers' extractor makes of samples."""
+    extractor = WhisperFeatureExtractor.from_pretrained(path)
+    return extractor(samples, sampling_rate=RATE, return_tensors="pt")["input_features"]
+
+
+def reference(path: Path, samples: Any, **asked: Any) -> list[int]:
+    """Greedy tokens by transformers' own `generate`, as many as there is room for; it leaves out the one that ends."""
+    given: dict[str, Any] = {"task": "transcribe", "return_timestamps": False} if "language" in asked else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = loaded(path).generate(input_features=features(path, samples), **given | asked)
+    ids: list[int] = made[0].tolist()
+    return ids
+
+
+def language_of(path: Path, samples: Any) -> str:
+    """Which language transformers finds."""
+    [found] = loaded(path).detect_language(input_features=features(path, samples)).tolist()
+    return next(code for code in LANGUAGES if IDS[f"<|{code}|>"] == found)
+
+
+def with_times(path: Path, samples: Any, begin: list[int]) -> list[int]:
+    """Greedy tokens with times, each by transformers' own rules; `generate` would listen on where they end early."""
+    model, said = loaded(path), list[int]()
+    settings = GenerationConfig.from_pretrained(path)
+    rules = [
+        SuppressTokensAtBeginLogitsProcessor(settings.begin_suppress_tokens, begin_index=len(begin)),
+        SuppressTokensLogitsProcessor(settings.suppress_tokens),
+        WhisperTimeStampLogitsProcessor(settings, begin_index=len(begin)),
+    ]
+    with torch.no_grad():
+        encoded = model.model.encoder(features(path, samples))
+        while len(begin) + len(said) < ROOM and END not in said:
+            ids = torch.tensor([begin + said])
+            logits = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[:, -1]
+            for rule in rules:
+                logits = rule(ids, logits)
+            said.append(int(logits.argmax()))
+    return [token for token in said if token != END]

@@ -1,0 +1,467 @@
+"""Whisper: what it says of an audio is what it says in transformers, token for token."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import shutil
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from asyncengine import (
+    AsyncEngine,
+    AudioPrompt,
+    CheckpointError,
+    ConfigError,
+    ContextLengthExceededError,
+    EngineConfig,
+    FinishReason,
+    GenerationConfig,
+    InvalidRequestError,
+    StepError,
+    UnsupportedModelError,
+)
+from asyncengine.loop.encoding import transcribing_of
+from asyncengine.model.speech.model import SpeechEncoder
+from asyncengine.transcription import AudioPiece, TranscriptionPrompt
+from tests.model.speech import checkpoints
+from tests.model.speech.checkpoints import END, FIRST_TIME, IDS, RATE, ROOM, sound
+
+pytestmark = pytest.mark.loops("either")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a random checkpoint once and returns its directory."""
+    found: dict[object, Path] = {}
+
+    def get(seed: int = 0, **changes: Any) -> Path:
+        key = seed, repr(changes)
+        if key not in found:
+            found[key] = checkpoints.write(tmp_path_factory.mktemp("whisper"), seed, **changes)
+        return found[key]
+
+    return get
+
+
+def engine(path: Path, **changes: Any) -> AsyncEngine:
+    values: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache_page_size": 8, "max_num_sequence": 4}
+    return AsyncEngine(EngineConfig(str(path), **(values | changes)))
+
+
+def heard(seed: int, seconds: float = 1.3) -> tuple[Any, int]:
+    return sound(seed, seconds), RATE
+
+
+async def answer(serving: AsyncEngine, asked: TranscriptionPrompt, **changes: Any) -> list[int]:
+    """The tokens that come of a request, as `transcribe` makes it, but for the one that ends them."""
+    transcribing = transcribing_of(await serving._view())
+    config = transcribing.settings(GenerationConfig(**changes), asked)
+    result = await serving.generate(AudioPrompt(transcribing.request(asked), [asked.audio]), config)
+    return [token for token in result.token_ids if token != END]
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"prefill_chunk_size": 24, "kv_cache_page_size": 4},
+    {"kv_cache_page_size": 16, "prefix_cache_mode": "disable"},
+    {"attention_backend": "torch"},
+    {"max_total_sequence_length": 272, "prefix_cache_mode": "disable"},
+    {"prefill_mode": "chunked", "max_num_sequence": 2},
+]
+
+
+@pytest.mark.parametrize("changes", SETTINGS, ids=[",".join(each) or "plain" for each in SETTINGS])
+async def test_greedy_equals_transformers(changes: dict[str, Any], written: Callable[..., Path]) -> None:
+    """Several audio at once, some of them twice; in chunks, with preemptions, over two back ends."""
+    path = written()
+    languages = ["de", "en", "fr", "de", "en"]
+    expected = [checkpoints.reference(path, sound(seed, 1.3), language=code) for seed, code in enumerate(languages)]
+    assert len({tuple(each) for each in expected}) == len(expected)
+    async with engine(path, **changes) as serving:
+        assert serving.takes_audio and not serving.takes_images
+        asked = [TranscriptionPrompt(heard(seed), code) for seed, code in enumerate(languages)]
+        found = await asyncio.gather(*[answer(serving, each) for each in (*asked, *asked)])
+        assert found == [*expected, *expected]
+        preempted = serving.metrics().counters.preemptions
+        assert preempted > 0 if "max_total_sequence_length" in changes else preempted == 0
+        assert await answer(serving, asked[0]) == expected[0]
+
+
+async def test_another_checkpoint(written: Callable[..., Path]) -> None:
+    path = written(1)
+    async with engine(path) as serving:
+        found = await answer(serving, TranscriptionPrompt(heard(7, 2.0), "fr", task="translate"))
+    assert found == checkpoints.reference(path, sound(7, 2.0), language="fr", task="translate")
+
+
+async def test_times_are_held_to_transformers_rules(written: Callable[..., Path]) -> None:
+    path = written(7, times=True)
+    begin = [IDS["<|startoftranscript|>"], IDS["<|de|>"], IDS["<|transcribe|>"]]
+    expected = [checkpoints.with_times(path, sound(seed, 1.7), begin) for seed in range(4)]
+    assert any(len(each) < ROOM - len(begin) for each in expected)
+    async with engine(path) as serving:
+        asked = [TranscriptionPrompt(heard(seed, 1.7), "de", timestamps=True) for seed in range(4)]
+        assert await asyncio.gather(*[answer(serving, each) for each in asked]) == expected
+
+
+async def test_a_hint_stands_before(written: Callable[..., Path]) -> None:
+    path = written()
+    hint = torch.tensor(checkpoints.tokenizer().get_prompt_ids("of Foo"))
+    expected = checkpoints.reference(path, sound(3, 1.3), language="en", prompt_ids=hint)
+    async with engine(path) as serving:
+        assert await answer(serving, TranscriptionPrompt(heard(3), "en", " of Foo ")) == expected
+        assert await answer(serving, TranscriptionPrompt(heard(3), "en", "  ")) != expected
+
+
+async def test_the_language_is_found_out(written: Callable[..., Path]) -> None:
+    path = written(6)
+    languages = [checkpoints.language_of(path, sound(seed, 1.3)) for seed in range(6)]
+    assert len(set(languages)) > 1
+    async with engine(path, max_num_sequence=12) as serving:
+        found = await asyncio.gather(*[serving.transcribe(heard(seed)) for seed in range(6)])
+        told = await asyncio.gather(*[serving.transcribe(heard(seed), language=languages[seed]) for seed in range(6)])
+    assert [each.language for each in found] == languages
+    assert [each.text for each in found] == [each.text for each in told]
+    assert all(each.usage.cached_tokens >= 104 for each in found)  # what was heard for it is not heard again
+
+
+async def test_a_model_of_english_alone(written: Callable[..., Path]) -> None:
+    path = written(2, multilingual=False)
+    async with engine(path) as serving:
+        found = await answer(serving, TranscriptionPrompt(heard(1)))
+        transcript = await serving.transcribe(heard(1), language="English")
+        for wrong, message in (({"language": "de"}, "knows English alone"), ({"task": "translate"}, "English alone")):
+            with pytest.raises(InvalidRequestError, match=message):
+                await serving.transcribe(heard(1), **wrong)
+    assert found == checkpoints.reference(path, sound(1, 1.3))
+    assert transcript.text == text_of(found)
+
+
+def text_of(token_ids: list[int]) -> str:
+    said = [token for token in token_ids if token < END]
+    return str(checkpoints.tokenizer().decode(said)).strip()
+
+
+async def test_what_is_longer_is_heard_in_pieces(written: Callable[..., Path]) -> None:
+    """Cut where it is quiet; each piece says what it says alone."""
+    path, samples = written(), sound(9, 4.7)
+    samples[int(1.6 * RATE) : int(1.75 * RATE)] = 0
+    samples[int(3.1 * RATE) : int(3.2 * RATE)] = 0
+    async with engine(path) as serving:
+        pieces = transcribing_of(await serving._view()).pieces((samples, RATE))
+        assert [piece.start for piece in pieces] == pytest.approx([0, 1.675, 3.15], abs=0.06)
+        assert pieces[-1].end == 4.7 and [piece.end for piece in pieces[:-1]] == [piece.start for piece in pieces[1:]]
+        assert np.array_equal(np.concatenate([piece.audio[0] for piece in pieces]), samples)
+        alone = [await serving.transcribe(piece.audio, language="de") for piece in pieces]
+        whole = await serving.transcribe((samples, RATE), language="de")
+        twice = await serving.transcribe((np.repeat(samples, 2), 2 * RATE), language="de")
+    assert whole.seconds == 4.7 and whole.language == "de"
+    assert whole.usage.prompt_tokens == 3 * 108 and whole.usage.audio_tokens == 3 * 104
+    assert whole.usage.completion_tokens == sum(each.usage.completion_tokens for each in alone)
+    said = [said_of(path, piece, "de") for piece in pieces]
+    assert whole.text == "".join(said).strip()
+    assert twice.seconds == 4.7
+
+
+def said_of(path: Path, piece: AudioPiece, code: str) -> str:
+    ids = checkpoints.reference(path, piece.audio[0], language=code)
+    return str(checkpoints.tokenizer().decode([token for token in ids if token < END]))
+
+
+async def test_segments(written: Callable[..., Path]) -> None:
+    path = written(times=True)
+    begin = [IDS["<|startoftranscript|>"], IDS["<|de|>"], IDS["<|transcribe|>"]]
+    async with engine(path) as serving:
+        one = await serving.transcribe(heard(2, 1.7), language="de", timestamps=True)
+        assert not (await serving.transcribe(heard(2, 1.7), language="de")).segments
+        long = sound(5, 3.5)
+        several = await serving.transcribe((long, RATE), language="de", timestamps=True)
+        pieces = transcribing_of(await serving._view()).pieces((long, RATE))
+    said = checkpoints.with_times(path, sound(2, 1.7), begin)
+    assert [token for segment in one.segments for token in segment.token_ids] == [
+        token for token in said if token < END
+    ]
+    for transcript, seconds in ((one, 1.7), (several, 3.5)):
+        assert transcript.segments
+        ends = [number for segment in transcript.segments for number in (segment.start, segment.end)]
+        assert ends == sorted(ends) and ends[-1] <= seconds and ends[0] >= 0
+    assert any(segment.start >= pieces[1].start for segment in several.segments)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([], []),
+        ([65, END], [(10.0, 11.5, "A")]),
+        ([FIRST_TIME + 5, 65, FIRST_TIME + 20, END], [(10.1, 10.4, "A")]),
+        (
+            [FIRST_TIME, 65, 66, FIRST_TIME + 20, FIRST_TIME + 20, 67, FIRST_TIME + 50],
+            [(10.0, 10.4, "AB"), (10.4, 11.0, "C")],
+        ),
+        ([FIRST_TIME + 5, 65, FIRST_TIME + 20, FIRST_TIME + 30, 66], [(10.1, 10.4, "A"), (10.6, 11.5, "B")]),
+        ([FIRST_TIME + 5, 32, FIRST_TIME + 20], []),
+        ([FIRST_TIME + 5, 65, FIRST_TIME + 100], [(10.1, 11.5, "A")]),
+    ],
+)
+async def test_segments_of_tokens(
+    tokens: list[int], expected: list[tuple[float, float, str]], written: Callable[..., Path]
+) -> None:
+    async with engine(written()) as serving:
+        transcribing = transcribing_of(await serving._view())
+    found = transcribing.segments(tokens, AudioPiece(None, 10.0, 11.5))
+    assert [(segment.start, segment.end, segment.text) for segment in found] == [
+        (pytest.approx(start), pytest.approx(end), text) for start, end, text in expected
+    ]
+
+
+async def test_branches_and_draws(written: Callable[..., Path]) -> None:
+    path = written()
+    asked = TranscriptionPrompt(heard(4), "en")
+    async with engine(path) as serving:
+        transcribing = transcribing_of(await serving._view())
+        prompt = AudioPrompt(transcribing.request(asked), [asked.audio])
+        config = transcribing.settings(GenerationConfig(n=3, temperature=1.0, seed=7, max_tokens=12), asked)
+        first, second = [await serving.generate(prompt, config) for _ in range(2)]
+        drawn = [list(branch.token_ids) for branch in first.outputs]
+        assert drawn == [list(branch.token_ids) for branch in second.outputs]
+        assert len({tuple(each) for each in drawn}) == 3
+        together = await serving.generate(prompt, transcribing.settings(GenerationConfig(n=2), asked))
+    expected = checkpoints.reference(path, sound(4, 1.3), language="en")
+    assert [list(branch.token_ids) for branch in together.outputs] == [expected] * 2
+
+
+async def test_log_probabilities(written: Callable[..., Path]) -> None:
+    path = written()
+    async with engine(path) as serving:
+        asked = TranscriptionPrompt(heard(4), "en")
+        prompt = AudioPrompt(transcribing_of(await serving._view()).request(asked), [asked.audio])
+        result = await serving.generate(prompt, GenerationConfig(temperature=0.0, max_tokens=3, logprobs=True))
+    model = checkpoints.loaded(path)
+    begin = [IDS[mark] for mark in ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")]
+    with torch.no_grad():
+        logits = model(
+            checkpoints.features(path, sound(4, 1.3)),
+            decoder_input_ids=torch.tensor([[*begin, *result.token_ids[:2]]]),
+        ).logits[0, 3:]
+    expected = logits.log_softmax(-1).max(-1)
+    assert list(result.token_ids) == expected.indices.tolist()
+    assert [each.logprob for each in result.outputs[0].logprobs or ()] == pytest.approx(
+        expected.values.tolist(), abs=1e-3
+    )
+
+
+async def test_sleep_wake_and_new_weights(written: Callable[..., Path]) -> None:
+    path, other = written(), written(1)
+    asked = TranscriptionPrompt(heard(1), "de")
+    async with engine(path) as serving:
+        before = await answer(serving, asked)
+        await serving.sleep()
+        await serving.wake()
+        assert await answer(serving, asked) == before
+        state = dict(checkpoints.loaded(other).state_dict())
+        state.pop("proj_out.weight")
+        await serving.update_weights(state)
+        assert await answer(serving, asked) == checkpoints.reference(other, sound(1, 1.3), language="de") != before
+
+
+async def test_it_comes_and_goes(written: Callable[..., Path]) -> None:
+    """In the place of another model, and another in its place; nothing of it is left."""
+    async with AsyncEngine(EngineConfig("tiny", device="cpu")) as serving:
+        text = await serving.generate("Once", GenerationConfig(temperature=0.0, max_tokens=4))
+        await serving.reload(engine_config(written()))
+        loaded = serving._thread.core.loaded
+        assert loaded is not None
+        model = weakref.ref(loaded.model._text._model)  # type: ignore[attr-defined]
+        del loaded
+        assert (await serving.transcribe(heard(1), language="de")).language == "de"
+        with pytest.raises(InvalidRequestError, match="the prompt has no audio"):
+            await serving.generate("Once")
+        await serving.reload(EngineConfig("tiny", device="cpu"))
+        gc.collect()
+        assert model() is None
+        again = await serving.generate("Once", GenerationConfig(temperature=0.0, max_tokens=4))
+        assert again.text == text.text
+        with pytest.raises(InvalidRequestError, match="the model takes none"):
+            await serving.transcribe(heard(1), language="de")
+
+
+def engine_config(path: Path) -> EngineConfig:
+    return EngineConfig(str(path), device="cpu", dtype="float32", max_num_sequence=4)
+
+
+async def test_cancelling_leaves_the_others(written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a time when its audio was encoded, and when nothing was."""
+    path, begun = written(), threading.Event()
+    encode = SpeechEncoder._audio
+
+    def tell(self: Any, given: Any, item: Any) -> Any:
+        begun.set()
+        return encode(self, given, item)
+
+    monkeypatch.setattr(SpeechEncoder, "_audio", tell)
+    async with engine(path) as serving:
+        for wait in (False, True):
+            begun.clear()
+            going = asyncio.ensure_future(serving.transcribe(heard(2 + wait), language="de"))
+            if wait:
+                await asyncio.to_thread(begun.wait)
+            going.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await going
+            other = await answer(serving, TranscriptionPrompt(heard(1), "de"))
+            assert other == checkpoints.reference(path, sound(1, 1.3), language="de")
+        await serving.reset()
+        metrics = serving.metrics()
+        assert metrics.kv_blocks_free == metrics.kv_blocks_total
+
+
+async def test_one_that_cannot_be_encoded_ends_its_own_requests(
+    written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = SpeechEncoder._audio
+    broken: set[bytes] = set()
+
+    def fail(self: Any, given: Any, item: Any) -> Any:
+        if not broken:
+            broken.add(item.digest)
+        if item.digest in broken:
+            raise RuntimeError("a bad day")
+        return encode(self, given, item)
+
+    monkeypatch.setattr(SpeechEncoder, "_audio", fail)
+    async with engine(written()) as serving:
+        found = await asyncio.gather(
+            serving.transcribe(heard(1), language="de"),
+            serving.transcribe(heard(2), language="de"),
+            return_exceptions=True,
+        )
+        failed = [each for each in found if isinstance(each, Exception)]
+        assert len(failed) == 1 and isinstance(failed[0], StepError) and "a bad day" in str(failed[0])
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"language": "xx"}, "language is 'xx'; the model knows de, en, fr"),
+    ({"language": 3}, "language is 3"),
+    ({"task": "sing"}, "task is 'sing'"),
+    ({"timestamps": 1}, "timestamps is 1"),
+    ({"hint": "<|endoftext|> x", "language": "de"}, "which has marks of the model's"),
+    ({"hint": "x" * ROOM, "language": "de"}, "hint has 41 tokens; allowed: up to 19"),
+]
+
+
+@pytest.mark.parametrize(("asked", "message"), WRONG)
+async def test_wrong_wishes(asked: dict[str, Any], message: str, written: Callable[..., Path]) -> None:
+    async with engine(written()) as serving:
+        with pytest.raises(InvalidRequestError, match=message.replace("|", r"\|")):
+            await serving.transcribe(heard(1), **asked)
+
+
+async def test_wrong_prompts(written: Callable[..., Path]) -> None:
+    async with engine(written()) as serving:
+        text = "<|startoftranscript|>"
+        with pytest.raises(InvalidRequestError, match="the prompt has no audio"):
+            await serving.generate([257, 258])
+        with pytest.raises(InvalidRequestError, match="the prompt has no audio"):
+            await serving.pin_prompt("hear")
+        with pytest.raises(InvalidRequestError, match="the model hears one"):
+            await serving.generate(AudioPrompt(text, [heard(1), heard(2)]))
+        with pytest.raises(InvalidRequestError, match=r"2\.50 s is longer than the model hears at once, 2 s"):
+            await serving.generate(AudioPrompt(text, [heard(1, 2.5)]))
+        with pytest.raises(InvalidRequestError, match="prompt_logprobs is 0"):
+            await serving.generate(AudioPrompt(text, [heard(1)]), GenerationConfig(prompt_logprobs=0))
+        with pytest.raises(InvalidRequestError, match=r"audio\[0\]: an audio has no samples"):
+            await serving.transcribe((np.zeros(0, np.float32), RATE))
+        with pytest.raises(InvalidRequestError, match=r"audio\[0\]: an audio is 3"):
+            await serving.transcribe(3)
+        with pytest.raises(InvalidRequestError):
+            await serving.chat([{"role": "user", "content": [{"type": "audio", "audio": heard(1)}]}])
+        with pytest.raises(InvalidRequestError):
+            await serving.embed(["hear"])
+        with pytest.raises(ContextLengthExceededError):
+            await serving.generate(AudioPrompt(text * ROOM, [heard(1)]))
+        result = await serving.transcribe(heard(1), GenerationConfig(max_tokens=2), language="de")
+        assert result.finish_reason is FinishReason.LENGTH
+
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"speculative_mode": "ngram"}, ConfigError, "speculative_mode is 'ngram'"),
+    ({"quantization": "int8"}, ConfigError, "quantization is 'int8'"),
+    ({"decoder_backend": "compiled"}, ConfigError, "decoder_backend is 'compiled'"),
+    ({"kv_cache_dtype": "fp8_e4m3"}, ConfigError, "kv_cache_dtype is"),
+    ({"images": True}, UnsupportedModelError, "images is True"),
+    ({"audio": False}, ConfigError, "audio is False"),
+    ({"mla": True}, UnsupportedModelError, "mla is True"),
+    ({"max_single_sequence_length": 100}, ConfigError, r"allow 40 behind it: 106\.\.144"),
+    ({"max_single_sequence_length": 145}, ConfigError, r"allow 40 behind it: 106\.\.144"),
+]
+
+
+@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED)
+async def test_settings_that_are_refused(
+    changes: dict[str, Any], kind: type[Exception], message: str, written: Callable[..., Path]
+) -> None:
+    with pytest.raises(kind, match=message):
+        async with engine(written(), **changes):
+            pass
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+def changed(name: str, **values: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        stated = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps(stated | values))
+
+    return change
+
+
+DAMAGED: list[tuple[Callable[[Path], None], str]] = [
+    (without("preprocessor_config.json"), "has no preprocessor_config.json"),
+    (without("tokenizer.json"), "there are no tokenizer files"),
+    (changed("preprocessor_config.json", feature_size=20), "makes 200 frames of 20 mel bins; its encoder takes 200 of"),
+    (changed("config.json", decoder_layers=3), "weights are missing"),
+    (changed("config.json", d_model=36), "weights are of another shape"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED)
+async def test_damaged_checkpoints(
+    damage: Callable[[Path], None], message: str, written: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "damaged"
+    shutil.copytree(written(), path)
+    damage(path)
+    with pytest.raises(CheckpointError, match=message):
+        async with engine(path):
+            pass
+
+
+async def test_without_settings_of_generation(written: Callable[..., Path], tmp_path: Path) -> None:
+    """Whether it knows languages is told by its vocabulary then, as of the published ones: this one does not."""
+    path = tmp_path / "bare"
+    shutil.copytree(written(), path)
+    (path / "generation_config.json").unlink()
+    async with engine(path) as serving:
+        with pytest.raises(InvalidRequestError, match="English alone"):
+            await serving.transcribe(heard(1), language="de")
+        assert (await serving.transcribe(heard(1))).usage.audio_tokens == 104
+
+
+async def test_a_tokenizer_of_another_kind(written: Callable[..., Path]) -> None:
+    async with engine(written(), tokenizer="tiny") as serving:
+        assert any("transcripts: refused" in note for note in serving.health().notes)
+        with pytest.raises(InvalidRequestError, match="does not say how it is asked"):
+            await serving.transcribe(heard(1))
+        raw = AudioPrompt("x", [heard(1)])
+        assert (await serving.generate(raw, GenerationConfig(max_tokens=2, detokenize=False))).token_ids
