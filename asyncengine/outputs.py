@@ -150,12 +150,14 @@ class TranscriptSegment:
         end: The same of its end.
         text: What is said.
         token_ids: As the model has written it.
+        logprob: Of a token, in the middle of them; None if there are none.
     """
 
     start: float
     end: float
     text: str
     token_ids: tuple[int, ...]
+    logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

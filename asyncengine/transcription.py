@@ -111,8 +111,16 @@ class Transcribing(Protocol):
         """What is said in the audio, of what the model has answered; None if that is its text as it is."""
         ...
 
-    def segments(self, token_ids: Sequence[int], piece: AudioPiece) -> list[TranscriptSegment]:
-        """The same with times, if it was asked for them."""
+    def segments(
+        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece
+    ) -> list[TranscriptSegment]:
+        """The same with times, if it was asked for them.
+
+        Args:
+            token_ids: What the model has answered.
+            logprobs: Log-probabilities of these; None if they were not asked for.
+            piece: What it has heard.
+        """
         ...
 
 
@@ -129,7 +137,9 @@ class WholeTranscription:
         """As `Transcribing`: as it is."""
         return config
 
-    def segments(self, token_ids: Sequence[int], piece: AudioPiece) -> list[TranscriptSegment]:
+    def segments(
+        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece
+    ) -> list[TranscriptSegment]:
         """As `Transcribing`: none."""
         return []
 

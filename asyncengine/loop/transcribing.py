@@ -90,7 +90,9 @@ def _joined(
         text = transcribing.text(result.token_ids)
         texts.append(result.text if text is None else text)
         if asked.timestamps:
-            segments += transcribing.segments(result.token_ids, piece)
+            of_tokens = result.outputs[0].logprobs
+            logprobs = None if of_tokens is None else [each.logprob for each in of_tokens if each is not None]
+            segments += transcribing.segments(result.token_ids, logprobs, piece)
     reasons = [result.finish_reason for result in results]
     cut_off = [reason for reason in reasons if reason is not FinishReason.STOP]
     return Transcript(

@@ -28,7 +28,11 @@ class _Part:
     headers: dict[str, bytes] = field(default_factory=dict)
 
 
-async def read_form(request: Request, settings: ServerSettings, file: str) -> tuple[dict[str, str], bytes]:
+Fields = dict[str, str | list[str]]
+"""Those whose name ends in ``[]`` are lists, as clients mean them; of others the last counts."""
+
+
+async def read_form(request: Request, settings: ServerSettings, file: str) -> tuple[Fields, bytes]:
     """The fields of a form, and its one file.
 
     Args:
@@ -51,7 +55,15 @@ async def read_form(request: Request, settings: ServerSettings, file: str) -> tu
     if [part.name for part in files] != [file]:
         named = ", ".join(repr(part.name) for part in files) or "none"
         raise Refusal(400, f"the form has the files {named}; expected one, {file!r}", "invalid_field", file)
-    fields = {part.name: part.value.decode("utf-8", "replace") for part in parts if not part.is_file}
+    fields: Fields = {}
+    for part in parts:
+        text = part.value.decode("utf-8", "replace")
+        if part.name.endswith("[]") and not part.is_file:
+            several = fields.setdefault(part.name, [])
+            assert isinstance(several, list)
+            several.append(text)
+        elif not part.is_file:
+            fields[part.name] = text
     return fields, bytes(files[0].value)
 
 

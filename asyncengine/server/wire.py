@@ -53,7 +53,7 @@ class Body(Generic[T]):
         """
         if not isinstance(payload, dict):
             raise Refusal(400, f"the body is a JSON {type(payload).__name__}; expected an object", "invalid_body")
-        known = self.shape.__struct_fields__  # type: ignore[attr-defined]
+        known = self.shape.__struct_encode_fields__  # type: ignore[attr-defined]
         values, ignored = {}, []
         for name, value in payload.items():
             if name in known:
@@ -78,7 +78,7 @@ class Body(Generic[T]):
         return body, {IGNORED_HEADER: ", ".join(sorted(ignored))} if ignored else {}
 
     def _hint(self, name: str) -> str:
-        known = [*self.shape.__struct_fields__, *self.refused, *self.ignored]  # type: ignore[attr-defined]
+        known = [*self.shape.__struct_encode_fields__, *self.refused, *self.ignored]  # type: ignore[attr-defined]
         near = difflib.get_close_matches(name, known, n=1)
         return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known)) or 'none'}"
 

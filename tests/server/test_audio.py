@@ -155,7 +155,7 @@ async def test_transcripts_of_files() -> None:
         ({"language": "xx"}, {"file": FILE}, 400, "language", "language is 'xx'; allowed: 'en'"),
         ({"temperature": "warm"}, {"file": FILE}, 400, "temperature", "'warm'; expected a number"),
         ({"stream": "true"}, {"file": FILE}, 400, "stream", "a transcript comes whole"),
-        ({"timestamp_granularities[]": "word"}, {"file": FILE}, 400, "timestamp_granularities[]", "no timestamps"),
+        ({"timestamp_granularities[]": "word"}, {"file": FILE}, 400, "timestamp_granularities[]", "allowed: 'segment'"),
         ({"colour": "red"}, {"file": FILE}, 400, "colour", "unknown field 'colour'"),
         ({"model": "other"}, {"file": FILE}, 404, "model", "the model 'other' does not exist"),
         ({"model": MODEL}, {"sound": FILE}, 400, "file", "the form has the files 'sound'; expected one, 'file'"),

@@ -5,15 +5,16 @@ Its decoder's tokens begin with ``<|startoftranscript|>``, the language, the tas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
 
 from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from asyncengine.errors import InvalidRequestError, UnsupportedModelError
 from asyncengine.generation import GenerationConfig
+from asyncengine.logits_processor import LogitsProcessor
 from asyncengine.media import AudioSource
 from asyncengine.model.media.sounds import sound_of
 from asyncengine.model.speech.cutting import pieces
@@ -25,6 +26,8 @@ from asyncengine.transcription import AudioPiece, LanguageQuestion, Transcriptio
 _START, _NO_TIMES, _BEFORE = "<|startoftranscript|>", "<|notimestamps|>", "<|startofprev|>"
 _MULTILINGUAL_VOCABULARY = 51865
 """From so many tokens on, a published model knows other languages than English, where nothing else is said."""
+_NO_TIME = 1 << 30
+"""Behind all times."""
 _MOST_OF_HINT = 2
 """A hint may take one of so many parts of the tokens that the decoder has room for."""
 
@@ -137,35 +140,36 @@ class WhisperTranscription:
         return code
 
     def settings(self, config: GenerationConfig, asked: TranscriptionPrompt) -> GenerationConfig:
-        """As the protocol says; greedy where nothing is said."""
-        rules: Callable[..., Any] = self._rules.with_times if asked.timestamps else self._rules.without_times
-        temperature = 0.0 if config.temperature is None else config.temperature
+        """As the protocol says; greedy where nothing is said. Segments have log-probabilities."""
         assert isinstance(config.logits_processors, tuple)
-        return config.replace(temperature=temperature, logits_processors=(rules, *config.logits_processors))
+        temperature = 0.0 if config.temperature is None else config.temperature
+        rules: LogitsProcessor = self._rules.with_times if asked.timestamps else self._rules.without_times
+        return config.replace(
+            temperature=temperature,
+            logits_processors=(rules, *config.logits_processors),
+            logprobs=config.logprobs or asked.timestamps,
+        )
 
     def text(self, token_ids: Sequence[int]) -> str | None:
         """As the protocol says."""
         said = [token for token in token_ids if token < self._first_time]
         return self._tokenizer.decode(said, skip_special_tokens=True)
 
-    def segments(self, token_ids: Sequence[int], piece: AudioPiece) -> list[TranscriptSegment]:
+    def segments(
+        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece
+    ) -> list[TranscriptSegment]:
         """As the protocol says: what stands between two times, and what stands behind the last up to the end."""
         assert piece.end is not None
         found: list[TranscriptSegment] = []
-        start, said = piece.start, list[int]()
-
-        def add(end: float) -> None:
-            text = self._tokenizer.decode(said, skip_special_tokens=True)
-            if said and text.strip():
-                found.append(TranscriptSegment(start, max(start, end), text.strip(), tuple(said)))
-
-        for token in token_ids:
+        start, first = piece.start, 0
+        for place, token in enumerate([*token_ids, self._first_time + _NO_TIME]):
             if token < self._first_time:
-                if token < self._end:
-                    said.append(token)
                 continue
             time = min(piece.start + (token - self._first_time) * self._hearing.seconds, piece.end)
-            add(time)
-            start, said = time, []
-        add(piece.end)
+            said = [place for place in range(first, place) if token_ids[place] < self._end]
+            ids = tuple(token_ids[place] for place in said)
+            if text := self._tokenizer.decode(ids, skip_special_tokens=True).strip():
+                likely = None if logprobs is None else fmean(logprobs[place] for place in said)
+                found.append(TranscriptSegment(start, max(start, time), text, ids, likely))
+            start, first = time, place + 1
         return found

@@ -217,7 +217,7 @@ async def test_segments_of_tokens(
 ) -> None:
     async with engine(written()) as serving:
         transcribing = transcribing_of(await serving._view())
-    found = transcribing.segments(tokens, AudioPiece(None, 10.0, 11.5))
+    found = transcribing.segments(tokens, None, AudioPiece(None, 10.0, 11.5))
     assert [(segment.start, segment.end, segment.text) for segment in found] == [
         (pytest.approx(start), pytest.approx(end), text) for start, end, text in expected
     ]

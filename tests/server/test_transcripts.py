@@ -1,0 +1,121 @@
+"""Whisper behind the server: transcripts and translations in all their forms, by OpenAI's own client."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import soundfile
+
+from asyncengine import AsyncEngine, EngineConfig
+from asyncengine.outputs import Transcript, TranscriptSegment
+from asyncengine.server import create_app
+from asyncengine.server.subtitles import srt, vtt
+from tests.model.speech import checkpoints
+from tests.server.serving import client_of, error, listening
+
+pytestmark = pytest.mark.loops("either")
+
+ROUTE, TRANSLATIONS = "/v1/audio/transcriptions", "/v1/audio/translations"
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(tmp_path_factory.mktemp("listening") / "whisper", times=True)
+
+
+@pytest.fixture
+async def serving(whisper: Path) -> AsyncIterator[AsyncEngine]:
+    config = EngineConfig(str(whisper), device="cpu", dtype="float32", max_num_sequence=4)
+    async with AsyncEngine(config) as engine:
+        yield engine
+
+
+def file_of(seed: int, seconds: float) -> bytes:
+    """A file of 16 bits, as clients send it."""
+    written = io.BytesIO()
+    soundfile.write(written, checkpoints.sound(seed, seconds), checkpoints.RATE, format="WAV")
+    return written.getvalue()
+
+
+async def test_forms_of_a_transcript(serving: AsyncEngine) -> None:
+    data = file_of(1, 3.1)
+    own: Transcript = await serving.transcribe(data, language="de", timestamps=True)
+    plain = await serving.transcribe(data, language="de")
+    english = await serving.transcribe(data, task="translate", timestamps=True)
+    assert len(own.segments) > 2 and own.text != english.text
+    async with listening(create_app(serving)) as url, openai.AsyncOpenAI(api_key="x", base_url=f"{url}/v1") as client:
+        audio = client.audio
+        said = await audio.transcriptions.create(file=("a.wav", data), model="whisper", language="de")
+        assert said.text == plain.text and said.usage is not None and said.usage.type == "tokens"
+        assert said.usage.input_tokens == plain.usage.prompt_tokens
+        text = await audio.transcriptions.create(
+            file=("a.wav", data), model="whisper", language="de", response_format="text"
+        )
+        assert text == plain.text
+        verbose = await audio.transcriptions.create(
+            file=("a.wav", data),
+            model="whisper",
+            language="de",
+            response_format="verbose_json",
+            timestamp_granularities=["segment"],
+        )
+        assert (verbose.text, verbose.language, verbose.duration) == (own.text, "de", pytest.approx(3.1))
+        assert [segment.id for segment in verbose.segments or ()] == list(range(len(own.segments)))
+        for segment, expected in zip(verbose.segments or (), own.segments, strict=True):
+            assert (segment.start, segment.end) == pytest.approx((expected.start, expected.end), abs=6e-4)
+            assert (segment.text, tuple(segment.tokens)) == (expected.text, expected.token_ids)
+            assert segment.avg_logprob == pytest.approx(expected.logprob) and segment.avg_logprob < 0
+            assert segment.compression_ratio > 0 and segment.no_speech_prob is None
+        assert verbose.usage is not None and verbose.usage.seconds == pytest.approx(3.1)
+        for form, write in (("srt", srt), ("vtt", vtt)):
+            found: Any = await audio.transcriptions.create(
+                file=("a.wav", data), model="whisper", language="de", response_format=form
+            )
+            assert found == write(own.segments)
+        translated: Any = await audio.translations.create(
+            file=("a.wav", data), model="whisper", response_format="verbose_json"
+        )
+        assert (translated.text, len(translated.segments)) == (english.text, len(english.segments))
+
+
+@pytest.mark.parametrize(
+    ("route", "form", "param", "says"),
+    [
+        (ROUTE, {"language": "xx"}, "language", "the model knows de, en, fr"),
+        (ROUTE, {"timestamp_granularities[]": "word"}, "timestamp_granularities[]", "'word'; allowed: 'segment'"),
+        (
+            ROUTE,
+            {"timestamp_granularities[]": "segment"},
+            "timestamp_granularities[]",
+            "needs the response_format 'verbose_json'",
+        ),
+        (ROUTE, {"response_format": "xml"}, "response_format", "allowed: 'json', 'text', 'verbose_json', 'srt', 'vtt'"),
+        (TRANSLATIONS, {"language": "de"}, "language", "unknown field 'language'"),
+        (TRANSLATIONS, {"prompt": "<|endoftext|>"}, "prompt", "has marks of the model's"),
+    ],
+)
+async def test_what_is_refused(route: str, form: dict[str, str], param: str, says: str, serving: AsyncEngine) -> None:
+    async with client_of(create_app(serving)) as client:
+        refused = await client.post(route, data=form, files={"file": ("a.wav", file_of(1, 0.5))})
+        assert refused.status_code == 400 and error(refused)["param"] == param, refused.text
+        assert says in error(refused)["message"]
+        for messages in ([{"role": "user", "content": "hello"}],):
+            chat = await client.post("/v1/chat/completions", json={"model": "whisper", "messages": messages})
+            assert chat.status_code == 400
+        assert (await client.post("/v1/completions", json={"model": "whisper", "prompt": "x"})).status_code == 400
+
+
+def test_subtitles() -> None:
+    said = [TranscriptSegment(0.0, 1.2345, " a  <b> & c ", (1,)), TranscriptSegment(3661.5, 3662.0, "d\ne", (2,))]
+    assert srt(said) == ("1\n00:00:00,000 --> 00:00:01,234\na <b> & c\n\n2\n01:01:01,500 --> 01:01:02,000\nd e\n")
+    assert vtt(said) == (
+        "WEBVTT\n\n00:00:00.000 --> 00:00:01.234\na &lt;b&gt; &amp; c\n\n01:01:01.500 --> 01:01:02.000\nd e\n"
+    )
+    assert srt([]) == "" and vtt([]) == "WEBVTT\n"
+    assert all(re.fullmatch(r"[\d:,]+ --> [\d:,]+", line) for line in srt(said).splitlines() if "-->" in line)
