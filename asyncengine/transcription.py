@@ -103,6 +103,10 @@ class Transcribing(Protocol):
         """
         ...
 
+    def code(self, language: str) -> str:
+        """What a language is called that `request` takes, as far as the model tells names and codes apart."""
+        ...
+
     def settings(self, config: GenerationConfig, asked: TranscriptionPrompt) -> GenerationConfig:
         """How it is generated, with the rules that the model was trained to be held to."""
         ...
@@ -132,6 +136,10 @@ class WholeTranscription:
     def pieces(self, audio: Any) -> Sequence[AudioPiece]:
         """As `Transcribing`: the audio."""
         return [AudioPiece(audio)]
+
+    def code(self, language: str) -> str:
+        """As `Transcribing`: as it is."""
+        return language
 
     def settings(self, config: GenerationConfig, asked: TranscriptionPrompt) -> GenerationConfig:
         """As `Transcribing`: as it is."""

@@ -16,6 +16,7 @@ from asyncengine.cli.command import command
 COMMANDS = {
     "chat": "chat",
     "complete": "complete",
+    "transcribe": "transcribe",
     "serve": "serve",
     "bench": "bench",
     "trace": "trace",

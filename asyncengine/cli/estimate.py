@@ -54,7 +54,7 @@ def estimate(
             device_of(config.device)
         except ConfigError as error:
             raise Failure(f"{error}; --memory says how much to reckon with", 2) from error
-    if (lines := _of_encoder(config, given)) is not None:
+    if (lines := _of_others(config, given)) is not None:
         for name, text in lines:
             print(f"{name:15} {text}")
         return 0 if lines[-1][0] else 1
@@ -78,20 +78,22 @@ def estimate(
     return 0
 
 
-def _of_encoder(config: EngineConfig, memory: int | None) -> list[tuple[str, str]] | None:
-    """Lines about a checkpoint of an encoder; None if it is of none."""
+def _of_others(config: EngineConfig, memory: int | None) -> list[tuple[str, str]] | None:
+    """Lines about a checkpoint of an encoder, or of a model that transcribes; None if it is of neither."""
     from asyncengine.model.encoders.kind import is_encoder
     from asyncengine.model.gguf.checkpoint import checkpoint_at
     from asyncengine.model.location import locate
+    from asyncengine.model.speech.kind import is_speech
 
     checkpoint = checkpoint_at(locate(config.model))
-    if not is_encoder(checkpoint.config):
+    if not is_encoder(checkpoint.config) and not is_speech(checkpoint.config):
         return None
-    from asyncengine.cli import estimate_encoder
+    from asyncengine.cli import estimate_encoder, estimate_speech
     from asyncengine.cli.loading import quiet
 
     quiet()
-    return list(estimate_encoder.rows(config, checkpoint, _device(config), memory))
+    kind = estimate_speech if is_speech(checkpoint.config) else estimate_encoder
+    return list(kind.rows(config, checkpoint, _device(config), memory))
 
 
 def _device(config: EngineConfig) -> torch.device:

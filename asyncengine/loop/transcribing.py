@@ -58,6 +58,8 @@ async def transcribe(
         if not before[0].token_ids:  # it was aborted
             return Transcript("", before[0].usage, before[0].finish_reason)
         asked = replace(asked, language=question.languages[before[0].token_ids[0]])
+    elif asked.language is not None:
+        asked = replace(asked, language=transcribing.code(asked.language))
 
     def settings(view: ModelView) -> GenerationConfig:
         return transcribing_of(view).settings(given, asked)

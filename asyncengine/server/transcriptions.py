@@ -11,11 +11,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from asyncengine import subtitles
 from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig
 from asyncengine.loop.prepare import RequestOptions
 from asyncengine.outputs import Transcript, TranscriptSegment, Usage
-from asyncengine.server import subtitles
 from asyncengine.server.answer import new_id
 from asyncengine.server.form import read_form
 from asyncengine.server.reading import found

@@ -15,7 +15,7 @@ import soundfile
 from asyncengine import AsyncEngine, EngineConfig
 from asyncengine.outputs import Transcript, TranscriptSegment
 from asyncengine.server import create_app
-from asyncengine.server.subtitles import srt, vtt
+from asyncengine.subtitles import srt, vtt
 from tests.model.speech import checkpoints
 from tests.server.serving import client_of, error, listening
 

@@ -167,7 +167,7 @@ def _loaded(plan: LoadPlan, details: SpeechDetails, model: SpeechDecoder, tokeni
         model, details, backends, limits, Sampler(limits.max_num_sequence, details.vocab_size, device)
     )
     encoder = SpeechEncoder(model, reader.token_ids, device, BUDGET_TOKENS)
-    blocks = limits.num_blocks * _bytes_per_block(details, backends[0])
+    blocks = limits.num_blocks * bytes_per_block(details, backends[0])
     weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     if packed_linear.supports(details.dtype, device):
         packed_linear.pack(model.model.decoder, set())
@@ -321,7 +321,8 @@ def _generation(details: SpeechDetails) -> GenerationConfig:
         raise CheckpointError(f"{path / 'generation_config.json'} cannot be read: {error}") from error
 
 
-def _bytes_per_block(details: SpeechDetails, backend: AttentionBackend) -> int:
+def bytes_per_block(details: SpeechDetails, backend: AttentionBackend) -> int:
+    """Of all layers together."""
     layer = backend.bytes_per_block(spec_of(details.hf_config), details.places.page_size, details.dtype)
     return layer * int(details.hf_config.decoder_layers)
 
@@ -349,7 +350,7 @@ def _limits(
     budget = memory.kv_budget(
         available=max(available, 0),
         share=taken,
-        bytes_per_block=_bytes_per_block(details, backend),
+        bytes_per_block=bytes_per_block(details, backend),
         page_size=page_size,
         wanted_tokens=config.max_total_sequence_length,
         useful_tokens=sequences * -(-length // page_size) * page_size,

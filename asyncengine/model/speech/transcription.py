@@ -71,7 +71,7 @@ class WhisperTranscription:
     ) -> None:
         self._tokenizer, self._hearing, self._longest = tokenizer, hearing, longest
         self._end = self._token("<|endoftext|>")
-        self._rules = Rules(generation, self._token(_NO_TIMES), self._end)
+        self._rules = Rules(generation, self._token(_NO_TIMES), self._end, vocab_size)
         self._first_time = self._rules.first_time
         codes = {code: f"<|{code}|>" for code in LANGUAGES}
         known = {code: token for code, mark in codes.items() if (token := self._find(mark)) is not None}
@@ -108,14 +108,14 @@ class WhisperTranscription:
         """As the protocol says."""
         hint = "" if asked.hint is None or not asked.hint.strip() else self._hint(asked.hint)
         marks = [_START]
+        code = "en" if asked.language is None else self.code(asked.language)
+        if code not in (self._languages or ("en",)):
+            known = ", ".join(sorted(self._languages)) or "English alone"
+            raise InvalidRequestError(f"language is {asked.language!r:.80}; the model knows {known}")
         if self._languages:
-            code = "en" if asked.language is None else self._code(asked.language)
             marks += [f"<|{code}|>", f"<|{asked.task}|>"]
-        else:
-            if asked.language is not None and self._named(asked.language) != "en":
-                raise InvalidRequestError(f"language is {asked.language!r:.80}; the model knows English alone")
-            if asked.task != "transcribe":
-                raise InvalidRequestError(f"task is {asked.task!r}; the model knows English alone")
+        elif asked.task != "transcribe":
+            raise InvalidRequestError(f"task is {asked.task!r}; the model knows English alone")
         return hint + "".join(marks if asked.timestamps else [*marks, _NO_TIMES])
 
     def _hint(self, hint: str) -> str:
@@ -127,17 +127,10 @@ class WhisperTranscription:
             raise InvalidRequestError(f"hint has {len(ids)} tokens; allowed: up to {most - 1}")
         return _BEFORE + text
 
-    @staticmethod
-    def _named(language: str) -> str:
+    def code(self, language: str) -> str:
+        """As the protocol says."""
         name = language.strip().lower().removeprefix("<|").removesuffix("|>")
         return str(TO_LANGUAGE_CODE.get(name, name))
-
-    def _code(self, language: str) -> str:
-        code = self._named(language)
-        if code not in self._languages:
-            known = ", ".join(sorted(self._languages))
-            raise InvalidRequestError(f"language is {language!r:.80}; the model knows {known}")
-        return code
 
     def settings(self, config: GenerationConfig, asked: TranscriptionPrompt) -> GenerationConfig:
         """As the protocol says; greedy where nothing is said. Segments have log-probabilities."""

@@ -1,0 +1,54 @@
+"""What a model that transcribes would take: weights, and a KV cache in which each audio has its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from asyncengine.config import EngineConfig
+
+
+def rows(config: EngineConfig, checkpoint: Any, device: torch.device, memory: int | None) -> Iterator[tuple[str, str]]:
+    """Lines about such a model; arguments and errors as those of `asyncengine.cli.estimate_encoder.rows`."""
+    from asyncengine.cli.estimate import gib
+    from asyncengine.model.attention.cpu import CpuAttention
+    from asyncengine.model.attention.reference import TorchAttention
+    from asyncengine.model.load_check import SLACK
+    from asyncengine.model.load_settings import dtype_of, settled
+    from asyncengine.model.memory import CPU_SHARE, CUDA_SHARE, free_bytes
+    from asyncengine.model.speech.loading import bytes_per_block, details_of, sequences_of
+
+    dtype = dtype_of(settled(config, checkpoint, device), checkpoint)
+    details = details_of(config, None, checkpoint, device, dtype)
+    cuda = device.type == "cuda"
+    plain = cuda or config.attention_backend == "torch"
+    parameters = sum(prod(shape) for shape in checkpoint.shapes.values())
+    free = free_bytes(device) if memory is None else memory
+    left = free - details.weight_bytes - SLACK
+    share = config.gpu_memory_utilization or (CUDA_SHARE if cuda else CPU_SHARE)
+    block = bytes_per_block(details, TorchAttention() if plain else CpuAttention)  # type: ignore[arg-type]
+    of_one = -(-details.max_length // details.places.page_size) * block
+    sequences = sequences_of(config, device)
+    kind = (details.hf_config.architectures or [type(details.hf_config).__name__])[0]
+    yield "model", f"{kind}, {parameters / 1e6:,.1f} M parameters in {len(checkpoint.tensors)} tensors"
+    yield "weights", f"{gib(details.weight_bytes)} in {str(dtype).removeprefix('torch.')}"
+    yield (
+        "KV cache",
+        f"{of_one / 1024**2:,.1f} MiB for an audio of {details.places.count:,} tokens and the "
+        f"{details.max_length - details.places.count:,} of its text",
+    )
+    yield (
+        f"memory ({device.type})",
+        f"{gib(free)} - {gib(details.weight_bytes)} weights - {gib(SLACK)} for everything else = {gib(left)}",
+    )
+    fitting = int(max(left, 0) * share) // of_one
+    yield (
+        "largest batch",
+        f"{min(fitting, sequences):,} audio at once: {fitting:,} fit, and --max-num-seqs is {sequences:,}",
+    )
+    if not fitting:
+        yield "", "does not fit"

@@ -1,0 +1,98 @@
+"""``asyncengine transcribe``: files in their order, in several forms, and what goes wrong with one of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from asyncengine.model.loader import TransformersLoader
+from tests.cli.programs import Done, run, scripted_loader
+from tests.model.speech import checkpoints
+
+pytestmark = pytest.mark.loops("either")
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write(tmp_path_factory.mktemp("whisper"), times=True)
+
+
+def heard(*arguments: str) -> Done:
+    return run("transcribe", *arguments, loader=TransformersLoader())
+
+
+def files(path: Path, count: int) -> list[str]:
+    written = []
+    for number in range(count):
+        written.append(str(path / f"{number}.wav"))
+        soundfile.write(written[-1], checkpoints.sound(number, 1.2), checkpoints.RATE)
+    return written
+
+
+def test_files_are_written_in_their_order(tmp_path: Path) -> None:
+    """By a scripted model, to which any bytes are audio: it says how much of it it hears."""
+    paths = []
+    for count in (9, 2, 5):
+        paths.append(str(tmp_path / f"{count}.bin"))
+        Path(paths[-1]).write_bytes(b"x" * count)
+    loader = scripted_loader(script=lambda prompt, branch: str(len(prompt)).encode(), takes_audio=True)
+    done = run("transcribe", "scripted", *paths, loader=loader)
+    assert done.status == 0
+    lengths = [len(Path(path).read_bytes()) for path in paths]
+    assert done.out.splitlines() == [f"{path}: {3 + length % 7}" for path, length in zip(paths, lengths, strict=True)]
+    done = run("transcribe", "scripted", paths[0], "--hint", "abc", loader=loader)
+    assert (done.status, done.out) == (0, "8\n")
+    done = run("transcribe", "scripted", paths[0], "--translate", loader=loader)
+    assert (done.status, done.out) == (1, "") and "the model only transcribes" in done.err
+
+
+def test_forms(whisper: Path, tmp_path: Path) -> None:
+    one, other = files(tmp_path, 2)
+    flags = ("--dtype", "float32", "--device", "cpu", "--max-num-seqs", "4")
+    plain = heard(str(whisper), one, "--language", "german", *flags)
+    assert plain.status == 0 and plain.out.strip()
+    done = heard(str(whisper), one, other, "--language", "german", "--format", "json", *flags)
+    assert done.status == 0
+    found = [json.loads(line) for line in done.out.splitlines()]
+    assert [each["file"] for each in found] == [one, other]
+    assert all(each["language"] == "de" and each["seconds"] == 1.2 and each["segments"] for each in found)
+    for form, begin in (("srt", "1\n00:00:0"), ("vtt", "WEBVTT\n\n00:00:0")):
+        done = heard(str(whisper), one, "--language", "de", "--format", form, *flags)
+        assert done.status == 0 and done.out.startswith(begin)
+        assert len(re.findall(" --> ", done.out)) == len(found[0]["segments"])
+
+
+def test_what_is_wrong_with_files(whisper: Path, tmp_path: Path) -> None:
+    [good] = files(tmp_path, 1)
+    bad = tmp_path / "bad.wav"
+    bad.write_text("no sound")
+    done = heard(str(whisper), str(bad), good, "--dtype", "float32", "--device", "cpu")
+    assert done.status == 1
+    assert f"asyncengine: {bad}: audio[0]: an audio is damaged" in done.err
+    assert done.out.startswith(f"{good}: ") and len(done.out.splitlines()) == 1
+    done = heard(str(whisper), good, str(tmp_path / "none.wav"))
+    assert done.status == 2 and "none.wav' is not a file" in done.err
+    done = heard(str(whisper), good, good, "--format", "srt")
+    assert done.status == 2 and "--format is srt, and there are 2 files" in done.err
+    done = heard(str(whisper))
+    assert done.status == 2
+
+
+def test_the_estimate_knows_what_an_audio_takes(whisper: Path) -> None:
+    done = run("estimate", str(whisper), "--memory", "1", "--max-num-seqs", "7", "--device", "cpu")
+    assert done.status == 0, done.err
+    for text in (
+        "WhisperForConditionalGeneration",
+        "in float32",
+        "an audio of 128 tokens and the 40",
+        "7 audio at once",
+    ):
+        assert text in done.out
+    done = run("estimate", str(whisper), "--memory", "0.1", "--device", "cpu")
+    assert done.status == 1 and "does not fit" in done.out
+    done = run("estimate", str(whisper), "--max-model-len", "128")
+    assert done.status == 1 and "(max_single_sequence_length) is 128; an audio takes 128" in done.err
