@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         RequestOutput,
         RequestResult,
         Transcript,
+        TranscriptSegment,
         Usage,
     )
     from asyncengine.reranking import RerankPrompt
@@ -131,6 +132,7 @@ __all__ = [
     "Tokenizer",
     "Trace",
     "Transcript",
+    "TranscriptSegment",
     "UnsupportedModelError",
     "Usage",
     "WarmUp",
@@ -186,6 +188,7 @@ _HOMES = {
         "RequestOutput",
         "RequestResult",
         "Transcript",
+        "TranscriptSegment",
         "Usage",
     ),
     "asyncengine.reranking": ("RerankPrompt",),

@@ -61,6 +61,7 @@ PUBLIC = [
     "Tokenizer",
     "Trace",
     "Transcript",
+    "TranscriptSegment",
     "UnsupportedModelError",
     "Usage",
     "WarmUp",
