@@ -80,7 +80,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=[",".join(each) or "plain" for each in SETTINGS])
-async def test_greedy_equals_transformers(changes: dict[str, Any], written: Callable[..., Path]) -> None:
+async def test_transcripts_equal_transformers(changes: dict[str, Any], written: Callable[..., Path]) -> None:
     """Several audio at once, some of them twice; in chunks, with preemptions, over two back ends."""
     path = written()
     languages = ["de", "en", "fr", "de", "en"]
