@@ -92,7 +92,7 @@ def limits_of(
         bytes_per_block=max(per_block, 1),  # a model need not attend
         page_size=page_size,
         wanted_tokens=config.max_total_sequence_length,
-        useful_tokens=sequences * length,
+        useful_tokens=sequences * -(-length // page_size) * page_size,
         graphs=captured(sequences) if cuda else None,
     )
     limits = Limits(
