@@ -1,7 +1,7 @@
-"""Compiled code in the parts of a model that runs as transformers has it, on the CPU. Used on the loader's thread.
+"""Compiled code in the parts of a model that runs as transformers has it. Used on the loader's thread.
 
-Its linear layers and experts, and the functions that its recurrent layers call. Whatever turns out to compute something
-else in the trial is left out again, and the load says what is slower then.
+On the CPU its linear layers and experts, and everywhere the functions that its recurrent layers call. Whatever turns
+out to compute something else in the trial is left out again, and the load says what is slower then.
 """
 
 from __future__ import annotations
@@ -31,16 +31,47 @@ def library_of(config: EngineConfig, details: Details, backend: Any) -> Any:
 
 def calling_compiled(layers: Recorded, details: Details) -> tuple[Recorded, tuple[str, ...]]:
     """Layers whose recurrent ones call compiled code, if that can be had; and why it cannot, in words."""
+    if not layers.recurrent:
+        return layers, ()
+    if details.device.type == "cuda":
+        return _calling_kernels(layers)
     from asyncengine.builds import BuildError
     from asyncengine.model.recurrent import scans
     from asyncengine.model.recurrent.compiled_functions import compiled
 
-    if details.device.type != "cpu" or not layers.recurrent:
+    if details.device.type != "cpu":
         return layers, ()
     try:
         return layers.calling(compiled(scans.Scans(scans.build()))), ()
     except BuildError as error:
         return layers, (f"recurrent layers: run as transformers has them, which is slower: {error}",)
+
+
+def _calling_kernels(layers: Recorded) -> tuple[Recorded, tuple[str, ...]]:
+    """Layers whose recurrent ones decode with kernels of a device."""
+    from asyncengine.model.recurrent.placed_functions import placed
+    from asyncengine.model.recurrent.step_kernels import StepKernels, Unavailable
+
+    try:
+        return layers.calling(placed(StepKernels()), in_place=True), ()
+    except Unavailable as error:
+        return layers, (f"recurrent layers: decode as transformers has them, which is slower: {error}",)
+
+
+def slower_on_device(trial: Any) -> tuple[str, ...]:
+    """What of recurrent layers is slower on a device than it could be, in words; after their trial."""
+    from asyncengine.model.recurrent.packages import missing
+
+    recurrent, notes = trial.layers.recurrent, []
+    without = [layer.name for layer in recurrent if not layer.in_place]
+    if without and any(layer.functions is not None for layer in recurrent):  # else it was said why not
+        reasons = dict.fromkeys(trial.apart.get(name, "there are no kernels for them") for name in without)
+        how = f"{len(without)} of {len(recurrent)} decode as transformers has them, which is slower"
+        notes.append(f"recurrent layers: {how}: {'; '.join(reasons)}")
+    if packages := missing(recurrent):
+        what = "they are" if without else "prompts are"
+        notes.append(f"recurrent layers: {what} computed by plain torch; {', '.join(packages)} would have kernels")
+    return tuple(notes)
 
 
 def tried(model: Any, trial: Any, backend: Any) -> tuple[str, ...]:
