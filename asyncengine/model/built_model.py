@@ -89,7 +89,7 @@ def build(
     model, has_head = _with_weights(details)
     layers = architecture.layers_of(model, details.watched)
     check_latents(config, [layer.spec for layer in layers.attention])
-    layers, slower = compiled_parts.calling_compiled(layers, details)
+    layers, slower = compiled_parts.calling_compiled(layers, details.device)
     notes.extend(slower)
     trial = verification.Trial.of(model, layers, details.device)
     classifier = _classifier(details, model)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from asyncengine.config import EngineConfig
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model.load_check import Details
@@ -29,17 +31,17 @@ def library_of(config: EngineConfig, details: Details, backend: Any) -> Any:
     return backend.library(kind_of(details.dtype, config.quantization))
 
 
-def calling_compiled(layers: Recorded, details: Details) -> tuple[Recorded, tuple[str, ...]]:
+def calling_compiled(layers: Recorded, device: torch.device) -> tuple[Recorded, tuple[str, ...]]:
     """Layers whose recurrent ones call compiled code, if that can be had; and why it cannot, in words."""
     if not layers.recurrent:
         return layers, ()
-    if details.device.type == "cuda":
+    if device.type == "cuda":
         return _calling_kernels(layers)
     from asyncengine.builds import BuildError
     from asyncengine.model.recurrent import scans
     from asyncengine.model.recurrent.compiled_functions import compiled
 
-    if details.device.type != "cpu":
+    if device.type != "cpu":
         return layers, ()
     try:
         return layers.calling(compiled(scans.Scans(scans.build()))), ()
@@ -133,7 +135,7 @@ def with_products(
         except Exception as error:  # a module that reads the weights of its linear layers raises anything
             reason = reason_of(error)
         model = again()
-        trial.layers, slower = calling_compiled(architecture.layers_of(model, details.watched), details)
+        trial.layers, slower = calling_compiled(architecture.layers_of(model, details.watched), details.device)
         slower += tried(model, trial, backend)
         return model, trial, (*slower, f"decoder: its linear layers run as torch has them: {reason}")
     if not (share := compiled_layers.narrow_share(model)):

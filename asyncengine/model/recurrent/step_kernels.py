@@ -23,8 +23,8 @@ MOST_TAPS = 16
 """Tokens that a convolution sees, or keeps, at most."""
 MOST_NUMBERS = 512
 """Of a state that are reduced at once, and so lie in one program, at most."""
-CHANNELS_EACH = 128
-"""Of a convolution, that one program computes."""
+TOKENS_EACH = 512
+"""That are kept by a convolution, of all channels that one program computes: four of a thread."""
 CONVOLUTION_OPTIONS: dict[str, Any] = OPTIONS | {"num_warps": 4}
 """How its kernel is made."""
 
@@ -104,7 +104,7 @@ def convolution_constants(channels: int, taps: int, kept: int, silu: bool) -> di
         "TAPS": taps,
         "KEPT": kept,
         "KEPT_PAD": power_of_two(kept),
-        "EACH": min(CHANNELS_EACH, power_of_two(channels)),
+        "EACH": min(TOKENS_EACH // power_of_two(kept), power_of_two(channels)),
         "SILU": silu,
     }
 
