@@ -56,13 +56,16 @@ from benchmarks.attention_compile import HOPPER, NAMES, STREAM, resources
 from benchmarks.fused_shapes import DECODERS, Decoder, products
 
 _WIDE = re.compile(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global[^;]*, 0x10")
-_EVEN = (
-    "gate_token", "up_token", "query_token", "key_token", "stride", "inputs", "outputs", "query_row", "key_row",
-    "value_row", "decay_row", "beta_row", "given_row", "step_row", "b_row", "c_row", "gate_row", "state_row",
-)  # fmt: skip
+_EVEN = ("gate_token", "up_token", "query_token", "key_token", "stride", "inputs", "outputs", "state_row")
 """Arguments that multiples of 16 are given for."""
+_ROWS = (
+    "query_row", "key_row", "value_row", "decay_row", "beta_row", "given_row", "step_row", "b_row", "c_row",
+    "gate_row",
+)  # fmt: skip
+_PLACES = ("sources", "targets")
+"""Pointers to what may lie anywhere."""
 _SCALARS = {
-    **dict.fromkeys(("tokens", "splits", "pairs", "most", "nowhere", *_EVEN), "i32"),
+    **dict.fromkeys(("tokens", "splits", "pairs", "most", "nowhere", *_EVEN, *_ROWS), "i32"),
     **dict.fromkeys(("offset", "epsilon", "factor", "cap", "query_scale", "scale"), "fp32"),
 }
 
@@ -216,7 +219,7 @@ def around_experts(dtype: torch.dtype) -> Iterator[Case]:
 def recurrent(dtype: torch.dtype) -> Iterator[Case]:
     """A token of recurrent layers, of known shapes: states of scans are in float32, and in the model's dtype, too."""
     number = f"*{NAMES[dtype]}"
-    places = {"sources": "*i64", "targets": "*i64"}
+    places = dict.fromkeys(_PLACES, "*i64")
     deltas = {
         "qwen3-next": ((16, 32), (128, 128), False),
         "olmo hybrid": ((30, 30), (96, 192), False),
@@ -299,7 +302,7 @@ def compiled(case: Case) -> dict[str, Any]:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if types[name].startswith("*") or name in _EVEN
+            if (types[name].startswith("*") and name not in _PLACES) or name in _EVEN
         },
     )
     kernel = triton.compile(source, target=HOPPER, options=dict(case.options))

@@ -8,6 +8,10 @@ be set aside, in another. Whatever is reduced (over keys, or over the numbers of
 Places are read on the device, so a captured launch serves any sequences. Rows that stand for nobody have the place
 `nowhere`: of these nothing is read, as if they had a state of zeros, and nothing is written but their output.
 
+What differs from step to step, or between a load's trial and what is served, is not compiled for: distances between
+rows, alignment of places, and which place is nowhere. Else a step would wait for a compiler. Of states, which are read
+and written in wide pieces, the distance is a multiple of 16 numbers and the compiler is told.
+
 All arithmetic is in float32; states, inputs and parameters are read, and states and outputs written, in their own
 dtype.
 """
@@ -34,7 +38,11 @@ def _up_to(at, size, place, nowhere):
     return at < tl.where(place == nowhere, 0, size)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "sources", "targets", "nowhere", "query_row", "key_row", "value_row", "decay_row", "beta_row",
+    ]
+)  # fmt: skip
 def delta_rule(
     query, key, value, decay, beta, state, output, sources, targets,
     query_row, key_row, value_row, decay_row, beta_row, state_row, nowhere, scale,
@@ -82,7 +90,7 @@ def delta_rule(
     tl.store(state + target * state_row + within, numbers.to(state.dtype.element_ty), mask=to_write)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sources", "targets", "nowhere", "given_row", "step_row", "b_row", "c_row", "gate_row"])
 def selective_scan(
     given, step, a, b, c, state, output, skip, bias, gate, sources, targets,
     given_row, step_row, b_row, c_row, gate_row, state_row, nowhere,
@@ -142,7 +150,7 @@ def selective_scan(
     tl.store(state + target * state_row + within, numbers.to(state.dtype.element_ty), mask=to_write)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sources", "targets", "nowhere", "given_row"])
 def convolution(
     given, weight, bias, state, output, sources, targets, given_row, state_row, nowhere,
     CHANNELS: tl.constexpr, TAPS: tl.constexpr, KEPT: tl.constexpr, KEPT_PAD: tl.constexpr,
