@@ -389,6 +389,34 @@ def test_what_kernels_do_not_compute_is_gathered_for_the_function_that_was_there
     case.step(given(2), [1, 4], [2, 4])
 
 
+def _by_channel(given: Tensors) -> Tensors:
+    """A step of Mamba-2 whose times differ within a head."""
+    return given | {"dt": given["dt"] + torch.linspace(0, 1, given["dt"].shape[-1])}
+
+
+LARGE = {
+    GATED: (qwen, (1, 600, 8), lambda: of_delta(delta(2, (1, 1), (600, 8), torch.float32, False))),
+    MAMBA2: (mamba2, (4, 16, 16), lambda: of_scan(_by_channel(mamba2_step(2, 2, (16, 16), torch.float32)))),
+    f"{MAMBA2}, large": (mamba2, (4, 8, 600), lambda: of_scan(mamba2_step(2, 2, (8, 600), torch.float32))),
+    MAMBA: (jamba, (8, 600), lambda: of_scan(mamba_step(2, 8, 600, torch.float32))),
+    CONVOLUTION: (functions, (8, 17), lambda: of_convolution(convolved(2, 8, 17, torch.float32), "silu")),
+    f"{CONVOLUTION}, gelu": (functions, (8, 4), lambda: of_convolution(convolved(2, 8, 4, torch.float32), "gelu")),
+}
+
+
+@pytest.mark.parametrize("which", LARGE)
+def test_what_no_program_holds_is_gathered_too(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor what a step does not have one of for each head, nor another activation."""
+    for kernel in ("delta_rule", "selective_scan", "convolution"):
+        monkeypatch.setattr(StepKernels, kernel, None)
+    name = which.split(",")[0]
+    module, shape, given = LARGE[which]
+    case = Stepped(name, module, torch.randn(PLACES, *shape))
+    case._by_kernels = placed(StepKernels())[name](getattr(module, name), case._present)
+    case.step(given(), [4, 1])
+    case.step(given(), [1, 4], [2, 4])
+
+
 @ALL
 def test_other_states_go_to_the_function_that_was_there(name: str) -> None:
     """As those of a piece of a prompt, which are not those of all sequences."""
