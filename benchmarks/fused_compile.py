@@ -1,16 +1,16 @@
 """Registers, spills and width of loads of the fused kernels, compiled for Hopper. Needs triton, but no GPU.
 
 What `asyncengine.model.fused` launches for models of known shapes, for one token and for several, what
-`asyncengine.model.adapters` launches for adapters of several ranks, and products with weights of four bits, in
-bfloat16, float16 and float32. ptxas says how
-many registers a thread takes and how many bytes it spills; how many loads of 16 bytes the code has is counted in the
-assembly. Who is to stream at 4.8 TB/s with some 0.8 us between asking and getting must have 29 KiB on the way to each
-of 132 multiprocessors; how much is, follows from stages, and from how many programs fit. A kernel that spills, reads
-weights in smaller pieces or has less on the way is slow: the exit status is 1 if there is one. Factors of adapters are
-small, so how much of them is on the way is not looked at. Whether the others are fast, only a device can tell. Of
-weights of four bits that are streamed, `issue` is the share of a multiprocessor's issue slots that unpacking and
-multiplying them takes at 4.8 TB/s and 1.755 GHz: with more than 1, that is what takes the time. The last line is one
-JSON object.
+`asyncengine.model.adapters` launches for adapters of several ranks, products with weights of four bits, and what
+`asyncengine.model.recurrent` launches for a token of a recurrent layer, in bfloat16, float16 and float32. ptxas says
+how many registers a thread takes and how many bytes it spills; how many loads of 16 bytes the code has is counted in
+the assembly. Who is to stream at 4.8 TB/s with some 0.8 us between asking and getting must have 29 KiB on the way to
+each of 132 multiprocessors; how much is, follows from stages, and from how many programs fit. A kernel that spills,
+reads weights in smaller pieces or has less on the way is slow: the exit status is 1 if there is one. Factors of
+adapters are small, so how much of them is on the way is not looked at. Whether the others are fast, only a device can
+tell. Of weights of four bits that are streamed, `issue` is the share of a multiprocessor's issue slots that unpacking
+and multiplying them takes at 4.8 TB/s and 1.755 GHz: with more than 1, that is what takes the time. The last line is
+one JSON object.
 
     python -m benchmarks.fused_compile [--quick]
 """
@@ -49,16 +49,24 @@ from asyncengine.model.quantised.four_bit_product import TABLES, Gate, Matrices,
 from asyncengine.model.quantised.four_bit_product import launch_options as four_bit_options
 from asyncengine.model.quantised.four_bit_tiles import rows_for, tile_for
 from asyncengine.model.quantised.four_bits import FP4, NONLINEAR
+from asyncengine.model.recurrent import kernels as recurrent_kernels
+from asyncengine.model.recurrent import step_kernels
 from benchmarks import sass
 from benchmarks.attention_compile import HOPPER, NAMES, STREAM, resources
 from benchmarks.fused_shapes import DECODERS, Decoder, products
 
 _WIDE = re.compile(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg\.shared\.global[^;]*, 0x10")
-_EVEN = ("gate_token", "up_token", "query_token", "key_token", "stride", "inputs", "outputs")
+_EVEN = ("gate_token", "up_token", "query_token", "key_token", "stride", "inputs", "outputs", "state_row")
 """Arguments that multiples of 16 are given for."""
+_ROWS = (
+    "query_row", "key_row", "value_row", "decay_row", "beta_row", "given_row", "step_row", "b_row", "c_row",
+    "gate_row",
+)  # fmt: skip
+_PLACES = ("sources", "targets")
+"""Pointers to what may lie anywhere."""
 _SCALARS = {
-    **dict.fromkeys(("tokens", "splits", "pairs", "most", *_EVEN), "i32"),
-    **dict.fromkeys(("offset", "epsilon", "factor", "cap", "query_scale"), "fp32"),
+    **dict.fromkeys(("tokens", "splits", "pairs", "most", "nowhere", *_EVEN, *_ROWS), "i32"),
+    **dict.fromkeys(("offset", "epsilon", "factor", "cap", "query_scale", "scale"), "fp32"),
 }
 
 
@@ -208,6 +216,58 @@ def around_experts(dtype: torch.dtype) -> Iterator[Case]:
         yield Case(f"add up {number} {parts}", four_bit_kernels.add_up, pointers, constants, OPTIONS)
 
 
+def recurrent(dtype: torch.dtype) -> Iterator[Case]:
+    """A token of recurrent layers, of known shapes: states of scans are in float32, and in the model's dtype, too."""
+    number = f"*{NAMES[dtype]}"
+    places = dict.fromkeys(_PLACES, "*i64")
+    deltas = {
+        "qwen3-next": ((16, 32), (128, 128), False),
+        "olmo hybrid": ((30, 30), (96, 192), False),
+        "small heads": ((4, 4), (64, 64), False),
+        "kimi linear": ((32, 32), (128, 128), True),
+        "large heads": ((4, 8), (256, 512), False),
+    }
+    for state in dict.fromkeys(("*fp32", number)):
+        for name, (heads, dims, by_channel) in deltas.items():
+            constants = step_kernels.delta_rule_constants(heads, dims, by_channel, normalise=True)
+            pointers = places | dict.fromkeys(("query", "key", "value", "beta", "output"), number)
+            pointers |= {"decay": "*fp32", "state": state}
+            yield Case(
+                f"delta rule {name} {number} {state}", recurrent_kernels.delta_rule, pointers, constants,
+                options := step_kernels.delta_rule_options(constants),
+                _of_state(constants["KEY_PAD"] * constants["VALUES"], state, dtype, options),
+            )  # fmt: skip
+        scans = {
+            "mamba-2 2.7b": (80, 1, (64, 128), True),
+            "granite 4": (128, 1, (64, 256), True),
+            "falcon h1": (24, 2, (128, 256), True),
+            "mamba 2.8b": (1, 1, (5120, 16), False),
+        }
+        for name, (count, groups, dims, by_head) in scans.items():
+            constants = step_kernels.selective_scan_constants(count, groups, dims, by_head, softplus=True)
+            pointers = places | dict.fromkeys(("given", "step", "b", "c"), number) | {"a": "*fp32", "state": state}
+            pointers |= {"skip": number, "bias": number, "output": "*fp32"} if by_head else {}
+            pointers |= {} if by_head else {"skip": "*fp32", "bias": "*fp32", "gate": number, "output": number}
+            yield Case(
+                f"scan {name} {number} {state}", recurrent_kernels.selective_scan, pointers, constants,
+                options := step_kernels.selective_scan_options(constants),
+                _of_state(constants["EACH"] * constants["STATE_PAD"], state, dtype, options),
+            )  # fmt: skip
+    for taps, kept in ((4, 4), (4, 3), (3, 3), (16, 16)):
+        constants = step_kernels.convolution_constants(8192, taps, kept, silu=True)
+        pointers = places | dict.fromkeys(("given", "weight", "bias", "state", "output"), number)
+        yield Case(
+            f"convolution of {taps} over {kept} {number}", recurrent_kernels.convolution, pointers, constants,
+            step_kernels.CONVOLUTION_OPTIONS,
+        )  # fmt: skip
+
+
+def _of_state(numbers: int, state: str, dtype: torch.dtype, options: Mapping[str, Any]) -> int:
+    """Loads of 16 bytes with which a thread reads its part of a state."""
+    itemsize = 4 if state == "*fp32" else dtype.itemsize
+    return numbers * itemsize // (32 * int(options["num_warps"]) * 16)
+
+
 def cases(quick: bool) -> Iterator[Case]:
     """Every kernel, but for the tiny model; if it has to be quick, those that read the most."""
     for name, decoder in list(DECODERS.items())[: 1 if quick else -1]:
@@ -223,9 +283,11 @@ def cases(quick: bool) -> Iterator[Case]:
             yield from adapters(dtype, rank)
         if quick:
             yield from itertools.islice(all_of_four_bits(dtype), 2)
+            yield next(recurrent(dtype))
         else:
             yield from all_of_four_bits(dtype)
             yield from around_experts(dtype)
+            yield from recurrent(dtype)
 
 
 def compiled(case: Case) -> dict[str, Any]:
@@ -240,7 +302,7 @@ def compiled(case: Case) -> dict[str, Any]:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if types[name].startswith("*") or name in _EVEN
+            if (types[name].startswith("*") and name not in _PLACES) or name in _EVEN
         },
     )
     kernel = triton.compile(source, target=HOPPER, options=dict(case.options))

@@ -5,7 +5,7 @@ First parity with transformers (`gpu_parity.py`: median relative error of logits
 
 * ceilings: bandwidth of a copy (read plus written) and rate of a matrix product, measured here;
 * attention (`gpu_attention.py`): our kernel, FlashInfer's and FlashAttention-3's where they are installed; parity, then
-  decode and prefill of one layer;
+  decode and prefill of one layer; beside it, the kernels for a token of recurrent layers (`gpu_recurrent.py`);
 * the 8 B shape: decode at batch 1, 8, 64 and 256 with a context of 1 k, as a share of the copy's bandwidth; prefill as
   a share of the product's rate; time to first token of 128 tokens; decode at batch 64 with a KV cache in fp8, with
   weights in fp8 as well, and over each of those other kernels; a compiled static-cache decode by transformers;
@@ -194,7 +194,10 @@ def parity(scale: Scale, report: Report, device: Any, share: tuple[int, int] = (
     from benchmarks import gpu_parity
 
     dtypes = [getattr(torch, name) for name in scale.parity_dtypes]
-    names = list(gpu_parity.ARCHITECTURES)
+    unknown = gpu_parity.unknown()
+    names = [name for name in gpu_parity.ARCHITECTURES if name not in unknown]
+    if not share[0]:  # it is said once
+        report.skipped += [f"parity, {name}: {reason}" for name, reason in unknown.items()]
     found: dict[str, Any] = {}
     report.results["parity"] = found
 
@@ -217,7 +220,7 @@ def attention(scale: Scale, report: Report, device: Any, ceilings: dict[str, flo
     import torch
 
     from asyncengine.model.attention.protocol import LayerSpec
-    from benchmarks import gpu_attention
+    from benchmarks import gpu_attention, gpu_recurrent
 
     for name in there:
         lengths = list(scale.parity_lengths)
@@ -244,6 +247,17 @@ def attention(scale: Scale, report: Report, device: Any, ceilings: dict[str, flo
         scale.chunk, device,
     )  # fmt: skip
     report.part("attention, ours, of latents", 15 if scale.device == "cuda" else 0, measure)
+    name = "recurrent layers, one token"
+    if (reason := gpu_recurrent.reason_against(device)) is not None:
+        report.skipped.append(f"{name}: {reason}")
+        return
+    measure = functools.partial(
+        gpu_recurrent.measure, scale.batches, getattr(torch, scale.dtype), device, ceilings["copy_gb_per_s"]
+    )
+    found = report.part(name, 15 if scale.device == "cuda" else 0, measure)
+    wrong = [case for case, result in (found or {}).items() if not result["ok"]]
+    if wrong:
+        report.failed(name, f"not what torch computes: {', '.join(wrong)}")
 
 
 def description(model: Any, scale: Scale, ceilings: dict[str, float]) -> dict[str, Any]:

@@ -131,16 +131,16 @@ def _one_layer(
             plan = backend.plan(batch, PAGE, device)
             call()
             host.append(time.perf_counter() - begun)
-        return _seconds(call, device), statistics.median(host[1:])
+        return seconds_of(call, device), statistics.median(host[1:])
 
 
-def _seconds(call: Callable[[], None], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device, calls: int = _CALLS, repeats: int = _REPEATS) -> float:
     """Median seconds of one call among many."""
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         _wait(device)
         begun = time.perf_counter()
-        for _ in range(_CALLS):
+        for _ in range(calls):
             call()
         queued = time.perf_counter() - begun
         if device.type != "cuda":
@@ -150,12 +150,12 @@ def _seconds(call: Callable[[], None], device: torch.device) -> float:
         _wait(device)
         torch.cuda._sleep(int(2 * queued * 2e9))  # cycles: longer than the host takes to queue the calls
         begin.record()
-        for _ in range(_CALLS):
+        for _ in range(calls):
             call()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times) / _CALLS
+    return statistics.median(times) / calls
 
 
 def _wait(device: torch.device) -> None:

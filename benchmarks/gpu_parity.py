@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Cache
 
-from asyncengine.model import architecture
+from asyncengine.model import architecture, compiled_parts
 from asyncengine.model.adapters.adapted_modules import AdaptedModules
 from asyncengine.model.adapters.lora import Lora, LowRank
 from asyncengine.model.attention.protocol import AttentionBackend, CarryingBackend
@@ -36,6 +36,7 @@ from asyncengine.model.quantised.four_bit_experts import round_experts, use_kern
 from asyncengine.model.quantised.four_bit_linear import round_layers
 from asyncengine.model.quantised.four_bits import FP4
 from asyncengine.model.quantised.fp8_linear import quantise
+from asyncengine.model.recurrent.states import States
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import StepBatch
@@ -77,13 +78,39 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "topk_group": 1, "moe_intermediate_size": 64, "first_k_dense_replace": 1, "n_shared_experts": 1,
         },
     ),
+    "qwen3_5": (
+        "Qwen3_5TextConfig",
+        _COMMON
+        | {
+            "layer_types": ["linear_attention"] * 2 + ["full_attention"], "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+        },
+    ),
+    "bamba": (
+        "BambaConfig",
+        _COMMON
+        | {
+            "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 2,
+            "mamba_d_state": 64, "mamba_expand": 2, "mamba_chunk_size": 32,
+        },
+    ),
 }  # fmt: skip
 LATENTS = ("deepseek_v3",)
 """Those that keep latents, of the size that published models have. There are no fused kernels for them."""
+RECURRENT = ("qwen3_5", "bamba")
+"""Those with recurrent layers, for which there are no fused kernels either."""
 FP8 = ("llama", "gemma3")
 """Those that are looked at with weights and KV cache in fp8 as well."""
 FOUR_BITS = ("llama", "gpt_oss")
 """Those that are looked at with weights of four bits as well, the experts of the latter in FP4."""
+
+
+def unknown() -> dict[str, str]:
+    """Of which of them transformers here is too old for the engine, and why."""
+    if hasattr(Cache, "get_conv_state"):
+        return {}
+    reason = f"layers keep states so from transformers 5.22 on; here is {transformers.__version__}"
+    return dict.fromkeys(RECURRENT, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +149,11 @@ class Piece:
     start: int
     end: int
 
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a single token behind others."""
+        return self.end - self.start == 1 and self.start > 0
+
 
 def make(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A tiny model whose logits are spread widely."""
@@ -143,7 +175,7 @@ def mixed_steps(lengths: list[int], chunk: int) -> list[list[Piece]]:
         plans.append([Piece(sequence, start, end) for start, end in itertools.pairwise(cuts)])
     steps = [[piece for piece in pieces if piece is not None] for pieces in itertools.zip_longest(*plans)]
     # Decodes come first, as in the engine.
-    return [sorted(step, key=lambda piece: piece.end - piece.start > 1) for step in steps]
+    return [sorted(step, key=lambda piece: not piece.decodes) for step in steps]
 
 
 def adapters_of(model: Any) -> list[Lora]:
@@ -192,7 +224,8 @@ def step_batch(step: list[Piece], ids: list[np.ndarray], tables: np.ndarray, ada
         sample_slots=none,
         sample_positions=none,
         copies=np.zeros((0, 2), np.int64),
-        num_decodes=sum(count == 1 for count in counts),
+        num_decodes=sum(piece.decodes for piece in step),
+        slots=np.array([piece.sequence for piece in step]),
         adapters=adapters if adapted and (adapters != NO_ADAPTER).any() else None,
     )
 
@@ -218,10 +251,11 @@ def paged_logits(
     limits = Limits(len(ids), max(lengths), way.chunk * len(ids), PAGE, sum(blocks))
     model.set_attn_implementation(architecture.ATTENTION)
     keep_latents(model)
-    recorded = architecture.record(model)
-    layers = recorded.attention
-    kv_dtype = torch.float8_e4m3fn if way.fp8 else next(model.parameters()).dtype
-    paged = PagedLayers(layers, backend, limits, kv_dtype, device)
+    recorded, slower = compiled_parts.calling_compiled(architecture.record(model), device)
+    layers, recurrent, dtype = recorded.attention, recorded.recurrent, next(model.parameters()).dtype
+    kv_dtype = torch.float8_e4m3fn if way.fp8 else dtype
+    states = States(recurrent, limits, dtype, device, trying=True) if recurrent else None
+    paged = PagedLayers(layers, backend, limits, kv_dtype, device, states)
     paged.allocate()
     runner = TorchModel(model, paged, None, device)  # type: ignore[arg-type]
     if way.fused:
@@ -230,10 +264,16 @@ def paged_logits(
     for index, adapter in enumerate(adapters_of(model) if way.adapted else ()):
         adapters.put(index, adapter)
     runner.use_adapters(adapters)
-    graphs, said = graphs_for(runner, backend, len(ids), device, waits=architecture.waits(model))
+    if states is not None:  # what a load finds out before anything is captured
+        warm_up = [Piece(0, 0, min(2, lengths[0]))]
+        with torch.inference_mode():
+            runner.logits(step_batch(warm_up, ids, tables))
+        slower += tuple(f"{name} decodes without kernels: {reason}" for name, reason in states.apart.items())
+    graphs, said = graphs_for(runner, backend, len(ids), device, waits=architecture.waits(model), states=states)
+    said += slower
     if graphs is not None:
         mixed = None
-        if isinstance(backend, CarryingBackend):
+        if isinstance(backend, CarryingBackend) and states is None:
             mixed = graphs.mixed(Buckets.mixed(limits.prefill_chunk_size), 1 << 20)  # all rows are compared
         adapted = graphs.adapted(Buckets.doubling(len(ids)), adapters)
         capturing = Capturing(graphs, mixed=mixed, adapted=adapted, at_once=True)
@@ -329,7 +369,11 @@ def checks(
     cases += [("llama", dtype, lengths, Way(adapted=True)) for dtype in dtypes]
     cases += [(name, dtype, lengths, Way(four_bits=True)) for dtype in dtypes for name in FOUR_BITS if name in names]
     if fused:  # steps with adapters are left to the modules
-        cases += [(*case, dataclasses.replace(way, fused=True)) for *case, way in cases if case[0] not in LATENTS]
+        cases += [
+            (*case, dataclasses.replace(way, fused=True))
+            for *case, way in cases
+            if case[0] not in (*LATENTS, *RECURRENT)
+        ]
     for name, dtype, sizes, way in cases:
         ids = [generator.integers(1, 499, size).astype(np.int64) for size in sizes]
         key = f"{name} {str(dtype).removeprefix('torch.')}" + (f" {sizes[0]} tokens" if len(sizes) == 1 else "")

@@ -28,7 +28,7 @@ from asyncengine.model.attention import flashinfer
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.tiles import Tile
 from asyncengine.model.loader import TransformersLoader
-from benchmarks import four_bits, fused, gpu, gpu_parity, gpu_speed, kv_scales, launches
+from benchmarks import four_bits, fused, gpu, gpu_parity, gpu_recurrent, gpu_speed, kv_scales, launches
 from benchmarks.arrivals import arrivals, line_of
 from benchmarks.gpu import Report
 from benchmarks.lag import innermost, waited
@@ -128,16 +128,20 @@ def compiled() -> Reports:
 def test_gpu_runs_end_to_end_on_the_cpu(reports: Reports) -> None:
     status, result, said = ended(*reports["gpu"])
     assert result["errors"] == {}, said
-    assert result["skipped"] == []
+    unknown = gpu_parity.unknown()
+    assert result["skipped"] == [f"parity, {name}: {reason}" for name, reason in unknown.items()]
     assert status == 0
     found = result["results"]
     assert all(case["ok"] for case in found["parity"].values())
     assert [case for case in found["parity"] if "fp8" in case] == [
         "llama bfloat16, fp8 weights and KV cache", "gemma3 bfloat16, fp8 weights and KV cache",
     ]  # fmt: skip
-    assert {case.split()[0] for case in found["parity"]} == set(gpu_parity.ARCHITECTURES)
+    assert {case.split()[0] for case in found["parity"]} == gpu_parity.ARCHITECTURES.keys() - unknown.keys()
+    assert [name for name, case in found["recurrent layers, one token"].items() if case["ok"]] == [
+        f"{kernel}, batch {rows}" for kernel in gpu_recurrent.CASES for rows in (1, 4)
+    ]
     assert set(found) == {
-        "ceilings", "parity", "attention, ours", "attention, ours, of latents",
+        "ceilings", "parity", "attention, ours", "attention, ours, of latents", "recurrent layers, one token",
         "8b transformers static cache, batch 1", "8b load",
         "8b decode, batch 1", "8b decode, batch 4", "8b decode, batch 4, KV cache in fp8",
         "8b decode, batch 4, weights and KV cache in fp8", "8b first token, 0 others", "8b first token, 2 others",
@@ -165,6 +169,45 @@ def test_gpu_compares_fused_kernels_with_transformers_too(
     assert set(ran) == {7, 2, 1}
 
 
+def test_gpu_tells_kernels_of_recurrent_layers_that_compute_something_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Outputs that are wrong, and states of others that are changed; or that there are no kernels to measure."""
+    interpreted.require_triton()
+    rule, convolution = gpu_recurrent.StepKernels.delta_rule, gpu_recurrent.StepKernels.convolution
+
+    def beside(*args: Any, **kwargs: Any) -> Any:
+        output = convolution(*args, **kwargs)
+        args[4][-1] += 1
+        return output
+
+    kernels = gpu_recurrent.StepKernels
+    monkeypatch.setattr(kernels, "delta_rule", lambda *args, **kwargs: 1.01 * rule(*args, **kwargs))
+    monkeypatch.setattr(kernels, "convolution", beside)
+    assert gpu.main(["--tiny", "--only", "attention", "--together"]) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    cases = [f"{kernel}, batch {rows}" for kernel in ("delta rule", "convolution") for rows in (1, 4)]
+    name = "recurrent layers, one token"
+    assert result["errors"] == {name: f"not what torch computes: {', '.join(cases)}"}
+    assert result["results"][name]["delta rule, batch 4"]["error"] == pytest.approx(0.01, rel=0.1)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert gpu.main(["--tiny", "--only", "attention", "--together"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["skipped"] == [f"{name}: there is neither a device nor Triton's interpreter"]
+
+
+def test_gpu_leaves_out_what_transformers_is_too_old_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_parity, "Cache", object)
+    monkeypatch.setattr(gpu_parity, "checks", lambda names, *_: dict.fromkeys(names, lambda: {"ok": True}))
+    assert gpu.main(["--tiny", "--only", "parity", "--together"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [said.split(":")[0] for said in result["skipped"]] == ["parity, qwen3_5", "parity, bamba"]
+    assert "5.22" in result["skipped"][0]
+    assert list(result["results"]["parity"])[-1] == "deepseek_v3"
+
+
 def test_launches_of_a_layer_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     interpreted.require_triton()
     counted = launches.main(["llama"])["of_a_layer"]["llama"]
@@ -186,7 +229,8 @@ def test_gpu_measures_the_kernels_of_other_packages_where_they_are(
     found = result["results"]
     names = ["flashinfer", "flash_attention_3"]
     parities, measured = [f"attention parity, {name}" for name in names], [f"attention, {name}" for name in names]
-    assert list(found) == ["ceilings", *parities, "attention, ours", *measured, "attention, ours, of latents"]
+    ours = ("attention, ours", "attention, ours, of latents")
+    assert list(found) == ["ceilings", *parities, ours[0], *measured, ours[1], "recurrent layers, one token"]
     for name, parity, figures in zip(names, parities, measured, strict=True):
         assert {case: result["attention"] for case, result in found[parity].items()} == {"llama": name, "gemma3": name}
         assert found[figures]["attention"]["kernel"] == name
@@ -352,7 +396,9 @@ def test_a_group_of_gpu_is_a_process_of_its_own(
     status = gpu.main(["--tiny", "--only", "attention"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (status, result["errors"]) == (0, {})
-    assert list(result["results"]) == ["ceilings", "attention, ours", "attention, ours, of latents"]
+    assert list(result["results"]) == [
+        "ceilings", "attention, ours", "attention, ours, of latents", "recurrent layers, one token",
+    ]  # fmt: skip
     assert result["environment"]["torch"] == torch.__version__
 
 
@@ -369,7 +415,7 @@ def test_fused_kernels_compile_for_hopper_without_spills_and_read_much_at_a_time
     status, result, said = ended(*compiled["fused_compile"])
     assert (result["spilling"], result["narrow"], result["starving"]) == ([], [], []), said
     assert status == 0
-    assert result["kernels"] == 6
+    assert result["kernels"] == 7
 
 
 def test_four_bits_measures_layers_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,7 +251,8 @@ def read(config: EngineConfig) -> Needs:
         draws = config.speculative_mode == "disable"
         tokens = chunk + sequences
         graphs = sum((graph_memory.reserve(each, dtype, sequences, draws, tokens) for each in texts), GraphReserve())
-        graphs += state_scratch(list(watched.recurrent.values()), dtype, sequences)
+        # As kernels have it, which there are of nearly all layers.
+        graphs += state_scratch(list(watched.recurrent.values()), dtype, sequences, in_place=True)
     names = getattr(hf_config, "architectures", None)
     return Needs(
         architecture=names[0] if names else type(hf_config).__name__,

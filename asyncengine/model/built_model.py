@@ -19,7 +19,6 @@ from asyncengine.model.load_settings import check_latents
 from asyncengine.model.media.modules import senses
 from asyncengine.model.media.trials import Trials
 from asyncengine.model.recorded import Recorded
-from asyncengine.model.recurrent.packages import missing
 
 if TYPE_CHECKING:
     from asyncengine.classifier import Classifier
@@ -90,7 +89,7 @@ def build(
     model, has_head = _with_weights(details)
     layers = architecture.layers_of(model, details.watched)
     check_latents(config, [layer.spec for layer in layers.attention])
-    layers, slower = compiled_parts.calling_compiled(layers, details)
+    layers, slower = compiled_parts.calling_compiled(layers, details.device)
     notes.extend(slower)
     trial = verification.Trial.of(model, layers, details.device)
     classifier = _classifier(details, model)
@@ -141,10 +140,8 @@ def build(
         )  # by now it is known which of the recurrent ones continue
         if fp8_weights := config.quantization == "fp8":
             notes.append(_quantise(model, trial, backend, details))
-        if details.device.type == "cuda" and (packages := missing(layers.recurrent)):
-            notes.append(
-                f"recurrent layers: computed by plain torch; {', '.join(packages)} would have kernels for them"
-            )
+        if details.device.type == "cuda":
+            notes.extend(compiled_parts.slower_on_device(trial))
         fused, note = _fuse(config, details, model, layers, backend, trial)
         notes += note
         if details.kv_dtype is not details.dtype:

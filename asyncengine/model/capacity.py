@@ -63,7 +63,9 @@ def limits_of(
 
     def scratch(count: int) -> memory.GraphReserve:
         """Of so many rows' states, in a step that is launched."""
-        return state_scratch(recurrent, details.dtype, count) if cuda else memory.GraphReserve()
+        if not cuda:
+            return memory.GraphReserve()
+        return state_scratch(recurrent, details.dtype, count, all_in_place(built))
 
     def captured(count: int) -> memory.GraphReserve | None:
         graphs = graph_reserve(config, details, backend, count, [layer.spec for layer in layers])
@@ -144,10 +146,24 @@ def graph_reserve(
     return needs if details.draft is None else needs + graphs_of(config, details.draft, backend, sequences, specs)
 
 
-def state_scratch(specs: Collection[RecurrentSpec], dtype: torch.dtype, sequences: int) -> memory.GraphReserve:
-    """What steps work on beside the states: copies of those of all rows, in one layer after the other."""
+def state_scratch(
+    specs: Collection[RecurrentSpec], dtype: torch.dtype, sequences: int, in_place: bool
+) -> memory.GraphReserve:
+    """What steps work on beside the states: copies of those of all rows, in one layer after the other.
+
+    Args:
+        specs: Of the recurrent layers.
+        dtype: Of the model.
+        sequences: So many decode at once.
+        in_place: Whether states of these are changed where they lie: then only a piece of a prompt takes copies.
+    """
     largest = max((state_bytes([spec], dtype) for spec in specs), default=0)
-    return memory.GraphReserve(_STATE_COPIES * sequences * largest)
+    return memory.GraphReserve(_STATE_COPIES * (1 if in_place else sequences) * largest)
+
+
+def all_in_place(built: Built) -> bool:
+    """Whether all recurrent layers of a model change states where they lie."""
+    return all(layer.in_place for layer in built.layers.recurrent)
 
 
 def graphs_of(

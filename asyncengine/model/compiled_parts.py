@@ -1,13 +1,15 @@
-"""Compiled code in the parts of a model that runs as transformers has it, on the CPU. Used on the loader's thread.
+"""Compiled code in the parts of a model that runs as transformers has it. Used on the loader's thread.
 
-Its linear layers and experts, and the functions that its recurrent layers call. Whatever turns out to compute something
-else in the trial is left out again, and the load says what is slower then.
+On the CPU its linear layers and experts, and everywhere the functions that its recurrent layers call. Whatever turns
+out to compute something else in the trial is left out again, and the load says what is slower then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from asyncengine.config import EngineConfig
 from asyncengine.errors import UnsupportedModelError
@@ -29,18 +31,49 @@ def library_of(config: EngineConfig, details: Details, backend: Any) -> Any:
     return backend.library(kind_of(details.dtype, config.quantization))
 
 
-def calling_compiled(layers: Recorded, details: Details) -> tuple[Recorded, tuple[str, ...]]:
+def calling_compiled(layers: Recorded, device: torch.device) -> tuple[Recorded, tuple[str, ...]]:
     """Layers whose recurrent ones call compiled code, if that can be had; and why it cannot, in words."""
+    if not layers.recurrent:
+        return layers, ()
+    if device.type == "cuda":
+        return _calling_kernels(layers)
     from asyncengine.builds import BuildError
     from asyncengine.model.recurrent import scans
     from asyncengine.model.recurrent.compiled_functions import compiled
 
-    if details.device.type != "cpu" or not layers.recurrent:
+    if device.type != "cpu":
         return layers, ()
     try:
         return layers.calling(compiled(scans.Scans(scans.build()))), ()
     except BuildError as error:
         return layers, (f"recurrent layers: run as transformers has them, which is slower: {error}",)
+
+
+def _calling_kernels(layers: Recorded) -> tuple[Recorded, tuple[str, ...]]:
+    """Layers whose recurrent ones decode with kernels of a device."""
+    from asyncengine.model.recurrent.placed_functions import placed
+    from asyncengine.model.recurrent.step_kernels import StepKernels, Unavailable
+
+    try:
+        return layers.calling(placed(StepKernels()), in_place=True), ()
+    except Unavailable as error:
+        return layers, (f"recurrent layers: decode as transformers has them, which is slower: {error}",)
+
+
+def slower_on_device(trial: Any) -> tuple[str, ...]:
+    """What of recurrent layers is slower on a device than it could be, in words; after their trial."""
+    from asyncengine.model.recurrent.packages import missing
+
+    recurrent, notes = trial.layers.recurrent, []
+    without = [layer.name for layer in recurrent if not layer.in_place]
+    if without and any(layer.functions is not None for layer in recurrent):  # else it was said why not
+        reasons = dict.fromkeys(trial.apart.get(name, "there are no kernels for them") for name in without)
+        how = f"{len(without)} of {len(recurrent)} decode as transformers has them, which is slower"
+        notes.append(f"recurrent layers: {how}: {'; '.join(reasons)}")
+    if packages := missing(recurrent):
+        what = "they are" if without else "prompts are"
+        notes.append(f"recurrent layers: {what} computed by plain torch; {', '.join(packages)} would have kernels")
+    return tuple(notes)
 
 
 def tried(model: Any, trial: Any, backend: Any) -> tuple[str, ...]:
@@ -102,7 +135,7 @@ def with_products(
         except Exception as error:  # a module that reads the weights of its linear layers raises anything
             reason = reason_of(error)
         model = again()
-        trial.layers, slower = calling_compiled(architecture.layers_of(model, details.watched), details)
+        trial.layers, slower = calling_compiled(architecture.layers_of(model, details.watched), details.device)
         slower += tried(model, trial, backend)
         return model, trial, (*slower, f"decoder: its linear layers run as torch has them: {reason}")
     if not (share := compiled_layers.narrow_share(model)):

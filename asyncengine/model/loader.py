@@ -20,7 +20,14 @@ from asyncengine.errors import (
 )
 from asyncengine.model import memory
 from asyncengine.model.built_model import Built, build, recalled
-from asyncengine.model.capacity import cache_bytes, graphs_of, kv_bytes_per_block, limits_of, state_scratch
+from asyncengine.model.capacity import (
+    all_in_place,
+    cache_bytes,
+    graphs_of,
+    kv_bytes_per_block,
+    limits_of,
+    state_scratch,
+)
 from asyncengine.model.draft_heads.entries import widened
 from asyncengine.model.draft_heads.serving import drafter_of
 from asyncengine.model.draft_model import DraftModel
@@ -348,7 +355,8 @@ def _captured(
         adapters = adapting is not None and bool(config.adapters)  # those that come later take what is left
         reserve = graphs_of(config, details, backend, limits.max_num_sequence, specs, adapters)
         recurrent = [layer.spec for layer in built.layers.recurrent]
-        aside = (reserve + state_scratch(recurrent, details.dtype, limits.max_num_sequence)).nbytes
+        sequences = limits.max_num_sequence
+        aside = (reserve + state_scratch(recurrent, details.dtype, sequences, all_in_place(built))).nbytes
         room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
     mixed = None
     if isinstance(backend, CarryingBackend) and model.states is None:  # prompts are cut in ways of their own

@@ -10,7 +10,7 @@ from torch import nn
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import RecordedLayer
 from asyncengine.model.latent_attention import LatentAttention
-from asyncengine.model.recurrent.functions import Functions
+from asyncengine.model.recurrent.functions import Functions, called
 from asyncengine.model.recurrent.recorded import RecurrentLayer, RecurrentSpec
 
 
@@ -69,9 +69,25 @@ class Recorded:
         ]
         return Recorded(attention, self.recurrent)
 
-    def calling(self, functions: Functions | None) -> Recorded:
-        """The same, with recurrent layers that call `functions`."""
-        return Recorded(self.attention, [replace(layer, functions=functions) for layer in self.recurrent])
+    def calling(self, functions: Functions | None, in_place: bool = False) -> Recorded:
+        """The same, with recurrent layers that call `functions`.
+
+        Args:
+            functions: Instead of transformers' own; None is what does without a compiler.
+            in_place: Whether they change states of all sequences in place where layers call them in a step of decodes.
+        """
+        recurrent = [
+            replace(layer, functions=functions, in_place=in_place and bool(called(layer.module, functions or {})))
+            for layer in self.recurrent
+        ]
+        return Recorded(self.attention, recurrent)
+
+    def apart(self, names: Collection[str]) -> Recorded:
+        """The same, with recurrent layers whose states are gathered for each step, by their names."""
+        if not names:
+            return self
+        recurrent = [replace(layer, in_place=False) if layer.name in names else layer for layer in self.recurrent]
+        return Recorded(self.attention, recurrent)
 
     @property
     def uncalled(self) -> set[nn.Module]:

@@ -67,6 +67,7 @@ class Trial:
 
     Attributes:
         layers: What keeps something of the tokens before, in what is tried next.
+        apart: Recurrent layers whose functions were found not to work in place, and why not.
 
     Args:
         name: Of the model, for messages.
@@ -91,6 +92,7 @@ class Trial:
         cuts: Sequence[int] = _CUTS,
     ) -> None:
         self.layers = layers
+        self.apart: dict[str, str] = {}
         self._name = name
         self._dtype = dtype
         self._device = device
@@ -246,7 +248,8 @@ class Trial:
             found = torch.cat([each[..., :: self._every] for each in pieces], dim=1).float()
             states = runner.states
         if states is not None:
-            self.layers = self.layers.alone(states.alone)
+            self.layers = self.layers.alone(states.alone).apart(states.apart)
+            self.apart |= states.apart
         expected, first = self._expected[:rows, : cuts[-1]], cuts[1]
         if first == cuts[-1] or not in_parts:
             return relative(found, expected)

@@ -123,14 +123,18 @@ def test_the_kv_cache_of_a_gpu_gets_what_graphs_leave(monkeypatch: pytest.Monkey
     built: Any = SimpleNamespace(model=None, layers=Recorded(layers), media_trial=None)
     config = EngineConfig("m", gpu_memory_utilization=0.5)
     limits, _ = capacity.limits_of(LoadPlan(config, True, None, details), built, (), backend)
-    recurrent: Any = [SimpleNamespace(spec=SimpleNamespace(states=[SimpleNamespace(nbytes=lambda dtype: 48 << 20)]))]
-    with_states, _ = capacity.limits_of(
-        LoadPlan(config, True, None, details),
-        SimpleNamespace(model=None, layers=Recorded(layers, recurrent), media_trial=None),
-        (),
-        backend,
-    )
+    spec = SimpleNamespace(states=[SimpleNamespace(nbytes=lambda dtype: 48 << 20)])
+
+    def with_states_of(*in_place: bool) -> Any:
+        recurrent: Any = [SimpleNamespace(spec=spec, in_place=each) for each in in_place]
+        built: Any = SimpleNamespace(model=None, layers=Recorded(layers, recurrent), media_trial=None)
+        return capacity.limits_of(LoadPlan(config, True, None, details), built, (), backend)[0]
+
+    with_states = with_states_of(False)
     assert 8 < with_states.max_num_sequence < 64, "fewer than usual, and graphs for no more"
+    assert 3 * with_states.max_num_sequence < with_states_of(True).max_num_sequence, "no copies for each"
+    one, none = with_states_of(True, False), with_states_of(True, True)
+    assert one.max_num_sequence < none.max_num_sequence, "one layer takes them"
     assert with_states.num_blocks > 1 << 12 and with_states.kept_states
     graphs = reserve(details.hf_config, torch.bfloat16, 256, True, 2048 + 256)
     assert graphs.nbytes > 1 << 20

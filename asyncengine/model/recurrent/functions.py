@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from asyncengine.model.recurrent.places import Places
 from asyncengine.model.recurrent.recorded import padded
 from asyncengine.model.recurrent.row_states import RowStates
 
@@ -34,6 +35,10 @@ class Present:
         """The only recurrent state, if it has that shape; None if there is none yet."""
         return None if self.rows is None else self.rows.only_recurrent_state(shape)
 
+    def places_of(self, state: torch.Tensor | None) -> Places | None:
+        """Where the rows' own are in a state, if it is one of all sequences that the layer was given."""
+        return None if self.rows is None or state is None else self.rows.places_of(state)
+
 
 Replacement = Callable[[Callable[..., Any], Present], Callable[..., Any]]
 """Takes a function of transformers', and what the layer that calls it computes with; returns what is called instead."""
@@ -45,20 +50,23 @@ def forward_with(module: nn.Module, functions: Functions, present: Present) -> C
     """A module's forward, calling what stands in `functions` for what it calls; its own where it calls none of that."""
     forward: Callable[..., Any] = module.forward
     plain = inspect.unwrap(type(module).forward)
-    if not isinstance(plain, FunctionType):
+    names = called(module, functions)
+    if not names:
         return forward
-    called = {
-        name: functions[name](plain.__globals__[name], present)
-        for name in plain.__code__.co_names
-        if name in functions and name in plain.__globals__
-    }
-    if not called:
-        return forward
+    replaced = {name: functions[name](plain.__globals__[name], present) for name in names}
     other = FunctionType(
-        plain.__code__, plain.__globals__ | called, plain.__name__, plain.__defaults__, plain.__closure__
+        plain.__code__, plain.__globals__ | replaced, plain.__name__, plain.__defaults__, plain.__closure__
     )
     other.__kwdefaults__ = plain.__kwdefaults__
     return MethodType(other, module)
+
+
+def called(module: nn.Module, functions: Functions) -> list[str]:
+    """The names in `functions` that a module's forward calls."""
+    plain = inspect.unwrap(type(module).forward)
+    if not isinstance(plain, FunctionType):
+        return []
+    return [name for name in plain.__code__.co_names if name in functions and name in plain.__globals__]
 
 
 def causal_conv1d_fn(

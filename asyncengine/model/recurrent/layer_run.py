@@ -11,6 +11,7 @@ from torch import nn
 
 from asyncengine.model.recurrent.drafted_rows import DraftedRows
 from asyncengine.model.recurrent.functions import Present
+from asyncengine.model.recurrent.places import Places
 from asyncengine.model.recurrent.recorded import Key, RecurrentLayer
 from asyncengine.model.recurrent.row_states import RowStates
 from asyncengine.model.recurrent.step_rows import StepRows
@@ -21,6 +22,12 @@ _Part = Callable[[torch.Tensor], torch.Tensor]
 
 _DIFFERS = 0.1
 """Relative error between tokens computed at once and one by one, beyond which a layer has not looked at its state."""
+_IN_PLACE = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative error between kernels and torch, by dtype of a model, beyond which they do not compute the same.
+
+A device may compute torch's convolutions in float32 with ten bits of mantissa, and what transformers rounds to the
+model's dtype in between is float32 in kernels.
+"""
 
 
 class _Standing(nn.Module):
@@ -78,7 +85,7 @@ class LayerRun:
         outside: Its linear layers that are computed for all tokens at once.
         plain: Its forward, as transformers has it.
         present: Is told what states that is given.
-        tensors: Its states, (places, ...) each.
+        tensors: Its states, (places, ...) each, the last of which is nowhere.
         args: Of the call, for all tokens of the step: (1, tokens, hidden).
         kwargs: The same.
     """
@@ -103,21 +110,22 @@ class LayerRun:
             if each.first:
                 each.stand.products = each.linear(given)
 
-    def over(self, rows: StepRows, places: torch.Tensor, continues: bool) -> Any:
+    def over(self, rows: StepRows, places: torch.Tensor, continues: bool, in_place: bool = False) -> Any:
         """What the layer computes for a step; its states are those behind it then.
 
         Args:
             rows: Of the step.
             places: (rows,) of those that decode.
             continues: Whether it computes several tokens at once behind others.
+            in_place: Whether its functions take one token of each sequence to the states of all.
         """
         outputs: list[Any] = []
         try:
             self._stand_in()
             if rows.drafted is not None:
-                outputs.append(self._waves(rows.drafted))
+                outputs.append(self._waves(rows.drafted, in_place))
             elif rows.num_decodes:
-                outputs.append(self._decodes(rows.num_decodes, rows.alike, places))
+                outputs.append(self._decodes(rows.num_decodes, rows.alike, places, in_place))
             for piece in rows.pieces:
                 start, end = piece.tokens
                 own = {key: tensor[piece.place : piece.place + 1] for key, tensor in self._tensors.items()}
@@ -159,6 +167,51 @@ class LayerRun:
         at_once, one_by_one = outputs
         return bool((at_once - one_by_one).norm() <= _DIFFERS * one_by_one.norm())
 
+    def differs_in_place(self) -> str | None:
+        """Tries one token of each of two sequences, over states that are gathered and over those of all sequences.
+
+        From states that are none that any text leads to, in an order of their own; one goes to another place than it
+        was in, as behind a guess. Beside them is one that is nobody's.
+
+        Returns:
+            What is wrong with the latter, in words; None if it is the same but for rounding.
+        """
+        generator = torch.Generator().manual_seed(0)
+        strange = {
+            key: (2 * torch.randn(5, *tensor.shape[1:], generator=generator)).to(tensor)
+            for key, tensor in self._tensors.items()
+        }
+        device = next(iter(strange.values())).device
+        sources, targets = (torch.tensor(at).to(device) for at in ([2, 0, 4], [2, 3, 4]))
+        tokens = torch.tensor([0, self._tokens - 1, 0]).to(device)
+
+        def part(whole: torch.Tensor) -> torch.Tensor:
+            return whole[0].index_select(0, tokens)[:, None]
+
+        gathered = {key: tensor.index_select(0, sources) for key, tensor in strange.items()}
+        placed = {key: tensor.clone() for key, tensor in strange.items()}
+        try:
+            self._stand_in()
+            expected = _first(self._run(part, gathered, False))[:2]
+            found = _first(self._run(part, placed, False, Places(sources, targets, 4)))[:2]
+        except Exception as error:  # whatever a compiler or a driver raises
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        finally:
+            self._put_back()
+        pairs = [("outputs", found, expected)]
+        for key, tensor in placed.items():
+            expected_states = strange[key].index_copy(0, targets[:2], gathered[key][:2])
+            if not torch.equal(tensor[:2], expected_states[:2]):
+                return f"{key[0]} states of others are changed"
+            pairs.append((f"{key[0]} states", tensor[2:4], expected_states[2:4]))
+        for what, one, other in pairs:
+            if one.shape != other.shape:
+                return f"{what} have another shape"
+            off = float((one.float() - other.float()).norm() / other.float().norm())
+            if not off <= _IN_PLACE.get(expected.dtype, 1e-2):  # NaN is no less a failure
+                return f"relative error {off:.2g} of {what}"
+        return None
+
     def _stand_in(self) -> None:
         for each in self._outside:
             each.parent._modules[each.name] = each.stand
@@ -167,15 +220,24 @@ class LayerRun:
         for each in self._outside:
             each.parent._modules[each.name] = each.linear
 
-    def _decodes(self, count: int, alike: tuple[int, int] | None, places: torch.Tensor) -> Any:
+    def _decodes(self, count: int, alike: tuple[int, int] | None, places: torch.Tensor, in_place: bool) -> Any:
         """All rows that decode, as a batch."""
+
+        def part(whole: torch.Tensor) -> torch.Tensor:
+            return whole[:, :count].transpose(0, 1)
+
+        if in_place:
+            return _flat(self._run(part, self._tensors, False, Places.same(places, self._nowhere)))
         own = self._own(alike, places)
-        output = self._run(lambda whole: whole[:, :count].transpose(0, 1), own, False)
+        output = self._run(part, own, False)
         self._give_back(own, alike, places)
         return _flat(output)
 
-    def _waves(self, rows: DraftedRows) -> Any:
+    def _waves(self, rows: DraftedRows, in_place: bool) -> Any:
         """All rows that decode, in a step with drafts: in waves of one token each, as batches."""
+        if in_place:
+            outputs = [_flat(self._run(wave.part, self._tensors, False, wave.places)) for wave in rows.waves]
+            return _chosen(_joined(outputs), rows.back)
         own, outputs = self._own(rows.alike, rows.places), []
         for wave in rows.waves:
             of_wave = {key: tensor[: wave.count] for key, tensor in own.items()}
@@ -200,11 +262,15 @@ class LayerRun:
     def _piece(self, start: int, end: int, own: Tensors, fresh: bool) -> Any:
         return self._run(lambda whole: whole[:, start:end], own, fresh)
 
-    def _run(self, part: _Part, own: Tensors, fresh: bool) -> Any:
+    @property
+    def _nowhere(self) -> int:
+        return len(next(iter(self._tensors.values()))) - 1
+
+    def _run(self, part: _Part, own: Tensors, fresh: bool, places: Places | None = None) -> Any:
         for each in self._outside:
             each.stand.part = part
         args, kwargs = (_parts(each, part, self._tokens) for each in (self._args, self._kwargs))
-        rows = self._present.rows = RowStates(own, fresh)
+        rows = self._present.rows = RowStates(own, fresh, places)
         args, kwargs = self._spec.cache.put(args, kwargs, rows)
         try:
             return self._plain(*args, **kwargs)

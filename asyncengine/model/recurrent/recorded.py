@@ -110,12 +110,14 @@ class RecurrentLayer:
         module: Itself.
         spec: What it needs.
         functions: What it calls instead of transformers' own; None is what does without a compiler.
+        in_place: Whether, where it decodes, these change states where they lie among those of all sequences.
     """
 
     name: str
     module: nn.Module
     spec: RecurrentSpec
     functions: Functions | None = None
+    in_place: bool = False
 
 
 @dataclass(slots=True)

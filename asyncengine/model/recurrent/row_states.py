@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from asyncengine.model.recurrent.places import Places
 from asyncengine.model.recurrent.recorded import Key, padded
 
 
@@ -18,11 +19,14 @@ class RowStates:
     Args:
         tensors: (B, ...) each, which are written to.
         fresh: Whether the sequences begin here: then nothing came before, and what is in the tensors is not looked at.
+        places: Where those of the sequences are in the tensors, which are of all sequences then, (places, ...). The
+            layer gets them so, and hands them on to functions that know what to do with them.
     """
 
-    def __init__(self, tensors: Mapping[Key, torch.Tensor], fresh: bool) -> None:
+    def __init__(self, tensors: Mapping[Key, torch.Tensor], fresh: bool, places: Places | None = None) -> None:
         self._tensors = tensors
         self._fresh = fresh
+        self._places = places
         self._written: set[Key] = set()
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
@@ -38,13 +42,18 @@ class RowStates:
     ) -> torch.Tensor:
         """Adds (B, channels, new tokens) to what the convolution has seen; returns all that it is to see now."""
         key: Key = ("conv", layer_idx, state_idx)
-        before, kept = self._present(key), self._tensors[key]
+        before, kept, places = self._present(key), self._tensors[key], self._places
         tokens = kept.shape[-1]
+        if before is not None and places is not None:
+            before = before.index_select(0, places.sources)
         if before is None:
             seen = padded(conv_states, tokens)
         else:  # with channels beside each other, as those that come have them
             seen = torch.cat([before.mT, conv_states.mT], dim=-2).mT
-        kept.copy_(seen[..., -tokens:])
+        if places is None:
+            kept.copy_(seen[..., -tokens:])
+        else:
+            kept.index_copy_(0, places.targets, seen[..., -tokens:].to(kept.dtype))
         self._written.add(key)
         return seen
 
@@ -53,7 +62,11 @@ class RowStates:
     ) -> torch.Tensor:
         """Replaces the state."""
         key: Key = ("recurrent", layer_idx, state_idx)
-        self._tensors[key].copy_(recurrent_states)
+        kept = self._tensors[key]
+        if self._places is None:
+            kept.copy_(recurrent_states)
+        elif not _is(recurrent_states, kept):  # it is itself behind a kernel
+            kept.index_copy_(0, self._places.targets, recurrent_states.to(kept.dtype))
         self._written.add(key)
         return self._tensors[key]
 
@@ -72,5 +85,15 @@ class RowStates:
             return None
         return self._present(keys[0])
 
+    def places_of(self, state: torch.Tensor) -> Places | None:
+        """Where the sequences' own are in a state, if it is one that was given for all."""
+        if self._places is None or not any(_is(state, tensor) for tensor in self._tensors.values()):
+            return None
+        return self._places
+
     def _present(self, key: Key) -> torch.Tensor | None:
         return None if self._fresh and key not in self._written else self._tensors[key]
+
+
+def _is(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.shape == other.shape and one.data_ptr() == other.data_ptr())

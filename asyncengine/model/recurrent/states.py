@@ -48,13 +48,14 @@ class States:
         limits: Number of slots, of states that are kept, and of those that are set aside.
         dtype: The model's.
         device: Theirs.
-        trying: Whether to find out which layers do not continue.
+        trying: Whether to find out which layers do not continue, and whose functions cannot work in place.
 
     Attributes:
         rows: Of the present step.
         places: (rows,) int64 places of the states of those that decode, on the device.
         nowhere: The place that nobody reads.
         alone: Names of layers that were found not to continue.
+        apart: Of those whose functions were found not to work in place, and why not.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class States:
         self._late: tuple[tuple[int, int], ...] = ()
         self._drafted: DraftedRows | None = None
         self.alone: set[str] = set()
+        self.apart: dict[str, str] = {}
+        self._tried: set[str] = set()
 
     def allocate(self) -> None:
         """Makes the tensors, of zeros, and lets the layers use them."""
@@ -116,7 +119,7 @@ class States:
         self._drafted = None
         if batch.draft_lengths is not None:
             assert not captured and int(batch.draft_lengths.sum()) <= self.nowhere - self._aside
-            self._drafted = DraftedRows(batch, self._aside, self._device)
+            self._drafted = DraftedRows(batch, self._aside, self.nowhere, self._device)
         self.rows = None if captured else cut(batch, self._drafted)
         self._late = late_saves(batch)
 
@@ -162,15 +165,20 @@ class States:
         if functions is None:
             functions = CPU if self._device.type == "cpu" else {}
         plain = forward_with(layer.module, functions, present)
-        trying = self._trying and layer.spec.continues
+        trying, name = self._trying and layer.spec.continues, layer.name
         outside = Outside.all_of(layer)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             rows = self.rows
             assert rows is not None
             run = LayerRun(layer, outside, plain, present, tensors, args, kwargs)
-            if trying and layer.name not in self.alone and not run.continues(rows):
-                self.alone.add(layer.name)
-            return run.over(rows, self.places, layer.spec.continues and layer.name not in self.alone)
+            if trying and name not in self.alone and not run.continues(rows):
+                self.alone.add(name)
+            if self._trying and layer.in_place and name not in self._tried:
+                self._tried.add(name)
+                if (reason := run.differs_in_place()) is not None:
+                    self.apart[name] = reason
+            continues = layer.spec.continues and name not in self.alone
+            return run.over(rows, self.places, continues, layer.in_place and name not in self.apart)
 
         return forward

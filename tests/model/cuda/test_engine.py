@@ -22,6 +22,7 @@ from asyncengine.model.draft_heads.drafter import HeadDrafter
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.quantised import four_bit_product
+from asyncengine.model.recurrent import step_kernels
 from asyncengine.model.runner import TorchModel
 from tests.loop.harness import eventually
 from tests.model import checkpoints
@@ -30,6 +31,7 @@ from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import Pretended, pretended
 from tests.model.draft_heads import eagle_heads, mtp_heads
 from tests.model.fused.interpreted import large_tiles, on_one_loop
+from tests.model.reference import reference
 from tests.model.stored import coded_checkpoints
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -329,7 +331,9 @@ async def test_decodes_of_recurrent_layers_are_captured(
     config = config.replace(model=str(path), max_num_sequence=4, kv_cache_page_size=8)
     async with AsyncEngine(config) as engine:
         (note,) = (note for note in engine.health().notes if note.startswith("recurrent layers"))
-        assert note.endswith("; causal-conv1d, flash-linear-attention would have kernels for them")
+        packages = "causal-conv1d, flash-linear-attention"
+        assert note == f"recurrent layers: prompts are computed by plain torch; {packages} would have kernels"
+        assert device.kernels["delta_rule"] > 0 and device.kernels["convolution"] > 0
         assert engine.health().warm_up.done == 3  # steps of 1, 2 and 4; those with prompts are launched
         replays = device.replays
         found = await work(engine)
@@ -341,6 +345,64 @@ async def test_decodes_of_recurrent_layers_are_captured(
     for each in (found, again):
         assert each[:-2] == expected[:-2] and each[-2] == 8
         assert each[-1].expected == expected[-1]
+
+
+@on_one_loop
+@pytest.mark.parametrize(
+    ("architecture", "changes", "kernels"),
+    [
+        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}, {"convolution", "delta_rule"}),
+        ("kimi_linear", {"layer_types": ["linear_attention", "full_attention"]}, {"convolution", "delta_rule"}),
+        ("bamba", {}, {"convolution", "selective_scan"}),
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, {"convolution", "selective_scan"}),
+        ("mamba2", {}, {"convolution", "selective_scan"}),
+        ("mamba", {}, {"convolution", "selective_scan"}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, {"convolution"}),
+    ],
+)
+async def test_kernels_take_decodes_of_recurrent_layers_to_what_transformers_says(
+    device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path], architecture: str,
+    changes: dict[str, Any], kernels: set[str],
+) -> None:  # fmt: skip
+    """Of sequences that come and go beside each other; steps of three are padded to four, if they are captured."""
+    path = checkpoint(architecture, num_hidden_layers=2, **changes)
+    config = config.replace(model=str(path), max_num_sequence=4, kv_cache_page_size=8)
+    prompts = [PROMPT, [9, *PROMPT], [7]]
+    settings = [GenerationConfig(max_tokens=count, temperature=0, ignore_eos=True) for count in (3, 6, 5)]
+    async with AsyncEngine(config) as engine:
+        assert not any("decode as transformers" in note for note in engine.health().notes)
+        results = await engine.generate_many(prompts, settings)
+    assert set(device.kernels) >= kernels
+    for prompt, result in zip(prompts, results, strict=True):
+        assert result.token_ids == reference(path).after_each(prompt, result.token_ids)
+
+
+@on_one_loop
+async def test_recurrent_layers_whose_kernels_fail_decode_as_transformers_has_them(
+    device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint("qwen3_5", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    config = config.replace(model=str(path), max_num_sequence=2)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such instruction")
+
+    async def answered() -> str:
+        async with AsyncEngine(config) as engine:
+            assert await greedy(engine) == expected
+            (note, _) = (note for note in engine.health().notes if note.startswith("recurrent layers"))
+            return note
+
+    expected = await on_host(config, greedy)
+    monkeypatch.setattr(step_kernels.StepKernels, "delta_rule", fails)
+    assert await answered() == (
+        "recurrent layers: 1 of 1 decode as transformers has them, which is slower: RuntimeError: no such instruction"
+    )
+    monkeypatch.setattr(step_kernels.importlib, "import_module", fails)
+    assert await answered() == (
+        "recurrent layers: decode as transformers has them, which is slower: triton cannot be imported: "
+        "no such instruction"
+    )
 
 
 @on_one_loop

@@ -13,6 +13,7 @@ from asyncengine.step.batch import NO_INDEX, NO_PAIRS, StepBatch
 
 FIRST = 10
 """The first place where states are set aside."""
+NOWHERE = 99
 SAVES = [(0, 1, 20), (1, 2, 21), (1, 4, 22), (2, 1, 23)]
 
 
@@ -36,7 +37,7 @@ def drafted(lengths: Sequence[int] = (1, 3, 0), slots: Sequence[int] = (7, 8, 9)
         slots=np.array(slots, dtype=np.int64),
         state_saves=np.array(SAVES, dtype=np.int64),
     )
-    return DraftedRows(batch, FIRST, torch.device("cpu"))
+    return DraftedRows(batch, FIRST, NOWHERE, torch.device("cpu"))
 
 
 def test_waves_are_of_those_that_have_one_more_token() -> None:
@@ -48,6 +49,15 @@ def test_waves_are_of_those_that_have_one_more_token() -> None:
     assert rows.back.tolist() == [1, 4, 0, 3, 5, 6, 2]
     waves = torch.cat([wave.tokens for wave in rows.waves])
     assert waves[rows.back].tolist() == list(range(7))
+
+
+def test_states_go_from_wave_to_wave_by_where_they_are_set_aside_and_end_in_their_own_places() -> None:
+    moves = [
+        (wave.places.sources.tolist(), wave.places.targets.tolist(), wave.places.nowhere) for wave in drafted().waves
+    ]
+    assert moves == [
+        ([8, 7, 9], [10, 11, 9], NOWHERE), ([10, 11], [12, 7], NOWHERE), ([12], [13], NOWHERE), ([13], [8], NOWHERE),
+    ]  # fmt: skip
 
 
 def test_places_that_follow_one_another_are_a_range() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,12 +14,18 @@ from transformers import AutoModelForCausalLM, Cache
 from asyncengine.model import architecture
 from asyncengine.model.recurrent.compiled_functions import compiled
 from asyncengine.model.recurrent.functions import Functions
+from asyncengine.model.recurrent.placed_functions import placed
+from asyncengine.model.recurrent.places import Places
 from asyncengine.model.recurrent.recorded import RecurrentLayer
+from asyncengine.model.recurrent.row_states import RowStates
 from asyncengine.model.recurrent.scans import Scans
 from asyncengine.model.recurrent.states import States, bytes_per_place
+from asyncengine.model.recurrent.step_kernels import StepKernels
+from asyncengine.model.recurrent.step_rows import StepRows
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
-from tests.model.checkpoints import config
+from tests.model.attention.triton_device import DEVICE, require_triton
+from tests.model.checkpoints import RECURRENT, config
 
 if not hasattr(Cache, "get_conv_state"):
     pytest.skip("layers keep their states so from transformers 5.22 on", allow_module_level=True)
@@ -31,15 +38,15 @@ NAMES = ("qwen3_5", "lfm2", "granitemoehybrid", "mamba", "falcon_h1", "kimi_line
 class Case:
     """The first recurrent layer of a model, over states of several sequences, and transformers' own beside it."""
 
-    def __init__(self, name: str, functions: Functions | None = None) -> None:
+    def __init__(self, name: str, functions: Functions | None = None, in_place: bool = False) -> None:
         torch.manual_seed(0)
         self.model = AutoModelForCausalLM.from_config(config(name), attn_implementation=architecture.ATTENTION).eval()
         self.model.requires_grad_(False)
         layer = architecture.record(self.model).recurrent[0]
-        alone = name in ("mamba",)  # as a trial finds out
-        self.layer = RecurrentLayer(layer.name, layer.module, layer.spec, functions)
+        trying = in_place or name in ("mamba",)  # as a trial finds out
+        self.layer = RecurrentLayer(layer.name, layer.module, layer.spec, functions, in_place)
         limits = Limits(SLOTS, 64, 64, 16, 8, kept_states=KEPT, drafted_states=6)
-        self.states = States([self.layer], limits, torch.float32, CPU, trying=alone)
+        self.states = States([self.layer], limits, torch.float32, CPU, trying=trying)
         self.hidden = 64
         self.histories: dict[int, torch.Tensor] = {}  # by place: (tokens, hidden) that its state has seen
         self.states.allocate()
@@ -116,15 +123,26 @@ def _wide(output: Any) -> torch.Tensor:
     return torch.cat([part[0].flatten(1) for part in parts], dim=-1)
 
 
-HOW = [(name, "compiled") for name in NAMES] + [(name, "plain") for name in ("qwen3_5", "lfm2", "mamba", "kimi_linear")]
+HOW = [(name, how) for name in NAMES for how in ("compiled", "kernels")]
+HOW += [(name, "plain") for name in ("qwen3_5", "lfm2", "mamba", "kimi_linear")]
 
 
 @pytest.fixture(params=HOW, ids="-".join)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     name, how = request.param
     functions = compiled(request.getfixturevalue("compiled_scans")) if how == "compiled" else None
+    if how == "kernels":
+        _require_interpreter()
+        functions = placed(StepKernels())
     with torch.inference_mode():
-        yield Case(name, functions)
+        yield (case := Case(name, functions, how == "kernels"))
+    assert set(case.states.apart) == ({case.layer.name} if (how, name) == ("kernels", "zaya") else set())
+
+
+def _require_interpreter() -> None:
+    require_triton()
+    if DEVICE.type != "cpu":
+        pytest.skip("kernels on a device are tested by themselves")
 
 
 def test_prompts_in_pieces_beside_decodes(case: Case) -> None:
@@ -212,3 +230,110 @@ def test_linear_layers_are_back_when_a_layer_fails() -> None:
         with pytest.raises(RuntimeError, match="no"):
             case.step([(0, 3)], fresh=[0])
         assert dict(case.layer.module.named_children()) == linears
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_layers_decode_in_place_where_there_are_kernels_for_all_that_they_keep(name: str) -> None:
+    """Zaya's computes with its states itself."""
+    _require_interpreter()
+    model = AutoModelForCausalLM.from_config(config(name), attn_implementation=architecture.ATTENTION).eval()
+    model.requires_grad_(False)
+    layers = architecture.record(model).calling(placed(StepKernels()), in_place=True).recurrent
+    states = States(layers, Limits(1, 64, 64, 16, 8), torch.float32, CPU, trying=True)
+    states.allocate()
+    states.rows, states.places = StepRows(1), torch.tensor([0])
+    with torch.inference_mode():
+        for layer in layers:
+            layer.module(torch.randn(1, 1, 64))
+    assert not states.apart
+    assert {layer.in_place for layer in layers} == {name != "zaya"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("raises", "ValueError: no such tile"),
+        ("output", "relative error 0.[0-9]+ of outputs"),
+        ("not a number", "relative error nan of outputs"),
+        ("state", "relative error 1 of recurrent states"),
+        ("others", "recurrent states of others are changed"),
+    ],
+)
+def test_kernels_that_compute_something_else_are_found_out(
+    wrong: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their layer goes on as transformers has it, from the states that it has."""
+    _require_interpreter()
+    rule = StepKernels.delta_rule
+
+    def delta_rule(*args: Any, normalise: bool) -> torch.Tensor:
+        if wrong == "raises":
+            raise ValueError("no such tile\nand more")
+        state, places = args[6], args[7]
+        before = state.clone()
+        output = rule(*args, normalise=normalise)
+        if wrong == "output":
+            output *= 1.2
+        elif wrong == "not a number":
+            output[0] = torch.nan
+        elif wrong == "state":
+            state[places.targets] = 2 * state[places.targets]
+        else:
+            state[1] = before[0]
+        return output
+
+    monkeypatch.setattr(StepKernels, "delta_rule", delta_rule)
+    with torch.inference_mode():
+        case = Case("qwen3_5", placed(StepKernels()), in_place=True)
+        case.step([(0, 5), (2, 1)], fresh=[0, 2])
+        case.step([(2, 1), (0, 1)], decodes=2)
+        ((name, reason),) = case.states.apart.items()
+    assert name == case.layer.name and re.fullmatch(said, reason)
+
+
+def test_a_layer_that_computes_with_its_states_itself_is_found_out() -> None:
+    """Though it calls functions that there are kernels for: here one state is doubled beside them."""
+    _require_interpreter()
+    with torch.inference_mode():
+        case = Case("qwen3_5", placed(StepKernels()), in_place=True)
+        forward = type(case.layer.module).forward
+        module, update = case.layer.module, RowStates.update_recurrent_state
+
+        def doubled(self: RowStates, states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return update(self, states * 2, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RowStates, "update_recurrent_state", doubled)
+            case.states.begin(_one_token())
+            case.states.places = torch.tensor([0])
+            module(torch.randn(1, 1, 64))
+    assert type(module).forward is forward
+    assert list(case.states.apart) == [case.layer.name]
+
+
+def test_states_that_are_replaced_go_to_the_places_of_their_rows() -> None:
+    """Of a layer that reads or replaces them by the cache's own methods, also where it gets those of all."""
+    generator = torch.Generator().manual_seed(0)
+    conv, recurrent = (torch.randn(5, 3, 4, generator=generator) for _ in range(2))
+    places = Places(torch.tensor([3, 0]), torch.tensor([1, 0]), 4)
+    rows = RowStates({("conv", 0, 0): conv, ("recurrent", 0, 0): recurrent}, False, places)
+    before, new, token = conv.clone(), torch.randn(2, 3, 4), torch.randn(2, 3, 1)
+    seen = rows.update_conv_state(token, 0, conv_kernel_size=4)
+    expected = torch.cat([before[[3, 0]], token], dim=-1)
+    assert torch.equal(seen, expected) and torch.equal(conv[[1, 0]], expected[..., 1:])
+    assert torch.equal(conv[2:], before[2:])
+    kept = recurrent.clone()
+    assert rows.update_recurrent_state(recurrent, 0) is recurrent and torch.equal(recurrent, kept)
+    rows.update_recurrent_state(new, 0)
+    assert torch.equal(recurrent[[1, 0]], new) and torch.equal(recurrent[2:], kept[2:])
+    assert rows.places_of(recurrent) is places and rows.places_of(recurrent[:1]) is None
+
+
+def _one_token() -> StepBatch:
+    """Of one row that decodes."""
+    none, one = np.zeros(0, np.int64), np.zeros(1, np.int32)
+    return StepBatch(
+        token_ids=one, positions=one, query_start=np.array([0, 1], np.int32), context_lens=one,
+        block_tables=np.zeros((1, 1), np.int32), slot_mapping=one.astype(np.int64), sample_index=none,
+        sample_slots=none, sample_positions=none, copies=none.reshape(0, 2), num_decodes=1, slots=np.array([0]),
+    )  # fmt: skip
