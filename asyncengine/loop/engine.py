@@ -17,7 +17,9 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
+from asyncengine.grammar.protocol import Grammar
 from asyncengine.instructions import ReplyTo
+from asyncengine.loop.deadline import in_time
 from asyncengine.loop.embedding import ClassificationOptions, Reading
 from asyncengine.loop.encoding import (
     NO_TOKENS,
@@ -95,6 +97,7 @@ class AsyncEngine(EngineReadings):
             BaseException: Whatever an iterator raises; the request is withdrawn.
             InvalidRequestError: The request is wrong; the message says how.
             EngineOverloadedError: The waiting queue is full and ``options.when_full`` is ``"raise"``.
+            DeadlineExceededError: One of its deadlines passed before it was admitted.
             ModelNotLoadedError: There is no model, and none is being loaded.
             EngineDrainingError: The engine is draining.
             EngineFailedError: The device is lost.
@@ -312,14 +315,13 @@ class AsyncEngine(EngineReadings):
         reading: Reading | None = None,
     ) -> tuple[ModelView, list[RequestStream]]:
         _check_options(options)
+        clock = self._thread.core.clock
+        options = options.begun(clock())
         while True:
-            view = await self._view()
-            wanted = [checked_config(config(view) if callable(config) else config) for config in configs]
-            encoded = [Encoded(NO_TOKENS)] if arriving else await _encoded(prompts, view, many)
-            compiler = self._compiler(view)
-            grammars = [await compile_grammar(config, compiler) for config in wanted]
+            preparing = self._prepare(None if arriving else prompts, configs, many)
+            view, prepared = await in_time(preparing, options.deadlines, clock())
             news = []
-            for index, (read, config, grammar) in enumerate(zip(encoded, wanted, grammars, strict=True)):
+            for index, (read, config, grammar) in enumerate(prepared):
                 own = options
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
@@ -329,7 +331,7 @@ class AsyncEngine(EngineReadings):
             router = self._router()
             streams = []
             try:
-                for new, prompt, config in zip(news, prompts, wanted, strict=True):
+                for new, prompt, (_, config, _) in zip(news, prompts, prepared, strict=True):
                     inbox = Inbox(new.number, new_branches(new, view))
                     if new.params.num_prompt_logprobs >= 0:
                         inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
@@ -351,6 +353,17 @@ class AsyncEngine(EngineReadings):
                 return view, streams
             for stream in streams:  # another model was loaded meanwhile: prepare for that one
                 stream.withdraw()
+
+    async def _prepare(
+        self, prompts: Sequence[AnyPrompt | StreamedPrompt] | None, configs: Sequence[Configured], many: bool
+    ) -> tuple[ModelView, list[tuple[Encoded, GenerationConfig, Grammar | None]]]:
+        """The model, and what takes time to find out for it of each request; prompts that are None come later."""
+        view = await self._view()
+        wanted = [checked_config(config(view) if callable(config) else config) for config in configs]
+        encoded = [Encoded(NO_TOKENS)] * len(wanted) if prompts is None else await _encoded(prompts, view, many)
+        compiler = self._compiler(view)
+        grammars = [await compile_grammar(config, compiler) for config in wanted]
+        return view, list(zip(encoded, wanted, grammars, strict=True))
 
 
 async def _encoded(prompts: Sequence[AnyPrompt | StreamedPrompt], view: ModelView, many: bool) -> list[Encoded]:
