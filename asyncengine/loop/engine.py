@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import secrets
-from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import anyio.lowlevel
@@ -28,6 +28,7 @@ from asyncengine.loop.encoding import (
     Encoded,
     Prompt,
     StreamedPrompt,
+    check_media,
     encode,
     transcribing_of,
 )
@@ -46,7 +47,7 @@ from asyncengine.loop.prepare import (
 from asyncengine.loop.readings import DEFAULTS, Configured, EngineReadings, check_computed, checked_prompts
 from asyncengine.loop.router import Inbox
 from asyncengine.loop.stream import RequestStream
-from asyncengine.media import AudioSource, TranscriptionPrompt
+from asyncengine.media import AudioSource, Kind, TranscriptionPrompt
 from asyncengine.outputs import FinishReason, RequestResult, Transcript
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
@@ -194,6 +195,46 @@ class AsyncEngine(EngineReadings):
         result = await stream
         text = await anyio.to_thread.run_sync(transcribing.text, result.token_ids, abandon_on_cancel=True)
         return Transcript(result.text.strip() if text is None else text, result.usage, result.finish_reason)
+
+    async def check_request(
+        self,
+        config: GenerationConfig | None = None,
+        options: RequestOptions = DEFAULTS,
+        *,
+        kinds: Collection[Kind] = (),
+        reading: Reading | None = None,
+    ) -> None:
+        """Whether a request could be added, whatever its prompt is: for whom that costs something to get.
+
+        Args:
+            config: How to generate.
+            options: Id, priority, deadlines.
+            kinds: Of what there is in the prompt beside its text.
+            reading: What is read off the prompt, if nothing is generated.
+
+        Raises:
+            InvalidRequestError: The model does not take it.
+            AsyncEngineError: As `add_request`.
+
+        Cancelling it leaves the engine as it is.
+        """
+        _check_options(options)
+        clock = self._thread.core.clock
+        options = options.begun(clock())
+        view, [(none, config, grammar)] = await in_time(
+            self._prepare(None, [config], False), options.deadlines, clock()
+        )
+        check_media(kinds, view)
+        new_request(0, none, config, options, view, grammar=grammar, arriving=True, reading=reading)
+
+    async def check_media(self, kinds: Collection[Kind]) -> None:
+        """Whether the model takes images or audio.
+
+        Raises:
+            InvalidRequestError: It does not; the message says why.
+            ModelNotLoadedError: There is no model.
+        """
+        check_media(kinds, await self._view())
 
     def generate_many(
         self,
