@@ -125,7 +125,9 @@ class _Fetching:
                         return await self._body(response, file)
                     url = response.next_request.url
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            logger.info("%s could not be fetched: %s: %s", file.field, type(error).__name__, error)
+            # Other errors' words may have in them what its host has sent, or the URL.
+            words = f": {error}" if isinstance(error, httpx.ConnectError) else ""
+            logger.info("%s could not be fetched: %s%s", file.field, type(error).__name__, words)
             raise refusal(file.field, f"cannot be fetched: {_words(error)}", "not_fetched") from error
         raise refusal(file.field, f"cannot be fetched: there are more than {_MOST_REDIRECTS} redirects", "not_fetched")
 
