@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from asyncengine.config import EngineConfig
-from asyncengine.errors import InvalidRequestError
+from asyncengine.errors import DeadlineExceededError, InvalidRequestError
 from asyncengine.events import Event
 from asyncengine.generation import SamplingParams
 from asyncengine.media import PromptMedia
@@ -25,6 +26,7 @@ serve them as long as it is there."""
 WhenFull = Literal["wait", "raise"]
 
 _FAR = sys.float_info.max  # there are integers beyond it
+_DEADLINES = ("queue", "first_token", "total")
 
 
 class Mailbox(Protocol):
@@ -45,25 +47,54 @@ class ReplyTo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deadlines:
-    """How long a request may take, in seconds from admission; None is unlimited.
+    """How long a request may take, in seconds from the call that adds it; None is unlimited.
+
+    All that it waits for counts: a model that is being loaded, the reading of its images, room in the waiting queue.
 
     Attributes:
         queue: Until its first step.
         first_token: Until its first token.
         total: Until its end.
+        since: When they began to count, in seconds of `time.perf_counter`, where that was before the call: a server may
+            have been asked long before. None is the call.
     """
 
     queue: float | None = None
     first_token: float | None = None
     total: float | None = None
+    since: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("queue", "first_token", "total"):
+        since = self.since
+        if since is not None and (
+            isinstance(since, bool) or not isinstance(since, (int, float)) or not -_FAR <= since <= _FAR
+        ):
+            raise InvalidRequestError(f"deadline since is {since!r}; allowed: seconds of time.perf_counter, or None")
+        for name in _DEADLINES:
             value = getattr(self, name)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _FAR:
                 raise InvalidRequestError(f"deadline {name} is {value!r}; allowed: seconds > 0, or None")
+
+    def begun(self, now: float) -> Deadlines:
+        """The same, which count from now on if they do not yet."""
+        return self if self.since is not None else dataclasses.replace(self, since=now)
+
+    def ends(self) -> list[tuple[float, str]]:
+        """When each of them passes, in seconds of the clock, and its name; the first one first. They have `begun`."""
+        assert self.since is not None
+        limits = [(getattr(self, name), name) for name in _DEADLINES]
+        return sorted((self.since + seconds, name) for seconds, name in limits if seconds is not None)
+
+    def exceeded(self, name: str, request: str) -> DeadlineExceededError:
+        """What is said when one of them has passed.
+
+        Args:
+            name: Which.
+            request: Whose, in words.
+        """
+        return DeadlineExceededError(f"{request}: the {name} deadline of {getattr(self, name)} s passed")
 
 
 @dataclass(frozen=True, slots=True)

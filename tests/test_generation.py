@@ -335,5 +335,9 @@ class TestOptions:
     def test_deadlines_are_seconds(self, name: str, value: Any) -> None:
         refused(lambda: Deadlines(**{name: value}), f"deadline {name} is {value!r}", "allowed: seconds > 0")
 
+    @pytest.mark.parametrize("value", [True, "1", math.nan, math.inf, -math.inf, [1]])
+    def test_what_they_are_counted_from_is_a_number(self, value: Any) -> None:
+        refused(lambda: Deadlines(since=value), f"deadline since is {value!r}", "allowed: seconds of time.perf_counter")
+
     def test_very_long_deadlines_are_allowed(self) -> None:
         Deadlines(queue=1e300, first_token=10**12, total=1e-9)

@@ -128,7 +128,12 @@ def test_nothing_knows_the_server() -> None:
 
 def test_nothing_knows_the_command_line() -> None:
     others = [path for path in EVERY if path.parts[len(ROOT.parts)] not in ("cli", "__main__.py")]
-    assert not forbidden(others, "asyncengine.cli", "typer", "rich", "httpx")
+    assert not forbidden(others, "asyncengine.cli", "typer", "rich")
+
+
+def test_nobody_but_the_command_line_and_what_fetches_images_asks_servers() -> None:
+    others = [path for path in EVERY if path.parts[len(ROOT.parts)] != "cli" and path != ROOT / "server/fetch.py"]
+    assert not forbidden(others, "httpx")
 
 
 def test_the_command_line_uses_the_engine_as_anybody_would() -> None:

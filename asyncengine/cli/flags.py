@@ -197,5 +197,6 @@ FLAG_OF_FIELD = {
     "top_p": "--top-p",
     "seed": "--seed",
     "api_key": "--api-key",
+    "allowed_media_domains": "--allowed-media-domains",
 }
 """How a setting of the engine or the server is called here."""

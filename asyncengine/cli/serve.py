@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from asyncengine.loop.engine import AsyncEngine
     from asyncengine.reranking import RerankPrompt
 
-EXTRA = {"httptools", "msgspec", "prometheus_client", "starlette", "uvicorn"}
+EXTRA = {"httptools", "httpx", "msgspec", "prometheus_client", "starlette", "uvicorn"}
 """What the extra ``server`` brings."""
 
 
@@ -34,6 +34,10 @@ def serve(
     graph_capture: Annotated[
         Literal["idle", "load"], typer.Option(help="When most CUDA graphs are captured; load: before it is ready.")
     ] = "idle",
+    allowed_media_domains: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Fetch images and audio from there; may be given several times."),
+    ] = None,
     rerank_prompt: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="How /score and /rerank ask: JSON with a RerankPrompt's fields, or 'qwen3'."),
@@ -70,6 +74,7 @@ def serve(
         served_model_name=served_model_name,
         admin=admin,
         max_concurrency=max_concurrency,
+        allowed_media_domains=allowed_media_domains or (),
         rerank_prompt=None if rerank_prompt is None else _prompt(rerank_prompt),
         loader=ctx.obj,
         prepare=prepare,
@@ -114,6 +119,6 @@ def missing(extra: str, error: ModuleNotFoundError) -> Failure:
         ModuleNotFoundError: It is none of those.
     """
     name = (error.name or "").partition(".")[0]
-    if name not in EXTRA | {"httpx", "opentelemetry"}:
+    if name not in EXTRA | {"opentelemetry"}:
         raise error
     return Failure(f"{name} is not installed: pip install 'asyncengine[{extra}]'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import os
-from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -23,6 +23,7 @@ from asyncengine.media import (
     UNENCODED,
     AudioPrompt,
     ImagePrompt,
+    Kind,
     PromptMedia,
     Sources,
     Write,
@@ -233,11 +234,8 @@ def transcribing_of(view: ModelView) -> Transcribing:
 
 
 async def _read_media(sources: Sources, view: ModelView, write: Write, encode: Callable[[str], list[int]]) -> Encoded:
+    check_media([kind for kind, own in sources.items() if own], view)
     reader = view.media_reader
-    for kind in KINDS:
-        if sources.get(kind) and (reader is None or kind not in reader.kinds):
-            reason = view.no_media.get(kind, UNENCODED[kind])
-            raise InvalidRequestError(f"the prompt has {PLURALS[kind]}; the model takes none: {reason}")
     assert reader is not None
 
     def read() -> Encoded:
@@ -245,6 +243,19 @@ async def _read_media(sources: Sources, view: ModelView, write: Write, encode: C
         return Encoded(token_ids_of(found.token_ids, view), found.media)
 
     return await _in_thread(read, _media_readers())
+
+
+def check_media(kinds: Collection[Kind], view: ModelView) -> None:
+    """Whether a model takes what there is in a prompt beside its text.
+
+    Raises:
+        InvalidRequestError: It does not.
+    """
+    reader = view.media_reader
+    for kind in KINDS:
+        if kind in kinds and (reader is None or kind not in reader.kinds):
+            reason = view.no_media.get(kind, UNENCODED[kind])
+            raise InvalidRequestError(f"the prompt has {PLURALS[kind]}; the model takes none: {reason}")
 
 
 def _named(sources: Sources) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import secrets
-from collections.abc import AsyncIterable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import anyio.lowlevel
@@ -16,8 +16,10 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
+from asyncengine.grammar.protocol import Grammar
 from asyncengine.instructions import ReplyTo
 from asyncengine.loop import transcribing
+from asyncengine.loop.deadline import in_time
 from asyncengine.loop.embedding import ClassificationOptions, Reading
 from asyncengine.loop.encoding import (
     NO_TOKENS,
@@ -26,6 +28,7 @@ from asyncengine.loop.encoding import (
     Encoded,
     Prompt,
     StreamedPrompt,
+    check_media,
     encode,
 )
 from asyncengine.loop.feed import feed
@@ -43,7 +46,7 @@ from asyncengine.loop.prepare import (
 from asyncengine.loop.readings import DEFAULTS, Configured, EngineReadings, check_computed, checked_prompts
 from asyncengine.loop.router import Inbox
 from asyncengine.loop.stream import RequestStream
-from asyncengine.media import AudioSource
+from asyncengine.media import AudioSource, Kind
 from asyncengine.outputs import FinishReason, RequestResult, Transcript
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
@@ -95,6 +98,7 @@ class AsyncEngine(EngineReadings):
             BaseException: Whatever an iterator raises; the request is withdrawn.
             InvalidRequestError: The request is wrong; the message says how.
             EngineOverloadedError: The waiting queue is full and ``options.when_full`` is ``"raise"``.
+            DeadlineExceededError: One of its deadlines passed before it was admitted.
             ModelNotLoadedError: There is no model, and none is being loaded.
             EngineDrainingError: The engine is draining.
             EngineFailedError: The device is lost.
@@ -181,8 +185,8 @@ class AsyncEngine(EngineReadings):
         Args:
             audio: As `asyncengine.media.AudioSource` says.
             config: How to generate. Whisper is greedy where it does not say; of several branches the first counts.
-            options: Id, priority, deadlines. Of several pieces, each has the ``request_id`` with ``-0``, ``-1``, ...
-                appended, and deadlines of its own.
+            options: Id, priority, deadlines, which count from the call for all of it. Of several pieces, each has the
+                ``request_id`` with ``-0``, ``-1``, ... appended.
             language: That is spoken, by its code or name; None leaves it to the model.
             hint: What it is about, or words that are in it, for models that are told such; each piece is.
             task: ``"translate"`` into English, for models that do.
@@ -194,8 +198,51 @@ class AsyncEngine(EngineReadings):
 
         Cancelling it aborts the requests.
         """
-        asked = TranscriptionPrompt(audio, language, hint, task, timestamps)
-        return await transcribing.transcribe(self._add, await self._view(), asked, config, options)
+        _check_options(options)
+        asked, clock = TranscriptionPrompt(audio, language, hint, task, timestamps), self._thread.core.clock
+        options = options.begun(clock())
+        view = await in_time(self._view(), options.deadlines, clock())
+        return await transcribing.transcribe(self._add, view, asked, config, options, clock)
+
+    async def check_request(
+        self,
+        config: GenerationConfig | None = None,
+        options: RequestOptions = DEFAULTS,
+        *,
+        kinds: Collection[Kind] = (),
+        reading: Reading | None = None,
+    ) -> None:
+        """Whether a request could be added, whatever its prompt is: for whom that costs something to get.
+
+        Args:
+            config: How to generate.
+            options: Id, priority, deadlines.
+            kinds: Of what there is in the prompt beside its text.
+            reading: What is read off the prompt, if nothing is generated.
+
+        Raises:
+            InvalidRequestError: The model does not take it.
+            AsyncEngineError: As `add_request`.
+
+        Cancelling it leaves the engine as it is.
+        """
+        _check_options(options)
+        clock = self._thread.core.clock
+        options = options.begun(clock())
+        view, [(none, config, grammar)] = await in_time(
+            self._prepare(None, [config], False), options.deadlines, clock()
+        )
+        check_media(kinds, view)
+        new_request(0, none, config, options, view, grammar=grammar, arriving=True, reading=reading)
+
+    async def check_media(self, kinds: Collection[Kind]) -> None:
+        """Whether the model takes images or audio.
+
+        Raises:
+            InvalidRequestError: It does not; the message says why.
+            ModelNotLoadedError: There is no model.
+        """
+        check_media(kinds, await self._view())
 
     def generate_many(
         self,
@@ -317,14 +364,13 @@ class AsyncEngine(EngineReadings):
         reading: Reading | None = None,
     ) -> tuple[ModelView, list[RequestStream]]:
         _check_options(options)
+        clock = self._thread.core.clock
+        options = options.begun(clock())
         while True:
-            view = await self._view()
-            wanted = [checked_config(config(view) if callable(config) else config) for config in configs]
-            encoded = [Encoded(NO_TOKENS)] if arriving else await _encoded(prompts, view, many)
-            compiler = self._compiler(view)
-            grammars = [await compile_grammar(config, compiler) for config in wanted]
+            preparing = self._prepare(None if arriving else prompts, configs, many)
+            view, prepared = await in_time(preparing, options.deadlines, clock())
             news = []
-            for index, (read, config, grammar) in enumerate(zip(encoded, wanted, grammars, strict=True)):
+            for index, (read, config, grammar) in enumerate(prepared):
                 own = options
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
@@ -334,7 +380,7 @@ class AsyncEngine(EngineReadings):
             router = self._router()
             streams = []
             try:
-                for new, prompt, config in zip(news, prompts, wanted, strict=True):
+                for new, prompt, (_, config, _) in zip(news, prompts, prepared, strict=True):
                     inbox = Inbox(new.number, new_branches(new, view))
                     if new.params.num_prompt_logprobs >= 0:
                         inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
@@ -356,6 +402,17 @@ class AsyncEngine(EngineReadings):
                 return view, streams
             for stream in streams:  # another model was loaded meanwhile: prepare for that one
                 stream.withdraw()
+
+    async def _prepare(
+        self, prompts: Sequence[AnyPrompt | StreamedPrompt] | None, configs: Sequence[Configured], many: bool
+    ) -> tuple[ModelView, list[tuple[Encoded, GenerationConfig, Grammar | None]]]:
+        """The model, and what takes time to find out for it of each request; prompts that are None come later."""
+        view = await self._view()
+        wanted = [checked_config(config(view) if callable(config) else config) for config in configs]
+        encoded = [Encoded(NO_TOKENS)] * len(wanted) if prompts is None else await _encoded(prompts, view, many)
+        compiler = self._compiler(view)
+        grammars = [await compile_grammar(config, compiler) for config in wanted]
+        return view, list(zip(encoded, wanted, grammars, strict=True))
 
 
 async def _encoded(prompts: Sequence[AnyPrompt | StreamedPrompt], view: ModelView, many: bool) -> list[Encoded]:

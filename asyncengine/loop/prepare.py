@@ -33,7 +33,7 @@ class RequestOptions:
         request_id: Public name; must not be that of a request that has not ended. None lets the engine choose.
         label: Anything; comes back as `RequestStream.label`. May repeat.
         priority: Lower goes first; within a priority, first come, first served.
-        deadlines: How long it may take.
+        deadlines: How long it may take, from the call that adds it.
         when_full: With the waiting queue full, ``"wait"`` for room or ``"raise"`` `EngineOverloadedError`.
         adapter: Name of a loaded adapter to compute it with; None is the model alone.
     """
@@ -56,6 +56,12 @@ class RequestOptions:
             raise InvalidRequestError(f"when_full is {self.when_full!r}; allowed: 'wait', 'raise'")
         if self.adapter is not None and not isinstance(self.adapter, str):
             raise InvalidRequestError(f"adapter is {self.adapter!r:.80}; expected the name of one, or None")
+
+    def begun(self, now: float) -> RequestOptions:
+        """A copy whose deadlines count from now on, if they do not yet."""
+        if self.deadlines is None or self.deadlines.since is not None:
+            return self
+        return dataclasses.replace(self, deadlines=self.deadlines.begun(now))
 
     def named(self, request_id: str) -> RequestOptions:
         """A copy with another request id."""

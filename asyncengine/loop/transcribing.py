@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import anyio.to_thread
 
 from asyncengine.generation import GenerationConfig
+from asyncengine.loop.deadline import in_time
 from asyncengine.loop.encoding import AnyPrompt, transcribing_of, typed
 from asyncengine.loop.many import ManyStream
 from asyncengine.loop.prepare import RequestOptions, checked_config
@@ -38,7 +39,12 @@ class _Add(Protocol):
 
 
 async def transcribe(
-    add: _Add, view: ModelView, asked: TranscriptionPrompt, config: GenerationConfig | None, options: RequestOptions
+    add: _Add,
+    view: ModelView,
+    asked: TranscriptionPrompt,
+    config: GenerationConfig | None,
+    options: RequestOptions,
+    clock: Callable[[], float],
 ) -> Transcript:
     """What is said in an audio.
 
@@ -47,11 +53,13 @@ async def transcribe(
         view: What is loaded.
         asked: Of all of the audio.
         config: How to generate.
-        options: Id, priority, deadlines of each request that comes of it.
+        options: Id, priority, deadlines, which have begun, of each request that comes of it.
+        clock: Seconds of the deadlines' clock.
     """
     given, transcribing = checked_config(config), transcribing_of(view)
     typed(functools.partial(transcribing.request, asked))  # a wrong language need not wait for the audio
-    pieces = await _in_thread(lambda: list(transcribing.pieces(asked.audio)))
+    cutting = _in_thread(lambda: list(transcribing.pieces(asked.audio)))
+    pieces = await in_time(cutting, options.deadlines, clock())
     question, before = transcribing.question, []
     if question is not None and asked.language is None:
         before = [await _answer(add, question, pieces[0], options)]

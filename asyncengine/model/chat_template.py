@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from asyncengine.errors import CheckpointError
+from asyncengine.model.text_files import json_in
 from asyncengine.tokenizer import Message
 
 _PROBE = "1f0c7"
@@ -68,10 +69,45 @@ class ChatTemplate:
         return text
 
 
+def check_template(tokenizer: Any, path: Path) -> None:
+    """Refuses a chat template in a file of its own that is none. Compiled once, it is not compiled again.
+
+    Args:
+        tokenizer: One of transformers'.
+        path: Of its checkpoint.
+
+    Raises:
+        CheckpointError: As it says.
+    """
+    template = tokenizer.chat_template or {}
+    texts = template if isinstance(template, dict) else {"default": template}
+    found = {file: text for name, text in texts.items() if (file := _file_of(name, path)) is not None}
+    if not found:
+        return
+    try:
+        from jinja2 import TemplateSyntaxError
+        from transformers.utils.chat_template_utils import _compile_jinja_template as compiled
+    except ImportError:  # whoever has no jinja has no chat, and other versions have another name for it
+        return
+    for file, text in found.items():
+        try:
+            compiled(text)
+        except TemplateSyntaxError as error:
+            raise CheckpointError(f"{file} is no chat template: line {error.lineno}: {error.message}") from error
+        except ImportError:  # jinja is too old
+            return
+
+
+def _file_of(name: str, path: Path) -> Path | None:
+    files = (f"additional_chat_templates/{name}.jinja", "chat_template.jinja", "chat_template.json")
+    return next((path / file for file in files if (path / file).is_file()), None)
+
+
 def template_of_processor(path: Path) -> str | None:
-    """The chat template of a checkpoint whose tokenizer has none, as older ones that take images keep it."""
-    file = path / "chat_template.json"
-    if not file.exists():
-        return None
-    template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    """The chat template of a checkpoint whose tokenizer has none, as older ones that take images keep it.
+
+    Raises:
+        CheckpointError: Its file is damaged.
+    """
+    template = json_in(path / "chat_template.json", {}).get("chat_template")
     return template if isinstance(template, str) else None

@@ -24,6 +24,7 @@ from asyncengine.errors import CheckpointError, InvalidRequestError, Unsupported
 from asyncengine.generation import GenerationConfig
 from asyncengine.model.stored.formats import coded_weights
 from asyncengine.model.stored.tensor import SIZES, TORCH_DTYPES, tensors_of
+from asyncengine.model.text_files import json_in
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json",
@@ -47,6 +48,7 @@ class Checkpoint:
         coded: The weights that are stored as codes, by the names of their parameters.
         plain: The tensors that are stored as they are.
         complete: Whether a weight that the model has no use for is an error.
+        eos_token_ids: Tokens that end a text.
 
     Args:
         path: The directory.
@@ -62,6 +64,8 @@ class Checkpoint:
         self.path = path
         self.name = str(path)
         self.config = self._json("config.json")
+        self._generation = self._json("generation_config.json", optional=True)
+        self.eos_token_ids = self._ends()
         self._read_headers()
         self._reading: threading.Thread | None = None
         self._enough = threading.Event()
@@ -233,7 +237,7 @@ class Checkpoint:
     @cached_property
     def generation_defaults(self) -> GenerationConfig:
         """What ``generation_config.json`` says about sampling; nonsense in it is passed over."""
-        values = self._json("generation_config.json", optional=True)
+        values = self._generation
         defaults: dict[str, Any] = {}
         for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
             value = values.get(key)
@@ -255,14 +259,16 @@ class Checkpoint:
         named = architectures[0] if isinstance(architectures, list) and architectures else None
         return isinstance(named, str) and named.endswith("ForSequenceClassification")
 
-    @cached_property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text."""
-        generation = self._json("generation_config.json", optional=True)
-        for values in (generation, self.config, self.config.get("text_config")):
-            eos = (values or {}).get("eos_token_id")
+    def _ends(self) -> tuple[int, ...]:
+        text = self.config.get("text_config")
+        stated = {"generation_config.json": self._generation, "config.json": self.config}
+        for file, values in (*stated.items(), ("config.json", text if isinstance(text, dict) else {})):
+            eos = values.get("eos_token_id")
             if eos is not None:
-                return (eos,) if isinstance(eos, int) else tuple(eos)
+                ends = eos if isinstance(eos, list) else [eos]
+                if not all(isinstance(each, int) for each in ends):
+                    raise CheckpointError(f"{self.path / file}: eos_token_id is {eos!r:.80}; expected token ids")
+                return tuple(ends)
         return ()
 
     def _json(self, name: str, optional: bool = False) -> dict[str, Any]:
@@ -286,8 +292,11 @@ class Checkpoint:
         ):
             if (self.path / index).exists():
                 weight_map = self._json(index).get("weight_map")
-                if not isinstance(weight_map, dict):
+                if not isinstance(weight_map, dict) or not weight_map:
                     raise CheckpointError(f"{self.path / index} has no weight_map")
+                for name in weight_map.values():
+                    if not isinstance(name, str) or not name.strip("./\0"):
+                        raise CheckpointError(f"{self.path / index} has {name!r:.80} in its weight_map; expected files")
                 files = [self.path / name for name in sorted(set(weight_map.values()))]
                 missing = [file.name for file in files if not file.exists()]
                 if missing:
@@ -332,18 +341,36 @@ def _digest(file: Path) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def _digest_once(file: Path, *_stamps: int) -> bytes:
-    return hashlib.sha256(file.read_bytes()).digest()
+    try:
+        return hashlib.sha256(file.read_bytes()).digest()
+    except OSError as error:  # it may be a directory
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def same_vocabulary(one: Path, other: Path) -> bool:
-    """Whether two directories' tokenizers have the same tokens under the same ids, as far as both have a fast one."""
+    """Whether two directories' tokenizers have the same tokens under the same ids, as far as both have a fast one.
+
+    Raises:
+        CheckpointError: The files of one are damaged.
+    """
     files = [path / "tokenizer.json" for path in (one, other)]
     if not all(file.exists() for file in files):
         return True
-    texts = [file.read_bytes() for file in files]
-    if texts[0] == texts[1]:
+    if _digest(files[0]) == _digest(files[1]):
         return True
-    first, second = (json.loads(text) for text in texts)
-    same: bool = first["model"].get("vocab") == second["model"].get("vocab")
-    added = [{token["content"]: token["id"] for token in own.get("added_tokens", ())} for own in (first, second)]
-    return same and added[0] == added[1]
+    first, second = map(_vocabulary, files)
+    return first == second
+
+
+def _vocabulary(file: Path) -> tuple[Any, dict[str, int]]:
+    """Tokens and ids of a ``tokenizer.json``: the model's own, and those that were added.
+
+    Raises:
+        CheckpointError: It has none.
+    """
+    values = json_in(file, {})
+    try:
+        added = {token["content"]: token["id"] for token in values.get("added_tokens", ())}
+        return values["model"].get("vocab"), added
+    except (AttributeError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{file} has no vocabulary as one of the tokenizers library has") from error

@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -41,6 +41,8 @@ from asyncengine.model.recorded import Watched
 from asyncengine.model.recurrent.refusals import check_recurrent
 from asyncengine.model.rope_limits import RopeLimit
 from asyncengine.model.sentence_modules import Embedder, embedder_of
+from asyncengine.model.text_files import check_processors, check_settings
+from asyncengine.model.tokenizer import load_tokenizer
 from asyncengine.reranking import RerankPrompt
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer
@@ -53,6 +55,9 @@ _WATCHED: dict[str, Watched] = {}
 on nothing else."""
 SLACK = 256 << 20
 """Bytes for whatever else a load needs: modules, a tokenizer, activations of the first steps."""
+
+
+D = TypeVar("D", bound="Details")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,8 @@ class Details:
         dtype: Of weights and activations.
         weight_bytes: Bytes of its weights in that dtype.
         max_length: Most tokens in one sequence.
-        present_tokenizer: That of the model that is loaded, if there is one.
+        present_tokenizer: One that need not be loaded if it is the same: that of the model that is loaded, or what was
+            read to see whether it can be.
         kv_dtype: Of the KV cache.
         draft: The same of the model that drafts for it.
         watched: What its layers need; None if it does not run without weights.
@@ -152,7 +158,10 @@ def plan_of(
     tokenizer_path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
     if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
+    check_settings(tokenizer_path)
     no_media = refusals(config, checkpoint)
+    if not all(no_media.values()):
+        check_processors(checkpoint.path)
     # A head is tried in every load.
     alone = all(no_media.values()) and not checkpoint.classifies and not config.mla
     latents = keeps_latents(config)
@@ -247,10 +256,23 @@ def plan_of(
         wait([selecting])  # a compiler takes memory as well, and gives it back
         beside = fits(details, current)
     if not beside:  # else a load that fails takes nothing from anyone
+        from asyncengine.model.media.trials import check_wanted
         from asyncengine.model.rehearsal import rehearse
 
         rehearse(details)
+        details = with_tokenizer(details)
+        check_wanted(config, details)
     return LoadPlan(config, beside, tokenizer_key(tokenizer_path), details)
+
+
+def with_tokenizer(details: D) -> D:
+    """A load whose tokenizer is there, which may be what is wrong with it. Of pure Python, it is made again.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
+    tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
+    return dataclasses.replace(details, present_tokenizer=tokenizer or details.present_tokenizer)
 
 
 def vector_size(details: Details, hidden_size: int | None) -> int | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncengine.errors import CheckpointError, InvalidRequestError
-from asyncengine.model.sentence_modules import json_in, part_of
+from asyncengine.model.text_files import json_in, part_of
 from asyncengine.reranking import RerankPrompt
 
 _MODULE = ".LogitScore"

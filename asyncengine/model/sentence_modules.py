@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 
 from asyncengine.dense import Dense, Squash
 from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.model.text_files import json_in, part_of
 
 _POOLINGS = {"mean_tokens": "mean", "lasttoken": "last", "cls_token": "cls"}  # newer files have the engine's words
 _SQUASHES: dict[str, Squash] = {"Identity": "identity", "Tanh": "tanh"}
@@ -105,32 +105,3 @@ def _tensors(place: Path) -> dict[str, Any]:
         return {name: tensor.float().numpy() for name, tensor in tensors.items()}
     except Exception as error:
         raise CheckpointError(f"{place}: its weights cannot be read: {error}") from error
-
-
-def part_of(path: Path, name: str) -> dict[str, Any]:
-    """An object within a file; an empty one if there is none.
-
-    Raises:
-        CheckpointError: There is something else.
-    """
-    found = json_in(path, {}).get(name) or {}
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: {name} is a JSON {type(found).__name__}; expected an object")
-    return found
-
-
-def json_in(path: Path, otherwise: Any) -> Any:
-    """What a file has, of the type of `otherwise`, which is what stands for a file that is not there.
-
-    Raises:
-        CheckpointError: It cannot be read, or has something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return otherwise
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if type(values) is not type(otherwise):
-        raise CheckpointError(f"{path} is a JSON {type(values).__name__}; expected a {type(otherwise).__name__}")
-    return values

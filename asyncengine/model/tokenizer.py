@@ -12,8 +12,9 @@ from asyncengine.errors import CheckpointError, ContextLengthExceededError
 from asyncengine.grammar.vocabulary import TokenTable
 from asyncengine.known_turns import encode_known_turns, has_known_turns
 from asyncengine.model import kept_tokenizer
-from asyncengine.model.chat_template import ChatTemplate, template_of_processor
+from asyncengine.model.chat_template import ChatTemplate, check_template, template_of_processor
 from asyncengine.model.checkpoint import has_tokenizer, tokenizer_sources
+from asyncengine.model.text_files import check_tokenizer
 from asyncengine.model.token_spelling import spelling_of
 from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
 
@@ -244,7 +245,9 @@ def load_tokenizer(path: Path, present: Tokenizer | None = None) -> Tokenizer | 
 
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:
+        check_tokenizer(path)
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {error}") from error
     if not tokenizer.chat_template:
         tokenizer.chat_template = template_of_processor(path)
+    check_template(tokenizer, path)
     return FastTokenizer(tokenizer, sources, place) if tokenizer.is_fast else SlowTokenizer(tokenizer)

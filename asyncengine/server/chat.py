@@ -30,7 +30,7 @@ from asyncengine.server.chunks import (
 )
 from asyncengine.server.conversation import conversation, template_arguments
 from asyncengine.server.logprobs import chat_logprobs
-from asyncengine.server.media_data import decoded, told_apart
+from asyncengine.server.media_data import told_apart
 from asyncengine.server.naming import fresh_id
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.sampling import IGNORED, OTHERS, Sampling, generation_config, request_options
@@ -136,10 +136,10 @@ class Chat:
         elif not body.add_generation_prompt:
             arguments["add_generation_prompt"] = False
         sent, self.messages = self.messages, []
-        pending = self.service.engine.chat(await decoded(sent), config, self.options, **arguments)
         try:
+            given = await self.service.with_media(sent, config, self.options)
             with told_apart(sent):
-                stream = await pending.__aenter__()
+                stream = await self.service.engine.chat(given, config, self.options, **arguments).__aenter__()
         except InvalidRequestError as error:
             if not self.choice.constrains or beside or not str(error).startswith("response_format"):
                 raise

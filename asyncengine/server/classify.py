@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from asyncengine.loop.embedding import ClassificationOptions
 from asyncengine.outputs import Classification
 from asyncengine.server.answer import now
 from asyncengine.server.conversation import conversation, template_arguments
-from asyncengine.server.media_data import decoded
 from asyncengine.server.prompts import prompts_of
 from asyncengine.server.reading import CUT, ReadingBody, ReadingUsage, check_count, found, options_of
 from asyncengine.server.refusal import Refusal
@@ -80,10 +80,17 @@ def routes(service: Service) -> list[Route]:
             request.state.names = {**dict.fromkeys(_NAMES, "messages"), CUT: CUT}
             arguments = template_arguments(body.chat_template_kwargs)
             arguments["add_generation_prompt"] = body.add_generation_prompt
-            prompts = [await decoded(conversation(body.messages, service.settings.media))]
+            prompts = [conversation(body.messages, service.settings.media)]
         options = options_of(body, "classify", request, served)
         arguments[CUT] = body.truncate_prompt_tokens
-        read = await found(service, request, service.engine.classify(prompts, options, **arguments))
+
+        async def classified() -> list[Classification]:
+            given = prompts
+            if body.messages is not None:
+                given = [await service.with_media(prompts[0], None, options, ClassificationOptions())]
+            return await service.engine.classify(given, options, **arguments)
+
+        read = await found(service, request, classified())
         if read is None:
             return Response(status_code=499)
         tokens = sum(each.usage.prompt_tokens for each in read)

@@ -1,4 +1,4 @@
-"""Images and audio in the bodies of requests: as base64, which is all that is taken, and as bytes for the engine.
+"""Images and audio in the bodies of requests: base64, or URLs of hosts that may be asked; bytes for the engine.
 
 A body is checked on the event loop, and decoded on a worker thread where there is much to decode. What is in an
 image or audio is in no message and no log.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +57,7 @@ class EncodedFile:
         try:
             return b"".join(self._pieces())
         except ValueError as error:
-            raise _refusal(self.field, f"is not base64: {error}") from error
+            raise refusal(self.field, f"is not base64: {error}") from error
 
     def _pieces(self) -> Iterator[bytes]:
         for begin in range(self.begin, len(self.text), _PIECE):
@@ -65,6 +65,26 @@ class EncodedFile:
             if begin + _PIECE < len(self.text) and len(piece) < _PIECE // 4 * 3:
                 raise binascii.Error("Excess data after padding")
             yield piece
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class RemoteFile:
+    """One image or audio that a request's body has the URL of, not fetched yet.
+
+    Attributes:
+        url: Of a host that may be asked.
+        field: Where it stands in the body.
+        kind: What it is said to be.
+        most: How many bytes it may have.
+    """
+
+    url: str
+    field: str
+    kind: Kind
+    most: int
+
+
+MediaFile = EncodedFile | RemoteFile
 
 
 def media_part(part: dict[str, Any], where: str, most: MediaLimits) -> dict[str, Any]:
@@ -79,27 +99,40 @@ def media_part(part: dict[str, Any], where: str, most: MediaLimits) -> dict[str,
         Refusal: It is none, it is too large, or it is somewhere else.
     """
     kind: Kind = "audio" if part["type"] in AUDIO else "image"
-    if isinstance(part.get(kind), EncodedFile):  # another route has read it
+    if isinstance(part.get(kind), MediaFile):  # another route has read it
         return part
-    encoded = _audio(part, where) if kind == "audio" else _image(part, where)
-    size = (len(encoded.text) - encoded.begin) // 4 * 3 - encoded.text.count("=", -2)
-    most_bytes, name = (most.audio, "max_audio_bytes") if kind == "audio" else (most.image, "max_image_bytes")
-    if size > most_bytes:
-        raise _refusal(encoded.field, f"has {size} bytes; allowed: {name} = {most_bytes}")
-    if encoded.begin == len(encoded.text):
-        raise _refusal(encoded.field, f"is an {kind} of 0 bytes")
-    return {"type": kind, kind: encoded}
+    file = _audio(part, where, most) if kind == "audio" else _image(part, where, most)
+    if isinstance(file, EncodedFile):
+        size = (len(file.text) - file.begin) // 4 * 3 - file.text.count("=", -2)
+        most_bytes = most.audio if kind == "audio" else most.image
+        if size > most_bytes:
+            raise refusal(file.field, f"has {size} bytes; allowed: max_{kind}_bytes = {most_bytes}")
+        if file.begin == len(file.text):
+            raise refusal(file.field, f"is an {kind} of 0 bytes")
+    return {"type": kind, kind: file}
 
 
 async def decoded(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with their images and audio as bytes. Cancelling does not stop a worker thread.
+    """Messages with what is base64 in them as bytes. Cancelling does not stop a worker thread.
 
     Raises:
         Refusal: One is not base64.
     """
-    if sum(len(file.text) for kind in KINDS for file in _files(messages, kind)) <= _PIECE:
+    files = _files(messages)
+    if sum(len(file.text) for file in files if isinstance(file, EncodedFile)) <= _PIECE:
         return _decoded(messages)
     return await anyio.to_thread.run_sync(_decoded, messages, abandon_on_cancel=True)
+
+
+def remote_files(messages: Sequence[dict[str, Any]]) -> list[RemoteFile]:
+    """What has yet to be fetched."""
+    return [file for file in _files(messages) if isinstance(file, RemoteFile)]
+
+
+def with_fetched(messages: Sequence[dict[str, Any]], fetched: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Messages with bytes in the place of their `remote_files`, in their order."""
+    data = iter(fetched)
+    return _replaced(messages, lambda file: next(data) if isinstance(file, RemoteFile) else file)
 
 
 @contextmanager
@@ -112,37 +145,48 @@ def told_apart(messages: Sequence[dict[str, Any]]) -> Iterator[None]:
     Raises:
         Refusal: It does.
     """
-    fields = {PLURALS[kind]: [file.field for file in _files(messages, kind)] for kind in KINDS}
+    fields = {PLURALS[kind]: [part[kind].field for part in _parts(messages) if part["type"] == kind] for kind in KINDS}
     try:
         yield
     except InvalidRequestError as error:
         found = _OF_ITEM.match(str(error))
         if found is None or int(found["index"]) >= len(fields[found["what"]]):
             raise
-        raise _refusal(fields[found["what"]][int(found["index"])], f"cannot be taken: {found['said']}") from error
+        raise refusal(fields[found["what"]][int(found["index"])], f"cannot be taken: {found['said']}") from error
 
 
-def _files(messages: Sequence[dict[str, Any]], kind: Kind) -> list[EncodedFile]:
+def _parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that are images or audio."""
     contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    return [part[kind] for content in contents for part in content if part["type"] == kind]
+    return [part for content in contents for part in content if part["type"] in KINDS]
+
+
+def _files(messages: Sequence[dict[str, Any]]) -> list[MediaFile | bytes]:
+    return [part[part["type"]] for part in _parts(messages)]
 
 
 def _decoded(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return _replaced(messages, lambda file: file.data() if isinstance(file, EncodedFile) else file)
+
+
+def _replaced(
+    messages: Sequence[dict[str, Any]], make: Callable[[MediaFile | bytes], MediaFile | bytes]
+) -> list[dict[str, Any]]:
     found = []
     for message in messages:
         content = message["content"]
         if isinstance(content, list):
             content = [
-                {"type": kind, kind: part[kind].data()} if (kind := part["type"]) in KINDS else part for part in content
+                {"type": kind, kind: make(part[kind])} if (kind := part["type"]) in KINDS else part for part in content
             ]
             message = {**message, "content": content}
         found.append(message)
     return found
 
 
-def _image(part: dict[str, Any], where: str) -> EncodedFile:
+def _image(part: dict[str, Any], where: str, most: MediaLimits) -> MediaFile:
     if part["type"] == "image":
-        return _of_source(part.get("source"), f"{where}.source")
+        return _of_source(part.get("source"), f"{where}.source", most)
     if part.get("file_id") is not None:
         path = f"{where}.file_id"
         message = f"{path} cannot be honoured: no files are kept here; send the image itself as image_url"
@@ -150,58 +194,65 @@ def _image(part: dict[str, Any], where: str) -> EncodedFile:
     field, url = f"{where}.image_url", part.get("image_url")
     if isinstance(url, dict):
         field, url = f"{field}.url", url.get("url")
-    return _of_url(url, field)
+    return _of_url(url, field, "image", most)
 
 
-def _audio(part: dict[str, Any], where: str) -> EncodedFile:
+def _audio(part: dict[str, Any], where: str, most: MediaLimits) -> MediaFile:
     if part["type"] == "audio_url":
         field, url = f"{where}.audio_url", part.get("audio_url")
         if isinstance(url, dict):
             field, url = f"{field}.url", url.get("url")
-        return _of_url(url, field, "audio")
+        return _of_url(url, field, "audio", most)
     field, given = f"{where}.{part['type']}", part.get(part["type"])
     if not isinstance(given, dict) or not isinstance(given.get("data"), str):
-        raise _refusal(field, "is missing; expected an object with data, which is base64, and format")
+        raise refusal(field, "is missing; expected an object with data, which is base64, and format")
     return EncodedFile(given["data"], 0, f"{field}.data")
 
 
-def _of_url(url: object, field: str, kind: Kind = "image") -> EncodedFile:
+def _of_url(url: object, field: str, kind: Kind, most: MediaLimits) -> MediaFile:
     expected = f"data:{kind}/...;base64,..."
     if not isinstance(url, str) or not url:
-        raise _refusal(field, f"is missing; expected {expected}")
+        raise refusal(field, f"is missing; expected {expected}")
     head = _DATA_URL.match(url)
     if head is None:
         scheme = _SCHEME.match(url)
         if scheme and scheme[0].lower() == "data":
-            raise _refusal(field, f"is a data: URL that cannot be read; expected {expected}")
+            raise refusal(field, f"is a data: URL that cannot be read; expected {expected}")
+        if most.domains and scheme and scheme[0].lower() in ("http", "https"):
+            from asyncengine.server.fetch import check_url  # and httpx with it, which nobody else needs
+
+            check_url(url, field, most.domains)
+            return RemoteFile(url, field, kind, most.audio if kind == "audio" else most.image)
         what = f"has the scheme {scheme[0].lower()!r}" if scheme else "is not a data: URL"
         what_is = "images are" if kind == "image" else "audio is"
-        advice = f"{what_is} not fetched here, so send the {kind} itself as {expected}"
-        raise _refusal(field, f"{what}; {advice}", "unsupported_field")
+        here = " from there" if most.domains else " here"
+        advice = f"{what_is} not fetched{here}, so send the {kind} itself as {expected}"
+        raise refusal(field, f"{what}; {advice}", "unsupported_field")
     if not head["kind"].lower().startswith(f"{kind}/"):
-        raise _refusal(field, f"is data of the type {head['kind']!r}; expected {expected}")
+        raise refusal(field, f"is data of the type {head['kind']!r}; expected {expected}")
     if not head[0].lower().endswith(";base64,"):
-        raise _refusal(field, f"is a data: URL without ;base64; expected {expected}")
+        raise refusal(field, f"is a data: URL without ;base64; expected {expected}")
     return EncodedFile(url, head.end(), field)
 
 
-def _of_source(source: object, field: str) -> EncodedFile:
+def _of_source(source: object, field: str, most: MediaLimits) -> MediaFile:
     """An image as Anthropic's clients send it."""
     kind = source.get("type") if isinstance(source, dict) else None
     if not isinstance(source, dict) or kind is None:
-        raise _refusal(field, "is missing; expected an object with type, media_type and data")
+        raise refusal(field, "is missing; expected an object with type, media_type and data")
     if kind == "url":
-        return _of_url(source.get("url"), f"{field}.url")
+        return _of_url(source.get("url"), f"{field}.url", "image", most)
     if kind != "base64":
-        message = f"{field}.type is {kind!r:.80}; allowed: 'base64', and 'url' of a data: URL"
+        message = f"{field}.type is {kind!r:.80}; allowed: 'base64', 'url'"
         raise Refusal(400, message, "unsupported_field", f"{field}.type")
     media_type, data = source.get("media_type"), source.get("data")
     if not isinstance(media_type, str) or not media_type.lower().startswith("image/"):
-        raise _refusal(f"{field}.media_type", f"is {media_type!r:.80}; expected that of an image, such as 'image/png'")
+        raise refusal(f"{field}.media_type", f"is {media_type!r:.80}; expected that of an image, such as 'image/png'")
     if not isinstance(data, str):
-        raise _refusal(f"{field}.data", f"is {data!r:.80}; expected base64")
+        raise refusal(f"{field}.data", f"is {data!r:.80}; expected base64")
     return EncodedFile(data, 0, f"{field}.data")
 
 
-def _refusal(field: str, message: str, code: str = "invalid_field") -> Refusal:
+def refusal(field: str, message: str, code: str = "invalid_field") -> Refusal:
+    """What is said of an image or audio that is wrong."""
     return Refusal(400, f"{field} {message}", code, field)

@@ -15,7 +15,7 @@ from asyncengine.outputs import FinishReason, RequestOutput
 from asyncengine.server.answer import Answer
 from asyncengine.server.chat import Chat, ChatBody
 from asyncengine.server.conversation import conversation
-from asyncengine.server.media_data import decoded, told_apart
+from asyncengine.server.media_data import told_apart
 from asyncengine.server.message_blocks import Blocks, messages_of, tools_of
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.sampling import DeadlineFields
@@ -190,9 +190,15 @@ def routes(service: Service) -> list[Route]:
         most = service.settings.media
         messages = conversation(messages_of(body.messages, body.system, most), most)
         tools = tools_of(body.tools)
-        with told_apart(messages):
-            ids = await service.engine.tokenize_chat(await decoded(messages), **({"tools": tools} if tools else {}))
-        return reply({"input_tokens": len(ids)}, headers=headers)
+
+        async def counted() -> dict[str, Any]:
+            given = await service.with_media(messages)
+            with told_apart(messages):
+                ids = await service.engine.tokenize_chat(given, **({"tools": tools} if tools else {}))
+            return {"input_tokens": len(ids)}
+
+        answer = await unless_gone(request.receive, counted())
+        return reply(answer, 499 if answer is None else 200, headers)
 
     return [
         Route("/v1/messages", create, methods=["POST"]),

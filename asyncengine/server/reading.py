@@ -9,12 +9,11 @@ import msgspec
 from starlette.requests import Request
 
 from asyncengine.errors import RequestDroppedError
-from asyncengine.instructions import Deadlines
 from asyncengine.loop.prepare import RequestOptions
 from asyncengine.server.answer import new_id
 from asyncengine.server.naming import Served
 from asyncengine.server.refusal import Refusal
-from asyncengine.server.sampling import DeadlineFields
+from asyncengine.server.sampling import DeadlineFields, deadlines_of
 from asyncengine.server.service import Service
 from asyncengine.server.sse import unless_gone
 
@@ -44,12 +43,11 @@ class ReadingUsage(msgspec.Struct):
 
 def options_of(body: ReadingBody, prefix: str, request: Request, served: Served) -> RequestOptions:
     """How the requests are handled; their ids begin like the answer's."""
-    limits = body.deadlines
     return RequestOptions(
         request_id=new_id(prefix),
         label=request.state.request_id,
         priority=body.priority,
-        deadlines=None if limits is None else Deadlines(**msgspec.structs.asdict(limits)),
+        deadlines=deadlines_of(body.deadlines),
         when_full="raise",
         adapter=served.adapter,
     )

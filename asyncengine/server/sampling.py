@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,16 +135,23 @@ def request_options(body: Sampling, request_id: str, label: str, adapter: str | 
     Raises:
         InvalidRequestError: A value is out of range.
     """
-    limits = body.deadlines
-    deadlines = None if limits is None else Deadlines(**msgspec.structs.asdict(limits))
     return RequestOptions(
         request_id=request_id,
         label=label,
         priority=body.priority,
-        deadlines=deadlines,
+        deadlines=deadlines_of(body.deadlines),
         when_full="raise",
         adapter=adapter,
     )
+
+
+def deadlines_of(fields: DeadlineFields | None) -> Deadlines | None:
+    """Deadlines that count from now on: the request has just been read.
+
+    Raises:
+        InvalidRequestError: A value is out of range.
+    """
+    return None if fields is None else Deadlines(**msgspec.structs.asdict(fields), since=time.perf_counter())
 
 
 def _bias(bias: dict[str, float] | None) -> dict[int, float] | None:

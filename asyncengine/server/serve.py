@@ -44,6 +44,7 @@ def serve(
     max_body_bytes: int = MAX_BODY_BYTES,
     max_image_bytes: int = MAX_IMAGE_BYTES,
     max_audio_bytes: int = MAX_AUDIO_BYTES,
+    allowed_media_domains: Sequence[str] = (),
     max_concurrency: int | None = None,
     rerank_prompt: RerankPrompt | None = None,
     drain_seconds: float = 5.0,
@@ -60,13 +61,14 @@ def serve(
         config: What to load.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        api_key: As in `ServerSettings`, like the seven that follow.
+        api_key: As in `ServerSettings`, like the eight that follow.
         served_model_name: See there.
         admin: See there.
         cors_origins: See there.
         max_body_bytes: See there.
         max_image_bytes: See there.
         max_audio_bytes: See there.
+        allowed_media_domains: See there.
         max_concurrency: See there.
         rerank_prompt: See there.
         drain_seconds: How long requests get to finish after a signal.
@@ -88,6 +90,7 @@ def serve(
         max_body_bytes=max_body_bytes,
         max_image_bytes=max_image_bytes,
         max_audio_bytes=max_audio_bytes,
+        allowed_media_domains=allowed_media_domains,
         max_concurrency=max_concurrency,
         rerank_prompt=rerank_prompt,
     )

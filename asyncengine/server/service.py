@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio.to_thread
@@ -13,10 +13,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from asyncengine.errors import ModelNotLoadedError
+from asyncengine.generation import GenerationConfig
+from asyncengine.loop.deadline import in_time
+from asyncengine.loop.embedding import Reading
 from asyncengine.loop.engine import AsyncEngine
 from asyncengine.loop.health import Health
+from asyncengine.loop.prepare import RequestOptions
 from asyncengine.server.call_layout import CallLayout, call_layout
 from asyncengine.server.exposition import Traffic
+from asyncengine.server.media_data import decoded, remote_files, with_fetched
 from asyncengine.server.naming import Served, model_name
 from asyncengine.server.refusal import Refusal, refusal_of
 from asyncengine.server.sampling import NAMES
@@ -24,6 +29,9 @@ from asyncengine.server.settings import ServerSettings
 from asyncengine.server.wire import Body, encode, read_json
 from asyncengine.state import EngineState
 from asyncengine.tokenizer import ParsingTokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from asyncengine.server.fetch import Fetcher
 
 logger = logging.getLogger("asyncengine.server")
 
@@ -47,6 +55,11 @@ class Service:
         self.traffic = Traffic(engine, settings)
         self.created = int(time.time())
         self.problem: str | None = None
+        self._fetcher: Fetcher | None = None
+        if settings.allowed_media_domains:
+            from asyncengine.server.fetch import Fetcher  # and httpx with it, which nobody else needs
+
+            self._fetcher = Fetcher(settings)
         self._layouts: WeakKeyDictionary[ParsingTokenizer, CallLayout | None] = WeakKeyDictionary()
 
     @property
@@ -125,6 +138,38 @@ class Service:
         if tokenizer is None:
             raise Refusal(400, f"the model {self.name!r} has no tokenizer", "no_tokenizer")
         return tokenizer
+
+    async def with_media(
+        self,
+        messages: Sequence[dict[str, Any]],
+        config: GenerationConfig | None = None,
+        options: RequestOptions | None = None,
+        reading: Reading | None = None,
+    ) -> list[dict[str, Any]]:
+        """Messages with their images and audio as bytes; nothing is fetched for a request that is wrong otherwise.
+
+        Args:
+            messages: As `conversation` has them.
+            config: How to generate from them.
+            options: How the request is handled; None if there is none.
+            reading: What is read off them, if nothing is generated.
+
+        Raises:
+            Refusal: One of them cannot be had.
+            AsyncEngineError: The request is wrong, or one of its deadlines passed.
+        """
+        found = await decoded(messages)
+        remote = remote_files(found)
+        if not remote:
+            return found
+        assert self._fetcher is not None
+        kinds = {file.kind for file in remote}
+        if options is None:
+            await self.engine.check_media(kinds)
+        else:
+            await self.engine.check_request(config, options, kinds=kinds, reading=reading)
+        deadlines = None if options is None else options.deadlines
+        return with_fetched(found, await in_time(self._fetcher.fetch(remote), deadlines, time.perf_counter()))
 
     async def call_layout(self, tokenizer: ParsingTokenizer) -> CallLayout | None:
         """How a model writes tool calls; looked for once, on a worker thread."""

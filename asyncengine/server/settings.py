@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,53 @@ MAX_AUDIO_BYTES = 20 * 1024 * 1024
 MAX_HEADER_BYTES = 32 * 1024
 
 
+_DOMAIN = re.compile(r"(?P<host>[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:(?P<port>[0-9]{1,5}))?", re.I | re.A)
+
+
+@dataclass(frozen=True, slots=True)
+class MediaDomain:
+    """A host that may be asked for images and audio.
+
+    Attributes:
+        host: As it stands in a URL, in lower case; of an IPv6 address, without its brackets.
+        port: The only one; None is that of the scheme.
+    """
+
+    host: str
+    port: int | None = None
+
+    @classmethod
+    def parse(cls, given: object) -> MediaDomain:
+        """Out of ``HOST`` or ``HOST:PORT``.
+
+        Raises:
+            ConfigError: It is something else.
+        """
+        found = _DOMAIN.fullmatch(given) if isinstance(given, str) else None
+        if found is None or not 0 < int(port := found["port"] or 80) < 1 << 16:
+            raise ConfigError(
+                f"allowed_media_domains has {given!r:.80}; expected HOST or HOST:PORT in ASCII, no URL and no *"
+            )
+        return cls(found["host"].lower().strip("[]"), None if found["port"] is None else int(port))
+
+    def allows(self, host: str, port: int, implied: bool) -> bool:
+        """Whether a URL leads there; `implied` says that its port is that of the scheme."""
+        return host == self.host and (implied if self.port is None else port == self.port)
+
+
 @dataclass(frozen=True, slots=True)
 class MediaLimits:
-    """Sizes of the largest files in a body that are taken, in bytes."""
+    """Which images and audio are taken.
+
+    Attributes:
+        image: Size of the largest image, as a file in bytes.
+        audio: The same of audio.
+        domains: Who may be asked for those that are somewhere else.
+    """
 
     image: int
     audio: int
+    domains: tuple[MediaDomain, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +80,9 @@ class ServerSettings:
         max_body_bytes: Largest body of a request; larger ones are a 413.
         max_image_bytes: Largest image in a body, as a file; larger ones are a 400. As base64 it is a third larger.
         max_audio_bytes: The same of audio.
+        allowed_media_domains: Hosts whose images and audio are fetched where a request has the URL of one, as ``HOST``
+            or ``HOST:PORT``; none by default. They are trusted, whatever their address is.
+        media_seconds: How long all that is fetched for one request may take to come.
         max_header_bytes: Largest sum of a request's headers; larger ones are a 431.
         max_concurrency: Most requests at a time that use the engine; more are a 429. None leaves it to
             ``max_queue_size`` of the engine.
@@ -56,6 +101,8 @@ class ServerSettings:
     max_body_bytes: int = MAX_BODY_BYTES
     max_image_bytes: int = MAX_IMAGE_BYTES
     max_audio_bytes: int = MAX_AUDIO_BYTES
+    allowed_media_domains: Sequence[str] = ()
+    media_seconds: float = 10.0
     max_header_bytes: int = MAX_HEADER_BYTES
     max_concurrency: int | None = None
     body_seconds: float = 30.0
@@ -78,6 +125,11 @@ class ServerSettings:
         if isinstance(self.cors_origins, str):
             raise ConfigError(f"cors_origins is {self.cors_origins!r}; expected a list of origins")
         object.__setattr__(self, "cors_origins", tuple(self.cors_origins))
+        if isinstance(self.allowed_media_domains, str):
+            raise ConfigError(f"allowed_media_domains is {self.allowed_media_domains!r:.80}; expected a list of hosts")
+        object.__setattr__(self, "allowed_media_domains", tuple(self.allowed_media_domains))
+        for domain in self.allowed_media_domains:
+            MediaDomain.parse(domain)
         sizes = ("max_body_bytes", "max_image_bytes", "max_audio_bytes", "max_header_bytes")
         least = dict.fromkeys(sizes, 1) | {"retry_after_seconds": 0}
         for name, minimum in least.items():
@@ -87,12 +139,13 @@ class ServerSettings:
         most = self.max_concurrency
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
             raise ConfigError(f"max_concurrency is {most!r}; expected an integer >= 1 or None")
-        for name in ("body_seconds", "ping_seconds"):
+        for name in ("body_seconds", "media_seconds", "ping_seconds"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ConfigError(f"{name} is {value!r}; expected seconds > 0")
 
     @property
     def media(self) -> MediaLimits:
-        """Sizes of the largest images and audio that are taken."""
-        return MediaLimits(self.max_image_bytes, self.max_audio_bytes)
+        """Which images and audio are taken."""
+        domains = tuple(MediaDomain.parse(domain) for domain in self.allowed_media_domains)
+        return MediaLimits(self.max_image_bytes, self.max_audio_bytes, domains)

@@ -11,9 +11,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine.server.conversation import conversation, template_arguments
-from asyncengine.server.media_data import decoded, told_apart
+from asyncengine.server.media_data import told_apart
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service, reply
+from asyncengine.server.sse import unless_gone
 from asyncengine.server.token_text import token_text
 from asyncengine.server.wire import Body
 
@@ -68,14 +69,22 @@ def routes(service: Service) -> list[Route]:
             if not body.add_generation_prompt:
                 arguments["add_generation_prompt"] = False
             messages = conversation(body.messages, service.settings.media)
-            with told_apart(messages):
-                ids = await service.engine.tokenize_chat(await decoded(messages), **arguments)
+
+            async def tokenized() -> list[int]:
+                given = await service.with_media(messages)
+                with told_apart(messages):
+                    return await service.engine.tokenize_chat(given, **arguments)
+
+            found = await unless_gone(request.receive, tokenized())
+            if found is None:
+                return Response(status_code=499)
+            ids = found
         config = service.engine.complete_engine_config
-        found: dict[str, Any] = {"count": len(ids), "tokens": ids}
-        found["max_model_len"] = None if config is None else config.max_single_sequence_length
+        answer: dict[str, Any] = {"count": len(ids), "tokens": ids}
+        answer["max_model_len"] = None if config is None else config.max_single_sequence_length
         if body.return_token_strs:
-            found["token_strs"] = [token_text(tokenizer, token_id)[0] for token_id in ids]
-        return reply(found, headers=headers)
+            answer["token_strs"] = [token_text(tokenizer, token_id)[0] for token_id in ids]
+        return reply(answer, headers=headers)
 
     async def detokenize(request: Request) -> Response:
         body, headers = await service.read(request, DETOKENIZE)

@@ -110,7 +110,7 @@ class Core:
     def next_deadline(self) -> float | None:
         """When `step` or `warming.advance` must be called though nothing is runnable, in seconds of the clock."""
         times = [t for t in (self.requests.next_deadline, self._shutdown_at, self.warming.due_at) if t is not None]
-        return min(times, default=None)
+        return min([*times, *(when for held in self._held if (when := _first_end(held)) is not None)], default=None)
 
     def metrics(self) -> EngineMetrics:
         """A snapshot. May be called from any thread; numbers that change meanwhile may be a step apart."""
@@ -302,6 +302,17 @@ class Core:
                     if new.number in numbers or new.request_id in abort.request_ids:
                         self._cancelled.add(new.number)
 
+    def _expire_held(self) -> None:
+        """Refuses requests that a reload holds up and whose deadlines have passed."""
+        now = self.clock()
+        for held in [each for each in self._held if (when := _first_end(each)) is not None and when <= now]:
+            self._held = deque(each for each in self._held if each is not held)
+            assert isinstance(held, ins.AddRequests) and held.requests[0].deadlines is not None
+            self._cancelled.difference_update(new.number for new in held.requests)
+            deadlines = held.requests[0].deadlines
+            error = deadlines.exceeded(deadlines.ends()[0][1], f"request {held.requests[0].request_id}")
+            self.outbox.reply(held.reply_to, error=error)
+
     def move(self, action: Action) -> None:
         """Changes the state as the table says.
 
@@ -369,6 +380,7 @@ class Core:
                 after the model and before its tokens are published, so that aborts among them take effect at once.
         """
         self.requests.expire()
+        self._expire_held()
         if self.scheduler is not None:
             self.requests.admit_queued()
         if self.scheduler is not None and self._may_step and (self.scheduler.has_work or self.stepping.under_way):
@@ -499,3 +511,11 @@ class Core:
 _DURING_STEPS = (ins.AddRequests, ins.ExtendPrompt, ins.AbortRequests, ins.Unpin, ins.Drain, ins.Shutdown)
 """What may be executed while a step is under way: it changes neither the model nor what was launched."""
 _NEVER_HELD = (ins.AbortRequests, ins.ExtendPrompt, ins.Shutdown, ins.JobDone, ins.Unpin)
+
+
+def _first_end(held: Instruction) -> float | None:
+    """When the first deadline of requests passes that are not admitted yet; those of one call have the same ones."""
+    deadlines = held.requests[0].deadlines if isinstance(held, ins.AddRequests) and held.requests else None
+    if deadlines is None or deadlines.since is None:
+        return None
+    return min((when for when, _ in deadlines.ends()), default=None)

@@ -17,14 +17,13 @@ from asyncengine.dense import Dense
 from asyncengine.detokenizer import BEFORE, TextStream
 from asyncengine.errors import (
     AsyncEngineError,
-    DeadlineExceededError,
     EngineOverloadedError,
     InvalidRequestError,
     RequestDroppedError,
     StepError,
 )
 from asyncengine.events import BranchEnded, RequestEnded
-from asyncengine.instructions import AddRequests, ExtendPrompt, Mailbox, NewRequest, ReplyTo
+from asyncengine.instructions import AddRequests, Deadlines, ExtendPrompt, Mailbox, NewRequest, ReplyTo
 from asyncengine.media import PLURALS, MediaFailure, MediaReader
 from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Pooling, Usage
@@ -112,7 +111,7 @@ class RequestTable:
     @property
     def next_deadline(self) -> float | None:
         """When the next deadline passes, in seconds of the clock."""
-        while self._deadlines and self._deadlines[0][1] not in self._requests:
+        while self._deadlines and not self._has(self._deadlines[0][1]):
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
@@ -158,6 +157,8 @@ class RequestTable:
             self._numbers[new.request_id] = new.number
             last = new is instruction.requests[-1]
             self._queued[new.number] = _Queued(new, instruction.mailbox, instruction.reply_to if last else None)
+            if new.deadlines is not None:
+                self._watch(new.number, new.deadlines)
         self.admit_queued()
 
     def admit_queued(self) -> None:
@@ -166,6 +167,17 @@ class RequestTable:
             _, queued = self._queued.popitem(last=False)
             self._admit(queued.new, queued.mailbox)
             self.outbox.reply(queued.reply_to, True)
+
+    def _watch(self, number: int, deadlines: Deadlines) -> None:
+        """Ends a request when one of its deadlines passes."""
+        for when, kind in deadlines.begun(self.clock()).ends():
+            heapq.heappush(self._deadlines, (when, number, kind))
+        if len(self._deadlines) > 64 + 6 * len(self):  # most are of requests that have ended
+            self._deadlines = [entry for entry in self._deadlines if self._has(entry[1])]
+            heapq.heapify(self._deadlines)
+
+    def _has(self, number: int) -> bool:
+        return number in self._requests or number in self._queued
 
     def _admit(self, new: NewRequest, mailbox: Mailbox) -> None:
         assert self.scheduler is not None
@@ -182,14 +194,6 @@ class RequestTable:
             for branch in request.branches:
                 branch.text = TextStream(self._tokenizer, params.stop_strs, params.skip_special_tokens, before)
         self._requests[new.number] = request
-        if new.deadlines is not None:
-            for kind in ("queue", "first_token", "total"):
-                seconds = getattr(new.deadlines, kind)
-                if seconds is not None:
-                    heapq.heappush(self._deadlines, (now + seconds, new.number, kind))
-            if len(self._deadlines) > 64 + 6 * len(self._requests):  # most are of requests that have ended
-                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._requests]
-                heapq.heapify(self._deadlines)
         if self.trace.enabled:
             more = {} if new.adapter is None else {"adapter": new.adapter}
             self.trace.mark("b", "request", now, new.number, id=new.request_id, prompt_tokens=len(new.prompt), **more)
@@ -319,17 +323,12 @@ class RequestTable:
         now = self.clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             _, number, kind = heapq.heappop(self._deadlines)
-            request = self._requests.get(number)
-            if request is None:
-                continue
-            met = {"queue": request.started_at, "first_token": request.first_token_at}.get(kind)
-            if met is None:
-                limit = getattr(request.new.deadlines, kind)
-                self.end_branches(
-                    request,
-                    FinishReason.ABORT,
-                    DeadlineExceededError(f"request {request.new.request_id}: the {kind} deadline of {limit} s passed"),
-                )
+            if (queued := self._queued.get(number)) is not None:
+                self._end_queued(number, _exceeded(queued.new, kind))
+            elif (request := self._requests.get(number)) is not None:
+                met = {"queue": request.started_at, "first_token": request.first_token_at}.get(kind)
+                if met is None:
+                    self.end_branches(request, FinishReason.ABORT, _exceeded(request.new, kind))
 
     def end_head(self, error: AsyncEngineError) -> None:
         """Ends the request that is first in the waiting queue: it can never run."""
@@ -548,3 +547,8 @@ class RequestTable:
                     self.counters.audio_tokens += request.new.media.num_tokens("audio")
             if self.trace.enabled:
                 self.trace.mark("n", "prefill", self.clock(), request.new.number, tokens=chunk.count)
+
+
+def _exceeded(new: NewRequest, kind: str) -> AsyncEngineError:
+    assert new.deadlines is not None
+    return new.deadlines.exceeded(kind, f"request {new.request_id}")

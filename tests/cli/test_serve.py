@@ -71,6 +71,21 @@ def test_how_a_model_is_asked_for_ranks_comes_from_a_file(tmp_path: Path, monkey
     assert len(asked) == 2
 
 
+def test_hosts_that_may_be_asked_for_images_are_named_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from asyncengine.server import serve
+
+    asked: list[object] = []
+    serving = serve.serve
+    monkeypatch.setattr(serve, "serve", lambda config, **settings: asked.append(settings["allowed_media_domains"]) or 0)
+    assert run("serve").status == 0
+    flags = ["--allowed-media-domains", "a.example", "--allowed-media-domains", "b.example:9000"]
+    assert run("serve", *flags).status == 0
+    assert asked == [(), ["a.example", "b.example:9000"]]
+    monkeypatch.setattr(serve, "serve", serving)
+    wrong = run("serve", "--port", "0", "--allowed-media-domains", "*", loader=scripted_loader())
+    assert wrong.status == 1 and "--allowed-media-domains (allowed_media_domains) has '*'; expected HOST" in wrong.err
+
+
 def test_without_the_extra_it_says_what_to_install() -> None:
     program = "import sys; sys.modules['uvicorn'] = None; from asyncengine.cli import main; main()"
     wrong = subprocess.run(

@@ -34,6 +34,7 @@ from asyncengine import (
     RequestOptions,
     StepError,
 )
+from asyncengine.loop.embedding import ClassificationOptions
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, echo
 
 pytestmark = pytest.mark.timeout(15)
@@ -783,6 +784,33 @@ async def test_a_stream_outlives_its_engine() -> None:
     outputs = await read(stream)
     assert outputs[-1].finish_reason is FinishReason.ABORT
     assert is_whole(outputs, stream.result())
+
+
+async def test_what_is_wrong_with_a_request_is_known_without_its_prompt(rig: Rig) -> None:
+    check = rig.engine.check_request
+    await check()
+    await check(GenerationConfig(max_tokens=5), RequestOptions(deadlines=Deadlines(total=9)))
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "text"}}}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"config": GenerationConfig(logit_bias={5000: 1.0})}, "5000"),
+        ({"config": GenerationConfig(response_format=schema)}, "response_format"),
+        ({"config": 5}, "config is 5"),
+        ({"options": 5}, "options is 5"),
+        ({"options": RequestOptions(adapter="nobody")}, "nobody"),
+        ({"kinds": ["image"]}, "the prompt has images; the model takes none"),
+        ({"reading": ClassificationOptions()}, "cannot classify"),
+    ]
+    for arguments, says in wrong:
+        with pytest.raises(InvalidRequestError, match=says):
+            await check(**arguments)
+    with pytest.raises(InvalidRequestError, match="the prompt has audio; the model takes none"):
+        await rig.engine.check_media(["audio"])
+    assert rig.model.steps == 0
+    await rig.comes_to_rest()
+    await rig.engine.unload()
+    for checking in (check(), rig.engine.check_media([])):
+        with pytest.raises(ModelNotLoadedError):
+            await checking
 
 
 # Admission

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from asyncengine import EngineConfig, GenerationConfig, ImagePrompt, InvalidRequestError
+from asyncengine import (
+    DeadlineExceededError,
+    Deadlines,
+    EngineConfig,
+    GenerationConfig,
+    ImagePrompt,
+    InvalidRequestError,
+    RequestOptions,
+)
 from asyncengine.loop.encoding import _READERS
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, ScriptedMediaReader, pieces_of
 from tests.loop.media_engine import LONG, engine, script
@@ -102,6 +110,27 @@ async def test_another_model_carries_them_on_if_it_reads_them_alike(images: bool
         else:
             with pytest.raises(InvalidRequestError, match="the new model does not take its images"):
                 await stream
+
+
+async def test_a_deadline_passes_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, read = threading.Event(), threading.Event(), ScriptedMediaReader.read
+
+    def slowly(*arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        return read(*arguments)
+
+    monkeypatch.setattr(ScriptedMediaReader, "read", slowly)
+    options = RequestOptions(deadlines=Deadlines(first_token=0.02))
+    async with engine(looking()) as serving:
+        try:
+            with pytest.raises(DeadlineExceededError, match="first_token deadline"):
+                await serving.chat(asking(b"x"), None, options)
+            assert begun.is_set()
+        finally:
+            go_on.set()
+        assert len(serving._thread.core.requests) == 0
+        assert (await serving.chat(asking(b"x"))).text
 
 
 async def test_few_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 
 import pytest
 from harness import Rig, endless, eventually, is_whole, joined, read
@@ -10,6 +12,7 @@ from harness import Rig, endless, eventually, is_whole, joined, read
 from asyncengine import (
     DeadlineExceededError,
     Deadlines,
+    EngineState,
     FinishReason,
     GenerationConfig,
     IllegalStateError,
@@ -275,13 +278,15 @@ async def test_a_deadline_in_total_ends_with_what_there_was() -> None:
 @pytest.mark.parametrize("kind", ["queue", "first_token", "total"])
 async def test_a_deadline_ends_a_request_that_waits(rig: Rig, kind: str) -> None:
     await rig.engine.pause()
+    called = time.perf_counter()
     stream = await rig.engine.add_request("x", None, RequestOptions(deadlines=Deadlines(**{kind: 0.02})))
     with pytest.raises(DeadlineExceededError, match=kind):
         await stream
+    assert time.perf_counter() - called >= 0.02
     assert stream.result().finish_reason is FinishReason.ABORT
     assert stream.usage is not None
     assert stream.usage.completion_tokens == 0
-    assert stream.usage.queue_seconds >= 0.02
+    assert stream.usage.queue_seconds == stream.usage.total_seconds > 0
     assert stream.usage.first_token_seconds is None
     await rig.comes_to_rest()
 
@@ -300,6 +305,45 @@ async def test_deadlines_may_be_very_far(rig: Rig) -> None:
     await asyncio.sleep(0.02)  # the step thread sleeps with the deadline as its time-out
     await rig.engine.resume()
     assert (await stream).text == "hello"
+
+
+@pytest.mark.parametrize("kind", ["queue", "first_token", "total"])
+async def test_a_deadline_ends_a_request_that_waits_for_room(kind: str) -> None:
+    async with Rig(max_queue_size=1) as rig:
+        await rig.engine.pause()
+        first = await rig.engine.add_request("first")
+        stream = await rig.engine.add_request("x", None, RequestOptions(deadlines=Deadlines(**{kind: 0.02})))
+        with pytest.raises(DeadlineExceededError, match=kind):
+            await stream
+        assert (stream.result().finish_reason, stream.result().token_ids) == (FinishReason.ABORT, [])
+        await rig.engine.resume()
+        assert (await first).text == "first"
+        await rig.comes_to_rest()
+
+
+async def test_a_deadline_passes_while_a_model_is_loaded(rig: Rig) -> None:
+    rig.loader.gate = threading.Event()
+    await rig.engine.unload()
+    reloading = asyncio.create_task(rig.engine.reload(rig.config))
+    await eventually(lambda: rig.engine.state is EngineState.LOADING)
+    with pytest.raises(DeadlineExceededError, match=r"not admitted yet: the queue deadline of 0\.02 s passed"):
+        await rig.engine.add_request("x", None, RequestOptions(deadlines=Deadlines(total=60, queue=0.02)))
+    rig.loader.gate.set()
+    await reloading
+    await rig.comes_to_rest()
+    await rig.serves()
+
+
+async def test_deadlines_may_have_begun_before_the_call(rig: Rig) -> None:
+    await rig.engine.pause()
+    now = time.perf_counter()
+    limits = [Deadlines(total=60, since=since) for since in (now - 60, now)]
+    ended, going = [await rig.engine.add_request("x", None, RequestOptions(deadlines=each)) for each in limits]
+    with pytest.raises(DeadlineExceededError, match=r"total deadline of 60 s"):
+        await ended
+    await rig.engine.resume()
+    assert (await going).text == "x"
+    await rig.comes_to_rest()
 
 
 async def test_usage_counts_what_was_delivered() -> None:

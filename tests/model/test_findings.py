@@ -249,7 +249,7 @@ def test_a_broken_tokenizer_is_refused_as_ever(tmp_path: Path, checkpoint: Calla
     path = shutil.copytree(checkpoint("llama"), tmp_path / "model")
     load(path).model.close()
     (path / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"the tokenizer in .* cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be read: Expecting property name"):
         load(path)
 
 

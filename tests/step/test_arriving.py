@@ -242,7 +242,7 @@ def test_what_ends_all_requests_ends_those_that_await_more(end: type[ins.Unload 
 
 
 @pytest.mark.parametrize("kind", ["queue", "first_token", "total"])
-def test_deadlines_count_from_admission(kind: str) -> None:
+def test_deadlines_count_while_a_prompt_comes(kind: str) -> None:
     case = loaded()
     number = case.open(deadlines=Deadlines(**{kind: 2.0}))
     case.piece(number, "ab")

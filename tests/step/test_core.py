@@ -543,15 +543,54 @@ class TestDeadlines:
         assert len(case.core.requests._deadlines) < 100
         assert case.core.next_deadline is None
 
-    def test_count_from_admission(self) -> None:
+    def test_pass_while_there_is_no_room(self) -> None:
         case = loaded(max_queue_size=1)
         case.ask(ins.Pause)
         case.add("a")
-        queued = case.new("b", deadlines=Deadlines(queue=1))
-        case.call(lambda to: case.adding(queued, to=to))
-        case.now += 10
+        patient = case.new("b", deadlines=Deadlines(queue=9))
+        queued = case.new("c", deadlines=Deadlines(queue=1, total=5))
+        tickets = [case.call(lambda to, new=new: case.adding(new, to=to)) for new in (patient, queued)]  # type: ignore[misc]
+        assert case.core.next_deadline == 101
+        case.now += 1
         case.step()
-        assert not case.ended(queued.number)
+        assert [case.answered(ticket) for ticket in tickets] == [False, True]
+        assert "queue deadline of 1 s" in str(case.end_error(queued.number))
+        assert case.reason(queued.number) == "abort" and not case.ended(patient.number)
+        assert case.core.next_deadline == 109
+        case.ask(ins.Resume)
+        case.run()
+        assert case.text(patient.number) == "b"
+
+    def test_count_from_before_the_admission(self) -> None:
+        case = loaded(max_num_sequence=1)
+        case.add("abcdef")
+        early = case.add("g", deadlines=Deadlines(first_token=5, since=97))
+        late = case.add("h", deadlines=Deadlines(first_token=5, since=90))
+        case.step()
+        assert isinstance(case.end_error(late), DeadlineExceededError) and not case.ended(early)
+        case.now += 2
+        case.step()
+        assert isinstance(case.end_error(early), DeadlineExceededError)
+
+    def test_pass_while_a_reload_holds_requests_up(self) -> None:
+        case = loaded()
+        case.call(lambda to: ins.Reload(config("other"), "abort", to))
+        limits = [Deadlines(queue=3, total=2, since=100), Deadlines(total=4, since=100), Deadlines(since=100), None]
+        held = [case.new("a", deadlines=each) for each in limits]
+        tickets = [case.call(lambda to, new=new: case.adding(new, to=to)) for new in held]  # type: ignore[misc]
+        assert case.core.next_deadline == 102
+        case.abort(held[0].number)
+        case.now += 2
+        case.step()
+        assert [case.answered(ticket) for ticket in tickets] == [True, False, False, False]
+        assert isinstance(case.error(tickets[0]), DeadlineExceededError)
+        assert "total deadline of 2 s" in str(case.error(tickets[0]))
+        assert case.core.next_deadline == 104 and not case.core._cancelled
+        case.run_jobs()
+        case.step()
+        case.run_jobs()
+        assert [case.answer(ticket) for ticket in tickets[1:]] == [False] * 3  # it is another model
+        assert case.core.next_deadline is None
 
 
 class TestStepFailure:

@@ -23,13 +23,14 @@ from asyncengine.model.encoders.model import EncoderModel
 from asyncengine.model.encoders.packing import Packing, UnpackableError
 from asyncengine.model.gguf.checkpoint import described
 from asyncengine.model.letting_go import take_apart
-from asyncengine.model.load_check import BUILDING, Details, fits, vector_size
+from asyncengine.model.load_check import BUILDING, Details, fits, vector_size, with_tokenizer
 from asyncengine.model.load_report import cannot_load, check_weights, loaded
 from asyncengine.model.load_settings import DEFAULT_LONGEST
 from asyncengine.model.location import locate
 from asyncengine.model.media.refusals import wanted
 from asyncengine.model.rehearsal import rehearsed
-from asyncengine.model.sentence_modules import embedder_of, json_in
+from asyncengine.model.sentence_modules import embedder_of
+from asyncengine.model.text_files import check_settings, json_in
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer, special_ids
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
@@ -83,6 +84,7 @@ def plan_of(
     beside = fits(details, current)
     if not beside:
         _rehearse(details)
+        details = with_tokenizer(details)
     return LoadPlan(config, beside, tokenizer_key(details.tokenizer_path), details)
 
 
@@ -102,6 +104,7 @@ def details_of(
     tokenizer_path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
     if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
+    check_settings(tokenizer_path)
     classifies = checkpoint.classifies
     mapping = (AutoModelForSequenceClassification if classifies else AutoModel)._model_mapping
     if type(hf_config) not in mapping:

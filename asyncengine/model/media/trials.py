@@ -13,6 +13,24 @@ from asyncengine.model.media.refusals import wanted
 from asyncengine.model.recorded import Recorded
 
 
+def check_wanted(config: EngineConfig, details: Details) -> None:
+    """Refuses a load that wants images or audio of a model whose processor cannot be loaded.
+
+    Raises:
+        UnsupportedModelError: As it says.
+    """
+    kinds = [kind for kind in KINDS if not details.no_media[kind]]
+    asked_for = next((kind for kind in kinds if wanted(kind, config)), None)
+    if asked_for is None:
+        return
+    try:
+        from asyncengine.model.media.processor import processor
+
+        processor(details.checkpoint.path, kinds)
+    except Exception as error:
+        raise _taken_none(asked_for, config.model, _unprocessed(error)) from error
+
+
 class Trials:
     """The trials of one model: of images, and of audio beside images if it takes these.
 
@@ -51,7 +69,7 @@ class Trials:
             prepares = processor(details.checkpoint.path, kinds)
         except Exception as error:
             for kind in kinds:
-                self.refused[kind] = f"its processor cannot be loaded: {_first_line(error)}"
+                self.refused[kind] = _unprocessed(error)
             return
         key = details.checkpoint.media_key
         for kind in kinds:
@@ -112,7 +130,7 @@ class Trials:
         found = []
         for kind, reason in self.refused.items():
             if reason and wanted(kind, self._config):
-                raise UnsupportedModelError(f"{PLURALS[kind]} is True; {name!r} takes none: {reason}")
+                raise _taken_none(kind, name, reason)
             if reason not in ("", UNENCODED[kind]) and wanted(kind, self._config) is None:
                 found.append(f"{PLURALS[kind]}: refused: {reason}")
         return found
@@ -139,3 +157,11 @@ def _with_one_at_least(tried: Callable[[bool], Any]) -> Any:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [repr(error)]
     return lines[0]
+
+
+def _unprocessed(error: Exception) -> str:
+    return f"its processor cannot be loaded: {_first_line(error)}"
+
+
+def _taken_none(kind: Kind, name: str, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{PLURALS[kind]} is True; {name!r} takes none: {reason}")

@@ -24,7 +24,7 @@ from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.checkpoint import tokenizer_key
 from asyncengine.model.gguf.checkpoint import described
 from asyncengine.model.letting_go import take_apart
-from asyncengine.model.load_check import Details, fits
+from asyncengine.model.load_check import Details, fits, with_tokenizer
 from asyncengine.model.load_report import cannot_load, check_weights, loaded
 from asyncengine.model.load_settings import check_layers, select_attention
 from asyncengine.model.location import locate
@@ -38,6 +38,7 @@ from asyncengine.model.speech.model import SpeechEncoder, SpeechModel
 from asyncengine.model.speech.parting import Places, of_text
 from asyncengine.model.speech.reader import SpeechReader
 from asyncengine.model.speech.transcription import Hearing, WhisperTranscription
+from asyncengine.model.text_files import check_processors, check_settings
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
@@ -80,6 +81,8 @@ def plan_of(
         found = rehearsed(checkpoint, SpeechDecoder, checkpoint.shapes, details.hf_config, dtype)
         if found is not None:
             check_weights(checkpoint, found[1])
+    if not beside:
+        details = with_tokenizer(details)
     return LoadPlan(config, beside, tokenizer_key(details.tokenizer_path), details)
 
 
@@ -106,6 +109,8 @@ def details_of(
         and not (checkpoint.path / "processor_config.json").exists()
     ):
         raise CheckpointError(f"{checkpoint.name} has no preprocessor_config.json, which says what it hears")
+    check_settings(tokenizer_path)
+    check_processors(checkpoint.path)
     page_size = config.kv_cache_page_size or (16 if device.type == "cuda" else 32)
     places = Places.of(hf_config.max_source_positions, page_size)
     longest = places.count + hf_config.max_target_positions
