@@ -44,8 +44,6 @@ Piece = str | int | Iterable[int]
 StreamedPrompt = AsyncIterable[Piece]
 """A prompt that comes in pieces: text, or token ids, one or several at a time."""
 
-NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
-
 _READERS = min(4, os.cpu_count() or 1)
 """Threads that read images or audio at once, for each event loop."""
 _readers: RunVar[anyio.CapacityLimiter] = RunVar("asyncengine_media_readers")

@@ -20,7 +20,6 @@ from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.instructions import ReplyTo
 from asyncengine.loop.embedding import ClassificationOptions, Reading
 from asyncengine.loop.encoding import (
-    NO_TOKENS,
     AnyPrompt,
     Conversation,
     Encoded,
@@ -46,6 +45,7 @@ from asyncengine.loop.router import Inbox
 from asyncengine.loop.stream import RequestStream
 from asyncengine.media import AudioSource, TranscriptionPrompt
 from asyncengine.outputs import FinishReason, RequestResult, Transcript
+from asyncengine.step.batch import NO_TOKENS
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
 

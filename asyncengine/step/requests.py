@@ -30,12 +30,12 @@ from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Pooling, Usage
 from asyncengine.step.adapters import Adapter, AdapterTable, unknown_adapter
 from asyncengine.step.arriving import Arriving
-from asyncengine.step.batch import Int32
+from asyncengine.step.batch import NO_TOKENS, Int32
 from asyncengine.step.model import LoadedModel
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.plan import Plan
 from asyncengine.step.scheduler import Scheduler
-from asyncengine.step.sequence import EMPTY, Request, Sequence, SequenceState
+from asyncengine.step.sequence import Request, Sequence, SequenceState
 from asyncengine.step.stand_ins import StandIns
 from asyncengine.tokenizer import Tokenizer
 from asyncengine.trace import Trace
@@ -224,7 +224,7 @@ class RequestTable:
             scheduler.waiting.remove(first)
         first.state = SequenceState.HELD
         request.computed_ahead = arriving.computed
-        tokens = EMPTY
+        tokens = NO_TOKENS
         if arriving.complete:
             tokens, request.arriving = arriving.tokens, None
         elif scheduler is not None and request.new.params.num_prompt_logprobs < 0:  # those are computed from the start
