@@ -320,3 +320,19 @@ def test_a_shutdown_where_the_step_thread_is_being_started(monkeypatch: pytest.M
     with pytest.raises(EngineClosedError):
         rig.engine.reload_nowait()
     assert rig.engine.state is EngineState.CLOSED
+
+
+def test_a_shutdown_where_the_step_thread_is_about_to_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal's handler again: what it interrupts starts the thread, so it cannot be waited for."""
+    rig, start = Rig(), threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name == "asyncengine-step":
+            rig.engine.shutdown_nowait(timeout=5.0)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with suppress(EngineClosedError):  # the shutdown is first in line
+        rig.engine.reload_nowait()
+    rig.engine._thread.join(5.0)
+    assert rig.engine.state is EngineState.CLOSED and not rig.engine._thread.alive
