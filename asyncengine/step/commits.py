@@ -161,7 +161,8 @@ class Commits:
             if chunk.last:
                 count = len(request.new.prompt) if request.new.pooling == "mean" else 1
                 complete.append((request, (request.pooled / count).astype(np.float32)))
-        dense = self._table.dense
+        assert self._table.loaded is not None
+        dense, classifier = self._table.loaded.dense, self._table.loaded.classifier
         embedded = [i for i, (request, _) in enumerate(complete) if dense and not request.new.classifies]
         if embedded:  # at once: the layers are read once for all of them
             vectors = np.stack([complete[i][1] for i in embedded])
@@ -170,8 +171,8 @@ class Commits:
             for i, vector in zip(embedded, vectors, strict=True):
                 complete[i] = (complete[i][0], vector)
         for request, vector in complete:
-            classifier = self._table.classifier if request.new.classifies else None
-            self._table.outbox.add(request.mailbox, Pooled(request.new.number, vector, classifier))
+            head = classifier if request.new.classifies else None
+            self._table.outbox.add(request.mailbox, Pooled(request.new.number, vector, head))
 
     def _commit_decodes(self, sequences: list[Sequence], slots: Int64, drawn: _Drawn, now: float) -> None:
         assert self._table.scheduler is not None
