@@ -19,7 +19,7 @@ from asyncengine.errors import (
     UnsupportedModelError,
 )
 from asyncengine.model import memory
-from asyncengine.model.built_model import Built, build, recalled
+from asyncengine.model.built_model import Built, build
 from asyncengine.model.capacity import cache_bytes, graphs_of, kv_bytes_per_block, limits_of, state_scratch
 from asyncengine.model.draft_heads.entries import widened
 from asyncengine.model.draft_heads.serving import drafter_of
@@ -28,6 +28,7 @@ from asyncengine.model.encoders.kind import is_encoder
 from asyncengine.model.findings import keep
 from asyncengine.model.load_check import Details, check_drafts, plan_of, vector_size, without_findings
 from asyncengine.model.load_settings import device_of, dtype_of, select_attention, settled
+from asyncengine.model.recalled_model import recalled
 from asyncengine.model.recurrent.refusals import check_recurrent
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
