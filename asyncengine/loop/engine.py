@@ -29,8 +29,9 @@ from asyncengine.loop.encoding import (
     transcribing_of,
 )
 from asyncengine.loop.feed import feed
-from asyncengine.loop.many import ManyStream, PendingStream
+from asyncengine.loop.many import ManyStream
 from asyncengine.loop.observer import Operation, RequestBegun, begin
+from asyncengine.loop.pending import PendingStream
 from asyncengine.loop.prepare import (
     RequestOptions,
     check_length,
