@@ -11,31 +11,32 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any
 
 from asyncengine import instructions as ins
 from asyncengine.errors import (
-    AsyncEngineError,
     EngineClosedError,
     EngineDrainingError,
     EngineFailedError,
-    InvalidRequestError,
     ModelNotLoadedError,
     StepError,
 )
-from asyncengine.instructions import Instruction, ReplyTo
+from asyncengine.instructions import Instruction
 from asyncengine.metrics import Counters, EngineMetrics
 from asyncengine.state import Action, EngineState, next_state
 from asyncengine.step.adapters import AdapterTable
 from asyncengine.step.adapting import Adapting
+from asyncengine.step.batch import Int32
 from asyncengine.step.commits import Commits
+from asyncengine.step.ending import Ending
 from asyncengine.step.model import LoadedModel, Loader, ModelView
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.reloading import Reloading
 from asyncengine.step.requests import RequestTable
 from asyncengine.step.scheduler import Scheduler
+from asyncengine.step.sequence import Sequence
 from asyncengine.step.stepping import Stepping
 from asyncengine.step.warming import Warming
 from asyncengine.trace import Trace
@@ -79,13 +80,11 @@ class Core:
         self.warming = Warming(self)
         self.adapting = Adapting(self)
         self.reloading = Reloading(self, loader, start_job)
+        self.ending = Ending(self)
         self._epoch = 0
         self._held: deque[Instruction] = deque()
         self._later: list[Instruction] = []
         self._cancelled: set[int] = set()
-        self._drains: list[ReplyTo | None] = []
-        self._shutdowns: list[ReplyTo | None] = []
-        self._shutdown_at: float | None = None
 
     # What is there
 
@@ -93,11 +92,12 @@ class Core:
     def runnable(self) -> bool:
         """Whether `step` has something to do now."""
         return bool(self._later) or (
-            self.scheduler is not None and self._may_step and (self.scheduler.has_work or self.stepping.under_way)
+            self.scheduler is not None and self.may_step and (self.scheduler.has_work or self.stepping.under_way)
         )
 
     @property
-    def _may_step(self) -> bool:
+    def may_step(self) -> bool:
+        """Whether the present model may be stepped."""
         steps = self.state in (EngineState.READY, EngineState.LOADING, EngineState.DRAINING)
         return steps and not self.reloading.holds_steps
 
@@ -109,7 +109,7 @@ class Core:
     @property
     def next_deadline(self) -> float | None:
         """When `step` or `warming.advance` must be called though nothing is runnable, in seconds of the clock."""
-        times = [t for t in (self.requests.next_deadline, self._shutdown_at, self.warming.due_at) if t is not None]
+        times = [t for t in (self.requests.next_deadline, self.ending.due_at, self.warming.due_at) if t is not None]
         return min(times, default=None)
 
     def metrics(self) -> EngineMetrics:
@@ -139,7 +139,7 @@ class Core:
 
     # Instructions
 
-    def handle(self, instructions: Sequence[Instruction]) -> None:
+    def handle(self, instructions: Collection[Instruction]) -> None:
         """Executes instructions in order. Errors go to whoever gave the instruction."""
         if instructions:
             self.warming.quiet_since = None
@@ -164,7 +164,7 @@ class Core:
         while self._held and not self.reloading.busy:
             self._execute(self._held.popleft())
 
-    def refuse(self, instructions: Sequence[Instruction]) -> None:
+    def refuse(self, instructions: Iterable[Instruction]) -> None:
         """Answers instructions that will never be executed: the engine is closed."""
         for instruction in instructions:
             if isinstance(instruction, ins.Shutdown):
@@ -207,7 +207,7 @@ class Core:
                 return
             case ins.Unload():
                 self.move(Action.UNLOAD)
-                self._end_drains()
+                self.ending.end_drains()
                 self.requests.abort_all()
                 self.drop_model()
             case ins.Reset():
@@ -260,12 +260,10 @@ class Core:
                 self.outbox.reply(reply_to, self.loaded.model.debug_call(instruction.name, instruction.args))
                 return
             case ins.Drain():
-                self.move(Action.DRAIN)
-                self.requests.look_for_readers()
-                self._drains.append(reply_to)
+                self.ending.drain(reply_to)
                 return
             case ins.Shutdown():
-                self._begin_shutdown(instruction)
+                self.ending.shut_down(instruction)
                 return
         self.outbox.reply(reply_to)
 
@@ -280,7 +278,7 @@ class Core:
                 self.outbox.reply(add.reply_to, True)
                 return
             add = ins.AddRequests(kept, add.epoch, add.mailbox, add.reply_to, add.when_full)
-        if self.state is EngineState.CLOSED or self._shutdowns:
+        if self.state is EngineState.CLOSED or self.ending.shutting_down:
             raise EngineClosedError("the engine is shutting down")
         if self.state is EngineState.FAILED:
             raise EngineFailedError("the device is lost; call restart or reload") from self.failure
@@ -321,7 +319,7 @@ class Core:
         """
         model, drafting = loaded.model, loaded.drafting
 
-        def place(sequence: Any, tokens: Any) -> None:
+        def place(sequence: Sequence, tokens: Int32) -> None:
             new = sequence.request.new
             prompt = len(new.prompt)
             if new.media is not None:
@@ -371,7 +369,7 @@ class Core:
         self.requests.expire()
         if self.scheduler is not None:
             self.requests.admit_queued()
-        if self.scheduler is not None and self._may_step and (self.scheduler.has_work or self.stepping.under_way):
+        if self.scheduler is not None and self.may_step and (self.scheduler.has_work or self.stepping.under_way):
             self.stepping.step(self.scheduler, pending)
             self.warming.quiet_since = None
         self.reloading.look()
@@ -380,7 +378,7 @@ class Core:
             if not len(self.requests) and not self.stepping.under_way:
                 self._settle(self.scheduler)
                 self.warming.rest()
-        self._look_at_drains()
+        self.ending.look()
 
     def _settle(self, scheduler: Scheduler) -> None:
         """Looks at the accounts once nothing is left to do; where they are wrong, they begin anew.
@@ -414,7 +412,7 @@ class Core:
             self.move(Action.FAIL)
             failed = EngineFailedError("the device was lost while the engine was draining; call restart or reload")
             failed.__cause__ = error
-            self._end_drains(failed)
+            self.ending.end_drains(failed)
 
     def fail_all(self, error: Exception) -> None:
         """Ends everything that was admitted, because of a defect of ours, and goes on with the model."""
@@ -432,68 +430,21 @@ class Core:
         self.requests.end_without_accounts(failure)
         self.requests.abort_all(failure)  # those that are queued
         self.reloading.cancel(failure)
-        for reply_to in (*self._shutdowns, *self._drains):
-            self.outbox.reply(reply_to, error=failure)
-        held, later = list(self._held), self._later
-        self.refuse([*held, *later])
+        self.ending.fail(failure)
+        self.refuse([*self._held, *self._later])
         self.state = EngineState.CLOSED
 
-    # Ends
-
-    def _look_at_drains(self) -> None:
-        if self._shutdowns:
-            due = self._shutdown_at is not None and self.clock() >= self._shutdown_at
-            goes_on = self.runnable or (self._may_step and self.requests.any_arriving)
-            if due or not len(self.requests) or not goes_on:
-                self._finish_shutdown()
-        elif self._drains and not len(self.requests):
-            self.move(Action.DRAINED)
-            self._end_drains()
-
-    def _end_drains(self, error: AsyncEngineError | None = None) -> None:
-        for reply_to in self._drains:
-            self.outbox.reply(reply_to, error=error)
-        self._drains.clear()
-
-    def _begin_shutdown(self, shutdown: ins.Shutdown) -> None:
-        next_state(Action.SHUTDOWN, self.state)
-        if not shutdown.drain >= 0:
-            raise InvalidRequestError(f"drain is {shutdown.drain!r}; allowed: seconds >= 0")
-        until = self.clock() + shutdown.drain
-        self._shutdowns.append(shutdown.reply_to)
-        self._shutdown_at = until if self._shutdown_at is None else min(until, self._shutdown_at)
-        model_state = self.reloading.state_before or self.state
-        self._give_up_loading()
-        if self.scheduler is not None and model_state not in (EngineState.SLEEPING, EngineState.FAILED):
-            self.state = EngineState.DRAINING
-            self.requests.look_for_readers()
-        else:
-            self._shutdown_at = self.clock()  # nothing can be finished
-        self._look_at_drains()
-
-    def _give_up_loading(self) -> None:
+    def give_up_loading(self) -> None:
+        """Gives a reload up, and refuses what waits for it."""
         held, self._held = list(self._held), deque()
         self._cancelled.clear()
         self.refuse(held)
         self.reloading.cancel(EngineClosedError("the engine was shut down while the model was loading"))
 
-    def _finish_shutdown(self) -> None:
-        self.stepping.land()
-        left = self.requests.request_ids()
-        self._give_up_loading()
-        self.requests.abort_all()
-        self._end_drains()
-        try:
-            self.drop_model()
-        except Exception as error:  # it is let go all the same
-            self.failure = error
-        self.state = EngineState.CLOSED
+    def refuse_later(self) -> None:
+        """Refuses what was given while an instruction waited for the step under way."""
         later, self._later = self._later, []
         self.refuse(later)
-        for reply_to in self._shutdowns:
-            self.outbox.reply(reply_to, left)
-        self._shutdowns.clear()
-        self._shutdown_at = None
 
 
 _DURING_STEPS = (ins.AddRequests, ins.ExtendPrompt, ins.AbortRequests, ins.Unpin, ins.Drain, ins.Shutdown)
