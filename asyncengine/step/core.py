@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -183,17 +183,13 @@ class Core:
             self.outbox.reply(instruction.reply_to, error=error)
 
     def _dispatch(self, instruction: Instruction) -> None:
-        reply_to = instruction.reply_to
         if not isinstance(instruction, _DURING_STEPS):
             self.stepping.land()
+        value: object = None
         match instruction:
             case ins.AddRequests():
                 self._add(instruction)
-                return
-            case ins.ExtendPrompt():
-                self.requests.extend_prompt(instruction)
-            case ins.AbortRequests():
-                self._abort(instruction)
+                return  # this one, and the others that return, are answered elsewhere
             case ins.JobDone():
                 self.reloading.job_done(instruction)
                 return
@@ -201,71 +197,48 @@ class Core:
                 self.reloading.begin(Action.RELOAD, instruction)
                 return
             case ins.Restart():
-                after = next_state(Action.RESTART, self.state)
-                assert self.loaded is not None and after is EngineState.LOADING
-                self.reloading.begin(Action.RESTART, ins.Reload(self.loaded.config, "carry", reply_to))
+                next_state(Action.RESTART, self.state)
+                assert self.loaded is not None
+                self.reloading.begin(Action.RESTART, ins.Reload(self.loaded.config, "carry", instruction.reply_to))
                 return
+            case ins.Drain():
+                self.ending.drain(instruction.reply_to)
+                return
+            case ins.Shutdown():
+                self.ending.shut_down(instruction)
+                return
+            case ins.ExtendPrompt():
+                self.requests.extend_prompt(instruction)
+            case ins.AbortRequests():
+                self._abort(instruction)
             case ins.Unload():
-                self.move(Action.UNLOAD)
-                self.ending.end_drains()
-                self.requests.abort_all()
-                self.drop_model()
+                self._unload()
             case ins.Reset():
-                self.move(Action.RESET)
-                self.requests.abort_all()
-                if self.scheduler is not None:
-                    self.scheduler.blocks.forget_cache()
-                    self.scheduler.num_preemptions = 0
-                    self.scheduler.prefix_hits = self.scheduler.prefix_queries = 0
-                self.counters = self.requests.counters = Counters()
+                self._reset()
             case ins.Pause():
                 self.move(Action.PAUSE)
             case ins.Resume():
                 self.move(Action.RESUME)
             case ins.Sleep():
-                if self.state is not EngineState.SLEEPING:
-                    next_state(Action.SLEEP, self.state)
-                    assert self.loaded is not None and self.scheduler is not None
-                    self.scheduler.preempt_all()
-                    self.scheduler.blocks.forget_cache()
-                    self.loaded.model.sleep()
-                    self.warming.forget()
-                    self.move(Action.SLEEP)
+                self._sleep()
             case ins.Wake():
                 if self.state is EngineState.SLEEPING:
                     assert self.loaded is not None
                     self.loaded.model.wake()
                 self.move(Action.WAKE)
             case ins.UpdateWeights():
-                next_state(Action.UPDATE_WEIGHTS, self.state)
-                assert self.loaded is not None and self.scheduler is not None
-                self.loaded.model.update_weights(instruction.weights)
-                self.scheduler.blocks.forget_cache()
-                self.outbox.reply(reply_to, self.scheduler.blocks.weight_version)
-                return
+                value = self._update_weights(instruction.weights)
             case ins.LoadAdapter():
-                self.outbox.reply(reply_to, self.adapting.load(instruction))
-                return
+                value = self.adapting.load(instruction)
             case ins.UnloadAdapter():
-                self.outbox.reply(reply_to, self.adapting.unload(instruction.name))
-                return
+                value = self.adapting.unload(instruction.name)
             case ins.Unpin():
-                self.outbox.reply(
-                    reply_to, self.scheduler is not None and self.scheduler.blocks.tree.unpin(instruction.pin)
-                )
-                return
+                value = self.scheduler is not None and self.scheduler.blocks.tree.unpin(instruction.pin)
             case ins.DebugCall():
                 next_state(Action.DEBUG_CALL, self.state)
                 assert self.loaded is not None
-                self.outbox.reply(reply_to, self.loaded.model.debug_call(instruction.name, instruction.args))
-                return
-            case ins.Drain():
-                self.ending.drain(reply_to)
-                return
-            case ins.Shutdown():
-                self.ending.shut_down(instruction)
-                return
-        self.outbox.reply(reply_to)
+                value = self.loaded.model.debug_call(instruction.name, instruction.args)
+        self.outbox.reply(instruction.reply_to, value)
 
     def _add(self, add: ins.AddRequests) -> None:
         cancelled = [new for new in add.requests if new.number in self._cancelled]
@@ -299,6 +272,40 @@ class Core:
                 for new in held.requests:
                     if new.number in numbers or new.request_id in abort.request_ids:
                         self._cancelled.add(new.number)
+
+    def _unload(self) -> None:
+        self.move(Action.UNLOAD)
+        self.ending.end_drains()
+        self.requests.abort_all()
+        self.drop_model()
+
+    def _reset(self) -> None:
+        self.move(Action.RESET)
+        self.requests.abort_all()
+        if self.scheduler is not None:
+            self.scheduler.blocks.forget_cache()
+            self.scheduler.num_preemptions = 0
+            self.scheduler.prefix_hits = self.scheduler.prefix_queries = 0
+        self.counters = self.requests.counters = Counters()
+
+    def _sleep(self) -> None:
+        if self.state is EngineState.SLEEPING:
+            return
+        next_state(Action.SLEEP, self.state)
+        assert self.loaded is not None and self.scheduler is not None
+        self.scheduler.preempt_all()
+        self.scheduler.blocks.forget_cache()
+        self.loaded.model.sleep()
+        self.warming.forget()
+        self.move(Action.SLEEP)
+
+    def _update_weights(self, weights: Mapping[str, Any]) -> int:
+        """Returns the new weight version."""
+        next_state(Action.UPDATE_WEIGHTS, self.state)
+        assert self.loaded is not None and self.scheduler is not None
+        self.loaded.model.update_weights(weights)
+        self.scheduler.blocks.forget_cache()
+        return self.scheduler.blocks.weight_version
 
     def move(self, action: Action) -> None:
         """Changes the state as the table says.
