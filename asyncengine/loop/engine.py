@@ -17,7 +17,7 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
-from asyncengine.instructions import ReplyTo
+from asyncengine.instructions import NewRequest, ReplyTo
 from asyncengine.loop.embedding import ClassificationOptions, Reading
 from asyncengine.loop.encoding import (
     AnyPrompt,
@@ -33,6 +33,8 @@ from asyncengine.loop.many import ManyStream
 from asyncengine.loop.observer import Operation, RequestBegun, begin
 from asyncengine.loop.pending import PendingStream
 from asyncengine.loop.prepare import (
+    GENERATION,
+    Purpose,
     RequestOptions,
     check_length,
     checked_config,
@@ -105,7 +107,7 @@ class AsyncEngine(EngineReadings):
         """
         if not isinstance(prompt, AsyncIterable) or isinstance(prompt, Iterable):
             return (await self._add([prompt], [config], options))[0]
-        view, streams = await self._admit([prompt], [config], options, arriving=True)
+        view, streams = await self._admit([prompt], [config], options, Purpose(arriving=True))
         await feed(streams[0], prompt, view, self._put_quietly)
         return streams[0]
 
@@ -261,7 +263,7 @@ class AsyncEngine(EngineReadings):
         """
         pin = f"pin-{next(self._numbers)}-{secrets.token_hex(4)}" if name is None else _name("name", name)
         try:
-            streams = await self._add([prompt], [GenerationConfig(max_tokens=0)], options, pin=pin)
+            streams = await self._add([prompt], [GenerationConfig(max_tokens=0)], options, Purpose(pin=pin))
             result = await streams[0]
             check_computed(result.request_id, result.finish_reason is FinishReason.LENGTH)
         except BaseException:
@@ -292,31 +294,28 @@ class AsyncEngine(EngineReadings):
         prompts: Sequence[AnyPrompt],
         configs: Sequence[Configured],
         options: RequestOptions,
-        pin: str | None = None,
+        purpose: Purpose = GENERATION,
         many: bool = False,
-        reading: Reading | None = None,
     ) -> list[RequestStream]:
         if not prompts:
             _check_options(options)
             return []
         reusable = [_reusable(prompt) for prompt in prompts]
-        return (await self._admit(reusable, configs, options, pin, many, reading=reading))[1]
+        return (await self._admit(reusable, configs, options, purpose, many))[1]
 
     async def _admit(
         self,
         prompts: Sequence[AnyPrompt | StreamedPrompt],
         configs: Sequence[Configured],
         options: RequestOptions,
-        pin: str | None = None,
+        purpose: Purpose,
         many: bool = False,
-        arriving: bool = False,
-        reading: Reading | None = None,
     ) -> tuple[ModelView, list[RequestStream]]:
         _check_options(options)
         while True:
             view = await self._view()
             wanted = [checked_config(config(view) if callable(config) else config) for config in configs]
-            encoded = [Encoded(NO_TOKENS)] if arriving else await _encoded(prompts, view, many)
+            encoded = [Encoded(NO_TOKENS)] if purpose.arriving else await _encoded(prompts, view, many)
             compiler = self._compiler(view)
             grammars = [await compile_grammar(config, compiler) for config in wanted]
             news = []
@@ -324,22 +323,13 @@ class AsyncEngine(EngineReadings):
                 own = options
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
-                number = next(self._numbers)
-                news.append(new_request(number, read, config, own, view, pin, grammar, arriving, reading))
+                news.append(new_request(next(self._numbers), read, config, own, view, grammar, purpose))
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []
             try:
                 for new, prompt, config in zip(news, prompts, wanted, strict=True):
-                    inbox = Inbox(new.number, new_branches(new, view))
-                    if new.params.num_prompt_logprobs >= 0:
-                        inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
-                    if self.observer is not None:  # which may even exit
-                        operation = _operation(prompt, reading)
-                        begun = RequestBegun(
-                            new.request_id, operation, view.config.model, len(new.prompt), config, new.adapter
-                        )
-                        inbox.on_over = begin(self.observer, begun)
+                    inbox = self._inbox(new, config, _operation(prompt, purpose.reading), view)
                     streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
                     router.register(inbox)
                 add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
@@ -352,6 +342,16 @@ class AsyncEngine(EngineReadings):
                 return view, streams
             for stream in streams:  # another model was loaded meanwhile: prepare for that one
                 stream.withdraw()
+
+    def _inbox(self, new: NewRequest, config: GenerationConfig, operation: Operation, view: ModelView) -> Inbox:
+        """Where what comes for a request will be; tells the observer, which may even exit, that it begins."""
+        inbox = Inbox(new.number, new_branches(new, view))
+        if new.params.num_prompt_logprobs >= 0:
+            inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
+        if self.observer is not None:
+            begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config, new.adapter)
+            inbox.on_over = begin(self.observer, begun)
+        return inbox
 
 
 async def _encoded(prompts: Sequence[AnyPrompt | StreamedPrompt], view: ModelView, many: bool) -> list[Encoded]:

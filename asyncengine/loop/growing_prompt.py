@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from asyncengine.errors import InvalidRequestError
-from asyncengine.loop.encoding import encode, token_ids_of
+from asyncengine.loop.encoding import encode
 from asyncengine.loop.prepare import check_length
+from asyncengine.loop.token_ids import token_ids_of
 from asyncengine.step.batch import NO_TOKENS, Int32
 from asyncengine.step.model import ModelView
 
