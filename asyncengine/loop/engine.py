@@ -188,10 +188,10 @@ class AsyncEngine(EngineReadings):
 
         Cancelling it aborts the request.
         """
-        view = await self._view()
+        prompt = TranscriptionPrompt(audio, language, hint)
+        view, streams = await self._admit([prompt], [config], options, GENERATION)
         transcribing = transcribing_of(view)
-        stream = (await self._add([TranscriptionPrompt(audio, language, hint)], [config], options))[0]
-        result = await stream
+        result = await streams[0]
         text = await anyio.to_thread.run_sync(transcribing.text, result.token_ids, abandon_on_cancel=True)
         return Transcript(result.text.strip() if text is None else text, result.usage, result.finish_reason)
 
