@@ -54,7 +54,7 @@ class Core:
         state: Read from anywhere, written here.
         view: The loaded model as event loops may know it; likewise.
         stepping_since: When the present step began, by `clock`; None between steps.
-        degraded: Why the engine is slower than it could be or failed, in words; None if all is well.
+        failure: By what the device was lost, or what came of letting the last model go; None if all is well.
     """
 
     def __init__(
