@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from asyncengine.logits_processor import LogitsProcessor, LogitsRow
     from asyncengine.loop.engine import AsyncEngine
     from asyncengine.loop.health import Health
-    from asyncengine.loop.many import ManyStream, PendingStream
+    from asyncengine.loop.many import ManyStream
+    from asyncengine.loop.pending import PendingStream
     from asyncengine.loop.prepare import RequestOptions
     from asyncengine.loop.stream import RequestStream
     from asyncengine.media import AudioPrompt, ImagePrompt
@@ -167,10 +168,8 @@ _HOMES = {
     "asyncengine.logits_processor": ("LogitsProcessor", "LogitsRow"),
     "asyncengine.loop.engine": ("AsyncEngine",),
     "asyncengine.loop.health": ("Health",),
-    "asyncengine.loop.many": (
-        "ManyStream",
-        "PendingStream",
-    ),
+    "asyncengine.loop.many": ("ManyStream",),
+    "asyncengine.loop.pending": ("PendingStream",),
     "asyncengine.loop.prepare": ("RequestOptions",),
     "asyncengine.loop.stream": ("RequestStream",),
     "asyncengine.metrics": (

@@ -164,7 +164,6 @@ class SamplingParams:
         top_k: 0 is off.
         max_tokens: Exact number of tokens that may still be drawn per branch; already capped by every length limit.
         stop_token_ids: Everything that ends a branch, the end-of-sequence tokens included unless they are ignored.
-        masked_token_ids: What the min-tokens mask forbids: `stop_token_ids` while fewer than `min_tokens` are drawn.
         seed: In [0, 2**64).
         num_logprobs: -1: none. 0: of the drawn token only. k: with the k likeliest beside it.
         ignore_eos: Whether the end-of-sequence tokens do not end a branch.

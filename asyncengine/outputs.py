@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from asyncengine.step.batch import Float32, TokenLogprobs
 
 Pooling = Literal["mean", "last", "cls"]
-"""Which hidden states make an embedding: the mean over all tokens, or the last token's."""
+"""Which hidden states make an embedding: the mean over all tokens, the last one's, or of an encoder the first one's."""
 
 
 class FinishReason(enum.StrEnum):

@@ -10,8 +10,9 @@ import pytest
 
 from asyncengine import Deadlines, GenerationConfig, InvalidRequestError, RequestOptions
 from asyncengine.generation import GREEDY_BELOW, MAX_BRANCHES, MAX_STOP_STR_LENGTH, MAX_STOP_STRS, resolve
-from asyncengine.loop.encoding import Encoded, encode, token_ids_of
+from asyncengine.loop.encoding import Encoded, encode
 from asyncengine.loop.prepare import new_request
+from asyncengine.loop.token_ids import token_ids_of
 from asyncengine.step.model import ModelView
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 

@@ -221,9 +221,9 @@ def read(config: EngineConfig) -> Needs:
     for each in (hf_config, *(draft.hf_config for draft in drafts)):
         settle(each, length)
     latents = keeps_latents(config)
-    watched = _watched(architecture, hf_config, latents)
+    watched = _watched(hf_config, latents)
     check_latents(config, watched.attention.values())
-    of_drafts = [_watched(architecture, draft.hf_config, latents) for draft in drafts]
+    of_drafts = [_watched(draft.hf_config, latents) for draft in drafts]
     check_recurrent(config, bool(watched.recurrent), any(each.recurrent for each in of_drafts))
     head = check_head(config, checkpoint, hf_config, dtype, length)
     specs = list(watched.attention.values())
@@ -281,10 +281,10 @@ def read(config: EngineConfig) -> Needs:
     )
 
 
-def _watched(architecture: Any, hf_config: Any, latents: bool) -> Watched:
-    from asyncengine.model.load_check import watch
+def _watched(hf_config: Any, latents: bool) -> Watched:
+    from asyncengine.model.watching import watch
 
-    watched = watch(architecture, hf_config, latents=latents)
+    watched = watch(hf_config, latents=latents)
     if watched is None:
         raise Failure("the model's code cannot be watched without its weights, so there is no estimate")
     return watched

@@ -396,7 +396,4 @@ def _config(config: EngineConfig | str) -> EngineConfig:
 
 def _shut_down(thread: StepThread) -> None:
     if thread.alive:
-        try:
-            thread.queue.put(ins.Shutdown())
-        except EngineClosedError:
-            pass
+        thread.stop()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import operator
+import functools
 import os
 from collections.abc import AsyncIterable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +10,12 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import anyio
 import anyio.to_thread
-import numpy as np
 from anyio.lowlevel import RunVar
 
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
 from asyncengine.loop.media_parts import take_media
 from asyncengine.loop.pairs import Pair, TextPair
+from asyncengine.loop.token_ids import encode_piece, token_ids_of, tokenizer_of, typed
 from asyncengine.media import (
     KINDS,
     PLURALS,
@@ -43,8 +42,6 @@ Piece = str | int | Iterable[int]
 
 StreamedPrompt = AsyncIterable[Piece]
 """A prompt that comes in pieces: text, or token ids, one or several at a time."""
-
-NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 
 _READERS = min(4, os.cpu_count() or 1)
 """Threads that read images or audio at once, for each event loop."""
@@ -211,8 +208,8 @@ async def _encode_chat(conversation: Conversation, view: ModelView) -> Encoded:
 
 async def _encode_transcription(prompt: TranscriptionPrompt, view: ModelView) -> Encoded:
     transcribing = transcribing_of(view)
-    model = cast("WritingTokenizer", tokenizer_of(view, "transcription needs one"))
-    encode = model.encode_piece if hasattr(model, "encode_piece") else model.encode
+    model = tokenizer_of(view, "transcription needs one")
+    encode = functools.partial(encode_piece, model)
     return await _read_media(prompt.sources, view, lambda encode: encode(transcribing.request(prompt)), encode)
 
 
@@ -271,27 +268,6 @@ def _media_readers() -> anyio.CapacityLimiter:
         return limiter
 
 
-def tokenizer_of(view: ModelView, otherwise: str) -> Tokenizer:
-    """The model's tokenizer.
-
-    Raises:
-        InvalidRequestError: It has none; the message says what to do.
-    """
-    if view.tokenizer is None:
-        raise InvalidRequestError(f"{view.config.model!r} has no tokenizer; {otherwise}")
-    return view.tokenizer
-
-
-def typed(function: Callable[[], T]) -> T:
-    """Whatever a tokenizer or template raises, it is the input that it did not like."""
-    try:
-        return function()
-    except InvalidRequestError:
-        raise
-    except Exception as error:
-        raise InvalidRequestError(f"the prompt cannot be encoded: {error}") from error
-
-
 async def _in_thread(function: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
     return await anyio.to_thread.run_sync(lambda: typed(function), abandon_on_cancel=True, limiter=limiter)
 
@@ -310,28 +286,3 @@ def _check_messages(messages: object, view: ModelView) -> None:
                 raise InvalidRequestError(
                     f"messages has token_ids with {token_id!r:.40}; allowed: 0..{view.vocab_size - 1}"
                 )
-
-
-def token_ids_of(ids: Iterable[int], view: ModelView) -> Int32:
-    """Token ids as an array; raises InvalidRequestError if there are none, or some are not in the vocabulary."""
-    values = list(ids)
-    if set(map(type, values)) - {int}:
-        values = [_index(token_id, view) for token_id in values]
-    if not values:
-        raise InvalidRequestError("the prompt is empty; allowed: at least one token")
-    low, high = min(values), max(values)
-    if low < 0 or high >= view.vocab_size:
-        raise InvalidRequestError(
-            f"the prompt has token id {low if low < 0 else high}; allowed: 0..{view.vocab_size - 1} "
-            f"(vocabulary of {view.vocab_size})"
-        )
-    return np.array(values, dtype=np.int32)
-
-
-def _index(token_id: object, view: ModelView) -> int:
-    if not isinstance(token_id, bool):
-        with contextlib.suppress(TypeError):
-            return operator.index(token_id)  # type: ignore[arg-type]
-    raise InvalidRequestError(
-        f"the prompt is not a list of token ids: it has {token_id!r:.40}; allowed: integers in 0..{view.vocab_size - 1}"
-    )

@@ -17,12 +17,11 @@ from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.grammar.protocol import Grammar
-from asyncengine.instructions import ReplyTo
+from asyncengine.instructions import NewRequest, ReplyTo
 from asyncengine.loop import transcribing
 from asyncengine.loop.deadline import in_time
 from asyncengine.loop.embedding import ClassificationOptions, Reading
 from asyncengine.loop.encoding import (
-    NO_TOKENS,
     AnyPrompt,
     Conversation,
     Encoded,
@@ -32,9 +31,12 @@ from asyncengine.loop.encoding import (
     encode,
 )
 from asyncengine.loop.feed import feed
-from asyncengine.loop.many import ManyStream, PendingStream
+from asyncengine.loop.many import ManyStream
 from asyncengine.loop.observer import Operation, RequestBegun, begin
+from asyncengine.loop.pending import PendingStream
 from asyncengine.loop.prepare import (
+    GENERATION,
+    Purpose,
     RequestOptions,
     check_length,
     checked_config,
@@ -48,6 +50,7 @@ from asyncengine.loop.router import Inbox
 from asyncengine.loop.stream import RequestStream
 from asyncengine.media import AudioSource, Kind
 from asyncengine.outputs import FinishReason, RequestResult, Transcript
+from asyncengine.step.batch import NO_TOKENS
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
 from asyncengine.transcription import TranscriptionPrompt, TranscriptionTask
@@ -108,7 +111,7 @@ class AsyncEngine(EngineReadings):
         """
         if not isinstance(prompt, AsyncIterable) or isinstance(prompt, Iterable):
             return (await self._add([prompt], [config], options))[0]
-        view, streams = await self._admit([prompt], [config], options, arriving=True)
+        view, streams = await self._admit([prompt], [config], options, Purpose(arriving=True))
         await feed(streams[0], prompt, view, self._put_quietly)
         return streams[0]
 
@@ -233,7 +236,7 @@ class AsyncEngine(EngineReadings):
             self._prepare(None, [config], False), options.deadlines, clock()
         )
         check_media(kinds, view)
-        new_request(0, none, config, options, view, grammar=grammar, arriving=True, reading=reading)
+        new_request(0, none, config, options, view, grammar, Purpose(arriving=True, reading=reading))
 
     async def check_media(self, kinds: Collection[Kind]) -> None:
         """Whether the model takes images or audio.
@@ -312,7 +315,7 @@ class AsyncEngine(EngineReadings):
         """
         pin = f"pin-{next(self._numbers)}-{secrets.token_hex(4)}" if name is None else _name("name", name)
         try:
-            streams = await self._add([prompt], [GenerationConfig(max_tokens=0)], options, pin=pin)
+            streams = await self._add([prompt], [GenerationConfig(max_tokens=0)], options, Purpose(pin=pin))
             result = await streams[0]
             check_computed(result.request_id, result.finish_reason is FinishReason.LENGTH)
         except BaseException:
@@ -343,53 +346,41 @@ class AsyncEngine(EngineReadings):
         prompts: Sequence[AnyPrompt],
         configs: Sequence[Configured],
         options: RequestOptions,
-        pin: str | None = None,
+        purpose: Purpose = GENERATION,
         many: bool = False,
-        reading: Reading | None = None,
     ) -> list[RequestStream]:
         if not prompts:
             _check_options(options)
             return []
         reusable = [_reusable(prompt) for prompt in prompts]
-        return (await self._admit(reusable, configs, options, pin, many, reading=reading))[1]
+        return (await self._admit(reusable, configs, options, purpose, many))[1]
 
     async def _admit(
         self,
         prompts: Sequence[AnyPrompt | StreamedPrompt],
         configs: Sequence[Configured],
         options: RequestOptions,
-        pin: str | None = None,
+        purpose: Purpose,
         many: bool = False,
-        arriving: bool = False,
-        reading: Reading | None = None,
     ) -> tuple[ModelView, list[RequestStream]]:
         _check_options(options)
         clock = self._thread.core.clock
         options = options.begun(clock())
         while True:
-            preparing = self._prepare(None if arriving else prompts, configs, many)
+            preparing = self._prepare(None if purpose.arriving else prompts, configs, many)
             view, prepared = await in_time(preparing, options.deadlines, clock())
             news = []
             for index, (read, config, grammar) in enumerate(prepared):
                 own = options
                 if many and options.request_id is not None:
                     own = options.named(f"{options.request_id}-{index}")
-                number = next(self._numbers)
-                news.append(new_request(number, read, config, own, view, pin, grammar, arriving, reading))
+                news.append(new_request(next(self._numbers), read, config, own, view, grammar, purpose))
             # From here to `admitted` there is no await: the engine does not know a request that nobody owns.
             router = self._router()
             streams = []
             try:
                 for new, prompt, (_, config, _) in zip(news, prompts, prepared, strict=True):
-                    inbox = Inbox(new.number, new_branches(new, view))
-                    if new.params.num_prompt_logprobs >= 0:
-                        inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
-                    if self.observer is not None:  # which may even exit
-                        operation = _operation(prompt, reading)
-                        begun = RequestBegun(
-                            new.request_id, operation, view.config.model, len(new.prompt), config, new.adapter
-                        )
-                        inbox.on_over = begin(self.observer, begun)
+                    inbox = self._inbox(new, config, _operation(prompt, purpose.reading), view)
                     streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
                     router.register(inbox)
                 add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
@@ -413,6 +404,16 @@ class AsyncEngine(EngineReadings):
         compiler = self._compiler(view)
         grammars = [await compile_grammar(config, compiler) for config in wanted]
         return view, list(zip(encoded, wanted, grammars, strict=True))
+
+    def _inbox(self, new: NewRequest, config: GenerationConfig, operation: Operation, view: ModelView) -> Inbox:
+        """Where what comes for a request will be; tells the observer, which may even exit, that it begins."""
+        inbox = Inbox(new.number, new_branches(new, view))
+        if new.params.num_prompt_logprobs >= 0:
+            inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
+        if self.observer is not None:
+            begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config, new.adapter)
+            inbox.on_over = begin(self.observer, begun)
+        return inbox
 
 
 async def _encoded(prompts: Sequence[AnyPrompt | StreamedPrompt], view: ModelView, many: bool) -> list[Encoded]:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from asyncengine.errors import InvalidRequestError
-from asyncengine.loop.encoding import encode, token_ids_of
+from asyncengine.loop.encoding import encode
 from asyncengine.loop.prepare import check_length
-from asyncengine.step.batch import Int32
+from asyncengine.loop.token_ids import token_ids_of
+from asyncengine.step.batch import NO_TOKENS, Int32
 from asyncengine.step.model import ModelView
 
 _HELD_BACK = 8
@@ -33,7 +34,7 @@ class GrowingPrompt:
         self._length = 0  # characters
         self._encoded = 0  # characters, when the text was last encoded
         self._page_size = view.config.kv_cache_page_size or 1
-        self._given: Int32 = np.empty(0, dtype=np.int32)
+        self._given = NO_TOKENS
         self._behind: list[Int32] = []  # pieces given after those: put together once, not each time
         self._count = 0  # tokens given
 

@@ -1,4 +1,4 @@
-"""Streams that begin when they are used, and many requests read as one. Owned by the loop on which they are used."""
+"""`ManyStream`: many requests, read as one. Owned by the loop on which it is used."""
 
 from __future__ import annotations
 
@@ -9,103 +9,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from asyncengine.errors import IllegalStateError
-from asyncengine.loop.delivery import Deltas
-from asyncengine.loop.interruption import Interruption
+from asyncengine.loop.beginning import Beginning
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import RequestOutput, RequestResult
-
-
-class PendingStream:
-    """A request that is added when it is first used. Dropped before that, nothing has happened.
-
-    ``async with pending as stream`` adds the request and aborts it on leaving; ``async for output in pending``
-    adds it and yields deltas; ``await pending`` adds it and returns the whole result. Errors, cancellation and
-    everything else are as in `RequestStream`.
-    """
-
-    __slots__ = ("_add", "_beginning", "_closed", "_deltas", "_interruption", "_stream")
-
-    def __init__(self, add: Callable[[], Awaitable[RequestStream]]) -> None:
-        self._add = add
-        self._beginning = False
-        self._closed = False
-        self._interruption: Interruption | None = None
-        self._stream: RequestStream | None = None
-        self._deltas: Deltas | None = None  # of the stream, once it has begun
-
-    async def _begin(self) -> RequestStream:
-        stream = await self._begin_unless_closed()
-        if stream is None:
-            _check_unbegun(False, self._closed)
-        assert stream is not None
-        return stream
-
-    async def _begin_unless_closed(self) -> RequestStream | None:
-        if self._stream is None:
-            _check_unbegun(self._beginning, self._closed)
-            self._beginning = True
-            try:
-                with Interruption() as self._interruption:
-                    self._stream = await self._add()
-            finally:
-                self._beginning, self._interruption = False, None
-            if self._closed and self._stream is not None:  # by another task, meanwhile
-                await self._stream.aclose()
-        return self._stream
-
-    @property
-    def stream(self) -> RequestStream | None:
-        """The stream, once it has begun."""
-        return self._stream
-
-    async def __aenter__(self) -> RequestStream:
-        return await self._begin()
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._stream is not None:
-            self._stream.abort()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    def __anext__(self) -> Awaitable[RequestOutput]:
-        # No coroutine of its own per delta: what the stream's reader gives is what is awaited.
-        deltas = self._deltas
-        return self._first() if deltas is None else deltas.__anext__()
-
-    async def _first(self) -> RequestOutput:
-        if self._stream is None:
-            if self._closed:
-                raise StopAsyncIteration
-            if await self._begin_unless_closed() is None:
-                raise StopAsyncIteration
-        assert self._stream is not None
-        if self._deltas is None:
-            self._deltas = aiter(self._stream)
-        return await self._deltas.__anext__()
-
-    async def aclose(self) -> None:
-        """Aborts the request if it has begun or is about to, and ends the iteration for whoever reads."""
-        self._closed = True
-        if self._interruption is not None:  # its prompt may be long in coming
-            self._interruption.interrupt()
-        if self._stream is not None:
-            await self._stream.aclose()
-
-    def __await__(self) -> Generator[Any, None, RequestResult]:
-        return self._result().__await__()
-
-    async def _result(self) -> RequestResult:
-        return await (await self._begin())
-
-
-def _check_unbegun(beginning: bool, closed: bool) -> None:
-    if beginning:
-        raise IllegalStateError("another task is about to read this stream")
-    if closed:
-        raise IllegalStateError("this stream was closed before it began")
 
 
 class _Ready:
@@ -195,7 +101,7 @@ class _Merged:
         for stream in self.streams:
             stream.abort()
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         self.abort()
         self._left = 0
         self._ready.wake()
@@ -212,72 +118,48 @@ class ManyStream:
     ``many.streams[index].error`` says more. ``await many`` raises the first such error once all have ended.
     """
 
-    __slots__ = ("_add", "_beginning", "_closed", "_interruption", "_merged")
+    __slots__ = ("_beginning",)
 
     def __init__(self, add: Callable[[], Awaitable[list[RequestStream]]]) -> None:
-        self._add = add
-        self._beginning = False
-        self._closed = False
-        self._interruption: Interruption | None = None
-        self._merged: _Merged | None = None
+        async def begin() -> _Merged:
+            return _Merged(await add())
+
+        self._beginning = Beginning(begin)
 
     @property
     def streams(self) -> list[RequestStream]:
         """One per prompt, once it has begun."""
-        return [] if self._merged is None else self._merged.streams
-
-    async def _begin(self) -> _Merged:
-        merged = await self._begin_unless_closed()
-        if merged is None:
-            _check_unbegun(False, self._closed)
-        assert merged is not None
-        return merged
-
-    async def _begin_unless_closed(self) -> _Merged | None:
-        if self._merged is None:
-            _check_unbegun(self._beginning, self._closed)
-            self._beginning = True
-            try:
-                with Interruption() as self._interruption:
-                    self._merged = _Merged(await self._add())
-            finally:
-                self._beginning, self._interruption = False, None
-            if self._closed and self._merged is not None:  # by another task, meanwhile
-                self._merged.close()
-        return self._merged
+        merged = self._beginning.begun
+        return [] if merged is None else merged.streams
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> tuple[int, RequestOutput]:
-        merged = self._merged
-        if merged is None and (self._closed or (merged := await self._begin_unless_closed()) is None):
-            raise StopAsyncIteration
+        merged = self._beginning.begun
+        if merged is None:
+            merged = await self._beginning.to_read()
         return await merged.next()
 
     async def __aenter__(self) -> Self:
-        await self._begin()
+        await self._beginning.now()
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._merged is not None:
-            self._merged.abort()
+        if self._beginning.begun is not None:
+            self._beginning.begun.abort()
 
     async def aclose(self) -> None:
         """Aborts all, also those that are about to be added, and ends the iteration for whoever reads."""
-        self._closed = True
-        if self._interruption is not None:
-            self._interruption.interrupt()
-        if self._merged is not None:
-            self._merged.close()
+        await self._beginning.aclose()
 
     def __await__(self) -> Generator[Any, None, list[RequestResult]]:
         return self._results().__await__()
 
     async def _results(self) -> list[RequestResult]:
-        merged = await self._begin()
+        merged = await self._beginning.now()
         async for _ in self:
             pass
         for stream in merged.streams:

@@ -7,10 +7,13 @@ from typing import cast
 
 from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig
+from asyncengine.loop.token_ids import encode_piece, tokenizer_of
 from asyncengine.outputs import RequestResult
 from asyncengine.reranking import RerankPrompt
 from asyncengine.step.model import ModelView
-from asyncengine.tokenizer import PairingTokenizer, Tokenizer
+from asyncengine.tokenizer import PairingTokenizer
+
+_NEEDED = "a query and a document need one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class TextPair:
         """
         if not view.takes_pairs:
             raise InvalidRequestError(f"the prompt is a pair of texts; {view.config.model!r} takes one text")
-        return cast("PairingTokenizer", tokenizer_of(view)).encode_texts((self.first, self.second), most)
+        return cast("PairingTokenizer", tokenizer_of(view, _NEEDED)).encode_texts((self.first, self.second), most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class Pair:
         ids = self._written(how, self.document, view)
         if most is None or len(ids) <= most:
             return ids, None
-        tokenizer = tokenizer_of(view)
+        tokenizer = tokenizer_of(view, _NEEDED)
         tokens = encode_piece(tokenizer, self.document)
         while len(ids) > most and tokens:  # what is cut may be encoded to one token more than it was
             tokens = tokens[: max(len(tokens) - (len(ids) - most), 0)]
@@ -92,7 +95,7 @@ class Pair:
         return ids, None
 
     def _written(self, how: RerankPrompt, document: str, view: ModelView) -> list[int]:
-        tokenizer, instruction = tokenizer_of(view), instruction_of(how, self.instruction)
+        tokenizer, instruction = tokenizer_of(view, _NEEDED), instruction_of(how, self.instruction)
         if how.template is not None:
             return encode_piece(tokenizer, how.text(self.query, document, instruction))
         messages = how.messages(self.query, document, instruction)
@@ -192,31 +195,13 @@ def log_odds(config: GenerationConfig, result: RequestResult) -> float:
     return found[yes] - found[no]
 
 
-def tokenizer_of(view: ModelView) -> Tokenizer:
-    """The model's tokenizer.
-
-    Raises:
-        InvalidRequestError: It has none.
-    """
-    if view.tokenizer is None:
-        raise InvalidRequestError(f"{view.config.model!r} has no tokenizer; a query and a document need one")
-    return view.tokenizer
-
-
-def encode_piece(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text without special tokens around it, if the tokenizer can tell."""
-    encode = getattr(tokenizer, "encode_piece", tokenizer.encode)
-    found: list[int] = encode(text)
-    return found
-
-
 def _token_id(name: str, token: str | int | None, view: ModelView) -> int:
     if isinstance(token, int):
         if not 0 <= token < view.vocab_size:
             raise InvalidRequestError(f"{name} is {token}; allowed: 0..{view.vocab_size - 1}")
         return token
     assert token is not None
-    ids = encode_piece(tokenizer_of(view), token)
+    ids = encode_piece(tokenizer_of(view, _NEEDED), token)
     if len(ids) != 1:
         raise InvalidRequestError(f"{name} is {token!r:.80}, which is {len(ids)} tokens; expected a text that is one")
     return ids[0]

@@ -20,7 +20,8 @@ from asyncengine.grammar.select import make_backend
 from asyncengine.instructions import Deadlines, NewRequest, WhenFull
 from asyncengine.loop.branch import Branch
 from asyncengine.loop.embedding import ClassificationOptions, Reading, pooling_of
-from asyncengine.loop.encoding import Encoded, tokenizer_of, typed
+from asyncengine.loop.encoding import Encoded
+from asyncengine.loop.token_ids import tokenizer_of, typed
 from asyncengine.step.adapters import unknown_adapter
 from asyncengine.step.model import ModelView
 
@@ -66,6 +67,24 @@ class RequestOptions:
     def named(self, request_id: str) -> RequestOptions:
         """A copy with another request id."""
         return dataclasses.replace(self, request_id=request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """What a request is for, where it does not just generate.
+
+    Attributes:
+        pin: Name under which its prompt is kept in the prefix cache.
+        arriving: Whether its prompt comes in pieces.
+        reading: What is read off its prompt; nothing is generated.
+    """
+
+    pin: str | None = None
+    arriving: bool = False
+    reading: Reading | None = None
+
+
+GENERATION = Purpose()
 
 
 def check_length(prompt_tokens: int, view: ModelView) -> None:
@@ -118,17 +137,15 @@ def new_request(
     config: GenerationConfig | None,
     options: RequestOptions,
     view: ModelView,
-    pin: str | None = None,
     grammar: Grammar | None = None,
-    arriving: bool = False,
-    reading: Reading | None = None,
+    purpose: Purpose = GENERATION,
 ) -> NewRequest:
     """Checks a request against the model and fills in every default.
 
     Raises:
         InvalidRequestError: It cannot be served by this model.
     """
-    config = checked_config(config)
+    config, reading = checked_config(config), purpose.reading
     prompt, media, second = encoded
     if view.begins_with_audio:
         _check_begins(encoded, config, view)
@@ -160,19 +177,19 @@ def new_request(
     # The random part keeps it apart from whatever ids callers give.
     request_id = f"request-{number}-{secrets.token_hex(4)}" if options.request_id is None else options.request_id
     return NewRequest(
-        number,
-        request_id,
-        prompt,
-        params,
-        options.priority,
-        options.deadlines,
-        pin,
-        arriving,
-        pooling,
-        options.adapter,
-        media,
-        isinstance(reading, ClassificationOptions),
-        second,
+        number=number,
+        request_id=request_id,
+        prompt=prompt,
+        params=params,
+        priority=options.priority,
+        deadlines=options.deadlines,
+        pin=purpose.pin,
+        arriving=purpose.arriving,
+        pooling=pooling,
+        adapter=options.adapter,
+        media=media,
+        classifies=isinstance(reading, ClassificationOptions),
+        second=second,
     )
 
 

@@ -16,7 +16,7 @@ from asyncengine.loop.embedding import ClassificationOptions, EmbeddingOptions, 
 from asyncengine.loop.encoding import AnyPrompt, Conversation, Cut, Prompt, PromptedText
 from asyncengine.loop.many import ManyStream
 from asyncengine.loop.pairs import Pair, TextPair, how_to_rank, instruction_of, log_odds, yes_or_no
-from asyncengine.loop.prepare import RequestOptions
+from asyncengine.loop.prepare import GENERATION, Purpose, RequestOptions
 from asyncengine.loop.stream import RequestStream
 from asyncengine.media import AudioPrompt, ImagePrompt
 from asyncengine.outputs import Classification, Embedding, FinishReason, Pooling, PromptScore, Relevance, Usage
@@ -43,11 +43,18 @@ class EngineReadings(EngineControl):
         prompts: Sequence[AnyPrompt],
         configs: Sequence[Configured],
         options: RequestOptions,
-        pin: str | None = None,
+        purpose: Purpose = GENERATION,
         many: bool = False,
-        reading: Reading | None = None,
     ) -> list[RequestStream]:
-        """Adds requests and returns their streams once they are admitted."""
+        """Adds requests and returns their streams once they are admitted.
+
+        Args:
+            prompts: One of each.
+            configs: Another.
+            options: For all; of `many`, their ids get the index appended.
+            purpose: Of all.
+            many: Whether they are of a call that is given several, so that an error names the prompt that is wrong.
+        """
 
     async def score(
         self, prompts: Sequence[Prompt], top_logprobs: int = 0, options: RequestOptions = DEFAULTS
@@ -264,7 +271,7 @@ class EngineReadings(EngineControl):
     ) -> list[tuple[RequestStream, Usage]]:
         """Requests that have ended, whose hidden states are wanted, and what they cost."""
         configs = [_PROMPT_ALONE] * len(prompts)
-        many = ManyStream(lambda: self._add(prompts, configs, options, many=True, reading=reading))
+        many = ManyStream(lambda: self._add(prompts, configs, options, Purpose(reading=reading), many=True))
         results = await many
         return [(stream, result.usage) for stream, result in zip(many.streams, results, strict=True)]
 

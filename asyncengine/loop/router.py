@@ -109,7 +109,7 @@ class Router:
         return ReplyTo(self.stream_back, ticket), future
 
     def expect_no_reply(self, to: ReplyTo) -> None:
-        """Undoes `expect_reply`: the instruction could not be given."""
+        """Undoes `expect_reply`: nobody waits, and most likely the instruction was not given."""
         del self._futures[to.ticket]
 
     def register(self, inbox: Inbox) -> None:
@@ -157,9 +157,9 @@ class Router:
                 known.pooled, known.classifier = event.vector, event.classifier
         else:
             assert type(event) is Reply
-            future = self._futures.pop(event.ticket)
-            if future.done():
-                return  # its awaiter was cancelled
+            future = self._futures.pop(event.ticket, None)
+            if future is None or future.done():
+                return  # its awaiter was cancelled, or interrupted when the instruction had just been given
             if event.error is not None:
                 error = event.error
                 if isinstance(error, StopIteration) or not isinstance(error, Exception):

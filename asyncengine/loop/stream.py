@@ -7,8 +7,6 @@ from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from asyncengine.classifier import Classifier
 from asyncengine.detokenizer import BEFORE
 from asyncengine.errors import IllegalStateError
@@ -16,9 +14,8 @@ from asyncengine.loop import delivery
 from asyncengine.loop.branch import Branch, Waiter
 from asyncengine.loop.router import Inbox, Router
 from asyncengine.outputs import BranchResult, FinishReason, RequestOutput, RequestResult, Usage
-from asyncengine.step.batch import Float32, Int32, TokenLogprobs
+from asyncengine.step.batch import NO_TOKENS, Float32, Int32, TokenLogprobs
 
-_NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 _new = tuple.__new__
 """Makes a named tuple without the keyword handling of its own constructor."""
 
@@ -56,7 +53,7 @@ class RequestStream:
         prompt_token_ids: Int32 | None = None,
     ) -> None:
         self.request_id = request_id
-        self.prompt_token_ids = _NO_TOKENS if prompt_token_ids is None else prompt_token_ids
+        self.prompt_token_ids = NO_TOKENS if prompt_token_ids is None else prompt_token_ids
         self.label = label
         self._inbox = inbox
         self._router = router

@@ -11,10 +11,11 @@ import anyio.to_thread
 
 from asyncengine.generation import GenerationConfig
 from asyncengine.loop.deadline import in_time
-from asyncengine.loop.encoding import AnyPrompt, transcribing_of, typed
+from asyncengine.loop.encoding import AnyPrompt, transcribing_of
 from asyncengine.loop.many import ManyStream
 from asyncengine.loop.prepare import RequestOptions, checked_config
 from asyncengine.loop.stream import RequestStream
+from asyncengine.loop.token_ids import typed
 from asyncengine.media import AudioPrompt
 from asyncengine.outputs import FinishReason, RequestResult, Transcript, Usage
 from asyncengine.step.model import ModelView
@@ -70,7 +71,9 @@ async def transcribe(
         asked = replace(asked, language=transcribing.code(asked.language))
 
     def settings(view: ModelView) -> GenerationConfig:
-        return transcribing_of(view).settings(given, asked)
+        nonlocal transcribing
+        transcribing = transcribing_of(view)  # of who hears it, whatever was loaded meanwhile
+        return transcribing.settings(given, asked)
 
     prompts = [replace(asked, audio=piece.audio) for piece in pieces]
     if len(prompts) == 1:

@@ -31,9 +31,9 @@ from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.media import PLURALS, Kind
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import ATTENTION, HOOK, RecordedLayer, hooked, text_config
+from asyncengine.model.building import BUILDING
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.latent_attention import LatentAttention, keep_latents
-from asyncengine.model.load_check import BUILDING
 from asyncengine.model.media.modules import senses
 from asyncengine.model.recorded import Recorded, Watched
 from asyncengine.model.recurrent.recorded import RecurrentLayer, recording

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,34 @@ CPU_CHUNK, CUDA_CHUNK = 512, 2048
 _STATE_COPIES = 6
 """Of a row's states that are there at once while its layer is computed: as they were, and what transformers' own
 functions make of them in between."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A built model, and how much it takes at once.
+
+    Attributes:
+        config: What was wanted.
+        details: What is known of it.
+        built: It.
+        backend: What attends.
+        limits: What it takes.
+    """
+
+    config: EngineConfig
+    details: Details
+    built: Built
+    backend: Any
+    limits: Limits
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights and of all that it keeps of its sequences."""
+        limits, layers, details = self.limits, self.built.layers, self.details
+        per_block = kv_bytes_per_block(layers.attention, self.backend, limits, details.kv_dtype)
+        places = limits.max_num_sequence + (limits.kept_states or 0) + limits.drafted_states + 1
+        of_states = places * bytes_per_place(layers.recurrent, details.dtype)
+        return self.built.nbytes + limits.num_blocks * per_block + of_states
 
 
 def limits_of(
@@ -192,13 +221,6 @@ def head_bytes(details: Details, tokens: int) -> int:
     assert details.draft_head is not None
     hidden = int(text_config(details.hf_config).hidden_size)
     return tokens * hidden * (len(details.draft_head.target_layers) + 16) * details.dtype.itemsize
-
-
-def cache_bytes(built: Built, backend: Any, limits: Limits, details: Details) -> int:
-    """Bytes of all that a model keeps of its sequences."""
-    blocks = limits.num_blocks * kv_bytes_per_block(built.layers.attention, backend, limits, details.kv_dtype)
-    places = limits.max_num_sequence + (limits.kept_states or 0) + limits.drafted_states + 1
-    return blocks + places * bytes_per_place(built.layers.recurrent, details.dtype)
 
 
 def kv_bytes_per_block(layers: Any, backend: Any, limits: Limits, dtype: torch.dtype) -> int:

@@ -18,9 +18,9 @@ from transformers import AutoModelForSequenceClassification
 from asyncengine.classifier import Activation, Classifier
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.model import architecture
+from asyncengine.model.building import BUILDING
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.hidden_states import hidden_states
-from asyncengine.model.load_check import BUILDING
 from asyncengine.step.batch import Float32
 
 _TOKENS = 8

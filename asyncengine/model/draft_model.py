@@ -27,9 +27,8 @@ from numpy.typing import NDArray
 from asyncengine.generation import SamplingParams
 from asyncengine.model.draft_steps import alike, flattened, places_of
 from asyncengine.model.sampler import Sampler
-from asyncengine.step.batch import Int32, Int64, StepBatch
+from asyncengine.step.batch import NO_TOKENS, Int32, Int64, StepBatch
 from asyncengine.step.limits import Limits
-from asyncengine.step.sequence import EMPTY
 from asyncengine.step.slots import SlotTable
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class DraftModel:
 
     def place(self, slot: int, params: SamplingParams, branch: int) -> None:
         """As the protocol says."""
-        self._sampler.place(slot, alike(params), branch, EMPTY, EMPTY)
+        self._sampler.place(slot, alike(params), branch, NO_TOKENS, NO_TOKENS)
         self._forget(slot)
 
     def copy(self, copies: Int64) -> None:
@@ -82,7 +81,7 @@ class DraftModel:
         ends = table.num_tokens[slots]
         self._catch_up(table, slots, ends - 1)
         ready = np.flatnonzero(self._computed[slots] == ends - 1)
-        found = [EMPTY] * len(slots)
+        found = [NO_TOKENS] * len(slots)
         if not len(ready):
             return found
         slots, ends, lengths = slots[ready], ends[ready], lengths[ready]

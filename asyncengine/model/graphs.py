@@ -217,6 +217,36 @@ class StepGraphs:
             return False
         return True
 
+    def contest(self, size: int, better: Callable[[Callable[[], None], Callable[[], None]], bool]) -> bool:
+        """Captures a bucket again, of a model that has come to run it in another way, and keeps one of the two graphs.
+
+        Args:
+            size: A bucket that has a graph.
+            better: Takes what replays the old one and what replays the new one; whether the new one is to stay.
+
+        Returns:
+            Whether it does. If it cannot be captured, the error is raised and the old one stays.
+        """
+        assert self._recorder is not None
+        step = padding(size)
+        new = self._recorded(self._recorder, step, self._sections(step))
+        kept = better(self._graphs[size].replay, new.replay)
+        if kept:
+            self._graphs[size] = new
+            self._redraw(size)
+        return kept
+
+    def renew(self, size: int) -> bool:
+        """Captures a bucket anew if memory that its graph refers to was replaced since; whether that was possible.
+
+        The old graph must not be replayed: where it looks for a step lies that of another time, which is written again.
+        """
+        step = padding(size)
+        sections = self._sections(step)
+        with torch.inference_mode():
+            key, _ = self._send(step, sections)
+        return self._graphs[size].key == key or self._replace(size, step, sections)
+
     def run(self, batch: StepBatch, sampler: Sampler | None = None) -> Ran | None:
         """Queues a step by a graph; None where none fits, and then nothing was done.
 
@@ -301,36 +331,6 @@ class StepGraphs:
             key, sent = self._send(step, sections)
             replay, (logits, likeliest) = recorder.record(lambda: self._step(sent))
         return CapturedStep(key, replay, logits, likeliest, sent)
-
-    def contest(self, size: int, better: Callable[[Callable[[], None], Callable[[], None]], bool]) -> bool:
-        """Captures a bucket again, of a model that has come to run it in another way, and keeps one of the two graphs.
-
-        Args:
-            size: A bucket that has a graph.
-            better: Takes what replays the old one and what replays the new one; whether the new one is to stay.
-
-        Returns:
-            Whether it does. If it cannot be captured, the error is raised and the old one stays.
-        """
-        assert self._recorder is not None
-        step = padding(size)
-        new = self._recorded(self._recorder, step, self._sections(step))
-        kept = better(self._graphs[size].replay, new.replay)
-        if kept:
-            self._graphs[size] = new
-            self._redraw(size)
-        return kept
-
-    def renew(self, size: int) -> bool:
-        """Captures a bucket anew if memory that its graph refers to was replaced since; whether that was possible.
-
-        The old graph must not be replayed: where it looks for a step lies that of another time, which is written again.
-        """
-        step = padding(size)
-        sections = self._sections(step)
-        with torch.inference_mode():
-            key, _ = self._send(step, sections)
-        return self._graphs[size].key == key or self._replace(size, step, sections)
 
     def _redraw(self, size: int) -> None:
         """Captures the draws behind a bucket's graph anew."""

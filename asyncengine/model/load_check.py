@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import threading
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,16 +41,11 @@ from asyncengine.model.rope_limits import RopeLimit
 from asyncengine.model.sentence_modules import Embedder, embedder_of
 from asyncengine.model.text_files import check_processors, check_settings
 from asyncengine.model.tokenizer import load_tokenizer
+from asyncengine.model.watching import watch
 from asyncengine.reranking import RerankPrompt
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer
 
-BUILDING = threading.Lock()
-"""Held while transformers makes a model: it sets torch's default dtype for that time, and two threads that do so at
-once restore each other's."""
-_WATCHED: dict[str, Watched] = {}
-"""For each configuration whose model ran without weights, what was seen. It is not watched again: what is found depends
-on nothing else."""
 SLACK = 256 << 20
 """Bytes for whatever else a load needs: modules, a tokenizer, activations of the first steps."""
 
@@ -151,48 +144,145 @@ def plan_of(
     Raises:
         AsyncEngineError: It cannot be loaded; the kind says why.
     """
-    from asyncengine.model.checkpoint import tokenizer_key
-    from asyncengine.model.gguf.checkpoint import described
-    from asyncengine.model.location import locate
-
-    tokenizer_path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
-    if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
-        raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
+    tokenizer_path = _tokenizer_path(config, checkpoint)
     check_settings(tokenizer_path)
-    no_media = refusals(config, checkpoint)
-    if not all(no_media.values()):
+    refused, latents = refusals(config, checkpoint), keeps_latents(config)
+    if not all(refused.values()):
         check_processors(checkpoint.path)
     # A head is tried in every load.
-    alone = all(no_media.values()) and not checkpoint.classifies and not config.mla
-    latents = keeps_latents(config)
+    alone = all(refused.values()) and not checkpoint.classifies and not config.mla
     findings_at = place_of(config, checkpoint, device, dtype) if alone else None
     findings = recall(findings_at)
     if findings is not None and selecting.result().backend.name != "cpu":
         findings = None
-    head = None
-    if findings is None:
-        from asyncengine.model import architecture, classification
-
-        hf_config = architecture.read_config(checkpoint)
-        head = classification.head_of(checkpoint, hf_config)
-        text = text_config(hf_config)
-        vocab_size, longest = text.vocab_size, longest_of(text, config)
-        limit = rope_limits.limit_of(hf_config, longest)
-        no_media = {kind: reason or architecture.no_media(hf_config, kind) for kind, reason in no_media.items()}
-    else:
-        hf_config = None
-        vocab_size, longest = findings.description["vocab_size"], findings.description["longest"]
-        limit = None if (known := findings.description["rope_limit"]) is None else RopeLimit(*known)
-    for kind, reason in no_media.items():
-        if reason and wanted(kind, config):
-            raise UnsupportedModelError(f"{PLURALS[kind]} is True; {config.model!r} takes none: {reason}")
+    stated = _stated(config, checkpoint) if findings is None else _found(findings)
+    no_media = _no_media(config, refused, stated.hf_config)
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
     for path in config.adapters.values():
         lora.check_there(path, checkpoint.shapes)
-    draft, limits = None, [limit]
+    draft = None
     for name in config.additional_models if config.speculative_mode == "small_draft" else ():
-        draft = check_draft(name, checkpoint, vocab_size, device, dtype, kv_dtype, config.quantization)
+        draft = check_draft(name, checkpoint, stated.vocab_size, device, dtype, kv_dtype, config.quantization)
         draft = dataclasses.replace(draft, latents=latents)
+    max_length, rope_note = _length(config, stated, draft)
+    watched = drafting = None
+    if findings is None:
+        rope_limits.settle(stated.hf_config, max_length)
+        watched = watch(stated.hf_config, not all(no_media.values()), latents)
+        check_latents(config, None if watched is None else watched.attention.values())
+    if draft is not None:
+        rope_limits.settle(draft.hf_config, max_length)
+        drafting = watch(draft.hf_config, latents=latents)
+        draft = dataclasses.replace(draft, max_length=max_length, watched=drafting)
+    check_recurrent(config, bool(watched and watched.recurrent), bool(drafting and drafting.recurrent))
+    draft_head = check_head(config, checkpoint, stated.hf_config, dtype, max_length)
+    if current is not None or findings is not None or not serves_all(config, device):
+        backend = selecting.result().backend
+        check_kv_dtype(config, backend, kv_dtype, device)
+        for each in (watched, drafting):
+            check_layers(config, backend, None if each is None else each.attention, kv_dtype, device)
+        check_layers(config, backend, None if draft_head is None else draft_head.specs, kv_dtype, device)
+    check_quantization(config, device, dtype)
+    details = Details(
+        checkpoint=checkpoint,
+        tokenizer_path=tokenizer_path,
+        hf_config=stated.hf_config,
+        vocab_size=stated.vocab_size,
+        device=device,
+        dtype=dtype,
+        weight_bytes=checkpoint.weight_bytes(dtype, checkpoint.kept_forms(config.quantization, device.type)),
+        max_length=max_length,
+        present_tokenizer=None if current is None else current.tokenizer,
+        kv_dtype=kv_dtype,
+        draft=draft,
+        watched=watched,
+        findings=findings,
+        findings_at=findings_at,
+        selecting=selecting,
+        quantization=config.quantization,
+        no_media=no_media,
+        rope_limit=stated.rope_limit,
+        rope_note=rope_note,
+        head=stated.head,
+        ranking=ranking_of(checkpoint.path),
+        draft_head=draft_head,
+        embedder=embedder_of(checkpoint.path),
+        latents=latents,
+    )
+    return _planned(config, details, current)
+
+
+def _tokenizer_path(config: EngineConfig, checkpoint: Any) -> Path:
+    from asyncengine.model.checkpoint import tokenizer_key
+    from asyncengine.model.gguf.checkpoint import described
+    from asyncengine.model.location import locate
+
+    if config.tokenizer is None:
+        path: Path = checkpoint.path
+        return path
+    path = described(locate(config.tokenizer))
+    if tokenizer_key(path) is None:
+        raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Stated:
+    """What a configuration says of a model. Attributes as in `Details`.
+
+    Attributes:
+        longest: Most tokens in one sequence, as far as the model goes.
+    """
+
+    hf_config: Any
+    head: Any
+    vocab_size: int
+    longest: int
+    rope_limit: RopeLimit | None
+
+
+def _stated(config: EngineConfig, checkpoint: Any) -> _Stated:
+    from asyncengine.model import architecture, classification
+
+    hf_config = architecture.read_config(checkpoint)
+    head = classification.head_of(checkpoint, hf_config)
+    text = text_config(hf_config)
+    longest = longest_of(text, config)
+    return _Stated(hf_config, head, text.vocab_size, longest, rope_limits.limit_of(hf_config, longest))
+
+
+def _found(findings: Findings) -> _Stated:
+    """The same by an earlier load, for which transformers reads nothing."""
+    about = findings.description
+    limit = None if (known := about["rope_limit"]) is None else RopeLimit(*known)
+    return _Stated(None, None, about["vocab_size"], about["longest"], limit)
+
+
+def _no_media(config: EngineConfig, refused: dict[Kind, str], hf_config: Any) -> dict[Kind, str]:
+    """`Details.no_media`, where `refused` says what is not to be asked of the model.
+
+    Raises:
+        UnsupportedModelError: It takes none of a kind that is wanted.
+    """
+    no_media = refused
+    if hf_config is not None:
+        from asyncengine.model import architecture
+
+        no_media = {kind: reason or architecture.no_media(hf_config, kind) for kind, reason in refused.items()}
+    for kind, reason in no_media.items():
+        if reason and wanted(kind, config):
+            raise UnsupportedModelError(f"{PLURALS[kind]} is True; {config.model!r} takes none: {reason}")
+    return no_media
+
+
+def _length(config: EngineConfig, stated: _Stated, draft: Details | None) -> tuple[int, str]:
+    """Most tokens in one sequence of a model and what drafts for it; and `Details.rope_note`.
+
+    Raises:
+        ConfigError: More are wanted than they go.
+    """
+    longest, limits = stated.longest, [stated.rope_limit]
+    if draft is not None:
         longest = min(longest, draft.max_length)
         limits.append(rope_limits.limit_of(draft.hf_config, draft.max_length))
     max_length, rope_note = rope_limits.length_for(config.max_single_sequence_length, longest, limits)
@@ -201,53 +291,15 @@ def plan_of(
         raise ConfigError(
             f"max_single_sequence_length is {max_length}; {whose} max_position_embeddings allows 1..{longest}"
         )
-    watched = None
-    if findings is None:
-        rope_limits.settle(hf_config, max_length)
-        watched = watch(architecture, hf_config, not all(no_media.values()), latents)
-        check_latents(config, None if watched is None else watched.attention.values())
-    if draft is not None:
-        rope_limits.settle(draft.hf_config, max_length)
-        seen = watch(architecture, draft.hf_config, latents=latents)
-        draft = dataclasses.replace(draft, max_length=max_length, watched=seen)
-    drafting = None if draft is None else draft.watched
-    check_recurrent(config, bool(watched and watched.recurrent), bool(drafting and drafting.recurrent))
-    draft_head = check_head(config, checkpoint, hf_config, dtype, max_length)
-    if current is not None or findings is not None or not serves_all(config, device):
-        backend = selecting.result().backend
-        check_kv_dtype(config, backend, kv_dtype, device)
-        for each in (watched, drafting):
-            check_layers(config, backend, None if each is None else each.attention, kv_dtype, device)
-        check_layers(config, backend, None if draft_head is None else draft_head.specs, kv_dtype, device)
-    check_quantization(config, device, dtype)
-    weights = checkpoint.weight_bytes(dtype, checkpoint.kept_forms(config.quantization, device.type))
-    present = None if current is None else current.tokenizer
-    details = Details(
-        checkpoint,
-        tokenizer_path,
-        hf_config,
-        vocab_size,
-        device,
-        dtype,
-        weights,
-        max_length,
-        present,
-        kv_dtype,
-        draft,
-        watched,
-        findings,
-        findings_at,
-        selecting,
-        config.quantization,
-        no_media,
-        rope_limit=limit,
-        rope_note=rope_note,
-        head=head,
-        ranking=ranking_of(checkpoint.path),
-        draft_head=draft_head,
-        embedder=embedder_of(checkpoint.path),
-        latents=latents,
-    )
+    return max_length, rope_note
+
+
+def _planned(config: EngineConfig, details: Details, current: LoadedModel | None) -> LoadPlan:
+    """A load that fits; where it does only without the present model, it is rehearsed before that goes."""
+    from asyncengine.model.checkpoint import tokenizer_key
+
+    selecting = details.selecting
+    assert selecting is not None
     try:
         beside = fits(details, current)
     except InsufficientMemoryError:
@@ -262,7 +314,7 @@ def plan_of(
         rehearse(details)
         details = with_tokenizer(details)
         check_wanted(config, details)
-    return LoadPlan(config, beside, tokenizer_key(tokenizer_path), details)
+    return LoadPlan(config, beside, tokenizer_key(details.tokenizer_path), details)
 
 
 def with_tokenizer(details: D) -> D:
@@ -343,16 +395,16 @@ def check_draft(
     longest = getattr(text, "max_position_embeddings", None) or DEFAULT_LONGEST
     weights = checkpoint.weight_bytes(dtype, checkpoint.kept_forms(quantization, device.type))
     return Details(
-        checkpoint,
-        checkpoint.path,
-        hf_config,
-        vocab_size,
-        device,
-        dtype,
-        weights,
-        longest,
-        None,
-        kv_dtype,
+        checkpoint=checkpoint,
+        tokenizer_path=checkpoint.path,
+        hf_config=hf_config,
+        vocab_size=vocab_size,
+        device=device,
+        dtype=dtype,
+        weight_bytes=weights,
+        max_length=longest,
+        present_tokenizer=None,
+        kv_dtype=kv_dtype,
         quantization=quantization,
     )
 
@@ -377,39 +429,8 @@ def without_findings(details: Details) -> Details:
 
     hf_config = architecture.read_config(details.checkpoint)
     rope_limits.settle(hf_config, details.max_length)
-    watched = watch(architecture, hf_config, details.media, details.latents)
+    watched = watch(hf_config, details.media, details.latents)
     return dataclasses.replace(details, hf_config=hf_config, watched=watched, findings=None)
-
-
-def watch(architecture: Any, hf_config: Any, media: bool = False, latents: bool = False) -> Watched | None:
-    """Watches the model run without weights, unless one of the same configuration was watched.
-
-    Args:
-        architecture: The module of that name.
-        hf_config: The model's.
-        media: Whether it is to take images or audio.
-        latents: Whether it keeps those of multi-head latent attention.
-
-    Returns:
-        What its layers need; None if it does not run without weights.
-    """
-    stated = json.loads(hf_config.to_json_string(use_diff=False))
-    stated.pop("_name_or_path", None)  # where it was read from
-    configuration = f"{type(hf_config).__qualname__} {media} {latents} {json.dumps(stated, sort_keys=True)}"
-    if (known := _WATCHED.get(configuration)) is not None:
-        return known
-    try:
-        with BUILDING, torch.device("meta"):
-            # In a dtype of few digits, so that states of more digits are known to be so.
-            model = architecture.bare(hf_config, torch.bfloat16, media, latents)
-        found: Watched = architecture.record(model.eval()).watched
-    except UnsupportedModelError:
-        raise
-    except Exception:
-        # Some models cannot run without weights (their control flow reads them). They are watched once they are loaded.
-        return None
-    _WATCHED[configuration] = found
-    return found
 
 
 def fits(details: Details, current: LoadedModel | None) -> bool:

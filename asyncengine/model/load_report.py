@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncengine.errors import CheckpointError
+from asyncengine.model.building import BUILDING
 from asyncengine.model.stored.experts import experts_of
 
 _REPORT = " LOAD REPORT"
@@ -43,8 +44,6 @@ def loaded(kind: Any, source: Path | Mapping[str, Any], **arguments: Any) -> tup
     Raises:
         RuntimeError: They cannot be put together, or do not fit into memory.
     """
-    from asyncengine.model.load_check import BUILDING
-
     path, state = (source, None) if isinstance(source, Path) else (None, source)
     with BUILDING, without_report():
         model, report = kind.from_pretrained(

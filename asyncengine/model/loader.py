@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from asyncengine.config import EngineConfig
@@ -19,41 +19,34 @@ from asyncengine.errors import (
     UnsupportedModelError,
 )
 from asyncengine.model import memory
-from asyncengine.model.built_model import Built, build, recalled
-from asyncengine.model.capacity import (
-    all_in_place,
-    cache_bytes,
-    graphs_of,
-    kv_bytes_per_block,
-    limits_of,
-    state_scratch,
-)
+from asyncengine.model.built_model import Built, build
+from asyncengine.model.capacity import Fitted, kv_bytes_per_block, limits_of
 from asyncengine.model.draft_heads.entries import widened
+from asyncengine.model.draft_heads.plan import BuiltHead
 from asyncengine.model.draft_heads.serving import drafter_of
 from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.encoders.kind import is_encoder
 from asyncengine.model.findings import keep
+from asyncengine.model.first_steps import captured
+from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.load_check import Details, check_drafts, plan_of, vector_size, without_findings
 from asyncengine.model.load_settings import device_of, dtype_of, select_attention, settled
+from asyncengine.model.recalled_model import recalled
 from asyncengine.model.recurrent.refusals import check_recurrent
 from asyncengine.model.speech.kind import is_speech
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
 from asyncengine.speculation.protocol import Drafter
-from asyncengine.step.batch import StepBatch
 from asyncengine.step.drafting import Drafting
-from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
+from asyncengine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from asyncengine.model.fused.choice import Choice
-    from asyncengine.model.graphs import StepGraphs
+    from asyncengine.model.media.encoder import MediaEncoder
 
 CPU_SATURATION, CUDA_SATURATION = 8.0, 128.0
 """Tokens in a step whose arithmetic takes about as long as reading the weights."""
-_SOME_TOKENS, _MANY_TOKENS = 64, 2048
-"""Of a prompt that is neither short nor long to a device, and of one that is long."""
 
 
 class TransformersLoader:
@@ -147,35 +140,10 @@ class TransformersLoader:
 
 
 def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
-    from asyncengine.model.last_tokens import LastTokens
-
     details, config = plan.details, plan.config
-    assert isinstance(details, Details)
-    compiling = details.selecting
-    assert compiling is not None
-    attention = functools.cache(lambda: _attention(config, details, compiling))
-    built = None
-    known = None if details.findings is None else recalled(config, details, attention().backend)
-    # Where all is known already, nothing of transformers is imported beside the tokenizer; else its models follow.
-    with ThreadPoolExecutor(1, "asyncengine-tokenizer") as pool:
-        # A vocabulary is read with the GIL, for as long as it takes to pack the weights, which is done without.
-        reading = pool.submit(load_tokenizer, details.tokenizer_path, details.present_tokenizer)
-        if known is not None:
-            built = known.built()
-        tokenizer = reading.result()
-        keeping = functools.cache(lambda: pool.submit(keep_for_next_load, tokenizer))
-        if built is None:
-            details = details if details.findings is None else without_findings(details)
-
-            def attend() -> Any:
-                if not compiling.done():
-                    keeping()  # for seconds, with the GIL
-                return attention().backend
-
-            built = build(config, details, attend, keeping)
-            if details.findings_at is not None and built.findings is not None:
-                keep(details.findings_at, built.findings)
-        keeping().result()
+    assert isinstance(details, Details) and details.selecting is not None
+    attention = functools.cache(functools.partial(_attention, config, details, details.selecting))
+    details, built, tokenizer = _built(config, details, attention)
     backend, reason = attention().backend, attention().fallback_reason
     notes = [] if reason is None else [f"attention: {reason}"]
     notes += [details.rope_note] if details.rope_note else []
@@ -190,45 +158,30 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     if head is not None:
         drafting_layers = [widened(layer) for layer in head.layers]
     limits, complete = limits_of(plan, built, drafting_layers, backend)
-    vocab_size = details.vocab_size
+    fitted = Fitted(config, details, built, backend, limits)
     if run_ahead is None:
         run_ahead = details.device.type == "cuda"
     run_ahead &= config.speculative_mode == "disable"
     last = LastTokens(limits.max_num_sequence, details.device) if run_ahead else None
-    model, _ = _serving(built, details, backend, limits, vocab_size, last)
-    drafting = None
-    memory_bytes = built.nbytes + cache_bytes(built, backend, limits, details)
-    draft_model = encoder = None
-    of_media = 0
+    model, _ = _serving(fitted, last)
+    guessing = _Guessing()
     try:
+        encoder = None
         if built.media_trial is not None:
             model.use_media(encoder := built.media_trial.encoder(built.model))
-            of_media = next(iter(built.media_trial.reader.token_ids.values()))
         model.use_adapters(adapting := _adapting(built, details))
         adapters = [(name, adapting.format.prepare(path, None)) for name, path in config.adapters.items()]
         for index, (_, prepared) in enumerate(adapters):
             model.put_adapter(index, prepared)
         if draft is not None:
-            assert details.draft is not None
-            draft_model, draft_sampler = _serving(draft, details.draft, backend, limits, vocab_size)
-            drafter = model.companion = DraftModel(draft_model, draft_sampler, limits, of_media)
-            drafting = _drafting(config, drafter, limits, details.device, draft.nbytes / built.nbytes)
-        heads = None
-        if head is not None:
-            heads = drafter_of(head, model, details, backend, limits, config, encoder)
-            drafting = _drafting(config, heads, limits, details.device, head.read_bytes / built.nbytes)
-            memory_bytes += head.nbytes + heads.nbytes
-            memory_bytes += limits.num_blocks * kv_bytes_per_block(drafting_layers, backend, limits, details.kv_dtype)
-        # Both caches are there by now: they share the attention's plan, and what one adds to it changes its addresses.
-        notes += [*built.notes, *_captured(config, model, built, details, backend, limits, last, adapting)]
-        if draft is not None and draft_model is not None:
-            slower = _captured(config, draft_model, draft, details, backend, limits)
-            notes += [f"draft model: {note}" for note in (*draft.notes, *slower)]
-            memory_bytes += draft.nbytes + cache_bytes(draft, backend, limits, details)
-        elif heads is not None:
-            heads.check()
+            guessing = _by_model(fitted, model, draft)
+        elif head is not None:
+            guessing = _by_head(fitted, model, head, encoder)
         elif config.speculative_mode == "ngram":
-            drafting = _drafting(config, NgramDrafter(), limits, details.device)
+            guessing = _Guessing(_drafting(fitted, NgramDrafter()))
+        # Both caches are there by now: they share the attention's plan, and what one adds to it changes its addresses.
+        notes += [*built.notes, *captured(fitted, model, last, adapting)]
+        notes += guessing.begin()
     except BaseException:
         model.close()
         raise
@@ -242,16 +195,16 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
             audio=not built.no_media["audio"],
             mla=any(layer.spec.values_in_keys for layer in built.layers.attention),
         ),
-        vocab_size=vocab_size,
-        eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < vocab_size),
+        vocab_size=details.vocab_size,
+        eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < details.vocab_size),
         default_generation_config=details.checkpoint.generation_defaults,
         tokenizer=tokenizer,
         tokenizer_key=plan.tokenizer_key,
-        memory_bytes=memory_bytes,
+        memory_bytes=fitted.nbytes + guessing.nbytes,
         notes=tuple(notes),
-        drafting=drafting,
+        drafting=guessing.drafting,
         launching=model if run_ahead else None,
-        warming=_warming(model, draft_model),
+        warming=_warming(model, guessing.model),
         hidden_size=vector_size(details, built.hidden_size),
         pooling=details.embedder.pooling,
         dense=details.embedder.dense,
@@ -273,11 +226,89 @@ def _attention(config: EngineConfig, details: Details, compiling: Future[Any]) -
     return select_attention(config, details.device, details.dtype)
 
 
-def _drafting(
-    config: EngineConfig, drafter: Drafter, limits: Limits, device: torch.device, draft_cost: float = 0.0
-) -> Drafting:
-    saturation = CUDA_SATURATION if device.type == "cuda" else CPU_SATURATION
-    return Drafting(drafter, DraftLengths(limits.max_num_sequence, config.spec_draft_length, saturation, draft_cost))
+def _built(
+    config: EngineConfig, details: Details, attention: Callable[[], Any]
+) -> tuple[Details, Built, Tokenizer | None]:
+    """The model, what is known of it by now, and its tokenizer, which is read beside."""
+    compiling, built = details.selecting, None
+    assert compiling is not None
+    known = None if details.findings is None else recalled(config, details, attention().backend)
+    # Where all is known already, nothing of transformers is imported beside the tokenizer; else its models follow.
+    with ThreadPoolExecutor(1, "asyncengine-tokenizer") as pool:
+        # A vocabulary is read with the GIL, for as long as it takes to pack the weights, which is done without.
+        reading = pool.submit(load_tokenizer, details.tokenizer_path, details.present_tokenizer)
+        if known is not None:
+            built = known.built()
+        tokenizer = reading.result()
+        keeping = functools.cache(lambda: pool.submit(keep_for_next_load, tokenizer))
+        if built is None:
+            details = details if details.findings is None else without_findings(details)
+
+            def attend() -> Any:
+                if not compiling.done():
+                    keeping()  # for seconds, with the GIL
+                return attention().backend
+
+            built = build(config, details, attend, keeping)
+            if details.findings_at is not None and built.findings is not None:
+                keep(details.findings_at, built.findings)
+        keeping().result()
+    return details, built, tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class _Guessing:
+    """What guesses tokens for a model.
+
+    Attributes:
+        drafting: It, as the core asks it; None if nothing does.
+        nbytes: Of its weights and of all that it keeps of sequences.
+        model: The draft model, if it is one.
+        begin: What it does before it serves, once the model's own steps are captured; returns notes.
+    """
+
+    drafting: Drafting | None = None
+    nbytes: int = 0
+    model: Any = None
+    begin: Callable[[], Iterable[str]] = tuple
+
+
+def _by_model(fitted: Fitted, model: Any, draft: Built) -> _Guessing:
+    """Has a draft model guess; it sleeps, wakes and goes with the model."""
+    assert fitted.details.draft is not None
+    drafts = dataclasses.replace(fitted, details=fitted.details.draft, built=draft)
+    draft_model, sampler = _serving(drafts)
+    trial = fitted.built.media_trial
+    of_media = 0 if trial is None else next(iter(trial.reader.token_ids.values()))
+    drafter = model.companion = DraftModel(draft_model, sampler, fitted.limits, of_media)
+
+    def begin() -> list[str]:
+        slower = captured(drafts, draft_model)
+        return [f"draft model: {note}" for note in (*draft.notes, *slower)]
+
+    cost = draft.nbytes / fitted.built.nbytes
+    return _Guessing(_drafting(fitted, drafter, cost), drafts.nbytes, draft_model, begin)
+
+
+def _by_head(fitted: Fitted, model: Any, head: BuiltHead, encoder: MediaEncoder | None) -> _Guessing:
+    """Has a head guess from the hidden states of the model, with which it sleeps, wakes and goes."""
+    drafter = drafter_of(head, model, fitted, encoder)
+    layers, limits = [widened(layer) for layer in head.layers], fitted.limits
+    per_block = kv_bytes_per_block(layers, fitted.backend, limits, fitted.details.kv_dtype)
+    nbytes = head.nbytes + drafter.nbytes + limits.num_blocks * per_block
+
+    def begin() -> tuple[str, ...]:
+        drafter.check()
+        return ()
+
+    return _Guessing(_drafting(fitted, drafter, head.read_bytes / fitted.built.nbytes), nbytes, begin=begin)
+
+
+def _drafting(fitted: Fitted, drafter: Drafter, cost: float = 0.0) -> Drafting:
+    """A drafter, of which one guess costs so much of a step of the model, and how much it is asked for."""
+    saturation = CUDA_SATURATION if fitted.details.device.type == "cuda" else CPU_SATURATION
+    sequences, wanted = fitted.limits.max_num_sequence, fitted.config.spec_draft_length
+    return Drafting(drafter, DraftLengths(sequences, wanted, saturation, cost))
 
 
 def _warming(*models: Any) -> Any:
@@ -288,20 +319,20 @@ def _warming(*models: Any) -> Any:
     return CapturesOf(capturing) if capturing else None
 
 
-def _serving(built: Built, details: Details, backend: Any, limits: Limits, vocab_size: int, last: Any = None) -> Any:
+def _serving(fitted: Fitted, last: LastTokens | None = None) -> Any:
     """A model with its KV cache, and its sampler."""
     from asyncengine.model.paged_layers import PagedLayers
     from asyncengine.model.recurrent.states import States
     from asyncengine.model.runner import TorchModel
     from asyncengine.model.sampler import Sampler
 
-    device = details.device
+    details, built, limits = fitted.details, fitted.built, fitted.limits
     recurrent = built.layers.recurrent
-    states = States(recurrent, limits, details.dtype, device) if recurrent else None
-    paged = PagedLayers(built.layers.attention, backend, limits, details.kv_dtype, device, states)
+    states = States(recurrent, limits, details.dtype, details.device) if recurrent else None
+    paged = PagedLayers(built.layers.attention, fitted.backend, limits, details.kv_dtype, details.device, states)
     paged.allocate()
-    sampler = Sampler(limits.max_num_sequence, vocab_size, device)
-    return TorchModel(built.model, paged, sampler, device, built.program, last), sampler
+    sampler = Sampler(limits.max_num_sequence, details.vocab_size, details.device)
+    return TorchModel(built.model, paged, sampler, details.device, built.program, last), sampler
 
 
 def _adapting(built: Built, details: Details) -> Any:
@@ -311,121 +342,3 @@ def _adapting(built: Built, details: Details) -> Any:
     if built.program is not None:
         return built.program.adapters_of(built.model)
     return AdaptedModules(built.model, built.layers, details.device, details.dtype)
-
-
-def _captured(
-    config: EngineConfig,
-    model: Any,
-    built: Built,
-    details: Details,
-    backend: Any,
-    limits: Limits,
-    last: Any = None,
-    adapting: Any = None,
-) -> tuple[str, ...]:
-    """Warms a model up and captures the first of its steps; returns what is slower than it could be, in words."""
-    from asyncengine.model.attention.protocol import CarryingBackend
-    from asyncengine.model.buckets import Buckets
-    from asyncengine.model.capturing import Capturing, Room
-    from asyncengine.model.fused import choice
-    from asyncengine.model.graphs import graphs_for
-
-    fused = built.fused
-    if fused is not None:
-        model.use_fused(fused)
-        if config.decoder_backend == "auto":  # not before it has been measured
-            fused.rest()
-    prompt = _SOME_TOKENS if details.device.type != "cpu" else 2 if built.program is None else 1
-    _warm_up(model, limits, prompt, details.vocab_size)
-    waits = None
-    if details.device.type == "cuda":
-        from asyncengine.model import architecture
-
-        waits = architecture.waits(built.model)
-    graphs, slower = graphs_for(model, backend, limits.max_num_sequence, details.device, last, waits, model.states)
-    measured = None
-    if fused is not None and config.decoder_backend == "auto":
-        measured = choice.Choice(fused, choice.cuda_seconds(details.device), graphs)
-        _choose_launched(model, measured, graphs, limits, details.device, details.vocab_size)
-    if graphs is None:
-        return slower if measured is None else (*measured.notes, *slower)
-    room = None
-    if details.device.type == "cuda":
-        specs = [layer.spec for layer in built.layers.attention]
-        adapters = adapting is not None and bool(config.adapters)  # those that come later take what is left
-        reserve = graphs_of(config, details, backend, limits.max_num_sequence, specs, adapters)
-        recurrent = [layer.spec for layer in built.layers.recurrent]
-        sequences = limits.max_num_sequence
-        aside = (reserve + state_scratch(recurrent, details.dtype, sequences, all_in_place(built))).nbytes
-        room = Room(aside, functools.partial(memory.unheld_bytes, details.device))
-    mixed = None
-    if isinstance(backend, CarryingBackend) and model.states is None:  # prompts are cut in ways of their own
-        tokens = limits.prefill_chunk_size + limits.max_num_sequence
-        mixed = graphs.mixed(Buckets.mixed(tokens), limits.max_num_sequence)
-    adapted = None if adapting is None else graphs.adapted(Buckets.doubling(limits.max_num_sequence), adapting)
-    at_once = config.graph_capture == "load"
-    seconds = choice.cuda_seconds(details.device, rounds=3, replays=3)
-    capturing = Capturing(graphs, measured, mixed=mixed, adapted=adapted, seconds=seconds, at_once=at_once, room=room)
-    capturing.begin()
-    model.use_graphs(capturing)
-    return slower
-
-
-def _choose_launched(
-    model: Any, choice: Choice, graphs: StepGraphs | None, limits: Limits, device: torch.device, vocab_size: int
-) -> None:
-    """Has the choice measure, by steps that are launched, what it cannot measure by captured ones."""
-    from asyncengine.model.fused.choice import cuda_seconds
-    from asyncengine.model.fused.tiles import MOST_TOKENS, SOME_TOKENS
-
-    longest = _longest_piece(limits)
-    sorts: list[tuple[Sequence[int], int]] = []
-    if graphs is None:
-        sorts += [((1,), 1), (range(2, MOST_TOKENS + 1), MOST_TOKENS)]
-    some_captured = graphs is not None and any(size > MOST_TOKENS and choice.is_open(size) for size in graphs.sizes)
-    if longest > MOST_TOKENS and not some_captured:
-        sorts.append(((SOME_TOKENS,), _SOME_TOKENS))
-    if longest > SOME_TOKENS:  # else those of more tokens are run as those are
-        sorts.append(((SOME_TOKENS + 1,), _MANY_TOKENS))
-    for counts, tokens in sorts:
-        tokens = min(tokens, longest)
-        prefill = _prefill(tokens, limits.page_size, vocab_size)
-        step = dataclasses.replace(prefill, sample_index=np.array([tokens - 1]))
-        # The first run makes whatever is made on first use. A step of many tokens takes so long that two tell enough.
-        seconds = cuda_seconds(device, rounds=2 if tokens == _MANY_TOKENS else 7, replays=1)
-        with torch.inference_mode():
-            choice.decide_launched(counts, tokens, functools.partial(model.logits, step), seconds)
-
-
-def _warm_up(model: Any, limits: Limits, prompt: int, vocab_size: int) -> None:
-    """Runs a prefill and a decode, so that whatever is built on first use is built before the model serves.
-
-    For that a device wants some tokens; on the CPU nothing depends on how many there are. A compiled step has been run
-    by the trial, and its prefill and decode are one code: a single token shows that it runs over this cache.
-    """
-    for count in {min(prompt, _longest_piece(limits)), 1}:
-        model.execute(_prefill(count, limits.page_size, vocab_size))
-
-
-def _longest_piece(limits: Limits) -> int:
-    """Tokens of one prompt that a step can have."""
-    return min(limits.prefill_chunk_size, limits.max_single_sequence_length, limits.num_blocks * limits.page_size)
-
-
-def _prefill(count: int, page_size: int, vocab_size: int) -> StepBatch:
-    """A step of so many tokens of one prompt, or of one that decodes. A token that there is not would lose a device."""
-    positions = np.arange(count, dtype=np.int32)
-    return StepBatch(
-        token_ids=positions % min(16, vocab_size),
-        positions=positions,
-        query_start=np.array([0, count], dtype=np.int32),
-        context_lens=np.zeros(1, dtype=np.int32),
-        block_tables=np.arange(-(-count // page_size), dtype=np.int32)[None],
-        slot_mapping=positions.astype(np.int64),
-        sample_index=np.empty(0, dtype=np.int64),
-        sample_slots=np.empty(0, dtype=np.int64),
-        sample_positions=np.empty(0, dtype=np.int64),
-        copies=np.empty((0, 2), dtype=np.int64),
-        num_decodes=int(count == 1),
-        slots=np.zeros(1, dtype=np.int64),
-    )

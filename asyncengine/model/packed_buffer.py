@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -102,14 +101,3 @@ class PackedBuffer:
             event.record(torch.cuda.current_stream(self._device))
         self._next = (self._next + 1) % self._places
         return sent
-
-
-def as_int32(values: NDArray[Any]) -> Int32:
-    """The numbers as int32.
-
-    Raises:
-        OverflowError: One does not fit.
-    """
-    if len(values) and (int(values.max()) >= 2**31 or int(values.min()) < -(2**31)):
-        raise OverflowError(f"{int(np.abs(values).max())} does not fit into 32 bits")
-    return values.astype(np.int32)

@@ -41,7 +41,7 @@ from asyncengine.model.token_draw import DrawSettings
 from asyncengine.model.token_ranking import argmax
 from asyncengine.model.way_back import OnItsWay, WayBack
 from asyncengine.model.weight_writer import replace_weights
-from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
+from asyncengine.step.batch import NO_TOKENS, Int32, Int64, StepBatch, StepTokens
 
 
 class Companion(Protocol):
@@ -160,7 +160,7 @@ class TorchModel:
         """As the protocol says."""
         tensors = flight.back.wait()
         if flight.drawn is None:
-            return StepTokens(np.empty(0, dtype=np.int32))
+            return StepTokens(NO_TOKENS)
         return self._sampler.finish(flight.drawn, tensors)
 
     def _queue(self, batch: StepBatch) -> Ran:
@@ -227,7 +227,7 @@ class TorchModel:
         if len(batch.score_index):
             scores = token_logprobs.scores(logits[drawn:], batch.score_token_ids, batch.score_tops)
         if not drawn:
-            return StepTokens(np.empty(0, dtype=np.int32), scores=scores)
+            return StepTokens(NO_TOKENS, scores=scores)
         if batch.draft_lengths is None:
             tokens = self._sampler.sample(logits[:drawn], batch.sample_slots, batch.sample_positions)
         else:

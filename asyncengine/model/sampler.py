@@ -36,7 +36,7 @@ from asyncengine.model.token_masks import TokenMasks
 from asyncengine.model.token_penalties import TokenPenalties
 from asyncengine.model.token_ranking import argmax
 from asyncengine.model.user_processors import UserProcessors
-from asyncengine.step.batch import StepTokens, TokenLogprobs
+from asyncengine.step.batch import NO_TOKENS, StepTokens, TokenLogprobs
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -203,7 +203,7 @@ class Sampler:
             positions: (rows,) how many tokens the slot's sequence has generated before this one.
         """
         if not len(slots):
-            return StepTokens(np.empty(0, np.int32))
+            return StepTokens(NO_TOKENS)
         drawn = self.draw(logits, slots, positions)
         return self.finish(drawn, [tensor.cpu().numpy() for tensor in drawn.tensors])
 

@@ -16,11 +16,11 @@ from torch import nn
 
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import RecordedLayer, text_config
+from asyncengine.model.building import BUILDING
 from asyncengine.model.checkpoint import Checkpoint
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Projection
 from asyncengine.model.findings import Findings
 from asyncengine.model.hidden_states import hidden_size
-from asyncengine.model.load_check import BUILDING
 from asyncengine.model.load_settings import DEFAULT_LONGEST
 from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear

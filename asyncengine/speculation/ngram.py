@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from asyncengine.generation import SamplingParams
-from asyncengine.step.batch import Int32, Int64
-from asyncengine.step.sequence import EMPTY
+from asyncengine.step.batch import NO_TOKENS, Int32, Int64
 from asyncengine.step.slots import SlotTable
 
 LONGEST = 5
@@ -49,7 +48,7 @@ def continued(tokens: Int32, length: int) -> Int32:
     """
     last = len(tokens) - 1
     ends = np.flatnonzero(tokens[:last] == tokens[last])  # where an occurrence may end
-    best = EMPTY
+    best = NO_TOKENS
     for size in range(1, LONGEST):
         ends = ends[ends >= size]
         ends = ends[tokens[ends - size] == tokens[last - size]]
@@ -58,7 +57,7 @@ def continued(tokens: Int32, length: int) -> Int32:
         if size + 1 >= SHORTEST:
             best = tokens[int(ends[-1]) + 1 :]
     if not len(best):
-        return EMPTY
+        return NO_TOKENS
     guess: Int32 = np.resize(best, length)
     images = np.flatnonzero(guess < 0)
     return guess[: images[0]] if len(images) else guess

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncengine.step.batch import Int32
+from asyncengine.step.batch import NO_TOKENS, Int32
 
 if TYPE_CHECKING:
     from asyncengine.step.limits import Limits
@@ -29,7 +29,7 @@ class Arriving:
         computed: How many of the tokens were computed ahead.
     """
 
-    tokens: Int32 = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    tokens: Int32 = field(default_factory=lambda: NO_TOKENS)
     complete: bool = False
     computed: int = 0
 

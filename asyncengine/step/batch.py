@@ -19,7 +19,7 @@ Float64 = NDArray[np.float64]
 
 
 NO_INDEX: Int64 = np.empty(0, dtype=np.int64)
-_NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
+NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 NO_PAIRS: Int64 = np.empty((0, 2), dtype=np.int64)
 NO_SAVES: Int64 = np.empty((0, 3), dtype=np.int64)
 _NO_SUMS: Float32 = np.empty((0, 0), dtype=np.float32)
@@ -83,7 +83,7 @@ class StepBatch:
     copies: Int64
     num_decodes: int
     score_index: Int64 = field(default_factory=lambda: NO_INDEX)
-    score_token_ids: Int32 = field(default_factory=lambda: _NO_TOKENS)
+    score_token_ids: Int32 = field(default_factory=lambda: NO_TOKENS)
     score_tops: Int64 = field(default_factory=lambda: NO_INDEX)
     pool_spans: Int64 = field(default_factory=lambda: NO_PAIRS)
     draft_lengths: Int64 | None = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from asyncengine.instructions import NewRequest
 from asyncengine.media import MediaPart
 from asyncengine.step.batch import NO_PAIRS, NO_SAVES, Int32, Int64, StepBatch
 from asyncengine.step.decode_rows import DecodeRows
@@ -13,6 +15,31 @@ from asyncengine.step.drafting import Drafts
 from asyncengine.step.plan import Chunk, StateMoves
 from asyncengine.step.sequence import SequenceState
 from asyncengine.step.slots import SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A piece of prefill, where it is in the batch.
+
+    Attributes:
+        chunk: The piece.
+        start: Where its tokens begin among those of the batch.
+        computed: Where they begin in their sequence.
+    """
+
+    chunk: Chunk
+    start: int
+    computed: int
+
+    @property
+    def end(self) -> int:
+        """Where they end in their sequence."""
+        return self.computed + self.chunk.count
+
+    @property
+    def new(self) -> NewRequest:
+        """Whose prompt they are of."""
+        return self.chunk.sequence.request.new
 
 
 class Batches:
@@ -61,54 +88,29 @@ class Batches:
         decoded = int(query_start[decodes])
         if drafts is not None:
             token_ids[:decoded][offsets[:decoded] > 0] = drafts.token_ids
-        sample_index = np.arange(decoded, dtype=np.int64)
-        sample_slots = token_rows[:decoded]
-        drawing = [(i, branch) for i, chunk in enumerate(chunks) for branch in chunk.branches]
-        if drawing:
-            last = query_start[1:] - 1
-            sample_index = np.append(sample_index, [last[decodes + i] for i, _ in drawing]).astype(np.int64)
-            sample_slots = np.append(sample_slots, [branch.slot for _, branch in drawing]).astype(np.int64)
-        sample_positions = positions[sample_index] + 1 - slots.prompt_tokens[sample_slots]
-        if drawing:
-            # A branch about to be born has a slot but no tokens in it yet.
-            born = np.array([branch.state is not SequenceState.UNBORN for _, branch in drawing])
-            sample_positions[decoded:] *= born
-        more: dict[str, Any] = {}
-        if any(chunk.num_scored for chunk in chunks):
-            more = self._scores(chunks, query_start[decodes:], context[decodes:])
         rotated, shifts = positions.astype(np.int32), slots.shifts_of(rows)
         if shifts is not None:
             rotated += np.repeat(shifts, counts).astype(np.int32)
-        if any(chunk.sequence.request.new.media is not None for chunk in chunks):
-            more["media"], axes = self._media(chunks, query_start[decodes:], context[decodes:], rotated)
-            if axes is not None:
-                rotated = axes[0]
-                more["axes"] = axes if more["media"] else None  # those of text are all alike
-            reach = self._reach(chunks, query_start[decodes:], context[decodes:], positions)
-            if reach is not None:
-                more["reach"] = reach
+        starts, computed = query_start[decodes:-1].tolist(), context[decodes:].tolist()
+        placed = [_Placed(*each) for each in zip(chunks, starts, computed, strict=True)]
+        more: dict[str, Any] = {"positions": rotated}
+        if any(chunk.num_scored for chunk in chunks):
+            more |= self._scores(placed)
+        if any(chunk.pools for chunk in chunks):
+            more["pool_spans"] = _pool_spans(placed)
+        if any(each.new.media is not None for each in placed):
+            more |= _media(placed, rotated, positions)
             for part in more["media"]:
                 token_ids[part.tokens] = part.item.token_id
-        spans = [
-            [position - computed + start for position in chunk.pooled]
-            for chunk, start, computed in zip(chunks, query_start[decodes:-1].tolist(), context[decodes:], strict=True)
-            if chunk.pools
-        ]
-        if spans:
-            more["pool_spans"] = np.array(spans, dtype=np.int64)
-        if any(chunk.sequence.request.new.second is not None for chunk in chunks):
-            more["token_types"] = self._types(chunks, query_start[decodes:], context[decodes:], len(token_ids))
+        if any(each.new.second is not None for each in placed):
+            more["token_types"] = _types(placed, len(token_ids))
         return StepBatch(
             token_ids=token_ids,
-            positions=rotated,
             query_start=query_start,
             context_lens=context.astype(np.int32),
             block_tables=slots.blocks[rows, : slots.num_blocks[rows].max()],
             slot_mapping=slots.blocks[token_rows, positions // page_size].astype(np.int64) * page_size
             + positions % page_size,
-            sample_index=sample_index,
-            sample_slots=sample_slots,
-            sample_positions=sample_positions,
             copies=copies,
             num_decodes=decodes,
             draft_lengths=None if drafts is None else drafts.lengths,
@@ -117,66 +119,99 @@ class Batches:
             slots=None if states is None else rows,
             state_copies=NO_PAIRS if states is None else states.copies,
             state_saves=NO_SAVES if states is None else states.saves,
+            **self._samples(placed, token_rows[:decoded], positions),
             **more,
         )
 
-    def _media(
-        self, chunks: list[Chunk], query_start: Int32, context: Int64, positions: Int32
-    ) -> tuple[tuple[MediaPart, ...], Int32 | None]:
-        """Where images and audio are in the batch, and where its tokens are rotated to if prompts have axes."""
-        parts, axes = [], None
-        for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
-            media = chunk.sequence.request.new.media
-            if media is None:
-                continue
-            end = computed + chunk.count
-            for item in media.items:
-                first, last = np.searchsorted(item.places, (computed, end)).tolist()
-                if first < last:
-                    parts.append(MediaPart(item, first, item.places[first:last] - computed + start))
-            if media.axes is not None:
-                if axes is None:
-                    axes = np.repeat(positions[None], len(media.axes), axis=0)
-                of_prompt = media.axes[:, computed:end]
-                axes[:, start : start + of_prompt.shape[1]] = of_prompt
-        return tuple(parts), axes
+    def _samples(self, placed: list[_Placed], decoding: Int64, positions: Int64) -> dict[str, Any]:
+        """The fields of the batch that say whose token is drawn from what.
 
-    @staticmethod
-    def _types(chunks: list[Chunk], query_start: Int32, context: Int64, tokens: int) -> Int32:
-        """`StepBatch.token_types`."""
-        types = np.zeros(tokens, dtype=np.int32)
-        for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
-            second = chunk.sequence.request.new.second
-            if second is not None:
-                types[start + max(second - computed, 0) : start + chunk.count] = 1
-        return types
+        Args:
+            placed: What is prefilled.
+            decoding: (decoded,) the slots of the tokens that rows which decode have; each is drawn from.
+            positions: (tokens,) the places of all tokens in their sequences.
+        """
+        index, slots = np.arange(len(decoding), dtype=np.int64), decoding
+        drawing = [(each, branch) for each in placed for branch in each.chunk.branches]
+        if drawing:
+            last = np.array([each.start + each.chunk.count - 1 for each, _ in drawing], dtype=np.int64)
+            index = np.append(index, last)
+            slots = np.append(slots, np.array([branch.slot for _, branch in drawing], dtype=np.int64))
+        generated = positions[index] + 1 - self._slots.prompt_tokens[slots]
+        if drawing:
+            # A branch about to be born has a slot but no tokens in it yet.
+            generated[len(decoding) :] *= np.array([branch.state is not SequenceState.UNBORN for _, branch in drawing])
+        return {"sample_index": index, "sample_slots": slots, "sample_positions": generated}
 
-    @staticmethod
-    def _reach(chunks: list[Chunk], query_start: Int32, context: Int64, positions: Int64) -> Int32 | None:
-        """`StepBatch.reach`."""
-        reach = None
-        for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
-            media = chunk.sequence.request.new.media
-            own = None if media is None else media.reach(computed, computed + chunk.count)
-            if own is not None:
-                assert own[-1] <= computed + chunk.count, "a step ends within an image"
-                reach = (positions + 1).astype(np.int32) if reach is None else reach
-                reach[start : start + chunk.count] = own
-        return reach
-
-    def _scores(self, chunks: list[Chunk], query_start: Int32, context: Int64) -> dict[str, Any]:
-        """The fields of the batch that say which of the chunks' logits are looked at."""
+    def _scores(self, placed: list[_Placed]) -> dict[str, Any]:
+        """The fields of the batch that say which of the pieces' logits are looked at."""
         index, token_ids, tops = [], [], []
-        for chunk, start, computed in zip(chunks, query_start.tolist(), context.tolist(), strict=False):
-            first, end = chunk.scored
-            index.append(np.arange(first, end, dtype=np.int64) - computed + start)
-            new = chunk.sequence.request.new
-            targets = self._slots.tokens[chunk.sequence.slot, first + 1 : end + 1]
+        for each in placed:
+            (first, end), new = each.chunk.scored, each.new
+            index.append(np.arange(first, end, dtype=np.int64) - each.computed + each.start)
+            targets = self._slots.tokens[each.chunk.sequence.slot, first + 1 : end + 1]
             token_ids.append(targets if new.media is None else new.media.plain(targets, first + 1))
-            top = new.params.num_prompt_logprobs
-            tops.append(np.full(end - first, top, dtype=np.int64))
+            tops.append(np.full(end - first, new.params.num_prompt_logprobs, dtype=np.int64))
         return {
             "score_index": np.concatenate(index),
             "score_token_ids": np.concatenate(token_ids),
             "score_tops": np.concatenate(tops),
         }
+
+
+def _pool_spans(placed: list[_Placed]) -> Int64:
+    """`StepBatch.pool_spans`."""
+    pooling = (each for each in placed if each.chunk.pools)
+    spans = [[position - each.computed + each.start for position in each.chunk.pooled] for each in pooling]
+    return np.array(spans, dtype=np.int64)
+
+
+def _media(placed: list[_Placed], rotated: Int32, positions: Int64) -> dict[str, Any]:
+    """The fields of the batch that say where images and audio are in it, and what depends on that.
+
+    Args:
+        placed: What is prefilled.
+        rotated: (tokens,) where tokens are rotated to, but for those of prompts whose tokens have several axes.
+        positions: (tokens,) their places in their sequences.
+    """
+    parts: list[MediaPart] = []
+    axes: Int32 | None = None
+    for each in placed:
+        media = each.new.media
+        if media is None:
+            continue
+        for item in media.items:
+            first, last = np.searchsorted(item.places, (each.computed, each.end)).tolist()
+            if first < last:
+                parts.append(MediaPart(item, first, item.places[first:last] - each.computed + each.start))
+        if media.axes is not None:
+            if axes is None:
+                axes = np.repeat(rotated[None], len(media.axes), axis=0)
+            of_prompt = media.axes[:, each.computed : each.end]
+            axes[:, each.start : each.start + of_prompt.shape[1]] = of_prompt
+    found: dict[str, Any] = {"media": tuple(parts), "reach": _reach(placed, positions)}
+    if axes is not None:
+        found["positions"] = axes[0]
+        found["axes"] = axes if parts else None  # those of text are all alike
+    return found
+
+
+def _reach(placed: list[_Placed], positions: Int64) -> Int32 | None:
+    """`StepBatch.reach`."""
+    reach = None
+    for each in placed:
+        own = None if each.new.media is None else each.new.media.reach(each.computed, each.end)
+        if own is not None:
+            assert own[-1] <= each.end, "a step ends within an image"
+            reach = (positions + 1).astype(np.int32) if reach is None else reach
+            reach[each.start : each.start + each.chunk.count] = own
+    return reach
+
+
+def _types(placed: list[_Placed], tokens: int) -> Int32:
+    """`StepBatch.token_types`."""
+    types = np.zeros(tokens, dtype=np.int32)
+    for each in placed:
+        if each.new.second is not None:
+            types[each.start + max(each.new.second - each.computed, 0) : each.start + each.chunk.count] = 1
+    return types

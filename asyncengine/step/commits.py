@@ -22,6 +22,35 @@ from asyncengine.step.slots import SlotTable
 
 _Beyond = tuple[list[int], bool]
 """What a grammar says of a drawn token: which tokens follow without a choice, and whether the text is complete then."""
+_NOTHING: _Beyond = ([], False)
+
+_End = tuple[FinishReason, int | str | None]
+"""Why a branch ends, and the stop token or string that it ends by."""
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """What was drawn for some rows.
+
+    Attributes:
+        ids: (rows,) the tokens.
+        logprobs: By row; None where nobody asked.
+        beyond: Of rows of which there is something to say.
+    """
+
+    ids: Int32
+    logprobs: list[TokenLogprobs | None] | None
+    beyond: Mapping[int, _Beyond]
+
+    def between(self, start: int, end: int) -> _Drawn:
+        """That of rows in a row."""
+        beyond = {row - start: what for row, what in self.beyond.items() if start <= row < end}
+        return _Drawn(self.ids[start:end], None if self.logprobs is None else self.logprobs[start:end], beyond)
+
+    def of(self, rows: list[int]) -> _Drawn:
+        """That of some of the rows."""
+        beyond = {i: self.beyond[row] for i, row in enumerate(rows) if row in self.beyond} if self.beyond else {}
+        return _Drawn(self.ids[rows], None if self.logprobs is None else [self.logprobs[row] for row in rows], beyond)
 
 
 @dataclass(slots=True)
@@ -81,41 +110,34 @@ class Commits:
         """
         assert self._table.scheduler is not None
         now = self._table.clock()
-        decodes = plan.num_decode_samples
         beyond: dict[int, _Beyond] = {}
         if drawn.finished or drawn.forced:
-            beyond = {
-                row: (drawn.forced.get(row, []), row in drawn.finished) for row in {*drawn.finished, *drawn.forced}
-            }
+            told = {*drawn.finished, *drawn.forced}
+            beyond = {row: (drawn.forced.get(row, []), row in drawn.finished) for row in told}
+        all_rows = _Drawn(drawn.token_ids, drawn.logprobs, beyond)
         if drawn.scores:
             self._commit_scores(plan, drawn.scores)
         if len(drawn.pooled):
             self._commit_pooled(plan, drawn.pooled)
+        at = len(plan.decodes)
         if plan.drafts is not None:
-            self._commit_drafts(plan, plan.drafts, drawn, beyond, now)
-        elif decodes:
-            slots, ids, logprobs, sequences = plan.decode_slots, drawn.token_ids[:decodes], drawn.logprobs, plan.decodes
-            if logprobs is not None:
-                logprobs = logprobs[:decodes]
-            own = {row: what for row, what in beyond.items() if row < decodes} if beyond else beyond
+            at = plan.num_decode_samples
+            self._commit_drafts(plan, plan.drafts, drawn, all_rows, now)
+        elif at:
+            slots, sequences = plan.decode_slots, plan.decodes
+            own = all_rows.between(0, at) if plan.chunks else all_rows
             if interrupted:
                 alive = [i for i, sequence in enumerate(sequences) if sequence.state is SequenceState.DECODE]
                 sequences = [sequences[i] for i in alive]
                 if sequences == self._table.scheduler.decodes:  # as they will be in the next step
                     sequences = self._table.scheduler.decodes
-                slots, ids = slots[alive], ids[alive]
-                own = {i: beyond[row] for i, row in enumerate(alive) if row in beyond} if beyond else beyond
-                logprobs = None if logprobs is None else [logprobs[i] for i in alive]
+                slots, own = slots[alive], own.of(alive)
             if sequences:
-                self._commit_decodes(sequences, slots, ids, logprobs, own, now)
-        at = decodes
+                self._commit_decodes(sequences, slots, own, now)
         for chunk in plan.chunks:
-            count = len(chunk.branches)
+            start, at = at, at + len(chunk.branches)
             if chunk.last and chunk.sequence.state is SequenceState.PREFILL:
-                logprobs = None if drawn.logprobs is None else drawn.logprobs[at : at + count]
-                own = {row - at: what for row, what in beyond.items() if at <= row < at + count}
-                self._commit_prefill(chunk, drawn.token_ids[at : at + count], logprobs, own, now)
-            at += count
+                self._commit_prefill(chunk, all_rows.between(start, at), now)
 
     def _commit_scores(self, plan: Plan, scores: list[TokenLogprobs]) -> None:
         at = 0
@@ -139,7 +161,8 @@ class Commits:
             if chunk.last:
                 count = len(request.new.prompt) if request.new.pooling == "mean" else 1
                 complete.append((request, (request.pooled / count).astype(np.float32)))
-        dense = self._table.dense
+        assert self._table.loaded is not None
+        dense, classifier = self._table.loaded.dense, self._table.loaded.classifier
         embedded = [i for i, (request, _) in enumerate(complete) if dense and not request.new.classifies]
         if embedded:  # at once: the layers are read once for all of them
             vectors = np.stack([complete[i][1] for i in embedded])
@@ -148,24 +171,16 @@ class Commits:
             for i, vector in zip(embedded, vectors, strict=True):
                 complete[i] = (complete[i][0], vector)
         for request, vector in complete:
-            classifier = self._table.classifier if request.new.classifies else None
-            self._table.outbox.add(request.mailbox, Pooled(request.new.number, vector, classifier))
+            head = classifier if request.new.classifies else None
+            self._table.outbox.add(request.mailbox, Pooled(request.new.number, vector, head))
 
-    def _commit_decodes(
-        self,
-        sequences: list[Sequence],
-        slots: Int64,
-        ids: Int32,
-        logprobs: list[TokenLogprobs | None] | None,
-        beyond: Mapping[int, _Beyond],
-        now: float,
-    ) -> None:
+    def _commit_decodes(self, sequences: list[Sequence], slots: Int64, drawn: _Drawn, now: float) -> None:
         assert self._table.scheduler is not None
         table = self._table.scheduler.slots
         if self._rows.decodes is not sequences:
             self._rows = _derive_rows(sequences, table, slots)
         derived = self._rows
-        pieces = derived.pieces
+        pieces, ids, logprobs, beyond = derived.pieces, drawn.ids, drawn.logprobs, drawn.beyond
         pieces.put(table.flat_tokens, derived.places, ids)
         derived.places = pieces.plus_one(derived.places)
         derived.num_tokens = pieces.plus_one(derived.num_tokens)
@@ -210,14 +225,11 @@ class Commits:
             if tokens and sequences[row].state is not SequenceState.ENDED:
                 self._jump(sequences[row], tokens, complete)
 
-    def _commit_drafts(
-        self, plan: Plan, drafts: Drafts, drawn: StepTokens, beyond: Mapping[int, _Beyond], now: float
-    ) -> None:
+    def _commit_drafts(self, plan: Plan, drafts: Drafts, drawn: StepTokens, all_rows: _Drawn, now: float) -> None:
         """As `_commit_decodes`, where a row may have several tokens: those that were drafted rightly, and one more."""
         assert self._table.scheduler is not None and self._table.scheduler.drafting is not None
         assert drawn.taken is not None
         lengths = self._table.scheduler.drafting.lengths
-        token_ids = drawn.token_ids.tolist()
         guesses = iter(drafts.token_ids.tolist())
         at = 0
         for sequence, slot, drafted, taken in zip(
@@ -227,78 +239,55 @@ class Commits:
             guessed = [next(guesses) for _ in range(drafted)]
             if sequence.state is not SequenceState.DECODE:  # it was ended during the step
                 continue
-            ids = token_ids[start : start + taken]
+            own = all_rows.between(start, start + taken)
             if drafted:
-                kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(guessed, ids, strict=False)))
-                lengths.learn(slot, drafted, kept)
+                pairs = zip(guessed, own.ids.tolist(), strict=False)
+                lengths.learn(slot, drafted, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
                 self._table.counters.draft_tokens += drafted
                 sequence.request.draft_tokens += drafted
-            logprobs = None if drawn.logprobs is None else drawn.logprobs[start : start + taken]
-            if ids:
-                own = beyond.get(start + taken - 1, ([], False))
-                self._commit_run(sequence, guessed, ids, logprobs, own, now)
+            if taken:
+                self._commit_run(sequence, guessed, own, now)
             cause = drawn.failed.get(start + taken)
             if cause is not None and taken <= drafted and sequence.state is SequenceState.DECODE:
                 self._table.drop_undrawn(sequence.request, cause)
 
-    def _commit_run(
-        self,
-        sequence: Sequence,
-        guessed: list[int],
-        ids: list[int],
-        logprobs: list[TokenLogprobs | None] | None,
-        beyond: _Beyond,
-        now: float,
-    ) -> None:
+    def _commit_run(self, sequence: Sequence, guessed: list[int], drawn: _Drawn, now: float) -> None:
         """Gives a branch the tokens that it has drawn in one step, as far as it does not end among them."""
-        assert self._table.scheduler is not None
-        table, request, forced = self._table.scheduler.slots, sequence.request, beyond[0]
-        params, generated = request.new.params, int(table.num_tokens[sequence.slot]) - len(request.new.prompt)
+        scheduler = self._table.scheduler
+        assert scheduler is not None
+        table, request, ids = scheduler.slots, sequence.request, drawn.ids.tolist()
+        generated = int(table.num_tokens[sequence.slot]) - len(request.new.prompt)
         gap = now - float(table.last_token_at[sequence.slot])
         table.last_token_at[sequence.slot] = now
-        complete = beyond[1] and not forced
-        end: tuple[FinishReason, int | str | None] | None = None
+        forced, complete = drawn.beyond.get(len(ids) - 1, _NOTHING)
         told = 0
+
+        def tell(upto: int) -> None:
+            nonlocal told
+            own = None if drawn.logprobs is None else drawn.logprobs[told:upto]
+            scheduler.take(sequence, ids[told:upto])
+            self._table.outbox.add(request.mailbox, Tokens((sequence.key,) * (upto - told), ids[told:upto], own))
+            told = upto
+
         for taken, token_id in enumerate(ids, 1):
-            generated += 1
             if taken <= len(guessed) and guessed[taken - 1] == token_id:
                 request.accepted_draft_tokens += 1
                 self._table.counters.accepted_draft_tokens += 1
-            stops = token_id in params.stop_token_ids and generated > params.min_tokens
-            full = self._is_full(sequence, generated)
-            if stops or full or taken == len(ids) or sequence.text is not None:
-                # Told before the text is read, which may end the request.
-                self._table.scheduler.take(sequence, ids[told:taken])
-                own = None if logprobs is None else logprobs[told:taken]
-                self._table.outbox.add(request.mailbox, Tokens((sequence.key,) * (taken - told), ids[told:taken], own))
-                told = taken
-            if stops:
-                end = (FinishReason.STOP, token_id)
-            elif sequence.text is not None and (stop := self._read_text(sequence, token_id)) is not None:
-                end = (FinishReason.STOP, stop)
-            elif sequence.state is SequenceState.ENDED:
+            if sequence.text is not None:  # told before it is read, which may end the request
+                tell(taken)
+            end = self._end_by(sequence, token_id, generated + taken, complete and not forced and taken == len(ids))
+            if end is not None or sequence.state is SequenceState.ENDED:
                 break
-            elif complete and taken == len(ids):
-                end = (FinishReason.STOP, None)
-            elif full:
-                end = (FinishReason.LENGTH, None)
-            if end is not None:
-                break
+        if told < taken:
+            tell(taken)
         self._table.counters.generation_tokens += told
         self._table.counters.inter_token_latency_seconds.observe(gap / told, told)
         if end is not None:
             self._table.end_branch(sequence, *end)
         elif forced and sequence.state is not SequenceState.ENDED:
-            self._jump(sequence, forced, beyond[1])
+            self._jump(sequence, forced, complete)
 
-    def _commit_prefill(
-        self,
-        chunk: Chunk,
-        ids: Int32,
-        logprobs: list[TokenLogprobs | None] | None,
-        beyond: Mapping[int, _Beyond],
-        now: float,
-    ) -> None:
+    def _commit_prefill(self, chunk: Chunk, drawn: _Drawn, now: float) -> None:
         """A prefill is complete: its sequence goes on decoding, and so do the branches that shared it."""
         assert self._table.scheduler is not None
         scheduler, trunk, request = self._table.scheduler, chunk.sequence, chunk.sequence.request
@@ -320,8 +309,8 @@ class Commits:
             if self._table.trace.enabled:
                 self._table.trace.mark("n", "first token", now, new.number)
         scheduler.begin_decoding(trunk)
-        scheduler.slots.append_tokens(np.array([trunk.slot]), ids[:1])
-        token_ids = ids.tolist()
+        scheduler.slots.append_tokens(np.array([trunk.slot]), drawn.ids[:1])
+        token_ids = drawn.ids.tolist()
         self._table.counters.generation_tokens += len(token_ids)
         for branch, token_id in zip(chunk.branches[1:], token_ids[1:], strict=True):
             scheduler.fork(trunk, branch, token_id)
@@ -329,30 +318,44 @@ class Commits:
             if branch.state is SequenceState.UNBORN:  # there were not enough slots for all
                 scheduler.add(branch)
         keys = tuple(branch.key for branch in chunk.branches)
-        self._table.outbox.add(request.mailbox, Tokens(keys, token_ids, logprobs))
+        self._table.outbox.add(request.mailbox, Tokens(keys, token_ids, drawn.logprobs))
         for row, (branch, token_id) in enumerate(zip(chunk.branches, token_ids, strict=True)):
             if branch.state is not SequenceState.ENDED:
-                self._commit_first(branch, token_id, beyond.get(row, ([], False)), now)
+                self._commit_first(branch, token_id, drawn.beyond.get(row, _NOTHING), now)
 
     def _commit_first(self, branch: Sequence, token_id: int, beyond: _Beyond, now: float) -> None:
         assert self._table.scheduler is not None
-        params = branch.request.new.params
         if branch.resident:
             self._table.scheduler.slots.last_token_at[branch.slot] = now
         generated = len(self._table.scheduler.tokens_of(branch)) - len(branch.request.new.prompt)
+        forced, complete = beyond
+        end = self._end_by(branch, token_id, generated, complete and not forced)
+        if end is not None:
+            self._table.end_branch(branch, *end)
+        elif forced and branch.state is not SequenceState.ENDED:
+            self._jump(branch, forced, complete)
+
+    def _end_by(self, branch: Sequence, token_id: int, generated: int, complete: bool) -> _End | None:
+        """How a branch ends by a token, the last of `generated`; None if it does not.
+
+        Reads its text, which ends the request where the tokenizer fails.
+
+        Args:
+            branch: That has not ended.
+            token_id: The token.
+            generated: Tokens of the branch up to this one.
+            complete: Whether its grammar says that the text is complete with it.
+        """
+        params = branch.request.new.params
         if token_id in params.stop_token_ids and generated > params.min_tokens:
-            self._table.end_branch(branch, FinishReason.STOP, token_id)
-            return
+            return FinishReason.STOP, token_id
         if branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
-            self._table.end_branch(branch, FinishReason.STOP, stop)
-        elif branch.state is SequenceState.ENDED:
-            return
-        elif beyond[0]:
-            self._jump(branch, *beyond)
-        elif beyond[1]:
-            self._table.end_branch(branch, FinishReason.STOP)
-        elif self._is_full(branch, generated):
-            self._table.end_branch(branch, FinishReason.LENGTH)
+            return FinishReason.STOP, stop
+        if branch.state is SequenceState.ENDED:
+            return None
+        if complete:
+            return FinishReason.STOP, None
+        return (FinishReason.LENGTH, None) if self._is_full(branch, generated) else None
 
     def _is_full(self, branch: Sequence, generated: int) -> bool:
         assert self._table.scheduler is not None
@@ -366,22 +369,11 @@ class Commits:
         that the masks allow, so that the tokens are those that would have been drawn one by one.
         """
         assert self._table.scheduler is not None
-        new = branch.request.new
-        generated = len(self._table.scheduler.tokens_of(branch)) - len(new.prompt)
-        end: tuple[FinishReason, int | str | None] | None = None
-        taken = 0
-        for token_id in tokens:
-            taken += 1
-            if token_id in new.params.stop_token_ids and generated + taken > new.params.min_tokens:
-                end = (FinishReason.STOP, token_id)
-            elif branch.text is not None and (stop := self._read_text(branch, token_id)) is not None:
-                end = (FinishReason.STOP, stop)
-            elif branch.state is SequenceState.ENDED:
+        generated = len(self._table.scheduler.tokens_of(branch)) - len(branch.request.new.prompt)
+        for taken, token_id in enumerate(tokens, 1):
+            end = self._end_by(branch, token_id, generated + taken, complete and taken == len(tokens))
+            if branch.state is SequenceState.ENDED:
                 return
-            elif complete and taken == len(tokens):
-                end = (FinishReason.STOP, None)
-            elif self._is_full(branch, generated + taken):
-                end = (FinishReason.LENGTH, None)
             if end is not None:
                 break
         self._table.scheduler.extend(branch, tokens[:taken])

@@ -11,31 +11,32 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from asyncengine import instructions as ins
 from asyncengine.errors import (
-    AsyncEngineError,
     EngineClosedError,
     EngineDrainingError,
     EngineFailedError,
-    InvalidRequestError,
     ModelNotLoadedError,
     StepError,
 )
-from asyncengine.instructions import Instruction, ReplyTo
+from asyncengine.instructions import Instruction
 from asyncengine.metrics import Counters, EngineMetrics
 from asyncengine.state import Action, EngineState, next_state
 from asyncengine.step.adapters import AdapterTable
 from asyncengine.step.adapting import Adapting
+from asyncengine.step.batch import Int32
 from asyncengine.step.commits import Commits
+from asyncengine.step.ending import Ending
 from asyncengine.step.model import LoadedModel, Loader, ModelView
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.reloading import Reloading
 from asyncengine.step.requests import RequestTable
 from asyncengine.step.scheduler import Scheduler
+from asyncengine.step.sequence import Sequence
 from asyncengine.step.stepping import Stepping
 from asyncengine.step.warming import Warming
 from asyncengine.trace import Trace
@@ -53,7 +54,7 @@ class Core:
         state: Read from anywhere, written here.
         view: The loaded model as event loops may know it; likewise.
         stepping_since: When the present step began, by `clock`; None between steps.
-        degraded: Why the engine is slower than it could be or failed, in words; None if all is well.
+        failure: By what the device was lost, or what came of letting the last model go; None if all is well.
     """
 
     def __init__(
@@ -79,13 +80,11 @@ class Core:
         self.warming = Warming(self)
         self.adapting = Adapting(self)
         self.reloading = Reloading(self, loader, start_job)
+        self.ending = Ending(self)
         self._epoch = 0
         self._held: deque[Instruction] = deque()
         self._later: list[Instruction] = []
         self._cancelled: set[int] = set()
-        self._drains: list[ReplyTo | None] = []
-        self._shutdowns: list[ReplyTo | None] = []
-        self._shutdown_at: float | None = None
 
     # What is there
 
@@ -93,11 +92,12 @@ class Core:
     def runnable(self) -> bool:
         """Whether `step` has something to do now."""
         return bool(self._later) or (
-            self.scheduler is not None and self._may_step and (self.scheduler.has_work or self.stepping.under_way)
+            self.scheduler is not None and self.may_step and (self.scheduler.has_work or self.stepping.under_way)
         )
 
     @property
-    def _may_step(self) -> bool:
+    def may_step(self) -> bool:
+        """Whether the present model may be stepped."""
         steps = self.state in (EngineState.READY, EngineState.LOADING, EngineState.DRAINING)
         return steps and not self.reloading.holds_steps
 
@@ -109,7 +109,7 @@ class Core:
     @property
     def next_deadline(self) -> float | None:
         """When `step` or `warming.advance` must be called though nothing is runnable, in seconds of the clock."""
-        times = [t for t in (self.requests.next_deadline, self._shutdown_at, self.warming.due_at) if t is not None]
+        times = [t for t in (self.requests.next_deadline, self.ending.due_at, self.warming.due_at) if t is not None]
         return min([*times, *(when for held in self._held if (when := _first_end(held)) is not None)], default=None)
 
     def metrics(self) -> EngineMetrics:
@@ -139,7 +139,7 @@ class Core:
 
     # Instructions
 
-    def handle(self, instructions: Sequence[Instruction]) -> None:
+    def handle(self, instructions: Collection[Instruction]) -> None:
         """Executes instructions in order. Errors go to whoever gave the instruction."""
         if instructions:
             self.warming.quiet_since = None
@@ -164,7 +164,7 @@ class Core:
         while self._held and not self.reloading.busy:
             self._execute(self._held.popleft())
 
-    def refuse(self, instructions: Sequence[Instruction]) -> None:
+    def refuse(self, instructions: Iterable[Instruction]) -> None:
         """Answers instructions that will never be executed: the engine is closed."""
         for instruction in instructions:
             if isinstance(instruction, ins.Shutdown):
@@ -183,17 +183,13 @@ class Core:
             self.outbox.reply(instruction.reply_to, error=error)
 
     def _dispatch(self, instruction: Instruction) -> None:
-        reply_to = instruction.reply_to
         if not isinstance(instruction, _DURING_STEPS):
             self.stepping.land()
+        value: object = None
         match instruction:
             case ins.AddRequests():
                 self._add(instruction)
-                return
-            case ins.ExtendPrompt():
-                self.requests.extend_prompt(instruction)
-            case ins.AbortRequests():
-                self._abort(instruction)
+                return  # this one, and the others that return, are answered elsewhere
             case ins.JobDone():
                 self.reloading.job_done(instruction)
                 return
@@ -201,73 +197,48 @@ class Core:
                 self.reloading.begin(Action.RELOAD, instruction)
                 return
             case ins.Restart():
-                after = next_state(Action.RESTART, self.state)
-                assert self.loaded is not None and after is EngineState.LOADING
-                self.reloading.begin(Action.RESTART, ins.Reload(self.loaded.config, "carry", reply_to))
+                next_state(Action.RESTART, self.state)
+                assert self.loaded is not None
+                self.reloading.begin(Action.RESTART, ins.Reload(self.loaded.config, "carry", instruction.reply_to))
                 return
+            case ins.Drain():
+                self.ending.drain(instruction.reply_to)
+                return
+            case ins.Shutdown():
+                self.ending.shut_down(instruction)
+                return
+            case ins.ExtendPrompt():
+                self.requests.extend_prompt(instruction)
+            case ins.AbortRequests():
+                self._abort(instruction)
             case ins.Unload():
-                self.move(Action.UNLOAD)
-                self._end_drains()
-                self.requests.abort_all()
-                self.drop_model()
+                self._unload()
             case ins.Reset():
-                self.move(Action.RESET)
-                self.requests.abort_all()
-                if self.scheduler is not None:
-                    self.scheduler.blocks.forget_cache()
-                    self.scheduler.num_preemptions = 0
-                    self.scheduler.prefix_hits = self.scheduler.prefix_queries = 0
-                self.counters = self.requests.counters = Counters()
+                self._reset()
             case ins.Pause():
                 self.move(Action.PAUSE)
             case ins.Resume():
                 self.move(Action.RESUME)
             case ins.Sleep():
-                if self.state is not EngineState.SLEEPING:
-                    next_state(Action.SLEEP, self.state)
-                    assert self.loaded is not None and self.scheduler is not None
-                    self.scheduler.preempt_all()
-                    self.scheduler.blocks.forget_cache()
-                    self.loaded.model.sleep()
-                    self.warming.forget()
-                    self.move(Action.SLEEP)
+                self._sleep()
             case ins.Wake():
                 if self.state is EngineState.SLEEPING:
                     assert self.loaded is not None
                     self.loaded.model.wake()
                 self.move(Action.WAKE)
             case ins.UpdateWeights():
-                next_state(Action.UPDATE_WEIGHTS, self.state)
-                assert self.loaded is not None and self.scheduler is not None
-                self.loaded.model.update_weights(instruction.weights)
-                self.scheduler.blocks.forget_cache()
-                self.outbox.reply(reply_to, self.scheduler.blocks.weight_version)
-                return
+                value = self._update_weights(instruction.weights)
             case ins.LoadAdapter():
-                self.outbox.reply(reply_to, self.adapting.load(instruction))
-                return
+                value = self.adapting.load(instruction)
             case ins.UnloadAdapter():
-                self.outbox.reply(reply_to, self.adapting.unload(instruction.name))
-                return
+                value = self.adapting.unload(instruction.name)
             case ins.Unpin():
-                self.outbox.reply(
-                    reply_to, self.scheduler is not None and self.scheduler.blocks.tree.unpin(instruction.pin)
-                )
-                return
+                value = self.scheduler is not None and self.scheduler.blocks.tree.unpin(instruction.pin)
             case ins.DebugCall():
                 next_state(Action.DEBUG_CALL, self.state)
                 assert self.loaded is not None
-                self.outbox.reply(reply_to, self.loaded.model.debug_call(instruction.name, instruction.args))
-                return
-            case ins.Drain():
-                self.move(Action.DRAIN)
-                self.requests.look_for_readers()
-                self._drains.append(reply_to)
-                return
-            case ins.Shutdown():
-                self._begin_shutdown(instruction)
-                return
-        self.outbox.reply(reply_to)
+                value = self.loaded.model.debug_call(instruction.name, instruction.args)
+        self.outbox.reply(instruction.reply_to, value)
 
     def _add(self, add: ins.AddRequests) -> None:
         cancelled = [new for new in add.requests if new.number in self._cancelled]
@@ -280,7 +251,7 @@ class Core:
                 self.outbox.reply(add.reply_to, True)
                 return
             add = ins.AddRequests(kept, add.epoch, add.mailbox, add.reply_to, add.when_full)
-        if self.state is EngineState.CLOSED or self._shutdowns:
+        if self.state is EngineState.CLOSED or self.ending.shutting_down:
             raise EngineClosedError("the engine is shutting down")
         if self.state is EngineState.FAILED:
             raise EngineFailedError("the device is lost; call restart or reload") from self.failure
@@ -313,6 +284,40 @@ class Core:
             error = deadlines.exceeded(deadlines.ends()[0][1], f"request {held.requests[0].request_id}")
             self.outbox.reply(held.reply_to, error=error)
 
+    def _unload(self) -> None:
+        self.move(Action.UNLOAD)
+        self.ending.end_drains()
+        self.requests.abort_all()
+        self.drop_model()
+
+    def _reset(self) -> None:
+        self.move(Action.RESET)
+        self.requests.abort_all()
+        if self.scheduler is not None:
+            self.scheduler.blocks.forget_cache()
+            self.scheduler.num_preemptions = 0
+            self.scheduler.prefix_hits = self.scheduler.prefix_queries = 0
+        self.counters = self.requests.counters = Counters()
+
+    def _sleep(self) -> None:
+        if self.state is EngineState.SLEEPING:
+            return
+        next_state(Action.SLEEP, self.state)
+        assert self.loaded is not None and self.scheduler is not None
+        self.scheduler.preempt_all()
+        self.scheduler.blocks.forget_cache()
+        self.loaded.model.sleep()
+        self.warming.forget()
+        self.move(Action.SLEEP)
+
+    def _update_weights(self, weights: Mapping[str, Any]) -> int:
+        """Returns the new weight version."""
+        next_state(Action.UPDATE_WEIGHTS, self.state)
+        assert self.loaded is not None and self.scheduler is not None
+        self.loaded.model.update_weights(weights)
+        self.scheduler.blocks.forget_cache()
+        return self.scheduler.blocks.weight_version
+
     def move(self, action: Action) -> None:
         """Changes the state as the table says.
 
@@ -332,7 +337,7 @@ class Core:
         """
         model, drafting = loaded.model, loaded.drafting
 
-        def place(sequence: Any, tokens: Any) -> None:
+        def place(sequence: Sequence, tokens: Int32) -> None:
             new = sequence.request.new
             prompt = len(new.prompt)
             if new.media is not None:
@@ -380,10 +385,11 @@ class Core:
                 after the model and before its tokens are published, so that aborts among them take effect at once.
         """
         self.requests.expire()
-        self._expire_held()
+        if self._held:
+            self._expire_held()
         if self.scheduler is not None:
             self.requests.admit_queued()
-        if self.scheduler is not None and self._may_step and (self.scheduler.has_work or self.stepping.under_way):
+        if self.scheduler is not None and self.may_step and (self.scheduler.has_work or self.stepping.under_way):
             self.stepping.step(self.scheduler, pending)
             self.warming.quiet_since = None
         self.reloading.look()
@@ -392,7 +398,7 @@ class Core:
             if not len(self.requests) and not self.stepping.under_way:
                 self._settle(self.scheduler)
                 self.warming.rest()
-        self._look_at_drains()
+        self.ending.look()
 
     def _settle(self, scheduler: Scheduler) -> None:
         """Looks at the accounts once nothing is left to do; where they are wrong, they begin anew.
@@ -426,7 +432,7 @@ class Core:
             self.move(Action.FAIL)
             failed = EngineFailedError("the device was lost while the engine was draining; call restart or reload")
             failed.__cause__ = error
-            self._end_drains(failed)
+            self.ending.end_drains(failed)
 
     def fail_all(self, error: Exception) -> None:
         """Ends everything that was admitted, because of a defect of ours, and goes on with the model."""
@@ -444,68 +450,21 @@ class Core:
         self.requests.end_without_accounts(failure)
         self.requests.abort_all(failure)  # those that are queued
         self.reloading.cancel(failure)
-        for reply_to in (*self._shutdowns, *self._drains):
-            self.outbox.reply(reply_to, error=failure)
-        held, later = list(self._held), self._later
-        self.refuse([*held, *later])
+        self.ending.fail(failure)
+        self.refuse([*self._held, *self._later])
         self.state = EngineState.CLOSED
 
-    # Ends
-
-    def _look_at_drains(self) -> None:
-        if self._shutdowns:
-            due = self._shutdown_at is not None and self.clock() >= self._shutdown_at
-            goes_on = self.runnable or (self._may_step and self.requests.any_arriving)
-            if due or not len(self.requests) or not goes_on:
-                self._finish_shutdown()
-        elif self._drains and not len(self.requests):
-            self.move(Action.DRAINED)
-            self._end_drains()
-
-    def _end_drains(self, error: AsyncEngineError | None = None) -> None:
-        for reply_to in self._drains:
-            self.outbox.reply(reply_to, error=error)
-        self._drains.clear()
-
-    def _begin_shutdown(self, shutdown: ins.Shutdown) -> None:
-        next_state(Action.SHUTDOWN, self.state)
-        if not shutdown.drain >= 0:
-            raise InvalidRequestError(f"drain is {shutdown.drain!r}; allowed: seconds >= 0")
-        until = self.clock() + shutdown.drain
-        self._shutdowns.append(shutdown.reply_to)
-        self._shutdown_at = until if self._shutdown_at is None else min(until, self._shutdown_at)
-        model_state = self.reloading.state_before or self.state
-        self._give_up_loading()
-        if self.scheduler is not None and model_state not in (EngineState.SLEEPING, EngineState.FAILED):
-            self.state = EngineState.DRAINING
-            self.requests.look_for_readers()
-        else:
-            self._shutdown_at = self.clock()  # nothing can be finished
-        self._look_at_drains()
-
-    def _give_up_loading(self) -> None:
+    def give_up_loading(self) -> None:
+        """Gives a reload up, and refuses what waits for it."""
         held, self._held = list(self._held), deque()
         self._cancelled.clear()
         self.refuse(held)
         self.reloading.cancel(EngineClosedError("the engine was shut down while the model was loading"))
 
-    def _finish_shutdown(self) -> None:
-        self.stepping.land()
-        left = self.requests.request_ids()
-        self._give_up_loading()
-        self.requests.abort_all()
-        self._end_drains()
-        try:
-            self.drop_model()
-        except Exception as error:  # it is let go all the same
-            self.failure = error
-        self.state = EngineState.CLOSED
+    def refuse_later(self) -> None:
+        """Refuses what was given while an instruction waited for the step under way."""
         later, self._later = self._later, []
         self.refuse(later)
-        for reply_to in self._shutdowns:
-            self.outbox.reply(reply_to, left)
-        self._shutdowns.clear()
-        self._shutdown_at = None
 
 
 _DURING_STEPS = (ins.AddRequests, ins.ExtendPrompt, ins.AbortRequests, ins.Unpin, ins.Drain, ins.Shutdown)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncengine.step.batch import NO_INDEX, NO_PAIRS, NO_SAVES, Int32, Int64, StepBatch
+from asyncengine.step.batch import NO_INDEX, NO_PAIRS, NO_SAVES, NO_TOKENS, Int32, Int64, StepBatch
 from asyncengine.step.pieces import Pieces
 from asyncengine.step.plan import StateMoves
-from asyncengine.step.sequence import EMPTY, Sequence
+from asyncengine.step.sequence import Sequence
 from asyncengine.step.slots import SlotTable
 
 _PLACE, _MAPPING, _GENERATED = range(3)
@@ -87,7 +87,7 @@ class _Columns:
             copies=copies,
             num_decodes=len(self._slots),
             score_index=NO_INDEX,
-            score_token_ids=EMPTY,
+            score_token_ids=NO_TOKENS,
             score_tops=NO_INDEX,
             pool_spans=NO_PAIRS,
             unknown=unknown,

@@ -10,8 +10,8 @@ from asyncengine.step.batch import Int32, Int64
 from asyncengine.step.block_pool import BlockPool
 from asyncengine.step.kept_states import KeptStates
 from asyncengine.step.limits import Limits
-from asyncengine.step.prefix_tree import PrefixTree
-from asyncengine.step.sequence import EMPTY, Sequence, SequenceState
+from asyncengine.step.prefix_tree import NO_BLOCKS, PrefixTree
+from asyncengine.step.sequence import Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
 from asyncengine.step.state_places import StatePlaces
 
@@ -196,4 +196,4 @@ class KVBlocks:
         # The last token is always computed: its logits are what the next one is drawn from.
         # Nor has the cache the logits or hidden states of prompt tokens that are to be looked at.
         known = sequence.tokens[: sequence.request.scored] if sequence.request.unscored else sequence.tokens[:-1]
-        return self.tree.match(known, sequence.request.space) if self._limits.reuses_prefixes else EMPTY
+        return self.tree.match(known, sequence.request.space) if self._limits.reuses_prefixes else NO_BLOCKS

@@ -19,7 +19,7 @@ from asyncengine.step.batch import Int32
 from asyncengine.step.block_pool import BlockPool
 from asyncengine.step.state_places import StatePlaces
 
-_NO_BLOCKS = np.empty(0, dtype=np.int32)
+NO_BLOCKS: Int32 = np.empty(0, dtype=np.int32)
 
 
 class _Node:
@@ -63,7 +63,7 @@ class PrefixTree:
         blocks: list[Int32] = []
         root = self._roots.get(space)
         if root is None:
-            return _NO_BLOCKS
+            return NO_BLOCKS
         node = root
         start = 0
         while (child := node.children.get(self._key(tokens, start))) is not None:
@@ -74,7 +74,7 @@ class PrefixTree:
             if same < len(child.blocks):
                 break
         self._touch(node)
-        return np.concatenate(blocks) if blocks else _NO_BLOCKS
+        return np.concatenate(blocks) if blocks else NO_BLOCKS
 
     def usable(self, tokens: Int32, space: int = NO_SPACE) -> Int32:
         """Of what `match` finds, the blocks behind which a sequence can go on: where states are kept, at a state."""
@@ -96,7 +96,7 @@ class PrefixTree:
         known: list[Int32] = []
         root = self._roots.get(space)
         if root is None:
-            root = self._roots[space] = _Node(_NO_BLOCKS, _NO_BLOCKS, None)
+            root = self._roots[space] = _Node(NO_BLOCKS, NO_BLOCKS, None)
         node = root
         start = done = 0
         while done < len(blocks):
@@ -119,7 +119,7 @@ class PrefixTree:
             start += same * self._page_size
             node = child
         self._touch(node)
-        return np.concatenate(known) if known else _NO_BLOCKS
+        return np.concatenate(known) if known else NO_BLOCKS
 
     def trim(self, in_use: int = 0) -> None:
         """Forgets the least recently used sequences until `max_leaves` are left, besides `in_use` that are in use."""

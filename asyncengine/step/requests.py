@@ -7,13 +7,10 @@ its usage.
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from asyncengine.classifier import Classifier
-from asyncengine.dense import Dense
 from asyncengine.detokenizer import BEFORE, TextStream
 from asyncengine.errors import (
     AsyncEngineError,
@@ -23,20 +20,21 @@ from asyncengine.errors import (
     StepError,
 )
 from asyncengine.events import BranchEnded, RequestEnded
-from asyncengine.instructions import AddRequests, Deadlines, ExtendPrompt, Mailbox, NewRequest, ReplyTo
-from asyncengine.media import PLURALS, MediaFailure, MediaReader
+from asyncengine.instructions import AddRequests, ExtendPrompt, Mailbox, NewRequest, ReplyTo
+from asyncengine.media import MediaFailure
 from asyncengine.metrics import Counters
-from asyncengine.outputs import FinishReason, Pooling, Usage
+from asyncengine.outputs import FinishReason, Usage
 from asyncengine.step.adapters import Adapter, AdapterTable, unknown_adapter
 from asyncengine.step.arriving import Arriving
-from asyncengine.step.batch import Int32
+from asyncengine.step.batch import NO_TOKENS
+from asyncengine.step.deadlines import DeadlineQueue
+from asyncengine.step.fitting import misfit
 from asyncengine.step.model import LoadedModel
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.plan import Plan
 from asyncengine.step.scheduler import Scheduler
-from asyncengine.step.sequence import EMPTY, Request, Sequence, SequenceState
+from asyncengine.step.sequence import Request, Sequence, SequenceState
 from asyncengine.step.stand_ins import StandIns
-from asyncengine.tokenizer import Tokenizer
 from asyncengine.trace import Trace
 
 
@@ -59,13 +57,7 @@ class RequestTable:
         self.counters = counters
         self.scheduler: Scheduler | None = None
         self.max_queue_size = max_queue_size
-        self._tokenizer: Tokenizer | None = None
-        self._vocab_size = 0
-        self._poolings: tuple[Pooling, ...] = ()
-        self._generates, self._takes_pairs = True, False
-        self.dense: tuple[Dense, ...] = ()
-        self.classifier: Classifier | None = None
-        self._media_reader: MediaReader | None = None
+        self.loaded: LoadedModel | None = None
         self._stand_ins = StandIns()
         self.adapters = AdapterTable()
         self.trace = trace
@@ -76,7 +68,7 @@ class RequestTable:
         self._queued: OrderedDict[int, _Queued] = OrderedDict()
         self._waiting_new = 0  # requests that have not had their first step
         self._arrivals = 0
-        self._deadlines: list[tuple[float, int, str]] = []
+        self._deadlines = DeadlineQueue((self._requests, self._queued))
 
     # What is there
 
@@ -111,9 +103,7 @@ class RequestTable:
     @property
     def next_deadline(self) -> float | None:
         """When the next deadline passes, in seconds of the clock."""
-        while self._deadlines and not self._has(self._deadlines[0][1]):
-            heapq.heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
+        return self._deadlines.next
 
     def request_ids(self) -> tuple[str, ...]:
         """Public ids of all requests, in order of arrival."""
@@ -158,7 +148,7 @@ class RequestTable:
             last = new is instruction.requests[-1]
             self._queued[new.number] = _Queued(new, instruction.mailbox, instruction.reply_to if last else None)
             if new.deadlines is not None:
-                self._watch(new.number, new.deadlines)
+                self._deadlines.add(new.number, new.deadlines.begun(self.clock()))
         self.admit_queued()
 
     def admit_queued(self) -> None:
@@ -168,20 +158,9 @@ class RequestTable:
             self._admit(queued.new, queued.mailbox)
             self.outbox.reply(queued.reply_to, True)
 
-    def _watch(self, number: int, deadlines: Deadlines) -> None:
-        """Ends a request when one of its deadlines passes."""
-        for when, kind in deadlines.begun(self.clock()).ends():
-            heapq.heappush(self._deadlines, (when, number, kind))
-        if len(self._deadlines) > 64 + 6 * len(self):  # most are of requests that have ended
-            self._deadlines = [entry for entry in self._deadlines if self._has(entry[1])]
-            heapq.heapify(self._deadlines)
-
-    def _has(self, number: int) -> bool:
-        return number in self._requests or number in self._queued
-
     def _admit(self, new: NewRequest, mailbox: Mailbox) -> None:
-        assert self.scheduler is not None
-        now = self.clock()
+        assert self.scheduler is not None and self.loaded is not None
+        now, tokenizer = self.clock(), self.loaded.tokenizer
         self._arrivals += 1
         self._waiting_new += 1
         plain = new.prompt
@@ -189,10 +168,10 @@ class RequestTable:
             new = dataclasses.replace(new, prompt=self._stand_ins.put(plain, new.media))
         request = Request(new, mailbox, self._arrivals, now, adapter=self.adapters.get(new.adapter))
         request.branches = [Sequence(request, branch) for branch in range(new.params.n)]
-        if new.params.stop_strs and self._tokenizer is not None:
+        if new.params.stop_strs and tokenizer is not None:
             params, before = new.params, plain[-BEFORE:].tolist()
             for branch in request.branches:
-                branch.text = TextStream(self._tokenizer, params.stop_strs, params.skip_special_tokens, before)
+                branch.text = TextStream(tokenizer, params.stop_strs, params.skip_special_tokens, before)
         self._requests[new.number] = request
         if self.trace.enabled:
             more = {} if new.adapter is None else {"adapter": new.adapter}
@@ -215,7 +194,9 @@ class RequestTable:
         if request.started_at is not None:
             self.counters.prompt_tokens += len(arriving.tokens) - before
         looked_at = len(arriving.tokens) - len(piece.tokens)
-        error = None if self.scheduler is None else self._misfit(request.new, [piece.tokens], looked_at)
+        error = None
+        if self.loaded is not None:
+            error = misfit(request.new, [piece.tokens], self.loaded, self.adapters, looked_at)
         if error is not None:
             self.end_branches(request, FinishReason.ERROR, error)
         elif request.branches[0].state is not SequenceState.PREFILL:  # or else, once that is done
@@ -228,7 +209,7 @@ class RequestTable:
             scheduler.waiting.remove(first)
         first.state = SequenceState.HELD
         request.computed_ahead = arriving.computed
-        tokens = EMPTY
+        tokens = NO_TOKENS
         if arriving.complete:
             tokens, request.arriving = arriving.tokens, None
         elif scheduler is not None and request.new.params.num_prompt_logprobs < 0:  # those are computed from the start
@@ -275,28 +256,6 @@ class RequestTable:
         self.abort([r.new.number for r in self._requests.values() if r.mailbox is mailbox])
         self.abort([number for number, queued in self._queued.items() if queued.mailbox is mailbox])
 
-    # Adapters
-
-    def replace_adapter(self, former: Adapter, adapter: Adapter) -> None:
-        """Goes on with an adapter that was loaded anew; what requests computed with the former one stays their own."""
-        for request in self._requests.values():
-            if request.adapter is not former:
-                continue
-            request.adapter = adapter
-            for branch in request.branches:
-                branch.weight_version = -1  # what it has computed is kept out of the prefix cache
-            if request.arriving is not None:
-                request.arriving.computed = 0
-        if self.scheduler is not None:
-            self.scheduler.blocks.tree.forget(former.space)
-
-    def abort_adapter(self, adapter: Adapter) -> None:
-        """Ends the requests that use an adapter, and forgets what was computed with it."""
-        self.abort([request.new.number for request in self._requests.values() if request.adapter is adapter])
-        self.abort([number for number, queued in self._queued.items() if queued.new.adapter == adapter.name])
-        if self.scheduler is not None:
-            self.scheduler.blocks.tree.forget(adapter.space)
-
     def end_unadmitted(
         self,
         new: NewRequest,
@@ -321,8 +280,9 @@ class RequestTable:
     def expire(self) -> None:
         """Ends the requests whose deadlines have passed."""
         now = self.clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, number, kind = heapq.heappop(self._deadlines)
+        if now < self._deadlines.soonest:
+            return
+        for number, kind in self._deadlines.passed(now):
             if (queued := self._queued.get(number)) is not None:
                 self._end_queued(number, _exceeded(queued.new, kind))
             elif (request := self._requests.get(number)) is not None:
@@ -455,17 +415,33 @@ class RequestTable:
                 "e", "request", now, number, finish_reason=str(reason), completion_tokens=usage.completion_tokens
             )
 
+    # Adapters
+
+    def replace_adapter(self, former: Adapter, adapter: Adapter) -> None:
+        """Goes on with an adapter that was loaded anew; what requests computed with the former one stays their own."""
+        for request in self._requests.values():
+            if request.adapter is not former:
+                continue
+            request.adapter = adapter
+            for branch in request.branches:
+                branch.weight_version = -1  # what it has computed is kept out of the prefix cache
+            if request.arriving is not None:
+                request.arriving.computed = 0
+        if self.scheduler is not None:
+            self.scheduler.blocks.tree.forget(former.space)
+
+    def abort_adapter(self, adapter: Adapter) -> None:
+        """Ends the requests that use an adapter, and forgets what was computed with it."""
+        self.abort([request.new.number for request in self._requests.values() if request.adapter is adapter])
+        self.abort([number for number, queued in self._queued.items() if queued.new.adapter == adapter.name])
+        if self.scheduler is not None:
+            self.scheduler.blocks.tree.forget(adapter.space)
+
     # Life cycle of the model
 
     def attach(self, scheduler: Scheduler, loaded: LoadedModel, adapters: AdapterTable) -> None:
         """Goes on with another model. Requests that do not fit it are ended."""
-        self.scheduler = scheduler
-        self._tokenizer = loaded.tokenizer
-        self._vocab_size = loaded.vocab_size
-        self._poolings, self._generates, self._takes_pairs = loaded.poolings, loaded.has_head, loaded.takes_pairs
-        self.classifier, self.dense = loaded.classifier, loaded.dense
-        self._media_reader = loaded.media_reader
-        self.adapters = adapters
+        self.scheduler, self.loaded, self.adapters = scheduler, loaded, adapters
         for request in list(self._requests.values()):
             request.adapter = adapters.get(request.new.adapter)
             if request.pooled is not None:  # hidden states of another model are not to be added to
@@ -480,56 +456,19 @@ class RequestTable:
                 for branch in unfinished:
                     if branch.state is SequenceState.WAITING:
                         scheduler.add(branch)
-            error = self._misfit(request.new, sequences)
+            error = misfit(request.new, sequences, loaded, adapters)
             if error is not None:
                 self.end_branches(request, FinishReason.ERROR, error)
         for number, queued in list(self._queued.items()):
-            error = self._misfit(queued.new, [queued.new.prompt])
+            error = misfit(queued.new, [queued.new.prompt], loaded, adapters)
             if error is not None:
                 self._end_queued(number, error, FinishReason.ERROR)
-
-    def _misfit(self, new: NewRequest, sequences: list[Int32], looked_at: int = 0) -> InvalidRequestError | None:
-        """Why a request does not fit the model; `looked_at` tokens before those of each sequence do."""
-        assert self.scheduler is not None
-        limits, vocab_size = self.scheduler.limits, self._vocab_size
-        if any(looked_at + len(tokens) > limits.max_prompt_tokens for tokens in sequences):
-            return InvalidRequestError(
-                f"request {new.request_id}: its tokens do not fit the new model: at most {limits.max_tokens} tokens"
-            )
-        if any(int(tokens.max(initial=0)) >= vocab_size for tokens in sequences):
-            return InvalidRequestError(
-                f"request {new.request_id}: it has token ids outside the new vocabulary of {vocab_size}"
-            )
-        if new.pooling is not None and not new.classifies and new.pooling not in self._poolings:
-            can = f"pools by {', '.join(self._poolings)}" if self._poolings else "gives out no hidden states to embed"
-            return InvalidRequestError(f"request {new.request_id}: it pools by {new.pooling!r}; the new model {can}")
-        if new.second is not None and not self._takes_pairs:
-            return InvalidRequestError(f"request {new.request_id}: the new model takes no pairs of texts")
-        if new.classifies and self.classifier is None:
-            return InvalidRequestError(f"request {new.request_id}: the new model has no classification head")
-        if new.pooling is None and not self._generates:
-            return InvalidRequestError(f"request {new.request_id}: the new model has no language-model head")
-        if new.media is not None:
-            reader = self._media_reader
-            if reader is None or new.media.reader != reader.key or not new.media.kinds <= set(reader.kinds):
-                what = " and ".join(PLURALS[kind] for kind in sorted(new.media.kinds))
-                return InvalidRequestError(f"request {new.request_id}: the new model does not take its {what}")
-            longest, chunk = new.media.longest_whole, self.scheduler.limits.prefill_chunk_size
-            if longest > chunk:
-                return InvalidRequestError(
-                    f"request {new.request_id}: an image of {longest} tokens must be computed in one step; "
-                    f"prefill_chunk_size of the new model allows {chunk}"
-                )
-        if new.adapter is not None and self.adapters.get(new.adapter) is None:
-            reason = unknown_adapter(new.adapter, self.adapters.names)
-            return InvalidRequestError(f"request {new.request_id}: the new model does not have its adapter: {reason}")
-        return None
 
     def detach(self) -> None:
         """Lets the model go; what remains waits for the next one."""
         if self.scheduler is not None:
             self.scheduler.preempt_all()
-        self.scheduler = None
+        self.scheduler = self.loaded = None
 
     # One step
 

@@ -426,12 +426,12 @@ class Scheduler:
             slot,
             sequence.tokens,
             prompt_tokens,
-            min(prompt_tokens + new.params.max_tokens, self.limits.max_tokens),
-            prompt_tokens + new.params.min_tokens,
-            new.params.stop_token_ids,
-            new.params.follows_tokens,
-            NO_ADAPTER if sequence.request.adapter is None else sequence.request.adapter.index,
-            0 if new.media is None else new.media.shift,
+            max_tokens=min(prompt_tokens + new.params.max_tokens, self.limits.max_tokens),
+            min_tokens=prompt_tokens + new.params.min_tokens,
+            stop_ids=new.params.stop_token_ids,
+            bound=new.params.follows_tokens,
+            adapter=NO_ADAPTER if sequence.request.adapter is None else sequence.request.adapter.index,
+            shift=0 if new.media is None else new.media.shift,
         )
 
     def _leave(self, sequence: Sequence) -> None:

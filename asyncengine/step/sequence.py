@@ -5,8 +5,6 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from asyncengine.detokenizer import TextStream
 from asyncengine.instructions import Mailbox, NewRequest
 from asyncengine.speculation.lengths import NOTHING, Learnt
@@ -136,11 +134,3 @@ class Sequence:
     def resident(self) -> bool:
         """Whether it takes part in steps."""
         return self.state is SequenceState.PREFILL or self.state is SequenceState.DECODE
-
-    @property
-    def output(self) -> Int32:
-        """Tokens generated so far, of a sequence without a slot."""
-        return self.tokens[len(self.request.new.prompt) :]
-
-
-EMPTY: Int32 = np.empty(0, dtype=np.int32)

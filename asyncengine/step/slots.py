@@ -81,11 +81,12 @@ class SlotTable:
         max_tokens: int,
         min_tokens: int,
         stop_ids: tuple[int, ...],
+        *,
         bound: bool = False,
         adapter: int = NO_ADAPTER,
         shift: int = 0,
     ) -> None:
-        """Writes a sequence that has nothing in the cache yet."""
+        """Writes a sequence that has nothing in the cache yet. Arguments as the columns, but for their rows."""
         self.tokens[slot, : len(tokens)] = tokens
         self.num_tokens[slot] = len(tokens)
         self.num_computed[slot] = 0

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from asyncengine.errors import EngineClosedError
@@ -49,13 +50,14 @@ class StepThread:
         self.queue.put(instruction)
 
     def join(self, timeout: float | None = None) -> None:
-        """Waits until the thread has ended."""
+        """Waits until the thread has ended. A signal's handler that interrupts its start does not."""
         if not self._starting.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
             return
         thread = self._thread  # which another thread may have been about to start
         self._starting.release()
         if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
+            with suppress(RuntimeError):  # it is about to be started, by what this interrupts
+                thread.join(timeout)
 
     @property
     def alive(self) -> bool:

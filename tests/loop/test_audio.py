@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,3 +163,31 @@ async def test_transcripts() -> None:
     async with engine(hearing(takes_audio=False)) as serving:
         with pytest.raises(InvalidRequestError, match=r"the model takes none: .* no encoder of audio"):
             await serving.transcribe(LONG)
+
+
+async def test_an_answer_is_read_by_the_model_that_gave_it() -> None:
+    """Another one may be loaded while the audio is being read."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def reader(text: str) -> Any:
+        view = serving._thread.core.view
+        assert view is not None and view.media_reader is not None
+        view.media_reader.transcribing.text = lambda token_ids: text  # type: ignore[method-assign, union-attr]
+        return view.media_reader
+
+    async with engine(hearing()) as serving:
+        first = reader("by the first")
+        read = first.read
+
+        def held(*arguments: Any) -> Any:
+            begun.set()
+            assert go_on.wait(10.0)
+            return read(*arguments)
+
+        first.read = held
+        transcribing = asyncio.create_task(serving.transcribe(LONG))
+        assert await asyncio.to_thread(begun.wait, 10.0)
+        await serving.reload(EngineConfig("another"))
+        assert reader("by the second") is not first
+        go_on.set()
+        assert (await transcribing).text == "by the second"

@@ -320,3 +320,39 @@ def test_a_shutdown_where_the_step_thread_is_being_started(monkeypatch: pytest.M
     with pytest.raises(EngineClosedError):
         rig.engine.reload_nowait()
     assert rig.engine.state is EngineState.CLOSED
+
+
+def test_a_shutdown_where_the_step_thread_is_about_to_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal's handler again: what it interrupts starts the thread, so it cannot be waited for."""
+    rig, start = Rig(), threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name == "asyncengine-step":
+            rig.engine.shutdown_nowait(timeout=5.0)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with suppress(EngineClosedError):  # the shutdown is first in line
+        rig.engine.reload_nowait()
+    rig.engine._thread.join(5.0)
+    assert rig.engine.state is EngineState.CLOSED and not rig.engine._thread.alive
+
+
+async def test_an_answer_that_nobody_waits_for_disturbs_nobody(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C may come when an instruction has just been given."""
+    await rig.serves()
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    put = rig.engine._thread.put
+
+    def interrupted(instruction: Any) -> None:
+        put(instruction)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rig.engine._thread, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        await rig.engine.pause()
+    monkeypatch.undo()
+    await rig.engine.resume()
+    assert (await rig.engine.generate("hello")).text == "hello"
+    assert not reported

@@ -54,8 +54,8 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A list to which each model that transformers builds with its weights is added."""
     built: list[str] = []
-    with_weights = built_model._with_weights
-    monkeypatch.setattr(built_model, "_with_weights", lambda details: (built.append("one"), with_weights(details))[1])
+    read = built_model.read_model
+    monkeypatch.setattr(built_model, "read_model", lambda details: (built.append("one"), read(details))[1])
     return built
 
 

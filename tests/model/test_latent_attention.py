@@ -28,10 +28,10 @@ from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.decoder.weights import PackedMatrix
 from asyncengine.model.latent_attention import LatentAttention, keep_latents
-from asyncengine.model.load_check import watch
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.quantised.four_bit_linear import round_layers
 from asyncengine.model.verification import Trial
+from asyncengine.model.watching import watch
 from tests.model import checkpoints
 from tests.model.adapters import save_adapter
 from tests.model.attention.triton_device import require_triton
@@ -124,7 +124,7 @@ def test_a_token_takes_its_latents_alone() -> None:
     config = checkpoints.config("glm4_moe_lite")
     heads = 4 * (16 + ROTATED + 20)
     for latents, kept, numbers in ((True, RANK + ROTATED, RANK), (False, heads, 0)):
-        watched = watch(architecture, config, latents=latents)
+        watched = watch(config, latents=latents)
         assert watched is not None
         specs = list(watched.attention.values())
         assert len(specs) == 3

@@ -112,7 +112,7 @@ async def test_a_reload_that_fails_leaves_the_old_model_serving(
 async def test_a_warm_up_that_raises_leaves_the_old_model_serving(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from asyncengine.model import loader
+    from asyncengine.model import first_steps
 
     async with AsyncEngine(config(checkpoint("llama"))) as engine:
         broken = RuntimeError("the kernel does not like it")
@@ -120,7 +120,7 @@ async def test_a_warm_up_that_raises_leaves_the_old_model_serving(
         def warm_up(*_: Any) -> None:
             raise broken
 
-        monkeypatch.setattr(loader, "_warm_up", warm_up)
+        monkeypatch.setattr(first_steps, "_warm_up", warm_up)
         with pytest.raises(ReloadError, match="the kernel does not like it") as caught:
             await engine.reload(config(checkpoint("llama", seed=1)))
         assert caught.value.__cause__ is broken
@@ -132,7 +132,7 @@ async def test_a_warm_up_that_raises_leaves_the_old_model_serving(
 async def test_a_load_that_fails_after_the_old_model_is_gone_leaves_a_usable_engine(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from asyncengine.model import load_check, loader
+    from asyncengine.model import first_steps, load_check
 
     def warm_up(*_: Any) -> None:
         raise RuntimeError("the kernel does not like it")
@@ -140,7 +140,7 @@ async def test_a_load_that_fails_after_the_old_model_is_gone_leaves_a_usable_eng
     async with AsyncEngine(config(checkpoint("llama"))) as engine:
         with monkeypatch.context() as patch:
             patch.setattr(load_check, "fits", lambda details, current: False)
-            patch.setattr(loader, "_warm_up", warm_up)
+            patch.setattr(first_steps, "_warm_up", warm_up)
             with pytest.raises(ReloadError, match="the kernel does not like it"):
                 await engine.reload(config(checkpoint("llama", seed=1)))
         assert engine.state is EngineState.UNLOADED

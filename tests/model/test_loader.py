@@ -19,13 +19,13 @@ from asyncengine import (
     InsufficientMemoryError,
     InvalidRequestError,
 )
-from asyncengine.model import architecture, findings, graphs, kept_tokenizer, load_check
+from asyncengine.model import architecture, findings, graphs, kept_tokenizer, load_check, watching
 from asyncengine.model import loader as loader_module
-from asyncengine.model.built_model import _with_weights
 from asyncengine.model.decoder.weights import Packing
 from asyncengine.model.load_settings import check_quantization
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.paged_layers import PagedLayers
+from asyncengine.model.read_model import read_model
 from asyncengine.model.verification import Trial
 from asyncengine.step.model import LoadedModel
 
@@ -116,7 +116,7 @@ def test_weights_are_mapped_from_the_file_and_not_copied_in_host_memory(
     """
     path = checkpoint(architecture)
     loader = TransformersLoader()
-    model, _ = _with_weights(loader.check(EngineConfig(str(path), device="cpu"), None).details)
+    model, _ = read_model(loader.check(EngineConfig(str(path), device="cpu"), None).details)
     spans = [
         tuple(int(end, 16) for end in line.split()[0].split("-"))
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -207,7 +207,7 @@ def test_models_of_one_configuration_are_watched_once_wherever_they_are(
 ) -> None:
     watched: list[Any] = []
     record = architecture.record
-    monkeypatch.setattr(load_check, "_WATCHED", {})
+    monkeypatch.setattr(watching, "_WATCHED", {})
     monkeypatch.setattr(architecture, "record", lambda model: (watched.append(model), record(model))[1])
     for path in (checkpoint("llama"), checkpoint("llama", seed=1), checkpoint("llama", num_hidden_layers=2)):
         TransformersLoader().check(EngineConfig(str(path), device="cpu"), None)

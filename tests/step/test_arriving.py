@@ -11,6 +11,7 @@ from asyncengine import instructions as ins
 from asyncengine.errors import DeadlineExceededError, InvalidRequestError
 from asyncengine.instructions import Deadlines
 from asyncengine.outputs import FinishReason
+from asyncengine.step import fitting
 from asyncengine.step.adapters import NO_SPACE
 from asyncengine.step.arriving import Arriving
 from asyncengine.step.block_pool import BlockPool
@@ -263,14 +264,13 @@ def test_a_prompt_that_outgrows_the_model_ends_its_request() -> None:
 
 def test_of_each_piece_its_own_tokens_alone_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     case = loaded()
-    requests, looked_at = case.core.requests, []
-    misfit = requests._misfit
+    looked_at, misfit = [], fitting.misfit
 
     def spied(new: Any, sequences: list[Any], *more: Any) -> Any:
         looked_at.append(sum(map(len, sequences)))
         return misfit(new, sequences, *more)
 
-    monkeypatch.setattr(requests, "_misfit", spied)
+    monkeypatch.setattr("asyncengine.step.requests.misfit", spied)
     number = case.open()
     for _ in range(3):
         case.piece(number, PIECE)

@@ -14,6 +14,7 @@ import pytest
 from asyncengine import instructions as ins
 from asyncengine.metrics import LATENCY_BUCKETS
 from asyncengine.outputs import FinishReason
+from asyncengine.step.batch import StepBatch, StepTokens
 
 from .core_case import EOS, Box, Case, loaded
 
@@ -172,3 +173,22 @@ def test_the_time_between_tokens_is_each_rows_own(run_ahead: bool) -> None:
     assert found.count == len(gaps) and found.total == pytest.approx(sum(gaps))
     counts = np.bincount(np.searchsorted(LATENCY_BUCKETS, gaps), minlength=len(found.counts))
     assert found.counts == counts.tolist()
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_branch_that_is_complete_gets_none_of_the_tokens_that_are_forced_behind_it(most: int) -> None:
+    """As behind a reload to a model for shorter sequences, of which the grammar knows nothing."""
+    case = loaded(lambda prompt, branch: b"abcdef", max_single_sequence_length=8)
+    number = case.add([97] * (8 - most), max_tokens=100)
+    other = case.add("other", max_tokens=3)
+    execute = case.model.execute
+
+    def forcing(batch: StepBatch) -> StepTokens:
+        drawn, rows = execute(batch), batch.sample_slots.tolist()
+        last = [row for row, slot in enumerate(rows) if slot == 0 and batch.sample_positions[row] == most - 1]
+        return dataclasses.replace(drawn, forced={row: list(b"xyz") for row in last})
+
+    case.model.execute = forcing  # type: ignore[method-assign]
+    case.run()
+    assert case.text(number) == "abcdef"[:most] and case.reason(number) is FinishReason.LENGTH
+    assert case.text(other) == "abc"

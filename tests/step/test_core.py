@@ -540,7 +540,7 @@ class TestDeadlines:
         for _ in range(300):
             case.add("a", max_tokens=1, deadlines=Deadlines(queue=1e6, first_token=1e6, total=1e6))
             case.run()
-        assert len(case.core.requests._deadlines) < 100
+        assert len(case.core.requests._deadlines._heap) < 100
         assert case.core.next_deadline is None
 
     def test_pass_while_there_is_no_room(self) -> None:

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, StepError
-from asyncengine.step.batch import NO_INDEX, StepBatch
-from asyncengine.step.sequence import EMPTY
+from asyncengine.step.batch import NO_INDEX, NO_TOKENS, StepBatch
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, scripted_engine
 from asyncengine.testing.states import ScriptedStates
 
@@ -21,8 +20,8 @@ pytestmark = pytest.mark.timeout(60)
 def batch(*rows: tuple[int, int, int], copies: Any = (), saves: Any = (), **changes: Any) -> StepBatch:
     """A step of rows (slot, context, tokens)."""
     made = StepBatch(
-        token_ids=EMPTY,
-        positions=EMPTY,
+        token_ids=NO_TOKENS,
+        positions=NO_TOKENS,
         query_start=np.cumsum([0, *(count for _, _, count in rows)], dtype=np.int32),
         context_lens=np.array([context for _, context, _ in rows], dtype=np.int32),
         block_tables=np.empty((len(rows), 0), dtype=np.int32),

@@ -135,8 +135,8 @@ def check_config(what: str, config: Mapping[str, Any]) -> None:
             f"{what} has init_lora_weights = {begun!r:.80}, so it is one for altered weights; have PEFT convert it: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
-    _number(what, config, "r", config.get("r", 8))
-    _number(what, config, "lora_alpha", config.get("lora_alpha", 8))
+    _number(what, "r", config.get("r", 8))
+    _number(what, "lora_alpha", config.get("lora_alpha", 8))
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, Mapping):
             raise AdapterError(f"{what} has {key} = {config[key]!r:.80}; expected numbers by names of layers")
@@ -247,10 +247,10 @@ def _scaling(what: str, config: Mapping[str, Any], module: str, rank: int) -> fl
         if matches:
             alpha = own
             break
-    return _number(what, config, "lora_alpha", alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return _number(what, "lora_alpha", alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _number(what: str, config: Mapping[str, Any], key: str, value: object) -> float:
+def _number(what: str, key: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e9:
         raise AdapterError(f"{what} has {key} = {value!r:.80}; expected a number > 0")
     return float(value)

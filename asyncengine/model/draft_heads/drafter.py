@@ -28,8 +28,7 @@ from asyncengine.model.draft_heads.taps import Taps
 from asyncengine.model.draft_steps import alike, flattened, places_of
 from asyncengine.model.media.encoder import MediaEncoder
 from asyncengine.model.sampler import Sampler
-from asyncengine.step.batch import NO_PAIRS, Int32, Int64, StepBatch
-from asyncengine.step.sequence import EMPTY
+from asyncengine.step.batch import NO_PAIRS, NO_TOKENS, Int32, Int64, StepBatch
 from asyncengine.step.slots import SlotTable
 
 
@@ -72,7 +71,7 @@ class HeadDrafter:
 
     def place(self, slot: int, params: SamplingParams, branch: int) -> None:
         """As the protocol says."""
-        self._sampler.place(slot, alike(params), branch, EMPTY, EMPTY)
+        self._sampler.place(slot, alike(params), branch, NO_TOKENS, NO_TOKENS)
 
     def copy(self, copies: Int64) -> None:
         """As the protocol says."""
@@ -108,7 +107,7 @@ class HeadDrafter:
         assert self._head is not None
         ends = table.num_tokens[slots]
         states = self._kept.rows(places_of(table, slots, ends - 2))
-        found = [EMPTY] * len(slots)
+        found = [NO_TOKENS] * len(slots)
         ready = np.flatnonzero(states >= 0)  # else the model has computed them too long ago
         if not len(ready):
             return found

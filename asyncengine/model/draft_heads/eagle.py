@@ -18,9 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from asyncengine.errors import CheckpointError, ConfigError
 from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.attention_modules import ATTENTION, RecordedLayer
+from asyncengine.model.building import BUILDING
 from asyncengine.model.draft_heads.eagle_config import EagleConfig
 from asyncengine.model.draft_heads.head import Pictured
-from asyncengine.model.load_check import BUILDING
 
 ATTENDS = "midlayer.self_attn"
 """The module that attends."""

@@ -37,9 +37,8 @@ def mtp_plan(config: EngineConfig, checkpoint: Any, hf_config: Any, dtype: torch
     Raises:
         ConfigError: It has none, or one that cannot be served.
     """
-    from asyncengine.model import architecture
-    from asyncengine.model.load_check import watch
     from asyncengine.model.load_settings import keeps_latents
+    from asyncengine.model.watching import watch
 
     text, shapes = text_config(hf_config), checkpoint.shapes
     wanted = f"speculative_mode is 'mtp' with model {config.model!r}"
@@ -60,7 +59,7 @@ def mtp_plan(config: EngineConfig, checkpoint: Any, hf_config: Any, dtype: torch
             raise ConfigError(f"{wanted}: {name} is {shapes[name]}; expected {shape}")
     single = one_layer(text)
     try:
-        watched = watch(architecture, single, latents=keeps_latents(config))
+        watched = watch(single, latents=keeps_latents(config))
     except Exception as error:
         raise ConfigError(f"{wanted}: transformers cannot run its layer by itself: {error}") from error
     if watched is None or watched.recurrent or len(watched.attention) != 1:

@@ -16,9 +16,6 @@ from asyncengine.model.draft_heads.eagle_config import EagleConfig, eagle_config
 from asyncengine.model.draft_heads.entries import spec_of
 from asyncengine.model.draft_heads.head import Head
 
-MODES = ("eagle3", "mtp")
-"""Those of `EngineConfig.speculative_mode` that are heads."""
-
 
 @dataclass(frozen=True, slots=True)
 class BuiltHead:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from asyncengine.config import EngineConfig
 from asyncengine.model.attention_modules import text_config
 from asyncengine.model.draft_heads.drafter import HeadDrafter
 from asyncengine.model.draft_heads.entries import EntryLayers, widened
@@ -16,31 +15,25 @@ from asyncengine.model.draft_heads.taps import Taps
 from asyncengine.model.media.encoder import MediaEncoder
 from asyncengine.model.sampler import Sampler
 from asyncengine.speculation.lengths import LONGEST
-from asyncengine.step.limits import Limits
+
+if TYPE_CHECKING:
+    from asyncengine.model.capacity import Fitted
+    from asyncengine.model.runner import TorchModel
 
 
-def drafter_of(
-    head: BuiltHead,
-    model: Any,
-    details: Any,
-    backend: Any,
-    limits: Limits,
-    config: EngineConfig,
-    encoder: MediaEncoder | None,
-) -> Any:
+def drafter_of(head: BuiltHead, model: TorchModel, fitted: Fitted, encoder: MediaEncoder | None) -> HeadDrafter:
     """What drafts by a head; the model hands its hidden states to it from now on, and is its companion.
 
     Args:
         head: The head.
-        model: A `asyncengine.model.runner.TorchModel`.
-        details: What is known of the model.
-        backend: How both attend.
-        limits: Of the model.
-        config: What is wanted.
+        model: The model as it runs.
+        fitted: The same as it was built.
         encoder: Of the model's images, if it takes some.
     """
+    config, details, limits = fitted.config, fitted.details, fitted.limits
+    assert details.draft_head is not None
     device, text = details.device, text_config(details.hf_config)
-    layers = EntryLayers([widened(layer) for layer in head.layers], backend, limits, details.kv_dtype, device)
+    layers = EntryLayers([widened(layer) for layer in head.layers], fitted.backend, limits, details.kv_dtype, device)
     layers.allocate()
     sequences, places = limits.max_num_sequence, limits.num_blocks * limits.page_size
     # The newest state of every sequence, and those of as many guesses, twice: some sit out a step.

@@ -17,13 +17,14 @@ from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, ReloadError, UnsupportedModelError
 from asyncengine.media import KINDS, PLURALS
 from asyncengine.model import memory
+from asyncengine.model.building import BUILDING
 from asyncengine.model.checkpoint import tokenizer_key
 from asyncengine.model.classification import activation_of, labels_of
 from asyncengine.model.encoders.model import EncoderModel
 from asyncengine.model.encoders.packing import Packing, UnpackableError
 from asyncengine.model.gguf.checkpoint import described
 from asyncengine.model.letting_go import take_apart
-from asyncengine.model.load_check import BUILDING, Details, fits, vector_size, with_tokenizer
+from asyncengine.model.load_check import Details, fits, vector_size, with_tokenizer
 from asyncengine.model.load_report import cannot_load, check_weights, loaded
 from asyncengine.model.load_settings import DEFAULT_LONGEST
 from asyncengine.model.location import locate

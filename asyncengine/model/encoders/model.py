@@ -17,11 +17,10 @@ from asyncengine.model.encoders.packing import Packing
 from asyncengine.model.letting_go import take_apart
 from asyncengine.model.lost_device import is_lost
 from asyncengine.model.weight_writer import replace_weights
-from asyncengine.step.batch import Float32, Int32, StepBatch, StepTokens
+from asyncengine.step.batch import NO_TOKENS, Float32, Int32, StepBatch, StepTokens
 
 _LEAST_FILLED = 0.75
 """A group's shortest prompt is at least so long, in parts of its longest: what is computed for padding is lost."""
-_NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
 class EncoderModel:
@@ -71,7 +70,7 @@ class EncoderModel:
             else:
                 pooled.append(output[first - starts[row] : end - starts[row]].sum(dim=0, dtype=torch.float32))
         sums: Float32 = torch.stack(pooled).float().cpu().numpy()
-        return StepTokens(_NO_TOKENS, pooled=sums)
+        return StepTokens(NO_TOKENS, pooled=sums)
 
     @torch.inference_mode()
     def outputs(self, prompts: Sequence[Int32], types: Sequence[Int32] | None = None) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, RequestOptions, StepError
-from asyncengine.model import buckets, graphs, loader, token_draw, verification
+from asyncengine.model import buckets, first_steps, graphs, token_draw, verification
 from asyncengine.model.draft_heads.drafter import HeadDrafter
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
@@ -44,7 +44,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     require_triton()
     monkeypatch.setattr(verification, "_TOKENS", 5)
     monkeypatch.setattr(verification, "_CUTS", (0, 3, 5))
-    monkeypatch.setattr(loader, "_SOME_TOKENS", 9)
+    monkeypatch.setattr(first_steps, "_SOME_TOKENS", 9)
     monkeypatch.setattr(buckets, "_MIXED", (1 + len(PROMPT),))
     monkeypatch.setattr(graphs, "FILTERED", ())  # a draw is the same behind any model
     monkeypatch.setattr(choice, "cuda_seconds", lambda device, **_: lambda run: (run(), 1.0)[1])

@@ -31,6 +31,7 @@ from asyncengine.errors import (
 )
 from asyncengine.loop.embedding import ClassificationOptions, EmbeddingOptions
 from asyncengine.loop.pairs import Pair
+from asyncengine.loop.prepare import Purpose
 from asyncengine.model.encoders import loading as encoders_loading
 from asyncengine.outputs import FinishReason
 from asyncengine.reranking import RerankPrompt
@@ -484,7 +485,9 @@ async def test_models_change_places(encoder: Callable[..., Path]) -> None:
     await engine.reload(config(first))
     assert np.array_equal((await engine.embed(TEXTS[:1]))[0].vector, expected)
     await engine.pause()
-    waiting = await engine._add(TEXTS[:2], [ALONE] * 2, RequestOptions(), many=True, reading=EmbeddingOptions())
+    waiting = await engine._add(
+        TEXTS[:2], [ALONE] * 2, RequestOptions(), Purpose(reading=EmbeddingOptions()), many=True
+    )
     await engine.reload(config(ranker), in_flight="carry")  # which has no vectors to give
     await engine.resume()
     for stream in waiting:
@@ -493,7 +496,9 @@ async def test_models_change_places(encoder: Callable[..., Path]) -> None:
     assert len(await engine.rerank(QUERY, TEXTS)) == len(TEXTS)
     await engine.pause()
     pairs = [Pair(*pair) for pair in PAIRS[:2]]
-    ranking = await engine._add(pairs, [ALONE] * 2, RequestOptions(), many=True, reading=ClassificationOptions())
+    ranking = await engine._add(
+        pairs, [ALONE] * 2, RequestOptions(), Purpose(reading=ClassificationOptions()), many=True
+    )
     await engine.reload(config(first), in_flight="carry")
     await engine.resume()
     for stream in ranking:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.errors import UnsupportedModelError
-from asyncengine.model import loader as loader_module
+from asyncengine.model import first_steps
 from asyncengine.model.fused import choice
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.loader import TransformersLoader
@@ -167,7 +167,7 @@ def test_a_sort_of_steps_is_decided_by_one_of_them(changes: dict[str, Any], deci
     limits = Limits(given["sequences"], given["length"], given["chunk"], 16, 1 << 14)
     graphs: Any = None if given["buckets"] is None else SimpleNamespace(sizes=given["buckets"])
     measured: Any = Measured()
-    loader_module._choose_launched(SimpleNamespace(logits=print), measured, graphs, limits, torch.device("cpu"), 99)
+    first_steps._choose_launched(SimpleNamespace(logits=print), measured, graphs, limits, torch.device("cpu"), 99)
     assert found == decided
 
 

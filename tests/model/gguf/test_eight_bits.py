@@ -17,7 +17,6 @@ from asyncengine import AsyncEngine, EngineConfig, ReloadError
 from asyncengine.cli.estimate import read
 from asyncengine.model import load_check
 from asyncengine.model.adapters.adapted_modules import _LINEAR
-from asyncengine.model.built_model import _with_weights
 from asyncengine.model.decoder.byte_matrix import ByteMatrix
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix
 from asyncengine.model.decoder.weights import PackedMatrix
@@ -27,6 +26,7 @@ from asyncengine.model.gguf.placed import Placed, columns, rows
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.four_bit_linear import FourBitLinear
+from asyncengine.model.read_model import read_model
 from asyncengine.model.stored.weight import OpenFiles
 from asyncengine.step.model import LoadedModel
 from tests.model.decoder.test_compiled_models import failing_at
@@ -183,7 +183,7 @@ def test_which_codes_stay_depends_on_what_is_asked_for(
 ) -> None:
     loader = TransformersLoader()
     details: Any = loader.check(config_of(file(kind, others), quantization=quantization), None)
-    model, _ = _with_weights(getattr(details, "details", details))
+    model, _ = read_model(getattr(details, "details", details))
     assert {type(module) for module in model.model.layers.modules() if isinstance(module, _LINEAR)} == kinds
 
 

@@ -1,0 +1,68 @@
+"""Whether what was asked of one model can be asked of the one that takes its place. On the step thread; a function."""
+
+from __future__ import annotations
+
+from asyncengine.errors import InvalidRequestError
+from asyncengine.instructions import NewRequest
+from asyncengine.media import PLURALS, PromptMedia
+from asyncengine.step.adapters import AdapterTable, unknown_adapter
+from asyncengine.step.batch import Int32
+from asyncengine.step.model import LoadedModel
+
+
+def misfit(
+    new: NewRequest, sequences: list[Int32], loaded: LoadedModel, adapters: AdapterTable, looked_at: int = 0
+) -> InvalidRequestError | None:
+    """Why a request does not fit a model; None if it does.
+
+    Args:
+        new: The request.
+        sequences: (tokens,) each: what its branches go on from.
+        loaded: The model.
+        adapters: Those that it has.
+        looked_at: How many tokens before those of each sequence are known to fit.
+    """
+    why = (
+        _of_tokens(sequences, loaded, looked_at)
+        or _of_purpose(new, loaded)
+        or (None if new.media is None else _of_media(new.media, loaded))
+    )
+    if why is None and new.adapter is not None and adapters.get(new.adapter) is None:
+        why = f"the new model does not have its adapter: {unknown_adapter(new.adapter, adapters.names)}"
+    return None if why is None else InvalidRequestError(f"request {new.request_id}: {why}")
+
+
+def _of_tokens(sequences: list[Int32], loaded: LoadedModel, looked_at: int) -> str | None:
+    limits, vocab_size = loaded.limits, loaded.vocab_size
+    if any(looked_at + len(tokens) > limits.max_prompt_tokens for tokens in sequences):
+        return f"its tokens do not fit the new model: at most {limits.max_tokens} tokens"
+    if any(int(tokens.max(initial=0)) >= vocab_size for tokens in sequences):
+        return f"it has token ids outside the new vocabulary of {vocab_size}"
+    return None
+
+
+def _of_purpose(new: NewRequest, loaded: LoadedModel) -> str | None:
+    poolings = loaded.poolings
+    if new.pooling is not None and not new.classifies and new.pooling not in poolings:
+        can = f"pools by {', '.join(poolings)}" if poolings else "gives out no hidden states to embed"
+        return f"it pools by {new.pooling!r}; the new model {can}"
+    if new.second is not None and not loaded.takes_pairs:
+        return "the new model takes no pairs of texts"
+    if new.classifies and loaded.classifier is None:
+        return "the new model has no classification head"
+    if new.pooling is None and not loaded.has_head:
+        return "the new model has no language-model head"
+    return None
+
+
+def _of_media(media: PromptMedia, loaded: LoadedModel) -> str | None:
+    reader = loaded.media_reader
+    if reader is None or media.reader != reader.key or not media.kinds <= set(reader.kinds):
+        return f"the new model does not take its {' and '.join(PLURALS[kind] for kind in sorted(media.kinds))}"
+    chunk = loaded.limits.prefill_chunk_size
+    if media.longest_whole > chunk:
+        return (
+            f"an image of {media.longest_whole} tokens must be computed in one step; prefill_chunk_size of the new "
+            f"model allows {chunk}"
+        )
+    return None
