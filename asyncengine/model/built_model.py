@@ -82,6 +82,8 @@ def build(
     """
     from asyncengine.model import architecture, verification
     from asyncengine.model.decoder.parts import NotRecognised
+    from asyncengine.model.decoder.program import rounding_of
+    from asyncengine.model.decoder.roundings import Roundings
     from asyncengine.model.decoder.weights import Packing
     from asyncengine.model.hidden_states import hidden_size
 
@@ -105,16 +107,21 @@ def build(
     try:
         blueprint = _blueprint(config, details, model, layers, backend)
         if blueprint is not None:
+            library = compiled_parts.library_of(config, details, backend)
+            rounded_to = rounding_of(blueprint, config.quantization)
+            of_step = trial.of_step(model, Roundings(library, blueprint, rounded_to))
+            off = None if of_step is trial or rounded_to == "none" else of_step.off(trial, rounded_to)
             # What is not mapped from its file is in memory, and let go matrix by matrix.
             mapped = details.checkpoint.stored_in(details.dtype)
-            packing = Packing(compiled_parts.library_of(config, details, backend)) if mapped else None
+            packing = Packing(library) if mapped else None
             program = _compile(config, details, blueprint, backend, packing)
             if packing is not None:
                 meanwhile()
                 packing.run()
-            notes.extend(_rounding(config.quantization, program, trial.run(model, backend, program)))
+            error = of_step.run(model, backend, program)
+            notes.extend(_rounding(config.quantization, program, error if off is None else off))
             trials.with_program(model, layers, backend, program)
-            findings = _findings(details, model, layers, blueprint, trial, notes)
+            findings = _findings(details, model, layers, blueprint, of_step, notes)
     except (NotRecognised, UnsupportedModelError) as error:
         if config.decoder_backend == "compiled" or not (
             config.quantization == "none" or compiled_parts.multiplies(config, backend)
