@@ -59,7 +59,7 @@ class InFloat32(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Takes the place of each function of torch's."""
-        if func is functional.linear and not kwargs and _is_short(args[1]):
+        if func is functional.linear and not kwargs and any(map(_is_short, args)):
             return self._linear(*args)
         if func is functional.embedding and _is_short(args[1]):
             return self._looked_up(args[1], func(*args, **(kwargs or {})))
