@@ -1779,17 +1779,11 @@ void pack(const CodesPacking &packing, Phase &phase) {
 
 void pack(const Rounding &r, Phase &phase) {
   phase.run(r.outputs, [&](int64_t row) {
-    static thread_local std::vector<uint8_t> codes;
     static thread_local std::vector<float> wide;
-    codes.resize(size_t(r.group));
     wide.resize(size_t(r.group));
-    for (int64_t i = 0; i < r.inputs; i += r.group) {
-      const uint16_t *from = r.from + row * r.row_stride + i;
-      float *to = r.to + row * r.inputs + i;
-      const float scale = (r.bits == 8 ? round_bytes : round_share)(from, r.group, codes.data(), wide.data());
-      for (int64_t j = 0; j < r.group; ++j)
-        to[j] = scale * float(r.bits == 8 ? int8_t(codes[size_t(j)]) : (codes[size_t(j / 2)] >> (j % 2 * 4) & 15) - 8);
-    }
+    for (int64_t i = 0; i < r.inputs; i += r.group)
+      (r.bits == 8 ? round_numbers<8> : round_numbers<4>)(r.from + row * r.row_stride + i, r.group,
+                                                          r.to + row * r.inputs + i, wide.data());
   });
 }
 
