@@ -234,7 +234,10 @@ def read(config: EngineConfig) -> Needs:
         where: Where = "cuda" if cuda else "modules"
         if not cuda and config.decoder_backend != "transformers" and _is_recognised(hf_config, watched, latents):
             where = "compiled"
-        return kept_bytes(of, dtype, config.quantization, text.vocab_size, where)
+        own, of_head = text_config(hf_config), None
+        if any(spec.values_in_keys for spec in watched.attention.values()):
+            of_head = own.qk_nope_head_dim, own.v_head_dim
+        return kept_bytes(of, dtype, config.quantization, text.vocab_size, where, of_head)
 
     each_draft = zip(drafts, of_drafts, strict=True)
     draft_bytes = sum(kept(draft.checkpoint, draft.hf_config, seen) for draft, seen in each_draft)

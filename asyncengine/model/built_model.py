@@ -185,23 +185,29 @@ class _Building:
         return None, None
 
     def _compiled(self, meanwhile: Callable[[], object]) -> tuple[Any, Findings | None]:
+        from asyncengine.model.decoder.program import rounding_of
+        from asyncengine.model.decoder.roundings import Roundings
         from asyncengine.model.decoder.weights import Packing
 
         config, details = self._config, self._details
         blueprint = self._blueprint()
         if blueprint is None:
             return None, None
+        library = compiled_parts.library_of(config, details, self.backend)
+        rounded_to = rounding_of(blueprint, config.quantization)
+        trial = self.trial.of_step(self.model, Roundings(library, blueprint, rounded_to))
+        off = None if trial is self.trial or rounded_to == "none" else trial.off(self.trial, rounded_to)
         # What is not mapped from its file is in memory, and let go matrix by matrix.
         mapped = details.checkpoint.stored_in(details.dtype)
-        packing = Packing(compiled_parts.library_of(config, details, self.backend)) if mapped else None
+        packing = Packing(library) if mapped else None
         program = compiled_step(config, details, blueprint, self.backend, packing)
         if packing is not None:
             meanwhile()
             packing.run()
-        off = self.trial.run(self.model, self.backend, program)
-        self.notes += _rounding(config.quantization, program, off)
+        error = trial.run(self.model, self.backend, program)
+        self.notes += _rounding(config.quantization, program, error if off is None else off)
         self.trials.with_program(self.model, self.layers, self.backend, program)
-        return program, self._findings(blueprint)
+        return program, self._findings(blueprint, trial)
 
     def _blueprint(self) -> Any:
         """The model's parts, if it is to be compiled; None if that is not wanted or not for this device.
@@ -226,8 +232,8 @@ class _Building:
             raise NotRecognised(f"it needs the compiled attention of the CPU, not {self.backend.name!r} on {device}")
         return self._recognised()
 
-    def _findings(self, blueprint: Any) -> Findings | None:
-        """What was found out, if that is to be kept and the next load could do with it."""
+    def _findings(self, blueprint: Any, trial: Any) -> Findings | None:
+        """What was found out, if that is to be kept and the next load, which repeats the trial, could do with it."""
         from asyncengine.model.skeleton import described
 
         details = self._details
@@ -236,7 +242,7 @@ class _Building:
         found = described(self.model, self.layers.attention, blueprint, details.checkpoint)
         if found is None:
             return None
-        kept = self.trial.kept()
+        kept = trial.kept()
         limit = None if details.rope_limit is None else astuple(details.rope_limit)
         more = {"notes": list(self.notes), "rope_limit": limit}
         return Findings(found.description | kept.description | more, found.tensors | kept.tensors)

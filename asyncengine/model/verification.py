@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +24,11 @@ from asyncengine.model.attention import fp8
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.attention_modules import HOOK, attach, text_config
 from asyncengine.model.decoder.program import CompiledDecoder
+from asyncengine.model.draft_heads.taps import Taps, tapped
 from asyncengine.model.findings import Findings
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.fused.tiles import MOST_TOKENS
+from asyncengine.model.in_float32 import SHORT, ExpertsOneByOne, InFloat32
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.recurrent.states import States
 from asyncengine.model.widened import WidenedLinears, is_faster
@@ -33,6 +36,7 @@ from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
 
 if TYPE_CHECKING:
+    from asyncengine.model.decoder.roundings import Roundings
     from asyncengine.model.decoder.weights import Rounding
     from asyncengine.model.runner import TorchModel
 
@@ -62,6 +66,82 @@ _FP8_TOLERANCE = 0.4
 """Of a KV cache or weights in fp8. Larger: the model's numbers do not fit into it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How far off a compiled step may be from what transformers computes in float32.
+
+    Attributes:
+        tolerance: Relative error of the logits.
+        sparse: Whether tokens are sent to some of several experts. A rounding sends one of them elsewhere now and then,
+            and whatever comes behind it in its sequence is off then, be it by a third; so it is the first tokens that
+            are judged, but for those that see no other, and two of them have to be right.
+        states: (layers + 1, sequences, first tokens, hidden) as they enter each layer and leave the last; none if they
+            are not compared. A mistake that is in all layers is largest beside what rounding has come to in the first.
+        of_states: Relative error of each of these.
+    """
+
+    tolerance: float
+    sparse: bool = False
+    states: torch.Tensor | None = None
+    of_states: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, rounded: _Seen, exact: _Seen, expected: _Seen, sparse: bool, dtype: torch.dtype) -> Bound:
+        """What rounding in `dtype` comes to where transformers does it is what it may come to.
+
+        Args:
+            rounded: What the model comes to as it is.
+            exact: The same in float32.
+            expected: The same of weights as the compiled step has them.
+            sparse: As the attribute.
+            dtype: The model's.
+        """
+        own, least, most = cls(0.0, sparse), torch.finfo(dtype).eps / 2, _COMPILED_TOLERANCE[dtype]
+        first = exact.states.shape[2]
+
+        def allowed(found: torch.Tensor, right: torch.Tensor) -> float:
+            return min(max(own.error(found, right, first), least), most)
+
+        states = tuple(map(allowed, rounded.states, exact.states))
+        return cls(allowed(rounded.logits, exact.logits), sparse, expected.states, states)
+
+    def error(self, found: torch.Tensor, expected: torch.Tensor, first: int) -> float:
+        """What a tolerance is of.
+
+        Args:
+            found: (sequences, tokens, columns) logits or states.
+            expected: What they should be.
+            first: Tokens of each sequence that are computed at once.
+        """
+        if self.sparse and found[:, 1:first].shape[1] > 1:
+            return float(_errors(found, expected)[:, 1:first].flatten().kthvalue(2).values)
+        return _in_parts(found, expected, first)
+
+    def taps(self) -> Taps | None:
+        """Where a step of the first tokens is to leave its states, if they are compared."""
+        if self.states is None:
+            return None
+        layers, sequences, first, width = self.states.shape
+        return Taps(range(layers), sequences * first, width, torch.float32, self.states.device)
+
+    def errors_of_states(self, taps: Taps | None) -> Iterator[tuple[float, float]]:
+        """Relative errors of the states in `taps`, and what they may be."""
+        if taps is None or self.states is None:
+            return
+        layers, sequences, first, width = self.states.shape
+        found = taps.of(sequences * first).view(sequences, first, layers, width)
+        for layer, (expected, allowed) in enumerate(zip(self.states, self.of_states, strict=True)):
+            yield self.error(found[:, :, layer], expected, first), allowed
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What transformers makes of the sequences: logits, and states as `Bound` has them."""
+
+    logits: torch.Tensor
+    states: torch.Tensor
+
+
 class Trial:
     """Two short random sequences, and what transformers makes of them.
 
@@ -78,6 +158,7 @@ class Trial:
         expected: (2, tokens, columns) what transformers makes of them.
         every: Which columns of the logits these are: those whose numbers are multiples of it.
         cuts: Between which places the sequences are computed at once.
+        bound: How far off a compiled step may be; None is what its dtype allows.
     """
 
     def __init__(
@@ -90,6 +171,7 @@ class Trial:
         expected: torch.Tensor,
         every: int = 1,
         cuts: Sequence[int] = _CUTS,
+        bound: Bound | None = None,
     ) -> None:
         self.layers = layers
         self.apart: dict[str, str] = {}
@@ -99,6 +181,8 @@ class Trial:
         self._ids = ids
         self._expected = expected
         self._every = every
+        self._bound = bound
+        self._states: list[torch.Tensor] = []
         self._cuts = sorted({min(cut, ids.shape[1]) for cut in cuts})
 
     @classmethod
@@ -107,21 +191,64 @@ class Trial:
         text = text_config(model.config)
         ids = _sequences(text.vocab_size, getattr(text, "max_position_embeddings", None) or _TOKENS)
         dtype = next(model.parameters()).dtype
-        return cls(type(model).__name__, dtype, layers, device, ids, _plain(model, ids, device))
+        states: list[torch.Tensor] = []
+        watching: Any = contextlib.nullcontext(states)
+        if device.type == "cpu" and dtype in SHORT and layers.attention and not layers.recurrent:  # see `of_step`
+            watching = tapped(model, layers.attention[0].name, _CUTS[1])
+        with watching as states:
+            logits = _plain(model, ids, device)
+        trial = cls(type(model).__name__, dtype, layers, device, ids, logits)
+        trial._states = states
+        return trial
 
     @classmethod
     def recalled(cls, findings: Findings, dtype: torch.dtype, layers: Recorded, device: torch.device) -> Trial:
         """A trial whose expected logits were computed by an earlier load."""
         about, expected = findings.description, findings.tensors["expected"]
         ids = findings.tensors["ids"].numpy()  # to draw them again would import numpy's random numbers, for 0.1 s
-        return cls(about["name"], dtype, layers, device, ids, expected, about["every"], _RECALLED_CUTS)
+        bound = None if about["bound"] is None else Bound(*about["bound"])
+        return cls(about["name"], dtype, layers, device, ids, expected, about["every"], _RECALLED_CUTS, bound)
 
     def kept(self) -> Findings:
         """What `recalled` needs: a sample of the expected logits, since all of them would be megabytes."""
         every = -(-self._expected.shape[-1] // _KEPT_COLUMNS)
         expected = self._expected[..., ::every].contiguous()
         ids = torch.from_numpy(self._ids)
-        return Findings({"name": self._name, "every": every}, {"ids": ids, "expected": expected})
+        bound = None if self._bound is None else (self._bound.tolerance, self._bound.sparse)
+        about = {"name": self._name, "every": every, "bound": bound}
+        return Findings(about, {"ids": ids, "expected": expected})
+
+    def of_step(self, model: Any, roundings: Roundings) -> Trial:
+        """The same for a compiled step: in float32, and of weights that are rounded as the step has them.
+
+        What is left between the two is how the step rounds what is between its products. By that it may be as far off
+        as transformers' modules, which round more, are from float32; whatever else moves the logits farther shows.
+
+        Args:
+            model: As it was given before.
+            roundings: What becomes of its weights.
+
+        Returns:
+            The trial; this one where the numbers are float32 and stay so, or where that cannot be computed.
+        """
+        if not self._states or not roundings.told:
+            return self
+
+        def seen(within: InFloat32) -> _Seen:
+            with tapped(model, self.layers.attention[0].name, _CUTS[1]) as states:
+                logits = _plain(model, self._ids, self._device, within)
+            return _Seen(logits, torch.stack(states))
+
+        try:
+            with ExpertsOneByOne(model):
+                exact = expected = seen(InFloat32())
+                if roundings.some:
+                    expected = seen(InFloat32(roundings.of))
+        except (RuntimeError, TypeError):  # some function of torch's takes no numbers of two dtypes
+            return self
+        rounded = _Seen(self._expected, torch.stack(self._states))
+        bound = Bound.of(rounded, exact, expected, roundings.sparse, self._dtype)
+        return Trial(self._name, self._dtype, self.layers, self._device, self._ids, expected.logits, bound=bound)
 
     def run(
         self,
@@ -148,9 +275,17 @@ class Trial:
         """
         narrow = fp8_weights or kv_dtype not in (None, self._dtype)
         rounded = program is not None and program.rounded_to != "none"
-        error = self._error(2, self._cuts, model, backend, program, kv_dtype, in_parts=not (narrow or rounded))
-        tolerance = tolerance_of(self._dtype, program, "none", narrow)
-        self._judge(error, tolerance, "fp8" if fp8_weights else kv_dtype or self._dtype)
+        number = "fp8" if fp8_weights else str(kv_dtype or self._dtype)
+        expected, first = self._expected[:, : self._cuts[-1]], self._cuts[1]
+        bound = None if program is None else self._bound
+        taps = None if bound is None else bound.taps()
+        found = self._found(2, self._cuts, model, backend, program, kv_dtype, taps=taps)
+        if bound is not None:
+            for layer, (error, allowed) in enumerate(bound.errors_of_states(taps)):
+                self._judge(error, allowed, f"{number} as layer {layer} begins")
+            self._judge(bound.error(found, expected, first), bound.tolerance, number)
+        error = relative(found, expected) if narrow or rounded else _in_parts(found, expected, first)
+        self._judge(error, tolerance_of(self._dtype, program, "none", narrow), number)
         return error
 
     def off(self, before: Trial, rounded_to: Rounding = "int4") -> float:
@@ -224,38 +359,52 @@ class Trial:
         cuts: Sequence[int],
         model: Any,
         backend: AttentionBackend,
-        program: CompiledDecoder | None = None,
-        kv_dtype: torch.dtype | None = None,
         fused: FusedDecoder | None = None,
         around: Callable[[Any], Any] | None = None,
-        in_parts: bool = True,
     ) -> float:
         """Relative error of the median row over the first `rows` sequences, computed in pieces from cut to cut: of the
         first piece or of all others, whichever is larger.
 
         Each layer's attention is called through what `around` makes of it.
         """
+        found = self._found(rows, cuts, model, backend, fused=fused, around=around)
+        return _in_parts(found, self._expected[:rows, : cuts[-1]], cuts[1])
+
+    def _found(
+        self,
+        rows: int,
+        cuts: Sequence[int],
+        model: Any,
+        backend: AttentionBackend,
+        program: CompiledDecoder | None = None,
+        kv_dtype: torch.dtype | None = None,
+        fused: FusedDecoder | None = None,
+        around: Callable[[Any], Any] | None = None,
+        taps: Taps | None = None,
+    ) -> torch.Tensor:
+        """The logits of the first `rows` sequences, (rows, tokens, columns), in the same pieces.
+
+        A program leaves the states of the first piece in `taps`.
+        """
         length = self._ids.shape[1]
         dtypes = self._dtype, kv_dtype or self._dtype
         with stepping(model, self.layers, backend, program, dtypes, self._device, length, 2, around) as runner:
             if fused is not None:
                 runner.use_fused(fused)
-            with torch.inference_mode():
-                pieces = [
-                    runner.logits(piece(self._ids[:rows], start, end)).reshape(rows, end - start, -1)
-                    for start, end in itertools.pairwise(cuts)
-                ]
+            pieces = []
+            for start, end in itertools.pairwise(cuts):
+                if program is not None:
+                    program.taps = None if start else taps
+                with torch.inference_mode():
+                    pieces.append(runner.logits(piece(self._ids[:rows], start, end)).reshape(rows, end - start, -1))
+            if program is not None:
+                program.taps = None
             found = torch.cat([each[..., :: self._every] for each in pieces], dim=1).float()
             states = runner.states
         if states is not None:
             self.layers = self.layers.alone(states.alone).apart(states.apart)
             self.apart |= states.apart
-        expected, first = self._expected[:rows, : cuts[-1]], cuts[1]
-        if first == cuts[-1] or not in_parts:
-            return relative(found, expected)
-        # What goes on from a cache or a state is judged by itself: a model that keeps none would pass by the others.
-        errors = [relative(found[:, some], expected[:, some]) for some in (slice(first), slice(first, None))]
-        return max(errors)
+        return found
 
     def _judge(self, error: float, tolerance: float, number: object) -> None:
         if not error <= tolerance:  # NaN is no less a failure
@@ -327,25 +476,41 @@ def stepping(
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative error of the median row."""
-    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
-    return float(error.flatten().median())
+    return float(_errors(found, expected).flatten().median())
+
+
+def _errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Relative error of each row."""
+    errors: torch.Tensor = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+    return errors
+
+
+def _in_parts(found: torch.Tensor, expected: torch.Tensor, first: int) -> float:
+    """The same of the first tokens of each sequence or of all others, whichever is larger.
+
+    What goes on from a cache or a state is judged by itself: a model that keeps none would pass by the others.
+    """
+    parts = [part for part in (slice(first), slice(first, None)) if expected[:, part].numel()]
+    return float(torch.tensor([relative(found[:, part], expected[:, part]) for part in parts]).max())  # NaN is largest
 
 
 def _sequences(vocab_size: int, longest: int) -> NDArray[np.int32]:
     return np.random.default_rng(0).integers(0, vocab_size, size=(2, min(_TOKENS, longest)), dtype=np.int32)
 
 
-def _plain(model: Any, ids: Any, device: torch.device) -> torch.Tensor:
-    """Logits by transformers alone; (2, tokens, vocabulary)."""
+def _plain(
+    model: Any, ids: Any, device: torch.device, within: contextlib.AbstractContextManager[Any] | None = None
+) -> torch.Tensor:
+    """Logits by transformers alone, (2, tokens, vocabulary); in a context of how torch's functions are computed."""
     from asyncengine.model import architecture
 
     model.set_attn_implementation("eager")
-    faster = WidenedLinears() if is_faster(device) else contextlib.nullcontext()
+    if within is None:
+        within = WidenedLinears() if is_faster(device) else contextlib.nullcontext()
     try:
-        with torch.inference_mode(), faster:
-            logits: torch.Tensor = model(
-                input_ids=torch.from_numpy(ids.astype(np.int64)).to(device), use_cache=False
-            ).logits.float()
+        with torch.inference_mode(), within:
+            found = model(input_ids=torch.from_numpy(ids.astype(np.int64)).to(device), use_cache=False)
+        logits: torch.Tensor = found.logits.float()
         return logits
     finally:
         architecture.attend_here(model)

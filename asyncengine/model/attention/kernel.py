@@ -29,6 +29,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "decoder_lanes": (_INTEGER, ()),
     "decoder_pack": (None, (_POINTER, _INTEGER, _INTEGER)),
     "decoder_pack_codes": (None, (_POINTER, _INTEGER, _INTEGER)),
+    "decoder_round": (None, (_POINTER, _INTEGER)),
     "decoder_int8_router": (_INTEGER, ()),
     "decoder_step": (ctypes.c_int, (_POINTER, _POINTER)),
     "decoder_experts": (

@@ -264,60 +264,85 @@ inline uint32_t word_of(uint32_t bytes) {
   return gathered(bytes & 0x0f0f0f0fu) | gathered(bytes >> 4 & 0x0f0f0f0fu) << 16;
 }
 
-// Rounds numbers that share a scale as `nearest` in four_bits.py does; `count` is a multiple of a bundle.
-float round_share(const uint16_t *numbers, int64_t count, uint8_t *codes, float *wide) {
-  float extreme = 0, best = 0, least = kInfinity;
-  for (int64_t i = 0; i < count; ++i) {
-    wide[i] = BFloat16::widen(numbers[i]);
-    if (std::fabs(wide[i]) > std::fabs(extreme)) extreme = wide[i];
+inline Vec widen_bfloat16(const uint16_t *from) {
+  typedef uint16_t Halves16 __attribute__((vector_size(kLanes * 2)));
+  return (Vec)(__builtin_convertvector(load<Halves16>(from), Words) << 16);
+}
+
+// Numbers in units of their scale, rounded to what bits of a code can stand for.
+template <int Bits>
+inline Vec rounded(const float *wide, float scale) {
+  constexpr float kLeast = Bits == 4 ? -8.0f : -127.0f, kMost = Bits == 4 ? 7.0f : 127.0f;
+  const Vec shifter = splat(12582912.0f), whole = (load<Vec>(wide) / scale + shifter) - shifter;
+  const Vec low = maximum(whole, splat(kLeast));
+  return low > kMost ? splat(kMost) : low;
+}
+
+// Widens numbers that share a scale, and finds it as `nearest` in four_bits.py does; or NaN, if there is a number among
+// them that is none, and 0 if all are 0. `count` is a multiple of a bundle.
+inline float scale_of_share(const uint16_t *numbers, int64_t count, float *wide) {
+  Vec above = {}, below = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec x = widen_bfloat16(numbers + i);
+    store(wide + i, x);
+    above = maximum(x, above);
+    below = maximum(-x, below);
   }
-  const auto rounded = [&](int64_t i, float scale) {
-    const Vec shifter = splat(12582912.0f), whole = (load<Vec>(wide + i) / scale + shifter) - shifter;
-    const Vec low = maximum(whole, splat(-8.0f));
-    return low > 7.0f ? splat(7.0f) : low;
-  };
+  const float highest = lanes_max(above), lowest = lanes_max(below);
+  float extreme = highest > lowest ? highest : -lowest, best = 0, least = kInfinity;
+  if (highest == lowest)  // the first of them
+    for (int64_t i = count; i-- > 0;)
+      if (std::fabs(wide[i]) == highest) extreme = wide[i];
   for (const float farthest : {-8.0f, -7.5f, -7.0f}) {
     const float scale = extreme != 0 ? extreme / farthest : 1.0f;
     Vec errors = {};
     for (int64_t i = 0; i < count; i += kLanes) {
-      const Vec error = rounded(i, scale) * scale - load<Vec>(wide + i);
+      const Vec error = rounded<4>(wide + i, scale) * scale - load<Vec>(wide + i);
       errors = errors + error * error;
     }
     const float error = lanes_sum(errors);
     if (error < least) least = error, best = scale;
   }
-  if (least == kInfinity) {  // there is a number among them that is none
-    std::memset(codes, 0, size_t(count / 2));
-    return __builtin_nanf("");
-  }
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec found = rounded(i, best) + 8.0f;
-    for (int j = 0; j < kLanes; j += 2) codes[(i + j) / 2] = uint8_t(int(found[j]) | int(found[j + 1]) << 4);
-  }
+  if (least == kInfinity) return __builtin_nanf("");
   return extreme != 0 ? best : 0.0f;
 }
 
-// Rounds numbers that share a scale as `nearest_bytes` in eight_bits.py does.
-float round_bytes(const uint16_t *numbers, int64_t count, uint8_t *codes, float *wide) {
-  float most = 0;
-  bool strange = false;
-  for (int64_t i = 0; i < count; ++i) {
-    wide[i] = BFloat16::widen(numbers[i]);
-    most = std::max(most, std::fabs(wide[i]));
-    strange = strange || !std::isfinite(wide[i]);
-  }
-  if (strange) {
-    std::memset(codes, 0, size_t(count));
-    return __builtin_nanf("");
-  }
-  const float scale = most / 127.0f, divisor = scale != 0 ? scale : 1.0f;
-  const Vec shifter = splat(12582912.0f);
+// The same as `nearest_bytes` in eight_bits.py does.
+inline float scale_of_bytes(const uint16_t *numbers, int64_t count, float *wide) {
+  Words most = {};
   for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec low = maximum((load<Vec>(wide + i) / divisor + shifter) - shifter, splat(-127.0f));
-    const Vec found = low > 127.0f ? splat(127.0f) : low;
-    for (int j = 0; j < kLanes; ++j) codes[i + j] = uint8_t(int8_t(found[j]));
+    const Vec x = widen_bfloat16(numbers + i);
+    store(wide + i, x);
+    const Words magnitude = (Words)x & 0x7fffffffu;
+    most = magnitude > most ? magnitude : most;
+  }
+  const uint32_t bits = most_of(most);
+  return bits >= 0x7f800000u ? __builtin_nanf("") : load<float>(&bits) / 127.0f;
+}
+
+// Rounds numbers that share a scale, which is returned. What is no number is no code either.
+template <int Bits>
+float round_share(const uint16_t *numbers, int64_t count, uint8_t *codes, float *wide) {
+  const float scale = Bits == 4 ? scale_of_share(numbers, count, wide) : scale_of_bytes(numbers, count, wide);
+  if (scale != scale) {
+    std::memset(codes, 0, size_t(count * Bits / 8));
+    return scale;
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec found = rounded<Bits>(wide + i, scale != 0 ? scale : 1.0f) + (Bits == 4 ? 8.0f : 0.0f);
+    if constexpr (Bits == 4)
+      for (int j = 0; j < kLanes; j += 2) codes[(i + j) / 2] = uint8_t(int(found[j]) | int(found[j + 1]) << 4);
+    else
+      for (int j = 0; j < kLanes; ++j) codes[i + j] = uint8_t(int8_t(found[j]));
   }
   return scale;
+}
+
+// What numbers that share a scale are rounded to.
+template <int Bits>
+void round_numbers(const uint16_t *numbers, int64_t count, float *to, float *wide) {
+  const float scale = Bits == 4 ? scale_of_share(numbers, count, wide) : scale_of_bytes(numbers, count, wide);
+  for (int64_t i = 0; i < count; i += kLanes) store(to + i, rounded<Bits>(wide + i, scale != 0 ? scale : 1.0f) * scale);
 }
 
 // Packs the outputs of one vector, whose rows begin where the pointers say.
@@ -370,7 +395,7 @@ void pack_codes(const CodesPacking &p, int64_t group) {
   wide.resize(size_t(share));
   const int64_t count = std::min<int64_t>(kLanes, p.outputs - first);
   for (int64_t i = 0; i < count * shares; ++i)
-    scales[size_t(i)] = (bits == 8 ? round_bytes : round_share)(
+    scales[size_t(i)] = (bits == 8 ? round_share<8> : round_share<4>)(
         p.numbers + (first + i / shares) * p.row_stride + i % shares * share, share, codes.data() + i * share * bits / 8,
         wide.data());
   pack_rows(p, group, codes.data(), scales.data(), nullptr);

@@ -141,6 +141,13 @@ struct Packing {  // one matrix that is to be packed
   int64_t first_group, group_step;  // group g of the outputs becomes group first_group + g * group_step
   float *scales;                    // of int8 weights, or null
 };
+
+struct Rounding {  // of numbers to codes, and what these stand for
+  const uint16_t *from;  // bfloat16
+  int64_t outputs, inputs, row_stride;
+  int64_t bits, group;  // of a code; inputs that share a scale
+  float *to;            // (outputs, inputs)
+};
 }
 
 namespace {
@@ -1770,6 +1777,16 @@ void pack(const CodesPacking &packing, Phase &phase) {
   phase.run((packing.outputs + kLanes - 1) / kLanes, [&](int64_t group) { pack_codes(packing, group); });
 }
 
+void pack(const Rounding &r, Phase &phase) {
+  phase.run(r.outputs, [&](int64_t row) {
+    static thread_local std::vector<float> wide;
+    wide.resize(size_t(r.group));
+    for (int64_t i = 0; i < r.inputs; i += r.group)
+      (r.bits == 8 ? round_numbers<8> : round_numbers<4>)(r.from + row * r.row_stride + i, r.group,
+                                                          r.to + row * r.inputs + i, wide.data());
+  });
+}
+
 template <class Packing>
 void pack_all(const Packing *packings, int64_t count, int64_t threads) {
   struct Work {
@@ -1834,6 +1851,9 @@ extern "C" void decoder_pack(const Packing *packings, int64_t count, int64_t thr
 extern "C" void decoder_pack_codes(const CodesPacking *packings, int64_t count, int64_t threads) {
   pack_all(packings, count, threads);
 }
+
+// Makes numbers of what numbers would be rounded to when they are packed.
+extern "C" void decoder_round(const Rounding *rounding, int64_t threads) { pack_all(rounding, 1, threads); }
 
 // Returns 0, or 1 when there is no memory for the step, which the calling thread keeps for its next one.
 extern "C" int decoder_step(const Decoder *decoder, const DecoderStep *step) {

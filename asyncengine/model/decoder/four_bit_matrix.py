@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,6 +85,30 @@ def packed(
         turns: As for `PackedMatrix`.
         later: As for `PackedMatrix`.
     """
+    form = form_of(weights, rounding)
+    if form.rounding == "int4":
+        return FourBitMatrix(library, weights, biases, turns=turns, later=later)
+    if form.rounding == "bytes":
+        return ByteMatrix(library, weights, biases, turns=turns, later=later)
+    numbers = [each if isinstance(each, torch.Tensor) else each.weight(torch.bfloat16) for each in weights]
+    return PackedMatrix(library, numbers, biases, turns=turns, int8=form.rounding == "int8", later=later)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the weights of a matrix become.
+
+    Attributes:
+        rounding: As `packed` is told; "int4" and "bytes" also where all are codes.
+        group: Inputs that share a scale in these two.
+    """
+
+    rounding: Rounding
+    group: int = GROUP
+
+
+def form_of(weights: Sequence[Weights], rounding: Rounding) -> Form:
+    """What `packed` makes of weights."""
     codes = [weight for weight in weights if not isinstance(weight, torch.Tensor)]
     given = [weight for weight in codes if isinstance(weight, FourBits)]
     fits = weights[0].shape[1] % GROUP == 0
@@ -93,9 +118,7 @@ def packed(
         four_bits = four_bits and len({each.values for each in given}) == 1
         four_bits = four_bits and not any(weight.group % GROUP for weight in given)
     if fits and four_bits:
-        return FourBitMatrix(library, weights, biases, turns=turns, later=later)
+        return Form("int4", math.gcd(*(weight.group for weight in given)) if given else GROUP)
     if fits and (codes or rounding == "bytes"):
-        return ByteMatrix(library, weights, biases, turns=turns, later=later)
-    numbers = [each if isinstance(each, torch.Tensor) else each.weight(torch.bfloat16) for each in weights]
-    int8 = bool(codes) or rounding != "none"
-    return PackedMatrix(library, numbers, biases, turns=turns, int8=int8, later=later)
+        return Form("bytes", math.gcd(GROUP, *(weight.group for weight in codes)))
+    return Form("int8" if codes or rounding != "none" else "none")

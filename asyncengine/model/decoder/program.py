@@ -222,6 +222,11 @@ def _has_codes(parts: LayerParts) -> bool:
     )
 
 
+def rounding_of(blueprint: Blueprint, quantization: Quantization) -> Rounding:
+    """What a compiled step's numbers are rounded to, of a model's layers that are no codes."""
+    return "bytes" if any(map(_has_codes, blueprint.layers)) else quantization
+
+
 class CompiledDecoder:
     """A model's weights, packed, and the code that runs them.
 
@@ -257,7 +262,7 @@ class CompiledDecoder:
         self.adapters: CompiledAdapters | None = None
         self.taps: Taps | None = None
         self.as_stored = any(map(_has_codes, blueprint.layers))
-        self.rounded_to: Rounding = "bytes" if self.as_stored else quantization
+        self.rounded_to = rounding_of(blueprint, quantization)
         self._layers = [_Layer(library, parts, dtype, self.rounded_to, later) for parts in blueprint.layers]
         self._norm = (PackedNorm(blueprint.norm, later=later), blueprint.norm)
         for _, part in self._norms():

@@ -6,7 +6,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +92,36 @@ def tap_modules(model: nn.Module, layer_name: str, taps: Taps) -> None:
             layers[layer].register_forward_pre_hook(entering(layer), with_kwargs=True)
         else:
             layers[-1].register_forward_hook(leaving)
+
+
+@contextlib.contextmanager
+def tapped(model: nn.Module, layer_name: str, tokens: int) -> Iterator[list[torch.Tensor]]:
+    """Within the block, what a model's modules hand on from layer to layer.
+
+    Args:
+        model: Of transformers.
+        layer_name: As `tap_modules` has it.
+        tokens: The first of each sequence, whose states are wanted.
+
+    Yields:
+        A list to which a run adds (sequences, tokens, hidden) float32 states: as they enter each layer, and leave the
+        last one.
+    """
+    layers, found = layers_of(model, layer_name), list[torch.Tensor]()
+
+    def entering(module: nn.Module, arguments: Any, named: Any) -> None:
+        found.append((arguments[0] if arguments else named["hidden_states"])[:, :tokens].float())
+
+    def leaving(module: nn.Module, arguments: Any, output: Any) -> None:
+        found.append((output if isinstance(output, torch.Tensor) else output[0])[:, :tokens].float())
+
+    hooks = [layer.register_forward_pre_hook(entering, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(leaving))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def layers_of(model: nn.Module, layer_name: str) -> nn.ModuleList:

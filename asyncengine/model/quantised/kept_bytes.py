@@ -19,11 +19,19 @@ _SCALE, _SHORT_SCALE = 4, 2
 """Bytes of a scale; the latter in the compiled code of the CPU, for four bits."""
 _ALIGNMENT = 16
 """Inputs of linear layers that the compiled code multiplies are multiples of it."""
+_BEHIND_LATENTS = "kv_b_proj.weight"
 Where = Literal["cuda", "compiled", "modules"]
 """What multiplies: a CUDA device, the compiled step of the CPU, or there the modules of transformers."""
 
 
-def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization, words: int, where: Where) -> int:
+def kept_bytes(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    words: int,
+    where: Where,
+    of_head: tuple[int, int] | None = None,
+) -> int:
     """Bytes of all weights in the form in which they are kept.
 
     What is a linear layer is told by shapes: matrices that have nothing to do with the vocabulary.
@@ -34,6 +42,7 @@ def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantiz
         quantization: `EngineConfig.quantization`.
         words: Size of the vocabulary.
         where: What multiplies.
+        of_head: Where latents are kept, how many outputs of the matrix behind them make a head's key, and its value.
     """
     tables = [shape for shape in checkpoint.shapes.values() if words in shape and len(shape) == 2]
     if quantization == "none" or not checkpoint.tensors:
@@ -49,7 +58,9 @@ def kept_bytes(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantiz
     for name, shape in checkpoint.shapes.items():
         count, outputs = prod(shape), prod(shape[:-1])
         linear = words not in shape and not as_stored
-        if name in in_bytes:
+        if of_head is not None and name.endswith(_BEHIND_LATENTS) and quantization != "fp8":
+            total += count * dtype.itemsize if cuda else _behind_latents(shape, of_head, bool(as_stored))
+        elif name in in_bytes:
             total += _in_bytes(shape, True)
         elif name in as_stored and as_stored[name].form == "int8":
             total += as_stored[name].kept_nbytes + outputs * _SCALE
@@ -80,6 +91,13 @@ def _beside_bytes(as_stored: Mapping[str, CodedWeight]) -> set[str]:
         beside[together].append(weight)
     mixed = (each for each in beside.values() if len({weight.form for weight in each}) > 1)
     return {weight.name for each in mixed for weight in each if weight.form == "int4"}
+
+
+def _behind_latents(shape: tuple[int, ...], of_head: tuple[int, int], groups: bool) -> int:
+    """Bytes of a matrix that is multiplied with queries from its other side, and is never in four bits."""
+    (outputs, rank), (key, value) = shape, of_head
+    heads = outputs // (key + value)
+    return _in_bytes((heads * rank, key), groups) + _in_bytes((heads * value, rank), groups)
 
 
 def _in_bytes(shape: tuple[int, ...], groups: bool) -> int:

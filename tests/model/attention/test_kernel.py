@@ -20,6 +20,7 @@ from tests.model.attention.targets import require_target
 
 DECODERS = """
 extern "C" void decoder_lanes() {}
+extern "C" void decoder_round() {}
 extern "C" void decoder_int8_router() {}
 extern "C" void decoder_pack_codes() {}
 extern "C" void decoder_pack() {}
