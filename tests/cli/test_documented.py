@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 from typer.testing import CliRunner
 
 from tests.cli.programs import APP
 from tests.docs.pages import ROOT, Block, blocks
 from tests.model import tiny_adapters
+from tests.model.speech import checkpoints as speech
 
 PAGE = ROOT / "docs/cli.md"
 BLOCKS = [block for block in blocks(PAGE) if block.language == "sh"]
@@ -46,6 +48,9 @@ def test_a_block_runs(block: Block, address: str, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     if "=./pirate" in block.code:
         tiny_adapters.write(tmp_path / "pirate", 1)
+    if "./whisper" in block.code:
+        speech.write(tmp_path / "whisper", times=True)
+        soundfile.write(tmp_path / "talk.wav", speech.sound(1, 1.5), speech.RATE)
     for line in block.code.splitlines():
         words = shlex.split(line.replace(HERE, address))
         stdin = ""
