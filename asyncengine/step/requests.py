@@ -63,7 +63,7 @@ class RequestTable:
         self._tokenizer: Tokenizer | None = None
         self._vocab_size = 0
         self._poolings: tuple[Pooling, ...] = ()
-        self._generates, self._takes_pairs = True, False
+        self._generates, self._takes_pairs, self._begins_with_audio = True, False, False
         self.dense: tuple[Dense, ...] = ()
         self.classifier: Classifier | None = None
         self._media_reader: MediaReader | None = None
@@ -145,10 +145,11 @@ class RequestTable:
             if new.adapter is not None and self.adapters.get(new.adapter) is None:
                 raise InvalidRequestError(unknown_adapter(new.adapter, self.adapters.names))
         full = self.max_queue_size
+        # More than it ever takes, as the pieces of a long audio may be, come in when nobody else waits.
         if (
             instruction.when_full == "raise"
             and full is not None
-            and self._waiting_new + len(self._queued) + len(instruction.requests) > full
+            and self._waiting_new + len(self._queued) + min(len(instruction.requests), full) > full
         ):
             self.counters.admission_rejections += len(instruction.requests)
             raise EngineOverloadedError(
@@ -465,7 +466,7 @@ class RequestTable:
         self._vocab_size = loaded.vocab_size
         self._poolings, self._generates, self._takes_pairs = loaded.poolings, loaded.has_head, loaded.takes_pairs
         self.classifier, self.dense = loaded.classifier, loaded.dense
-        self._media_reader = loaded.media_reader
+        self._media_reader, self._begins_with_audio = loaded.media_reader, loaded.begins_with_audio
         self.adapters = adapters
         for request in list(self._requests.values()):
             request.adapter = adapters.get(request.new.adapter)
@@ -510,6 +511,8 @@ class RequestTable:
             return InvalidRequestError(f"request {new.request_id}: the new model has no classification head")
         if new.pooling is None and not self._generates:
             return InvalidRequestError(f"request {new.request_id}: the new model has no language-model head")
+        if new.media is None and self._begins_with_audio:
+            return InvalidRequestError(f"request {new.request_id}: the new model writes what it hears; it has no audio")
         if new.media is not None:
             reader = self._media_reader
             if reader is None or new.media.reader != reader.key or not new.media.kinds <= set(reader.kinds):
