@@ -194,8 +194,9 @@ class AsyncEngine(EngineReadings):
 
         Cancelling it aborts the requests.
         """
+        _check_options(options)
         asked = TranscriptionPrompt(audio, language, hint, task, timestamps)
-        return await transcribing.transcribe(self._add, await self._view(), asked, config, options)
+        return await transcribing.transcribe(self._add, self._view, asked, config, options)
 
     def generate_many(
         self,

@@ -96,7 +96,7 @@ def details_of(
         ) from error
     if checkpoint.coded:
         raise UnsupportedModelError(f"{checkpoint.name} is a {hf_config.model_type}; quantised ones cannot be served")
-    if checkpoint.classifies:
+    if any(str(named).endswith("Classification") for named in hf_config.architectures or ()):
         raise UnsupportedModelError(f"{checkpoint.name} is a classifier of audio, which cannot be served")
     tokenizer_path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
     if tokenizer_key(tokenizer_path) is None:
