@@ -34,6 +34,8 @@ from asyncengine import (
 from asyncengine.logits_processor import LogitsRow
 from asyncengine.loop import transcribing
 from asyncengine.loop.encoding import media_readers, transcribing_of
+from asyncengine.model.attention import select
+from asyncengine.model.attention.protocol import BackendUnavailableError
 from asyncengine.model.speech.model import SpeechEncoder
 from asyncengine.model.speech.transcription import WhisperTranscription
 from asyncengine.transcription import AudioPiece, TranscriptionPrompt
@@ -601,6 +603,18 @@ async def test_without_settings_of_generation(written: Callable[..., Path], tmp_
         with pytest.raises(InvalidRequestError, match="English alone"):
             await serving.transcribe(heard(1), language="de")
         assert (await serving.transcribe(heard(1))).usage.audio_tokens == 104
+
+
+async def test_it_says_that_a_faster_back_end_cannot_be_had(
+    written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise BackendUnavailableError("there is no compiler")
+
+    monkeypatch.setattr(select, "CpuAttention", refuse)
+    async with engine(written()) as serving:
+        assert "attention: there is no compiler" in serving.health().notes
+        assert (await serving.transcribe(heard(1), GenerationConfig(max_tokens=2), language="de")).text
 
 
 async def test_a_tokenizer_of_another_kind(written: Callable[..., Path]) -> None:
