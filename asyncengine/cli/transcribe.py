@@ -125,6 +125,10 @@ class Listening:
         except OSError as error:
             return InvalidRequestError(error.strerror or str(error))
         except AsyncEngineError as error:
+            if str(error).startswith("timestamps "):
+                return InvalidRequestError(
+                    f"--format is {self.form.value}, and the model knows no times; allowed: text"
+                )
             return error
 
     def _written(self, path: Path, found: Transcript) -> str:

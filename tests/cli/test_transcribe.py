@@ -51,6 +51,9 @@ def test_files_are_written_in_their_order(tmp_path: Path) -> None:
     assert (done.status, done.out) == (0, "8\n")
     done = run("transcribe", "scripted", paths[0], "--translate", loader=loader)
     assert (done.status, done.out) == (1, "") and "the model only transcribes" in done.err
+    done = run("transcribe", "scripted", paths[0], "--format", "srt", loader=loader)
+    assert (done.status, done.out) == (1, "")
+    assert f"{paths[0]}: --format is srt, and the model knows no times; allowed: text" in done.err
 
 
 def test_forms(whisper: Path, tmp_path: Path) -> None:
