@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import json
 import os
 import re
 import sys
@@ -77,6 +78,22 @@ def read_utf8() -> None:
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+def encodable(text: str) -> str:
+    """A text with question marks where standard output has no such characters."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def as_json(entry: dict[str, Any]) -> str:
+    """An object as JSON, with its characters as they are where standard output can take them."""
+    text = json.dumps(entry, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(entry)
+    return text
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asyncengine.cli.command import read_utf8
+from asyncengine.cli.command import as_json, read_utf8
 from asyncengine.cli.flags import AnsweringFlags, GenerationFlags, Model
 from asyncengine.errors import AsyncEngineError, InvalidRequestError
 
@@ -147,23 +147,13 @@ class Completion:
         """Writes an answer; says whether it is one."""
         good = not isinstance(answer, AsyncEngineError)
         if self._jsonl:
-            print(_json(_entry(index, line.text, answer)), flush=True)
+            print(as_json(_entry(index, line.text, answer)), flush=True)
         elif isinstance(answer, AsyncEngineError):
             print(flush=True)
             print(f"asyncengine: line {line.number}: {answer}", file=sys.stderr, flush=True)
         else:
             print(answer.text, flush=True)
         return good
-
-
-def _json(entry: dict[str, Any]) -> str:
-    """An object as JSON, with its characters as they are where standard output can take them."""
-    text = json.dumps(entry, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(entry)
-    return text
 
 
 def _object(line: str) -> dict[str, Any]:

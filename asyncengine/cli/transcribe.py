@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asyncengine.cli.command import Failure
+from asyncengine.cli.command import Failure, as_json, encodable
 from asyncengine.cli.flags import AnsweringFlags, GenerationFlags
 from asyncengine.errors import AsyncEngineError, InvalidRequestError
 
@@ -81,6 +80,7 @@ class Listening:
         loaded = self.engine.complete_engine_config
         assert loaded is not None and loaded.max_num_sequence is not None
         failed, at_once = False, asyncio.Semaphore(2 * loaded.max_num_sequence)
+        gone: BrokenPipeError | None = None
 
         async def hear(path: Path) -> Transcript | AsyncEngineError:
             async with at_once:
@@ -89,15 +89,25 @@ class Listening:
         async with asyncio.TaskGroup() as group:
             heard = [group.create_task(hear(path)) for path in files]
             for path, task in zip(files, heard, strict=True):
-                found = await task
-                if isinstance(found, AsyncEngineError):
-                    failed = True
-                    print(f"asyncengine: {path}: {found}", file=sys.stderr, flush=True)
-                elif self.form is Form.TEXT and len(files) > 1:
-                    print(f"{path}: {found.text}", flush=True)
-                else:
-                    print(self._written(path, found), flush=True)
+                try:
+                    failed = not self._write(path, await task, len(files)) or failed
+                except BrokenPipeError as error:  # nobody reads on
+                    gone = error
+                    break
+            for task in heard:
+                task.cancel()
+        if gone is not None:
+            raise gone
         return int(failed)
+
+    def _write(self, path: Path, found: Transcript | AsyncEngineError, files: int) -> bool:
+        """Writes what is said in one of so many files; says whether it could be heard."""
+        if isinstance(found, AsyncEngineError):
+            print(f"asyncengine: {path}: {found}", file=sys.stderr, flush=True)
+            return False
+        written = self._written(path, found)
+        print(encodable(f"{path}: {written}" if self.form is Form.TEXT and files > 1 else written), flush=True)
+        return True
 
     async def _hear(self, path: Path) -> Transcript | AsyncEngineError:
         import asyncio
@@ -115,6 +125,10 @@ class Listening:
         except OSError as error:
             return InvalidRequestError(error.strerror or str(error))
         except AsyncEngineError as error:
+            if str(error).startswith("timestamps "):
+                return InvalidRequestError(
+                    f"--format is {self.form.value}, and the model knows no times; allowed: text"
+                )
             return error
 
     def _written(self, path: Path, found: Transcript) -> str:
@@ -128,4 +142,4 @@ class Listening:
             return subtitles.vtt(found.segments)
         segments = [{"start": each.start, "end": each.end, "text": each.text} for each in found.segments]
         about = {"file": str(path), "text": found.text, "language": found.language, "seconds": found.seconds}
-        return json.dumps(about | {"segments": segments}, ensure_ascii=sys.stdout.encoding.lower() != "utf-8")
+        return as_json(about | {"segments": segments})

@@ -148,7 +148,7 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
     elif isinstance(prompt, (Pair, TextPair)):
         if prompt.size <= _INLINE_CHARACTERS and (view.takes_pairs or prompt.has_template):
             return typed(lambda: _encode_pair(prompt, view, most))
-        return await _in_thread(lambda: _encode_pair(prompt, view, most))
+        return await in_thread(lambda: _encode_pair(prompt, view, most))
     elif isinstance(prompt, str):
         text = prompt
         if not text:
@@ -157,7 +157,7 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
         if len(text) <= _INLINE_CHARACTERS:
             ids = typed(lambda: _encode_text(text, model, most))
         else:
-            return Encoded(await _in_thread(lambda: token_ids_of(_encode_text(text, model, most), view)))
+            return Encoded(await in_thread(lambda: token_ids_of(_encode_text(text, model, most), view)))
     elif isinstance(prompt, AsyncIterable) and not isinstance(prompt, Iterable):
         raise InvalidRequestError("the prompt is an async iterator; add_request, stream and generate take one")
     elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
@@ -195,7 +195,7 @@ async def _encode_chat(conversation: Conversation, view: ModelView) -> Encoded:
     arguments = conversation.template_arguments
     messages, sources = take_media(conversation.messages)
     if not sources:
-        return Encoded(await _in_thread(lambda: token_ids_of(model.encode_chat(messages, arguments), view)))
+        return Encoded(await in_thread(lambda: token_ids_of(model.encode_chat(messages, arguments), view)))
     if not hasattr(model, "encode_chat_by"):
         raise InvalidRequestError(
             f"the messages have {_named(sources)}; the tokenizer has no encode_chat_by, which they need"
@@ -239,7 +239,7 @@ async def _read_media(sources: Sources, view: ModelView, write: Write, encode: C
         found = reader.read(sources, write, encode, view.max_tokens - 1)
         return Encoded(token_ids_of(found.token_ids, view), found.media)
 
-    return await _in_thread(read, _media_readers())
+    return await in_thread(read, media_readers())
 
 
 def check_media(kinds: Collection[Kind], view: ModelView) -> None:
@@ -259,7 +259,7 @@ def _named(sources: Sources) -> str:
     return " and ".join(PLURALS[kind] for kind in KINDS if sources.get(kind))
 
 
-def _media_readers() -> anyio.CapacityLimiter:
+def media_readers() -> anyio.CapacityLimiter:
     """Lets few images and audio of a loop be read at once, since a large one takes a lot of memory meanwhile."""
     try:
         return _readers.get()
@@ -268,7 +268,8 @@ def _media_readers() -> anyio.CapacityLimiter:
         return limiter
 
 
-async def _in_thread(function: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
+async def in_thread(function: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
+    """As `typed`, on a worker thread; cancelling does not stop it."""
     return await anyio.to_thread.run_sync(lambda: typed(function), abandon_on_cancel=True, limiter=limiter)
 
 

@@ -204,8 +204,7 @@ class AsyncEngine(EngineReadings):
         _check_options(options)
         asked, clock = TranscriptionPrompt(audio, language, hint, task, timestamps), self._thread.core.clock
         options = options.begun(clock())
-        view = await in_time(self._view(), options.deadlines, clock())
-        return await transcribing.transcribe(self._add, view, asked, config, options, clock)
+        return await transcribing.transcribe(self._add, self._view, asked, config, options, clock)
 
     async def check_request(
         self,

@@ -5,23 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Protocol, TypeVar
-
-import anyio.to_thread
+from typing import Protocol
 
 from asyncengine.generation import GenerationConfig
 from asyncengine.loop.deadline import in_time
-from asyncengine.loop.encoding import AnyPrompt, transcribing_of
+from asyncengine.loop.encoding import AnyPrompt, in_thread, media_readers, transcribing_of
 from asyncengine.loop.many import ManyStream
 from asyncengine.loop.prepare import RequestOptions, checked_config
 from asyncengine.loop.stream import RequestStream
-from asyncengine.loop.token_ids import typed
 from asyncengine.media import AudioPrompt
 from asyncengine.outputs import FinishReason, RequestResult, Transcript, Usage
 from asyncengine.step.model import ModelView
 from asyncengine.transcription import AudioPiece, LanguageQuestion, Transcribing, TranscriptionPrompt
 
-T = TypeVar("T")
+_Config = Callable[[ModelView], GenerationConfig]
 
 
 class _Add(Protocol):
@@ -30,7 +27,7 @@ class _Add(Protocol):
     def __call__(
         self,
         prompts: Sequence[AnyPrompt],
-        configs: Sequence[Callable[[ModelView], GenerationConfig]],
+        configs: Sequence[_Config],
         options: RequestOptions,
         *,
         many: bool = False,
@@ -39,9 +36,13 @@ class _Add(Protocol):
         ...
 
 
+class _Reloaded(Exception):
+    """Another model was loaded meanwhile, which may hear otherwise and write other tokens."""
+
+
 async def transcribe(
     add: _Add,
-    view: ModelView,
+    see: Callable[[], Awaitable[ModelView]],
     asked: TranscriptionPrompt,
     config: GenerationConfig | None,
     options: RequestOptions,
@@ -51,44 +52,87 @@ async def transcribe(
 
     Args:
         add: Adds requests.
-        view: What is loaded.
+        see: What is loaded, once something is.
         asked: Of all of the audio.
         config: How to generate.
         options: Id, priority, deadlines, which have begun, of each request that comes of it.
         clock: Seconds of the deadlines' clock.
     """
-    given, transcribing = checked_config(config), transcribing_of(view)
-    typed(functools.partial(transcribing.request, asked))  # a wrong language need not wait for the audio
-    cutting = _in_thread(lambda: list(transcribing.pieces(asked.audio)))
-    pieces = await in_time(cutting, options.deadlines, clock())
+    given = checked_config(config)
+    while True:
+        try:
+            transcribing = transcribing_of(await in_time(see(), options.deadlines, clock()))
+            return await _transcribed(add, transcribing, asked, given, options, clock)
+        except _Reloaded:
+            continue
+
+
+async def _transcribed(
+    add: _Add,
+    transcribing: Transcribing,
+    asked: TranscriptionPrompt,
+    given: GenerationConfig,
+    options: RequestOptions,
+    clock: Callable[[], float],
+) -> Transcript:
+    """The same by one model, from the first question to the last piece.
+
+    Raises:
+        _Reloaded: It has gone before all was asked.
+    """
+
+    def here(config: GenerationConfig) -> _Config:
+        def of(view: ModelView) -> GenerationConfig:
+            if transcribing_of(view) is not transcribing:
+                raise _Reloaded
+            return config
+
+        return of
+
+    async def cut() -> Sequence[AudioPiece]:
+        # A wrong language need not wait for the audio. A hint may be long.
+        await in_thread(functools.partial(transcribing.request, asked))
+        return await in_thread(lambda: list(transcribing.pieces(asked.audio)), media_readers())
+
+    pieces = await in_time(cut(), options.deadlines, clock())
     question, before = transcribing.question, []
     if question is not None and asked.language is None:
-        before = [await _answer(add, question, pieces[0], options)]
+        before = [await _answer(add, question, pieces[0], here, options)]
         if not before[0].token_ids:  # it was aborted
             return Transcript("", before[0].usage, before[0].finish_reason)
         asked = replace(asked, language=question.languages[before[0].token_ids[0]])
     elif asked.language is not None:
         asked = replace(asked, language=transcribing.code(asked.language))
-
-    def settings(view: ModelView) -> GenerationConfig:
-        nonlocal transcribing
-        transcribing = transcribing_of(view)  # of who hears it, whatever was loaded meanwhile
-        return transcribing.settings(given, asked)
-
     prompts = [replace(asked, audio=piece.audio) for piece in pieces]
-    if len(prompts) == 1:
-        results = [await (await add(prompts, [settings], options))[0]]
-    else:
-        results = await ManyStream(lambda: add(prompts, [settings] * len(prompts), options, many=True))
-    return await _in_thread(lambda: _joined(transcribing, asked, pieces, before, results))
+    results = await _results(add, prompts, here(transcribing.settings(given, asked)), options)
+    return await in_thread(lambda: _joined(transcribing, asked, pieces, before, results))
 
 
-async def _answer(add: _Add, question: LanguageQuestion, piece: AudioPiece, options: RequestOptions) -> RequestResult:
+async def _answer(
+    add: _Add,
+    question: LanguageQuestion,
+    piece: AudioPiece,
+    here: Callable[[GenerationConfig], _Config],
+    options: RequestOptions,
+) -> RequestResult:
     """Which language is spoken. What was computed of the audio for it is in the prefix cache afterwards."""
     config = GenerationConfig(temperature=0.0, max_tokens=1, allowed_token_ids=question.languages, detokenize=False)
     prompt = AudioPrompt(question.text, [piece.audio])
-    [stream] = await add([prompt], [lambda view: config], replace(options, request_id=None))
+    [stream] = await add([prompt], [here(config)], replace(options, request_id=None))
     return await stream
+
+
+async def _results(
+    add: _Add, prompts: Sequence[TranscriptionPrompt], config: _Config, options: RequestOptions
+) -> list[RequestResult]:
+    """What is said in each piece. The first that fails ends the others: nobody would hear of them."""
+    if len(prompts) == 1:
+        return [await (await add(prompts, [config], options))[0]]
+    async with ManyStream(lambda: add(prompts, [config] * len(prompts), options, many=True)) as many:
+        async for index, _ in many:
+            if (error := many.streams[index].error) is not None:
+                raise error
+        return await many
 
 
 def _joined(
@@ -100,8 +144,12 @@ def _joined(
 ) -> Transcript:
     texts, segments = [], []
     for piece, result in zip(pieces, results, strict=True):
-        text = transcribing.text(result.token_ids)
-        texts.append(result.text if text is None else text)
+        text, stop = transcribing.text(result.token_ids), result.outputs[0].stop_reason
+        if text is None:
+            text = result.text
+        elif isinstance(stop, str):  # the text of a request ends before it, its tokens behind
+            text = text.partition(stop)[0]
+        texts.append(text)
         if asked.timestamps:
             of_tokens = result.outputs[0].logprobs
             logprobs = None if of_tokens is None else [each.logprob for each in of_tokens if each is not None]
@@ -131,7 +179,3 @@ def _together(usages: Sequence[Usage]) -> Usage:
         first_token_seconds=max(firsts, default=None),
         total_seconds=max(usage.total_seconds for usage in usages),
     )
-
-
-async def _in_thread(function: Callable[[], T]) -> T:
-    return await anyio.to_thread.run_sync(lambda: typed(function), abandon_on_cancel=True)

@@ -52,6 +52,8 @@ def _of_purpose(new: NewRequest, loaded: LoadedModel) -> str | None:
         return "the new model has no classification head"
     if new.pooling is None and not loaded.has_head:
         return "the new model has no language-model head"
+    if new.media is None and loaded.begins_with_audio:
+        return "the new model writes what it hears; it has no audio"
     return None
 
 

@@ -134,10 +134,11 @@ class RequestTable:
             if new.adapter is not None and self.adapters.get(new.adapter) is None:
                 raise InvalidRequestError(unknown_adapter(new.adapter, self.adapters.names))
         full = self.max_queue_size
+        # More than it ever takes, as the pieces of a long audio may be, come in when nobody else waits.
         if (
             instruction.when_full == "raise"
             and full is not None
-            and self._waiting_new + len(self._queued) + len(instruction.requests) > full
+            and self._waiting_new + len(self._queued) + min(len(instruction.requests), full) > full
         ):
             self.counters.admission_rejections += len(instruction.requests)
             raise EngineOverloadedError(

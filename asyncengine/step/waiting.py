@@ -35,7 +35,9 @@ class WaitingQueue:
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is."""
         del self._members[sequence]
-        if len(self._heap) > 64 + 2 * len(self._members):
+        if not self._members:  # entries keep prompts, and what is in them
+            self._heap.clear()
+        elif len(self._heap) > 64 + 2 * len(self._members):
             self._heap = [entry for entry in self._heap if self._members.get(entry[2]) == entry[1]]
             heapq.heapify(self._heap)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import soundfile
+from typer.testing import CliRunner
 
 from asyncengine.model.loader import TransformersLoader
-from tests.cli.programs import Done, run, scripted_loader
+from tests.cli.programs import APP, ENVIRONMENT, Done, run, scripted_loader
 from tests.model.speech import checkpoints
 
 pytestmark = pytest.mark.loops("either")
@@ -48,6 +51,9 @@ def test_files_are_written_in_their_order(tmp_path: Path) -> None:
     assert (done.status, done.out) == (0, "8\n")
     done = run("transcribe", "scripted", paths[0], "--translate", loader=loader)
     assert (done.status, done.out) == (1, "") and "the model only transcribes" in done.err
+    done = run("transcribe", "scripted", paths[0], "--format", "srt", loader=loader)
+    assert (done.status, done.out) == (1, "")
+    assert f"{paths[0]}: --format is srt, and the model knows no times; allowed: text" in done.err
 
 
 def test_forms(whisper: Path, tmp_path: Path) -> None:
@@ -96,3 +102,36 @@ def test_the_estimate_knows_what_an_audio_takes(whisper: Path) -> None:
     assert done.status == 1 and "does not fit" in done.out
     done = run("estimate", str(whisper), "--max-model-len", "128")
     assert done.status == 1 and "(max_single_sequence_length) is 128; an audio takes 128" in done.err
+
+
+SPEAKING = """
+import sys
+from asyncengine.cli import main
+from tests.cli.programs import scripted_loader
+main(scripted_loader(script=lambda prompt, branch: b"x", takes_audio=True))
+"""
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.bin" for number in range(3)]
+    for path in paths:
+        path.write_bytes(b"x")
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", SPEAKING, "transcribe", "scripted", *map(str, paths)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.wait(timeout=30) == 1
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_characters_that_standard_output_does_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"x")
+    loader = scripted_loader(script=lambda prompt, branch: "\u00fcber".encode(), takes_audio=True)
+    done = CliRunner(charset="ascii").invoke(APP, ["transcribe", "scripted", str(path)], obj=loader)
+    assert (done.exit_code, done.stdout) == (0, "?ber\n")

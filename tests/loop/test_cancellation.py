@@ -28,7 +28,9 @@ from asyncengine import (
     RequestStream,
 )
 from asyncengine.loop import delivery
-from asyncengine.testing import ScriptedLoader
+from asyncengine.testing import ScriptedLoader, media
+from asyncengine.testing.media import MARKS, ScriptedTranscription
+from asyncengine.transcription import AudioPiece, LanguageQuestion
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -495,6 +497,30 @@ async def test_at_every_await_of_awaiting_generate_many(rig: Rig) -> None:
 
     assert await cancelled_at_every_await(many, rig.comes_to_rest) >= 1
     await rig.serves()
+
+
+class Asking(ScriptedTranscription):
+    """Asks which language is spoken, and hears two bytes at once."""
+
+    question = LanguageQuestion(MARKS["audio"], {ord("a"): "en"})
+
+    def pieces(self, audio: bytes) -> list[AudioPiece]:
+        return [AudioPiece(audio[at : at + 2]) for at in range(0, len(audio), 2)]
+
+
+async def test_at_every_await_of_transcribe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the language is found out, and while two pieces are heard."""
+    monkeypatch.setattr(media, "ScriptedTranscription", Asking)
+    rig = Rig(endless)
+    rig.loader.takes_audio = True
+
+    async def transcribe() -> None:
+        found = await rig.engine.transcribe(b"abcd", GenerationConfig(max_tokens=5))
+        assert (found.text, found.language) == ("abcdeabcde", "en")
+
+    async with rig:
+        assert await cancelled_at_every_await(transcribe, rig.comes_to_rest) >= 6
+        await rig.serves()
 
 
 async def test_at_every_await_of_pin_prompt(rig: Rig) -> None:

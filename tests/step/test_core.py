@@ -424,6 +424,17 @@ class TestAdmission:
         assert isinstance(case.error(ticket), EngineOverloadedError)
         assert len(case.core.requests) == 1
 
+    def test_more_than_the_queue_ever_takes_come_in_when_nobody_waits(self) -> None:
+        case = loaded(max_queue_size=2)
+        news = [case.new("b", max_tokens=1) for _ in range(5)]
+        ticket = case.call(lambda to: case.adding(*news, when_full="raise", to=to))
+        assert case.core.metrics().num_requests_queued == 3
+        refused = case.call(lambda to: case.adding(case.new("c"), when_full="raise", to=to))
+        assert isinstance(case.error(refused), EngineOverloadedError)
+        case.run()
+        assert case.answer(ticket) is True
+        case.check()
+
     def test_a_waiter_is_admitted_when_a_single_step_ends_all_others(self) -> None:
         case = loaded(max_queue_size=1)
         case.add("a", max_tokens=1)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +48,20 @@ def test_branches_of_one_request_go_in_order() -> None:
     queue.push(second)
     queue.push(first)
     assert drained(queue) == [first, second]
+
+
+def test_one_that_left_is_let_go() -> None:
+    """Its prompt may have audio in it."""
+    queue = WaitingQueue()
+    sequences = [sequence(arrival) for arrival in range(3)]
+    for one in sequences:
+        queue.push(one)
+    gone = [weakref.ref(one.request.new.prompt) for one in sequences]
+    for one in sequences[::-1]:
+        queue.remove(one)
+    del one, sequences
+    gc.collect()
+    assert [each() for each in gone] == [None] * 3
 
 
 def test_one_that_was_preempted_keeps_its_place() -> None:

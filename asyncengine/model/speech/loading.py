@@ -44,6 +44,8 @@ from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer, WritingTokenizer
 
+_Backends = tuple[AttentionBackend, AttentionBackend]
+
 _CHUNK = 2048
 """Tokens of prompts in a step, where the configuration leaves that open: an audio and what stands behind it."""
 _TRIAL = (3, 2, 1, 1)
@@ -74,7 +76,7 @@ def plan_of(
         AsyncEngineError: It cannot be loaded; the kind says why.
     """
     details = details_of(config, current, checkpoint, device, dtype)
-    for backend in _backends(config, details):
+    for backend in _backends(config, details)[0]:
         check_layers(config, backend, {"": spec_of(details.hf_config)}, dtype, device)
     beside = fits(details, current)
     if not beside and checkpoint.tensors:  # there are no headers in pickles
@@ -99,7 +101,7 @@ def details_of(
         ) from error
     if checkpoint.coded:
         raise UnsupportedModelError(f"{checkpoint.name} is a {hf_config.model_type}; quantised ones cannot be served")
-    if checkpoint.classifies:
+    if any(str(named).endswith("Classification") for named in hf_config.architectures or ()):
         raise UnsupportedModelError(f"{checkpoint.name} is a classifier of audio, which cannot be served")
     tokenizer_path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
     if tokenizer_key(tokenizer_path) is None:
@@ -149,8 +151,9 @@ def load(plan: LoadPlan) -> LoadedModel:
         assert tokenizer is not None
         keep_for_next_load(tokenizer)
         model = _with_weights(details)
-        _try(model, details, _backends(config, details))
-        return _loaded(plan, details, model, tokenizer)
+        backends, notes = _backends(config, details)
+        _try(model, details, backends)  # which has them take what they take beside the KV cache
+        return _loaded(plan, details, model, tokenizer, backends, notes)
     except BaseException as error:
         if model is not None:
             take_apart(model)
@@ -164,10 +167,17 @@ def load(plan: LoadPlan) -> LoadedModel:
         memory.give_back()
 
 
-def _loaded(plan: LoadPlan, details: SpeechDetails, model: SpeechDecoder, tokenizer: Tokenizer) -> LoadedModel:
-    config, device, backends = plan.config, details.device, _backends(plan.config, details)
+def _loaded(
+    plan: LoadPlan,
+    details: SpeechDetails,
+    model: SpeechDecoder,
+    tokenizer: Tokenizer,
+    backends: _Backends,
+    notes: list[str],
+) -> LoadedModel:
+    config, device = plan.config, details.device
     limits, complete = _limits(config, details, backends[0], plan.tokenizer_key is not None)
-    reader, notes = _reader(details, model, tokenizer)
+    reader, refused = _reader(details, model, tokenizer)
     text, heard = _serving(
         model, details, backends, limits, Sampler(limits.max_num_sequence, details.vocab_size, device)
     )
@@ -186,7 +196,7 @@ def _loaded(plan: LoadPlan, details: SpeechDetails, model: SpeechDecoder, tokeni
         tokenizer=tokenizer,
         tokenizer_key=plan.tokenizer_key,
         memory_bytes=weights + blocks,
-        notes=tuple(notes),
+        notes=(*notes, *refused),
         media_reader=reader,
         begins_with_audio=True,
         no_media={"image": "it hears", "audio": ""},
@@ -225,16 +235,19 @@ def _with_weights(details: SpeechDetails) -> SpeechDecoder:
     return served
 
 
-def _backends(config: EngineConfig, details: SpeechDetails) -> tuple[AttentionBackend, AttentionBackend]:
-    """What attends to the tokens before, and what attends to audio: each keeps its own plan of a step."""
-    first, second = (select_attention(config, details.device, details.dtype).backend for _ in range(2))
-    return first, second
+def _backends(config: EngineConfig, details: SpeechDetails) -> tuple[_Backends, list[str]]:
+    """What attends to the tokens before, and what attends to audio: each keeps its own plan of a step. And what there
+    is to be said of them, in words.
+    """
+    first, second = (select_attention(config, details.device, details.dtype) for _ in range(2))
+    reason = first.fallback_reason
+    return (first.backend, second.backend), [] if reason is None else [f"attention: {reason}"]
 
 
 def _serving(
     model: SpeechDecoder,
     details: SpeechDetails,
-    backends: tuple[AttentionBackend, AttentionBackend],
+    backends: _Backends,
     limits: Limits,
     sampler: Any,
 ) -> tuple[TorchModel, HeardLayers]:
@@ -246,7 +259,7 @@ def _serving(
     return TorchModel(model, paged, sampler, details.device), heard
 
 
-def _try(model: SpeechDecoder, details: SpeechDetails, backends: tuple[AttentionBackend, AttentionBackend]) -> None:
+def _try(model: SpeechDecoder, details: SpeechDetails, backends: _Backends) -> None:
     """Compares the decoder over a paged cache with transformers', behind what no encoder gives out.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from asyncengine.model.media.encoder import Features, MediaEncoder
 from asyncengine.model.runner import TorchModel
 from asyncengine.model.speech.decoder import HeardLayers, SpeechDecoder
 from asyncengine.model.speech.parting import Places, of_text
-from asyncengine.step.batch import Int32, StepBatch, StepTokens
+from asyncengine.step.batch import NO_PAIRS, Int32, StepBatch, StepTokens
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 
@@ -75,15 +76,15 @@ class SpeechModel:
         """Writes what a step has of audio; returns the rest of it, if there is one."""
         assert self._heard is not None
         with torch.inference_mode():
+            if len(batch.copies):  # before a block is written that one is copied from
+                self._text.copy_blocks(batch.copies)
+                batch = dataclasses.replace(batch, copies=NO_PAIRS)
             for part in batch.media:
                 rows = self._encoder.features(part.item).rows[part.first : part.first + len(part.tokens)]
                 self._heard.write(rows, batch.slot_mapping[part.tokens])
             text = of_text(batch, self._places)
-            if text is None:
-                if len(batch.copies):
-                    self._text.copy_blocks(batch.copies)
-                return None
-            self._heard.begin(batch)
+            if text is not None:
+                self._heard.begin(batch)
         return text
 
     def device_lost(self, error: BaseException) -> bool:

@@ -57,8 +57,10 @@ class SpeechReader:
         inputs = {"input_features": features}
         [token_id], count = self.token_ids.values(), self._places.count
         item = MediaItem("audio", digest_of("audio", inputs), inputs, np.arange(count), token_id)
-        ids = [token_id] * count + write(self._tokenizer.encode_piece)  # special tokens around it are the caller's
-        return ReadPrompt(ids, PromptMedia((item,), self.key))
+        begin = write(self._tokenizer.encode_piece)  # special tokens around it are the caller's
+        if not begin:
+            raise InvalidRequestError("the prompt's text comes to no tokens; the decoder begins with at least one")
+        return ReadPrompt([token_id] * count + begin, PromptMedia((item,), self.key))
 
     def _features(self, source: Any) -> Any:
         rate = self._hearing.rate

@@ -50,4 +50,4 @@ class Rules:
 
 
 def _ids(generation: Any, name: str, vocab_size: int) -> torch.Tensor:
-    return torch.tensor([token for token in getattr(generation, name, None) or () if token < vocab_size]).long()
+    return torch.tensor([token for token in getattr(generation, name, None) or () if 0 <= token < vocab_size]).long()

@@ -26,8 +26,6 @@ from asyncengine.transcription import AudioPiece, LanguageQuestion, Transcriptio
 _START, _NO_TIMES, _BEFORE = "<|startoftranscript|>", "<|notimestamps|>", "<|startofprev|>"
 _MULTILINGUAL_VOCABULARY = 51865
 """From so many tokens on, a published model knows other languages than English, where nothing else is said."""
-_NO_TIME = 1 << 30
-"""Behind all times."""
 _MOST_OF_HINT = 2
 """A hint may take one of so many parts of the tokens that the decoder has room for."""
 
@@ -72,9 +70,12 @@ class WhisperTranscription:
         self._tokenizer, self._hearing, self._longest = tokenizer, hearing, longest
         self._end = self._token("<|endoftext|>")
         self._rules = Rules(generation, self._token(_NO_TIMES), self._end, vocab_size)
-        self._first_time = self._rules.first_time
-        codes = {code: f"<|{code}|>" for code in LANGUAGES}
-        known = {code: token for code, mark in codes.items() if (token := self._find(mark)) is not None}
+        frames = round(hearing.samples / hearing.rate / hearing.seconds)
+        self._times = range(self._rules.first_time, self._rules.first_time + frames + 1)
+        stated = getattr(generation, "lang_to_id", None) or LANGUAGES
+        codes = {code: f"<|{code}|>" for code in (mark.removeprefix("<|").removesuffix("|>") for mark in stated)}
+        found = {code: self._find(mark) for code, mark in codes.items()}
+        known = {code: token for code, token in found.items() if token is not None and token < vocab_size}
         told = getattr(generation, "is_multilingual", None)
         if told is None:
             told = hasattr(generation, "lang_to_id") or vocab_size >= _MULTILINGUAL_VOCABULARY
@@ -86,6 +87,10 @@ class WhisperTranscription:
     def _find(self, mark: str) -> int | None:
         ids = self._tokenizer.encode_piece(mark)
         return ids[0] if len(ids) == 1 else None
+
+    def _is_text(self, token: int) -> bool:
+        """Whether it is said. Tokens that a finetuned model knows besides have ids behind those of times."""
+        return token < self._end or token >= self._times.stop
 
     def _token(self, mark: str) -> int:
         found = self._find(mark)
@@ -108,10 +113,11 @@ class WhisperTranscription:
         """As the protocol says."""
         hint = "" if asked.hint is None or not asked.hint.strip() else self._hint(asked.hint)
         marks = [_START]
-        code = "en" if asked.language is None else self.code(asked.language)
-        if code not in (self._languages or ("en",)):
-            known = ", ".join(sorted(self._languages)) or "English alone"
-            raise InvalidRequestError(f"language is {asked.language!r:.80}; the model knows {known}")
+        known = self._languages or {"en": 0}
+        code = next(iter(known)) if asked.language is None else self.code(asked.language)
+        if code not in known:
+            codes = ", ".join(sorted(self._languages)) or "English alone"
+            raise InvalidRequestError(f"language is {asked.language!r:.80}; the model knows {codes}")
         if self._languages:
             marks += [f"<|{code}|>", f"<|{asked.task}|>"]
         elif asked.task != "transcribe":
@@ -121,7 +127,7 @@ class WhisperTranscription:
     def _hint(self, hint: str) -> str:
         text = f" {hint.strip()}"
         ids = self._tokenizer.encode_piece(text)
-        if any(token >= self._end for token in ids):
+        if not all(map(self._is_text, ids)):
             raise InvalidRequestError(f"hint is {hint!r:.80}, which has marks of the model's in it")
         if len(ids) >= (most := self._longest // _MOST_OF_HINT):
             raise InvalidRequestError(f"hint has {len(ids)} tokens; allowed: up to {most - 1}")
@@ -145,7 +151,7 @@ class WhisperTranscription:
 
     def text(self, token_ids: Sequence[int]) -> str | None:
         """As the protocol says."""
-        said = [token for token in token_ids if token < self._first_time]
+        said = [token for token in token_ids if token not in self._times]
         return self._tokenizer.decode(said, skip_special_tokens=True)
 
     def segments(
@@ -155,11 +161,11 @@ class WhisperTranscription:
         assert piece.end is not None
         found: list[TranscriptSegment] = []
         start, first = piece.start, 0
-        for place, token in enumerate([*token_ids, self._first_time + _NO_TIME]):
-            if token < self._first_time:
+        for place, token in enumerate([*token_ids, self._times[-1]]):
+            if token not in self._times:
                 continue
-            time = min(piece.start + (token - self._first_time) * self._hearing.seconds, piece.end)
-            said = [place for place in range(first, place) if token_ids[place] < self._end]
+            time = min(piece.start + (token - self._times.start) * self._hearing.seconds, piece.end)
+            said = [place for place in range(first, place) if self._is_text(token_ids[place])]
             ids = tuple(token_ids[place] for place in said)
             if text := self._tokenizer.decode(ids, skip_special_tokens=True).strip():
                 likely = None if logprobs is None else fmean(logprobs[place] for place in said)

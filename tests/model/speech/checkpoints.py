@@ -92,11 +92,11 @@ def _spread(name: str, weight: torch.Tensor) -> float:
     return 3 * inputs
 
 
-def write(path: Path, seed: int = 0, multilingual: bool = True, times: bool = False) -> Path:
-    """Writes a random checkpoint whose greedy answers depend on what it hears."""
+def write(path: Path, seed: int = 0, multilingual: bool = True, times: bool = False, **changes: Any) -> Path:
+    """Writes a random checkpoint whose greedy answers depend on what it hears; its configuration may be changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = WhisperForConditionalGeneration._from_config(config(), dtype=torch.float32)
+        model = WhisperForConditionalGeneration._from_config(config(**changes), dtype=torch.float32)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.dim() > 1 and "encoder.embed_positions" not in name:

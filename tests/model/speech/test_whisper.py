@@ -23,14 +23,21 @@ from asyncengine import (
     ConfigError,
     ContextLengthExceededError,
     EngineConfig,
+    EngineOverloadedError,
     FinishReason,
     GenerationConfig,
     InvalidRequestError,
+    RequestOptions,
     StepError,
     UnsupportedModelError,
 )
-from asyncengine.loop.encoding import transcribing_of
+from asyncengine.logits_processor import LogitsRow
+from asyncengine.loop import transcribing
+from asyncengine.loop.encoding import media_readers, transcribing_of
+from asyncengine.model.attention import select
+from asyncengine.model.attention.protocol import BackendUnavailableError
 from asyncengine.model.speech.model import SpeechEncoder
+from asyncengine.model.speech.transcription import WhisperTranscription
 from asyncengine.transcription import AudioPiece, TranscriptionPrompt
 from tests.model.speech import checkpoints
 from tests.model.speech.checkpoints import END, FIRST_TIME, IDS, RATE, ROOM, sound
@@ -294,6 +301,44 @@ async def test_it_comes_and_goes(written: Callable[..., Path]) -> None:
             await serving.transcribe(heard(1), language="de")
 
 
+async def test_a_request_without_audio_does_not_go_over_to_it(written: Callable[..., Path]) -> None:
+    """It would be taken for one whose first tokens stand for an audio."""
+    async with AsyncEngine(EngineConfig("tiny", device="cpu")) as serving:
+        await serving.pause()
+        vocabulary = list(range(100))
+        stream = await serving.add_request([5, 6, 7], GenerationConfig(max_tokens=9, allowed_token_ids=vocabulary))
+        await serving.reload(engine_config(written()).replace(tokenizer="tiny"), in_flight="carry")
+        with pytest.raises(InvalidRequestError, match="the new model writes what it hears; it has no audio"):
+            await stream
+
+
+async def test_another_model_between_the_language_and_the_text(
+    written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a transcript is by one model: the language that it found, and the tokens that are its own."""
+    path, other = written(6), written(1)
+    seed = next(
+        seed
+        for seed in range(9)
+        if checkpoints.language_of(path, sound(seed, 1.3)) != checkpoints.language_of(other, sound(seed, 1.3))
+    )
+    answer_before, reloads = transcribing._answer, [EngineConfig(str(other), device="cpu", dtype="float32")]
+
+    async def then_reload(*given: Any) -> Any:
+        found = await answer_before(*given)
+        if reloads:
+            await serving.reload(reloads.pop())
+        return found
+
+    monkeypatch.setattr(transcribing, "_answer", then_reload)
+    async with engine(path) as serving:
+        found = await serving.transcribe(heard(seed))
+        assert not reloads
+        alone = await serving.transcribe(heard(seed))
+    assert (found.language, found.text) == (alone.language, alone.text)
+    assert found.language == checkpoints.language_of(other, sound(seed, 1.3))
+
+
 def engine_config(path: Path) -> EngineConfig:
     return EngineConfig(str(path), device="cpu", dtype="float32", max_num_sequence=4)
 
@@ -348,6 +393,71 @@ async def test_one_that_cannot_be_encoded_ends_its_own_requests(
         assert len(failed) == 1 and isinstance(failed[0], StepError) and "a bad day" in str(failed[0])
 
 
+async def test_a_piece_that_fails_ends_the_others(
+    written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, encoded = SpeechEncoder._audio, list[bytes]()
+
+    def fail(self: Any, given: Any, item: Any) -> Any:
+        encoded.append(item.digest)
+        if len(encoded) == 1:
+            raise RuntimeError("a bad day")
+        return encode(self, given, item)
+
+    monkeypatch.setattr(SpeechEncoder, "_audio", fail)
+    async with engine(written(), max_num_sequence=1) as serving:
+        with pytest.raises(StepError, match="a bad day"):
+            await serving.transcribe(heard(9, 7.5), language="de")
+        await serving.drain()
+        ended = serving.metrics().counters.requests
+    assert ended["error"] == 1 and ended["abort"] >= 2
+
+
+async def test_more_pieces_than_the_queue_has_places(written: Callable[..., Path]) -> None:
+    at_once = RequestOptions(when_full="raise")
+    async with engine(written(), max_queue_size=2, max_num_sequence=1) as serving:
+        short = GenerationConfig(max_tokens=3)
+        expected = await serving.transcribe(heard(9, 7.5), short, language="de")
+        assert (await serving.transcribe(heard(9, 7.5), short, at_once, language="de")).text == expected.text
+        await serving.pause()
+        before = await serving.add_request(AudioPrompt("<|startoftranscript|>", [heard(1)]), short)
+        with pytest.raises(EngineOverloadedError, match="1 requests wait; max_queue_size is 2"):
+            await serving.transcribe(heard(9, 7.5), short, at_once, language="de")
+        await serving.resume()
+        await before
+
+
+async def test_the_loop_goes_on_while_an_audio_is_read(
+    written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hints, which may be long, are read on threads, and audio on few: many at once would take a lot of memory."""
+    request, pieces = WhisperTranscription.request, WhisperTranscription.pieces
+    threads, at_once = list[threading.Thread](), list[int]()
+
+    def requested(self: Any, asked: Any) -> str:
+        threads.append(threading.current_thread())
+        return request(self, asked)
+
+    def cut(self: Any, audio: Any) -> Any:
+        at_once.append(readers.borrowed_tokens)
+        return pieces(self, audio)
+
+    monkeypatch.setattr(WhisperTranscription, "request", requested)
+    monkeypatch.setattr(WhisperTranscription, "pieces", cut)
+    async with engine(written()) as serving:
+        readers = media_readers()
+        await serving.transcribe(heard(1), GenerationConfig(max_tokens=1), language="de", hint="x " * 5)
+    assert threading.current_thread() not in threads and at_once == [1]
+
+
+async def test_a_transcript_ends_before_a_stop_string(written: Callable[..., Path]) -> None:
+    async with engine(written()) as serving:
+        whole = await serving.transcribe(heard(0), language="de")
+        stop = whole.text[6:8]
+        cut = await serving.transcribe(heard(0), GenerationConfig(stop_strs=stop), language="de")
+    assert (cut.text, cut.finish_reason) == (whole.text.partition(stop)[0], FinishReason.STOP) and cut.text
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"language": "xx"}, "language is 'xx'; the model knows de, en, fr"),
     ({"language": 3}, "language is 3"),
@@ -382,6 +492,8 @@ async def test_wrong_prompts(written: Callable[..., Path]) -> None:
             await serving.transcribe((np.zeros(0, np.float32), RATE))
         with pytest.raises(InvalidRequestError, match=r"audio\[0\]: an audio is 3"):
             await serving.transcribe(3)
+        with pytest.raises(InvalidRequestError, match="options is 3"):
+            await serving.transcribe(heard(1), None, 3)  # type: ignore[arg-type]
         with pytest.raises(InvalidRequestError):
             await serving.chat([{"role": "user", "content": [{"type": "audio", "audio": heard(1)}]}])
         with pytest.raises(InvalidRequestError):
@@ -447,6 +559,41 @@ async def test_damaged_checkpoints(
             pass
 
 
+async def test_classifiers_of_audio(written: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "classifier"
+    shutil.copytree(written(), path)
+    changed("config.json", architectures=["WhisperForAudioClassification"])(path)
+    with pytest.raises(UnsupportedModelError, match="is a classifier of audio"):
+        async with engine(path):
+            pass
+
+
+async def test_a_finetuned_one_of_other_languages_and_more_words(written: Callable[..., Path], tmp_path: Path) -> None:
+    """Which languages it knows, its checkpoint says; the tokens of its words are behind those of times."""
+    path = tmp_path / "finetuned"
+    shutil.copytree(written(vocab_size=checkpoints.VOCABULARY + 1), path)
+    own = checkpoints.tokenizer()
+    own.add_tokens(["zebra"])
+    own.save_pretrained(path)
+    zebra = checkpoints.VOCABULARY
+    changed("generation_config.json", lang_to_id={"<|de|>": IDS["<|de|>"]}, suppress_tokens=[-1, 65])(path)
+    async with engine(path) as serving:
+        transcribing = transcribing_of(await serving._view())
+        with pytest.raises(InvalidRequestError, match="the model knows de"):
+            await serving.transcribe(heard(1), language="en")
+        assert (await serving.transcribe(heard(1), GenerationConfig(max_tokens=1))).language == "de"
+    hinted = transcribing.request(TranscriptionPrompt(None, "de", "a zebra"))
+    assert hinted.startswith("<|startofprev|> a zebra<|startoftranscript|>")
+    tokens = [FIRST_TIME + 5, 66, zebra, FIRST_TIME + 20, END]
+    [segment] = transcribing.segments(tokens, None, AudioPiece(None, 10.0, 11.5))
+    assert segment.text == transcribing.text(tokens) == "Bzebra"
+    assert (segment.start, segment.end) == (pytest.approx(10.1), pytest.approx(10.4))
+    [processor] = transcribing.settings(GenerationConfig(), TranscriptionPrompt(None, "de")).logits_processors
+    logits = torch.zeros(zebra + 1)
+    processor(logits, LogitsRow(np.array([5], np.int32), np.empty(0, np.int32), 0))
+    assert torch.isinf(logits).nonzero()[:, 0].tolist() == [32, 65, END]
+
+
 async def test_without_settings_of_generation(written: Callable[..., Path], tmp_path: Path) -> None:
     """Whether it knows languages is told by its vocabulary then, as of the published ones: this one does not."""
     path = tmp_path / "bare"
@@ -458,10 +605,26 @@ async def test_without_settings_of_generation(written: Callable[..., Path], tmp_
         assert (await serving.transcribe(heard(1))).usage.audio_tokens == 104
 
 
+async def test_it_says_that_a_faster_back_end_cannot_be_had(
+    written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise BackendUnavailableError("there is no compiler")
+
+    monkeypatch.setattr(select, "CpuAttention", refuse)
+    async with engine(written()) as serving:
+        assert "attention: there is no compiler" in serving.health().notes
+        assert (await serving.transcribe(heard(1), GenerationConfig(max_tokens=2), language="de")).text
+
+
 async def test_a_tokenizer_of_another_kind(written: Callable[..., Path]) -> None:
     async with engine(written(), tokenizer="tiny") as serving:
         assert any("transcripts: refused" in note for note in serving.health().notes)
         with pytest.raises(InvalidRequestError, match="does not say how it is asked"):
             await serving.transcribe(heard(1))
+        reader = (await serving._view()).media_reader
+        assert reader is not None
+        with pytest.raises(InvalidRequestError, match="comes to no tokens"):  # as of some tokenizer's space
+            reader.read({"audio": [heard(1)]}, lambda encode: [], lambda text: [], 100)
         raw = AudioPrompt("x", [heard(1)])
         assert (await serving.generate(raw, GenerationConfig(max_tokens=2, detokenize=False))).token_ids

@@ -1,0 +1,57 @@
+"""Whisper as it runs on CUDA, on a pretended device: what it says is what it says on the host."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import WhisperFeatureExtractor
+
+from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from asyncengine.model.speech import loading
+from tests.model.attention.triton_device import require_triton
+from tests.model.cuda.pretended import TOTAL, Pretended, pretended
+from tests.model.fused.interpreted import on_one_loop
+from tests.model.speech import checkpoints
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
+    """With a load that tries as few tokens as it can: the interpreter takes its time."""
+    require_triton()
+    monkeypatch.setattr(loading, "_TRIAL", (2, 1))
+    with pretended() as device:
+        yield device
+        gc.collect()
+        assert device.allocated == 0, "something outlives its engine"
+
+
+@on_one_loop
+async def test_transcripts_are_those_of_the_host(device: Pretended, tmp_path: Path) -> None:
+    """Of more sequences than there is memory for, so that all that may be taken is."""
+    path = checkpoints.write(tmp_path, decoder_layers=1, encoder_layers=1, max_source_positions=50)
+    hearing = {"feature_size": 16, "sampling_rate": checkpoints.RATE, "hop_length": 160, "n_fft": 400}
+    WhisperFeatureExtractor(chunk_length=1, **hearing).save_pretrained(path)
+    config = EngineConfig(str(path), device="cuda", dtype="float32", max_num_sequence=6000, gpu_memory_utilization=0.03)
+
+    async def transcript(engine: AsyncEngine, seed: int, language: str | None) -> Any:
+        audio, short = (checkpoints.sound(seed, 0.9), checkpoints.RATE), GenerationConfig(max_tokens=3)
+        found = await engine.transcribe(audio, short, language=language, timestamps=language is None)
+        return found.text, found.language, found.segments and found.segments[0].token_ids
+
+    async def work(engine: AsyncEngine) -> list[Any]:
+        return await asyncio.gather(transcript(engine, 0, None), transcript(engine, 1, "de"))
+
+    async with AsyncEngine(config) as engine:
+        assert engine.health().notes == ()
+        found = await work(engine)
+        assert device.allocated <= 0.03 * TOTAL
+        await engine.sleep()
+        await engine.wake()
+        assert await transcript(engine, 1, "de") == found[1]
+    async with AsyncEngine(config.replace(device="cpu", max_num_sequence=2, gpu_memory_utilization=None)) as engine:
+        assert await work(engine) == found
