@@ -26,9 +26,9 @@ def rows(config: EngineConfig, checkpoint: Any, device: torch.device, memory: in
         ConfigError: A setting does not fit it.
     """
     from asyncengine.cli.estimate import gib
-    from asyncengine.model.encoders.loading import details_of, sequences_of
+    from asyncengine.model.encoders.loading import details_of
     from asyncengine.model.load_check import SLACK
-    from asyncengine.model.load_settings import dtype_of, settled
+    from asyncengine.model.load_settings import dtype_of, sequences_of, settled
     from asyncengine.model.memory import free_bytes
 
     dtype = dtype_of(settled(config, checkpoint, device), checkpoint)

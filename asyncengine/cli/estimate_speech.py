@@ -18,9 +18,9 @@ def rows(config: EngineConfig, checkpoint: Any, device: torch.device, memory: in
     from asyncengine.model.attention.cpu import CpuAttention
     from asyncengine.model.attention.reference import TorchAttention
     from asyncengine.model.load_check import SLACK
-    from asyncengine.model.load_settings import dtype_of, settled
+    from asyncengine.model.load_settings import dtype_of, sequences_of, settled
     from asyncengine.model.memory import CPU_SHARE, CUDA_SHARE, free_bytes
-    from asyncengine.model.speech.loading import bytes_per_block, details_of, sequences_of
+    from asyncengine.model.speech.loading import bytes_per_block, details_of
 
     dtype = dtype_of(settled(config, checkpoint, device), checkpoint)
     details = details_of(config, None, checkpoint, device, dtype)

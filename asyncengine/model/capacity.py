@@ -14,6 +14,7 @@ from asyncengine.model.attention.protocol import CapturableBackend, CarryingBack
 from asyncengine.model.attention_modules import RecordedLayer, hooked, text_config
 from asyncengine.model.built_model import Built
 from asyncengine.model.load_check import Details
+from asyncengine.model.load_settings import sequences_of
 from asyncengine.model.recurrent.recorded import RecurrentSpec
 from asyncengine.model.recurrent.states import bytes_per_place, state_bytes
 from asyncengine.speculation.lengths import LONGEST
@@ -68,7 +69,7 @@ def limits_of(
     """
     config, details = plan.config, plan.details
     cuda = details.device.type == "cuda"
-    sequences = config.max_num_sequence or {"interactive": 1, "local": 4, "server": 256 if cuda else 64}[config.mode]
+    sequences = sequences_of(config, details.device)
     length = details.max_length
     chunk = _chunk(config, details)
     page_size = config.kv_cache_page_size or (16 if cuda else 32)

@@ -144,8 +144,7 @@ def plan_of(
     Raises:
         AsyncEngineError: It cannot be loaded; the kind says why.
     """
-    tokenizer_path = _tokenizer_path(config, checkpoint)
-    check_settings(tokenizer_path)
+    tokenizer_path = tokenizer_path_of(config, checkpoint)
     refused, latents = refusals(config, checkpoint), keeps_latents(config)
     if not all(refused.values()):
         check_processors(checkpoint.path)
@@ -212,17 +211,20 @@ def plan_of(
     return _planned(config, details, current)
 
 
-def _tokenizer_path(config: EngineConfig, checkpoint: Any) -> Path:
+def tokenizer_path_of(config: EngineConfig, checkpoint: Any) -> Path:
+    """Where a model's tokenizer is: with the checkpoint, unless another is named.
+
+    Raises:
+        CheckpointError: There is none where it is named, or its settings are damaged.
+    """
     from asyncengine.model.checkpoint import tokenizer_key
     from asyncengine.model.gguf.checkpoint import described
     from asyncengine.model.location import locate
 
-    if config.tokenizer is None:
-        path: Path = checkpoint.path
-        return path
-    path = described(locate(config.tokenizer))
-    if tokenizer_key(path) is None:
+    path: Path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
+    if config.tokenizer is not None and tokenizer_key(path) is None:
         raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
+    check_settings(path)
     return path
 
 

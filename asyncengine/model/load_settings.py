@@ -70,6 +70,12 @@ def longest_of(text: Any, config: EngineConfig) -> int:
     return int(stated or max(DEFAULT_LONGEST, config.max_single_sequence_length or 0))
 
 
+def sequences_of(config: EngineConfig, device: torch.device) -> int:
+    """Most sequences in a step, where there is memory for them."""
+    many = 256 if device.type == "cuda" else 64
+    return config.max_num_sequence or {"interactive": 1, "local": 4, "server": many}[config.mode]
+
+
 def keeps_latents(config: EngineConfig) -> bool:
     """Whether a model keeps latents if it has some: the kernels of other packages do not know these.
 

@@ -10,28 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from asyncengine.classifier import Classifier
 from asyncengine.config import EngineConfig
-from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, ReloadError, UnsupportedModelError
+from asyncengine.errors import ConfigError, UnsupportedModelError
 from asyncengine.media import KINDS, PLURALS
-from asyncengine.model import memory
 from asyncengine.model.building import BUILDING
 from asyncengine.model.checkpoint import tokenizer_key
 from asyncengine.model.classification import activation_of, labels_of
 from asyncengine.model.encoders.model import EncoderModel
 from asyncengine.model.encoders.packing import Packing, UnpackableError
-from asyncengine.model.gguf.checkpoint import described
-from asyncengine.model.letting_go import take_apart
-from asyncengine.model.load_check import Details, fits, vector_size, with_tokenizer
-from asyncengine.model.load_report import cannot_load, check_weights, loaded
-from asyncengine.model.load_settings import DEFAULT_LONGEST
-from asyncengine.model.location import locate
+from asyncengine.model.load_check import Details, fits, tokenizer_path_of, vector_size, with_tokenizer
+from asyncengine.model.load_settings import DEFAULT_LONGEST, sequences_of
 from asyncengine.model.media.refusals import wanted
-from asyncengine.model.rehearsal import rehearsed
+from asyncengine.model.plain_loads import loading, rehearse, stated_config, with_weights
 from asyncengine.model.sentence_modules import embedder_of
-from asyncengine.model.text_files import check_settings, json_in
+from asyncengine.model.text_files import json_in
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer, special_ids
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
@@ -84,7 +79,7 @@ def plan_of(
     details = details_of(config, current, checkpoint, device, dtype)
     beside = fits(details, current)
     if not beside:
-        _rehearse(details)
+        rehearse(details, details.kind, **_arguments(details))
         details = with_tokenizer(details)
     return LoadPlan(config, beside, tokenizer_key(details.tokenizer_path), details)
 
@@ -94,18 +89,8 @@ def details_of(
 ) -> EncoderDetails:
     """The same without a look at the memory that there is."""
     _check_config(config)
-    try:
-        hf_config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{checkpoint.name}: transformers cannot read its configuration: {error}"
-        ) from error
-    if checkpoint.coded:
-        raise UnsupportedModelError(f"{checkpoint.name} is an encoder; quantised ones cannot be served")
-    tokenizer_path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
-    if config.tokenizer is not None and tokenizer_key(tokenizer_path) is None:
-        raise CheckpointError(f"tokenizer {config.tokenizer!r}: there are no tokenizer files")
-    check_settings(tokenizer_path)
+    hf_config = stated_config(checkpoint, "an encoder")
+    tokenizer_path = tokenizer_path_of(config, checkpoint)
     classifies = checkpoint.classifies
     mapping = (AutoModelForSequenceClassification if classifies else AutoModel)._model_mapping
     if type(hf_config) not in mapping:
@@ -153,26 +138,14 @@ def load(plan: LoadPlan) -> LoadedModel:
     """
     details, config = plan.details, plan.config
     assert isinstance(details, EncoderDetails)
-    model = None
-    try:
-        model = _with_weights(details)
+    with loading(config, details.checkpoint) as made:
+        made.append(model := with_weights(details, details.kind, **_arguments(details)))
         tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
         keep_for_next_load(tokenizer)
         trial = _Trial(model, details, special_ids(tokenizer))
         packing = trial.packing()
         padding = trial.padding() if packing is None else None
         hidden_size = None if details.classifies else vector_size(details, details.hf_config.hidden_size)
-    except BaseException as error:
-        if model is not None:
-            take_apart(model)
-        if isinstance(error, torch.OutOfMemoryError):
-            raise InsufficientMemoryError(f"loading {config.model!r}: {error}") from error
-        if isinstance(error, ReloadError) or not isinstance(error, Exception):
-            raise
-        raise ReloadError(f"loading {config.model!r} failed: {error}") from error
-    finally:
-        details.checkpoint.stop_reading_ahead()
-        memory.give_back()
     limits, complete = _limits(config, details, plan.tokenizer_key is not None)
     hf_config = details.hf_config
     classifier = None
@@ -250,38 +223,11 @@ def _stated_longest(checkpoint: Any) -> int | None:
     return stated if type(stated) is int and stated > 0 else None
 
 
-def _with_weights(details: EncoderDetails) -> Any:
-    checkpoint = details.checkpoint
-    try:
-        model, report = loaded(details.kind, checkpoint.path, **_arguments(details))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise cannot_load(checkpoint, error) from error
-    check_weights(checkpoint, report)
-    checkpoint.check_unchanged()
-    return model.to(details.device).eval().requires_grad_(False)
-
-
-def _rehearse(details: EncoderDetails) -> None:
-    """Refuses weights that are not those of the model, as far as headers tell.
-
-    Raises:
-        CheckpointError: As it says.
-    """
-    checkpoint = details.checkpoint
-    if checkpoint.tensors:  # there are no headers in pickles
-        found = rehearsed(checkpoint, details.kind, checkpoint.shapes, **_arguments(details))
-        if found is not None:
-            check_weights(checkpoint, found[1])
-
-
 def _arguments(details: EncoderDetails) -> dict[str, Any]:
-    """Those of `from_pretrained`."""
+    """Further ones of `from_pretrained`."""
     # What makes one vector of a text behind the last layer is trained for other things than embeddings.
     unpooled = not details.classifies and "add_pooling_layer" in inspect.signature(details.kind.__init__).parameters
-    given = {"config": details.hf_config, "dtype": details.dtype}
-    return given | ({"add_pooling_layer": False} if unpooled else {})
+    return {"add_pooling_layer": False} if unpooled else {}
 
 
 class _Trial:
@@ -358,12 +304,6 @@ class _Trial:
 def _rows(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """All of them, one below the other, (rows, width)."""
     return torch.cat([each.float().view(-1, each.shape[-1]) for each in outputs])
-
-
-def sequences_of(config: EngineConfig, device: torch.device) -> int:
-    """Most prompts in a step."""
-    many = 256 if device.type == "cuda" else 64
-    return config.max_num_sequence or {"interactive": 1, "local": 4, "server": many}[config.mode]
 
 
 def _limits(config: EngineConfig, details: EncoderDetails, has_tokenizer: bool) -> tuple[Limits, EngineConfig]:

@@ -10,7 +10,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
     GenerationConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -18,19 +17,15 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from asyncengine.config import EngineConfig
-from asyncengine.errors import CheckpointError, ConfigError, InsufficientMemoryError, ReloadError, UnsupportedModelError
+from asyncengine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from asyncengine.model import memory, packed_linear, verification
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.checkpoint import tokenizer_key
-from asyncengine.model.gguf.checkpoint import described
-from asyncengine.model.letting_go import take_apart
-from asyncengine.model.load_check import Details, fits, with_tokenizer
-from asyncengine.model.load_report import cannot_load, check_weights, loaded
-from asyncengine.model.load_settings import check_layers, select_attention
-from asyncengine.model.location import locate
+from asyncengine.model.load_check import Details, fits, tokenizer_path_of, with_tokenizer
+from asyncengine.model.load_settings import check_layers, select_attention, sequences_of
 from asyncengine.model.media.trial import BUDGET_TOKENS
 from asyncengine.model.paged_layers import PagedLayers
-from asyncengine.model.rehearsal import rehearsed
+from asyncengine.model.plain_loads import loading, rehearse, stated_config, with_weights
 from asyncengine.model.runner import TorchModel
 from asyncengine.model.sampler import Sampler
 from asyncengine.model.speech.decoder import HeardLayers, SpeechDecoder, attend_here, layers_of, spec_of
@@ -38,7 +33,7 @@ from asyncengine.model.speech.model import SpeechEncoder, SpeechModel
 from asyncengine.model.speech.parting import Places, of_text
 from asyncengine.model.speech.reader import SpeechReader
 from asyncengine.model.speech.transcription import Hearing, WhisperTranscription
-from asyncengine.model.text_files import check_processors, check_settings
+from asyncengine.model.text_files import check_processors
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
@@ -79,11 +74,8 @@ def plan_of(
     for backend in _backends(config, details)[0]:
         check_layers(config, backend, {"": spec_of(details.hf_config)}, dtype, device)
     beside = fits(details, current)
-    if not beside and checkpoint.tensors:  # there are no headers in pickles
-        found = rehearsed(checkpoint, SpeechDecoder, checkpoint.shapes, details.hf_config, dtype)
-        if found is not None:
-            check_weights(checkpoint, found[1])
     if not beside:
+        rehearse(details, SpeechDecoder)
         details = with_tokenizer(details)
     return LoadPlan(config, beside, tokenizer_key(details.tokenizer_path), details)
 
@@ -93,17 +85,10 @@ def details_of(
 ) -> SpeechDetails:
     """The same without a look at the memory that there is."""
     _check_config(config)
-    try:
-        hf_config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{checkpoint.name}: transformers cannot read its configuration: {error}"
-        ) from error
-    if checkpoint.coded:
-        raise UnsupportedModelError(f"{checkpoint.name} is a {hf_config.model_type}; quantised ones cannot be served")
+    hf_config = stated_config(checkpoint, f"a {checkpoint.config['model_type']}")
     if any(str(named).endswith("Classification") for named in hf_config.architectures or ()):
         raise UnsupportedModelError(f"{checkpoint.name} is a classifier of audio, which cannot be served")
-    tokenizer_path = checkpoint.path if config.tokenizer is None else described(locate(config.tokenizer))
+    tokenizer_path = tokenizer_path_of(config, checkpoint)
     if tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"{tokenizer_path}: there are no tokenizer files")
     if (
@@ -111,7 +96,6 @@ def details_of(
         and not (checkpoint.path / "processor_config.json").exists()
     ):
         raise CheckpointError(f"{checkpoint.name} has no preprocessor_config.json, which says what it hears")
-    check_settings(tokenizer_path)
     check_processors(checkpoint.path)
     page_size = config.kv_cache_page_size or (16 if device.type == "cuda" else 32)
     places = Places.of(hf_config.max_source_positions, page_size)
@@ -145,26 +129,14 @@ def load(plan: LoadPlan) -> LoadedModel:
     """
     details, config = plan.details, plan.config
     assert isinstance(details, SpeechDetails)
-    model = None
-    try:
+    with loading(config, details.checkpoint) as made:
         tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
         assert tokenizer is not None
         keep_for_next_load(tokenizer)
-        model = _with_weights(details)
+        made.append(model := with_weights(details, SpeechDecoder))
         backends, notes = _backends(config, details)
         _try(model, details, backends)  # which has them take what they take beside the KV cache
         return _loaded(plan, details, model, tokenizer, backends, notes)
-    except BaseException as error:
-        if model is not None:
-            take_apart(model)
-        if isinstance(error, torch.OutOfMemoryError):
-            raise InsufficientMemoryError(f"loading {config.model!r}: {error}") from error
-        if isinstance(error, ReloadError) or not isinstance(error, Exception):
-            raise
-        raise ReloadError(f"loading {config.model!r} failed: {error}") from error
-    finally:
-        details.checkpoint.stop_reading_ahead()
-        memory.give_back()
 
 
 def _loaded(
@@ -183,9 +155,6 @@ def _loaded(
     )
     encoder = SpeechEncoder(model, reader.token_ids, device, BUDGET_TOKENS)
     blocks = limits.num_blocks * bytes_per_block(details, backends[0])
-    weights = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
-    if packed_linear.supports(details.dtype, device):
-        packed_linear.pack(model.model.decoder, set())
     return LoadedModel(
         model=SpeechModel(text, heard, encoder, details.places),
         limits=limits,
@@ -195,7 +164,7 @@ def _loaded(
         default_generation_config=details.checkpoint.generation_defaults,
         tokenizer=tokenizer,
         tokenizer_key=plan.tokenizer_key,
-        memory_bytes=weights + blocks,
+        memory_bytes=details.weight_bytes + blocks,
         notes=(*notes, *refused),
         media_reader=reader,
         begins_with_audio=True,
@@ -219,20 +188,6 @@ def _check_config(config: EngineConfig) -> None:
         raise ConfigError(f"audio is False; {config.model!r} takes nothing else")
     if config.mla:
         raise UnsupportedModelError(f"mla is True; {config.model!r} has no multi-head latent attention")
-
-
-def _with_weights(details: SpeechDetails) -> SpeechDecoder:
-    checkpoint = details.checkpoint
-    try:
-        model, report = loaded(SpeechDecoder, checkpoint.path, config=details.hf_config, dtype=details.dtype)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise cannot_load(checkpoint, error) from error
-    check_weights(checkpoint, report)
-    checkpoint.check_unchanged()
-    served: SpeechDecoder = model.to(details.device).eval().requires_grad_(False)
-    return served
 
 
 def _backends(config: EngineConfig, details: SpeechDetails) -> tuple[_Backends, list[str]]:
@@ -260,7 +215,7 @@ def _serving(
 
 
 def _try(model: SpeechDecoder, details: SpeechDetails, backends: _Backends) -> None:
-    """Compares the decoder over a paged cache with transformers', behind what no encoder gives out.
+    """Compares the decoder as it will run, over a paged cache, with transformers', behind what no encoder gives out.
 
     Raises:
         UnsupportedModelError: They differ by more than rounding.
@@ -277,6 +232,8 @@ def _try(model: SpeechDecoder, details: SpeechDetails, backends: _Backends) -> N
             use_cache=False,
         ).logits[0]
     attend_here(model)
+    if packed_linear.supports(details.dtype, details.device):
+        packed_linear.pack(model.model.decoder, set())
     places = Places.of(details.places.heard, verification.PAGE)
     length = places.count + count
     limits = Limits(1, length, length, places.page_size, -(-length // places.page_size))
@@ -343,12 +300,6 @@ def bytes_per_block(details: SpeechDetails, backend: AttentionBackend) -> int:
     """Of all layers together."""
     layer = backend.bytes_per_block(spec_of(details.hf_config), details.places.page_size, details.dtype)
     return layer * int(details.hf_config.decoder_layers)
-
-
-def sequences_of(config: EngineConfig, device: torch.device) -> int:
-    """Most sequences in a step."""
-    many = 256 if device.type == "cuda" else 64
-    return config.max_num_sequence or {"interactive": 1, "local": 4, "server": many}[config.mode]
 
 
 def _limits(
