@@ -167,7 +167,7 @@ class Transcript:
     Attributes:
         text: It.
         usage: What it cost; of an audio that is heard in pieces, all of them together.
-        finish_reason: ``"length"`` if it is cut off.
+        finish_reason: ``"length"`` if it is cut off, ``"abort"`` if a piece of it was aborted.
         language: That is spoken, by its code, if it was said or found out.
         segments: Its parts, in their order, if they were asked for.
         seconds: How long the audio is; None if nobody has counted.

@@ -18,6 +18,8 @@ from asyncengine.outputs import FinishReason, RequestResult, Transcript, Usage
 from asyncengine.step.model import ModelView
 from asyncengine.transcription import AudioPiece, LanguageQuestion, Transcribing, TranscriptionPrompt
 
+_WORST = (FinishReason.ABORT, FinishReason.LENGTH, FinishReason.STOP)
+"""Why pieces end; a transcript ends as the worst of its own. One with an error has no transcript."""
 _Config = Callable[[ModelView], GenerationConfig]
 
 
@@ -154,12 +156,11 @@ def _joined(
             of_tokens = result.outputs[0].logprobs
             logprobs = None if of_tokens is None else [each.logprob for each in of_tokens if each is not None]
             segments += transcribing.segments(result.token_ids, logprobs, piece)
-    reasons = [result.finish_reason for result in results]
-    cut_off = [reason for reason in reasons if reason is not FinishReason.STOP]
+    reasons = {result.finish_reason for result in results}
     return Transcript(
         "".join(texts).strip(),
         _together([result.usage for result in (*before, *results)]),
-        (cut_off or reasons)[0],
+        next(reason for reason in _WORST if reason in reasons),
         asked.language,
         tuple(segments),
         pieces[-1].end,

@@ -15,7 +15,7 @@ from asyncengine import subtitles
 from asyncengine.errors import InvalidRequestError
 from asyncengine.generation import GenerationConfig
 from asyncengine.loop.prepare import RequestOptions
-from asyncengine.outputs import Transcript, TranscriptSegment, Usage
+from asyncengine.outputs import FinishReason, Transcript, TranscriptSegment, Usage
 from asyncengine.server.answer import new_id
 from asyncengine.server.form import read_form
 from asyncengine.server.reading import found
@@ -178,6 +178,9 @@ async def _answer(service: Service, request: Request, task: TranscriptionTask, s
         raise
     if read is None:
         return Response(status_code=499)
+    if read.finish_reason is FinishReason.ABORT:
+        retry = {"retry-after": str(service.settings.retry_after_seconds)}
+        raise Refusal(503, "the request was aborted before its end", "request_aborted", None, retry)
     return _written(read, asked, temperature)
 
 

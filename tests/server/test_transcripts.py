@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 import warnings
@@ -18,7 +19,7 @@ from asyncengine.outputs import Transcript, TranscriptSegment
 from asyncengine.server import create_app
 from asyncengine.subtitles import srt, vtt
 from tests.model.speech import checkpoints
-from tests.server.serving import client_of, error, listening
+from tests.server.serving import client_of, error, listening, until
 
 pytestmark = pytest.mark.loops("either")
 
@@ -112,6 +113,18 @@ async def test_what_is_refused(route: str, form: dict[str, str], param: str, say
             chat = await client.post("/v1/chat/completions", json={"model": "whisper", "messages": messages})
             assert chat.status_code == 400
         assert (await client.post("/v1/completions", json={"model": "whisper", "prompt": "x"})).status_code == 400
+
+
+async def test_one_that_is_aborted_is_an_error(serving: AsyncEngine) -> None:
+    async with client_of(create_app(serving)) as client:
+        await serving.pause()
+        file = {"file": ("a.wav", file_of(1, 3.1))}
+        asked = asyncio.ensure_future(client.post(ROUTE, data={"language": "de"}, files=file))
+        await until(lambda: serving.metrics().num_requests_waiting == 2)
+        await serving.reset()
+        response = await asked
+    assert response.status_code == 503 and error(response)["code"] == "request_aborted"
+    assert response.headers["retry-after"] == "1"
 
 
 def test_subtitles() -> None:

@@ -102,6 +102,8 @@ class HeardLayers:
         self._spec = spec_of(model.config)
         self._paged, self._backend, self._places, self._device = paged, backend, places, device
         self._plan: Any = None
+        # Some make what they need with a layer's cache: of one that nobody uses here.
+        backend.allocate(self._spec, 1, places.page_size, model.dtype, device)
         attach({module: self._hook(index) for index, module in enumerate(self._modules)})
 
     def begin(self, batch: StepBatch) -> None:

@@ -39,6 +39,7 @@ from asyncengine.model.attention.protocol import BackendUnavailableError
 from asyncengine.model.speech.model import SpeechEncoder
 from asyncengine.model.speech.transcription import WhisperTranscription
 from asyncengine.transcription import AudioPiece, TranscriptionPrompt
+from tests.loop.harness import eventually
 from tests.model.speech import checkpoints
 from tests.model.speech.checkpoints import END, FIRST_TIME, IDS, RATE, ROOM, sound
 
@@ -411,6 +412,20 @@ async def test_a_piece_that_fails_ends_the_others(
         await serving.drain()
         ended = serving.metrics().counters.requests
     assert ended["error"] == 1 and ended["abort"] >= 2
+
+
+async def test_pieces_that_were_aborted_are_not_just_cut_off(written: Callable[..., Path]) -> None:
+    async with engine(written(), max_num_sequence=1) as serving:
+        await serving.pause()
+        options = RequestOptions(request_id="long")
+        going = asyncio.ensure_future(
+            serving.transcribe(heard(9, 4.5), GenerationConfig(max_tokens=2), options, language="de")
+        )
+        await eventually(lambda: serving.metrics().num_requests_waiting == 3)
+        await serving.abort_request("long-1")
+        await serving.resume()
+        found = await going
+    assert found.finish_reason is FinishReason.ABORT and found.text
 
 
 async def test_more_pieces_than_the_queue_has_places(written: Callable[..., Path]) -> None:
