@@ -106,6 +106,7 @@ async def _transcribed(
     elif asked.language is not None:
         asked = replace(asked, language=transcribing.code(asked.language))
     prompts = [replace(asked, audio=piece.audio) for piece in pieces]
+    pieces = [replace(piece, audio=None) for piece in pieces]
     results = await _results(add, prompts, here(transcribing.settings(given, asked)), options)
     return await in_thread(lambda: _joined(transcribing, asked, pieces, before, results))
 
@@ -125,12 +126,18 @@ async def _answer(
 
 
 async def _results(
-    add: _Add, prompts: Sequence[TranscriptionPrompt], config: _Config, options: RequestOptions
+    add: _Add, prompts: list[TranscriptionPrompt], config: _Config, options: RequestOptions
 ) -> list[RequestResult]:
-    """What is said in each piece. The first that fails ends the others: nobody would hear of them."""
+    """What is said in each piece. The first that fails ends the others: nobody would hear of them.
+
+    The list of prompts is empty afterwards: once they are read, nobody needs the samples, which may be many.
+    """
     if len(prompts) == 1:
-        return [await (await add(prompts, [config], options))[0]]
+        [stream] = await add(prompts, [config], options)
+        prompts.clear()
+        return [await stream]
     async with ManyStream(lambda: add(prompts, [config] * len(prompts), options, many=True)) as many:
+        prompts.clear()
         async for index, _ in many:
             if (error := many.streams[index].error) is not None:
                 raise error

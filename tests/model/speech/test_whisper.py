@@ -465,6 +465,29 @@ async def test_the_loop_goes_on_while_an_audio_is_read(
     assert threading.current_thread() not in threads and at_once == [1]
 
 
+@pytest.mark.parametrize("seconds", [1.5, 4.5])
+async def test_samples_are_let_go_once_they_are_read(
+    seconds: float, written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an hour are a quarter of a gigabyte."""
+    pieces, samples = WhisperTranscription.pieces, list[Any]()
+
+    def cut(self: Any, audio: Any) -> Any:
+        found = pieces(self, audio)
+        samples.append(weakref.ref(found[0].audio[0].base))
+        return found
+
+    monkeypatch.setattr(WhisperTranscription, "pieces", cut)
+    async with engine(written()) as serving:
+        await serving.pause()
+        twice = (np.repeat(sound(1, seconds), 2), 2 * RATE)  # which is resampled
+        going = asyncio.ensure_future(serving.transcribe(twice, GenerationConfig(max_tokens=2), language="de"))
+        await eventually(lambda: serving.metrics().num_requests_waiting == -(-seconds // 2))
+        await eventually(lambda: samples[0]() is None)
+        await serving.resume()
+        assert (await going).text
+
+
 async def test_a_transcript_ends_before_a_stop_string(written: Callable[..., Path]) -> None:
     async with engine(written()) as serving:
         whole = await serving.transcribe(heard(0), language="de")
