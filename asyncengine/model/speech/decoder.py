@@ -124,6 +124,11 @@ class HeardLayers:
             key, value = (project(rows).unflatten(1, heads) for project in (module.k_proj, module.v_proj))
             self._backend.attend(self._spec, cache, plan, key, key, value, None)
 
+    def free(self) -> None:
+        """Lets the caches go."""
+        self._paged.free()
+        self._plan = None
+
     def _hook(self, index: int) -> Any:
         def hook(module: nn.Module, query: torch.Tensor, key: Any, value: Any, kwargs: Any) -> torch.Tensor:
             # None of the tokens is written, so whatever has the shape of keys and values stands for theirs.

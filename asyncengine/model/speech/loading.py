@@ -249,6 +249,7 @@ def _try(model: SpeechDecoder, details: SpeechDetails, backends: _Backends) -> N
             own = of_text(batch, places)
             assert own is not None
             found.append(text.logits(own))
+    layers.free()  # before it is reckoned what memory there is
     error = verification.relative(torch.cat(found).float(), expected.float())
     tolerance = verification.tolerance_of(details.dtype, None, "none", False)
     if not error <= tolerance:

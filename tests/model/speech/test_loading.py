@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from asyncengine import (
+    AsyncEngine,
+    DeadlineExceededError,
+    Deadlines,
+    EngineConfig,
+    GenerationConfig,
+    RequestOptions,
+)
 from asyncengine.model.attention import flashinfer
 from asyncengine.model.attention.flash_attention import FlashAttention3
 from asyncengine.model.attention.flashinfer import FlashInferAttention
 from asyncengine.model.attention.select import Selection
+from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.speech import loading
+from asyncengine.model.speech.transcription import WhisperTranscription
 from tests.model.attention.fake_libraries import modules
 from tests.model.speech import checkpoints
 
@@ -34,3 +47,39 @@ async def test_it_runs_over_libraries(
         audio = checkpoints.sound(1, 1.3), checkpoints.RATE
         found = await engine.transcribe(audio, GenerationConfig(max_tokens=3), language="de")
         assert len(found.text) == 3
+
+
+async def test_what_it_is_tried_with_is_let_go_before_memory_is_reckoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[weakref.ref[torch.Tensor]] = []
+    allocate, reckon = PagedLayers.allocate, loading._limits
+
+    def watched(self: PagedLayers) -> None:
+        allocate(self)
+        caches.extend(weakref.ref(cache.keys) for cache in self.caches)
+
+    def reckoned(*given: Any) -> Any:
+        assert caches and not any(cache() is not None for cache in caches)
+        return reckon(*given)
+
+    monkeypatch.setattr(PagedLayers, "allocate", watched)
+    monkeypatch.setattr(loading, "_limits", reckoned)
+    async with AsyncEngine(EngineConfig(str(checkpoints.write(tmp_path)), device="cpu", dtype="float32")):
+        assert len(caches) == 4
+
+
+async def test_a_deadline_ends_it_while_the_audio_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    over, ended = threading.Event(), []
+
+    def cut(self: WhisperTranscription, audio: Any) -> Any:
+        ended.append(over.wait(10))
+        return []
+
+    monkeypatch.setattr(WhisperTranscription, "pieces", cut)
+    async with AsyncEngine(EngineConfig(str(checkpoints.write(tmp_path)), device="cpu", dtype="float32")) as engine:
+        options = RequestOptions(deadlines=Deadlines(total=0.05))
+        with pytest.raises(DeadlineExceededError, match=r"the total deadline of 0\.05 s passed"):
+            await engine.transcribe((checkpoints.sound(1, 1.0), checkpoints.RATE), options=options, language="de")
+        assert not ended
+        over.set()
