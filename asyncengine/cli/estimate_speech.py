@@ -30,7 +30,7 @@ def rows(config: EngineConfig, checkpoint: Any, device: torch.device, memory: in
     free = free_bytes(device) if memory is None else memory
     left = free - details.weight_bytes - SLACK
     share = config.gpu_memory_utilization or (CUDA_SHARE if cuda else CPU_SHARE)
-    block = bytes_per_block(details, TorchAttention() if plain else CpuAttention)  # type: ignore[arg-type]
+    block = bytes_per_block(details, TorchAttention().bytes_per_block if plain else CpuAttention.bytes_per_block)
     of_one = -(-details.max_length // details.places.page_size) * block
     sequences = sequences_of(config, device)
     kind = (details.hf_config.architectures or [type(details.hf_config).__name__])[0]

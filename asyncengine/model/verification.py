@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from asyncengine.model.fused.tiles import MOST_TOKENS
 from asyncengine.model.in_float32 import SHORT, ExpertsOneByOne, InFloat32
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.recurrent.states import States
+from asyncengine.model.trial_bound import COMPILED_TOLERANCE, Bound, Seen, in_parts, relative
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import StepBatch
 from asyncengine.step.limits import Limits
@@ -52,9 +52,6 @@ row of tiles."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 """Relative error of the median row. The median, because in low precision a router may send single tokens elsewhere."""
 
-
-_COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1.2e-1}
-"""The same for the compiled step, which keeps more digits between its products than the model does."""
 _KEPT_COLUMNS = 4096
 _FUSED_TOKENS = 8
 """Of each sequence, for kernels that run few tokens at a time."""
@@ -64,82 +61,6 @@ _FP8_ROUNDING = 3.0
 """How much farther off than the modules fused kernels may be, where weights are in fp8."""
 _FP8_TOLERANCE = 0.4
 """Of a KV cache or weights in fp8. Larger: the model's numbers do not fit into it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """How far off a compiled step may be from what transformers computes in float32.
-
-    Attributes:
-        tolerance: Relative error of the logits.
-        sparse: Whether tokens are sent to some of several experts. A rounding sends one of them elsewhere now and then,
-            and whatever comes behind it in its sequence is off then, be it by a third; so it is the first tokens that
-            are judged, but for those that see no other, and two of them have to be right.
-        states: (layers + 1, sequences, first tokens, hidden) as they enter each layer and leave the last; none if they
-            are not compared. A mistake that is in all layers is largest beside what rounding has come to in the first.
-        of_states: Relative error of each of these.
-    """
-
-    tolerance: float
-    sparse: bool = False
-    states: torch.Tensor | None = None
-    of_states: tuple[float, ...] = ()
-
-    @classmethod
-    def of(cls, rounded: _Seen, exact: _Seen, expected: _Seen, sparse: bool, dtype: torch.dtype) -> Bound:
-        """What rounding in `dtype` comes to where transformers does it is what it may come to.
-
-        Args:
-            rounded: What the model comes to as it is.
-            exact: The same in float32.
-            expected: The same of weights as the compiled step has them.
-            sparse: As the attribute.
-            dtype: The model's.
-        """
-        own, least, most = cls(0.0, sparse), torch.finfo(dtype).eps / 2, _COMPILED_TOLERANCE[dtype]
-        first = exact.states.shape[2]
-
-        def allowed(found: torch.Tensor, right: torch.Tensor) -> float:
-            return min(max(own.error(found, right, first), least), most)
-
-        states = tuple(map(allowed, rounded.states, exact.states))
-        return cls(allowed(rounded.logits, exact.logits), sparse, expected.states, states)
-
-    def error(self, found: torch.Tensor, expected: torch.Tensor, first: int) -> float:
-        """What a tolerance is of.
-
-        Args:
-            found: (sequences, tokens, columns) logits or states.
-            expected: What they should be.
-            first: Tokens of each sequence that are computed at once.
-        """
-        if self.sparse and found[:, 1:first].shape[1] > 1:
-            return float(_errors(found, expected)[:, 1:first].flatten().kthvalue(2).values)
-        return _in_parts(found, expected, first)
-
-    def taps(self) -> Taps | None:
-        """Where a step of the first tokens is to leave its states, if they are compared."""
-        if self.states is None:
-            return None
-        layers, sequences, first, width = self.states.shape
-        return Taps(range(layers), sequences * first, width, torch.float32, self.states.device)
-
-    def errors_of_states(self, taps: Taps | None) -> Iterator[tuple[float, float]]:
-        """Relative errors of the states in `taps`, and what they may be."""
-        if taps is None or self.states is None:
-            return
-        layers, sequences, first, width = self.states.shape
-        found = taps.of(sequences * first).view(sequences, first, layers, width)
-        for layer, (expected, allowed) in enumerate(zip(self.states, self.of_states, strict=True)):
-            yield self.error(found[:, :, layer], expected, first), allowed
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What transformers makes of the sequences: logits, and states as `Bound` has them."""
-
-    logits: torch.Tensor
-    states: torch.Tensor
 
 
 class Trial:
@@ -234,10 +155,10 @@ class Trial:
         if not self._states or not roundings.told:
             return self
 
-        def seen(within: InFloat32) -> _Seen:
+        def seen(within: InFloat32) -> Seen:
             with tapped(model, self.layers.attention[0].name, _CUTS[1]) as states:
                 logits = _plain(model, self._ids, self._device, within)
-            return _Seen(logits, torch.stack(states))
+            return Seen(logits, torch.stack(states))
 
         try:
             with ExpertsOneByOne(model):
@@ -246,7 +167,7 @@ class Trial:
                     expected = seen(InFloat32(roundings.of))
         except (RuntimeError, TypeError):  # some function of torch's takes no numbers of two dtypes
             return self
-        rounded = _Seen(self._expected, torch.stack(self._states))
+        rounded = Seen(self._expected, torch.stack(self._states))
         bound = Bound.of(rounded, exact, expected, roundings.sparse, self._dtype)
         return Trial(self._name, self._dtype, self.layers, self._device, self._ids, expected.logits, bound=bound)
 
@@ -284,7 +205,7 @@ class Trial:
             for layer, (error, allowed) in enumerate(bound.errors_of_states(taps)):
                 self._judge(error, allowed, f"{number} as layer {layer} begins")
             self._judge(bound.error(found, expected, first), bound.tolerance, number)
-        error = relative(found, expected) if narrow or rounded else _in_parts(found, expected, first)
+        error = relative(found, expected) if narrow or rounded else in_parts(found, expected, first)
         self._judge(error, tolerance_of(self._dtype, program, "none", narrow), number)
         return error
 
@@ -347,7 +268,7 @@ class Trial:
             pieces.append((2, (0, most)))
         errors = [self._error(rows, each, model, backend, fused=fused) for rows, each in pieces]
         for (rows, each), error in zip(pieces, errors, strict=True):
-            tolerance = _COMPILED_TOLERANCE[self._dtype]
+            tolerance = COMPILED_TOLERANCE[self._dtype]
             if fp8_weights and error > tolerance:
                 tolerance = min(_FP8_ROUNDING * self._error(rows, each, model, backend), _FP8_TOLERANCE)
             self._judge(error, tolerance, "fp8" if fp8_weights else self._dtype)
@@ -368,7 +289,7 @@ class Trial:
         Each layer's attention is called through what `around` makes of it.
         """
         found = self._found(rows, cuts, model, backend, fused=fused, around=around)
-        return _in_parts(found, self._expected[:rows, : cuts[-1]], cuts[1])
+        return in_parts(found, self._expected[:rows, : cuts[-1]], cuts[1])
 
     def _found(
         self,
@@ -429,7 +350,7 @@ def tolerance_of(
         return _FP8_TOLERANCE
     if program is None:
         return _NARROW_TOLERANCE.get(quantization, _TOLERANCE[dtype])
-    return _NARROW_TOLERANCE.get(program.rounded_to, _COMPILED_TOLERANCE[dtype])
+    return _NARROW_TOLERANCE.get(program.rounded_to, COMPILED_TOLERANCE[dtype])
 
 
 @contextlib.contextmanager
@@ -472,26 +393,6 @@ def stepping(
         yield TorchModel(model, paged, None, device, program)  # type: ignore[arg-type]
     finally:
         paged.free()
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative error of the median row."""
-    return float(_errors(found, expected).flatten().median())
-
-
-def _errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Relative error of each row."""
-    errors: torch.Tensor = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
-    return errors
-
-
-def _in_parts(found: torch.Tensor, expected: torch.Tensor, first: int) -> float:
-    """The same of the first tokens of each sequence or of all others, whichever is larger.
-
-    What goes on from a cache or a state is judged by itself: a model that keeps none would pass by the others.
-    """
-    parts = [part for part in (slice(first), slice(first, None)) if expected[:, part].numel()]
-    return float(torch.tensor([relative(found[:, part], expected[:, part]) for part in parts]).max())  # NaN is largest
 
 
 def _sequences(vocab_size: int, longest: int) -> NDArray[np.int32]:

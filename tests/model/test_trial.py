@@ -18,7 +18,8 @@ from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.decoder.parts import Blueprint, LayerParts, NormPart, Projection
 from asyncengine.model.in_float32 import InFloat32
 from asyncengine.model.runner import TorchModel
-from asyncengine.model.verification import Bound, Trial
+from asyncengine.model.trial_bound import Bound
+from asyncengine.model.verification import Trial
 from tests.model.decoder.test_program import load
 from tests.model.stored import coded_checkpoints
 

@@ -31,6 +31,7 @@ from asyncengine.model.media.preparation import (
 from asyncengine.model.media.reader import ProcessedMediaReader
 from asyncengine.model.media.transcription import ProcessedTranscription
 from asyncengine.model.recorded import Recorded
+from asyncengine.model.trial_bound import relative
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import Int32, StepBatch
 
@@ -240,7 +241,7 @@ class MediaTrial:
             cuts = sorted({0, *middles, length - 1, length})
             with torch.inference_mode():
                 found = [runner.logits(self._piece(*cut)) for cut in itertools.pairwise(cuts)]
-        error = verification.relative(torch.cat(found).float(), self._expected)
+        error = relative(torch.cat(found).float(), self._expected)
         if not error <= tolerance:
             what = " and ".join(PLURALS[kind] for kind in self._numbers)
             raise UnsupportedModelError(

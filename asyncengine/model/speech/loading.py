@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from asyncengine.model import memory, packed_linear, verification
-from asyncengine.model.attention.protocol import AttentionBackend
+from asyncengine.model.attention.protocol import AttentionBackend, LayerSpec
 from asyncengine.model.checkpoint import tokenizer_key
 from asyncengine.model.load_check import Details, fits, tokenizer_path_of, with_tokenizer
 from asyncengine.model.load_settings import check_layers, select_attention, sequences_of
@@ -35,6 +36,7 @@ from asyncengine.model.speech.reader import SpeechReader
 from asyncengine.model.speech.transcription import Hearing, WhisperTranscription
 from asyncengine.model.text_files import check_processors
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
+from asyncengine.model.trial_bound import relative
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer, WritingTokenizer
@@ -154,7 +156,7 @@ def _loaded(
         model, details, backends, limits, Sampler(limits.max_num_sequence, details.vocab_size, device)
     )
     encoder = SpeechEncoder(model, reader.token_ids, device, BUDGET_TOKENS)
-    blocks = limits.num_blocks * bytes_per_block(details, backends[0])
+    blocks = limits.num_blocks * bytes_per_block(details, backends[0].bytes_per_block)
     return LoadedModel(
         model=SpeechModel(text, heard, encoder, details.places),
         limits=limits,
@@ -250,7 +252,7 @@ def _try(model: SpeechDecoder, details: SpeechDetails, backends: _Backends) -> N
             assert own is not None
             found.append(text.logits(own))
     layers.free()  # before it is reckoned what memory there is
-    error = verification.relative(torch.cat(found).float(), expected.float())
+    error = relative(torch.cat(found).float(), expected.float())
     tolerance = verification.tolerance_of(details.dtype, None, "none", False)
     if not error <= tolerance:
         raise UnsupportedModelError(
@@ -297,9 +299,9 @@ def _generation(details: SpeechDetails) -> GenerationConfig:
         raise CheckpointError(f"{path / 'generation_config.json'} cannot be read: {error}") from error
 
 
-def bytes_per_block(details: SpeechDetails, backend: AttentionBackend) -> int:
-    """Of all layers together."""
-    layer = backend.bytes_per_block(spec_of(details.hf_config), details.places.page_size, details.dtype)
+def bytes_per_block(details: SpeechDetails, of_layer: Callable[[LayerSpec, int, torch.dtype], int]) -> int:
+    """Of all layers together, by what each takes, as `AttentionBackend.bytes_per_block` has it."""
+    layer = of_layer(spec_of(details.hf_config), details.places.page_size, details.dtype)
     return layer * int(details.hf_config.decoder_layers)
 
 
@@ -320,7 +322,7 @@ def _limits(
     budget = memory.kv_budget(
         available=max(available, 0),
         share=taken,
-        bytes_per_block=bytes_per_block(details, backend),
+        bytes_per_block=bytes_per_block(details, backend.bytes_per_block),
         page_size=page_size,
         wanted_tokens=config.max_total_sequence_length,
         useful_tokens=sequences * -(-length // page_size) * page_size,
