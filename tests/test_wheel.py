@@ -79,7 +79,7 @@ def test_the_wheel_has_what_the_package_needs_and_nothing_else(wheel: Path) -> N
     for needed in (
         "py.typed", "tiny/checkpoint/model.safetensors", "tiny/checkpoint/tokenizer.json",
         "model/attention/paged_attention.cpp", "model/attention/tiles.h", "model/decoder/decoder.cpp",
-        "model/decoder/bundles.h", "model/recurrent/scans.cpp",
+        "model/decoder/bundles.h", "model/decoder/bundle_tiles.h", "model/recurrent/scans.cpp",
     ):  # fmt: skip
         assert f"asyncengine/{needed}" in packed
     assert not [name for name in sizes if not name.startswith(("asyncengine/", "asyncengine-"))]

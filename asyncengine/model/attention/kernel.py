@@ -18,7 +18,10 @@ from asyncengine.config import Quantization
 from asyncengine.model.attention.protocol import BackendUnavailableError
 
 SOURCE = Path(__file__).parents[1] / "decoder" / "decoder.cpp"
-_INCLUDED = (*map(Path(__file__).with_name, ("paged_attention.cpp", "tiles.h")), SOURCE.with_name("bundles.h"))
+_INCLUDED = (
+    *map(Path(__file__).with_name, ("paged_attention.cpp", "tiles.h")),
+    *map(SOURCE.with_name, ("bundles.h", "bundle_tiles.h")),
+)
 
 # Infinities and NaN keep their meaning: masks are made of the former, and a model's own NaN must not be hidden.
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")

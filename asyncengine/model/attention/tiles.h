@@ -33,17 +33,18 @@ inline void finish_writing() { __asm__ volatile("" ::: "memory"); }
 
 // Gives this thread's tiles their sizes. Up to 16 rows: sums of four groups of lanes in 0 to 3, rows in 4, lanes in 5
 // to 7. Up to 32 rows: sums of two groups in 0 and 1, those of the second 16 rows in 2 and 3; rows in 4 and 5, lanes in 6
-// and 7.
-inline void configure_tiles(int rows) {
+// and 7. Rows and lanes have so many steps.
+inline void configure_tiles(int rows, int steps = kTile) {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
   } config;
   const int upper = std::min(rows, kTile), lower = rows > kTile ? rows - kTile : rows;
-  const int counts[] = {upper, upper, lower, lower, upper, rows > kTile ? lower : kTile, kTile, kTile};
+  const int counts[] = {upper, upper, lower, lower, upper, rows > kTile ? lower : steps, steps, steps};
   for (int i = 0; i < 8; ++i) {
-    config.bytes[i] = 4 * kTile;
+    const bool has_rows = i == 4 || (i == 5 && rows > kTile);
+    config.bytes[i] = uint16_t(4 * (has_rows ? steps : kTile));
     config.rows[i] = uint8_t(counts[i]);
   }
   finish_writing();

@@ -202,6 +202,20 @@ template <class W>
 constexpr bool takes_bundles() {
   return std::is_base_of<Int4, W>::value;
 }
+template <class W>
+constexpr int bits_of() {  // of a code in bundles
+  return std::is_same<W, Int4>::value ? 4 : 8;
+}
+template <class W>
+constexpr int group_of() {  // inputs that share a scale, or that many times some number; 0 where an output has one
+  return std::is_same<W, BundledInt8>::value ? 0 : std::is_same<W, FineInt8>::value ? kBundle / 2 : kBundle;
+}
+
+#if HAS_TILES
+}  // namespace
+#include "bundle_tiles.h"
+namespace {
+#endif
 
 // int8 leaves the router of experts out, which is as exact as what enters the products.
 typedef std::conditional<Int8::kPair == 2, BFloat16, Float32>::type RouterOfInt8;
@@ -305,9 +319,7 @@ struct BundleProducts {
   decltype(&multiply_bundles<4, kBundle, 1, 1>) of[kRows + 1][kMostCols + 1];
   template <int Rows, int Cols>
   constexpr void fill() {
-    constexpr int kBits = std::is_same<W, Int4>::value ? 4 : 8;
-    constexpr int kGroup = std::is_same<W, BundledInt8>::value ? 0 : std::is_same<W, FineInt8>::value ? kBundle / 2 : kBundle;
-    of[Rows][Cols] = multiply_bundles<kBits, kGroup, Rows, Cols>;
+    of[Rows][Cols] = multiply_bundles<bits_of<W>(), group_of<W>(), Rows, Cols>;
     if constexpr (Cols > 1)
       fill<Rows, Cols / 2>();
     else if constexpr (Rows > 1)
@@ -547,6 +559,9 @@ struct Run {
   int64_t low_width = 0;
   uint16_t *widened_weights;  // (threads, what an item has of them), where tiles multiply bytes
   int64_t widened_count = 0;
+#if HAS_TILES
+  BundleTiles *bundle_tiles;  // (threads), where they multiply bundles
+#endif
   std::vector<PaddedPhase> phases;
   std::deque<Step<T>> attention;
 
@@ -633,6 +648,9 @@ struct Run {
     sent_inner = take(rows_sent, expert_inner);
     low = memory.take<float>(tokens * low_width);
     widened_weights = memory.take<uint16_t>(threads * widened_count);
+#if HAS_TILES
+    bundle_tiles = memory.take<BundleTiles>(kBundles && bundled && tiles_allowed() ? threads : 0);
+#endif
     return memory.used;
   }
 
@@ -699,6 +717,16 @@ struct Run {
 #endif
   }
 
+  // Whether bundles of many rows are multiplied in tiles, which give them the same bits.
+  template <class M>
+  static bool bundles_by_tiles() {
+#if HAS_TILES
+    return takes_bundles<M>() && tiles_allowed();
+#else
+    return false;
+#endif
+  }
+
   struct Adapting;
 
   // What becomes of outputs: `each(row, group, cols, sums)` gets `cols` vectors of them. By reference and called through
@@ -734,6 +762,14 @@ struct Run {
 #if HAS_TILES
     if constexpr (M::kPair == 2)
       if (by_tiles<M>()) return part_by_tiles<M>(matrix, from, begin, last, inputs, rows, first_row, outcome);
+    if constexpr (takes_bundles<M>())
+      if (const int64_t tiled = bundles_by_tiles<M>() ? rows_for_tiles(rows, bits_of<M>()) : 0; tiled) {
+        multiply_bundles_in_tiles<M>(matrix, from, begin, last, inputs, tiled, first_row, outcome);
+        if (tiled == rows) return;
+        inputs += tiled * (matrix.inputs / kBundle);
+        first_row += tiled;
+        rows -= tiled;
+      }
 #endif
     alignas(64) float sums[kSums * kLanes];
     const int64_t steps = matrix.inputs / M::kPair, group_stride = stride_of<M>(matrix);
@@ -781,6 +817,23 @@ struct Run {
   }
 
 #if HAS_TILES
+  template <class M>
+  void multiply_bundles_in_tiles(const Matrix &matrix, int64_t from, int64_t begin, int64_t last, const Bundle *inputs,
+                                 int64_t rows, int64_t first_row, const Outcome &outcome) const {
+    BundleTiles &room = bundle_tiles[omp_get_thread_num()];
+    const int64_t bundles = matrix.inputs / kBundle, stride = stride_of<M>(matrix);
+    const char *weights = static_cast<const char *>(matrix.weights) + from * stride;
+    for (int64_t row = 0; row < rows; row += kTileBlocks * kTile)
+      for (int64_t group = begin; group < last; group += kTileGroups) {
+        const int64_t count = std::min<int64_t>(rows - row, kTileBlocks * kTile);
+        const int64_t cols = std::min<int64_t>(last - group, kTileGroups);
+        multiply_in_tiles<bits_of<M>(), group_of<M>()>(inputs + row * bundles, bundles, count, weights + group * stride,
+                                                       stride, cols, matrix.format, room);
+        scale_and_shift(matrix, (from + group) * kLanes, count, cols, room.sums[0], kSumStride);
+        outcome(first_row + row, count, group, cols, room.sums[0], kSumStride);
+      }
+  }
+
   static const uint16_t *widen_weights(const uint16_t *stored, int64_t, int64_t) { return stored; }
 
   // In this thread's own memory, which stays in its cache; at the same places, counted from what is returned.
@@ -862,7 +915,8 @@ struct Run {
   void product(Phase &phase, const Matrix &matrix, const typename M::Weight *inputs, int64_t rows,
                const Outcome &outcome) {
     const int64_t groups = (matrix.outputs + kLanes - 1) / kLanes, chunks = (rows + kRows - 1) / kRows;
-    const int64_t row_parts = by_tiles<M>() ? (rows + kRowsEach - 1) / kRowsEach : 1, steps = matrix.inputs / M::kPair;
+    const bool tiles = by_tiles<M>() || bundles_by_tiles<M>();
+    const int64_t row_parts = tiles ? (rows + kRowsEach - 1) / kRowsEach : 1, steps = matrix.inputs / M::kPair;
     const int64_t each = groups_each<M>(matrix, groups, cols_of<M>(int((rows + chunks - 1) / chunks)), row_parts);
     const int64_t items = (groups + each - 1) / each * row_parts;
     phase.run(items, [&](int64_t item) {

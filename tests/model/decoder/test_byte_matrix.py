@@ -18,6 +18,7 @@ from asyncengine.model.quantised.byte_linear import ByteLinear
 from asyncengine.model.quantised.eight_bits import EightBits, nearest_bytes
 from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR
 from tests.model.decoder.test_four_bit_matrix import (
+    check_many_rows,
     error,
     of_part,
     product,
@@ -152,6 +153,19 @@ def test_either_library_multiplies_them(kind: Any) -> None:
             wanted = x.double() @ codes.weight(torch.float64).T + layer.bias.double()
             assert error(found, wanted) < 3e-3  # results are rounded to bfloat16
             assert torch.equal(torch.cat([compiled(row[None]) for row in x]), found)
+
+
+@pytest.mark.parametrize("kind", ["groups of 32", "of 64 with zeros", "of 16", "of 16 with zeros", "of all"])
+def test_many_rows_have_the_bits_of_each_alone(kind: str) -> None:
+    if kind == "of all":
+        generator = torch.Generator().manual_seed(0)
+        weight = (torch.randint(-127, 128, (565, 1216), generator=generator) / 128).bfloat16()
+        weight[:, 0] = 127 / 128  # so that rounding to bytes loses nothing
+        weight[0], weight[1] = 127 / 128, -127 / 128
+        return check_many_rows(weight, weight.double(), 93)
+    codes = random_bytes(565, 1216, 16 if "16" in kind else 64 if "64" in kind else 32, "zeros" in kind)
+    codes.codes[0], codes.codes[1] = -128, 127
+    check_many_rows(codes, codes.weight(torch.float64), 93)
 
 
 def test_bytes_take_a_sixteenth_more_for_scales() -> None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.decoder.byte_matrix import ByteMatrix
+from asyncengine.model.decoder.compiled_linear import CompiledLinear, Products
 from asyncengine.model.decoder.four_bit_matrix import FourBitMatrix, packed
 from asyncengine.model.decoder.weights import MatrixStruct, PackedMatrix, Packing
+from asyncengine.model.quantised.eight_bits import EightBits
 from asyncengine.model.quantised.four_bits import FP4, INT4, NONLINEAR, FourBits, nearest
 from asyncengine.model.quantised.four_bits import packed as packed_codes
 
@@ -101,6 +104,36 @@ def test_a_row_gets_the_same_bits_beside_any_number_of_others(library: Any) -> N
     alone = product(library, matrix, rows, most_rows=1)
     for most in range(2, 7):
         assert torch.equal(product(library, matrix, rows, most), alone)
+
+
+@pytest.mark.parametrize(
+    ("values", "group", "zeros"),
+    [(INT4, 32, False), (INT4, 64, True), (FP4, 32, False), (NONLINEAR, 32, False)],
+    ids=["INT4", "zeros", "FP4", "NONLINEAR"],
+)
+@pytest.mark.parametrize("rows", [13, 68, 93])
+def test_many_rows_have_the_bits_of_each_alone(values: Any, group: int, zeros: bool, rows: int) -> None:
+    """Whatever multiplies many: more outputs, inputs and rows than go through it at a time, and the largest numbers."""
+    codes = random_codes(565, 1216, group, values, zeros, 0)
+    codes.codes[:2] = torch.tensor([[0x00], [0xFF]])
+    check_many_rows(codes, codes.weight(torch.float64), rows)
+
+
+def check_many_rows(codes: FourBits | EightBits | torch.Tensor, weight: torch.Tensor, rows: int) -> None:
+    """Of a weight (565, 1216) whose first two outputs have the largest numbers of either side."""
+    products = Products(CpuAttention("int4").library("int4"), torch.bfloat16, "int4")
+    layer = nn.Linear(1216, 565, dtype=torch.bfloat16)
+    nn.init.zeros_(layer.bias[:2])
+    matrix = packed(products.library, [codes], [None], "int8" if isinstance(codes, torch.Tensor) else "int4")
+    compiled = CompiledLinear(products, layer, matrix, nn.Parameter(torch.empty(0)))
+    x = torch.randn(rows, 1216, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x[1], x[2], x[3, 700], x[4, 40] = 1, -1, torch.nan, torch.inf
+    x[5] = torch.tensor([1.0, -1.0] * 15 + [0.0, 1 / 32767]).repeat(38)  # of large sums little is left
+    found, alone = compiled(x), torch.cat([compiled(row[None]) for row in x])
+    assert torch.equal(found.view(torch.int16), alone.view(torch.int16))
+    assert not found[3:5].isfinite().any()
+    usual = [*range(3), *range(5, rows)]
+    assert error(found[usual], x[usual].double() @ weight.T + layer.bias.detach().double()) < 3e-3
 
 
 def test_bytes_beside_them_are_multiplied_by_the_same_integers(library: Any) -> None:
