@@ -489,7 +489,7 @@ constexpr int64_t kItemBytes = 128 << 10;
 
 // Where tiles multiply, weights are not all there is to read: many rows are shared out as well, and stay in the cache for
 // more of the weights.
-constexpr int64_t kRowsEach = 64, kManyRowsItemBytes = 512 << 10;
+constexpr int64_t kRowsEach = 64, kManyRowsItemBytes = 1 << 20;
 
 struct Memory {  // hands out pieces of one allocation, or counts what they would take
   char *base;
