@@ -61,9 +61,14 @@ def test_they_answer_what_they_did(
     assert off(found, wanted) < 3 * most
 
 
-def test_a_token_gets_the_same_bits_alone_and_beside_others() -> None:
-    experts = compiled(experts_of("deepseek_v3", torch.float32), torch.float32)
-    x, chosen, shares = sent(40, torch.float32)
+@pytest.mark.parametrize(("dtype", "quantization"), [(torch.float32, "none"), (torch.bfloat16, "int4")])
+def test_a_token_gets_the_same_bits_alone_and_beside_others(dtype: torch.dtype, quantization: Quantization) -> None:
+    model = Model(experts=experts_of("deepseek_v3", dtype))
+    assert quantization == "none" or round_experts(model)
+    compile_layers(model, products(dtype, quantization))
+    experts = model.experts
+    assert isinstance(experts, CompiledExperts)
+    x, chosen, shares = sent(40, dtype)
     alone = [experts(x[i : i + 1], chosen[i : i + 1], shares[i : i + 1]) for i in range(40)]
     turned = experts(x, chosen.flip(1), shares.flip(1))
     for threads in (1, 2):
