@@ -18,10 +18,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from asyncengine.media import PromptMedia
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
+from asyncengine.step.chunking import next_chunk
 from asyncengine.step.decode_rows import DecodeRows
 from asyncengine.step.drafting import Drafting, Drafts, shared
 from asyncengine.step.kv_blocks import KVBlocks
@@ -30,9 +30,6 @@ from asyncengine.step.plan import Chunk, Plan
 from asyncengine.step.sequence import Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
 from asyncengine.step.waiting import WaitingQueue
-
-MAX_SCORED = 256
-"""Most rows of logits that a step looks at for prompt log-probabilities: they are as wide as the vocabulary."""
 
 
 class Scheduler:
@@ -346,41 +343,14 @@ class Scheduler:
         return True
 
     def _add_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
-        """Adds the sequence's next chunk, where there is room for the logits that are looked at; returns its tokens."""
-        slots, request = self.slots, sequence.request
-        computed = int(slots.num_computed[sequence.slot])
-        left = int(slots.num_tokens[sequence.slot]) - computed
-        if not left:  # its last piece is under way
+        """Adds the sequence's next chunk, if it gets one; returns its tokens."""
+        slot, slots = sequence.slot, self.slots
+        computed, known = int(slots.num_computed[slot]), int(slots.num_tokens[slot])
+        chunk = next_chunk(sequence, computed, known, budget, chunks, self.limits)
+        if chunk is None:
             return 0
-        if not self.limits.whole_prompts:
-            count = min(left, budget)
-        elif left > budget and chunks:
-            return 0
-        else:
-            count = left
-        scored = pooled = (0, 0)
-        first = max(computed, request.scored)
-        if request.new.pooling is None and request.unscored:
-            room = MAX_SCORED - sum(chunk.num_scored for chunk in chunks)
-            if room <= 0:
-                return 0
-            count = min(count, first + room - computed)
-        if request.new.media is not None and request.new.media.whole:
-            count = _whole(request.new.media, computed, count, budget)
-            if not count:
-                return 0
-        if request.new.pooling is None and request.unscored:
-            scored = (first, max(first, min(computed + count, len(request.new.prompt) - 1)))
-        elif request.new.pooling == "cls":
-            pooled = (0, 1)
-        elif request.new.pooling is not None:
-            last_one = max(len(request.new.prompt) - 1, computed)
-            pooled = (first if request.unscored else last_one, computed + count)
-        unborn = (b for b in sequence.request.branches if b.state is SequenceState.UNBORN and b.slot >= 0)
-        last = count == left
-        draws = last and request.arriving is None and request.new.params.max_tokens > 0
-        chunks.append(Chunk(sequence, count, last, (sequence, *unborn) if draws else (), scored, pooled))
-        return count
+        chunks.append(chunk)
+        return chunk.count
 
     def _start(self, sequence: Sequence) -> bool:
         """Gives the head of the queue a slot and all blocks of its prefill; False if there are not enough."""
@@ -483,16 +453,3 @@ class Scheduler:
             else:
                 lengths[row] = have[row]
         return drafting.propose(slots, rows, lengths)
-
-
-def _whole(media: PromptMedia, computed: int, count: int, most: int) -> int:
-    """How many of the next `count` tokens are computed, or of `most` at most, so that no image is parted; 0 if none can
-    be in this step.
-    """
-    end = computed + count
-    for first, last in media.whole_runs:
-        if first < end < last:
-            if computed < first:
-                return first - computed
-            return last - computed if last - computed <= most else 0
-    return count
