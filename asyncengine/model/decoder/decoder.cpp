@@ -903,7 +903,8 @@ struct Run {
   // rows pass; the items are small enough for the threads to end together.
   template <class M>
   int64_t groups_each(const Matrix &matrix, int64_t groups, int64_t least, int64_t row_parts = 1) const {
-    const int64_t bytes = stride_of<M>(matrix) * (by_tiles<M>() ? 2 : int64_t(sizeof(typename M::Stored)));
+    constexpr int64_t kStored = sizeof(typename M::Stored);
+    const int64_t bytes = stride_of<M>(matrix) * (by_tiles<M>() && kStored == 1 ? 3 : kStored);  // widened ones beside them
     const int64_t most = row_parts > 1 ? kManyRowsItemBytes : kItemBytes;
     int64_t each = least;
     while (2 * each * bytes <= most && groups * row_parts >= 12 * threads * each) each *= 2;
