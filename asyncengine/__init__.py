@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         StepError,
         UnsupportedModelError,
     )
+    from asyncengine.fallback import TranscriptionFallback
     from asyncengine.generation import GenerationConfig
     from asyncengine.instructions import Deadlines
     from asyncengine.logits_processor import LogitsProcessor, LogitsRow
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from asyncengine.loop.pending import PendingStream
     from asyncengine.loop.prepare import RequestOptions
     from asyncengine.loop.stream import RequestStream
+    from asyncengine.loop.transcript_stream import TranscriptStream
     from asyncengine.media import AudioPrompt, ImagePrompt
     from asyncengine.metrics import Counters, EngineMetrics, Histogram
     from asyncengine.outputs import (
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
         RequestOutput,
         RequestResult,
         Transcript,
+        TranscriptDelta,
         TranscriptSegment,
         Usage,
     )
@@ -133,7 +136,10 @@ __all__ = [
     "Tokenizer",
     "Trace",
     "Transcript",
+    "TranscriptDelta",
     "TranscriptSegment",
+    "TranscriptStream",
+    "TranscriptionFallback",
     "UnsupportedModelError",
     "Usage",
     "WarmUp",
@@ -162,6 +168,7 @@ _HOMES = {
         "StepError",
         "UnsupportedModelError",
     ),
+    "asyncengine.fallback": ("TranscriptionFallback",),
     "asyncengine.generation": ("GenerationConfig",),
     "asyncengine.media": ("AudioPrompt", "ImagePrompt"),
     "asyncengine.instructions": ("Deadlines",),
@@ -172,6 +179,7 @@ _HOMES = {
     "asyncengine.loop.pending": ("PendingStream",),
     "asyncengine.loop.prepare": ("RequestOptions",),
     "asyncengine.loop.stream": ("RequestStream",),
+    "asyncengine.loop.transcript_stream": ("TranscriptStream",),
     "asyncengine.metrics": (
         "Counters",
         "EngineMetrics",
@@ -187,6 +195,7 @@ _HOMES = {
         "RequestOutput",
         "RequestResult",
         "Transcript",
+        "TranscriptDelta",
         "TranscriptSegment",
         "Usage",
     ),

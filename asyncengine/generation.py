@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from asyncengine.errors import InvalidRequestError
 from asyncengine.grammar.protocol import Grammar
 from asyncengine.logits_processor import LogitsProcessor
 from asyncengine.response_format import ResponseFormat, response_format
 
-LogprobsMode = Literal["raw", "processed"]
+LogprobsMode = Literal["raw", "masked", "processed"]
 
 MAX_BRANCHES = 1024
 MAX_STOP_STRS = 128
@@ -45,7 +45,8 @@ class GenerationConfig:
         repetition_penalty: In [1e-20, 1e20] (Keskar et al., 2019). Counts prompt and output. Default 1.
         logprobs: Whether to return the log-probability of each generated token.
         top_logprobs: 0 to 20. How many alternatives to return beside it; needs ``logprobs=True``.
-        logprobs_mode: ``"raw"``: of the model's own distribution. ``"processed"``: of the one drawn from.
+        logprobs_mode: ``"raw"``: of the model's own distribution. ``"masked"``: of what may be drawn, so behind bias,
+            penalties, processors and masks, before temperature and filters. ``"processed"``: of the one drawn from.
         logit_bias: Token id to a bias in [-100, 100].
         max_tokens: >= 0. Most tokens to generate per branch; None is as many as fit.
         min_tokens: >= 0. No stop token may be drawn before this many tokens; stop strings still end a branch.
@@ -111,8 +112,9 @@ class GenerationConfig:
         _integer("top_logprobs", self.top_logprobs, 0, 20)
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError(f"top_logprobs is {self.top_logprobs}; it needs logprobs=True")
-        if self.logprobs_mode not in ("raw", "processed"):
-            raise InvalidRequestError(f"logprobs_mode is {self.logprobs_mode!r}; allowed: 'raw', 'processed'")
+        if self.logprobs_mode not in get_args(LogprobsMode):
+            modes = ", ".join(map(repr, get_args(LogprobsMode)))
+            raise InvalidRequestError(f"logprobs_mode is {self.logprobs_mode!r}; allowed: {modes}")
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         _integer("max_tokens", self.max_tokens, 0, None, optional=True)
         _integer("min_tokens", self.min_tokens, 0, None)

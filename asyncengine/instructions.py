@@ -98,6 +98,19 @@ class Deadlines:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptQuestion:
+    """How likely a token is to follow a place of a prompt, whatever does follow there.
+
+    Attributes:
+        place: Index into the prompt.
+        token_id: The token.
+    """
+
+    place: int
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class NewRequest:
     """One request, validated, tokenized and resolved against the model of epoch `AddRequests.epoch`.
 
@@ -113,6 +126,7 @@ class NewRequest:
         adapter: Name of the adapter that it is computed with; None is the model alone.
         media: Images and audio in the prompt.
         second: Where the second of two texts begins that the prompt is made of; None if it is of one.
+        question: What is wanted to know of the prompt besides.
     """
 
     number: int
@@ -128,6 +142,7 @@ class NewRequest:
     media: PromptMedia | None = None
     classifies: bool = False
     second: int | None = None
+    question: PromptQuestion | None = None
 
 
 @dataclass(frozen=True, slots=True)

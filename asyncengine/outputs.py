@@ -147,10 +147,17 @@ class TranscriptSegment:
 
     Attributes:
         start: Seconds from the beginning of the audio.
-        end: The same of its end.
+        end: The same of its end; later than `start`.
         text: What is said.
-        token_ids: As the model has written it.
-        logprob: Of a token, in the middle of them; None if there are none.
+        token_ids: As the model has written it, with the tokens of its times.
+        logprob: Of a token that is said, in the middle of them; None if there are none.
+        avg_logprob: Of a token of all that was heard at once, the one that ends it included, in the middle of them:
+            openai-whisper distrusts less than -1.
+        compression_ratio: Of the text of all that was heard at once: bytes, by how many zlib makes of them.
+            openai-whisper distrusts more than 2.4, which is text that repeats itself.
+        no_speech_prob: How likely the model finds it that nothing is said in all that was heard at once.
+        temperature: At which that was written down.
+        seek: Where what was heard at once begins, in hundredths of a second.
     """
 
     start: float
@@ -158,6 +165,24 @@ class TranscriptSegment:
     text: str
     token_ids: tuple[int, ...]
     logprob: float | None = None
+    avg_logprob: float | None = None
+    compression_ratio: float | None = None
+    no_speech_prob: float | None = None
+    temperature: float | None = None
+    seek: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TranscriptDelta:
+    """What has come of a transcript. Deltas, one after the other, are its text and its segments exactly.
+
+    Attributes:
+        text: New text.
+        segments: New segments, if they were asked for: those of what was heard at once come together, behind its text.
+    """
+
+    text: str
+    segments: tuple[TranscriptSegment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

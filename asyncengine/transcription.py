@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -26,6 +26,7 @@ class TranscriptionPrompt:
         hint: What it is about, words that are in it; what that does is the model's.
         task: Whether it is to be written down, or translated into English.
         timestamps: Whether the model is to say when each part of it is said.
+        no_speech: Whether it is wanted to know how likely the model finds it that nothing is said.
     """
 
     audio: AudioSource
@@ -33,6 +34,7 @@ class TranscriptionPrompt:
     hint: str | None = None
     task: TranscriptionTask = "transcribe"
     timestamps: bool = False
+    no_speech: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("language", self.language), ("hint", self.hint)):
@@ -77,14 +79,39 @@ class LanguageQuestion:
     languages: Mapping[int, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How far what was written down of a piece can be trusted. Attributes as in `TranscriptSegment`."""
+
+    avg_logprob: float | None = None
+    compression_ratio: float | None = None
+    no_speech_prob: float | None = None
+    temperature: float | None = None
+
+
+class AnswerReader(Protocol):
+    """Reads one answer of a model, as it comes, for what is said in the audio."""
+
+    def push(self, text: str, token_ids: Sequence[int]) -> str:
+        """Takes the next of an answer, as `RequestOutput` has it, and returns what of its text is certain now."""
+        ...
+
+    def flush(self) -> str:
+        """Returns the rest: the answer has ended."""
+        ...
+
+
 class Transcribing(Protocol):
     """How one model is asked to transcribe. May be called from several threads.
 
     Attributes:
         question: What finds out which language is spoken, for models that must be told; None for others.
+        no_speech: The token behind which a model says that nothing is said, and the token by which it would; None if it
+            does not.
     """
 
     question: LanguageQuestion | None
+    no_speech: tuple[int, int] | None
 
     def pieces(self, audio: AudioSource) -> Sequence[AudioPiece]:
         """Cuts an audio into parts that the model hears at once.
@@ -111,27 +138,74 @@ class Transcribing(Protocol):
         """How it is generated, with the rules that the model was trained to be held to."""
         ...
 
-    def text(self, token_ids: Sequence[int]) -> str | None:
-        """What is said in the audio, of what the model has answered; None if that is its text as it is."""
+    def reader(self, stop_strs: tuple[str, ...]) -> AnswerReader:
+        """Reads one answer.
+
+        Args:
+            stop_strs: What is said ends before the first of them.
+        """
         ...
 
     def segments(
-        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece
+        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece, quality: Quality
     ) -> list[TranscriptSegment]:
-        """The same with times, if it was asked for them.
+        """What is said, with times, if it was asked for them.
 
         Args:
             token_ids: What the model has answered.
             logprobs: Log-probabilities of these; None if they were not asked for.
             piece: What it has heard.
+            quality: How far that can be trusted.
         """
         ...
 
 
+class _AsItIs:
+    """Reads answers that are what is said."""
+
+    def push(self, text: str, token_ids: Sequence[int]) -> str:
+        """As `AnswerReader`."""
+        return text
+
+    def flush(self) -> str:
+        """As `AnswerReader`."""
+        return ""
+
+
+class _AtItsEnd:
+    """Reads answers that are read whole.
+
+    Args:
+        read: What is said, of the tokens of an answer; None if that is its text.
+    """
+
+    def __init__(self, read: Callable[[Sequence[int]], str | None]) -> None:
+        self._read = read
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+
+    def push(self, text: str, token_ids: Sequence[int]) -> str:
+        """As `AnswerReader`."""
+        self._text.append(text)
+        self._token_ids += token_ids
+        return ""
+
+    def flush(self) -> str:
+        """As `AnswerReader`."""
+        found = self._read(self._token_ids)
+        return "".join(self._text) if found is None else found
+
+
 class WholeTranscription:
-    """What is the same in models that hear an audio whole, need not be told its language and know no times."""
+    """What is the same in models that hear an audio whole, need not be told its language and know no times.
+
+    Attributes:
+        parses: Whether there is more in an answer than what is said, so that only a whole one can be read.
+    """
 
     question: LanguageQuestion | None = None
+    no_speech: tuple[int, int] | None = None
+    parses = False
 
     def pieces(self, audio: Any) -> Sequence[AudioPiece]:
         """As `Transcribing`: the audio."""
@@ -145,8 +219,16 @@ class WholeTranscription:
         """As `Transcribing`: as it is."""
         return config
 
+    def reader(self, stop_strs: tuple[str, ...]) -> AnswerReader:
+        """As `Transcribing`."""
+        return _AtItsEnd(self.text) if self.parses else _AsItIs()
+
+    def text(self, token_ids: Sequence[int]) -> str | None:
+        """What is said in the audio, of all that a model which `parses` has answered; None if that is as it is."""
+        return None
+
     def segments(
-        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece
+        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece, quality: Quality
     ) -> list[TranscriptSegment]:
         """As `Transcribing`: none."""
         return []

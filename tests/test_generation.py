@@ -77,7 +77,9 @@ class TestRanges:
 
     @pytest.mark.parametrize("value", ["final", None, 1, ["raw"]])
     def test_logprobs_mode(self, value: Any) -> None:
-        refused(lambda: GenerationConfig(logprobs_mode=value), f"logprobs_mode is {value!r}", "'raw', 'processed'")
+        refused(
+            lambda: GenerationConfig(logprobs_mode=value), f"logprobs_mode is {value!r}", "'raw', 'masked', 'processed'"
+        )
 
     @pytest.mark.parametrize("name", ["logprobs", "ignore_eos", "skip_special_tokens", "detokenize", "jump_forward"])
     @pytest.mark.parametrize("value", [1, 0, None, "yes"])

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import anyio
 import anyio.to_thread
+import numpy as np
 from anyio.lowlevel import RunVar
 
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
+from asyncengine.instructions import PromptQuestion
 from asyncengine.loop.media_parts import take_media
 from asyncengine.loop.pairs import Pair, TextPair
 from asyncengine.loop.token_ids import encode_piece, token_ids_of, tokenizer_of, typed
@@ -118,11 +120,13 @@ class Encoded(NamedTuple):
         ids: (tokens,) token ids.
         media: Images and audio in it.
         second: Where the second of two texts begins, if it is of two.
+        question: What is wanted to know of it besides.
     """
 
     ids: Int32
     media: PromptMedia | None = None
     second: int | None = None
+    question: PromptQuestion | None = None
 
 
 async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded:
@@ -210,7 +214,11 @@ async def _encode_transcription(prompt: TranscriptionPrompt, view: ModelView) ->
     transcribing = transcribing_of(view)
     model = tokenizer_of(view, "transcription needs one")
     encode = functools.partial(encode_piece, model)
-    return await _read_media(prompt.sources, view, lambda encode: encode(transcribing.request(prompt)), encode)
+    read = await _read_media(prompt.sources, view, lambda encode: encode(transcribing.request(prompt)), encode)
+    if not prompt.no_speech or transcribing.no_speech is None:
+        return read
+    behind, token_id = transcribing.no_speech
+    return read._replace(question=PromptQuestion(int(np.flatnonzero(read.ids == behind)[-1]), token_id))
 
 
 def transcribing_of(view: ModelView) -> Transcribing:

@@ -14,11 +14,11 @@ import anyio.lowlevel
 from asyncengine import instructions as ins
 from asyncengine.config import EngineConfig
 from asyncengine.errors import InvalidRequestError
+from asyncengine.fallback import TranscriptionFallback, check_fallback
 from asyncengine.generation import GenerationConfig
 from asyncengine.grammar.compiler import GrammarCompiler
 from asyncengine.grammar.protocol import Grammar
 from asyncengine.instructions import NewRequest, ReplyTo
-from asyncengine.loop import transcribing
 from asyncengine.loop.deadline import in_time
 from asyncengine.loop.embedding import ClassificationOptions, Reading
 from asyncengine.loop.encoding import (
@@ -48,8 +48,11 @@ from asyncengine.loop.prepare import (
 from asyncengine.loop.readings import DEFAULTS, Configured, EngineReadings, check_computed, checked_prompts
 from asyncengine.loop.router import Inbox
 from asyncengine.loop.stream import RequestStream
+from asyncengine.loop.transcribing import Transcription
+from asyncengine.loop.transcript_requests import Asked
+from asyncengine.loop.transcript_stream import TranscriptStream
 from asyncengine.media import AudioSource, Kind
-from asyncengine.outputs import FinishReason, RequestResult, Transcript
+from asyncengine.outputs import FinishReason, RequestResult
 from asyncengine.step.batch import NO_TOKENS
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
@@ -82,6 +85,7 @@ class AsyncEngine(EngineReadings):
         super().__init__(config, loader)
         self._numbers = itertools.count(1)
         self._grammars: tuple[int, GrammarCompiler] | None = None
+        self._transcripts: dict[str, Transcription] = {}
 
     async def add_request(
         self,
@@ -168,7 +172,7 @@ class AsyncEngine(EngineReadings):
 
         return PendingStream(add)
 
-    async def transcribe(
+    def transcribe(
         self,
         audio: AudioSource,
         config: GenerationConfig | None = None,
@@ -178,8 +182,12 @@ class AsyncEngine(EngineReadings):
         hint: str | None = None,
         task: TranscriptionTask = "transcribe",
         timestamps: bool = False,
-    ) -> Transcript:
+        fallback: TranscriptionFallback | None = None,
+    ) -> TranscriptStream:
         """What is said in an audio, by a model that was trained to be asked for that.
+
+        ``await engine.transcribe(audio)`` returns it whole, ``async for delta in engine.transcribe(audio)`` yields it
+        as it comes.
 
         Whisper hears 30 seconds at once: of a longer audio it is given pieces, cut where it is quiet, which are
         requests of their own that run side by side. It must be told the language; where it is not, it is asked for it
@@ -188,23 +196,33 @@ class AsyncEngine(EngineReadings):
         Args:
             audio: As `asyncengine.media.AudioSource` says.
             config: How to generate. Whisper is greedy where it does not say; of several branches the first counts.
-            options: Id, priority, deadlines, which count from the call for all of it. Of several pieces, each has the
-                ``request_id`` with ``-0``, ``-1``, ... appended.
+            options: Id, priority, deadlines, which count for all of it from its first use. `abort_request` of its
+                ``request_id`` ends all of it. Of several pieces, each has the id with ``-0``, ``-1``, ... appended.
             language: That is spoken, by its code or name; None leaves it to the model.
             hint: What it is about, or words that are in it, for models that are told such; each piece is.
             task: ``"translate"`` into English, for models that do.
             timestamps: Whether the transcript has segments with times, for models that know them.
+            fallback: What is written down anew at other temperatures, piece by piece; None takes what comes. With it,
+                a piece is given out when it is taken as it is.
 
         Raises:
-            InvalidRequestError: The model takes no audio, or does not transcribe in that way or that language.
-            AsyncEngineError: As `generate`.
+            InvalidRequestError: Something of that is wrong. When it is used: the model takes no audio, or does not
+                transcribe in that way or that language.
+            AsyncEngineError: When it is used, as `generate`.
 
-        Cancelling it aborts the requests.
+        Cancelling whoever uses it aborts the requests.
         """
         _check_options(options)
-        asked, clock = TranscriptionPrompt(audio, language, hint, task, timestamps), self._thread.core.clock
-        options = options.begun(clock())
-        return await transcribing.transcribe(self._add, self._view, asked, config, options, clock)
+        config = checked_config(config)
+        check_fallback(fallback, config)
+        doubts = timestamps or (fallback is not None and fallback.no_speech_threshold is not None)
+        prompt, clock = TranscriptionPrompt(audio, language, hint, task, timestamps, doubts), self._thread.core.clock
+
+        def make() -> Transcription:
+            asked = Asked(prompt, config, options.begun(clock()), fallback)
+            return Transcription(self._add, self._view, asked, clock, self._transcripts)
+
+        return TranscriptStream(make)
 
     async def check_request(
         self,
@@ -290,12 +308,16 @@ class AsyncEngine(EngineReadings):
         return ids
 
     async def abort_request(self, request_id: str) -> None:
-        """Ends a request with reason "abort"; returns once its blocks are free. An unknown id is passed over.
+        """Ends a request or a transcript with reason "abort"; returns once its blocks are free.
+
+        An unknown id is passed over.
 
         Raises:
             InvalidRequestError: The id is not a string.
         """
         _name("request_id", request_id)
+        if (transcript := self._transcripts.get(request_id)) is not None:
+            transcript.abort()
         await self._call(lambda to: ins.AbortRequests(request_ids=(request_id,), reply_to=to))
 
     async def pin_prompt(self, prompt: Prompt, name: str | None = None, options: RequestOptions = DEFAULTS) -> str:
@@ -409,6 +431,8 @@ class AsyncEngine(EngineReadings):
         inbox = Inbox(new.number, new_branches(new, view))
         if new.params.num_prompt_logprobs >= 0:
             inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
+        elif new.question is not None:
+            inbox.prompt_logprobs = []
         if self.observer is not None:
             begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config, new.adapter)
             inbox.on_over = begin(self.observer, begun)

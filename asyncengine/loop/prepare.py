@@ -146,7 +146,7 @@ def new_request(
         InvalidRequestError: It cannot be served by this model.
     """
     config, reading = checked_config(config), purpose.reading
-    prompt, media, second = encoded
+    prompt, media, second, question = encoded
     if view.begins_with_audio:
         _check_begins(encoded, config, view)
     check_length(len(prompt), view)
@@ -190,6 +190,7 @@ def new_request(
         media=media,
         classifies=isinstance(reading, ClassificationOptions),
         second=second,
+        question=question,
     )
 
 

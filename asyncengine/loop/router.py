@@ -26,7 +26,8 @@ class Inbox:
 
     Attributes:
         prompt: (tokens,) of a request that wants log-probabilities of its prompt.
-        prompt_logprobs: Those that have come, the first token's None included.
+        prompt_logprobs: Those that have come, the first token's None included; of a request with a question about its
+            prompt, the answer alone.
         pooled: The prompt's hidden states, pooled, once they have come.
         classifier: What makes logits of them, of a request for those.
         on_over: Called when the request is over; None where nobody observes it.

@@ -17,14 +17,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asyncengine.generation import SamplingParams
+from asyncengine.generation import LogprobsMode, SamplingParams
 from asyncengine.model import token_draw
 from asyncengine.model.device_copy import at_hand, to_device
 from asyncengine.model.random_stream import uniforms
@@ -42,6 +42,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 _BLOCK = 1 << 20  # logits
+_MODES = get_args(LogprobsMode)
 _NO_ROWS: Int64 = np.empty(0, np.int64)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -102,7 +103,7 @@ class Sampler:
         self._top_p = np.ones(num_slots, np.float64)
         self._min_tokens = np.zeros(num_slots, np.int64)
         self._num_logprobs = np.full(num_slots, -1, np.int64)
-        self._processed = np.zeros(num_slots, np.bool_)
+        self._described = np.zeros(num_slots, np.int8)  # which log-probabilities are wanted, of `_MODES`
         self._special = np.zeros(num_slots, np.bool_)  # needs more than temperature and filters
         self._bias = SlotEntries(num_slots)
         self._forbidden = SlotEntries(num_slots)
@@ -138,7 +139,7 @@ class Sampler:
             self._top_p[slot] = params.top_p
             self._min_tokens[slot] = params.min_tokens
             self._num_logprobs[slot] = params.num_logprobs
-            self._processed[slot] = params.logprobs_mode == "processed"
+            self._described[slot] = _MODES.index(params.logprobs_mode)
             self._way[slot] = _way(params)
             self._special[slot] = params.num_logprobs >= 0 or bool(bias) or bool(self.remembers(np.array([slot]))[0])
         except BaseException:
@@ -191,9 +192,9 @@ class Sampler:
     def sample(self, logits: Tensor, slots: Int64, positions: Int64) -> StepTokens:
         """Draws one token for each row, waits for them, and counts them for the slots' penalties.
 
-        Log-probabilities are of the untouched logits (raw), or of the distribution that was drawn from (processed; for
-        a greedy row the one after bias, penalties and mask, at temperature 1). A token with probability 0 is not
-        listed among the likeliest, so there may be fewer of them than were asked for.
+        Log-probabilities are of the untouched logits (raw), of those after bias, penalties and masks (masked), or of
+        the distribution that was drawn from (processed; for a greedy row the same as masked). A token with
+        probability 0 is not listed among the likeliest, so there may be fewer of them than were asked for.
 
         A row whose grammar, masks or processors fail is drawn from like any other and listed as failed.
 
@@ -226,8 +227,8 @@ class Sampler:
         with torch.inference_mode():
             ways = self._way[slots]
             asked = np.flatnonzero(self._num_logprobs[slots] >= 0)
-            of_processed = self._processed[slots[asked]]
-            raw, processed = asked[~of_processed], asked[of_processed]
+            modes = self._described[slots[asked]]
+            raw, allowed_rows, processed = (asked[modes == mode] for mode in range(len(_MODES)))
             raw_logits = self._rows(logits, raw).to(torch.float32, copy=True) if len(raw) else None
 
             failed: dict[int, Exception] = {}
@@ -241,6 +242,7 @@ class Sampler:
                 self._adjust(logits, slots, positions, failed)
             if bits is not None:
                 self._masks.apply(logits, masked, bits)
+            allowed = self._rows(logits, allowed_rows).to(torch.float32, copy=True) if len(allowed_rows) else None
             log_weights = self._log_weights(logits, slots, processed, ways) if len(processed) else None
 
             tokens = self._draw(logits, slots, positions, ways)
@@ -248,7 +250,7 @@ class Sampler:
                 self._penalties.record(slots, tokens)
             described = [
                 Described.of(values, self._rows(tokens, rows), rows, self._num_logprobs[slots[rows]])
-                for rows, values in ((raw, raw_logits), (processed, log_weights))
+                for rows, values in ((raw, raw_logits), (allowed_rows, allowed), (processed, log_weights))
                 if values is not None
             ]
             return Drawn(tokens, slots, positions, masked, follows, failed, described)

@@ -150,8 +150,12 @@ class Batches:
             (first, end), new = each.chunk.scored, each.new
             index.append(np.arange(first, end, dtype=np.int64) - each.computed + each.start)
             targets = self._slots.tokens[each.chunk.sequence.slot, first + 1 : end + 1]
-            token_ids.append(targets if new.media is None else new.media.plain(targets, first + 1))
-            tops.append(np.full(end - first, new.params.num_prompt_logprobs, dtype=np.int64))
+            if new.question is not None:
+                targets = np.full(end - first, new.question.token_id, dtype=np.int32)
+            elif new.media is not None:
+                targets = new.media.plain(targets, first + 1)
+            token_ids.append(targets)
+            tops.append(np.full(end - first, max(new.params.num_prompt_logprobs, 0), dtype=np.int64))
         return {
             "score_index": np.concatenate(index),
             "score_token_ids": np.concatenate(token_ids),

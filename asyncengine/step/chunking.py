@@ -35,7 +35,7 @@ def next_chunk(
     elif left > budget and beside:
         return None
     request, new = sequence.request, sequence.request.new
-    first = max(computed, request.scored)
+    first = max(computed, request.unscored_from)
     scores = new.pooling is None and request.unscored
     if scores:
         room = MAX_SCORED - sum(chunk.num_scored for chunk in beside)
@@ -46,7 +46,7 @@ def next_chunk(
         count = _with_whole_images(new.media, computed, count, budget)
         if not count:
             return None
-    scored = (first, max(first, min(computed + count, len(new.prompt) - 1))) if scores else (0, 0)
+    scored = (first, max(first, min(computed + count, request.looked_at[1]))) if scores else (0, 0)
     last = count == left
     draws = last and request.arriving is None and new.params.max_tokens > 0
     unborn = (b for b in request.branches if b.state is SequenceState.UNBORN and b.slot >= 0)

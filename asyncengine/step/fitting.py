@@ -23,7 +23,7 @@ def misfit(
         looked_at: How many tokens before those of each sequence are known to fit.
     """
     why = (
-        _of_tokens(sequences, loaded, looked_at)
+        _of_tokens(new, sequences, loaded, looked_at)
         or _of_purpose(new, loaded)
         or (None if new.media is None else _of_media(new.media, loaded))
     )
@@ -32,11 +32,12 @@ def misfit(
     return None if why is None else InvalidRequestError(f"request {new.request_id}: {why}")
 
 
-def _of_tokens(sequences: list[Int32], loaded: LoadedModel, looked_at: int) -> str | None:
+def _of_tokens(new: NewRequest, sequences: list[Int32], loaded: LoadedModel, looked_at: int) -> str | None:
     limits, vocab_size = loaded.limits, loaded.vocab_size
     if any(looked_at + len(tokens) > limits.max_prompt_tokens for tokens in sequences):
         return f"its tokens do not fit the new model: at most {limits.max_tokens} tokens"
-    if any(int(tokens.max(initial=0)) >= vocab_size for tokens in sequences):
+    asked = -1 if new.question is None else new.question.token_id
+    if asked >= vocab_size or any(int(tokens.max(initial=0)) >= vocab_size for tokens in sequences):
         return f"it has token ids outside the new vocabulary of {vocab_size}"
     return None
 

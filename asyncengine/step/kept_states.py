@@ -85,7 +85,7 @@ class KeptStates:
         known = self._tree.match(tokens, request.space)
         usable = deepest = self.places.deepest(known)
         if request.unscored:  # of its other tokens, logits or hidden states are wanted
-            usable = self.places.deepest(known[: request.scored // self._page_size])
+            usable = self.places.deepest(known[: request.unscored_from // self._page_size])
         blocks = {len(known)}
         if request.arriving is None and len(sequence.tokens) == len(request.new.prompt):
             blocks.add(len(tokens) // self._page_size)

@@ -195,5 +195,6 @@ class KVBlocks:
         """The blocks at the beginning of a sequence that need not be computed."""
         # The last token is always computed: its logits are what the next one is drawn from.
         # Nor has the cache the logits or hidden states of prompt tokens that are to be looked at.
-        known = sequence.tokens[: sequence.request.scored] if sequence.request.unscored else sequence.tokens[:-1]
-        return self.tree.match(known, sequence.request.space) if self._limits.reuses_prefixes else NO_BLOCKS
+        request = sequence.request
+        known = sequence.tokens[: request.unscored_from] if request.unscored else sequence.tokens[:-1]
+        return self.tree.match(known, request.space) if self._limits.reuses_prefixes else NO_BLOCKS

@@ -94,7 +94,20 @@ class Request:
         """Whether positions of the prompt are to be looked at that were not yet."""
         if self.new.pooling is not None:
             return self.new.pooling == "mean" and self.scored < len(self.new.prompt)
-        return self.new.params.num_prompt_logprobs >= 0 and self.scored < len(self.new.prompt) - 1
+        return max(self.scored, self.looked_at[0]) < self.looked_at[1]
+
+    @property
+    def looked_at(self) -> tuple[int, int]:
+        """From and to of the prompt's positions whose logits are looked at."""
+        question = self.new.question
+        if question is not None:
+            return question.place, question.place + 1
+        return 0, len(self.new.prompt) - 1 if self.new.params.num_prompt_logprobs >= 0 else 0
+
+    @property
+    def unscored_from(self) -> int:
+        """The first position of the prompt that is to be looked at, or may be."""
+        return self.scored if self.new.pooling is not None else max(self.scored, self.looked_at[0])
 
 
 class Sequence:

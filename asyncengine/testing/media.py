@@ -44,10 +44,6 @@ class ScriptedTranscription(WholeTranscription):
             raise InvalidRequestError(f"language is {asked.language!r:.80}; allowed: 'en'")
         return f"{asked.hint or ''}\n{MARKS['audio']}\n{asked.language or ''}"
 
-    def text(self, token_ids: Sequence[int]) -> str | None:
-        """As `asyncengine.transcription.Transcribing`: the answer is what is said."""
-        return None
-
 
 class ScriptedMediaReader:
     """Takes any bytes, or text, for an image or audio, which comes to one to seven tokens after their number.

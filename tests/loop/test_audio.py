@@ -172,7 +172,8 @@ async def test_an_answer_is_read_by_the_model_that_gave_it() -> None:
     def reader(text: str) -> Any:
         view = serving._thread.core.view
         assert view is not None and view.media_reader is not None
-        view.media_reader.transcribing.text = lambda token_ids: text  # type: ignore[method-assign, union-attr]
+        transcribing: Any = view.media_reader.transcribing
+        transcribing.parses, transcribing.text = True, lambda token_ids: text
         return view.media_reader
 
     async with engine(hearing()) as serving:
@@ -185,7 +186,7 @@ async def test_an_answer_is_read_by_the_model_that_gave_it() -> None:
             return read(*arguments)
 
         first.read = held
-        transcribing = asyncio.create_task(serving.transcribe(LONG))
+        transcribing = asyncio.ensure_future(serving.transcribe(LONG))
         assert await asyncio.to_thread(begun.wait, 10.0)
         await serving.reload(EngineConfig("another"))
         assert reader("by the second") is not first

@@ -534,7 +534,7 @@ class TestRowsAreIndependent:
         kinds = [self.KINDS[1 if same else i % len(self.KINDS)] for i in range(64)]
 
         def place(sampler: Sampler, slot: int, row: int) -> None:
-            mode = "processed" if row % 2 else "raw"
+            mode = ("raw", "masked", "processed")[row % 3]
             p = params(seed=row, num_logprobs=3, logprobs_mode=mode, **kinds[row])
             sampler.place(slot, p, 0, ids(1, 2, row), ids(row))
 
@@ -583,7 +583,7 @@ class TestRowsThatCannotBeDrawn:
         other = int(torch.nan_to_num(negative_nan, nan=-self.INF).argmax())
         assert tokens.token_ids.tolist() == [alone, likeliest, 345, 0, 0, 77, other, alone]
 
-    @pytest.mark.parametrize("mode", ["raw", "processed"])
+    @pytest.mark.parametrize("mode", ["raw", "masked", "processed"])
     def test_have_logprobs_that_are_numbers(self, mode: str) -> None:
         for logits in (torch.full((300,), self.NAN), torch.full((300,), -self.INF), torch.full((300,), self.INF)):
             for changes in ({}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.0}):
@@ -653,6 +653,22 @@ class TestLogprobs:
         assert entry.top_ids == tuple(ranking)
         assert entry.top_logprobs == pytest.approx([float(np.log(expected[i])) for i in ranking], abs=1e-4)
 
+    def test_masked_are_of_what_may_be_drawn_at_any_temperature(self) -> None:
+        logits = vocab_logits(1, 300)[0]
+        allowed = tuple(range(3, 90))
+        for changes in ({"temperature": 0.0}, {"temperature": 0.3, "top_k": 4}, {"temperature": 2.0, "top_p": 0.2}):
+            p = params(
+                num_logprobs=20, logprobs_mode="masked", allowed_token_ids=allowed, logit_bias=((7, 4.0),), **changes
+            )
+            tokens = draw(logits, p)
+            biased = torch.full((300,), -torch.inf, dtype=torch.float64)
+            biased[3:90] = logits[3:90].double()
+            biased[7] += 4.0
+            expected = torch.log_softmax(biased, -1)
+            entry = logprobs_of(tokens)
+            assert entry.logprob == pytest.approx(float(expected[int(tokens.token_ids[0])]), abs=1e-4)
+            assert entry.top_ids == tuple(torch.argsort(expected, descending=True, stable=True)[:20].tolist())
+
     def test_processed_of_a_greedy_row_are_at_temperature_1(self) -> None:
         logits = vocab_logits(1, 100)[0]
         p = params(num_logprobs=1, logprobs_mode="processed", temperature=0.0, logit_bias=((9, 20.0),), top_k=2)
@@ -678,7 +694,7 @@ class TestLogprobs:
         logits = vocab_logits(1, 3000)[0]
         for changes in ({}, {"top_k": 30}, {"top_p": 0.9}, {"temperature": 2.0, "min_p": 0.01}):
             plain = draw(logits, params(seed=5, **changes)).token_ids
-            for mode in ("raw", "processed"):
+            for mode in ("raw", "masked", "processed"):
                 asked = draw(logits, params(seed=5, num_logprobs=3, logprobs_mode=mode, **changes)).token_ids
                 assert asked.tolist() == plain.tolist()
 

@@ -25,7 +25,7 @@ class ProcessedTranscription(WholeTranscription):
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._taken = set(inspect.signature(processor.apply_transcription_request).parameters)
-        self._parses = "return_format" in inspect.signature(type(processor).decode).parameters
+        self.parses = "return_format" in inspect.signature(type(processor).decode).parameters
 
     @classmethod
     def of(cls, processor: Any) -> ProcessedTranscription | None:
@@ -53,9 +53,7 @@ class ProcessedTranscription(WholeTranscription):
         return str(text)
 
     def text(self, token_ids: Sequence[int]) -> str | None:
-        """As the protocol says."""
-        if not self._parses:
-            return None
+        """As `WholeTranscription`."""
         try:
             return str(self._processor.decode(list(token_ids), return_format=_FORMAT, skip_special_tokens=True))
         except Exception:  # what the model said may have another form than it should

@@ -6,12 +6,13 @@ Its decoder's tokens begin with ``<|startoftranscript|>``, the language, the tas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
 from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
+from asyncengine.detokenizer import TextStream
 from asyncengine.errors import InvalidRequestError, UnsupportedModelError
 from asyncengine.generation import GenerationConfig
 from asyncengine.logits_processor import LogitsProcessor
@@ -21,11 +22,17 @@ from asyncengine.model.speech.cutting import pieces
 from asyncengine.model.speech.rules import Rules
 from asyncengine.outputs import TranscriptSegment
 from asyncengine.tokenizer import WritingTokenizer
-from asyncengine.transcription import AudioPiece, LanguageQuestion, TranscriptionPrompt
+from asyncengine.transcription import AnswerReader, AudioPiece, LanguageQuestion, Quality, TranscriptionPrompt
 
 _START, _NO_TIMES, _BEFORE = "<|startoftranscript|>", "<|notimestamps|>", "<|startofprev|>"
+_NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")
+"""Names of the token that says so, by age of the tokenizer."""
 _MULTILINGUAL_VOCABULARY = 51865
 """From so many tokens on, a published model knows other languages than English, where nothing else is said."""
+_SEEK = 100
+"""In a second, of what `TranscriptSegment.seek` counts: frames of openai-whisper's features."""
+_SHORTEST = 0.001
+"""Seconds of a segment: subtitles know no shorter ones."""
 _MOST_OF_HINT = 2
 """A hint may take one of so many parts of the tokens that the decoder has room for."""
 
@@ -80,6 +87,8 @@ class WhisperTranscription:
         if told is None:
             told = hasattr(generation, "lang_to_id") or vocab_size >= _MULTILINGUAL_VOCABULARY
         self._languages = known if told else {}
+        silent = [token for mark in _NO_SPEECH if (token := self._find(mark)) is not None and token < vocab_size]
+        self.no_speech = (self._token(_START), silent[0]) if silent else None
         self.question: LanguageQuestion | None = None
         if self._languages:
             self.question = LanguageQuestion(_START, {token: code for code, token in self._languages.items()})
@@ -139,7 +148,9 @@ class WhisperTranscription:
         return str(TO_LANGUAGE_CODE.get(name, name))
 
     def settings(self, config: GenerationConfig, asked: TranscriptionPrompt) -> GenerationConfig:
-        """As the protocol says; greedy where nothing is said. Segments have log-probabilities."""
+        """As the protocol says; greedy where nothing is said. Log-probabilities are those that openai-whisper looks at,
+        of what may be said. What is said is read off the tokens.
+        """
         assert isinstance(config.logits_processors, tuple)
         temperature = 0.0 if config.temperature is None else config.temperature
         rules: LogitsProcessor = self._rules.with_times if asked.timestamps else self._rules.without_times
@@ -147,28 +158,79 @@ class WhisperTranscription:
             temperature=temperature,
             logits_processors=(rules, *config.logits_processors),
             logprobs=config.logprobs or asked.timestamps,
+            logprobs_mode="masked",
+            detokenize=False,
         )
 
-    def text(self, token_ids: Sequence[int]) -> str | None:
+    def reader(self, stop_strs: tuple[str, ...]) -> AnswerReader:
         """As the protocol says."""
-        said = [token for token in token_ids if token not in self._times]
-        return self._tokenizer.decode(said, skip_special_tokens=True)
+        return _WithoutTimes(TextStream(self._tokenizer, stop_strs), self._times)
 
     def segments(
-        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece
+        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece, quality: Quality
     ) -> list[TranscriptSegment]:
-        """As the protocol says: what stands between two times, and what stands behind the last up to the end."""
+        """As the protocol says: what stands between two times, and what stands behind the last up to the end.
+
+        What begins where the piece has ended, as said in the silence that the model hears behind it, takes the time
+        since what was said before, or belongs to that.
+        """
         assert piece.end is not None
         found: list[TranscriptSegment] = []
-        start, first = piece.start, 0
+        start, first, begin = piece.start, 0, 0  # its time, its first token behind that, and with that
         for place, token in enumerate([*token_ids, self._times[-1]]):
             if token not in self._times:
                 continue
             time = min(piece.start + (token - self._times.start) * self._hearing.seconds, piece.end)
             said = [place for place in range(first, place) if self._is_text(token_ids[place])]
-            ids = tuple(token_ids[place] for place in said)
-            if text := self._tokenizer.decode(ids, skip_special_tokens=True).strip():
-                likely = None if logprobs is None else fmean(logprobs[place] for place in said)
-                found.append(TranscriptSegment(start, max(start, time), text, ids, likely))
-            start, first = time, place + 1
+            text = self._tokenizer.decode([token_ids[place] for place in said], skip_special_tokens=True).strip()
+            if not text:
+                start, first, begin = time, place + 1, place
+                continue
+            segment = TranscriptSegment(
+                start,
+                time,
+                text,
+                tuple(token for token in token_ids[begin : place + 1] if token != self._end),
+                None if logprobs is None else fmean(logprobs[place] for place in said),
+                seek=round(piece.start * _SEEK),
+                **asdict(quality),
+            )
+            _add(found, segment, piece.start)
+            start, first, begin = time, place + 1, place + 1
         return found
+
+
+class _WithoutTimes:
+    """As `AnswerReader`: a text of which the times are left out."""
+
+    def __init__(self, text: TextStream, times: range) -> None:
+        self._text, self._times = text, times
+
+    def push(self, text: str, token_ids: Sequence[int]) -> str:
+        """As the protocol says."""
+        return self._text.push([token for token in token_ids if token not in self._times])
+
+    def flush(self) -> str:
+        """As the protocol says."""
+        return self._text.flush()
+
+
+def _add(found: list[TranscriptSegment], segment: TranscriptSegment, earliest: float) -> None:
+    """Adds a segment that has a length, or gets one.
+
+    Args:
+        found: Those before it in its piece.
+        segment: It.
+        earliest: Where the piece begins.
+    """
+    if segment.end - segment.start >= _SHORTEST:
+        found.append(segment)
+        return
+    earliest = found[-1].end if found else earliest
+    if segment.end - earliest >= _SHORTEST:
+        found.append(replace(segment, start=earliest))
+    elif found:
+        before = found.pop()
+        found.append(
+            replace(before, text=f"{before.text} {segment.text}", token_ids=(*before.token_ids, *segment.token_ids))
+        )

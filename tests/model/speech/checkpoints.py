@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from transformers import (
     GenerationConfig,
@@ -151,8 +153,26 @@ def language_of(path: Path, samples: Any) -> str:
 
 def with_times(path: Path, samples: Any, begin: list[int]) -> list[int]:
     """Greedy tokens with times, each by transformers' own rules; `generate` would listen on where they end early."""
-    model, said = loaded(path), list[int]()
-    settings = GenerationConfig.from_pretrained(path)
+    said = list[int]()
+    for logits in _held_to_times(path, samples, begin, said):
+        if len(begin) + len(said) >= ROOM or END in said:
+            break
+        said.append(int(logits.argmax()))
+    return [token for token in said if token != END]
+
+
+def likely_with_times(path: Path, samples: Any, language: str, token_ids: list[int]) -> list[float]:
+    """Log-probabilities of tokens with times among those that transformers' own rules allow."""
+    begin, said, found = [IDS[mark] for mark in ("<|startoftranscript|>", f"<|{language}|>", "<|transcribe|>")], [], []
+    for token, logits in zip(token_ids, _held_to_times(path, samples, begin, said), strict=False):
+        found.append(float(logits.log_softmax(-1)[0, token]))
+        said.append(token)
+    return found
+
+
+def _held_to_times(path: Path, samples: Any, begin: list[int], said: list[int]) -> Iterator[torch.Tensor]:
+    """(1, vocabulary) logits behind what is said so far, each time that it is longer."""
+    model, settings = loaded(path), GenerationConfig.from_pretrained(path)
     rules = [
         SuppressTokensAtBeginLogitsProcessor(settings.begin_suppress_tokens, begin_index=len(begin)),
         SuppressTokensLogitsProcessor(settings.suppress_tokens),
@@ -160,10 +180,63 @@ def with_times(path: Path, samples: Any, begin: list[int]) -> list[int]:
     ]
     with torch.no_grad():
         encoded = model.model.encoder(features(path, samples))
-        while len(begin) + len(said) < ROOM and END not in said:
-            ids = torch.tensor([begin + said])
+    while len(begin) + len(said) <= ROOM:
+        ids = torch.tensor([begin + said])
+        with torch.no_grad():
             logits = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[:, -1]
-            for rule in rules:
-                logits = rule(ids, logits)
-            said.append(int(logits.argmax()))
-    return [token for token in said if token != END]
+        for rule in rules:
+            logits = rule(ids, logits)
+        yield logits
+
+
+class Judged(NamedTuple):
+    """What transformers' `generate` makes of an audio that it hears at once, and thinks of it.
+
+    Attributes:
+        token_ids: What it gives out: nothing where it takes it for silence.
+        avg_logprob: That it compares with its threshold, of each attempt.
+        no_speech_prob: The same.
+        segments: Of what it gives out, with times: from, to, tokens.
+    """
+
+    token_ids: list[int]
+    avg_logprob: list[float]
+    no_speech_prob: list[float]
+    segments: list[tuple[float, float, list[int]]]
+
+
+def judged(path: Path, samples: Any, **asked: Any) -> Judged:
+    """By transformers' own fallback. With times it might go on behind the first window, which is left out."""
+    likely, silent = list[float](), list[float]()
+    kind = WhisperForConditionalGeneration
+    mean, decide, fallback = kind._retrieve_avg_logprobs, kind._need_fallback, kind.generate_with_fallback
+    sequences: list[Any] = []
+
+    def meaned(*given: Any) -> Any:
+        found = mean(*given)
+        likely.append(float(found))
+        return found
+
+    def decided(self: Any, *given: Any) -> Any:
+        [detector] = [each for each in given[3] if hasattr(each, "no_speech_prob")]
+        silent.append(float(detector.no_speech_prob[0]))
+        return decide(self, *given)
+
+    def fallen(self: Any, **given: Any) -> Any:
+        found = fallback(self, **given)
+        sequences.append((found[0][0].tolist(), found[2][0]))
+        if len(sequences) > 1:
+            found[2][:] = [True] * len(found[2])  # whatever is behind the first window is skipped
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(kind, "_retrieve_avg_logprobs", staticmethod(meaned))
+        patch.setattr(kind, "_need_fallback", decided)
+        patch.setattr(kind, "generate_with_fallback", fallen)
+        made = loaded(path).generate(
+            input_features=features(path, samples), task="transcribe", return_segments=True, **asked
+        )
+    ids, skipped = sequences[0]
+    segments = [(float(each["start"]), float(each["end"]), each["tokens"].tolist()) for each in made["segments"][0]]
+    return Judged([] if skipped else ids, likely, silent, segments)

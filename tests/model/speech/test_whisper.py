@@ -32,13 +32,13 @@ from asyncengine import (
     UnsupportedModelError,
 )
 from asyncengine.logits_processor import LogitsRow
-from asyncengine.loop import transcribing
 from asyncengine.loop.encoding import media_readers, transcribing_of
+from asyncengine.loop.hearing import Hearing
 from asyncengine.model.attention import select
 from asyncengine.model.attention.protocol import BackendUnavailableError
 from asyncengine.model.speech.model import SpeechEncoder
 from asyncengine.model.speech.transcription import WhisperTranscription
-from asyncengine.transcription import AudioPiece, TranscriptionPrompt
+from asyncengine.transcription import AudioPiece, Quality, TranscriptionPrompt
 from tests.loop.harness import eventually
 from tests.model.speech import checkpoints
 from tests.model.speech.checkpoints import END, FIRST_TIME, IDS, RATE, ROOM, sound
@@ -195,9 +195,7 @@ async def test_segments(written: Callable[..., Path]) -> None:
         several = await serving.transcribe((long, RATE), language="de", timestamps=True)
         pieces = transcribing_of(await serving._view()).pieces((long, RATE))
     said = checkpoints.with_times(path, sound(2, 1.7), begin)
-    assert [token for segment in one.segments for token in segment.token_ids] == [
-        token for token in said if token < END
-    ]
+    assert [token for segment in one.segments for token in segment.token_ids] == said
     for transcript, seconds in ((one, 1.7), (several, 3.5)):
         assert transcript.segments
         ends = [number for segment in transcript.segments for number in (segment.start, segment.end)]
@@ -218,6 +216,13 @@ async def test_segments(written: Callable[..., Path]) -> None:
         ([FIRST_TIME + 5, 65, FIRST_TIME + 20, FIRST_TIME + 30, 66], [(10.1, 10.4, "A"), (10.6, 11.5, "B")]),
         ([FIRST_TIME + 5, 32, FIRST_TIME + 20], []),
         ([FIRST_TIME + 5, 65, FIRST_TIME + 100], [(10.1, 11.5, "A")]),
+        # Said in the silence behind the end.
+        ([FIRST_TIME + 80, 65, FIRST_TIME + 90], [(10.0, 11.5, "A")]),
+        (
+            [FIRST_TIME, 65, FIRST_TIME + 20, FIRST_TIME + 75, 66, FIRST_TIME + 90],
+            [(10.0, 10.4, "A"), (10.4, 11.5, "B")],
+        ),
+        ([FIRST_TIME, 65, FIRST_TIME + 76, FIRST_TIME + 78, 66, FIRST_TIME + 90, END], [(10.0, 11.5, "A B")]),
     ],
 )
 async def test_segments_of_tokens(
@@ -225,7 +230,7 @@ async def test_segments_of_tokens(
 ) -> None:
     async with engine(written()) as serving:
         transcribing = transcribing_of(await serving._view())
-    found = transcribing.segments(tokens, None, AudioPiece(None, 10.0, 11.5))
+    found = transcribing.segments(tokens, None, AudioPiece(None, 10.0, 11.5), Quality())
     assert [(segment.start, segment.end, segment.text) for segment in found] == [
         (pytest.approx(start), pytest.approx(end), text) for start, end, text in expected
     ]
@@ -323,15 +328,15 @@ async def test_another_model_between_the_language_and_the_text(
         for seed in range(9)
         if checkpoints.language_of(path, sound(seed, 1.3)) != checkpoints.language_of(other, sound(seed, 1.3))
     )
-    answer_before, reloads = transcribing._answer, [EngineConfig(str(other), device="cpu", dtype="float32")]
+    ask, reloads = Hearing._know_language, [EngineConfig(str(other), device="cpu", dtype="float32")]
 
-    async def then_reload(*given: Any) -> Any:
-        found = await answer_before(*given)
+    async def then_reload(self: Any, piece: Any) -> bool:
+        found = await ask(self, piece)
         if reloads:
             await serving.reload(reloads.pop())
         return found
 
-    monkeypatch.setattr(transcribing, "_answer", then_reload)
+    monkeypatch.setattr(Hearing, "_know_language", then_reload)
     async with engine(path) as serving:
         found = await serving.transcribe(heard(seed))
         assert not reloads
@@ -407,8 +412,12 @@ async def test_a_piece_that_fails_ends_the_others(
 
     monkeypatch.setattr(SpeechEncoder, "_audio", fail)
     async with engine(written(), max_num_sequence=1) as serving:
+        await serving.pause()
+        going = asyncio.ensure_future(serving.transcribe(heard(9, 7.5), language="de"))
+        await eventually(lambda: serving.metrics().num_requests_waiting == 3)
+        await serving.resume()
         with pytest.raises(StepError, match="a bad day"):
-            await serving.transcribe(heard(9, 7.5), language="de")
+            await going
         await serving.drain()
         ended = serving.metrics().counters.requests
     assert ended["error"] == 1 and ended["abort"] >= 2
@@ -435,11 +444,17 @@ async def test_more_pieces_than_the_queue_has_places(written: Callable[..., Path
         expected = await serving.transcribe(heard(9, 7.5), short, language="de")
         assert (await serving.transcribe(heard(9, 7.5), short, at_once, language="de")).text == expected.text
         await serving.pause()
-        before = await serving.add_request(AudioPrompt("<|startoftranscript|>", [heard(1)]), short)
-        with pytest.raises(EngineOverloadedError, match="1 requests wait; max_queue_size is 2"):
+        prompt = AudioPrompt("<|startoftranscript|>", [heard(1)])
+        before = [await serving.add_request(prompt, short) for _ in range(2)]
+        with pytest.raises(EngineOverloadedError, match="2 requests wait; max_queue_size is 2"):
             await serving.transcribe(heard(9, 7.5), short, at_once, language="de")
+        # One that has begun is not given up for others: it waits.
+        await serving.abort_request(before.pop().request_id)
+        going = asyncio.ensure_future(serving.transcribe(heard(9, 7.5), short, at_once, language="de"))
+        await eventually(lambda: serving.metrics().num_requests_waiting == 2)
         await serving.resume()
-        await before
+        assert (await going).text == expected.text
+        await before[0]
 
 
 async def test_the_loop_goes_on_while_an_audio_is_read(
@@ -623,8 +638,9 @@ async def test_a_finetuned_one_of_other_languages_and_more_words(written: Callab
     hinted = transcribing.request(TranscriptionPrompt(None, "de", "a zebra"))
     assert hinted.startswith("<|startofprev|> a zebra<|startoftranscript|>")
     tokens = [FIRST_TIME + 5, 66, zebra, FIRST_TIME + 20, END]
-    [segment] = transcribing.segments(tokens, None, AudioPiece(None, 10.0, 11.5))
-    assert segment.text == transcribing.text(tokens) == "Bzebra"
+    [segment] = transcribing.segments(tokens, None, AudioPiece(None, 10.0, 11.5), Quality())
+    reader = transcribing.reader(())
+    assert segment.text == reader.push("", tokens) + reader.flush() == "Bzebra"
     assert (segment.start, segment.end) == (pytest.approx(10.1), pytest.approx(10.4))
     [processor] = transcribing.settings(GenerationConfig(), TranscriptionPrompt(None, "de")).logits_processors
     logits = torch.zeros(zebra + 1)

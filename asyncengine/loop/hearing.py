@@ -1,0 +1,278 @@
+"""A transcript by one model: an audio in pieces that it hears side by side. Owned by the loop on which it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import NamedTuple, TypeVarTuple, Unpack
+
+import anyio
+from anyio.abc import TaskGroup
+
+from asyncengine.fallback import Verdict, compression_ratio
+from asyncengine.generation import GenerationConfig
+from asyncengine.loop.deadline import in_time
+from asyncengine.loop.encoding import in_thread, media_readers, transcribing_of
+from asyncengine.loop.in_order import InOrder, Tell
+from asyncengine.loop.prepare import RequestOptions
+from asyncengine.loop.stream import RequestStream
+from asyncengine.loop.transcript_requests import Asked, Configured, TranscriptRequests
+from asyncengine.media import AudioPrompt
+from asyncengine.outputs import FinishReason, Transcript, TranscriptSegment, Usage
+from asyncengine.step.model import ModelView
+from asyncengine.transcription import AudioPiece, Quality, Transcribing, TranscriptionPrompt
+
+Given = TypeVarTuple("Given")
+
+_AHEAD = 2
+"""Pieces that are read and wait, beside as many as the model hears at the same time."""
+_WORST = (FinishReason.ABORT, FinishReason.LENGTH, FinishReason.STOP)
+"""Why pieces end; a transcript ends as the worst of its own. One with an error has no transcript."""
+
+
+class Reloaded(Exception):
+    """Another model was loaded meanwhile, which may hear otherwise and write other tokens."""
+
+
+class _Attempt(NamedTuple):
+    """A request for what is said in a piece, and the temperature at which it is drawn, if that is known."""
+
+    stream: RequestStream
+    temperature: float | None
+
+
+class _Written(NamedTuple):
+    """What has come of an attempt, its text apart."""
+
+    segments: list[TranscriptSegment]
+    quality: Quality
+    finish_reason: FinishReason
+
+    @property
+    def aborted(self) -> bool:
+        """Whether there would have been more."""
+        return self.finish_reason is FinishReason.ABORT
+
+
+class Hearing:
+    """A transcript by one model, from the first question to the last piece.
+
+    Args:
+        requests: Those of the transcript.
+        asked: What is wanted.
+        clock: Seconds of the deadlines' clock.
+        view: The model.
+        tell: Told all of it, as it comes, in its order.
+    """
+
+    def __init__(
+        self, requests: TranscriptRequests, asked: Asked, clock: Callable[[], float], view: ModelView, tell: Tell
+    ) -> None:
+        self._requests, self._asked, self._clock = requests, asked, clock
+        self._transcribing: Transcribing = transcribing_of(view)
+        assert view.config.max_num_sequence is not None
+        self._room = asyncio.Semaphore(view.config.max_num_sequence + _AHEAD)
+        self._told = InOrder(tell)
+        self._usages: list[tuple[int, Usage]] = []  # and of which piece
+        self._reasons: set[FinishReason] = set()
+        self._prompt = self._asked.prompt
+        self._count = 0
+        self._failure: Exception | None = None
+
+    async def transcript(self) -> Transcript:
+        """All of it.
+
+        Raises:
+            Reloaded: The model has gone before all was asked.
+        """
+        pieces = deque(await in_time(self._cut(), self._asked.options.deadlines, self._clock()))
+        begun, seconds, self._count = self._clock(), pieces[-1].end, len(pieces)
+        self._prompt = replace(self._prompt, audio=None)
+        if not await self._know_language(pieces[0]):
+            return Transcript("", self._usage(begun), FinishReason.ABORT)
+        await self._hear_all(pieces)
+        reasons = self._reasons or {FinishReason.ABORT}
+        return Transcript(
+            self._told.text,
+            self._usage(begun),
+            next(reason for reason in _WORST if reason in reasons),
+            self._prompt.language,
+            tuple(self._told.segments),
+            seconds,
+        )
+
+    async def _cut(self) -> Sequence[AudioPiece]:
+        prompt = self._prompt
+        # A wrong language need not wait for the audio. A hint may be long.
+        await in_thread(functools.partial(self._transcribing.request, prompt))
+        return await in_thread(lambda: list(self._transcribing.pieces(prompt.audio)), media_readers())
+
+    async def _know_language(self, piece: AudioPiece) -> bool:
+        """Asks for the language, if it must be told and nobody has said it; False if that was aborted.
+
+        What was computed of the audio for it is in the prefix cache afterwards.
+        """
+        question, told = self._transcribing.question, self._prompt.language
+        if told is not None:
+            self._prompt = replace(self._prompt, language=self._transcribing.code(told))
+        if told is not None or question is None:
+            return True
+        config = GenerationConfig(temperature=0.0, max_tokens=1, allowed_token_ids=question.languages, detokenize=False)
+        options = replace(self._asked.options, request_id=None)
+        asked = AudioPrompt(question.text, [piece.audio])
+        result = await self._requests.result(
+            await self._requests.add(asked, self._here(config), options), lambda *_: None
+        )
+        self._usages.append((-1, result.usage))
+        if result.token_ids:
+            self._prompt = replace(self._prompt, language=question.languages[result.token_ids[0]])
+        return bool(result.token_ids)
+
+    def _here(self, config: GenerationConfig) -> Configured:
+        def of(view: ModelView) -> GenerationConfig:
+            if transcribing_of(view) is not self._transcribing:
+                raise Reloaded
+            return config
+
+        return of
+
+    async def _hear_all(self, pieces: deque[AudioPiece]) -> None:
+        """Hears pieces while there is room for their requests: no more are read than a few beside those that run.
+
+        The first that fails ends the others: nobody would hear of them.
+        """
+        async with anyio.create_task_group() as group:
+            await self._noting_failure(group, self._begin_all, pieces, group)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _noting_failure(
+        self, group: TaskGroup, work: Callable[[Unpack[Given]], Awaitable[None]], *given: *Given
+    ) -> None:
+        """Does work of a group, which ends if that fails. A group that raised it would raise several at once, and might
+        take them to be more than that somebody cancelled all.
+        """
+        try:
+            await work(*given)
+        except Exception as error:
+            self._failure = self._failure or error
+            group.cancel_scope.cancel()
+
+    async def _begin_all(self, pieces: deque[AudioPiece], group: TaskGroup) -> None:
+        """Gives the model all pieces in their order; none behind one that was aborted."""
+        for index in range(self._count):
+            await self._room.acquire()
+            if self._requests.aborted or FinishReason.ABORT in self._reasons:
+                return
+            piece = pieces.popleft()
+            prompt = replace(self._prompt, audio=piece.audio)
+            piece = replace(piece, audio=None)
+            attempt = await self._attempt(index, prompt)
+            # Nobody else needs the samples, which may be many, unless they are heard again.
+            again = None if self._asked.fallback is None else prompt
+            del prompt
+            group.start_soon(self._noting_failure, group, self._hear, index, piece, attempt, again)
+            del piece, attempt, again
+
+    async def _attempt(self, index: int, prompt: TranscriptionPrompt, temperature: float | None = None) -> _Attempt:
+        """Asks for what is said in a piece, at the first temperature or at one further on."""
+        options, config, fallback = self._asked.options, self._asked.config, self._asked.fallback
+        if self._count > 1 and options.request_id is not None:
+            options = options.named(f"{options.request_id}-{index}")
+        if index or temperature is not None:
+            options = _further(options)
+        if fallback is not None:
+            config = config.replace(
+                temperature=fallback.temperatures[0] if temperature is None else temperature, logprobs=True
+            )
+        config = self._transcribing.settings(config, prompt)
+        return _Attempt(await self._requests.add(prompt, self._here(config), options), config.temperature)
+
+    async def _hear(self, index: int, piece: AudioPiece, attempt: _Attempt, prompt: TranscriptionPrompt | None) -> None:
+        """Reads what the model writes down of a piece, and tells it.
+
+        Args:
+            index: Of the piece.
+            piece: It, without its samples.
+            attempt: What is written down first.
+            prompt: Asks for it once more. None takes what is written down as it is, and tells it at once.
+        """
+        fallback, text = self._asked.fallback, list[str]()
+        verdict = Verdict.GOOD
+        if fallback is None or prompt is None:
+            written = await self._written(attempt, index, piece, functools.partial(self._told.add, index))
+        else:
+            further = deque(fallback.temperatures[1:])
+            while True:
+                written = await self._written(attempt, index, piece, text.append)
+                verdict = fallback.verdict(written.quality)
+                if verdict is not Verdict.DOUBTED or not further or self._requests.aborted or written.aborted:
+                    break
+                text.clear()
+                attempt = await self._attempt(index, prompt, further.popleft())
+        silent = verdict is Verdict.SILENCE
+        self._told.add(index, "" if silent else "".join(text))
+        self._told.end(index, () if silent else written.segments)
+        self._reasons.add(written.finish_reason)
+        self._room.release()
+
+    async def _written(self, attempt: _Attempt, index: int, piece: AudioPiece, tell: Callable[[str], None]) -> _Written:
+        """What is written down of a piece by one request, whose text is told as it comes."""
+        stop_strs, stream = self._asked.config.stop_strs, attempt.stream
+        assert isinstance(stop_strs, tuple)
+        reader, texts = self._transcribing.reader(stop_strs), list[str]()
+
+        def read(text: str, token_ids: Sequence[int]) -> None:
+            if new := reader.push(text, token_ids):
+                texts.append(new)
+                tell(new)
+
+        result = await self._requests.result(stream, read)
+        self._usages.append((index, result.usage))
+        branch = result.outputs[0]
+        listed = None if branch.logprobs is None else [each.logprob for each in branch.logprobs]
+
+        def finished() -> tuple[str, Quality, list[TranscriptSegment]]:
+            rest = reader.flush()
+            silent = stream.prompt_logprobs
+            quality = Quality(
+                fmean(listed) if listed else None,
+                compression_ratio(("".join(texts) + rest).strip()),
+                math.exp(silent[0].logprob) if silent and silent[0] is not None else None,
+                attempt.temperature,
+            )
+            segments = list[TranscriptSegment]()
+            if self._prompt.timestamps:
+                segments = self._transcribing.segments(result.token_ids, listed, piece, quality)
+            return rest, quality, segments
+
+        rest, quality, segments = await in_thread(finished)
+        tell(rest)
+        return _Written(segments, quality, branch.finish_reason)
+
+    def _usage(self, begun: float) -> Usage:
+        """What all requests cost together; times are those until the first ran, until it wrote, and until now."""
+        usages = [usage for _, usage in sorted(self._usages, key=lambda each: each[0])]
+        if len(usages) <= 1:
+            return usages[0] if usages else Usage(0, 0)
+        counts = ("prompt_tokens", "completion_tokens", "cached_tokens", "audio_tokens", "preemptions",
+                  "draft_tokens", "accepted_draft_tokens")  # fmt: skip
+        return Usage(
+            **{name: sum(getattr(usage, name) for usage in usages) for name in counts},
+            queue_seconds=usages[0].queue_seconds,
+            first_token_seconds=usages[0].first_token_seconds,
+            total_seconds=self._clock() - begun,
+        )
+
+
+def _further(options: RequestOptions) -> RequestOptions:
+    """Of requests behind the first: they wait for their turn, since what goes on is not given up for others."""
+    deadlines = options.deadlines
+    if deadlines is not None:
+        deadlines = replace(deadlines, queue=None, first_token=None)
+    return replace(options, when_full="wait", deadlines=deadlines)

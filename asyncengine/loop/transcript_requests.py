@@ -1,0 +1,85 @@
+"""The requests that come of one transcript. Owned by the loop on which it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from asyncengine.fallback import TranscriptionFallback
+from asyncengine.generation import GenerationConfig
+from asyncengine.loop.encoding import AnyPrompt
+from asyncengine.loop.prepare import RequestOptions
+from asyncengine.loop.stream import RequestStream
+from asyncengine.outputs import RequestResult
+from asyncengine.step.model import ModelView
+from asyncengine.transcription import TranscriptionPrompt
+
+Configured = Callable[[ModelView], GenerationConfig]
+
+
+class Add(Protocol):
+    """As `AsyncEngine._add`."""
+
+    def __call__(
+        self, prompts: Sequence[AnyPrompt], configs: Sequence[Configured], options: RequestOptions
+    ) -> Awaitable[list[RequestStream]]:
+        """Adds requests, and returns their streams."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a transcript is asked for.
+
+    Attributes:
+        prompt: Of all of the audio.
+        config: How to generate.
+        options: Id, priority, deadlines, which have begun, of each request that comes of it.
+        fallback: What is written down anew; None takes what comes.
+    """
+
+    prompt: TranscriptionPrompt
+    config: GenerationConfig
+    options: RequestOptions
+    fallback: TranscriptionFallback | None
+
+
+class TranscriptRequests:
+    """Those under way.
+
+    Args:
+        add: Adds them.
+
+    Attributes:
+        aborted: Whether somebody wanted the transcript to end.
+    """
+
+    def __init__(self, add: Add) -> None:
+        self._add = add
+        self._streams: dict[int, RequestStream] = {}
+        self.aborted = False
+
+    def abort(self) -> None:
+        """Ends them, and those that are being added. Idempotent; from any thread."""
+        self.aborted = True
+        for stream in list(self._streams.values()):
+            stream.abort()
+
+    async def add(self, prompt: AnyPrompt, config: Configured, options: RequestOptions) -> RequestStream:
+        """A request, which ends if the transcript does."""
+        [stream] = await self._add([prompt], [config], options)
+        self._streams[stream.number] = stream
+        if self.aborted:
+            stream.abort()
+        return stream
+
+    async def result(self, stream: RequestStream, each: Callable[[str, list[int]], None]) -> RequestResult:
+        """What comes of a request, of whose first branch the text and tokens of each delta are handed on."""
+        try:
+            async for output in stream:
+                if output.index == 0:
+                    each(output.text, output.token_ids)
+            return stream.result()
+        finally:
+            del self._streams[stream.number]

@@ -1,0 +1,414 @@
+"""Transcripts as they come: of scripted models that hear two bytes at once, and are asked for the language."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from asyncengine import (
+    AsyncEngine,
+    FinishReason,
+    GenerationConfig,
+    IllegalStateError,
+    InvalidRequestError,
+    RequestDroppedError,
+    RequestOptions,
+    TranscriptDelta,
+    TranscriptionFallback,
+    TranscriptSegment,
+)
+from asyncengine.loop.in_order import InOrder
+from asyncengine.testing import media
+from asyncengine.testing.media import MARKS, ScriptedTranscription, pieces_of
+from asyncengine.transcription import AudioPiece, LanguageQuestion, Quality
+from tests.loop.harness import Rig, eventually
+
+pytestmark = pytest.mark.loops("either")
+
+AUDIO = b"aabbccddee"
+SAID = {b"aa": " one", b"bb": " two ", b"cc": "three", b"dd": " four", b"ee": " five  "}
+WHOLE = "one two three four five"
+
+
+class Asking(ScriptedTranscription):
+    """Asks which language is spoken, hears two bytes at once, and gives each piece one segment."""
+
+    question = LanguageQuestion(MARKS["audio"], {ord("a"): "en"})
+
+    def pieces(self, audio: bytes) -> list[AudioPiece]:
+        return [AudioPiece(audio[at : at + 2], at, at + 2) for at in range(0, len(audio), 2)]
+
+    @staticmethod
+    def check(asked: Any) -> None:
+        pass
+
+    def segments(self, token_ids: Any, logprobs: Any, piece: AudioPiece, quality: Quality) -> list[TranscriptSegment]:
+        assert piece.end is not None
+        return [TranscriptSegment(piece.start, piece.end, bytes(token_ids[:-1]).decode(), tuple(token_ids))]
+
+
+def script(prompt: Any, branch: int) -> list[int]:
+    if prompt[0] > 255:  # an audio alone: which language is it?
+        return [ord("a")]
+    for piece, text in SAID.items():
+        heard = pieces_of(piece, "audio")
+        if any(list(prompt[at : at + len(heard)]) == heard for at in range(len(prompt))):
+            return [*text.encode()]
+    return [*prompt]
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+    monkeypatch.setattr(media, "ScriptedTranscription", Asking)
+    made = Rig(script)
+    made.loader.takes_audio = True
+    return made
+
+
+async def read(stream: Any) -> tuple[str, list[TranscriptSegment], int]:
+    deltas = [delta async for delta in stream]
+    segments = [segment for delta in deltas for segment in delta.segments]
+    return "".join(delta.text for delta in deltas), segments, len(deltas)
+
+
+@pytest.mark.parametrize("language", ["en", None])
+async def test_it_comes_in_its_order(rig: Rig, language: str | None) -> None:
+    async with rig as made:
+        stream = made.engine.transcribe(AUDIO, language=language, timestamps=True)
+        text, segments, count = await read(stream)
+        whole = await made.engine.transcribe(AUDIO, language=language, timestamps=True)
+        assert stream.transcript is not None and await stream is stream.transcript
+        assert stream.transcript.text == text == whole.text == WHOLE
+        assert stream.transcript.segments == tuple(segments) == whole.segments
+        assert [segment.start for segment in segments] == [0, 2, 4, 6, 8] and count > 1
+        assert (whole.language, whole.seconds, whole.finish_reason) == ("en", 10, "stop")
+
+
+def test_in_order() -> None:
+    told = list[TranscriptDelta]()
+    order = InOrder(told.append)
+    segment = TranscriptSegment(0, 1, "x", ())
+    order.add(1, "b ")
+    order.end(2, [segment])
+    order.add(0, "  ")
+    assert not told
+    order.add(0, " a")
+    order.end(1, ())
+    order.add(0, " ")
+    assert told == [TranscriptDelta("a")]
+    order.end(0, [segment])
+    assert told[1:] == [TranscriptDelta("", (segment,)), TranscriptDelta(" b"), TranscriptDelta("", (segment,))]
+    order.add(3, "  ")
+    order.add(3, "c")
+    assert order.text == "a b   c" and order.segments == [segment, segment]
+
+
+async def test_what_comes_is_there_before_the_rest(rig: Rig) -> None:
+    async with rig as made:
+        made.model.hold()
+        stream = made.engine.transcribe(AUDIO, language="en")
+        reading = asyncio.ensure_future(anext(stream))
+        await made.held()
+        while not reading.done():
+            await made.let()
+            await asyncio.sleep(0)
+        delta = await reading
+        assert WHOLE.startswith(delta.text) and len(delta.text) < len("one two") and stream.transcript is None
+        made.model.release()
+        rest, _, _ = await read(stream)
+        assert delta.text + rest == WHOLE
+
+
+async def test_what_may_be_written_anew_comes_when_it_is_taken(rig: Rig) -> None:
+    """A scripted model finds all that it says unlikely."""
+    fallback = TranscriptionFallback(temperature=(0.0, 0.5, 1.0))
+    async with rig as made:
+        stream = made.engine.transcribe(AUDIO, language="en", fallback=fallback, timestamps=True)
+        text, segments, count = await read(stream)
+        assert text == WHOLE and len(segments) == 5 and count <= 10
+        transcript = await stream
+        assert sum(made.engine.metrics().counters.requests.values()) == 15
+        assert transcript.usage.completion_tokens == 3 * sum(len(each) + 1 for each in SAID.values())
+        once = TranscriptionFallback(temperature=[0.0, 0.5], logprob_threshold=None)
+        assert (await made.engine.transcribe(AUDIO, language="en", fallback=once)).text == WHOLE
+        assert sum(made.engine.metrics().counters.requests.values()) == 20
+
+
+async def test_no_more_pieces_are_read_than_a_few_ahead(rig: Rig) -> None:
+    """However long the audio is: what is read of it waits in memory."""
+    audio = AUDIO * 20
+    async with rig as made:
+        config = made.engine.complete_engine_config
+        assert config is not None and config.max_num_sequence is not None
+        ahead = config.max_num_sequence + 2
+        await made.engine.pause()
+        going = asyncio.ensure_future(made.engine.transcribe(audio, language="en"))
+        await eventually(lambda: made.engine.metrics().num_requests_waiting == ahead)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert made.engine.metrics().num_requests_waiting == ahead < len(audio) // 2
+        await made.engine.resume()
+        assert (await going).text == "   ".join([WHOLE] * 20)
+
+
+@pytest.mark.parametrize("language", ["en", None])
+@pytest.mark.parametrize("audio", [AUDIO, AUDIO[:2]])
+async def test_it_is_aborted_by_its_name(audio: bytes, language: str | None, rig: Rig) -> None:
+    """Whether the language is being asked for, or its pieces are heard."""
+    async with rig as made:
+        made.model.hold()
+        options = RequestOptions(request_id="mine")
+        going = asyncio.ensure_future(made.engine.transcribe(audio, None, options, language=language))
+        await made.held()
+        with pytest.raises(InvalidRequestError, match="request_id 'mine' is that of a transcript that has not ended"):
+            await made.engine.transcribe(audio, None, options, language=language)
+        await asyncio.gather(made.engine.abort_request("mine"), let_go(made))
+        found = await going
+        assert found.finish_reason is FinishReason.ABORT and set(found.text.split()) < set(WHOLE.split())
+        await made.comes_to_rest()
+        assert (await made.engine.transcribe(audio, None, options)).finish_reason is FinishReason.STOP
+        await made.engine.abort_request("mine")
+
+
+async def let_go(made: Rig) -> None:
+    await asyncio.sleep(0)
+    made.model.release()
+
+
+async def test_the_first_that_is_aborted_is_the_last_that_is_begun(rig: Rig) -> None:
+    async with rig as made:
+        await made.engine.pause()
+        going = asyncio.ensure_future(made.engine.transcribe(AUDIO * 20, language="en"))
+        await eventually(lambda: made.engine.metrics().num_requests_waiting > 2)
+        await made.engine.reset()
+        await made.engine.resume()
+        assert (await going).finish_reason is FinishReason.ABORT
+        assert sum(made.engine.metrics().counters.requests.values()) <= 3
+        await made.comes_to_rest()
+
+
+LEAVING: dict[str, Callable[[Any], Coroutine[Any, Any, Any]]] = {}
+
+
+def leaving(way: Callable[[Any], Coroutine[Any, Any, Any]]) -> Callable[[Any], Coroutine[Any, Any, Any]]:
+    LEAVING[way.__name__] = way
+    return way
+
+
+@leaving
+async def by_async_with(stream: Any) -> None:
+    async with stream as entered:
+        await anext(entered)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    with pytest.raises(IllegalStateError, match="was left before its end"):
+        await stream
+
+
+@leaving
+async def by_aclose_of_another_task(stream: Any) -> None:
+    await anext(stream)
+    reading = asyncio.ensure_future(read(stream))
+    await asyncio.sleep(0)
+    await stream.aclose()
+    await reading
+
+
+@leaving
+async def by_dropping_it(stream: Any) -> None:
+    await anext(stream)
+
+
+@leaving
+async def by_never_using_it(stream: Any) -> None:
+    pass
+
+
+@leaving
+async def by_a_cancelled_reader(stream: Any) -> None:
+    await anext(stream)
+    reading = asyncio.ensure_future(read(stream))
+    await asyncio.sleep(0)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
+@leaving
+async def by_abort(stream: Any) -> None:
+    await anext(stream)
+    stream.abort()
+    await read(stream)
+    assert (await stream).finish_reason is FinishReason.ABORT
+
+
+@pytest.mark.parametrize("way", LEAVING)
+async def test_leaving_is_aborting(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "ScriptedTranscription", Asking)
+    made = Rig(lambda prompt, branch: [*b"abcde"] * 400)
+    made.loader.takes_audio = True
+    async with made:
+        await LEAVING[way](made.engine.transcribe(AUDIO, GenerationConfig(max_tokens=1500), language="en"))
+        gc.collect()
+        await made.comes_to_rest()
+        assert made.engine.metrics().counters.requests["length"] == 0
+        await made.serves()
+
+
+async def test_one_task_reads_it(rig: Rig) -> None:
+    async with rig as made:
+        made.model.hold()
+        stream, awaited = (made.engine.transcribe(AUDIO, language="en") for _ in range(2))
+        tasks = [asyncio.ensure_future(read(stream)), asyncio.ensure_future(awaited)]
+        await made.held()
+        with pytest.raises(IllegalStateError, match="another task is reading"):
+            await anext(stream)
+        with pytest.raises(IllegalStateError, match="another task awaits"):
+            await anext(awaited)
+        with pytest.raises(IllegalStateError, match="another task awaits it"):
+            await awaited
+        made.model.release()
+        await asyncio.gather(*tasks)
+
+
+async def test_an_error_comes_once_behind_what_was_said(rig: Rig) -> None:
+    async with rig as made:
+        for wrong in ({"language": "xx"}, {"language": "en", "timestamps": False, "hint": 3}):
+            with pytest.raises(InvalidRequestError):
+                await read(made.engine.transcribe(AUDIO, **wrong))
+        stream = made.engine.transcribe(AUDIO, language="xx")
+        with pytest.raises(InvalidRequestError, match="language is 'xx'"):
+            await anext(stream)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+
+async def test_another_model_in_the_middle(rig: Rig) -> None:
+    """All is by one model: it begins anew, unless some of it was given out."""
+    audio = AUDIO * 20
+    async with rig as made:
+        await made.engine.pause()
+        whole = asyncio.ensure_future(made.engine.transcribe(audio, language="en"))
+        stream = made.engine.transcribe(audio, language="en")
+        reading = asyncio.ensure_future(read(stream))
+        await eventually(lambda: made.engine.metrics().num_requests_waiting > 8)
+        await made.engine.resume()
+        async for _ in made.engine.transcribe(AUDIO[:2], language="en"):
+            pass
+        await made.engine.reload(made.config.replace(model="other"), in_flight="wait")
+        assert (await whole).text.startswith(WHOLE)
+        with pytest.raises(RequestDroppedError, match="another model was loaded in the middle"):
+            await reading
+        await made.comes_to_rest()
+
+
+WRONG: list[tuple[Callable[[], Any], str]] = [
+    (lambda: TranscriptionFallback(temperature=()), r"temperature of the fallback is \(\)"),
+    (lambda: TranscriptionFallback(temperature=(0.0, -1.0)), "expected a list of numbers >= 0"),
+    (lambda: TranscriptionFallback(temperature=(0.0, float("nan"))), "expected a list of numbers >= 0"),
+    (lambda: TranscriptionFallback(temperature="0.2"), "temperature of the fallback is '0.2'"),  # type: ignore[arg-type]
+    (lambda: TranscriptionFallback(logprob_threshold="x"), "logprob_threshold is 'x'"),  # type: ignore[arg-type]
+    (lambda: TranscriptionFallback(no_speech_threshold=float("nan")), "no_speech_threshold is nan"),
+    (lambda: AsyncEngine().transcribe(b"", fallback=3), "fallback is 3; expected TranscriptionFallback"),  # type: ignore[arg-type]
+    (
+        lambda: AsyncEngine().transcribe(b"", GenerationConfig(temperature=0.1), fallback=TranscriptionFallback()),
+        "temperature is 0.1, and the fallback says which",
+    ),
+    (lambda: AsyncEngine().transcribe(b"", options=3), "options is 3"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG)
+def test_what_is_wrong_is_said_at_once(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        make()
+
+
+class _Counted:
+    """A coroutine of which each suspension is told."""
+
+    def __init__(self, coroutine: Any, tell: Callable[[], None]) -> None:
+        self._coroutine, self._tell = coroutine, tell
+
+    def send(self, value: Any) -> Any:
+        found = self._coroutine.send(value)
+        self._tell()
+        return found
+
+    def throw(self, *given: Any) -> Any:
+        found = self._coroutine.throw(*given)
+        self._tell()
+        return found
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    def __await__(self) -> Any:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._coroutine, name)
+
+
+Coroutine.register(_Counted)
+
+
+async def cancelled_at_every_suspension_of_any_task(
+    make: Callable[[], Coroutine[Any, Any, Any]], after: Callable[[], Coroutine[Any, Any, Any]]
+) -> int:
+    """As `cancelled_at_every_await`, of the tasks, too, that `make()` begins."""
+    for at in range(300):
+        cut = await _cancelled(make(), at)
+        await after()
+        if not cut:
+            return at
+    raise AssertionError("it does not come to an end")
+
+
+async def _cancelled(coroutine: Coroutine[Any, Any, Any], left: int) -> bool:
+    """Whether it was cancelled, at so manieth a suspension of any task."""
+    loop, cut = asyncio.get_running_loop(), False
+
+    def told() -> None:
+        nonlocal left, cut
+        left -= 1
+        if left < 0 and not cut and not task.done():
+            cut = task.cancel()
+
+    def make_task(loop: Any, coroutine: Any, **given: Any) -> Any:
+        return asyncio.Task(_Counted(coroutine, told), loop=loop, **given)
+
+    loop.set_task_factory(make_task)
+    try:
+        task = loop.create_task(coroutine)
+        await asyncio.wait([task])
+    finally:
+        loop.set_task_factory(None)
+    assert task.cancelled() == cut, f"it was cancelled: {cut}; {task}"
+    if not cut:
+        await task
+    return cut
+
+
+@pytest.mark.parametrize("iterated", [False, True])
+@pytest.mark.parametrize("fallback", [None, TranscriptionFallback(temperature=(0.0, 0.5))])
+async def test_at_every_await_of_a_transcript(iterated: bool, fallback: Any, rig: Rig) -> None:
+    async with rig as made:
+
+        async def transcribe() -> None:
+            stream = made.engine.transcribe(AUDIO[:4], fallback=fallback)
+            if iterated:
+                assert (await read(stream))[0] == "one two"
+            else:
+                assert (await stream).text == "one two"
+
+        async def over() -> None:
+            await eventually(lambda: not asyncio.all_tasks() - here, "tasks are left")
+            await made.comes_to_rest()
+
+        here = asyncio.all_tasks()
+        assert await cancelled_at_every_suspension_of_any_task(transcribe, over) >= 8
