@@ -67,17 +67,18 @@ class Hearing:
         asked: What is wanted.
         clock: Seconds of the deadlines' clock.
         view: The model.
-        tell: Told all of it, as it comes, in its order.
+        tell: Told all of it, as it comes, in its order. None: nobody is.
     """
 
     def __init__(
-        self, requests: TranscriptRequests, asked: Asked, clock: Callable[[], float], view: ModelView, tell: Tell
+        self, requests: TranscriptRequests, asked: Asked, clock: Callable[[], float], view: ModelView, tell: Tell | None
     ) -> None:
         self._requests, self._asked, self._clock = requests, asked, clock
         self._transcribing: Transcribing = transcribing_of(view)
         assert view.config.max_num_sequence is not None
         self._room = asyncio.Semaphore(view.config.max_num_sequence + _AHEAD)
-        self._told = InOrder(tell)
+        self._told = InOrder(tell or (lambda delta: None))
+        self._gives_out = tell is not None
         self._usages: list[tuple[int, Usage]] = []  # and of which piece
         self._reasons: set[FinishReason] = set()
         self._prompt = self._asked.prompt
@@ -88,7 +89,7 @@ class Hearing:
         """All of it.
 
         Raises:
-            Reloaded: The model has gone before all was asked.
+            Reloaded: The model has gone before all was asked, and nothing was given out.
         """
         pieces = deque(await in_time(self._cut(), self._asked.options.deadlines, self._clock()))
         begun, seconds, self._count = self._clock(), pieces[-1].end, len(pieces)
@@ -172,15 +173,20 @@ class Hearing:
             piece = pieces.popleft()
             prompt = replace(self._prompt, audio=piece.audio)
             piece = replace(piece, audio=None)
-            attempt = await self._attempt(index, prompt)
+            if (attempt := await self._attempt(index, prompt)) is None:
+                return
             # Nobody else needs the samples, which may be many, unless they are heard again.
             again = None if self._asked.fallback is None else prompt
             del prompt
             group.start_soon(self._noting_failure, group, self._hear, index, piece, attempt, again)
             del piece, attempt, again
 
-    async def _attempt(self, index: int, prompt: TranscriptionPrompt, temperature: float | None = None) -> _Attempt:
-        """Asks for what is said in a piece, at the first temperature or at one further on."""
+    async def _attempt(
+        self, index: int, prompt: TranscriptionPrompt, temperature: float | None = None
+    ) -> _Attempt | None:
+        """Asks for what is said in a piece, at the first temperature or at one further on. None where another model has
+        come, when some of the transcript was given out: that ends there.
+        """
         options, config, fallback = self._asked.options, self._asked.config, self._asked.fallback
         if self._count > 1 and options.request_id is not None:
             options = options.named(f"{options.request_id}-{index}")
@@ -191,7 +197,13 @@ class Hearing:
                 temperature=fallback.temperatures[0] if temperature is None else temperature, logprobs=True
             )
         config = self._transcribing.settings(config, prompt)
-        return _Attempt(await self._requests.add(prompt, self._here(config), options), config.temperature)
+        try:
+            return _Attempt(await self._requests.add(prompt, self._here(config), options), config.temperature)
+        except Reloaded:
+            if not self._gives_out or not self._told.begun:
+                raise
+        self._reasons.add(FinishReason.ABORT)
+        return None
 
     async def _hear(self, index: int, piece: AudioPiece, attempt: _Attempt, prompt: TranscriptionPrompt | None) -> None:
         """Reads what the model writes down of a piece, and tells it.
@@ -213,8 +225,10 @@ class Hearing:
                 verdict = fallback.verdict(written.quality)
                 if verdict is not Verdict.DOUBTED or not further or self._requests.aborted or written.aborted:
                     break
+                if (another := await self._attempt(index, prompt, further.popleft())) is None:
+                    break
+                attempt = another
                 text.clear()
-                attempt = await self._attempt(index, prompt, further.popleft())
         silent = verdict is Verdict.SILENCE
         self._told.add(index, "" if silent else "".join(text))
         self._told.end(index, () if silent else written.segments)

@@ -31,6 +31,11 @@ class InOrder:
         self.segments: list[TranscriptSegment] = []
 
     @property
+    def begun(self) -> bool:
+        """Whether anything was told."""
+        return bool(self._told or self.segments)
+
+    @property
     def text(self) -> str:
         """What was told of it."""
         return "".join(self._told)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from asyncengine.errors import InvalidRequestError, RequestDroppedError
+from asyncengine.errors import InvalidRequestError
 from asyncengine.loop.deadline import in_time
 from asyncengine.loop.hearing import Hearing, Reloaded
 from asyncengine.loop.in_order import Tell
 from asyncengine.loop.transcript_requests import Add, Asked, TranscriptRequests
-from asyncengine.outputs import Transcript, TranscriptDelta
+from asyncengine.outputs import Transcript
 from asyncengine.step.model import ModelView
 
 
@@ -43,19 +43,20 @@ class Transcription:
         """Ends its requests, and begins no others. Idempotent; from any thread."""
         self._requests.abort()
 
-    async def run(self, tell: Tell | None) -> Transcript:
-        """What is said in the audio.
+    async def run(self, tell: Tell | None, begun: Callable[[], None] | None = None) -> Transcript:
+        """What is said in the audio. With another model it begins anew, or ends where some of it was told.
 
         Args:
             tell: Told all of it, as it comes, in its order. None: nobody is.
+            begun: Called when its first request was admitted.
 
         Raises:
             InvalidRequestError: There is one of that name.
-            RequestDroppedError: Another model was loaded when some of it had been told.
             AsyncEngineError: As `AsyncEngine.transcribe`.
 
         Cancelling it aborts the requests.
         """
+        self._requests.on_begun = begun
         name = self.asked.options.request_id
         if name is None:
             return await self._by_any_model(tell)
@@ -67,20 +68,9 @@ class Transcription:
             del self._running[name]
 
     async def _by_any_model(self, tell: Tell | None) -> Transcript:
-        told = False
-
-        def telling(delta: TranscriptDelta) -> None:
-            nonlocal told
-            if tell is not None:
-                told = True
-                tell(delta)
-
         while True:
             try:
                 view = await in_time(self._see(), self.asked.options.deadlines, self._clock())
-                return await Hearing(self._requests, self.asked, self._clock, view, telling).transcript()
-            except Reloaded as error:
-                if told:
-                    raise RequestDroppedError(
-                        "another model was loaded in the middle of the transcript, some of which was given out"
-                    ) from error
+                return await Hearing(self._requests, self.asked, self._clock, view, tell).transcript()
+            except Reloaded:
+                continue

@@ -53,12 +53,14 @@ class TranscriptRequests:
 
     Attributes:
         aborted: Whether somebody wanted the transcript to end.
+        on_begun: Called once the first is admitted.
     """
 
     def __init__(self, add: Add) -> None:
         self._add = add
         self._streams: dict[int, RequestStream] = {}
         self.aborted = False
+        self.on_begun: Callable[[], None] | None = None
 
     def abort(self) -> None:
         """Ends them, and those that are being added. Idempotent; from any thread."""
@@ -70,6 +72,9 @@ class TranscriptRequests:
         """A request, which ends if the transcript does."""
         [stream] = await self._add([prompt], [config], options)
         self._streams[stream.number] = stream
+        on_begun, self.on_begun = self.on_begun, None
+        if on_begun is not None:
+            on_begun()
         if self.aborted:
             stream.abort()
         return stream

@@ -16,14 +16,19 @@ from asyncengine.outputs import Transcript, TranscriptDelta
 class _Told:
     """What was told and not read yet. Does not know the stream, so that it can be dropped."""
 
-    __slots__ = ("deltas", "ended", "error", "transcript", "waiter")
+    __slots__ = ("begun", "deltas", "ended", "error", "transcript", "waiter")
 
     def __init__(self) -> None:
+        self.begun = False
         self.deltas: list[TranscriptDelta] = []
         self.waiter: asyncio.Future[None] | None = None
         self.ended = False
         self.error: BaseException | None = None
         self.transcript: Transcript | None = None
+
+    def begin(self) -> None:
+        self.begun = True
+        self.wake()
 
     def add(self, delta: TranscriptDelta) -> None:
         self.deltas.append(delta)
@@ -45,7 +50,7 @@ class _Told:
     async def fill(self, transcription: Transcription) -> None:
         """Does the work, in a task of its own."""
         try:
-            self.transcript = await transcription.run(self.add)
+            self.transcript = await transcription.run(self.add, self.begin)
         except BaseException as error:
             self.error = error
             if not isinstance(error, Exception):
@@ -60,7 +65,8 @@ class TranscriptStream:
 
     ``await stream`` returns the whole `Transcript`. ``async for delta in stream`` yields a `TranscriptDelta` as soon as
     something is certain, in the order of the audio; a reader that lags gets fewer and larger ones. ``async with
-    stream`` ends it on leaving. It begins when it is first used; dropped before that, nothing has happened.
+    stream`` waits until its first request is admitted, and ends it on leaving. It begins when it is first used; dropped
+    before that, nothing has happened.
 
     Leaving is aborting: cancelling the task that reads or awaits, `aclose`, leaving ``async with``, or dropping the
     last reference ends its requests. `CancelledError` is never swallowed. After `abort`, what was written down can
@@ -117,19 +123,27 @@ class TranscriptStream:
                 return delta
             if told.ended:
                 break
-            if told.waiter is not None:
-                raise IllegalStateError("another task is reading this transcript")
-            told.waiter = waiter = asyncio.get_running_loop().create_future()
-            try:
-                await waiter
-            except BaseException:
-                told.waiter = None
-                self._leave()
-                raise
-        if told.error is not None and not self._raised and not self._closed:
-            self._raised = True
-            raise told.error
+            await self._news()
+        self._raise_error()
         raise StopAsyncIteration
+
+    async def _news(self) -> None:
+        """Waits until there is some."""
+        told = self._told
+        if told.waiter is not None:
+            raise IllegalStateError("another task is reading this transcript")
+        told.waiter = waiter = asyncio.get_running_loop().create_future()
+        try:
+            await waiter
+        except BaseException:
+            told.waiter = None
+            self._leave()
+            raise
+
+    def _raise_error(self) -> None:
+        if self._told.error is not None and not self._raised and not self._closed:
+            self._raised = True
+            raise self._told.error
 
     def __await__(self) -> Generator[Any, None, Transcript]:
         return self._whole().__await__()
@@ -162,8 +176,18 @@ class TranscriptStream:
             raise IllegalStateError("another task awaits this transcript")
 
     async def __aenter__(self) -> Self:
+        """Returns once its first request is admitted.
+
+        Raises:
+            AsyncEngineError: It ended before, by an error.
+            IllegalStateError: As `__anext__`.
+        """
         if not self._closed:
             self._begin()
+        while not (self._closed or self._told.begun or self._told.ended):
+            await self._news()
+        if not self._told.begun:
+            self._raise_error()
         return self
 
     async def __aexit__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,14 +13,17 @@ from starlette.routing import Route
 
 from asyncengine import subtitles
 from asyncengine.errors import InvalidRequestError
+from asyncengine.fallback import TranscriptionFallback
 from asyncengine.generation import GenerationConfig
 from asyncengine.loop.prepare import RequestOptions
+from asyncengine.loop.transcript_stream import TranscriptStream
 from asyncengine.outputs import FinishReason, Transcript, TranscriptSegment, Usage
 from asyncengine.server.answer import new_id
 from asyncengine.server.form import read_form
 from asyncengine.server.reading import found
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service, reply
+from asyncengine.server.sse import DONE, EventStream, data
 from asyncengine.server.wire import Body
 from asyncengine.transcription import TranscriptionTask
 
@@ -37,6 +40,8 @@ class TranslationBody(msgspec.Struct, kw_only=True):
     prompt: str | None = None
     response_format: Literal["json", "text", "verbose_json", "srt", "vtt"] = "json"
     temperature: float | None = None
+    stream: bool = False
+    fallback: bool = False
 
 
 class TranscriptionBody(TranslationBody, kw_only=True):
@@ -78,11 +83,11 @@ class Segment(msgspec.Struct):
     end: float
     text: str
     tokens: list[int]
-    temperature: float
-    compression_ratio: float
-    seek: int = 0
-    avg_logprob: float | None = None
-    no_speech_prob: float | None = None
+    temperature: float | None
+    compression_ratio: float | None
+    seek: int
+    avg_logprob: float | None
+    no_speech_prob: float | None
 
 
 class DurationUsage(msgspec.Struct):
@@ -103,12 +108,28 @@ class VerboseTranscription(msgspec.Struct):
     usage: DurationUsage | None
 
 
+class TextDelta(msgspec.Struct):
+    """What has come of an answer that is streamed."""
+
+    delta: str
+    type: str = "transcript.text.delta"
+
+
+class TextDone(msgspec.Struct):
+    """The end of an answer that is streamed."""
+
+    text: str
+    usage: TranscriptionUsage
+    type: str = "transcript.text.done"
+
+
 _REFUSED = {
-    "stream": "a transcript comes whole",
     "chunking_strategy": "how a long file is cut is the engine's",
     "include[]": "there are no log-probabilities of transcripts",
 }
-_HARMLESS: dict[str, tuple[Any, ...]] = {"stream": ("false", "False"), "chunking_strategy": ("auto",)}
+_HARMLESS: dict[str, tuple[Any, ...]] = {"chunking_strategy": ("auto",)}
+_STREAMED = ("json", "text")
+_TRUTHS = {"true": True, "false": False}
 BODY = Body(TranscriptionBody, ignored=frozenset({"user"}), refused=_REFUSED, harmless=_HARMLESS)
 TRANSLATION = Body(TranslationBody, ignored=frozenset({"user"}), refused=_REFUSED, harmless=_HARMLESS)
 
@@ -145,43 +166,80 @@ def routes(service: Service) -> list[Route]:
 async def _answer(service: Service, request: Request, task: TranscriptionTask, shape: Body[Any]) -> Response:
     request.state.names = _NAMES
     fields, file = await read_form(request, service.settings, "file")
-    asked = _Asked(task, *shape.read({name: _number(name, value) for name, value in fields.items() if value}))
+    asked = _Asked(task, *shape.read({name: _read(name, value) for name, value in fields.items() if value}))
     body = asked.body
     if isinstance(body, TranscriptionBody):
         _check_times(body)
+    if body.stream and body.response_format not in _STREAMED:
+        message = f"stream is true, and response_format is {body.response_format!r}; allowed: 'json', 'text'"
+        raise Refusal(400, message, "invalid_field", "response_format")
     served = service.check_serving(body.model)
     if len(file) > (most := service.settings.max_audio_bytes):
         raise Refusal(400, f"file has {len(file)} bytes; allowed: max_audio_bytes = {most}", "invalid_field", "file")
-    temperature = 0.0 if body.temperature is None else body.temperature
-    transcribing = service.engine.transcribe(
-        file,
-        GenerationConfig(temperature=temperature),
-        RequestOptions(
-            request_id=new_id("transcr"), label=request.state.request_id, when_full="raise", adapter=served.adapter
-        ),
-        language=getattr(body, "language", None),
-        hint=body.prompt,
-        task=task,
-        timestamps=asked.timestamps,
-    )
     try:
-        read = await found(service, request, transcribing)
+        # A temperature of 0 is OpenAI's word for one that may rise.
+        temperature = (body.temperature or None) if body.fallback else body.temperature or 0.0
+        transcript = service.engine.transcribe(
+            file,
+            GenerationConfig(temperature=temperature),
+            RequestOptions(
+                request_id=new_id("transcr"),
+                label=request.state.request_id,
+                when_full="raise",
+                adapter=served.adapter,
+            ),
+            language=getattr(body, "language", None),
+            hint=body.prompt,
+            task=task,
+            timestamps=asked.timestamps,
+            fallback=TranscriptionFallback() if body.fallback else None,
+        )
+        if body.stream:
+            begun = await found(service, request, transcript.__aenter__())
+            if begun is None:
+                return Response(status_code=499)
+            return EventStream(_events(service, begun), asked.headers, service.settings.ping_seconds)
+        read = await found(service, request, transcript)
     except InvalidRequestError as error:
-        name, _, said = str(error).partition(" ")
-        if name == "audio[0]:":
-            raise Refusal(400, f"file cannot be taken: {said}", "invalid_field", "file") from error
-        if name == "timestamps":
-            message = (
-                f"response_format is {body.response_format!r}, and the model knows no times; allowed: 'json', 'text'"
-            )
-            raise Refusal(400, message, "invalid_field", "response_format") from error
-        raise
-    if read is None:
-        return Response(status_code=499)
+        raise _refusal(error, body) from error
+    return Response(status_code=499) if read is None else _written(_whole(service, read), asked)
+
+
+async def _events(service: Service, stream: TranscriptStream) -> AsyncGenerator[bytes, None]:
+    """A transcript as it comes. Leaving ends it."""
+    try:
+        async with stream:
+            async for delta in stream:
+                if delta.text:
+                    yield data(TextDelta(delta.text))
+            read = _whole(service, await stream)
+        yield data(TextDone(read.text, _usage(read.usage)))
+    except Exception as error:
+        yield data(service.refusal(error).payload())
+    yield DONE
+
+
+def _refusal(error: InvalidRequestError, body: TranslationBody) -> Exception:
+    """What a client is told of what the engine does not take, in the words of its form."""
+    name, _, said = str(error).partition(" ")
+    if name == "audio[0]:":
+        return Refusal(400, f"file cannot be taken: {said}", "invalid_field", "file")
+    if name == "timestamps":
+        message = f"response_format is {body.response_format!r}, and the model knows no times; allowed: 'json', 'text'"
+        return Refusal(400, message, "invalid_field", "response_format")
+    return error
+
+
+def _whole(service: Service, read: Transcript) -> Transcript:
+    """A transcript of which nothing was aborted.
+
+    Raises:
+        Refusal: Something was.
+    """
     if read.finish_reason is FinishReason.ABORT:
         retry = {"retry-after": str(service.settings.retry_after_seconds)}
         raise Refusal(503, "the request was aborted before its end", "request_aborted", None, retry)
-    return _written(read, asked, temperature)
+    return read
 
 
 def _check_times(body: TranscriptionBody) -> None:
@@ -196,7 +254,7 @@ def _check_times(body: TranscriptionBody) -> None:
         raise Refusal(400, message, "invalid_field", _TIMES)
 
 
-def _written(read: Transcript, asked: _Asked, temperature: float) -> Response:
+def _written(read: Transcript, asked: _Asked) -> Response:
     """A transcript in the form in which it was asked for."""
     form, headers = asked.body.response_format, asked.headers
     if form == "text":
@@ -207,30 +265,33 @@ def _written(read: Transcript, asked: _Asked, temperature: float) -> Response:
         return PlainTextResponse(subtitles.vtt(read.segments), headers=headers, media_type="text/vtt")
     if form == "json":
         return reply(Transcription(read.text, _usage(read.usage)), headers=headers)
-    segments = [_segment(number, segment, temperature) for number, segment in enumerate(read.segments)]
+    segments = [_segment(number, segment) for number, segment in enumerate(read.segments)]
     usage = None if read.seconds is None else DurationUsage(read.seconds)
     verbose = VerboseTranscription(asked.task, read.language, read.seconds, read.text, segments, usage)
     return reply(verbose, headers=headers)
 
 
-def _segment(number: int, segment: TranscriptSegment, temperature: float) -> Segment:
-    """With the ratio that tells text which repeats itself: openai-whisper distrusts more than 2.4."""
-    data = segment.text.encode()
-    ratio = len(data) / len(zlib.compress(data))
+def _segment(number: int, segment: TranscriptSegment) -> Segment:
     return Segment(
         number,
         round(segment.start, 3),
         round(segment.end, 3),
         segment.text,
         list(segment.token_ids),
-        temperature,
-        ratio,
-        avg_logprob=segment.logprob,
+        segment.temperature,
+        segment.compression_ratio,
+        segment.seek,
+        segment.avg_logprob,
+        segment.no_speech_prob,
     )
 
 
-def _number(name: str, value: Any) -> Any:
+def _read(name: str, value: Any) -> Any:
     """The value of a form's field; all of them are texts."""
+    if name in ("stream", "fallback"):
+        if (found := _TRUTHS.get(str(value).lower())) is None:
+            raise Refusal(400, f"{name} is {value!r:.40}; allowed: 'true', 'false'", "invalid_field", name)
+        return found
     if name != "temperature":
         return value
     try:

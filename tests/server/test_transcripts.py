@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import re
 import warnings
 from collections.abc import AsyncIterator
@@ -19,7 +20,7 @@ from asyncengine.outputs import Transcript, TranscriptSegment
 from asyncengine.server import create_app
 from asyncengine.subtitles import srt, vtt
 from tests.model.speech import checkpoints
-from tests.server.serving import client_of, error, listening, until
+from tests.server.serving import client_of, error, listening, settled, until
 
 pytestmark = pytest.mark.loops("either")
 
@@ -72,8 +73,11 @@ async def test_forms_of_a_transcript(serving: AsyncEngine) -> None:
         for segment, expected in zip(verbose.segments or (), own.segments, strict=True):
             assert (segment.start, segment.end) == pytest.approx((expected.start, expected.end), abs=6e-4)
             assert (segment.text, tuple(segment.tokens)) == (expected.text, expected.token_ids)
-            assert segment.avg_logprob == pytest.approx(expected.logprob) and segment.avg_logprob < 0
-            assert segment.compression_ratio > 0 and segment.no_speech_prob is None
+            assert segment.avg_logprob == pytest.approx(expected.avg_logprob) and segment.avg_logprob < 0
+            assert segment.compression_ratio == expected.compression_ratio and segment.temperature == 0
+            assert segment.no_speech_prob == pytest.approx(expected.no_speech_prob)
+            assert segment.seek == expected.seek
+        assert len({segment.seek for segment in verbose.segments or ()}) == 2
         assert verbose.usage is not None and verbose.usage.seconds == pytest.approx(3.1)
         for form, write in (("srt", srt), ("vtt", vtt)):
             found: Any = await audio.transcriptions.create(
@@ -125,6 +129,54 @@ async def test_one_that_is_aborted_is_an_error(serving: AsyncEngine) -> None:
         response = await asked
     assert response.status_code == 503 and error(response)["code"] == "request_aborted"
     assert response.headers["retry-after"] == "1"
+
+
+async def test_transcripts_are_streamed_as_openai_does(serving: AsyncEngine) -> None:
+    data = file_of(1, 3.1)
+    plain = await serving.transcribe(data, language="de")
+    english = await serving.transcribe(data, task="translate")
+    async with listening(create_app(serving)) as url, openai.AsyncOpenAI(api_key="x", base_url=f"{url}/v1") as client:
+        asked = {"file": ("a.wav", data), "model": "whisper"}
+        stream: Any = await client.audio.transcriptions.create(**asked, language="de", stream=True)  # type: ignore[call-overload]
+        *deltas, done = [event async for event in stream]
+        assert {delta.type for delta in deltas} == {"transcript.text.delta"} and done.type == "transcript.text.done"
+        assert "".join(delta.delta for delta in deltas) == done.text == plain.text
+        assert done.usage.type == "tokens" and done.usage.output_tokens == plain.usage.completion_tokens
+        form = {"file": ("a.wav", data)}
+        answer = await client._client.post(f"{url}{TRANSLATIONS}", data={"stream": "true"}, files=form)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.text.endswith("data: [DONE]\n\n")
+        events = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n")[:-2]]
+        assert "".join(event["delta"] for event in events[:-1]) == events[-1]["text"] == english.text
+
+
+async def test_who_leaves_a_streamed_transcript_ends_it(serving: AsyncEngine) -> None:
+    async with listening(create_app(serving)) as url, openai.AsyncOpenAI(api_key="x", base_url=f"{url}/v1") as client:
+        file = ("a.wav", file_of(1, 60.0))
+        stream: Any = await client.audio.transcriptions.create(file=file, model="whisper", language="de", stream=True)
+        await anext(aiter(stream))
+        await stream.close()
+        await settled(serving)
+    assert serving.metrics().counters.requests["abort"] > 0
+
+
+async def test_one_that_is_streamed_and_aborted_says_so(serving: AsyncEngine) -> None:
+    async with client_of(create_app(serving)) as client:
+        await serving.pause()
+        file = {"file": ("a.wav", file_of(1, 3.1))}
+        asked = asyncio.ensure_future(client.post(ROUTE, data={"language": "de", "stream": "true"}, files=file))
+        await until(lambda: serving.metrics().num_requests_waiting == 2)
+        await serving.reset()
+        [error_event, done, _] = (await asked).text.split("\n\n")
+    assert json.loads(error_event.removeprefix("data: "))["error"]["code"] == "request_aborted"
+    assert done == "data: [DONE]"
+
+
+async def test_what_looks_wrong_is_written_down_anew_if_asked(serving: AsyncEngine) -> None:
+    async with client_of(create_app(serving)) as client:
+        form = {"language": "de", "fallback": "true", "response_format": "verbose_json", "temperature": "0"}
+        answer = (await client.post(ROUTE, data=form, files={"file": ("a.wav", file_of(1, 0.7))})).json()
+    assert {segment["temperature"] for segment in answer["segments"]} == {1.0}  # a random model is never sure
 
 
 def test_subtitles() -> None:

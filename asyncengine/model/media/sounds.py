@@ -93,7 +93,11 @@ def _decoded(source: AudioSource) -> tuple[NDArray[Any], int]:
     except InvalidRequestError:
         raise
     except soundfile.LibsndfileError as error:
-        raise InvalidRequestError(f"an audio is damaged or no file that libsndfile reads: {error}") from error
+        # It would name what the bytes are wrapped in.
+        name = f", {str(source)!r}," if isinstance(source, Path) else f" of {file.getbuffer().nbytes} bytes"
+        raise InvalidRequestError(
+            f"an audio{name} is damaged or no file that libsndfile reads: {error.error_string}"
+        ) from error
     except Exception as error:  # of the file system, say
         raise InvalidRequestError(f"an audio cannot be read: {error}") from error
 
