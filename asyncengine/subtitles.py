@@ -6,25 +6,29 @@ from collections.abc import Iterable
 
 from asyncengine.outputs import TranscriptSegment
 
+VTT_BEGIN = "WEBVTT\n"
+"""What stands before all cues of a WebVTT file, and behind which is an empty line, as behind each of them."""
+
 
 def srt(segments: Iterable[TranscriptSegment]) -> str:
-    """SubRip: numbered, with a comma before the milliseconds."""
-    shown = (
-        f"{number}\n{_time(segment.start, ',')} --> {_time(segment.end, ',')}\n{_line(segment)}\n"
-        for number, segment in enumerate(segments, 1)
-    )
-    return "\n".join(shown)
+    """SubRip."""
+    return "\n".join(srt_cue(number, segment) for number, segment in enumerate(segments, 1))
 
 
 def vtt(segments: Iterable[TranscriptSegment]) -> str:
-    """WebVTT (W3C), in which what opens a tag is written as a reference."""
-    shown = (
-        f"{_time(segment.start, '.')} --> {_time(segment.end, '.')}\n"
-        + _line(segment).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        + "\n"
-        for segment in segments
-    )
-    return "\n".join(("WEBVTT\n", *shown))
+    """WebVTT (W3C)."""
+    return "\n".join((VTT_BEGIN, *map(vtt_cue, segments)))
+
+
+def srt_cue(number: int, segment: TranscriptSegment) -> str:
+    """One of SubRip, which are numbered from 1: with a comma before the milliseconds."""
+    return f"{number}\n{_time(segment.start, ',')} --> {_time(segment.end, ',')}\n{_line(segment)}\n"
+
+
+def vtt_cue(segment: TranscriptSegment) -> str:
+    """One of WebVTT, in which what opens a tag is written as a reference."""
+    line = _line(segment).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return f"{_time(segment.start, '.')} --> {_time(segment.end, '.')}\n{line}\n"
 
 
 def _line(segment: TranscriptSegment) -> str:

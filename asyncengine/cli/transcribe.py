@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
     from asyncengine.generation import GenerationConfig
     from asyncengine.loop.engine import AsyncEngine
     from asyncengine.loop.prepare import RequestOptions
+    from asyncengine.loop.transcript_stream import TranscriptStream
     from asyncengine.outputs import Transcript
+
+
+_OF_SEGMENTS = ("start", "end", "text", "avg_logprob", "compression_ratio", "no_speech_prob", "temperature")
 
 
 class Form(StrEnum):
@@ -40,13 +45,17 @@ def transcribe(
     form: Annotated[
         Form, typer.Option("--format", help="json is an object per file; srt and vtt take one.")
     ] = Form.TEXT,
+    fallback: Annotated[
+        bool, typer.Option("--fallback", help="What looks wrong is written down anew, at higher temperatures.")
+    ] = False,
     *,
     generation: GenerationFlags,
     flags: AnsweringFlags,
 ) -> int:
     """Write down what is said in each FILE, with a MODEL that transcribes, such as Whisper.
 
-    Files are heard at the same time, and written in their order. Exit status 1: some file failed.
+    Files are heard at the same time, and written in their order; what is said in a single one as it comes. Exit status
+    1: some file failed.
     """
     if form in (Form.SRT, Form.VTT) and len(files) > 1:
         raise Failure(f"--format is {form.value}, and there are {len(files)} files; such a file is of one", 2)
@@ -58,7 +67,7 @@ def transcribe(
     from asyncengine.cli.loading import loaded
 
     with loaded(engine_config, ctx.obj) as (engine, runner):
-        return runner.run(Listening(engine, config, options, language, hint, translate, form).run(files))
+        return runner.run(Listening(engine, config, options, language, hint, translate, form, fallback).run(files))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +81,14 @@ class Listening:
     hint: str | None
     translate: bool
     form: Form
+    fallback: bool
 
     async def run(self, files: list[Path]) -> int:
         """Hears all files; returns the exit status."""
         import asyncio
 
+        if len(files) == 1 and self.form is not Form.JSON:
+            return await self._write_as_it_comes(files[0])
         loaded = self.engine.complete_engine_config
         assert loaded is not None and loaded.max_num_sequence is not None
         failed, at_once = False, asyncio.Semaphore(2 * loaded.max_num_sequence)
@@ -100,46 +112,80 @@ class Listening:
             raise gone
         return int(failed)
 
+    async def _write_as_it_comes(self, path: Path) -> int:
+        """Writes what is said in a single file; returns the exit status."""
+        from asyncengine.subtitles import VTT_BEGIN, srt_cue, vtt_cue
+
+        numbers, written = itertools.count(1), ""
+        begin = VTT_BEGIN if self.form is Form.VTT else ""
+        blank, begun = "\n" if begin else "", bool(begin)
+        try:
+            async with await self._transcript(path) as stream:
+                print(begin, end="", flush=True)
+                async for delta in stream:
+                    written = delta.text if self.form is Form.TEXT else ""
+                    for segment in delta.segments:
+                        cue = srt_cue(next(numbers), segment) if self.form is Form.SRT else vtt_cue(segment)
+                        written, blank = written + blank + cue, "\n"
+                    print(encodable(written), end="", flush=True)
+                    begun = begun or bool(written)
+        except AsyncEngineError as error:
+            if begun:
+                print(flush=True)
+            return self._failed(path, error)
+        print(flush=True)
+        return 0
+
+    def _failed(self, path: Path, error: AsyncEngineError) -> int:
+        if str(error).startswith("timestamps "):
+            error = InvalidRequestError(f"--format is {self.form.value}, and the model knows no times; allowed: text")
+        print(f"asyncengine: {path}: {error}", file=sys.stderr, flush=True)
+        return 1
+
     def _write(self, path: Path, found: Transcript | AsyncEngineError, files: int) -> bool:
         """Writes what is said in one of so many files; says whether it could be heard."""
         if isinstance(found, AsyncEngineError):
-            print(f"asyncengine: {path}: {found}", file=sys.stderr, flush=True)
+            self._failed(path, found)
             return False
         written = self._written(path, found)
         print(encodable(f"{path}: {written}" if self.form is Form.TEXT and files > 1 else written), flush=True)
         return True
 
-    async def _hear(self, path: Path) -> Transcript | AsyncEngineError:
+    async def _transcript(self, path: Path) -> TranscriptStream:
+        """What is said in a file, which has not begun.
+
+        Raises:
+            InvalidRequestError: It cannot be read.
+        """
         import asyncio
 
+        from asyncengine.fallback import TranscriptionFallback
+
         try:
-            return await self.engine.transcribe(
-                await asyncio.to_thread(path.read_bytes),
-                self.config,
-                self.options,
-                language=self.language,
-                hint=self.hint,
-                task="translate" if self.translate else "transcribe",
-                timestamps=self.form is not Form.TEXT,
-            )
+            audio = await asyncio.to_thread(path.read_bytes)
         except OSError as error:
-            return InvalidRequestError(error.strerror or str(error))
+            raise InvalidRequestError(error.strerror or str(error)) from error
+        return self.engine.transcribe(
+            audio,
+            self.config,
+            self.options,
+            language=self.language,
+            hint=self.hint,
+            task="translate" if self.translate else "transcribe",
+            timestamps=self.form is not Form.TEXT,
+            fallback=TranscriptionFallback() if self.fallback else None,
+        )
+
+    async def _hear(self, path: Path) -> Transcript | AsyncEngineError:
+        try:
+            return await (await self._transcript(path))
         except AsyncEngineError as error:
-            if str(error).startswith("timestamps "):
-                return InvalidRequestError(
-                    f"--format is {self.form.value}, and the model knows no times; allowed: text"
-                )
             return error
 
     def _written(self, path: Path, found: Transcript) -> str:
-        from asyncengine import subtitles
-
+        """Of one of several files, or as JSON."""
         if self.form is Form.TEXT:
             return found.text
-        if self.form is Form.SRT:
-            return subtitles.srt(found.segments)
-        if self.form is Form.VTT:
-            return subtitles.vtt(found.segments)
-        segments = [{"start": each.start, "end": each.end, "text": each.text} for each in found.segments]
+        segments = [{name: getattr(each, name) for name in _OF_SEGMENTS} for each in found.segments]
         about = {"file": str(path), "text": found.text, "language": found.language, "seconds": found.seconds}
         return as_json(about | {"segments": segments})

@@ -12,7 +12,9 @@ import pytest
 import soundfile
 from typer.testing import CliRunner
 
+from asyncengine.fallback import TranscriptionFallback, Verdict
 from asyncengine.model.loader import TransformersLoader
+from asyncengine.transcription import Quality
 from tests.cli.programs import APP, ENVIRONMENT, Done, run, scripted_loader
 from tests.model.speech import checkpoints
 
@@ -78,7 +80,7 @@ def test_what_is_wrong_with_files(whisper: Path, tmp_path: Path) -> None:
     bad.write_text("no sound")
     done = heard(str(whisper), str(bad), good, "--dtype", "float32", "--device", "cpu")
     assert done.status == 1
-    assert f"asyncengine: {bad}: audio[0]: an audio is damaged" in done.err
+    assert f"asyncengine: {bad}: audio[0]: an audio of 8 bytes is damaged" in done.err
     assert done.out.startswith(f"{good}: ") and len(done.out.splitlines()) == 1
     done = heard(str(whisper), good, str(tmp_path / "none.wav"))
     assert done.status == 2 and "none.wav' is not a file" in done.err
@@ -110,6 +112,39 @@ from asyncengine.cli import main
 from tests.cli.programs import scripted_loader
 main(scripted_loader(script=lambda prompt, branch: b"x", takes_audio=True))
 """
+
+
+SLOWLY = SPEAKING.replace("scripted_loader(", "scripted_loader(step_seconds=0.05, ").replace('b"x"', 'b"ab " * 8')
+
+
+def test_a_single_file_is_written_as_it_comes(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"x")
+    command = [sys.executable, "-W", "error", "-c", SLOWLY, "transcribe", "scripted", str(path)]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None
+        first = process.stdout.read(2)
+        assert process.poll() is None  # a second passes until all is said
+        assert first + process.stdout.read() == b"ab " * 7 + b"ab\n"
+        assert process.wait(timeout=30) == 0
+
+
+def test_what_looks_wrong_is_written_down_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a scripted model finds of all that it says."""
+    path, verdicts = tmp_path / "a.bin", list[Verdict]()
+    path.write_bytes(b"x")
+    judge = TranscriptionFallback.verdict
+
+    def judged(self: TranscriptionFallback, quality: Quality) -> Verdict:
+        verdicts.append(judge(self, quality))
+        return verdicts[-1]
+
+    monkeypatch.setattr(TranscriptionFallback, "verdict", judged)
+    loader = scripted_loader(script=lambda prompt, branch: b"abcd", takes_audio=True)
+    done = run("transcribe", "scripted", str(path), "--fallback", loader=loader)
+    assert (done.status, done.out, verdicts) == (0, "abcd\n", [Verdict.DOUBTED] * 6)
+    done = run("transcribe", "scripted", str(path), "--fallback", "--temperature", "0.3", loader=loader)
+    assert done.status == 1 and "temperature is 0.3, and the fallback says which" in done.err
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(tmp_path: Path) -> None:
