@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -113,11 +113,11 @@ class Transcribing(Protocol):
     question: LanguageQuestion | None
     no_speech: tuple[int, int] | None
 
-    def pieces(self, audio: AudioSource) -> Sequence[AudioPiece]:
-        """Cuts an audio into parts that the model hears at once.
+    def pieces(self, audio: AudioSource) -> Iterator[AudioPiece]:
+        """Cuts an audio into parts that the model hears at once, at least one, each when it is asked for.
 
         Raises:
-            InvalidRequestError: It is no audio.
+            InvalidRequestError: It is no audio, from there on.
         """
         ...
 
@@ -207,9 +207,9 @@ class WholeTranscription:
     no_speech: tuple[int, int] | None = None
     parses = False
 
-    def pieces(self, audio: Any) -> Sequence[AudioPiece]:
+    def pieces(self, audio: Any) -> Iterator[AudioPiece]:
         """As `Transcribing`: the audio."""
-        return [AudioPiece(audio)]
+        return iter([AudioPiece(audio)])
 
     def code(self, language: str) -> str:
         """As `Transcribing`: as it is."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import NamedTuple, TypeVarTuple, Unpack
@@ -82,7 +83,9 @@ class Hearing:
         self._usages: list[tuple[int, Usage]] = []  # and of which piece
         self._reasons: set[FinishReason] = set()
         self._prompt = self._asked.prompt
-        self._count = 0
+        self._pieces: Iterator[AudioPiece] = iter(())
+        self._several = False
+        self._seconds: float | None = None
         self._failure: Exception | None = None
 
     async def transcript(self) -> Transcript:
@@ -91,9 +94,8 @@ class Hearing:
         Raises:
             Reloaded: The model has gone before all was asked, and nothing was given out.
         """
-        pieces = deque(await in_time(self._cut(), self._asked.options.deadlines, self._clock()))
-        begun, seconds, self._count = self._clock(), pieces[-1].end, len(pieces)
-        self._prompt = replace(self._prompt, audio=None)
+        pieces = await in_time(self._cut(), self._asked.options.deadlines, self._clock())
+        begun, self._several = self._clock(), pieces[1] is not None
         if not await self._know_language(pieces[0]):
             return Transcript("", self._usage(begun), FinishReason.ABORT)
         await self._hear_all(pieces)
@@ -104,16 +106,25 @@ class Hearing:
             next(reason for reason in _WORST if reason in reasons),
             self._prompt.language,
             tuple(self._told.segments),
-            seconds,
+            self._seconds,
         )
 
-    async def _cut(self) -> Sequence[AudioPiece]:
-        prompt = self._prompt
+    async def _cut(self) -> deque[AudioPiece | None]:
+        """The first two pieces."""
         # A wrong language need not wait for the audio. A hint may be long.
-        await in_thread(functools.partial(self._transcribing.request, prompt))
-        return await in_thread(lambda: list(self._transcribing.pieces(prompt.audio)), media_readers())
+        await in_thread(functools.partial(self._transcribing.request, self._prompt))
+        audio, self._prompt = self._prompt.audio, replace(self._prompt, audio=None)
+        self._pieces = await in_thread(lambda: iter(self._transcribing.pieces(audio)), media_readers())
+        return deque([await self._next(), await self._next()])
 
-    async def _know_language(self, piece: AudioPiece) -> bool:
+    async def _next(self) -> AudioPiece | None:
+        """One piece further, if there is one."""
+        piece = await in_thread(lambda: next(self._pieces, None), media_readers())
+        if piece is not None:
+            self._seconds = piece.end
+        return piece
+
+    async def _know_language(self, piece: AudioPiece | None) -> bool:
         """Asks for the language, if it must be told and nobody has said it; False if that was aborted.
 
         What was computed of the audio for it is in the prefix cache afterwards.
@@ -123,6 +134,7 @@ class Hearing:
             self._prompt = replace(self._prompt, language=self._transcribing.code(told))
         if told is not None or question is None:
             return True
+        assert piece is not None
         config = GenerationConfig(temperature=0.0, max_tokens=1, allowed_token_ids=question.languages, detokenize=False)
         options = replace(self._asked.options, request_id=None)
         asked = AudioPrompt(question.text, [piece.audio])
@@ -142,7 +154,7 @@ class Hearing:
 
         return of
 
-    async def _hear_all(self, pieces: deque[AudioPiece]) -> None:
+    async def _hear_all(self, pieces: deque[AudioPiece | None]) -> None:
         """Hears pieces while there is room for their requests: no more are read than a few beside those that run.
 
         The first that fails ends the others: nobody would hear of them.
@@ -164,13 +176,14 @@ class Hearing:
             self._failure = self._failure or error
             group.cancel_scope.cancel()
 
-    async def _begin_all(self, pieces: deque[AudioPiece], group: TaskGroup) -> None:
-        """Gives the model all pieces in their order; none behind one that was aborted."""
-        for index in range(self._count):
+    async def _begin_all(self, pieces: deque[AudioPiece | None], group: TaskGroup) -> None:
+        """Gives the model all pieces in their order, the first of them at hand; none behind one that was aborted."""
+        for index in itertools.count():
             await self._room.acquire()
             if self._requests.aborted or FinishReason.ABORT in self._reasons:
                 return
-            piece = pieces.popleft()
+            if (piece := pieces.popleft() if pieces else await self._next()) is None:
+                return
             prompt = replace(self._prompt, audio=piece.audio)
             piece = replace(piece, audio=None)
             if (attempt := await self._attempt(index, prompt)) is None:
@@ -188,7 +201,7 @@ class Hearing:
         come, when some of the transcript was given out: that ends there.
         """
         options, config, fallback = self._asked.options, self._asked.config, self._asked.fallback
-        if self._count > 1 and options.request_id is not None:
+        if self._several and options.request_id is not None:
             options = options.named(f"{options.request_id}-{index}")
         if index or temperature is not None:
             options = _further(options)

@@ -7,7 +7,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -504,8 +504,8 @@ class Asking(ScriptedTranscription):
 
     question = LanguageQuestion(MARKS["audio"], {ord("a"): "en"})
 
-    def pieces(self, audio: bytes) -> list[AudioPiece]:
-        return [AudioPiece(audio[at : at + 2]) for at in range(0, len(audio), 2)]
+    def pieces(self, audio: bytes) -> Iterator[AudioPiece]:
+        return iter([AudioPiece(audio[at : at + 2]) for at in range(0, len(audio), 2)])
 
 
 async def test_at_every_await_of_transcribe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -38,8 +38,8 @@ class Asking(ScriptedTranscription):
 
     question = LanguageQuestion(MARKS["audio"], {ord("a"): "en"})
 
-    def pieces(self, audio: bytes) -> list[AudioPiece]:
-        return [AudioPiece(audio[at : at + 2], at, at + 2) for at in range(0, len(audio), 2)]
+    def pieces(self, audio: bytes) -> Iterator[AudioPiece]:
+        return iter([AudioPiece(audio[at : at + 2], at, at + 2) for at in range(0, len(audio), 2)])
 
     @staticmethod
     def check(asked: Any) -> None:
@@ -167,7 +167,7 @@ async def test_it_is_aborted_by_its_name(audio: bytes, language: str | None, rig
             await made.engine.transcribe(audio, None, options, language=language)
         await asyncio.gather(made.engine.abort_request("mine"), let_go(made))
         found = await going
-        assert found.finish_reason is FinishReason.ABORT and set(found.text.split()) < set(WHOLE.split())
+        assert found.finish_reason is FinishReason.ABORT and len(found.text) < len(WHOLE)
         await made.comes_to_rest()
         assert (await made.engine.transcribe(audio, None, options)).finish_reason is FinishReason.STOP
         await made.engine.abort_request("mine")

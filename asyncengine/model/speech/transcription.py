@@ -5,7 +5,7 @@ Its decoder's tokens begin with ``<|startoftranscript|>``, the language, the tas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
@@ -17,7 +17,7 @@ from asyncengine.errors import InvalidRequestError, UnsupportedModelError
 from asyncengine.generation import GenerationConfig
 from asyncengine.logits_processor import LogitsProcessor
 from asyncengine.media import AudioSource
-from asyncengine.model.media.sounds import sound_of
+from asyncengine.model.media.sounds import Samples, blocks_of
 from asyncengine.model.speech.cutting import pieces
 from asyncengine.model.speech.rules import Rules
 from asyncengine.outputs import TranscriptSegment
@@ -107,16 +107,18 @@ class WhisperTranscription:
             raise UnsupportedModelError(f"its tokenizer has no token {mark}, as Whisper's have")
         return found
 
-    def pieces(self, audio: AudioSource) -> Sequence[AudioPiece]:
+    def pieces(self, audio: AudioSource) -> Iterator[AudioPiece]:
         """As the protocol says."""
-        try:
-            samples = sound_of(audio, rate := self._hearing.rate)
+        rate = self._hearing.rate
+
+        def piece(found: tuple[int, Samples]) -> AudioPiece:
+            start, samples = found
+            return AudioPiece((samples, rate), start / rate, (start + len(samples)) / rate)
+
+        try:  # which keeps none of them while the next is awaited
+            yield from map(piece, pieces(blocks_of(audio, rate), self._hearing.samples, rate))
         except InvalidRequestError as error:
             raise InvalidRequestError(f"audio[0]: {error}") from error
-        return [
-            AudioPiece((samples[start:end], rate), start / rate, end / rate)
-            for start, end in pieces(samples, self._hearing.samples, rate)
-        ]
 
     def request(self, asked: TranscriptionPrompt) -> str:
         """As the protocol says."""

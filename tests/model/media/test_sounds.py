@@ -14,7 +14,7 @@ import soundfile
 
 from asyncengine.errors import InvalidRequestError
 from asyncengine.model.media import sounds
-from asyncengine.model.media.sounds import sound_of
+from asyncengine.model.media.sounds import blocks_of, sound_of
 
 RATE = 16_000
 TONE = (0.5 * np.sin(np.arange(RATE // 4) * 2 * np.pi * 440 / RATE)).astype(np.float32)
@@ -94,6 +94,40 @@ def test_other_rates_are_resampled_as_transformers_does() -> None:
 def test_what_is_no_audio(source: Any, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         sound_of(source, RATE)
+    with pytest.raises(InvalidRequestError, match=message):
+        list(blocks_of(source, RATE))
+
+
+@pytest.mark.parametrize("rate", [RATE, 44_100, 8000])
+@pytest.mark.parametrize("seconds", [0.01, 10.0, 25.3])
+def test_blocks_are_the_whole(rate: int, seconds: float) -> None:
+    """Of samples and of files, with channels that are averaged and rates that are resampled."""
+    drawn = np.random.default_rng(0).uniform(-0.5, 0.5, (int(seconds * rate), 2)).astype(np.float32)
+    for source in ((drawn[:, 0], rate), (drawn[:, 1].astype(np.float64), rate), file_of(drawn, rate, subtype="FLOAT")):
+        blocks = list(blocks_of(source, RATE))
+        assert all(block.dtype == np.float32 and len(block) <= 11 * RATE for block in blocks)
+        assert np.array_equal(np.concatenate(blocks), sound_of(source, RATE))
+        assert len(blocks) >= seconds / 10
+
+
+def test_no_more_is_decoded_than_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, blocks = list[int](), soundfile.SoundFile.blocks
+
+    def counted(self: Any, *given: Any, **more: Any) -> Any:
+        return map(lambda block: read.append(len(block)) or block, blocks(self, *given, **more))
+
+    monkeypatch.setattr(soundfile.SoundFile, "blocks", counted)
+    monkeypatch.setattr(sounds, "MOST_SAMPLES", 1)  # which is of audio that is decoded at once
+    found = blocks_of(file_of(np.tile(TONE, 200)), RATE)
+    assert not read and len(next(found)) == 10 * RATE == sum(read)
+    found.close()
+
+
+def test_longer_than_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sounds, "MOST_SECONDS", 11)
+    for source in ((np.tile(TONE, 45), RATE), file_of(np.tile(TONE, 45))):
+        with pytest.raises(InvalidRequestError, match="an audio has 180000 samples; allowed: 176000"):
+            next(blocks_of(source, RATE))
 
 
 def test_too_much_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

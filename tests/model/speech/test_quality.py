@@ -94,7 +94,7 @@ def text_of(token_ids: list[int]) -> str:
 
 async def test_what_is_heard_later_says_where(serving: AsyncEngine) -> None:
     found = await serving.transcribe(heard(5, 4.7), language="de", timestamps=True)
-    pieces = transcribing_of(await serving._view()).pieces(heard(5, 4.7))
+    pieces = list(transcribing_of(await serving._view()).pieces(heard(5, 4.7)))
     assert {segment.seek for segment in found.segments} == {round(100 * piece.start) for piece in pieces}
     for segment in found.segments:
         [piece] = [piece for piece in pieces if round(100 * piece.start) == segment.seek]

@@ -165,7 +165,7 @@ async def test_what_is_longer_is_heard_in_pieces(written: Callable[..., Path]) -
     samples[int(1.6 * RATE) : int(1.75 * RATE)] = 0
     samples[int(3.1 * RATE) : int(3.2 * RATE)] = 0
     async with engine(path) as serving:
-        pieces = transcribing_of(await serving._view()).pieces((samples, RATE))
+        pieces = list(transcribing_of(await serving._view()).pieces((samples, RATE)))
         assert [piece.start for piece in pieces] == pytest.approx([0, 1.675, 3.15], abs=0.06)
         assert pieces[-1].end == 4.7 and [piece.end for piece in pieces[:-1]] == [piece.start for piece in pieces[1:]]
         assert np.array_equal(np.concatenate([piece.audio[0] for piece in pieces]), samples)
@@ -193,7 +193,7 @@ async def test_segments(written: Callable[..., Path]) -> None:
         assert not (await serving.transcribe(heard(2, 1.7), language="de")).segments
         long = sound(5, 3.5)
         several = await serving.transcribe((long, RATE), language="de", timestamps=True)
-        pieces = transcribing_of(await serving._view()).pieces((long, RATE))
+        pieces = list(transcribing_of(await serving._view()).pieces((long, RATE)))
     said = checkpoints.with_times(path, sound(2, 1.7), begin)
     assert [token for segment in one.segments for token in segment.token_ids] == said
     for transcript, seconds in ((one, 1.7), (several, 3.5)):
@@ -470,7 +470,7 @@ async def test_the_loop_goes_on_while_an_audio_is_read(
 
     def cut(self: Any, audio: Any) -> Any:
         at_once.append(readers.borrowed_tokens)
-        return pieces(self, audio)
+        yield from pieces(self, audio)
 
     monkeypatch.setattr(WhisperTranscription, "request", requested)
     monkeypatch.setattr(WhisperTranscription, "pieces", cut)
@@ -480,27 +480,47 @@ async def test_the_loop_goes_on_while_an_audio_is_read(
     assert threading.current_thread() not in threads and at_once == [1]
 
 
-@pytest.mark.parametrize("seconds", [1.5, 4.5])
+@pytest.mark.parametrize("seconds", [1.5, 16.0])
 async def test_samples_are_let_go_once_they_are_read(
     seconds: float, written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of an hour are a quarter of a gigabyte."""
+    """And none are decoded before there is room for their piece: those of an hour are a quarter of a gigabyte."""
     pieces, samples = WhisperTranscription.pieces, list[Any]()
 
+    def noted(piece: AudioPiece) -> AudioPiece:
+        samples.append(weakref.ref(piece.audio[0]))  # type: ignore[index]
+        return piece
+
     def cut(self: Any, audio: Any) -> Any:
-        found = pieces(self, audio)
-        samples.append(weakref.ref(found[0].audio[0].base))
-        return found
+        return map(noted, pieces(self, audio))
 
     monkeypatch.setattr(WhisperTranscription, "pieces", cut)
     async with engine(written()) as serving:
         await serving.pause()
         twice = (np.repeat(sound(1, seconds), 2), 2 * RATE)  # which is resampled
         going = asyncio.ensure_future(serving.transcribe(twice, GenerationConfig(max_tokens=2), language="de"))
-        await eventually(lambda: serving.metrics().num_requests_waiting == -(-seconds // 2))
-        await eventually(lambda: samples[0]() is None)
+        read = 1 if seconds < 2 else 4 + 2
+        await eventually(lambda: serving.metrics().num_requests_waiting == read)
+        await eventually(lambda: all(each() is None for each in samples))
+        assert len(samples) == read
         await serving.resume()
-        assert (await going).text
+        assert (await going).text and (await going).seconds == seconds
+        assert len(samples) >= seconds / 2
+
+
+async def test_an_audio_that_is_damaged_in_its_middle(written: Callable[..., Path]) -> None:
+    samples = sound(1, 25.0)
+    samples[-5] = np.nan
+    async with engine(written()) as serving:
+        stream = serving.transcribe((samples, RATE), GenerationConfig(max_tokens=2), language="de")
+        said = ""
+        with pytest.raises(InvalidRequestError, match=r"audio\[0\]: an audio has samples that are not finite"):
+            async for delta in stream:
+                said += delta.text
+        whole = await serving.transcribe((samples[:-5], RATE), GenerationConfig(max_tokens=2), language="de")
+        assert said and whole.text.startswith(said)
+        await serving.reset()
+        assert serving.metrics().kv_blocks_free == serving.metrics().kv_blocks_total
 
 
 async def test_a_transcript_ends_before_a_stop_string(written: Callable[..., Path]) -> None:
