@@ -76,7 +76,7 @@ class TranscriptStream:
     belongs to the stream and ends with it, so that the pieces of a long audio go on while its reader is busy.
     """
 
-    __slots__ = ("__weakref__", "_closed", "_loop", "_made", "_raised", "_task", "_told", "_transcription")
+    __slots__ = ("__weakref__", "_closed", "_loop", "_made", "_raised", "_task", "_told", "_transcription", "_waits")
 
     def __init__(self, make: Callable[[], Transcription]) -> None:
         self._made = make
@@ -86,6 +86,7 @@ class TranscriptStream:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._raised = False
+        self._waits = False
 
     @property
     def transcript(self) -> Transcript | None:
@@ -129,16 +130,18 @@ class TranscriptStream:
 
     async def _news(self) -> None:
         """Waits until there is some."""
-        told = self._told
-        if told.waiter is not None:
+        if self._waits:  # or was woken, and has not come to it
             raise IllegalStateError("another task is reading this transcript")
-        told.waiter = waiter = asyncio.get_running_loop().create_future()
+        self._told.waiter = waiter = asyncio.get_running_loop().create_future()
+        self._waits = True
         try:
             await waiter
         except BaseException:
-            told.waiter = None
+            self._told.waiter = None
             self._leave()
             raise
+        finally:
+            self._waits = False
 
     def _raise_error(self) -> None:
         if self._told.error is not None and not self._raised and not self._closed:

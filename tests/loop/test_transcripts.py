@@ -11,6 +11,8 @@ import pytest
 
 from asyncengine import (
     AsyncEngine,
+    EngineClosedError,
+    EngineDrainingError,
     FinishReason,
     GenerationConfig,
     IllegalStateError,
@@ -188,6 +190,18 @@ async def test_the_first_that_is_aborted_is_the_last_that_is_begun(rig: Rig) -> 
         assert (await going).finish_reason is FinishReason.ABORT
         assert sum(made.engine.metrics().counters.requests.values()) <= 3
         await made.comes_to_rest()
+
+
+async def test_an_engine_that_shuts_down_refuses_the_pieces_that_were_not_given_to_it(rig: Rig) -> None:
+    async with rig as made:
+        made.model.hold()
+        going = asyncio.ensure_future(made.engine.transcribe(AUDIO * 20, language="en"))
+        await made.held()
+        ending = asyncio.ensure_future(made.engine.shutdown(drain=10.0))
+        await let_go(made)
+        with pytest.raises((EngineDrainingError, EngineClosedError)):
+            await going
+        await ending
 
 
 LEAVING: dict[str, Callable[[Any], Coroutine[Any, Any, Any]]] = {}
