@@ -317,7 +317,7 @@ class AsyncEngine(EngineReadings):
         """
         _name("request_id", request_id)
         if (transcript := self._transcripts.get(request_id)) is not None:
-            transcript.abort()
+            await transcript.aborted()
         await self._call(lambda to: ins.AbortRequests(request_ids=(request_id,), reply_to=to))
 
     async def pin_prompt(self, prompt: Prompt, name: str | None = None, options: RequestOptions = DEFAULTS) -> str:

@@ -22,7 +22,7 @@ from asyncengine.loop.encoding import in_thread, media_readers, transcribing_of
 from asyncengine.loop.in_order import InOrder, Tell
 from asyncengine.loop.prepare import RequestOptions
 from asyncengine.loop.stream import RequestStream
-from asyncengine.loop.transcript_requests import Asked, Configured, TranscriptRequests
+from asyncengine.loop.transcript_requests import Aborted, Asked, Configured, TranscriptRequests
 from asyncengine.media import AudioPrompt
 from asyncengine.outputs import FinishReason, Transcript, TranscriptSegment, Usage
 from asyncengine.step.model import ModelView
@@ -138,9 +138,11 @@ class Hearing:
         config = GenerationConfig(temperature=0.0, max_tokens=1, allowed_token_ids=question.languages, detokenize=False)
         options = replace(self._asked.options, request_id=None)
         asked = AudioPrompt(question.text, [piece.audio])
-        result = await self._requests.result(
-            await self._requests.add(asked, self._here(config), options), lambda *_: None
-        )
+        try:
+            stream = await self._requests.add(asked, self._here(config), options)
+        except Aborted:
+            return False
+        result = await self._requests.result(stream, lambda *_: None)
         self._usages.append((-1, result.usage))
         if result.token_ids:
             self._prompt = replace(self._prompt, language=question.languages[result.token_ids[0]])
@@ -182,7 +184,8 @@ class Hearing:
             await self._room.acquire()
             if self._requests.aborted or FinishReason.ABORT in self._reasons:
                 return
-            if (piece := pieces.popleft() if pieces else await self._next()) is None:
+            piece = pieces.popleft() if pieces else await self._next()
+            if piece is None or self._requests.aborted:
                 return
             prompt = replace(self._prompt, audio=piece.audio)
             piece = replace(piece, audio=None)
@@ -197,8 +200,8 @@ class Hearing:
     async def _attempt(
         self, index: int, prompt: TranscriptionPrompt, temperature: float | None = None
     ) -> _Attempt | None:
-        """Asks for what is said in a piece, at the first temperature or at one further on. None where another model has
-        come, when some of the transcript was given out: that ends there.
+        """Asks for what is said in a piece, at the first temperature or at one further on. None where the transcript
+        ends: it was aborted, or another model has come when some of it was given out.
         """
         options, config, fallback = self._asked.options, self._asked.config, self._asked.fallback
         if self._several and options.request_id is not None:
@@ -212,6 +215,8 @@ class Hearing:
         config = self._transcribing.settings(config, prompt)
         try:
             return _Attempt(await self._requests.add(prompt, self._here(config), options), config.temperature)
+        except Aborted:
+            pass
         except Reloaded:
             if not self._gives_out or not self._told.begun:
                 raise

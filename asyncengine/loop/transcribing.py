@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from asyncengine.errors import InvalidRequestError
@@ -42,6 +43,12 @@ class Transcription:
     def abort(self) -> None:
         """Ends its requests, and begins no others. Idempotent; from any thread."""
         self._requests.abort()
+
+    async def aborted(self) -> None:
+        """Aborts it, on any loop, and waits until those of its requests that were being added were told."""
+        self.abort()
+        for added in self._requests.adding:
+            await asyncio.shield(asyncio.wrap_future(added))
 
     async def run(self, tell: Tell | None, begun: Callable[[], None] | None = None) -> Transcript:
         """What is said in the audio. With another model it begins anew, or ends where some of it was told.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from asyncengine.fallback import TranscriptionFallback
 from asyncengine.generation import GenerationConfig
@@ -23,7 +26,7 @@ class Add(Protocol):
 
     def __call__(
         self, prompts: Sequence[AnyPrompt], configs: Sequence[Configured], options: RequestOptions
-    ) -> Awaitable[list[RequestStream]]:
+    ) -> Coroutine[Any, Any, list[RequestStream]]:
         """Adds requests, and returns their streams."""
         ...
 
@@ -45,6 +48,10 @@ class Asked:
     fallback: TranscriptionFallback | None
 
 
+class Aborted(Exception):
+    """Somebody wanted the transcript to end before its request was added."""
+
+
 class TranscriptRequests:
     """Those under way.
 
@@ -59,6 +66,7 @@ class TranscriptRequests:
     def __init__(self, add: Add) -> None:
         self._add = add
         self._streams: dict[int, RequestStream] = {}
+        self._adding: dict[asyncio.Task[list[RequestStream]], Future[None]] = {}
         self.aborted = False
         self.on_begun: Callable[[], None] | None = None
 
@@ -67,16 +75,40 @@ class TranscriptRequests:
         self.aborted = True
         for stream in list(self._streams.values()):
             stream.abort()
+        for adding in list(self._adding):
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                adding.get_loop().call_soon_threadsafe(adding.cancel)
+
+    @property
+    def adding(self) -> list[Future[None]]:
+        """Of each request that is being added, what is done once it was, or once it was given up."""
+        return list(self._adding.values())
 
     async def add(self, prompt: AnyPrompt, config: Configured, options: RequestOptions) -> RequestStream:
-        """A request, which ends if the transcript does."""
-        [stream] = await self._add([prompt], [config], options)
-        self._streams[stream.number] = stream
+        """A request, which ends if the transcript does.
+
+        Raises:
+            Aborted: It did meanwhile.
+        """
+        adding = asyncio.create_task(self._add([prompt], [config], options))
+        added: Future[None] = Future()
+        self._adding[adding] = added
+        try:
+            [stream] = await adding
+        except asyncio.CancelledError:
+            if self.aborted and not _is_cancelled():
+                raise Aborted from None
+            raise
+        else:
+            self._streams[stream.number] = stream
+            if self.aborted:
+                stream.abort()
+        finally:
+            del self._adding[adding]
+            added.set_result(None)
         on_begun, self.on_begun = self.on_begun, None
         if on_begun is not None:
             on_begun()
-        if self.aborted:
-            stream.abort()
         return stream
 
     async def result(self, stream: RequestStream, each: Callable[[str, list[int]], None]) -> RequestResult:
@@ -88,3 +120,9 @@ class TranscriptRequests:
             return stream.result()
         finally:
             del self._streams[stream.number]
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody has cancelled the task that runs."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

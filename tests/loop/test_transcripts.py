@@ -175,6 +175,28 @@ async def test_it_is_aborted_by_its_name(audio: bytes, language: str | None, rig
         await made.engine.abort_request("mine")
 
 
+@pytest.mark.parametrize(("audio", "language"), [(AUDIO, "en"), (AUDIO, None), (b"aa", "en")])
+async def test_it_is_aborted_while_it_waits_for_room(
+    audio: bytes, language: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "ScriptedTranscription", Asking)
+    rig = Rig(script, max_queue_size=1, max_num_sequence=1)
+    rig.loader.takes_audio = True
+    async with rig as made:
+        await made.engine.pause()
+        first = await made.engine.add_request("first")
+        options = RequestOptions(request_id="mine")
+        going = asyncio.ensure_future(made.engine.transcribe(audio, None, options, language=language))
+        await eventually(lambda: made.metrics().num_requests_queued == 1)
+        await made.engine.abort_request("mine")
+        assert made.metrics().num_requests_queued == 0
+        found = await going
+        assert (found.text, found.finish_reason) == ("", FinishReason.ABORT)
+        await made.engine.resume()
+        assert (await first).text == "first"
+        await made.comes_to_rest()
+
+
 async def let_go(made: Rig) -> None:
     await asyncio.sleep(0)
     made.model.release()
