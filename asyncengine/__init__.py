@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from asyncengine.loop.pending import PendingStream
     from asyncengine.loop.prepare import RequestOptions
     from asyncengine.loop.stream import RequestStream
-    from asyncengine.media import AudioPrompt, ImagePrompt
+    from asyncengine.media import AudioPrompt, ImagePrompt, Video, VideoPrompt
     from asyncengine.metrics import Counters, EngineMetrics, Histogram
     from asyncengine.outputs import (
         BranchResult,
@@ -136,6 +136,8 @@ __all__ = [
     "TranscriptSegment",
     "UnsupportedModelError",
     "Usage",
+    "Video",
+    "VideoPrompt",
     "WarmUp",
     "__version__",
 ]
@@ -163,7 +165,7 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "asyncengine.generation": ("GenerationConfig",),
-    "asyncengine.media": ("AudioPrompt", "ImagePrompt"),
+    "asyncengine.media": ("AudioPrompt", "ImagePrompt", "Video", "VideoPrompt"),
     "asyncengine.instructions": ("Deadlines",),
     "asyncengine.logits_processor": ("LogitsProcessor", "LogitsRow"),
     "asyncengine.loop.engine": ("AsyncEngine",),

@@ -64,6 +64,8 @@ PUBLIC = [
     "TranscriptSegment",
     "UnsupportedModelError",
     "Usage",
+    "Video",
+    "VideoPrompt",
     "WarmUp",
     "__version__",
 ]

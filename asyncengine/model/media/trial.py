@@ -1,4 +1,4 @@
-"""A last look before a model serves images or audio: does it say of them what it says in transformers?"""
+"""A last look before a model serves images, audio or videos: does it say of them what it says in transformers?"""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch import nn
 
 from asyncengine.config import Quantization
 from asyncengine.errors import InvalidRequestError, UnsupportedModelError
-from asyncengine.media import PLURALS, Kind, MediaItem, MediaPart, ReadPrompt, Sources
+from asyncengine.media import NOUNS, PLURALS, Kind, MediaItem, MediaPart, ReadPrompt, Sources, Video
 from asyncengine.model import architecture, verification
 from asyncengine.model.media.axes import Axes
 from asyncengine.model.media.encoder import MediaEncoder
+from asyncengine.model.media.frames import Frames, Stated
 from asyncengine.model.media.patches import multiply_patches
 from asyncengine.model.media.preparation import (
     AudioPreparation,
@@ -30,13 +31,16 @@ from asyncengine.model.media.preparation import (
 )
 from asyncengine.model.media.reader import ProcessedMediaReader
 from asyncengine.model.media.transcription import ProcessedTranscription
+from asyncengine.model.media.video_preparation import VideoPreparation, told
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.trial_bound import relative
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import Int32, StepBatch
 
 _SIZES = (48, 32), (40, 56)
-"""Width and height of the pictures of a trial."""
+"""Width and height of the pictures of a trial, and of the frames of its videos."""
+_FRAMES, _FPS = 4, 0.8
+"""Of its videos, of which a second is no unit of what models count time in."""
 _SECONDS = 0.5, 0.81
 """Length of its sounds."""
 _MANY = 768
@@ -44,16 +48,18 @@ _MANY = 768
 _LAST = 24
 """Rows of logits at its end that are compared; what comes of its images is in all of them."""
 _LARGE = 1024, 1024
+_LARGE_FRAMES = 512, 512, 16
+"""Width, height and number of frames."""
 _LONG_SECONDS = 30.0
 BUDGET_TOKENS = 8192
 """Tokens of images and audio whose embeddings are kept."""
 
 
 class MediaTrial:
-    """A prompt with two pictures, two sounds, or two of each, and what transformers makes of it.
+    """A prompt with two pictures, two sounds, two videos, or two of each, and what transformers makes of it.
 
     Attributes:
-        reader: Reads the images and the audio of prompts.
+        reader: Reads the images, the audio and the videos of prompts.
 
     Args:
         model: With its weights.
@@ -85,7 +91,7 @@ class MediaTrial:
         self._encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
         self._numbers = {kind: 1 if kind == "audio" and one_audio else 2 for kind in kinds}
         for together in (False, True) if "image" in kinds else (False,):
-            preparations = [_preparation(kind, prepares, model.config, together) for kind in kinds]
+            preparations = [self._preparation(kind, model.config, together) for kind in kinds]
             for preparation in preparations:
                 if preparation.kind == "audio" and one_audio:
                     preparation.most = 1
@@ -129,6 +135,13 @@ class MediaTrial:
             if kind == "image":
                 sources[kind] = pictures = [_picture(*size) for size in _SIZES[:number]]
                 given |= {"images": [pictures], "images_kwargs": {"return_tensors": "pt"}}
+            elif kind == "video":
+                films = [_film(*size) for size in _SIZES[:number]]
+                sources[kind] = [Video(film.shown, fps=_FPS) for film in films]
+                of_each = [told(film) for film in films]
+                stated = [each["video_metadata"][0] for each in of_each]
+                given["videos"] = [film.shown for film in films]
+                given["videos_kwargs"] = of_each[0] | {"video_metadata": stated, "return_tensors": "pt"}
             else:
                 rate = int(listening_part(self._processor).sampling_rate)
                 sounds = [_sound(seconds, rate) for seconds in _SECONDS[:number]]
@@ -138,6 +151,13 @@ class MediaTrial:
         given = dict(processed(self._processor, text=[text], add_special_tokens=False, **given))
         given["input_ids"] = torch.as_tensor(given["input_ids"]).tolist()
         return given, self._reading(sources, text)
+
+    def _preparation(self, kind: Kind, config: Any, together: bool) -> Preparation:
+        if kind == "image":
+            return ImagePreparation(self._processor, int(config.image_token_id), together)
+        if kind == "audio":
+            return AudioPreparation(self._processor, int(config.audio_token_id))
+        return VideoPreparation(self._processor, config, self._encode)
 
     def _reading(self, sources: Sources, text: str) -> ReadPrompt:
         return self.reader.read(sources, lambda expanding: expanding(text), self._encode, 1 << 30)
@@ -162,9 +182,9 @@ class MediaTrial:
             if not torch.equal(ahead[name], allowed):
                 strange = name
         if strange is not None:
-            what = "an image" if "image" in self._numbers else "audio"
+            what = NOUNS[next(iter(self._numbers))]
             raise UnsupportedModelError(
-                f"its tokens of {what} look at later ones, but not at all of the image and those before: {strange}"
+                f"its tokens of {what} look at later ones, but not at all of it and those before: {strange}"
             )
         return set(windows)
 
@@ -190,15 +210,18 @@ class MediaTrial:
             raise UnsupportedModelError("its encoder makes something else of the same audio each time")
 
     def large(self) -> list[MediaItem]:
-        """An image and an audio for whose computation a device must have room; what is larger may be too large for it.
+        """An image, an audio and a video for whose computation a device must have room; larger ones may be too large.
 
-        Of audio it is as long a piece as the processor takes, up to 30 seconds.
+        Of audio it is as long a piece as the processor takes, up to 30 seconds; of a video 16 frames of 512 x 512.
         """
         found: list[MediaItem] = []
         for kind in self._numbers:
             mark = self.reader.marks[kind]
             if kind == "image":
                 found += self._reading({kind: [_picture(*_LARGE)]}, mark).media.items
+                continue
+            if kind == "video":
+                found += self._reading({kind: [Video(_film(*_LARGE_FRAMES).shown, fps=_FPS)]}, mark).media.items
                 continue
             rate = int(listening_part(self._processor).sampling_rate)
             for seconds in (_LONG_SECONDS, _LONG_SECONDS / 2, 1.0):
@@ -217,7 +240,7 @@ class MediaTrial:
         kv_dtype: torch.dtype | None = None,
         narrow: bool = False,
     ) -> None:
-        """Compares, with the prompt computed in pieces that part an image and an audio, if they can be parted.
+        """Compares, with the prompt computed in pieces that part one of each kind, if it can be parted.
 
         Args:
             model: As it was given before; without its weights, if they are in `program`.
@@ -272,12 +295,6 @@ def _sent(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
-def _preparation(kind: Kind, prepares: Any, config: Any, together: bool) -> Preparation:
-    if kind == "image":
-        return ImagePreparation(prepares, int(config.image_token_id), together)
-    return AudioPreparation(prepares, int(config.audio_token_id))
-
-
 def _sound(seconds: float, rate: int) -> Any:
     samples = int(seconds * rate)
     return np.random.default_rng(samples).uniform(-0.5, 0.5, samples).astype(np.float32)
@@ -288,6 +305,11 @@ def _picture(width: int, height: int) -> Any:
 
     drawn = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(drawn)
+
+
+def _film(width: int, height: int, frames: int = _FRAMES) -> Frames:
+    shown = np.random.default_rng(height).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    return Frames(shown, list(range(frames)), Stated(frames, _FPS, width, height))
 
 
 @contextlib.contextmanager
