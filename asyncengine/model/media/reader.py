@@ -60,12 +60,16 @@ class ProcessedMediaReader:
         self.kinds: Sequence[Kind] = [each.kind for each in preparations]
         self.token_ids: Mapping[Kind, int] = {each.kind: each.token_id for each in preparations}
         self.marks = {each.kind: each.mark for each in preparations}
+        self.either = "video" in self.token_ids and self.token_ids["video"] == self.token_ids.get("image")
+        """Whether a prompt may have either images or videos: the same tokens stand for both."""
         self._preparations = preparations
         self._axes = axes
         self.transcribing = transcribing
 
     def read(self, sources: Sources, write: Write, encode: Callable[[str], list[int]], most_tokens: int) -> ReadPrompt:
         """As the protocol says."""
+        if self.either and sources.get("image") and sources.get("video"):
+            raise InvalidRequestError("the prompt has images and videos; the model takes one of them at a time")
         given = self._prepared(sources, encode, most_tokens)
         by_mark = {each.preparation.mark: each for each in given}
         by_id = {each.preparation.token_id: each.place for each in given}

@@ -69,6 +69,7 @@ class MediaTrial:
         key: Of the reader.
         device: Where it is.
         one_audio: Whether a prompt may have one audio and no more.
+        most_tokens: That the model takes.
 
     Raises:
         UnsupportedModelError: It cannot take them; the message says why.
@@ -83,12 +84,14 @@ class MediaTrial:
         key: str,
         device: torch.device,
         one_audio: bool = False,
+        most_tokens: int = 1 << 30,
     ) -> None:
         body = next((each for each in (model, model.base_model) if hasattr(each, "get_rope_index")), None)
         axes = None if body is None else Axes(type(body), body.config)
         self._device, self._dtype = device, model.dtype
         self._processor = prepares
         self._encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
+        self._around = dict.fromkeys(kinds, "{}") | {"video": _around_videos(model.config, prepares.tokenizer)}
         self._numbers = {kind: 1 if kind == "audio" and one_audio else 2 for kind in kinds}
         for together in (False, True) if "image" in kinds else (False,):
             preparations = [self._preparation(kind, model.config, together) for kind in kinds]
@@ -97,6 +100,8 @@ class MediaTrial:
                     preparation.most = 1
             transcribing = ProcessedTranscription.of(prepares) if "audio" in kinds else None
             self.reader = ProcessedMediaReader(preparations, key, axes, transcribing)
+            if self.reader.either:
+                self._numbers.pop("image", None)
             given, read = self._read()
             if read.token_ids == given["input_ids"][0]:
                 break
@@ -105,12 +110,19 @@ class MediaTrial:
             raise UnsupportedModelError(
                 f"its processor makes other tokens of {what} in a conversation than of a prompt"
             )
-        if len(read.token_ids) > _MANY:
-            self._numbers = dict.fromkeys(kinds, 1)
+        if len(read.token_ids) > min(_MANY, most_tokens):
+            self._numbers = dict.fromkeys(self._numbers, 1)
             for preparation in preparations:
                 if preparation.kind == "audio":
                     preparation.most = 1
             given, read = self._read()
+        if len(read.token_ids) > most_tokens:  # what has passed a trial before may be left out
+            self._numbers = {kinds[-1]: 1}
+            given, read = self._read()
+            if (length := len(read.token_ids)) > most_tokens:
+                raise UnsupportedModelError(
+                    f"{NOUNS[kinds[-1]]} alone comes to {length} tokens; the model is to take {most_tokens}"
+                )
         self._ids: Int32 = np.array(read.token_ids, dtype=np.int32)
         given = {name: _sent(value, device, model.dtype) for name, value in given.items()}
         faster = WidenedLinears() if is_faster(device) else contextlib.nullcontext()
@@ -118,6 +130,8 @@ class MediaTrial:
             if "logits_to_keep" in inspect.signature(model.forward).parameters:
                 given["logits_to_keep"] = _LAST
             self._expected = model(**given, use_cache=False).logits[0, -_LAST:].float()
+        if ahead and self.reader.either:
+            raise UnsupportedModelError("its tokens of videos look at later ones, as nobody has seen images do beside")
         for preparation in preparations:
             if preparation.kind == "image":
                 preparation.whole = bool(ahead)
@@ -131,7 +145,7 @@ class MediaTrial:
         sources: dict[Kind, Sequence[Any]] = {}
         marks = []
         for kind, number in self._numbers.items():
-            marks += [self.reader.marks[kind]] * number
+            marks += [self._around[kind].format(self.reader.marks[kind])] * number
             if kind == "image":
                 sources[kind] = pictures = [_picture(*size) for size in _SIZES[:number]]
                 given |= {"images": [pictures], "images_kwargs": {"return_tensors": "pt"}}
@@ -215,7 +229,7 @@ class MediaTrial:
         Of audio it is as long a piece as the processor takes, up to 30 seconds; of a video 16 frames of 512 x 512.
         """
         found: list[MediaItem] = []
-        for kind in self._numbers:
+        for kind in self.reader.kinds:
             mark = self.reader.marks[kind]
             if kind == "image":
                 found += self._reading({kind: [_picture(*_LARGE)]}, mark).media.items
@@ -293,6 +307,12 @@ def _sent(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if tensor is None:
         return value
     return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _around_videos(config: Any, tokenizer: Any) -> str:
+    """What a chat template writes around the mark of a video, where models have tokens of their own for that."""
+    ids = [getattr(config, f"video_{side}_token_id", None) for side in ("start", "end")]
+    return "{}" if None in ids else "{}".join(tokenizer.convert_ids_to_tokens(ids))
 
 
 def _sound(seconds: float, rate: int) -> Any:

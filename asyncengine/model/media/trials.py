@@ -79,7 +79,7 @@ class Trials:
 
             def tried(one_audio: bool, kind: Kind = kind) -> Any:
                 both = [*self._passed, kind]
-                trial = MediaTrial(model, layers, prepares, both, key, details.device, one_audio)
+                trial = MediaTrial(model, layers, prepares, both, key, details.device, one_audio, details.max_length)
                 if kind == "audio":
                     trial.check_repeats(model)
                 trial.run(model, trial.layers_of(layers), backend)

@@ -149,7 +149,8 @@ def _gemma4(text: dict[str, Any]) -> Architecture:
             "boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>", "boa_token": "<|audio>",
             "eoa_token": "<audio|>", "audio_token": "<|audio|>",
         }, {"image_seq_length": 70, "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"}},
-        {"video_processor_type": "Gemma4VideoProcessor"},
+        {"video_processor_type": "Gemma4VideoProcessor", "patch_size": 4, "pooling_kernel_size": 2,
+         "max_soft_tokens": 70}, film="<|video|>",
     )  # fmt: skip
 
 
@@ -220,14 +221,19 @@ VISION: dict[str, Architecture] = {
         }, "<IMG_CONTEXT>\n", ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), {
             "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
-        }, {"image_seq_length": 4}, {"video_processor_type": "InternVLVideoProcessor"},
+        }, {"image_seq_length": 4}, {
+            "video_processor_type": "InternVLVideoProcessor", "size": {"height": 16, "width": 16},
+        }, film="<video>\n",
     ),
     "smolvlm": Architecture(
         "SmolVLMConfig", TEXT | {"model_type": "llama"}, VISION_TOWER | {"image_size": 16},
         {"image_token_id": "<image>", "scale_factor": 2, "pad_token_id": END}, "SmolVLMProcessor", {
             "image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 32},
             "max_image_size": {"longest_edge": 16}, "do_image_splitting": True,
-        }, "<image>", SMOLVLM_TOKENS, {}, {"image_seq_len": 4}, {"video_processor_type": "SmolVLMVideoProcessor"},
+        }, "<image>", SMOLVLM_TOKENS, {}, {"image_seq_len": 4}, {
+            "video_processor_type": "SmolVLMVideoProcessor", "size": {"longest_edge": 32},
+            "max_image_size": {"longest_edge": 16},
+        }, film="<video>",
         needs=("num2words",),
     ),
     "idefics3": Architecture(
@@ -401,7 +407,8 @@ VISION: dict[str, Architecture] = {
         "Glm46VConfig", GLM_TEXT, GLM_TOWER, GLM_VALUES, "Glm46VProcessor",
         GLM_IMAGES | {"image_processor_type": "Glm46VImageProcessor"}, "<|begin_of_image|><|image|><|end_of_image|>",
         GLM_TOKENS, {"image_token": "<|image|>", "video_token": "<|video|>"},
-        video_processor={"video_processor_type": "Glm46VVideoProcessor"},
+        video_processor=GLM_IMAGES | {"image_processor_type": None, "video_processor_type": "Glm46VVideoProcessor"},
+        film="<|begin_of_video|><|video|><|end_of_video|>",
     ),
     "ernie4_5_vl_moe": Architecture(
         "Ernie4_5_VLMoeConfig", TEXT | {

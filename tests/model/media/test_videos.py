@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from tests.model.media.checkpoints import Film, film, inputs, likeliest, loaded,
 
 pytestmark = pytest.mark.loops("either")
 
-SERVED = [
-    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "llava_onevision", "lfm3_vl", "exaone4_5",
-]  # fmt: skip
+SERVED = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "llava_onevision", "lfm3_vl", "exaone4_5"]
+EITHER = ["glm4v", "glm46v", "internvl"]
+"""Those in which the same tokens stand for pieces of images and of videos."""
+WITH_TORCHVISION = ["glm46v", "internvl", "gemma4"]
+"""Those whose video processor is not to be had without."""
 REFUSED = {"llava": "no encoder of videos"}
 """Those that take images alone, and why."""
 FIRST, SECOND, THIRD = film(1, 4, 48, 32), film(2, 6, 40, 24, fps=3.0), film(3, 4, 48, 32)
@@ -77,12 +80,31 @@ async def are_as_told(serving: AsyncEngine, path: Path, *conversations: tuple[An
     return [check(path, parts, result) for parts, result in zip(conversations, results, strict=True)]
 
 
-@pytest.mark.parametrize("architecture", SERVED)
+def needing_torchvision(architecture: str) -> None:
+    if architecture in WITH_TORCHVISION and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("needs torchvision")
+
+
+@pytest.mark.parametrize("architecture", EITHER)
+async def test_where_a_prompt_has_either_images_or_videos(architecture: str, sighted: Callable[..., Path]) -> None:
+    needing_torchvision(architecture)
+    path = sighted(architecture)
+    async with engine(path) as serving:
+        await are_as_told(
+            serving, path, ("Look: ", FIRST, " which?"), (FIRST, "is other than", THIRD), (IMAGE, "alone")
+        )
+        with pytest.raises(InvalidRequestError, match="images and videos; the model takes one of them at a time"):
+            await serving.chat(asking(FIRST, IMAGE), greedy(1))
+
+
+@pytest.mark.parametrize("architecture", [*SERVED, "gemma4"])
 async def test_greedy_equals_transformers(architecture: str, sighted: Callable[..., Path]) -> None:
+    needing_torchvision(architecture)
     path = sighted(architecture)
     question = ("Look: ", FIRST, " and ", IMAGE, " which?")
     second = film(2, 4, 40, 24) if architecture == "llava_onevision" else SECOND  # it wants them of one length
-    async with engine(path) as serving:
+    room = {"max_single_sequence_length": 1000, "max_total_sequence_length": 4000} if architecture == "gemma4" else {}
+    async with engine(path, **room) as serving:
         assert serving.takes_videos
         first, *_ = await are_as_told(
             serving, path, question, (second, "is other than", FIRST), ("no video at all",), (IMAGE, "alone")
@@ -265,3 +287,13 @@ async def test_what_cannot_be_served_says_so_and_serves_images(
     with pytest.raises(UnsupportedModelError, match=rf"videos is True; .* takes none: .*{why}"):
         async with engine(path):
             pass
+
+
+async def test_a_model_that_is_to_take_few_tokens(sighted: Callable[..., Path]) -> None:
+    """Its trials are no longer than it goes; of which there is none, that it says."""
+    path = sighted("qwen3_vl")
+    async with engine(path, max_single_sequence_length=100) as serving:
+        await are_as_told(serving, path, ("See ", FIRST))
+    async with engine(path, max_single_sequence_length=20, videos=None) as serving:
+        assert not serving.takes_images
+        assert len([note for note in serving.health().notes if "; the model is to take 20" in note]) == 2
