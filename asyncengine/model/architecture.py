@@ -77,7 +77,7 @@ def model_class(config: Any, media: bool = False) -> tuple[Any, Any]:
 
     Args:
         config: Of a checkpoint.
-        media: Whether it is to be the class that takes images or audio; it is where there is no other.
+        media: Whether it is to be the class that takes media; it is where there is no other.
     """
     mappings = _mappings(config)
     if media:

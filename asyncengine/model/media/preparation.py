@@ -1,4 +1,4 @@
-"""What a checkpoint's own processor makes of images and audio, for its encoders and for prompts. On worker threads."""
+"""What a checkpoint's own processor makes of media, for its encoders and for prompts. On worker threads."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ _LARGE_FRAMES = 512, 512, 16
 """Width, height and number of frames."""
 _LONG_SECONDS = 30.0
 BUDGET_TOKENS = 8192
-"""Tokens of images and audio whose embeddings are kept."""
+"""Tokens of images, audio and videos whose embeddings are kept."""
 
 
 class MediaTrial:
