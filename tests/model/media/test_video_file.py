@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from asyncengine import InvalidRequestError, Video
 from asyncengine.model.media import video_file
 from asyncengine.model.media.frames import Frames, Stated
+from asyncengine.model.media.processor import processor
+from asyncengine.model.media.video_preparation import VideoPreparation
+from tests.model.media.checkpoints import loaded
 from tests.model.media.filmed import av, file_of, ramp, turned
+from tests.model.media.test_videos import engine, greedy
+
+pytestmark = pytest.mark.loops("either")
 
 FILE = file_of(ramp(24), sound=True)
 
@@ -146,3 +156,93 @@ def test_a_file_that_lies_about_its_size() -> None:
         container.streams.video[0].codec_context.options = {"max_pixels": "3000"}
         with pytest.raises(av.FFmpegError):
             next(container.decode(video=0))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        ("qwen3_vl", {}),
+        ("qwen3_vl", {"fps": 4}),
+        ("qwen3_vl", {"num_frames": 6}),
+        ("qwen2_5_vl", {}),
+        ("qwen2_5_vl", {"fps": 2.5}),
+        ("qwen2_5_vl", {"num_frames": 4}),
+    ],
+)
+async def test_which_frames_of_a_file_are_looked_at(
+    architecture: str, said: dict[str, Any], sighted: Callable[..., Path]
+) -> None:
+    """As many as transformers takes of all frames."""
+    path, every = sighted(architecture), taken(FILE, *range(24)).shown
+    metadata = {"total_num_frames": 24, "fps": 8.0, "duration": 3.0, "width": 64, "height": 48}
+    told = {"video_metadata": [metadata], "do_sample_frames": bool(said) or architecture == "qwen3_vl", **said}
+    if "num_frames" in said:
+        told["fps"] = None  # the processor has one, and wants one of the two
+    prepares = processor(path)
+    wanted = prepares(text=["<|video_pad|>"], videos=[every], videos_kwargs=told, return_tensors="pt")
+    preparation = VideoPreparation(prepares, loaded(path).config, prepares.tokenizer.encode)
+    found = preparation.prepared([Video(FILE, **said)], range(1))
+    assert torch.equal(found.inputs["video_grid_thw"], wanted["video_grid_thw"])
+    assert torch.equal(found.inputs["pixel_values_videos"], wanted["pixel_values_videos"])
+    assert prepares.tokenizer.encode("".join(found.texts)) == wanted["input_ids"][0].tolist()
+
+
+async def test_what_is_said_of_a_file_is_what_is_said_of_its_frames(
+    sighted: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = sighted("qwen3_vl")
+    (tmp_path / "film.mp4").write_bytes(FILE)
+    chosen = np.linspace(0, 23, 6).round().astype(int)
+    shown = taken(FILE, *chosen)
+    part = {"type": "video", "video": tmp_path / "film.mp4"}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "See "}, part]}]
+    given = processor(path)(
+        text=["user: See <|vision_start|><|video_pad|><|vision_end|>\nassistant: "],
+        videos=[shown.shown],
+        videos_kwargs={
+            "video_metadata": [{"total_num_frames": 24, "fps": 8.0, "frames_indices": chosen.tolist()}],
+            "do_sample_frames": False,
+        },
+        return_tensors="pt",
+    )
+    settings = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+    wanted = loaded(path).generate(**given, **settings)[0, given["input_ids"].shape[1] :].tolist()
+    async with engine(path, decoder_backend="transformers") as serving:
+        found = await serving.chat(messages, greedy(6))
+        assert list(found.token_ids) == wanted
+        damaged = {"type": "video", "video": FILE[:600]}
+        with pytest.raises(InvalidRequestError, match=r"videos\[1\]: a video is damaged"):
+            await serving.chat([{"role": "user", "content": [part, damaged]}], greedy(1))
+
+
+async def test_whoever_leaves_while_a_file_is_read_leaves_nothing(
+    sighted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, ended, decoded = threading.Event(), threading.Event(), threading.Event(), video_file.decoded
+
+    def slowly(*given: Any) -> Any:
+        begun.set()
+        assert go_on.wait(30)
+        try:
+            return decoded(*given)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(video_file, "decoded", slowly)
+    messages = [{"role": "user", "content": [{"type": "video", "video": FILE}]}]
+    async with engine(sighted("qwen3_vl"), decoder_backend="transformers") as serving:
+        try:
+            asking = asyncio.ensure_future(_asked(serving, messages))
+            assert await asyncio.to_thread(begun.wait, 30)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+        finally:
+            go_on.set()
+        assert await asyncio.to_thread(ended.wait, 30)
+        assert len(serving._thread.core.requests) == 0
+        assert (await serving.chat(messages, greedy(1))).text is not None
+
+
+async def _asked(serving: Any, messages: Any) -> Any:
+    return await serving.chat(messages, greedy(1))
