@@ -16,41 +16,30 @@ from torch import nn
 
 from asyncengine.config import Quantization
 from asyncengine.errors import InvalidRequestError, UnsupportedModelError
-from asyncengine.media import NOUNS, PLURALS, Kind, MediaItem, MediaPart, ReadPrompt, Sources, Video
+from asyncengine.media import NOUNS, PLURALS, Kind, MediaItem, MediaPart, ReadPrompt, Sources
 from asyncengine.model import architecture, verification
 from asyncengine.model.media.axes import Axes
 from asyncengine.model.media.encoder import MediaEncoder
-from asyncengine.model.media.frames import Frames, Stated
 from asyncengine.model.media.patches import multiply_patches
 from asyncengine.model.media.preparation import (
     AudioPreparation,
     ImagePreparation,
     Preparation,
-    listening_part,
     processed,
 )
 from asyncengine.model.media.reader import ProcessedMediaReader
+from asyncengine.model.media.samples import large, samples
 from asyncengine.model.media.transcription import ProcessedTranscription
-from asyncengine.model.media.video_preparation import VideoPreparation, told
+from asyncengine.model.media.video_preparation import VideoPreparation
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.trial_bound import relative
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import Int32, StepBatch
 
-_SIZES = (48, 32), (40, 56)
-"""Width and height of the pictures of a trial, and of the frames of its videos."""
-_FRAMES, _FPS = 4, 0.8
-"""Of its videos, of which a second is no unit of what models count time in."""
-_SECONDS = 0.5, 0.81
-"""Length of its sounds."""
 _MANY = 768
 """Tokens of a trial with two of a kind that is too long: some processors make many of any picture. One will do then."""
 _LAST = 24
 """Rows of logits at its end that are compared; what comes of its images is in all of them."""
-_LARGE = 1024, 1024
-_LARGE_FRAMES = 512, 512, 16
-"""Width, height and number of frames."""
-_LONG_SECONDS = 30.0
 BUDGET_TOKENS = 8192
 """Tokens of images, audio and videos whose embeddings are kept."""
 
@@ -60,6 +49,7 @@ class MediaTrial:
 
     Attributes:
         reader: Reads the images, the audio and the videos of prompts.
+        looks_ahead: Whether some of its tokens look at later ones.
 
     Args:
         model: With its weights.
@@ -70,6 +60,7 @@ class MediaTrial:
         device: Where it is.
         one_audio: Whether a prompt may have one audio and no more.
         most_tokens: That the model takes.
+        looked_ahead: Whether a trial before has found that tokens of an image look at later ones.
 
     Raises:
         UnsupportedModelError: It cannot take them; the message says why.
@@ -85,6 +76,7 @@ class MediaTrial:
         device: torch.device,
         one_audio: bool = False,
         most_tokens: int = 1 << 30,
+        looked_ahead: bool = False,
     ) -> None:
         body = next((each for each in (model, model.base_model) if hasattr(each, "get_rope_index")), None)
         axes = None if body is None else Axes(type(body), body.config)
@@ -93,8 +85,8 @@ class MediaTrial:
         self._encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
         self._around = dict.fromkeys(kinds, "{}") | {"video": _around_videos(model.config, prepares.tokenizer)}
         self._numbers = {kind: 1 if kind == "audio" and one_audio else 2 for kind in kinds}
-        for together in (False, True) if "image" in kinds else (False,):
-            preparations = [self._preparation(kind, model.config, together) for kind in kinds]
+        for together in itertools.product(*((False,) if kind == "audio" else (False, True) for kind in kinds)):
+            preparations = [self._preparation(*each, model.config) for each in zip(kinds, together, strict=True)]
             for preparation in preparations:
                 if preparation.kind == "audio" and one_audio:
                     preparation.most = 1
@@ -130,8 +122,11 @@ class MediaTrial:
             if "logits_to_keep" in inspect.signature(model.forward).parameters:
                 given["logits_to_keep"] = _LAST
             self._expected = model(**given, use_cache=False).logits[0, -_LAST:].float()
-        if ahead and self.reader.either:
-            raise UnsupportedModelError("its tokens of videos look at later ones, as nobody has seen images do beside")
+        if "image" in kinds and "image" not in self._numbers and (ahead or looked_ahead):
+            raise UnsupportedModelError(
+                "its tokens look at later ones, and it cannot be tried beside images how they do"
+            )
+        self.looks_ahead = bool(ahead)
         for preparation in preparations:
             if preparation.kind == "image":
                 preparation.whole = bool(ahead)
@@ -146,32 +141,19 @@ class MediaTrial:
         marks = []
         for kind, number in self._numbers.items():
             marks += [self._around[kind].format(self.reader.marks[kind])] * number
-            if kind == "image":
-                sources[kind] = pictures = [_picture(*size) for size in _SIZES[:number]]
-                given |= {"images": [pictures], "images_kwargs": {"return_tensors": "pt"}}
-            elif kind == "video":
-                films = [_film(*size) for size in _SIZES[:number]]
-                sources[kind] = [Video(film.shown, fps=_FPS) for film in films]
-                of_each = [told(film) for film in films]
-                stated = [each["video_metadata"][0] for each in of_each]
-                given["videos"] = [film.shown for film in films]
-                given["videos_kwargs"] = of_each[0] | {"video_metadata": stated, "return_tensors": "pt"}
-            else:
-                rate = int(listening_part(self._processor).sampling_rate)
-                sounds = [_sound(seconds, rate) for seconds in _SECONDS[:number]]
-                sources[kind] = [(sound, rate) for sound in sounds]
-                given |= {"audio": sounds, "audio_kwargs": {"return_tensors": "pt", "sampling_rate": rate}}
+            sources[kind], of_kind = samples(kind, number, self._processor)
+            given |= of_kind
         text = " a ".join(marks) + " b c"
         given = dict(processed(self._processor, text=[text], add_special_tokens=False, **given))
         given["input_ids"] = torch.as_tensor(given["input_ids"]).tolist()
         return given, self._reading(sources, text)
 
-    def _preparation(self, kind: Kind, config: Any, together: bool) -> Preparation:
+    def _preparation(self, kind: Kind, together: bool, config: Any) -> Preparation:
         if kind == "image":
             return ImagePreparation(self._processor, int(config.image_token_id), together)
         if kind == "audio":
             return AudioPreparation(self._processor, int(config.audio_token_id))
-        return VideoPreparation(self._processor, config, self._encode)
+        return VideoPreparation(self._processor, config, self._encode, together)
 
     def _reading(self, sources: Sources, text: str) -> ReadPrompt:
         return self.reader.read(sources, lambda expanding: expanding(text), self._encode, 1 << 30)
@@ -230,17 +212,9 @@ class MediaTrial:
         """
         found: list[MediaItem] = []
         for kind in self.reader.kinds:
-            mark = self.reader.marks[kind]
-            if kind == "image":
-                found += self._reading({kind: [_picture(*_LARGE)]}, mark).media.items
-                continue
-            if kind == "video":
-                found += self._reading({kind: [Video(_film(*_LARGE_FRAMES).shown, fps=_FPS)]}, mark).media.items
-                continue
-            rate = int(listening_part(self._processor).sampling_rate)
-            for seconds in (_LONG_SECONDS, _LONG_SECONDS / 2, 1.0):
+            for source in large(kind, self._processor):
                 with contextlib.suppress(InvalidRequestError):
-                    found += self._reading({kind: [(_sound(seconds, rate), rate)]}, mark).media.items
+                    found += self._reading({kind: [source]}, self.reader.marks[kind]).media.items
                     break
         return found
 
@@ -313,23 +287,6 @@ def _around_videos(config: Any, tokenizer: Any) -> str:
     """What a chat template writes around the mark of a video, where models have tokens of their own for that."""
     ids = [getattr(config, f"video_{side}_token_id", None) for side in ("start", "end")]
     return "{}" if None in ids else "{}".join(tokenizer.convert_ids_to_tokens(ids))
-
-
-def _sound(seconds: float, rate: int) -> Any:
-    samples = int(seconds * rate)
-    return np.random.default_rng(samples).uniform(-0.5, 0.5, samples).astype(np.float32)
-
-
-def _picture(width: int, height: int) -> Any:
-    from PIL import Image
-
-    drawn = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(drawn)
-
-
-def _film(width: int, height: int, frames: int = _FRAMES) -> Frames:
-    shown = np.random.default_rng(height).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
-    return Frames(shown, list(range(frames)), Stated(frames, _FPS, width, height))
 
 
 @contextlib.contextmanager

@@ -79,7 +79,10 @@ class Trials:
 
             def tried(one_audio: bool, kind: Kind = kind) -> Any:
                 both = [*self._passed, kind]
-                trial = MediaTrial(model, layers, prepares, both, key, details.device, one_audio, details.max_length)
+                looked_ahead = self.widest is not None and self.widest.looks_ahead
+                trial = MediaTrial(
+                    model, layers, prepares, both, key, details.device, one_audio, details.max_length, looked_ahead
+                )
                 if kind == "audio":
                     trial.check_repeats(model)
                 trial.run(model, trial.layers_of(layers), backend)

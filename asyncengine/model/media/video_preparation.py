@@ -10,7 +10,7 @@ from transformers.video_utils import VideoMetadata
 
 from asyncengine.errors import InvalidRequestError
 from asyncengine.media import Kind, Video, VideoSource
-from asyncengine.model.media.frames import Frames, Pixels, Stated, frames_of
+from asyncengine.model.media.frames import MOST_PIXELS, Frames, Pixels, Stated, frames_of
 from asyncengine.model.media.preparation import Prepared, inputs_of, replacements_of
 
 _FPS = 24.0
@@ -20,12 +20,13 @@ _SET_ASIDE = {"do_sample_frames", "video_metadata", "device", "input_data_format
 
 
 class VideoPreparation:
-    """As `asyncengine.model.media.preparation.Preparation`, of videos, each by itself.
+    """As `asyncengine.model.media.preparation.Preparation`, of videos.
 
     Args:
         processor: Of transformers.
         config: The model's.
         encode: Token ids of a piece of text.
+        together: As of the protocol.
 
     Raises:
         ValueError: The processor takes no videos.
@@ -33,12 +34,12 @@ class VideoPreparation:
 
     kind: Kind = "video"
 
-    def __init__(self, processor: Any, config: Any, encode: Callable[[str], list[int]]) -> None:
+    def __init__(self, processor: Any, config: Any, encode: Callable[[str], list[int]], together: bool = False) -> None:
         settings = processor.video_processor
         if (refusal := getattr(settings, "refusal", None)) is not None:
             raise ValueError(refusal)
         self.mark: str = processor.video_token
-        self.together = False
+        self.together = together
         self.most: int | None = None
         self.whole = False
         self._processor = processor
@@ -46,30 +47,39 @@ class VideoPreparation:
         self._usual_fps = float(settings.fps or _FPS)
         self.token_id = int(config.image_token_id)
         own = getattr(config, "video_token_id", None)
-        if own is not None and own in encode(self._processed(_gray()).texts[0]):
+        if own is not None and own in encode(self._processed([_gray()]).texts[0]):
             self.token_id = int(own)  # else pieces of frames stand where pieces of images do
 
     def prepared(self, sources: Sequence[VideoSource], group: range) -> Prepared:
         """As the protocol says."""
-        [index] = group
+        several: list[Frames] = []
+        for index in group:
+            try:
+                several.append(frames_of(sources[index], self._chosen, self._usual_fps))
+            except InvalidRequestError as error:
+                raise InvalidRequestError(f"videos[{index}]: {error}") from error
+            if sum(frames.shown.size for frames in several) > 3 * MOST_PIXELS:
+                raise InvalidRequestError(
+                    f"videos[{index}]: up to it their frames have more than {MOST_PIXELS} pixels, and this model must "
+                    "have all of a prompt's videos prepared at once"
+                )
         try:
-            return self._processed(frames_of(sources[index], self._chosen, self._usual_fps))
+            return self._processed(several)
         except InvalidRequestError as error:
-            raise InvalidRequestError(f"videos[{index}]: {error}") from error
+            raise InvalidRequestError(f"videos[{group.start}]: {error}") from error
 
-    def _processed(self, frames: Frames) -> Prepared:
+    def _processed(self, several: Sequence[Frames]) -> Prepared:
         try:
             made = self._processor(
-                text=[self.mark],
-                videos=[frames.shown],
+                text=[self.mark * len(several)],
+                videos=[frames.shown for frames in several],
                 return_text_replacement_offsets=True,
-                videos_kwargs=told(frames) | {"return_tensors": "pt"},
+                videos_kwargs=told(several) | {"return_tensors": "pt"},
             )
         except Exception as error:  # it may refuse a shape, say
-            count, height, width, _ = frames.shown.shape
-            raise InvalidRequestError(
-                f"{count} frames of {width} x {height} pixels are refused by the model's processor: {error}"
-            ) from error
+            shapes = (frames.shown.shape for frames in several)
+            sizes = ", ".join(f"{count} frames of {width} x {height} pixels" for count, height, width, _ in shapes)
+            raise InvalidRequestError(f"{sizes} are refused by the model's processor: {error}") from error
         return Prepared(inputs_of(made), replacements_of(made))
 
     def _chosen(self, stated: Stated, video: Video) -> Sequence[int]:
@@ -91,20 +101,20 @@ class VideoPreparation:
         return indices
 
 
-def told(frames: Frames) -> dict[str, Any]:
-    """What transformers is told of frames that it is not to choose from."""
-    metadata = _metadata(frames.of)
-    metadata.frames_indices = list(frames.indices)
-    return {"video_metadata": [dict(metadata)], "do_sample_frames": False, "input_data_format": "channels_last"}
+def told(several: Sequence[Frames]) -> dict[str, Any]:
+    """What transformers is told of videos of whose frames it is not to choose."""
+    metadata = [dict(_metadata(frames.of, list(frames.indices))) for frames in several]
+    return {"video_metadata": metadata, "do_sample_frames": False, "input_data_format": "channels_last"}
 
 
-def _metadata(stated: Stated) -> Any:
+def _metadata(stated: Stated, indices: list[int] | None = None) -> Any:
     return VideoMetadata(
         total_num_frames=stated.frames,
         fps=stated.fps,
         duration=stated.frames / stated.fps,
         width=stated.width,
         height=stated.height,
+        frames_indices=indices,
     )
 
 

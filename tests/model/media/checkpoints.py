@@ -370,7 +370,9 @@ VISION: dict[str, Architecture] = {
             "size": {"max_height": 48, "max_width": 48},
         }, "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>\n", (
             "<|media_begin|>", "<|media_content|>", "<|media_pad|>", "<|media_end|>", "<|kimi_k25_video_placeholder|>",
-        ), video_processor={"video_processor_type": "Kimi_K25VideoProcessor"}, needs=("torchvision",),
+        ), video_processor={
+            "video_processor_type": "Kimi_K25VideoProcessor", "patch_size": 4, "merge_size": 2, "max_patches": 160,
+        }, film="<|kimi_k25_video_placeholder|>", needs=("torchvision",),
     ),
     "minicpmv4_6": Architecture(
         "MiniCPMV4_6Config", DELTA | {"model_type": "qwen3_5_text"},
@@ -388,7 +390,8 @@ VISION: dict[str, Architecture] = {
             "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>",
         }, video_processor={
             "video_processor_type": "MiniCPMV4_6VideoProcessor", "slice_mode": True, "downsample_mode": "16x",
-        },
+            "patch_size": 4, "scale_resolution": 32, "max_slice_nums": 1,
+        }, film="<|video_pad|>",
     ),
     "idefics2": Architecture(
         "Idefics2Config", TEXT | {"model_type": "mistral", "sliding_window": None}, VISION_TOWER | {"image_size": 32}, {

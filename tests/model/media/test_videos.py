@@ -15,14 +15,16 @@ from PIL import Image
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InvalidRequestError, StepError, Video, VideoPrompt
 from asyncengine.errors import UnsupportedModelError
+from asyncengine.model import architecture as architectures
 from asyncengine.model.media.encoder import MediaEncoder
 from asyncengine.model.media.processor import processor
-from tests.model.media.checkpoints import Film, film, inputs, likeliest, loaded, picture, reference
+from asyncengine.model.media.trial import MediaTrial
+from tests.model.media.checkpoints import Film, film, inputs, likeliest, load, loaded, picture, reference
 
 pytestmark = pytest.mark.loops("either")
 
 SERVED = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "llava_onevision", "lfm3_vl", "exaone4_5"]
-EITHER = ["glm4v", "glm46v", "internvl"]
+EITHER = ["glm4v", "glm46v", "internvl", "smolvlm"]
 """Those in which the same tokens stand for pieces of images and of videos."""
 WITH_TORCHVISION = ["glm46v", "internvl", "gemma4"]
 """Those whose video processor is not to be had without."""
@@ -31,6 +33,7 @@ REFUSED = {"llava": "no encoder of videos"}
 FIRST, SECOND, THIRD = film(1, 4, 48, 32), film(2, 6, 40, 24, fps=3.0), film(3, 4, 48, 32)
 IMAGE = picture(1, 48, 32)
 TOKENS = 10
+LONG = {"max_single_sequence_length": 1000, "max_total_sequence_length": 4000}
 
 
 def asking(*parts: Any) -> list[dict[str, Any]]:
@@ -89,7 +92,7 @@ def needing_torchvision(architecture: str) -> None:
 async def test_where_a_prompt_has_either_images_or_videos(architecture: str, sighted: Callable[..., Path]) -> None:
     needing_torchvision(architecture)
     path = sighted(architecture)
-    async with engine(path) as serving:
+    async with engine(path, **LONG) as serving:
         await are_as_told(
             serving, path, ("Look: ", FIRST, " which?"), (FIRST, "is other than", THIRD), (IMAGE, "alone")
         )
@@ -97,14 +100,14 @@ async def test_where_a_prompt_has_either_images_or_videos(architecture: str, sig
             await serving.chat(asking(FIRST, IMAGE), greedy(1))
 
 
-@pytest.mark.parametrize("architecture", [*SERVED, "gemma4"])
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # of numpy, for how a processor copies a tensor
+@pytest.mark.parametrize("architecture", [*SERVED, "gemma4", "minicpmv4_6", "kimi_k25"])
 async def test_greedy_equals_transformers(architecture: str, sighted: Callable[..., Path]) -> None:
     needing_torchvision(architecture)
     path = sighted(architecture)
     question = ("Look: ", FIRST, " and ", IMAGE, " which?")
     second = film(2, 4, 40, 24) if architecture == "llava_onevision" else SECOND  # it wants them of one length
-    room = {"max_single_sequence_length": 1000, "max_total_sequence_length": 4000} if architecture == "gemma4" else {}
-    async with engine(path, **room) as serving:
+    async with engine(path, **(LONG if architecture == "gemma4" else {})) as serving:
         assert serving.takes_videos
         first, *_ = await are_as_told(
             serving, path, question, (second, "is other than", FIRST), ("no video at all",), (IMAGE, "alone")
@@ -297,3 +300,19 @@ async def test_a_model_that_is_to_take_few_tokens(sighted: Callable[..., Path]) 
     async with engine(path, max_single_sequence_length=20, videos=None) as serving:
         assert not serving.takes_images
         assert len([note for note in serving.health().notes if "; the model is to take 20" in note]) == 2
+
+
+@pytest.mark.parametrize("looked_ahead", [False, True])
+def test_a_trial_without_images_tells_nothing_of_those_that_are_seen_at_once(
+    looked_ahead: bool, sighted: Callable[..., Path]
+) -> None:
+    path = sighted("qwen3_vl")
+    model, prepares = load(path), processor(path)
+    architectures.attend_here(model)
+    given = model, architectures.record(model), prepares, ["image", "video"], "", torch.device("cpu")
+    if looked_ahead:
+        with pytest.raises(UnsupportedModelError, match="it cannot be tried beside images"):
+            MediaTrial(*given, most_tokens=64, looked_ahead=True)
+        return
+    assert {item.kind for item in MediaTrial(*given, most_tokens=64)._media.items} == {"video"}
+    assert {item.kind for item in MediaTrial(*given, looked_ahead=True)._media.items} == {"image", "video"}
