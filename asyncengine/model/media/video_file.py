@@ -91,32 +91,39 @@ def _taken(container: Any, video: Video, choose: Choose) -> Frames:
     rate = stream.average_rate or stream.guessed_rate
     if not rate or rate <= 0:
         raise InvalidRequestError("a video's file does not say how many frames it has in a second")
-    indices = [int(index) for index in choose(Stated(count, float(rate), width, height), video)]
-    check_size(len(indices), width, height)
-    if (indices[-1] + 1) * width * height > MOST_DECODED_PIXELS:
-        raise InvalidRequestError(
-            f"a video has {indices[-1] + 1} frames of {width} x {height} pixels; allowed: {MOST_DECODED_PIXELS} pixels"
-        )
-    container.seek(0)
     codec.thread_count = 1
     codec.options = {"max_pixels": _OPTIONS["max_pixels"]}
-    shown = _shown(container.decode(stream), indices, (width, height))
-    height, width = shown.shape[1:3]  # it may have been lying on its side
-    return Frames(shown, indices, Stated(count, float(rate), width, height))
+    for _ in range(2):
+        indices = [int(index) for index in choose(Stated(count, float(rate), width, height), video)]
+        check_size(len(indices), width, height)
+        if (last := indices[-1] + 1) * width * height > MOST_DECODED_PIXELS:
+            raise InvalidRequestError(
+                f"a video has {last} frames of {width} x {height} pixels; allowed: {MOST_DECODED_PIXELS} pixels"
+            )
+        container.seek(0)
+        shown, number = _shown(container.decode(stream), indices, (width, height))
+        if shown is not None:
+            height, width = shown.shape[1:3]  # it may have been lying on its side
+            return Frames(shown, indices, Stated(count, float(rate), width, height))
+        if not 0 < number < count:
+            break
+        count = number  # of some packets, nothing is shown
+    raise InvalidRequestError(f"a video is damaged: {number} of its {count} frames can be decoded")
 
 
 def _count(container: Any, stream: Any) -> int:
-    """Frames of a file, which is read for it, but not decoded."""
+    """Packets of a file, of which most have a frame; it is read for that, but not decoded."""
     count = 0
     for packet in container.demux(stream):
-        count += packet.size > 0
+        count += packet.size > 0 and not packet.is_discard
         if count > MOST_FILE_FRAMES:
             raise InvalidRequestError(f"a video has more than {MOST_FILE_FRAMES} frames")
     return count
 
 
-def _shown(decoding: Iterator[Any], indices: Sequence[int], size: tuple[int, int]) -> Pixels:
-    """(frames, height, width, 3) those of a file that are looked at, upright.
+def _shown(decoding: Iterator[Any], indices: Sequence[int], size: tuple[int, int]) -> tuple[Pixels | None, int]:
+    """(frames, height, width, 3) those of a file that are looked at, upright; None if it ends before. And how many
+    frames were decoded.
 
     Args:
         decoding: All of them, in their order.
@@ -124,9 +131,9 @@ def _shown(decoding: Iterator[Any], indices: Sequence[int], size: tuple[int, int
         size: Width and height that the file says they have.
 
     Raises:
-        InvalidRequestError: One of them is not there, or has another size.
+        InvalidRequestError: One of them has another size.
     """
-    left, found = list(reversed(indices)), np.empty((0, 0, 0, 3), dtype=np.uint8)
+    left, found, place = list(reversed(indices)), np.empty((0, 0, 0, 3), dtype=np.uint8), -1
     for place, frame in enumerate(decoding):
         if (frame.width, frame.height) != size:
             own = f"{frame.width} x {frame.height}"
@@ -140,5 +147,5 @@ def _shown(decoding: Iterator[Any], indices: Sequence[int], size: tuple[int, int
                 found[len(indices) - len(left)] = pixels
                 left.pop()
         if not left:
-            return found
-    raise InvalidRequestError(f"a video is damaged: its frame {left[-1]} cannot be decoded")
+            return found, place + 1
+    return None, place + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,13 @@ def test_forms_of_the_same_frames(source: Any) -> None:
         assert np.array_equal(found.shown, FRAMES)
         assert found.indices == [0, 1, 2]
         assert (found.of.frames, found.of.fps, found.of.width, found.of.height) == (3, fps, 10, 8)
+
+
+def test_a_file_without_what_decodes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "av" else found(name, *more))
+    with pytest.raises(InvalidRequestError, match="PyAV is not installed; the extra 'videos' brings it"):
+        taken(b"a file")
 
 
 def test_frames_are_made_rgb() -> None:

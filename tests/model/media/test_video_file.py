@@ -82,7 +82,7 @@ def test_a_file_is_let_go(tmp_path: Path) -> None:
     [
         (b"", "damaged or no file that is read here"),
         (b"no video at all" * 100, "damaged or no file that is read here"),
-        (FILE[:600], "damaged or no file that is read here|cannot be decoded"),
+        (FILE[:600], "damaged or no file that is read here|can be decoded"),
         (b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n", "no file that is read"),
         (b"ffconcat version 1.0\nfile '/etc/passwd'\n", "no file that is read here"),
         ("data:video/mp4;base64,!!!", "a video's data: URL is not base64"),
@@ -124,8 +124,17 @@ def test_what_is_in_a_codec_that_is_not_decoded_here() -> None:
 
 
 def test_a_frame_that_is_not_there() -> None:
-    with pytest.raises(InvalidRequestError, match="a video is damaged: its frame 24 cannot be decoded"):
+    with pytest.raises(InvalidRequestError, match="a video is damaged: 24 of its 24 frames can be decoded"):
         taken(FILE, 0, 24)
+
+
+def test_packets_without_a_frame_are_no_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some files have such packets, at the end, say; frames are chosen among those that there are."""
+    monkeypatch.setattr(video_file, "_count", lambda *given: 26)
+    found = video_file.decoded(Video(FILE), lambda stated, video: [0, stated.frames - 1])
+    assert found.of.frames == 24
+    assert found.indices == [0, 23]
+    assert found.shown[1, 40, 8].min() > 200
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

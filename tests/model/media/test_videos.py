@@ -24,7 +24,7 @@ from tests.model.media.checkpoints import Film, film, inputs, likeliest, load, l
 pytestmark = pytest.mark.loops("either")
 
 SERVED = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "llava_onevision", "lfm3_vl", "exaone4_5"]
-EITHER = ["glm4v", "glm46v", "internvl", "smolvlm"]
+EITHER = ["glm4v", "glm46v", "internvl"]
 """Those in which the same tokens stand for pieces of images and of videos."""
 WITH_TORCHVISION = ["glm46v", "internvl", "gemma4"]
 """Those whose video processor is not to be had without."""
