@@ -89,7 +89,7 @@ class VideoPreparation:
         given = {name: value for name, value in given.items() if name not in _SET_ASIDE}
         if video.fps is not None or video.num_frames is not None:
             given |= {"fps": video.fps, "num_frames": video.num_frames}
-        elif not settings.do_sample_frames and given.get("fps") is None and given.get("num_frames") is None:
+        elif not settings.do_sample_frames:
             return range(stated.frames)
         try:
             chosen = settings.sample_frames(metadata=_metadata(stated), **given)

@@ -123,9 +123,23 @@ def test_what_is_in_a_codec_that_is_not_decoded_here() -> None:
         taken(file, 0)
 
 
+@pytest.mark.parametrize("format", ["nut", "flv"])
+def test_what_is_in_a_format_that_is_not_read_here(format: str) -> None:
+    with pytest.raises(InvalidRequestError, match="no file that is read here"):
+        taken(file_of(ramp(3), format=format), 0)
+
+
 def test_a_frame_that_is_not_there() -> None:
     with pytest.raises(InvalidRequestError, match="a video is damaged: 24 of its 24 frames can be decoded"):
         taken(FILE, 0, 24)
+
+
+def test_packets_of_which_nothing_is_to_be_shown_are_not_counted() -> None:
+    """As a film has that was cut without being encoded again."""
+    sizes = [(9, True), (9, False), (9, False), (0, False)]
+    packets = [type("Packet", (), {"size": size, "is_discard": discard})() for size, discard in sizes]
+    container = type("Container", (), {"demux": lambda self, stream: iter(packets)})()
+    assert video_file._count(container, None) == 2
 
 
 def test_packets_without_a_frame_are_no_frames(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +203,8 @@ async def test_which_frames_of_a_file_are_looked_at(
         told["fps"] = None  # the processor has one, and wants one of the two
     prepares = processor(path)
     wanted = prepares(text=["<|video_pad|>"], videos=[every], videos_kwargs=told, return_tensors="pt")
+    if not told["do_sample_frames"]:
+        prepares.video_processor.fps = 2.0  # which it does not look at, as it does not choose
     preparation = VideoPreparation(prepares, loaded(path).config, prepares.tokenizer.encode)
     found = preparation.prepared([Video(FILE, **said)], range(1))
     assert torch.equal(found.inputs["video_grid_thw"], wanted["video_grid_thw"])

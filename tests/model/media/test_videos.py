@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InvalidRequestError, StepError, Video, VideoPrompt
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model import architecture as architectures
+from asyncengine.model.media.axes import Axes
 from asyncengine.model.media.encoder import MediaEncoder
 from asyncengine.model.media.processor import processor
 from asyncengine.model.media.trial import MediaTrial
@@ -300,6 +302,23 @@ async def test_a_model_that_is_to_take_few_tokens(sighted: Callable[..., Path]) 
     async with engine(path, max_single_sequence_length=20, videos=None) as serving:
         assert not serving.takes_images
         assert len([note for note in serving.health().notes if "; the model is to take 20" in note]) == 2
+
+
+async def test_a_trial_would_notice_that_seconds_are_not_counted(
+    sighted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Axes.of
+
+    def timeless(self: Axes, ids: Any, items: Any) -> Any:
+        without = [{name: value for name, value in item.inputs.items() if "second" not in name} for item in items]
+        return found(
+            self, ids, [dataclasses.replace(item, inputs=own) for item, own in zip(items, without, strict=True)]
+        )
+
+    monkeypatch.setattr(Axes, "of", timeless)
+    async with engine(sighted("qwen2_5_vl"), videos=None, decoder_backend="transformers") as serving:
+        assert serving.takes_images and not serving.takes_videos
+        assert "says something else than in transformers" in str(serving.health().notes)
 
 
 @pytest.mark.parametrize("looked_ahead", [False, True])
