@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from asyncengine.loop.prepare import RequestOptions
     from asyncengine.loop.stream import RequestStream
     from asyncengine.loop.transcript_stream import TranscriptStream
-    from asyncengine.media import AudioPrompt, ImagePrompt
+    from asyncengine.media import AudioPrompt, ImagePrompt, Video, VideoPrompt
     from asyncengine.metrics import Counters, EngineMetrics, Histogram
     from asyncengine.outputs import (
         BranchResult,
@@ -142,6 +142,8 @@ __all__ = [
     "TranscriptionFallback",
     "UnsupportedModelError",
     "Usage",
+    "Video",
+    "VideoPrompt",
     "WarmUp",
     "__version__",
 ]
@@ -170,7 +172,7 @@ _HOMES = {
     ),
     "asyncengine.fallback": ("TranscriptionFallback",),
     "asyncengine.generation": ("GenerationConfig",),
-    "asyncengine.media": ("AudioPrompt", "ImagePrompt"),
+    "asyncengine.media": ("AudioPrompt", "ImagePrompt", "Video", "VideoPrompt"),
     "asyncengine.instructions": ("Deadlines",),
     "asyncengine.logits_processor": ("LogitsProcessor", "LogitsRow"),
     "asyncengine.loop.engine": ("AsyncEngine",),

@@ -95,6 +95,8 @@ class EngineConfig:
             `AsyncEngine.health` says why not. True: the same, or the load fails. False: images are refused, and the
             encoder is not loaded where the model can do without.
         audio: Whether prompts may have audio in them; None, True and False as of `images`.
+        videos: Whether prompts may have videos in them; None, True and False as of `images`. Where `images` is False,
+            None is as False.
         mla: Whether layers of multi-head latent attention (DeepSeek, GLM-4.7-Flash, Kimi-Linear and others) keep their
             latents, some hundred numbers per token, and not the keys and values of all heads that are made of them.
             None: where a model has such layers, unless the attention back end is ``"flashinfer"`` or
@@ -133,6 +135,7 @@ class EngineConfig:
     graph_capture: GraphCapture = field(default="idle", kw_only=True)
     images: bool | None = field(default=None, kw_only=True)
     audio: bool | None = field(default=None, kw_only=True)
+    videos: bool | None = field(default=None, kw_only=True)
     mla: bool | None = field(default=None, kw_only=True)
     max_queue_size: int | None = field(default=None, kw_only=True)
     step_timeout: float = field(default=60.0, kw_only=True)
@@ -151,7 +154,7 @@ class EngineConfig:
             if value not in choices:
                 allowed = ", ".join(repr(choice) for choice in choices)
                 raise ConfigError(f"{name} is {value!r}; allowed: {allowed}")
-        for name, given in (("images", self.images), ("audio", self.audio), ("mla", self.mla)):
+        for name, given in (("images", self.images), ("audio", self.audio), ("videos", self.videos), ("mla", self.mla)):
             if given is not None and not isinstance(given, bool):
                 raise ConfigError(f"{name} is {given!r}; allowed: True, False, None")
         for name in (

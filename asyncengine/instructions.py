@@ -124,7 +124,7 @@ class NewRequest:
         pooling: Which of the prompt's hidden states make its embedding; None wants none.
         classifies: Whether the embedding is for the model's classification head.
         adapter: Name of the adapter that it is computed with; None is the model alone.
-        media: Images and audio in the prompt.
+        media: Images, audio and videos in the prompt.
         second: Where the second of two texts begins that the prompt is made of; None if it is of one.
         question: What is wanted to know of the prompt besides.
     """

@@ -1,12 +1,13 @@
-"""Images and audio in prompts: values that any thread may have. Knows neither torch nor Pillow nor soundfile.
+"""Images, audio and videos in prompts: values that any thread may have. Knows no torch, and nothing that decodes files.
 
-Each token that stands for a piece of an image has the id of the model's image token, and one that stands for a piece of
-audio that of its audio token. On the step thread it has a negative id meanwhile, one for each image or audio, so that
-prompts share blocks of the prefix cache where what stands in them is the same, too.
+Each token that stands for a piece of an image has the id of the model's image token, and so it is with audio and with
+videos. On the step thread it has a negative id meanwhile, one for each image, audio or video, so that prompts share
+blocks of the prefix cache where what stands in them is the same, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -17,9 +18,10 @@ from asyncengine.errors import InvalidRequestError
 from asyncengine.step.batch import Int32, Int64
 from asyncengine.transcription import Transcribing
 
-Kind = Literal["image", "audio"]
-KINDS: tuple[Kind, ...] = ("image", "audio")
-PLURALS: dict[Kind, str] = {"image": "images", "audio": "audio"}
+Kind = Literal["image", "audio", "video"]
+KINDS: tuple[Kind, ...] = ("image", "audio", "video")
+PLURALS: dict[Kind, str] = {"image": "images", "audio": "audio", "video": "videos"}
+NOUNS: dict[Kind, str] = {"image": "an image", "audio": "an audio", "video": "a video"}
 UNENCODED: dict[Kind, str] = {kind: f"its checkpoint has no encoder of {PLURALS[kind]}" for kind in KINDS}
 """Why a model takes none, where there is nothing more to say."""
 
@@ -32,11 +34,43 @@ AudioSource = Any
 samples are an array of floats of one dimension, -1 to 1; an encoded file (WAV, FLAC, MP3, Ogg, ...) as ``bytes``, as
 the `pathlib.Path` where it is, or as a ``data:`` URL."""
 
+VideoSource = Any
+"""An encoded file (MP4, WebM, ...) as ``bytes``, as the `pathlib.Path` where it is, or as a ``data:`` URL; its frames,
+as a list of ``PIL.Image.Image`` or of (height, width, 3) arrays of bytes, or as one (frames, height, width, 3) array;
+or a `Video` of one of them."""
+
 Sources = Mapping[Kind, Sequence[Any]]
-"""By kind, `ImageSource` or `AudioSource` in the order of their marks in the prompt."""
+"""By kind, `ImageSource`, `AudioSource` or `VideoSource` in the order of their marks in the prompt."""
 
 Write = Callable[[Callable[[str], list[int]]], list[int]]
 """Writes a prompt by a function that encodes each piece of text of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A video, and how many of its frames are looked at.
+
+    Attributes:
+        source: A file or frames, as `VideoSource` says.
+        fps: Frames in a second: of a file, how many are looked at; of frames, how many there were when they were taken.
+            None: as many as the model's own processor takes.
+        num_frames: How many frames of a file are looked at, in place of `fps`.
+    """
+
+    source: VideoSource
+    fps: float | None = None
+    num_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        fps, frames = self.fps, self.num_frames
+        if isinstance(self.source, Video):
+            raise InvalidRequestError("a video's source is another Video; expected a file or frames")
+        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < math.inf):
+            raise InvalidRequestError(f"a video's fps is {fps!r:.40}; expected frames in a second, more than 0")
+        if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
+            raise InvalidRequestError(f"a video's num_frames is {frames!r:.40}; expected 1 or more")
+        if fps is not None and frames is not None:
+            raise InvalidRequestError(f"a video has fps {fps!r} and num_frames {frames!r}; allowed: one of them")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +124,36 @@ class AudioPrompt:
         return {"image": self.images, "audio": self.audio} if self.images else {"audio": self.audio}
 
 
+@dataclass(frozen=True, slots=True)
+class VideoPrompt:
+    """A prompt with videos in it, where there is no chat template to place them.
+
+    Attributes:
+        text: Has the model's own marks, one for each video, image and audio, where they go.
+        videos: In the order of their marks.
+        images: In the order of theirs.
+        audio: In the order of its, for models that take it.
+    """
+
+    text: str
+    videos: Sequence[VideoSource]
+    images: Sequence[ImageSource] = ()
+    audio: Sequence[AudioSource] = ()
+
+    def __post_init__(self) -> None:
+        _check_text(self.text)
+        for name in ("videos", "images", "audio"):
+            _check_sources(name, getattr(self, name))
+        if not self.videos:
+            raise InvalidRequestError("videos is []; a prompt without videos is a string or an ImagePrompt")
+
+    @property
+    def sources(self) -> Sources:
+        """What is in it beside text."""
+        given: dict[Kind, Sequence[Any]] = {"image": self.images, "audio": self.audio, "video": self.videos}
+        return {kind: own for kind, own in given.items() if own}
+
+
 def _check_text(text: object) -> None:
     if not isinstance(text, str) or not text:
         raise InvalidRequestError(f"text is {text!r:.80}; expected a non-empty string")
@@ -97,13 +161,13 @@ def _check_text(text: object) -> None:
 
 def _check_sources(name: str, sources: object) -> None:
     if isinstance(sources, (str, bytes, Mapping)) or not isinstance(sources, Sequence):
-        what = "images" if name == "images" else "audio, each of it samples with their rate, or a file"
+        what = "audio, each of it samples with their rate, or a file" if name == "audio" else name
         raise InvalidRequestError(f"{name} is {sources!r:.80}; expected a list of {what}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaItem:
-    """One image or one audio of a prompt, as the model's encoder takes it.
+    """One image, audio or video of a prompt, as the model's encoder takes it.
 
     Attributes:
         kind: Which of them.
@@ -133,7 +197,7 @@ class MediaItem:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptMedia:
-    """The images and the audio of one prompt.
+    """The images, the audio and the videos of one prompt.
 
     Attributes:
         items: In the order of their first tokens.
@@ -212,7 +276,7 @@ class MediaPart:
 
 
 class MediaFailure(Exception):
-    """A step could not begin, because one of its images, or of its audio, could not be encoded.
+    """A step could not begin, because one of its images, of its audio or of its videos could not be encoded.
 
     Args:
         item: It.
@@ -220,20 +284,20 @@ class MediaFailure(Exception):
     """
 
     def __init__(self, item: MediaItem, cause: BaseException) -> None:
-        super().__init__(f"an {item.kind} cannot be encoded: {cause}")
+        super().__init__(f"{NOUNS[item.kind]} cannot be encoded: {cause}")
         self.digest = item.digest
 
 
 @dataclass(frozen=True, slots=True)
 class ReadPrompt:
-    """A prompt that was read with its images and its audio."""
+    """A prompt that was read with its images, its audio and its videos."""
 
     token_ids: list[int]
     media: PromptMedia
 
 
 class MediaReader(Protocol):
-    """Reads images and audio as one model needs them. May be called from several threads.
+    """Reads images, audio and videos as one model needs them. May be called from several threads.
 
     Attributes:
         key: Equal for readers that make the same of the same media.
@@ -248,7 +312,7 @@ class MediaReader(Protocol):
     transcribing: Transcribing | None
 
     def read(self, sources: Sources, write: Write, encode: Callable[[str], list[int]], most_tokens: int) -> ReadPrompt:
-        """Reads the images and the audio of a prompt, and lets it be written with the tokens that stand for them.
+        """Reads what is in a prompt beside text, and lets it be written with the tokens that stand for that.
 
         Args:
             sources: Of kinds that it reads.
@@ -258,6 +322,6 @@ class MediaReader(Protocol):
 
         Raises:
             ContextLengthExceededError: They come to more.
-            InvalidRequestError: One is no image or no audio, or there are more or fewer marks than of them.
+            InvalidRequestError: One is not what it should be, or there are more or fewer marks than of them.
         """
         ...

@@ -59,6 +59,7 @@ class Counters:
     prompt_tokens: int = 0
     image_tokens: int = 0
     audio_tokens: int = 0
+    video_tokens: int = 0
     generation_tokens: int = 0
     requests: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))
     preemptions: int = 0

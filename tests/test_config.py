@@ -58,6 +58,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("quantization", "int5", "allowed: 'auto', 'none', 'int8', 'int4', 'fp8'"),
     ("images", "yes", "allowed: True, False, None"),
     ("audio", "yes", "allowed: True, False, None"),
+    ("videos", "yes", "allowed: True, False, None"),
     ("mla", "yes", "allowed: True, False, None"),
     ("max_queue_size", 0, "expected an integer >= 1"),
     ("step_timeout", 0, "expected a number in (0.0, inf]"),

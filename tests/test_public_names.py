@@ -67,6 +67,8 @@ PUBLIC = [
     "TranscriptionFallback",
     "UnsupportedModelError",
     "Usage",
+    "Video",
+    "VideoPrompt",
     "WarmUp",
     "__version__",
 ]

@@ -34,6 +34,10 @@ def chat(
         list[Path] | None,
         typer.Option(metavar="FILE", help="Audio, before the first question; may be given several times."),
     ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A video, before the first question; may be given several times."),
+    ] = None,
     *,
     generation: GenerationFlags,
     flags: AnsweringFlags,
@@ -46,6 +50,7 @@ def chat(
     config = generation.config()
     media = [{"type": "image", "image": _read(path, "--image")} for path in image or ()]
     media += [{"type": "audio", "audio": _read(path, "--audio")} for path in audio or ()]
+    media += [{"type": "video", "video": _read(path, "--video")} for path in video or ()]
     engine_config, options = flags.config(model, ctx.obj), flags.options()
     from asyncengine.cli.loading import loaded
 
@@ -64,7 +69,7 @@ class Conversation:
         config: How answers are generated.
         options: How requests are handled.
         system: What the model is told before anything else.
-        media: Parts of a message, images and audio, which go before the first question.
+        media: Parts of a message, images, audio and videos, which go before the first question.
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class Conversation:
         self._media = media
 
     def check_media(self) -> None:
-        """Has the images and the audio read, before anybody asks about them.
+        """Has the images, the audio and the videos read, before anybody asks about them.
 
         Raises:
             InvalidRequestError: One is not what it should be, or the model takes none.
@@ -137,7 +142,7 @@ class Conversation:
         return True
 
     def _said(self, question: str) -> dict[str, Any]:
-        """What the user says next; the first time, with the images and the audio."""
+        """What the user says next; the first time, with the images, the audio and the videos."""
         if self._media and len(self._messages) == len(self._begin):
             return {"role": "user", "content": [*self._media, {"type": "text", "text": question}]}
         return {"role": "user", "content": question}

@@ -53,6 +53,9 @@ class EngineFlags:
     audio_input: Annotated[
         bool | None, typer.Option(help="Take audio in prompts, or the load fails; without, if the model can.")
     ] = None
+    videos: Annotated[
+        bool | None, typer.Option(help="Take videos in prompts, or the load fails; without, if the model can.")
+    ] = None
     mla: Annotated[
         bool | None,
         typer.Option(help="Keep latents in the KV cache, or the load fails; without, if the model has some."),
@@ -102,6 +105,7 @@ class EngineFlags:
             quantization=self.quantization,
             images=self.images,
             audio=self.audio_input,
+            videos=self.videos,
             mla=self.mla,
             prefix_cache_mode="radix" if self.enable_prefix_caching else "disable",
             adapters=self.adapters(),

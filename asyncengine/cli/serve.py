@@ -36,7 +36,7 @@ def serve(
     ] = "idle",
     allowed_media_domains: Annotated[
         list[str] | None,
-        typer.Option(metavar="HOST", help="Fetch images and audio from there; may be given several times."),
+        typer.Option(metavar="HOST", help="Fetch images, audio and videos from there; may be given several times."),
     ] = None,
     rerank_prompt: Annotated[
         str | None,

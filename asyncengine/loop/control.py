@@ -98,6 +98,12 @@ class EngineControl:
         return view is not None and view.media_reader is not None and "audio" in view.media_reader.kinds
 
     @property
+    def takes_videos(self) -> bool:
+        """Whether the loaded model takes videos in prompts; False without a model."""
+        view = self._thread.core.view
+        return view is not None and view.media_reader is not None and "video" in view.media_reader.kinds
+
+    @property
     def _model(self) -> ModelView:
         view = self._thread.core.view
         if view is None:

@@ -1,4 +1,4 @@
-"""Prompts as token ids: texts, pairs of them, conversations, images, audio. Runs on the caller or a thread of its."""
+"""Prompts as token ids: texts, pairs of them, conversations, media. Runs on the caller or a thread of its."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from asyncengine.media import (
     Kind,
     PromptMedia,
     Sources,
+    VideoPrompt,
     Write,
 )
 from asyncengine.step.batch import Int32
@@ -38,7 +39,9 @@ T = TypeVar("T")
 
 TextPrompt = str | Iterable[int]
 
-Prompt = TextPrompt | ImagePrompt | AudioPrompt
+MediaPrompt = ImagePrompt | AudioPrompt | VideoPrompt
+
+Prompt = TextPrompt | MediaPrompt
 
 Piece = str | int | Iterable[int]
 
@@ -46,7 +49,7 @@ StreamedPrompt = AsyncIterable[Piece]
 """A prompt that comes in pieces: text, or token ids, one or several at a time."""
 
 _READERS = min(4, os.cpu_count() or 1)
-"""Threads that read images or audio at once, for each event loop."""
+"""Threads that read images, audio or videos at once, for each event loop."""
 _readers: RunVar[anyio.CapacityLimiter] = RunVar("asyncengine_media_readers")
 _INLINE_CHARACTERS = 1024
 """Shorter texts are encoded on the loop: that takes less time than handing them to a thread."""
@@ -118,7 +121,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         ids: (tokens,) token ids.
-        media: Images and audio in it.
+        media: Images, audio and videos in it.
         second: Where the second of two texts begins, if it is of two.
         question: What is wanted to know of it besides.
     """
@@ -130,11 +133,11 @@ class Encoded(NamedTuple):
 
 
 async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded:
-    """Token ids of a prompt. Long texts, images and audio are read on a worker thread; cancelling does not stop that.
+    """Token ids of a prompt. Long texts and media are read on a worker thread; cancelling does not stop that.
 
     Raises:
-        InvalidRequestError: Not text, token ids in the vocabulary, messages that the chat template takes, or images or
-            audio that the model does; or empty.
+        InvalidRequestError: Not text, token ids in the vocabulary, messages that the chat template takes, or images,
+            audio or videos that the model does; or empty.
     """
     most = None
     if isinstance(prompt, Cut):
@@ -143,7 +146,7 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
         prompt = prompt.written(view)
     if isinstance(prompt, Conversation):
         return await _encode_chat(prompt, view)
-    elif isinstance(prompt, (ImagePrompt, AudioPrompt)):
+    elif isinstance(prompt, MediaPrompt):
         sources, text = prompt.sources, prompt.text
         model = tokenizer_of(view, f"{_named(sources)} need one")
         return await _read_media(sources, view, lambda encode: encode(text), model.encode)
@@ -268,7 +271,7 @@ def _named(sources: Sources) -> str:
 
 
 def media_readers() -> anyio.CapacityLimiter:
-    """Lets few images and audio of a loop be read at once, since a large one takes a lot of memory meanwhile."""
+    """Lets few media of a loop be read at once, since a large one takes a lot of memory meanwhile."""
     try:
         return _readers.get()
     except LookupError:

@@ -156,9 +156,10 @@ class AsyncEngine(EngineReadings):
 
         Args:
             messages: Mappings with ``role`` and ``content``, which is text or a list of parts: ``{"type": "text",
-                "text": ...}``, ``{"type": "image", "image": ...}`` and ``{"type": "audio", "audio": ...}``, where the
-                image is what `asyncengine.media.ImageSource` says and the audio what `asyncengine.media.AudioSource`
-                does; or OpenAI's ``image_url`` with a ``data:`` URL and ``input_audio`` with base64. The
+                "text": ...}``, ``{"type": "image", "image": ...}``, ``{"type": "audio", "audio": ...}`` and ``{"type":
+                "video", "video": ...}``, where these are what `asyncengine.media.ImageSource`, `AudioSource` and
+                `VideoSource` there say; or OpenAI's ``image_url`` with a ``data:`` URL and ``input_audio`` with base64,
+                and ``video_url``. A part that is a video may have ``fps`` or ``num_frames`` as `Video` has. The
                 ``token_ids`` of an answer, given beside its content, take its place: nothing that the model wrote is
                 then cut into other tokens and computed again.
             config: How to generate.
@@ -256,7 +257,7 @@ class AsyncEngine(EngineReadings):
         new_request(0, none, config, options, view, grammar, Purpose(arriving=True, reading=reading))
 
     async def check_media(self, kinds: Collection[Kind]) -> None:
-        """Whether the model takes images or audio.
+        """Whether the model takes images, audio or videos.
 
         Raises:
             InvalidRequestError: It does not; the message says why.
@@ -294,7 +295,7 @@ class AsyncEngine(EngineReadings):
 
         Args:
             messages: As in `chat`. What stands for a piece of an image is one token, the same for all of them, and
-                so is what stands for a piece of audio.
+                so is what stands for a piece of audio or of a video.
             **template_arguments: Passed to the chat template.
 
         Raises:

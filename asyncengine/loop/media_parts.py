@@ -1,4 +1,4 @@
-"""Images and audio in the messages of a conversation. Runs on the caller."""
+"""Images, audio and videos in the messages of a conversation. Runs on the caller."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asyncengine.errors import InvalidRequestError
-from asyncengine.media import AudioSource, ImageSource, Kind
+from asyncengine.media import NOUNS, AudioSource, ImageSource, Kind, Video
 from asyncengine.tokenizer import Message
 
 _IMAGES = ("image", "image_url", "input_image")
@@ -17,21 +17,22 @@ _IMAGE_FORMS = "{'type': 'image', 'image': ...} or {'type': 'image_url', 'image_
 _AUDIO = ("audio", "audio_url", "input_audio")
 _AUDIO_SOURCES = ("audio", "audio_url", "input_audio", "url", "base64")
 _AUDIO_FORMS = "{'type': 'audio', 'audio': ...} or {'type': 'input_audio', 'input_audio': {'data': ..., 'format': ...}}"
-_OTHERS = ("video", "video_url", "input_video")
+_VIDEO = ("video", "video_url", "input_video")
+_VIDEO_SOURCES = ("video", "video_url", "input_video", "url", "base64")
+_VIDEO_FORMS = "{'type': 'video', 'video': ...} or {'type': 'video_url', 'video_url': {'url': 'data:...'}}"
 
 Media = dict[Kind, list[Any]]
 
 
 def take_media(messages: Sequence[Message]) -> tuple[Sequence[Message], Media]:
-    """Takes the images and the audio out of messages.
+    """Takes the images, the audio and the videos out of messages.
 
     Returns:
-        The messages, in which ``{"type": "image"}`` stands for each image and ``{"type": "audio"}`` for each audio, and
-        these by kind, in their order; the same messages if there are none.
+        The messages, in which ``{"type": "image"}`` stands for each image, and ``{"type": "audio"}`` and ``{"type":
+        "video"}`` for the others, and these by kind, in their order; the same messages if there are none.
 
     Raises:
-        InvalidRequestError: A part has an image or audio in no form that is known, or is something that no model here
-            takes.
+        InvalidRequestError: A part has one of them in no form that is known.
     """
     found: Media = {}
     taken: list[Message] = []
@@ -45,14 +46,15 @@ def take_media(messages: Sequence[Message]) -> tuple[Sequence[Message], Media]:
 
 def _taken(part: Any, found: Media) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in _OTHERS:
-        raise InvalidRequestError(f"messages has a part of type {kind!r}; allowed: text, images and audio")
     if kind in _IMAGES:
         found.setdefault("image", []).append(_image(part))
         return {"type": "image"}
     if kind in _AUDIO:
         found.setdefault("audio", []).append(_audio(part))
         return {"type": "audio"}
+    if kind in _VIDEO:
+        found.setdefault("video", []).append(_video(part))
+        return {"type": "video"}
     return part
 
 
@@ -82,10 +84,26 @@ def _audio(part: Mapping[str, Any]) -> AudioSource:
     return value
 
 
+def _video(part: Mapping[str, Any]) -> Video:
+    name, value = _only(part, _VIDEO_SOURCES, "video", _VIDEO_FORMS)
+    if isinstance(value, Mapping):
+        name, value = ("base64", value.get("data")) if name == "input_video" else (name, value.get("url"))
+    if value is None:
+        raise InvalidRequestError(f"messages has a video part without a video; expected {_VIDEO_FORMS}")
+    if name == "base64" and isinstance(value, str):
+        value = _bytes(value, "video")
+    fps, num_frames = part.get("fps"), part.get("num_frames")
+    if isinstance(value, Video):
+        if fps is not None or num_frames is not None:
+            raise InvalidRequestError("messages has a video part with fps or num_frames beside a Video, which has them")
+        return value
+    return Video(value, fps, num_frames)
+
+
 def _only(part: Mapping[str, Any], names: Sequence[str], kind: Kind, forms: str) -> tuple[str, Any]:
     given = [(name, part[name]) for name in names if part.get(name) is not None]
     if len(given) != 1:
-        raise InvalidRequestError(f"messages has an {kind} part with {sorted(map(str, part))}; expected {forms}")
+        raise InvalidRequestError(f"messages has {NOUNS[kind]} part with {sorted(map(str, part))}; expected {forms}")
     return given[0]
 
 
@@ -93,4 +111,4 @@ def _bytes(value: str, kind: Kind) -> bytes:
     try:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidRequestError(f"messages has an {kind} part whose base64 is none: {error}") from error
+        raise InvalidRequestError(f"messages has {NOUNS[kind]} part whose base64 is none: {error}") from error

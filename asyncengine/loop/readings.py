@@ -18,7 +18,7 @@ from asyncengine.loop.many import ManyStream
 from asyncengine.loop.pairs import Pair, TextPair, how_to_rank, instruction_of, log_odds, yes_or_no
 from asyncengine.loop.prepare import GENERATION, Purpose, RequestOptions
 from asyncengine.loop.stream import RequestStream
-from asyncengine.media import AudioPrompt, ImagePrompt
+from asyncengine.media import AudioPrompt, ImagePrompt, VideoPrompt
 from asyncengine.outputs import Classification, Embedding, FinishReason, Pooling, PromptScore, Relevance, Usage
 from asyncengine.reranking import RerankPrompt
 from asyncengine.step.model import ModelView
@@ -260,8 +260,8 @@ class EngineReadings(EngineControl):
         if isinstance(most, bool) or not isinstance(most, int) or most < -1 or not most:
             raise InvalidRequestError(f"truncate_prompt_tokens is {most!r:.80}; allowed: integers >= 1, -1, or None")
         for prompt in prompts:
-            if isinstance(prompt, (Conversation, ImagePrompt, AudioPrompt)):
-                what = "conversations" if isinstance(prompt, Conversation) else "prompts with images or audio"
+            if isinstance(prompt, (Conversation, ImagePrompt, AudioPrompt, VideoPrompt)):
+                what = "conversations" if isinstance(prompt, Conversation) else "prompts with images, audio or videos"
                 raise InvalidRequestError(f"truncate_prompt_tokens is {most}; {what} cannot be cut")
         Cut("", most).within(await self._view())
         return [Cut(prompt, most) for prompt in prompts]

@@ -77,7 +77,7 @@ def model_class(config: Any, media: bool = False) -> tuple[Any, Any]:
 
     Args:
         config: Of a checkpoint.
-        media: Whether it is to be the class that takes images or audio; it is where there is no other.
+        media: Whether it is to be the class that takes media; it is where there is no other.
     """
     mappings = _mappings(config)
     if media:
@@ -102,13 +102,14 @@ def _mappings(config: Any) -> list[Any]:
 
 
 def no_media(config: Any, kind_of_media: Kind) -> str:
-    """Why transformers' class for a configuration takes no images, or no audio, that were encoded before; empty if it
-    does.
+    """Why transformers' class for a configuration takes no images, audio or videos that were encoded before; empty if
+    it does, as far as its configuration tells: of videos, it may have the token of images.
     """
     kind, _ = model_class(config, media=True)
-    if getattr(config, f"{kind_of_media}_token_id", None) is None:
+    of_token: Kind = "image" if kind_of_media == "video" else kind_of_media
+    if getattr(config, f"{of_token}_token_id", None) is None:
         return f"{kind.__name__} has no token that stands for {PLURALS[kind_of_media]}"
-    if kind_of_media == "image" and "mm_encoder_outputs" not in inspect.signature(kind.forward).parameters:
+    if kind_of_media != "audio" and "mm_encoder_outputs" not in inspect.signature(kind.forward).parameters:
         return f"{kind.__name__} takes none that are encoded in transformers {transformers.__version__}"
     return ""
 

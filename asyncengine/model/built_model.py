@@ -33,7 +33,7 @@ class Built:
         findings: What the next load of it need not find out; None if that is not to be kept.
         has_head: Whether its head is the checkpoint's, not made up.
         classifier: Its classification head, if it has one.
-        media_trial: What reads images and audio and makes their encoder; None if the model takes neither.
+        media_trial: What reads images, audio and videos and makes their encoder; None if the model takes none.
         no_media: By kind, why it takes none, in words.
     """
 
@@ -110,7 +110,7 @@ class _Building:
         classifier: Its classification head, if it has one.
         backend: What attends.
         trial: What transformers makes of it, and its layers.
-        trials: The same of images and audio.
+        trials: The same of images, audio and videos.
         notes: What is slower than it could be, or inexact, in words.
     """
 

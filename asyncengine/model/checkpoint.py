@@ -24,7 +24,7 @@ from asyncengine.errors import CheckpointError, InvalidRequestError, Unsupported
 from asyncengine.generation import GenerationConfig
 from asyncengine.model.stored.formats import coded_weights
 from asyncengine.model.stored.tensor import SIZES, TORCH_DTYPES, tensors_of
-from asyncengine.model.text_files import json_in
+from asyncengine.model.text_files import PROCESSORS, json_in
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json",
@@ -129,9 +129,9 @@ class Checkpoint:
 
     @cached_property
     def media_key(self) -> str:
-        """Equal for checkpoints that read images and audio alike."""
+        """Equal for checkpoints that read images, audio and videos alike."""
         found = hashlib.sha256()
-        for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer.json"):
+        for name in ("config.json", *PROCESSORS, "tokenizer.json"):
             path = self.path / name
             found.update(path.read_bytes() if path.exists() else b"")
             found.update(b"\0")

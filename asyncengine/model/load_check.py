@@ -114,7 +114,7 @@ class Details:
 
     @property
     def media(self) -> bool:
-        """Whether the model is to take images or audio."""
+        """Whether the model is to take images, audio or videos."""
         return not all(self.no_media.values())
 
     @property

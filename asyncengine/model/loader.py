@@ -193,6 +193,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
             decoder_backend=built.decoder_backend(config),
             images=not built.no_media["image"],
             audio=not built.no_media["audio"],
+            videos=not built.no_media["video"],
             mla=any(layer.spec.values_in_keys for layer in built.layers.attention),
         ),
         vocab_size=details.vocab_size,

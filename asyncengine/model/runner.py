@@ -262,7 +262,7 @@ class TorchModel:
         return self._send_and_run(batch, self.forward)
 
     def _seen(self, batch: StepBatch) -> Seen | None:
-        """What a step has of images and audio, for the program."""
+        """What a step has of images, audio and videos, for the program."""
         if not batch.media:
             return None
         assert self._media is not None
@@ -270,7 +270,7 @@ class TorchModel:
         return self._media.seen(batch, self._program)
 
     def _seeing(self, batch: StepBatch) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-        """As `_forward`, of a step with images or audio."""
+        """As `_forward`, of a step with images, audio or videos."""
         assert self._media is not None
         axes, more = self._media.arguments(batch)
         around = self._media.at_the_door(batch)
@@ -334,7 +334,7 @@ class TorchModel:
         self._adapters = adapters
 
     def use_media(self, media: MediaEncoder) -> None:
-        """Computes steps with images and audio, from now on."""
+        """Computes steps with images, audio and videos, from now on."""
         self._media = media
 
     def use_fused(self, fused: FusedDecoder) -> None:
@@ -357,7 +357,7 @@ class TorchModel:
             tap_modules(self._model, self._layers.first_layer, taps)
 
     def device_lost(self, error: BaseException) -> bool:
-        """As `asyncengine.model.lost_device.is_lost`; that of an image or audio is what it came from."""
+        """As `asyncengine.model.lost_device.is_lost`; that of an image, audio or video is what it came from."""
         if isinstance(error, MediaFailure) and error.__cause__ is not None:
             error = error.__cause__
         return is_lost(self._device, error)

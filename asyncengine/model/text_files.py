@@ -26,7 +26,7 @@ def check_settings(path: Path) -> None:
 
 
 def check_processors(path: Path) -> None:
-    """The same of what prepares images and audio."""
+    """The same of what prepares images, audio and videos."""
     _check(path, PROCESSORS)
 
 

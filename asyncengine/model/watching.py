@@ -21,7 +21,7 @@ def watch(hf_config: Any, media: bool = False, latents: bool = False) -> Watched
 
     Args:
         hf_config: The model's.
-        media: Whether it is to take images or audio.
+        media: Whether it is to take images, audio or videos.
         latents: Whether it keeps those of multi-head latent attention.
 
     Returns:

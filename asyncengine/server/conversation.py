@@ -14,7 +14,7 @@ from asyncengine.server.settings import MediaLimits
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SAY_MEDIA = ("user", "tool")
-"""Roles whose messages may have images and audio in them."""
+"""Roles whose messages may have images, audio and videos in them."""
 _TEXTS = ("text", "input_text", "output_text", "refusal")
 _KNOWN = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"})
 _EMPTY = frozenset({"audio", "refusal", "function_call", "annotations"})
@@ -32,7 +32,8 @@ _RESERVED = frozenset({
 def conversation(messages: list[dict[str, Any]], most: MediaLimits, field: str = "messages") -> list[dict[str, Any]]:
     """Checked messages: text instead of parts, tool-call arguments as objects, the developer as system.
 
-    Where there are images or audio among the parts, the parts stay, as the engine has them; see `media_data.decoded`.
+    Where there are images, audio or videos among the parts, these stay, as the engine has them; see
+    `media_data.decoded`.
 
     Raises:
         Refusal: A message has something that no chat template here can take.
@@ -67,12 +68,12 @@ def text_of(content: object, where: str) -> str:
 
 
 def content_of(content: object, where: str, most: MediaLimits | None) -> str | list[dict[str, Any]]:
-    """Text, of a string or of a list of parts; or the parts, if some of them are images or audio.
+    """Text, of a string or of a list of parts; or the parts, if some of them are images, audio or videos.
 
     Args:
         content: It.
         where: Where it stands in the body.
-        most: Sizes of the largest images and audio that are taken; None where they have no place.
+        most: Sizes of the largest media that are taken; None where they have no place.
 
     Raises:
         Refusal: There is something else in it.
@@ -87,7 +88,7 @@ def content_of(content: object, where: str, most: MediaLimits | None) -> str | l
 
 
 def part_of(part: object, where: str, most: MediaLimits | None) -> dict[str, Any]:
-    """A part of a message, as the engine has it: a text, an image or audio.
+    """A part of a message, as the engine has it: a text, an image, audio or a video.
 
     Raises:
         Refusal: It is something else.
@@ -98,11 +99,11 @@ def part_of(part: object, where: str, most: MediaLimits | None) -> dict[str, Any
         if not isinstance(text, str):
             raise Refusal(400, f"{where}.text is {text!r:.80}; expected a string", "invalid_field", f"{where}.text")
         return {"type": "text", "text": text}
-    if isinstance(part, dict) and kind in media_data.IMAGES + media_data.AUDIO and most is not None:
+    if isinstance(part, dict) and kind in media_data.TYPES and most is not None:
         return media_data.media_part(part, where, most)
-    what = "only text can be read here" if most is None else "only text, images and audio can be read here"
-    if kind in media_data.IMAGES + media_data.AUDIO:
-        what += f"; images and audio go into messages whose role is {' or '.join(_SAY_MEDIA)}"
+    what = "only text can be read here" if most is None else "only text, images, audio and videos can be read here"
+    if kind in media_data.TYPES:
+        what += f"; images, audio and videos go into messages whose role is {' or '.join(_SAY_MEDIA)}"
     raise Refusal(400, f"{where}.type is {kind!r:.80}; {what}", "unsupported_field", f"{where}.type")
 
 

@@ -49,6 +49,7 @@ _COUNTERS = {
     "prompt_tokens": "Prompt tokens computed or found in the prefix cache.",
     "image_tokens": "Those of them that stand for images.",
     "audio_tokens": "Those of them that stand for audio.",
+    "video_tokens": "Those of them that stand for videos.",
     "generation_tokens": "Tokens generated.",
     "draft_tokens": "Tokens guessed by speculative decoding.",
     "accepted_draft_tokens": "Guessed tokens that were right.",

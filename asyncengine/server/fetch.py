@@ -1,4 +1,4 @@
-"""Images and audio that a request names by URL, fetched from the hosts that the server was told it may ask.
+"""Images, audio and videos that a request names by URL, fetched from the hosts that the server was told it may ask.
 
 A host that was named is trusted, whatever address it has: it may well stand in the network of those who run the server.
 So what must not happen is that any other one is asked, and the URL that is compared is the one that is requested, at
@@ -16,6 +16,7 @@ import anyio
 import httpx
 
 from asyncengine._version import __version__
+from asyncengine.media import NOUNS
 from asyncengine.server.media_data import RemoteFile, refusal
 from asyncengine.server.settings import MediaDomain, ServerSettings
 
@@ -34,7 +35,7 @@ def check_url(url: str, field: str, domains: Sequence[MediaDomain]) -> None:
     """Whether there is a host in it that may be asked.
 
     Args:
-        url: Of an image or audio.
+        url: Of an image, audio or video.
         field: Where it stands in the body.
         domains: Who may be asked.
 
@@ -151,7 +152,7 @@ class _Fetching:
                 raise refusal(file.field, message)
             pieces.append(piece)
         if not size:
-            raise refusal(file.field, f"is an {file.kind} of 0 bytes")
+            raise refusal(file.field, f"is {NOUNS[file.kind]} of 0 bytes")
         return b"".join(pieces)
 
     def _check_size(self, size: int, file: RemoteFile) -> None:
@@ -169,7 +170,9 @@ def _check(url: httpx.URL, field: str, domains: Sequence[MediaDomain]) -> None:
     host, port = url.raw_host.decode("ascii").lower(), url.port or _PORTS[url.scheme]
     if not any(domain.allows(host, port, url.port is None) for domain in domains):
         shown = host if url.port is None else f"{host}:{port}"
-        message = f"leads to the host {shown!r:.200}, which is none of those that are asked for images and audio here"
+        message = (
+            f"leads to the host {shown!r:.200}, which is none of those that are asked for images, audio and videos"
+        )
         raise refusal(field, message, "unsupported_field")
 
 

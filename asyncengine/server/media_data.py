@@ -1,7 +1,7 @@
-"""Images and audio in the bodies of requests: base64, or URLs of hosts that may be asked; bytes for the engine.
+"""Images, audio and videos in the bodies of requests: base64, or URLs of hosts that may be asked; bytes for the engine.
 
-A body is checked on the event loop, and decoded on a worker thread where there is much to decode. What is in an
-image or audio is in no message and no log.
+A body is checked on the event loop, and decoded on a worker thread where there is much to decode. What is in a file
+is in no message and no log.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import anyio.to_thread
 
 from asyncengine.errors import InvalidRequestError
-from asyncengine.media import KINDS, PLURALS, Kind
+from asyncengine.media import KINDS, NOUNS, PLURALS, Kind, Video
 from asyncengine.server.refusal import Refusal
 from asyncengine.server.settings import MediaLimits
 
@@ -25,18 +25,27 @@ IMAGES = ("image_url", "input_image", "image")
 """Types of parts that are images: of OpenAI's chat, of its responses, of Anthropic's messages."""
 AUDIO = ("input_audio", "audio_url", "audio")
 """Types of parts that are audio: of OpenAI's chat, of what other servers take besides, and of this engine."""
+VIDEOS = ("video_url", "input_video", "video")
+"""Types of parts that are videos: of what other servers take, and of this engine."""
+TYPES: dict[str, Kind] = {
+    **dict.fromkeys(IMAGES, "image"), **dict.fromkeys(AUDIO, "audio"), **dict.fromkeys(VIDEOS, "video")
+}  # fmt: skip
+"""What each type of a part is."""
+_OF_FRAMES = ("fps", "num_frames")
+"""What is said beside a video of which of its frames are looked at."""
+_NOT_FETCHED: dict[Kind, str] = {"image": "images are", "audio": "audio is", "video": "videos are"}
 
 _DATA_URL = re.compile(r"data:(?P<kind>[^,;]{0,100})(;[^,;]{0,100}){0,8},", re.IGNORECASE)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]{0,30}(?=:)", re.IGNORECASE)
-_OF_ITEM = re.compile(r"(?P<what>images|audio)\[(?P<index>\d{1,9})\]: (?P<said>.*)", re.DOTALL)
-"""What the engine says of one image or audio of a prompt."""
+_OF_ITEM = re.compile(r"(?P<what>images|audio|videos)\[(?P<index>\d{1,9})\]: (?P<said>.*)", re.DOTALL)
+"""What the engine says of one image, audio or video of a prompt."""
 _PIECE = 1 << 18
 """Characters of base64 that are decoded at a time: nobody else runs meanwhile. A multiple of four."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class EncodedFile:
-    """One image or audio of a request's body, not decoded yet.
+    """One image, audio or video of a request's body, not decoded yet.
 
     Attributes:
         text: Base64, from `begin` on.
@@ -69,7 +78,7 @@ class EncodedFile:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class RemoteFile:
-    """One image or audio that a request's body has the URL of, not fetched yet.
+    """One image, audio or video that a request's body has the URL of, not fetched yet.
 
     Attributes:
         url: Of a host that may be asked.
@@ -88,28 +97,28 @@ MediaFile = EncodedFile | RemoteFile
 
 
 def media_part(part: dict[str, Any], where: str, most: MediaLimits) -> dict[str, Any]:
-    """An image or audio, out of a part of a message whose type is one of `IMAGES` and `AUDIO`.
+    """An image, audio or video, out of a part of a message whose type is one of `TYPES`.
 
     Args:
-        part: It. What it says of ``detail`` or ``format`` has no effect: a file says itself what it is.
+        part: It. What it says of ``detail`` or ``format`` has no effect: a file says itself what it is. Beside a video,
+            ``fps`` or ``num_frames`` may say what `asyncengine.Video` does.
         where: Where it stands in the body.
         most: Sizes of the largest that are taken.
 
     Raises:
         Refusal: It is none, it is too large, or it is somewhere else.
     """
-    kind: Kind = "audio" if part["type"] in AUDIO else "image"
+    kind = TYPES[part["type"]]
     if isinstance(part.get(kind), MediaFile):  # another route has read it
         return part
-    file = _audio(part, where, most) if kind == "audio" else _image(part, where, most)
+    file = {"image": _image, "audio": _audio, "video": _video}[kind](part, where, most)
     if isinstance(file, EncodedFile):
         size = (len(file.text) - file.begin) // 4 * 3 - file.text.count("=", -2)
-        most_bytes = most.audio if kind == "audio" else most.image
-        if size > most_bytes:
-            raise refusal(file.field, f"has {size} bytes; allowed: max_{kind}_bytes = {most_bytes}")
+        if size > most.of(kind):
+            raise refusal(file.field, f"has {size} bytes; allowed: max_{kind}_bytes = {most.of(kind)}")
         if file.begin == len(file.text):
-            raise refusal(file.field, f"is an {kind} of 0 bytes")
-    return {"type": kind, kind: file}
+            raise refusal(file.field, f"is {NOUNS[kind]} of 0 bytes")
+    return {"type": kind, kind: file} | (_of_frames(part, where) if kind == "video" else {})
 
 
 async def decoded(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -137,7 +146,7 @@ def with_fetched(messages: Sequence[dict[str, Any]], fetched: Iterable[bytes]) -
 
 @contextmanager
 def told_apart(messages: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Where the engine says that an image or audio is wrong, names the field that it came in.
+    """Where the engine says that an image, audio or video is wrong, names the field that it came in.
 
     Args:
         messages: As they were before they were `decoded`.
@@ -156,7 +165,7 @@ def told_apart(messages: Sequence[dict[str, Any]]) -> Iterator[None]:
 
 
 def _parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that are images or audio."""
+    """Those that are images, audio or videos."""
     contents = [message["content"] for message in messages if isinstance(message["content"], list)]
     return [part for content in contents for part in content if part["type"] in KINDS]
 
@@ -176,9 +185,7 @@ def _replaced(
     for message in messages:
         content = message["content"]
         if isinstance(content, list):
-            content = [
-                {"type": kind, kind: make(part[kind])} if (kind := part["type"]) in KINDS else part for part in content
-            ]
+            content = [part | {kind: make(part[kind])} if (kind := part["type"]) in KINDS else part for part in content]
             message = {**message, "content": content}
         found.append(message)
     return found
@@ -209,6 +216,24 @@ def _audio(part: dict[str, Any], where: str, most: MediaLimits) -> MediaFile:
     return EncodedFile(given["data"], 0, f"{field}.data")
 
 
+def _video(part: dict[str, Any], where: str, most: MediaLimits) -> MediaFile:
+    field, given = f"{where}.{part['type']}", part.get(part["type"])
+    if part["type"] == "input_video" and isinstance(given, dict) and isinstance(given.get("data"), str):
+        return EncodedFile(given["data"], 0, f"{field}.data")
+    if isinstance(given, dict):
+        field, given = f"{field}.url", given.get("url")
+    return _of_url(given, field, "video", most)
+
+
+def _of_frames(part: dict[str, Any], where: str) -> dict[str, Any]:
+    said = {name: part[name] for name in _OF_FRAMES if part.get(name) is not None}
+    try:
+        Video(b"", **said)
+    except InvalidRequestError as error:
+        raise refusal(f"{where}.{next(iter(said))}", f"is not what a video may have: {error}") from error
+    return said
+
+
 def _of_url(url: object, field: str, kind: Kind, most: MediaLimits) -> MediaFile:
     expected = f"data:{kind}/...;base64,..."
     if not isinstance(url, str) or not url:
@@ -222,11 +247,10 @@ def _of_url(url: object, field: str, kind: Kind, most: MediaLimits) -> MediaFile
             from asyncengine.server.fetch import check_url  # and httpx with it, which nobody else needs
 
             check_url(url, field, most.domains)
-            return RemoteFile(url, field, kind, most.audio if kind == "audio" else most.image)
+            return RemoteFile(url, field, kind, most.of(kind))
         what = f"has the scheme {scheme[0].lower()!r}" if scheme else "is not a data: URL"
-        what_is = "images are" if kind == "image" else "audio is"
         here = " from there" if most.domains else " here"
-        advice = f"{what_is} not fetched{here}, so send the {kind} itself as {expected}"
+        advice = f"{_NOT_FETCHED[kind]} not fetched{here}, so send the {kind} itself as {expected}"
         raise refusal(field, f"{what}; {advice}", "unsupported_field")
     if not head["kind"].lower().startswith(f"{kind}/"):
         raise refusal(field, f"is data of the type {head['kind']!r}; expected {expected}")
@@ -254,5 +278,5 @@ def _of_source(source: object, field: str, most: MediaLimits) -> MediaFile:
 
 
 def refusal(field: str, message: str, code: str = "invalid_field") -> Refusal:
-    """What is said of an image or audio that is wrong."""
+    """What is said of an image, audio or video that is wrong."""
     return Refusal(400, f"{field} {message}", code, field)

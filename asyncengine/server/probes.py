@@ -76,4 +76,4 @@ def _model(service: Service, served: Served) -> dict[str, object]:
 
 def _modalities(engine: AsyncEngine) -> list[str]:
     """What may be in prompts."""
-    return ["text", *["image"] * engine.takes_images, *["audio"] * engine.takes_audio]
+    return ["text", *["image"] * engine.takes_images, *["audio"] * engine.takes_audio, *["video"] * engine.takes_videos]

@@ -23,7 +23,13 @@ from asyncengine.reranking import RerankPrompt
 from asyncengine.server.app import create_app
 from asyncengine.server.naming import check_names
 from asyncengine.server.service import Service
-from asyncengine.server.settings import MAX_AUDIO_BYTES, MAX_BODY_BYTES, MAX_IMAGE_BYTES, ServerSettings
+from asyncengine.server.settings import (
+    MAX_AUDIO_BYTES,
+    MAX_BODY_BYTES,
+    MAX_IMAGE_BYTES,
+    MAX_VIDEO_BYTES,
+    ServerSettings,
+)
 from asyncengine.step.model import Loader
 
 logger = logging.getLogger("asyncengine.server")
@@ -44,6 +50,7 @@ def serve(
     max_body_bytes: int = MAX_BODY_BYTES,
     max_image_bytes: int = MAX_IMAGE_BYTES,
     max_audio_bytes: int = MAX_AUDIO_BYTES,
+    max_video_bytes: int = MAX_VIDEO_BYTES,
     allowed_media_domains: Sequence[str] = (),
     max_concurrency: int | None = None,
     rerank_prompt: RerankPrompt | None = None,
@@ -61,13 +68,14 @@ def serve(
         config: What to load.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
-        api_key: As in `ServerSettings`, like the eight that follow.
+        api_key: As in `ServerSettings`, like the nine that follow.
         served_model_name: See there.
         admin: See there.
         cors_origins: See there.
         max_body_bytes: See there.
         max_image_bytes: See there.
         max_audio_bytes: See there.
+        max_video_bytes: See there.
         allowed_media_domains: See there.
         max_concurrency: See there.
         rerank_prompt: See there.
@@ -90,6 +98,7 @@ def serve(
         max_body_bytes=max_body_bytes,
         max_image_bytes=max_image_bytes,
         max_audio_bytes=max_audio_bytes,
+        max_video_bytes=max_video_bytes,
         allowed_media_domains=allowed_media_domains,
         max_concurrency=max_concurrency,
         rerank_prompt=rerank_prompt,

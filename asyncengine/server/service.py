@@ -146,7 +146,7 @@ class Service:
         options: RequestOptions | None = None,
         reading: Reading | None = None,
     ) -> list[dict[str, Any]]:
-        """Messages with their images and audio as bytes; nothing is fetched for a request that is wrong otherwise.
+        """Messages with their images, audio and videos as bytes; for a wrong request, nothing is fetched.
 
         Args:
             messages: As `conversation` has them.

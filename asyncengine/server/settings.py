@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from asyncengine.errors import ConfigError
+from asyncengine.media import Kind
 from asyncengine.reranking import RerankPrompt
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_IMAGE_BYTES = 20 * 1024 * 1024
 MAX_AUDIO_BYTES = 20 * 1024 * 1024
+MAX_VIDEO_BYTES = 20 * 1024 * 1024
 MAX_HEADER_BYTES = 32 * 1024
 
 
@@ -20,7 +22,7 @@ _DOMAIN = re.compile(r"(?P<host>[a-z0-9_-]+(\.[a-z0-9_-]+)*|\[[0-9a-f:.]+\])(:(?
 
 @dataclass(frozen=True, slots=True)
 class MediaDomain:
-    """A host that may be asked for images and audio.
+    """A host that may be asked for images, audio and videos.
 
     Attributes:
         host: As it stands in a URL, in lower case; of an IPv6 address, without its brackets.
@@ -51,17 +53,23 @@ class MediaDomain:
 
 @dataclass(frozen=True, slots=True)
 class MediaLimits:
-    """Which images and audio are taken.
+    """Which images, audio and videos are taken.
 
     Attributes:
         image: Size of the largest image, as a file in bytes.
         audio: The same of audio.
+        video: The same of videos.
         domains: Who may be asked for those that are somewhere else.
     """
 
     image: int
     audio: int
+    video: int
     domains: tuple[MediaDomain, ...] = ()
+
+    def of(self, kind: Kind) -> int:
+        """Size of the largest of a kind."""
+        return {"image": self.image, "audio": self.audio, "video": self.video}[kind]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +88,9 @@ class ServerSettings:
         max_body_bytes: Largest body of a request; larger ones are a 413.
         max_image_bytes: Largest image in a body, as a file; larger ones are a 400. As base64 it is a third larger.
         max_audio_bytes: The same of audio.
-        allowed_media_domains: Hosts whose images and audio are fetched where a request has the URL of one, as ``HOST``
-            or ``HOST:PORT``; none by default. They are trusted, whatever their address is.
+        max_video_bytes: The same of videos.
+        allowed_media_domains: Hosts whose images, audio and videos are fetched where a request has the URL of one, as
+            ``HOST`` or ``HOST:PORT``; none by default. They are trusted, whatever their address is.
         media_seconds: How long all that is fetched for one request may take to come.
         max_header_bytes: Largest sum of a request's headers; larger ones are a 431.
         max_concurrency: Most requests at a time that use the engine; more are a 429. None leaves it to
@@ -101,6 +110,7 @@ class ServerSettings:
     max_body_bytes: int = MAX_BODY_BYTES
     max_image_bytes: int = MAX_IMAGE_BYTES
     max_audio_bytes: int = MAX_AUDIO_BYTES
+    max_video_bytes: int = MAX_VIDEO_BYTES
     allowed_media_domains: Sequence[str] = ()
     media_seconds: float = 10.0
     max_header_bytes: int = MAX_HEADER_BYTES
@@ -130,7 +140,7 @@ class ServerSettings:
         object.__setattr__(self, "allowed_media_domains", tuple(self.allowed_media_domains))
         for domain in self.allowed_media_domains:
             MediaDomain.parse(domain)
-        sizes = ("max_body_bytes", "max_image_bytes", "max_audio_bytes", "max_header_bytes")
+        sizes = ("max_body_bytes", "max_image_bytes", "max_audio_bytes", "max_video_bytes", "max_header_bytes")
         least = dict.fromkeys(sizes, 1) | {"retry_after_seconds": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
@@ -146,6 +156,6 @@ class ServerSettings:
 
     @property
     def media(self) -> MediaLimits:
-        """Which images and audio are taken."""
+        """Which images, audio and videos are taken."""
         domains = tuple(MediaDomain.parse(domain) for domain in self.allowed_media_domains)
-        return MediaLimits(self.max_image_bytes, self.max_audio_bytes, domains)
+        return MediaLimits(self.max_image_bytes, self.max_audio_bytes, self.max_video_bytes, domains)

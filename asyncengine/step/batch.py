@@ -62,7 +62,7 @@ class StepBatch:
             A row that begins at position 0 begins with no state; others go on with what is at their slot's place.
             With drafts, those of rows that decode are done, in this order, as far as their tokens count; what is at a
             slot's place behind the step is of the tokens that count.
-        media: Which tokens stand for pieces of which images or audio. Other tokens of the same id are what they are.
+        media: Which tokens stand for pieces of which images, audio or videos. Others of the same id are what they are.
         axes: (axes, T) where each token is rotated to, by axis; None where all axes are as `positions`.
         reach: (T,) how many tokens of its sequence each token attends to in layers that look ahead: those up to the end
             of its image for tokens of an image, those up to itself for others. All of them are in the KV cache by the

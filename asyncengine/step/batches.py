@@ -171,7 +171,7 @@ def _pool_spans(placed: list[_Placed]) -> Int64:
 
 
 def _media(placed: list[_Placed], rotated: Int32, positions: Int64) -> dict[str, Any]:
-    """The fields of the batch that say where images and audio are in it, and what depends on that.
+    """The fields of the batch that say where images, audio and videos are in it, and what depends on that.
 
     Args:
         placed: What is prefilled.

@@ -162,7 +162,7 @@ class ModelView:
         ranking: How it ranks documents, if its checkpoint says so.
         adapters: Names of the adapters that are loaded.
         adapter_format: Reads adapters; None if the model takes none.
-        media_reader: Reads images and audio; None if the model takes neither.
+        media_reader: Reads images, audio and videos; None if the model takes none.
         no_media: By kind, why it takes none of it, in words.
         begins_with_audio: Whether each prompt begins with an audio, which is not among the tokens that the model writes
             on, but beside them (Whisper).

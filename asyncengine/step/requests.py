@@ -485,6 +485,7 @@ class RequestTable:
                 if request.new.media is not None:
                     self.counters.image_tokens += request.new.media.num_tokens("image")
                     self.counters.audio_tokens += request.new.media.num_tokens("audio")
+                    self.counters.video_tokens += request.new.media.num_tokens("video")
             if self.trace.enabled:
                 self.trace.mark("n", "prefill", self.clock(), request.new.number, tokens=chunk.count)
 

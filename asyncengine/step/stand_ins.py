@@ -1,4 +1,4 @@
-"""Which negative token id stands for which image or audio in the prefix cache. Owned by the step thread."""
+"""Which negative token id stands for which image, audio or video in the prefix cache. Owned by the step thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _IDS = (1 << 31) - 1
 
 
 class StandIns:
-    """Gives images and audio their ids: the same one to those that are the same to the model.
+    """Gives images, audio and videos their ids: the same one to those that are the same to the model.
 
     One that was not seen for long gets another id when it comes again: nothing is known of it then.
 

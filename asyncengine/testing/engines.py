@@ -26,6 +26,7 @@ def scripted_engine(
     kept_states: int | None = None,
     takes_images: bool = False,
     takes_audio: bool = False,
+    takes_videos: bool = False,
     **config: Any,
 ) -> AsyncEngine:
     """An engine that gives known answers; enter it with ``async with``.
@@ -38,6 +39,7 @@ def scripted_engine(
         kept_states: As of `ScriptedLoader`.
         takes_images: As of `ScriptedLoader`; any bytes are an image.
         takes_audio: The same of audio.
+        takes_videos: The same of videos.
         **config: Fields of `EngineConfig`.
     """
     scripts = {name: _script(own) for name, own in (adapters or {}).items()}
@@ -49,6 +51,7 @@ def scripted_engine(
         kept_states=kept_states,
         takes_images=takes_images,
         takes_audio=takes_audio,
+        takes_videos=takes_videos,
     )
     return AsyncEngine(EngineConfig(MODEL, adapters={name: name for name in scripts}, **config), loader=loader)
 

@@ -1,4 +1,4 @@
-"""Images and audio of scripted models, which know each piece that they have seen or heard. No pixels, no torch."""
+"""Images, audio and videos of scripted models, which know each piece that they were shown. No pixels, no torch."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
-from asyncengine.media import PLURALS, Kind, MediaItem, PromptMedia, ReadPrompt, Sources, Write
+from asyncengine.media import NOUNS, PLURALS, Kind, MediaItem, PromptMedia, ReadPrompt, Sources, Video, Write
 from asyncengine.step.batch import Int32, StepBatch
 from asyncengine.transcription import Transcribing, TranscriptionPrompt, WholeTranscription
 
 _SEEN = 1 << 24
-"""From here on, a number in the "KV cache" of a scripted model is a piece of an image or audio, not a token."""
+"""From here on, a number in the "KV cache" of a scripted model is a piece of an image, audio or video, not a token."""
 _MOST = 7
-MARKS: dict[Kind, str] = {"image": "\0", "audio": "\1"}
-"""What stands in a text for an image, and for audio."""
-_IDS: dict[Kind, int] = {"image": 0, "audio": 1}
+MARKS: dict[Kind, str] = {"image": "\0", "audio": "\1", "video": "\2"}
+"""What stands in a text for each of them."""
+_IDS: dict[Kind, int] = {"image": 0, "audio": 1, "video": 2}
 
 
 def pieces_of(source: bytes | str, kind: Kind = "image") -> list[int]:
-    """What a scripted model sees of an image, or hears of audio; its script finds it in the prompt in its place."""
+    """What a scripted model sees of an image or video, or hears of audio; its script finds it in its place."""
     data = _data_of(source, kind)
     return _pieces(_digest(kind, data), _count(data))
 
 
 def are_of_one_item(pieces: Collection[int]) -> bool:
-    """Whether numbers in the "KV cache" may be pieces of one image or audio."""
+    """Whether numbers in the "KV cache" may be pieces of one image, audio or video."""
     counts = {1 + (piece - _SEEN) % _MOST for piece in pieces}
     return min(pieces) >= _SEEN and len(counts) == 1 and len(pieces) <= max(counts)
 
@@ -46,7 +46,9 @@ class ScriptedTranscription(WholeTranscription):
 
 
 class ScriptedMediaReader:
-    """Takes any bytes, or text, for an image or audio, which comes to one to seven tokens after their number.
+    """Takes any bytes, or text, for an image, audio or video, which comes to one to seven tokens after their number.
+
+    What a `asyncengine.Video` says of frames has no effect.
 
     Tokens have three axes. In the last of them, every second token of an item is one further on, so that it takes half
     as many positions as tokens.
@@ -116,14 +118,14 @@ class ScriptedMediaReader:
 
 
 def see(batch: StepBatch, cells: NDArray[np.int64]) -> None:
-    """Puts what a step sees of images and audio in the place of the tokens that stand for them.
+    """Puts what a step sees of images, audio and videos in the place of the tokens that stand for them.
 
     Args:
         batch: The step.
         cells: (T,) its tokens.
     """
     for part in batch.media:
-        assert (cells[part.tokens] == _IDS[part.item.kind]).all(), "tokens of images or audio have other ids"
+        assert (cells[part.tokens] == _IDS[part.item.kind]).all(), "tokens of images, audio or videos have other ids"
         pieces, last = _pieces(part.item.digest, len(part.item.places)), part.first + len(part.tokens)
         assert last == len(pieces) or not part.item.whole, "an image is parted that must not be"
         cells[part.tokens] = pieces[part.first : last]
@@ -172,10 +174,12 @@ def _axes(tokens: int, images: dict[int, int]) -> Int32:
 
 
 def _data_of(source: object, kind: Kind) -> bytes:
+    if isinstance(source, Video):
+        source = source.source
     if isinstance(source, str):
         return source.encode()
     if not isinstance(source, bytes):
-        raise InvalidRequestError(f"an {kind} is {source!r:.80}; the scripted model takes bytes or text")
+        raise InvalidRequestError(f"{NOUNS[kind]} is {source!r:.80}; the scripted model takes bytes or text")
     return source
 
 

@@ -43,7 +43,7 @@ class ScriptedModel:
     and lists of tokens change nothing.
 
     The hidden state of a token is ``(token id, position, 1)``. In the prompt, the script finds what was seen of images
-    and heard of audio in the place of the tokens that stand for them (`asyncengine.testing.media`).
+    and videos and heard of audio in the place of the tokens that stand for them (`asyncengine.testing.media`).
 
     It also keeps a paged "KV cache" of its own, in which every token is written where the scheduler says, and before
     it answers it reads each sequence back through its block table: a mistake of the engine about blocks raises. With

@@ -43,6 +43,7 @@ class ScriptedLoader:
             name. The latter takes a script itself as well.
         takes_images: Whether the models do, as `asyncengine.testing.ScriptedMediaReader` reads them.
         takes_audio: The same of audio.
+        takes_videos: The same of videos.
         whole_images: Whether an image must be seen in one step then.
         warm_up_pieces: Pieces of work that the engine lets a model do while there are no requests.
 
@@ -75,6 +76,7 @@ class ScriptedLoader:
         adapters: Mapping[str, Script] | None = None,
         takes_images: bool = False,
         takes_audio: bool = False,
+        takes_videos: bool = False,
         whole_images: bool = False,
     ) -> None:
         self.script = script
@@ -90,6 +92,7 @@ class ScriptedLoader:
         self.adapters = dict(adapters or {})
         self.takes_images = takes_images
         self.takes_audio = takes_audio
+        self.takes_videos = takes_videos
         self.whole_images = whole_images
         self.hold_warm_ups = False
         self.warm_ups: list[ScriptedWarmUp] = []
@@ -133,6 +136,7 @@ class ScriptedLoader:
             attention_backend="torch",
             images=self.takes_images,
             audio=self.takes_audio,
+            videos=self.takes_videos,
         )
         assert complete.max_num_sequence is not None
         assert complete.max_single_sequence_length is not None
@@ -186,7 +190,7 @@ class ScriptedLoader:
         )
 
     def _media_reader(self) -> ScriptedMediaReader | None:
-        takes = {"image": self.takes_images, "audio": self.takes_audio}
+        takes = {"image": self.takes_images, "audio": self.takes_audio, "video": self.takes_videos}
         kinds = [kind for kind in KINDS if takes[kind]]
         return ScriptedMediaReader(self.whole_images, kinds) if kinds else None
 

@@ -69,5 +69,5 @@ class ByteTokenizer:
 def _text_of(content: Any) -> str:
     if not isinstance(content, (list, tuple)):
         return str(content or "")
-    marks = {"image": "\0", "audio": "\1"}  # of `asyncengine.testing.ScriptedMediaReader`
+    marks = {"image": "\0", "audio": "\1", "video": "\2"}  # of `asyncengine.testing.ScriptedMediaReader`
     return "".join(marks.get(part["type"]) or part["text"] for part in content)

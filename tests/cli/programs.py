@@ -62,9 +62,13 @@ def last_line(prompt: Sequence[int], branch: int) -> bytes:
 
 
 def scripted_loader(
-    step_seconds: float = 0.0, script: Script = last_line, takes_images: bool = False, takes_audio: bool = False
+    step_seconds: float = 0.0,
+    script: Script = last_line,
+    takes_images: bool = False,
+    takes_audio: bool = False,
+    takes_videos: bool = False,
 ) -> ScriptedLoader:
-    takes = {"takes_images": takes_images, "takes_audio": takes_audio}
+    takes = {"takes_images": takes_images, "takes_audio": takes_audio, "takes_videos": takes_videos}
     return ScriptedLoader(script, step_seconds=step_seconds, tokenizer=ByteTokenizer(), **takes)
 
 

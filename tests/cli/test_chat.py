@@ -80,8 +80,8 @@ def test_images_go_before_the_first_question_of_each_conversation(tmp_path: Path
     ]
 
 
-def test_audio_goes_before_the_first_question_behind_images(tmp_path: Path) -> None:
-    image, audio = b"a picture", b"a sound"
+def test_audio_and_videos_go_before_the_first_question_behind_images(tmp_path: Path) -> None:
+    image, audio, video = b"a picture", b"a sound", b"a film"
     prompts: list[list[int]] = []
 
     def listen(prompt: list[int], branch: int) -> bytes:
@@ -89,12 +89,13 @@ def test_audio_goes_before_the_first_question_behind_images(tmp_path: Path) -> N
         return b"yes"
 
     flags = []
-    for flag, data in (("--audio", audio), ("--image", image)):
+    for flag, data in (("--video", video), ("--audio", audio), ("--image", image)):
         (tmp_path / flag).write_bytes(data)
         flags += [flag, str(tmp_path / flag)]
-    loader = scripted_loader(script=listen, takes_images=True, takes_audio=True)  # type: ignore[arg-type]
+    loader = scripted_loader(script=listen, takes_images=True, takes_audio=True, takes_videos=True)  # type: ignore[arg-type]
     assert run("chat", *flags, stdin="one\n", loader=loader).out == "yes\n"
-    assert prompts == [[*b"user: ", *pieces_of(image), *pieces_of(audio, "audio"), *b"one\nassistant: "]]
+    seen = [*pieces_of(image), *pieces_of(audio, "audio"), *pieces_of(video, "video")]
+    assert prompts == [[*b"user: ", *seen, *b"one\nassistant: "]]
 
 
 def test_images_are_looked_at_before_the_first_question(tmp_path: Path) -> None:

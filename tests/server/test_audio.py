@@ -112,7 +112,7 @@ async def test_none_where_it_has_no_place() -> None:
         body = {"messages": [{"role": "system", "content": [input_audio()]}, *asked("x")["messages"]]}
         refused = await client.post(CHAT, json=body)
         assert error(refused)["param"] == "messages[0].content[0].type"
-        assert "audio go into messages whose role is user or tool" in error(refused)["message"]
+        assert "audio and videos go into messages whose role is user or tool" in error(refused)["message"]
 
 
 def transcribing() -> AsyncEngine:

@@ -257,6 +257,7 @@ async def test_its_own_lifespan_enters_and_leaves_the_engine() -> None:
         {"max_body_bytes": True},
         {"max_image_bytes": 0},
         {"max_audio_bytes": 0},
+        {"max_video_bytes": 0},
         {"max_concurrency": 0},
         {"ping_seconds": 0},
         {"body_seconds": float("nan")},

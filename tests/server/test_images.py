@@ -263,14 +263,13 @@ def source(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("asked", "param", "says"),
     [
-        (in_chat({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA=="}}), ".type", "'video_url'"),
         (in_chat({"type": "file", "file": {"file_data": "AA=="}}), ".type", "'file'"),
         (in_chat({"type": "image", "image": url(RED)}), ".source", "is missing"),
-        (in_chat(image_part(RED), "system"), ".type", "audio go into messages whose role is user or tool"),
+        (in_chat(image_part(RED), "system"), ".type", "videos go into messages whose role is user or tool"),
         (
             in_chat(image_part(RED), "assistant"),
             ".type",
-            "audio go into messages whose role is user or tool",
+            "videos go into messages whose role is user or tool",
         ),
         (in_responses({"type": "input_image", "file_id": "file-1"}), ".file_id", "send the image itself as image_url"),
         (in_responses({"type": "input_file", "file_data": "AA=="}), ".type", "'input_file'"),

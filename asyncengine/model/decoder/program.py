@@ -111,7 +111,7 @@ class _StepStruct(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a step has of images and audio.
+    """What a step has of images, audio and videos.
 
     Attributes:
         index: (T,) int64 which row each token is embedded with, or -1.
@@ -357,7 +357,7 @@ class CompiledDecoder:
         Args:
             batch: It.
             plan: Of its attention.
-            seen: Its images and audio.
+            seen: Its images, audio and videos.
 
         Returns:
             (M, vocabulary) float32, one row per entry of `batch.sample_index`, and (P, hidden), the sum of the hidden

@@ -1,20 +1,24 @@
-"""Where the tokens of a prompt with images are rotated to."""
+"""Where the tokens of a prompt with images or videos are rotated to."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from asyncengine.errors import InvalidRequestError
-from asyncengine.step.batch import Int32, Int64
+from asyncengine.media import Kind, MediaItem
+from asyncengine.step.batch import Int32
+
+_TYPES: dict[Kind, int] = {"image": 1, "video": 2}
+"""What transformers has for tokens that stand for them."""
 
 
 class Axes:
-    """Where the tokens of a prompt with images are rotated to, as a model's own code says.
+    """Where the tokens of a prompt with images or videos are rotated to, as a model's own code says.
 
     Args:
         model_class: The class of its body, which has ``get_rope_index``.
@@ -27,25 +31,30 @@ class Axes:
         object.__setattr__(self._bare, "config", config)
         self._wanted = inspect.signature(model_class.get_rope_index).parameters
 
-    def of(self, ids: Sequence[int], places: Int64, inputs: Sequence[Mapping[str, Any]]) -> Int32:
-        """(axes, tokens) positions of a prompt.
+    def of(self, ids: Sequence[int], items: Sequence[MediaItem]) -> Int32 | None:
+        """(axes, tokens) positions of a prompt; None if nothing in it is seen.
 
         Args:
             ids: It.
-            places: Of the tokens that stand for images.
-            inputs: What the encoder takes of each image.
+            items: Its images, audio and videos; those of one kind in their order.
         """
+        seen = [item for item in items if item.kind in _TYPES]
+        if not seen:
+            return None
         kinds = torch.zeros(1, len(ids), dtype=torch.int32)
-        kinds[0, torch.from_numpy(places)] = 1
+        for item in seen:
+            kinds[0, torch.from_numpy(item.places)] = _TYPES[item.kind]
         given = {"input_ids": torch.tensor([list(ids)]), "mm_token_type_ids": kinds}
         for name in self._wanted:
-            if isinstance(inputs[0].get(name), torch.Tensor):
-                given[name] = torch.cat([each[name] for each in inputs])
+            found = [torch.as_tensor(item.inputs[name]) for item in seen if item.inputs.get(name) is not None]
+            if found:
+                given[name] = torch.cat(found)
         try:
             found, _ = self._bare.get_rope_index(**given)
         except Exception as error:
             raise InvalidRequestError(
-                f"the model finds no positions for the prompt's images, which may stand beside each other: {error}"
+                "the model finds no positions for the prompt's images or videos, which may stand beside each other: "
+                f"{error}"
             ) from error
         axes: Int32 = found[:, 0].numpy().astype(np.int32)
         return axes

@@ -1,4 +1,4 @@
-"""What a checkpoint's own processor makes of images and audio, for its encoders and for prompts. On worker threads."""
+"""What a checkpoint's own processor makes of media, for its encoders and for prompts. On worker threads."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class ImagePreparation:
             raise InvalidRequestError(
                 f"images[{group.start}]: {sizes} pixels are refused by the model's processor: {error}"
             ) from error
-        return Prepared(_inputs(made), _replacements(made))
+        return Prepared(inputs_of(made), replacements_of(made))
 
 
 class AudioPreparation:
@@ -161,7 +161,7 @@ class AudioPreparation:
             raise InvalidRequestError(
                 f"an audio of {len(sound) / self.rate:.2f} s is refused by the model's processor: {error}"
             ) from error
-        return Prepared(_inputs(made), _replacements(made))
+        return Prepared(inputs_of(made), replacements_of(made))
 
     def _check_known(self, sound: Samples) -> None:
         if self._too_long is not None and len(sound) >= self._too_long:
@@ -202,9 +202,11 @@ def listening_part(processor: Any) -> Any:
     return getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
 
 
-def _inputs(made: Any) -> dict[str, Any]:
+def inputs_of(made: Any) -> dict[str, Any]:
+    """What a processor made for the encoder."""
     return {name: value for name, value in made.items() if name not in _OF_TEXT}
 
 
-def _replacements(made: Any) -> list[str]:
+def replacements_of(made: Any) -> list[str]:
+    """What a processor has put into the text in the place of marks."""
     return [each["replacement"] for each in made[_OFFSETS][0]]

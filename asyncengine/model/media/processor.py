@@ -1,8 +1,9 @@
-"""Processors of models that look at images or listen, as transformers loads them, with torchvision and without.
+"""Processors of models that look or listen, as transformers loads them, with torchvision and without.
 
 transformers prepares images with torchvision where it is installed, and with Pillow where it is not and where the model
 has such a variant, as nearly all have. Videos it prepares with torchvision alone, and a processor that knows of videos
-is not loaded without it, even if it is only to see images.
+is not loaded without it, even if it is only to see images. So without it, `asyncengine.model.media.video_processor` has
+its video processor.
 """
 
 from __future__ import annotations
@@ -22,17 +23,10 @@ except ImportError as error:
 
 from asyncengine.media import Kind
 from asyncengine.model.media.preparation import listening_part
+from asyncengine.model.media.video_processor import video_processor
 
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer_config.json")
 """Those that may name the processor's class, in the order in which they are asked."""
-
-
-class VideoSettings(VideoProcessorMixin):  # type: ignore[misc]
-    """The part of a video processor that needs no torchvision: its settings, of which those not told are None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
-            raise AttributeError(name)
 
 
 PARTS: dict[str, Any] = {
@@ -40,12 +34,11 @@ PARTS: dict[str, Any] = {
     "image_processor": AutoImageProcessor,
     "feature_extractor": AutoFeatureExtractor,
     "audio_processor": AutoFeatureExtractor,
-    "video_processor": VideoSettings,
 }
 
 
 def processor(path: Path, kinds: Sequence[Kind] = ("image",)) -> Any:
-    """The processor of a checkpoint; where its video processor is not to be had, one that sees no videos.
+    """The processor of a checkpoint; where transformers has none of its video processor here, with that of this engine.
 
     Args:
         path: Of the checkpoint.
@@ -61,7 +54,7 @@ def processor(path: Path, kinds: Sequence[Kind] = ("image",)) -> Any:
     except (ImportError, OSError, ValueError):
         if (kind := _class(path)) is None or "video_processor" not in kind.get_attributes():
             raise
-        made = _without_videos(kind, path)
+        made = without_torchvision(kind, path)
     if "image" in kinds and not hasattr(made, "image_processor"):  # of text alone, this is a tokenizer
         raise ValueError(f"{path} has no image processor")
     if "audio" in kinds and listening_part(made) is None:
@@ -80,8 +73,8 @@ def _class(path: Path) -> Any:
     return transformers.PROCESSOR_MAPPING.get(configuration)
 
 
-def _without_videos(kind: Any, path: Path) -> Any:
-    """A processor of the class, made of its parts but for the video processor, of which it has the settings."""
+def without_torchvision(kind: Any, path: Path) -> Any:
+    """A processor of the class, made of its parts."""
 
     def module(name: str) -> Any:  # it looks for this class among those that are there only with torchvision
         return VideoProcessorMixin if name == "VideoProcessorMixin" else kind.get_possibly_dynamic_module(name)
@@ -92,9 +85,6 @@ def _without_videos(kind: Any, path: Path) -> Any:
 
 
 def _part(name: str, path: Path) -> Any:
-    try:
-        return PARTS[name].from_pretrained(path, local_files_only=True)
-    except OSError:
-        if name != "video_processor":
-            raise
-        return VideoSettings()
+    return (
+        video_processor(path) if name == "video_processor" else PARTS[name].from_pretrained(path, local_files_only=True)
+    )

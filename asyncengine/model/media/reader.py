@@ -1,4 +1,4 @@
-"""Reads images and audio as a checkpoint's own processor prepares them, and places their tokens. On worker threads."""
+"""Reads media as a checkpoint's own processor prepares them, and places their tokens. On worker threads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ProcessedMediaReader:
     Args:
         preparations: Of the kinds that it is to read.
         key: As of the protocol.
-        axes: Finds where tokens are rotated to if there are images; None if by their position.
+        axes: Finds where tokens are rotated to if there are images or videos; None if by their position.
         transcribing: As of the protocol.
     """
 
@@ -60,12 +60,16 @@ class ProcessedMediaReader:
         self.kinds: Sequence[Kind] = [each.kind for each in preparations]
         self.token_ids: Mapping[Kind, int] = {each.kind: each.token_id for each in preparations}
         self.marks = {each.kind: each.mark for each in preparations}
+        self.either = "video" in self.token_ids and self.token_ids["video"] == self.token_ids.get("image")
+        """Whether a prompt may have either images or videos: the same tokens stand for both."""
         self._preparations = preparations
         self._axes = axes
         self.transcribing = transcribing
 
     def read(self, sources: Sources, write: Write, encode: Callable[[str], list[int]], most_tokens: int) -> ReadPrompt:
         """As the protocol says."""
+        if self.either and sources.get("image") and sources.get("video"):
+            raise InvalidRequestError("the prompt has images and videos; the model takes one of them at a time")
         given = self._prepared(sources, encode, most_tokens)
         by_mark = {each.preparation.mark: each for each in given}
         by_id = {each.preparation.token_id: each.place for each in given}
@@ -91,12 +95,10 @@ class ProcessedMediaReader:
             ids[places] = each.preparation.token_id
             parts = zip(each.prepared, np.split(places, np.cumsum(each.counts)[:-1]), strict=True)
             found += [self._item(each.preparation, prepared, own, encode) for prepared, own in parts]
-        axes = None
-        images = [item for item in found if item.kind == "image"]
-        if self._axes is not None and images:
-            of_images = np.concatenate([item.places for item in images])
-            axes = self._axes.of(ids.tolist(), of_images, [item.inputs for item in images])
-        shift = 0 if axes is None else int(axes.max()) + 1 - len(ids)
+        axes = None if self._axes is None else self._axes.of(ids.tolist(), found)
+        # What follows goes on from the last token, also where a video goes on for longer than the text behind it: so
+        # transformers generates, and so the answer has its place when the next question is asked.
+        shift = 0 if axes is None else int(axes[:, -1].max()) + 1 - len(ids)
         found.sort(key=lambda item: int(item.places[0]))
         return ReadPrompt(ids.tolist(), PromptMedia(tuple(found), self.key, axes, shift))
 

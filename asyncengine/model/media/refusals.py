@@ -1,4 +1,4 @@
-"""Why a checkpoint is served without images or without audio, as far as its files tell."""
+"""Why a checkpoint is served without images, audio or videos, as far as its files tell."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LISTENING = ("audio", "speech", "acoustic", "sound", "encoder")
 
 
 def refusals(config: EngineConfig, checkpoint: Any) -> dict[Kind, str]:
-    """By kind, why images and audio are refused, in words; empty if nothing is known against them.
+    """By kind, why images, audio and videos are refused, in words; empty if nothing is known against them.
 
     Args:
         config: What is wanted.
@@ -27,11 +27,11 @@ def _refusal(kind: Kind, config: EngineConfig, checkpoint: Any) -> str:
     if not _may_have_encoder(kind, checkpoint.config):
         return UNENCODED[kind]
     if wanted(kind, config) is False:
-        return f"{PLURALS[kind]} is False"
+        return "images is False" if kind == "video" and config.videos is None else f"{PLURALS[kind]} is False"
     if not any((checkpoint.path / name).exists() for name in _PROCESSORS):
         return f"its checkpoint has no {' or '.join(_PROCESSORS)}"
-    if kind == "image" and importlib.util.find_spec("PIL") is None:
-        return "Pillow is not installed; the extra 'images' brings it"
+    if kind != "audio" and importlib.util.find_spec("PIL") is None:
+        return f"Pillow is not installed; the extra {PLURALS[kind]!r} brings it"
     if kind == "audio" and (checkpoint.path / "adapter_config.json").exists():
         return (
             "its checkpoint has an adapter beside its weights, which transformers applies to prompts with audio alone"
@@ -40,12 +40,14 @@ def _refusal(kind: Kind, config: EngineConfig, checkpoint: Any) -> str:
 
 
 def wanted(kind: Kind, config: EngineConfig) -> bool | None:
-    """What the configuration says of a kind."""
+    """What the configuration says of a kind. Who wants no images wants no videos, if nothing else is said."""
+    if kind == "video":
+        return False if config.videos is None and config.images is False else config.videos
     return config.images if kind == "image" else config.audio
 
 
 def _may_have_encoder(kind: Kind, stated: dict[str, Any]) -> bool:
-    if kind == "image":
+    if kind != "audio":
         return isinstance(stated.get("vision_config"), dict)
     parts = [name for name, value in stated.items() if name.endswith("_config") and isinstance(value, dict)]
     return any(word in name for name in parts for word in _LISTENING)

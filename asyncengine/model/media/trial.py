@@ -1,4 +1,4 @@
-"""A last look before a model serves images or audio: does it say of them what it says in transformers?"""
+"""A last look before a model serves images, audio or videos: does it say of them what it says in transformers?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from asyncengine.config import Quantization
 from asyncengine.errors import InvalidRequestError, UnsupportedModelError
-from asyncengine.media import PLURALS, Kind, MediaItem, MediaPart, ReadPrompt, Sources
+from asyncengine.media import NOUNS, PLURALS, Kind, MediaItem, MediaPart, ReadPrompt, Sources
 from asyncengine.model import architecture, verification
 from asyncengine.model.media.axes import Axes
 from asyncengine.model.media.encoder import MediaEncoder
@@ -25,35 +25,31 @@ from asyncengine.model.media.preparation import (
     AudioPreparation,
     ImagePreparation,
     Preparation,
-    listening_part,
     processed,
 )
 from asyncengine.model.media.reader import ProcessedMediaReader
+from asyncengine.model.media.samples import large, samples
 from asyncengine.model.media.transcription import ProcessedTranscription
+from asyncengine.model.media.video_preparation import VideoPreparation
 from asyncengine.model.recorded import Recorded
 from asyncengine.model.trial_bound import relative
 from asyncengine.model.widened import WidenedLinears, is_faster
 from asyncengine.step.batch import Int32, StepBatch
 
-_SIZES = (48, 32), (40, 56)
-"""Width and height of the pictures of a trial."""
-_SECONDS = 0.5, 0.81
-"""Length of its sounds."""
 _MANY = 768
 """Tokens of a trial with two of a kind that is too long: some processors make many of any picture. One will do then."""
 _LAST = 24
 """Rows of logits at its end that are compared; what comes of its images is in all of them."""
-_LARGE = 1024, 1024
-_LONG_SECONDS = 30.0
 BUDGET_TOKENS = 8192
-"""Tokens of images and audio whose embeddings are kept."""
+"""Tokens of images, audio and videos whose embeddings are kept."""
 
 
 class MediaTrial:
-    """A prompt with two pictures, two sounds, or two of each, and what transformers makes of it.
+    """A prompt with two pictures, two sounds, two videos, or two of each, and what transformers makes of it.
 
     Attributes:
-        reader: Reads the images and the audio of prompts.
+        reader: Reads the images, the audio and the videos of prompts.
+        looks_ahead: Whether some of its tokens look at later ones.
 
     Args:
         model: With its weights.
@@ -63,6 +59,8 @@ class MediaTrial:
         key: Of the reader.
         device: Where it is.
         one_audio: Whether a prompt may have one audio and no more.
+        most_tokens: That the model takes.
+        looked_ahead: Whether a trial before has found that tokens of an image look at later ones.
 
     Raises:
         UnsupportedModelError: It cannot take them; the message says why.
@@ -77,20 +75,25 @@ class MediaTrial:
         key: str,
         device: torch.device,
         one_audio: bool = False,
+        most_tokens: int = 1 << 30,
+        looked_ahead: bool = False,
     ) -> None:
         body = next((each for each in (model, model.base_model) if hasattr(each, "get_rope_index")), None)
         axes = None if body is None else Axes(type(body), body.config)
         self._device, self._dtype = device, model.dtype
         self._processor = prepares
         self._encode = functools.partial(prepares.tokenizer.encode, add_special_tokens=False)
+        self._around = dict.fromkeys(kinds, "{}") | {"video": _around_videos(model.config, prepares.tokenizer)}
         self._numbers = {kind: 1 if kind == "audio" and one_audio else 2 for kind in kinds}
-        for together in (False, True) if "image" in kinds else (False,):
-            preparations = [_preparation(kind, prepares, model.config, together) for kind in kinds]
+        for together in itertools.product(*((False,) if kind == "audio" else (False, True) for kind in kinds)):
+            preparations = [self._preparation(*each, model.config) for each in zip(kinds, together, strict=True)]
             for preparation in preparations:
                 if preparation.kind == "audio" and one_audio:
                     preparation.most = 1
             transcribing = ProcessedTranscription.of(prepares) if "audio" in kinds else None
             self.reader = ProcessedMediaReader(preparations, key, axes, transcribing)
+            if self.reader.either:
+                self._numbers.pop("image", None)
             given, read = self._read()
             if read.token_ids == given["input_ids"][0]:
                 break
@@ -99,12 +102,19 @@ class MediaTrial:
             raise UnsupportedModelError(
                 f"its processor makes other tokens of {what} in a conversation than of a prompt"
             )
-        if len(read.token_ids) > _MANY:
-            self._numbers = dict.fromkeys(kinds, 1)
+        if len(read.token_ids) > min(_MANY, most_tokens):
+            self._numbers = dict.fromkeys(self._numbers, 1)
             for preparation in preparations:
                 if preparation.kind == "audio":
                     preparation.most = 1
             given, read = self._read()
+        if len(read.token_ids) > most_tokens:  # what has passed a trial before may be left out
+            self._numbers = {kinds[-1]: 1}
+            given, read = self._read()
+            if (length := len(read.token_ids)) > most_tokens:
+                raise UnsupportedModelError(
+                    f"{NOUNS[kinds[-1]]} alone comes to {length} tokens; the model is to take {most_tokens}"
+                )
         self._ids: Int32 = np.array(read.token_ids, dtype=np.int32)
         given = {name: _sent(value, device, model.dtype) for name, value in given.items()}
         faster = WidenedLinears() if is_faster(device) else contextlib.nullcontext()
@@ -112,6 +122,11 @@ class MediaTrial:
             if "logits_to_keep" in inspect.signature(model.forward).parameters:
                 given["logits_to_keep"] = _LAST
             self._expected = model(**given, use_cache=False).logits[0, -_LAST:].float()
+        if "image" in kinds and "image" not in self._numbers and (ahead or looked_ahead):
+            raise UnsupportedModelError(
+                "its tokens look at later ones, and it cannot be tried beside images how they do"
+            )
+        self.looks_ahead = bool(ahead)
         for preparation in preparations:
             if preparation.kind == "image":
                 preparation.whole = bool(ahead)
@@ -125,19 +140,20 @@ class MediaTrial:
         sources: dict[Kind, Sequence[Any]] = {}
         marks = []
         for kind, number in self._numbers.items():
-            marks += [self.reader.marks[kind]] * number
-            if kind == "image":
-                sources[kind] = pictures = [_picture(*size) for size in _SIZES[:number]]
-                given |= {"images": [pictures], "images_kwargs": {"return_tensors": "pt"}}
-            else:
-                rate = int(listening_part(self._processor).sampling_rate)
-                sounds = [_sound(seconds, rate) for seconds in _SECONDS[:number]]
-                sources[kind] = [(sound, rate) for sound in sounds]
-                given |= {"audio": sounds, "audio_kwargs": {"return_tensors": "pt", "sampling_rate": rate}}
+            marks += [self._around[kind].format(self.reader.marks[kind])] * number
+            sources[kind], of_kind = samples(kind, number, self._processor)
+            given |= of_kind
         text = " a ".join(marks) + " b c"
         given = dict(processed(self._processor, text=[text], add_special_tokens=False, **given))
         given["input_ids"] = torch.as_tensor(given["input_ids"]).tolist()
         return given, self._reading(sources, text)
+
+    def _preparation(self, kind: Kind, together: bool, config: Any) -> Preparation:
+        if kind == "image":
+            return ImagePreparation(self._processor, int(config.image_token_id), together)
+        if kind == "audio":
+            return AudioPreparation(self._processor, int(config.audio_token_id))
+        return VideoPreparation(self._processor, config, self._encode, together)
 
     def _reading(self, sources: Sources, text: str) -> ReadPrompt:
         return self.reader.read(sources, lambda expanding: expanding(text), self._encode, 1 << 30)
@@ -162,9 +178,9 @@ class MediaTrial:
             if not torch.equal(ahead[name], allowed):
                 strange = name
         if strange is not None:
-            what = "an image" if "image" in self._numbers else "audio"
+            what = NOUNS[next(iter(self._numbers))]
             raise UnsupportedModelError(
-                f"its tokens of {what} look at later ones, but not at all of the image and those before: {strange}"
+                f"its tokens of {what} look at later ones, but not at all of it and those before: {strange}"
             )
         return set(windows)
 
@@ -190,20 +206,15 @@ class MediaTrial:
             raise UnsupportedModelError("its encoder makes something else of the same audio each time")
 
     def large(self) -> list[MediaItem]:
-        """An image and an audio for whose computation a device must have room; what is larger may be too large for it.
+        """An image, an audio and a video for whose computation a device must have room; larger ones may be too large.
 
-        Of audio it is as long a piece as the processor takes, up to 30 seconds.
+        Of audio it is as long a piece as the processor takes, up to 30 seconds; of a video 16 frames of 512 x 512.
         """
         found: list[MediaItem] = []
-        for kind in self._numbers:
-            mark = self.reader.marks[kind]
-            if kind == "image":
-                found += self._reading({kind: [_picture(*_LARGE)]}, mark).media.items
-                continue
-            rate = int(listening_part(self._processor).sampling_rate)
-            for seconds in (_LONG_SECONDS, _LONG_SECONDS / 2, 1.0):
+        for kind in self.reader.kinds:
+            for source in large(kind, self._processor):
                 with contextlib.suppress(InvalidRequestError):
-                    found += self._reading({kind: [(_sound(seconds, rate), rate)]}, mark).media.items
+                    found += self._reading({kind: [source]}, self.reader.marks[kind]).media.items
                     break
         return found
 
@@ -217,7 +228,7 @@ class MediaTrial:
         kv_dtype: torch.dtype | None = None,
         narrow: bool = False,
     ) -> None:
-        """Compares, with the prompt computed in pieces that part an image and an audio, if they can be parted.
+        """Compares, with the prompt computed in pieces that part one of each kind, if it can be parted.
 
         Args:
             model: As it was given before; without its weights, if they are in `program`.
@@ -272,22 +283,10 @@ def _sent(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
-def _preparation(kind: Kind, prepares: Any, config: Any, together: bool) -> Preparation:
-    if kind == "image":
-        return ImagePreparation(prepares, int(config.image_token_id), together)
-    return AudioPreparation(prepares, int(config.audio_token_id))
-
-
-def _sound(seconds: float, rate: int) -> Any:
-    samples = int(seconds * rate)
-    return np.random.default_rng(samples).uniform(-0.5, 0.5, samples).astype(np.float32)
-
-
-def _picture(width: int, height: int) -> Any:
-    from PIL import Image
-
-    drawn = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(drawn)
+def _around_videos(config: Any, tokenizer: Any) -> str:
+    """What a chat template writes around the mark of a video, where models have tokens of their own for that."""
+    ids = [getattr(config, f"video_{side}_token_id", None) for side in ("start", "end")]
+    return "{}" if None in ids else "{}".join(tokenizer.convert_ids_to_tokens(ids))
 
 
 @contextlib.contextmanager

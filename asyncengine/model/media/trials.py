@@ -1,4 +1,4 @@
-"""What a model is tried with before it serves images and audio, and what came of it."""
+"""What a model is tried with before it serves images, audio and videos, and what came of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from asyncengine.model.recorded import Recorded
 
 
 def check_wanted(config: EngineConfig, details: Details) -> None:
-    """Refuses a load that wants images or audio of a model whose processor cannot be loaded.
+    """Refuses a load that wants images, audio or videos of a model whose processor cannot be loaded.
 
     Raises:
         UnsupportedModelError: As it says.
@@ -32,7 +32,7 @@ def check_wanted(config: EngineConfig, details: Details) -> None:
 
 
 class Trials:
-    """The trials of one model: of images, and of audio beside images if it takes these.
+    """The trials of one model: of images, of audio beside them if it takes these, and of videos beside both.
 
     Args:
         config: What is wanted.
@@ -71,19 +71,25 @@ class Trials:
             for kind in kinds:
                 self.refused[kind] = _unprocessed(error)
             return
+        if "video" in kinds and not hasattr(prepares, "video_processor"):
+            self.refused["video"] = UNENCODED["video"]
+            kinds.remove("video")
         key = details.checkpoint.media_key
         for kind in kinds:
 
             def tried(one_audio: bool, kind: Kind = kind) -> Any:
                 both = [*self._passed, kind]
-                trial = MediaTrial(model, layers, prepares, both, key, details.device, one_audio)
+                looked_ahead = self.widest is not None and self.widest.looks_ahead
+                trial = MediaTrial(
+                    model, layers, prepares, both, key, details.device, one_audio, details.max_length, looked_ahead
+                )
                 if kind == "audio":
                     trial.check_repeats(model)
                 trial.run(model, trial.layers_of(layers), backend)
                 return trial
 
             try:
-                self._passed[kind] = tried(False) if kind == "image" else _with_one_at_least(tried)
+                self._passed[kind] = _with_one_at_least(tried) if kind == "audio" else tried(False)
             except Exception as error:  # whatever is in a processor or an encoder
                 self.refused[kind] = reason_of(error)
 

@@ -438,9 +438,10 @@ async def test_images_are_seen_beside_captured_steps(
 ) -> None:
     """Steps with images are executed, decodes of their answers replayed."""
     sighted_checkpoints = pytest.importorskip("tests.model.media.checkpoints", exc_type=ImportError)
-    trial = importlib.import_module("asyncengine.model.media.trial")
+    samples = importlib.import_module("asyncengine.model.media.samples")
     path = sighted_checkpoints.write(tmp_path / "checkpoint", architecture, text_config={"num_hidden_layers": 1})
-    monkeypatch.setattr(trial, "_LARGE", (64, 64))
+    monkeypatch.setattr(samples, "_LARGE", (64, 64))
+    monkeypatch.setattr(samples, "_LARGE_FRAMES", (64, 64, 2))
     config = EngineConfig(
         str(path), device="cuda", dtype="float32", max_num_sequence=2, max_total_sequence_length=256,
         prefill_chunk_size=32, graph_capture="load", decoder_backend="transformers", images=True,

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of models that look at images, and what transformers makes of them. None is downloaded."""
+"""Tiny random checkpoints of models that look, and what transformers makes of them. None is downloaded."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ class Architecture:
     video_processor: dict[str, Any] | None = None
     needs: tuple[str, ...] = ()
     """Packages that transformers' processor of it asks for."""
+    film: str = ""
+    """What the chat template writes for a video."""
 
 
 TEXT: dict[str, Any] = {
@@ -76,6 +78,8 @@ QWEN_IMAGES: dict[str, Any] = {
     "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "temporal_patch_size": 2, "merge_size": 2,
     "size": {"shortest_edge": 256, "longest_edge": 2560},
 }  # fmt: skip
+QWEN_VIDEOS = QWEN_IMAGES | {"image_processor_type": None}
+QWEN_FILM = "<|vision_start|><|video_pad|><|vision_end|>"
 QWEN3_TOWER = QWEN_TOWER | {
     "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "num_position_embeddings": 64,
 }  # fmt: skip
@@ -86,7 +90,7 @@ INTERLEAVED = MROPE | {"mrope_interleaved": True}
 def _qwen(config: str, text: dict[str, Any], vision: dict[str, Any], named: str, video: str) -> Architecture:
     return Architecture(
         config, text, vision, QWEN_VALUES, named, QWEN_IMAGES, "<|vision_start|><|image_pad|><|vision_end|>",
-        QWEN_TOKENS, video_processor=QWEN_IMAGES | {"image_processor_type": None, "video_processor_type": video},
+        QWEN_TOKENS, video_processor=QWEN_VIDEOS | {"video_processor_type": video}, film=QWEN_FILM,
     )  # fmt: skip
 
 
@@ -145,7 +149,8 @@ def _gemma4(text: dict[str, Any]) -> Architecture:
             "boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>", "boa_token": "<|audio>",
             "eoa_token": "<audio|>", "audio_token": "<|audio|>",
         }, {"image_seq_length": 70, "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"}},
-        {"video_processor_type": "Gemma4VideoProcessor"},
+        {"video_processor_type": "Gemma4VideoProcessor", "patch_size": 4, "pooling_kernel_size": 2,
+         "max_soft_tokens": 70}, film="<|video|>",
     )  # fmt: skip
 
 
@@ -216,14 +221,19 @@ VISION: dict[str, Architecture] = {
         }, "<IMG_CONTEXT>\n", ("<img>", "</img>", "<IMG_CONTEXT>", "<video>"), {
             "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
             "video_token": "<video>",
-        }, {"image_seq_length": 4}, {"video_processor_type": "InternVLVideoProcessor"},
+        }, {"image_seq_length": 4}, {
+            "video_processor_type": "InternVLVideoProcessor", "size": {"height": 16, "width": 16},
+        }, film="<video>\n",
     ),
     "smolvlm": Architecture(
         "SmolVLMConfig", TEXT | {"model_type": "llama"}, VISION_TOWER | {"image_size": 16},
         {"image_token_id": "<image>", "scale_factor": 2, "pad_token_id": END}, "SmolVLMProcessor", {
             "image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 32},
             "max_image_size": {"longest_edge": 16}, "do_image_splitting": True,
-        }, "<image>", SMOLVLM_TOKENS, {}, {"image_seq_len": 4}, {"video_processor_type": "SmolVLMVideoProcessor"},
+        }, "<image>", SMOLVLM_TOKENS, {}, {"image_seq_len": 4}, {
+            "video_processor_type": "SmolVLMVideoProcessor", "size": {"longest_edge": 32},
+            "max_image_size": {"longest_edge": 16},
+        }, film="<video>",
         needs=("num2words",),
     ),
     "idefics3": Architecture(
@@ -265,13 +275,15 @@ VISION: dict[str, Architecture] = {
             "image_grid_pinpoints": PINPOINTS,
         }, "<image>\n", ("<image>", "<video>"), {"image_token": "<image>", "video_token": "<video>"}, {
             "num_image_tokens": 4, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
-        }, {"video_processor_type": "LlavaOnevisionVideoProcessor"},
+        }, {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": {"height": 16, "width": 16}},
+        film="<video>\n",
     ),
     "glm4v": Architecture(
         "Glm4vConfig", GLM_TEXT, GLM_TOWER, GLM_VALUES, "Glm4vProcessor", GLM_IMAGES,
         "<|begin_of_image|><|image|><|end_of_image|>", GLM_TOKENS,
         {"image_token": "<|image|>", "video_token": "<|video|>"},
-        video_processor={"video_processor_type": "Glm4vVideoProcessor"},
+        video_processor=GLM_IMAGES | {"image_processor_type": None, "video_processor_type": "Glm4vVideoProcessor"},
+        film="<|begin_of_video|><|video|><|end_of_video|>",
     ),
     "aya_vision": Architecture(
         "AyaVisionConfig", COHERE2, VISION_TOWER | SIGLIP,
@@ -358,7 +370,9 @@ VISION: dict[str, Architecture] = {
             "size": {"max_height": 48, "max_width": 48},
         }, "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>\n", (
             "<|media_begin|>", "<|media_content|>", "<|media_pad|>", "<|media_end|>", "<|kimi_k25_video_placeholder|>",
-        ), video_processor={"video_processor_type": "Kimi_K25VideoProcessor"}, needs=("torchvision",),
+        ), video_processor={
+            "video_processor_type": "Kimi_K25VideoProcessor", "patch_size": 4, "merge_size": 2, "max_patches": 160,
+        }, film="<|kimi_k25_video_placeholder|>", needs=("torchvision",),
     ),
     "minicpmv4_6": Architecture(
         "MiniCPMV4_6Config", DELTA | {"model_type": "qwen3_5_text"},
@@ -376,7 +390,8 @@ VISION: dict[str, Architecture] = {
             "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>",
         }, video_processor={
             "video_processor_type": "MiniCPMV4_6VideoProcessor", "slice_mode": True, "downsample_mode": "16x",
-        },
+            "patch_size": 4, "scale_resolution": 32, "max_slice_nums": 1,
+        }, film="<|video_pad|>",
     ),
     "idefics2": Architecture(
         "Idefics2Config", TEXT | {"model_type": "mistral", "sliding_window": None}, VISION_TOWER | {"image_size": 32}, {
@@ -395,7 +410,8 @@ VISION: dict[str, Architecture] = {
         "Glm46VConfig", GLM_TEXT, GLM_TOWER, GLM_VALUES, "Glm46VProcessor",
         GLM_IMAGES | {"image_processor_type": "Glm46VImageProcessor"}, "<|begin_of_image|><|image|><|end_of_image|>",
         GLM_TOKENS, {"image_token": "<|image|>", "video_token": "<|video|>"},
-        video_processor={"video_processor_type": "Glm46VVideoProcessor"},
+        video_processor=GLM_IMAGES | {"image_processor_type": None, "video_processor_type": "Glm46VVideoProcessor"},
+        film="<|begin_of_video|><|video|><|end_of_video|>",
     ),
     "ernie4_5_vl_moe": Architecture(
         "Ernie4_5_VLMoeConfig", TEXT | {
@@ -421,7 +437,7 @@ VISION: dict[str, Architecture] = {
             "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"],
         }, QWEN_VALUES | {"projector_hidden_size": 48}, "Lfm3VlProcessor", QWEN_IMAGES,
         "<|vision_start|><|image_pad|><|vision_end|>", QWEN_TOKENS,
-        video_processor={"video_processor_type": "Qwen3VLVideoProcessor"},
+        video_processor=QWEN_VIDEOS | {"video_processor_type": "Qwen3VLVideoProcessor"}, film=QWEN_FILM,
     ),
     "lighton_ocr": Architecture(
         "LightOnOcrConfig", TEXT | {"model_type": "qwen3", "head_dim": 16},
@@ -442,7 +458,8 @@ VISION: dict[str, Architecture] = {
             "fullatt_block_indexes": [1], "num_key_value_heads": 1,
         }, {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}, "Exaone4_5_Processor", QWEN_IMAGES,
         "<vision><|image_pad|></vision>", ("<vision>", "</vision>", "<|image_pad|>", "<|video_pad|>"),
-        video_processor={"video_processor_type": "Qwen2VLVideoProcessor"},
+        video_processor=QWEN_VIDEOS | {"video_processor_type": "Qwen2VLVideoProcessor"},
+        film="<vision><|video_pad|></vision>",
     ),
 }  # fmt: skip
 
@@ -497,7 +514,8 @@ def template(architecture: str) -> str:
     return (
         "{% for message in messages %}{{ message['role'] }}: {% if message['content'] is string %}"
         "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-        "{{ " + json.dumps(VISION[architecture].placeholder) + " }}{% elif part['type'] == 'text' %}{{ part['text'] }}"
+        "{{ " + json.dumps(VISION[architecture].placeholder) + " }}{% elif part['type'] == 'video' %}"
+        "{{ " + json.dumps(VISION[architecture].film) + " }}{% elif part['type'] == 'text' %}{{ part['text'] }}"
         "{% endif %}{% endfor %}{% endif %}{{ '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
@@ -546,13 +564,44 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
 _processor = functools.lru_cache(maxsize=4)(processor)
 
 
-def inputs(path: Path, messages: list[dict[str, Any]], images: list[Image.Image]) -> Any:
+@dataclass(frozen=True, eq=False)
+class Film:
+    """Frames that are all looked at, and how many of them there were in a second."""
+
+    frames: numpy.ndarray[Any, numpy.dtype[numpy.uint8]]
+    fps: float
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What transformers is told of it."""
+        count, height, width, _ = self.frames.shape
+        return {
+            "total_num_frames": count, "fps": self.fps, "duration": count / self.fps, "height": height, "width": width,
+            "frames_indices": list(range(count)),
+        }  # fmt: skip
+
+
+def film(seed: int, frames: int, width: int, height: int, fps: float = 2.0) -> Film:
+    """A random film, always the same for a seed."""
+    drawn = numpy.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=numpy.uint8)
+    return Film(drawn, fps)
+
+
+def _filmed(films: Sequence[Film]) -> dict[str, Any]:
+    if not films:
+        return {}
+    told = {"video_metadata": [each.metadata for each in films], "do_sample_frames": False}
+    return {"videos": [each.frames for each in films], "videos_kwargs": told}
+
+
+def inputs(path: Path, messages: list[dict[str, Any]], images: list[Image.Image], films: Sequence[Film] = ()) -> Any:
     """What transformers' processor makes of a conversation."""
     made = _processor(path)
     rendered = made.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, for how one of the processors copies a tensor
-        return made(text=[rendered], images=[images] if images else None, return_tensors="pt").to(torch.float32)
+        given = {"images": [images] if images else None, **_filmed(films)}
+        return made(text=[rendered], return_tensors="pt", **given).to(torch.float32)
 
 
 def load(path: Path) -> Any:
@@ -569,7 +618,12 @@ def loaded(path: Path) -> Any:
 
 
 def reference(
-    path: Path, messages: list[dict[str, Any]], images: list[Image.Image], max_tokens: int, **more: Any
+    path: Path,
+    messages: list[dict[str, Any]],
+    images: list[Image.Image],
+    max_tokens: int,
+    films: Sequence[Film] = (),
+    **more: Any,
 ) -> list[int]:
     """Greedy tokens by transformers alone; no token ends it.
 
@@ -578,9 +632,10 @@ def reference(
         messages: The conversation.
         images: In it.
         max_tokens: How many tokens.
+        films: In it.
         more: For its `generate`.
     """
-    given = inputs(path, messages, images)
+    given = inputs(path, messages, images, films)
     settings = {"do_sample": False, "max_new_tokens": max_tokens, "eos_token_id": None, "pad_token_id": END}
     made = loaded(path).generate(**given, **settings, **more)
     return made[0, given["input_ids"].shape[1] :].tolist()
@@ -592,6 +647,7 @@ def likeliest(
     images: list[Image.Image],
     tokens: Sequence[int],
     allowed: Sequence[int] = range(VOCABULARY),
+    films: Sequence[Film] = (),
 ) -> list[int]:
     """What transformers finds the likeliest after a conversation, after it and the first token, and so on.
 
@@ -603,11 +659,14 @@ def likeliest(
         images: In it.
         tokens: What was said.
         allowed: All that may be said.
+        films: In it.
     """
     model = loaded(path)
-    if model.config.image_token_id in tokens:  # in one forward, it would be taken for what stands for an image
-        return reference(path, messages, images, len(tokens), suppress_tokens=sorted({*range(VOCABULARY)} - {*allowed}))
-    given = dict(inputs(path, messages, images))
+    standing = {model.config.image_token_id, getattr(model.config, "video_token_id", None)}
+    if not standing.isdisjoint(tokens):  # in one forward, it would be taken for what stands for an image
+        forbidden = sorted({*range(VOCABULARY)} - {*allowed})
+        return reference(path, messages, images, len(tokens), films, suppress_tokens=forbidden)
+    given = dict(inputs(path, messages, images, films))
     prompt, said = given["input_ids"], torch.tensor([tokens[:-1]])
     more = {"input_ids": said, "attention_mask": torch.ones_like(said)}
     for name, value in given.items():

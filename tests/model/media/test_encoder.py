@@ -53,7 +53,7 @@ def test_an_error_of_the_encoder_says_of_which_image(
     def fail(*arguments: Any, **keywords: Any) -> None:
         raise IndexError("no such position")
 
-    monkeypatch.setattr(encoder, "_look", fail)
+    monkeypatch.setitem(encoder._look, "image", fail)
     with pytest.raises(MediaFailure, match="an image cannot be encoded: no such position") as caught:
         encoder.features(first)
     assert caught.value.digest == first.digest
