@@ -7,7 +7,7 @@ blocks of the prefix cache where what stands in them is the same, too.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -42,6 +42,9 @@ or a `Video` of one of them."""
 Sources = Mapping[Kind, Sequence[Any]]
 """By kind, `ImageSource`, `AudioSource` or `VideoSource` in the order of their marks in the prompt."""
 
+_HIGHEST_FPS = sys.float_info.max
+"""Integers may be larger than what a float can be."""
+
 Write = Callable[[Callable[[str], list[int]]], list[int]]
 """Writes a prompt by a function that encodes each piece of text of it."""
 
@@ -65,7 +68,9 @@ class Video:
         fps, frames = self.fps, self.num_frames
         if isinstance(self.source, Video):
             raise InvalidRequestError("a video's source is another Video; expected a file or frames")
-        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps < math.inf):
+        if fps is not None and (
+            isinstance(fps, bool) or not isinstance(fps, (int, float)) or not 0 < fps <= _HIGHEST_FPS
+        ):
             raise InvalidRequestError(f"a video's fps is {fps!r:.40}; expected frames in a second, more than 0")
         if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
             raise InvalidRequestError(f"a video's num_frames is {frames!r:.40}; expected 1 or more")

@@ -24,7 +24,7 @@ from asyncengine.loop.prepare import RequestOptions
 from asyncengine.loop.stream import RequestStream
 from asyncengine.loop.transcript_requests import Aborted, Asked, Configured, TranscriptRequests
 from asyncengine.media import AudioPrompt
-from asyncengine.outputs import FinishReason, Transcript, TranscriptSegment, Usage
+from asyncengine.outputs import FinishReason, Transcript, TranscriptDelta, TranscriptSegment, Usage
 from asyncengine.step.model import ModelView
 from asyncengine.transcription import AudioPiece, Quality, Transcribing, TranscriptionPrompt
 
@@ -78,8 +78,7 @@ class Hearing:
         self._transcribing: Transcribing = transcribing_of(view)
         assert view.config.max_num_sequence is not None
         self._room = asyncio.Semaphore(view.config.max_num_sequence + _AHEAD)
-        self._told = InOrder(tell or (lambda delta: None))
-        self._gives_out = tell is not None
+        self._tell, self._told = tell, InOrder(self._give_out)
         self._usages: list[tuple[int, Usage]] = []  # and of which piece
         self._reasons: set[FinishReason] = set()
         self._prompt = self._asked.prompt
@@ -197,6 +196,13 @@ class Hearing:
             group.start_soon(self._noting_failure, group, self._hear, index, piece, attempt, again)
             del piece, attempt, again
 
+    def _give_out(self, delta: TranscriptDelta) -> None:
+        """Tells it, unless all has failed: who was woken before that comes to its next await, and would tell what is
+        told once more where all begins anew.
+        """
+        if self._tell is not None and self._failure is None:
+            self._tell(delta)
+
     async def _attempt(
         self, index: int, prompt: TranscriptionPrompt, temperature: float | None = None
     ) -> _Attempt | None:
@@ -218,7 +224,7 @@ class Hearing:
         except Aborted:
             pass
         except Reloaded:
-            if not self._gives_out or not self._told.begun:
+            if self._tell is None or not self._told.begun:
                 raise
         self._reasons.add(FinishReason.ABORT)
         return None

@@ -227,10 +227,12 @@ def _video(part: dict[str, Any], where: str, most: MediaLimits) -> MediaFile:
 
 def _of_frames(part: dict[str, Any], where: str) -> dict[str, Any]:
     said = {name: part[name] for name in _OF_FRAMES if part.get(name) is not None}
-    try:
-        Video(b"", **said)
-    except InvalidRequestError as error:
-        raise refusal(f"{where}.{next(iter(said))}", f"is not what a video may have: {error}") from error
+    for name in (*said, None):
+        try:
+            Video(b"", **(said if name is None else {name: said[name]}))
+        except InvalidRequestError as error:
+            field = next(iter(said)) if name is None else name
+            raise refusal(f"{where}.{field}", f"is not what a video may have: {error}") from error
     return said
 
 

@@ -22,7 +22,9 @@ from asyncengine import (
     TranscriptionFallback,
     TranscriptSegment,
 )
+from asyncengine.loop.hearing import Reloaded
 from asyncengine.loop.in_order import InOrder
+from asyncengine.loop.transcript_requests import TranscriptRequests
 from asyncengine.testing import media
 from asyncengine.testing.media import MARKS, ScriptedTranscription, pieces_of
 from asyncengine.transcription import AudioPiece, LanguageQuestion, Quality
@@ -343,6 +345,34 @@ async def test_another_model_in_the_middle(rig: Rig) -> None:
         transcript = await stream
         assert transcript.finish_reason is FinishReason.ABORT and transcript.text == text != (await whole).text
         assert (await whole).finish_reason is FinishReason.STOP
+        await made.comes_to_rest()
+
+
+async def test_what_comes_when_it_begins_anew_is_not_given_out_twice(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece whose text is there when another finds that the model has gone cannot be cancelled before it tells it."""
+    add, result = TranscriptRequests.add, TranscriptRequests.result
+    both, added = asyncio.Event(), 0
+
+    async def adding(self: Any, *given: Any) -> Any:
+        nonlocal added
+        added += 1
+        if added == 2:
+            await both.wait()
+            raise Reloaded
+        return await add(self, *given)
+
+    async def reading(self: Any, stream: Any, each: Any) -> Any:
+        if added == 2:
+            asyncio.get_running_loop().call_soon(both.set)
+            await both.wait()
+            each("one", [])
+        return await result(self, stream, each)
+
+    monkeypatch.setattr(TranscriptRequests, "add", adding)
+    monkeypatch.setattr(TranscriptRequests, "result", reading)
+    async with rig as made:
+        text, _, _ = await read(made.engine.transcribe(AUDIO, language="en"))
+        assert text == WHOLE and added == 2 + 5
         await made.comes_to_rest()
 
 

@@ -19,6 +19,9 @@ MOST_PIXELS = 1 << 28
 MOST_FRAMES = 1 << 12
 """That are looked at."""
 
+MOST_SECONDS = 1 << 20
+"""From the first frame of a video to the last: twelve days. Models count them in tokens' positions."""
+
 _EXPECTED = (
     "expected bytes of a file, a pathlib.Path, a data: URL, a list of PIL images, a (frames, height, width, 3) array "
     "of uint8, or a Video of one of them"
@@ -84,6 +87,7 @@ def frames_of(source: VideoSource, choose: Choose, usual_fps: float) -> Frames:
     if video.num_frames is not None:
         raise InvalidRequestError(f"a video has num_frames {video.num_frames}; of given frames, all are looked at")
     stated = Stated(len(shown), float(video.fps or usual_fps), shown.shape[2], shown.shape[1])
+    check_length(stated)
     return Frames(shown, list(range(len(shown))), stated)
 
 
@@ -101,13 +105,26 @@ def check_size(frames: int, width: int, height: int) -> None:
         )
 
 
+def check_length(stated: Stated) -> None:
+    """Whether a video may be so long.
+
+    Raises:
+        InvalidRequestError: It may not.
+    """
+    if (seconds := stated.frames / stated.fps) > MOST_SECONDS:
+        raise InvalidRequestError(
+            f"a video of {stated.frames} frames, {stated.fps:g} in a second, is {seconds:g} s long; allowed: "
+            f"{MOST_SECONDS}"
+        )
+
+
 def _given(source: Any) -> Pixels:
     """(frames, height, width, 3) of frames as a caller gives them."""
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 4 or source.shape[3] != 3:
             raise InvalidRequestError(f"a video is an array of {source.shape} {source.dtype}; {_EXPECTED}")
         check_size(*(source.shape[axis] for axis in (0, 2, 1)))
-        return np.ascontiguousarray(source)
+        return np.require(source, requirements=("C", "W"))  # torch warns of those that it may not write
     if not isinstance(source, (list, tuple)):
         raise InvalidRequestError(f"a video is {source!r:.80}; {_EXPECTED}")
     if not source:

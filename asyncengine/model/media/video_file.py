@@ -20,7 +20,7 @@ from asyncengine.errors import InvalidRequestError
 from asyncengine.media import Video
 from asyncengine.model.media import pictures
 from asyncengine.model.media.data_urls import data_of
-from asyncengine.model.media.frames import Choose, Frames, Pixels, Stated, check_size
+from asyncengine.model.media.frames import Choose, Frames, Pixels, Stated, check_length, check_size
 
 FORMATS = ("mp4", "mov", "matroska", "webm", "avi", "mpegts", "mpeg")
 """FFmpeg's names of what is read."""
@@ -82,8 +82,8 @@ def _taken(container: Any, video: Video, choose: Choose) -> Frames:
     if stream is None:
         raise InvalidRequestError("a video's file has no video in it")
     codec = stream.codec_context
-    if codec.name not in CODECS:
-        raise InvalidRequestError(f"a video is in {codec.name}, which is not decoded here")
+    if (name := getattr(codec, "name", "a codec that FFmpeg does not know")) not in CODECS:
+        raise InvalidRequestError(f"a video is in {name}, which is not decoded here")
     width, height = codec.width, codec.height
     if not 0 < width * height <= pictures.MOST_PIXELS:
         raise InvalidRequestError(f"a video has {width} x {height} pixels; allowed: 1..{pictures.MOST_PIXELS}")
@@ -94,7 +94,9 @@ def _taken(container: Any, video: Video, choose: Choose) -> Frames:
     codec.thread_count = 1
     codec.options = {"max_pixels": _OPTIONS["max_pixels"]}
     for _ in range(2):
-        indices = [int(index) for index in choose(Stated(count, float(rate), width, height), video)]
+        stated = Stated(count, float(rate), width, height)
+        _check_asked(stated, video)
+        indices = [int(index) for index in choose(stated, video)]
         check_size(len(indices), width, height)
         if (last := indices[-1] + 1) * width * height > MOST_DECODED_PIXELS:
             raise InvalidRequestError(
@@ -109,6 +111,21 @@ def _taken(container: Any, video: Video, choose: Choose) -> Frames:
             break
         count = number  # of some packets, nothing is shown
     raise InvalidRequestError(f"a video is damaged: {number} of its {count} frames can be decoded")
+
+
+def _check_asked(stated: Stated, video: Video) -> None:
+    """Whether frames may be chosen. Processors list as many as they are asked for before they find them too many.
+
+    Raises:
+        InvalidRequestError: The video is too long, or more of its frames are asked for than it may have.
+    """
+    check_length(stated)
+    if video.num_frames is not None:
+        check_size(video.num_frames, 1, 1)
+    if video.fps is not None and stated.frames / stated.fps * video.fps > MOST_FILE_FRAMES:
+        raise InvalidRequestError(
+            f"a video's fps is {video.fps:g}, in all more than the {MOST_FILE_FRAMES} frames that a file may have"
+        )
 
 
 def _count(container: Any, stream: Any) -> int:

@@ -15,19 +15,24 @@ from asyncengine.model.media.frames import frames_of
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, 8, 10, 3), dtype=np.uint8)
 
 
+FIXED = FRAMES.copy()
+FIXED.flags.writeable = False
+
+
 def taken(source: Any) -> Any:
     return frames_of(source, lambda stated, video: pytest.fail("of given frames, none are chosen"), 2.0)
 
 
 @pytest.mark.parametrize(
     "source",
-    [FRAMES, list(FRAMES), tuple(Image.fromarray(frame) for frame in FRAMES), FRAMES[:, ::-1][:, ::-1]],
-    ids=["array", "arrays", "pictures", "view"],
+    [FRAMES, list(FRAMES), tuple(Image.fromarray(frame) for frame in FRAMES), FRAMES[:, ::-1][:, ::-1], FIXED],
+    ids=["array", "arrays", "pictures", "view", "read-only"],
 )
 def test_forms_of_the_same_frames(source: Any) -> None:
     for video, fps in ((source, 2.0), (Video(source), 2.0), (Video(source, fps=12.5), 12.5)):
         found = taken(video)
         assert np.array_equal(found.shown, FRAMES)
+        assert found.shown.flags.c_contiguous and found.shown.flags.writeable
         assert found.indices == [0, 1, 2]
         assert (found.of.frames, found.of.fps, found.of.width, found.of.height) == (3, fps, 10, 8)
 
@@ -62,6 +67,7 @@ def test_frames_are_made_rgb() -> None:
         ([Image.new("1", (1, 1))] * 5000, r"5000 frames of a video are to be looked at; allowed: 1\.\.4096"),
         ([Image.new("1", (3000, 3000))] * 30, "30 frames of 3000 x 3000 pixels .* allowed: 268435456 pixels together"),
         (Video(FRAMES, num_frames=2), "num_frames 2; of given frames, all are looked at"),
+        (Video(FRAMES, fps=1e-9), "a video of 3 frames, 1e-09 in a second, is 3e.09 s long; allowed: 1048576"),
     ],
 )
 def test_what_are_no_frames(source: Any, message: str) -> None:
@@ -77,6 +83,7 @@ def test_what_are_no_frames(source: Any, message: str) -> None:
         ({"fps": True}, "fps is True"),
         ({"fps": float("inf")}, "fps is inf"),
         ({"fps": float("nan")}, "fps is nan"),
+        ({"fps": 10**400}, "fps is 1000"),
         ({"num_frames": 0}, "num_frames is 0; expected 1 or more"),
         ({"num_frames": 2.0}, "num_frames is 2.0"),
         ({"num_frames": 2, "fps": 1}, "has fps 1 and num_frames 2; allowed: one of them"),

@@ -121,6 +121,8 @@ def test_what_is_in_a_codec_that_is_not_decoded_here() -> None:
     file = file_of(ramp(3), codec="ffv1", format="matroska")
     with pytest.raises(InvalidRequestError, match="a video is in ffv1, which is not decoded here"):
         taken(file, 0)
+    with pytest.raises(InvalidRequestError, match="in a codec that FFmpeg does not know, which is not decoded here"):
+        taken(file_of(ramp(3), codec="libvpx-vp9", format="matroska").replace(b"V_VP9", b"V_XYZ"), 0)
 
 
 @pytest.mark.parametrize("format", ["nut", "flv"])
@@ -167,6 +169,25 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch)
             taken(FILE, 0, 20)
     with pytest.raises(InvalidRequestError, match="5000 frames of a video are to be looked at"):
         taken(FILE, *[0] * 5000)
+
+
+@pytest.mark.parametrize(
+    ("said", "rate", "message"),
+    [
+        ({"fps": 1e9}, None, "a video's fps is 1e.09, in all more than the 1048576 frames that a file may have"),
+        ({"num_frames": 1 << 31}, None, "2147483648 frames of a video are to be looked at"),
+        ({}, 1e-7, "a video of 24 frames, 1e-07 in a second, is 2.4e.08 s long; allowed: 1048576"),
+    ],
+)
+def test_what_is_asked_is_looked_at_before_any_frame_is_chosen(
+    said: dict[str, Any], rate: float | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some processors list as many as they are asked for before they find that they are too many."""
+    if rate is not None:
+        stated = video_file.Stated
+        monkeypatch.setattr(video_file, "Stated", lambda frames, fps, *size: stated(frames, rate, *size))
+    with pytest.raises(InvalidRequestError, match=message):
+        video_file.decoded(Video(FILE, **said), lambda stated, video: pytest.fail("frames were chosen"))
 
 
 def test_a_file_that_lies_about_its_size() -> None:
