@@ -87,6 +87,10 @@ def _audio(part: Mapping[str, Any]) -> AudioSource:
 def _video(part: Mapping[str, Any]) -> Video:
     name, value = _only(part, _VIDEO_SOURCES, "video", _VIDEO_FORMS)
     if isinstance(value, Mapping):
+        if within := [each for each in ("fps", "num_frames") if value.get(each) is not None]:
+            raise InvalidRequestError(
+                f"messages has a video part with {within[0]} in its {name}; expected it beside that"
+            )
         name, value = ("base64", value.get("data")) if name == "input_video" else (name, value.get("url"))
     if value is None:
         raise InvalidRequestError(f"messages has a video part without a video; expected {_VIDEO_FORMS}")

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncengine.loop.engine import AsyncEngine
@@ -74,6 +75,8 @@ class Gate:
             else:
                 with observer.within(headers):
                     await self._app(scope, receive, answer)
+        except ClientDisconnect:  # in the middle of its body, say: nobody is left to be answered
+            pass
         except Exception as error:
             names = {**NAMES, **scope["state"].get("names", {})}
             refusal = refusal_of(error, names, self._settings.retry_after_seconds)

@@ -218,6 +218,10 @@ def _audio(part: dict[str, Any], where: str, most: MediaLimits) -> MediaFile:
 
 def _video(part: dict[str, Any], where: str, most: MediaLimits) -> MediaFile:
     field, given = f"{where}.{part['type']}", part.get(part["type"])
+    within = given if isinstance(given, dict) else {}
+    for name in _OF_FRAMES:
+        if within.get(name) is not None:
+            raise refusal(f"{field}.{name}", f"stands in the wrong place; expected {where}.{name}")
     if part["type"] == "input_video" and isinstance(given, dict) and isinstance(given.get("data"), str):
         return EncodedFile(given["data"], 0, f"{field}.data")
     if isinstance(given, dict):

@@ -101,6 +101,10 @@ async def test_forms_of_videos_in_messages(monkeypatch: pytest.MonkeyPatch) -> N
             ({"type": "video_url", "video_url": {}}, "a video part without a video"),
             ({"type": "input_video", "input_video": {"data": "!"}}, "a video part whose base64 is none"),
             ({"type": "video", "video": LONG, "fps": -1}, "fps is -1"),
+            (
+                {"type": "video_url", "video_url": {"url": LONG.decode(), "fps": 1}},
+                "with fps in its video_url; expected",
+            ),
             ({"type": "video", "video": Video(LONG), "num_frames": 1}, "beside a Video, which has them"),
         ):
             with pytest.raises(InvalidRequestError, match=message):

@@ -278,14 +278,19 @@ def test_settings_come_as_one_value_or_as_fields() -> None:
         create_app(engine, colour="red")
 
 
-async def test_a_client_that_sends_half_a_request_leaves_nothing_behind() -> None:
+async def test_a_client_that_sends_half_a_request_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "asyncengine.server")
     async with echo_engine() as engine:
         app = create_app(engine)
+        traffic = app.state.service.traffic
         async with listening(app) as url:
             _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
             writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n")
             writer.write(b"content-length: 100\r\n\r\n{")
-            await writer.drain()
+            await until(lambda: traffic.active == 1)
             writer.close()
+            await until(lambda: traffic.active == 0)
+            [told] = [record for record in caplog.records if record.name == "asyncengine.server"]
+            assert told.levelname == "INFO" and " 499 " in told.getMessage()  # no error: nobody was to be answered
             async with httpx.AsyncClient(trust_env=False) as client:
                 assert (await client.get(f"{url}/health")).status_code == 200

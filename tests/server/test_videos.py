@@ -119,6 +119,11 @@ async def test_they_are_fetched_from_where_it_is_allowed(read: list[Any]) -> Non
         (video_url(num_frames="8"), "num_frames", "num_frames is '8'; expected 1 or more"),
         (video_url(fps=1, num_frames=8), "fps", "allowed: one of them"),
         (video_url(fps=1, num_frames=0), "num_frames", "num_frames is 0; expected 1 or more"),
+        (
+            {"type": "video_url", "video_url": {"url": url(FILE), "num_frames": 8}},
+            "video_url.num_frames",
+            "stands in the wrong place; expected messages[0].content[1].num_frames",
+        ),
     ],
 )
 async def test_what_is_wrong_is_said_with_its_field(part: dict[str, Any], field: str, says: str) -> None:
