@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import os
+import threading
 from collections.abc import AsyncIterable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
@@ -280,8 +283,28 @@ def media_readers() -> anyio.CapacityLimiter:
 
 
 async def in_thread(function: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
-    """As `typed`, on a worker thread; cancelling does not stop it."""
-    return await anyio.to_thread.run_sync(lambda: typed(function), abandon_on_cancel=True, limiter=limiter)
+    """As `typed`, on a worker thread; cancelling does not stop it, and it counts to `limiter` until its end."""
+    if limiter is None:
+        return await anyio.to_thread.run_sync(lambda: typed(function), abandon_on_cancel=True)
+    # anyio would have it count no more once nobody waits: whoever asks and leaves, again and again, would have any
+    # number of threads at work.
+    loop, borrower, taken = asyncio.get_running_loop(), object(), threading.Lock()  # taken by the thread, once
+    await limiter.acquire_on_behalf_of(borrower)
+
+    def work() -> T:
+        if not taken.acquire(blocking=False):
+            raise RuntimeError("nobody waits for it")
+        try:
+            return typed(function)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(limiter.release_on_behalf_of, borrower)
+
+    try:
+        return await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+    finally:
+        if taken.acquire(blocking=False):  # cancelled before the thread came to it
+            limiter.release_on_behalf_of(borrower)
 
 
 def _check_messages(messages: object, view: ModelView) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 from typing import Any
 
 import pytest
 
 from asyncengine import (
+    AsyncEngine,
     AudioPrompt,
     EngineConfig,
     GenerationConfig,
@@ -17,7 +19,9 @@ from asyncengine import (
     Video,
     VideoPrompt,
 )
+from asyncengine.loop.encoding import _READERS, in_thread, media_readers
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, ScriptedMediaReader, pieces_of, scripted_engine
+from tests.loop.harness import eventually
 from tests.loop.media_engine import LONG, engine, script
 
 pytestmark = pytest.mark.loops("either")
@@ -109,6 +113,56 @@ async def test_forms_of_videos_in_messages(monkeypatch: pytest.MonkeyPatch) -> N
         ):
             with pytest.raises(InvalidRequestError, match=message):
                 await serving.chat([{"role": "user", "content": [form]}])
+
+
+async def test_reading_that_nobody_waits_for_counts_until_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks and leaves, again and again, has no more threads at work than others."""
+    go_on, read, begun = threading.Event(), ScriptedMediaReader.read, list[None]()
+
+    def slowly(*given: Any) -> Any:
+        begun.append(None)
+        assert go_on.wait(30)
+        return read(*given)
+
+    monkeypatch.setattr(ScriptedMediaReader, "read", slowly)
+    async with engine(looking()) as serving:
+        readers = media_readers()
+        try:
+            asked = [asyncio.ensure_future(_told(serving)) for _ in range(_READERS + 2)]
+            await eventually(lambda: readers.statistics().tasks_waiting == 2 and len(begun) == _READERS)
+            for each in asked:
+                each.cancel()
+            await asyncio.wait(asked)
+            assert readers.borrowed_tokens == _READERS
+        finally:
+            go_on.set()
+        assert await _told(serving) == answer(("video", LONG))
+        await eventually(lambda: readers.borrowed_tokens == 0)
+
+
+async def test_reading_that_is_left_before_its_thread_begins_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    works: list[Any] = []
+
+    async def never(work: Any, **_: Any) -> None:
+        works.append(work)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("anyio.to_thread.run_sync", never)
+    readers = media_readers()
+    reading = asyncio.ensure_future(in_thread(lambda: pytest.fail("it was read"), readers))
+    await eventually(lambda: works)
+    assert readers.borrowed_tokens == 1
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert readers.borrowed_tokens == 0
+    with pytest.raises(RuntimeError, match="nobody waits for it"):  # should the thread come to it yet
+        works[0]()
+    assert readers.borrowed_tokens == 0
+
+
+async def _told(serving: AsyncEngine) -> list[int]:
+    return list((await serving.chat(asking(("video", LONG)))).token_ids)[:-1]
 
 
 async def test_a_prompt_with_marks() -> None:
