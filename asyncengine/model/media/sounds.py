@@ -24,6 +24,10 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000
 
 _BLOCK = 10
 """Seconds of a block."""
+_LARGEST = 2.0**32
+"""Of samples: more than there is where somebody has not scaled them. What a model's features are made of is squared and
+summed in float32, and would not be finite.
+"""
 
 _EXPECTED = (
     "expected (samples, sampling_rate) with an array of floats of one dimension, bytes of a file, a pathlib.Path or a "
@@ -206,8 +210,8 @@ def _check_rate(own: int) -> None:
 
 
 def _check_finite(samples: NDArray[Any]) -> None:
-    if not np.isfinite(samples).all():
-        raise InvalidRequestError("an audio has samples that are not finite numbers")
+    if len(samples) and not (float(samples.min()) >= -_LARGEST and float(samples.max()) <= _LARGEST):
+        raise InvalidRequestError("an audio has samples that are not finite numbers, or far from -1 to 1")
 
 
 def _check_size(frames: int, channels: int) -> None:

@@ -80,6 +80,8 @@ def test_other_rates_are_resampled_as_transformers_does() -> None:
         ((TONE[:0], RATE), "has no samples"),
         ((np.append(TONE, np.float32("nan")), RATE), "not finite"),
         ((np.append(TONE, np.float32("inf")), RATE), "not finite"),
+        ((np.append(TONE.astype(np.float64), 1e300), RATE), "far from -1 to 1"),
+        ((np.append(TONE, np.float32(-1e20)), RATE), "far from -1 to 1"),
         (b"not audio", "an audio of 9 bytes is damaged or no file that libsndfile reads: Format not recognised"),
         ("data:audio/wav;base64,AAAA", "an audio of 3 bytes is damaged or no file that libsndfile reads"),
         (Path(__file__), r"an audio, '.*test_sounds\.py', is damaged or no file that libsndfile reads: "),
