@@ -6,6 +6,7 @@ Tests of what models compute, to which the loop is all the same, are marked to r
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 import re
@@ -51,8 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """What the engine refuses because transformers is too old for it cannot be tested there."""
     report = yield
-    older = tuple(map(int, version("transformers").split(".")[:2])) < _TRIED
-    if older and report.failed and call.excinfo is not None:
+    if report.failed and call.excinfo is not None and _older_than_tried():  # most do not: reading a version takes long
         said = "\n".join(str(error) for error in _chain(call.excinfo.value))
         if (too_old := re.search(_TOO_OLD, said)) is not None:
             report.outcome, report.longrepr = "skipped", (str(item.path), item.reportinfo()[1] or 0, too_old[0])
@@ -62,6 +62,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 _TRIED = (5, 24)
 """The transformers that has all that is tested."""
 _TOO_OLD = r"needs? transformers 5\.\d+ or later; there is [\d.]+|module transformers has no attribute \w+Config"
+
+
+@functools.cache
+def _older_than_tried() -> bool:
+    return tuple(map(int, version("transformers").split(".")[:2])) < _TRIED
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

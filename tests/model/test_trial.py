@@ -123,9 +123,15 @@ def test_so_it_is_beside_experts(
     _refused_with(mistake, monkeypatch, checkpoint("qwen3_moe"), {"quantization": quantization, "dtype": "bfloat16"})
 
 
+_compiled = set[tuple[str, ...]]()
+"""What was seen to run as a compiled step."""
+
+
 def _refused_with(mistake: str, monkeypatch: pytest.MonkeyPatch, path: Path, settings: dict[str, str]) -> None:
     """Whether a model runs as a compiled step, but for a mistake in its parts."""
-    load(path, **settings).model.close()
+    if (model := (str(path), *settings.values())) not in _compiled:
+        load(path, **settings).model.close()
+        _compiled.add(model)
     found = built_model._Building._blueprint
     monkeypatch.setattr(findings, "recall", lambda place: None)
     monkeypatch.setattr(load_check, "recall", lambda place: None)

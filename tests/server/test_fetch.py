@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import logging
+import os
 import shutil
 import ssl
 import subprocess
@@ -36,6 +37,20 @@ anthropic = Later("anthropic")
 pytestmark = pytest.mark.loops("either")
 
 FIELD = "messages[0].content[0].image_url.url"
+
+
+create_ssl_context = httpx.create_ssl_context
+
+
+@functools.cache
+def _trusting(certificates: str | None) -> ssl.SSLContext:
+    return create_ssl_context()
+
+
+@pytest.fixture(autouse=True)
+def certificates_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take each server some 30 ms."""
+    monkeypatch.setattr(httpx, "create_ssl_context", lambda: _trusting(os.environ.get("SSL_CERT_FILE")))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,8 @@ from attention_case import TOLERANCE, dense, layer, random_row, run_paged
 from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.attention.protocol import BackendUnavailableError
-from tests.model.attention.targets import require_target
+from tests.model.attention.targets import DECODERS, compile_attention_alone, optimise_less, require_target
 
-DECODERS = """
-extern "C" void decoder_lanes() {}
-extern "C" void decoder_round() {}
-extern "C" void decoder_int8_router() {}
-extern "C" void decoder_pack_codes() {}
-extern "C" void decoder_pack() {}
-extern "C" void decoder_step() {}
-extern "C" void decoder_experts() {}
-extern "C" void decoder_product() {}
-extern "C" void decoder_products() {}
-"""
 STUB = f"""
 extern "C" int paged_attention(void *, void *, void *) {{ return 42; }}
 extern "C" void paged_attention_advise(void *, long) {{}}
@@ -48,14 +36,6 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source.write_text(STUB)
     monkeypatch.setattr(kernel, "SOURCE", source)
     return source
-
-
-@pytest.fixture
-def attention_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler takes twice as long for a decoder's step, which other tests compile for other processors."""
-    source = tmp_path / "attention.cpp"
-    source.write_text(f'#include "{kernel.SOURCE.parents[1] / "attention" / "paged_attention.cpp"}"\n{DECODERS}')
-    monkeypatch.setattr(kernel, "SOURCE", source)
 
 
 @pytest.fixture
@@ -263,40 +243,58 @@ def test_library_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 
 @needs_compiler
-@pytest.mark.usefixtures("attention_alone")
 @pytest.mark.parametrize(
-    ("target", "dtypes"),
+    ("target", "whole", "alone"),
     [
         # Each dtype takes the compiler seconds. Each of these targets converts half precision in its own way; vectors
         # of either width, and bfloat16 without instructions for it, are the same in all dtypes and on both targets.
-        ("-march=x86-64", [torch.bfloat16, torch.float16]),
-        ("-march=x86-64-v3", [torch.float32, torch.float16]),
+        # What tests of a decoder compile whole is taken from there.
+        ("-march=x86-64", [torch.bfloat16], [torch.float16]),
+        ("-march=x86-64-v3", [torch.float32], [torch.float16]),
         # These differ from this machine's own code in bfloat16 alone.
-        ("-march=x86-64-v4", [torch.bfloat16]),
-        ("-march=native -mno-amx-tile", [torch.bfloat16]),
+        ("-march=x86-64-v4", [], [torch.bfloat16]),
+        ("-march=native -mno-amx-tile", [], [torch.bfloat16]),
     ],
 )
-def test_older_processors(target: str, dtypes: Sequence[torch.dtype]) -> None:
+def test_older_processors(
+    target: str,
+    whole: list[torch.dtype],
+    alone: list[torch.dtype],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The code for processors without tiles, bfloat16 products, AVX-512, and half-precision conversions."""
     require_target(target)
-    backend = CpuAttention(kernel.kind_of(dtypes[0]), target=target.split())
+    for dtype in whole:
+        with pytest.MonkeyPatch.context() as patch:
+            if dtype is not torch.float32:
+                optimise_less(patch)
+            assert_attends(target, dtype)
+    compile_attention_alone(tmp_path, monkeypatch)
+    for dtype in alone:
+        assert_attends(target, dtype)
+
+
+def assert_attends(target: str, dtype: torch.dtype) -> None:
+    backend = CpuAttention(kernel.kind_of(dtype), target=target.split())
     spec = layer(heads=4, kv_heads=2, key_dim=23, value_dim=40, soft_cap=8.0, sliding_window=90)
-    for dtype in dtypes:
-        rows = [random_row(spec, context, new, dtype, new) for context, new in [(70, 1), (200, 33), (0, 2)]]
-        for page_size in (7, 16):
-            for row, output in zip(rows, run_paged(backend, spec, rows, page_size, dtype), strict=True):
-                torch.testing.assert_close(
-                    output.double(), dense(spec, row, None), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
-                )
-                (alone,) = run_paged(backend, spec, [row], 32, dtype, seed=1)
-                assert torch.equal(alone, output)
+    rows = [random_row(spec, context, new, dtype, new) for context, new in [(70, 1), (200, 33), (0, 2)]]
+    for page_size in (7, 16):
+        for row, output in zip(rows, run_paged(backend, spec, rows, page_size, dtype), strict=True):
+            torch.testing.assert_close(
+                output.double(), dense(spec, row, None), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+            )
+            (alone,) = run_paged(backend, spec, [row], 32, dtype, seed=1)
+            assert torch.equal(alone, output)
 
 
 @needs_compiler
-@pytest.mark.usefixtures("attention_alone")
 @pytest.mark.parametrize("target", ["-march=x86-64", "-march=x86-64-v3"])
-def test_half_precision_extremes_on_older_processors(target: str) -> None:
+def test_half_precision_extremes_on_older_processors(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     require_target(target)
+    compile_attention_alone(tmp_path, monkeypatch)
     backend, spec = CpuAttention("float16", target=[target]), layer(heads=1, kv_heads=1, key_dim=8, value_dim=16)
     row = random_row(spec, 0, 1, torch.float16, 0)
     row.values[0, 0] = torch.tensor([0.0, 6e-8, -6e-5, 65504, -65504, torch.inf, -torch.inf, 1e-7] * 2)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from attention_case import layer, random_row, run_paged
+from targets import compile_attention_alone
 
 from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
@@ -32,7 +34,10 @@ def outputs(target: tuple[str, ...] | None) -> torch.Tensor:
     """Of one case in bfloat16."""
     spec = layer(heads=4, kv_heads=2, key_dim=64, value_dim=64)
     row = random_row(spec, 300, 40, torch.bfloat16, 0)
-    return run_paged(CpuAttention("bfloat16", target=target), spec, [row], 32, torch.bfloat16)[0]
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        if target is not None:
+            compile_attention_alone(Path(directory), patch)
+        return run_paged(CpuAttention("bfloat16", target=target), spec, [row], 32, torch.bfloat16)[0]
 
 
 def test_tiles_multiply_where_there_are_some() -> None:

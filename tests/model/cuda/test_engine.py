@@ -307,16 +307,16 @@ async def test_decodes_of_recurrent_layers_are_captured(
 
     monkeypatch.setattr(TorchModel, "launch", launched)
 
-    async def work(engine: AsyncEngine) -> list[Any]:
+    async def work(engine: AsyncEngine, alone: bool = True) -> list[Any]:
         settings = GenerationConfig(max_tokens=5, temperature=0, ignore_eos=True)
         first, other = await asyncio.gather(
             engine.generate(PROMPT, settings.replace(n=2, temperature=1, seed=3, logprobs=True)),
             engine.generate([9, *PROMPT], settings),
         )
-        for seed, branch in enumerate(first.outputs, 3):  # each is what it would be alone
-            alone = await engine.generate(PROMPT, settings.replace(temperature=1, seed=seed, logprobs=True))
-            assert alone.outputs[0].token_ids == branch.token_ids
-            assert logprobs_of(alone.outputs[0]) == pytest.approx(logprobs_of(branch), abs=1e-4)
+        for seed, branch in enumerate(first.outputs if alone else (), 3):  # each is what it would be alone
+            single = await engine.generate(PROMPT, settings.replace(temperature=1, seed=seed, logprobs=True))
+            assert single.outputs[0].token_ids == branch.token_ids
+            assert logprobs_of(single.outputs[0]) == pytest.approx(logprobs_of(branch), abs=1e-4)
         turn = [9, *PROMPT, *other.token_ids, 7]
         second = await engine.generate(turn, settings.replace(max_tokens=3, logprobs=True))
         return [
@@ -340,7 +340,7 @@ async def test_decodes_of_recurrent_layers_are_captured(
         assert device.replays - replays > 5
         await engine.sleep()
         await engine.wake()
-        again = await work(engine)
+        again = await work(engine, alone=False)
     expected = await on_host(config.replace(prefix_cache_mode="disable"), work)  # where no state is copied for a turn
     for each in (found, again):
         assert each[:-2] == expected[:-2] and each[-2] == 8
@@ -351,11 +351,9 @@ async def test_decodes_of_recurrent_layers_are_captured(
 @pytest.mark.parametrize(
     ("architecture", "changes", "kernels"),
     [
-        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}, {"convolution", "delta_rule"}),
+        # One of those that a kernel serves; other tests here are of gated delta rules.
         ("kimi_linear", {"layer_types": ["linear_attention", "full_attention"]}, {"convolution", "delta_rule"}),
         ("bamba", {}, {"convolution", "selective_scan"}),
-        ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, {"convolution", "selective_scan"}),
-        ("mamba2", {}, {"convolution", "selective_scan"}),
         ("mamba", {}, {"convolution", "selective_scan"}),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, {"convolution"}),
     ],

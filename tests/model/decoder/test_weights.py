@@ -10,7 +10,7 @@ import torch
 from asyncengine.model.attention import kernel
 from asyncengine.model.attention.cpu import CpuAttention
 from asyncengine.model.decoder.weights import PackedMatrix
-from tests.model.attention.targets import require_target
+from tests.model.attention.targets import optimise_less, require_target
 
 
 def packed_plainly(weights: list[torch.Tensor], turns: int, lanes: int, pair: int) -> torch.Tensor:
@@ -44,10 +44,17 @@ def packed_plainly(weights: list[torch.Tensor], turns: int, lanes: int, pair: in
     ids=["a square", "ends", "siblings", "by turns", "least"],
 )
 def test_the_order_is_that_of_the_compiled_step(
-    sizes: list[int], turns: int, inputs: int, dtypes: list[torch.dtype], target: str | None
+    sizes: list[int],
+    turns: int,
+    inputs: int,
+    dtypes: list[torch.dtype],
+    target: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if target is not None:
         require_target(target)
+        if dtypes != [torch.float32]:
+            optimise_less(monkeypatch)
     backend = CpuAttention(kernel.kind_of(dtypes[0]), target=None if target is None else [target])
     for dtype in dtypes:
         assert_packed(backend.library(kernel.DTYPES[dtype]), sizes, turns, inputs, dtype)

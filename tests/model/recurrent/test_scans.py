@@ -39,6 +39,8 @@ def test_the_code_for_any_processor_computes_the_same(
     """Without the instructions of this one: narrower vectors, and conversions of their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(scans, "TARGETS", ((),))
+    # The branches are the same, and the compiler takes a fifth of the time.
+    monkeypatch.setattr(scans, "_FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in scans._FLAGS))
     plain = Scans(scans.build())
     torch.manual_seed(0)
     for dtype in scans.CODES:
