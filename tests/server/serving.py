@@ -94,11 +94,11 @@ def error(response: httpx.Response) -> dict[str, Any]:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Lets the loop run until something is so."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             if condition():
                 return
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)  # threads that something is waited for need the interpreter, too
 
 
 async def settled(engine: AsyncEngine) -> None:
