@@ -181,10 +181,12 @@ class Hearing:
         """Gives the model all pieces in their order, the first of them at hand; none behind one that was aborted."""
         for index in itertools.count():
             await self._room.acquire()
-            if self._requests.aborted or FinishReason.ABORT in self._reasons:
+            if FinishReason.ABORT in self._reasons:
                 return
-            piece = pieces.popleft() if pieces else await self._next()
-            if piece is None or self._requests.aborted:
+            if (piece := pieces.popleft() if pieces else await self._next()) is None:
+                return
+            if self._requests.aborted:  # also while nothing of it ran
+                self._reasons.add(FinishReason.ABORT)
                 return
             prompt = replace(self._prompt, audio=piece.audio)
             piece = replace(piece, audio=None)

@@ -90,13 +90,14 @@ class TranscriptRequests:
         Raises:
             Aborted: It did meanwhile.
         """
+        before = _times_cancelled()
         adding = asyncio.create_task(self._add([prompt], [config], options))
         added: Future[None] = Future()
         self._adding[adding] = added
         try:
             [stream] = await adding
         except asyncio.CancelledError:
-            if self.aborted and not _is_cancelled():
+            if self.aborted and _times_cancelled() == before:
                 raise Aborted from None
             raise
         else:
@@ -122,7 +123,7 @@ class TranscriptRequests:
             del self._streams[stream.number]
 
 
-def _is_cancelled() -> bool:
-    """Whether somebody has cancelled the task that runs."""
+def _times_cancelled() -> int:
+    """How often somebody has cancelled the task that runs."""
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return 0 if task is None else task.cancelling()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -196,6 +197,33 @@ async def test_it_is_aborted_while_it_waits_for_room(
         assert (found.text, found.finish_reason) == ("", FinishReason.ABORT)
         await made.engine.resume()
         assert (await first).text == "first"
+        await made.comes_to_rest()
+
+
+async def test_it_is_aborted_while_a_piece_is_read_and_none_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = threading.Event()
+
+    class Slow(Asking):
+        def pieces(self, audio: bytes) -> Iterator[AudioPiece]:
+            for index, piece in enumerate(super().pieces(audio)):
+                if index == 2:
+                    assert read.wait(10)
+                yield piece
+
+    monkeypatch.setattr(media, "ScriptedTranscription", Slow)
+    rig = Rig(script)
+    rig.loader.takes_audio = True
+    async with rig as made:
+        stream = made.engine.transcribe(AUDIO, None, RequestOptions(request_id="mine"), language="en")
+        text = ""
+        async for delta in stream:
+            text += delta.text
+            if text == "one two":
+                await made.comes_to_rest()
+                await made.engine.abort_request("mine")
+                read.set()
+        assert stream.transcript is not None
+        assert (text, stream.transcript.finish_reason) == ("one two", FinishReason.ABORT)
         await made.comes_to_rest()
 
 
