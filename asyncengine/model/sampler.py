@@ -227,8 +227,10 @@ class Sampler:
         with torch.inference_mode():
             ways = self._way[slots]
             asked = np.flatnonzero(self._num_logprobs[slots] >= 0)
-            modes = self._described[slots[asked]]
-            raw, allowed_rows, processed = (asked[modes == mode] for mode in range(len(_MODES)))
+            raw = allowed_rows = processed = asked
+            if len(asked):
+                modes = self._described[slots[asked]]
+                raw, allowed_rows, processed = (asked[modes == mode] for mode in range(len(_MODES)))
             raw_logits = self._rows(logits, raw).to(torch.float32, copy=True) if len(raw) else None
 
             failed: dict[int, Exception] = {}
