@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asyncengine.loop.engine import AsyncEngine
@@ -78,15 +79,10 @@ class Gate:
         except ClientDisconnect:  # in the middle of its body, say: nobody is left to be answered
             pass
         except Exception as error:
-            names = {**NAMES, **scope["state"].get("names", {})}
-            refusal = refusal_of(error, names, self._settings.retry_after_seconds)
-            if refusal.status == 500:
-                logger.exception("%s %s failed (%s)", scope["method"], quote(path), request_id)
-            if refusal.code == "max_concurrency":
-                self._traffic.rejections.inc()
+            response = self._refused(error, scope)
             if status:
                 raise  # half a response is out: the server closes the connection, which is all it can say
-            await refusal.response()(scope, receive, answer)
+            await response(scope, receive, answer)
         finally:
             self._traffic.active -= counted
             seconds = time.perf_counter() - begun
@@ -96,6 +92,16 @@ class Gate:
                 # As it was sent: a path may hold line breaks and what a terminal obeys
                 line = (scope["method"], quote(path), status or 499, round(seconds * 1000, 1), request_id)
                 logger.log(level, "%s %s %d %.1f ms %s", *line, extra=dict(zip(_LOGGED, line, strict=True)))
+
+    def _refused(self, error: Exception, scope: Scope) -> Response:
+        """What to answer. Nothing that this request holds may keep the error, which holds the request."""
+        names = {**NAMES, **scope["state"].get("names", {})}
+        refusal = refusal_of(error, names, self._settings.retry_after_seconds)
+        if refusal.status == 500:
+            logger.exception("%s %s failed (%s)", scope["method"], quote(_path(scope)), scope["state"]["request_id"])
+        if refusal.code == "max_concurrency":
+            self._traffic.rejections.inc()
+        return refusal.response()
 
     def _check(self, path: str, counted: bool, headers: Headers) -> None:
         size = sum(len(name) + len(value) for name, value in headers.raw)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -107,17 +108,21 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
         Refusal: It is too large or too slow.
     """
     most = settings.max_body_bytes
-    too_large = Refusal(413, f"the body has more than max_body_bytes = {most} bytes", "body_too_large")
+
+    def too_large() -> Refusal:
+        return Refusal(413, f"the body has more than max_body_bytes = {most} bytes", "body_too_large")
+
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced[:20]) > most:
-        raise too_large
+        raise too_large()
     pieces, size = [], 0
     with anyio.move_on_after(settings.body_seconds):
-        async for piece in request.stream():
-            size += len(piece)
-            if size > most:
-                raise too_large
-            pieces.append(piece)
+        async with aclosing(request.stream()) as stream:
+            async for piece in stream:
+                size += len(piece)
+                if size > most:
+                    raise too_large()
+                pieces.append(piece)
         return b"".join(pieces)
     raise Refusal(408, f"the body did not come within body_seconds = {settings.body_seconds:g}", "body_too_slow")
 

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import logging
+from contextlib import aclosing
 
 import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from asyncengine import ConfigError
+from asyncengine import AsyncEngineError, ConfigError
 from asyncengine.server import ServerSettings, create_app, gate
+from asyncengine.server.refusal import Refusal
 from tests.server.serving import (
     AUTH,
     KEY,
@@ -107,8 +110,34 @@ async def test_a_body_that_is_too_large_is_refused() -> None:
                 yield b'"aaaaaaaa",'
 
         headers = {"content-type": "application/json"}
-        chunked = await client.post("/v1/completions", content=pieces(), headers=headers)
-        assert chunked.status_code == 413
+        async with aclosing(pieces()) as body:
+            chunked = await client.post("/v1/completions", content=body, headers=headers)
+            assert chunked.status_code == 413
+
+
+async def test_a_refused_request_is_no_garbage() -> None:
+    def errors() -> list[object]:
+        return [kept for kept in gc.get_objects() if isinstance(kept, (Refusal, AsyncEngineError))]
+
+    async with served(max_body_bytes=1000) as client:
+        headers = {"content-type": "application/json"}
+        gc.disable()
+        try:
+            before = len(errors())
+            for route, body, status in [
+                ("/v1/completions", b"x" * 1001, 413),
+                ("/v1/completions", b"{", 400),
+                ("/v1/completions", b'{"prompt": "a", "max_tokens": -1}', 400),
+                ("/v1/chat/completions", b'{"messages": [], "n": 0}', 400),
+                ("/v1/messages", b'{"model": "nothing"}', 400),
+                ("/tokenize", b"[]", 400),
+                ("/v1/nothing", b"{}", 404),
+            ]:
+                refused = await client.post(route, content=body, headers=headers)
+                assert refused.status_code == status, refused.text
+                assert len(errors()) == before, (route, errors())
+        finally:
+            gc.enable()
 
 
 async def test_a_body_that_does_not_come_is_given_up() -> None:
