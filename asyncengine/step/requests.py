@@ -408,6 +408,7 @@ class RequestTable:
             draft_tokens=request.draft_tokens,
             accepted_draft_tokens=request.accepted_draft_tokens,
         )
+        request.branches = []  # they know their request: what is in its prompt goes now, not with the next collection
         self.outbox.add(request.mailbox, RequestEnded(number, usage, error))
         self.counters.requests[str(reason)] += 1
         self.counters.e2e_request_latency_seconds.observe(total)

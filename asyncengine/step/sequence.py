@@ -33,7 +33,7 @@ class Request:
         mailbox: Where its events go.
         arrival: Order of admission; unique.
         arrived_at: Seconds of the core's clock, as are the other times.
-        branches: n sequences, in order.
+        branches: n sequences, in order; none once it has ended.
         adapter: What it is computed with; None is the model alone.
         cached_tokens: Prompt tokens found in the prefix cache at the first admission to a batch.
         arriving: Its prompt, until that has come whole. Meanwhile `new.prompt` is what is to be computed of it now.
@@ -71,7 +71,7 @@ class Request:
 
     @property
     def num_output(self) -> int:
-        """Tokens generated, over all branches; true once they have ended."""
+        """Tokens generated, over all branches; true when all of them have ended."""
         return sum(branch.num_output for branch in self.branches)
 
     @property

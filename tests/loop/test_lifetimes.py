@@ -29,9 +29,13 @@ from asyncengine import (
     GenerationConfig,
     RequestStream,
 )
+from asyncengine.instructions import NewRequest
+from asyncengine.step.sequence import Request, Sequence
 from asyncengine.testing import ByteTokenizer, ScriptedLoader, scripted_engine
 
 pytestmark = pytest.mark.timeout(60)
+
+LONG = GenerationConfig(max_tokens=10_000)
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 Run = Callable[[str], str]
@@ -620,6 +624,51 @@ def test_ctrl_c_that_is_handled_by_hand(in_a_process: Run) -> None:
         """
     )
     assert out == "interrupted closed False\nleft: []\n"
+
+
+async def test_a_request_that_has_ended_is_no_garbage(without_collector: None) -> None:
+    def held() -> list[object]:
+        return [each for each in gc.get_objects() if isinstance(each, (NewRequest, Request, Sequence, RequestStream))]
+
+    async def left() -> None:
+        async with rig.engine.stream("x", LONG) as stream:
+            await anext(aiter(stream))
+
+    async def aborted() -> None:
+        stream = await rig.engine.add_request("x", LONG)
+        stream.abort()
+        await stream
+
+    async def dropped() -> None:
+        await anext(aiter(await rig.engine.add_request("x", LONG)))
+
+    async def cancelled() -> None:
+        reading = asyncio.ensure_future(rig.engine.generate("x", LONG))
+        await eventually(lambda: rig.engine.metrics().num_requests_running == 1)
+        reading.cancel()
+        await asyncio.wait([reading])
+
+    async with Rig(endless) as rig:
+        before = len(held())
+        for way in (
+            lambda: rig.engine.generate("x", GenerationConfig(max_tokens=3)),
+            lambda: rig.engine.generate("x", GenerationConfig(max_tokens=3, n=3)),
+            left,
+            aborted,
+            dropped,
+            cancelled,
+        ):
+            await way()
+            await rig.comes_to_rest()
+            await eventually(lambda: len(held()) == before)
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 async def test_the_helper_makes_engines_that_load_on_entering() -> None:
