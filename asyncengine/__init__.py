@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         Transcript,
         TranscriptDelta,
         TranscriptSegment,
+        TranscriptWord,
         Usage,
     )
     from asyncengine.reranking import RerankPrompt
@@ -139,6 +140,7 @@ __all__ = [
     "TranscriptDelta",
     "TranscriptSegment",
     "TranscriptStream",
+    "TranscriptWord",
     "TranscriptionFallback",
     "UnsupportedModelError",
     "Usage",
@@ -199,6 +201,7 @@ _HOMES = {
         "Transcript",
         "TranscriptDelta",
         "TranscriptSegment",
+        "TranscriptWord",
         "Usage",
     ),
     "asyncengine.reranking": ("RerankPrompt",),

@@ -63,6 +63,7 @@ PUBLIC = [
     "Transcript",
     "TranscriptDelta",
     "TranscriptSegment",
+    "TranscriptWord",
     "TranscriptStream",
     "TranscriptionFallback",
     "UnsupportedModelError",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from asyncengine.instructions import NewRequest
+from asyncengine.instructions import AlignmentQuestion, NewRequest, PromptQuestion
 from asyncengine.media import MediaPart
 from asyncengine.step.batch import NO_PAIRS, NO_SAVES, Int32, Int64, StepBatch
 from asyncengine.step.decode_rows import DecodeRows
@@ -94,8 +94,11 @@ class Batches:
         starts, computed = query_start[decodes:-1].tolist(), context[decodes:].tolist()
         placed = [_Placed(*each) for each in zip(chunks, starts, computed, strict=True)]
         more: dict[str, Any] = {"positions": rotated}
-        if any(chunk.num_scored for chunk in chunks):
-            more |= self._scores(placed)
+        looked_at = [each for each in placed if each.chunk.num_scored]
+        if scored := [each for each in looked_at if not each.chunk.aligns]:
+            more |= self._scores(scored)
+        if len(scored) < len(looked_at):
+            more["attention_spans"] = _attention_spans(looked_at)
         if any(chunk.pools for chunk in chunks):
             more["pool_spans"] = _pool_spans(placed)
         if any(each.new.media is not None for each in placed):
@@ -150,7 +153,7 @@ class Batches:
             (first, end), new = each.chunk.scored, each.new
             index.append(np.arange(first, end, dtype=np.int64) - each.computed + each.start)
             targets = self._slots.tokens[each.chunk.sequence.slot, first + 1 : end + 1]
-            if new.question is not None:
+            if isinstance(new.question, PromptQuestion):
                 targets = np.full(end - first, new.question.token_id, dtype=np.int32)
             elif new.media is not None:
                 targets = new.media.plain(targets, first + 1)
@@ -161,6 +164,16 @@ class Batches:
             "score_token_ids": np.concatenate(token_ids),
             "score_tops": np.concatenate(tops),
         }
+
+
+def _attention_spans(placed: list[_Placed]) -> Int64:
+    """`StepBatch.attention_spans`."""
+    spans = []
+    for each in placed:
+        if isinstance(question := each.new.question, AlignmentQuestion):
+            first, end = (position - each.computed + each.start for position in each.chunk.scored)
+            spans.append([first, end, question.frames])
+    return np.array(spans, dtype=np.int64)
 
 
 def _pool_spans(placed: list[_Placed]) -> Int64:

@@ -50,7 +50,9 @@ class Asking(ScriptedTranscription):
     def check(asked: Any) -> None:
         pass
 
-    def segments(self, token_ids: Any, logprobs: Any, piece: AudioPiece, quality: Quality) -> list[TranscriptSegment]:
+    def segments(
+        self, token_ids: Any, logprobs: Any, piece: AudioPiece, quality: Quality, alignment: Any = None
+    ) -> list[TranscriptSegment]:
         assert piece.end is not None
         return [TranscriptSegment(piece.start, piece.end, bytes(token_ids[:-1]).decode(), tuple(token_ids))]
 

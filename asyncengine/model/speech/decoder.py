@@ -7,8 +7,11 @@ keys and values are of one shape and lie in one cache, in the places that `async
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
@@ -17,7 +20,7 @@ from asyncengine.model.attention.protocol import AttentionBackend, LayerSpec
 from asyncengine.model.attention_modules import ATTENTION, RecordedLayer, attach
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.speech.parting import Places, of_audio, of_writing
-from asyncengine.step.batch import Int64, StepBatch
+from asyncengine.step.batch import Float32, Int64, StepBatch
 
 
 class SpeechDecoder(WhisperForConditionalGeneration):  # type: ignore[misc]
@@ -84,6 +87,23 @@ def layers_of(model: SpeechDecoder) -> list[RecordedLayer]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """Tokens of a step of which it is wanted what they attend to.
+
+    Attributes:
+        tokens: Which ones.
+        blocks: (blocks,) those of the audio.
+        frames: How many of it are wanted, from the first.
+        found: (heads, tokens, frames) of each layer that has some of the heads.
+    """
+
+    tokens: slice
+    blocks: torch.Tensor
+    frames: int
+    found: list[torch.Tensor] = field(default_factory=list)
+
+
 class HeardLayers:
     """What attends to the audio, over the caches of what attends to the tokens before.
 
@@ -93,23 +113,47 @@ class HeardLayers:
         backend: Attends. Another one than theirs: a step has a plan of each.
         places: Of audio.
         device: Where all of that is.
+        heads: By layer, the heads whose weights are wanted where a step wants to know what tokens attend to.
     """
 
     def __init__(
-        self, model: SpeechDecoder, paged: PagedLayers, backend: AttentionBackend, places: Places, device: torch.device
+        self,
+        model: SpeechDecoder,
+        paged: PagedLayers,
+        backend: AttentionBackend,
+        places: Places,
+        device: torch.device,
+        heads: Mapping[int, Sequence[int]],
     ) -> None:
         self._modules = [layer.encoder_attn for layer in model.model.decoder.layers]
         self._spec = spec_of(model.config)
         self._paged, self._backend, self._places, self._device = paged, backend, places, device
+        self._heads = heads
+        self._looked: list[_Looked] = []
         self._plan: Any = None
         # Some make what they need with a layer's cache: of one that nobody uses here.
         backend.allocate(self._spec, 1, places.page_size, model.dtype, device)
         attach({module: self._hook(index) for index, module in enumerate(self._modules)})
 
-    def begin(self, batch: StepBatch) -> None:
-        """Prepares a step, as the scheduler has it."""
+    def begin(self, batch: StepBatch, attention_spans: Int64) -> None:
+        """Prepares a step.
+
+        Args:
+            batch: As the scheduler has it.
+            attention_spans: As of that, but of the decoder's own tokens.
+        """
         heard = of_audio(batch, self._places)
         self._plan = None if heard is None else self._backend.plan(heard, self._places.page_size, self._device)
+        self._looked = []
+        for first, end, frames in attention_spans.tolist():
+            assert heard is not None
+            blocks = torch.from_numpy(heard.block_tables[first].astype(np.int64)).to(self._device)
+            self._looked.append(_Looked(slice(first, end), blocks, frames))
+
+    def attention(self) -> tuple[Float32, ...]:
+        """What tokens of the step attended to, as `asyncengine.step.batch.StepTokens`. Waits for the device."""
+        looked, self._looked = self._looked, []
+        return tuple(torch.cat(each.found).cpu().numpy() for each in looked)
 
     def write(self, rows: torch.Tensor, slots: Int64) -> None:
         """Writes what every layer keeps of some frames.
@@ -129,10 +173,25 @@ class HeardLayers:
         self._paged.free()
         self._plan = None
 
+    def _look(self, cache: Any, query: torch.Tensor, heads: list[int]) -> None:
+        """Notes how much some heads attend to each frame, which the back ends do not tell.
+
+        Args:
+            cache: Of the layer.
+            query: (tokens, heads, dim) of the step, scaled.
+            heads: Which ones.
+        """
+        for each in self._looked:
+            keys = self._backend.keys(self._spec, cache, each.blocks)[: self._places.heard, heads].float()
+            scores = torch.einsum("thd,fhd->htf", query[each.tokens, heads].float(), keys)
+            each.found.append(scores.softmax(-1)[..., : each.frames])
+
     def _hook(self, index: int) -> Any:
         def hook(module: nn.Module, query: torch.Tensor, key: Any, value: Any, kwargs: Any) -> torch.Tensor:
             # None of the tokens is written, so whatever has the shape of keys and values stands for theirs.
             cache = self._paged.caches[index]
+            if self._looked and (heads := self._heads.get(index)):
+                self._look(cache, query, list(heads))
             return self._backend.attend(self._spec, cache, self._plan, query, query, query, None)
 
         return hook

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.plain_loads import loading, rehearse, stated_config, with_weights
 from asyncengine.model.runner import TorchModel
 from asyncengine.model.sampler import Sampler
+from asyncengine.model.speech.alignment import alignment_heads
 from asyncengine.model.speech.decoder import HeardLayers, SpeechDecoder, attend_here, layers_of, spec_of
 from asyncengine.model.speech.model import SpeechEncoder, SpeechModel
 from asyncengine.model.speech.parting import Places, of_text
@@ -151,9 +152,11 @@ def _loaded(
 ) -> LoadedModel:
     config, device = plan.config, details.device
     limits, complete = _limits(config, details, backends[0], plan.tokenizer_key is not None)
-    reader, refused = _reader(details, model, tokenizer)
+    generation = _generation(details)
+    heads, no_words = alignment_heads(generation, details.hf_config)
+    reader, refused = _reader(details, tokenizer, generation, no_words)
     text, heard = _serving(
-        model, details, backends, limits, Sampler(limits.max_num_sequence, details.vocab_size, device)
+        model, details, backends, limits, Sampler(limits.max_num_sequence, details.vocab_size, device), heads
     )
     encoder = SpeechEncoder(model, reader.token_ids, device, BUDGET_TOKENS)
     blocks = limits.num_blocks * bytes_per_block(details, backends[0].bytes_per_block)
@@ -170,6 +173,7 @@ def _loaded(
         notes=(*notes, *refused),
         media_reader=reader,
         begins_with_audio=True,
+        aligns=bool(heads),
         no_media={"image": "it hears", "audio": ""},
     )
 
@@ -207,12 +211,13 @@ def _serving(
     backends: _Backends,
     limits: Limits,
     sampler: Any,
+    heads: Mapping[int, Sequence[int]],
 ) -> tuple[TorchModel, HeardLayers]:
-    """A model with its KV cache."""
+    """A model with its KV cache, and with the heads that look at what is being said."""
     places = Places.of(details.places.heard, limits.page_size)
     paged = PagedLayers(layers_of(model), backends[0], limits, details.dtype, details.device)
     paged.allocate()
-    heard = HeardLayers(model, paged, backends[1], places, details.device)
+    heard = HeardLayers(model, paged, backends[1], places, details.device, heads)
     return TorchModel(model, paged, sampler, details.device), heard
 
 
@@ -239,7 +244,7 @@ def _try(model: SpeechDecoder, details: SpeechDetails, backends: _Backends) -> N
     places = Places.of(details.places.heard, verification.PAGE)
     length = places.count + count
     limits = Limits(1, length, length, places.page_size, -(-length // places.page_size))
-    text, layers = _serving(model, details, backends, limits, None)
+    text, layers = _serving(model, details, backends, limits, None, {})
     sequence = np.concatenate((np.zeros((1, places.count), np.int32), ids), axis=1)
     slots = verification.piece(sequence, 0, places.heard).slot_mapping
     found = []
@@ -247,9 +252,9 @@ def _try(model: SpeechDecoder, details: SpeechDetails, backends: _Backends) -> N
         layers.write(rows, slots)
         for start, end in itertools.pairwise(itertools.accumulate((places.count, *_TRIAL))):
             batch = verification.piece(sequence, start, end)
-            layers.begin(batch)
             own = of_text(batch, places)
             assert own is not None
+            layers.begin(batch, own.attention_spans)
             found.append(text.logits(own))
     layers.free()  # before it is reckoned what memory there is
     error = relative(torch.cat(found).float(), expected.float())
@@ -261,7 +266,9 @@ def _try(model: SpeechDecoder, details: SpeechDetails, backends: _Backends) -> N
         )
 
 
-def _reader(details: SpeechDetails, model: SpeechDecoder, tokenizer: Tokenizer) -> tuple[SpeechReader, list[str]]:
+def _reader(
+    details: SpeechDetails, tokenizer: Tokenizer, generation: GenerationConfig, no_words: str
+) -> tuple[SpeechReader, list[str]]:
     """What reads audio, and what there is to be said of it, in words."""
     path, config = details.checkpoint.path, details.hf_config
     try:
@@ -275,11 +282,12 @@ def _reader(details: SpeechDetails, model: SpeechDecoder, tokenizer: Tokenizer) 
             f"{extractor.feature_size} mel bins; its encoder takes {2 * config.max_source_positions} of "
             f"{config.num_mel_bins}"
         )
-    hearing = Hearing(rate, samples, samples / rate / config.max_source_positions)
+    seconds = samples / rate / config.max_source_positions
+    hearing = Hearing(rate, samples, seconds, config.median_filter_width, no_words)
     writing, notes, transcribing = cast("WritingTokenizer", tokenizer), [], None
     try:
         transcribing = WhisperTranscription(
-            writing, _generation(details), hearing, details.vocab_size, config.max_target_positions
+            writing, generation, hearing, details.vocab_size, config.max_target_positions
         )
     except UnsupportedModelError as error:
         notes.append(f"transcripts: refused: {error}")

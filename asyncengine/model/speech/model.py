@@ -64,7 +64,13 @@ class SpeechModel:
     def execute(self, batch: StepBatch) -> StepTokens:
         """As the protocol says."""
         text = self._begin(batch)
-        return StepTokens(_NO_TOKENS) if text is None else self._text.execute(text)
+        if text is None:
+            return StepTokens(_NO_TOKENS)
+        drawn = self._text.execute(text)
+        if not len(text.attention_spans):
+            return drawn
+        assert self._heard is not None
+        return dataclasses.replace(drawn, attention=self._heard.attention())
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """(M, vocabulary) logits, one row for each of `batch.sample_index`."""
@@ -84,7 +90,7 @@ class SpeechModel:
                 self._heard.write(rows, batch.slot_mapping[part.tokens])
             text = of_text(batch, self._places)
             if text is not None:
-                self._heard.begin(batch)
+                self._heard.begin(batch, text.attention_spans)
         return text
 
     def device_lost(self, error: BaseException) -> bool:
