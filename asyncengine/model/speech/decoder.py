@@ -18,6 +18,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from asyncengine.model.attention.protocol import AttentionBackend, LayerSpec
 from asyncengine.model.attention_modules import ATTENTION, RecordedLayer, attach
+from asyncengine.model.device_copy import to_device
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.speech.parting import Places, of_audio, of_writing
 from asyncengine.step.batch import Float32, Int64, StepBatch
@@ -128,7 +129,7 @@ class HeardLayers:
         self._modules = [layer.encoder_attn for layer in model.model.decoder.layers]
         self._spec = spec_of(model.config)
         self._paged, self._backend, self._places, self._device = paged, backend, places, device
-        self._heads = heads
+        self._heads = {layer: to_device(np.array(own), device) for layer, own in heads.items()}
         self._looked: list[_Looked] = []
         self._plan: Any = None
         # Some make what they need with a layer's cache: of one that nobody uses here.
@@ -147,7 +148,7 @@ class HeardLayers:
         self._looked = []
         for first, end, frames in attention_spans.tolist():
             assert heard is not None
-            blocks = torch.from_numpy(heard.block_tables[first].astype(np.int64)).to(self._device)
+            blocks = to_device(heard.block_tables[first].astype(np.int64), self._device)
             self._looked.append(_Looked(slice(first, end), blocks, frames))
 
     def attention(self) -> tuple[Float32, ...]:
@@ -173,25 +174,26 @@ class HeardLayers:
         self._paged.free()
         self._plan = None
 
-    def _look(self, cache: Any, query: torch.Tensor, heads: list[int]) -> None:
+    def _look(self, cache: Any, query: torch.Tensor, heads: torch.Tensor) -> None:
         """Notes how much some heads attend to each frame, which the back ends do not tell.
 
         Args:
             cache: Of the layer.
             query: (tokens, heads, dim) of the step, scaled.
-            heads: Which ones.
+            heads: (heads,) which ones.
         """
         for each in self._looked:
-            keys = self._backend.keys(self._spec, cache, each.blocks)[: self._places.heard, heads].float()
-            scores = torch.einsum("thd,fhd->htf", query[each.tokens, heads].float(), keys)
+            keys = self._backend.keys(self._spec, cache, each.blocks)[: self._places.heard].index_select(1, heads)
+            queries = query[each.tokens].index_select(1, heads)
+            scores = torch.einsum("thd,fhd->htf", queries.float(), keys.float())
             each.found.append(scores.softmax(-1)[..., : each.frames])
 
     def _hook(self, index: int) -> Any:
         def hook(module: nn.Module, query: torch.Tensor, key: Any, value: Any, kwargs: Any) -> torch.Tensor:
             # None of the tokens is written, so whatever has the shape of keys and values stands for theirs.
             cache = self._paged.caches[index]
-            if self._looked and (heads := self._heads.get(index)):
-                self._look(cache, query, list(heads))
+            if self._looked and (heads := self._heads.get(index)) is not None:
+                self._look(cache, query, heads)
             return self._backend.attend(self._spec, cache, self._plan, query, query, query, None)
 
         return hook

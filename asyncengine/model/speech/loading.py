@@ -38,6 +38,7 @@ from asyncengine.model.speech.transcription import Hearing, WhisperTranscription
 from asyncengine.model.text_files import check_processors
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
 from asyncengine.model.trial_bound import relative
+from asyncengine.step.chunking import MAX_SCORED
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
 from asyncengine.tokenizer import Tokenizer, WritingTokenizer
@@ -151,9 +152,10 @@ def _loaded(
     notes: list[str],
 ) -> LoadedModel:
     config, device = plan.config, details.device
-    limits, complete = _limits(config, details, backends[0], plan.tokenizer_key is not None)
     generation = _generation(details)
     heads, no_words = alignment_heads(generation, details.hf_config)
+    aligned = sum(map(len, heads.values()))
+    limits, complete = _limits(config, details, backends[0], plan.tokenizer_key is not None, aligned)
     reader, refused = _reader(details, tokenizer, generation, no_words)
     text, heard = _serving(
         model, details, backends, limits, Sampler(limits.max_num_sequence, details.vocab_size, device), heads
@@ -314,9 +316,9 @@ def bytes_per_block(details: SpeechDetails, of_layer: Callable[[LayerSpec, int, 
 
 
 def _limits(
-    config: EngineConfig, details: SpeechDetails, backend: AttentionBackend, has_tokenizer: bool
+    config: EngineConfig, details: SpeechDetails, backend: AttentionBackend, has_tokenizer: bool, aligned: int
 ) -> tuple[Limits, EngineConfig]:
-    """What the model can take, by the memory that there is."""
+    """What the model can take, by the memory that there is; so many heads tell what tokens attend to."""
     device, page_size, length = details.device, details.places.page_size, details.max_length
     cuda = device.type == "cuda"
     sequences = sequences_of(config, device)
@@ -325,7 +327,8 @@ def _limits(
     available, taken = memory.free_bytes(device), share
     if cuda:
         used = memory.total_bytes(device) - available
-        available = int(memory.total_bytes(device) * share) - used - _activations(details, chunk + sequences, sequences)
+        available = int(memory.total_bytes(device) * share) - used
+        available -= _activations(details, chunk + sequences, sequences, aligned)
         taken = 1.0
     budget = memory.kv_budget(
         available=max(available, 0),
@@ -364,9 +367,12 @@ def _limits(
     return limits, complete
 
 
-def _activations(details: SpeechDetails, tokens: int, sequences: int) -> int:
-    """Bytes that the largest step takes beside weights and KV cache: an encoder's layer, and copies of all logits."""
+def _activations(details: SpeechDetails, tokens: int, sequences: int, aligned: int) -> int:
+    """Bytes that the largest step takes beside weights and KV cache: an encoder's layer, copies of all logits, and
+    copies of what tokens attend to.
+    """
     config = details.hf_config
     frames = 2 * max(details.places.heard, tokens)
     of_layer = frames * (8 * config.d_model + 2 * config.encoder_ffn_dim) * details.dtype.itemsize
-    return int(of_layer + 4 * sequences * config.vocab_size * 4)
+    attended = 3 * aligned * MAX_SCORED * details.places.heard * 4
+    return int(of_layer + 4 * sequences * config.vocab_size * 4 + attended)

@@ -79,6 +79,15 @@ def test_each_token_is_where_it_was(rows: list[tuple[int, int]]) -> None:
     assert audio.block_tables.tolist() == [[100 * row + block for block in range(PLACES.blocks)] for row, _ in own]
 
 
+def test_what_tokens_attend_to_is_wanted_of_the_same_ones() -> None:
+    spans = np.array([[20, 23, 7], [27, 28, 9]])
+    whole = dataclasses.replace(batch([(0, 15), (10, 8), (13, 6)]), attention_spans=spans)
+    text = of_text(whole, PLACES)
+    assert text is not None and text.attention_spans[:, 2].tolist() == [7, 9]
+    for (first, end, _), (own_first, own_end, _) in zip(spans, text.attention_spans, strict=True):
+        assert text.token_ids[own_first:own_end].tolist() == whole.token_ids[first:end].tolist()
+
+
 def test_drafts_stay_with_their_rows() -> None:
     whole = dataclasses.replace(batch([(15, 3), (20, 2)]), draft_lengths=np.array([2, 1]), num_decodes=2)
     text = of_text(whole, PLACES)
