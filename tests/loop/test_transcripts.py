@@ -551,7 +551,7 @@ async def test_a_deadline_ends_it_while_its_words_are_sought(rig: Rig, monkeypat
 
     monkeypatch.setattr(Hearing, "_alignment", paused)
     async with rig as made:
-        options = RequestOptions(deadlines=Deadlines(total=0.1, first_token=0.05))
+        options = RequestOptions(deadlines=Deadlines(total=0.4, first_token=0.3))
         with pytest.raises(DeadlineExceededError, match="total deadline"):
             await made.engine.transcribe(AUDIO[:2], None, options, language="en", timestamps="word")
         await made.engine.resume()
