@@ -246,7 +246,7 @@ class Hearing:
         options = self._asked.options
         if self._several and options.request_id is not None:
             options = options.named(f"{options.request_id}-{index}")
-        if not self._requests.aborted:  # while nothing of it ran
+        if not self._requests.aborted:  # as it may be while nothing of it runs
             try:
                 return await self._requests.add(prompt, self._here(config), followed(options) if further else options)
             except Aborted:

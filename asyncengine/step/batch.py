@@ -22,7 +22,6 @@ NO_INDEX: Int64 = np.empty(0, dtype=np.int64)
 NO_TOKENS: Int32 = np.empty(0, dtype=np.int32)
 NO_PAIRS: Int64 = np.empty((0, 2), dtype=np.int64)
 NO_SAVES: Int64 = np.empty((0, 3), dtype=np.int64)
-_NO_ATTENTION: Int64 = np.empty((0, 3), dtype=np.int64)
 _NO_SUMS: Float32 = np.empty((0, 0), dtype=np.float32)
 
 
@@ -54,6 +53,7 @@ class StepBatch:
         pool_spans: (P, 2) index into the T tokens, from and to, of each run of tokens whose hidden states are summed.
         attention_spans: (A, 3) index into the T tokens, from and to, of each run of tokens of which it is wanted how
             much they attend to the audio that their sequence begins with; and to how many frames, from its first.
+            None if it is wanted of none.
         draft_lengths: (num_decodes,) how many of each row's query tokens, at its end, are drafts; None if none are.
         unknown: (num_decodes,) rows whose token the host does not know yet: it is the one that the model has drawn last
             for the row's slot, and what stands in `token_ids` means nothing. None if it knows all.
@@ -89,7 +89,7 @@ class StepBatch:
     score_token_ids: Int32 = field(default_factory=lambda: NO_TOKENS)
     score_tops: Int64 = field(default_factory=lambda: NO_INDEX)
     pool_spans: Int64 = field(default_factory=lambda: NO_PAIRS)
-    attention_spans: Int64 = field(default_factory=lambda: _NO_ATTENTION)
+    attention_spans: Int64 | None = None
     draft_lengths: Int64 | None = None
     unknown: NDArray[np.bool_] | None = None
     adapters: Int32 | None = None

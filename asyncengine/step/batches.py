@@ -94,11 +94,8 @@ class Batches:
         starts, computed = query_start[decodes:-1].tolist(), context[decodes:].tolist()
         placed = [_Placed(*each) for each in zip(chunks, starts, computed, strict=True)]
         more: dict[str, Any] = {"positions": rotated}
-        looked_at = [each for each in placed if each.chunk.num_scored]
-        if scored := [each for each in looked_at if not each.chunk.aligns]:
-            more |= self._scores(scored)
-        if len(scored) < len(looked_at):
-            more["attention_spans"] = _attention_spans(looked_at)
+        if any(chunk.num_scored for chunk in chunks):
+            more |= self._looked_at([each for each in placed if each.chunk.num_scored])
         if any(chunk.pools for chunk in chunks):
             more["pool_spans"] = _pool_spans(placed)
         if any(each.new.media is not None for each in placed):
@@ -145,6 +142,15 @@ class Batches:
             # A branch about to be born has a slot but no tokens in it yet.
             generated[len(decoding) :] *= np.array([branch.state is not SequenceState.UNBORN for _, branch in drawing])
         return {"sample_index": index, "sample_slots": slots, "sample_positions": generated}
+
+    def _looked_at(self, placed: list[_Placed]) -> dict[str, Any]:
+        """The fields of the batch that say what is looked at besides: logits, or what tokens attend to."""
+        found: dict[str, Any] = {}
+        if scored := [each for each in placed if not each.chunk.aligns]:
+            found |= self._scores(scored)
+        if len(scored) < len(placed):
+            found["attention_spans"] = _attention_spans(placed)
+        return found
 
     def _scores(self, placed: list[_Placed]) -> dict[str, Any]:
         """The fields of the batch that say which of the pieces' logits are looked at."""

@@ -342,7 +342,7 @@ class ScriptedModel:
         pooled = [states[first:end].sum(axis=0) for first, end in batch.pool_spans.tolist()]
         attention = (
             np.eye(frames, dtype=np.float32)[None, batch.positions[first:end] % frames]
-            for first, end, frames in batch.attention_spans.tolist()
+            for first, end, frames in (() if batch.attention_spans is None else batch.attention_spans.tolist())
         )
         return StepTokens(
             np.array(token_ids, dtype=np.int32),

@@ -136,7 +136,7 @@ class HeardLayers:
         backend.allocate(self._spec, 1, places.page_size, model.dtype, device)
         attach({module: self._hook(index) for index, module in enumerate(self._modules)})
 
-    def begin(self, batch: StepBatch, attention_spans: Int64) -> None:
+    def begin(self, batch: StepBatch, attention_spans: Int64 | None) -> None:
         """Prepares a step.
 
         Args:
@@ -146,7 +146,7 @@ class HeardLayers:
         heard = of_audio(batch, self._places)
         self._plan = None if heard is None else self._backend.plan(heard, self._places.page_size, self._device)
         self._looked = []
-        for first, end, frames in attention_spans.tolist():
+        for first, end, frames in () if attention_spans is None else attention_spans.tolist():
             assert heard is not None
             blocks = to_device(heard.block_tables[first].astype(np.int64), self._device)
             self._looked.append(_Looked(slice(first, end), blocks, frames))

@@ -67,7 +67,7 @@ class SpeechModel:
         if text is None:
             return StepTokens(_NO_TOKENS)
         drawn = self._text.execute(text)
-        if not len(text.attention_spans):
+        if text.attention_spans is None:
             return drawn
         assert self._heard is not None
         return dataclasses.replace(drawn, attention=self._heard.attention())

@@ -65,15 +65,13 @@ def of_text(batch: StepBatch, places: Places) -> StepBatch | None:
         slot_mapping=batch.slot_mapping[kept],
         sample_index=place[batch.sample_index],
         score_index=place[batch.score_index],
-        attention_spans=_moved(batch.attention_spans, place),
+        attention_spans=None if batch.attention_spans is None else _moved(batch.attention_spans, place),
         media=(),
     )
 
 
 def _moved(spans: Int64, place: Int64) -> Int64:
     """`StepBatch.attention_spans` of the tokens that are kept, none of which is parted from its neighbours."""
-    if not len(spans):
-        return spans
     return np.stack((place[spans[:, 0]], place[spans[:, 1] - 1] + 1, spans[:, 2]), axis=1)
 
 

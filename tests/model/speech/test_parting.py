@@ -83,7 +83,7 @@ def test_what_tokens_attend_to_is_wanted_of_the_same_ones() -> None:
     spans = np.array([[20, 23, 7], [27, 28, 9]])
     whole = dataclasses.replace(batch([(0, 15), (10, 8), (13, 6)]), attention_spans=spans)
     text = of_text(whole, PLACES)
-    assert text is not None and text.attention_spans[:, 2].tolist() == [7, 9]
+    assert text is not None and text.attention_spans is not None and text.attention_spans[:, 2].tolist() == [7, 9]
     for (first, end, _), (own_first, own_end, _) in zip(spans, text.attention_spans, strict=True):
         assert text.token_ids[own_first:own_end].tolist() == whole.token_ids[first:end].tolist()
 
