@@ -7,7 +7,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model.attention.protocol import LayerSpec
@@ -70,7 +69,7 @@ def take_steps(model: Any) -> None:
 
 
 @functools.cache
-def _beside(kind: type[nn.Module]) -> type[nn.Module]:
+def _beside(kind: Any) -> Any:
     """A class of attention to sources that has nothing to do with them but to ask."""
 
     def forward(self: Any, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
@@ -82,7 +81,7 @@ def _beside(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
-def _placed(kind: type[nn.Module]) -> type[nn.Module]:
+def _placed(kind: Any) -> Any:
     """A class that embeds its ``places``, (tokens,), in place of those that it is told."""
     if "position_ids" in inspect.signature(kind.forward).parameters:
 

@@ -119,8 +119,7 @@ def load(plan: LoadPlan) -> LoadedModel:
 
 def _try(model: Any, details: SourceDetails, backends: Any) -> None:
     """As `try_decoder`; from then on the model's forward is that of a step."""
-    kind = type(model).__base__
-    assert kind is not None
+    kind: Any = type(model).__base__
 
     def plain(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         given = {"encoder_outputs": BaseModelOutput(last_hidden_state=rows), "decoder_input_ids": ids}

@@ -82,7 +82,8 @@ def _followers(tokens: NDArray[np.int64], text: NDArray[np.int64], size: int) ->
     if not size or len(tokens) < size or len(text) < size - 1:
         return tokens[:0]
     runs = np.lib.stride_tricks.sliding_window_view(tokens, size)
-    return runs[(runs[:, :-1] == text[len(text) - size + 1 :]).all(axis=1), -1]
+    behind: NDArray[np.int64] = runs[(runs[:, :-1] == text[len(text) - size + 1 :]).all(axis=1), -1]
+    return behind
 
 
 def _ends_with(text: NDArray[np.int64], word: NDArray[np.int64]) -> bool:
