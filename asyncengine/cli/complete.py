@@ -167,7 +167,7 @@ class Completion:
 
     def _prompt(self, prompt: Any, given: Mapping[str, Any]) -> Any:
         """A line's prompt, with what is said of its languages and of how its answer begins."""
-        said = {name: value for name, value in self._languages.items() if value is not None} | given
+        said = {name: value for name, value in self._languages.items() if value is not None} | dict(given)
         if not said:
             return prompt
         from asyncengine.source import SourcePrompt

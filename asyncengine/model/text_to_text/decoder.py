@@ -63,9 +63,9 @@ def take_steps(model: Any) -> None:
         UnsupportedModelError: It does so in a way that is not known.
     """
     decoder = model.model.decoder
-    decoder.embed_positions.__class__ = _placed(type(decoder.embed_positions))
+    decoder.embed_positions.__class__ = _placed(decoder.embed_positions.__class__)
     for layer in decoder.layers:
-        layer.encoder_attn.__class__ = _beside(type(layer.encoder_attn))
+        layer.encoder_attn.__class__ = _beside(layer.encoder_attn.__class__)
 
 
 @functools.cache

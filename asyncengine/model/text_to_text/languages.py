@@ -50,12 +50,13 @@ class Languages:
                 for token in tokenizer.all_special_tokens
                 if _CODE.fullmatch(token)
             }
-        own = getattr(tokenizer, "cur_lang_id", None)  # M2M100's name of it
+        ids = {code.strip("_"): int(token) for code, token in codes.items()}
+        before, behind = tuple(tokenizer.prefix_tokens), tuple(tokenizer.suffix_tokens)
         return cls(
-            {code.strip("_"): int(token) for code, token in codes.items()},
-            tuple(tokenizer.prefix_tokens),
-            tuple(tokenizer.suffix_tokens),
-            getattr(tokenizer, "cur_lang_code", None) if own is None else own,
+            ids,
+            before,
+            behind,
+            next((token for token in (*before, *behind) if token in ids.values()), None),
             type(tokenizer).__name__.removesuffix("Fast") in _STARTS,
         )
 
