@@ -23,14 +23,11 @@ def rows(config: EngineConfig, checkpoint: Any, device: torch.device, memory: in
     from asyncengine.model.memory import CPU_SHARE, CUDA_SHARE, free_bytes
     from asyncengine.model.speech.kind import is_speech
 
-    if is_speech(checkpoint.config):
+    hears = is_speech(checkpoint.config)
+    if hears:
         from asyncengine.model.speech.loading import details_of
-
-        source, several = "an audio", "audio"
     else:
         from asyncengine.model.text_to_text.loading import details_of
-
-        source, several = "a source", "sources"
     dtype = dtype_of(settled(config, checkpoint, device), checkpoint)
     details = details_of(config, None, checkpoint, device, dtype)
     cuda = device.type == "cuda"
@@ -45,16 +42,18 @@ def rows(config: EngineConfig, checkpoint: Any, device: torch.device, memory: in
     kind = (details.hf_config.architectures or [type(details.hf_config).__name__])[0]
     yield "model", f"{kind}, {parameters / 1e6:,.1f} M parameters in {len(checkpoint.tensors)} tensors"
     yield "weights", f"{gib(details.weight_bytes)} in {str(dtype).removeprefix('torch.')}"
-    yield (
-        "KV cache",
-        f"{of_one / 1024**2:,.1f} MiB for {source} of {places:,} tokens and the "
-        f"{details.max_length - places:,} of its text",
-    )
+    if hears:
+        longest = f"an audio of {places:,} tokens and the {details.max_length - places:,} of its text"
+    else:
+        text = min(details.written, details.max_length - details.page_size)
+        longest = f"a source of up to {details.sources:,} tokens and up to {text:,} of its text"
+    yield "KV cache", f"{of_one / 1024**2:,.1f} MiB for {longest}"
     yield (
         f"memory ({device.type})",
         f"{gib(free)} - {gib(details.weight_bytes)} weights - {gib(SLACK)} for everything else = {gib(left)}",
     )
     fitting = int(max(left, 0) * share) // of_one
+    several = "audio" if hears else "sources"
     yield (
         "largest batch",
         f"{min(fitting, sequences):,} {several} at once: {fitting:,} fit, and --max-num-seqs is {sequences:,}",

@@ -103,6 +103,15 @@ def write(path: Path, kind: str, seed: int = 0, generation: dict[str, Any] | Non
     return path
 
 
+def write_nllb(path: Path) -> Path:
+    """The same with languages, as NLLB has them."""
+    write(path, "m2m_100")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).unlink()
+    nllb().save_pretrained(path)
+    return path
+
+
 def source(seed: int, tokens: int) -> list[int]:
     """Token ids, always the same for a seed; the last is the end."""
     numbers = torch.randint(FIRST, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(seed))

@@ -290,14 +290,9 @@ async def test_the_end_of_a_text(served: AsyncEngine, written: Callable[..., Pat
         assert len(result.token_ids) > first
 
 
-async def test_languages(written: Callable[..., Path], tmp_path: Path) -> None:
+async def test_languages(tmp_path: Path) -> None:
     """NLLB's: the source's stands before it, the answer's is what the decoder begins with."""
-    path = tmp_path / "nllb"
-    shutil.copytree(written("m2m_100"), path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (path / name).unlink()
-    own = checkpoints.nllb()
-    own.save_pretrained(path)
+    path, own = checkpoints.write_nllb(tmp_path), checkpoints.nllb()
     own.src_lang = "ron_Latn"
     ids = own("abc def")["input_ids"]
     assert ids[0] == LANGUAGE["ron_Latn"]
