@@ -27,10 +27,9 @@ def _forward(
     logits_to_keep: torch.Tensor,
     use_cache: bool = False,
 ) -> Output:
-    """Logits of some tokens of a step.
+    """Logits of some tokens of a step, of a model of which `take_steps` was called.
 
     Args:
-        self: The model, of which `take_steps` was called.
         input_ids: (1, tokens).
         position_ids: (1, tokens) places behind the source.
         logits_to_keep: (M,) which of the tokens logits are wanted of.
