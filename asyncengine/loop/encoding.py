@@ -38,6 +38,7 @@ from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, PairingTokenizer, Tokenizer, WritingTokenizer
 from asyncengine.transcription import Transcribing, TranscriptionPrompt
+from asyncengine.waiting import run_until
 
 T = TypeVar("T")
 
@@ -313,9 +314,19 @@ def media_readers() -> anyio.CapacityLimiter:
 
 
 async def in_thread(function: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
-    """As `typed`, on a worker thread; cancelling does not stop it, and it counts to `limiter` until its end."""
+    """As `typed`, on a worker thread. Cancelling lets it end where it asks (`check_awaited`); until then it counts to
+    `limiter`.
+    """
+    left = threading.Event()
+    try:
+        return await _on_a_worker(lambda: run_until(left, lambda: typed(function)), limiter)
+    finally:
+        left.set()
+
+
+async def _on_a_worker(function: Callable[[], T], limiter: anyio.CapacityLimiter | None) -> T:
     if limiter is None:
-        return await anyio.to_thread.run_sync(lambda: typed(function), abandon_on_cancel=True)
+        return await anyio.to_thread.run_sync(function, abandon_on_cancel=True)
     # anyio would have it count no more once nobody waits: whoever asks and leaves, again and again, would have any
     # number of threads at work.
     loop, borrower, taken = asyncio.get_running_loop(), object(), threading.Lock()  # taken by the thread, once
@@ -325,7 +336,7 @@ async def in_thread(function: Callable[[], T], limiter: anyio.CapacityLimiter | 
         if not taken.acquire(blocking=False):
             raise RuntimeError("nobody waits for it")
         try:
-            return typed(function)
+            return function()
         finally:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(limiter.release_on_behalf_of, borrower)
