@@ -21,7 +21,7 @@ def stepping(kind: Any) -> Any:
 
 
 def _forward(
-    self: Any,
+    model: Any,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
     logits_to_keep: torch.Tensor,
@@ -30,6 +30,7 @@ def _forward(
     """Logits of some tokens of a step, of a model of which `take_steps` was called.
 
     Args:
+        model: It.
         input_ids: (1, tokens).
         position_ids: (1, tokens) places behind the source.
         logits_to_keep: (M,) which of the tokens logits are wanted of.
@@ -39,18 +40,18 @@ def _forward(
         Something with ``logits``, (1, M, vocabulary).
     """
     # Nothing is made of it here, but without any the layers would attend once.
-    nothing = torch.empty(1, 0, self.config.d_model, dtype=self.dtype, device=input_ids.device)
-    decoder = self.model.decoder
+    nothing = torch.empty(1, 0, model.config.d_model, dtype=model.dtype, device=input_ids.device)
+    decoder = model.model.decoder
     decoder.embed_positions.places = position_ids[0]
     hidden = decoder(input_ids=input_ids, encoder_hidden_states=nothing, use_cache=use_cache).last_hidden_state
-    logits = self.lm_head(hidden[:, logits_to_keep])
-    bias = getattr(self, "final_logits_bias", None)
+    logits = model.lm_head(hidden[:, logits_to_keep])
+    bias = getattr(model, "final_logits_bias", None)
     return Output(logits if bias is None else logits + bias)
 
 
-def _encoded(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
+def _encoded(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     """(tokens, hidden) what the encoder makes of (1, tokens)."""
-    found: torch.Tensor = self.model.encoder(input_ids).last_hidden_state[0]
+    found: torch.Tensor = model.model.encoder(input_ids).last_hidden_state[0]
     return found
 
 

@@ -74,7 +74,7 @@ def details_of(
         device,
         dtype,
         hf_config=hf_config,
-        ends=Ends(positions, positions, False, "a source"),
+        ends=Ends(positions, positions - _behind_padding(hf_config), False, "a source"),
         spec=spec_of(hf_config),
         vocab_size=int(hf_config.vocab_size if shares else hf_config.decoder_vocab_size),
         kind=stepping(AutoModelForSeq2SeqLM._model_mapping[type(hf_config)]),
@@ -115,6 +115,11 @@ def load(plan: LoadPlan) -> LoadedModel:
             source_reader=reader,
             no_media=dict.fromkeys(KINDS, _NO_MEDIA),
         )
+
+
+def _behind_padding(hf_config: Any) -> int:
+    """How many rows of its table of positions a decoder has no use for: one model's begin behind that of padding."""
+    return max((hf_config.pad_token_id or 0) - 1, 0) if hf_config.model_type == "m2m_100" else 0
 
 
 def _try(model: Any, details: SourceDetails, backends: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -135,10 +137,19 @@ class TextReader:
 
 
 def _checked(name: str, ids: Iterable[int], vocabulary: int) -> list[int]:
-    found = list(ids)
-    for token in found:
-        if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocabulary:
+    found = list[int]()
+    for token in ids:
+        index = _index(token)
+        if not 0 <= index < vocabulary:
             raise InvalidRequestError(f"{name} has {token!r:.40}; allowed: token ids in 0..{vocabulary - 1}")
+        found.append(index)
     if not found:
         raise InvalidRequestError(f"{name} is empty; allowed: at least one token")
-    return [int(token) for token in found]
+    return found
+
+
+def _index(token: object) -> int:
+    """A token id; -1 of what is none."""
+    with contextlib.suppress(TypeError):
+        return -1 if isinstance(token, bool) else operator.index(token)  # type: ignore[arg-type]
+    return -1

@@ -327,6 +327,13 @@ async def test_how_long_it_may_be(served: AsyncEngine, written: Callable[..., Pa
     assert len(whole.token_ids) == ROOM - 1
 
 
+async def test_positions_that_begin_behind_padding(written: Callable[..., Path]) -> None:
+    """There are fewer of them, and none is looked up that is not there."""
+    async with engine(written("m2m_100", pad_token_id=5)) as serving:
+        result = await serving.generate(source(1, 3), GenerationConfig(ignore_eos=True))
+    assert len(result.token_ids) == ROOM - 4 - 1
+
+
 async def test_sequences_may_be_shorter(written: Callable[..., Path]) -> None:
     async with engine(written(), max_single_sequence_length=30) as serving:
         result = await serving.generate(source(1, 9), GenerationConfig(ignore_eos=True))
@@ -344,6 +351,7 @@ WRONG: list[tuple[Callable[[AsyncEngine], Awaitable[Any]], str]] = [
         f"source has {VOCABULARY}; allowed: token ids in 0..{VOCABULARY - 1}",
     ),
     (lambda it: it.generate(SourcePrompt("a", [-1])), r"decoder has -1; allowed"),
+    (lambda it: it.generate([FIRST, True]), "source has True; allowed"),  # type: ignore[list-item]
     (lambda it: it.generate(SourcePrompt("a", tgt_lang="de")), "tgt_lang is 'de'; .* knows no languages|no languages"),
     (lambda it: it.generate(pieces()), "the prompt has no source"),
     (lambda it: it.chat([{"role": "user", "content": "Hello"}]), "the prompt is a conversation"),
