@@ -37,7 +37,7 @@ _DOES = "writes one text of another"
 _NO_MEDIA = "it reads texts"
 _TRIAL = 11
 """Tokens of the source that a model is tried with: no multiple of a block."""
-_OTHERS = ("Classification", "QuestionAnswering", "TokenClassification")
+_OTHERS = ("Classification", "QuestionAnswering")
 
 
 def plan_of(
