@@ -33,6 +33,7 @@ from asyncengine.media import (
     VideoPrompt,
     Write,
 )
+from asyncengine.source import SourcePrompt, SourceReader
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, PairingTokenizer, Tokenizer, WritingTokenizer
@@ -45,7 +46,7 @@ TextPrompt = str | Iterable[int]
 
 MediaPrompt = ImagePrompt | AudioPrompt | VideoPrompt
 
-Prompt = TextPrompt | MediaPrompt
+Prompt = TextPrompt | MediaPrompt | SourcePrompt
 
 Piece = str | int | Iterable[int]
 
@@ -143,6 +144,12 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
         InvalidRequestError: Not text, token ids in the vocabulary, messages that the chat template takes, or images,
             audio or videos that the model does; or empty.
     """
+    if view.source_reader is not None:
+        return await _read_source(prompt, view, view.source_reader)
+    if isinstance(prompt, SourcePrompt):
+        raise InvalidRequestError(
+            f"the prompt is a SourcePrompt; {view.config.model!r} does not write one text of another: pass a string"
+        )
     most = None
     if isinstance(prompt, Cut):
         most, prompt = prompt.within(view), prompt.prompt
@@ -176,6 +183,29 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
     else:
         ids = prompt if most is None else list(prompt)[:most]  # type: ignore[assignment]
     return Encoded(token_ids_of(ids, view))
+
+
+async def _read_source(prompt: AnyPrompt | StreamedPrompt, view: ModelView, reader: SourceReader) -> Encoded:
+    """A prompt whose decoder attends to its source beside its own tokens: a plain one is the source."""
+    if isinstance(prompt, MediaPrompt):
+        check_media([kind for kind, own in prompt.sources.items() if own], view)
+    if isinstance(prompt, TranscriptionPrompt):
+        transcribing_of(view)
+    if not isinstance(prompt, SourcePrompt):
+        if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, bytearray, Mapping)):
+            what = "a conversation" if isinstance(prompt, Conversation) else f"{prompt!r:.80}"
+            raise InvalidRequestError(
+                f"the prompt is {what}; {view.config.model!r} writes one text of another and takes that alone: a "
+                "string, token ids or a SourcePrompt"
+            )
+        prompt = SourcePrompt(prompt)
+    asked = prompt
+
+    def read() -> Encoded:
+        found = reader.read(asked)
+        return Encoded(token_ids_of(found.token_ids, view), found.media)
+
+    return typed(read) if asked.size <= _INLINE_CHARACTERS else await in_thread(read)
 
 
 def _encode_text(text: str, tokenizer: Tokenizer, most: int | None) -> list[int]:
