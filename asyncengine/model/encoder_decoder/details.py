@@ -29,6 +29,7 @@ class SourceDetails(Details):
 
     Attributes:
         sources: Most tokens of a source.
+        fixed: Whether a source always has so many.
         written: Most tokens of its decoder, those included that it begins with.
         page_size: Tokens to a block.
         spec: What each of its decoder's layers needs.
@@ -36,6 +37,7 @@ class SourceDetails(Details):
     """
 
     sources: int = 0
+    fixed: bool = False
     written: int = 0
     page_size: int = 1
     spec: LayerSpec | None = None
@@ -141,6 +143,7 @@ def details_of(
     if tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"{tokenizer_path}: there are no tokenizer files")
     page_size = config.kv_cache_page_size or (_CUDA_PAGE if device.type == "cuda" else _CPU_PAGE)
+    compiled = device.type == "cpu" and config.attention_backend in ("auto", "cpu")
     return SourceDetails(
         checkpoint,
         tokenizer_path,
@@ -148,13 +151,19 @@ def details_of(
         vocab_size,
         device,
         dtype,
-        checkpoint.weight_bytes(dtype),
+        checkpoint.weight_bytes(dtype) + (_tied_head(hf_config, vocab_size, dtype) if compiled else 0),
         ends.length(config, page_size),
         None if current is None else current.tokenizer,
         dtype,
         sources=ends.sources,
+        fixed=ends.fixed,
         written=ends.written,
         page_size=page_size,
         spec=spec,
         kind=kind,
     )
+
+
+def _tied_head(hf_config: Any, vocab_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a head that is the table of tokens, too, where compiled code has a copy of it in its own order."""
+    return vocab_size * int(hf_config.d_model) * dtype.itemsize if hf_config.tie_word_embeddings else 0

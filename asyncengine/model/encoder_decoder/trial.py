@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from asyncengine.errors import UnsupportedModelError
-from asyncengine.model import packed_linear, verification
+from asyncengine.model import verification
 from asyncengine.model.encoder_decoder.details import SourceDetails
 from asyncengine.model.encoder_decoder.layers import attend_here
 from asyncengine.model.encoder_decoder.loading import Backends, serving
 from asyncengine.model.encoder_decoder.parting import filled, of_text
+from asyncengine.model.encoder_decoder.products import with_products
 from asyncengine.model.trial_bound import relative
 from asyncengine.step.batch import Int32, StepBatch
 from asyncengine.step.limits import Limits
@@ -58,8 +59,7 @@ def try_decoder(
     with torch.inference_mode():
         expected = plain(rows[None], torch.from_numpy(ids).to(details.device).long())
     attend_here(model)
-    if packed_linear.supports(details.dtype, details.device):
-        packed_linear.pack(model.model.decoder, set())
+    with_products(model, details, backends[0])
     page_size = verification.PAGE
     places = filled(source, page_size)
     length = places + ids.shape[1]
