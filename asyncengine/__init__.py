@@ -75,6 +75,7 @@ if TYPE_CHECKING:
         StructuralTag,
         StructuralTags,
     )
+    from asyncengine.source import SourcePrompt
     from asyncengine.state import EngineState
     from asyncengine.step.batch import TokenLogprobs
     from asyncengine.tokenizer import Tokenizer
@@ -130,6 +131,7 @@ __all__ = [
     "RequestStream",
     "RerankPrompt",
     "ResponseFormat",
+    "SourcePrompt",
     "StepError",
     "StructuralTag",
     "StructuralTags",
@@ -215,6 +217,7 @@ _HOMES = {
         "StructuralTag",
         "StructuralTags",
     ),
+    "asyncengine.source": ("SourcePrompt",),
     "asyncengine.state": ("EngineState",),
     "asyncengine.step.batch": ("TokenLogprobs",),
     "asyncengine.tokenizer": ("Tokenizer",),

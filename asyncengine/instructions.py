@@ -157,6 +157,11 @@ class NewRequest:
     second: int | None = None
     question: PromptQuestion | AlignmentQuestion | None = None
 
+    @property
+    def prompt_tokens(self) -> int:
+        """How many of the prompt's places are not there only to fill a block."""
+        return len(self.prompt) if self.media is None else self.media.meant(len(self.prompt))
+
 
 @dataclass(frozen=True, slots=True)
 class AddRequests:

@@ -18,10 +18,12 @@ from asyncengine.errors import InvalidRequestError
 from asyncengine.step.batch import Int32, Int64
 from asyncengine.transcription import Transcribing
 
-Kind = Literal["image", "audio", "video"]
+Kind = Literal["image", "audio", "video", "text"]
+"""A text is one of these where the decoder attends to it beside its own tokens (`PromptMedia.source`)."""
 KINDS: tuple[Kind, ...] = ("image", "audio", "video")
-PLURALS: dict[Kind, str] = {"image": "images", "audio": "audio", "video": "videos"}
-NOUNS: dict[Kind, str] = {"image": "an image", "audio": "an audio", "video": "a video"}
+"""Those that a prompt has beside its text."""
+PLURALS: dict[Kind, str] = {"image": "images", "audio": "audio", "video": "videos", "text": "source texts"}
+NOUNS: dict[Kind, str] = {"image": "an image", "audio": "an audio", "video": "a video", "text": "a source text"}
 UNENCODED: dict[Kind, str] = {kind: f"its checkpoint has no encoder of {PLURALS[kind]}" for kind in KINDS}
 """Why a model takes none, where there is nothing more to say."""
 
@@ -210,21 +212,37 @@ class PromptMedia:
         axes: (axes, prompt) where each token of the prompt is rotated to, by axis (M-RoPE, Wang et al., 2024); None
             if by its position.
         shift: What is added to the position of tokens behind the prompt, where there are axes.
+        source: Of a prompt that begins with what its decoder attends to beside its own tokens, an audio or a text: how
+            many tokens that has. It is the one item then, whose other places fill its last block. Else 0.
     """
 
     items: tuple[MediaItem, ...]
     reader: str = ""
     axes: Int32 | None = None
     shift: int = 0
+    source: int = 0
 
     @property
     def kinds(self) -> set[Kind]:
         """Of its items."""
         return {item.kind for item in self.items}
 
+    @property
+    def beside(self) -> int:
+        """Places of the source; 0 if there is none."""
+        return len(self.items[0].places) if self.source else 0
+
+    def meant(self, places: int) -> int:
+        """How many of so many places at the prompt's beginning are not there only to fill a block."""
+        return min(places, self.source) + max(places - self.beside, 0) if self.source else places
+
+    def shown(self, prompt: Int32) -> Int32:
+        """(tokens,) the tokens of a prompt without those that are there only to fill a block."""
+        return np.concatenate((prompt[: self.source], prompt[self.beside :])) if self.source else prompt
+
     def num_tokens(self, kind: Kind) -> int:
         """How many tokens stand for items of a kind."""
-        return sum(len(item.places) for item in self.items if item.kind == kind)
+        return self.meant(sum(len(item.places) for item in self.items if item.kind == kind))
 
     @property
     def whole(self) -> bool:

@@ -448,7 +448,7 @@ def test_lag_measures_every_phase(reports: Reports) -> None:
     assert status == 0, said
     assert list(result["results"]) == ["idle", "decode 2", "decode 4", "load", "reload"]
     for phase in result["results"].values():
-        assert phase["timers"] > 10
+        assert phase["timers"] > 3
         assert 0 <= phase["p50_ms"] <= phase["p99_ms"] <= phase["max_ms"]
         assert phase["any_p99_ms"] <= phase["max_ms"]
 

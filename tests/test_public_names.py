@@ -54,6 +54,7 @@ PUBLIC = [
     "RequestStream",
     "RerankPrompt",
     "ResponseFormat",
+    "SourcePrompt",
     "StepError",
     "StructuralTag",
     "StructuralTags",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,12 +19,18 @@ if TYPE_CHECKING:
     from asyncengine.loop.engine import AsyncEngine
     from asyncengine.loop.prepare import RequestOptions
     from asyncengine.outputs import RequestResult
+    from asyncengine.source import SourcePrompt
+
+_OF_SOURCES = ("decoder", "src_lang", "tgt_lang")
+"""Fields of a line that are about the source."""
 
 
 def complete(
     ctx: typer.Context,
     model: Model = "tiny",
     jsonl: Annotated[bool, typer.Option("--jsonl", help="A JSON object per line, in and out.")] = False,
+    src_lang: Annotated[str | None, typer.Option(help="Language of the lines, for models that translate.")] = None,
+    tgt_lang: Annotated[str | None, typer.Option(help="Language of the answers, for models that translate.")] = None,
     *,
     generation: GenerationFlags,
     flags: AnsweringFlags,
@@ -33,7 +39,9 @@ def complete(
 
     With --jsonl a line is {"prompt": "..."} or {"messages": [...]}, and may have an "id", which comes back, and
     fields of GenerationConfig for itself alone; an answer has "text", "finish_reason" and "usage", or "error".
-    Without it, a line is a prompt, and an answer is printed as it is. Exit status 1: some line failed.
+    Without it, a line is a prompt, and an answer is printed as it is. For a model that translates or summarises, a
+    prompt is the text that it reads, and a line of JSON may also have "src_lang", "tgt_lang" and "decoder". Exit
+    status 1: some line failed.
     """
     config = generation.config()
     engine_config, options = flags.config(model, ctx.obj), flags.options()
@@ -43,7 +51,8 @@ def complete(
     from asyncengine.cli.loading import loaded
 
     with loaded(engine_config, ctx.obj) as (engine, runner):
-        return runner.run(Completion(engine, config, options, jsonl).run(lines))
+        languages = {"src_lang": src_lang, "tgt_lang": tgt_lang}
+        return runner.run(Completion(engine, config, options, jsonl, languages).run(lines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ def _read_lines() -> list[Line]:
 class Ask:
     """One line: a prompt or a conversation, and how it is answered."""
 
-    prompt: str | list[int] | None
+    prompt: str | list[int] | SourcePrompt | None
     messages: list[dict[str, Any]] | None
     config: GenerationConfig
 
@@ -80,13 +89,22 @@ class Completion:
         config: How answers are generated where a line does not say.
         options: How requests are handled.
         jsonl: Whether lines are JSON.
+        languages: Those of `SourcePrompt`, where a line does not say.
     """
 
-    def __init__(self, engine: AsyncEngine, config: GenerationConfig, options: RequestOptions, jsonl: bool) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        config: GenerationConfig,
+        options: RequestOptions,
+        jsonl: bool,
+        languages: Mapping[str, Any],
+    ) -> None:
         self._engine = engine
         self._config = config
         self._options = options
         self._jsonl = jsonl
+        self._languages = languages
 
     async def run(self, lines: list[Line]) -> int:
         """Answers all lines; returns the exit status."""
@@ -135,13 +153,26 @@ class Completion:
 
     def _read(self, line: str) -> Ask:
         if not self._jsonl:
-            return Ask(line, None, self._config)
+            return Ask(self._prompt(line, {}), None, self._config)
         fields = _object(line)
+        given = {name: fields.pop(name) for name in _OF_SOURCES if name in fields}
         prompt, messages = fields.pop("prompt", None), fields.pop("messages", None)
         fields.pop("id", None)
         if (prompt is None) == (messages is None):
             raise InvalidRequestError("expected one of 'prompt' and 'messages'")
-        return Ask(prompt, messages, self._config.replace(**fields))
+        if given and messages is not None:
+            raise InvalidRequestError(f"{next(iter(given))!r} beside 'messages': it goes with 'prompt'")
+        asked = None if messages is not None else self._prompt(prompt, given)
+        return Ask(asked, messages, self._config.replace(**fields))
+
+    def _prompt(self, prompt: Any, given: Mapping[str, Any]) -> Any:
+        """A line's prompt, with what is said of its languages and of how its answer begins."""
+        said = {name: value for name, value in self._languages.items() if value is not None} | dict(given)
+        if not said:
+            return prompt
+        from asyncengine.source import SourcePrompt
+
+        return SourcePrompt(prompt, **said)
 
     def _write(self, index: int, line: Line, answer: RequestResult | AsyncEngineError) -> bool:
         """Writes an answer; says whether it is one."""

@@ -79,20 +79,22 @@ def estimate(
 
 
 def _of_others(config: EngineConfig, memory: int | None) -> list[tuple[str, str]] | None:
-    """Lines about a checkpoint of an encoder, or of a model that transcribes; None if it is of neither."""
+    """Lines about a checkpoint of an encoder, or of a decoder that attends to a source; None if it is of neither."""
     from asyncengine.model.encoders.kind import is_encoder
     from asyncengine.model.gguf.checkpoint import checkpoint_at
     from asyncengine.model.location import locate
     from asyncengine.model.speech.kind import is_speech
+    from asyncengine.model.text_to_text.kind import is_text_to_text
 
     checkpoint = checkpoint_at(locate(config.model))
-    if not is_encoder(checkpoint.config) and not is_speech(checkpoint.config):
+    attends = is_speech(checkpoint.config) or is_text_to_text(checkpoint.config)
+    if not attends and not is_encoder(checkpoint.config):
         return None
-    from asyncengine.cli import estimate_encoder, estimate_speech
+    from asyncengine.cli import estimate_encoder, estimate_sources
     from asyncengine.cli.loading import quiet
 
     quiet()
-    kind = estimate_speech if is_speech(checkpoint.config) else estimate_encoder
+    kind = estimate_sources if attends else estimate_encoder
     return list(kind.rows(config, checkpoint, _device(config), memory))
 
 

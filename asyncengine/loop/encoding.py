@@ -33,10 +33,12 @@ from asyncengine.media import (
     VideoPrompt,
     Write,
 )
+from asyncengine.source import SourcePrompt, SourceReader
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, PairingTokenizer, Tokenizer, WritingTokenizer
 from asyncengine.transcription import AlignmentPrompt, Transcribing, TranscriptionPrompt
+from asyncengine.waiting import run_until
 
 T = TypeVar("T")
 
@@ -44,7 +46,7 @@ TextPrompt = str | Iterable[int]
 
 MediaPrompt = ImagePrompt | AudioPrompt | VideoPrompt
 
-Prompt = TextPrompt | MediaPrompt
+Prompt = TextPrompt | MediaPrompt | SourcePrompt
 
 Piece = str | int | Iterable[int]
 
@@ -142,6 +144,12 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
         InvalidRequestError: Not text, token ids in the vocabulary, messages that the chat template takes, or images,
             audio or videos that the model does; or empty.
     """
+    if view.source_reader is not None:
+        return await _read_source(prompt, view, view.source_reader)
+    if isinstance(prompt, SourcePrompt):
+        raise InvalidRequestError(
+            f"the prompt is a SourcePrompt; {view.config.model!r} does not write one text of another: pass a string"
+        )
     most = None
     if isinstance(prompt, Cut):
         most, prompt = prompt.within(view), prompt.prompt
@@ -177,6 +185,29 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
     else:
         ids = prompt if most is None else list(prompt)[:most]  # type: ignore[assignment]
     return Encoded(token_ids_of(ids, view))
+
+
+async def _read_source(prompt: AnyPrompt | StreamedPrompt, view: ModelView, reader: SourceReader) -> Encoded:
+    """A prompt whose decoder attends to its source beside its own tokens: a plain one is the source."""
+    if isinstance(prompt, MediaPrompt):
+        check_media([kind for kind, own in prompt.sources.items() if own], view)
+    if isinstance(prompt, TranscriptionPrompt):
+        transcribing_of(view)
+    if not isinstance(prompt, SourcePrompt):
+        if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, bytearray, Mapping)):
+            what = "a conversation" if isinstance(prompt, Conversation) else f"{prompt!r:.80}"
+            raise InvalidRequestError(
+                f"the prompt is {what}; {view.config.model!r} writes one text of another and takes that alone: a "
+                "string, token ids or a SourcePrompt"
+            )
+        prompt = SourcePrompt(prompt)
+    asked = prompt
+
+    def read() -> Encoded:
+        found = reader.read(asked)
+        return Encoded(token_ids_of(found.token_ids, view), found.media)
+
+    return typed(read) if asked.size <= _INLINE_CHARACTERS else await in_thread(read)
 
 
 def _encode_text(text: str, tokenizer: Tokenizer, most: int | None) -> list[int]:
@@ -293,9 +324,19 @@ def media_readers() -> anyio.CapacityLimiter:
 
 
 async def in_thread(function: Callable[[], T], limiter: anyio.CapacityLimiter | None = None) -> T:
-    """As `typed`, on a worker thread; cancelling does not stop it, and it counts to `limiter` until its end."""
+    """As `typed`, on a worker thread. Cancelling lets it end where it asks (`check_awaited`); until then it counts to
+    `limiter`.
+    """
+    left = threading.Event()
+    try:
+        return await _on_a_worker(lambda: run_until(left, lambda: typed(function)), limiter)
+    finally:
+        left.set()
+
+
+async def _on_a_worker(function: Callable[[], T], limiter: anyio.CapacityLimiter | None) -> T:
     if limiter is None:
-        return await anyio.to_thread.run_sync(lambda: typed(function), abandon_on_cancel=True)
+        return await anyio.to_thread.run_sync(function, abandon_on_cancel=True)
     # anyio would have it count no more once nobody waits: whoever asks and leaves, again and again, would have any
     # number of threads at work.
     loop, borrower, taken = asyncio.get_running_loop(), object(), threading.Lock()  # taken by the thread, once
@@ -305,7 +346,7 @@ async def in_thread(function: Callable[[], T], limiter: anyio.CapacityLimiter | 
         if not taken.acquire(blocking=False):
             raise RuntimeError("nobody waits for it")
         try:
-            return typed(function)
+            return function()
         finally:
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(limiter.release_on_behalf_of, borrower)

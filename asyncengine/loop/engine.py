@@ -405,7 +405,8 @@ class AsyncEngine(EngineReadings):
             try:
                 for new, prompt, (_, config, _) in zip(news, prompts, prepared, strict=True):
                     inbox = self._inbox(new, config, _operation(prompt, purpose.reading), view)
-                    streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, new.prompt))
+                    shown = new.prompt if new.media is None else new.media.shown(new.prompt)
+                    streams.append(RequestStream(new.request_id, inbox, router, self._abort, options.label, shown))
                     router.register(inbox)
                 add = ins.AddRequests(tuple(news), view.epoch, router.stream_back, None, options.when_full)
                 fits = await self._call(functools.partial(_addressed, add))
@@ -437,7 +438,7 @@ class AsyncEngine(EngineReadings):
         elif isinstance(new.question, ins.PromptQuestion):
             inbox.prompt_logprobs = []
         if self.observer is not None:
-            begun = RequestBegun(new.request_id, operation, view.config.model, len(new.prompt), config, new.adapter)
+            begun = RequestBegun(new.request_id, operation, view.config.model, new.prompt_tokens, config, new.adapter)
             inbox.on_over = begin(self.observer, begun)
         return inbox
 

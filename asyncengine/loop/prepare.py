@@ -147,9 +147,16 @@ def new_request(
     """
     config, reading = checked_config(config), purpose.reading
     prompt, media, second, question = encoded
-    if view.begins_with_audio:
+    if view.begins_with_audio or view.source_reader is not None:
         _check_begins(encoded, config, view)
     check_length(len(prompt), view)
+    room = view.max_tokens - len(prompt)
+    if view.source_reader is not None:
+        assert media is not None
+        room = min(room, view.source_reader.written - (len(prompt) - media.beside))
+        processors = view.source_reader.processors(media.items[0].inputs["input_ids"][0])
+        if processors:
+            config = dataclasses.replace(config, logits_processors=(*config.logits_processors, *processors))
     if options.adapter is not None and options.adapter not in view.adapters:
         raise InvalidRequestError(unknown_adapter(options.adapter, view.adapters))
     most = view.config.prefill_chunk_size
@@ -167,7 +174,7 @@ def new_request(
         view.default_generation_config,
         vocab_size=view.vocab_size,
         eos_token_ids=view.eos_token_ids,
-        max_tokens=view.max_tokens - len(prompt),
+        max_tokens=room,
         seed=secrets.randbits(63) if config.seed is None else 0,
         grammar=grammar,
         bad_words=_bad_words(config.bad_words, view),
@@ -195,7 +202,13 @@ def new_request(
 
 
 def _check_begins(encoded: Encoded, config: GenerationConfig, view: ModelView) -> None:
-    """Raises InvalidRequestError where a model that hears is not given anything to hear."""
+    """Raises InvalidRequestError where a model is not given what its decoder attends to beside its own tokens."""
+    reads = view.source_reader is not None
+    if encoded.media is None and reads:
+        raise InvalidRequestError(
+            f"the prompt has no source, and {view.config.model!r} writes one text of another: it takes a string, token "
+            "ids or a SourcePrompt, whole and not in pieces"
+        )
     if encoded.media is None:
         raise InvalidRequestError(
             f"the prompt has no audio, and {view.config.model!r} writes what it hears: transcribe takes one, and "
@@ -203,8 +216,8 @@ def _check_begins(encoded: Encoded, config: GenerationConfig, view: ModelView) -
         )
     if config.prompt_logprobs is not None:
         raise InvalidRequestError(
-            f"prompt_logprobs is {config.prompt_logprobs}; tokens that stand for what {view.config.model!r} hears have "
-            "no log-probabilities"
+            f"prompt_logprobs is {config.prompt_logprobs}; tokens that stand for what {view.config.model!r} "
+            f"{'reads' if reads else 'hears'} have no log-probabilities"
         )
 
 

@@ -35,7 +35,8 @@ class RequestStream:
     Attributes:
         request_id: Names the request in `AsyncEngine.abort_request`.
         label: Whatever the caller gave; the engine does not look at it.
-        prompt_token_ids: (tokens,) the prompt as the model sees it.
+        prompt_token_ids: (tokens,) the prompt as the model sees it; where its decoder attends to a source beside its
+            own tokens, the same token stands for each of those.
     """
 
     __slots__ = (

@@ -38,6 +38,7 @@ from asyncengine.model.media.modules import senses
 from asyncengine.model.recorded import Recorded, Watched
 from asyncengine.model.recurrent.recorded import RecurrentLayer, recording
 from asyncengine.model.stored.weight import CodedWeight
+from asyncengine.model.text_to_text.kind import why_not
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 _RECURRENT_TYPES = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
@@ -194,7 +195,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
             del each.quantization_config
     name = _name(config)
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoders can be served")
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model: {why_not(config.model_type)}")
     if not any(type(config) in mapping for mapping in _mappings(config)):
         raise UnsupportedModelError(f"{name} has no causal language model in transformers")
     if not model_class(config)[0]._can_set_attn_implementation():

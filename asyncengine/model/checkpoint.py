@@ -28,6 +28,7 @@ from asyncengine.model.text_files import PROCESSORS, json_in
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json",
+    "sentencepiece.bpe.model", "source.spm", "target.spm",
 )  # fmt: skip
 
 _BESIDE_CODES = ("k_scale", "v_scale", "q_scale", "prob_scale")
@@ -251,6 +252,12 @@ class Checkpoint:
         if values.get("do_sample") is False:
             defaults["temperature"] = 0.0
         return GenerationConfig(**defaults)
+
+    @property
+    def draws(self) -> bool | None:
+        """Whether tokens are drawn where nothing else is asked for; None if it does not say."""
+        drawn = self._generation.get("do_sample", self.config.get("do_sample"))
+        return drawn if isinstance(drawn, bool) else None
 
     @property
     def classifies(self) -> bool:

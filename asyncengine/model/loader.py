@@ -34,6 +34,7 @@ from asyncengine.model.load_settings import device_of, dtype_of, select_attentio
 from asyncengine.model.recalled_model import recalled
 from asyncengine.model.recurrent.refusals import check_recurrent
 from asyncengine.model.speech.kind import is_speech
+from asyncengine.model.text_to_text.kind import is_text_to_text
 from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer
 from asyncengine.speculation.lengths import DraftLengths
 from asyncengine.speculation.ngram import NgramDrafter
@@ -72,22 +73,13 @@ class TransformersLoader:
         given, config = config, settled(config, checkpoint, device)
         dtype = dtype_of(config, checkpoint)
         checkpoint.read_ahead(memory.free_bytes(torch.device("cpu")))
-        if is_encoder(checkpoint.config):
-            from asyncengine.model.encoders import loading
-
+        if (other := _other_loading(checkpoint.config)) is not None:
             try:
-                return loading.plan_of(given, current, checkpoint, device, dtype)
+                plan: LoadPlan = other.plan_of(given, current, checkpoint, device, dtype)
             except BaseException:
                 checkpoint.stop_reading_ahead()
                 raise
-        if is_speech(checkpoint.config):
-            from asyncengine.model.speech import loading as of_speech
-
-            try:
-                return of_speech.plan_of(given, current, checkpoint, device, dtype)
-            except BaseException:
-                checkpoint.stop_reading_ahead()
-                raise
+            return plan
         # A compiler has much of its work done while transformers is imported and the model is watched. `plan_of` waits
         # for it where there is something to let go of, or to be refused; else its work may end after the check.
         pool = ThreadPoolExecutor(1, "asyncengine-compiler")
@@ -106,14 +98,9 @@ class TransformersLoader:
 
     def load(self, plan: LoadPlan) -> LoadedModel:
         """As the protocol says. Codes that could not stay codes, and that nobody has asked for, become numbers."""
-        if is_encoder(plan.details.checkpoint.config):
-            from asyncengine.model.encoders import loading
-
-            return loading.load(plan)
-        if is_speech(plan.details.checkpoint.config):
-            from asyncengine.model.speech import loading as of_speech
-
-            return of_speech.load(plan)
+        if (other := _other_loading(plan.details.checkpoint.config)) is not None:
+            loaded: LoadedModel = other.load(plan)
+            return loaded
         try:
             return self._load(plan)
         except UnsupportedModelError as error:
@@ -137,6 +124,27 @@ class TransformersLoader:
             plan.details.checkpoint.stop_reading_ahead()
             wait([plan.details.selecting])
             memory.give_back()
+
+
+def _other_loading(config: dict[str, Any]) -> Any:
+    """The module that loads models which are no decoders alone; None if a checkpoint is of such a decoder.
+
+    Args:
+        config: Of the checkpoint, ``config.json``.
+    """
+    if is_encoder(config):
+        from asyncengine.model.encoders import loading as of_encoders
+
+        return of_encoders
+    if is_speech(config):
+        from asyncengine.model.speech import loading as of_speech
+
+        return of_speech
+    if is_text_to_text(config):
+        from asyncengine.model.text_to_text import loading as of_texts
+
+        return of_texts
+    return None
 
 
 def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:

@@ -16,7 +16,7 @@ from asyncengine.model.chat_template import ChatTemplate, check_template, templa
 from asyncengine.model.checkpoint import has_tokenizer, tokenizer_sources
 from asyncengine.model.text_files import check_tokenizer
 from asyncengine.model.token_spelling import spelling_of
-from asyncengine.tokenizer import Message, ResponseParser, Tokenizer
+from asyncengine.tokenizer import Message, ResponseParser, Tokenizer, WritingTokenizer
 
 _LONG = 4096
 """Characters beyond which a text is encoded as a batch: for nothing else the library lets go of the lock."""
@@ -194,6 +194,16 @@ class SlowTokenizer(_WithTemplate):
         with self._lock:
             return list(self._tokenizer.encode(text, add_special_tokens=False))
 
+    def encode_target(self, text: str) -> list[int]:
+        """As `encode_piece`, of what a model writes of another text: that may have a vocabulary of its own."""
+        with self._lock:
+            own = self._tokenizer
+            own._switch_to_target_mode()
+            try:
+                return list(own.encode(text, add_special_tokens=False))
+            finally:
+                own._switch_to_input_mode()
+
     def encode_texts(self, texts: Sequence[str], most: int | None = None) -> tuple[list[int], int | None]:
         """As `asyncengine.tokenizer.PairingTokenizer`."""
         cut = {} if most is None else {"truncation": "only_second" if len(texts) == 2 else True, "max_length": most}
@@ -210,8 +220,19 @@ def _second(types: Sequence[int], tokenizer: Any) -> int | None:
 
 def special_ids(tokenizer: Tokenizer | None) -> list[int]:
     """Ids of a tokenizer's special tokens, as far as it is one of transformers'."""
-    own = getattr(tokenizer, "_chat", None) or getattr(tokenizer, "_tokenizer", None)
+    own = own_of(tokenizer)
     return [] if own is None else list(own.all_special_ids)
+
+
+def own_of(tokenizer: Tokenizer | None) -> Any:
+    """Transformers' own tokenizer within one, to be looked at alone; None if it is none of these."""
+    return getattr(tokenizer, "_chat", None) or getattr(tokenizer, "_tokenizer", None)
+
+
+def encode_target(tokenizer: WritingTokenizer, text: str) -> list[int]:
+    """Token ids of a piece of what a model writes, where it writes one text of another and has two vocabularies."""
+    encode = tokenizer.encode_target if isinstance(tokenizer, SlowTokenizer) else tokenizer.encode_piece
+    return encode(text)
 
 
 def keep_for_next_load(tokenizer: Tokenizer | None) -> None:

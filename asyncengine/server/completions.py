@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from asyncengine.detokenizer import BEFORE
-from asyncengine.loop.encoding import TextPrompt
+from asyncengine.loop.encoding import Prompt, TextPrompt
 from asyncengine.loop.stream import RequestStream
 from asyncengine.outputs import FinishReason, RequestOutput
 from asyncengine.server.answer import Answer, new_id, now
@@ -31,6 +31,7 @@ from asyncengine.server.sampling import IGNORED, OTHERS, Sampling, generation_co
 from asyncengine.server.service import Service, reply
 from asyncengine.server.sse import DONE, EventStream, data, unless_gone
 from asyncengine.server.wire import Body
+from asyncengine.source import SourcePrompt
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -45,6 +46,10 @@ class CompletionBody(Sampling, kw_only=True):
     echo: bool = False
     suffix: str | None = None
     best_of: int | None = None
+
+    decoder: str | list[int] = ""
+    src_lang: str | None = None
+    tgt_lang: str | None = None
 
 
 BODY = Body(
@@ -89,13 +94,16 @@ class Completing:
             if body.echo:
                 raise Refusal(400, "echo beside suffix: there is no text to repeat", "unsupported_field", "echo")
             self.prompts = around_gap(self.prompts, body.suffix, self.tokenizer)
+        self._asked: list[Prompt] = list(self.prompts)
+        if body.decoder or body.src_lang is not None or body.tgt_lang is not None:
+            self._asked = [SourcePrompt(each, body.decoder, body.src_lang, body.tgt_lang) for each in self.prompts]
 
     async def begin(self) -> Answer:
         """Adds the requests to the engine."""
         engine = self.service.engine
         if len(self.prompts) == 1:
-            return Answer((await engine.add_request(self.prompts[0], self.config, self.options),), self.service)
-        many = engine.generate_many(self.prompts, self.config, self.options)
+            return Answer((await engine.add_request(self._asked[0], self.config, self.options),), self.service)
+        many = engine.generate_many(self._asked, self.config, self.options)
         await many.__aenter__()
         return Answer(many.streams, self.service, many)
 

@@ -94,7 +94,10 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T | None:
             failure = error
         tasks.cancel_scope.cancel()
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # which would hold this frame, and be held by it
     return outcome[0] if outcome else None
 
 

@@ -72,6 +72,8 @@ class StepBatch:
             end of this step. None if no layer does so, or no token is of an image.
         token_types: (T,) 1 for tokens of the second of two texts that a prompt is made of, 0 for all others. None if
             no prompt is of two texts that the model tells apart by that.
+        sources: (R,) how many tokens the source has that each row's sequence begins with, where the decoder attends to
+            one beside its own tokens (`asyncengine.media.PromptMedia.source`). None if no row has one.
     """
 
     token_ids: Int32
@@ -100,6 +102,7 @@ class StepBatch:
     axes: Int32 | None = None
     reach: Int32 | None = None
     token_types: Int32 | None = None
+    sources: Int32 | None = None
 
 
 @dataclass(frozen=True, slots=True)

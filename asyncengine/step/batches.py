@@ -116,6 +116,7 @@ class Batches:
             draft_lengths=None if drafts is None else drafts.lengths,
             unknown=decoding.unknown() if ahead else None,
             adapters=slots.adapters_of(rows),
+            sources=slots.sources_of(rows),
             slots=None if states is None else rows,
             state_copies=NO_PAIRS if states is None else states.copies,
             state_saves=NO_SAVES if states is None else states.saves,

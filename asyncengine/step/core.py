@@ -339,10 +339,10 @@ class Core:
 
         def place(sequence: Sequence, tokens: Int32) -> None:
             new = sequence.request.new
-            prompt = len(new.prompt)
+            prompt, first = len(new.prompt), 0
             if new.media is not None:
-                tokens = new.media.plain(tokens)
-            model.place(sequence.slot, new.params, sequence.branch, tokens[:prompt], tokens[prompt:])
+                tokens, first = new.media.plain(tokens), new.media.beside
+            model.place(sequence.slot, new.params, sequence.branch, tokens[first:prompt], tokens[prompt:])
             if drafting is not None:
                 drafting.place(sequence.slot, new.params, sequence.branch, sequence.learnt)
 

@@ -29,8 +29,8 @@ class _Columns:
     """
 
     __slots__ = (
-        "_adapters", "_begins", "_columns", "_counting", "_lengths", "_positions", "_query_start", "_slots", "_table",
-        "_tables", "context", "left", "pieces", "unknown",
+        "_adapters", "_begins", "_columns", "_counting", "_lengths", "_positions", "_query_start", "_slots", "_sources",
+        "_table", "_tables", "context", "left", "pieces", "unknown",
     )  # fmt: skip
 
     def __init__(self, slots: Int64, table: SlotTable) -> None:
@@ -50,6 +50,7 @@ class _Columns:
         self._tables: Int32 = np.empty((count, 0), dtype=np.int32)
         self.unknown: NDArray[np.bool_] = np.ones(count, dtype=np.bool_)
         self._adapters = table.adapters_of(slots)
+        self._sources = table.sources_of(slots)
         self.left = 0
 
     def look_up(self) -> None:
@@ -95,6 +96,7 @@ class _Columns:
             slots=None if states is None else self._slots,
             state_copies=NO_PAIRS if states is None else states.copies,
             state_saves=NO_SAVES if states is None else states.saves,
+            sources=self._sources,
         )
 
     def move_on(self) -> None:

@@ -57,12 +57,18 @@ def _of_purpose(new: NewRequest, loaded: LoadedModel) -> str | None:
         return "the new model does not tell what its tokens attend to"
     if new.media is None and loaded.begins_with_audio:
         return "the new model writes what it hears; it has no audio"
+    if new.media is None and loaded.source_reader is not None:
+        return "the new model writes one text of another; it was not read as a source"
     return None
 
 
 def _of_media(media: PromptMedia, loaded: LoadedModel) -> str | None:
-    reader = loaded.media_reader
-    if reader is None or media.reader != reader.key or not media.kinds <= set(reader.kinds):
+    if media.kinds == {"text"}:
+        reads = loaded.source_reader is not None and media.reader == loaded.source_reader.key
+    else:
+        reader = loaded.media_reader
+        reads = reader is not None and media.reader == reader.key and media.kinds <= set(reader.kinds)
+    if not reads:
         return f"the new model does not take its {' and '.join(PLURALS[kind] for kind in sorted(media.kinds))}"
     chunk = loaded.limits.prefill_chunk_size
     if media.longest_whole > chunk:

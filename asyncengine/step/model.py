@@ -13,6 +13,7 @@ from asyncengine.generation import GenerationConfig, SamplingParams
 from asyncengine.media import UNENCODED, Kind, MediaReader
 from asyncengine.outputs import Pooling
 from asyncengine.reranking import RerankPrompt
+from asyncengine.source import SourceReader
 from asyncengine.step.batch import Int32, StepBatch, StepTokens
 from asyncengine.step.drafting import Drafting
 from asyncengine.step.limits import Limits
@@ -166,6 +167,8 @@ class ModelView:
         no_media: By kind, why it takes none of it, in words.
         begins_with_audio: Whether each prompt begins with an audio, which is not among the tokens that the model writes
             on, but beside them (Whisper).
+        source_reader: Reads the text that the model writes another one of, which each prompt begins with in the same
+            way; None if it is no such model.
     """
 
     epoch: int
@@ -191,6 +194,7 @@ class ModelView:
     media_reader: MediaReader | None = None
     no_media: Mapping[Kind, str] = field(default_factory=lambda: UNENCODED)
     begins_with_audio: bool = False
+    source_reader: SourceReader | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +242,7 @@ class LoadedModel:
     media_reader: MediaReader | None = None
     no_media: Mapping[Kind, str] = field(default_factory=lambda: UNENCODED)
     begins_with_audio: bool = False
+    source_reader: SourceReader | None = None
     aligns: bool = False
 
     @property
@@ -278,6 +283,7 @@ class LoadedModel:
             media_reader=self.media_reader,
             no_media=self.no_media,
             begins_with_audio=self.begins_with_audio,
+            source_reader=self.source_reader,
         )
 
 

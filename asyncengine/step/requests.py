@@ -176,7 +176,7 @@ class RequestTable:
         self._requests[new.number] = request
         if self.trace.enabled:
             more = {} if new.adapter is None else {"adapter": new.adapter}
-            self.trace.mark("b", "request", now, new.number, id=new.request_id, prompt_tokens=len(new.prompt), **more)
+            self.trace.mark("b", "request", now, new.number, id=new.request_id, prompt_tokens=new.prompt_tokens, **more)
         if new.arriving:
             request.arriving = Arriving()
             request.branches[0].state = SequenceState.HELD

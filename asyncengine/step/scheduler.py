@@ -370,7 +370,8 @@ class Scheduler:
         self.prefix_queries += len(tokens) - request.computed_ahead
         self.prefix_hits += found
         if request.preemptions == 0 and sequence.branch == 0:
-            request.cached_tokens += found
+            media = request.new.media
+            request.cached_tokens += found if media is None else media.meant(found)
         unborn = [b for b in request.branches if b.state is SequenceState.UNBORN and request.arriving is None]
         for branch in unborn[: self.slots.num_free]:
             branch.slot = self.slots.take()
@@ -402,6 +403,7 @@ class Scheduler:
             bound=new.params.follows_tokens,
             adapter=NO_ADAPTER if sequence.request.adapter is None else sequence.request.adapter.index,
             shift=0 if new.media is None else new.media.shift,
+            source=0 if new.media is None else new.media.source,
         )
 
     def _leave(self, sequence: Sequence) -> None:

@@ -79,7 +79,7 @@ class Request:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt, as far as it has come."""
-        return len(self.new.prompt if self.arriving is None else self.arriving.tokens)
+        return self.new.prompt_tokens if self.arriving is None else len(self.arriving.tokens)
 
     @property
     def bound(self) -> bool:

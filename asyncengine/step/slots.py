@@ -29,6 +29,7 @@ class SlotTable:
         bound: (slots,) whether what it may draw depends on the token before.
         adapters: (slots,) index of the adapter under which it is computed; `NO_ADAPTER` for none.
         shifts: (slots,) what is added to the place of a token behind the prompt to give its position.
+        sources: (slots,) tokens of the source that the sequence begins with, as `StepBatch.sources`; 0 for none.
         stop_ids: (slots, 8) tokens that end the sequence, padded with -1. Longer lists are in `more_stop_ids`.
         blocks: (slots, max blocks) block table.
         num_blocks: (slots,) how many blocks it has.
@@ -51,6 +52,8 @@ class SlotTable:
         self._ever_adapted = False  # while it is not, nobody looks
         self.shifts = np.zeros(num_slots, dtype=np.int64)
         self._ever_shifted = False
+        self.sources = np.zeros(num_slots, dtype=np.int32)
+        self._ever_sourced = False
         self.num_blocks = np.zeros(num_slots, dtype=np.int64)
         self.stop_ids = np.full((num_slots, _STOP_IDS), -1, dtype=np.int32)
         self.more_stop_ids: dict[int, Int32] = {}
@@ -85,6 +88,7 @@ class SlotTable:
         bound: bool = False,
         adapter: int = NO_ADAPTER,
         shift: int = 0,
+        source: int = 0,
     ) -> None:
         """Writes a sequence that has nothing in the cache yet. Arguments as the columns, but for their rows."""
         self.tokens[slot, : len(tokens)] = tokens
@@ -99,6 +103,8 @@ class SlotTable:
         self._ever_adapted |= adapter != NO_ADAPTER
         self.shifts[slot] = shift
         self._ever_shifted |= shift != 0
+        self.sources[slot] = source
+        self._ever_sourced |= source != 0
         self.stop_ids[slot] = -1
         if len(stop_ids) <= _STOP_IDS:
             self.stop_ids[slot, : len(stop_ids)] = stop_ids
@@ -126,6 +132,13 @@ class SlotTable:
             return None
         shifts: Int64 = self.shifts[slots]
         return shifts if shifts.any() else None
+
+    def sources_of(self, slots: Int64) -> Int32 | None:
+        """(slots,) tokens of the sources of several sequences; None if none of them has one."""
+        if not self._ever_sourced:
+            return None
+        sources: Int32 = self.sources[slots]
+        return sources if sources.any() else None
 
     def append_blocks(self, slot: int, blocks: Int32) -> None:
         """Extends a block table."""

@@ -119,7 +119,7 @@ async def test_a_refused_request_is_no_garbage() -> None:
     def errors() -> list[object]:
         return [kept for kept in gc.get_objects() if isinstance(kept, (Refusal, AsyncEngineError))]
 
-    async with served(max_body_bytes=1000) as client:
+    async with served(echo_engine(max_single_sequence_length=100), max_body_bytes=1000) as client:
         headers = {"content-type": "application/json"}
         gc.disable()
         try:
@@ -129,6 +129,8 @@ async def test_a_refused_request_is_no_garbage() -> None:
                 ("/v1/completions", b"{", 400),
                 ("/v1/completions", b'{"prompt": "a", "max_tokens": -1}', 400),
                 ("/v1/chat/completions", b'{"messages": [], "n": 0}', 400),
+                ("/v1/completions", b'{"prompt": "' + b"x" * 900 + b'"}', 400),
+                ("/v1/embeddings", b'{"input": "' + b"x" * 900 + b'"}', 400),
                 ("/v1/messages", b'{"model": "nothing"}', 400),
                 ("/tokenize", b"[]", 400),
                 ("/v1/nothing", b"{}", 404),

@@ -141,6 +141,8 @@ inline Words add_pairs(Words sum, Words halves, int32_t pair) {
   return (Words)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)halves, _mm512_set1_epi32(pair));
 #elif defined(__AVX512BW__)
   return sum + (Words)_mm512_madd_epi16((__m512i)halves, _mm512_set1_epi32(pair));
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+  return (Words)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)halves, _mm256_set1_epi32(pair));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
   return sum + (Words)_mm256_madd_epi16((__m256i)halves, _mm256_set1_epi32(pair));
 #elif defined(__SSE2__) && !defined(__AVX__)

@@ -5,7 +5,7 @@
 //
 //     weights (group, step, lane, pair)    group = output / lanes, step = input / pair
 //
-// and are read once for up to kRows tokens at a time. Each output is one chain of additions over its inputs, in ascending
+// and are read once for up to six tokens at a time. Each output is one chain of additions over its inputs, in ascending
 // order, in one accumulator, or in the order that tiles.h tells, or that of bundles.h, where weights of four bits have an
 // order of their own too: a token gets the same bits whatever else is in the batch, on any number of threads, whether it
 // decodes or is prefilled.
@@ -227,19 +227,33 @@ constexpr int64_t place_of(int64_t lane, int64_t of_pair) {
 }
 
 // Rows at once, and the most columns with so many rows: enough sums to hide an addition's latency, not more than there
-// are registers.
+// are registers. In bundles there is a second one of each, that of a bundle. Where registers are few, the first ones lie in
+// memory if there are many rows: they are needed once for a bundle.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 6, kSums = 24;
+constexpr int kSums = 24;
+template <class W>
+constexpr int rows_of() {
+  return 6;
+}
+constexpr int bundle_sums(int) { return kSums / 2; }
 #else
-constexpr int kRows = 3, kSums = 12;
+constexpr int kSums = 12;
+template <class W>
+constexpr int rows_of() {
+  return takes_bundles<W>() ? 6 : 3;
+}
+constexpr int bundle_sums(int rows) { return rows < 4 ? kSums / 2 : kSums; }
 #endif
 constexpr int kMostCols = 8;
 template <class W>
 constexpr int cols_of(int rows) {
-  const int sums = takes_bundles<W>() ? kSums / 2 : kSums;  // there is a second one of each, that of a bundle
   int cols = kMostCols;
-  while (cols * rows > sums) cols /= 2;
+  while (cols * rows > (takes_bundles<W>() ? bundle_sums(rows) : kSums)) cols /= 2;
   return cols;
+}
+template <class W>
+constexpr int64_t chunks_of(int64_t rows) {  // of rows that are multiplied at once
+  return (rows + rows_of<W>() - 1) / rows_of<W>();
 }
 constexpr int64_t kAhead = 1024;  // bytes that weights are fetched ahead, where they come from memory
 constexpr int64_t kTileAhead = 2048;
@@ -299,7 +313,7 @@ __attribute__((noinline)) void multiply(const typename W::Weight *inputs, int64_
 
 template <class W>
 struct Products {
-  decltype(&multiply<W, 1, 1>) of[kRows + 1][kMostCols + 1];
+  decltype(&multiply<W, 1, 1>) of[rows_of<W>() + 1][kMostCols + 1];
   template <int Rows, int Cols>
   constexpr void fill() {
     of[Rows][Cols] = multiply<W, Rows, Cols>;
@@ -308,7 +322,7 @@ struct Products {
     else if constexpr (Rows > 1)
       fill<Rows - 1, cols_of<W>(Rows - 1)>();
   }
-  constexpr Products() : of() { fill<kRows, cols_of<W>(kRows)>(); }
+  constexpr Products() : of() { fill<rows_of<W>(), cols_of<W>(rows_of<W>())>(); }
 };
 template <class W>
 constexpr Products<W> products;
@@ -316,7 +330,7 @@ constexpr Products<W> products;
 // The same of bundles.
 template <class W>
 struct BundleProducts {
-  decltype(&multiply_bundles<4, kBundle, 1, 1>) of[kRows + 1][kMostCols + 1];
+  decltype(&multiply_bundles<4, kBundle, 1, 1>) of[rows_of<W>() + 1][kMostCols + 1];
   template <int Rows, int Cols>
   constexpr void fill() {
     of[Rows][Cols] = multiply_bundles<bits_of<W>(), group_of<W>(), Rows, Cols>;
@@ -325,7 +339,7 @@ struct BundleProducts {
     else if constexpr (Rows > 1)
       fill<Rows - 1, cols_of<W>(Rows - 1)>();
   }
-  constexpr BundleProducts() : of() { fill<kRows, cols_of<W>(kRows)>(); }
+  constexpr BundleProducts() : of() { fill<rows_of<W>(), cols_of<W>(rows_of<W>())>(); }
 };
 template <class W>
 constexpr BundleProducts<W> bundle_products;
@@ -773,7 +787,7 @@ struct Run {
 #endif
     alignas(64) float sums[kSums * kLanes];
     const int64_t steps = matrix.inputs / M::kPair, group_stride = stride_of<M>(matrix);
-    const int64_t chunks = (rows + kRows - 1) / kRows, most_cols = cols_of<M>(int((rows + chunks - 1) / chunks));
+    const int64_t chunks = chunks_of<M>(rows), most_cols = cols_of<M>(int((rows + chunks - 1) / chunks));
     const auto *weights = static_cast<const typename M::Stored *>(matrix.weights) + from * group_stride;
     for (int64_t i = 0; i < chunks; ++i) {
       const int64_t row = rows * i / chunks, count = rows * (i + 1) / chunks - row;
@@ -915,7 +929,7 @@ struct Run {
   template <class M>
   void product(Phase &phase, const Matrix &matrix, const typename M::Weight *inputs, int64_t rows,
                const Outcome &outcome) {
-    const int64_t groups = (matrix.outputs + kLanes - 1) / kLanes, chunks = (rows + kRows - 1) / kRows;
+    const int64_t groups = (matrix.outputs + kLanes - 1) / kLanes, chunks = chunks_of<M>(rows);
     const bool tiles = by_tiles<M>() || bundles_by_tiles<M>();
     const int64_t row_parts = tiles ? (rows + kRowsEach - 1) / kRowsEach : 1, steps = matrix.inputs / M::kPair;
     const int64_t each = groups_each<M>(matrix, groups, cols_of<M>(int((rows + chunks - 1) / chunks)), row_parts);

@@ -188,13 +188,17 @@ class MediaEncoder:
         given = {name: self._sent(value) for name, value in item.inputs.items() if name in wanted}
         faster = WidenedLinears() if is_faster(self._device) else contextlib.nullcontext()
         with torch.inference_mode(), faster:
-            found = self._audio(given, item) if item.kind == "audio" else self._looked_at(given, item.kind)
+            found = self._made(given, item)
         self.encoded += 1
         if len(found.rows) != len(item.places):
             raise ValueError(
                 f"{NOUNS[item.kind]} has {len(item.places)} tokens in its prompt and {len(found.rows)} embeddings"
             )
         return found
+
+    def _made(self, given: dict[str, Any], item: MediaItem) -> Features:
+        """What stands in the place of an item's tokens, of what the encoder takes."""
+        return self._audio(given, item) if item.kind == "audio" else self._looked_at(given, item.kind)
 
     def _looked_at(self, given: dict[str, Any], kind: Kind) -> Features:
         output = self._look[kind](**given, return_dict=True)

@@ -21,6 +21,7 @@ from asyncengine.media import Video
 from asyncengine.model.media import pictures
 from asyncengine.model.media.data_urls import data_of
 from asyncengine.model.media.frames import Choose, Frames, Pixels, Stated, check_length, check_size
+from asyncengine.waiting import check_awaited
 
 FORMATS = ("mp4", "mov", "matroska", "webm", "avi", "mpegts", "mpeg")
 """FFmpeg's names of what is read."""
@@ -132,6 +133,7 @@ def _count(container: Any, stream: Any) -> int:
     """Packets of a file, of which most have a frame; it is read for that, but not decoded."""
     count = 0
     for packet in container.demux(stream):
+        check_awaited()
         count += packet.size > 0 and not packet.is_discard
         if count > MOST_FILE_FRAMES:
             raise InvalidRequestError(f"a video has more than {MOST_FILE_FRAMES} frames")
@@ -152,6 +154,7 @@ def _shown(decoding: Iterator[Any], indices: Sequence[int], size: tuple[int, int
     """
     left, found, place = list(reversed(indices)), np.empty((0, 0, 0, 3), dtype=np.uint8), -1
     for place, frame in enumerate(decoding):
+        check_awaited()
         if (frame.width, frame.height) != size:
             own = f"{frame.width} x {frame.height}"
             raise InvalidRequestError(f"a video's frame {place} has {own} pixels; its file says {size[0]} x {size[1]}")

@@ -11,7 +11,6 @@ from asyncengine.errors import InvalidRequestError
 from asyncengine.media import Kind, MediaItem, PromptMedia, ReadPrompt, Sources, Write
 from asyncengine.model.media.digest import digest_of
 from asyncengine.model.media.sounds import sound_of
-from asyncengine.model.speech.parting import Places
 from asyncengine.model.speech.transcription import Hearing
 from asyncengine.tokenizer import WritingTokenizer
 from asyncengine.transcription import Transcribing
@@ -24,7 +23,8 @@ class SpeechReader:
         key: As of the protocol.
         extractor: Of transformers: makes features of samples.
         hearing: How the model hears.
-        places: Of audio.
+        frames: Tokens of an audio: what the encoder gives out.
+        places: They, and those that fill the last block.
         token_id: What stands for a place.
         tokenizer: The model's.
         transcribing: As of the protocol.
@@ -37,7 +37,8 @@ class SpeechReader:
         key: str,
         extractor: Any,
         hearing: Hearing,
-        places: Places,
+        frames: int,
+        places: int,
         token_id: int,
         tokenizer: WritingTokenizer,
         transcribing: Transcribing | None,
@@ -45,7 +46,7 @@ class SpeechReader:
         self.key = key
         self.token_ids: Mapping[Kind, int] = {"audio": token_id}
         self.transcribing = transcribing
-        self._extractor, self._hearing, self._places = extractor, hearing, places
+        self._extractor, self._hearing, self._frames, self._places = extractor, hearing, frames, places
         self._tokenizer = tokenizer
 
     def read(self, sources: Sources, write: Write, encode: Callable[[str], list[int]], most_tokens: int) -> ReadPrompt:
@@ -55,12 +56,12 @@ class SpeechReader:
             raise InvalidRequestError(f"the prompt has {len(given)} audio; the model hears one")
         features = self._features(given[0])
         inputs = {"input_features": features}
-        [token_id], count = self.token_ids.values(), self._places.count
+        [token_id], count = self.token_ids.values(), self._places
         item = MediaItem("audio", digest_of("audio", inputs), inputs, np.arange(count), token_id)
         begin = write(self._tokenizer.encode_piece)  # special tokens around it are the caller's
         if not begin:
             raise InvalidRequestError("the prompt's text comes to no tokens; the decoder begins with at least one")
-        return ReadPrompt([token_id] * count + begin, PromptMedia((item,), self.key))
+        return ReadPrompt([token_id] * count + begin, PromptMedia((item,), self.key, source=self._frames))
 
     def _features(self, source: Any) -> Any:
         rate = self._hearing.rate

@@ -14,7 +14,7 @@ extern "C" void product(const Matrix *matrix, const float *rows, int64_t count, 
     fill(&entering[size_t(i)], x, true);
   }
   for (int64_t row = 0, some; row < count; row += some) {
-    some = std::min<int64_t>({count - row, most_rows, kRows});
+    some = std::min<int64_t>({count - row, most_rows, rows_of<Int4>()});
     for (int64_t group = 0, cols; group < groups; group += cols) {
       cols = cols_of<Int4>(int(some));
       while (cols > groups - group) cols /= 2;

@@ -20,6 +20,7 @@ from asyncengine.model.media import video_file
 from asyncengine.model.media.frames import Frames, Stated
 from asyncengine.model.media.processor import processor
 from asyncengine.model.media.video_preparation import VideoPreparation
+from asyncengine.waiting import NobodyWaits
 from tests.model.media.checkpoints import loaded
 from tests.model.media.filmed import av, file_of, ramp, turned
 from tests.model.media.test_videos import engine, greedy
@@ -261,18 +262,19 @@ async def test_what_is_said_of_a_file_is_what_is_said_of_its_frames(
             await serving.chat([{"role": "user", "content": [part, damaged]}], greedy(1))
 
 
-async def test_whoever_leaves_while_a_file_is_read_leaves_nothing(
+async def test_whoever_leaves_while_a_file_is_read_ends_that_and_leaves_nothing(
     sighted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on, ended, decoded = threading.Event(), threading.Event(), threading.Event(), video_file.decoded
+    begun, go_on, given_up, decoded = threading.Event(), threading.Event(), threading.Event(), video_file.decoded
 
     def slowly(*given: Any) -> Any:
         begun.set()
         assert go_on.wait(30)
         try:
             return decoded(*given)
-        finally:
-            ended.set()
+        except NobodyWaits:
+            given_up.set()
+            raise
 
     monkeypatch.setattr(video_file, "decoded", slowly)
     messages = [{"role": "user", "content": [{"type": "video", "video": FILE}]}]
@@ -285,7 +287,7 @@ async def test_whoever_leaves_while_a_file_is_read_leaves_nothing(
                 await asking
         finally:
             go_on.set()
-        assert await asyncio.to_thread(ended.wait, 30)
+        assert await asyncio.to_thread(given_up.wait, 30)
         assert len(serving._thread.core.requests) == 0
         assert (await serving.chat(messages, greedy(1))).text is not None
 

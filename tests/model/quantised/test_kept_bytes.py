@@ -19,8 +19,9 @@ def test_the_matrix_behind_latents_is_reckoned_as_it_is_kept(
     quantization: str, decoder_backend: str, checkpoint: Callable[..., Path]
 ) -> None:
     """It is multiplied with queries from its other side, with scales of its own, and is never in four bits."""
-    # No size leaves room in a vector, or in what codes of four bits are aligned to.
-    sizes = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "intermediate_size": 128}
+    # No size leaves room in a vector of eight numbers or more, or in what its codes of four bits are aligned to.
+    sizes = {key: 128 for key in ("hidden_size", "q_lora_rank", "kv_lora_rank", "intermediate_size")}
+    sizes["qk_nope_head_dim"] = 32
     path = checkpoint("minicpm3", vocab_size=208, **LATENTS["minicpm3"] | sizes)
     settings = {"quantization": quantization, "decoder_backend": decoder_backend}
     loaded = load(path, **settings)

@@ -23,8 +23,9 @@ from asyncengine.model.attention import flashinfer
 from asyncengine.model.attention.flash_attention import FlashAttention3
 from asyncengine.model.attention.flashinfer import FlashInferAttention
 from asyncengine.model.attention.select import Selection
+from asyncengine.model.encoder_decoder import loading
 from asyncengine.model.paged_layers import PagedLayers
-from asyncengine.model.speech import loading
+from asyncengine.model.speech import loading as speech_loading
 from asyncengine.model.speech.transcription import WhisperTranscription
 from tests.model.attention.fake_libraries import modules
 from tests.model.speech import checkpoints
@@ -53,7 +54,7 @@ async def test_what_it_is_tried_with_is_let_go_before_memory_is_reckoned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches: list[weakref.ref[torch.Tensor]] = []
-    allocate, reckon = PagedLayers.allocate, loading._limits
+    allocate, reckon = PagedLayers.allocate, speech_loading.limits_of
 
     def watched(self: PagedLayers) -> None:
         allocate(self)
@@ -64,7 +65,7 @@ async def test_what_it_is_tried_with_is_let_go_before_memory_is_reckoned(
         return reckon(*given)
 
     monkeypatch.setattr(PagedLayers, "allocate", watched)
-    monkeypatch.setattr(loading, "_limits", reckoned)
+    monkeypatch.setattr(speech_loading, "limits_of", reckoned)
     async with AsyncEngine(EngineConfig(str(checkpoints.write(tmp_path)), device="cpu", dtype="float32")):
         assert len(caches) == 4
 

@@ -36,7 +36,7 @@ from asyncengine.loop.encoding import media_readers, transcribing_of
 from asyncengine.loop.hearing import Hearing
 from asyncengine.model.attention import select
 from asyncengine.model.attention.protocol import BackendUnavailableError
-from asyncengine.model.speech.model import SpeechEncoder
+from asyncengine.model.encoder_decoder.model import SourceEncoder
 from asyncengine.model.speech.transcription import WhisperTranscription
 from asyncengine.transcription import AudioPiece, Quality, TranscriptionPrompt
 from tests.loop.harness import eventually
@@ -139,7 +139,7 @@ async def test_the_language_is_found_out(written: Callable[..., Path]) -> None:
         told = await asyncio.gather(*[serving.transcribe(heard(seed), language=languages[seed]) for seed in range(6)])
     assert [each.language for each in found] == languages
     assert [each.text for each in found] == [each.text for each in told]
-    assert all(each.usage.cached_tokens >= 104 for each in found)  # what was heard for it is not heard again
+    assert all(each.usage.cached_tokens >= 100 for each in found)  # what was heard for it is not heard again
 
 
 async def test_a_model_of_english_alone(written: Callable[..., Path]) -> None:
@@ -173,7 +173,7 @@ async def test_what_is_longer_is_heard_in_pieces(written: Callable[..., Path]) -
         whole = await serving.transcribe((samples, RATE), language="de")
         twice = await serving.transcribe((np.repeat(samples, 2), 2 * RATE), language="de")
     assert whole.seconds == 4.7 and whole.language == "de"
-    assert whole.usage.prompt_tokens == 3 * 108 and whole.usage.audio_tokens == 3 * 104
+    assert whole.usage.prompt_tokens == 3 * 104 and whole.usage.audio_tokens == 3 * 100
     assert whole.usage.completion_tokens == sum(each.usage.completion_tokens for each in alone)
     said = [said_of(path, piece, "de") for piece in pieces]
     assert whole.text == "".join(said).strip()
@@ -352,13 +352,13 @@ def engine_config(path: Path) -> EngineConfig:
 async def test_cancelling_leaves_the_others(written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """At a time when its audio was encoded, and when nothing was."""
     path, begun = written(), threading.Event()
-    encode = SpeechEncoder._audio
+    encode = SourceEncoder._made
 
     def tell(self: Any, given: Any, item: Any) -> Any:
         begun.set()
         return encode(self, given, item)
 
-    monkeypatch.setattr(SpeechEncoder, "_audio", tell)
+    monkeypatch.setattr(SourceEncoder, "_made", tell)
     async with engine(path) as serving:
         for wait in (False, True):
             begun.clear()
@@ -378,7 +378,7 @@ async def test_cancelling_leaves_the_others(written: Callable[..., Path], monkey
 async def test_one_that_cannot_be_encoded_ends_its_own_requests(
     written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = SpeechEncoder._audio
+    encode = SourceEncoder._made
     broken: set[bytes] = set()
 
     def fail(self: Any, given: Any, item: Any) -> Any:
@@ -388,7 +388,7 @@ async def test_one_that_cannot_be_encoded_ends_its_own_requests(
             raise RuntimeError("a bad day")
         return encode(self, given, item)
 
-    monkeypatch.setattr(SpeechEncoder, "_audio", fail)
+    monkeypatch.setattr(SourceEncoder, "_made", fail)
     async with engine(written()) as serving:
         found = await asyncio.gather(
             serving.transcribe(heard(1), language="de"),
@@ -402,7 +402,7 @@ async def test_one_that_cannot_be_encoded_ends_its_own_requests(
 async def test_a_piece_that_fails_ends_the_others(
     written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, encoded = SpeechEncoder._audio, list[bytes]()
+    encode, encoded = SourceEncoder._made, list[bytes]()
 
     def fail(self: Any, given: Any, item: Any) -> Any:
         encoded.append(item.digest)
@@ -410,7 +410,7 @@ async def test_a_piece_that_fails_ends_the_others(
             raise RuntimeError("a bad day")
         return encode(self, given, item)
 
-    monkeypatch.setattr(SpeechEncoder, "_audio", fail)
+    monkeypatch.setattr(SourceEncoder, "_made", fail)
     async with engine(written(), max_num_sequence=1) as serving:
         await serving.pause()
         going = asyncio.ensure_future(serving.transcribe(heard(9, 7.5), language="de"))
@@ -676,7 +676,7 @@ async def test_without_settings_of_generation(written: Callable[..., Path], tmp_
     async with engine(path) as serving:
         with pytest.raises(InvalidRequestError, match="English alone"):
             await serving.transcribe(heard(1), language="de")
-        assert (await serving.transcribe(heard(1))).usage.audio_tokens == 104
+        assert (await serving.transcribe(heard(1))).usage.audio_tokens == 100
 
 
 async def test_it_says_that_a_faster_back_end_cannot_be_had(

@@ -1,9 +1,9 @@
-"""`SpeechModel`: what the step thread steps where a decoder attends to audio. Owned by the step thread."""
+"""`EncoderDecoderModel`: what the step thread steps where a decoder attends to a source. Owned by the step thread."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,51 +11,52 @@ import torch
 
 from asyncengine.generation import SamplingParams
 from asyncengine.media import Kind, MediaItem
+from asyncengine.model.encoder_decoder.layers import SourceLayers
+from asyncengine.model.encoder_decoder.parting import of_text
 from asyncengine.model.media.encoder import Features, MediaEncoder
 from asyncengine.model.runner import TorchModel
-from asyncengine.model.speech.decoder import HeardLayers, SpeechDecoder
-from asyncengine.model.speech.parting import Places, of_text
 from asyncengine.step.batch import NO_PAIRS, Int32, StepBatch, StepTokens
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
-class SpeechEncoder(MediaEncoder):
-    """As `MediaEncoder`: a row of its output for each place of an audio; the last ones, in which nothing is, are zero.
+class SourceEncoder(MediaEncoder):
+    """As `MediaEncoder`: a row of its output for each place of a source; the last ones, in which nothing is, are zero.
 
     Args:
-        model: With its weights.
-        token_ids: What stands for a place.
+        model: With its weights; has an ``encoded`` that makes (tokens, hidden) of what it takes.
+        kind: Of its sources.
+        wanted: What it takes, by name.
         device: Where it is.
         budget: Places whose rows are kept for steps to come.
     """
 
-    def __init__(self, model: SpeechDecoder, token_ids: Mapping[Kind, int], device: torch.device, budget: int) -> None:
-        super().__init__(model, token_ids, device, budget)
-        self._wanted["audio"] = {"input_features": None}
+    def __init__(self, model: Any, kind: Kind, wanted: Sequence[str], device: torch.device, budget: int) -> None:
+        super().__init__(model, {}, device, budget)
+        self._wanted[kind] = dict.fromkeys(wanted)
 
-    def _audio(self, given: dict[str, Any], item: MediaItem) -> Features:
+    def _made(self, given: dict[str, Any], item: MediaItem) -> Features:
         rows = self._model.encoded(**given)
         return Features(torch.nn.functional.pad(rows, (0, 0, 0, len(item.places) - len(rows))))
 
 
-class SpeechModel:
-    """As `asyncengine.step.model.Model`, over a decoder that attends to audio.
+class EncoderDecoderModel:
+    """As `asyncengine.step.model.Model`, over a decoder that attends to a source.
 
-    What a step has of audio is encoded and written first. What it has of the decoder's own tokens is a step like any.
+    What a step has of sources is encoded and written first. What it has of the decoder's own tokens is a step like any.
 
     Args:
         text: Steps the decoder.
-        heard: Its layers that attend to audio.
-        encoder: Of audio.
-        places: Of audio.
+        sources: Its layers that attend to sources.
+        encoder: Of sources.
+        page_size: Tokens to a block.
     """
 
-    def __init__(self, text: TorchModel, heard: HeardLayers, encoder: SpeechEncoder, places: Places) -> None:
+    def __init__(self, text: TorchModel, sources: SourceLayers, encoder: SourceEncoder, page_size: int) -> None:
         self._text = text
-        self._heard: HeardLayers | None = heard
+        self._sources: SourceLayers | None = sources
         self._encoder = encoder
-        self._places = places
+        self._page_size = page_size
 
     def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
         """As the protocol says."""
@@ -69,8 +70,8 @@ class SpeechModel:
         drawn = self._text.execute(text)
         if text.attention_spans is None:
             return drawn
-        assert self._heard is not None
-        return dataclasses.replace(drawn, attention=self._heard.attention())
+        assert self._sources is not None
+        return dataclasses.replace(drawn, attention=self._sources.attention())
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """(M, vocabulary) logits, one row for each of `batch.sample_index`."""
@@ -79,18 +80,18 @@ class SpeechModel:
             return torch.empty(0, 0) if text is None else self._text.logits(text)
 
     def _begin(self, batch: StepBatch) -> StepBatch | None:
-        """Writes what a step has of audio; returns the rest of it, if there is one."""
-        assert self._heard is not None
+        """Writes what a step has of sources; returns the rest of it, if there is one."""
+        assert self._sources is not None
         with torch.inference_mode():
             if len(batch.copies):  # before a block is written that one is copied from
                 self._text.copy_blocks(batch.copies)
                 batch = dataclasses.replace(batch, copies=NO_PAIRS)
             for part in batch.media:
                 rows = self._encoder.features(part.item).rows[part.first : part.first + len(part.tokens)]
-                self._heard.write(rows, batch.slot_mapping[part.tokens])
-            text = of_text(batch, self._places)
+                self._sources.write(rows, batch.slot_mapping[part.tokens])
+            text = of_text(batch, self._page_size)
             if text is not None:
-                self._heard.begin(batch, text.attention_spans)
+                self._sources.begin(batch, text.attention_spans)
         return text
 
     def device_lost(self, error: BaseException) -> bool:
@@ -117,6 +118,6 @@ class SpeechModel:
 
     def close(self) -> None:
         """As the protocol says."""
-        self._heard = None
+        self._sources = None
         self._encoder.clear()
         self._text.close()

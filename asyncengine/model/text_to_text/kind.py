@@ -1,0 +1,34 @@
+"""Whether a checkpoint is of a model that writes one text of another: said by its configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+KINDS = frozenset({
+    "bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "pegasus", "plbart",
+})  # fmt: skip
+"""Types of models that are served, as ``config.json`` has them. NLLB's is "m2m_100", MBart-50's is "mbart"."""
+
+_BIAS = "its attention adds a bias by relative position, which no back end here knows"
+_OWN = "it attends in code of its own"
+_REASONS = {
+    **dict.fromkeys(("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"), _BIAS),
+    **dict.fromkeys(("bigbird_pegasus", "fsmt", "led", "mvp", "nllb-moe", "pegasus_x", "prophetnet"), _OWN),
+}
+"""Why others are not, by their types."""
+
+
+def is_text_to_text(config: dict[str, Any]) -> bool:
+    """Whether a model is an encoder of text with a decoder that attends to what it encodes, of a kind that is served.
+
+    Args:
+        config: Of its checkpoint, ``config.json``.
+    """
+    return config.get("model_type") in KINDS and config.get("is_encoder_decoder") is not False
+
+
+def why_not(model_type: str) -> str:
+    """Why an encoder-decoder model of another type cannot be served, in words."""
+    reason = _REASONS.get(model_type)
+    known = "Whisper and, of text, " + ", ".join(sorted(KINDS))
+    return f"{known} can be served" if reason is None else f"{reason}; {known} can be served"

@@ -1,0 +1,158 @@
+"""Loads models that write one text of another. Runs on threads of its own; what it returns goes to the step thread."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForSeq2SeqLM
+from transformers.modeling_outputs import BaseModelOutput
+
+from asyncengine.config import EngineConfig
+from asyncengine.errors import CheckpointError, UnsupportedModelError
+from asyncengine.media import KINDS, PLURALS
+from asyncengine.model.encoder_decoder import details as shared
+from asyncengine.model.encoder_decoder.details import Ends, SourceDetails, check_config
+from asyncengine.model.encoder_decoder.loading import (
+    backends_of,
+    eos_token_ids,
+    generation_of,
+    limits_of,
+    memory_bytes,
+    planned,
+    stepped,
+)
+from asyncengine.model.encoder_decoder.trial import try_decoder
+from asyncengine.model.media.refusals import wanted
+from asyncengine.model.plain_loads import loading, stated_config, with_weights
+from asyncengine.model.text_to_text.decoder import spec_of, stepping, take_steps
+from asyncengine.model.text_to_text.languages import Languages
+from asyncengine.model.text_to_text.reader import Beginning, Sizes, TextReader
+from asyncengine.model.text_to_text.rules import Rules, notes_of
+from asyncengine.model.tokenizer import keep_for_next_load, load_tokenizer, own_of
+from asyncengine.step.model import LoadedModel, LoadPlan
+from asyncengine.tokenizer import Tokenizer, WritingTokenizer
+
+_DOES = "writes one text of another"
+_NO_MEDIA = "it reads texts"
+_TRIAL = 11
+"""Tokens of the source that a model is tried with: no multiple of a block."""
+_OTHERS = ("Classification", "QuestionAnswering")
+
+
+def plan_of(
+    config: EngineConfig, current: LoadedModel | None, checkpoint: Any, device: torch.device, dtype: torch.dtype
+) -> LoadPlan:
+    """A load, if all is well; arguments as those of `asyncengine.model.load_check.plan_of`.
+
+    Raises:
+        AsyncEngineError: It cannot be loaded; the kind says why.
+    """
+    return planned(config, details_of(config, current, checkpoint, device, dtype), current)
+
+
+def details_of(
+    config: EngineConfig, current: LoadedModel | None, checkpoint: Any, device: torch.device, dtype: torch.dtype
+) -> SourceDetails:
+    """The same without a look at the memory that there is."""
+    check_config(config, _DOES)
+    for kind in KINDS:
+        if wanted(kind, config):
+            raise UnsupportedModelError(f"{PLURALS[kind]} is True; {config.model!r} takes none: {_NO_MEDIA}")
+    if config.mla:
+        raise UnsupportedModelError(f"mla is True; {config.model!r} has no multi-head latent attention")
+    hf_config = stated_config(checkpoint, f"a {checkpoint.config['model_type']}")
+    named = str((hf_config.architectures or [""])[0])
+    if named.endswith(_OTHERS):
+        raise UnsupportedModelError(f"{checkpoint.name} is a {named}, which writes no texts; it cannot be served")
+    positions = int(hf_config.max_position_embeddings)
+    shares = getattr(hf_config, "share_encoder_decoder_embeddings", True)
+    return shared.details_of(
+        config,
+        current,
+        checkpoint,
+        device,
+        dtype,
+        hf_config=hf_config,
+        ends=Ends(positions, positions - _behind_padding(hf_config), False, "a source"),
+        spec=spec_of(hf_config),
+        vocab_size=int(hf_config.vocab_size if shares else hf_config.decoder_vocab_size),
+        kind=stepping(AutoModelForSeq2SeqLM._model_mapping[type(hf_config)]),
+    )
+
+
+def load(plan: LoadPlan) -> LoadedModel:
+    """The model that was planned.
+
+    Raises:
+        ReloadError: It failed; nothing is left behind.
+    """
+    details, config = plan.details, plan.config
+    assert isinstance(details, SourceDetails)
+    with loading(config, details.checkpoint) as made:
+        tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
+        assert tokenizer is not None
+        keep_for_next_load(tokenizer)
+        reader, notes = _reader(details, tokenizer)
+        made.append(model := with_weights(details, details.kind))
+        backends, slower = backends_of(config, details)
+        _try(model, details, backends)
+        limits, complete = limits_of(config, details, backends[0], plan.tokenizer_key is not None, False)
+        defaults = details.checkpoint.generation_defaults
+        if details.checkpoint.draws is None:  # transformers is greedy where nothing is said
+            defaults = defaults.replace(temperature=0.0)
+        return LoadedModel(
+            model=stepped(model, details, backends, limits, "text", ("input_ids",)),
+            limits=limits,
+            config=complete,
+            vocab_size=details.vocab_size,
+            eos_token_ids=eos_token_ids(details),
+            default_generation_config=defaults,
+            tokenizer=tokenizer,
+            tokenizer_key=plan.tokenizer_key,
+            memory_bytes=memory_bytes(details, limits, backends[0]),
+            notes=(*slower, *notes),
+            source_reader=reader,
+            no_media=dict.fromkeys(KINDS, _NO_MEDIA),
+        )
+
+
+def _behind_padding(hf_config: Any) -> int:
+    """How many rows of its table of positions a decoder has no use for: one model's begin behind that of padding."""
+    return max((hf_config.pad_token_id or 0) - 1, 0) if hf_config.model_type == "m2m_100" else 0
+
+
+def _try(model: Any, details: SourceDetails, backends: Any) -> None:
+    """As `try_decoder`; from then on the model's forward is that of a step."""
+    kind: Any = type(model).__base__
+
+    def plain(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        given = {"encoder_outputs": BaseModelOutput(last_hidden_state=rows), "decoder_input_ids": ids}
+        found: torch.Tensor = kind.forward(model, **given, use_cache=False).logits[0]
+        take_steps(model)
+        return found
+
+    padding = details.hf_config.pad_token_id
+    try_decoder(model, details, backends, min(_TRIAL, details.sources), padding, plain)
+
+
+def _reader(details: SourceDetails, tokenizer: Tokenizer) -> tuple[TextReader, list[str]]:
+    """What reads sources, and what there is to be said of that, in words.
+
+    Raises:
+        CheckpointError: It is not said what the decoder begins with.
+    """
+    generation, hf_config = generation_of(details), details.hf_config
+    said = (generation.decoder_start_token_id, hf_config.decoder_start_token_id, generation.bos_token_id)
+    start = next((each[0] if isinstance(each, list) else each for each in said if each is not None), None)
+    if start is None or not 0 <= start < details.vocab_size:
+        raise CheckpointError(
+            f"{details.checkpoint.name}: decoder_start_token_id is {start!r}; expected what its decoder begins with"
+        )
+    begins = Beginning(int(start), generation.forced_bos_token_id)
+    rules = Rules(generation, eos_token_ids(details), details.vocab_size)
+    sizes = Sizes(details.sources, details.written, details.page_size, int(hf_config.vocab_size), details.vocab_size)
+    key = f"{details.checkpoint.media_key} {sizes} {begins}"
+    languages = Languages.of(own_of(tokenizer))
+    reader = TextReader(key, cast("WritingTokenizer", tokenizer), languages, begins, rules, sizes)
+    return reader, notes_of(generation)
