@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         Transcript,
         TranscriptDelta,
         TranscriptSegment,
+        TranscriptWord,
         Usage,
     )
     from asyncengine.reranking import RerankPrompt
@@ -141,6 +142,7 @@ __all__ = [
     "TranscriptDelta",
     "TranscriptSegment",
     "TranscriptStream",
+    "TranscriptWord",
     "TranscriptionFallback",
     "UnsupportedModelError",
     "Usage",
@@ -201,6 +203,7 @@ _HOMES = {
         "Transcript",
         "TranscriptDelta",
         "TranscriptSegment",
+        "TranscriptWord",
         "Usage",
     ),
     "asyncengine.reranking": ("RerankPrompt",),

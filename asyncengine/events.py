@@ -51,6 +51,18 @@ class Pooled:
     classifier: Classifier | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Attention:
+    """How much the tokens that a request asks for attend to an audio, all of them.
+
+    Attributes:
+        parts: (heads, tokens, frames) each, as `StepTokens.attention`: those of each piece in which they were computed.
+    """
+
+    number: int
+    parts: tuple[Float32, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class BranchEnded:
     """A branch will get no more tokens."""
@@ -88,4 +100,4 @@ class Reply:
     error: BaseException | None = None
 
 
-Event = Tokens | PromptLogprobs | Pooled | BranchEnded | RequestEnded | Reply
+Event = Tokens | PromptLogprobs | Pooled | Attention | BranchEnded | RequestEnded | Reply

@@ -111,6 +111,19 @@ class PromptQuestion:
 
 
 @dataclass(frozen=True, slots=True)
+class AlignmentQuestion:
+    """How much each token of a prompt, from a place on, attends to each frame of the audio that the prompt begins with.
+
+    Attributes:
+        place: Index into the prompt.
+        frames: How many frames of the audio, from the first.
+    """
+
+    place: int
+    frames: int
+
+
+@dataclass(frozen=True, slots=True)
 class NewRequest:
     """One request, validated, tokenized and resolved against the model of epoch `AddRequests.epoch`.
 
@@ -142,7 +155,7 @@ class NewRequest:
     media: PromptMedia | None = None
     classifies: bool = False
     second: int | None = None
-    question: PromptQuestion | None = None
+    question: PromptQuestion | AlignmentQuestion | None = None
 
     @property
     def prompt_tokens(self) -> int:

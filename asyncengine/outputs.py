@@ -142,6 +142,25 @@ class PromptScore:
 
 
 @dataclass(frozen=True, slots=True)
+class TranscriptWord:
+    """A word of what is said in an audio, with the punctuation that is written beside it.
+
+    Words, one after the other, are the text of their segment, but for spaces around it.
+
+    Attributes:
+        word: It, with the space before it.
+        start: Seconds from the beginning of the audio.
+        end: The same of its end; not before `start`, and the same where the model passes over it.
+        probability: Of a token of it, in the middle of them, among those that may be said; None if nobody has asked.
+    """
+
+    word: str
+    start: float
+    end: float
+    probability: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TranscriptSegment:
     """A part of what is said in an audio.
 
@@ -158,6 +177,7 @@ class TranscriptSegment:
         no_speech_prob: How likely the model finds it that nothing is said in all that was heard at once.
         temperature: At which that was written down.
         seek: Where what was heard at once begins, in hundredths of a second.
+        words: Its words, in their order, if they were asked for.
     """
 
     start: float
@@ -170,6 +190,7 @@ class TranscriptSegment:
     no_speech_prob: float | None = None
     temperature: float | None = None
     seek: int = 0
+    words: tuple[TranscriptWord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +225,11 @@ class Transcript:
     language: str | None = None
     segments: tuple[TranscriptSegment, ...] = ()
     seconds: float | None = None
+
+    @property
+    def words(self) -> tuple[TranscriptWord, ...]:
+        """Those of all segments, in their order."""
+        return tuple(word for segment in self.segments for word in segment.words)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

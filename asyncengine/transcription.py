@@ -12,8 +12,12 @@ from asyncengine.outputs import TranscriptSegment
 
 if TYPE_CHECKING:
     from asyncengine.media import AudioSource, Sources
+    from asyncengine.step.batch import Float32
 
 TranscriptionTask = Literal["transcribe", "translate"]
+
+Timestamps = bool | Literal["word"]
+"""Whether a transcript has segments with times, and these words with theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,8 @@ class TranscriptionPrompt:
         language: That is spoken, by its code or name; None leaves it to the model.
         hint: What it is about, words that are in it; what that does is the model's.
         task: Whether it is to be written down, or translated into English.
-        timestamps: Whether the model is to say when each part of it is said.
+        timestamps: Whether the model is to say when each part of it is said; ``"word"``: and it is found out of each
+            word.
         no_speech: Whether it is wanted to know how likely the model finds it that nothing is said.
     """
 
@@ -33,7 +38,7 @@ class TranscriptionPrompt:
     language: str | None = None
     hint: str | None = None
     task: TranscriptionTask = "transcribe"
-    timestamps: bool = False
+    timestamps: Timestamps = False
     no_speech: bool = False
 
     def __post_init__(self) -> None:
@@ -42,13 +47,47 @@ class TranscriptionPrompt:
                 raise InvalidRequestError(f"{name} is {value!r:.80}; expected text or None")
         if self.task not in ("transcribe", "translate"):
             raise InvalidRequestError(f"task is {self.task!r:.80}; allowed: 'transcribe', 'translate'")
-        if not isinstance(self.timestamps, bool):
-            raise InvalidRequestError(f"timestamps is {self.timestamps!r:.80}; expected True or False")
+        if not isinstance(self.timestamps, bool) and self.timestamps != "word":
+            raise InvalidRequestError(f"timestamps is {self.timestamps!r:.80}; allowed: True, False, 'word'")
 
     @property
     def sources(self) -> Sources:
         """What is in it beside text."""
         return {"audio": [self.audio]}
+
+    @property
+    def words(self) -> bool:
+        """Whether it is wanted to know when each word is said."""
+        return self.timestamps == "word"
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentPrompt:
+    """Asks how much the tokens of an answer attend to what they were said of.
+
+    Attributes:
+        asked: What was answered.
+        token_ids: What of the answer is looked at, from its beginning.
+        frames: How many frames of the audio are.
+    """
+
+    asked: TranscriptionPrompt
+    token_ids: tuple[int, ...]
+    frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What shows when each token of an answer is said.
+
+    Attributes:
+        attention: (heads, tokens, frames) each, one behind the other: how much those that were to be looked at
+            (`Transcribing.to_align`) attend to what is heard; empty where none were.
+        language: Code of the language that is written; None if nobody has said it.
+    """
+
+    attention: Sequence[Float32]
+    language: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +185,19 @@ class Transcribing(Protocol):
         """
         ...
 
+    def to_align(self, token_ids: Sequence[int], piece: AudioPiece) -> tuple[int, int]:
+        """How many tokens of an answer, from its beginning, must be looked at to find out when its words are said, and
+        how many frames of the audio; no tokens where there are no words.
+        """
+        ...
+
     def segments(
-        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece, quality: Quality
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float] | None,
+        piece: AudioPiece,
+        quality: Quality,
+        alignment: Alignment | None = None,
     ) -> list[TranscriptSegment]:
         """What is said, with times, if it was asked for them.
 
@@ -156,6 +206,7 @@ class Transcribing(Protocol):
             logprobs: Log-probabilities of these; None if they were not asked for.
             piece: What it has heard.
             quality: How far that can be trusted.
+            alignment: When each token is said. None leaves the words out.
         """
         ...
 
@@ -227,8 +278,17 @@ class WholeTranscription:
         """What is said in the audio, of all that a model which `parses` has answered; None if that is as it is."""
         return None
 
+    def to_align(self, token_ids: Sequence[int], piece: AudioPiece) -> tuple[int, int]:
+        """As `Transcribing`: none."""
+        return 0, 0
+
     def segments(
-        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece, quality: Quality
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float] | None,
+        piece: AudioPiece,
+        quality: Quality,
+        alignment: Alignment | None = None,
     ) -> list[TranscriptSegment]:
         """As `Transcribing`: none."""
         return []
@@ -243,4 +303,4 @@ class WholeTranscription:
         if asked.task != "transcribe":
             raise InvalidRequestError(f"task is {asked.task!r}; the model only transcribes")
         if asked.timestamps:
-            raise InvalidRequestError("timestamps is True; the model knows no times")
+            raise InvalidRequestError(f"timestamps is {asked.timestamps!r}; the model knows no times")

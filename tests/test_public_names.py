@@ -64,6 +64,7 @@ PUBLIC = [
     "Transcript",
     "TranscriptDelta",
     "TranscriptSegment",
+    "TranscriptWord",
     "TranscriptStream",
     "TranscriptionFallback",
     "UnsupportedModelError",

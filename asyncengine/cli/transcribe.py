@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from asyncengine.outputs import Transcript
 
 
+_OF_WORDS = ("word", "start", "end", "probability")
 _OF_SEGMENTS = ("start", "end", "text", "avg_logprob", "compression_ratio", "no_speech_prob", "temperature")
 
 
@@ -31,6 +32,7 @@ class Form(StrEnum):
 
     TEXT = "text"
     JSON = "json"
+    WORDS = "words"
     SRT = "srt"
     VTT = "vtt"
 
@@ -43,7 +45,10 @@ def transcribe(
     hint: Annotated[str | None, typer.Option(help="What it is about, or words that are in it.")] = None,
     translate: Annotated[bool, typer.Option("--translate", help="Into English.")] = False,
     form: Annotated[
-        Form, typer.Option("--format", help="json is an object per file; srt and vtt take one.")
+        Form,
+        typer.Option(
+            "--format", help="json and words, which has their times, are an object per file; srt and vtt take one."
+        ),
     ] = Form.TEXT,
     fallback: Annotated[
         bool, typer.Option("--fallback", help="What looks wrong is written down anew, at higher temperatures.")
@@ -87,7 +92,7 @@ class Listening:
         """Hears all files; returns the exit status."""
         import asyncio
 
-        if len(files) == 1 and self.form is not Form.JSON:
+        if len(files) == 1 and self.form not in (Form.JSON, Form.WORDS):
             return await self._write_as_it_comes(files[0])
         loaded = self.engine.complete_engine_config
         assert loaded is not None and loaded.max_num_sequence is not None
@@ -138,7 +143,9 @@ class Listening:
 
     def _failed(self, path: Path, error: AsyncEngineError) -> int:
         if str(error).startswith("timestamps "):
-            error = InvalidRequestError(f"--format is {self.form.value}, and the model knows no times; allowed: text")
+            why = str(error).partition("; ")[2]
+            allowed = "text, json, srt, vtt" if "times of words" in why else "text"
+            error = InvalidRequestError(f"--format is {self.form.value}, and {why}; allowed: {allowed}")
         print(f"asyncengine: {path}: {error}", file=sys.stderr, flush=True)
         return 1
 
@@ -172,7 +179,7 @@ class Listening:
             language=self.language,
             hint=self.hint,
             task="translate" if self.translate else "transcribe",
-            timestamps=self.form is not Form.TEXT,
+            timestamps="word" if self.form is Form.WORDS else self.form is not Form.TEXT,
             fallback=TranscriptionFallback() if self.fallback else None,
         )
 
@@ -186,6 +193,13 @@ class Listening:
         """Of one of several files, or as JSON."""
         if self.form is Form.TEXT:
             return found.text
-        segments = [{name: getattr(each, name) for name in _OF_SEGMENTS} for each in found.segments]
+        segments = [_fields(each, _OF_SEGMENTS) for each in found.segments]
+        if self.form is Form.WORDS:
+            for written, segment in zip(segments, found.segments, strict=True):
+                written["words"] = [_fields(each, _OF_WORDS) for each in segment.words]
         about = {"file": str(path), "text": found.text, "language": found.language, "seconds": found.seconds}
         return as_json(about | {"segments": segments})
+
+
+def _fields(value: object, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names}

@@ -17,7 +17,7 @@ import numpy as np
 from anyio.lowlevel import RunVar
 
 from asyncengine.errors import ContextLengthExceededError, InvalidRequestError
-from asyncengine.instructions import PromptQuestion
+from asyncengine.instructions import AlignmentQuestion, PromptQuestion
 from asyncengine.loop.media_parts import take_media
 from asyncengine.loop.pairs import Pair, TextPair
 from asyncengine.loop.token_ids import encode_piece, token_ids_of, tokenizer_of, typed
@@ -37,7 +37,7 @@ from asyncengine.source import SourcePrompt, SourceReader
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import ModelView
 from asyncengine.tokenizer import Message, PairingTokenizer, Tokenizer, WritingTokenizer
-from asyncengine.transcription import Transcribing, TranscriptionPrompt
+from asyncengine.transcription import AlignmentPrompt, Transcribing, TranscriptionPrompt
 from asyncengine.waiting import run_until
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class Cut:
         return view.max_prompt_tokens if self.most < 0 else self.most
 
 
-AnyPrompt = Prompt | TranscriptionPrompt | Conversation | PromptedText | Pair | TextPair | Cut
+AnyPrompt = Prompt | TranscriptionPrompt | AlignmentPrompt | Conversation | PromptedText | Pair | TextPair | Cut
 """Whatever becomes token ids at once."""
 
 
@@ -134,7 +134,7 @@ class Encoded(NamedTuple):
     ids: Int32
     media: PromptMedia | None = None
     second: int | None = None
-    question: PromptQuestion | None = None
+    question: PromptQuestion | AlignmentQuestion | None = None
 
 
 async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded:
@@ -163,6 +163,8 @@ async def encode(prompt: AnyPrompt | StreamedPrompt, view: ModelView) -> Encoded
         return await _read_media(sources, view, lambda encode: encode(text), model.encode)
     elif isinstance(prompt, TranscriptionPrompt):
         return await _encode_transcription(prompt, view)
+    elif isinstance(prompt, AlignmentPrompt):
+        return await _encode_alignment(prompt, view)
     elif isinstance(prompt, (Pair, TextPair)):
         if prompt.size <= _INLINE_CHARACTERS and (view.takes_pairs or prompt.has_template):
             return typed(lambda: _encode_pair(prompt, view, most))
@@ -256,6 +258,14 @@ async def _encode_transcription(prompt: TranscriptionPrompt, view: ModelView) ->
         return read
     behind, token_id = transcribing.no_speech
     return read._replace(question=PromptQuestion(int(np.flatnonzero(read.ids == behind)[-1]), token_id))
+
+
+async def _encode_alignment(prompt: AlignmentPrompt, view: ModelView) -> Encoded:
+    transcribing, said = transcribing_of(view), prompt.token_ids
+    encode = functools.partial(encode_piece, tokenizer_of(view, "transcription needs one"))
+    asked = prompt.asked
+    read = await _read_media(asked.sources, view, lambda encode: [*encode(transcribing.request(asked)), *said], encode)
+    return read._replace(question=AlignmentQuestion(len(read.ids) - len(said), prompt.frames))
 
 
 def transcribing_of(view: ModelView) -> Transcribing:

@@ -56,7 +56,7 @@ from asyncengine.outputs import FinishReason, RequestResult
 from asyncengine.step.batch import NO_TOKENS
 from asyncengine.step.model import Loader, ModelView
 from asyncengine.tokenizer import Message
-from asyncengine.transcription import TranscriptionPrompt, TranscriptionTask
+from asyncengine.transcription import Timestamps, TranscriptionPrompt, TranscriptionTask
 
 _ENCODED_AT_ONCE = 16
 """Prompts of one call that are encoded before others have their turn on the loop."""
@@ -182,7 +182,7 @@ class AsyncEngine(EngineReadings):
         language: str | None = None,
         hint: str | None = None,
         task: TranscriptionTask = "transcribe",
-        timestamps: bool = False,
+        timestamps: Timestamps = False,
         fallback: TranscriptionFallback | None = None,
     ) -> TranscriptStream:
         """What is said in an audio, by a model that was trained to be asked for that.
@@ -202,7 +202,9 @@ class AsyncEngine(EngineReadings):
             language: That is spoken, by its code or name; None leaves it to the model.
             hint: What it is about, or words that are in it, for models that are told such; each piece is.
             task: ``"translate"`` into English, for models that do.
-            timestamps: Whether the transcript has segments with times, for models that know them.
+            timestamps: Whether the transcript has segments with times, for models that know them. ``"word"``: and
+                these words with theirs, found out by a request more for each piece (openai-whisper's way, by dynamic
+                time warping).
             fallback: What is written down anew at other temperatures, piece by piece; None takes what comes. With it,
                 a piece is given out when it is taken as it is.
 
@@ -216,7 +218,7 @@ class AsyncEngine(EngineReadings):
         _check_options(options)
         config = checked_config(config)
         check_fallback(fallback, config)
-        doubts = timestamps or (fallback is not None and fallback.no_speech_threshold is not None)
+        doubts = bool(timestamps) or (fallback is not None and fallback.no_speech_threshold is not None)
         prompt, clock = TranscriptionPrompt(audio, language, hint, task, timestamps, doubts), self._thread.core.clock
 
         def make() -> Transcription:
@@ -433,7 +435,7 @@ class AsyncEngine(EngineReadings):
         inbox = Inbox(new.number, new_branches(new, view))
         if new.params.num_prompt_logprobs >= 0:
             inbox.prompt, inbox.prompt_logprobs = new.prompt, [None]
-        elif new.question is not None:
+        elif isinstance(new.question, ins.PromptQuestion):
             inbox.prompt_logprobs = []
         if self.observer is not None:
             begun = RequestBegun(new.request_id, operation, view.config.model, new.prompt_tokens, config, new.adapter)

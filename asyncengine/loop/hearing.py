@@ -20,18 +20,32 @@ from asyncengine.generation import GenerationConfig
 from asyncengine.loop.deadline import in_time
 from asyncengine.loop.encoding import in_thread, media_readers, transcribing_of
 from asyncengine.loop.in_order import InOrder, Tell
-from asyncengine.loop.prepare import RequestOptions
 from asyncengine.loop.stream import RequestStream
-from asyncengine.loop.transcript_requests import Aborted, Asked, Configured, TranscriptRequests
+from asyncengine.loop.transcript_requests import (
+    Aborted,
+    Asked,
+    Configured,
+    TranscriptRequests,
+    followed,
+    together,
+)
 from asyncengine.media import AudioPrompt
 from asyncengine.outputs import FinishReason, Transcript, TranscriptDelta, TranscriptSegment, Usage
 from asyncengine.step.model import ModelView
-from asyncengine.transcription import AudioPiece, Quality, Transcribing, TranscriptionPrompt
+from asyncengine.transcription import (
+    Alignment,
+    AlignmentPrompt,
+    AudioPiece,
+    Quality,
+    Transcribing,
+    TranscriptionPrompt,
+)
 
 Given = TypeVarTuple("Given")
 
 _AHEAD = 2
 """Pieces that are read and wait, beside as many as the model hears at the same time."""
+_PROMPT_ALONE = GenerationConfig(max_tokens=0, detokenize=False)
 _WORST = (FinishReason.ABORT, FinishReason.LENGTH, FinishReason.STOP)
 """Why pieces end; a transcript ends as the worst of its own. One with an error has no transcript."""
 
@@ -50,7 +64,8 @@ class _Attempt(NamedTuple):
 class _Written(NamedTuple):
     """What has come of an attempt, its text apart."""
 
-    segments: list[TranscriptSegment]
+    token_ids: list[int]
+    logprobs: list[float] | None
     quality: Quality
     finish_reason: FinishReason
 
@@ -185,15 +200,12 @@ class Hearing:
                 return
             if (piece := pieces.popleft() if pieces else await self._next()) is None:
                 return
-            if self._requests.aborted:  # also while nothing of it ran
-                self._reasons.add(FinishReason.ABORT)
-                return
             prompt = replace(self._prompt, audio=piece.audio)
             piece = replace(piece, audio=None)
             if (attempt := await self._attempt(index, prompt)) is None:
                 return
             # Nobody else needs the samples, which may be many, unless they are heard again.
-            again = None if self._asked.fallback is None else prompt
+            again = prompt if self._asked.fallback is not None or prompt.words else None
             del prompt
             group.start_soon(self._noting_failure, group, self._hear, index, piece, attempt, again)
             del piece, attempt, again
@@ -211,23 +223,37 @@ class Hearing:
         """Asks for what is said in a piece, at the first temperature or at one further on. None where the transcript
         ends: it was aborted, or another model has come when some of it was given out.
         """
-        options, config, fallback = self._asked.options, self._asked.config, self._asked.fallback
-        if self._several and options.request_id is not None:
-            options = options.named(f"{options.request_id}-{index}")
-        if index or temperature is not None:
-            options = _further(options)
+        config, fallback = self._asked.config, self._asked.fallback
         if fallback is not None:
             config = config.replace(
                 temperature=fallback.temperatures[0] if temperature is None else temperature, logprobs=True
             )
         config = self._transcribing.settings(config, prompt)
-        try:
-            return _Attempt(await self._requests.add(prompt, self._here(config), options), config.temperature)
-        except Aborted:
-            pass
-        except Reloaded:
-            if self._tell is None or not self._told.begun:
-                raise
+        stream = await self._request(index, prompt, config, bool(index or temperature is not None))
+        return None if stream is None else _Attempt(stream, config.temperature)
+
+    async def _request(
+        self, index: int, prompt: TranscriptionPrompt | AlignmentPrompt, config: GenerationConfig, further: bool
+    ) -> RequestStream | None:
+        """A request of a piece; None as `_attempt` says.
+
+        Args:
+            index: Of the piece.
+            prompt: What is asked of it.
+            config: How to generate.
+            further: Whether it is not the transcript's first.
+        """
+        options = self._asked.options
+        if self._several and options.request_id is not None:
+            options = options.named(f"{options.request_id}-{index}")
+        if not self._requests.aborted:  # as it may be while nothing of it runs
+            try:
+                return await self._requests.add(prompt, self._here(config), followed(options) if further else options)
+            except Aborted:
+                pass
+            except Reloaded:
+                if self._tell is None or not self._told.begun:
+                    raise
         self._reasons.add(FinishReason.ABORT)
         return None
 
@@ -238,7 +264,8 @@ class Hearing:
             index: Of the piece.
             piece: It, without its samples.
             attempt: What is written down first.
-            prompt: Asks for it once more. None takes what is written down as it is, and tells it at once.
+            prompt: Asks for it once more; None where nobody does. Without fallback, what is written down is taken as it
+                is, and told at once.
         """
         fallback, text = self._asked.fallback, list[str]()
         verdict = Verdict.GOOD
@@ -249,16 +276,16 @@ class Hearing:
             while True:
                 written = await self._written(attempt, index, piece, text.append)
                 verdict = fallback.verdict(written.quality)
-                if verdict is not Verdict.DOUBTED or not further or self._requests.aborted or written.aborted:
+                if verdict is not Verdict.DOUBTED or not further or written.aborted:
                     break
                 if (another := await self._attempt(index, prompt, further.popleft())) is None:
                     break
                 attempt = another
                 text.clear()
+        self._reasons.add(written.finish_reason)
         silent = verdict is Verdict.SILENCE
         self._told.add(index, "" if silent else "".join(text))
-        self._told.end(index, () if silent else written.segments)
-        self._reasons.add(written.finish_reason)
+        self._told.end(index, () if silent else await self._segments(index, piece, prompt, written))
         self._room.release()
 
     async def _written(self, attempt: _Attempt, index: int, piece: AudioPiece, tell: Callable[[str], None]) -> _Written:
@@ -277,7 +304,7 @@ class Hearing:
         branch = result.outputs[0]
         listed = None if branch.logprobs is None else [each.logprob for each in branch.logprobs]
 
-        def finished() -> tuple[str, Quality, list[TranscriptSegment]]:
+        def finished() -> tuple[str, Quality]:
             rest = reader.flush()
             silent = stream.prompt_logprobs
             quality = Quality(
@@ -286,33 +313,48 @@ class Hearing:
                 math.exp(silent[0].logprob) if silent and silent[0] is not None else None,
                 attempt.temperature,
             )
-            segments = list[TranscriptSegment]()
-            if self._prompt.timestamps:
-                segments = self._transcribing.segments(result.token_ids, listed, piece, quality)
-            return rest, quality, segments
+            return rest, quality
 
-        rest, quality, segments = await in_thread(finished)
+        rest, quality = await in_thread(finished)
         tell(rest)
-        return _Written(segments, quality, branch.finish_reason)
+        return _Written(result.token_ids, listed, quality, branch.finish_reason)
+
+    async def _segments(
+        self, index: int, piece: AudioPiece, prompt: TranscriptionPrompt | None, written: _Written
+    ) -> list[TranscriptSegment]:
+        """Those of what was written down of a piece, if they were asked for."""
+        if not self._prompt.timestamps:
+            return []
+        alignment = None
+        if prompt is not None and prompt.words and not written.aborted:
+            alignment = await self._alignment(index, piece, prompt, written.token_ids)
+        segments = functools.partial(
+            self._transcribing.segments, written.token_ids, written.logprobs, piece, written.quality, alignment
+        )
+        return await in_thread(segments)
+
+    async def _alignment(
+        self, index: int, piece: AudioPiece, prompt: TranscriptionPrompt, token_ids: list[int]
+    ) -> Alignment | None:
+        """When the tokens of a piece are said: by a request more, which generates nothing. None where the transcript
+        ends, as of `_attempt`, or the request was aborted.
+        """
+        language = "en" if prompt.task == "translate" else prompt.language
+        tokens, frames = self._transcribing.to_align(token_ids, piece)
+        if not tokens:
+            return Alignment((), language)
+        asked = AlignmentPrompt(prompt, tuple(token_ids[:tokens]), frames)
+        stream = await self._request(index, asked, _PROMPT_ALONE, further=True)
+        if stream is None:
+            return None
+        result = await self._requests.result(stream, lambda *_: None)
+        self._usages.append((index, result.usage))
+        if stream.attention is None:
+            self._reasons.add(FinishReason.ABORT)
+            return None
+        return Alignment(stream.attention, language)
 
     def _usage(self, begun: float) -> Usage:
-        """What all requests cost together; times are those until the first ran, until it wrote, and until now."""
+        """What all requests cost together."""
         usages = [usage for _, usage in sorted(self._usages, key=lambda each: each[0])]
-        if len(usages) <= 1:
-            return usages[0] if usages else Usage(0, 0)
-        counts = ("prompt_tokens", "completion_tokens", "cached_tokens", "audio_tokens", "preemptions",
-                  "draft_tokens", "accepted_draft_tokens")  # fmt: skip
-        return Usage(
-            **{name: sum(getattr(usage, name) for usage in usages) for name in counts},
-            queue_seconds=usages[0].queue_seconds,
-            first_token_seconds=usages[0].first_token_seconds,
-            total_seconds=self._clock() - begun,
-        )
-
-
-def _further(options: RequestOptions) -> RequestOptions:
-    """Of requests behind the first: they wait for their turn, since what goes on is not given up for others."""
-    deadlines = options.deadlines
-    if deadlines is not None:
-        deadlines = replace(deadlines, queue=None, first_token=None)
-    return replace(options, when_full="wait", deadlines=deadlines)
+        return together(usages, self._clock() - begun)

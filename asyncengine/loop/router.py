@@ -11,7 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 from asyncengine.classifier import Classifier
-from asyncengine.events import BranchEnded, BranchKey, Event, Pooled, PromptLogprobs, Reply, RequestEnded, Tokens
+from asyncengine.events import (
+    Attention,
+    BranchEnded,
+    BranchKey,
+    Event,
+    Pooled,
+    PromptLogprobs,
+    Reply,
+    RequestEnded,
+    Tokens,
+)
 from asyncengine.instructions import ReplyTo
 from asyncengine.loop import delivery
 from asyncengine.loop.branch import Branch, Waiter
@@ -29,12 +39,14 @@ class Inbox:
         prompt_logprobs: Those that have come, the first token's None included; of a request with a question about its
             prompt, the answer alone.
         pooled: The prompt's hidden states, pooled, once they have come.
+        attention: What the prompt's tokens attend to, as `asyncengine.events.Attention.parts`, once all of it has come.
         classifier: What makes logits of them, of a request for those.
         on_over: Called when the request is over; None where nobody observes it.
     """
 
     __slots__ = (
-        "branches", "classifier", "ended", "error", "number", "on_over", "pooled", "prompt", "prompt_logprobs", "usage",
+        "attention", "branches", "classifier", "ended", "error", "number", "on_over", "pooled", "prompt",
+        "prompt_logprobs", "usage",
     )  # fmt: skip
 
     def __init__(self, number: int, branches: list[Branch]) -> None:
@@ -46,6 +58,7 @@ class Inbox:
         self.prompt: Int32 | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.pooled: Float32 | None = None
+        self.attention: tuple[Float32, ...] | None = None
         self.classifier: Classifier | None = None
         self.on_over: Callable[[RequestOver], None] | None = None
 
@@ -156,6 +169,10 @@ class Router:
             known = self._inboxes.get(event.number)
             if known is not None:
                 known.pooled, known.classifier = event.vector, event.classifier
+        elif type(event) is Attention:
+            known = self._inboxes.get(event.number)
+            if known is not None:
+                known.attention = event.parts
         else:
             assert type(event) is Reply
             future = self._futures.pop(event.ticket, None)

@@ -93,6 +93,13 @@ class RequestStream:
         return self._inbox.pooled
 
     @property
+    def attention(self) -> tuple[Float32, ...] | None:
+        """How much tokens attend to an audio, (heads, tokens, frames) one behind the other, of a request for an
+        alignment, once it is there.
+        """
+        return self._inbox.attention
+
+    @property
     def classifier(self) -> Classifier | None:
         """The classification head of the model that made `pooled`, of a request that is for it."""
         return self._inbox.classifier

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from asyncengine.fallback import TranscriptionFallback
@@ -14,7 +14,7 @@ from asyncengine.generation import GenerationConfig
 from asyncengine.loop.encoding import AnyPrompt
 from asyncengine.loop.prepare import RequestOptions
 from asyncengine.loop.stream import RequestStream
-from asyncengine.outputs import RequestResult
+from asyncengine.outputs import RequestResult, Usage
 from asyncengine.step.model import ModelView
 from asyncengine.transcription import TranscriptionPrompt
 
@@ -121,6 +121,33 @@ class TranscriptRequests:
             return stream.result()
         finally:
             del self._streams[stream.number]
+
+
+def followed(options: RequestOptions) -> RequestOptions:
+    """Options of requests behind the first: they wait for their turn, since what goes on is not given up for others."""
+    deadlines = options.deadlines
+    if deadlines is not None:
+        deadlines = replace(deadlines, queue=None, first_token=None)
+    return replace(options, when_full="wait", deadlines=deadlines)
+
+
+def together(usages: Sequence[Usage], seconds: float) -> Usage:
+    """What requests cost together; times are those until the first ran, until it wrote, and until now.
+
+    Args:
+        usages: Of each, in their order.
+        seconds: Until now.
+    """
+    if len(usages) <= 1:
+        return usages[0] if usages else Usage(0, 0)
+    counts = ("prompt_tokens", "completion_tokens", "cached_tokens", "audio_tokens", "preemptions",
+              "draft_tokens", "accepted_draft_tokens")  # fmt: skip
+    return Usage(
+        **{name: sum(getattr(usage, name) for usage in usages) for name in counts},
+        queue_seconds=usages[0].queue_seconds,
+        first_token_seconds=usages[0].first_token_seconds,
+        total_seconds=seconds,
+    )
 
 
 def _times_cancelled() -> int:

@@ -25,7 +25,7 @@ from asyncengine.server.refusal import Refusal
 from asyncengine.server.service import Service, reply
 from asyncengine.server.sse import DONE, EventStream, data
 from asyncengine.server.wire import Body
-from asyncengine.transcription import TranscriptionTask
+from asyncengine.transcription import Timestamps, TranscriptionTask
 
 _TIMES = "timestamp_granularities[]"
 _NAMES = {
@@ -90,6 +90,14 @@ class Segment(msgspec.Struct):
     no_speech_prob: float | None
 
 
+class Word(msgspec.Struct):
+    """A word of the text, without space around it."""
+
+    word: str
+    start: float
+    end: float
+
+
 class DurationUsage(msgspec.Struct):
     """How long the audio is."""
 
@@ -104,8 +112,9 @@ class VerboseTranscription(msgspec.Struct):
     language: str | None
     duration: float | None
     text: str
-    segments: list[Segment]
     usage: DurationUsage | None
+    segments: list[Segment] | msgspec.UnsetType = msgspec.UNSET
+    words: list[Word] | msgspec.UnsetType = msgspec.UNSET
 
 
 class TextDelta(msgspec.Struct):
@@ -143,9 +152,14 @@ class _Asked:
     headers: dict[str, str]
 
     @property
-    def timestamps(self) -> bool:
-        """Whether that has times."""
-        return self.body.response_format in ("verbose_json", "srt", "vtt")
+    def granularities(self) -> list[str]:
+        """Of which parts of the text there are times in `verbose_json`."""
+        return getattr(self.body, "timestamp_granularities", []) or ["segment"]
+
+    @property
+    def timestamps(self) -> Timestamps:
+        """Which times that has."""
+        return "word" if "word" in self.granularities else self.body.response_format in ("verbose_json", "srt", "vtt")
 
 
 def routes(service: Service) -> list[Route]:
@@ -222,6 +236,10 @@ async def _events(service: Service, stream: TranscriptStream) -> AsyncGenerator[
 def _refusal(error: InvalidRequestError, body: TranslationBody) -> Exception:
     """What a client is told of what the engine does not take, in the words of its form."""
     name, _, said = str(error).partition(" ")
+    if name == "timestamps" and "no times of words: " in said:
+        why = said.partition("no times of words: ")[2]
+        message = f"{_TIMES} has 'word', and the model knows no times of words: {why}; allowed: 'segment'"
+        return Refusal(400, message, "invalid_field", _TIMES)
     if name == "audio[0]:":
         return Refusal(400, f"file cannot be taken: {said}", "invalid_field", "file")
     if name == "timestamps":
@@ -246,8 +264,8 @@ def _check_times(body: TranscriptionBody) -> None:
     """Refuses times that nobody knows, or that there is no place for in the answer."""
     times, form = body.timestamp_granularities, body.response_format
     message = ""
-    if strange := [each for each in times if each != "segment"]:
-        message = f"{_TIMES} has {strange[0]!r:.40}; allowed: 'segment'"
+    if strange := [each for each in times if each not in ("segment", "word")]:
+        message = f"{_TIMES} has {strange[0]!r:.40}; allowed: 'segment', 'word'"
     elif times and form != "verbose_json":
         message = f"{_TIMES} needs the response_format 'verbose_json'; it is {form!r}"
     if message:
@@ -265,9 +283,13 @@ def _written(read: Transcript, asked: _Asked) -> Response:
         return PlainTextResponse(subtitles.vtt(read.segments), headers=headers, media_type="text/vtt")
     if form == "json":
         return reply(Transcription(read.text, _usage(read.usage)), headers=headers)
-    segments = [_segment(number, segment) for number, segment in enumerate(read.segments)]
     usage = None if read.seconds is None else DurationUsage(read.seconds)
-    verbose = VerboseTranscription(asked.task, read.language, read.seconds, read.text, segments, usage)
+    verbose = VerboseTranscription(asked.task, read.language, read.seconds, read.text, usage)
+    if "segment" in asked.granularities:
+        verbose.segments = [_segment(number, segment) for number, segment in enumerate(read.segments)]
+    if "word" in asked.granularities:
+        said = ((word.word.strip(), word) for word in read.words)
+        verbose.words = [Word(text, round(word.start, 3), round(word.end, 3)) for text, word in said if text]
     return reply(verbose, headers=headers)
 
 

@@ -51,6 +51,9 @@ class StepBatch:
         score_token_ids: (S,) the token whose log-probability is wanted from each of them.
         score_tops: (S,) how many of the likeliest tokens are wanted beside it.
         pool_spans: (P, 2) index into the T tokens, from and to, of each run of tokens whose hidden states are summed.
+        attention_spans: (A, 3) index into the T tokens, from and to, of each run of tokens of which it is wanted how
+            much they attend to the audio that their sequence begins with; and to how many frames, from its first.
+            None if it is wanted of none.
         draft_lengths: (num_decodes,) how many of each row's query tokens, at its end, are drafts; None if none are.
         unknown: (num_decodes,) rows whose token the host does not know yet: it is the one that the model has drawn last
             for the row's slot, and what stands in `token_ids` means nothing. None if it knows all.
@@ -88,6 +91,7 @@ class StepBatch:
     score_token_ids: Int32 = field(default_factory=lambda: NO_TOKENS)
     score_tops: Int64 = field(default_factory=lambda: NO_INDEX)
     pool_spans: Int64 = field(default_factory=lambda: NO_PAIRS)
+    attention_spans: Int64 | None = None
     draft_lengths: Int64 | None = None
     unknown: NDArray[np.bool_] | None = None
     adapters: Int32 | None = None
@@ -128,6 +132,8 @@ class StepTokens:
         forced: Entries to further tokens after theirs, which their grammar leaves no choice about.
         scores: (S,) one for each entry of `StepBatch.score_index`.
         pooled: (P, hidden) the sum of the hidden states behind the last norm, for each of `StepBatch.pool_spans`.
+        attention: For each of `StepBatch.attention_spans`, (heads, tokens, frames) the weights by which some heads of
+            the model look at each frame; of one token and head, those of all frames, the others included, add up to 1.
         taken: (num_decodes,) with drafts, how many tokens at the beginning of each row's entries count: those up to the
             first that differs from the draft which stands there. Where fewer than that could be drawn, the entry
             after them has failed.
@@ -140,4 +146,5 @@ class StepTokens:
     forced: Mapping[int, list[int]] = field(default_factory=dict)
     scores: list[TokenLogprobs] = field(default_factory=list)
     pooled: Float32 = field(default_factory=lambda: _NO_SUMS)
+    attention: tuple[Float32, ...] = ()
     taken: Int64 | None = None

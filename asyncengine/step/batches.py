@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from asyncengine.instructions import NewRequest
+from asyncengine.instructions import AlignmentQuestion, NewRequest, PromptQuestion
 from asyncengine.media import MediaPart
 from asyncengine.step.batch import NO_PAIRS, NO_SAVES, Int32, Int64, StepBatch
 from asyncengine.step.decode_rows import DecodeRows
@@ -95,7 +95,7 @@ class Batches:
         placed = [_Placed(*each) for each in zip(chunks, starts, computed, strict=True)]
         more: dict[str, Any] = {"positions": rotated}
         if any(chunk.num_scored for chunk in chunks):
-            more |= self._scores(placed)
+            more |= self._looked_at([each for each in placed if each.chunk.num_scored])
         if any(chunk.pools for chunk in chunks):
             more["pool_spans"] = _pool_spans(placed)
         if any(each.new.media is not None for each in placed):
@@ -144,6 +144,15 @@ class Batches:
             generated[len(decoding) :] *= np.array([branch.state is not SequenceState.UNBORN for _, branch in drawing])
         return {"sample_index": index, "sample_slots": slots, "sample_positions": generated}
 
+    def _looked_at(self, placed: list[_Placed]) -> dict[str, Any]:
+        """The fields of the batch that say what is looked at besides: logits, or what tokens attend to."""
+        found: dict[str, Any] = {}
+        if scored := [each for each in placed if not each.chunk.aligns]:
+            found |= self._scores(scored)
+        if len(scored) < len(placed):
+            found["attention_spans"] = _attention_spans(placed)
+        return found
+
     def _scores(self, placed: list[_Placed]) -> dict[str, Any]:
         """The fields of the batch that say which of the pieces' logits are looked at."""
         index, token_ids, tops = [], [], []
@@ -151,7 +160,7 @@ class Batches:
             (first, end), new = each.chunk.scored, each.new
             index.append(np.arange(first, end, dtype=np.int64) - each.computed + each.start)
             targets = self._slots.tokens[each.chunk.sequence.slot, first + 1 : end + 1]
-            if new.question is not None:
+            if isinstance(new.question, PromptQuestion):
                 targets = np.full(end - first, new.question.token_id, dtype=np.int32)
             elif new.media is not None:
                 targets = new.media.plain(targets, first + 1)
@@ -162,6 +171,16 @@ class Batches:
             "score_token_ids": np.concatenate(token_ids),
             "score_tops": np.concatenate(tops),
         }
+
+
+def _attention_spans(placed: list[_Placed]) -> Int64:
+    """`StepBatch.attention_spans`."""
+    spans = []
+    for each in placed:
+        if isinstance(question := each.new.question, AlignmentQuestion):
+            first, end = (position - each.computed + each.start for position in each.chunk.scored)
+            spans.append([first, end, question.frames])
+    return np.array(spans, dtype=np.int64)
 
 
 def _pool_spans(placed: list[_Placed]) -> Int64:

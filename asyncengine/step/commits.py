@@ -9,7 +9,7 @@ from itertools import takewhile
 import numpy as np
 
 from asyncengine.errors import RequestDroppedError
-from asyncengine.events import BranchKey, Pooled, PromptLogprobs, Tokens
+from asyncengine.events import Attention, BranchKey, Pooled, PromptLogprobs, Tokens
 from asyncengine.instructions import Mailbox
 from asyncengine.outputs import FinishReason
 from asyncengine.step.batch import NO_INDEX, Float32, Int32, Int64, StepTokens, TokenLogprobs
@@ -119,6 +119,8 @@ class Commits:
             self._commit_scores(plan, drawn.scores)
         if len(drawn.pooled):
             self._commit_pooled(plan, drawn.pooled)
+        if drawn.attention:
+            self._commit_attention(plan, drawn.attention)
         at = len(plan.decodes)
         if plan.drafts is not None:
             at = plan.num_decode_samples
@@ -142,7 +144,7 @@ class Commits:
     def _commit_scores(self, plan: Plan, scores: list[TokenLogprobs]) -> None:
         at = 0
         for chunk in plan.chunks:
-            request, count = chunk.sequence.request, chunk.num_scored
+            request, count = chunk.sequence.request, 0 if chunk.aligns else chunk.num_scored
             if count and not request.ended:
                 self._table.outbox.add(request.mailbox, PromptLogprobs(request.new.number, scores[at : at + count]))
                 request.scored = chunk.scored[1]
@@ -173,6 +175,17 @@ class Commits:
         for request, vector in complete:
             head = classifier if request.new.classifies else None
             self._table.outbox.add(request.mailbox, Pooled(request.new.number, vector, head))
+
+    def _commit_attention(self, plan: Plan, parts: tuple[Float32, ...]) -> None:
+        aligning = (chunk for chunk in plan.chunks if chunk.aligns)
+        for chunk, part in zip(aligning, parts, strict=True):
+            request = chunk.sequence.request
+            if request.ended:
+                continue
+            request.attention = (*request.attention, part)
+            request.scored = chunk.scored[1]
+            if chunk.last:
+                self._table.outbox.add(request.mailbox, Attention(request.new.number, request.attention))
 
     def _commit_decodes(self, sequences: list[Sequence], slots: Int64, drawn: _Drawn, now: float) -> None:
         assert self._table.scheduler is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncengine.errors import InvalidRequestError
-from asyncengine.instructions import NewRequest
+from asyncengine.instructions import AlignmentQuestion, NewRequest, PromptQuestion
 from asyncengine.media import PLURALS, PromptMedia
 from asyncengine.step.adapters import AdapterTable, unknown_adapter
 from asyncengine.step.batch import Int32
@@ -36,7 +36,7 @@ def _of_tokens(new: NewRequest, sequences: list[Int32], loaded: LoadedModel, loo
     limits, vocab_size = loaded.limits, loaded.vocab_size
     if any(looked_at + len(tokens) > limits.max_prompt_tokens for tokens in sequences):
         return f"its tokens do not fit the new model: at most {limits.max_tokens} tokens"
-    asked = -1 if new.question is None else new.question.token_id
+    asked = new.question.token_id if isinstance(new.question, PromptQuestion) else -1
     if asked >= vocab_size or any(int(tokens.max(initial=0)) >= vocab_size for tokens in sequences):
         return f"it has token ids outside the new vocabulary of {vocab_size}"
     return None
@@ -53,6 +53,8 @@ def _of_purpose(new: NewRequest, loaded: LoadedModel) -> str | None:
         return "the new model has no classification head"
     if new.pooling is None and not loaded.has_head:
         return "the new model has no language-model head"
+    if isinstance(new.question, AlignmentQuestion) and not loaded.aligns:
+        return "the new model does not tell what its tokens attend to"
     if new.media is None and loaded.begins_with_audio:
         return "the new model writes what it hears; it has no audio"
     if new.media is None and loaded.source_reader is not None:

@@ -212,6 +212,7 @@ class LoadedModel:
         warming: The model again, if there is more to do that makes it faster.
         adapting: The model again, if it takes adapters.
         adapters: Those that it has, name and what `AdapterFormat.prepare` made; it calls them 0, 1, and so on.
+        aligns: Whether it tells what tokens attend to (`StepBatch.attention_spans`).
     """
 
     model: Model
@@ -242,6 +243,7 @@ class LoadedModel:
     no_media: Mapping[Kind, str] = field(default_factory=lambda: UNENCODED)
     begins_with_audio: bool = False
     source_reader: SourceReader | None = None
+    aligns: bool = False
 
     @property
     def poolings(self) -> tuple[Pooling, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from asyncengine.instructions import AlignmentQuestion
 from asyncengine.step.batch import Int64, StepBatch
 from asyncengine.step.drafting import Drafts
 from asyncengine.step.sequence import Sequence
@@ -18,7 +19,7 @@ class Chunk:
         last: Whether that completes it, so that a token is drawn.
         branches: Who draws from the last token: the sequence and those unborn branches that have a slot.
         scored: Positions of the prompt, from and to, whose logits are looked at for the log-probability of the token
-            after each.
+            after each; or of which it is looked at what they attend to.
         pooled: Positions of the prompt, from and to, whose hidden states are summed.
     """
 
@@ -33,6 +34,11 @@ class Chunk:
     def num_scored(self) -> int:
         """How many positions that are."""
         return self.scored[1] - self.scored[0]
+
+    @property
+    def aligns(self) -> bool:
+        """Whether it is looked at what some attend to, not at their logits."""
+        return self.num_scored > 0 and isinstance(self.sequence.request.new.question, AlignmentQuestion)
 
     @property
     def pools(self) -> bool:

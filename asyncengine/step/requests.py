@@ -446,8 +446,8 @@ class RequestTable:
         self.scheduler, self.loaded, self.adapters = scheduler, loaded, adapters
         for request in list(self._requests.values()):
             request.adapter = adapters.get(request.new.adapter)
-            if request.pooled is not None:  # hidden states of another model are not to be added to
-                request.pooled, request.scored = None, 0
+            if request.pooled is not None or request.attention:  # what is of another model is not to be added to
+                request.pooled, request.attention, request.scored = None, (), 0
             unfinished = [branch for branch in request.branches if branch.state is not SequenceState.ENDED]
             sequences = [branch.tokens for branch in unfinished]
             if (arriving := request.arriving) is not None:

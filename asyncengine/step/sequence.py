@@ -6,11 +6,11 @@ import enum
 from dataclasses import dataclass, field
 
 from asyncengine.detokenizer import TextStream
-from asyncengine.instructions import Mailbox, NewRequest
+from asyncengine.instructions import AlignmentQuestion, Mailbox, NewRequest
 from asyncengine.speculation.lengths import NOTHING, Learnt
 from asyncengine.step.adapters import NO_SPACE, Adapter
 from asyncengine.step.arriving import Arriving
-from asyncengine.step.batch import Float64, Int32
+from asyncengine.step.batch import Float32, Float64, Int32
 
 
 class SequenceState(enum.Enum):
@@ -39,8 +39,9 @@ class Request:
         arriving: Its prompt, until that has come whole. Meanwhile `new.prompt` is what is to be computed of it now.
         computed_ahead: How many tokens of the prompt were computed, or found, before it had come whole.
         scored: How many of the prompt's positions have been looked at, where all are: for the log-probability of the
-            token after them, or for their hidden state.
+            token after them, for their hidden state, or for what they attend to.
         pooled: (hidden,) sum of the hidden states that have been looked at.
+        attention: As `asyncengine.events.Attention.parts`, of those that have been looked at.
         draft_tokens: Tokens guessed, over all branches.
         accepted_draft_tokens: How many of them were kept.
         ended: Whether its end has been told.
@@ -60,6 +61,7 @@ class Request:
     arriving: Arriving | None = None
     computed_ahead: int = 0
     pooled: Float64 | None = None
+    attention: tuple[Float32, ...] = ()
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0
     ended: bool = False
@@ -98,8 +100,10 @@ class Request:
 
     @property
     def looked_at(self) -> tuple[int, int]:
-        """From and to of the prompt's positions whose logits are looked at."""
+        """From and to of the prompt's positions whose logits are looked at, or what they attend to."""
         question = self.new.question
+        if isinstance(question, AlignmentQuestion):
+            return question.place, len(self.new.prompt)
         if question is not None:
             return question.place, question.place + 1
         return 0, len(self.new.prompt) - 1 if self.new.params.num_prompt_logprobs >= 0 else 0

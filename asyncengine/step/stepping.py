@@ -235,3 +235,5 @@ def _check(plan: Plan, drawn: StepTokens) -> None:
         raise StepError(f"the model drew {len(drawn.token_ids)} tokens; {len(plan.batch.sample_index)} were due")
     if len(drawn.pooled) != len(plan.batch.pool_spans):
         raise StepError("the model gives out no hidden states")
+    if (spans := plan.batch.attention_spans) is not None and len(drawn.attention) != len(spans):
+        raise StepError("the model does not tell what its tokens attend to")

@@ -42,8 +42,10 @@ class ScriptedModel:
     request with `RequestDroppedError`. Logits processors are refused, because there are no logits; biases, penalties
     and lists of tokens change nothing.
 
-    The hidden state of a token is ``(token id, position, 1)``. In the prompt, the script finds what was seen of images
-    and videos and heard of audio in the place of the tokens that stand for them (`asyncengine.testing.media`).
+    The hidden state of a token is ``(token id, position, 1)``, and it attends to one frame of an audio, that of its
+    position, or what is left of that behind whole rounds through the frames. In the prompt, the script finds what was
+    seen of images and videos and heard of audio in the place of the tokens that stand for them
+    (`asyncengine.testing.media`).
 
     It also keeps a paged "KV cache" of its own, in which every token is written where the scheduler says, and before
     it answers it reads each sequence back through its block table: a mistake of the engine about blocks raises. With
@@ -338,6 +340,10 @@ class ScriptedModel:
         ]
         states = np.stack([batch.token_ids, batch.positions, np.ones(len(batch.token_ids))], axis=1)
         pooled = [states[first:end].sum(axis=0) for first, end in batch.pool_spans.tolist()]
+        attention = (
+            np.eye(frames, dtype=np.float32)[None, batch.positions[first:end] % frames]
+            for first, end, frames in (() if batch.attention_spans is None else batch.attention_spans.tolist())
+        )
         return StepTokens(
             np.array(token_ids, dtype=np.int32),
             logprobs if some else None,
@@ -345,6 +351,7 @@ class ScriptedModel:
             failed,
             scores=scores,
             pooled=np.array(pooled, dtype=np.float32),
+            attention=tuple(attention),
             taken=taken,
         )
 

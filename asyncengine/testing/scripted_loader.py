@@ -187,6 +187,7 @@ class ScriptedLoader:
             adapters=tuple(adapters),
             adapter_format=format,
             media_reader=self._media_reader(),
+            aligns=self.takes_audio,
         )
 
     def _media_reader(self) -> ScriptedMediaReader | None:

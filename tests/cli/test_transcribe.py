@@ -68,10 +68,23 @@ def test_forms(whisper: Path, tmp_path: Path) -> None:
     found = [json.loads(line) for line in done.out.splitlines()]
     assert [each["file"] for each in found] == [one, other]
     assert all(each["language"] == "de" and each["seconds"] == 1.2 and each["segments"] for each in found)
+    assert not any("words" in segment for segment in found[0]["segments"])
+    done = heard(str(whisper), one, "--language", "german", "--format", "words", *flags)
+    again = json.loads(done.out)
+    words = [word for segment in again["segments"] for word in segment.pop("words")]
+    assert (again["text"], len(again["segments"])) == (found[0]["text"], len(found[0]["segments"]))
+    assert words and all({*word} == {"word", "start", "end", "probability"} for word in words)
     for form, begin in (("srt", "1\n00:00:0"), ("vtt", "WEBVTT\n\n00:00:0")):
         done = heard(str(whisper), one, "--language", "de", "--format", form, *flags)
         assert done.status == 0 and done.out.startswith(begin)
         assert len(re.findall(" --> ", done.out)) == len(found[0]["segments"])
+
+
+def test_words_of_a_model_that_does_not_know_when_they_are_said(tmp_path: Path) -> None:
+    path, [one] = checkpoints.write(tmp_path / "whisper", times=True, heads=()), files(tmp_path, 1)
+    done = heard(str(path), one, "--format", "words", "--device", "cpu", "--max-num-seqs", "4")
+    assert done.status == 1 and "--format is words, and the model knows no times of words: there are no" in done.err
+    assert "allowed: text, json, srt, vtt" in done.err
 
 
 def test_what_is_wrong_with_files(whisper: Path, tmp_path: Path) -> None:

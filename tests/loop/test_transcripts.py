@@ -8,10 +8,13 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from asyncengine import (
     AsyncEngine,
+    DeadlineExceededError,
+    Deadlines,
     EngineClosedError,
     EngineDrainingError,
     FinishReason,
@@ -19,11 +22,14 @@ from asyncengine import (
     IllegalStateError,
     InvalidRequestError,
     RequestOptions,
+    StepError,
     TranscriptDelta,
     TranscriptionFallback,
     TranscriptSegment,
+    TranscriptWord,
 )
-from asyncengine.loop.hearing import Reloaded
+from asyncengine.fallback import Verdict
+from asyncengine.loop.hearing import Hearing, Reloaded
 from asyncengine.loop.in_order import InOrder
 from asyncengine.loop.transcript_requests import TranscriptRequests
 from asyncengine.testing import media
@@ -39,7 +45,7 @@ WHOLE = "one two three four five"
 
 
 class Asking(ScriptedTranscription):
-    """Asks which language is spoken, hears two bytes at once, and gives each piece one segment."""
+    """Asks which language is spoken, hears two bytes at once, and gives each piece one segment, of one word."""
 
     question = LanguageQuestion(MARKS["audio"], {ord("a"): "en"})
 
@@ -50,9 +56,20 @@ class Asking(ScriptedTranscription):
     def check(asked: Any) -> None:
         pass
 
-    def segments(self, token_ids: Any, logprobs: Any, piece: AudioPiece, quality: Quality) -> list[TranscriptSegment]:
+    def segments(
+        self, token_ids: Any, logprobs: Any, piece: AudioPiece, quality: Quality, alignment: Any = None
+    ) -> list[TranscriptSegment]:
         assert piece.end is not None
-        return [TranscriptSegment(piece.start, piece.end, bytes(token_ids[:-1]).decode(), tuple(token_ids))]
+        text = bytes(token_ids[:-1]).decode()
+        words: tuple[TranscriptWord, ...] = ()
+        if alignment is not None:
+            frames = np.concatenate(alignment.attention, axis=1)[0].argmax(axis=1)  # those of the tokens' positions
+            assert frames.tolist() == list(range(frames[0], frames[0] + len(token_ids) - 1))
+            words = (TranscriptWord(text, frames[0], frames[-1]),)
+        return [TranscriptSegment(piece.start, piece.end, text, tuple(token_ids), words=words)]
+
+    def to_align(self, token_ids: Any, piece: AudioPiece) -> tuple[int, int]:
+        return len(token_ids) - 1, 1000
 
 
 def script(prompt: Any, branch: int) -> list[int]:
@@ -404,6 +421,143 @@ async def test_what_comes_when_it_begins_anew_is_not_given_out_twice(rig: Rig, m
         await made.comes_to_rest()
 
 
+@pytest.mark.parametrize("chunk", [64, 5])
+async def test_words_come_with_their_segments(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "ScriptedTranscription", Asking)
+    rig = Rig(script, prefill_chunk_size=chunk)
+    rig.loader.takes_audio = True
+    async with rig as made:
+        bare = await made.engine.transcribe(AUDIO, timestamps=True)
+        before = sum(made.engine.metrics().counters.requests.values())
+        stream = made.engine.transcribe(AUDIO, timestamps="word")
+        text, segments, _ = await read(stream)
+        whole = await stream
+        assert text == whole.text == bare.text and whole.segments == tuple(segments)
+        assert [word.word for word in whole.words] == [*SAID.values()] and not bare.words
+        assert sum(made.engine.metrics().counters.requests.values()) - before == 1 + 2 * 5
+        assert whole.usage.completion_tokens == bare.usage.completion_tokens
+        assert whole.usage.prompt_tokens > bare.usage.prompt_tokens and whole.finish_reason is FinishReason.STOP
+        await made.comes_to_rest()
+
+
+async def test_words_are_sought_of_what_is_taken_alone(rig: Rig) -> None:
+    """Of the last attempt, and of nothing that is taken for silence."""
+    fallback = TranscriptionFallback(temperature=(0.0, 0.5, 1.0))
+    async with rig as made:
+        found = await made.engine.transcribe(AUDIO[:4], language="en", fallback=fallback, timestamps="word")
+        assert [word.word for word in found.words] == [" one", " two "]
+        assert sum(made.engine.metrics().counters.requests.values()) == 2 * (3 + 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TranscriptionFallback, "verdict", lambda *_: Verdict.SILENCE)
+            found = await made.engine.transcribe(AUDIO[:4], language="en", fallback=fallback, timestamps="word")
+        assert (found.text, found.segments) == ("", ())
+        assert sum(made.engine.metrics().counters.requests.values()) == 2 * (3 + 1) + 2
+
+
+async def words_are_sought(made: Rig) -> None:
+    """Returns when all is written down of one piece, and the step in which its words are sought is held."""
+    await made.held()
+    while not made.engine.metrics().counters.requests["stop"]:
+        await made.let()
+    await eventually(lambda: made.metrics().num_requests_running == 1)
+
+
+ENDS: dict[str, Callable[[Rig], Coroutine[Any, Any, Any]]] = {
+    "abort": lambda made: made.engine.abort_request("mine"),
+    "reset": lambda made: made.engine.reset(),
+}
+
+
+@pytest.mark.parametrize("iterated", [False, True])
+@pytest.mark.parametrize("end", ENDS)
+async def test_it_is_aborted_while_its_words_are_sought(
+    end: str, iterated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first of several steps. What was written down is there, without them."""
+    monkeypatch.setattr(media, "ScriptedTranscription", Asking)
+    rig = Rig(script, prefill_chunk_size=5)
+    rig.loader.takes_audio = True
+    async with rig as made:
+        made.model.hold()
+        options = RequestOptions(request_id="mine")
+        stream = made.engine.transcribe(AUDIO[:2], None, options, language="en", timestamps="word")
+        going: Any = asyncio.ensure_future(read(stream) if iterated else stream)
+        await words_are_sought(made)
+        await asyncio.gather(ENDS[end](made), let_go(made))
+        await going
+        found = await stream
+        assert (found.text, found.finish_reason) == ("one", FinishReason.ABORT)
+        assert [(segment.text, segment.words) for segment in found.segments] == [(" one", ())]
+        await made.comes_to_rest()
+        await made.serves()
+
+
+async def test_leaving_while_words_are_sought(rig: Rig) -> None:
+    async with rig as made:
+        made.model.hold()
+        going = asyncio.ensure_future(made.engine.transcribe(AUDIO[:2], language="en", timestamps="word"))
+        await words_are_sought(made)
+        going.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await going
+        made.model.release()
+        await made.comes_to_rest()
+
+
+async def test_a_step_that_fails_while_words_are_sought_ends_it_all(rig: Rig) -> None:
+    async with rig as made:
+        made.model.hold()
+        going = asyncio.ensure_future(made.engine.transcribe(AUDIO[:2], language="en", timestamps="word"))
+        await words_are_sought(made)
+        made.model.fail_next(RuntimeError("a bad day"))
+        made.model.release()
+        with pytest.raises(StepError, match="a bad day"):
+            await going
+        await made.comes_to_rest()
+        await made.serves()
+
+
+@pytest.mark.parametrize("iterated", [False, True])
+async def test_another_model_between_the_text_and_its_words(
+    iterated: bool, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins anew, unless some of it was given out: then it ends, without them."""
+    seek, reloads = Hearing._alignment, 1
+
+    async def then(self: Any, *given: Any) -> Any:
+        nonlocal reloads
+        if reloads:
+            reloads -= 1
+            await made.engine.reload(made.config.replace(model="other"))
+        return await seek(self, *given)
+
+    monkeypatch.setattr(Hearing, "_alignment", then)
+    async with rig as made:
+        stream = made.engine.transcribe(AUDIO[:2], language="en", timestamps="word")
+        if iterated:
+            await read(stream)
+        found = await stream
+        assert found.text == "one" and len(found.words) == (not iterated)
+        assert found.finish_reason is (FinishReason.ABORT if iterated else FinishReason.STOP)
+        await made.comes_to_rest()
+
+
+async def test_a_deadline_ends_it_while_its_words_are_sought(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seek = Hearing._alignment
+
+    async def paused(self: Any, *given: Any) -> Any:
+        await made.engine.pause()
+        return await seek(self, *given)
+
+    monkeypatch.setattr(Hearing, "_alignment", paused)
+    async with rig as made:
+        options = RequestOptions(deadlines=Deadlines(total=0.4, first_token=0.3))
+        with pytest.raises(DeadlineExceededError, match="total deadline"):
+            await made.engine.transcribe(AUDIO[:2], None, options, language="en", timestamps="word")
+        await made.engine.resume()
+        await made.comes_to_rest()
+
+
 WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: TranscriptionFallback(temperature=()), r"temperature of the fallback is \(\)"),
     (lambda: TranscriptionFallback(temperature=(0.0, -1.0)), "expected a list of numbers >= 0"),
@@ -416,6 +570,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         lambda: AsyncEngine().transcribe(b"", GenerationConfig(temperature=0.1), fallback=TranscriptionFallback()),
         "temperature is 0.1, and the fallback says which",
     ),
+    (lambda: AsyncEngine().transcribe(b"", timestamps="words"), "timestamps is 'words'; allowed: True, False, 'word'"),  # type: ignore[arg-type]
     (lambda: AsyncEngine().transcribe(b"", options=3), "options is 3"),  # type: ignore[arg-type]
 ]
 
@@ -498,11 +653,11 @@ async def test_at_every_await_of_a_transcript(iterated: bool, fallback: Any, rig
     async with rig as made:
 
         async def transcribe() -> None:
-            stream = made.engine.transcribe(AUDIO[:4], fallback=fallback)
+            words = fallback is None
+            stream = made.engine.transcribe(AUDIO[:4], fallback=fallback, timestamps="word" if words else False)
             if iterated:
                 assert (await read(stream))[0] == "one two"
-            else:
-                assert (await stream).text == "one two"
+            assert (await stream).text == "one two" and len((await stream).words) == 2 * words
 
         async def over() -> None:
             await eventually(lambda: not asyncio.all_tasks() - here, "tasks are left")

@@ -69,6 +69,7 @@ async def test_forms_of_a_transcript(serving: AsyncEngine) -> None:
             timestamp_granularities=["segment"],
         )
         assert (verbose.text, verbose.language, verbose.duration) == (own.text, "de", pytest.approx(3.1))
+        assert verbose.words is None
         assert [segment.id for segment in verbose.segments or ()] == list(range(len(own.segments)))
         for segment, expected in zip(verbose.segments or (), own.segments, strict=True):
             assert (segment.start, segment.end) == pytest.approx((expected.start, expected.end), abs=6e-4)
@@ -92,11 +93,50 @@ async def test_forms_of_a_transcript(serving: AsyncEngine) -> None:
         assert (translated.text, len(translated.segments)) == (english.text, len(english.segments))
 
 
+async def test_times_of_words(serving: AsyncEngine) -> None:
+    data, forms = file_of(1, 2.2), list[Any]()
+    own = await serving.transcribe(data, language="de", timestamps="word")
+    async with listening(create_app(serving)) as url, openai.AsyncOpenAI(api_key="x", base_url=f"{url}/v1") as client:
+        for granularities in (["word"], ["segment", "word"]):
+            verbose = await client.audio.transcriptions.create(
+                file=("a.wav", data),
+                model="whisper",
+                language="de",
+                response_format="verbose_json",
+                timestamp_granularities=granularities,  # type: ignore[arg-type]
+            )
+            forms.append(verbose)
+            assert verbose.text == own.text and verbose.words is not None and len(own.words) > 3
+            for word, expected in zip(verbose.words, own.words, strict=True):
+                assert word.word == expected.word.strip()
+                assert (word.start, word.end) == pytest.approx((expected.start, expected.end), abs=6e-4)
+    assert forms[0].segments is None and len(forms[1].segments) == len(own.segments)
+
+
+async def test_words_of_a_model_that_does_not_know_when_they_are_said(tmp_path: Path) -> None:
+    path = checkpoints.write(tmp_path, times=True, heads=())
+    async with AsyncEngine(EngineConfig(str(path), device="cpu", dtype="float32", max_num_sequence=4)) as serving:
+        async with client_of(create_app(serving)) as client:
+            form = {"timestamp_granularities[]": "word", "response_format": "verbose_json"}
+            refused = await client.post(ROUTE, data=form, files={"file": ("a.wav", file_of(1, 0.5))})
+    assert refused.status_code == 400 and error(refused)["param"] == "timestamp_granularities[]"
+    assert (
+        "has 'word', and the model knows no times of words: there are no alignment_heads" in error(refused)["message"]
+    )
+
+
 @pytest.mark.parametrize(
     ("route", "form", "param", "says"),
     [
         (ROUTE, {"language": "xx"}, "language", "the model knows de, en, fr"),
-        (ROUTE, {"timestamp_granularities[]": "word"}, "timestamp_granularities[]", "'word'; allowed: 'segment'"),
+        (ROUTE, {"timestamp_granularities[]": "letter"}, "timestamp_granularities[]", "allowed: 'segment', 'word'"),
+        (
+            ROUTE,
+            {"timestamp_granularities[]": "word", "response_format": "srt"},
+            "timestamp_granularities[]",
+            "needs the response_format 'verbose_json'; it is 'srt'",
+        ),
+        (TRANSLATIONS, {"timestamp_granularities[]": "word"}, "timestamp_granularities[]", "unknown field"),
         (
             ROUTE,
             {"timestamp_granularities[]": "segment"},

@@ -243,6 +243,11 @@ class CpuAttention:
             raise MemoryError("no memory for the attention kernel's scratch space")
         return output if wanted is dtype else output.to(wanted)
 
+    def keys(self, spec: LayerSpec, cache: CpuCache, blocks: torch.Tensor) -> torch.Tensor:
+        """See `AttentionBackend.keys`."""
+        by_place = cache.keys[blocks].permute(0, 3, 1, 2, 4)  # (blocks, page size, kv heads, steps, pair)
+        return by_place.flatten(3).flatten(0, 1)[..., : spec.key_dim]
+
     def copy_blocks(self, caches: Sequence[CpuCache], copies: torch.Tensor) -> None:
         """Copies whole blocks in every layer, all of them read before any is written; `copies` is (C, 2)."""
         source, destination = copies.long().unbind(1)

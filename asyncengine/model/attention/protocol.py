@@ -106,6 +106,10 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def keys(self, spec: LayerSpec, cache: Any, blocks: torch.Tensor) -> torch.Tensor:
+        """(tokens, kv heads, key_dim) the keys of all places of some blocks, (B,), in their order, as they are kept."""
+        ...
+
     def copy_blocks(self, caches: Sequence[Any], copies: torch.Tensor) -> None:
         """Copies whole blocks in every layer; `copies` is (C, 2) of source and destination."""
         ...

@@ -81,6 +81,10 @@ class TokenMajorLayout:
         values = torch.empty(*shape, spec.value_dim, dtype=dtype, device=device)
         return TokenMajorCache(keys, values, (keys, values))
 
+    def keys(self, spec: LayerSpec, cache: TokenMajorCache, blocks: torch.Tensor) -> torch.Tensor:
+        """See `AttentionBackend.keys`."""
+        return cache.keys[blocks].flatten(0, 1)
+
     def copy_blocks(self, caches: Sequence[TokenMajorCache], copies: torch.Tensor) -> None:
         """Copies whole blocks in every layer, all of them read before any is written; `copies` is (C, 2)."""
         for cache in caches:

@@ -343,6 +343,10 @@ class TritonAttention:
             **merge_constants(spec, index), **launch_options(MERGE_LAUNCH),
         )  # fmt: skip
 
+    def keys(self, spec: LayerSpec, cache: TritonCache, blocks: torch.Tensor) -> torch.Tensor:
+        """See `AttentionBackend.keys`."""
+        return cache.keys[blocks].transpose(1, 2).flatten(0, 1)
+
     def copy_blocks(self, caches: Sequence[TritonCache], copies: torch.Tensor) -> None:
         """Copies whole blocks in every layer, all of them read before any is written; `copies` is (C, 2)."""
         if not caches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationConfig
@@ -22,9 +23,13 @@ from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.model.plain_loads import rehearse
 from asyncengine.model.runner import TorchModel
 from asyncengine.model.sampler import Sampler
+from asyncengine.step.chunking import MAX_SCORED
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan
 
+Heads = Mapping[int, Sequence[int]]
+"""By layer, some of its heads."""
+_NO_HEADS: Heads = {}
 Backends = tuple[AttentionBackend, AttentionBackend]
 """What attends to the tokens before, and what attends to sources: each keeps its own plan of a step."""
 
@@ -55,18 +60,24 @@ def backends_of(config: EngineConfig, details: SourceDetails) -> tuple[Backends,
 
 
 def serving(
-    model: Any, details: SourceDetails, backends: Backends, limits: Limits, sampler: Any
+    model: Any, details: SourceDetails, backends: Backends, limits: Limits, sampler: Any, heads: Heads
 ) -> tuple[TorchModel, SourceLayers]:
-    """A model with its KV cache."""
+    """A model with its KV cache, and with the heads that tell what tokens attend to."""
     layer, device = details.layer, details.device
     paged = PagedLayers(layers_of(model, layer), backends[0], limits, details.dtype, device)
     paged.allocate()
-    sources = SourceLayers(model, layer, paged, backends[1], limits.page_size, device)
+    sources = SourceLayers(model, layer, paged, backends[1], limits.page_size, device, heads)
     return TorchModel(model, paged, sampler, device), sources
 
 
 def stepped(
-    model: Any, details: SourceDetails, backends: Backends, limits: Limits, kind: Kind, wanted: tuple[str, ...]
+    model: Any,
+    details: SourceDetails,
+    backends: Backends,
+    limits: Limits,
+    kind: Kind,
+    wanted: tuple[str, ...],
+    heads: Heads = _NO_HEADS,
 ) -> EncoderDecoderModel:
     """What the step thread steps.
 
@@ -77,15 +88,21 @@ def stepped(
         limits: What it can take.
         kind: Of its sources.
         wanted: What its encoder takes, by name.
+        heads: By layer, those that tell what tokens attend to.
     """
     sampler = Sampler(limits.max_num_sequence, details.vocab_size, details.device)
-    text, sources = serving(model, details, backends, limits, sampler)
+    text, sources = serving(model, details, backends, limits, sampler, heads)
     encoder = SourceEncoder(model, kind, wanted, details.device, BUDGET_TOKENS)
     return EncoderDecoderModel(text, sources, encoder, limits.page_size)
 
 
 def limits_of(
-    config: EngineConfig, details: SourceDetails, backend: AttentionBackend, has_tokenizer: bool, audio: bool
+    config: EngineConfig,
+    details: SourceDetails,
+    backend: AttentionBackend,
+    has_tokenizer: bool,
+    audio: bool,
+    heads: Heads = _NO_HEADS,
 ) -> tuple[Limits, EngineConfig]:
     """What the model can take, by the memory that there is, and the completed configuration.
 
@@ -95,6 +112,7 @@ def limits_of(
         backend: What attends to the tokens before.
         has_tokenizer: Whether there is one with the checkpoint.
         audio: Whether sources are audio.
+        heads: As of `stepped`.
     """
     device, page_size, length = details.device, details.page_size, details.max_length
     cuda = device.type == "cuda"
@@ -104,7 +122,8 @@ def limits_of(
     available, taken = memory.free_bytes(device), share
     if cuda:
         used = memory.total_bytes(device) - available
-        available = int(memory.total_bytes(device) * share) - used - _activations(details, chunk + sequences, sequences)
+        available = int(memory.total_bytes(device) * share) - used
+        available -= _activations(details, chunk + sequences, sequences, sum(map(len, heads.values())))
         taken = 1.0
     budget = memory.kv_budget(
         available=max(available, 0),
@@ -169,9 +188,12 @@ def generation_of(details: SourceDetails) -> GenerationConfig:
         raise CheckpointError(f"{path / 'generation_config.json'} cannot be read: {error}") from error
 
 
-def _activations(details: SourceDetails, tokens: int, sequences: int) -> int:
-    """Bytes that the largest step takes beside weights and KV cache: an encoder's layer, and copies of all logits."""
+def _activations(details: SourceDetails, tokens: int, sequences: int, heads: int) -> int:
+    """Bytes that the largest step takes beside weights and KV cache: an encoder's layer, copies of all logits, and
+    copies of what tokens attend to by so many heads.
+    """
     config = details.hf_config
     rows = 2 * max(details.sources, tokens)
     of_layer = rows * (8 * config.d_model + 2 * config.encoder_ffn_dim) * details.dtype.itemsize
-    return int(of_layer + 4 * sequences * details.vocab_size * 4)
+    attended = 3 * heads * MAX_SCORED * details.sources * 4
+    return int(of_layer + 4 * sequences * details.vocab_size * 4 + attended)

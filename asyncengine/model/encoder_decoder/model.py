@@ -65,7 +65,13 @@ class EncoderDecoderModel:
     def execute(self, batch: StepBatch) -> StepTokens:
         """As the protocol says."""
         text = self._begin(batch)
-        return StepTokens(_NO_TOKENS) if text is None else self._text.execute(text)
+        if text is None:
+            return StepTokens(_NO_TOKENS)
+        drawn = self._text.execute(text)
+        if text.attention_spans is None:
+            return drawn
+        assert self._sources is not None
+        return dataclasses.replace(drawn, attention=self._sources.attention())
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
         """(M, vocabulary) logits, one row for each of `batch.sample_index`."""
@@ -85,7 +91,7 @@ class EncoderDecoderModel:
                 self._sources.write(rows, batch.slot_mapping[part.tokens])
             text = of_text(batch, self._page_size)
             if text is not None:
-                self._sources.begin(batch)
+                self._sources.begin(batch, text.attention_spans)
         return text
 
     def device_lost(self, error: BaseException) -> bool:

@@ -45,9 +45,15 @@ def of_text(batch: StepBatch, page_size: int) -> StepBatch | None:
         slot_mapping=batch.slot_mapping[kept],
         sample_index=place[batch.sample_index],
         score_index=place[batch.score_index],
+        attention_spans=None if batch.attention_spans is None else _moved(batch.attention_spans, place),
         media=(),
         sources=None,
     )
+
+
+def _moved(spans: Int64, place: Int64) -> Int64:
+    """`StepBatch.attention_spans` of the tokens that are kept, none of which is parted from its neighbours."""
+    return np.stack((place[spans[:, 0]], place[spans[:, 1] - 1] + 1, spans[:, 2]), axis=1)
 
 
 def of_sources(batch: StepBatch, page_size: int) -> StepBatch | None:

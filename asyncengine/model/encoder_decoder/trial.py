@@ -64,7 +64,7 @@ def try_decoder(
     places = filled(source, page_size)
     length = places + ids.shape[1]
     limits = Limits(1, length, length, page_size, -(-length // page_size))
-    text, layers = serving(model, details, backends, limits, None)
+    text, layers = serving(model, details, backends, limits, None, {})
     sequence = np.concatenate((np.zeros((1, places), np.int32), ids), axis=1)
 
     def piece(start: int, end: int) -> StepBatch:
@@ -76,9 +76,9 @@ def try_decoder(
         layers.write(rows, piece(0, source).slot_mapping)
         for start, end in itertools.pairwise(itertools.accumulate((places, *_PIECES))):
             batch = piece(start, end)
-            layers.begin(batch)
             own = of_text(batch, page_size)
             assert own is not None
+            layers.begin(batch, own.attention_spans)
             found.append(text.logits(own))
     layers.free()  # before it is reckoned what memory there is
     error = relative(torch.cat(found).float(), expected.float())

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from transformers import (
+    GenerationConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
@@ -27,6 +28,7 @@ from asyncengine.model.encoder_decoder.loading import (
 from asyncengine.model.encoder_decoder.parting import filled
 from asyncengine.model.encoder_decoder.trial import try_decoder
 from asyncengine.model.plain_loads import loading, stated_config, with_weights
+from asyncengine.model.speech.alignment import alignment_heads
 from asyncengine.model.speech.decoder import SpeechDecoder, spec_of
 from asyncengine.model.speech.reader import SpeechReader
 from asyncengine.model.speech.transcription import Hearing, WhisperTranscription
@@ -97,10 +99,12 @@ def load(plan: LoadPlan) -> LoadedModel:
 
         # It has them take what they take beside the KV cache, too.
         try_decoder(model, details, backends, details.sources, None, plain)
-        limits, complete = limits_of(config, details, backends[0], plan.tokenizer_key is not None, True)
-        reader, refused = _reader(details, tokenizer)
+        generation = generation_of(details)
+        heads, no_words = alignment_heads(generation, details.hf_config)
+        limits, complete = limits_of(config, details, backends[0], plan.tokenizer_key is not None, True, heads)
+        reader, refused = _reader(details, tokenizer, generation, no_words)
         return LoadedModel(
-            model=stepped(model, details, backends, limits, "audio", ("input_features",)),
+            model=stepped(model, details, backends, limits, "audio", ("input_features",), heads),
             limits=limits,
             config=complete,
             vocab_size=details.vocab_size,
@@ -112,6 +116,7 @@ def load(plan: LoadPlan) -> LoadedModel:
             notes=(*notes, *refused),
             media_reader=reader,
             begins_with_audio=True,
+            aligns=bool(heads),
             no_media={"image": "it hears", "audio": ""},
         )
 
@@ -127,7 +132,9 @@ def _check_config(config: EngineConfig) -> None:
         raise UnsupportedModelError(f"mla is True; {config.model!r} has no multi-head latent attention")
 
 
-def _reader(details: SourceDetails, tokenizer: Tokenizer) -> tuple[SpeechReader, list[str]]:
+def _reader(
+    details: SourceDetails, tokenizer: Tokenizer, generation: GenerationConfig, no_words: str
+) -> tuple[SpeechReader, list[str]]:
     """What reads audio, and what there is to be said of it, in words."""
     path, config = details.checkpoint.path, details.hf_config
     try:
@@ -141,11 +148,12 @@ def _reader(details: SourceDetails, tokenizer: Tokenizer) -> tuple[SpeechReader,
             f"{extractor.feature_size} mel bins; its encoder takes {2 * config.max_source_positions} of "
             f"{config.num_mel_bins}"
         )
-    hearing = Hearing(rate, samples, samples / rate / config.max_source_positions)
+    seconds = samples / rate / config.max_source_positions
+    hearing = Hearing(rate, samples, seconds, config.median_filter_width, no_words)
     writing, notes, transcribing = cast("WritingTokenizer", tokenizer), [], None
     try:
         transcribing = WhisperTranscription(
-            writing, generation_of(details), hearing, details.vocab_size, config.max_target_positions
+            writing, generation, hearing, details.vocab_size, config.max_target_positions
         )
     except UnsupportedModelError as error:
         notes.append(f"transcripts: refused: {error}")

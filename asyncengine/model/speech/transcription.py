@@ -5,6 +5,7 @@ Its decoder's tokens begin with ``<|startoftranscript|>``, the language, the tas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
@@ -18,11 +19,20 @@ from asyncengine.generation import GenerationConfig
 from asyncengine.logits_processor import LogitsProcessor
 from asyncengine.media import AudioSource
 from asyncengine.model.media.sounds import Samples, blocks_of
+from asyncengine.model.speech.alignment import token_ends
 from asyncengine.model.speech.cutting import pieces
 from asyncengine.model.speech.rules import Rules
-from asyncengine.outputs import TranscriptSegment
+from asyncengine.model.speech.words import Spelling, SpokenToken, words_of
+from asyncengine.outputs import TranscriptSegment, TranscriptWord
 from asyncengine.tokenizer import WritingTokenizer
-from asyncengine.transcription import AnswerReader, AudioPiece, LanguageQuestion, Quality, TranscriptionPrompt
+from asyncengine.transcription import (
+    Alignment,
+    AnswerReader,
+    AudioPiece,
+    LanguageQuestion,
+    Quality,
+    TranscriptionPrompt,
+)
 
 _START, _NO_TIMES, _BEFORE = "<|startoftranscript|>", "<|notimestamps|>", "<|startofprev|>"
 _NO_SPEECH = ("<|nospeech|>", "<|nocaptions|>")
@@ -31,6 +41,8 @@ _MULTILINGUAL_VOCABULARY = 51865
 """From so many tokens on, a published model knows other languages than English, where nothing else is said."""
 _SEEK = 100
 """In a second, of what `TranscriptSegment.seek` counts: frames of openai-whisper's features."""
+_FEATURES = 2
+"""Of the features of a sound, for each frame of the encoder's output."""
 _SHORTEST = 0.001
 """Seconds of a segment: subtitles know no shorter ones."""
 _MOST_OF_HINT = 2
@@ -45,11 +57,15 @@ class Hearing:
         rate: Samples in a second.
         samples: Most of them that it hears at once.
         seconds: How long a frame of its encoder's output is.
+        filter_width: Frames that are filtered together where it is found out when words are said.
+        no_words: Why that cannot be found out, in words; empty if it can.
     """
 
     rate: int
     samples: int
     seconds: float
+    filter_width: int
+    no_words: str
 
 
 class WhisperTranscription:
@@ -76,6 +92,7 @@ class WhisperTranscription:
     ) -> None:
         self._tokenizer, self._hearing, self._longest = tokenizer, hearing, longest
         self._end = self._token("<|endoftext|>")
+        self._spelling = Spelling(tokenizer, self._end)
         self._rules = Rules(generation, self._token(_NO_TIMES), self._end, vocab_size)
         frames = round(hearing.samples / hearing.rate / hearing.seconds)
         self._times = range(self._rules.first_time, self._rules.first_time + frames + 1)
@@ -122,6 +139,10 @@ class WhisperTranscription:
 
     def request(self, asked: TranscriptionPrompt) -> str:
         """As the protocol says."""
+        if asked.words and self._hearing.no_words:
+            raise InvalidRequestError(
+                f"timestamps is 'word'; the model knows no times of words: {self._hearing.no_words}"
+            )
         hint = "" if asked.hint is None or not asked.hint.strip() else self._hint(asked.hint)
         marks = [_START]
         known = self._languages or {"en": 0}
@@ -159,7 +180,7 @@ class WhisperTranscription:
         return config.replace(
             temperature=temperature,
             logits_processors=(rules, *config.logits_processors),
-            logprobs=config.logprobs or asked.timestamps,
+            logprobs=config.logprobs or bool(asked.timestamps),
             logprobs_mode="masked",
             detokenize=False,
         )
@@ -168,16 +189,37 @@ class WhisperTranscription:
         """As the protocol says."""
         return _WithoutTimes(TextStream(self._tokenizer, stop_strs), self._times)
 
+    def to_align(self, token_ids: Sequence[int], piece: AudioPiece) -> tuple[int, int]:
+        """As the protocol says: all tokens but the last, behind which nothing was asked, as in transformers."""
+        assert piece.end is not None
+        hearing = self._hearing
+        samples, step = round((piece.end - piece.start) * hearing.rate), hearing.seconds * hearing.rate / _FEATURES
+        frames = max(1, math.ceil(samples / round(step)) // _FEATURES)
+        return (len(token_ids) - 1, frames) if any(map(self._is_text, token_ids)) else (0, 0)
+
     def segments(
-        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece, quality: Quality
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float] | None,
+        piece: AudioPiece,
+        quality: Quality,
+        alignment: Alignment | None = None,
     ) -> list[TranscriptSegment]:
-        """As the protocol says: what stands between two times, and what stands behind the last up to the end.
+        """As the protocol says: what stands between two times, and what stands behind the last up to the end. A word
+        does not reach from one into the next.
 
         What begins where the piece has ended, as said in the silence that the model hears behind it, takes the time
         since what was said before, or belongs to that.
         """
         assert piece.end is not None
         found: list[TranscriptSegment] = []
+        spoken = [] if alignment is None else self._spoken(token_ids, logprobs, piece, alignment)
+
+        def words() -> tuple[TranscriptWord, ...]:
+            if alignment is None:
+                return ()
+            return words_of([spoken[place] for place in said], self._spelling, alignment.language)
+
         start, first, begin = piece.start, 0, 0  # its time, its first token behind that, and with that
         for place, token in enumerate([*token_ids, self._times[-1]]):
             if token not in self._times:
@@ -195,11 +237,24 @@ class WhisperTranscription:
                 tuple(token for token in token_ids[begin : place + 1] if token != self._end),
                 None if logprobs is None else fmean(logprobs[place] for place in said),
                 seek=round(piece.start * _SEEK),
+                words=words(),
                 **asdict(quality),
             )
             _add(found, segment, piece.start)
             start, first, begin = time, place + 1, place + 1
         return found
+
+    def _spoken(
+        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, piece: AudioPiece, alignment: Alignment
+    ) -> list[SpokenToken]:
+        """All tokens of an answer. Behind the last nothing was looked at: it ends where the one before it does."""
+        assert piece.end is not None
+        frames = [0]
+        if alignment.attention:
+            frames = token_ends(alignment.attention, self._hearing.filter_width).tolist()
+        ends = [min(piece.start + frame * self._hearing.seconds, piece.end) for frame in (*frames, frames[-1])]
+        listed = [None] * len(token_ids) if logprobs is None else logprobs
+        return list(map(SpokenToken, token_ids, (piece.start, *ends), ends, listed))
 
 
 class _WithoutTimes:
@@ -234,5 +289,10 @@ def _add(found: list[TranscriptSegment], segment: TranscriptSegment, earliest: f
     elif found:
         before = found.pop()
         found.append(
-            replace(before, text=f"{before.text} {segment.text}", token_ids=(*before.token_ids, *segment.token_ids))
+            replace(
+                before,
+                text=f"{before.text} {segment.text}",
+                token_ids=(*before.token_ids, *segment.token_ids),
+                words=(*before.words, *segment.words),
+            )
         )

@@ -189,4 +189,8 @@ def run_paged(
         torch.cat([row.values[row.context :] for row in rows]),
         sinks,
     )
+    if (kv_dtype or dtype) is not FP8:
+        for row, table in zip(rows, tables, strict=True):
+            kept = backend.keys(spec, cache, torch.tensor(table))[: row.context + row.new]
+            assert torch.equal(kept, row.keys.to(kept.dtype))
     return list(output.split([row.new for row in rows]))

@@ -33,15 +33,19 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
 @on_one_loop
 async def test_transcripts_are_those_of_the_host(device: Pretended, tmp_path: Path) -> None:
     """Of more sequences than there is memory for, so that all that may be taken is."""
-    path = checkpoints.write(tmp_path, decoder_layers=1, encoder_layers=1, max_source_positions=50)
+    heads = [(0, 1)]
+    path = checkpoints.write(tmp_path, heads=heads, decoder_layers=1, encoder_layers=1, max_source_positions=50)
     hearing = {"feature_size": 16, "sampling_rate": checkpoints.RATE, "hop_length": 160, "n_fft": 400}
     WhisperFeatureExtractor(chunk_length=1, **hearing).save_pretrained(path)
     config = EngineConfig(str(path), device="cuda", dtype="float32", max_num_sequence=6000, gpu_memory_utilization=0.03)
 
     async def transcript(engine: AsyncEngine, seed: int, language: str | None) -> Any:
         audio, short = (checkpoints.sound(seed, 0.9), checkpoints.RATE), GenerationConfig(max_tokens=3)
-        found = await engine.transcribe(audio, short, language=language, timestamps=language is None)
-        return found.text, found.language, found.segments and found.segments[0].token_ids
+        found = await engine.transcribe(
+            audio, short, language=language, timestamps="word" if language is None else False
+        )
+        words = [(word.word, word.start, word.end) for word in found.words]
+        return found.text, found.language, words, found.segments and found.segments[0].token_ids
 
     async def work(engine: AsyncEngine) -> list[Any]:
         return await asyncio.gather(transcript(engine, 0, None), transcript(engine, 1, "de"))
@@ -49,7 +53,7 @@ async def test_transcripts_are_those_of_the_host(device: Pretended, tmp_path: Pa
     async with AsyncEngine(config) as engine:
         assert engine.health().notes == ()
         found = await work(engine)
-        assert device.allocated <= 0.03 * TOTAL
+        assert device.allocated <= 0.03 * TOTAL and found[0][2]
         await engine.sleep()
         await engine.wake()
         assert await transcript(engine, 1, "de") == found[1]

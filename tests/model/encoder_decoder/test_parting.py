@@ -103,3 +103,12 @@ def test_what_is_written_attends_to_its_own_block() -> None:
 )
 def test_a_source_ends_where_a_block_does(tokens: int, page: int, places: int) -> None:
     assert filled(tokens, page) == places
+
+
+def test_what_tokens_attend_to_is_wanted_of_the_same_ones() -> None:
+    spans = np.array([[12, 15, 7], [19, 20, 9]])
+    whole = dataclasses.replace(batch([(0, 15, 10), (0, 5, 3), (4, 3, 4)]), attention_spans=spans)
+    text = of_text(whole, PAGE)
+    assert text is not None and text.attention_spans is not None and text.attention_spans[:, 2].tolist() == [7, 9]
+    for (first, end, _), (own_first, own_end, _) in zip(spans, text.attention_spans, strict=True):
+        assert text.token_ids[own_first:own_end].tolist() == whole.token_ids[first:end].tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ def config(**changes: Any) -> WhisperConfig:
     return WhisperConfig(**(values | changes))
 
 
-def generation(multilingual: bool, times: bool) -> dict[str, Any]:
+def generation(multilingual: bool, times: bool, heads: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """What a published checkpoint says of generating, and that nothing but ASCII is said; with or without times."""
     never = [*range(9), 65, *range(127, END), *range(END + 1, FIRST_TIME if times else VOCABULARY)]
     values: dict[str, Any] = {
@@ -73,6 +73,7 @@ def generation(multilingual: bool, times: bool) -> dict[str, Any]:
         "suppress_tokens": never,
         "begin_suppress_tokens": [32, END],
         "prev_sot_token_id": IDS["<|startofprev|>"],
+        "alignment_heads": heads,
     }  # fmt: skip
     if multilingual:
         values["lang_to_id"] = {f"<|{code}|>": IDS[f"<|{code}|>"] for code in LANGUAGES}
@@ -80,9 +81,9 @@ def generation(multilingual: bool, times: bool) -> dict[str, Any]:
     return values
 
 
-def _spread(name: str, weight: torch.Tensor) -> float:
+def _spread(name: str, weight: torch.Tensor, sharp: float) -> float:
     """How far a matrix's numbers are apart: so far that what is said depends much on what is heard, and is not one
-    token over and over.
+    token over and over. The sharper, the fewer frames a token looks at.
     """
     if "embed" in name:
         return 0.3
@@ -90,11 +91,19 @@ def _spread(name: str, weight: torch.Tensor) -> float:
     if weight.dim() == 3:  # of the convolutions that hear
         return 10 * inputs
     if "encoder_attn" in name:
-        return (5 if "q_proj" in name or "k_proj" in name else 2) * inputs
+        return (sharp if "q_proj" in name or "k_proj" in name else 2) * inputs
     return 3 * inputs
 
 
-def write(path: Path, seed: int = 0, multilingual: bool = True, times: bool = False, **changes: Any) -> Path:
+def write(
+    path: Path,
+    seed: int = 0,
+    multilingual: bool = True,
+    times: bool = False,
+    heads: Sequence[tuple[int, int]] = ((0, 1), (1, 0)),
+    sharp: float = 5,
+    **changes: Any,
+) -> Path:
     """Writes a random checkpoint whose greedy answers depend on what it hears; its configuration may be changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -102,9 +111,9 @@ def write(path: Path, seed: int = 0, multilingual: bool = True, times: bool = Fa
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.dim() > 1 and "encoder.embed_positions" not in name:
-                    weight.normal_(std=_spread(name, weight))
+                    weight.normal_(std=_spread(name, weight, sharp))
     model.save_pretrained(path)
-    (path / "generation_config.json").write_text(json.dumps(generation(multilingual, times)))
+    (path / "generation_config.json").write_text(json.dumps(generation(multilingual, times, heads)))
     tokenizer().save_pretrained(path)
     WhisperFeatureExtractor(
         feature_size=16, sampling_rate=RATE, hop_length=160, chunk_length=SECONDS, n_fft=400
@@ -187,6 +196,56 @@ def _held_to_times(path: Path, samples: Any, begin: list[int], said: list[int]) 
         for rule in rules:
             logits = rule(ids, logits)
         yield logits
+
+
+class Spoken(NamedTuple):
+    """What transformers' `generate` makes of an audio that it hears at once, with the times of its tokens.
+
+    Attributes:
+        token_ids: With the one that ends them, if there was room.
+        ends: Of each, seconds up to its end.
+    """
+
+    token_ids: list[int]
+    ends: list[float]
+
+
+def spoken(path: Path, samples: Any, **asked: Any) -> Spoken:
+    """By transformers' own alignment, with tokens of times among the others, of the first window."""
+    kind = WhisperForConditionalGeneration
+    extract, found = kind._extract_token_timestamps, list[Spoken]()
+
+    def extracted(self: Any, outputs: Any, *given: Any, **named: Any) -> Any:
+        ends = extract(self, outputs, *given, **named)
+        before = named["num_input_ids"]
+        found.append(Spoken(outputs.sequences[0, before:].tolist(), ends[0, before:].tolist()))
+        return ends
+
+    extractor = WhisperFeatureExtractor.from_pretrained(path)
+    read = extractor(samples, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(kind, "_extract_token_timestamps", extracted)
+        loaded(path).generate(
+            input_features=read["input_features"],
+            attention_mask=read["attention_mask"],
+            return_timestamps=True,
+            return_token_timestamps=True,
+            return_segments=True,
+            **({"task": "transcribe"} if "language" in asked else {}),
+            **asked,
+        )
+    return found[0]
+
+
+def words(spoken: Spoken, language: str) -> list[tuple[str, float, float]]:
+    """What transformers' pipeline makes of that: words, from and to."""
+    tokens = torch.tensor([[IDS[f"<|{language}|>"], *spoken.token_ids]])
+    read = {"tokens": tokens, "token_timestamps": torch.tensor([[0.0, *spoken.ends]])}
+    _, found = tokenizer()._decode_asr(
+        [read], return_timestamps="word", return_language=False, time_precision=SECONDS / FRAMES
+    )
+    return [(word["text"], *word["timestamp"]) for word in found["chunks"]]
 
 
 class Judged(NamedTuple):
