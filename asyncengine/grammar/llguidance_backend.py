@@ -27,7 +27,7 @@ class LlguidanceBackend:
         table, size = vocabulary.table, vocabulary.size
         ends = [end for end in vocabulary.end_token_ids if end < size]
         if table.tokenizer_json is not None:
-            read = LLTokenizer(table.tokenizer_json, n_vocab=size, eos_token=ends or None, slices=[])
+            read = _read(table.tokenizer_json, size, ends)
             tokens = llguidance.TokenizerWrapper(_Read(read, table, ends))
             self._tokenizer = LLTokenizer(tokens, eos_token=read.eos_tokens)
         else:
@@ -142,6 +142,20 @@ class LlguidanceMatcher:
 
 def _reason(matcher: LLMatcher) -> str:
     return matcher.get_error().replace("<non-verbose/>", "").strip()
+
+
+def _read(tokenizer_json: str, size: int, ends: list[int]) -> LLTokenizer:
+    """A tokenizer as llguidance reads it, which knows SentencePiece's sign for a space only where it is replaced."""
+    try:
+        return LLTokenizer(tokenizer_json, n_vocab=size, eos_token=ends or None, slices=[])
+    except ValueError:
+        values = json.loads(tokenizer_json)
+        decoder = values.get("decoder") or {}
+        if decoder.get("type") != "Metaspace":
+            raise
+        replaced = {"type": "Replace", "pattern": {"String": decoder["replacement"]}, "content": " "}
+        values["decoder"] = {"type": "Sequence", "decoders": [replaced, {"type": "ByteFallback"}, {"type": "Fuse"}]}
+        return LLTokenizer(json.dumps(values), n_vocab=size, eos_token=ends or None, slices=[])
 
 
 class _Read:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -238,26 +238,7 @@ class Checkpoint:
     @cached_property
     def generation_defaults(self) -> GenerationConfig:
         """What ``generation_config.json`` says about sampling; nonsense in it is passed over."""
-        values = self._generation
-        defaults: dict[str, Any] = {}
-        for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-            value = values.get(key)
-            if value is None or (key == "top_k" and value == 0):
-                continue
-            try:
-                GenerationConfig(**{key: value})
-            except InvalidRequestError:
-                continue
-            defaults[key] = value
-        if values.get("do_sample") is False:
-            defaults["temperature"] = 0.0
-        return GenerationConfig(**defaults)
-
-    @property
-    def draws(self) -> bool | None:
-        """Whether tokens are drawn where nothing else is asked for; None if it does not say."""
-        drawn = self._generation.get("do_sample", self.config.get("do_sample"))
-        return drawn if isinstance(drawn, bool) else None
+        return sampling_of(self._generation)
 
     @property
     def classifies(self) -> bool:
@@ -312,6 +293,27 @@ class Checkpoint:
             if (self.path / single).exists():
                 return [self.path / single]
         raise CheckpointError(f"{self.path} has no weights: neither model.safetensors nor pytorch_model.bin")
+
+
+def sampling_of(values: Mapping[str, Any]) -> GenerationConfig:
+    """What a checkpoint says about sampling; nonsense in it is passed over.
+
+    Args:
+        values: By the names that they have in ``generation_config.json``.
+    """
+    defaults: dict[str, Any] = {}
+    for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        value = values.get(key)
+        if value is None or (key == "top_k" and value == 0):
+            continue
+        try:
+            GenerationConfig(**{key: value})
+        except InvalidRequestError:
+            continue
+        defaults[key] = value
+    if values.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return GenerationConfig(**defaults)
 
 
 def has_tokenizer(path: Path) -> bool:

@@ -267,7 +267,7 @@ class RequestTable:
         """Tells of the end of a request that was never admitted."""
         for branch in range(new.params.n):
             self.outbox.add(mailbox, BranchEnded((new.number, branch), reason))
-        self.outbox.add(mailbox, RequestEnded(new.number, Usage(len(new.prompt), 0), error))
+        self.outbox.add(mailbox, RequestEnded(new.number, Usage(new.prompt_tokens, 0), error))
         self.counters.requests[str(reason)] += 1
 
     def _end_queued(

@@ -9,12 +9,15 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from asyncengine import tiny
 from asyncengine.config import GrammarLibrary
 from asyncengine.grammar.bits import num_words, row_of
+from asyncengine.grammar.llguidance_backend import LlguidanceBackend
 from asyncengine.grammar.protocol import Grammar, GrammarBackend, Matcher
 from asyncengine.grammar.select import make_backend
+from asyncengine.grammar.vocabulary import TokenTable, Vocabulary
 from asyncengine.model.tokenizer import load_tokenizer
 from asyncengine.response_format import (
     Choice,
@@ -351,3 +354,20 @@ def test_rows_of_bits_have_the_tokens_that_are_given() -> None:
     assert row.dtype == np.int32
     assert np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist() == [0, 31, 32, 95]
     assert not row_of([], 2).any()
+
+
+def test_a_space_may_be_a_sign_that_only_the_decoder_knows() -> None:
+    """SentencePiece's, as tokenizers of NLLB, MBart and Pegasus have it."""
+    pieces = ("<unk>", "</s>", "▁", "▁ab", "c", "é")
+    own = Tokenizer(models.Unigram([(piece, -float(place)) for place, piece in enumerate(pieces)], 0, False))
+    own.pre_tokenizer, own.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    table = TokenTable({"<unk>": 0, "</s>": 1}, tokenizer_json=own.to_str())
+    matcher = LlguidanceBackend(Vocabulary(table, len(pieces), (1,))).compile(Regex("c ab(é|c)")).matcher()
+    row = np.zeros(num_words(len(pieces)), dtype=np.int32)
+    found = []
+    for token_id in (4, 3, 5, None):
+        matcher.fill(row)
+        found.append([each for each in range(len(pieces)) if row[0] >> each & 1])
+        if token_id is not None:
+            matcher.accept(token_id)
+    assert found == [[4], [3], [4, 5], [1]]

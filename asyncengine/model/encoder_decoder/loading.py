@@ -179,13 +179,13 @@ def generation_of(details: SourceDetails) -> GenerationConfig:
     Raises:
         CheckpointError: That cannot be read.
     """
-    path = details.checkpoint.path
-    if not (path / "generation_config.json").exists():
-        return GenerationConfig.from_model_config(details.hf_config)
+    path, name, more = details.checkpoint.path, "generation_config.json", dict[str, Any]()
+    if not (path / name).exists():  # transformers' configuration of a model leaves out what is in its file of it
+        name, more = "config.json", {"_from_model_config": True}
     try:
-        return GenerationConfig.from_pretrained(path, local_files_only=True)
+        return GenerationConfig.from_pretrained(path, name, local_files_only=True, **more)
     except Exception as error:
-        raise CheckpointError(f"{path / 'generation_config.json'} cannot be read: {error}") from error
+        raise CheckpointError(f"{path / name} cannot be read: {error}") from error
 
 
 def _activations(details: SourceDetails, tokens: int, sequences: int, heads: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, UnsupportedModelError
 from asyncengine.media import KINDS, PLURALS
+from asyncengine.model.checkpoint import sampling_of
 from asyncengine.model.encoder_decoder import details as shared
 from asyncengine.model.encoder_decoder.details import Ends, SourceDetails, check_config
 from asyncengine.model.encoder_decoder.loading import (
@@ -48,7 +50,9 @@ def plan_of(
     Raises:
         AsyncEngineError: It cannot be loaded; the kind says why.
     """
-    return planned(config, details_of(config, current, checkpoint, device, dtype), current)
+    details = details_of(config, current, checkpoint, device, dtype)
+    _stated(details)
+    return planned(config, details, current)
 
 
 def details_of(
@@ -93,13 +97,13 @@ def load(plan: LoadPlan) -> LoadedModel:
         tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
         assert tokenizer is not None
         keep_for_next_load(tokenizer)
-        reader, notes = _reader(details, tokenizer)
+        stated = _stated(details)
         made.append(model := with_weights(details, details.kind))
         backends, slower = backends_of(config, details)
         _try(model, details, backends)
         limits, complete = limits_of(config, details, backends[0], plan.tokenizer_key is not None, False)
-        defaults = details.checkpoint.generation_defaults
-        if details.checkpoint.draws is None:  # transformers is greedy where nothing is said
+        defaults = sampling_of(stated.generation.to_dict())
+        if not stated.generation.do_sample:  # transformers is greedy where nothing is said
             defaults = defaults.replace(temperature=0.0)
         return LoadedModel(
             model=stepped(model, details, backends, limits, "text", ("input_ids",)),
@@ -111,8 +115,8 @@ def load(plan: LoadPlan) -> LoadedModel:
             tokenizer=tokenizer,
             tokenizer_key=plan.tokenizer_key,
             memory_bytes=memory_bytes(details, limits, backends[0]),
-            notes=(*slower, *notes),
-            source_reader=reader,
+            notes=(*slower, *notes_of(stated.generation)),
+            source_reader=_reader(details, stated, tokenizer),
             no_media=dict.fromkeys(KINDS, _NO_MEDIA),
         )
 
@@ -136,23 +140,53 @@ def _try(model: Any, details: SourceDetails, backends: Any) -> None:
     try_decoder(model, details, backends, min(_TRIAL, details.sources), padding, plain)
 
 
-def _reader(details: SourceDetails, tokenizer: Tokenizer) -> tuple[TextReader, list[str]]:
-    """What reads sources, and what there is to be said of that, in words.
+@dataclass(frozen=True, slots=True)
+class _Stated:
+    """What a checkpoint says of generating.
+
+    Attributes:
+        generation: transformers' ``GenerationConfig``.
+        begins: How its decoder begins.
+        rules: What may not be written.
+    """
+
+    generation: Any
+    begins: Beginning
+    rules: Rules
+
+
+def _stated(details: SourceDetails) -> _Stated:
+    """As the checkpoint says.
 
     Raises:
-        CheckpointError: It is not said what the decoder begins with.
+        CheckpointError: It is not said what the decoder begins with, or something of it is no such thing.
     """
-    generation, hf_config = generation_of(details), details.hf_config
+    generation, hf_config, name = generation_of(details), details.hf_config, details.checkpoint.name
     said = (generation.decoder_start_token_id, hf_config.decoder_start_token_id, generation.bos_token_id)
-    start = next((each[0] if isinstance(each, list) else each for each in said if each is not None), None)
-    if start is None or not 0 <= start < details.vocab_size:
+    start = next((each[0] if isinstance(each, list) and each else each for each in said if each is not None), None)
+    forced = generation.forced_bos_token_id
+    last = details.vocab_size - 1
+    if start is None or not _is_token(start, details):
+        raise CheckpointError(f"{name}: decoder_start_token_id is {start!r:.80}; expected what its decoder begins with")
+    if forced is not None and not _is_token(forced, details):
         raise CheckpointError(
-            f"{details.checkpoint.name}: decoder_start_token_id is {start!r}; expected what its decoder begins with"
+            f"{name}: forced_bos_token_id is {forced!r:.80}; expected a token id in 0..{last}, or null"
         )
-    begins = Beginning(int(start), generation.forced_bos_token_id)
-    rules = Rules(generation, eos_token_ids(details), details.vocab_size)
-    sizes = Sizes(details.sources, details.written, details.page_size, int(hf_config.vocab_size), details.vocab_size)
-    key = f"{details.checkpoint.media_key} {sizes} {begins}"
+    try:
+        rules = Rules(generation, eos_token_ids(details), details.vocab_size)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{name}: what it says of generating cannot be read: {error}") from error
+    return _Stated(generation, Beginning(start, forced), rules)
+
+
+def _is_token(given: Any, details: SourceDetails) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and 0 <= given < details.vocab_size
+
+
+def _reader(details: SourceDetails, stated: _Stated, tokenizer: Tokenizer) -> TextReader:
+    """What reads sources."""
+    vocabulary = int(details.hf_config.vocab_size)
+    sizes = Sizes(details.sources, details.written, details.page_size, vocabulary, details.vocab_size)
+    key = f"{details.checkpoint.media_key} {sizes} {stated.begins}"
     languages = Languages.of(own_of(tokenizer))
-    reader = TextReader(key, cast("WritingTokenizer", tokenizer), languages, begins, rules, sizes)
-    return reader, notes_of(generation)
+    return TextReader(key, cast("WritingTokenizer", tokenizer), languages, stated.begins, stated.rules, sizes)

@@ -81,9 +81,10 @@ def _followers(tokens: NDArray[np.int64], text: NDArray[np.int64], size: int) ->
     """What stands in `tokens` behind the last ``size - 1`` tokens of a text (Klein et al., 2017)."""
     if not size or len(tokens) < size or len(text) < size - 1:
         return tokens[:0]
-    runs = np.lib.stride_tricks.sliding_window_view(tokens, size)
-    behind: NDArray[np.int64] = runs[(runs[:, :-1] == text[len(text) - size + 1 :]).all(axis=1), -1]
-    return behind
+    at = np.arange(len(tokens)) if size == 1 else np.flatnonzero(tokens[size - 2 : -1] == text[-1]) + size - 1
+    for back in range(2, size):  # nearly all are gone with the last token: this is done for each that is drawn
+        at = at[tokens[at - back] == text[-back]]
+    return tokens[at]
 
 
 def _ends_with(text: NDArray[np.int64], word: NDArray[np.int64]) -> bool:

@@ -33,7 +33,9 @@ from asyncengine import (
 )
 from asyncengine.model.encoder_decoder import loading as shared_loading
 from asyncengine.model.encoder_decoder.model import SourceEncoder
+from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.text_to_text import loading
+from tests.loop.harness import eventually
 from tests.model.text_to_text import checkpoints
 from tests.model.text_to_text.checkpoints import EOS, FIRST, KINDS, LANGUAGE, MOST, PAD, ROOM, VOCABULARY, source
 
@@ -270,6 +272,26 @@ async def test_what_its_checkpoint_says_of_generating(
         assert "num_beams = 3" in note and "greedy" in note
 
 
+async def test_what_is_said_of_generating_may_stand_in_the_configuration(
+    written: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As in checkpoints from before there was a file for it."""
+    path = tmp_path / "old"
+    shutil.copytree(written(), path)
+    (path / "generation_config.json").unlink()
+    said = {"no_repeat_ngram_size": 1, "forced_bos_token_id": 4, "repetition_penalty": 1.7, "num_beams": 2}
+    changed("config.json", decoder_start_token_id=EOS, **said)(path)
+    given = source(2, 9)
+    expected = checkpoints.reference(path, given, begun=2)
+    assert expected != checkpoints.reference(written(), given)[: MOST - 1]
+    async with engine(path) as serving:
+        assert await answers(serving, [given], MOST - 1) == [expected]
+        loaded = serving._thread.core.loaded
+        assert loaded is not None and loaded.default_generation_config.repetition_penalty == 1.7
+        [note] = serving.health().notes
+        assert "num_beams = 2" in note
+
+
 async def test_the_end_of_a_text(served: AsyncEngine, written: Callable[..., Path], tmp_path: Path) -> None:
     """As far as the checkpoint says that it may come."""
     path = tmp_path / "ending"
@@ -371,6 +393,18 @@ async def pieces() -> Any:
 async def test_wrong_prompts(ask: Callable[[AsyncEngine], Awaitable[Any]], message: str, served: AsyncEngine) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         await ask(served)
+
+
+async def test_what_was_never_admitted_counts_its_tokens_alone(written: Callable[..., Path]) -> None:
+    """And not what fills the source's last block."""
+    async with engine(written(), max_queue_size=1) as serving:
+        await serving.pause()
+        first = await serving.add_request(source(1, 9))
+        waits = asyncio.ensure_future(serving.add_request(source(1, 9)))
+        await eventually(lambda: serving.metrics().num_requests_queued == 1)
+        await serving.reset()
+        usages = [(await first).usage, (await (await waits)).usage]
+    assert [usage.prompt_tokens for usage in usages] == [9 + 1, 9 + 1]
 
 
 async def test_a_prompt_is_kept_for_later(served: AsyncEngine) -> None:
@@ -482,6 +516,13 @@ def no_start(path: Path) -> None:
 DAMAGED: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (lambda path: (path / "tokenizer.json").unlink(), CheckpointError, "there are no tokenizer files"),
     (no_start, CheckpointError, "decoder_start_token_id is None"),
+    (
+        changed("generation_config.json", forced_bos_token_id=VOCABULARY),
+        CheckpointError,
+        f"forced_bos_token_id is {VOCABULARY}; expected a token id in 0..{VOCABULARY - 1}, or null",
+    ),
+    (changed("generation_config.json", forced_bos_token_id=[4]), CheckpointError, r"forced_bos_token_id is \[4\]"),
+    (changed("generation_config.json", suppress_tokens=["a"]), CheckpointError, "says of generating cannot be read"),
     (changed("config.json", decoder_layers=3), CheckpointError, "weights are missing"),
     (
         changed("config.json", architectures=["BartForSequenceClassification"]),
@@ -506,6 +547,19 @@ async def test_checkpoints_that_are_refused(
     with pytest.raises(kind, match=message):
         async with engine(path):
             pass
+
+
+@pytest.mark.parametrize("stated", [{"forced_bos_token_id": VOCABULARY}, {"suppress_tokens": ["a"]}], ids=str)
+def test_what_it_says_of_generating_is_looked_at_before_the_present_model_goes(
+    stated: dict[str, Any], written: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "damaged"
+    shutil.copytree(written(), path)
+    changed("generation_config.json", **stated)(path)
+    config = engine(path)._config
+    assert config is not None
+    with pytest.raises(CheckpointError, match=r"generating|forced_bos"):
+        TransformersLoader().check(config, None)
 
 
 async def test_what_computes_something_else_is_refused(
