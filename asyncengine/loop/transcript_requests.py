@@ -97,6 +97,9 @@ class TranscriptRequests:
         try:
             [stream] = await adding
         except asyncio.CancelledError:
+            if adding.done() and not adding.cancelled() and adding.exception() is None:
+                for stream in adding.result():  # who waited was cancelled before it could take it
+                    stream.abort()
             if self.aborted and _times_cancelled() == before:
                 raise Aborted from None
             raise

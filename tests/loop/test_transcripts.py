@@ -7,6 +7,7 @@ import gc
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -339,6 +340,22 @@ async def test_leaving_is_aborting(way: str, monkeypatch: pytest.MonkeyPatch) ->
         await made.comes_to_rest()
         assert made.engine.metrics().counters.requests["length"] == 0
         await made.serves()
+
+
+async def test_a_request_that_nobody_took_because_they_were_cancelled_is_ended() -> None:
+    """Whoever waits for it is cancelled after it was added, and before they come to run."""
+    stream = Mock(number=1)
+
+    async def add(*given: Any) -> Any:
+        asyncio.get_running_loop().call_soon(waiting.cancel)
+        return [stream]
+
+    requests = TranscriptRequests(add)
+    waiting = asyncio.ensure_future(requests.add("", lambda view: GenerationConfig(), RequestOptions()))
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    stream.abort.assert_called_once()
+    assert not requests.adding
 
 
 async def test_one_task_reads_it(rig: Rig) -> None:
