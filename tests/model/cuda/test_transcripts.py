@@ -12,7 +12,7 @@ import pytest
 from transformers import WhisperFeatureExtractor
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
-from asyncengine.model.speech import loading
+from asyncengine.model.encoder_decoder import trial
 from tests.model.attention.triton_device import require_triton
 from tests.model.cuda.pretended import TOTAL, Pretended, pretended
 from tests.model.fused.interpreted import on_one_loop
@@ -23,7 +23,7 @@ from tests.model.speech import checkpoints
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     """With a load that tries as few tokens as it can: the interpreter takes its time."""
     require_triton()
-    monkeypatch.setattr(loading, "_TRIAL", (2, 1))
+    monkeypatch.setattr(trial, "_PIECES", (2, 1))
     with pretended() as device:
         yield device
         gc.collect()
