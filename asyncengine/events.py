@@ -65,11 +65,16 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class BranchEnded:
-    """A branch will get no more tokens."""
+    """A branch will get no more tokens.
+
+    Attributes:
+        score: Of a text that a beam search has found, as `BranchResult.score`.
+    """
 
     key: BranchKey
     finish_reason: FinishReason
     stop_reason: int | str | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

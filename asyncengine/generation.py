@@ -16,8 +16,10 @@ from asyncengine.logits_processor import LogitsProcessor
 from asyncengine.response_format import ResponseFormat, response_format
 
 LogprobsMode = Literal["raw", "masked", "processed"]
+EarlyStopping = bool | Literal["never"]
 
 MAX_BRANCHES = 1024
+MAX_BEAMS = 64
 MAX_STOP_STRS = 128
 MAX_STOP_STR_LENGTH = 1024
 MAX_BAD_WORDS = 1024
@@ -25,6 +27,8 @@ GREEDY_BELOW = 1e-5
 """Temperatures below it mean 0: dividing by them would overflow."""
 MAX_FACTOR = 1e20
 """Largest temperature and repetition penalty, and one over the smallest penalty. Logits times it fit into float32."""
+MAX_LENGTH_PENALTY = 5.0
+"""Of a beam search: the length of a long text to this power fits into float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,14 @@ class GenerationConfig:
         logits_processors: Called in turn with the logits of each of the request's rows; see `LogitsProcessor`.
         prompt_logprobs: 0 to 20. Returns the log-probability of each token of the prompt but the first, and this many
             of the likeliest beside it. None does not.
+        num_beams: 1 to 64. More than 1 is a beam search of that width, as transformers has it: nothing is drawn, the n
+            likeliest texts that it finds are the branches, best first, and all of them come when it is over. Without
+            temperature, top-k, top-p, min-p and stop strings.
+        length_penalty: In [-5, 5], only with a beam search. What a text's log-probability is divided by is its number
+            of tokens to this power. Default: the checkpoint's, then 1.
+        early_stopping: Only with a beam search: when it is over. True: when there are as many texts as beams. False:
+            when none of the beams, as they are, is likelier than the texts. ``"never"``: when none can become so.
+            Default: the checkpoint's, then False.
     """
 
     n: int = 1
@@ -96,6 +108,9 @@ class GenerationConfig:
     bad_words: Iterable[str | Iterable[int]] = ()
     logits_processors: Iterable[LogitsProcessor] = ()
     prompt_logprobs: int | None = None
+    num_beams: int = 1
+    length_penalty: float | None = None
+    early_stopping: EarlyStopping | None = None
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, MAX_BRANCHES)
@@ -132,6 +147,11 @@ class GenerationConfig:
         object.__setattr__(self, "bad_words", _bad_words(self.bad_words))
         object.__setattr__(self, "logits_processors", _processors(self.logits_processors))
         _integer("prompt_logprobs", self.prompt_logprobs, 0, 20, optional=True)
+        _integer("num_beams", self.num_beams, 1, MAX_BEAMS)
+        _number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
+        if self.early_stopping not in (True, False, None, "never") or _is_number(self.early_stopping):
+            raise InvalidRequestError(f"early_stopping is {self.early_stopping!r:.80}; allowed: True, False, 'never'")
+        _check_search(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
@@ -159,6 +179,23 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchParams:
+    """A beam search with every default filled in.
+
+    Attributes:
+        num_beams: Its width, at least 2.
+        length_penalty: As in `GenerationConfig`.
+        early_stopping: As in `GenerationConfig`.
+        forced: Tokens at the end of the prompt that count as a text's: those that a checkpoint forces to be written.
+    """
+
+    num_beams: int
+    length_penalty: float
+    early_stopping: EarlyStopping
+    forced: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """A `GenerationConfig` with every default filled in: what the step thread and the sampler see.
 
@@ -174,6 +211,7 @@ class SamplingParams:
         allowed_token_ids: None allows all.
         bad_words: Token sequences.
         num_prompt_logprobs: As `num_logprobs`, of the prompt's tokens.
+        search: The beam search; None where tokens are drawn.
     """
 
     n: int
@@ -201,6 +239,29 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     logits_processors: tuple[LogitsProcessor, ...] = ()
     num_prompt_logprobs: int = -1
+    search: SearchParams | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences are computed at the same time: the branches, or the beams."""
+        return self.n if self.search is None else self.search.num_beams
+
+    @property
+    def num_candidates(self) -> int:
+        """How many of each beam's likeliest tokens a search looks at: so many that enough of them do not end a text."""
+        return self.num_sequences * max(2, 1 + len(self.ending_token_ids))
+
+    @property
+    def ending_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text of a search: the stop tokens, and those by which its grammar ends."""
+        more = () if self.grammar is None else self.grammar.end_token_ids
+        return tuple(dict.fromkeys((*self.stop_token_ids, *more)))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what may be written depends on what was written before."""
+        penalties = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty)
+        return self.follows_tokens or penalties != (0.0, 0.0, 1.0)
 
     @property
     def follows_tokens(self) -> bool:
@@ -256,7 +317,7 @@ def resolve(
                 )
     stop_ids = config.stop_token_ids if config.ignore_eos else config.stop_token_ids + eos_token_ids
     top_k = config.top_k if config.top_k is not None else defaults.top_k
-    temperature = value("temperature", 1.0)
+    temperature = value("temperature", 1.0) if config.num_beams == 1 else 0.0
     if config.max_tokens is not None:
         max_tokens = min(config.max_tokens, max_tokens)
     min_tokens = min(config.min_tokens, max_tokens)
@@ -267,6 +328,11 @@ def resolve(
                 f"allowed_token_ids has {_some(config.allowed_token_ids)}; all of them are forbidden by bad_words or, "
                 f"with min_tokens = {config.min_tokens}, as stop tokens"
             )
+    if grammar is not None and config.num_beams > 1 and not grammar.end_token_ids:
+        raise InvalidRequestError(
+            f"num_beams is {config.num_beams} and response_format is given: a beam search ends texts by an "
+            "end-of-sequence token, and the model has none"
+        )
     return SamplingParams(
         n=config.n,
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
@@ -288,12 +354,52 @@ def resolve(
         detokenize=config.detokenize,
         ignore_eos=config.ignore_eos,
         grammar=grammar,
-        jumps=grammar is not None and config.jump_forward and not config.logprobs and not config.logits_processors,
+        jumps=grammar is not None
+        and config.jump_forward
+        and config.num_beams == 1
+        and not config.logprobs
+        and not config.logits_processors,
         allowed_token_ids=config.allowed_token_ids,
         bad_words=bad_words,
         logits_processors=config.logits_processors,
         num_prompt_logprobs=-1 if config.prompt_logprobs is None else config.prompt_logprobs,
+        search=_search(config, defaults),
     )
+
+
+def _search(config: GenerationConfig, defaults: GenerationConfig) -> SearchParams | None:
+    if config.num_beams == 1:
+        for name in ("length_penalty", "early_stopping"):
+            if (value := getattr(config, name)) is not None:
+                raise InvalidRequestError(f"{name} is {value!r}; it needs a beam search: num_beams of 2 or more")
+        return None
+    penalty = defaults.length_penalty if config.length_penalty is None else config.length_penalty
+    stopping = defaults.early_stopping if config.early_stopping is None else config.early_stopping
+    return SearchParams(config.num_beams, 1.0 if penalty is None else float(penalty), stopping or False)
+
+
+def _check_search(config: GenerationConfig) -> None:
+    """Raises InvalidRequestError where the fields of a beam search do not go together with others."""
+    if config.num_beams == 1:
+        return
+    if config.n > config.num_beams:
+        raise InvalidRequestError(f"n is {config.n}; allowed: 1..num_beams = {config.num_beams}")
+    if config.stop_strs:
+        raise InvalidRequestError(
+            f"stop_strs is {config.stop_strs!r:.80}; a beam search (num_beams = {config.num_beams}) has stop_token_ids "
+            "alone"
+        )
+    drawn = (("temperature", 0), ("top_p", 1), ("top_k", None), ("min_p", 0))
+    for name, off in drawn:
+        if (value := getattr(config, name)) not in (None, off):
+            raise InvalidRequestError(
+                f"{name} is {value!r}; a beam search (num_beams = {config.num_beams}) draws nothing: leave it out"
+            )
+    if config.logprobs_mode != "raw":
+        raise InvalidRequestError(
+            f"logprobs_mode is {config.logprobs_mode!r}; a beam search (num_beams = {config.num_beams}) has those that "
+            "it adds up: leave it out"
+        )
 
 
 def _is_finite(value: float) -> bool:

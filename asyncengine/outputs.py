@@ -78,7 +78,12 @@ class RequestOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BranchResult:
-    """One branch, whole. Attributes as in `RequestOutput`."""
+    """One branch, whole. Attributes as in `RequestOutput`, and:
+
+    Attributes:
+        score: Of a text that a beam search has found: the sum of its tokens' log-probabilities, divided by their number
+            to the power of the length penalty. None of others.
+    """
 
     text: str
     token_ids: list[int]
@@ -86,6 +91,7 @@ class BranchResult:
     index: int
     finish_reason: FinishReason
     stop_reason: int | str | None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

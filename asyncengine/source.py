@@ -74,6 +74,15 @@ class SourceReader(Protocol):
         """
         ...
 
+    def forced(self, decoder: Sequence[int]) -> int:
+        """How many tokens of what the decoder begins with the checkpoint forces it to write: to transformers, they are
+        a text's, and not the prompt's.
+
+        Args:
+            decoder: What it begins with.
+        """
+        ...
+
     def processors(self, source: Sequence[int]) -> tuple[LogitsProcessor, ...]:
         """What the checkpoint says may not be written.
 

@@ -31,12 +31,14 @@ class Branch:
         read: Tokens that the reader has had.
         text: Decodes what the reader takes, if text was asked for.
         texts: What it has decoded.
+        score: As in `BranchResult`.
         finished: Whether the reader has had the finish reason.
         waiter: Woken, once, when something comes.
     """
 
     __slots__ = (
-        "finish_reason", "finished", "ids", "logprobs", "read", "stop_reason", "streaming", "text", "texts", "waiter",
+        "finish_reason", "finished", "ids", "logprobs", "read", "score", "stop_reason", "streaming", "text", "texts",
+        "waiter",
     )  # fmt: skip
 
     def __init__(self, text: TextStream | None = None, logprobs: bool = False) -> None:
@@ -48,5 +50,6 @@ class Branch:
         self.texts: list[str] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        self.score: float | None = None
         self.finished = False
         self.waiter: Waiter | None = None

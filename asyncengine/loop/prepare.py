@@ -157,6 +157,8 @@ def new_request(
         processors = view.source_reader.processors(media.items[0].inputs["input_ids"][0])
         if processors:
             config = dataclasses.replace(config, logits_processors=(*config.logits_processors, *processors))
+    if config.num_beams > 1:
+        room = min(room, _room_for_beams(config.num_beams, len(prompt), view))
     if options.adapter is not None and options.adapter not in view.adapters:
         raise InvalidRequestError(unknown_adapter(options.adapter, view.adapters))
     most = view.config.prefill_chunk_size
@@ -179,6 +181,9 @@ def new_request(
         grammar=grammar,
         bad_words=_bad_words(config.bad_words, view),
     )
+    if params.search is not None and media is not None and view.source_reader is not None:
+        forced = view.source_reader.forced(prompt[media.beside :].tolist())
+        params = dataclasses.replace(params, search=dataclasses.replace(params.search, forced=forced))
     if params.stop_strs and view.tokenizer is None:
         raise InvalidRequestError(f"stop_strs is {params.stop_strs!r}; stop strings need a tokenizer and there is none")
     # The random part keeps it apart from whatever ids callers give.
@@ -199,6 +204,28 @@ def new_request(
         second=second,
         question=question,
     )
+
+
+def _room_for_beams(num_beams: int, prompt_tokens: int, view: ModelView) -> int:
+    """How many tokens each beam of a search may write.
+
+    Raises:
+        InvalidRequestError: The model never has room for so many beams.
+    """
+    limits = view.limits
+    assert limits is not None
+    if num_beams > limits.max_num_sequence:
+        raise InvalidRequestError(
+            f"num_beams is {num_beams}; allowed: 1..max_num_sequence = {limits.max_num_sequence}: all beams are "
+            "computed at the same time"
+        )
+    room = limits.written_by_beams(prompt_tokens, num_beams)
+    if room < 1:
+        raise InvalidRequestError(
+            f"num_beams is {num_beams}; behind a prompt of {prompt_tokens} tokens the KV cache has no room for so many "
+            f"({limits.num_blocks} blocks of {limits.page_size} tokens)"
+        )
+    return room
 
 
 def _check_begins(encoded: Encoded, config: GenerationConfig, view: ModelView) -> None:

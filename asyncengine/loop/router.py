@@ -156,6 +156,7 @@ class Router:
                 branch.streaming = False
                 branch.finish_reason = event.finish_reason
                 branch.stop_reason = event.stop_reason
+                branch.score = event.score
                 known.wake()
         elif type(event) is RequestEnded:
             known = self._inboxes.pop(event.number, None)

@@ -299,6 +299,7 @@ class RequestStream:
                 index=index,
                 finish_reason=branch.finish_reason or FinishReason.ABORT,
                 stop_reason=branch.stop_reason,
+                score=branch.score,
             )
             for index, branch in enumerate(branches)
         ]

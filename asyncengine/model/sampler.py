@@ -43,6 +43,8 @@ Int64 = NDArray[np.int64]
 
 _BLOCK = 1 << 20  # logits
 _MODES = get_args(LogprobsMode)
+_SEARCHED = len(_MODES)
+"""Beside the modes: a beam's log-probabilities, which transformers biases, penalises and masks in place of logits."""
 _NO_ROWS: Int64 = np.empty(0, np.int64)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -140,8 +142,12 @@ class Sampler:
             self._min_tokens[slot] = params.min_tokens
             self._num_logprobs[slot] = params.num_logprobs
             self._described[slot] = _MODES.index(params.logprobs_mode)
+            if params.search is not None:
+                self._num_logprobs[slot] = max(params.num_logprobs, params.num_candidates)
+                self._described[slot] = _SEARCHED
             self._way[slot] = _way(params)
-            self._special[slot] = params.num_logprobs >= 0 or bool(bias) or bool(self.remembers(np.array([slot]))[0])
+            described = self._num_logprobs[slot] >= 0
+            self._special[slot] = described or bool(bias) or bool(self.remembers(np.array([slot]))[0])
         except BaseException:
             self.release(slot)
             raise
@@ -194,7 +200,8 @@ class Sampler:
 
         Log-probabilities are of the untouched logits (raw), of those after bias, penalties and masks (masked), or of
         the distribution that was drawn from (processed; for a greedy row the same as masked). A token with
-        probability 0 is not listed among the likeliest, so there may be fewer of them than were asked for.
+        probability 0 is not listed among the likeliest, so there may be fewer of them than were asked for. Of a beam of
+        a search they are of the untouched logits and then biased, penalised and masked, as transformers does it.
 
         A row whose grammar, masks or processors fail is drawn from like any other and listed as failed.
 
@@ -227,14 +234,18 @@ class Sampler:
         with torch.inference_mode():
             ways = self._way[slots]
             asked = np.flatnonzero(self._num_logprobs[slots] >= 0)
-            raw = allowed_rows = processed = asked
+            raw = allowed_rows = processed = searched = asked
             if len(asked):
                 modes = self._described[slots[asked]]
-                raw, allowed_rows, processed = (asked[modes == mode] for mode in range(len(_MODES)))
+                raw, allowed_rows, processed, searched = (asked[modes == mode] for mode in range(_SEARCHED + 1))
             raw_logits = self._rows(logits, raw).to(torch.float32, copy=True) if len(raw) else None
 
             failed: dict[int, Exception] = {}
             masked = self._masks.rows(slots) if len(self._masks) else _NO_ROWS
+            if len(searched):
+                logits = logits.float()
+                at = to_device(searched, self._device)
+                logits[at] = torch.log_softmax(logits[at], dim=-1)
             # Before anything waits for the logits: the device may still be computing them.
             bits = self._masks.fill(masked, slots, positions, failed) if len(masked) else None
             adjusts = bool(len(self._bias) or len(self._forbidden) or len(self._penalties) or len(self._processors))
@@ -246,6 +257,7 @@ class Sampler:
                 self._masks.apply(logits, masked, bits)
             allowed = self._rows(logits, allowed_rows).to(torch.float32, copy=True) if len(allowed_rows) else None
             log_weights = self._log_weights(logits, slots, processed, ways) if len(processed) else None
+            summed = self._rows(logits, searched).clone() if len(searched) else None
 
             tokens = self._draw(logits, slots, positions, ways)
             if len(self._penalties):
@@ -255,6 +267,9 @@ class Sampler:
                 for rows, values in ((raw, raw_logits), (allowed_rows, allowed), (processed, log_weights))
                 if values is not None
             ]
+            if summed is not None:
+                of = self._rows(tokens, searched)
+                described.append(Described.as_they_are(summed, of, searched, self._num_logprobs[slots[searched]]))
             return Drawn(tokens, slots, positions, masked, follows, failed, described)
 
     def finish(self, drawn: Drawn, tensors: Sequence[NDArray[Any]]) -> StepTokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,25 @@ class Described:
             rows: (rows,) of the batch.
             numbers: (rows,) how many of the likeliest to name.
         """
+        found = cls.as_they_are(logits, tokens, rows, numbers)
+        return replace(found, values=found.values - log_total(logits))
+
+    @classmethod
+    def as_they_are(cls, logprobs: Tensor, tokens: Tensor, rows: Int64, numbers: Int64) -> Described:
+        """The same of what log-probabilities have become, which need not add up to 1.
+
+        Args:
+            logprobs: (rows, vocab) float32; overwritten.
+            tokens: As of `of`.
+            rows: As of `of`.
+            numbers: As of `of`.
+        """
         top = torch.finfo(torch.float32).max
-        torch.nan_to_num_(logits, nan=-torch.inf, posinf=top, neginf=-torch.inf)
+        torch.nan_to_num_(logprobs, nan=-torch.inf, posinf=top, neginf=-torch.inf)
         ids = tokens.unsqueeze(1)
         if numbers.max() > 0:
-            ids = torch.cat([ids, top_tokens(logits, min(int(numbers.max()), logits.shape[1]))], dim=1)
-        return cls(rows, numbers, ids, logits.gather(1, ids).double() - log_total(logits))
+            ids = torch.cat([ids, top_tokens(logprobs, min(int(numbers.max()), logprobs.shape[1]))], dim=1)
+        return cls(rows, numbers, ids, logprobs.gather(1, ids).double())
 
     def listed(self, ids: NDArray[Any], values: NDArray[Any]) -> list[TokenLogprobs]:
         """One entry for each row, from `ids` and `values` on the host."""

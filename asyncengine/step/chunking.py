@@ -49,7 +49,9 @@ def next_chunk(
     scored = (first, max(first, min(computed + count, request.looked_at[1]))) if scores else (0, 0)
     last = count == left
     draws = last and request.arriving is None and new.params.max_tokens > 0
-    unborn = (b for b in request.branches if b.state is SequenceState.UNBORN and b.slot >= 0)
+    unborn: list[Sequence] = []
+    if request.search is None:  # beams begin with what is likely after the same token
+        unborn = [b for b in request.branches if b.state is SequenceState.UNBORN and b.slot >= 0]
     return Chunk(
         sequence, count, last, (sequence, *unborn) if draws else (), scored, _pooled(sequence, computed, count)
     )

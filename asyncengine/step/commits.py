@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -17,6 +17,7 @@ from asyncengine.step.drafting import Drafts
 from asyncengine.step.pieces import Pieces
 from asyncengine.step.plan import Chunk, Plan
 from asyncengine.step.requests import RequestTable
+from asyncengine.step.searches import go_on
 from asyncengine.step.sequence import Request, Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
 
@@ -128,8 +129,11 @@ class Commits:
         elif at:
             slots, sequences = plan.decode_slots, plan.decodes
             own = all_rows.between(0, at) if plan.chunks else all_rows
-            if interrupted:
+            if interrupted or plan.searching:
                 alive = [i for i, sequence in enumerate(sequences) if sequence.state is SequenceState.DECODE]
+                if plan.searching:
+                    self._commit_beams(sequences, own)
+                    alive = [i for i in alive if sequences[i].request.search is None]
                 sequences = [sequences[i] for i in alive]
                 if sequences == self._table.scheduler.decodes:  # as they will be in the next step
                     sequences = self._table.scheduler.decodes
@@ -238,20 +242,38 @@ class Commits:
             if tokens and sequences[row].state is not SequenceState.ENDED:
                 self._jump(sequences[row], tokens, complete)
 
+    def _commit_beams(self, sequences: Iterable[Sequence], drawn: _Drawn) -> None:
+        """Lets the searches among some sequences, one per row, go on."""
+        scheduler, logprobs = self._table.scheduler, drawn.logprobs
+        assert scheduler is not None and logprobs is not None
+        for request in go_on(zip(sequences, logprobs, strict=True), scheduler.limits.max_tokens, scheduler):
+            assert request.search is not None
+            if best := request.search.best(1):
+                self._table.end_branches(request, best[0].finish_reason or FinishReason.STOP)
+            else:
+                self._table.drop_undrawn(request, ValueError("no token may follow the prompt"))
+        self._table.drop()
+
     def _commit_drafts(self, plan: Plan, drafts: Drafts, drawn: StepTokens, all_rows: _Drawn, now: float) -> None:
         """As `_commit_decodes`, where a row may have several tokens: those that were drafted rightly, and one more."""
         assert self._table.scheduler is not None and self._table.scheduler.drafting is not None
         assert drawn.taken is not None
         lengths = self._table.scheduler.drafting.lengths
         guesses = iter(drafts.token_ids.tolist())
+        if plan.searching:
+            firsts = (np.cumsum(drafts.lengths + 1) - drafts.lengths - 1).tolist()
+            for sequence, first in zip(plan.decodes, firsts, strict=True):
+                if sequence.request.search is not None and (cause := drawn.failed.get(first)) is not None:
+                    self._table.drop_undrawn(sequence.request, cause)
+            self._commit_beams(plan.decodes, all_rows.of(firsts))
         at = 0
         for sequence, slot, drafted, taken in zip(
             plan.decodes, plan.decode_slots.tolist(), drafts.lengths.tolist(), drawn.taken.tolist(), strict=True
         ):
             start, at = at, at + drafted + 1
             guessed = [next(guesses) for _ in range(drafted)]
-            if sequence.state is not SequenceState.DECODE:  # it was ended during the step
-                continue
+            if sequence.state is not SequenceState.DECODE or sequence.request.search is not None:
+                continue  # it was ended during the step, or is a beam
             own = all_rows.between(start, start + taken)
             if drafted:
                 pairs = zip(guessed, own.ids.tolist(), strict=False)
@@ -316,11 +338,12 @@ class Commits:
         if not chunk.branches:  # max_tokens = 0
             self._table.end_branches(request, FinishReason.LENGTH)
             return
+        if request.search is not None:
+            scheduler.begin_decoding(trunk)
+            self._commit_beams([trunk], drawn)
+            return
         if request.first_token_at is None:
-            request.first_token_at = now
-            self._table.counters.time_to_first_token_seconds.observe(now - request.arrived_at)
-            if self._table.trace.enabled:
-                self._table.trace.mark("n", "first token", now, new.number)
+            self._table.note_first_token(request, now)
         scheduler.begin_decoding(trunk)
         scheduler.slots.append_tokens(np.array([trunk.slot]), drawn.ids[:1])
         token_ids = drawn.ids.tolist()

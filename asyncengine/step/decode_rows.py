@@ -120,16 +120,18 @@ class DecodeRows:
         sequences: As given.
         slots: (rows,) theirs.
         bound: Whether a step must be through before the next one can be scheduled.
+        searching: Whether any of them is a beam of a search.
         steps_left: Steps that may be launched before one of them has all its tokens.
         in_flight: Steps of these rows that were launched and are not settled.
     """
 
-    __slots__ = ("_columns", "_table", "bound", "in_flight", "sequences", "slots", "steps_left")
+    __slots__ = ("_columns", "_table", "bound", "in_flight", "searching", "sequences", "slots", "steps_left")
 
     def __init__(self, sequences: list[Sequence], table: SlotTable) -> None:
         self.sequences = sequences
         self.slots: Int64 = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
         self.bound = bool(np.count_nonzero(table.bound[self.slots]))
+        self.searching = self.bound and bool(table.searching[self.slots].any())
         self.steps_left = int((table.max_tokens[self.slots] - table.num_computed[self.slots]).min(initial=1 << 30)) - 1
         self.in_flight = 0
         self._table = table

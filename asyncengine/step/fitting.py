@@ -36,6 +36,11 @@ def _of_tokens(new: NewRequest, sequences: list[Int32], loaded: LoadedModel, loo
     limits, vocab_size = loaded.limits, loaded.vocab_size
     if any(looked_at + len(tokens) > limits.max_prompt_tokens for tokens in sequences):
         return f"its tokens do not fit the new model: at most {limits.max_tokens} tokens"
+    if (search := new.params.search) is not None and (
+        search.num_beams > limits.max_num_sequence
+        or limits.written_by_beams(len(new.prompt), search.num_beams) < new.params.max_tokens
+    ):
+        return f"its {search.num_beams} beams do not fit the new model's KV cache, or its max_num_sequence"
     asked = new.question.token_id if isinstance(new.question, PromptQuestion) else -1
     if asked >= vocab_size or any(int(tokens.max(initial=0)) >= vocab_size for tokens in sequences):
         return f"it has token ids outside the new vocabulary of {vocab_size}"

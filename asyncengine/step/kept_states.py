@@ -78,6 +78,7 @@ class KeptStates:
         self._tree = tree
         self._own: dict[Sequence, _Own] = {}  # without those whose states are of no use to others
         self._copies: list[tuple[int, Sequence]] = []  # from where, for whom; due in the next batch
+        self._handed: list[tuple[Sequence, Sequence]] = []  # from whom, for whom; due in the next batch
 
     def look(self, sequence: Sequence) -> tuple[Int32, tuple[int, ...]]:
         """The cached blocks that a sequence can begin with, and behind how many tokens it will save states."""
@@ -105,6 +106,11 @@ class KeptStates:
         if trunk in self._own:
             self._own[branch] = _Own()
 
+    def hand(self, trunk: Sequence, branch: Sequence) -> None:
+        """Lets a branch go on with the state that another sequence has; the next batch copies it."""
+        self._handed.append((trunk, branch))
+        self.fork(trunk, branch)
+
     def moves(self, rows: DecodeRows, chunks: list[Chunk], drafts: Drafts | None = None) -> StateMoves:
         """What the batch that is built now copies and saves; it counts as under way."""
         copies, saves = NO_PAIRS, NO_SAVES
@@ -113,6 +119,10 @@ class KeptStates:
             for place, _ in self._copies:
                 self.places.release(place)
             self._copies.clear()
+        if self._handed:
+            handed = [(trunk.slot, branch.slot) for trunk, branch in self._handed]
+            copies = np.concatenate([copies, np.array(handed, dtype=np.int64)])
+            self._handed.clear()
         in_chunks = [(row, *save) for row, chunk in enumerate(chunks, len(rows.slots)) for save in self._of(chunk)]
         decoded: list[tuple[int, int, int]] = []
         if self._own:
@@ -159,6 +169,7 @@ class KeptStates:
             if other is sequence:
                 self.places.release(place)
         self._copies = [copy for copy in self._copies if copy[1] is not sequence]
+        self._handed = [handed for handed in self._handed if sequence not in handed]
 
     def forget(self) -> None:
         """Notes that what the running sequences compute will be of no use to others. Copies stay due."""
@@ -183,7 +194,7 @@ class KeptStates:
             AssertionError: Places are used that nobody holds.
         """
         used, pinned = self.places.num_used, len(self._tree.pinned_states)
-        assert not self._own and not self._copies, "sequences that are gone hold states"
+        assert not self._own and not self._copies and not self._handed, "sequences that are gone hold states"
         assert 0 <= used <= pinned, f"{used} places of states are used while nothing runs"
 
     def _of(self, chunk: Chunk) -> list[tuple[int, int]]:

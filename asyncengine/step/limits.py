@@ -47,6 +47,14 @@ class Limits:
         """Most tokens in one sequence, by its own limit and by the KV cache's capacity."""
         return min(self.max_single_sequence_length, self.num_blocks * self.page_size)
 
+    def written_by_beams(self, prompt_tokens: int, num_beams: int) -> int:
+        """How many tokens each of several beams may write behind a prompt that they share; less than 1 if none can.
+
+        They share its whole blocks, and at worst nothing else.
+        """
+        whole, rest = divmod(prompt_tokens, self.page_size)
+        return (self.num_blocks - whole) // num_beams * self.page_size - rest
+
     @property
     def max_prompt_tokens(self) -> int:
         """Most tokens in a prompt: one less, so that there is room for another, where something can be generated."""

@@ -169,6 +169,7 @@ class ModelView:
             on, but beside them (Whisper).
         source_reader: Reads the text that the model writes another one of, which each prompt begins with in the same
             way; None if it is no such model.
+        limits: All of what it can take; None only where nothing is computed by it.
     """
 
     epoch: int
@@ -195,6 +196,7 @@ class ModelView:
     no_media: Mapping[Kind, str] = field(default_factory=lambda: UNENCODED)
     begins_with_audio: bool = False
     source_reader: SourceReader | None = None
+    limits: Limits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +286,7 @@ class LoadedModel:
             no_media=self.no_media,
             begins_with_audio=self.begins_with_audio,
             source_reader=self.source_reader,
+            limits=limits,
         )
 
 

@@ -69,6 +69,7 @@ class Plan:
         chunks: The rows after those.
         drafts: What is guessed of the rows that decode.
         bound: Whether it must be through, with its tokens at hand, before the next one can be scheduled.
+        searching: Whether any of the rows that decode is a beam of a search.
         departures: Of the scheduler, then.
     """
 
@@ -78,6 +79,7 @@ class Plan:
     chunks: list[Chunk]
     drafts: Drafts | None = None
     bound: bool = False
+    searching: bool = False
     departures: int = 0
 
     @property

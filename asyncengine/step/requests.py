@@ -27,12 +27,14 @@ from asyncengine.outputs import FinishReason, Usage
 from asyncengine.step.adapters import Adapter, AdapterTable, unknown_adapter
 from asyncengine.step.arriving import Arriving
 from asyncengine.step.batch import NO_TOKENS
+from asyncengine.step.beam_search import BeamSearch
 from asyncengine.step.deadlines import DeadlineQueue
 from asyncengine.step.fitting import misfit
 from asyncengine.step.model import LoadedModel
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.plan import Plan
 from asyncengine.step.scheduler import Scheduler
+from asyncengine.step.searches import told
 from asyncengine.step.sequence import Request, Sequence, SequenceState
 from asyncengine.step.stand_ins import StandIns
 from asyncengine.trace import Trace
@@ -168,7 +170,9 @@ class RequestTable:
         if new.media is not None:
             new = dataclasses.replace(new, prompt=self._stand_ins.put(plain, new.media))
         request = Request(new, mailbox, self._arrivals, now, adapter=self.adapters.get(new.adapter))
-        request.branches = [Sequence(request, branch) for branch in range(new.params.n)]
+        if new.params.search is not None:
+            request.search = BeamSearch(new.params)
+        request.branches = [Sequence(request, branch) for branch in range(new.params.num_sequences)]
         if new.params.stop_strs and tokenizer is not None:
             params, before = new.params, plain[-BEFORE:].tolist()
             for branch in request.branches:
@@ -358,6 +362,9 @@ class RequestTable:
 
     def end_branches(self, request: Request, reason: FinishReason, error: AsyncEngineError | None = None) -> None:
         """Ends those branches of a request that have not ended."""
+        if request.search is not None:
+            self._end_search(request, request.search, reason, error)
+            return
         for branch in request.branches:
             if branch.state is not SequenceState.ENDED:
                 self.end_branch(branch, reason, error=error)
@@ -377,14 +384,37 @@ class RequestTable:
             stop_reason: The stop token or string.
             error: Told with the end of the request.
         """
-        if self.scheduler is None:
-            branch.state = SequenceState.ENDED
-        else:
-            self.scheduler.end(branch)
+        self._take_out(branch)
         request = branch.request
         self.outbox.add(request.mailbox, BranchEnded(branch.key, reason, stop_reason))
         if all(b.state is SequenceState.ENDED for b in request.branches):
             self._end(request, reason, error)
+
+    def _end_search(
+        self, request: Request, search: BeamSearch, reason: FinishReason, error: AsyncEngineError | None
+    ) -> None:
+        """Ends a beam search, for `reason` if it is not over, and tells of the best that it has found until then."""
+        for beam in request.branches:
+            self._take_out(beam)
+        for event in told(request, search, reason):
+            self.outbox.add(request.mailbox, event)
+        self.counters.generation_tokens += search.num_told
+        if search.num_told:
+            self.note_first_token(request, self.clock())
+        self._end(request, reason, error)
+
+    def _take_out(self, branch: Sequence) -> None:
+        if self.scheduler is None:
+            branch.state = SequenceState.ENDED
+        else:
+            self.scheduler.end(branch)
+
+    def note_first_token(self, request: Request, now: float) -> None:
+        """Notes that a request has its first token."""
+        request.first_token_at = now
+        self.counters.time_to_first_token_seconds.observe(now - request.arrived_at)
+        if self.trace.enabled:
+            self.trace.mark("n", "first token", now, request.new.number)
 
     def _end(self, request: Request, reason: FinishReason, error: AsyncEngineError | None) -> None:
         now, number = self.clock(), request.new.number

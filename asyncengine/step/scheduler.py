@@ -21,13 +21,14 @@ import numpy as np
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
+from asyncengine.step.beam_search import Choice
 from asyncengine.step.chunking import next_chunk
 from asyncengine.step.decode_rows import DecodeRows
 from asyncengine.step.drafting import Drafting, Drafts, shared
 from asyncengine.step.kv_blocks import KVBlocks
 from asyncengine.step.limits import Limits
 from asyncengine.step.plan import Chunk, Plan
-from asyncengine.step.sequence import Sequence, SequenceState
+from asyncengine.step.sequence import Request, Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
 from asyncengine.step.waiting import WaitingQueue
 
@@ -123,7 +124,7 @@ class Scheduler:
             batch = self._batches.of(rows, chunks, copies, drafts, ahead, states)
         else:
             batch = rows.batch(copies, ahead, states)
-        return Plan(batch, decodes, decode_slots, chunks, drafts, bound, self.departures)
+        return Plan(batch, decodes, decode_slots, chunks, drafts, bound, rows.searching, self.departures)
 
     def advance(self, plan: Plan) -> None:
         """Notes that a step was launched: its keys and values will be in the cache of whatever comes after it."""
@@ -189,23 +190,78 @@ class Scheduler:
         prompt = trunk.request.new.prompt
         branch.tokens = np.append(prompt, np.int32(token_id))
         branch.num_output = 1
-        shared, rest = divmod(len(prompt), self.limits.page_size)
-        if rest and not self.blocks.make_room(1):
+        if len(prompt) % self.limits.page_size and not self.blocks.make_room(1):
             self._release_slot(branch)
             self._wait(branch)
             return
+        self._go_on_from(trunk, branch, len(prompt))
+        if self.blocks.states is not None:
+            self.blocks.states.fork(trunk, branch)
+
+    def branch_out(self, request: Request, choices: list[Choice]) -> list[int] | None:
+        """Lets the beams of a search, all of which have just been computed, go on with the tokens that were chosen.
+
+        A beam keeps its place with the first of its choices. Where there are more, beams of which nothing was chosen
+        take them on: they share the blocks that are whole, and have a copy of one that is partly filled.
+
+        Args:
+            request: Whose beams they are, all with slots.
+            choices: Which beam goes on with which token.
+
+        Returns:
+            Which beam each choice has become; None if there were no blocks, and the request begins anew later.
+        """
+        beams = request.branches
+        keeps: dict[int, int] = {}
+        for at, choice in enumerate(choices):
+            keeps.setdefault(choice.beam, at)
+        free = [beam for beam in beams if beam.branch not in keeps]
+        for beam in free:
+            if beam.resident:
+                self._leave(beam)
+                beam.state = SequenceState.UNBORN
+        computed = int(self.slots.num_computed[beams[choices[0].beam].slot])
+        more = len(choices) - len(keeps)
+        if computed % self.limits.page_size and not self.blocks.make_room(more):
+            self.preempt(beams[0])
+            return None
+        became = [choice.beam for choice in choices]
+        for at, choice in enumerate(choices):
+            if keeps[choice.beam] != at:
+                trunk, beam = beams[choice.beam], free.pop()
+                beam.tokens = self.slots.known_tokens(trunk.slot).copy()
+                self._go_on_from(trunk, beam, computed)
+                if self.blocks.states is not None:
+                    self.blocks.states.hand(trunk, beam)
+                became[at] = beam.branch
+        slots = np.array([beams[at].slot for at in became], dtype=np.int64)
+        self.slots.append_tokens(slots, np.array([choice.token_id for choice in choices], dtype=np.int32))
+        self._rows_changed = True
+        if request.new.params.remembers:
+            for at in became:
+                self._place_again(beams[at])
+        return became
+
+    def _go_on_from(self, trunk: Sequence, branch: Sequence, computed: int) -> None:
+        """Gives a branch with a slot what another sequence has computed; there is room for a block that is copied."""
+        shared, rest = divmod(computed, self.limits.page_size)
         table = self.slots.blocks[trunk.slot, : shared + bool(rest)]
         self._fill(branch, branch.slot)
         self.blocks.share(branch, table[:shared])
         if rest:
             self.blocks.copy(int(table[shared]), branch)
-        if self.blocks.states is not None:
-            self.blocks.states.fork(trunk, branch)
-        self.slots.num_computed[branch.slot] = len(prompt)
+        self.slots.num_computed[branch.slot] = computed
         branch.state = SequenceState.DECODE
         branch.weight_version = trunk.weight_version
         self._decoding[branch] = None
         self._rows_changed = True
+
+    def _place_again(self, sequence: Sequence) -> None:
+        """Hands a sequence's parameters to the model whose tokens are not those that were drawn for its slot."""
+        try:
+            self._place(sequence, self.tokens_of(sequence))
+        except BaseException as error:  # as at its start
+            self.dropped.append((sequence, error))
 
     def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
         """Gives a sequence further tokens that were not drawn; one that decodes computes them as a piece of prefill.
@@ -254,8 +310,12 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Takes blocks and slot from a sequence and lets it wait; what it computed goes to the prefix cache.
 
-        No step with it may be under way, or else its token must not be committed any more.
+        No step with it may be under way, or else its token must not be committed any more. Of a search all beams go,
+        and it begins anew: nobody has heard of them, and they would not share their blocks any more.
         """
+        if sequence.request.search is not None:
+            self._begin_anew(sequence.request)
+            return
         self.blocks.publish(sequence, keep=False)
         self._leave(sequence)
         sequence.tokens = self.slots.known_tokens(sequence.slot).copy()
@@ -268,6 +328,19 @@ class Scheduler:
         self.num_preemptions += 1
         self._wait(sequence)
 
+    def _begin_anew(self, request: Request) -> None:
+        assert request.search is not None
+        for beam in request.branches:
+            if beam.resident:
+                self.blocks.publish(beam, keep=False)
+                self._leave(beam)
+            self._release_slot(beam)
+            beam.state, beam.tokens, beam.num_output = SequenceState.UNBORN, request.new.prompt, 0
+        request.search.begin()
+        request.preemptions += 1
+        self.num_preemptions += 1
+        self._wait(request.branches[0])
+
     def hold(self, sequence: Sequence) -> None:
         """Takes a sequence out of the steps until more of its prompt comes; the prefix cache has what it computed."""
         self.blocks.publish(sequence, keep=False)
@@ -278,7 +351,8 @@ class Scheduler:
     def preempt_all(self) -> None:
         """Lets every sequence wait, as after the model or its cache has changed."""
         for sequence in self.running():
-            self.preempt(sequence)
+            if sequence.resident:  # not with another beam of its search
+                self.preempt(sequence)
 
     def check(self) -> None:
         """Compares all accounts with each other.
@@ -335,7 +409,7 @@ class Scheduler:
             budget -= sum(chunk.count for chunk in chunks)
         while budget > 0 and self.slots.num_free and (sequence := self.waiting.head()) is not None:
             if ahead and sequence.request.bound:
-                return not self.blocks.fit(sequence, spare=self.num_running)
+                return not self.blocks.fit(sequence, self._spare(sequence))
             if not self._start(sequence):
                 break
             if sequence.state is SequenceState.PREFILL:
@@ -355,8 +429,9 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> bool:
         """Gives the head of the queue a slot and all blocks of its prefill; False if there are not enough."""
         tokens = sequence.tokens
-        # Those that run already will need blocks soon: starting one more must not preempt it or them at once.
-        held = self.blocks.hold(sequence, spare=self.num_running)
+        if sequence.request.search is not None and self.slots.num_free < len(sequence.request.branches):
+            return False
+        held = self.blocks.hold(sequence, self._spare(sequence))
         if held is None:
             return False
         self.waiting.remove(sequence)
@@ -389,6 +464,14 @@ class Scheduler:
                 break
         return True
 
+    def _spare(self, sequence: Sequence) -> int:
+        """How many blocks must be free beside those of a sequence that starts.
+
+        Those that run already will need blocks soon, and the beams of a search will each have one of their own:
+        starting one more must not preempt it or them at once.
+        """
+        return self.num_running + (0 if sequence.request.search is None else len(sequence.request.branches) - 1)
+
     def _fill(self, sequence: Sequence, slot: int) -> None:
         new = sequence.request.new
         prompt_tokens = len(new.prompt)
@@ -400,7 +483,8 @@ class Scheduler:
             max_tokens=min(prompt_tokens + new.params.max_tokens, self.limits.max_tokens),
             min_tokens=prompt_tokens + new.params.min_tokens,
             stop_ids=new.params.stop_token_ids,
-            bound=new.params.follows_tokens,
+            bound=new.params.follows_tokens or new.params.search is not None,
+            searching=new.params.search is not None,
             adapter=NO_ADAPTER if sequence.request.adapter is None else sequence.request.adapter.index,
             shift=0 if new.media is None else new.media.shift,
             source=0 if new.media is None else new.media.source,
@@ -443,6 +527,7 @@ class Scheduler:
             return None
         prefill = sum(chunk.count for chunk in chunks)
         lengths = drafting.lengths.wanted(rows, len(rows) + prefill)
+        lengths[slots.searching[rows]] = 0
         lengths = np.minimum(lengths, slots.max_tokens[rows] - slots.num_tokens[rows] - 1)  # one is drawn at the end
         lengths[np.cumsum(lengths) > self.limits.prefill_chunk_size - prefill] = 0
         if self.limits.kept_states is not None:

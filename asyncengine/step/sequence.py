@@ -11,12 +11,13 @@ from asyncengine.speculation.lengths import NOTHING, Learnt
 from asyncengine.step.adapters import NO_SPACE, Adapter
 from asyncengine.step.arriving import Arriving
 from asyncengine.step.batch import Float32, Float64, Int32
+from asyncengine.step.beam_search import BeamSearch
 
 
 class SequenceState(enum.Enum):
     """Where a branch is."""
 
-    UNBORN = "unborn"  # waits for the first branch to compute the prompt that they share
+    UNBORN = "unborn"  # waits for the first branch to compute the prompt that they share; or is a beam without a text
     HELD = "held"  # waits for more of its prompt; in no queue
     WAITING = "waiting"  # has neither slot nor blocks
     PREFILL = "prefill"  # has a slot and blocks; part of what it knows is not in the KV cache
@@ -33,7 +34,9 @@ class Request:
         mailbox: Where its events go.
         arrival: Order of admission; unique.
         arrived_at: Seconds of the core's clock, as are the other times.
-        branches: n sequences, in order; none once it has ended.
+        branches: n sequences, in order, or as many as a search has beams; none once it has ended.
+        search: The beam search that it is, if it is one: its branches are beams then, and the texts that it finds what
+            the reader knows as branches.
         adapter: What it is computed with; None is the model alone.
         cached_tokens: Prompt tokens found in the prefix cache at the first admission to a batch.
         arriving: Its prompt, until that has come whole. Meanwhile `new.prompt` is what is to be computed of it now.
@@ -52,6 +55,7 @@ class Request:
     arrival: int
     arrived_at: float
     branches: list[Sequence] = field(default_factory=list)
+    search: BeamSearch | None = None
     adapter: Adapter | None = None
     started_at: float | None = None
     first_token_at: float | None = None
@@ -74,6 +78,8 @@ class Request:
     @property
     def num_output(self) -> int:
         """Tokens generated, over all branches; true when all of them have ended."""
+        if self.search is not None:
+            return self.search.num_told
         return sum(branch.num_output for branch in self.branches)
 
     @property
@@ -85,7 +91,8 @@ class Request:
     def bound(self) -> bool:
         """Whether a step with a piece of its prompt must be through before the next one is scheduled."""
         new = self.new
-        return new.params.follows_tokens or self.unscored or new.pooling is not None or new.media is not None
+        read = self.unscored or new.pooling is not None or new.media is not None
+        return read or self.search is not None or new.params.follows_tokens
 
     def has_media(self, digest: bytes) -> bool:
         """Whether its prompt has an image or an audio."""

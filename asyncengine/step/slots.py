@@ -27,6 +27,7 @@ class SlotTable:
         min_tokens: (slots,) number of tokens below which no stop token counts.
         prompt_tokens: (slots,) how many of the tokens are the prompt.
         bound: (slots,) whether what it may draw depends on the token before.
+        searching: (slots,) whether it is a beam of a search.
         adapters: (slots,) index of the adapter under which it is computed; `NO_ADAPTER` for none.
         shifts: (slots,) what is added to the place of a token behind the prompt to give its position.
         sources: (slots,) tokens of the source that the sequence begins with, as `StepBatch.sources`; 0 for none.
@@ -48,6 +49,7 @@ class SlotTable:
         self.min_tokens = np.zeros(num_slots, dtype=np.int64)
         self.prompt_tokens = np.zeros(num_slots, dtype=np.int64)
         self.bound = np.zeros(num_slots, dtype=np.bool_)
+        self.searching = np.zeros(num_slots, dtype=np.bool_)
         self.adapters = np.full(num_slots, NO_ADAPTER, dtype=np.int32)
         self._ever_adapted = False  # while it is not, nobody looks
         self.shifts = np.zeros(num_slots, dtype=np.int64)
@@ -86,6 +88,7 @@ class SlotTable:
         stop_ids: tuple[int, ...],
         *,
         bound: bool = False,
+        searching: bool = False,
         adapter: int = NO_ADAPTER,
         shift: int = 0,
         source: int = 0,
@@ -99,6 +102,7 @@ class SlotTable:
         self.max_tokens[slot] = max_tokens
         self.min_tokens[slot] = min_tokens
         self.bound[slot] = bound
+        self.searching[slot] = searching
         self.adapters[slot] = adapter
         self._ever_adapted |= adapter != NO_ADAPTER
         self.shifts[slot] = shift

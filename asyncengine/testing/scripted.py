@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,21 @@ def echo(prompt: Sequence[int], branch: int) -> Iterable[int]:
     return prompt
 
 
+def guesses(tokens: Sequence[int], end: int) -> list[tuple[int, float]]:
+    """Which tokens may follow others in a beam search, and their log-probabilities, the likeliest first.
+
+    They are ``a``, ``b``, ``c`` and the end, as likely as a hash of all tokens says.
+
+    Args:
+        tokens: Prompt and text.
+        end: The token that ends a text.
+    """
+    weights = {token: 1 + zlib.crc32(repr([*tokens, token]).encode()) % 1000 for token in (*b"abc", end)}
+    whole = sum(weights.values())
+    ranked = sorted(weights, key=lambda token: -weights[token])
+    return [(token, math.log(weights[token] / whole)) for token in ranked]
+
+
 class DeviceLostError(RuntimeError):
     """Raised by `ScriptedModel.lose_device`: the engine takes it for the loss of the device."""
 
@@ -40,7 +57,7 @@ class ScriptedModel:
 
     A request's grammar is honoured in that the script must keep to it: a token that the grammar does not allow ends its
     request with `RequestDroppedError`. Logits processors are refused, because there are no logits; biases, penalties
-    and lists of tokens change nothing.
+    and lists of tokens change nothing. A beam search finds no script, but what `guesses` makes likely.
 
     The hidden state of a token is ``(token id, position, 1)``, and it attends to one frame of an audio, that of its
     position, or what is left of that behind whole rounds through the frames. In the prompt, the script finds what was
@@ -86,6 +103,7 @@ class ScriptedModel:
         self._tokens: dict[int, list[int]] = {}
         self._blind: set[int] = set()  # slots whose images are not known yet
         self._num_logprobs: dict[int, int] = {}
+        self._searching: dict[int, SamplingParams] = {}
         self._allowed: dict[int, tuple[int, ...]] = {}
         self._matchers: dict[int, Matcher] = {}
         self._faults: list[BaseException] = []
@@ -160,6 +178,9 @@ class ScriptedModel:
         self._tokens[slot] = [*prompt.tolist(), *output.tolist()]
         self._blind.add(slot)
         self._num_logprobs[slot] = params.num_logprobs
+        self._searching.pop(slot, None)
+        if params.search is not None:
+            self._searching[slot] = params
         self._allowed[slot] = params.allowed_token_ids or ()
 
     def execute(self, batch: StepBatch) -> StepTokens:
@@ -284,6 +305,12 @@ class ScriptedModel:
             self._answers[key] = [] if asked is None else list(script(*asked))
         return self._answers[key]
 
+    def _guessed(self, found: list[int], position: int, params: SamplingParams) -> TokenLogprobs:
+        """What may follow the tokens of a beam."""
+        ends = () if position >= params.min_tokens else params.stop_token_ids
+        may = [guess for guess in guesses(found, self._eos) if guess[0] not in ends][: params.num_candidates]
+        return TokenLogprobs(may[0][1], *(tuple(each) for each in zip(*may, strict=True)))
+
     def _draw(self, batch: StepBatch) -> StepTokens:
         rows = np.searchsorted(batch.query_start, batch.sample_index, side="right") - 1
         token_ids: list[int] = []
@@ -307,7 +334,18 @@ class ScriptedModel:
                     logprobs.append(None)
                     continue
                 taken[row] += 1
+            searching = self._searching.get(slot)
+            if searching is not None:  # which beam has the slot is not told
+                known = len(self._asked[slot][0])
+                assert len(found) == known + position
+                tokens[known:] = found[known:]
             assert found == tokens, f"the cache of slot {slot} has {found}, the sequence {tokens}"
+            if searching is not None:
+                guessed = self._guessed(found, position, searching)
+                tokens.append(guessed.top_ids[0])
+                token_ids.append(guessed.top_ids[0])
+                logprobs.append(guessed)
+                continue
             token_id = self._eos
             try:
                 answer = self._answer(slot, _adapter_of(batch, row))

@@ -23,6 +23,7 @@ from asyncengine.errors import (
     ReloadError,
 )
 from asyncengine.events import Pooled, PromptLogprobs
+from asyncengine.generation import EarlyStopping, SearchParams
 from asyncengine.instructions import Deadlines, NewRequest
 from asyncengine.outputs import FinishReason
 from asyncengine.state import EngineState
@@ -33,6 +34,7 @@ from asyncengine.testing import ByteTokenizer, Script, ScriptedLoader, pieces_of
 from asyncengine.testing.adapters import ScriptedAdapter
 from asyncengine.testing.scripted import DeviceLostError
 from tests.speculation.drafters import Broken, Guesser, Liar, Oracle
+from tests.step.beams import found_by
 
 from .core_case import EOS, Case, config, prompt_of
 
@@ -91,6 +93,9 @@ ADDED: dict[str, Any] = {
     "prefix": st.sampled_from(["", "aaaa", "aaaabbbb", "aaaabbbbcccc"]),
     "tail": st.text(LETTERS, min_size=1, max_size=9),
     "n": st.integers(1, 4),
+    "beams": st.sampled_from([1, 1, 1, 2, 3]),
+    "early_stopping": st.sampled_from([True, False, "never"]),
+    "length_penalty": st.sampled_from([0.0, 1.0, 2.0]),
     "priority": st.integers(-1, 1),
     "max_tokens": st.integers(0, 14) | st.just(100) | st.just(100),
     "min_tokens": st.integers(0, 5),
@@ -155,6 +160,13 @@ class Loader(ScriptedLoader):
     def _choose(self) -> None:
         self.kept_states, self.drafted_states = self.kept, self.set_aside
         self.takes_images, self.whole_images = bool(self.images), self.images == "whole"
+
+
+def fit(view: ModelView, prompt_tokens: int, beams: int) -> bool:
+    """Whether a model has room for so many beams."""
+    limits = view.limits
+    assert limits is not None
+    return beams <= limits.max_num_sequence and limits.written_by_beams(prompt_tokens + 1, beams) > 0
 
 
 def alive_and_open(machine: CoreMachine) -> bool:
@@ -261,6 +273,9 @@ class CoreMachine(RuleBasedStateMachine):
         prefix: str,
         tail: str,
         n: int,
+        beams: int,
+        early_stopping: EarlyStopping,
+        length_penalty: float,
         priority: int,
         max_tokens: int,
         min_tokens: int,
@@ -287,6 +302,10 @@ class CoreMachine(RuleBasedStateMachine):
         if room < 1:
             return
         max_tokens = min(max_tokens, room)
+        if kind == "text" and beams > 1 and not pictures and view is not None and fit(view, len(prompt), beams):
+            max_tokens = min(max_tokens, view.limits.written_by_beams(len(prompt) + 1, beams))
+            limits = {"search": SearchParams(beams, length_penalty, early_stopping)}
+            n, stop_strs = min(n, beams), []
         news = [
             self.case.new(
                 prompt + LETTERS[i] * (len(prompt) + 1 < 20 and i > 0),
@@ -563,6 +582,9 @@ class CoreMachine(RuleBasedStateMachine):
     def what_was_delivered_is_true(self) -> None:
         box = self.case.box
         for number, new in self.news.items():
+            if new.params.search is not None:
+                self.what_was_found_is_best(number, new)
+                continue
             for branch in range(new.params.n):
                 got = box.tokens.get((number, branch), [])
                 if not got and (number, branch) not in box.branch_ends:
@@ -593,6 +615,20 @@ class CoreMachine(RuleBasedStateMachine):
             assert (FinishReason.ERROR not in reasons) or isinstance(end.error, AsyncEngineError)
             if isinstance(end.error, DeadlineExceededError):
                 assert self.news[number].deadlines is not None
+
+    def what_was_found_is_best(self, number: int, new: NewRequest) -> None:
+        """Nothing is told of a search before its end; then it is what the same search finds without an engine."""
+        box, ends = self.case.box, [(number, branch) for branch in range(new.params.n)]
+        if number not in box.ends:
+            assert not any(key in box.tokens or key in box.branch_ends for key in ends)
+            return
+        reasons = {box.branch_ends[key].finish_reason for key in ends}
+        if not new.params.max_tokens or reasons & {FinishReason.ABORT, FinishReason.ERROR}:
+            return
+        texts = [box.tokens[key] for key in ends]
+        most = {*self.limits, 1000}
+        could = [found_by(new, min(new.params.max_tokens, limit - len(new.prompt))) for limit in most]
+        assert texts in could
 
     def prompts_were_looked_at_once(self) -> None:
         """Scores and hidden states are of every position of the prompt, in order, whatever happened meanwhile."""

@@ -44,6 +44,10 @@ class Beginning:
         language = languages.target(tgt_lang)
         return [language] if languages.starts else [self.start, language]
 
+    def forces(self, token: int, languages: Languages) -> bool:
+        """Whether a token behind the first one is there because it is forced."""
+        return token == self.forced or (not languages.starts and token in languages.ids.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -107,6 +111,11 @@ class TextReader:
         start = self._begins.start
         item = MediaItem("text", digest_of("text", inputs), inputs, np.arange(places), start)
         return ReadPrompt([start] * places + decoder, PromptMedia((item,), self.key, source=len(source)))
+
+    def forced(self, decoder: Sequence[int]) -> int:
+        """As the protocol says."""
+        start = self._begins.start
+        return int(len(decoder) > 1 and decoder[0] == start and self._begins.forces(decoder[1], self._languages))
 
     def processors(self, source: Sequence[int]) -> tuple[LogitsProcessor, ...]:
         """As the protocol says."""
