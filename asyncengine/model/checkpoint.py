@@ -302,7 +302,7 @@ def sampling_of(values: Mapping[str, Any]) -> GenerationConfig:
         values: By the names that they have in ``generation_config.json``.
     """
     defaults: dict[str, Any] = {}
-    for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+    for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "length_penalty", "early_stopping"):
         value = values.get(key)
         if value is None or (key == "top_k" and value == 0):
             continue

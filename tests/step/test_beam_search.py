@@ -123,13 +123,13 @@ def test_searches_find_what_they_find_alone(
 
 def test_one_that_is_preempted_begins_anew_and_finds_the_same() -> None:
     case = loaded(answer("c" * 40), max_total_sequence_length=4 * 14)
-    other = case.add("b", max_tokens=40)
+    other = case.add("b" * 16, max_tokens=36)
     new = case.new("abab", max_tokens=12, min_tokens=12, **search(4, n=4))
     case.give(case.adding(new))
     case.run()
     assert case.usage(new.number).preemptions > 0 and case.usage(other).preemptions == 0
     assert texts(case, new.number, 4) == found_by(new, 12)
-    assert case.text(other) == "c" * 40
+    assert case.text(other) == "c" * 36
 
 
 def test_nothing_is_told_before_the_end_and_then_the_best_first() -> None:

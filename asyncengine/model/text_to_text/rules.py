@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from asyncengine.logits_processor import LogitsProcessor, LogitsRow
 
-_SEARCHED = ("num_beams", "penalty_alpha", "num_beam_groups", "diversity_penalty")
+_SEARCHED = ("penalty_alpha", "num_beam_groups", "diversity_penalty")
 _NOT_HERE = ("encoder_repetition_penalty", "forced_decoder_ids", "exponential_decay_length_penalty", "sequence_bias")
 
 
@@ -100,9 +100,9 @@ def notes_of(generation: Any) -> list[str]:
     notes = []
     searched = [f"{name} = {value}" for name in _SEARCHED if _means(name, value := getattr(generation, name, None))]
     if searched:
-        notes.append(
-            f"generation: its checkpoint asks for a search ({', '.join(searched)}); texts are greedy here, or drawn"
-        )
+        notes.append(f"generation: its checkpoint asks for a search ({', '.join(searched)}) that there is not here")
+    if _means("num_beams", beams := getattr(generation, "num_beams", None)):
+        notes.append(f"generation: its checkpoint asks for a beam search; requests with num_beams = {beams} get one")
     passed = [f"{name} = {value}" for name in _NOT_HERE if _means(name, value := getattr(generation, name, None))]
     if passed:
         notes.append(f"generation: its checkpoint says {', '.join(passed)}, which is passed over")
