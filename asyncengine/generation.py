@@ -177,6 +177,10 @@ class GenerationConfig:
         """
         return GenerationConfig.from_dict({f.name: getattr(self, f.name) for f in dataclasses.fields(self)} | changes)
 
+    def without_search(self) -> GenerationConfig:
+        """A copy without a beam search: its tokens are drawn."""
+        return self.replace(num_beams=1, length_penalty=None, early_stopping=None)
+
 
 @dataclass(frozen=True, slots=True)
 class SearchParams:

@@ -168,6 +168,7 @@ class GenerationFlags:
     temperature: Annotated[float | None, typer.Option(help="0 takes the most likely token.")] = None
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same answers.")] = None
+    num_beams: Annotated[int, typer.Option(help="More than 1: the best answer of a beam search of this width.")] = 1
 
     def config(self) -> GenerationConfig:
         """What a request asks for.
@@ -178,11 +179,16 @@ class GenerationFlags:
         from asyncengine.generation import GenerationConfig
 
         return GenerationConfig(
-            max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            num_beams=self.num_beams,
         )
 
 
 ENGINE_FLAGS = tuple(field.name for field in fields(EngineFlags))
+GENERATION_FLAGS = tuple(field.name for field in fields(GenerationFlags))
 
 FLAG_OF_FIELD = {
     "max_single_sequence_length": "--max-model-len",
@@ -200,6 +206,7 @@ FLAG_OF_FIELD = {
     "temperature": "--temperature",
     "top_p": "--top-p",
     "seed": "--seed",
+    "num_beams": "--num-beams",
     "api_key": "--api-key",
     "allowed_media_domains": "--allowed-media-domains",
 }

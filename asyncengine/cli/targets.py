@@ -58,6 +58,8 @@ class HttpTarget:
         for name in ("max_tokens", "temperature", "top_p", "seed"):
             if getattr(config, name) is not None:
                 self._body[name] = getattr(config, name)
+        if config.num_beams > 1:
+            self._body["num_beams"] = config.num_beams
 
     async def settle(self, prompt: str) -> None:
         """Finds out, with one request that is not counted, which fields the server takes.

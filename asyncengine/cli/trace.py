@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asyncengine.cli.command import Failure, check_writable, refuse
-from asyncengine.cli.flags import ENGINE_FLAGS, EngineFlags, GenerationFlags, Model
+from asyncengine.cli.flags import ENGINE_FLAGS, GENERATION_FLAGS, EngineFlags, GenerationFlags, Model
 from asyncengine.cli.remote import ApiKey, root
 from asyncengine.cli.timeline import files
 
@@ -51,9 +51,9 @@ def trace(
         workload = Workload(num_prompts, prompt_words, concurrency, None, generation.seed or 0)
         recorded, title = _in_process(model, flags, ctx.obj, workload, config), f"{model}, in process"
     else:
-        unused = ("model", "concurrency", "num_prompts", "prompt_words", "max_tokens", "temperature", "top_p", "seed")
+        unused = ("model", "concurrency", "num_prompts", "prompt_words")
         root(url)
-        refuse(ctx, (*unused, *ENGINE_FLAGS), "and --url: the server's own requests are recorded")
+        refuse(ctx, (*unused, *GENERATION_FLAGS, *ENGINE_FLAGS), "and --url: the server's own requests are recorded")
         recorded, title = _from_server(url, api_key, seconds)
     return _write(recorded, title, out, seconds)
 

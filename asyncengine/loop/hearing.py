@@ -225,9 +225,8 @@ class Hearing:
         """
         config, fallback = self._asked.config, self._asked.fallback
         if fallback is not None:
-            config = config.replace(
-                temperature=fallback.temperatures[0] if temperature is None else temperature, logprobs=True
-            )
+            warmth = fallback.temperatures[0] if temperature is None else temperature
+            config = (config.without_search() if warmth else config).replace(temperature=warmth, logprobs=True)
         config = self._transcribing.settings(config, prompt)
         stream = await self._request(index, prompt, config, bool(index or temperature is not None))
         return None if stream is None else _Attempt(stream, config.temperature)

@@ -59,6 +59,10 @@ class Sampling(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool = True
     priority: int = 0
     deadlines: DeadlineFields | None = None
+    num_beams: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
 
 
 NAMES: Mapping[str, str] = {
@@ -81,7 +85,6 @@ OTHERS: dict[str, str] = {
     **dict.fromkeys(
         ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), "use response_format"
     ),
-    "use_beam_search": "there is no beam search here",
 }
 """Fields of other servers that would change an answer and have another name here, or none."""
 
@@ -114,7 +117,10 @@ def generation_config(body: Sampling, **changes: Any) -> GenerationConfig:
         "response_format": body.response_format,
         "allowed_token_ids": body.allowed_token_ids,
         "bad_words": body.bad_words,
+        "num_beams": (body.n if body.use_beam_search else 1) if body.num_beams is None else body.num_beams,
     }
+    if values["num_beams"] != 1:
+        values |= {"length_penalty": body.length_penalty, "early_stopping": body.early_stopping}
     if body.stream_options is not None and not body.stream:
         raise Refusal(400, "stream_options is given and stream is false", "invalid_field", "stream_options")
     if body.stream_options is not None and body.stream_options.include_obfuscation:

@@ -172,7 +172,7 @@ class WhisperTranscription:
 
     def settings(self, config: GenerationConfig, asked: TranscriptionPrompt) -> GenerationConfig:
         """As the protocol says; greedy where nothing is said. Log-probabilities are those that openai-whisper looks at,
-        of what may be said. What is said is read off the tokens.
+        of what may be said; of a beam search, those that it adds up. What is said is read off the tokens.
         """
         assert isinstance(config.logits_processors, tuple)
         temperature = 0.0 if config.temperature is None else config.temperature
@@ -181,7 +181,7 @@ class WhisperTranscription:
             temperature=temperature,
             logits_processors=(rules, *config.logits_processors),
             logprobs=config.logprobs or bool(asked.timestamps),
-            logprobs_mode="masked",
+            logprobs_mode="masked" if config.num_beams == 1 else "raw",
             detokenize=False,
         )
 
