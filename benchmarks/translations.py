@@ -4,13 +4,15 @@ Sources of different lengths, each other than all before, are given at once, and
 those of translations have. Sides:
 
 * ``asyncengine``: `engine.generate` of each, all at the same time, in one event loop.
-* ``batch``: one greedy `generate` of transformers over all of them, padded; it ends with the longest answer.
+* ``batch``: one `generate` of transformers over all of them, padded; it ends with the longest answer.
 * ``one by one``: a `generate` for each.
+
+Answers are greedy, or those of a beam search; then a token counts once, however many beams there are.
 
 Sides alternate; figures are medians. `seconds` are of the wall, `CPU seconds` of all threads, `tokens` those that were
 asked for per second of the wall. The last line is one JSON object.
 
-    python -m benchmarks.translations [--size opus] [--sources 16] [--rounds 3] [--dtype float32]
+    python -m benchmarks.translations [--size opus] [--sources 16] [--beams 1] [--rounds 3] [--dtype float32]
 """
 
 from __future__ import annotations
@@ -76,16 +78,16 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, dict[s
         made = model.generate(
             input_ids=torch.tensor([ids + [START] * (longest - len(ids)) for ids, _ in given]),
             attention_mask=torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in given]),
-            num_beams=1, do_sample=False, max_new_tokens=most, min_new_tokens=most,
+            num_beams=arguments.beams, do_sample=False, max_new_tokens=most, min_new_tokens=most,
         )  # fmt: skip
         assert made.shape[1] == most + 1, made.shape
 
     async with AsyncEngine(
-        EngineConfig(str(path), dtype=arguments.dtype, max_num_sequence=arguments.sources)
+        EngineConfig(str(path), dtype=arguments.dtype, max_num_sequence=arguments.sources * arguments.beams)
     ) as engine:
 
         async def answer(ids: list[int], most: int) -> None:
-            config = GenerationConfig(temperature=0.0, max_tokens=most, ignore_eos=True)
+            config = GenerationConfig(temperature=0.0, max_tokens=most, ignore_eos=True, num_beams=arguments.beams)
             assert (await engine.generate(ids, config)).usage.completion_tokens == most
 
         async def ours(given: list[Source]) -> None:
@@ -124,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="opus")
     parser.add_argument("--sources", type=int, default=16)
+    parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
