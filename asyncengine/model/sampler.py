@@ -244,8 +244,11 @@ class Sampler:
             masked = self._masks.rows(slots) if len(self._masks) else _NO_ROWS
             if len(searched):
                 logits = logits.float()
-                at = to_device(searched, self._device)
-                logits[at] = torch.log_softmax(logits[at], dim=-1)
+                logprobs = torch.log_softmax(self._rows(logits, searched), dim=-1)
+                if len(searched) == len(slots):
+                    logits = logprobs
+                else:
+                    logits[to_device(searched, self._device)] = logprobs
             # Before anything waits for the logits: the device may still be computing them.
             bits = self._masks.fill(masked, slots, positions, failed) if len(masked) else None
             adjusts = bool(len(self._bias) or len(self._forbidden) or len(self._penalties) or len(self._processors))
@@ -257,7 +260,7 @@ class Sampler:
                 self._masks.apply(logits, masked, bits)
             allowed = self._rows(logits, allowed_rows).to(torch.float32, copy=True) if len(allowed_rows) else None
             log_weights = self._log_weights(logits, slots, processed, ways) if len(processed) else None
-            summed = self._rows(logits, searched).clone() if len(searched) else None
+            summed = self._rows(logits, searched) if len(searched) else None  # nothing is drawn of these
 
             tokens = self._draw(logits, slots, positions, ways)
             if len(self._penalties):
