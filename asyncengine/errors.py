@@ -12,6 +12,7 @@
     ├── DeadlineExceededError (TimeoutError)   retry later  (retryable)
     ├── StepError                              retry        (retryable)
     ├── RequestDroppedError                    fix the request's own code: it failed by itself
+    ├── PrefixCacheError                       compute the prompts again: nothing kept of them can be used
     ├── ModelNotLoadedError                    reload
     ├── ReloadError                            reload with something else
     │   ├── CheckpointError                    missing, incomplete or damaged files
@@ -79,6 +80,10 @@ class StepError(AsyncEngineError):
 
 class RequestDroppedError(AsyncEngineError):
     """Handling this request's own parameters failed; no other request was affected."""
+
+
+class PrefixCacheError(AsyncEngineError):
+    """A prefix cache cannot be kept, or a file of one is missing, damaged or of another model."""
 
 
 class ModelNotLoadedError(AsyncEngineError):

@@ -14,6 +14,7 @@ from asyncengine.events import Event
 from asyncengine.generation import SamplingParams
 from asyncengine.media import PromptMedia
 from asyncengine.outputs import Pooling
+from asyncengine.prefix_file import KeptPrefixes
 from asyncengine.step.batch import Int32
 
 InFlight = Literal["abort", "wait", "carry"]
@@ -292,6 +293,32 @@ class UnloadAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class SavePrefixes:
+    """Read what the prefix cache has. Reply: `asyncengine.prefix_file.KeptPrefixes`, or None of another model.
+
+    Attributes:
+        epoch: Of the model that they are wanted of.
+    """
+
+    epoch: int
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPrefixes:
+    """Put prefixes into the prefix cache. Reply: how many tokens were not known before; None with another model.
+
+    Attributes:
+        kept: They.
+        epoch: Of the model that they are for.
+    """
+
+    kept: KeptPrefixes
+    epoch: int
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Unpin:
     """Let a pinned prompt go. Reply: whether it was pinned."""
 
@@ -352,5 +379,6 @@ class JobDone:
 
 Instruction = (
     AddRequests | ExtendPrompt | AbortRequests | Reload | Unload | Reset | Pause | Resume | Sleep | Wake
-    | UpdateWeights | LoadAdapter | UnloadAdapter | Unpin | DebugCall | Drain | Restart | Shutdown | JobDone
+    | UpdateWeights | SavePrefixes | LoadPrefixes | LoadAdapter | UnloadAdapter | Unpin | DebugCall | Drain | Restart
+    | Shutdown | JobDone
 )  # fmt: skip

@@ -38,6 +38,8 @@ class Action(enum.Enum):
     SLEEP = "sleep"
     WAKE = "wake"
     UPDATE_WEIGHTS = "update_weights"
+    SAVE_PREFIX_CACHE = "save_prefix_cache"
+    LOAD_PREFIX_CACHE = "load_prefix_cache"
     LOAD_ADAPTER = "load_adapter"
     UNLOAD_ADAPTER = "unload_adapter"
     DEBUG_CALL = "debug_call_func_on_all_workers"
@@ -62,6 +64,8 @@ TRANSITIONS: dict[Action, dict[EngineState, EngineState]] = {
     Action.SLEEP: dict.fromkeys(_MODEL, _S.SLEEPING),
     Action.WAKE: {_S.SLEEPING: _S.READY, _S.READY: _S.READY},
     Action.UPDATE_WEIGHTS: {_S.READY: _S.READY, _S.PAUSED: _S.PAUSED},
+    Action.SAVE_PREFIX_CACHE: {_S.READY: _S.READY, _S.PAUSED: _S.PAUSED},
+    Action.LOAD_PREFIX_CACHE: {_S.READY: _S.READY, _S.PAUSED: _S.PAUSED},
     Action.LOAD_ADAPTER: {_S.READY: _S.READY, _S.PAUSED: _S.PAUSED},
     Action.UNLOAD_ADAPTER: {_S.READY: _S.READY, _S.PAUSED: _S.PAUSED},
     Action.DEBUG_CALL: {state: state for state in _MODEL},

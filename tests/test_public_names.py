@@ -43,6 +43,7 @@ PUBLIC = [
     "ManyStream",
     "ModelNotLoadedError",
     "PendingStream",
+    "PrefixCacheError",
     "PromptScore",
     "Regex",
     "Relevance",

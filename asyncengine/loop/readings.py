@@ -11,11 +11,11 @@ import anyio.to_thread
 from asyncengine.classifier import sigmoid
 from asyncengine.errors import InvalidRequestError, RequestDroppedError
 from asyncengine.generation import GenerationConfig
-from asyncengine.loop.control import EngineControl
 from asyncengine.loop.embedding import ClassificationOptions, EmbeddingOptions, Reading
 from asyncengine.loop.encoding import AnyPrompt, Conversation, Cut, Prompt, PromptedText
 from asyncengine.loop.many import ManyStream
 from asyncengine.loop.pairs import Pair, TextPair, how_to_rank, instruction_of, log_odds, yes_or_no
+from asyncengine.loop.prefixes import EnginePrefixes
 from asyncengine.loop.prepare import GENERATION, Purpose, RequestOptions
 from asyncengine.loop.stream import RequestStream
 from asyncengine.media import AudioPrompt, ImagePrompt, VideoPrompt
@@ -34,7 +34,7 @@ _INLINE_PRODUCTS = 1 << 22
 _PROMPT_ALONE = GenerationConfig(max_tokens=0, detokenize=False)
 
 
-class EngineReadings(EngineControl):
+class EngineReadings(EnginePrefixes):
     """Scores, embeds, classifies and ranks; nothing is generated that a caller would read."""
 
     @abstractmethod

@@ -72,7 +72,7 @@ def place_of(config: EngineConfig, checkpoint: Any, device: torch.device, dtype:
         return None
     digest = hashlib.sha256()
     asked = (str(dtype), config.quantization, config.max_single_sequence_length)
-    for about in (_program(), asked, checkpoint.config, *_stamps(checkpoint.weight_files), *_modules(checkpoint)):
+    for about in (program(), asked, checkpoint.config, *stamps(checkpoint.weight_files), *_modules(checkpoint)):
         digest.update(f"{about}\0".encode())
     try:
         return cache_directory() / "findings" / digest.hexdigest()
@@ -100,7 +100,7 @@ def keep(place: Path, findings: Findings) -> None:
         kept_file.write(place, content, MOST_FILES)
 
 
-def _program() -> tuple[str, ...]:
+def program() -> tuple[str, ...]:
     """Whatever of the programs could come to something else."""
     capability = torch.backends.cpu.get_cpu_capability()
     return (sys.version, torch.__version__, version("transformers"), processor(), capability, _sources())
@@ -118,7 +118,7 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _stamps(files: list[Path]) -> Iterator[tuple[str, int, int, int, int, int]]:
+def stamps(files: list[Path]) -> Iterator[tuple[str, int, int, int, int, int]]:
     """What changes when a file does: the system sets the last of the times, and nobody else can."""
     for file in files:
         status = file.stat()
@@ -131,4 +131,4 @@ def _modules(checkpoint: Any) -> Iterator[tuple[str, int, int, int, int, int]]:
     spec = find_spec("transformers")
     kind = str(checkpoint.config.get("model_type")).replace("-", "_")
     for root in () if spec is None else spec.submodule_search_locations or ():
-        yield from _stamps(sorted((Path(root) / "models" / kind).glob("*.py")))
+        yield from stamps(sorted((Path(root) / "models" / kind).glob("*.py")))

@@ -28,6 +28,7 @@ from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.encoders.kind import is_encoder
 from asyncengine.model.findings import keep
 from asyncengine.model.first_steps import captured
+from asyncengine.model.kept_blocks import numbers_of, why_not
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.load_check import Details, check_drafts, plan_of, vector_size, without_findings
 from asyncengine.model.load_settings import device_of, dtype_of, select_attention, settled
@@ -193,17 +194,19 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     except BaseException:
         model.close()
         raise
+    complete = complete.replace(
+        attention_backend=backend.name,
+        decoder_backend=built.decoder_backend(config),
+        images=not built.no_media["image"],
+        audio=not built.no_media["audio"],
+        videos=not built.no_media["video"],
+        mla=any(layer.spec.values_in_keys for layer in built.layers.attention),
+    )
+    no_keeping = why_not(limits, draft is not None or head is not None)
     return LoadedModel(
         model=model,
         limits=limits,
-        config=complete.replace(
-            attention_backend=backend.name,
-            decoder_backend=built.decoder_backend(config),
-            images=not built.no_media["image"],
-            audio=not built.no_media["audio"],
-            videos=not built.no_media["video"],
-            mla=any(layer.spec.values_in_keys for layer in built.layers.attention),
-        ),
+        config=complete,
         vocab_size=details.vocab_size,
         eos_token_ids=tuple(i for i in details.checkpoint.eos_token_ids if 0 <= i < details.vocab_size),
         default_generation_config=details.checkpoint.generation_defaults,
@@ -226,6 +229,10 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         adapter_format=adapting.format,
         media_reader=None if built.media_trial is None else built.media_trial.reader,
         no_media=built.no_media,
+        keeping=None
+        if no_keeping
+        else model.kept_blocks(details.checkpoint.weight_files, numbers_of(details, complete)),
+        no_keeping=no_keeping,
     )
 
 

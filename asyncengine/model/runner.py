@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ from asyncengine.model.draft_heads.taps import Taps, tap_modules
 from asyncengine.model.fused.decoder import FusedDecoder
 from asyncengine.model.graphs import Ran
 from asyncengine.model.hidden_states import hidden_states, summed
+from asyncengine.model.kept_blocks import KeptBlocks
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.letting_go import take_apart
 from asyncengine.model.lost_device import is_lost
@@ -118,6 +120,7 @@ class TorchModel:
         self._back = None if last is None else WayBack(device)
         self.companion: Companion | None = None
         self._taps: Taps | None = None
+        self._updated = False
         self._reader: Reader | None = None
 
     def place(self, slot: int, params: SamplingParams, branch: int, prompt: Int32, output: Int32) -> None:
@@ -421,6 +424,11 @@ class TorchModel:
         if self._media is not None:
             self._media.clear()
         replace_weights(self._model, weights, writers, new_values.taken_for(self._model))
+        self._updated = True
+
+    def kept_blocks(self, files: list[Path], settings: Mapping[str, Any]) -> KeptBlocks:
+        """What keeps the keys and values of its prefix cache, as `KeptBlocks` says."""
+        return KeptBlocks(self._layers, files, settings, lambda: self._updated)
 
     def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
         """Calls ``package.module:function`` with the transformers model first, or a debug function of this module.

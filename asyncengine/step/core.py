@@ -21,17 +21,20 @@ from asyncengine.errors import (
     EngineDrainingError,
     EngineFailedError,
     ModelNotLoadedError,
+    PrefixCacheError,
     StepError,
 )
 from asyncengine.instructions import Instruction
 from asyncengine.metrics import Counters, EngineMetrics
+from asyncengine.prefix_file import KeptPrefixes
 from asyncengine.state import Action, EngineState, next_state
 from asyncengine.step.adapters import AdapterTable
 from asyncengine.step.adapting import Adapting
 from asyncengine.step.batch import Int32
 from asyncengine.step.commits import Commits
 from asyncengine.step.ending import Ending
-from asyncengine.step.model import LoadedModel, Loader, ModelView
+from asyncengine.step.kept_prefixes import put, taken
+from asyncengine.step.model import KeepingModel, LoadedModel, Loader, ModelView
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.reloading import Reloading
 from asyncengine.step.requests import RequestTable
@@ -228,6 +231,10 @@ class Core:
                 self.move(Action.WAKE)
             case ins.UpdateWeights():
                 value = self._update_weights(instruction.weights)
+            case ins.SavePrefixes():
+                value = self._save_prefixes(instruction)
+            case ins.LoadPrefixes():
+                value = self._load_prefixes(instruction)
             case ins.LoadAdapter():
                 value = self.adapting.load(instruction)
             case ins.UnloadAdapter():
@@ -317,6 +324,25 @@ class Core:
         self.loaded.model.update_weights(weights)
         self.scheduler.blocks.forget_cache()
         return self.scheduler.blocks.weight_version
+
+    def _save_prefixes(self, save: ins.SavePrefixes) -> KeptPrefixes | None:
+        next_state(Action.SAVE_PREFIX_CACHE, self.state)
+        if save.epoch != self._epoch:
+            return None
+        scheduler, keeping = self._keeping()
+        return taken(scheduler, keeping)
+
+    def _load_prefixes(self, load: ins.LoadPrefixes) -> int | None:
+        next_state(Action.LOAD_PREFIX_CACHE, self.state)
+        if load.epoch != self._epoch:
+            return None
+        return put(load.kept, *self._keeping())
+
+    def _keeping(self) -> tuple[Scheduler, KeepingModel]:
+        assert self.scheduler is not None and self.loaded is not None
+        if self.loaded.keeping is None:
+            raise PrefixCacheError(f"the prefix cache cannot be kept: {self.loaded.no_keeping}")
+        return self.scheduler, self.loaded.keeping
 
     def move(self, action: Action) -> None:
         """Changes the state as the table says.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from asyncengine.classifier import Classifier
 from asyncengine.config import EngineConfig
@@ -64,6 +67,33 @@ class Model(Protocol):
 
     def close(self) -> None:
         """Lets go of weights and KV cache. Idempotent."""
+        ...
+
+
+class KeepingModel(Protocol):
+    """A model whose keys and values can be kept and taken over, block by block."""
+
+    def identity(self) -> Mapping[str, str]:
+        """What they hang on, by name: where all of it is equal, they are the same, bit for bit.
+
+        Not on the step thread: weights are read.
+        """
+        ...
+
+    def read_blocks(self, blocks: Int32) -> Mapping[str, NDArray[np.uint8]]:
+        """(blocks, bytes) what each part of the KV cache has for some blocks.
+
+        Raises:
+            PrefixCacheError: The weights are not those that `identity` means.
+        """
+        ...
+
+    def write_blocks(self, blocks: Int32, content: Mapping[str, NDArray[np.uint8]]) -> None:
+        """Writes what `read_blocks` has read.
+
+        Raises:
+            PrefixCacheError: It does not fit the cache, or is of other weights.
+        """
         ...
 
 
@@ -170,6 +200,8 @@ class ModelView:
         source_reader: Reads the text that the model writes another one of, which each prompt begins with in the same
             way; None if it is no such model.
         limits: All of what it can take; None only where nothing is computed by it.
+        prefix_identity: `KeepingModel.identity`; None if its prefix cache cannot be kept.
+        no_keeping: Why it cannot, in words.
     """
 
     epoch: int
@@ -197,6 +229,8 @@ class ModelView:
     begins_with_audio: bool = False
     source_reader: SourceReader | None = None
     limits: Limits | None = None
+    prefix_identity: Callable[[], Mapping[str, str]] | None = None
+    no_keeping: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +249,8 @@ class LoadedModel:
         adapting: The model again, if it takes adapters.
         adapters: Those that it has, name and what `AdapterFormat.prepare` made; it calls them 0, 1, and so on.
         aligns: Whether it tells what tokens attend to (`StepBatch.attention_spans`).
+        keeping: Keeps and takes over what its prefix cache has; None if it cannot.
+        no_keeping: Why it cannot, in words.
     """
 
     model: Model
@@ -246,6 +282,8 @@ class LoadedModel:
     begins_with_audio: bool = False
     source_reader: SourceReader | None = None
     aligns: bool = False
+    keeping: KeepingModel | None = None
+    no_keeping: str = "it keeps nothing that could be"
 
     @property
     def poolings(self) -> tuple[Pooling, ...]:
@@ -287,6 +325,8 @@ class LoadedModel:
             begins_with_audio=self.begins_with_audio,
             source_reader=self.source_reader,
             limits=limits,
+            prefix_identity=None if self.keeping is None else self.keeping.identity,
+            no_keeping=self.no_keeping,
         )
 
 

@@ -11,6 +11,8 @@ goes by age over all of them.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +33,22 @@ class _Node:
         self.parent = parent
         self.children: dict[bytes, _Node] = {}
         self.last_used = 0
+
+
+class Edge(NamedTuple):
+    """Some blocks, one after the other.
+
+    Attributes:
+        number: Of the edge.
+        before: That of the edge which it follows; -1 for none.
+        tokens: (blocks * page size,)
+        blocks: (blocks,)
+    """
+
+    number: int
+    before: int
+    tokens: Int32
+    blocks: Int32
 
 
 class PrefixTree:
@@ -120,6 +138,18 @@ class PrefixTree:
             node = child
         self._touch(node)
         return np.concatenate(known) if known else NO_BLOCKS
+
+    def edges(self, space: int = NO_SPACE) -> Iterator[Edge]:
+        """All that is known, each edge behind the one that it follows, and what was used last first."""
+        root = self._roots.get(space)
+        stack = [] if root is None else [(-1, node) for node in root.children.values()]
+        stack.sort(key=lambda each: each[1].last_used)
+        number = 0
+        while stack:
+            before, node = stack.pop()
+            yield Edge(number, before, node.tokens, node.blocks)
+            stack += [(number, child) for child in sorted(node.children.values(), key=lambda child: child.last_used)]
+            number += 1
 
     def trim(self, in_use: int = 0) -> None:
         """Forgets the least recently used sequences until `max_leaves` are left, besides `in_use` that are in use."""

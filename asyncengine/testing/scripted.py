@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncengine.errors import ReloadError
+from asyncengine.errors import PrefixCacheError, ReloadError
 from asyncengine.generation import SamplingParams
 from asyncengine.grammar.protocol import Matcher
 from asyncengine.step.adapters import NO_ADAPTER
@@ -415,6 +415,28 @@ class ScriptedModel:
     def remove_adapter(self, index: int) -> None:
         """As `asyncengine.step.model.AdaptableModel`."""
         self._adapters.remove(index)
+
+    def identity(self) -> Mapping[str, str]:
+        """As `asyncengine.step.model.KeepingModel`."""
+        return {"model": "scripted", "page size": str(self.limits.page_size)}
+
+    def read_blocks(self, blocks: Int32) -> Mapping[str, NDArray[np.uint8]]:
+        """As `asyncengine.step.model.KeepingModel`."""
+        self._check_kept()
+        return {"cells": self._cache.reshape(self.limits.num_blocks, -1)[blocks].view(np.uint8)}
+
+    def write_blocks(self, blocks: Int32, content: Mapping[str, NDArray[np.uint8]]) -> None:
+        """As `asyncengine.step.model.KeepingModel`."""
+        self._check_kept()
+        cells = self._cache.reshape(self.limits.num_blocks, -1)
+        if {name: rows.shape for name, rows in content.items()} != {"cells": (len(blocks), cells.shape[1] * 8)}:
+            raise PrefixCacheError("the kept prefixes are of another model")
+        cells[blocks] = content["cells"].view(np.int64)
+
+    def _check_kept(self) -> None:
+        assert not self.asleep, "a cache that sleeps is read or written"
+        if self.weights:
+            raise PrefixCacheError("the weights were replaced")
 
     def update_weights(self, weights: Mapping[str, Any]) -> None:
         """Keeps them; a weight that is None is refused."""

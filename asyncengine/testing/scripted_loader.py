@@ -187,6 +187,8 @@ class ScriptedLoader:
             adapters=tuple(adapters),
             adapter_format=format,
             media_reader=self._media_reader(),
+            keeping=model if self.kept_states is None else None,
+            no_keeping="states are not kept",
             aligns=self.takes_audio,
         )
 

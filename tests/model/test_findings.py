@@ -108,7 +108,7 @@ def test_what_was_loaded_before_is_known(
     assert not load_check.is_known(config.replace(attention_backend="torch"))
     with pytest.raises(CheckpointError):
         load_check.is_known(config.replace(model=str(kept)))
-    monkeypatch.setattr(findings, "_stamps", lambda files: [file.stat() for file in [kept / "gone"]])
+    monkeypatch.setattr(findings, "stamps", lambda files: [file.stat() for file in [kept / "gone"]])
     assert not load_check.is_known(config)
 
 
@@ -138,7 +138,7 @@ def test_what_was_kept_of_other_weights_does_not_pass_the_trial(
     tmp_path: Path, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, builds: list[str]
 ) -> None:
     """Should a name ever stand for another checkpoint: the logits are compared, and then all is found out anew."""
-    monkeypatch.setattr(findings, "_stamps", lambda files: iter(()))
+    monkeypatch.setattr(findings, "stamps", lambda files: iter(()))
     load(checkpoint("llama")).model.close()
     loaded = load(checkpoint("llama", seed=1))
     assert len(builds) == 2 and not recalled(loaded)

@@ -26,6 +26,7 @@ from asyncengine.events import Pooled, PromptLogprobs
 from asyncengine.generation import EarlyStopping, SearchParams
 from asyncengine.instructions import Deadlines, NewRequest
 from asyncengine.outputs import FinishReason
+from asyncengine.prefix_file import KeptPrefixes
 from asyncengine.state import EngineState
 from asyncengine.step.model import LoadedModel, LoadPlan, ModelView
 from asyncengine.step.sequence import SequenceState
@@ -78,7 +79,7 @@ def whole(new: NewRequest, branch: int) -> tuple[list[int], int | str | None]:
 DISTURBANCES = [
     "weights", "bad weights", "unpin", "unpin", "wait a little", "wait", "shutdown", "a fault", "a fault in a launch",
     "a lost device", "a device lost in a launch", "a refusal",
-    "a fault in a warm-up", "Unload", "Reset", "Drain", "Pause", "Sleep", "Resume", "Wake", "Restart",
+    "a fault in a warm-up", "save prefixes", "load prefixes", "load prefixes", "Unload", "Reset", "Drain", "Pause", "Sleep", "Resume", "Wake", "Restart",
 ]  # fmt: skip
 
 CURES: dict[EngineState, Any] = {
@@ -189,6 +190,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.expected: set[int] = set()  # tickets that must have an answer in the end
         self.pending: list[ins.Instruction] = []
         self.unwhole: dict[int, str] = {}  # prompts that come in pieces, so far
+        self.kept: KeptPrefixes | None = None
 
     # What is there
 
@@ -519,6 +521,15 @@ class CoreMachine(RuleBasedStateMachine):
                     loaded.model.lose_device()
                 else:
                     loaded.model.refuse_next(ValueError("a refusal"))
+            case "save prefixes":
+                view = self.core.view
+                ticket = self.ask(lambda to: ins.SavePrefixes(-1 if view is None else view.epoch, to))
+                reply = self.case.box.replies.get(ticket)  # none while a reload holds it up
+                self.kept = self.kept if reply is None or reply.value is None else reply.value
+            case "load prefixes":
+                view, kept = self.core.view, self.kept
+                if kept is not None and view is not None:
+                    self.later(data, lambda to: ins.LoadPrefixes(kept, view.epoch, to))
             case "a fault in a warm-up":
                 if self.case.loader.warm_ups:
                     self.case.loader.warm_ups[-1].fail_next(ValueError("a fault"))

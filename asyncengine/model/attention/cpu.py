@@ -54,6 +54,11 @@ class CpuCache:
     page_size: int
     layers: dict[LayerSpec, _Struct] = field(default_factory=dict)
 
+    @property
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """Those that have memory of their own."""
+        return self.keys, self.values
+
     def layer(self, spec: LayerSpec) -> _Struct:
         """Describes `spec` over this cache to the kernel."""
         if spec.scaling <= 0:  # the kernel takes the maximum before it scales

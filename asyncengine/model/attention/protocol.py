@@ -73,7 +73,10 @@ class AttentionBackend(Protocol):
     def allocate(
         self, spec: LayerSpec, num_blocks: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> Any:
-        """Returns the KV cache of one layer in this back end's own layout. Contents are uninitialised."""
+        """Returns the KV cache of one layer in this back end's own layout. Contents are uninitialised.
+
+        Its ``stored`` are the tensors that it is made of, each by block first.
+        """
         ...
 
     def plan(self, batch: StepBatch, page_size: int, device: torch.device) -> Any:
