@@ -79,7 +79,8 @@ def whole(new: NewRequest, branch: int) -> tuple[list[int], int | str | None]:
 DISTURBANCES = [
     "weights", "bad weights", "unpin", "unpin", "wait a little", "wait", "shutdown", "a fault", "a fault in a launch",
     "a lost device", "a device lost in a launch", "a refusal",
-    "a fault in a warm-up", "save prefixes", "load prefixes", "load prefixes", "Unload", "Reset", "Drain", "Pause", "Sleep", "Resume", "Wake", "Restart",
+    "a fault in a warm-up", "save prefixes", "load prefixes", "load prefixes",
+    "Unload", "Reset", "Drain", "Pause", "Sleep", "Resume", "Wake", "Restart",
 ]  # fmt: skip
 
 CURES: dict[EngineState, Any] = {
