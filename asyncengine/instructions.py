@@ -294,13 +294,30 @@ class UnloadAdapter:
 
 @dataclass(frozen=True, slots=True)
 class SavePrefixes:
-    """Read what the prefix cache has. Reply: `asyncengine.prefix_file.KeptPrefixes`, or None of another model.
+    """Tell what the prefix cache has, and pin it. Reply: `asyncengine.prefix_file.Catalogue`; None with another model.
 
     Attributes:
-        epoch: Of the model that they are wanted of.
+        epoch: Of the model whose cache is meant.
+        pin: Name of the pin.
     """
 
     epoch: int
+    pin: str
+    reply_to: ReplyTo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPrefixes:
+    """Read a part of what is pinned. Reply: (blocks, bytes) uint8; None if it is gone, or with another model.
+
+    Attributes:
+        epoch: As of `SavePrefixes`, as is the pin.
+        part: One of `Catalogue.parts`.
+    """
+
+    epoch: int
+    pin: str
+    part: str
     reply_to: ReplyTo | None = None
 
 
@@ -379,6 +396,6 @@ class JobDone:
 
 Instruction = (
     AddRequests | ExtendPrompt | AbortRequests | Reload | Unload | Reset | Pause | Resume | Sleep | Wake
-    | UpdateWeights | SavePrefixes | LoadPrefixes | LoadAdapter | UnloadAdapter | Unpin | DebugCall | Drain | Restart
-    | Shutdown | JobDone
+    | UpdateWeights | SavePrefixes | ReadPrefixes | LoadPrefixes | LoadAdapter | UnloadAdapter | Unpin | DebugCall
+    | Drain | Restart | Shutdown | JobDone
 )  # fmt: skip

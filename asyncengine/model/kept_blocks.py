@@ -18,7 +18,7 @@ from asyncengine.errors import PrefixCacheError
 from asyncengine.model import kept_file
 from asyncengine.model.findings import program, stamps
 from asyncengine.model.paged_layers import PagedLayers
-from asyncengine.step.batch import Int32
+from asyncengine.step.batch import Int32, Int64
 from asyncengine.step.limits import Limits
 
 MOST_DIGESTS = 256
@@ -51,27 +51,27 @@ class KeptBlocks:
         }
         return {"weights": weights_digest(self._files), **settings, "program": _digest(repr(program()))}
 
-    def read_blocks(self, blocks: Int32) -> Mapping[str, NDArray[np.uint8]]:
+    def kept_parts(self) -> Mapping[str, int]:
         """As the protocol says."""
-        self._check_weights()
-        content = {}
-        with torch.inference_mode():
-            for name, stored in self._stored().items():
-                rows = stored.index_select(0, torch.from_numpy(blocks).to(stored.device))
-                content[name] = rows.cpu().numpy()
-        return content
+        return {name: stored.shape[1] for name, stored in self._stored().items()}
 
-    def write_blocks(self, blocks: Int32, content: Mapping[str, NDArray[np.uint8]]) -> None:
+    def read_blocks(self, part: str, blocks: Int32) -> NDArray[np.uint8]:
         """As the protocol says."""
         self._check_weights()
-        parts = self._stored()
-        shapes = {name: (len(blocks), stored.shape[1]) for name, stored in parts.items()}
-        if {name: rows.shape for name, rows in content.items()} != shapes:
+        stored = self._stored()[part]
+        with torch.inference_mode():
+            rows: NDArray[np.uint8] = stored.index_select(0, torch.from_numpy(blocks).to(stored.device)).cpu().numpy()
+        return rows
+
+    def write_blocks(self, blocks: Int32, content: Mapping[str, NDArray[np.uint8]], rows: Int64) -> None:
+        """As the protocol says."""
+        self._check_weights()
+        if {name: part.shape[1] for name, part in content.items()} != self.kept_parts():
             raise PrefixCacheError("the kept prefixes are of another KV cache")
         with torch.inference_mode():
-            for name, stored in parts.items():
-                rows = torch.from_numpy(content[name]).to(stored.device)
-                stored.index_copy_(0, torch.from_numpy(blocks).long().to(stored.device), rows)
+            for name, stored in self._stored().items():
+                numbers = torch.from_numpy(content[name][rows]).to(stored.device)  # one part at a time is copied
+                stored.index_copy_(0, torch.from_numpy(blocks).long().to(stored.device), numbers)
 
     def _stored(self) -> dict[str, torch.Tensor]:
         """By name, (blocks, bytes) each tensor of the cache."""

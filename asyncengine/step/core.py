@@ -26,14 +26,13 @@ from asyncengine.errors import (
 )
 from asyncengine.instructions import Instruction
 from asyncengine.metrics import Counters, EngineMetrics
-from asyncengine.prefix_file import KeptPrefixes
 from asyncengine.state import Action, EngineState, next_state
+from asyncengine.step import kept_prefixes
 from asyncengine.step.adapters import AdapterTable
 from asyncengine.step.adapting import Adapting
 from asyncengine.step.batch import Int32
 from asyncengine.step.commits import Commits
 from asyncengine.step.ending import Ending
-from asyncengine.step.kept_prefixes import put, taken
 from asyncengine.step.model import KeepingModel, LoadedModel, Loader, ModelView
 from asyncengine.step.outbox import Outbox
 from asyncengine.step.reloading import Reloading
@@ -231,10 +230,8 @@ class Core:
                 self.move(Action.WAKE)
             case ins.UpdateWeights():
                 value = self._update_weights(instruction.weights)
-            case ins.SavePrefixes():
-                value = self._save_prefixes(instruction)
-            case ins.LoadPrefixes():
-                value = self._load_prefixes(instruction)
+            case ins.SavePrefixes() | ins.ReadPrefixes() | ins.LoadPrefixes():
+                value = self._prefixes(instruction)
             case ins.LoadAdapter():
                 value = self.adapting.load(instruction)
             case ins.UnloadAdapter():
@@ -325,18 +322,19 @@ class Core:
         self.scheduler.blocks.forget_cache()
         return self.scheduler.blocks.weight_version
 
-    def _save_prefixes(self, save: ins.SavePrefixes) -> KeptPrefixes | None:
-        next_state(Action.SAVE_PREFIX_CACHE, self.state)
-        if save.epoch != self._epoch:
+    def _prefixes(self, instruction: ins.SavePrefixes | ins.ReadPrefixes | ins.LoadPrefixes) -> object:
+        loads = isinstance(instruction, ins.LoadPrefixes)
+        next_state(Action.LOAD_PREFIX_CACHE if loads else Action.SAVE_PREFIX_CACHE, self.state)
+        if instruction.epoch != self._epoch:
             return None
-        scheduler, keeping = self._keeping()
-        return taken(scheduler, keeping)
-
-    def _load_prefixes(self, load: ins.LoadPrefixes) -> int | None:
-        next_state(Action.LOAD_PREFIX_CACHE, self.state)
-        if load.epoch != self._epoch:
-            return None
-        return put(load.kept, *self._keeping())
+        scheduler, model = self._keeping()
+        match instruction:
+            case ins.SavePrefixes():
+                return kept_prefixes.catalogue_of(scheduler, model, instruction.pin)
+            case ins.ReadPrefixes():
+                return kept_prefixes.read(scheduler, model, instruction.pin, instruction.part)
+            case _:
+                return kept_prefixes.put(instruction.kept, scheduler, model)
 
     def _keeping(self) -> tuple[Scheduler, KeepingModel]:
         assert self.scheduler is not None and self.loaded is not None

@@ -7,23 +7,22 @@ or another medium, whose tokens mean nothing elsewhere.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from asyncengine.errors import PrefixCacheError
-from asyncengine.prefix_file import KeptPrefixes
+from asyncengine.prefix_file import Catalogue, KeptPrefixes
 from asyncengine.step.batch import Int32
 from asyncengine.step.model import KeepingModel
 from asyncengine.step.scheduler import Scheduler
 
 
-def taken(scheduler: Scheduler, model: KeepingModel) -> KeptPrefixes:
-    """What the prefix cache has.
+def catalogue_of(scheduler: Scheduler, model: KeepingModel, pin: str) -> Catalogue:
+    """What the prefix cache has. It is kept from being evicted, as what is pinned is, until the pin is undone.
 
     Args:
         scheduler: Whose cache it is.
         model: Has the keys and values.
-
-    Raises:
-        PrefixCacheError: They do not belong to the checkpoint, whose weights were replaced.
+        pin: Its name.
     """
     page_size = scheduler.limits.page_size
     tokens, before, blocks = list[Int32](), list[int](), list[int]()
@@ -39,12 +38,24 @@ def taken(scheduler: Scheduler, model: KeepingModel) -> KeptPrefixes:
         before += [at, *range(first, first + whole - 1)][:whole]
         if whole == len(pages):
             ends[edge.number] = first + whole - 1
-    held = np.array(blocks, dtype=np.int32)
-    return KeptPrefixes(
+    scheduler.blocks.tree.pin_blocks(pin, np.array(blocks, dtype=np.int32))
+    return Catalogue(
         np.concatenate([np.empty((0, page_size), dtype=np.int32), *tokens]),
         np.array(before, dtype=np.int32),
-        model.read_blocks(held),
+        model.kept_parts(),
     )
+
+
+def read(scheduler: Scheduler, model: KeepingModel, pin: str, part: str) -> NDArray[np.uint8] | None:
+    """(blocks, bytes) what a part of the KV cache has for what was pinned by `catalogue_of`.
+
+    None if that is not there any longer, because the prefix cache was emptied meanwhile.
+
+    Raises:
+        PrefixCacheError: It does not belong to the checkpoint, whose weights were replaced.
+    """
+    blocks = scheduler.blocks.tree.pinned(pin)
+    return None if blocks is None else model.read_blocks(part, blocks)
 
 
 def put(kept: KeptPrefixes, scheduler: Scheduler, model: KeepingModel) -> int:
@@ -62,27 +73,28 @@ def put(kept: KeptPrefixes, scheduler: Scheduler, model: KeepingModel) -> int:
         PrefixCacheError: They do not fit the cache.
     """
     pool, tree = scheduler.blocks.pool, scheduler.blocks.tree
-    page_size, count = scheduler.limits.page_size, len(kept.before)
-    if kept.tokens.shape != (count, page_size):
-        raise PrefixCacheError(f"the kept prefixes have blocks of {kept.tokens.shape[1:]} tokens, not {page_size}")
+    tokens, before = kept.catalogue.tokens, kept.catalogue.before
+    page_size, count = scheduler.limits.page_size, len(before)
+    if tokens.shape != (count, page_size):
+        raise PrefixCacheError(f"the kept prefixes have blocks of {tokens.shape[1:]} tokens, not {page_size}")
     blocks = np.full(count, -1, dtype=np.int32)  # where each lies here; -1 if there is no room
     new = np.zeros(count, dtype=np.bool_)
     paths: list[list[int]] = []
-    for end in sorted(set(range(count)) - set(kept.before.tolist())):
+    for end in sorted(set(range(count)) - set(before.tolist())):
         path = [end]
-        while (at := int(kept.before[path[-1]])) >= 0:
+        while (at := int(before[path[-1]])) >= 0:
             path.append(at)
         path.reverse()
-        there = tree.match(kept.tokens[path].reshape(-1))
+        there = tree.match(tokens[path].reshape(-1))
         blocks[path[: len(there)]] = there
         wanted = [at for at in path[len(there) :] if blocks[at] < 0][: pool.num_free]
         blocks[wanted], new[wanted] = pool.allocate(len(wanted)), True
         paths.append([at for at in path if blocks[at] >= 0])
     own = blocks[new]
     try:
-        model.write_blocks(own, {name: rows[new] for name, rows in kept.content.items()})
+        model.write_blocks(own, kept.content, np.flatnonzero(new))
         for path in reversed(paths):  # what was used last comes last
-            tree.insert(kept.tokens[path].reshape(-1), blocks[path])
+            tree.insert(tokens[path].reshape(-1), blocks[path])
     finally:
         pool.release(own)
     tree.trim(in_use=scheduler.num_running)

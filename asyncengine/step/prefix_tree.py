@@ -186,6 +186,17 @@ class PrefixTree:
         self._pins[name] = space, blocks
         self._pin_state(name, blocks)
 
+    def pin_blocks(self, name: str, blocks: Int32) -> None:
+        """Keeps known blocks, with all before them, from being evicted until `unpin`; none may be an adapter's."""
+        self.unpin(name)
+        self._pool.retain(blocks)
+        self._pins[name] = NO_SPACE, blocks
+
+    def pinned(self, name: str) -> Int32 | None:
+        """The blocks of a pin; None if there is none of that name."""
+        pin = self._pins.get(name)
+        return None if pin is None else pin[1]
+
     def unpin(self, name: str) -> bool:
         """Undoes `pin`; returns whether there was such a pin."""
         pin = self._pins.pop(name, None)

@@ -60,7 +60,10 @@ BROKEN: list[tuple[Any, str]] = [
     (lambda path: path.write_bytes(b""), "is damaged, or not a prefix cache"),
     (lambda path: path.write_bytes(path.read_bytes()[:-7]), "is damaged, or not a prefix cache"),
     (lambda path: path.write_bytes(b"no safetensors at all"), "is damaged, or not a prefix cache"),
-    (lambda path: safetensors.numpy.save_file({"x": np.zeros(3)}, path), "not a prefix cache that this version writes"),
+    (
+        lambda path: safetensors.numpy.save_file({"x": np.zeros(3)}, path),
+        "is damaged, or not a prefix cache: x is malf",
+    ),
     (lambda path: rewritten(path, format="asyncengine prefix cache 0"), "not a prefix cache that this version"),
     (lambda path: rewritten(path, identity="3"), "is damaged, or not"),
     (
@@ -107,7 +110,7 @@ async def test_where_it_cannot_be_written(rig: Rig, tmp_path: Path, monkeypatch:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(PrefixCacheError, match=r"cannot write .*: No space left on device"):
         await saved(rig, path)
     assert os.listdir(tmp_path) == ["prefixes"] and path.read_bytes() == b"before"

@@ -524,9 +524,17 @@ class CoreMachine(RuleBasedStateMachine):
                     loaded.model.refuse_next(ValueError("a refusal"))
             case "save prefixes":
                 view = self.core.view
-                ticket = self.ask(lambda to: ins.SavePrefixes(-1 if view is None else view.epoch, to))
-                reply = self.case.box.replies.get(ticket)  # none while a reload holds it up
-                self.kept = self.kept if reply is None or reply.value is None else reply.value
+                epoch = -1 if view is None else view.epoch
+                asked = [
+                    self.ask(lambda to: ins.SavePrefixes(epoch, "saved", to)),
+                    self.ask(lambda to: ins.ReadPrefixes(epoch, "saved", "cells", to)),
+                ]
+                replies = [self.case.box.replies.get(ticket) for ticket in asked]  # none while a reload holds them up
+                catalogue, rows = (None if reply is None else reply.value for reply in replies)
+                if catalogue is not None and rows is not None:
+                    self.kept = KeptPrefixes(catalogue, {"cells": rows})
+                if data.draw(st.booleans(), label="unpinned"):
+                    self.ask(lambda to: ins.Unpin("saved", to))
             case "load prefixes":
                 view, kept = self.core.view, self.kept
                 if kept is not None and view is not None:

@@ -24,10 +24,19 @@ from .core_case import Case, loaded
 
 
 def taken(case: Case) -> KeptPrefixes:
-    assert case.core.view is not None
-    kept = case.ask(lambda to: ins.SavePrefixes(case.core.view.epoch, to))  # type: ignore[union-attr]
-    assert isinstance(kept, KeptPrefixes)
-    return kept
+    view = case.core.view
+    assert view is not None
+    try:
+        catalogue = case.ask(lambda to: ins.SavePrefixes(view.epoch, "saved", to))
+        content = {
+            part: case.ask(lambda to, part=part: ins.ReadPrefixes(view.epoch, "saved", part, to))
+            for part in catalogue.parts
+        }
+        assert {part: rows.shape[1] for part, rows in content.items()} == catalogue.parts
+        case.check()
+        return KeptPrefixes(catalogue, content)
+    finally:
+        case.ask(lambda to: ins.Unpin("saved", to))
 
 
 def put(case: Case, kept: KeptPrefixes) -> int:
@@ -79,7 +88,7 @@ def test_what_was_used_last_comes_first_and_goes_last() -> None:
     for prompt in ("aaaa" * 3, "bbbb" * 3, "cccc" * 3, "aaaa" * 3):
         answered(case, prompt)
     kept = taken(case)
-    firsts = [bytes(kept.tokens[at].tolist()) for at in np.flatnonzero(kept.before < 0).tolist()]
+    firsts = [bytes(kept.catalogue.tokens[at].tolist()) for at in np.flatnonzero(kept.catalogue.before < 0).tolist()]
     assert firsts == [b"aaaa", b"cccc", b"bbbb"]
     other = loaded(max_total_sequence_length=4 * 16)  # each has come to six blocks, with its answer
     assert put(other, kept) == 4 * 16
@@ -97,7 +106,7 @@ def test_what_means_something_here_alone_stays_out() -> None:
     case.load(adapters={"x": "x"})
     case.add("adapted prompt", adapter="x")
     case.run()
-    assert taken(case).num_tokens == 0
+    assert taken(case).catalogue.num_tokens == 0
     reader = case.core.view.media_reader  # type: ignore[union-attr]
     tokens = ByteTokenizer()
     assert reader is not None
@@ -107,9 +116,27 @@ def test_what_means_something_here_alone_stays_out() -> None:
     case.give(case.adding(new))
     case.run()
     kept = taken(case)
-    assert kept.tokens.tolist() == [[*b"aaaa"]]
+    assert kept.catalogue.tokens.tolist() == [[*b"aaaa"]]
     other = loaded()
     assert put(other, kept) == 4 and answered(other, "aaaabbb") == 4
+
+
+def test_what_is_saved_is_not_evicted_before_it_is_read() -> None:
+    """And is not read where it was emptied: the blocks may have something else by then."""
+    case = loaded(max_total_sequence_length=64)
+    answered(case, "aaaa" * 4)
+    assert case.core.view is not None
+    catalogue = case.ask(lambda to: ins.SavePrefixes(1, "saved", to))
+    count = len(catalogue.before)
+    assert case.pool.num_used == count
+    answered(case, "bbbb" * 3)
+    answered(case, "cccc" * 3)
+    rows = case.ask(lambda to: ins.ReadPrefixes(1, "saved", "cells", to))
+    cells = rows.view(np.int64).reshape(count, 4)
+    assert (cells == catalogue.tokens).all()
+    case.ask(ins.Reset)
+    assert case.ask(lambda to: ins.ReadPrefixes(1, "saved", "cells", to)) is None
+    case.check()
 
 
 def test_pins_are_kept_and_what_runs_is_not_disturbed() -> None:
@@ -119,14 +146,19 @@ def test_pins_are_kept_and_what_runs_is_not_disturbed() -> None:
     running = case.add("aaaa" * 4, max_tokens=30)
     case.step(3)
     kept = taken(case)
-    assert kept.num_tokens >= 16
+    assert kept.catalogue.num_tokens >= 16
     assert put(case, kept) == 0
     case.run()
     assert case.text(running) == "aaaa" * 4
 
 
 WRONG: list[tuple[Any, str]] = [
-    (lambda kept: dataclasses.replace(kept, tokens=kept.tokens[:, :2]), r"blocks of \(2,\) tokens, not 4"),
+    (
+        lambda kept: dataclasses.replace(
+            kept, catalogue=dataclasses.replace(kept.catalogue, tokens=kept.catalogue.tokens[:, :2])
+        ),
+        r"blocks of \(2,\) tokens, not 4",
+    ),
     (lambda kept: dataclasses.replace(kept, content={}), "of another model"),
     (lambda kept: dataclasses.replace(kept, content={"cells": kept.content["cells"][:, :8]}), "of another model"),
 ]
@@ -148,12 +180,14 @@ def test_where_it_cannot_be() -> None:
     case = loaded()
     answered(case, "aaaa" * 4)
     kept = taken(case)
-    assert case.ask(lambda to: ins.SavePrefixes(99, to)) is None  # another model by now
+    assert case.ask(lambda to: ins.SavePrefixes(99, "saved", to)) is None  # another model by now
+    assert case.ask(lambda to: ins.ReadPrefixes(99, "saved", "cells", to)) is None
+    assert case.ask(lambda to: ins.ReadPrefixes(1, "saved", "cells", to)) is None  # it is not pinned any longer
     assert case.ask(lambda to: ins.LoadPrefixes(kept, 99, to)) is None
     case.ask(ins.Pause)
-    assert taken(case).num_tokens == kept.num_tokens and put(case, kept) == 0
+    assert taken(case).catalogue.num_tokens == kept.catalogue.num_tokens and put(case, kept) == 0
     case.ask(ins.Sleep)
-    for make in (lambda to: ins.SavePrefixes(1, to), lambda to: ins.LoadPrefixes(kept, 1, to)):
+    for make in (lambda to: ins.SavePrefixes(1, "saved", to), lambda to: ins.LoadPrefixes(kept, 1, to)):
         with pytest.raises(IllegalStateError, match="prefix_cache while the engine is sleeping"):
             case.ask(make)
     case.ask(ins.Wake)
@@ -170,7 +204,7 @@ def test_where_it_cannot_be() -> None:
     case.model.lose_device()
     case.step()
     with pytest.raises(EngineFailedError):
-        case.ask(lambda to: ins.SavePrefixes(1, to))
+        case.ask(lambda to: ins.SavePrefixes(1, "saved", to))
     case.ask(ins.Unload)
     with pytest.raises(ModelNotLoadedError):
-        case.ask(lambda to: ins.SavePrefixes(1, to))
+        case.ask(lambda to: ins.SavePrefixes(1, "saved", to))
