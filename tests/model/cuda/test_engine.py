@@ -199,12 +199,16 @@ async def test_heads_draft_from_states_that_replayed_steps_hand_out(
         seen = {"vocab_size": 8, "eagle_aux_hidden_state_layer_ids": [0, 1, 1]}
         heads = [str(eagle_heads.write(tmp_path / "head", "authors", eagle_heads.weights(6), **seen))]
 
+    prompt, settings = [1, 2, 3, 4] * 2 + [5], GenerationConfig(max_tokens=8, temperature=0, ignore_eos=True)
+
+    async def first(engine: AsyncEngine) -> Any:
+        return (await engine.generate(prompt, settings)).token_ids
+
     async def work(engine: AsyncEngine) -> list[Any]:
-        settings = GenerationConfig(max_tokens=8, temperature=0, ignore_eos=True)
-        drawn = settings.replace(n=2, temperature=1, seed=3, max_tokens=3)
-        found = [await engine.generate([1, 2, 3, 4] * 2 + [5], each) for each in (settings, drawn)]
-        assert found[-1].usage.cached_tokens == 8
-        return [[branch.token_ids for branch in result.outputs] for result in found]
+        greedy = await first(engine)
+        drawn = await engine.generate(prompt, settings.replace(n=2, temperature=1, seed=3, max_tokens=3))
+        assert drawn.usage.cached_tokens == 8
+        return [greedy, *(branch.token_ids for branch in drawn.outputs)]
 
     config = config.replace(model=str(path), max_num_sequence=3, kv_cache_page_size=8)
     drafting = config.replace(speculative_mode=mode, additional_models=tuple(heads), spec_draft_length=2)
@@ -225,10 +229,12 @@ async def test_heads_draft_from_states_that_replayed_steps_hand_out(
         replays = device.replays
         guesses.clear()
         assert await work(engine) == expected
+        assert guesses == of_host
         await engine.sleep()
         await engine.wake()
-        assert await work(engine) == expected
-        assert guesses == 2 * of_host
+        guesses.clear()
+        assert await first(engine) == expected[0]
+        assert guesses == of_host[: len(guesses)] != []
         assert device.replays > replays
 
 
@@ -313,7 +319,7 @@ async def test_decodes_of_recurrent_layers_are_captured(
             engine.generate(PROMPT, settings.replace(n=2, temperature=1, seed=3, logprobs=True)),
             engine.generate([9, *PROMPT], settings),
         )
-        for seed, branch in enumerate(first.outputs if alone else (), 3):  # each is what it would be alone
+        for seed, branch in enumerate(first.outputs if alone else (), 3):  # each is what it would be alone, on the host
             single = await engine.generate(PROMPT, settings.replace(temperature=1, seed=seed, logprobs=True))
             assert single.outputs[0].token_ids == branch.token_ids
             assert logprobs_of(single.outputs[0]) == pytest.approx(logprobs_of(branch), abs=1e-4)
@@ -324,8 +330,8 @@ async def test_decodes_of_recurrent_layers_are_captured(
             other.token_ids,
             second.token_ids,
             second.usage.cached_tokens,
-            # They tell what state it went on from, where three tokens would not.
-            pytest.approx(logprobs_of(second.outputs[0]), abs=1e-4),
+            # They tell what state each went on from, where few tokens would not.
+            pytest.approx([each for one in (*first.outputs, second.outputs[0]) for each in logprobs_of(one)], abs=1e-4),
         ]
 
     config = config.replace(model=str(path), max_num_sequence=4, kv_cache_page_size=8)
@@ -336,7 +342,7 @@ async def test_decodes_of_recurrent_layers_are_captured(
         assert device.kernels["delta_rule"] > 0 and device.kernels["convolution"] > 0
         assert engine.health().warm_up.done == 3  # steps of 1, 2 and 4; those with prompts are launched
         replays = device.replays
-        found = await work(engine)
+        found = await work(engine, alone=False)
         assert device.replays - replays > 5
         await engine.sleep()
         await engine.wake()
@@ -355,7 +361,7 @@ async def test_decodes_of_recurrent_layers_are_captured(
         ("kimi_linear", {"layer_types": ["linear_attention", "full_attention"]}, {"convolution", "delta_rule"}),
         ("bamba", {}, {"convolution", "selective_scan"}),
         ("mamba", {}, {"convolution", "selective_scan"}),
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, {"convolution"}),
+        pytest.param("lfm2", {"layer_types": ["conv", "full_attention"]}, {"convolution"}, marks=pytest.mark.long),
     ],
 )
 async def test_kernels_take_decodes_of_recurrent_layers_to_what_transformers_says(
@@ -403,6 +409,7 @@ async def test_recurrent_layers_whose_kernels_fail_decode_as_transformers_has_th
     )
 
 
+@pytest.mark.long  # what a launched step with drafts does is tested on the host, too, beside captured ones
 @on_one_loop
 async def test_steps_with_drafts_of_recurrent_layers_are_launched(
     device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path]

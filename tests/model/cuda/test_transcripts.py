@@ -40,7 +40,7 @@ async def test_transcripts_are_those_of_the_host(device: Pretended, tmp_path: Pa
     config = EngineConfig(str(path), device="cuda", dtype="float32", max_num_sequence=6000, gpu_memory_utilization=0.03)
 
     async def transcript(engine: AsyncEngine, seed: int, language: str | None) -> Any:
-        audio, short = (checkpoints.sound(seed, 0.9), checkpoints.RATE), GenerationConfig(max_tokens=3)
+        audio, short = (checkpoints.sound(seed, 0.9), checkpoints.RATE), GenerationConfig(max_tokens=2)
         found = await engine.transcribe(
             audio, short, language=language, timestamps="word" if language is None else False
         )
