@@ -20,19 +20,10 @@ COMPILED = (
 )  # fmt: skip
 BESIDE = ("qwen2_moe", "glm4_moe")
 """Experts that have an MLP beside them."""
-AS_MODULES_THEY_DIFFER = (
-    "llama",
-    "mistral",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "cohere",
-    "opt",
-    "mixtral",
-    "gpt_oss",
-)
-"""Those that compiled models are tried among as transformers' modules in short: the others have no part of another kind."""
+AS_MODULES = (
+    "llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "cohere", "opt", "mixtral", "gpt_oss",
+)  # fmt: skip
+"""Of those, the ones that run as transformers' modules in short: they have all kinds of attention and experts."""
 LIKE_OTHERS = ("qwen3_5_moe",)
 """Those whose layers are all among those of others here."""
 BRANCHES, LONGEST = 3, 4  # of the prompts below: the one that is answered twice, and the longest
@@ -85,7 +76,7 @@ def references() -> dict[str, list[list[int]]]:
             pytest.param(name, "cpu", marks=LONG if name in LIKE_OTHERS else ())
             for name in (*ARCHITECTURES, *RECURRENT, *BESIDE)
         ),
-        *(pytest.param(name, "torch", marks=() if name in AS_MODULES_THEY_DIFFER else LONG) for name in COMPILED),
+        *(pytest.param(name, "torch", marks=() if name in AS_MODULES else LONG) for name in COMPILED),
     ],
 )
 def test_greedy_equals_transformers(
