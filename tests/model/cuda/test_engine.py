@@ -210,7 +210,7 @@ async def test_heads_draft_from_states_that_replayed_steps_hand_out(
         assert drawn.usage.cached_tokens == 8
         return [greedy, *(branch.token_ids for branch in drawn.outputs)]
 
-    config = config.replace(model=str(path), max_num_sequence=3, kv_cache_page_size=8)
+    config = config.replace(model=str(path), max_num_sequence=2, kv_cache_page_size=8)
     drafting = config.replace(speculative_mode=mode, additional_models=tuple(heads), spec_draft_length=2)
     expected = await on_host(config, work)
     guesses, propose = list[list[int]](), HeadDrafter.propose
@@ -368,11 +368,11 @@ async def test_kernels_take_decodes_of_recurrent_layers_to_what_transformers_say
     device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path], architecture: str,
     changes: dict[str, Any], kernels: set[str],
 ) -> None:  # fmt: skip
-    """Of sequences that come and go beside each other; steps of three are padded to four, if they are captured."""
+    """Of sequences that come and go beside each other."""
     path = checkpoint(architecture, num_hidden_layers=2, **changes)
-    config = config.replace(model=str(path), max_num_sequence=4, kv_cache_page_size=8)
+    config = config.replace(model=str(path), max_num_sequence=2, kv_cache_page_size=8)
     prompts = [PROMPT, [9, *PROMPT], [7]]
-    settings = [GenerationConfig(max_tokens=count, temperature=0, ignore_eos=True) for count in (3, 6, 5)]
+    settings = [GenerationConfig(max_tokens=count, temperature=0, ignore_eos=True) for count in (3, 5, 4)]
     async with AsyncEngine(config) as engine:
         assert not any("decode as transformers" in note for note in engine.health().notes)
         results = await engine.generate_many(prompts, settings)
@@ -545,9 +545,10 @@ async def test_weights_of_four_bits(
         assert all(len(tokens) == TOKENS for tokens in first)
         assert set(device.waits) == {"Event.synchronize"} and device.replays > 0
         assert {"by_row", "by_tile"} | ({"route", "add_up"} if stored else set()) <= set(device.kernels)
-        await engine.sleep()
-        await engine.wake()
-        assert await greedy(engine) == first
+        if stored:
+            await engine.sleep()
+            await engine.wake()
+            assert await greedy(engine) == first
 
 
 @on_one_loop

@@ -107,7 +107,10 @@ IN_WINDOWS = ("glmasr", "audioflamingo3", "musicflamingo", "moss_transcribe_diar
 """Those whose processors cut what is longer than two seconds into windows, here."""
 
 
-@pytest.mark.parametrize("architecture", LISTENING)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=pytest.mark.long if name == "gemma4" else ()) for name in LISTENING],  # see beside images
+)
 async def test_greedy_equals_transformers(architecture: str, hearing: Callable[..., Path]) -> None:
     """Two in one step, one in two branches, in chunks that part them, and again where all of it is cached."""
     path = hearing(architecture)

@@ -105,11 +105,16 @@ async def are_as_told(engine: AsyncEngine, path: Path, *conversations: list[dict
 
 AS_WITHOUT_EXPERTS = {"qwen3_5_moe", "qwen3_vl_moe"}
 """Those whose images go the way of a model beside them here, which has no experts."""
+BESIDE_VIDEOS = {"qwen2_vl", "qwen2_5_vl", "qwen3_5", "llava_onevision", "lfm3_vl", "exaone4_5", "minicpmv4_6"}
+"""Those whose images are compared with transformers' by the tests of videos, too."""
 
 
 @pytest.mark.parametrize(
     "architecture",
-    [pytest.param(name, marks=pytest.mark.long if name in AS_WITHOUT_EXPERTS else ()) for name in SERVED],
+    [
+        pytest.param(name, marks=pytest.mark.long if name in AS_WITHOUT_EXPERTS | BESIDE_VIDEOS else ())
+        for name in SERVED
+    ],
 )
 async def test_greedy_equals_transformers(architecture: str, sighted: Callable[..., Path]) -> None:
     path = sighted(architecture)

@@ -33,7 +33,7 @@ WITH_TORCHVISION = ["glm46v", "internvl", "gemma4"]
 REFUSED = {"llava": "no encoder of videos"}
 """Those that take images alone, and why."""
 FIRST, SECOND, THIRD = film(1, 4, 48, 32), film(2, 6, 40, 24, fps=3.0), film(3, 4, 48, 32)
-IMAGE = picture(1, 48, 32)
+IMAGE, OTHER = picture(1, 48, 32), picture(2, 40, 24)
 TOKENS = 7
 LONG = {"max_single_sequence_length": 1000, "max_total_sequence_length": 4000}
 
@@ -114,7 +114,7 @@ async def test_greedy_equals_transformers(architecture: str, sighted: Callable[.
     async with engine(path, **(LONG if architecture == "gemma4" else {})) as serving:
         assert serving.takes_videos
         first, *_ = await are_as_told(
-            serving, path, question, (second, "is other than", FIRST), ("no video at all",), (IMAGE, "alone")
+            serving, path, question, (second, "is other than", FIRST), ("no video at all",), (IMAGE, "beside", OTHER)
         )
         messages, images, films = bare(*question)
         assert first[:3] == reference(path, messages, images, 3, films)
@@ -123,7 +123,7 @@ async def test_greedy_equals_transformers(architecture: str, sighted: Callable[.
         assert again.usage.cached_tokens >= again.usage.prompt_tokens - 16
         other = await serving.chat(asking("Look: ", THIRD, " and ", IMAGE, " which?"), greedy(1))
         assert other.usage.cached_tokens <= 32  # up to the first video
-        asked = (question, question, (FIRST, second), (THIRD, IMAGE), (IMAGE,))
+        asked = (question, question, (FIRST, second), (THIRD, IMAGE), (IMAGE, OTHER))
         ids = torch.cat([inputs(path, *bare(*parts))["input_ids"][0] for parts in asked])
         config, counters = loaded(path).config, serving.metrics().counters
         assert counters.image_tokens == int((ids == config.image_token_id).sum())
