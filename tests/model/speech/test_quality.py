@@ -125,7 +125,7 @@ async def test_what_looks_wrong_and_is_silent_is_left_out(whisper: Path, serving
 
 async def test_what_looks_wrong_is_written_down_at_the_next_temperature(serving: AsyncEngine) -> None:
     """Until it does not, or there are no more; what comes then is what the model says at that temperature."""
-    temperatures, config = (0.0, 0.7, 0.9), GenerationConfig(max_tokens=30, seed=2)
+    temperatures, config = (0.0, 0.7, 0.9), GenerationConfig(max_tokens=20, seed=2)
     drawn = [
         await serving.transcribe(heard(2), config.replace(temperature=temperature), language="de")
         for temperature in temperatures
