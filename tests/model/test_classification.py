@@ -74,7 +74,10 @@ def changed(path: Path, to: Path, about: dict[str, Any], **tensors: torch.Tensor
     return to
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "gemma3_text", "mistral"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["qwen3", "gemma2", "gemma3_text", *(pytest.param(name, marks=pytest.mark.long) for name in ("llama", "mistral"))],
+)
 async def test_classes_are_those_of_transformers_from_chunks_and_from_the_prefix_cache(
     architecture: str, classifier: Write
 ) -> None:

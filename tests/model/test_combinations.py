@@ -135,7 +135,7 @@ def test_whatever_is_asked_for_together_is_what_the_reference_gives(
     layers = {"n_layer": 2} if architecture == "gpt2" else {"num_hidden_layers": 2}
     path = checkpoint(architecture, vocab_size=letters.VOCABULARY, eos_token_id=letters.END, **layers)
     letters.write(path)
-    combine(path, seed, requests=28, engines=3, end=letters.END, directory=tmp_path)
+    combine(path, seed, requests=22, engines=3, end=letters.END, directory=tmp_path)
 
 
 def test_so_it_is_with_recurrent_layers(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_so_it_is_with_recurrent_layers(checkpoint: Callable[..., Path], tmp_pat
         layer_types=["linear_attention", "full_attention"],
     )  # fmt: skip
     letters.write(path)
-    combine(path, seed=1, requests=20, engines=3, end=letters.END, directory=tmp_path, recurrent=True)
+    combine(path, seed=1, requests=16, engines=2, end=letters.END, directory=tmp_path, recurrent=True)
 
 
 def test_so_it_is_with_the_tiny_model_and_its_head(tmp_path: Path) -> None:

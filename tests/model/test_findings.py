@@ -38,6 +38,8 @@ from tests.model.test_kept_tokenizer import directory
 NOT_KEPT = {"mixtral", "gpt_oss", "gpt_neox"}
 """Experts are put together by transformers, and the head of the last is stored under another name."""
 COMPILED = sorted(set(ARCHITECTURES) - {"deepseek_v3", "mistral", "olmo3", "qwen3_moe"})  # which have others' parts
+LIKE_OTHERS = {"cohere2", "exaone4", "glm4", "granite", "llama", "olmo2", "qwen3", "smollm3", "starcoder2"}
+"""Those whose parts are kept as those of others are."""
 INT8 = ("qwen2", "phi3", "gpt2", "opt", "cohere", "gemma2", "mixtral")
 """Between them they have every kind of part that is stored so."""
 
@@ -68,7 +70,7 @@ def recalled(loaded: LoadedModel) -> bool:
 @pytest.mark.parametrize(
     ("architecture", "quantization"),
     [
-        *((name, "none") for name in COMPILED),
+        *(pytest.param(name, "none", marks=pytest.mark.long if name in LIKE_OTHERS else ()) for name in COMPILED),
         *((name, "int8") for name in INT8),
         *((name, "int4") for name in ("qwen2", "gpt2", "mixtral")),
     ],
@@ -212,7 +214,16 @@ def test_what_is_too_large_is_not_kept(kept: Path) -> None:
     assert recall(kept / "large") is None
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "phi3", "phi", "gpt2", "opt", "cohere", "gemma2"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "qwen2",
+        "phi3",
+        "gpt2",
+        "gemma2",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("phi", "opt", "cohere")),
+    ],
+)
 def test_new_weights_find_their_places(architecture: str, checkpoint: Callable[..., Path]) -> None:
     load(checkpoint(architecture)).model.close()
     loaded, wanted = load(checkpoint(architecture)), load(checkpoint(architecture, seed=1))
@@ -414,7 +425,9 @@ class TestReadingAhead:
         assert not [thread for thread in threading.enumerate() if thread.name == "asyncengine-read-ahead"]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "starcoder2", "qwen2"])
+@pytest.mark.parametrize(
+    "architecture", ["gpt2", "qwen2", *(pytest.param(name, marks=pytest.mark.long) for name in ("llama", "starcoder2"))]
+)
 def test_no_weight_is_looked_at_before_all_are_packed(
     architecture: str, tmp_path: Path, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -383,8 +383,15 @@ async def tokens_of(config: EngineConfig, run_ahead: bool = False) -> tuple[list
         return [result.token_ids for result in results], engine.health().notes
 
 
-@pytest.mark.parametrize("when", ["idle", "load"])
-@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize(
+    ("run_ahead", "when"),
+    [
+        (False, "load"),
+        (True, "idle"),
+        pytest.param(False, "idle", marks=pytest.mark.long),
+        pytest.param(True, "load", marks=pytest.mark.long),
+    ],
+)
 async def test_an_engine_generates_the_same_with_captured_steps(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, run_ahead: bool, when: Any
 ) -> None:

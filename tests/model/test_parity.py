@@ -12,7 +12,7 @@ from asyncengine import AsyncEngine, EngineConfig, EngineMetrics, GenerationConf
 from tests.model.checkpoints import ARCHITECTURES, RECURRENT
 from tests.model.reference import Reference
 
-NEW_TOKENS = 16
+NEW_TOKENS = 12
 COMPILED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3", "granite", "smollm3",
     "gpt2", "gpt_neox", "cohere", "cohere2", "exaone4", "starcoder2", "opt", "glm4", "phi", "mixtral", "qwen3_moe",
@@ -20,8 +20,15 @@ COMPILED = (
 )  # fmt: skip
 BESIDE = ("qwen2_moe", "glm4_moe")
 """Experts that have an MLP beside them."""
+AS_MODULES = (
+    "llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "cohere", "opt", "mixtral", "gpt_oss",
+)  # fmt: skip
+"""Of those, the ones that run as transformers' modules in short: they have all kinds of attention and experts."""
+LIKE_OTHERS = ("qwen3_5_moe",)
+"""Those whose layers are all among those of others here."""
 BRANCHES, LONGEST = 3, 4  # of the prompts below: the one that is answered twice, and the longest
 GREEDY = GenerationConfig(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+LONG = pytest.mark.long
 
 
 NEEDED = {
@@ -64,8 +71,13 @@ def references() -> dict[str, list[list[int]]]:
 @pytest.mark.parametrize(
     ("architecture", "backend"),
     # Those that run compiled on one back end run as transformers' modules on the other; all others are modules anyway.
-    [(name, backend) for name in ARCHITECTURES for backend in ("cpu", "torch") if backend == "cpu" or name in COMPILED]
-    + [(name, "cpu") for name in (*RECURRENT, *BESIDE)],
+    [
+        *(
+            pytest.param(name, "cpu", marks=LONG if name in LIKE_OTHERS else ())
+            for name in (*ARCHITECTURES, *RECURRENT, *BESIDE)
+        ),
+        *(pytest.param(name, "torch", marks=() if name in AS_MODULES else LONG) for name in COMPILED),
+    ],
 )
 def test_greedy_equals_transformers(
     architecture: str,

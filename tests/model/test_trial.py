@@ -94,11 +94,23 @@ MISTAKES: dict[str, Callable[[Blueprint], Blueprint]] = {
 """In the parts of a model; none of them moves the logits by more than a fifth."""
 
 
+NUMBERS = [("none", "float32"), ("none", "bfloat16"), ("none", "float16"), ("int8", "bfloat16"), ("int4", "bfloat16")]
+SMALLEST = "branches times 1.02", "a norm's epsilon", "queries times 1.05"
+
+
+def _in_short(mistake: str, quantization: str, dtype: str) -> bool:
+    """All are made in the numbers that allow for least and for most, and some in the others."""
+    return (quantization, dtype) in (NUMBERS[0], NUMBERS[-1]) or mistake in SMALLEST
+
+
 @pytest.mark.parametrize(
-    ("quantization", "dtype"),
-    [("none", "float32"), ("none", "bfloat16"), ("none", "float16"), ("int8", "bfloat16"), ("int4", "bfloat16")],
+    ("mistake", "quantization", "dtype"),
+    [
+        pytest.param(mistake, *numbers, marks=() if _in_short(mistake, *numbers) else pytest.mark.long)
+        for mistake in MISTAKES
+        for numbers in NUMBERS
+    ],
 )
-@pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_small_mistake_in_a_models_parts_is_seen_in_any_numbers(
     mistake: str, quantization: str, dtype: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +118,7 @@ def test_a_small_mistake_in_a_models_parts_is_seen_in_any_numbers(
     _refused_with(mistake, monkeypatch, path, settings)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.long)])
 @pytest.mark.parametrize("mistake", ["branches times 1.02", "no bias of one layer's values", "queries times 1.05"])
 def test_so_it_is_in_codes(
     mistake: str, method: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,7 +127,9 @@ def test_so_it_is_in_codes(
     _refused_with(mistake, monkeypatch, path, {"quantization": "int4", "dtype": "bfloat16"})
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize(
+    "quantization", [*(pytest.param(name, marks=pytest.mark.long) for name in ("none", "int8")), "int4"]
+)
 @pytest.mark.parametrize("mistake", ["branches times 1.02", "queries times 1.05", "weights of norms 0.02 larger"])
 def test_so_it_is_beside_experts(
     mistake: str, quantization: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

@@ -117,7 +117,7 @@ def test_outputs_are_those_without_drafts(
             assert (counters.preemptions > 0) == ("squeezed" in name)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gpt_neox"])
+@pytest.mark.parametrize("architecture", [pytest.param("qwen3", marks=pytest.mark.long), "gpt_neox"])
 def test_so_it_is_with_other_architectures(
     architecture: str, pair: Callable[[str], tuple[Path, Path]], subtests: pytest.Subtests
 ) -> None:

@@ -85,6 +85,7 @@ async def test_a_head_shares_what_a_model_has_packed_in_few_bits(decoder: str) -
     assert result.usage.accepted_draft_tokens > 10
 
 
+@pytest.mark.loops("either")
 async def test_leaving_in_the_middle_disturbs_nobody() -> None:
     async with AsyncEngine(EngineConfig("tiny", **LIMITS)) as engine:
         expected = await engine.generate(STORY, GREEDY)

@@ -34,13 +34,13 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
 async def test_transcripts_are_those_of_the_host(device: Pretended, tmp_path: Path) -> None:
     """Of more sequences than there is memory for, so that all that may be taken is."""
     heads = [(0, 1)]
-    path = checkpoints.write(tmp_path, heads=heads, decoder_layers=1, encoder_layers=1, max_source_positions=50)
-    hearing = {"feature_size": 16, "sampling_rate": checkpoints.RATE, "hop_length": 160, "n_fft": 400}
+    path = checkpoints.write(tmp_path, heads=heads, decoder_layers=1, encoder_layers=1, max_source_positions=25)
+    hearing = {"feature_size": 16, "sampling_rate": checkpoints.RATE, "hop_length": 320, "n_fft": 400}
     WhisperFeatureExtractor(chunk_length=1, **hearing).save_pretrained(path)
     config = EngineConfig(str(path), device="cuda", dtype="float32", max_num_sequence=6000, gpu_memory_utilization=0.03)
 
     async def transcript(engine: AsyncEngine, seed: int, language: str | None) -> Any:
-        audio, short = (checkpoints.sound(seed, 0.9), checkpoints.RATE), GenerationConfig(max_tokens=3)
+        audio, short = (checkpoints.sound(seed, 0.9), checkpoints.RATE), GenerationConfig(max_tokens=2)
         found = await engine.transcribe(
             audio, short, language=language, timestamps="word" if language is None else False
         )

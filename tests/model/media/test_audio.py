@@ -107,7 +107,10 @@ IN_WINDOWS = ("glmasr", "audioflamingo3", "musicflamingo", "moss_transcribe_diar
 """Those whose processors cut what is longer than two seconds into windows, here."""
 
 
-@pytest.mark.parametrize("architecture", LISTENING)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=pytest.mark.long if name == "gemma4" else ()) for name in LISTENING],  # see beside images
+)
 async def test_greedy_equals_transformers(architecture: str, hearing: Callable[..., Path]) -> None:
     """Two in one step, one in two branches, in chunks that part them, and again where all of it is cached."""
     path = hearing(architecture)
@@ -131,7 +134,7 @@ async def test_greedy_equals_transformers(architecture: str, hearing: Callable[.
         assert encoded(serving) == 2
 
 
-@pytest.mark.parametrize("backend", ["auto", "transformers"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("transformers", marks=pytest.mark.long)])
 async def test_several_in_one_prompt(backend: str, hearing: Callable[..., Path]) -> None:
     path = hearing("qwen2_audio")
     asked = asking("hear ", SECOND, " and ", FIRST, " and ", SECOND)
@@ -193,12 +196,8 @@ async def test_wrong_audio(hearing: Callable[..., Path]) -> None:
             await serving.chat(asking("<|AUDIO|>", FIRST))
         assert serving.metrics().counters.steps == 0
         assert len((await serving.chat(asking(sound(4, 2.0)), greedy(3))).token_ids) == 3  # as long as it may be
-
-
-async def test_a_model_of_one_audio_in_a_prompt_says_so(hearing: Callable[..., Path]) -> None:
-    async with engine(hearing("glmasr")) as serving:
-        with pytest.raises(InvalidRequestError, match="the prompt has 2 audio; the model takes 1"):
-            await serving.chat(asking(FIRST, SECOND))
+        with pytest.raises(InvalidRequestError, match="does not say how it is asked to transcribe"):
+            await serving.transcribe((FIRST, RATE))
 
 
 async def test_files_and_other_rates(hearing: Callable[..., Path]) -> None:
@@ -214,7 +213,7 @@ async def test_files_and_other_rates(hearing: Callable[..., Path]) -> None:
         assert result.usage.audio_tokens > 0 and encoded(serving) == 1  # it is the same to the prefix cache, too
 
 
-@pytest.mark.parametrize("backend", ["auto", "transformers"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("transformers", marks=pytest.mark.long)])
 async def test_one_that_cannot_be_encoded_ends_its_own_requests(
     backend: str, hearing: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,12 +322,8 @@ async def test_transcripts_are_asked_for_as_transformers_does(
         if architecture == "glmasr":
             with pytest.raises(InvalidRequestError, match="language is 'en'; the model is not told any"):
                 await serving.transcribe((FIRST, RATE), language="en")
-
-
-async def test_who_is_asked_in_a_conversation_alone_says_so(hearing: Callable[..., Path]) -> None:
-    async with engine(hearing("qwen2_audio")) as serving:
-        with pytest.raises(InvalidRequestError, match="does not say how it is asked to transcribe"):
-            await serving.transcribe((FIRST, RATE))
+            with pytest.raises(InvalidRequestError, match="the prompt has 2 audio; the model takes 1"):
+                await serving.chat(asking(FIRST, SECOND))
 
 
 async def test_it_can_be_left_out(hearing: Callable[..., Path]) -> None:

@@ -53,7 +53,7 @@ def test_which_layers_do_is_seen_in_transformers(name: str, ahead: list[bool], p
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("gemma3", {"decoder_backend": "compiled"}),
+        pytest.param("gemma3", {"decoder_backend": "compiled"}, marks=pytest.mark.long),
         ("gemma3", {"attention_backend": "torch"}),
         ("gemma4_moe", {}),
     ],

@@ -33,6 +33,7 @@ def test_of_models_of_text_nothing(name: str) -> None:
         assert not senses(architecture.bare(getattr(transformers, config)(**values)))
 
 
+@pytest.mark.loops("either")
 async def test_a_head_that_is_called_decoder(tmp_path: Path) -> None:
     """What a model calls its decoder is not always what decodes."""
     config = transformers.ModernBertDecoderConfig(

@@ -113,7 +113,9 @@ def text(serving: AsyncEngine) -> Any:
     return serving.chat(asking("assistant: fffff"), greedy(2 * TOKENS, allowed_token_ids=LETTERS[:1]))
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_vl", "gemma3", "llava", "qwen3_5"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen3_vl", "gemma3", pytest.param("llava", marks=pytest.mark.long), "qwen3_5"]
+)
 async def test_what_repeats_itself_is_guessed_behind_images(
     architecture: str, sighted: Callable[..., Path], steps: list[StepBatch]
 ) -> None:
@@ -142,7 +144,7 @@ async def test_a_head_of_the_model_sees_what_the_model_sees(
     texts = 0
     for text, guess in guessed:
         known = np.array(text[: len(prompt)])
-        if guess and len(known) == len(prompt) and (known[known >= 0] == prompt[known >= 0]).all():
+        if texts < 12 and guess and len(known) == len(prompt) and (known[known >= 0] == prompt[known >= 0]).all():
             assert reference.guesses([*reference.prompt, *text[len(prompt) :]], len(guess), LETTERS) == guess
             texts += 1
     assert texts > 5

@@ -25,7 +25,7 @@ from tests.model.media.checkpoints import Film, film, inputs, likeliest, load, l
 
 pytestmark = pytest.mark.loops("either")
 
-SERVED = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "llava_onevision", "lfm3_vl", "exaone4_5"]
+SERVED = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava_onevision", "lfm3_vl", "exaone4_5"]
 EITHER = ["glm4v", "glm46v", "internvl"]
 """Those in which the same tokens stand for pieces of images and of videos."""
 WITH_TORCHVISION = ["glm46v", "internvl", "gemma4"]
@@ -33,8 +33,8 @@ WITH_TORCHVISION = ["glm46v", "internvl", "gemma4"]
 REFUSED = {"llava": "no encoder of videos"}
 """Those that take images alone, and why."""
 FIRST, SECOND, THIRD = film(1, 4, 48, 32), film(2, 6, 40, 24, fps=3.0), film(3, 4, 48, 32)
-IMAGE = picture(1, 48, 32)
-TOKENS = 10
+IMAGE, OTHER = picture(1, 48, 32), picture(2, 40, 24)
+TOKENS = 7
 LONG = {"max_single_sequence_length": 1000, "max_total_sequence_length": 4000}
 
 
@@ -103,7 +103,9 @@ async def test_where_a_prompt_has_either_images_or_videos(architecture: str, sig
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # of numpy, for how a processor copies a tensor
-@pytest.mark.parametrize("architecture", [*SERVED, "gemma4", "minicpmv4_6", "kimi_k25"])
+@pytest.mark.parametrize(
+    "architecture", [*SERVED, "gemma4", "minicpmv4_6", "kimi_k25", pytest.param("qwen3_vl_moe", marks=pytest.mark.long)]
+)
 async def test_greedy_equals_transformers(architecture: str, sighted: Callable[..., Path]) -> None:
     needing_torchvision(architecture)
     path = sighted(architecture)
@@ -112,7 +114,7 @@ async def test_greedy_equals_transformers(architecture: str, sighted: Callable[.
     async with engine(path, **(LONG if architecture == "gemma4" else {})) as serving:
         assert serving.takes_videos
         first, *_ = await are_as_told(
-            serving, path, question, (second, "is other than", FIRST), ("no video at all",), (IMAGE, "alone")
+            serving, path, question, (second, "is other than", FIRST), ("no video at all",), (IMAGE, "beside", OTHER)
         )
         messages, images, films = bare(*question)
         assert first[:3] == reference(path, messages, images, 3, films)
@@ -121,7 +123,7 @@ async def test_greedy_equals_transformers(architecture: str, sighted: Callable[.
         assert again.usage.cached_tokens >= again.usage.prompt_tokens - 16
         other = await serving.chat(asking("Look: ", THIRD, " and ", IMAGE, " which?"), greedy(1))
         assert other.usage.cached_tokens <= 32  # up to the first video
-        asked = (question, question, (FIRST, second), (THIRD, IMAGE), (IMAGE,))
+        asked = (question, question, (FIRST, second), (THIRD, IMAGE), (IMAGE, OTHER))
         ids = torch.cat([inputs(path, *bare(*parts))["input_ids"][0] for parts in asked])
         config, counters = loaded(path).config, serving.metrics().counters
         assert counters.image_tokens == int((ids == config.image_token_id).sum())
@@ -158,7 +160,7 @@ async def test_preempted_they_are_seen_again_and_encoded_once(
 
 
 async def test_branches_and_scores_of_a_prompt(sighted: Callable[..., Path]) -> None:
-    path, parts = sighted("qwen3_vl"), ("x", FIRST, "y and z")
+    path, parts = sighted("qwen3_vl"), ("x", FIRST, "y", IMAGE, "and z")
     given = inputs(path, *bare(*parts))
     with torch.inference_mode():
         logprobs = loaded(path)(**given).logits[0].log_softmax(-1)
@@ -173,7 +175,7 @@ async def test_branches_and_scores_of_a_prompt(sighted: Callable[..., Path]) -> 
             check(path, parts, branch)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("architecture", ["qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.long)])
 async def test_a_video_that_is_longer_than_it_is_large(architecture: str, sighted: Callable[..., Path]) -> None:
     """In time, it goes on further than the text behind it begins; what is said comes after both."""
     path, parts = sighted(architecture), (film(4, 24, 16, 16, fps=0.5), "?")
@@ -209,12 +211,12 @@ async def test_a_reload_carries_them_on(sighted: Callable[..., Path]) -> None:
     path, parts = sighted("qwen3_vl"), ("x", FIRST, "?")
     said: list[int] = []
     async with engine(path, decoder_backend="transformers") as serving:
-        async for output in serving.chat(asking(*parts), greedy(60)):
+        async for output in serving.chat(asking(*parts), greedy(30)):
             if not said:
                 await serving.reload(serving.complete_engine_config, in_flight="carry")
             said += output.token_ids
     messages, images, films = bare(*parts)
-    assert len(said) == 60
+    assert len(said) == 30
     assert said == likeliest(path, messages, images, said, films=films)
 
 
@@ -269,7 +271,7 @@ async def test_wrong_videos_end_before_they_reach_the_model(sighted: Callable[..
 
 async def test_they_can_be_left_out(sighted: Callable[..., Path]) -> None:
     for changes in ({"videos": False}, {"images": False, "videos": None}):
-        async with engine(sighted("qwen3_5"), **changes) as serving:
+        async with engine(sighted("qwen3_vl"), **changes) as serving:
             with pytest.raises(InvalidRequestError, match=r"the model takes none: (videos|images) is False"):
                 await serving.chat(asking(FIRST), greedy(1))
             assert serving.takes_images == ("images" not in changes)

@@ -127,7 +127,13 @@ HOW = [(name, how) for name in NAMES for how in ("compiled", "kernels")]
 HOW += [(name, "plain") for name in ("qwen3_5", "lfm2", "mamba", "kimi_linear")]
 
 
-@pytest.fixture(params=HOW, ids="-".join)
+AS_MAMBA2 = ("falcon_h1", "kernels")
+"""Whose kernels are those of granitemoehybrid."""
+
+
+@pytest.fixture(
+    params=[pytest.param(how, marks=pytest.mark.long if how == AS_MAMBA2 else (), id="-".join(how)) for how in HOW]
+)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     name, how = request.param
     functions = compiled(request.getfixturevalue("compiled_scans")) if how == "compiled" else None

@@ -137,7 +137,10 @@ def of_delta(given: Tensors, normalise: bool = True) -> Callable[[Any, torch.Ten
 
 
 @pytest.mark.parametrize("name", [GATED, KIMI])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (20, 12), (96, 192), (16, 300)])
+@pytest.mark.parametrize(
+    "dims",
+    [(64, 64), (20, 12), (16, 300), *(pytest.param(dims, marks=pytest.mark.long) for dims in ((128, 128), (96, 192)))],
+)
 def test_delta_rules(name: str, dims: tuple[int, int]) -> None:
     module, heads = (kimi, [(2, 2)]) if name == KIMI else (qwen, [(2, 2), (1, 4)])
     for each in heads:
@@ -190,7 +193,9 @@ def of_scan(given: Tensors) -> Callable[[Any, torch.Tensor], Any]:
 MAMBA2, MAMBA = "mamba2_selective_state_update", "mamba_selective_state_update"
 
 
-@pytest.mark.parametrize("dims", [(64, 128), (16, 16), (64, 256), (20, 12), (5, 3)])
+@pytest.mark.parametrize(
+    "dims", [(64, 128), (16, 16), (20, 12), (5, 3), pytest.param((64, 256), marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_steps_of_mamba2(dims: tuple[int, int], groups: int) -> None:
     case = Stepped(MAMBA2, mamba2, torch.randn(PLACES, 4, *dims))

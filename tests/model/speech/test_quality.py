@@ -59,11 +59,11 @@ async def test_segments_have_what_transformers_has_of_them(whisper: Path) -> Non
     """Beside each other and behind a hint, in chunks, with preemptions, and out of the prefix cache."""
     hint = torch.tensor(checkpoints.tokenizer().get_prompt_ids("of Foo"))
     asked: dict[str, Any] = {"language": "de", "return_timestamps": True, **NO_FALLBACK}
-    expected = [judged(whisper, sound(seed, 2.0), **asked) for seed in SEEDS]
+    expected = [judged(whisper, sound(seed, 2.0), **asked) for seed in SEEDS[:3]]
     behind = judged(whisper, sound(0, 2.0), prompt_ids=hint, **asked)
     assert behind.no_speech_prob[0] != pytest.approx(expected[0].no_speech_prob[0], rel=0.01)
     async with engine(whisper, prefill_chunk_size=24, max_total_sequence_length=240) as serving:
-        found = await asyncio.gather(*[segments_of(serving, seed) for seed in (*SEEDS, *SEEDS)])
+        found = await asyncio.gather(*[segments_of(serving, seed) for seed in (*SEEDS[:3], *SEEDS[:3])])
         hinted = await segments_of(serving, 0, hint="of Foo")
         assert serving.metrics().counters.preemptions > 0
         again = await serving.transcribe(heard(0), language="de", timestamps=True)
@@ -104,11 +104,11 @@ async def test_what_is_heard_later_says_where(serving: AsyncEngine) -> None:
 
 async def test_what_looks_wrong_and_is_silent_is_left_out(whisper: Path, serving: AsyncEngine) -> None:
     """Where transformers leaves it out, by either threshold."""
-    room: dict[str, Any] = {"language": "de", "return_timestamps": False, "max_new_tokens": 12}
+    room: dict[str, Any] = {"language": "de", "return_timestamps": False, "max_new_tokens": 6}
     plain = [judged(whisper, sound(seed, 2.0), **room, **NO_FALLBACK) for seed in SEEDS]
     likely = median(each.avg_logprob[0] for each in plain)
     silent = median(each.no_speech_prob[0] for each in plain)
-    config = GenerationConfig(max_tokens=12)
+    config = GenerationConfig(max_tokens=6)
     outcomes = set[bool]()
     for least, most in ((likely, silent), (0.0, silent), (likely, 0.0)):
         asked: dict[str, Any] = {"temperature": (0.0,), "logprob_threshold": least, "no_speech_threshold": most}
@@ -125,7 +125,7 @@ async def test_what_looks_wrong_and_is_silent_is_left_out(whisper: Path, serving
 
 async def test_what_looks_wrong_is_written_down_at_the_next_temperature(serving: AsyncEngine) -> None:
     """Until it does not, or there are no more; what comes then is what the model says at that temperature."""
-    temperatures, config = (0.0, 0.7, 0.9), GenerationConfig(max_tokens=30, seed=2)
+    temperatures, config = (0.0, 0.7, 0.9), GenerationConfig(max_tokens=20, seed=2)
     drawn = [
         await serving.transcribe(heard(2), config.replace(temperature=temperature), language="de")
         for temperature in temperatures

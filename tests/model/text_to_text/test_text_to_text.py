@@ -112,7 +112,10 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("changes", SETTINGS, ids=[",".join(each) or "plain" for each in SETTINGS])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(each, marks=() if each else pytest.mark.long, id=",".join(each) or "plain") for each in SETTINGS],
+)
 async def test_however_it_is_served(changes: dict[str, Any], written: Callable[..., Path]) -> None:
     path = written()
     sources = [source(seed, length) for seed, length in enumerate(LENGTHS)]
