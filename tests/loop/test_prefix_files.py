@@ -62,7 +62,7 @@ BROKEN: list[tuple[Any, str]] = [
     (lambda path: path.write_bytes(b"no safetensors at all"), "is damaged, or not a prefix cache"),
     (
         lambda path: safetensors.numpy.save_file({"x": np.zeros(3)}, path),
-        "is damaged, or not a prefix cache: x is malf",
+        "is damaged, or not a prefix cache: x is malformed",
     ),
     (lambda path: rewritten(path, format="asyncengine prefix cache 0"), "not a prefix cache that this version"),
     (lambda path: rewritten(path, identity="3"), "is damaged, or not"),
@@ -177,4 +177,6 @@ async def test_at_every_await(rig: Rig, tmp_path: Path) -> None:
 
     await cancelled_at_every_await(both, settled)
     await rig.serves()
+    assert os.listdir(tmp_path) == ["prefixes"]  # and no file that was not whole
+    assert rig.metrics().kv_blocks_used == 0
     assert isinstance(rig.config, EngineConfig) and await rig.engine.load_prefix_cache(path) == 0
