@@ -154,6 +154,16 @@ def test_nothing_is_told_before_the_end_and_then_the_best_first() -> None:
     assert case.core.counters.generation_tokens == sum(map(len, texts(case, new.number, 3)))
 
 
+def test_fewer_texts_than_were_asked_for_leave_branches_empty() -> None:
+    case = loaded()
+    new = case.new("a", max_tokens=1, min_tokens=1, **search(4, n=4))
+    case.give(case.adding(new))
+    case.run()
+    got = texts(case, new.number, 4)
+    assert got == found_by(new, 1) and [len(text) for text in got] == [1, 1, 1, 0]
+    assert case.box.branch_ends[new.number, 3].score is None and case.box.ends[new.number].error is None
+
+
 def test_beams_share_the_blocks_of_what_they_have_in_common() -> None:
     case = loaded(max_total_sequence_length=400, max_single_sequence_length=200)
     case.give(case.adding(case.new("ab" * 32, max_tokens=3, min_tokens=3, **search(4))))

@@ -625,7 +625,7 @@ class CoreMachine(RuleBasedStateMachine):
         reasons = {box.branch_ends[key].finish_reason for key in ends}
         if not new.params.max_tokens or reasons & {FinishReason.ABORT, FinishReason.ERROR}:
             return
-        texts = [box.tokens[key] for key in ends]
+        texts = [box.tokens.get(key, []) for key in ends]
         most = {*self.limits, 1000}
         could = [found_by(new, min(new.params.max_tokens, limit - len(new.prompt))) for limit in most]
         assert texts in could
