@@ -297,6 +297,29 @@ def test_a_prompt_that_comes_in_pieces_may_be_searched_behind() -> None:
     assert texts(case, number, 2) == found_by(new, 6)
 
 
+@pytest.mark.parametrize(("first", "last"), [(20, 2), (0, 40), (4, 40)])
+def test_behind_a_prompt_that_came_in_pieces_as_much_is_written_as_there_is_room_for(first: int, last: int) -> None:
+    """How long the prompt would be was not known when it was said how much may be written."""
+    case = loaded(max_total_sequence_length=64)
+    number = case.open(max_tokens=16, min_tokens=16, **search(4))
+    if first:
+        case.piece(number, "ab" * (first // 2))
+        case.step(3)
+    case.piece(number, "ab" * (last // 2), last=True)
+    case.run()
+    room = case.model.limits.written_by_beams(first + last, 4)
+    assert len(case.tokens(number)) == room < 16 and case.reason(number) is FinishReason.LENGTH
+    assert case.box.ends[number].error is None and case.usage(number).preemptions == 0
+
+
+def test_a_prompt_that_came_in_pieces_and_leaves_no_room_for_beams_is_refused() -> None:
+    case = loaded(max_total_sequence_length=64)
+    number = case.open(max_tokens=16, **search(4))
+    case.piece(number, "ab" * 16)
+    case.piece(number, "ab" * 10)
+    assert isinstance(case.box.ends[number].error, InvalidRequestError)
+
+
 def test_sleep_weights_and_a_pause_change_nothing_of_what_is_found() -> None:
     case = loaded()
     new = case.new("abab", max_tokens=9, min_tokens=9, **search(3, n=3))
