@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from asyncengine.errors import StepError
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
@@ -209,7 +210,8 @@ class Scheduler:
             choices: Which beam goes on with which token.
 
         Returns:
-            Which beam each choice has become; None if there were no blocks, and the request begins anew later.
+            Which beam each choice has become; None if there were no blocks, and the request begins anew later, or is
+            dropped.
         """
         beams = request.branches
         keeps: dict[int, int] = {}
@@ -223,7 +225,7 @@ class Scheduler:
         computed = int(self.slots.num_computed[beams[choices[0].beam].slot])
         more = len(choices) - len(keeps)
         if computed % self.limits.page_size and not self.blocks.make_room(more):
-            self.preempt(beams[0])
+            self._make_way(beams[0])
             return None
         became = [choice.beam for choice in choices]
         for at, choice in enumerate(choices):
@@ -390,8 +392,25 @@ class Scheduler:
                 return True
             if not preempt:
                 return False
-            self.preempt(max(self.running(), key=lambda sequence: sequence.order))
+            if not self._make_way(max(self.running(), key=lambda sequence: sequence.order)):
+                return False
         return True
+
+    def _make_way(self, sequence: Sequence) -> bool:
+        """Preempts a sequence for want of blocks; False if it is dropped.
+
+        That is a search that runs alone, and would come no further when it begins anew: others are pinned blocks.
+        """
+        pool, request = self.blocks.pool, sequence.request
+        if request.search is None or any(other.request is not request for other in self.running()):
+            self.preempt(sequence)
+            return True
+        error = StepError(
+            f"request {request.new.request_id}: its {len(request.branches)} beams need more than the "
+            f"{pool.num_blocks - self.blocks.tree.num_pinned} of {pool.num_blocks} blocks that are not pinned"
+        )
+        self.dropped.append((sequence, error))
+        return False
 
     def _continue_prefills(self) -> list[Chunk]:
         budget = self.limits.prefill_chunk_size

@@ -320,6 +320,20 @@ def test_a_prompt_that_came_in_pieces_and_leaves_no_room_for_beams_is_refused() 
     assert isinstance(case.box.ends[number].error, InvalidRequestError)
 
 
+def test_beams_that_pinned_prompts_leave_no_room_for_end_with_what_they_have() -> None:
+    """To begin anew would bring them no further."""
+    case = loaded(max_total_sequence_length=64)
+    case.add("c" * 24, max_tokens=0, pin="p")
+    case.run()
+    number = case.add("ab" * 4, max_tokens=12, min_tokens=12, **search(4, n=2))
+    case.run()
+    assert isinstance(error := case.box.ends[number].error, StepError)
+    assert "its 4 beams need more than the 10 of 16 blocks that are not pinned" in str(error)
+    for branch in range(2):
+        assert len(case.tokens(number, branch)) == 9 and case.reason(number, branch) is FinishReason.ERROR
+    assert case.add("ab" * 4, max_tokens=8, min_tokens=8, **search(4)) and case.run() < 12
+
+
 def test_sleep_weights_and_a_pause_change_nothing_of_what_is_found() -> None:
     case = loaded()
     new = case.new("abab", max_tokens=9, min_tokens=9, **search(3, n=3))
