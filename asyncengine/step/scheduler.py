@@ -428,7 +428,7 @@ class Scheduler:
             budget -= sum(chunk.count for chunk in chunks)
         while budget > 0 and self.slots.num_free and (sequence := self.waiting.head()) is not None:
             if ahead and sequence.request.bound:
-                return not self.blocks.fit(sequence, self._spare(sequence))
+                return not (self._has_slots(sequence) and self.blocks.fit(sequence, self._spare(sequence)))
             if not self._start(sequence):
                 break
             if sequence.state is SequenceState.PREFILL:
@@ -448,7 +448,7 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> bool:
         """Gives the head of the queue a slot and all blocks of its prefill; False if there are not enough."""
         tokens = sequence.tokens
-        if sequence.request.search is not None and self.slots.num_free < len(sequence.request.branches):
+        if not self._has_slots(sequence):
             return False
         held = self.blocks.hold(sequence, self._spare(sequence))
         if held is None:
@@ -482,6 +482,10 @@ class Scheduler:
                 sequence.state = SequenceState.WAITING  # in no queue; the core ends it
                 break
         return True
+
+    def _has_slots(self, sequence: Sequence) -> bool:
+        """Whether there is a slot for a sequence, and of a search for each of its beams."""
+        return self.slots.num_free >= (1 if sequence.request.search is None else len(sequence.request.branches))
 
     def _spare(self, sequence: Sequence) -> int:
         """How many blocks must be free beside those of a sequence that starts.

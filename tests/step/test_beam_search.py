@@ -334,6 +334,15 @@ def test_beams_that_pinned_prompts_leave_no_room_for_end_with_what_they_have() -
     assert case.add("ab" * 4, max_tokens=8, min_tokens=8, **search(4)) and case.run() < 12
 
 
+def test_others_run_ahead_while_it_waits_for_places() -> None:
+    case = loaded(answer("c" * 40), run_ahead=True, max_num_sequence=4)
+    case.add("b", max_tokens=30)
+    case.add("b", max_tokens=30)
+    case.add("a", max_tokens=3, **search(3))
+    case.step(3)
+    assert case.core.stepping.under_way
+
+
 def test_sleep_weights_and_a_pause_change_nothing_of_what_is_found() -> None:
     case = loaded()
     new = case.new("abab", max_tokens=9, min_tokens=9, **search(3, n=3))
