@@ -240,8 +240,7 @@ class Scheduler:
         self.slots.append_tokens(slots, np.array([choice.token_id for choice in choices], dtype=np.int32))
         self._rows_changed = True
         if request.new.params.remembers:
-            for at in became:
-                self._place_again(beams[at])
+            self._place_again([beams[at] for at in became])
         return became
 
     def _go_on_from(self, trunk: Sequence, branch: Sequence, computed: int) -> None:
@@ -258,12 +257,14 @@ class Scheduler:
         self._decoding[branch] = None
         self._rows_changed = True
 
-    def _place_again(self, sequence: Sequence) -> None:
-        """Hands a sequence's parameters to the model whose tokens are not those that were drawn for its slot."""
-        try:
-            self._place(sequence, self.tokens_of(sequence))
-        except BaseException as error:  # as at its start
-            self.dropped.append((sequence, error))
+    def _place_again(self, beams: list[Sequence]) -> None:
+        """Hands parameters to the model for beams whose tokens are not those that were drawn for their slots."""
+        for beam in beams:
+            try:
+                self._place(beam, self.tokens_of(beam))
+            except BaseException as error:  # as at its start
+                self.dropped.append((beam, error))
+                break  # the others go with it
 
     def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
         """Gives a sequence further tokens that were not drawn; one that decodes computes them as a piece of prefill.

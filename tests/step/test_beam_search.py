@@ -254,7 +254,11 @@ def test_what_depends_on_the_tokens_is_told_which_beam_has_which() -> None:
         assert case.core.scheduler is not None
         for beam in request.branches:
             assert placed[beam.slot] == case.core.scheduler.tokens_of(beam).tolist()
-    case.model.refuse_next(ValueError("a refusal"))
+
+    def refuse(*given_: Any) -> None:
+        raise ValueError("a refusal")
+
+    case.model.place = refuse  # type: ignore[method-assign]  # of every beam, and it ends once
     case.step()
     assert isinstance(case.box.ends[number].error, RequestDroppedError)
     assert case.pool.num_used == 0
