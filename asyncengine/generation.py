@@ -149,7 +149,8 @@ class GenerationConfig:
         _integer("prompt_logprobs", self.prompt_logprobs, 0, 20, optional=True)
         _integer("num_beams", self.num_beams, 1, MAX_BEAMS)
         _number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
-        if self.early_stopping not in (True, False, None, "never") or _is_number(self.early_stopping):
+        early = self.early_stopping
+        if not (early is None or isinstance(early, bool) or (isinstance(early, str) and early == "never")):
             raise InvalidRequestError(f"early_stopping is {self.early_stopping!r:.80}; allowed: True, False, 'never'")
         _check_search(self)
 

@@ -16,7 +16,7 @@ class LogitsRow:
     Attributes:
         prompt_token_ids: (prompt tokens,) read only.
         token_ids: (tokens generated so far,) read only.
-        branch: Which branch of its request it is.
+        branch: Which branch of its request it is; of a beam search, which beam, whose tokens may be others each time.
     """
 
     prompt_token_ids: Int32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from asyncengine import GenerationConfig, InvalidRequestError
@@ -35,6 +36,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty is nan"),
     ({"num_beams": 2, "early_stopping": "always"}, "early_stopping is 'always'; allowed: True, False, 'never'"),
     ({"num_beams": 2, "early_stopping": 1}, "early_stopping is 1; allowed"),
+    ({"num_beams": 2, "early_stopping": np.True_}, r"early_stopping is np\.True_; allowed"),
+    ({"num_beams": 2, "early_stopping": np.arange(2)}, r"early_stopping is array\(\[0, 1\]\); allowed"),
 ]
 
 

@@ -97,6 +97,7 @@ def generation_config(body: Sampling, **changes: Any) -> GenerationConfig:
         Refusal: A field cannot be honoured.
     """
     top_k = None if body.top_k in (-1, 0) else body.top_k  # what others take for "off"
+    num_beams = (body.n if body.use_beam_search else 1) if body.num_beams is None else body.num_beams
     values: dict[str, Any] = {
         "n": body.n,
         "temperature": body.temperature,
@@ -117,10 +118,14 @@ def generation_config(body: Sampling, **changes: Any) -> GenerationConfig:
         "response_format": body.response_format,
         "allowed_token_ids": body.allowed_token_ids,
         "bad_words": body.bad_words,
-        "num_beams": (body.n if body.use_beam_search else 1) if body.num_beams is None else body.num_beams,
+        "num_beams": num_beams,
     }
-    if values["num_beams"] != 1:
+    if num_beams != 1:
         values |= {"length_penalty": body.length_penalty, "early_stopping": body.early_stopping}
+    elif body.use_beam_search:
+        field = "n" if body.num_beams is None else "num_beams"
+        message = f"use_beam_search is true and {field} is 1; a beam search needs 2 beams or more"
+        raise Refusal(400, message, "invalid_field", field)
     if body.stream_options is not None and not body.stream:
         raise Refusal(400, "stream_options is given and stream is false", "invalid_field", "stream_options")
     if body.stream_options is not None and body.stream_options.include_obfuscation:

@@ -35,6 +35,7 @@ class _Text:
         token_id: The last token.
         logprob: That token's.
         total: The sum of all tokens' log-probabilities, in float32, in which transformers adds them up, too.
+        length: How many tokens.
     """
 
     before: _Text | None
@@ -42,6 +43,7 @@ class _Text:
     token_id: int
     logprob: TokenLogprobs
     total: np.float32
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,7 @@ class BeamSearch:
             beam, at = places[best]
             told, most = candidates[beam], self._num_logprobs
             logprob = TokenLogprobs(told.top_logprobs[at], told.top_ids[:most], told.top_logprobs[:most])
-            texts.append(_Text(self._beams[beam], beam, told.top_ids[at], logprob, totals[best]))
+            texts.append(_Text(self._beams[beam], beam, told.top_ids[at], logprob, totals[best], self._length))
         return texts
 
     def _is_over(self, most: int) -> bool:
@@ -163,7 +165,7 @@ class BeamSearch:
         return np.float32(text.total / np.float32(penalty))
 
     def _found(self, text: _Text, finish_reason: FinishReason | None) -> _Found:
-        return _Found(text, self._score(text, self._length), finish_reason)
+        return _Found(text, self._score(text, text.length), finish_reason)
 
     def _hypothesis(self, found: _Found) -> Hypothesis:
         tokens = list[_Text]()

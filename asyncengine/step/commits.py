@@ -246,7 +246,7 @@ class Commits:
         """Lets the searches among some sequences, one per row, go on."""
         scheduler, logprobs = self._table.scheduler, drawn.logprobs
         assert scheduler is not None and logprobs is not None
-        for request in go_on(zip(sequences, logprobs, strict=True), scheduler.limits.max_tokens, scheduler):
+        for request in go_on(zip(sequences, logprobs, strict=True), scheduler):
             assert request.search is not None
             if best := request.search.best(1):
                 self._table.end_branches(request, best[0].finish_reason or FinishReason.STOP)

@@ -34,11 +34,11 @@ def misfit(
 
 def _of_tokens(new: NewRequest, sequences: list[Int32], loaded: LoadedModel, looked_at: int) -> str | None:
     limits, vocab_size = loaded.limits, loaded.vocab_size
-    if any(looked_at + len(tokens) > limits.max_prompt_tokens for tokens in sequences):
+    longest = looked_at + max(map(len, sequences), default=0)
+    if longest > limits.max_prompt_tokens:
         return f"its tokens do not fit the new model: at most {limits.max_tokens} tokens"
     if (search := new.params.search) is not None and (
-        search.num_beams > limits.max_num_sequence
-        or limits.written_by_beams(len(new.prompt), search.num_beams) < new.params.max_tokens
+        search.num_beams > limits.max_num_sequence or limits.written_by_beams(longest, search.num_beams) < 1
     ):
         return f"its {search.num_beams} beams do not fit the new model's KV cache, or its max_num_sequence"
     asked = new.question.token_id if isinstance(new.question, PromptQuestion) else -1

@@ -303,12 +303,16 @@ class RequestTable:
             self.end_branches(head.request, FinishReason.ERROR, error)
 
     def drop(self) -> None:
-        """Ends the requests whose parameters the model refused."""
+        """Ends the requests whose parameters the model refused, or of which there is no room to go on."""
         assert self.scheduler is not None
         dropped, self.scheduler.dropped = self.scheduler.dropped, []
         for sequence, cause in dropped:
-            error = RequestDroppedError(f"request {sequence.request.new.request_id}: {cause}")
-            error.__cause__ = cause
+            error: AsyncEngineError
+            if isinstance(cause, StepError):
+                error = cause
+            else:
+                error = RequestDroppedError(f"request {sequence.request.new.request_id}: {cause}")
+                error.__cause__ = cause
             self.end_branches(sequence.request, FinishReason.ERROR, error)
 
     def drop_rows(self, plan: Plan, failed: Mapping[int, Exception]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from asyncengine.errors import StepError
 from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
@@ -209,7 +210,8 @@ class Scheduler:
             choices: Which beam goes on with which token.
 
         Returns:
-            Which beam each choice has become; None if there were no blocks, and the request begins anew later.
+            Which beam each choice has become; None if there were no blocks, and the request begins anew later, or is
+            dropped.
         """
         beams = request.branches
         keeps: dict[int, int] = {}
@@ -223,7 +225,7 @@ class Scheduler:
         computed = int(self.slots.num_computed[beams[choices[0].beam].slot])
         more = len(choices) - len(keeps)
         if computed % self.limits.page_size and not self.blocks.make_room(more):
-            self.preempt(beams[0])
+            self._make_way(beams[0])
             return None
         became = [choice.beam for choice in choices]
         for at, choice in enumerate(choices):
@@ -238,8 +240,7 @@ class Scheduler:
         self.slots.append_tokens(slots, np.array([choice.token_id for choice in choices], dtype=np.int32))
         self._rows_changed = True
         if request.new.params.remembers:
-            for at in became:
-                self._place_again(beams[at])
+            self._place_again([beams[at] for at in became])
         return became
 
     def _go_on_from(self, trunk: Sequence, branch: Sequence, computed: int) -> None:
@@ -256,12 +257,14 @@ class Scheduler:
         self._decoding[branch] = None
         self._rows_changed = True
 
-    def _place_again(self, sequence: Sequence) -> None:
-        """Hands a sequence's parameters to the model whose tokens are not those that were drawn for its slot."""
-        try:
-            self._place(sequence, self.tokens_of(sequence))
-        except BaseException as error:  # as at its start
-            self.dropped.append((sequence, error))
+    def _place_again(self, beams: list[Sequence]) -> None:
+        """Hands parameters to the model for beams whose tokens are not those that were drawn for their slots."""
+        for beam in beams:
+            try:
+                self._place(beam, self.tokens_of(beam))
+            except BaseException as error:  # as at its start
+                self.dropped.append((beam, error))
+                break  # the others go with it
 
     def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
         """Gives a sequence further tokens that were not drawn; one that decodes computes them as a piece of prefill.
@@ -390,8 +393,25 @@ class Scheduler:
                 return True
             if not preempt:
                 return False
-            self.preempt(max(self.running(), key=lambda sequence: sequence.order))
+            if not self._make_way(max(self.running(), key=lambda sequence: sequence.order)):
+                return False
         return True
+
+    def _make_way(self, sequence: Sequence) -> bool:
+        """Preempts a sequence for want of blocks; False if it is dropped.
+
+        That is a search that runs alone, and would come no further when it begins anew: others are pinned blocks.
+        """
+        pool, request = self.blocks.pool, sequence.request
+        if request.search is None or any(other.request is not request for other in self.running()):
+            self.preempt(sequence)
+            return True
+        error = StepError(
+            f"request {request.new.request_id}: its {len(request.branches)} beams need more than the "
+            f"{pool.num_blocks - self.blocks.tree.num_pinned} of {pool.num_blocks} blocks that are not pinned"
+        )
+        self.dropped.append((sequence, error))
+        return False
 
     def _continue_prefills(self) -> list[Chunk]:
         budget = self.limits.prefill_chunk_size
@@ -409,7 +429,7 @@ class Scheduler:
             budget -= sum(chunk.count for chunk in chunks)
         while budget > 0 and self.slots.num_free and (sequence := self.waiting.head()) is not None:
             if ahead and sequence.request.bound:
-                return not self.blocks.fit(sequence, self._spare(sequence))
+                return not (self._has_slots(sequence) and self.blocks.fit(sequence, self._spare(sequence)))
             if not self._start(sequence):
                 break
             if sequence.state is SequenceState.PREFILL:
@@ -429,7 +449,7 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> bool:
         """Gives the head of the queue a slot and all blocks of its prefill; False if there are not enough."""
         tokens = sequence.tokens
-        if sequence.request.search is not None and self.slots.num_free < len(sequence.request.branches):
+        if not self._has_slots(sequence):
             return False
         held = self.blocks.hold(sequence, self._spare(sequence))
         if held is None:
@@ -463,6 +483,10 @@ class Scheduler:
                 sequence.state = SequenceState.WAITING  # in no queue; the core ends it
                 break
         return True
+
+    def _has_slots(self, sequence: Sequence) -> bool:
+        """Whether there is a slot for a sequence, and of a search for each of its beams."""
+        return self.slots.num_free >= (1 if sequence.request.search is None else len(sequence.request.branches))
 
     def _spare(self, sequence: Sequence) -> int:
         """How many blocks must be free beside those of a sequence that starts.

@@ -8,6 +8,7 @@ from asyncengine.events import BranchEnded, Event, Tokens
 from asyncengine.outputs import FinishReason
 from asyncengine.step.batch import TokenLogprobs
 from asyncengine.step.beam_search import BeamSearch
+from asyncengine.step.limits import Limits
 from asyncengine.step.scheduler import Scheduler
 from asyncengine.step.sequence import Request, Sequence, SequenceState
 
@@ -15,12 +16,11 @@ Found = Iterable[tuple[Sequence, TokenLogprobs | None]]
 """Sequences, and what a step has found of the token that follows each."""
 
 
-def go_on(found: Found, most: int, scheduler: Scheduler) -> list[Request]:
+def go_on(found: Found, scheduler: Scheduler) -> list[Request]:
     """Lets searches go on.
 
     Args:
         found: What a step has found, of all beams of a search or of none.
-        most: Tokens that the model takes, in one sequence.
         scheduler: Has the beams.
 
     Returns:
@@ -34,12 +34,19 @@ def go_on(found: Found, most: int, scheduler: Scheduler) -> list[Request]:
     over: list[Request] = []
     for request, own in candidates.items():
         assert request.search is not None
-        choices = request.search.advance(own, min(request.new.params.max_tokens, most - len(request.new.prompt)))
+        choices = request.search.advance(own, _most(request, scheduler.limits))
         if not choices:
             over.append(request)
         elif (became := scheduler.branch_out(request, choices)) is not None:
             request.search.go_on(became)
     return over
+
+
+def _most(request: Request, limits: Limits) -> int:
+    """Most tokens of a text: there may be less room than there was to be when the request was prepared."""
+    params, prompt_tokens = request.new.params, len(request.new.prompt)
+    room = limits.written_by_beams(prompt_tokens, params.num_sequences)
+    return min(params.max_tokens, limits.max_tokens - prompt_tokens, room)
 
 
 def told(request: Request, search: BeamSearch, reason: FinishReason) -> list[Event]:

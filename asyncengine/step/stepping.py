@@ -123,7 +123,7 @@ class Stepping:
             self._failed(plan, after)
 
     def _schedule(self, scheduler: Scheduler, ahead: bool = False) -> tuple[Plan | None, bool]:
-        """A step, and whether a request was dropped because the model refused its parameters."""
+        """A step, and whether a request was dropped."""
         requests = self._core.requests
         plan = scheduler.schedule(ahead)
         dropped = bool(scheduler.dropped)

@@ -12,7 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from asyncengine import AsyncEngine, EngineConfig, GenerationConfig, InvalidRequestError, Regex, RequestResult
+from asyncengine import (
+    AsyncEngine,
+    EngineConfig,
+    GenerationConfig,
+    InvalidRequestError,
+    LogitsRow,
+    Regex,
+    RequestDroppedError,
+    RequestResult,
+)
 
 pytestmark = pytest.mark.loops("either")
 
@@ -133,6 +142,11 @@ async def test_beams_of_recurrent_layers_have_states_of_their_own(
             agree(result, theirs.found(prompt, 4))
 
 
+def _fails_at_the_third(logits: torch.Tensor, row: LogitsRow) -> None:
+    if len(row.token_ids) == 2:
+        raise ValueError("the third")
+
+
 SETTINGS: list[dict[str, Any]] = [
     {"prefix_cache_mode": "disable", "max_total_sequence_length": 52, "kv_cache_page_size": 1},
     {"attention_backend": "torch", "prefill_mode": "chunked"},
@@ -153,6 +167,11 @@ async def test_however_the_model_is_served(
             agree(result, llama.found(prompt, 4))
             assert result.usage.draft_tokens == 0
         assert (drafted.usage.draft_tokens > 0) == ("speculative_mode" in changes)
+        beside = serving.generate(repeating, GenerationConfig(temperature=0, max_tokens=20, ignore_eos=True))
+        failing = serving.generate(PROMPTS[2], searching(4, logits_processors=[_fails_at_the_third]))
+        again, error = await asyncio.gather(beside, failing, return_exceptions=True)
+        assert isinstance(again, RequestResult) and again.token_ids == drafted.token_ids
+        assert isinstance(error, RequestDroppedError) and "the third" in str(error)
         assert (serving.metrics().counters.preemptions > 0) == ("max_total_sequence_length" in changes)
 
 
@@ -180,6 +199,14 @@ async def test_what_is_read_while_it_comes(served: AsyncEngine) -> None:
     assert [output.index for output in outputs] == [0, 1]
     result = await served.generate(PROMPTS[1], searching(4, n=2))
     assert [output.token_ids for output in outputs] == [output.token_ids for output in result.outputs]
+
+
+async def test_where_nothing_may_be_written_it_is_told(served: AsyncEngine) -> None:
+    def forbid(logits: torch.Tensor, row: LogitsRow) -> None:
+        logits.fill_(-torch.inf)
+
+    with pytest.raises(RequestDroppedError, match="no token may follow the prompt"):
+        await served.generate(PROMPTS[1], searching(4, logits_processors=[forbid]))
 
 
 async def test_what_there_is_no_room_for_is_refused(served: AsyncEngine) -> None:

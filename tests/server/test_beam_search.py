@@ -53,6 +53,8 @@ async def test_choices_are_what_the_engine_finds_best_first(fields: dict[str, An
         ({"num_beams": 2, "length_penalty": 6}, "length_penalty"),
         ({"num_beams": 2, "early_stopping": "sometimes"}, "early_stopping"),
         ({"num_beams": "two"}, "num_beams"),
+        ({"use_beam_search": True}, "n"),
+        ({"use_beam_search": True, "num_beams": 1, "n": 2}, "num_beams"),
     ],
     ids=str,
 )

@@ -18,6 +18,8 @@ Text = tuple[float, tuple[int, ...]]
 def found_by(new: NewRequest, most: int) -> list[list[int]]:
     """The best texts that a search over the scripted model's guesses finds, as many as the request has branches.
 
+    Where there are fewer, empty ones are behind them.
+
     Args:
         new: The request.
         most: Most tokens of a text.
@@ -61,4 +63,4 @@ def _found(
             ahead = most if early == "never" and penalty > 0 else length
             if early is True or np.float32(beams[0][0]) / np.float32(ahead**penalty) <= np.float32(complete[-1][0]):
                 break
-    return [list(text) for _, text in complete[:n]]
+    return [list(text) for _, text in complete[:n]] + [[]] * (n - len(complete))

@@ -15,13 +15,15 @@ from asyncengine.errors import DeadlineExceededError, InvalidRequestError, Reque
 from asyncengine.generation import SearchParams
 from asyncengine.instructions import Deadlines, NewRequest
 from asyncengine.outputs import FinishReason
+from asyncengine.step.batch import TokenLogprobs
+from asyncengine.step.beam_search import BeamSearch, Choice
 from asyncengine.step.limits import Limits
 from asyncengine.step.sequence import SequenceState
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from tests.speculation.drafters import Guesser
 
 from .beams import found_by
-from .core_case import Case, answer, loaded
+from .core_case import Case, answer, loaded, params, prompt_of
 
 WIDTH = st.integers(2, 4)
 ASKED = st.fixed_dictionaries({
@@ -128,6 +130,8 @@ def test_one_that_is_preempted_begins_anew_and_finds_the_same() -> None:
     case.give(case.adding(new))
     case.run()
     assert case.usage(new.number).preemptions > 0 and case.usage(other).preemptions == 0
+    assert case.core.scheduler is not None
+    assert case.core.scheduler.num_preemptions == case.usage(new.number).preemptions
     assert texts(case, new.number, 4) == found_by(new, 12)
     assert case.text(other) == "c" * 36
 
@@ -152,6 +156,50 @@ def test_nothing_is_told_before_the_end_and_then_the_best_first() -> None:
     assert scores == sorted(scores, reverse=True)
     assert case.usage(new.number).first_token_seconds is not None
     assert case.core.counters.generation_tokens == sum(map(len, texts(case, new.number, 3)))
+    best = case.reason(new.number)
+    assert {name: count for name, count in case.core.counters.requests.items() if count} == {str(best): 1}
+
+
+def test_fewer_texts_than_were_asked_for_leave_branches_empty() -> None:
+    case = loaded()
+    new = case.new("a", max_tokens=1, min_tokens=1, **search(4, n=4))
+    case.give(case.adding(new))
+    case.run()
+    got = texts(case, new.number, 4)
+    assert got == found_by(new, 1) and [len(text) for text in got] == [1, 1, 1, 0]
+    assert case.box.branch_ends[new.number, 3].score is None and case.box.ends[new.number].error is None
+
+
+def test_one_that_ends_by_length_counts_as_that_and_has_a_first_token_only_with_tokens() -> None:
+    case = loaded()
+    number = case.add("abab", max_tokens=2, min_tokens=2, **search(2))
+    case.run()
+    nothing = case.add("abab", max_tokens=0, **search(2))
+    case.run()
+    assert case.core.counters.requests["length"] == 2
+    assert case.usage(number).first_token_seconds is not None and case.usage(nothing).first_token_seconds is None
+
+
+def test_it_begins_when_there_is_a_block_for_each_beam() -> None:
+    """Or it would be preempted at once, or others."""
+    case = loaded(answer("c" * 40), max_total_sequence_length=4 * 8)
+    other = case.add("b" * 15, max_tokens=4)
+    case.step()
+    number = case.add("ab", max_tokens=3, min_tokens=3, **search(4))
+    case.step()
+    assert case.core.requests._requests[number].started_at is None
+    case.run()
+    assert case.usage(other).preemptions == case.usage(number).preemptions == 0 and case.tokens(number)
+
+
+def test_nothing_of_former_weights_is_left_in_the_cache() -> None:
+    case = loaded()
+    number = case.add("abab" * 2, max_tokens=12, min_tokens=12, **search(3))
+    case.step(3)
+    case.ask(lambda to: ins.UpdateWeights({"w": 1}, to))
+    case.run()
+    assert len(case.tokens(number)) == 12 and case.usage(number).preemptions == 0
+    assert case.pool.num_cached == case.pool.num_used == 0
 
 
 def test_beams_share_the_blocks_of_what_they_have_in_common() -> None:
@@ -244,7 +292,11 @@ def test_what_depends_on_the_tokens_is_told_which_beam_has_which() -> None:
         assert case.core.scheduler is not None
         for beam in request.branches:
             assert placed[beam.slot] == case.core.scheduler.tokens_of(beam).tolist()
-    case.model.refuse_next(ValueError("a refusal"))
+
+    def refuse(*given_: Any) -> None:
+        raise ValueError("a refusal")
+
+    case.model.place = refuse  # type: ignore[method-assign]  # of every beam, and it ends once
     case.step()
     assert isinstance(case.box.ends[number].error, RequestDroppedError)
     assert case.pool.num_used == 0
@@ -287,6 +339,64 @@ def test_a_prompt_that_comes_in_pieces_may_be_searched_behind() -> None:
     assert texts(case, number, 2) == found_by(new, 6)
 
 
+@pytest.mark.parametrize(("first", "last"), [(20, 2), (0, 40), (4, 40)])
+def test_behind_a_prompt_that_came_in_pieces_as_much_is_written_as_there_is_room_for(first: int, last: int) -> None:
+    """How long the prompt would be was not known when it was said how much may be written."""
+    case = loaded(max_total_sequence_length=64)
+    number = case.open(max_tokens=16, min_tokens=16, **search(4))
+    if first:
+        case.piece(number, "ab" * (first // 2))
+        case.step(3)
+    case.piece(number, "ab" * (last // 2), last=True)
+    case.run()
+    room = case.model.limits.written_by_beams(first + last, 4)
+    assert len(case.tokens(number)) == room < 16 and case.reason(number) is FinishReason.LENGTH
+    assert case.box.ends[number].error is None and case.usage(number).preemptions == 0
+
+
+def test_a_prompt_that_came_in_pieces_and_leaves_no_room_for_beams_is_refused() -> None:
+    case = loaded(max_total_sequence_length=64)
+    number = case.open(max_tokens=16, **search(4))
+    case.piece(number, "ab" * 16)
+    case.piece(number, "ab" * 10)
+    assert isinstance(case.box.ends[number].error, InvalidRequestError)
+
+
+def test_beams_that_pinned_prompts_leave_no_room_for_end_with_what_they_have() -> None:
+    """To begin anew would bring them no further."""
+    case = loaded(max_total_sequence_length=64)
+    case.add("c" * 24, max_tokens=0, pin="p")
+    case.run()
+    number = case.add("ab" * 4, max_tokens=12, min_tokens=12, **search(4, n=2))
+    case.run()
+    assert isinstance(error := case.box.ends[number].error, StepError)
+    assert "its 4 beams need more than the 10 of 16 blocks that are not pinned" in str(error)
+    for branch in range(2):
+        assert len(case.tokens(number, branch)) == 9 and case.reason(number, branch) is FinishReason.ERROR
+    assert case.add("ab" * 4, max_tokens=8, min_tokens=8, **search(4)) and case.run() < 12
+
+
+def test_a_prompt_that_is_pinned_meanwhile_may_leave_no_room_to_part() -> None:
+    case = loaded(max_total_sequence_length=64, prefill_chunk_size=3)
+    case.add("c" * 40, max_tokens=0)
+    case.run()
+    number = case.add("ab" * 9, max_tokens=6, **search(4))
+    case.step()
+    assert case.core.scheduler is not None
+    case.core.scheduler.blocks.tree.pin("p", prompt_of("c" * 40))
+    case.run()
+    assert isinstance(error := case.box.ends[number].error, StepError) and "its 4 beams need more than" in str(error)
+
+
+def test_others_run_ahead_while_it_waits_for_places() -> None:
+    case = loaded(answer("c" * 40), run_ahead=True, max_num_sequence=4)
+    case.add("b", max_tokens=30)
+    case.add("b", max_tokens=30)
+    case.add("a", max_tokens=3, **search(3))
+    case.step(3)
+    assert case.core.stepping.under_way
+
+
 def test_sleep_weights_and_a_pause_change_nothing_of_what_is_found() -> None:
     case = loaded()
     new = case.new("abab", max_tokens=9, min_tokens=9, **search(3, n=3))
@@ -294,6 +404,7 @@ def test_sleep_weights_and_a_pause_change_nothing_of_what_is_found() -> None:
     case.step(3)
     case.ask(ins.Sleep)
     case.ask(ins.Wake)
+    assert case.core.requests._requests[new.number].preemptions == 1
     case.step(3)
     case.ask(lambda to: ins.UpdateWeights({"w": 1}, to))
     case.step(1)
@@ -301,6 +412,23 @@ def test_sleep_weights_and_a_pause_change_nothing_of_what_is_found() -> None:
     case.ask(ins.Resume)
     case.run()
     assert texts(case, new.number, 3) == found_by(new, 9)
+
+
+def test_of_equal_texts_the_first_goes_before_and_what_may_not_go_on_has_ended() -> None:
+    found = BeamSearch(params(**search(2)))
+    assert found.advance({0: TokenLogprobs(-1.0, (6, 5), (-1.0, -1.0))}, 9) == [Choice(0, 6), Choice(0, 5)]
+    found.go_on([0, 1])
+    stuck, other = TokenLogprobs(0.0, (), ()), TokenLogprobs(-0.5, (7,), (-0.5,))
+    assert found.advance({0: stuck, 1: other}, 9) == [Choice(1, 7)]
+    found.go_on([1])
+    ended, under_way = found.best(2)
+    assert (ended.token_ids, ended.score, ended.finish_reason, ended.stop_reason) == (
+        [6],
+        -1.0,
+        FinishReason.STOP,
+        None,
+    )
+    assert (under_way.token_ids, under_way.score, under_way.finish_reason) == ([5, 7], -0.75, None)
 
 
 def test_how_much_beams_may_write() -> None:

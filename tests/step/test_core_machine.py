@@ -28,6 +28,7 @@ from asyncengine.instructions import Deadlines, NewRequest
 from asyncengine.outputs import FinishReason
 from asyncengine.prefix_file import KeptPrefixes
 from asyncengine.state import EngineState
+from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan, ModelView
 from asyncengine.step.sequence import SequenceState
 from asyncengine.step.warming import QUIET_SECONDS
@@ -187,6 +188,16 @@ class CoreMachine(RuleBasedStateMachine):
         self.case = Case(self.loader)
         self.news: dict[int, NewRequest] = {}
         self.limits = {48}  # of whatever was loaded so far, and of what `recover` loads
+        self.served: set[Limits] = set()  # of whatever has computed something
+        self.cut: set[int] = set()  # requests that did not come to their own end
+        end = self.core.requests._end
+
+        def noted(request: Any, reason: FinishReason, error: Any) -> None:
+            if reason in (FinishReason.ABORT, FinishReason.ERROR):
+                self.cut.add(request.new.number)
+            end(request, reason, error)
+
+        self.core.requests._end = noted
         self.admissions: dict[int, tuple[NewRequest, ...]] = {}
         self.expected: set[int] = set()  # tickets that must have an answer in the end
         self.pending: list[ins.Instruction] = []
@@ -351,9 +362,15 @@ class CoreMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         scored=st.booleans(),
         adapter=ADDED["adapter"],
+        beams=ADDED["beams"],
     )
-    def open_a_prompt(self, n: int, max_tokens: int, priority: int, scored: bool, adapter: str | None) -> None:
+    def open_a_prompt(
+        self, n: int, max_tokens: int, priority: int, scored: bool, adapter: str | None, beams: int
+    ) -> None:
         limits: dict[str, Any] = {"num_prompt_logprobs": 0} if scored else {}
+        if beams > 1 and (view := self.core.view) is not None and fit(view, 0, beams):
+            limits["search"] = SearchParams(beams, 1.0, False)
+            n = min(n, beams)
         new = self.case.new("", arriving=True, n=n, max_tokens=max_tokens, priority=priority, adapter=adapter, **limits)
         to = self.case.reply_to()
         self.expected.add(to.ticket)
@@ -580,6 +597,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.case.check()
         core = self.core
         if core.scheduler is not None:
+            self.served.add(core.scheduler.limits)
             running = core.scheduler.running()
             copied = [branch for _, _, branch in core.scheduler.blocks.copies]
             assert all(branch in running or branch.state is not SequenceState.DECODE for branch in copied)
@@ -643,12 +661,15 @@ class CoreMachine(RuleBasedStateMachine):
             assert not any(key in box.tokens or key in box.branch_ends for key in ends)
             return
         reasons = {box.branch_ends[key].finish_reason for key in ends}
-        if not new.params.max_tokens or reasons & {FinishReason.ABORT, FinishReason.ERROR}:
+        if not new.params.max_tokens or number in self.cut or reasons & {FinishReason.ABORT, FinishReason.ERROR}:
             return
-        texts = [box.tokens[key] for key in ends]
-        most = {*self.limits, 1000}
-        could = [found_by(new, min(new.params.max_tokens, limit - len(new.prompt))) for limit in most]
-        assert texts in could
+        texts = [box.tokens.get(key, []) for key in ends]
+        prompt_tokens, beams = len(new.prompt), new.params.num_sequences
+        could = {
+            min(new.params.max_tokens, each.max_tokens - prompt_tokens, each.written_by_beams(prompt_tokens, beams))
+            for each in self.served
+        }
+        assert any(texts == found_by(new, most) for most in could)
 
     def prompts_were_looked_at_once(self) -> None:
         """Scores and hidden states are of every position of the prompt, in order, whatever happened meanwhile."""
