@@ -37,7 +37,7 @@ if uvloop is not None:
     LOOPS["uvloop"] = uvloop.new_event_loop
 
 settings.register_profile("long", max_examples=5000)
-settings.register_profile("short", max_examples=50)  # for each run; `--hypothesis-profile=long` is for a night
+settings.register_profile("short", max_examples=30)  # for each run; `--hypothesis-profile=long` is for a night
 settings.load_profile("short")
 
 

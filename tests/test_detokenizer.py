@@ -162,7 +162,7 @@ def naive(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
 
 
 class TestStopStrings:
-    @settings(max_examples=150)
+    @settings(max_examples=60)
     @given(
         st.text("abé", max_size=40),
         st.lists(st.text("abé", min_size=1, max_size=5), min_size=1, max_size=4),
@@ -178,7 +178,7 @@ class TestStopStrings:
         shown += stream.flush()
         assert (shown, stream.stopped_by) == (expected, stopped_by)
 
-    @settings(max_examples=150)
+    @settings(max_examples=60)
     @given(
         st.binary(max_size=80) | st.lists(st.sampled_from([0xC3, 0xA9, 0xFF, 97]), max_size=80).map(bytes),
         st.lists(st.sampled_from(["a", "é", "aé", "éa", "aa"]), min_size=1, max_size=2),

@@ -82,11 +82,13 @@ def test_the_wheel_has_what_the_package_needs_and_nothing_else(wheel: Path) -> N
         "model/decoder/bundles.h", "model/decoder/bundle_tiles.h", "model/recurrent/scans.cpp",
     ):  # fmt: skip
         assert f"asyncengine/{needed}" in packed
+    assert packed >= {path.relative_to(ROOT).as_posix() for path in (ROOT / "asyncengine").rglob("*.py")}
     assert not [name for name in sizes if not name.startswith(("asyncengine/", "asyncengine-"))]
     assert sum(size for name, size in sizes.items() if "/tiny/" in name) < 5.1e6
     assert wheel.stat().st_size < 6e6
 
 
+@pytest.mark.long
 def test_the_wheel_serves_the_embedded_model_with_the_lines_that_the_readme_begins_with(elsewhere: Path) -> None:
     """And so does its command, which then ends the process."""
     first = blocks(ROOT / "README.md")[0]
@@ -100,6 +102,7 @@ def test_the_wheel_serves_the_embedded_model_with_the_lines_that_the_readme_begi
     assert Path(path).is_relative_to(elsewhere / "site")
 
 
+@pytest.mark.long
 def test_the_suite_runs_against_the_wheel(elsewhere: Path) -> None:
     out = run(elsewhere, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SUBSET).stdout
     assert " passed" in out and "failed" not in out

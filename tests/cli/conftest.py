@@ -26,3 +26,12 @@ def address() -> Iterator[str]:
 
     with server() as (_, found, _):
         yield found
+
+
+@pytest.fixture(scope="session")
+def guarded() -> Iterator[str]:
+    """Of one with the key "secret" and the admin's routes, whose model is called "mine"."""
+    from tests.cli.programs import server
+
+    with server("--api-key", "secret", "--admin", "--served-model-name", "mine") as (_, found, _):
+        yield found

@@ -19,7 +19,7 @@ from asyncengine.cli.plot import Panel, draw, ticks
 from asyncengine.cli.targets import HttpTarget
 from asyncengine.cli.workload import Sample, Workload
 from asyncengine.generation import GenerationConfig
-from tests.cli.programs import last_line, run, scripted_loader, server
+from tests.cli.programs import last_line, run, scripted_loader
 
 # Steps take their time: else a reader may find all tokens of a request at once, and nothing is between two of them.
 LONG = scripted_loader(0.001, lambda prompt, branch: b"a" * 300)
@@ -174,19 +174,18 @@ def test_the_end_of_a_text_does_not_shorten_an_answer() -> None:
     assert figures(done.out)["completion_tokens"] == 80
 
 
-def test_measures_a_server_in_an_open_loop() -> None:
-    with server("--api-key", "secret", "--served-model-name", "mine") as (_, address, _):
-        common = ("bench", "--url", f"{address}/v1", "--num-prompts", "10", "--max-tokens", "8")
-        done = run(*common, "--rate", "200", "--api-key", "secret", loader=LONG)
-        assert done.status == 0, done.err + done.out
-        found = figures(done.out)
-        assert found["model"] == "mine" and found["target"] == address
-        assert found["loop"] == "open" and found["rate"] == 200
-        assert found["completion_tokens"] == 80 and found["prompt_tokens"] > 0
-        refused = run(*common)
-        assert refused.status == 1 and "/v1/models answers 401" in refused.err
-        wrong = run(*common[:1], "other", *common[1:], "--api-key", "secret")
-        assert wrong.status == 1 and "/v1/chat/completions answers 404" in wrong.err
+def test_measures_a_server_in_an_open_loop(guarded: str) -> None:
+    common = ("bench", "--url", f"{guarded}/v1", "--num-prompts", "10", "--max-tokens", "8")
+    done = run(*common, "--rate", "200", "--api-key", "secret", loader=LONG)
+    assert done.status == 0, done.err + done.out
+    found = figures(done.out)
+    assert found["model"] == "mine" and found["target"] == guarded
+    assert found["loop"] == "open" and found["rate"] == 200
+    assert found["completion_tokens"] == 80 and found["prompt_tokens"] > 0
+    refused = run(*common)
+    assert refused.status == 1 and "/v1/models answers 401" in refused.err
+    wrong = run(*common[:1], "other", *common[1:], "--api-key", "secret")
+    assert wrong.status == 1 and "/v1/chat/completions answers 404" in wrong.err
 
 
 @pytest.mark.parametrize(

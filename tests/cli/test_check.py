@@ -11,7 +11,7 @@ import pytest
 
 from asyncengine.cli.check import Finding, _finding
 from asyncengine.cli.conformance import ENTRIES, Server
-from tests.cli.programs import run, server
+from tests.cli.programs import run
 
 pytestmark = pytest.mark.loops("either")
 
@@ -47,20 +47,19 @@ async def verdict(name: str, handle: Callable[[Answer], httpx.Response]) -> Find
         return await _finding(entry, Server(client, "m"))
 
 
-def test_our_own_server_differs_in_nothing() -> None:
-    with server("--api-key", "secret") as (_, address, _):
-        done = run("check", address, "--api-key", "secret")
-        assert done.status == 0, done.out
-        assert " differs " not in done.out
-        assert done.out.splitlines()[-1] == f"{len(ENTRIES) - 2} ok, 0 differs, 2 missing"
-        found = [json.loads(line) for line in run("check", address, "--api-key", "secret", "--jsonl").out.splitlines()]
-        assert [entry["check"] for entry in found if entry["verdict"] == "missing"] == [
-            "tools", "json_schema",
-        ]  # fmt: skip
-        wrong = run("check", address)
-        assert wrong.status == 1 and "/v1/models answers 401" in wrong.err
-        wrong = run("check", address, "--api-key", "secret", "--model", "other")
-        assert wrong.status == 1 and "status 404" in wrong.out
+def test_our_own_server_differs_in_nothing(guarded: str) -> None:
+    done = run("check", guarded, "--api-key", "secret")
+    assert done.status == 0, done.out
+    assert " differs " not in done.out
+    assert done.out.splitlines()[-1] == f"{len(ENTRIES) - 2} ok, 0 differs, 2 missing"
+    found = [json.loads(line) for line in run("check", guarded, "--api-key", "secret", "--jsonl").out.splitlines()]
+    assert [entry["check"] for entry in found if entry["verdict"] == "missing"] == [
+        "tools", "json_schema",
+    ]  # fmt: skip
+    wrong = run("check", guarded)
+    assert wrong.status == 1 and "/v1/models answers 401" in wrong.err
+    wrong = run("check", guarded, "--api-key", "secret", "--model", "other")
+    assert wrong.status == 1 and "status 404" in wrong.out
 
 
 WRONG: dict[str, tuple[str, str, Callable[[Answer], httpx.Response]]] = {

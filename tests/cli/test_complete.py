@@ -162,7 +162,7 @@ def test_what_is_no_character_is_an_error_of_its_line_alone() -> None:
     assert strange["id"] == "\ud800" and strange["text"] == fine["text"] == "fine"
 
 
-@pytest.mark.parametrize("name", ["complete", "chat"])
+@pytest.mark.parametrize("name", ["complete", pytest.param("chat", marks=pytest.mark.long)])
 def test_bytes_that_are_no_text_are_an_error_of_their_line_alone(name: str) -> None:
     done = subprocess.run(
         command(name, step_seconds=0), input=b"one\n\n\xff\xfe\nthree\n", capture_output=True, timeout=60, check=False,

@@ -11,10 +11,11 @@ from asyncengine.cli.logs import JsonLines
 from tests.cli.programs import server
 
 
-def test_every_line_of_a_server_is_a_json_object() -> None:
-    with server("--log-format", "json") as (process, address, log):
+def test_every_line_of_a_server_is_a_json_object_also_of_one_with_spans() -> None:
+    with server("--log-format", "json", "--otel") as (process, address, log):
         with httpx.Client(base_url=address, trust_env=False) as client:
-            client.post("/v1/completions", json={"prompt": "hi"}, headers={"x-request-id": "mine"}).raise_for_status()
+            found = client.post("/v1/completions", json={"prompt": "hi"}, headers={"x-request-id": "mine"})
+            assert found.json()["choices"][0]["text"] == "hi"
         process.terminate()
         process.wait(timeout=30)
     lines = [json.loads(line) for line in log]
@@ -67,9 +68,3 @@ def test_without_the_extra_spans_are_refused_with_what_to_install() -> None:
     )
     assert wrong.returncode == 1
     assert wrong.stderr == "asyncengine: opentelemetry is not installed: pip install 'asyncengine[otel]'\n"
-
-
-def test_a_server_with_spans_serves() -> None:
-    with server("--otel") as (_, address, _):
-        with httpx.Client(base_url=address, trust_env=False) as client:
-            assert client.post("/v1/completions", json={"prompt": "hi"}).json()["choices"][0]["text"] == "hi"

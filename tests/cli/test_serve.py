@@ -30,12 +30,11 @@ def test_serves_until_a_signal() -> None:
     assert not any("Traceback" in line for line in log)
 
 
-def test_a_key_guards_everything_and_opens_the_admin_routes() -> None:
-    with server("--api-key", "secret", "--admin") as (_, address, _):
-        with httpx.Client(base_url=address, trust_env=False) as client:
-            assert client.get("/v1/models").status_code == 401
-            headers = {"authorization": "Bearer secret"}
-            assert client.get("/admin/trace", headers=headers).json()["traceEvents"]
+def test_a_key_guards_everything_and_opens_the_admin_routes(guarded: str) -> None:
+    with httpx.Client(base_url=guarded, trust_env=False) as client:
+        assert client.get("/v1/models").status_code == 401
+        headers = {"authorization": "Bearer secret"}
+        assert client.get("/admin/trace", headers=headers).json()["traceEvents"]
 
 
 def test_admin_without_a_key_is_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from asyncengine.cli.command import Failure
 from asyncengine.cli.top import Look
-from tests.cli.programs import run, server, terminal
+from tests.cli.programs import run, terminal
 
 TEXT = """\
 # HELP asyncengine_num_requests_running Requests with a sequence in the batch.
@@ -88,7 +88,6 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
     assert wrong.status == 1 and wrong.err.startswith("asyncengine: http://127.0.0.1:1 cannot be reached")
 
 
-def test_a_key_that_is_missing_is_said() -> None:
-    with server("--api-key", "secret") as (_, address, _):
-        assert "/metrics answers 401" in run("top", address).err
-        assert run("top", address, "--api-key", "secret", "--count", "1").status == 0
+def test_a_key_that_is_missing_is_said(guarded: str) -> None:
+    assert "/metrics answers 401" in run("top", guarded).err
+    assert run("top", guarded, "--api-key", "secret", "--count", "1").status == 0

@@ -14,7 +14,7 @@ import pytest
 from asyncengine.cli.command import Failure
 from asyncengine.cli.timeline import page
 from asyncengine.cli.trace import read_trace
-from tests.cli.programs import run, server
+from tests.cli.programs import run
 from tests.server.test_page import browser
 
 __all__ = ["browser"]
@@ -60,20 +60,19 @@ def test_nothing_in_the_data_ends_the_script() -> None:
     assert json.loads(found.data) == {"title": "</title><b>", "trace": trace}
 
 
-def test_reads_a_server_s(tmp_path: Path) -> None:
-    with server("--api-key", "secret", "--admin") as (_, address, _):
-        common = ("trace", "--url", address, "--out", str(tmp_path / "t"))
-        nothing = run(*common, "--api-key", "secret")
-        assert nothing.status == 1 and "has recorded nothing; --seconds 10 records" in nothing.err
-        refused = run(*common)
-        assert refused.status == 1 and "/admin/trace answers 401" in refused.err
-        with httpx.Client(base_url=address, headers={"authorization": "Bearer secret"}, trust_env=False) as client:
-            client.post("/admin/trace", json={"action": "start"})
-            client.post("/v1/completions", json={"prompt": "hello"})
-        done = run(*common, "--api-key", "secret")
-        assert done.status == 0 and done.out.startswith("1 requests, ")
-        empty = run(*common, "--api-key", "secret", "--seconds", "0")  # which begins anew
-        assert empty.status == 1 and "the server had no requests for 0 seconds" in empty.err
+def test_reads_a_server_s(guarded: str, tmp_path: Path) -> None:
+    common = ("trace", "--url", guarded, "--out", str(tmp_path / "t"))
+    nothing = run(*common, "--api-key", "secret")
+    assert nothing.status == 1 and "has recorded nothing; --seconds 10 records" in nothing.err
+    refused = run(*common)
+    assert refused.status == 1 and "/admin/trace answers 401" in refused.err
+    with httpx.Client(base_url=guarded, headers={"authorization": "Bearer secret"}, trust_env=False) as client:
+        client.post("/admin/trace", json={"action": "start"})
+        client.post("/v1/completions", json={"prompt": "hello"})
+    done = run(*common, "--api-key", "secret")
+    assert done.status == 0 and done.out.startswith("1 requests, ")
+    empty = run(*common, "--api-key", "secret", "--seconds", "0")  # which begins anew
+    assert empty.status == 1 and "the server had no requests for 0 seconds" in empty.err
 
 
 def test_a_server_without_the_route_is_told_apart(address: str, tmp_path: Path) -> None:

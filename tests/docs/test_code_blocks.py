@@ -13,6 +13,7 @@ import contextlib
 import gc
 import inspect
 import io
+import json
 import os
 import subprocess
 import sys
@@ -54,6 +55,20 @@ def run(block: Block, namespace: dict[str, Any], runner: asyncio.Runner) -> str:
     return printed.getvalue()
 
 
+def run_all(these: list[Block]) -> None:
+    """In one namespace, and on one event loop."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    with asyncio.Runner() as runner:
+        try:
+            for block in these:
+                printed = run(block, namespace, runner)
+                if block.output is not None:
+                    assert printed.strip() == block.output.strip(), f"{block.page}:{block.line}"
+        finally:
+            namespace.clear()
+            gc.collect()
+
+
 @pytest.fixture
 def _one_thread() -> Any:
     import torch
@@ -70,16 +85,7 @@ def test_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     if page.name == "gguf.md":  # which begins with a file that the reader has
         write_tiny(tmp_path / "tiny-Q4_0.gguf", GGMLQuantizationType.Q4_0)
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    with asyncio.Runner() as runner:
-        try:
-            for block in snippets(page):
-                printed = run(block, namespace, runner)
-                if block.output is not None:
-                    assert printed.strip() == block.output.strip(), f"{page}:{block.line}"
-        finally:
-            namespace.clear()
-            gc.collect()
+    run_all(snippets(page))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if files(page)], ids=name)
@@ -126,8 +132,21 @@ def test_the_readme_begins_with_few_lines_that_say_what_they_print() -> None:
     assert len([line for line in first.code.splitlines() if line]) <= 10
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.ipynb")), ids=name)
+NOTEBOOKS = pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.ipynb")), ids=name)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@NOTEBOOKS
+def test_cells_of_a_notebook_run_in_order(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    run_all([Block(path, 1, "python", "".join(cell["source"]), None) for cell in cells])
+
+
+@pytest.mark.long
+@NOTEBOOKS
 def test_notebook_runs(path: Path, tmp_path: Path) -> None:
+    """In a kernel of its own."""
     program = (
         "import sys, nbformat, nbclient\n"
         "notebook = nbformat.read(sys.argv[1], as_version=4)\n"

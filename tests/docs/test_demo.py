@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
-import os
 import re
+import runpy
 import signal
-import subprocess
 import sys
+from collections.abc import Iterator
+
+import pytest
 
 from tests.docs.pages import ROOT
 
-TWICE = """
-import runpy, sys
-for _ in range(2):
-    try:
-        runpy.run_path("scripts/demo.py", run_name="__main__")
-    except SystemExit as end:
-        print("status", end.code)
-"""
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The demonstration reads the command line, has one thread and shows no bars."""
+    import torch
+    from transformers.utils import logging
+
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    yield
+    torch.set_num_threads(threads)
+    if bars:
+        logging.enable_progress_bar()
 
 
-def test_demo_answers_everything_rightly_across_a_reload_and_ends_cleanly_when_interrupted() -> None:
-    """Twice in one process, which imports torch but once."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-c", TWICE],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as demo:  # fmt: skip
-        assert demo.stdout is not None and demo.stderr is not None
-        first, second = "", ""
-        for line in demo.stdout:
-            first += line
-            if line.startswith("status "):
-                break
-        for line in demo.stdout:
-            second += line
-            if line.startswith("chat "):
-                break
-        demo.send_signal(signal.SIGINT)
-        second += demo.stdout.read()
-        errors = demo.stderr.read()
-        assert demo.wait(timeout=60) == 0, first + second + errors
-    assert first.endswith("status 0\n"), first + errors
-    answers = re.search(r"answers +(\d+) of (\d+) right, 8 at a time", first)
+def status() -> object:
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "demo.py"), run_name="__main__")
+    return ended.value.code
+
+
+def test_demo_answers_everything_rightly_across_a_reload(capsys: pytest.CaptureFixture[str]) -> None:
+    ended, (said, errors) = status(), capsys.readouterr()
+    assert (ended, errors) == (0, ""), said
+    answers = re.search(r"answers +(\d+) of (\d+) right, 8 at a time", said)
     assert answers is not None and answers[1] == answers[2]
-    assert first.count(", right]") == int(answers[1]) > 100
-    in_flight = re.search(r"hot reload +\d+ ms, (\d+) answers in flight, 0 lost", first)
+    assert said.count(", right]") == int(answers[1]) > 100
+    in_flight = re.search(r"hot reload +\d+ ms, (\d+) answers in flight, 0 lost", said)
     assert in_flight is not None and int(in_flight[1]) > 0
-    assert second.endswith("interrupted\nstatus 130\n")
-    assert errors == ""
+
+
+def test_demo_ends_cleanly_when_it_is_interrupted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = sys.stdout.write
+
+    def interrupting(text: str) -> int:
+        if text.startswith("chat "):  # the first answer
+            signal.raise_signal(signal.SIGINT)
+        return write(text)
+
+    monkeypatch.setattr(sys.stdout, "write", interrupting)
+    assert status() == 130
+    said, errors = capsys.readouterr()
+    assert said.endswith("interrupted\n") and errors == ""

@@ -23,6 +23,8 @@ from asyncengine import (
 )
 from asyncengine.testing import MODEL, ByteTokenizer, ScriptedLoader, scripted_engine
 
+pytestmark = pytest.mark.loops("either")
+
 SHOUT = RequestOptions(adapter="shout")
 LONG = "a long answer that goes on and on " * 8
 

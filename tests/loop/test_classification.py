@@ -17,6 +17,8 @@ from asyncengine.loop.pairs import Pair
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from tests.loop.test_embedding import PROMPT, all_is_free, held_in_the_middle, loaded
 
+pytestmark = pytest.mark.loops("either")
+
 WEIGHT, BIAS = np.array([[1, 0, 0], [0, 2, 5]], np.float32), np.array([0, -1], np.float32)
 TWO = Classifier(WEIGHT, BIAS, ("id", "place"), "softmax")
 ONE = Classifier(np.array([[1, 0, 0]], np.float32), None, ("reward",), "sigmoid")

@@ -20,6 +20,8 @@ from asyncengine import (
 )
 from asyncengine.testing import ScriptedLoader, ScriptedModel
 
+pytestmark = pytest.mark.loops("either")
+
 PROMPT = [(7 * i) % 200 for i in range(100)]
 MEAN = [float(np.mean(PROMPT)), 49.5, 1.0]
 

@@ -14,6 +14,8 @@ from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from tests.loop.test_classification import ONE, classifying
 from tests.loop.test_embedding import loaded
 
+pytestmark = pytest.mark.loops("either")
+
 HOW = RerankPrompt(template="{query}?{document}!")
 MERGED = 7
 """What a tokenizer makes of two letters of the same kind."""

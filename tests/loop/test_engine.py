@@ -1428,8 +1428,8 @@ async def test_metrics_can_be_read_while_steps_change_everything() -> None:
         thread = threading.Thread(target=look)
         thread.start()
         try:
-            for i in range(5):
-                await rig.engine.generate_many(["x"] * 40, GenerationConfig(max_tokens=5, n=1 + i % 2))
+            for i in range(4):
+                await rig.engine.generate_many(["x"] * 20, GenerationConfig(max_tokens=5, n=1 + i % 2))
                 await rig.engine.reload(rig.config)
         finally:
             stop.set()

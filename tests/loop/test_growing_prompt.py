@@ -93,7 +93,7 @@ def fed(prompt: GrowingPrompt, pieces: Sequence[Any]) -> tuple[list[int], list[i
 
 @pytest.mark.parametrize("name", ["tiny", "unigram", "bytes", "fickle"])
 @given(text=TEXTS, cuts=st.lists(st.integers(0, 200), max_size=30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_tokens_are_those_of_the_whole_text(
     tokenizers: dict[str, Tokenizer], name: str, text: str, cuts: list[int]
 ) -> None:
@@ -105,7 +105,7 @@ def test_the_tokens_are_those_of_the_whole_text(
 
 
 @given(pieces=st.lists(st.lists(st.integers(0, 1999), max_size=5) | st.integers(0, 1999), max_size=20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_token_ids_are_certain_at_once(pieces: list[list[int] | int]) -> None:
     expected = [token for piece in pieces for token in ([piece] if isinstance(piece, int) else piece)]
     prompt = GrowingPrompt(view(None))

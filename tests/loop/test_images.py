@@ -22,6 +22,8 @@ from asyncengine.testing import ByteTokenizer, ScriptedLoader, ScriptedMediaRead
 from tests.loop.media_engine import LONG, engine, script
 from tests.speculation.drafters import Oracle
 
+pytestmark = pytest.mark.loops("either")
+
 
 def looking(**changes: Any) -> ScriptedLoader:
     return ScriptedLoader(script, tokenizer=ByteTokenizer(), **({"takes_images": True} | changes))

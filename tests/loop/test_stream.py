@@ -99,6 +99,7 @@ async def test_branches_have_their_turn() -> None:
 
 
 @pytest.mark.loops("either")
+@pytest.mark.loops("either")
 async def test_many_branches_are_read_in_linear_time() -> None:
     async with Rig(
         lambda prompt, branch: endless(prompt, 0),

@@ -25,6 +25,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from asyncengine.otel import instrument
 
+pytestmark = pytest.mark.loops("either")
+
 USER = [{"role": "user", "content": "hello"}]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

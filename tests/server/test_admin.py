@@ -15,6 +15,8 @@ from asyncengine.server import create_app
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from tests.server.serving import AUTH, KEY, MODEL, chat, client_of, completion, echo_engine, error, served, until
 
+pytestmark = pytest.mark.loops("either")
+
 
 @asynccontextmanager
 async def administered() -> AsyncIterator[tuple[httpx.AsyncClient, AsyncEngine, ScriptedLoader]]:

@@ -11,6 +11,8 @@ from asyncengine.server import create_app
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from tests.server.serving import MODEL, chat, client_of, completion, echo_engine, error, served, until
 
+pytestmark = pytest.mark.loops("either")
+
 NAMES = {
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio", "prompt_tokens", "generation_tokens",
     "requests", "preemptions", "prefix_cache_queries", "prefix_cache_hits", "time_to_first_token_seconds",

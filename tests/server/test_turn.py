@@ -149,7 +149,7 @@ PARTS = st.sampled_from([
 TEMPLATES = st.sampled_from([None, XML, LIST])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.lists(PARTS, max_size=8), TEMPLATES, st.booleans(), st.booleans())
 def test_however_anything_is_cut_it_says_the_same(
     data: st.DataObject, parts: list[str], calls: dict[str, Any] | None, parallel: bool, takes_calls: bool

@@ -786,7 +786,7 @@ class AheadMachine(CoreMachine):
 
 
 SETTINGS = settings(
-    max_examples=int(os.environ.get("EXAMPLES", "30")),
+    max_examples=int(os.environ.get("EXAMPLES", "18")),
     stateful_step_count=int(os.environ.get("STEPS", "40")),
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -82,6 +82,7 @@ def run(tmp_path: Path, body: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_under_pytest_asyncio(tmp_path: Path) -> None:
     out = run(tmp_path, BODY.format(mark="@pytest.mark.asyncio"), "-p", "no:anyio", *SCOPE)
     assert "6 passed" in out

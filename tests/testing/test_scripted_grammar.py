@@ -10,6 +10,8 @@ from asyncengine import AsyncEngine, GenerationConfig, RequestDroppedError
 from asyncengine.response_format import Choice, JsonSchema, Regex
 from asyncengine.testing import scripted_engine
 
+pytestmark = pytest.mark.loops("either")
+
 POINT = JsonSchema({"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]})
 
 

@@ -209,9 +209,11 @@ def torchs_settings() -> Iterator[None]:
 def test_training_twice_writes_the_same_files_and_prints_a_held_out_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Once as whoever makes the checkpoint does, and once by its function."""
+    """With less in a step than whoever makes the checkpoint has."""
+    monkeypatch.setattr(train, "ROWS", 2)
+    monkeypatch.setattr(train, "THREADS", 1)
     monkeypatch.setattr(sys, "argv", ["train", *options(tmp_path / "first", held_out=0)])
-    runpy.run_path(train.__file__, run_name="__main__")
+    train.main()
     assert "held-out" not in capsys.readouterr().out
     # A model that was trained for one step ends no answer: each would be as long as it may be.
     monkeypatch.setattr(train, "LONGEST_ANSWER", 8)
@@ -224,6 +226,13 @@ def test_training_twice_writes_the_same_files_and_prints_a_held_out_loss(
     assert first.keys() == {file.name for file in PATH.iterdir()}
     assert first == second
     assert "held-out loss" in printed
+
+
+def test_it_is_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(train.__file__, run_name="__main__")
+    assert "--held-out" in capsys.readouterr().out
 
 
 TRAINED_ON = """

@@ -239,7 +239,7 @@ class Baking:
         return replay, outputs
 
 
-@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize("run_ahead", [pytest.param(False, marks=pytest.mark.long), True])
 async def test_an_engine_generates_the_same_with_captured_steps(
     backend: Backend, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, run_ahead: bool
 ) -> None:

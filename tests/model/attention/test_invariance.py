@@ -20,6 +20,19 @@ SPECS: dict[str, LayerSpec] = {
     "everything": layer(sliding_window=700, soft_cap=4.0, has_sinks=True, key_dim=33, value_dim=17),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+over_specs = pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        pytest.param(
+            spec,
+            dtype,
+            id=f"{name}-{dtype}",  # what is cut how depends on the layer, and each dtype has code of its own
+            marks=[pytest.mark.long] * (dtype is not torch.float32 and name not in ("plain", "everything")),
+        )
+        for name, spec in SPECS.items()
+        for dtype in DTYPES
+    ],
+)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -31,8 +44,7 @@ def run(backend: CpuAttention, spec: LayerSpec, rows: list[Row], dtype: torch.dt
     return run_paged(backend, spec, rows, others.pop("page_size", 16), dtype, random_sinks(spec), **others)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@over_specs
 def test_same_bits_alone_and_in_a_batch(cpu_backend: CpuAttention, spec: LayerSpec, dtype: torch.dtype) -> None:
     shapes = [(1300, 1), (3, 1), (512, 1), (0, 70), (1000, 90), (511, 2)]
     rows = [random_row(spec, context, new, dtype, i) for i, (context, new) in enumerate(shapes)]
@@ -42,8 +54,7 @@ def test_same_bits_alone_and_in_a_batch(cpu_backend: CpuAttention, spec: LayerSp
         assert same_bits(alone, output)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@over_specs
 def test_same_bits_as_decode_and_in_any_prefill_chunk(
     cpu_backend: CpuAttention, spec: LayerSpec, dtype: torch.dtype
 ) -> None:
@@ -62,8 +73,7 @@ def test_same_bits_as_decode_and_in_any_prefill_chunk(
         assert same_bits(output, expected[position : position + 1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@over_specs
 def test_same_bits_on_any_number_of_threads(cpu_backend: CpuAttention, spec: LayerSpec, dtype: torch.dtype) -> None:
     """One long row: with several threads its splits are shared out, with one they are not."""
     rows = [random_row(spec, 2100, 1, dtype, 0), random_row(spec, 600, 5, dtype, 1)]

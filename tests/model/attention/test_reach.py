@@ -100,7 +100,7 @@ def test_triton_in_bfloat16_whose_query_heads_fill_several_tiles(triton_backend:
     assert_reaches(triton_backend, layer(heads=40, kv_heads=1, looks_ahead=True), MIXED[4:], 16, torch.bfloat16)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_random_images(data: st.DataObject) -> None:
     draw = data.draw
@@ -159,7 +159,8 @@ def test_same_bits_alone_in_a_batch_and_without_looking_ahead(
     backend: AttentionBackend, spec: LayerSpec, dtype: torch.dtype
 ) -> None:
     """An image changes no bit of other rows, nor of tokens before or behind it."""
-    rows, sinks = [row_of(spec, shape, dtype, i) for i, shape in enumerate(MIXED)], random_sinks(spec)
+    shapes = MIXED if isinstance(backend, CpuAttention) else MIXED[3:]  # the interpreter takes its time
+    rows, sinks = [row_of(spec, shape, dtype, i) for i, shape in enumerate(shapes)], random_sinks(spec)
     together = run_paged(backend, spec, rows, 16, dtype, sinks)
     plain = dataclasses.replace(spec, looks_ahead=False)
     without = run_paged(backend, plain, rows, 16, dtype, sinks)

@@ -46,7 +46,7 @@ def merges_of(lists: WorkLists, index: int) -> np.ndarray:
     return lists.values[start : start + count * MERGE].reshape(count, MERGE)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 2000), st.sampled_from([0, 1, 2, 4, 5, 16, 17, 100, 300])), min_size=1),
     cut=st.builds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,16 @@ def test_layers_and_experts_are_replaced(architecture: str, dtype: str, checkpoi
     loaded.model.close()
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize(
+    ("architecture", "quantization"),
+    [
+        *zip(MODELS, itertools.cycle(["int8", "int4"]), strict=False),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in zip(MODELS, itertools.cycle(["int4", "int8"]), strict=False)
+        ),
+    ],
+)
 def test_they_are_kept_in_few_bits(
     architecture: str, quantization: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
 from asyncengine.errors import CheckpointError, UnsupportedModelError
-from asyncengine.model.architecture import turned_weights
+from asyncengine.model.architecture import coded_for, model_class, read_config, turned_weights
 from asyncengine.model.gguf.checkpoint import GgufCheckpoint
 from asyncengine.model.gguf.families import FAMILIES
-from asyncengine.model.stored.weight import Decoded, OpenFiles
+from asyncengine.model.stored.weight import Decoded, OpenFiles, state_of
 from tests.model.checkpoints import config
 from tests.model.gguf.files import write
 from tests.model.gguf.kinds import KINDS
@@ -60,12 +60,14 @@ ELSEWHERE = {
 """Fields that are of no consequence here, or are told apart below."""
 NOT_READ = ("type", "max_position_embeddings")
 """What some configurations have in their `rope_parameters`."""
-SERVED = (
+COMPUTED = (
     "llama", "mixtral", "gemma3_text", "phi3", "gpt2", "gpt_oss", "qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2_moe",
     "granitemoehybrid", "falcon_h1", "nemotron_h", "mamba", "mamba2", "apertus", "deepseek_v2", "gemma4_text",
     "gemma4_moe", "gpt_neox", "granitemoeshared", "ministral3", "stablelm",
 )  # fmt: skip
 """Of each kind some; and all whose files say something in other words than their configurations do."""
+SERVED = ("llama", "gpt_oss", "qwen3_next", "granitemoehybrid", "mamba", "deepseek_v2", "gemma4_moe", "falcon_h1")
+"""Of those in turn some, by an engine."""
 IMPLIED = ("mlp_bias", "head_dim", "rotary_dim", "rms_norm_eps", "position_embedding_type", "max_position_embeddings")
 """What others' configurations have besides, which is what it is without."""
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_epsilon")
@@ -130,13 +132,25 @@ def test_is_what_it_was_made_of(architecture: str, original: Callable[[str], Pat
         for name, weight in found.items():
             torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6, msg=name)
     derives_what_is_stated(path, GgufCheckpoint(file).path)
-    if architecture not in SERVED:
+    if architecture not in COMPUTED:
         derives_nothing_else(path, GgufCheckpoint(file).path)
         return
-    tokens = asyncio.run(served(file))
     with torch.inference_mode():
-        logits = model(torch.tensor([[*PROMPT, *tokens[:-1]]]), use_cache=False).logits[0]
-    assert tokens == logits[len(PROMPT) - 1 :].argmax(-1).tolist()
+        logits, same = (each(torch.tensor([PROMPT]), use_cache=False).logits[0] for each in (model, read_back(file)))
+    torch.testing.assert_close(same, logits, atol=1e-5, rtol=1e-4)
+    if architecture in SERVED:
+        tokens = asyncio.run(served(file))
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*PROMPT, *tokens[:-1]]]), use_cache=False).logits[0]
+        assert tokens == logits[len(PROMPT) - 1 :].argmax(-1).tolist()
+
+
+def read_back(file: Path) -> Any:
+    """The model of transformers that is in a file."""
+    checkpoint = GgufCheckpoint(file)
+    kind, config = model_class(read_config(checkpoint))
+    state = state_of({}, coded_for(checkpoint, kind, config), torch.float32)
+    return kind.from_pretrained(None, state_dict=state, config=config, dtype=torch.float32).eval()
 
 
 def derives_what_is_stated(original: Path, described: Path) -> None:

@@ -176,7 +176,7 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
             read_header(path)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_damage_has_another_outcome(tmp_path: Path, contents: bytes, data: st.DataObject) -> None:
     found = bytearray(contents)

@@ -220,7 +220,8 @@ CHOICES = {
 @pytest.mark.parametrize(
     ("make", "name"), [*((gpt_oss, name) for name in CHOICES), (mixtral, "one token"), (mixtral, "another for each")]
 )
-def test_experts_are_those_of_transformers(make: Any, name: str) -> None:
+def test_experts_are_those_of_transformers(make: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    large_tiles(monkeypatch, 64)
     module, gate, (gate_up, down, gate_up_bias, down_bias) = make()
     chosen = torch.tensor(CHOICES[name], device=DEVICE)
     x, shares = normal(len(chosen), HIDDEN), normal(*chosen.shape).softmax(-1)

@@ -33,10 +33,15 @@ def plain(checkpoint: Make) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_codes_become_the_numbers_that_they_stand_for(method: str, plain: Path, tmp_path: Path) -> None:
+    """And nothing else is handed on: transformers would tell users of it."""
     coded, numbers = coded_checkpoints.write(tmp_path, plain, method)
+    tensors = load_file(coded / "model.safetensors")
+    layer = "model.layers.0.self_attn"
+    tensors |= {f"{layer}.{name}": torch.ones(1) for name in ("k_scale", "v_proj.input_scale", "q_proj.weight_format")}
+    save_file(tensors, coded / "model.safetensors")
     found, files = Checkpoint(coded), OpenFiles()
     wanted = load_file(numbers / "model.safetensors")
-    assert len(found.coded) == 7
+    assert len(found.coded) == 7 and found.shapes == Checkpoint(numbers).shapes
     for name, weight in found.coded.items():
         assert weight.shape == tuple(wanted[name].shape)
         torch.testing.assert_close(weight.numbers(files, torch.float32), wanted[name], rtol=1e-6, atol=1e-7)
@@ -79,17 +84,6 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     found = Checkpoint(stored(tmp_path, tensors, {"quant_method": "mxfp4"})).coded["experts.down_proj"]
     wanted = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     assert torch.equal(found.numbers(OpenFiles(), torch.float32), wanted)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_nothing_but_parameters_is_handed_on(method: str, plain: Path, tmp_path: Path) -> None:
-    """transformers would tell users of the rest."""
-    coded, numbers = coded_checkpoints.write(tmp_path, plain, method)
-    tensors = load_file(coded / "model.safetensors")
-    layer = "model.layers.0.self_attn"
-    tensors |= {f"{layer}.{name}": torch.ones(1) for name in ("k_scale", "v_proj.input_scale", "q_proj.weight_format")}
-    save_file(tensors, coded / "model.safetensors")
-    assert Checkpoint(coded).shapes == Checkpoint(numbers).shapes
 
 
 def test_what_a_checkpoint_takes_is_counted_in_numbers(plain: Path, tmp_path: Path) -> None:
