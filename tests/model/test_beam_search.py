@@ -201,6 +201,14 @@ async def test_what_is_read_while_it_comes(served: AsyncEngine) -> None:
     assert [output.token_ids for output in outputs] == [output.token_ids for output in result.outputs]
 
 
+async def test_more_likeliest_tokens_may_be_named_than_are_looked_at(served: AsyncEngine) -> None:
+    result = await served.generate(PROMPTS[1], searching(2, n=1, logprobs=True, top_logprobs=20))
+    [output] = result.outputs
+    assert output.logprobs is not None and {len(entry.top_ids) for entry in output.logprobs} == {20}
+    plain = await served.generate(PROMPTS[1], searching(2, n=1))
+    assert plain.outputs[0].token_ids == output.token_ids
+
+
 async def test_where_nothing_may_be_written_it_is_told(served: AsyncEngine) -> None:
     def forbid(logits: torch.Tensor, row: LogitsRow) -> None:
         logits.fill_(-torch.inf)

@@ -23,7 +23,7 @@ from asyncengine.testing import ByteTokenizer, ScriptedLoader
 from tests.speculation.drafters import Guesser
 
 from .beams import found_by
-from .core_case import Case, answer, loaded, params, prompt_of
+from .core_case import EOS, Case, answer, loaded, params, prompt_of
 
 WIDTH = st.integers(2, 4)
 ASKED = st.fixed_dictionaries({
@@ -176,7 +176,7 @@ def test_one_that_ends_by_length_counts_as_that_and_has_a_first_token_only_with_
     case.run()
     nothing = case.add("abab", max_tokens=0, **search(2))
     case.run()
-    assert case.core.counters.requests["length"] == 2
+    assert case.core.counters.requests["length"] == 2 and not case.box.logprobs
     assert case.usage(number).first_token_seconds is not None and case.usage(nothing).first_token_seconds is None
 
 
@@ -245,6 +245,15 @@ def test_one_that_is_aborted_tells_the_best_that_it_has(ahead: bool) -> None:
     assert all(got) and case.usage(new.number).completion_tokens == sum(map(len, got))
     case.check()
     assert case.pool.num_used == 0 and not case.core.runnable
+
+
+def test_one_that_ends_between_two_steps_leaves_no_state_to_copy() -> None:
+    case = loaded(kept_states=3)
+    number = case.add("abab", max_tokens=9, min_tokens=9, **search(3))
+    case.step()
+    case.abort(number)
+    case.check()
+    assert case.pool.num_used == 0
 
 
 def test_a_deadline_gives_what_was_found_until_then() -> None:
@@ -324,6 +333,16 @@ def test_one_is_carried_over_a_reload_where_its_beams_fit(size: int, slots: int,
     else:
         error = case.box.ends[new.number].error
         assert isinstance(error, InvalidRequestError) and "4 beams do not fit the new model" in str(error)
+
+
+def test_one_that_is_carried_to_a_model_of_shorter_texts_ends_sooner() -> None:
+    case = loaded()
+    new = case.new("ab" * 4, max_tokens=9, min_tokens=9, **search(4))
+    case.give(case.adding(new))
+    case.step(3)
+    case.load(in_flight="carry", max_single_sequence_length=12)
+    case.run()
+    assert texts(case, new.number, 1) == found_by(new, 4) and case.reason(new.number) is FinishReason.LENGTH
 
 
 def test_a_prompt_that_comes_in_pieces_may_be_searched_behind() -> None:
@@ -420,15 +439,21 @@ def test_of_equal_texts_the_first_goes_before_and_what_may_not_go_on_has_ended()
     found.go_on([0, 1])
     stuck, other = TokenLogprobs(0.0, (), ()), TokenLogprobs(-0.5, (7,), (-0.5,))
     assert found.advance({0: stuck, 1: other}, 9) == [Choice(1, 7)]
+    assert [text.score for text in found.best(3)] == [-1.0, -1.0, -1.0]  # before it is known what the choices became
     found.go_on([1])
     ended, under_way = found.best(2)
-    assert (ended.token_ids, ended.score, ended.finish_reason, ended.stop_reason) == (
-        [6],
-        -1.0,
-        FinishReason.STOP,
-        None,
-    )
-    assert (under_way.token_ids, under_way.score, under_way.finish_reason) == ([5, 7], -0.75, None)
+    assert (ended.token_ids, ended.score, ended.stop_reason) == ([6], -1.0, None)
+    assert ended.finish_reason is FinishReason.STOP and under_way.finish_reason is None
+    assert (under_way.token_ids, under_way.score) == ([5, 7], -0.75)
+
+
+def test_a_search_is_over_when_its_beams_are_as_likely_as_the_texts_and_not_likelier() -> None:
+    for logprob, over in ((-0.5, True), (-0.25, False)):
+        found = BeamSearch(params(**search(2, length_penalty=0.0)))
+        found.advance({0: TokenLogprobs(-1.0, (EOS, 6, 5), (-1.0, -1.0, -1.0))}, 9)
+        found.go_on([0, 1])
+        beams = {0: TokenLogprobs(0.0, (7,), (logprob,)), 1: TokenLogprobs(0.0, (EOS,), (-0.5,))}
+        assert (found.advance(beams, 9) == []) == over
 
 
 def test_how_much_beams_may_write() -> None:
