@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from asyncengine import GenerationConfig, InvalidRequestError
 from asyncengine.generation import SamplingParams, SearchParams, resolve
+from asyncengine.grammar.protocol import Grammar, Matcher
 
 EOS = 9
 
@@ -70,6 +72,17 @@ def test_it_is_as_many_sequences_as_it_has_beams() -> None:
     assert resolved(num_beams=4, stop_token_ids=[1, 2]).num_candidates == 16
     assert resolved(num_beams=4, ignore_eos=True).num_candidates == 8
     assert resolved(n=3).num_sequences == 3
+
+
+def test_what_a_grammar_ends_by_ends_texts_though_the_end_token_is_ignored() -> None:
+    class Ends(Grammar):
+        end_token_ids = (EOS, 8)
+
+        def matcher(self) -> Matcher:
+            raise NotImplementedError
+
+    params = dataclasses.replace(resolved(num_beams=4, ignore_eos=True, stop_token_ids=[1]), grammar=Ends())
+    assert params.ending_token_ids == (1, EOS, 8) and params.num_candidates == 16
 
 
 def test_a_copy_without_search_draws() -> None:

@@ -202,10 +202,10 @@ async def test_what_is_read_while_it_comes(served: AsyncEngine) -> None:
 
 
 async def test_more_likeliest_tokens_may_be_named_than_are_looked_at(served: AsyncEngine) -> None:
-    result = await served.generate(PROMPTS[1], searching(2, n=1, logprobs=True, top_logprobs=20))
+    result = await served.generate(PROMPTS[1], searching(2, n=1, stop_token_ids=(), logprobs=True, top_logprobs=20))
     [output] = result.outputs
     assert output.logprobs is not None and {len(entry.top_ids) for entry in output.logprobs} == {20}
-    plain = await served.generate(PROMPTS[1], searching(2, n=1))
+    plain = await served.generate(PROMPTS[1], searching(2, n=1, stop_token_ids=()))
     assert plain.outputs[0].token_ids == output.token_ids
 
 

@@ -311,6 +311,31 @@ def test_what_depends_on_the_tokens_is_told_which_beam_has_which() -> None:
     assert case.pool.num_used == 0
 
 
+def test_one_of_which_a_beam_cannot_be_drawn_ends_beside_drafts_too() -> None:
+    loader = ScriptedLoader(answer("c" * 30), tokenizer=ByteTokenizer(), make_drafter=lambda model: Guesser(model, 1))
+    case = Case(loader)
+    case.load(speculative_mode="ngram", spec_draft_length=2)
+    other = case.add("b", max_tokens=20)
+    number = case.add("ab", max_tokens=9, min_tokens=9, **search(3))
+    case.step(2)
+    slots = [beam.slot for beam in case.core.requests._requests[number].branches]
+    execute = case.model.execute
+
+    def failing(batch: Any) -> Any:
+        if batch.draft_lengths is None:
+            return execute(batch)
+        [row] = [row for row, slot in enumerate(batch.sample_slots.tolist()) if slot == slots[1]]
+        return dataclasses.replace(execute(batch), failed={row: ValueError("a fault")})
+
+    case.model.execute = failing  # type: ignore[method-assign]
+    while not case.ended(number):
+        case.step()
+    case.model.execute = execute  # type: ignore[method-assign]
+    assert isinstance(case.box.ends[number].error, RequestDroppedError)
+    case.run()
+    assert case.text(other) == "c" * 20
+
+
 def test_what_depends_on_no_tokens_is_placed_once() -> None:
     case = loaded()
     number, calls = case.add("ab", max_tokens=9, min_tokens=9, **search(3)), []
@@ -454,6 +479,16 @@ def test_a_search_is_over_when_its_beams_are_as_likely_as_the_texts_and_not_like
         found.go_on([0, 1])
         beams = {0: TokenLogprobs(0.0, (7,), (logprob,)), 1: TokenLogprobs(0.0, (EOS,), (-0.5,))}
         assert (found.advance(beams, 9) == []) == over
+
+
+def test_one_that_favours_short_texts_hopes_for_no_longer_ones() -> None:
+    """As transformers has it: with "never", too, what a beam can become is told by its present length then."""
+    found = BeamSearch(params(**search(2, length_penalty=-1.0, early_stopping="never")))
+    found.advance({0: TokenLogprobs(-0.25, (6, EOS, 5), (-0.25, -1.0, -1.25))}, 9)
+    found.go_on([0, 1])
+    beams = {0: TokenLogprobs(0.0, (7, EOS), (-0.25, -0.5)), 1: TokenLogprobs(0.0, (8,), (-1.0,))}
+    assert found.advance(beams, 9) == [Choice(0, 7), Choice(1, 8)]
+    assert [text.score for text in found.best(2)] == [-1.0, -1.5]
 
 
 def test_how_much_beams_may_write() -> None:
