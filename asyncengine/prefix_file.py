@@ -69,7 +69,7 @@ class PrefixWriter:
     Args:
         path: Where; a file that is there is replaced.
         catalogue: What goes into it.
-        identity: As `asyncengine.step.model.KeepingModel.identity`.
+        identity: As `asyncengine.step.model.LoadedModel.prefix_identity` gives it.
     """
 
     def __init__(self, path: Path, catalogue: Catalogue, identity: Mapping[str, str]) -> None:

@@ -405,6 +405,7 @@ def test_a_group_of_gpu_is_a_process_of_its_own(
     assert result["environment"]["torch"] == torch.__version__
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_attention_kernels_compile_for_hopper_without_spills_and_load_ahead(compiled: Reports) -> None:
     status, result, said = ended(*compiled["attention_compile"])
@@ -413,6 +414,7 @@ def test_attention_kernels_compile_for_hopper_without_spills_and_load_ahead(comp
     assert result["kernels"] == 8
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_fused_kernels_compile_for_hopper_without_spills_and_read_much_at_a_time(compiled: Reports) -> None:
     status, result, said = ended(*compiled["fused_compile"])

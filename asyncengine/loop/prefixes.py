@@ -77,8 +77,9 @@ class EnginePrefixes(EngineControl):
     async def load_prefix_cache(self, path: str | os.PathLike[str]) -> int:
         """Takes over what `save_prefix_cache` has written, as far as there are free blocks; nothing is evicted for it.
 
-        What requests find there is bit for bit what they would compute: a file of other weights or settings, of another
-        kind of processor, or written by another version of the engine or of torch is refused.
+        What requests find there is bit for bit what was saved, and was computed as it would be here: a file of other
+        weights or settings, of another kind of processor, or written by another version of the engine or of torch is
+        refused.
 
         Args:
             path: Of the file.

@@ -1,4 +1,4 @@
-"""The keys and values of a model's prefix cache, to be kept and taken over. On the step thread, but for `identity`."""
+"""The keys and values of a model's prefix cache, to be kept and taken over. On the step thread, but for identities."""
 
 from __future__ import annotations
 
@@ -30,26 +30,12 @@ class KeptBlocks:
 
     Args:
         layers: The KV cache.
-        files: Of the weights.
-        settings: What else the numbers hang on.
-        updated: Whether the weights are other ones by now than the files'.
+        updated: Whether the weights are other ones by now than the checkpoint's.
     """
 
-    def __init__(
-        self, layers: PagedLayers, files: list[Path], settings: Mapping[str, Any], updated: Callable[[], bool]
-    ) -> None:
+    def __init__(self, layers: PagedLayers, updated: Callable[[], bool]) -> None:
         self._layers = layers
-        self._files = files
-        self._settings = settings
         self._updated = updated
-
-    def identity(self) -> Mapping[str, str]:
-        """As the protocol says. The weights are read once on a machine; then their files' places and times tell."""
-        self._check_weights()
-        settings = {
-            name: _digest(json.dumps(value, sort_keys=True, default=str)) for name, value in self._settings.items()
-        }
-        return {"weights": weights_digest(self._files), **settings, "program": _digest(repr(program()))}
 
     def kept_parts(self) -> Mapping[str, int]:
         """As the protocol says."""
@@ -116,6 +102,40 @@ def numbers_of(details: Any, config: EngineConfig) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **{name: getattr(config, name) for name in names},
     }
+
+
+class Identity:
+    """What keys and values hang on: `asyncengine.step.model.LoadedModel.prefix_identity`. Holds nothing of the model.
+
+    Args:
+        files: Of the weights, which are read after this is made.
+
+    Attributes:
+        settings: What else the numbers hang on, by name.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.settings: Mapping[str, Any] = {}
+        self._files = files
+        self._stamps = [*stamps(files)]
+
+    def __call__(self) -> Mapping[str, str]:
+        """By name, digests. The weights are read once on a machine; then their files' places and times tell.
+
+        Raises:
+            PrefixCacheError: The files are not those any longer that the model was loaded from.
+        """
+        try:
+            weights = weights_digest(self._files)
+            same = self._stamps == [*stamps(self._files)]
+        except OSError as error:
+            raise PrefixCacheError(f"cannot read the checkpoint's weights: {error}") from error
+        if not same:
+            raise PrefixCacheError("the files of the checkpoint's weights have changed since it was loaded")
+        settings = {
+            name: _digest(json.dumps(value, sort_keys=True, default=str)) for name, value in self.settings.items()
+        }
+        return {"weights": weights, **settings, "program": _digest(repr(program()))}
 
 
 def weights_digest(files: list[Path]) -> str:

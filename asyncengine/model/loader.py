@@ -28,7 +28,7 @@ from asyncengine.model.draft_model import DraftModel
 from asyncengine.model.encoders.kind import is_encoder
 from asyncengine.model.findings import keep
 from asyncengine.model.first_steps import captured
-from asyncengine.model.kept_blocks import numbers_of, why_not
+from asyncengine.model.kept_blocks import Identity, numbers_of, why_not
 from asyncengine.model.last_tokens import LastTokens
 from asyncengine.model.load_check import Details, check_drafts, plan_of, vector_size, without_findings
 from asyncengine.model.load_settings import device_of, dtype_of, select_attention, settled
@@ -151,6 +151,7 @@ def _other_loading(config: dict[str, Any]) -> Any:
 def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
     details, config = plan.details, plan.config
     assert isinstance(details, Details) and details.selecting is not None
+    identity = Identity(details.checkpoint.weight_files)
     attention = functools.cache(functools.partial(_attention, config, details, details.selecting))
     details, built, tokenizer = _built(config, details, attention)
     backend, reason = attention().backend, attention().fallback_reason
@@ -202,6 +203,7 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         videos=not built.no_media["video"],
         mla=any(layer.spec.values_in_keys for layer in built.layers.attention),
     )
+    identity.settings = numbers_of(details, complete)
     no_keeping = why_not(limits, draft is not None or head is not None)
     return LoadedModel(
         model=model,
@@ -229,10 +231,9 @@ def _load(plan: LoadPlan, run_ahead: bool | None) -> LoadedModel:
         adapter_format=adapting.format,
         media_reader=None if built.media_trial is None else built.media_trial.reader,
         no_media=built.no_media,
-        keeping=None
-        if no_keeping
-        else model.kept_blocks(details.checkpoint.weight_files, numbers_of(details, complete)),
+        keeping=None if no_keeping else model.kept_blocks(),
         no_keeping=no_keeping,
+        prefix_identity=identity,
     )
 
 

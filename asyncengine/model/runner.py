@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -426,9 +425,9 @@ class TorchModel:
         replace_weights(self._model, weights, writers, new_values.taken_for(self._model))
         self._updated = True
 
-    def kept_blocks(self, files: list[Path], settings: Mapping[str, Any]) -> KeptBlocks:
-        """What keeps the keys and values of its prefix cache, as `KeptBlocks` says."""
-        return KeptBlocks(self._layers, files, settings, lambda: self._updated)
+    def kept_blocks(self) -> KeptBlocks:
+        """What keeps the keys and values of its prefix cache."""
+        return KeptBlocks(self._layers, lambda: self._updated)
 
     def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
         """Calls ``package.module:function`` with the transformers model first, or a debug function of this module.

@@ -73,13 +73,6 @@ class Model(Protocol):
 class KeepingModel(Protocol):
     """A model whose keys and values can be kept and taken over, block by block."""
 
-    def identity(self) -> Mapping[str, str]:
-        """What they hang on, by name: where all of it is equal, they are the same, bit for bit.
-
-        Not on the step thread: weights are read.
-        """
-        ...
-
     def kept_parts(self) -> Mapping[str, int]:
         """By name, how many bytes each part of the KV cache has for a block."""
         ...
@@ -88,7 +81,7 @@ class KeepingModel(Protocol):
         """(blocks, bytes) what a part of the KV cache has for some blocks.
 
         Raises:
-            PrefixCacheError: The weights are not those that `identity` means.
+            PrefixCacheError: The weights are not the checkpoint's.
         """
         ...
 
@@ -209,7 +202,7 @@ class ModelView:
         source_reader: Reads the text that the model writes another one of, which each prompt begins with in the same
             way; None if it is no such model.
         limits: All of what it can take; None only where nothing is computed by it.
-        prefix_identity: `KeepingModel.identity`; None if its prefix cache cannot be kept.
+        prefix_identity: As of `LoadedModel`; None if its prefix cache cannot be kept.
         no_keeping: Why it cannot, in words.
     """
 
@@ -260,6 +253,9 @@ class LoadedModel:
         aligns: Whether it tells what tokens attend to (`StepBatch.attention_spans`).
         keeping: Keeps and takes over what its prefix cache has; None if it cannot.
         no_keeping: Why it cannot, in words.
+        prefix_identity: What keys and values hang on, by name: where all of it is equal, they are the same, bit for
+            bit. Not for the step thread, since weights are read. It raises `PrefixCacheError` where they are not there
+            any longer.
     """
 
     model: Model
@@ -293,6 +289,7 @@ class LoadedModel:
     aligns: bool = False
     keeping: KeepingModel | None = None
     no_keeping: str = "it keeps nothing that could be"
+    prefix_identity: Callable[[], Mapping[str, str]] | None = None
 
     @property
     def poolings(self) -> tuple[Pooling, ...]:
@@ -334,7 +331,7 @@ class LoadedModel:
             begins_with_audio=self.begins_with_audio,
             source_reader=self.source_reader,
             limits=limits,
-            prefix_identity=None if self.keeping is None else self.keeping.identity,
+            prefix_identity=None if self.keeping is None else self.prefix_identity,
             no_keeping=self.no_keeping,
         )
 

@@ -416,10 +416,6 @@ class ScriptedModel:
         """As `asyncengine.step.model.AdaptableModel`."""
         self._adapters.remove(index)
 
-    def identity(self) -> Mapping[str, str]:
-        """As `asyncengine.step.model.KeepingModel`."""
-        return {"model": "scripted", "page size": str(self.limits.page_size)}
-
     def kept_parts(self) -> Mapping[str, int]:
         """As `asyncengine.step.model.KeepingModel`."""
         return {"cells": self.limits.page_size * self._cache.itemsize}

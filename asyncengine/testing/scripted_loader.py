@@ -189,6 +189,7 @@ class ScriptedLoader:
             media_reader=self._media_reader(),
             keeping=model if self.kept_states is None else None,
             no_keeping="states are not kept",
+            prefix_identity=lambda: {"model": "scripted", "page size": str(limits.page_size)},
             aligns=self.takes_audio,
         )
 

@@ -61,6 +61,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert sorted(navigation()) == [path.relative_to(ROOT / "docs").as_posix() for path in SOURCES]
 
 
+@pytest.mark.long  # the whole site is built
 def test_every_page_is_built(site: Path) -> None:
     missing = [
         name(path) for path in SOURCES if not (site / path.relative_to(ROOT / "docs")).with_suffix(".html").exists()
@@ -68,6 +69,7 @@ def test_every_page_is_built(site: Path) -> None:
     assert not missing
 
 
+@pytest.mark.long  # the whole site is built
 def test_every_link_and_anchor_of_the_site_leads_somewhere(site: Path) -> None:
     pages = {path: path.read_text("utf-8") for path in site.rglob("*.html") if path.name != "404.html"}
     known = {path: anchors(text) for path, text in pages.items()}
@@ -87,6 +89,7 @@ def test_every_link_and_anchor_of_the_site_leads_somewhere(site: Path) -> None:
     assert not dead
 
 
+@pytest.mark.long  # the whole site is built
 def test_every_picture_script_and_style_of_the_site_is_there(site: Path) -> None:
     found = {}
     for path in site.rglob("*.html"):
@@ -100,6 +103,7 @@ def test_every_picture_script_and_style_of_the_site_is_there(site: Path) -> None
     assert not [source for source, there in found.items() if not there]
 
 
+@pytest.mark.long  # the whole site is built
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     shown = set().union(*(anchors(path.read_text("utf-8")) for path in (site / "reference").glob("*.html")))
     public = {f"{module}.{known}" for module in PUBLIC for known in importlib.import_module(module).__all__}
@@ -107,6 +111,7 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
     assert not public - shown
 
 
+@pytest.mark.long  # the whole site is built
 def test_the_reference_is_made_from_the_docstrings(site: Path) -> None:
     assert "Replaces weights in place between two steps" in (site / "reference/engine.html").read_text("utf-8")
     assert "Replaces weights in place" not in "".join(

@@ -301,6 +301,7 @@ print(*(name for name in sys.argv[3:] if name in sys.modules))
 """
 
 
+@pytest.mark.long
 def test_the_modules_of_models_are_not_imported(
     tmp_path: Path, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,20 @@ def changed_weights(path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
+async def test_a_checkpoint_that_is_written_over_is_not_the_one_that_was_loaded(kept: tuple[Path, Path]) -> None:
+    """As by who trains on: what the model has computed must not be taken for what the new weights would."""
+    path, file = kept
+    async with AsyncEngine(config(path)) as engine:
+        await answered(engine)
+        changed_weights(path)
+        for call in (engine.save_prefix_cache, engine.load_prefix_cache):
+            with pytest.raises(PrefixCacheError, match="have changed since it was loaded"):
+                await call(file)
+        (path / "model.safetensors").unlink()
+        with pytest.raises(PrefixCacheError, match="cannot read the checkpoint's weights"):
+            await engine.save_prefix_cache(file)
+
+
 def changed_configuration(path: Path) -> None:
     values = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 1e-4}))

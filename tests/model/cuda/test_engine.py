@@ -185,7 +185,7 @@ async def test_speculation_verifies_on_the_device(device: Pretended, config: Eng
 
 
 @on_one_loop
-@pytest.mark.parametrize("mode", ["eagle3", "mtp"])
+@pytest.mark.parametrize("mode", [pytest.param("eagle3", marks=pytest.mark.long), "mtp"])
 async def test_heads_draft_from_states_that_replayed_steps_hand_out(
     mode: str, device: Pretended, config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,7 +358,7 @@ async def test_decodes_of_recurrent_layers_are_captured(
     [
         # One of those that a kernel serves; other tests here are of gated delta rules.
         ("kimi_linear", {"layer_types": ["linear_attention", "full_attention"]}, {"convolution", "delta_rule"}),
-        ("bamba", {}, {"convolution", "selective_scan"}),
+        pytest.param("bamba", {}, {"convolution", "selective_scan"}, marks=pytest.mark.long),
         ("mamba", {}, {"convolution", "selective_scan"}),
         pytest.param("lfm2", {"layer_types": ["conv", "full_attention"]}, {"convolution"}, marks=pytest.mark.long),
     ],
@@ -436,7 +436,7 @@ async def test_steps_with_drafts_of_recurrent_layers_are_launched(
 
 
 @on_one_loop
-@pytest.mark.parametrize("architecture", ["qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("architecture", ["qwen3_vl", pytest.param("gemma3", marks=pytest.mark.long)])
 async def test_images_are_seen_beside_captured_steps(
     device: Pretended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:

@@ -530,8 +530,8 @@ class CompiledModel:
 @pytest.mark.parametrize(
     ("target", "dtype", "quantization"),
     [
-        ("-march=x86-64", torch.bfloat16, "none"),
-        ("-march=x86-64-v3", torch.float32, "none"),
+        pytest.param("-march=x86-64", torch.bfloat16, "none", marks=pytest.mark.long),
+        pytest.param("-march=x86-64-v3", torch.float32, "none", marks=pytest.mark.long),
         ("-march=x86-64-v3", torch.bfloat16, "int4"),
     ],
     ids=str,

@@ -73,7 +73,7 @@ def test_where_there_are_none_nothing_is_called() -> None:
     [
         ({}, []),
         ({"num_beams": 1, "length_penalty": 2.0}, []),
-        ({"num_beams": 4}, ["a search (num_beams = 4); texts are greedy here"]),
+        ({"num_beams": 4}, ["a beam search; requests with num_beams = 4 get one"]),
         ({"encoder_repetition_penalty": 1.2}, ["says encoder_repetition_penalty = 1.2, which is passed over"]),
         ({"encoder_repetition_penalty": 1.0, "num_beam_groups": 1, "diversity_penalty": 0.0}, []),
     ],
