@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -170,8 +172,13 @@ async def test_what_cannot_be_kept(
 
 def test_weights_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until their file changes, be it by a byte and as large as before."""
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"some weights")
+    file, times = tmp_path / "model.safetensors", itertools.count(1)
+
+    def write(content: bytes) -> None:
+        file.write_bytes(content)
+        os.utime(file, ns=(0, next(times)))  # a system's clock may not have moved on since
+
+    write(b"some weights")
     first = weights_digest([file])
     opened = list[Path]()
     open_file = Path.open
@@ -182,10 +189,10 @@ def test_weights_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Path, "open", noted)
     assert weights_digest([file]) == first and file not in opened
-    file.write_bytes(b"some Weights")
+    write(b"some Weights")
     second = weights_digest([file])
     assert second != first and file in opened
-    file.write_bytes(b"some weights")
+    write(b"some weights")
     assert weights_digest([file]) == first
     assert (cache_directory() / "digests").is_dir()
     monkeypatch.setattr(kept_blocks, "cache_directory", lambda: Path("~nobody").expanduser())
