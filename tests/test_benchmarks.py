@@ -80,6 +80,7 @@ def reports(plots: Path) -> Reports:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_images_times_questions_and_those_of_transformers(reports: Reports) -> None:
     status, result, said = ended(*reports["images"])
     assert status == 0, said
@@ -88,6 +89,7 @@ def test_images_times_questions_and_those_of_transformers(reports: Reports) -> N
     assert set(result["ratios"]) == {"first", "several"}
 
 
+@pytest.mark.long
 def test_encoders_times_what_transformers_says_as_well(reports: Reports) -> None:
     status, result, said = ended(*reports["encoders"])
     assert status == 0, said
@@ -124,6 +126,7 @@ def compiled() -> Reports:
     return json.loads(process.stdout)  # type: ignore[no-any-return]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_gpu_runs_end_to_end_on_the_cpu(reports: Reports) -> None:
     status, result, said = ended(*reports["gpu"])
@@ -447,6 +450,7 @@ def test_fused_measures_every_product_and_finds_tiles(monkeypatch: pytest.Monkey
         assert row["fused_us"] > 0 and row["torch_us"] > 0 and row["best_us"] > 0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_lag_measures_every_phase(reports: Reports) -> None:
     status, result, said = ended(*reports["lag"])
@@ -482,6 +486,7 @@ def test_a_call_that_holds_the_loop_counts_for_every_moment_that_it_takes() -> N
     assert waited(lags, 0.85) == 0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_scale_draws_every_curve(reports: Reports, plots: Path) -> None:
     status, result, said = ended(*reports["scale"])
@@ -494,6 +499,7 @@ def test_scale_draws_every_curve(reports: Reports, plots: Path) -> None:
     assert [row["kv_mb"] for row in result["running"]] == sorted(row["kv_mb"] for row in result["running"])
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_parts_add_up_to_a_step(reports: Reports) -> None:
     status, result, said = ended(*reports["parts"])
@@ -507,6 +513,7 @@ def test_parts_add_up_to_a_step(reports: Reports) -> None:
         assert launches > 0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_arrivals_serves_the_same_requests_on_both_sides(reports: Reports) -> None:
     status, result, said = ended(*reports["arrivals"])
