@@ -127,6 +127,7 @@ def combine(
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("CASES", "3"))))
+@pytest.mark.in_short("0")
 def test_whatever_is_asked_for_together_is_what_the_reference_gives(
     checkpoint: Callable[..., Path], tmp_path: Path, seed: int
 ) -> None:

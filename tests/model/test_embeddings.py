@@ -72,6 +72,7 @@ async def engine(lasting_engine: AsyncEngine) -> AsyncEngine:
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", *OTHERS])
+@pytest.mark.in_short("deepseek_v3", "cohere", "gemma3_text", "gpt2")
 def test_equal_those_of_one_forward(architecture: str, checkpoint: Callable[..., Path]) -> None:
     path = checkpoint(architecture)
 

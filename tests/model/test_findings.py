@@ -75,6 +75,18 @@ def recalled(loaded: LoadedModel) -> bool:
         *((name, "int4") for name in ("qwen2", "gpt2", "mixtral")),
     ],
 )
+@pytest.mark.in_short(
+    "mixtral-int4",
+    "mixtral-none",
+    "gpt_oss-none",
+    "gpt2-int8",
+    "gpt2-none",
+    "cohere-none",
+    "gemma2-none",
+    "phi3-none",
+    "qwen2-int4",
+    "opt-none",
+)
 def test_a_known_checkpoint_needs_no_model_of_transformers(
     architecture: str, quantization: str, tmp_path: Path, checkpoint: Callable[..., Path], builds: list[str]
 ) -> None:

@@ -103,6 +103,7 @@ def test_eagle_heads_guess_what_their_description_gives(
         ("qwen3_5", "qwen", False),
     ],
 )
+@pytest.mark.in_short("deepseek_v3", "qwen3_5")
 def test_heads_for_multi_token_prediction_guess_what_their_description_gives(
     architecture: str, layout: str, own: bool, tmp_path: Path, guessed: list[Guess]
 ) -> None:
