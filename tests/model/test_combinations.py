@@ -148,6 +148,7 @@ def test_so_it_is_with_recurrent_layers(checkpoint: Callable[..., Path], tmp_pat
     combine(path, seed=1, requests=16, engines=2, end=letters.END, directory=tmp_path, recurrent=True)
 
 
+@pytest.mark.long
 def test_so_it_is_with_the_tiny_model_and_its_head(tmp_path: Path) -> None:
     head = {"speculative_mode": "eagle3", "additional_models": ["tiny-eagle3"]}
     combine(Path(tiny.PATH), seed=4, requests=12, engines=1, end=2, directory=tmp_path, head=head)

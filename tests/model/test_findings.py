@@ -236,6 +236,7 @@ def test_what_is_too_large_is_not_kept(kept: Path) -> None:
         *(pytest.param(name, marks=pytest.mark.long) for name in ("phi", "opt", "cohere")),
     ],
 )
+@pytest.mark.in_short("gpt2", "gemma2")
 def test_new_weights_find_their_places(architecture: str, checkpoint: Callable[..., Path]) -> None:
     load(checkpoint(architecture)).model.close()
     loaded, wanted = load(checkpoint(architecture)), load(checkpoint(architecture, seed=1))

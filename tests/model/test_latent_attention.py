@@ -96,6 +96,7 @@ async def test_the_matrix_is_read_where_other_layers_are_packed(
 @pytest.mark.parametrize(
     ("target", "draft"), [("llama", "deepseek_v2"), ("deepseek_v2", "llama"), ("deepseek_v3", "")], ids=str
 )
+@pytest.mark.in_short("deepseek_v3-", "llama-deepseek_v2")
 async def test_who_drafts_keeps_latents_too(
     target: str, draft: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def check(guessed: list[Guess], reference: Any) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+@pytest.mark.in_short("speculators--", "authors--")
 def test_eagle_heads_guess_what_their_description_gives(
     layout: str, tensors: dict[str, Any], changes: dict[str, Any], tmp_path: Path, guessed: list[Guess]
 ) -> None:

@@ -481,6 +481,7 @@ async def test_leaving_in_the_middle_disturbs_nobody(encoder: Callable[..., Path
 
 
 @pytest.mark.loops("each")
+@pytest.mark.loops("either")
 async def test_models_change_places(encoder: Callable[..., Path]) -> None:
     """Between encoders and decoders, also under requests that wait."""
     first, ranker = encoder("bert"), encoder("bert", 1)

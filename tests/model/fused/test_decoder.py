@@ -97,6 +97,7 @@ def test_logits_are_those_of_transformers(name: str, checkpoint: Checkpoint) -> 
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
+@pytest.mark.in_short("llama")
 def test_layers_of_four_bits_are_multiplied_by_their_own_kernels(
     name: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,6 +168,7 @@ async def test_the_other_way_of_running_a_model(architecture: str, sighted: Call
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_vl", "qwen3_5"])
+@pytest.mark.in_short("qwen3_vl")
 async def test_preempted_they_are_seen_again(architecture: str, sighted: Callable[..., Path]) -> None:
     path = sighted(architecture)
     conversations = [asking("a" * length, picture(length, 48, 32), "?") for length in range(1, 5)]

@@ -152,6 +152,7 @@ async def test_a_head_of_the_model_sees_what_the_model_sees(
 
 
 @pytest.mark.parametrize("mode", ["small_draft", "eagle3"])
+@pytest.mark.in_short("eagle3")
 async def test_who_sees_no_images_guesses_behind_them(
     mode: str,
     sighted: Callable[..., Path],

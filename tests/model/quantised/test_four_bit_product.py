@@ -80,6 +80,7 @@ def test_a_product_is_that_of_the_weights(inputs: int, group: int, numbers: str,
     ],
     ids=str,
 )
+@pytest.mark.in_short("torch.bfloat16")
 def test_weights_that_the_dtype_holds_are_exact(numbers: str, dtype: torch.dtype) -> None:
     weights = some(40, 64, numbers=numbers, power=True)
     each = torch.eye(64, dtype=dtype, device=DEVICE)
