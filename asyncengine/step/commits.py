@@ -339,12 +339,12 @@ class Commits:
             self._table.end_branches(request, FinishReason.LENGTH)
             return
         if request.search is not None:
-            scheduler.begin_decoding(trunk)
+            scheduler.residents.decode(trunk)
             self._commit_beams([trunk], drawn)
             return
         if request.first_token_at is None:
             self._table.note_first_token(request, now)
-        scheduler.begin_decoding(trunk)
+        scheduler.residents.decode(trunk)
         scheduler.slots.append_tokens(np.array([trunk.slot]), drawn.ids[:1])
         token_ids = drawn.ids.tolist()
         self._table.counters.generation_tokens += len(token_ids)

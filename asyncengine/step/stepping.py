@@ -114,7 +114,7 @@ class Stepping:
                 return
             launched = self._launched = begins
         assert core.loaded.launching is not None
-        scheduler.finish_full()
+        scheduler.residents.finish_full()
         plan, _ = self._schedule(scheduler, ahead=True)
         after = None if plan is None else self._launch(core.loaded.launching, scheduler, plan)
         self._launched = None if isinstance(after, Exception) else after
@@ -187,7 +187,7 @@ class Stepping:
         core.take_aborts(self._pending())
         if drawn.failed:
             core.requests.drop_rows(plan, drawn.failed)
-        core.commits.commit(plan, drawn, scheduler.departures != plan.departures)
+        core.commits.commit(plan, drawn, scheduler.residents.departures != plan.departures)
 
     def _count(self, plan: Plan, begun: float, model_begun: float, model_ended: float) -> None:
         core, batch = self._core, plan.batch
