@@ -15,6 +15,7 @@ class Residents:
 
     Attributes:
         prefilling: Those whose tokens are not all in the cache yet, in the order in which they began.
+        decoding: Those of which each step draws another token.
         departures: How often a sequence has left the steps; so whoever remembers the number knows whether one has.
         rows: Those that decode, as they were when `decodes` was last asked for.
         no_rows: What `rows` is where nobody decodes.
@@ -25,27 +26,22 @@ class Residents:
         self.departures = 0
         self.rows = self.no_rows = DecodeRows([], slots)
         self._limits, self._slots, self._blocks = limits, slots, blocks
-        self._decoding: dict[Sequence, None] = {}
+        self.decoding: dict[Sequence, None] = {}
         self._finishing: dict[Sequence, None] = {}  # their last token is being drawn
         self._changed = False
 
     def __len__(self) -> int:
-        return len(self.prefilling) + len(self._decoding) + len(self._finishing)
-
-    @property
-    def have_work(self) -> bool:
-        """Whether a step would do something for one of them."""
-        return bool(self._decoding or self.prefilling)
+        return len(self.prefilling) + len(self.decoding) + len(self._finishing)
 
     def all(self) -> list[Sequence]:
         """All of them: those that decode before those whose prompts are computed."""
-        return [*self._decoding, *self._finishing, *self.prefilling]
+        return [*self.decoding, *self._finishing, *self.prefilling]
 
     def decodes(self) -> DecodeRows:
         """Those that decode, brought up to date; the same object while they stay the same."""
         if self._changed:
             self._changed = False
-            self.rows = DecodeRows(list(self._decoding), self._slots)
+            self.rows = DecodeRows(list(self.decoding), self._slots)
         return self.rows
 
     def look_again(self) -> None:
@@ -88,13 +84,13 @@ class Residents:
         if sequence.state is SequenceState.PREFILL:
             self.prefilling.remove(sequence)
         sequence.state = SequenceState.DECODE
-        self._decoding[sequence] = None
+        self.decoding[sequence] = None
         self._changed = True
 
     def prefill_again(self, sequence: Sequence) -> None:
         """Lets a sequence that decodes, if it does, compute tokens that it was given as a piece of prefill."""
         if sequence.state is SequenceState.DECODE:
-            del self._decoding[sequence]
+            del self.decoding[sequence]
             self._changed = True
             sequence.state = SequenceState.PREFILL
             self.prefilling.append(sequence)
@@ -104,7 +100,7 @@ class Residents:
     def finish_full(self) -> None:
         """Lets those sequences sit out of which the steps that were launched draw the last token."""
         for sequence in self.decodes().full():
-            del self._decoding[sequence]
+            del self.decoding[sequence]
             self._finishing[sequence] = None
             self._changed = True
 
@@ -115,7 +111,7 @@ class Residents:
         elif sequence in self._finishing:
             del self._finishing[sequence]
         else:
-            del self._decoding[sequence]
+            del self.decoding[sequence]
             self._changed = True
         self.departures += 1
         self._blocks.release(sequence)

@@ -71,7 +71,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return self.residents.have_work or bool(len(self.waiting))
+        return bool(self.residents.decoding or self.residents.prefilling or len(self.waiting))
 
     @property
     def decodes(self) -> list[Sequence]:
