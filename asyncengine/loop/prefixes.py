@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import anyio.to_thread
 from asyncengine import instructions as ins
 from asyncengine.errors import InvalidRequestError, PrefixCacheError
 from asyncengine.loop.control import EngineControl
-from asyncengine.prefix_file import Catalogue, PrefixWriter, read
+from asyncengine.prefix_file import Inventory, KeptPrefixes, PrefixReader, PrefixWriter
 from asyncengine.step.model import ModelView
 
 
@@ -42,37 +41,28 @@ class EnginePrefixes(EngineControl):
 
         Cancelling it leaves the file that was there, or the new one, whole; what is being written is written first.
         """
-        file, pin = _path(path), f"save-{secrets.token_hex(8)}"
-        saved = None
-        try:
-            while saved is None:  # again if another model was loaded meanwhile
-                view = await self._view()
-                identity = await _identity(view)
-                catalogue = await self._call(functools.partial(ins.SavePrefixes, view.epoch, pin))
-                if catalogue is not None:
-                    saved = await self._save(file, catalogue, identity, view.epoch, pin)
-        finally:
-            self._put_quietly(ins.Unpin(pin))
+        file, saved = _path(path), None
+        while saved is None:  # again if another model was loaded meanwhile
+            view = await self._view()
+            identity = await _identity(view)
+            inventory = await self._call(functools.partial(ins.SavePrefixes, view.epoch))
+            if inventory is not None:
+                saved = await self._save(PrefixWriter(file, inventory.catalogue, identity), inventory, view.epoch)
         return saved
 
-    async def _save(
-        self, file: Path, catalogue: Catalogue, identity: Mapping[str, str], epoch: int, pin: str
-    ) -> int | None:
-        """Writes what was pinned; returns how many tokens that is, or None if another model was loaded meanwhile."""
+    async def _save(self, writer: PrefixWriter, inventory: Inventory, epoch: int) -> int | None:
+        """Writes what was found; returns how many tokens that is, or None if another model was loaded meanwhile."""
         on_a_thread = anyio.to_thread.run_sync
-        writer = PrefixWriter(file, catalogue, identity)
         try:
-            for part in catalogue.parts:
-                rows = await self._call(functools.partial(ins.ReadPrefixes, epoch, pin, part))
-                if rows is None:
-                    if (await self._view()).epoch != epoch:
-                        return None
-                    raise PrefixCacheError("the prefix cache was emptied while it was saved")
-                await on_a_thread(writer.add, rows)
-            await on_a_thread(writer.commit)
+            for piece in inventory.catalogue.pieces():
+                blocks, adopted = inventory.blocks[piece], inventory.adopted[piece]
+                found = await self._call(functools.partial(ins.ReadPrefixes, epoch, blocks, adopted))
+                if found is None:
+                    return None
+                await on_a_thread(writer.add, *found)
+            return await on_a_thread(writer.commit)
         finally:
             writer.discard()
-        return catalogue.num_tokens
 
     async def load_prefix_cache(self, path: str | os.PathLike[str]) -> int:
         """Takes over what `save_prefix_cache` has written, as far as there are free blocks; nothing is evicted for it.
@@ -95,14 +85,29 @@ class EnginePrefixes(EngineControl):
 
         Cancelling it leaves the prefix cache with the file's prompts or without.
         """
-        file = _path(path)
-        found = None
-        while found is None:
+        file, loaded = _path(path), None
+        while loaded is None:
             view = await self._view()
-            identity = await _identity(view)
-            kept = await anyio.to_thread.run_sync(read, file, identity, abandon_on_cancel=True)
-            found = await self._call(functools.partial(ins.LoadPrefixes, kept, view.epoch))
-        return int(found)
+            loaded = await self._load(PrefixReader(file, await _identity(view)), view.epoch)
+        return loaded
+
+    async def _load(self, reader: PrefixReader, epoch: int) -> int | None:
+        """Puts what is in a file into the cache; as `_save`."""
+        on_a_thread = functools.partial(anyio.to_thread.run_sync, abandon_on_cancel=True)
+        loaded = 0
+        try:
+            catalogue = await on_a_thread(reader.catalogue)
+            for piece in catalogue.pieces():
+                kept = KeptPrefixes(catalogue, piece.start, await on_a_thread(reader.rows, piece))
+                taken = await self._call(functools.partial(ins.LoadPrefixes, kept, epoch))
+                if taken is None:
+                    return None
+                loaded += taken.tokens
+                if not taken.room:
+                    break
+            return loaded
+        finally:
+            reader.close()
 
 
 async def _identity(view: ModelView) -> Mapping[str, str]:
@@ -112,6 +117,7 @@ async def _identity(view: ModelView) -> Mapping[str, str]:
 
 
 def _path(path: object) -> Path:
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or not isinstance(os.fspath(path), str):
+    name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(name, str) or not name or "\0" in name:
         raise InvalidRequestError(f"path is {path!r:.80}; expected the path of a file")
-    return Path(path)
+    return Path(name)
