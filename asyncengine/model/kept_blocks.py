@@ -144,9 +144,9 @@ class Identity:
 
 def weights_digest(files: list[Path]) -> str:
     """What is in files of weights, which are read if they were not before or have changed since."""
-    place = None
+    place, before = None, [*stamps(files)]
     try:
-        place = cache_directory() / "digests" / _digest(repr([*stamps(files)]))
+        place = cache_directory() / "digests" / _digest(repr(before))
     except RuntimeError:  # this user has no home directory
         pass
     if place is not None and (known := kept_file.read(place)) is not None:
@@ -156,7 +156,7 @@ def weights_digest(files: list[Path]) -> str:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "blake2b").digest())
     found = digest.hexdigest()
-    if place is not None:
+    if place is not None and before == [*stamps(files)]:  # or else it may be of others than those
         kept_file.write(place, found.encode(), MOST_DIGESTS)
     return found
 
