@@ -19,13 +19,24 @@ from asyncengine.step.model import ModelView
 class EnginePrefixes(EngineControl):
     """Keeps what the prefix cache has, and takes it over from another process."""
 
+    @property
+    def no_prefix_file(self) -> str:
+        """Why the loaded model's prefix cache cannot be kept in a file, in words; empty if it can.
+
+        Raises:
+            ModelNotLoadedError: There is no model.
+        """
+        view = self._model
+        return view.no_keeping if view.prefix_identity is None else ""
+
     async def save_prefix_cache(self, path: str | os.PathLike[str]) -> int:
         """Writes the prefix cache to a file, so that another process need not compute the same prompts again.
 
         All of it that requests without adapters have computed of text goes into the file: whole blocks, the pinned
         ones too. A file of the same name is replaced once the new one is whole. Keys and values are copied between
-        steps, one layer's keys or values at a time, and written on a worker thread; nothing of them is evicted
-        meanwhile. The first time on a machine, the weights are read to tell later which checkpoint they were of.
+        steps, at most 32 MB of them at a time, and written on a worker thread. Requests have all the room that they
+        had: what is evicted before it was copied stays out. The first time on a machine, the weights are read to tell
+        later which checkpoint they were of.
 
         Args:
             path: Of the file, in a directory that there is.
@@ -34,12 +45,13 @@ class EnginePrefixes(EngineControl):
             How many tokens are in it.
 
         Raises:
-            PrefixCacheError: The model keeps nothing that could be saved, its weights were replaced in place, the
-                prefix cache was emptied meanwhile, or the file cannot be written.
+            PrefixCacheError: The model keeps nothing that could be saved, its weights were replaced in place, or the
+                file cannot be written.
             ModelNotLoadedError: There is no model.
-            IllegalStateError: Not now: the engine sleeps, or is draining.
+            IllegalStateError: Not now: the engine sleeps.
 
-        Cancelling it leaves the file that was there, or the new one, whole; what is being written is written first.
+        Cancelling it leaves the file that was there, or the new one, whole, and nothing else once the thread that
+        is just writing has noticed.
         """
         file, saved = _path(path), None
         while saved is None:  # again if another model was loaded meanwhile
@@ -67,6 +79,9 @@ class EnginePrefixes(EngineControl):
     async def load_prefix_cache(self, path: str | os.PathLike[str]) -> int:
         """Takes over what `save_prefix_cache` has written, as far as there are free blocks; nothing is evicted for it.
 
+        It is read on a worker thread and copied between steps, at most 32 MB at a time, what was used last first, and
+        no more of it than there is room for. It counts as used before all that is in the cache already.
+
         What requests find there is bit for bit what was saved, and was computed as it would be here: a file of other
         weights or settings, of another kind of processor, or written by another version of the engine or of torch is
         refused.
@@ -78,12 +93,12 @@ class EnginePrefixes(EngineControl):
             How many tokens were not in the prefix cache before and are now.
 
         Raises:
-            PrefixCacheError: The file is missing, damaged or of other keys and values, as its message says; or as
-                `save_prefix_cache`.
+            PrefixCacheError: The file is missing, damaged or of other keys and values, as its message says; or the
+                model keeps nothing, or its weights were replaced in place.
             ModelNotLoadedError: There is no model.
             IllegalStateError: Not now: the engine sleeps, or is draining.
 
-        Cancelling it leaves the prefix cache with the file's prompts or without.
+        Cancelling it leaves the prefix cache with as many of the file's prompts as it had taken over.
         """
         file, loaded = _path(path), None
         while loaded is None:
