@@ -57,7 +57,7 @@ def read(path: Path) -> tuple[Catalogue, Any]:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "prefixes"
-    assert write(path) == 4 * COUNT
+    assert write(path) == 4 * COUNT and path.stat().st_mode & 0o777 == 0o600
     catalogue, rows = read(path)
     assert (catalogue.tokens == CATALOGUE.tokens).all() and (catalogue.before == CATALOGUE.before).all()
     assert [*catalogue.parts.items()] == [*CATALOGUE.parts.items()] and (rows == ROWS).all()

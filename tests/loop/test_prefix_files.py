@@ -138,7 +138,13 @@ async def test_a_path_must_be_one(path: Any, rig: Rig) -> None:
 
 @pytest.mark.loops("either")
 async def test_what_keeps_none_says_why(tmp_path: Path) -> None:
+    async with Rig(echo) as rig:
+        assert rig.engine.no_prefix_file == ""
+        await rig.engine.unload()
+        with pytest.raises(ModelNotLoadedError):
+            _ = rig.engine.no_prefix_file
     async with Rig(echo, kept_states=3) as rig:
+        assert rig.engine.no_prefix_file == "states are not kept"
         for call in (rig.engine.save_prefix_cache, rig.engine.load_prefix_cache):
             with pytest.raises(PrefixCacheError, match="of 'scripted' cannot be kept: states are not kept"):
                 await call(tmp_path / "prefixes")
