@@ -54,11 +54,7 @@ class PrefixFile:
     def is_due(self) -> bool:
         """Whether there is something to be saved: what the model has computed that the file is of."""
         now = self._engine.metrics()
-        return (
-            self._config is not None
-            and self._engine.complete_engine_config == self._config
-            and now.kv_blocks_free < now.kv_blocks_total
-        )
+        return self._engine.complete_engine_config == self._config and now.kv_blocks_free < now.kv_blocks_total
 
     async def save(self) -> None:
         """Writes what the prefix cache has. Where that cannot be, it is logged, and a file that was there stays.

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from asyncengine import ConfigError, EngineConfig
+from asyncengine import AsyncEngine, ConfigError, EngineConfig
 from asyncengine.prefix_file import PrefixReader, PrefixWriter
 from asyncengine.server.serve import serve
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
@@ -185,11 +185,20 @@ def test_a_signal_while_it_is_read_leaves_it_as_it_was(
     assert path.read_bytes() == content and not warnings(caplog)
 
 
-@pytest.mark.parametrize("drain", [0.0, 30.0])
-def test_what_is_under_way_is_in_it(drain: float, path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whether it ends in time or not."""
+@pytest.mark.parametrize(("drain", "longest"), [(0.05, 3000), (30.0, 40)])
+def test_what_is_under_way_is_in_it(
+    drain: float, longest: int, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it ends in time or not; the time is over only once."""
     path.unlink()
-    longest = 3000 if drain == 0.0 else 30
+    left: list[float] = []
+    shutdown = AsyncEngine.shutdown
+
+    async def noted(engine: AsyncEngine, drain: float = 0.0) -> tuple[str, ...]:
+        left.append(drain)
+        return await shutdown(engine, drain)
+
+    monkeypatch.setattr(AsyncEngine, "shutdown", noted)
 
     def client(asking: httpx.Client) -> None:
         body = completion("y" * 3000, max_tokens=longest, stream=True)
@@ -198,10 +207,12 @@ def test_what_is_under_way_is_in_it(drain: float, path: Path, caplog: pytest.Log
             next(lines)
             signalled()
             rest = [line for line in lines if line]
-        assert ('"finish_reason":"length"' in rest[-2]) is (drain > 0)
+        assert ('"finish_reason":"length"' in rest[-2]) is (longest == 40)
 
     assert run(path, client, step_seconds=0.002, signals=False, drain_seconds=drain) == 0
-    assert path.stat().st_size > 3000 * 8 and not warnings(caplog)
+    saved = [int(record.message.split()[0]) for record in caplog.records if "tokens of" in record.message]
+    assert not warnings(caplog) and len(saved) == 1
+    assert (saved[0] == 3036) if longest == 40 else (saved[0] >= 3000 and left == [0.0])
 
 
 def test_while_it_is_written_nothing_new_begins(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,21 @@ def of_parts(kept: KeptPrefixes, **parts: int) -> KeptPrefixes:
     return dataclasses.replace(kept, catalogue=dataclasses.replace(kept.catalogue, parts=parts))
 
 
+def test_only_what_is_new_counts_where_others_go() -> None:
+    """Those that were pinned are more than are kept; when they are not any longer, they go."""
+    case = loaded(prefix_cache_max_num_recycling_seqs=1)
+    answered(case, "aaaa" * 4)
+    kept = taken(case)
+    other = loaded(prefix_cache_max_num_recycling_seqs=1)
+    for pin in "pq":
+        other.add(pin * 8, pin=pin, max_tokens=0)
+        other.run()
+    for pin in "pq":
+        other.ask(lambda to, pin=pin: ins.Unpin(pin, to))
+    assert put(other, kept) == 0
+    assert [answered(other, pin * 8) for pin in "qp"] == [4, 0]
+
+
 WRONG: list[tuple[Any, str]] = [
     (
         lambda kept: dataclasses.replace(
