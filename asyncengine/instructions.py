@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from asyncengine.catalogue import KeptPrefixes
 from asyncengine.config import EngineConfig
 from asyncengine.errors import DeadlineExceededError, InvalidRequestError
 from asyncengine.events import Event
 from asyncengine.generation import SamplingParams
 from asyncengine.media import PromptMedia
 from asyncengine.outputs import Pooling
-from asyncengine.prefix_file import KeptPrefixes
 from asyncengine.step.batch import Int32, Int64
 
 InFlight = Literal["abort", "wait", "carry"]
@@ -294,7 +294,7 @@ class UnloadAdapter:
 
 @dataclass(frozen=True, slots=True)
 class SavePrefixes:
-    """Tell what the prefix cache has. Reply: `asyncengine.prefix_file.Inventory`; None with another model.
+    """Tell what the prefix cache has. Reply: `asyncengine.catalogue.Inventory`; None with another model.
 
     Attributes:
         epoch: Of the model whose cache is meant.
@@ -322,7 +322,7 @@ class ReadPrefixes:
 
 @dataclass(frozen=True, slots=True)
 class LoadPrefixes:
-    """Put prefixes into the prefix cache. Reply: `asyncengine.prefix_file.Taken`; None with another model.
+    """Put prefixes into the prefix cache. Reply: `asyncengine.catalogue.Taken`; None with another model.
 
     Attributes:
         kept: They.

@@ -1,4 +1,4 @@
-"""Prefix caches as values and as files: safetensors, piece by piece. On worker threads; knows no torch.
+"""Prefix caches as files: safetensors, piece by piece. On worker threads; knows no torch.
 
 A block is one row of a file, with what each part of the KV cache has for it: so a piece of a file is some whole blocks.
 """
@@ -12,89 +12,21 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncengine.catalogue import Catalogue
 from asyncengine.errors import PrefixCacheError
-from asyncengine.step.batch import Int32, Int64
-
-PIECE_BYTES = 32 << 20
-"""Of keys and values, at a time: as many are copied between two steps."""
+from asyncengine.step.batch import Int32
 
 _FORMAT = "asyncengine prefix cache 1"
 _DTYPES = {"content": "U8", "tokens": "I32", "before": "I32"}
 _LONGEST_HEADER = 1 << 20
 _LARGEST = 1 << 48
 """Number in a header."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Catalogue:
-    """Whole blocks of computed prompts. Those of which one follows another come after it, and what was used last first.
-
-    Attributes:
-        tokens: (blocks, page size) int32: their tokens.
-        before: (blocks,) int32: which block each follows; -1 for the first of a prompt.
-        parts: By name, how many bytes each part of the KV cache has for a block; so they lie in its row.
-    """
-
-    tokens: Int32
-    before: Int32
-    parts: Mapping[str, int]
-
-    def pieces(self) -> Iterator[slice]:
-        """Blocks that are copied at a time; at least one piece, be it empty."""
-        most = max(PIECE_BYTES // max(sum(self.parts.values()), 1), 1)
-        count = len(self.before)
-        for start in range(0, max(count, 1), most):
-            yield slice(start, min(start + most, count))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Inventory:
-    """A catalogue of what a prefix cache has, and where.
-
-    Attributes:
-        catalogue: It.
-        blocks: (blocks,) int32: where each lies.
-        adopted: (blocks,) int64: as `asyncengine.step.block_pool.BlockPool.adopted` says; so it is known later whether
-            it still lies there.
-    """
-
-    catalogue: Catalogue
-    blocks: Int32
-    adopted: Int64
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KeptPrefixes:
-    """A piece of what was kept.
-
-    Attributes:
-        catalogue: Of all.
-        start: The first block of the piece.
-        rows: (blocks, bytes) uint8: what the KV cache has for each block of the piece.
-    """
-
-    catalogue: Catalogue
-    start: int
-    rows: NDArray[np.uint8]
-
-
-class Taken(NamedTuple):
-    """What has become of a piece.
-
-    Attributes:
-        tokens: How many were not known before and are now.
-        room: Whether there is room for more.
-    """
-
-    tokens: int
-    room: bool
 
 
 class _Lent:

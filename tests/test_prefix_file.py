@@ -17,8 +17,9 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncengine import PrefixCacheError, prefix_file
-from asyncengine.prefix_file import Catalogue, PrefixReader, PrefixWriter
+from asyncengine import PrefixCacheError, catalogue, prefix_file
+from asyncengine.catalogue import Catalogue
+from asyncengine.prefix_file import PrefixReader, PrefixWriter
 
 IDENTITY = {"weights": "abc", "program": "def"}
 COUNT = 7
@@ -33,7 +34,7 @@ ALL = np.ones(COUNT, dtype=np.bool_)
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_file, "PIECE_BYTES", 30)  # three blocks
+    monkeypatch.setattr(catalogue, "PIECE_BYTES", 30)  # three blocks
 
 
 def write(path: Path, there: Any = ALL, identity: Any = IDENTITY) -> int:
@@ -49,8 +50,8 @@ def write(path: Path, there: Any = ALL, identity: Any = IDENTITY) -> int:
 def read(path: Path) -> tuple[Catalogue, Any]:
     reader = PrefixReader(path, IDENTITY)
     try:
-        catalogue = reader.catalogue()
-        return catalogue, np.concatenate([reader.rows(piece) for piece in catalogue.pieces()])
+        found = reader.catalogue()
+        return found, np.concatenate([reader.rows(piece) for piece in found.pieces()])
     finally:
         reader.close()
 
@@ -58,9 +59,9 @@ def read(path: Path) -> tuple[Catalogue, Any]:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "prefixes"
     assert write(path) == 4 * COUNT and path.stat().st_mode & 0o777 == 0o600
-    catalogue, rows = read(path)
-    assert (catalogue.tokens == CATALOGUE.tokens).all() and (catalogue.before == CATALOGUE.before).all()
-    assert [*catalogue.parts.items()] == [*CATALOGUE.parts.items()] and (rows == ROWS).all()
+    found, rows = read(path)
+    assert (found.tokens == CATALOGUE.tokens).all() and (found.before == CATALOGUE.before).all()
+    assert [*found.parts.items()] == [*CATALOGUE.parts.items()] and (rows == ROWS).all()
     with safetensors.safe_open(path, framework="numpy") as file:  # of the format whose name it has
         assert (file.get_tensor("content") == ROWS).all() and file.metadata()["format"] == "asyncengine prefix cache 1"
 
@@ -72,9 +73,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_what_was_gone_meanwhile_is_left_out(there: list[int], before: list[int], tmp_path: Path) -> None:
     path, left = tmp_path / "prefixes", np.array(there, dtype=np.bool_)
     assert write(path, left) == 4 * left.sum()
-    catalogue, rows = read(path)
-    assert catalogue.before.tolist() == before
-    assert (catalogue.tokens == CATALOGUE.tokens[left]).all() and (rows == ROWS[left]).all()
+    found, rows = read(path)
+    assert found.before.tolist() == before
+    assert (found.tokens == CATALOGUE.tokens[left]).all() and (rows == ROWS[left]).all()
 
 
 def test_a_file_that_ends_anywhere_else_is_damaged(tmp_path: Path) -> None:
@@ -150,10 +151,10 @@ def test_whatever_a_header_says_it_is_read_as_it_was_or_refused(place: Any, valu
     text = json.dumps(about).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     try:
-        catalogue, rows = read(path)
+        found, rows = read(path)
     except PrefixCacheError:
         return
-    assert (catalogue.tokens == CATALOGUE.tokens).all() and (rows == ROWS).all()
+    assert (found.tokens == CATALOGUE.tokens).all() and (rows == ROWS).all()
 
 
 @pytest.mark.parametrize("size", [1 << 62, 1 << 100, -1, True, 4.0])

@@ -10,9 +10,10 @@ from pathlib import Path
 import anyio.to_thread
 
 from asyncengine import instructions as ins
+from asyncengine.catalogue import Inventory, KeptPrefixes
 from asyncengine.errors import InvalidRequestError, PrefixCacheError
 from asyncengine.loop.control import EngineControl
-from asyncengine.prefix_file import Inventory, KeptPrefixes, PrefixReader, PrefixWriter
+from asyncengine.prefix_file import PrefixReader, PrefixWriter
 from asyncengine.step.model import ModelView
 
 

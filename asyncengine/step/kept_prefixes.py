@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncengine.catalogue import Catalogue, Inventory, KeptPrefixes, Taken
 from asyncengine.errors import PrefixCacheError
-from asyncengine.prefix_file import Catalogue, Inventory, KeptPrefixes, Taken
 from asyncengine.step.batch import Int32, Int64
 from asyncengine.step.model import KeepingModel
 from asyncengine.step.scheduler import Scheduler

@@ -24,7 +24,7 @@ from asyncengine import (
     ModelNotLoadedError,
     PrefixCacheError,
     ReloadError,
-    prefix_file,
+    catalogue,
 )
 from asyncengine.loop import prefixes
 from asyncengine.prefix_file import PrefixReader, PrefixWriter
@@ -204,7 +204,7 @@ async def test_requests_have_all_the_room_while_a_full_cache_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However slow the disk is: what they take is not in the file, and the rest is."""
-    monkeypatch.setattr(prefix_file, "PIECE_BYTES", 1)
+    monkeypatch.setattr(catalogue, "PIECE_BYTES", 1)
     path = tmp_path / "prefixes"
     async with Rig(echo, **FULL) as rig:
         await fill(rig)
@@ -227,7 +227,7 @@ async def test_requests_have_all_the_room_while_a_full_cache_is_saved(
 async def test_what_is_there_stays_and_no_more_is_read_than_there_is_room_for(
     piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix_file, "PIECE_BYTES", piece)
+    monkeypatch.setattr(catalogue, "PIECE_BYTES", piece)
     path = tmp_path / "prefixes"
     async with Rig(echo, **FULL) as rig:
         await fill(rig)
@@ -252,7 +252,7 @@ async def test_what_happens_between_two_pieces(
     call: str, what: str, rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes to an end, with what was there before or with what is there after; no file is half of one."""
-    monkeypatch.setattr(prefix_file, "PIECE_BYTES", 64)
+    monkeypatch.setattr(catalogue, "PIECE_BYTES", 64)
     path = tmp_path / "prefixes"
     count = await saved(rig, path)
     size = path.stat().st_size
@@ -283,7 +283,7 @@ async def test_what_happens_between_two_pieces(
 
 @pytest.mark.loops("either")
 async def test_several_at_once(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_file, "PIECE_BYTES", 64)
+    monkeypatch.setattr(catalogue, "PIECE_BYTES", 64)
     path = tmp_path / "prefixes"
     count = await saved(rig, path)
     save, load = rig.engine.save_prefix_cache, rig.engine.load_prefix_cache
@@ -338,7 +338,7 @@ async def test_in_states_in_which_there_is_none(rig: Rig, tmp_path: Path) -> Non
 
 
 async def test_at_every_await(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_file, "PIECE_BYTES", 512)  # two pieces
+    monkeypatch.setattr(catalogue, "PIECE_BYTES", 512)  # two pieces
     path = tmp_path / "prefixes"
     await rig.engine.generate(PROMPT)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from asyncengine import instructions as ins
+from asyncengine.catalogue import Inventory, KeptPrefixes
 from asyncengine.config import EngineConfig
 from asyncengine.errors import (
     AsyncEngineError,
@@ -26,7 +27,6 @@ from asyncengine.events import Pooled, PromptLogprobs
 from asyncengine.generation import EarlyStopping, SearchParams
 from asyncengine.instructions import Deadlines, NewRequest
 from asyncengine.outputs import FinishReason
-from asyncengine.prefix_file import Inventory, KeptPrefixes
 from asyncengine.state import EngineState
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan, ModelView

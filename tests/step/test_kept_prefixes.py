@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncengine import instructions as ins
+from asyncengine.catalogue import Inventory, KeptPrefixes, Taken
 from asyncengine.errors import (
     EngineFailedError,
     IllegalStateError,
     ModelNotLoadedError,
     PrefixCacheError,
 )
-from asyncengine.prefix_file import Inventory, KeptPrefixes, Taken
 from asyncengine.testing import ByteTokenizer, ScriptedLoader
 
 from .core_case import Case, loaded
