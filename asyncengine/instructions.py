@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from asyncengine.catalogue import KeptPrefixes
 from asyncengine.config import EngineConfig
 from asyncengine.errors import DeadlineExceededError, InvalidRequestError
 from asyncengine.events import Event
 from asyncengine.generation import SamplingParams
 from asyncengine.media import PromptMedia
 from asyncengine.outputs import Pooling
-from asyncengine.prefix_file import KeptPrefixes
-from asyncengine.step.batch import Int32
+from asyncengine.step.batch import Int32, Int64
 
 InFlight = Literal["abort", "wait", "carry"]
 """What a reload does with requests that have begun: end them, let them finish, or go on with them on the new model."""
@@ -294,36 +294,35 @@ class UnloadAdapter:
 
 @dataclass(frozen=True, slots=True)
 class SavePrefixes:
-    """Tell what the prefix cache has, and pin it. Reply: `asyncengine.prefix_file.Catalogue`; None with another model.
+    """Tell what the prefix cache has. Reply: `asyncengine.catalogue.Inventory`; None with another model.
 
     Attributes:
         epoch: Of the model whose cache is meant.
-        pin: Name of the pin.
     """
 
     epoch: int
-    pin: str
     reply_to: ReplyTo | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ReadPrefixes:
-    """Read a part of what is pinned. Reply: (blocks, bytes) uint8; None if it is gone, or with another model.
+    """Read some of it. Reply: as of `asyncengine.step.kept_prefixes.read`; None with another model.
 
     Attributes:
-        epoch: As of `SavePrefixes`, as is the pin.
-        part: One of `Catalogue.parts`.
+        epoch: As of `SavePrefixes`.
+        blocks: As of `Inventory`.
+        adopted: Likewise.
     """
 
     epoch: int
-    pin: str
-    part: str
+    blocks: Int32
+    adopted: Int64
     reply_to: ReplyTo | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPrefixes:
-    """Put prefixes into the prefix cache. Reply: how many tokens were not known before; None with another model.
+    """Put prefixes into the prefix cache. Reply: `asyncengine.catalogue.Taken`; None with another model.
 
     Attributes:
         kept: They.

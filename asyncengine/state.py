@@ -64,7 +64,7 @@ TRANSITIONS: dict[Action, dict[EngineState, EngineState]] = {
     Action.SLEEP: dict.fromkeys(_MODEL, _S.SLEEPING),
     Action.WAKE: {_S.SLEEPING: _S.READY, _S.READY: _S.READY},
     Action.UPDATE_WEIGHTS: {_S.READY: _S.READY, _S.PAUSED: _S.PAUSED},
-    Action.SAVE_PREFIX_CACHE: {_S.READY: _S.READY, _S.PAUSED: _S.PAUSED},
+    Action.SAVE_PREFIX_CACHE: {state: state for state in (_S.READY, _S.PAUSED, _S.DRAINING)},
     Action.LOAD_PREFIX_CACHE: {_S.READY: _S.READY, _S.PAUSED: _S.PAUSED},
     Action.LOAD_ADAPTER: {_S.READY: _S.READY, _S.PAUSED: _S.PAUSED},
     Action.UNLOAD_ADAPTER: {_S.READY: _S.READY, _S.PAUSED: _S.PAUSED},

@@ -209,5 +209,6 @@ FLAG_OF_FIELD = {
     "num_beams": "--num-beams",
     "api_key": "--api-key",
     "allowed_media_domains": "--allowed-media-domains",
+    "prefix_cache_file": "--prefix-cache-file",
 }
 """How a setting of the engine or the server is called here."""

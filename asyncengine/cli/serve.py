@@ -42,6 +42,10 @@ def serve(
         str | None,
         typer.Option(metavar="FILE", help="How /score and /rerank ask: JSON with a RerankPrompt's fields, or 'qwen3'."),
     ] = None,
+    prefix_cache_file: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Begin with the prompts that the last run computed; left there in the end."),
+    ] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Routes to reload, abort, trace. Needs --api-key.")] = False,
     log_format: Annotated[LogFormat, typer.Option(help="json: one object per line.")] = "text",
     otel: Annotated[bool, typer.Option("--otel", help="OpenTelemetry spans, to the provider of the process.")] = False,
@@ -56,6 +60,8 @@ def serve(
     config = flags.config(model, ctx.obj, max_queue_size=max_queue_size, graph_capture=graph_capture)
     if admin and api_key is None:
         raise Failure("--admin needs --api-key: these routes can unload the model", 2)
+    if prefix_cache_file is not None and not flags.enable_prefix_caching:
+        raise Failure("--prefix-cache-file and --no-enable-prefix-caching: there is no prefix cache to be kept", 2)
     from asyncengine.cli.loading import quiet
 
     try:
@@ -76,6 +82,7 @@ def serve(
         max_concurrency=max_concurrency,
         allowed_media_domains=allowed_media_domains or (),
         rerank_prompt=None if rerank_prompt is None else _prompt(rerank_prompt),
+        prefix_cache_file=prefix_cache_file,
         loader=ctx.obj,
         prepare=prepare,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from asyncengine.errors import PrefixCacheError
 from asyncengine.model import kept_file
 from asyncengine.model.findings import program, stamps
 from asyncengine.model.paged_layers import PagedLayers
-from asyncengine.step.batch import Int32, Int64
+from asyncengine.step.batch import Int32
 from asyncengine.step.limits import Limits
 
 MOST_DIGESTS = 256
@@ -41,23 +41,27 @@ class KeptBlocks:
         """As the protocol says."""
         return {name: stored.shape[1] for name, stored in self._stored().items()}
 
-    def read_blocks(self, part: str, blocks: Int32) -> NDArray[np.uint8]:
+    def read_blocks(self, blocks: Int32) -> NDArray[np.uint8]:
         """As the protocol says."""
         self._check_weights()
-        stored = self._stored()[part]
+        rows = torch.empty((len(blocks), sum(self.kept_parts().values())), dtype=torch.uint8)
         with torch.inference_mode():
-            rows: NDArray[np.uint8] = stored.index_select(0, torch.from_numpy(blocks).to(stored.device)).cpu().numpy()
-        return rows
+            for stored, part in self._beside(rows):
+                part.copy_(stored.index_select(0, torch.from_numpy(blocks).to(stored.device)))
+        read: NDArray[np.uint8] = rows.numpy()
+        return read
 
-    def write_blocks(self, blocks: Int32, content: Mapping[str, NDArray[np.uint8]], rows: Int64) -> None:
+    def write_blocks(self, blocks: Int32, rows: NDArray[np.uint8]) -> None:
         """As the protocol says."""
         self._check_weights()
-        if {name: part.shape[1] for name, part in content.items()} != self.kept_parts():
-            raise PrefixCacheError("the kept prefixes are of another KV cache")
         with torch.inference_mode():
-            for name, stored in self._stored().items():
-                numbers = torch.from_numpy(content[name][rows]).to(stored.device)  # one part at a time is copied
-                stored.index_copy_(0, torch.from_numpy(blocks).long().to(stored.device), numbers)
+            for stored, part in self._beside(torch.from_numpy(rows)):
+                stored.index_copy_(0, torch.from_numpy(blocks).long().to(stored.device), part.to(stored.device))
+
+    def _beside(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each tensor of the cache, and what is its in (blocks, bytes) of all."""
+        tensors = self._stored().values()
+        return zip(tensors, torch.split(rows, [stored.shape[1] for stored in tensors], dim=1), strict=True)
 
     def _stored(self) -> dict[str, torch.Tensor]:
         """By name, (blocks, bytes) each tensor of the cache."""
@@ -140,9 +144,9 @@ class Identity:
 
 def weights_digest(files: list[Path]) -> str:
     """What is in files of weights, which are read if they were not before or have changed since."""
-    place = None
+    place, before = None, [*stamps(files)]
     try:
-        place = cache_directory() / "digests" / _digest(repr([*stamps(files)]))
+        place = cache_directory() / "digests" / _digest(repr(before))
     except RuntimeError:  # this user has no home directory
         pass
     if place is not None and (known := kept_file.read(place)) is not None:
@@ -152,7 +156,7 @@ def weights_digest(files: list[Path]) -> str:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "blake2b").digest())
     found = digest.hexdigest()
-    if place is not None:
+    if place is not None and before == [*stamps(files)]:  # or else it may be of others than those
         kept_file.write(place, found.encode(), MOST_DIGESTS)
     return found
 

@@ -30,7 +30,8 @@ def routes(service: Service) -> list[Route]:
 
     async def ready(request: Request) -> Response:
         found = service.engine.health()
-        if not found.admits or found.state in (EngineState.PAUSED, EngineState.SLEEPING):
+        paused = found.state in (EngineState.PAUSED, EngineState.SLEEPING)
+        if service.stage is not None or not found.admits or paused:
             service.unavailable(found)
         return reply({"ready": True, "state": found.state.value, "model": service.name})
 

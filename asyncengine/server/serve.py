@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from asyncengine.loop.engine import AsyncEngine
 from asyncengine.reranking import RerankPrompt
 from asyncengine.server.app import create_app
 from asyncengine.server.naming import check_names
+from asyncengine.server.prefix_file import PrefixFile
 from asyncengine.server.service import Service
 from asyncengine.server.settings import (
     MAX_AUDIO_BYTES,
@@ -30,6 +32,7 @@ from asyncengine.server.settings import (
     MAX_VIDEO_BYTES,
     ServerSettings,
 )
+from asyncengine.state import EngineState
 from asyncengine.step.model import Loader
 
 logger = logging.getLogger("asyncengine.server")
@@ -55,6 +58,7 @@ def serve(
     max_concurrency: int | None = None,
     rerank_prompt: RerankPrompt | None = None,
     drain_seconds: float = 5.0,
+    prefix_cache_file: str | os.PathLike[str] | None = None,
     loader: Loader | None = None,
     on_listening: Callable[[str], None] | None = None,
     prepare: Callable[[AsyncEngine], object] | None = None,
@@ -80,12 +84,16 @@ def serve(
         max_concurrency: See there.
         rerank_prompt: See there.
         drain_seconds: How long requests get to finish after a signal.
+        prefix_cache_file: Where the prefix cache is kept from one run to the next: read before the server is ready, and
+            written when requests have ended, unless there was a second signal. A file that is missing, or refused, is
+            none at all, but a model that can have none is not served. None keeps nothing.
         loader: As in `AsyncEngine`.
         on_listening: Told the address once there is one.
         prepare: Called with the engine before it loads anything, as `asyncengine.otel.instrument`.
 
     Returns:
-        A process's exit code: 0 after a signal, 1 if the model could not be loaded or the address not be had.
+        A process's exit code: 0 after a signal, 1 if the model could not be loaded, the address not be had, or the
+        model have no `prefix_cache_file`.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -106,6 +114,8 @@ def serve(
     check_names(config, settings)
     if isinstance(drain_seconds, bool) or not isinstance(drain_seconds, (int, float)) or not drain_seconds >= 0:
         raise ConfigError(f"drain_seconds is {drain_seconds!r}; expected seconds >= 0")
+    engine = AsyncEngine(config, loader=loader)
+    kept = None if prefix_cache_file is None else PrefixFile(engine, prefix_cache_file)
     try:
         listener = _listen(host, port)
     except OSError as error:
@@ -114,10 +124,9 @@ def serve(
         logger.error("cannot listen on %s port %s: %s", host, port, words)
         return 1
     with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        engine = AsyncEngine(config, loader=loader)
         if prepare is not None:
             prepare(engine)
-        running = _Running(engine, config, settings, listener, drain_seconds, imports=loader is None)
+        running = _Running(engine, config, settings, listener, drain_seconds, kept, imports=loader is None)
         address = _address(listener)
         logger.info("listening on %s; loading %s", address, config.model)
         if on_listening is not None:
@@ -146,9 +155,11 @@ class _Running:
         settings: ServerSettings,
         listener: socket.socket,
         drain_seconds: float,
+        kept: PrefixFile | None,
         imports: bool,
     ) -> None:
         self._engine = engine
+        self._kept = kept
         self._config = config
         self._imports = imports
         self._listener = listener
@@ -193,16 +204,23 @@ class _Running:
     async def _load(self) -> bool:
         """Loads the model; says whether there is one."""
         self._service.problem = "the model is being loaded (just begun)"
+        if self._kept is not None:
+            self._service.stage = EngineState.LOADING  # until its prefix cache is there, too
         try:
             if self._imports:
                 await asyncio.to_thread(_import_for_good, self._config)
             complete = await self._engine.reload(self._config)
+            if self._kept is not None:
+                await self._kept.load(complete)
         except AsyncEngineError as error:
             if self._stop.is_set():
                 return True  # the load was given up because of a signal
             logger.error("%s cannot be loaded: %s", self._config.model, error)
             self._service.problem = f"{self._service.settings.served_model_name or 'the model'} could not be loaded"
             return False
+        finally:
+            if self._service.stage is EngineState.LOADING:
+                self._service.stage = None
         self._service.problem = None
         logger.info(
             "ready: %s on %s in %s, at most %s sequences",
@@ -219,15 +237,40 @@ class _Running:
         left = now.num_requests_running + now.num_requests_waiting
         if left:
             logger.info("waiting up to %g s for %d requests; another signal ends them", self._drain_seconds, left)
-        draining = asyncio.ensure_future(self._engine.shutdown(drain=self._drain_seconds))
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self._drain_seconds
         hurrying = asyncio.ensure_future(self._hurry.wait())
+        drained = None
+        if self._kept is not None and self._kept.is_due and self._engine.state is EngineState.READY:
+            drained = await self._save(self._kept, hurrying)
+        draining = asyncio.ensure_future(self._engine.shutdown(drain=max(due - loop.time(), 0.0)))
         await asyncio.wait([draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
         hurrying.cancel()
         if not draining.done():
             await self._engine.shutdown()
         ended = await draining
+        if drained is not None:
+            await asyncio.gather(drained, return_exceptions=True)
         if ended:
             logger.info("%d requests did not finish in time", len(ended))
+
+    async def _save(self, kept: PrefixFile, hurrying: asyncio.Future[Any]) -> asyncio.Future[None]:
+        """Saves the prefix cache once requests have ended or their time is over; not if somebody is in a hurry.
+
+        Returns:
+            The end of what was under way, which may be still to come.
+        """
+        self._service.stage = EngineState.DRAINING  # also once the engine has drained, and would take requests again
+        drained = asyncio.ensure_future(self._engine.drain())
+        seconds = None if math.isinf(self._drain_seconds) else self._drain_seconds
+        await asyncio.wait([drained, hurrying], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        saving = asyncio.ensure_future(kept.save())
+        await asyncio.wait([saving, hurrying], return_when=asyncio.FIRST_COMPLETED)
+        if not saving.done():
+            saving.cancel()
+            await asyncio.wait([saving])
+            logger.warning("the prefix cache is not saved: there was a second signal")
+        return drained
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -47,6 +47,8 @@ class Service:
         traffic: What is counted.
         created: When, in seconds since 1970.
         problem: Why there is no model, where one is on its way or loading it has failed.
+        stage: What clients are told of where the engine is, in place of what it says itself, so that they wait; None
+            tells that.
     """
 
     def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
@@ -55,6 +57,7 @@ class Service:
         self.traffic = Traffic(engine, settings)
         self.created = int(time.time())
         self.problem: str | None = None
+        self.stage: EngineState | None = None
         self._fetcher: Fetcher | None = None
         if settings.allowed_media_domains:
             from asyncengine.server.fetch import Fetcher  # and httpx with it, which nobody else needs
@@ -87,7 +90,7 @@ class Service:
             Refusal: There is no model just now (503), or something else was asked for (404).
         """
         health = self.engine.health()
-        if not health.admits:
+        if self.stage is not None or not health.admits:
             self.unavailable(health)
         return Served(self.name or "") if model is None else self.named(model)
 
@@ -113,9 +116,10 @@ class Service:
         Raises:
             Refusal: Always.
         """
-        state = health.state
+        state = self.stage or health.state
+        begun = "its prefix cache" if health.state is EngineState.READY else "just begun"
         words = {
-            EngineState.LOADING: f"the model is being loaded ({health.loading or 'just begun'})",
+            EngineState.LOADING: f"the model is being loaded ({health.loading or begun})",
             EngineState.UNLOADED: self.problem or "there is no model",
             EngineState.DRAINING: "the engine is draining",
             EngineState.FAILED: "; ".join(health.problems),

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from asyncengine.step.batch import Int32
+from asyncengine.step.batch import Int32, Int64
 
 
 class BlockPool:
     """Hands out blocks 0 .. num_blocks - 1 and counts who holds them."""
 
-    __slots__ = ("_free", "_in_tree", "_refs", "num_blocks", "num_cached", "num_free")
+    __slots__ = ("_adopted", "_adoptions", "_free", "_in_tree", "_refs", "num_blocks", "num_cached", "num_free")
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -26,6 +26,8 @@ class BlockPool:
         self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # a stack: the first num_free entries
         self._refs = np.zeros(num_blocks, dtype=np.int32)
         self._in_tree = np.zeros(num_blocks, dtype=np.bool_)
+        self._adopted = np.zeros(num_blocks, dtype=np.int64)
+        self._adoptions = 0
 
     @property
     def num_used(self) -> int:
@@ -60,13 +62,23 @@ class BlockPool:
     def adopt(self, blocks: Int32) -> None:
         """Lets the prefix tree hold blocks that a sequence holds."""
         self._in_tree[blocks] = True
+        self._adoptions += 1
+        self._adopted[blocks] = self._adoptions
         self._refs[blocks] += 1
 
     def abandon(self, blocks: Int32) -> None:
         """Undoes `adopt`; blocks that nobody else holds become free."""
         self.num_cached -= int(np.count_nonzero(self._refs[blocks] == 1))
         self._in_tree[blocks] = False
+        self._adopted[blocks] = 0
         self.release(blocks)
+
+    def adopted(self, blocks: Int32) -> Int64:
+        """(blocks,) when the tree has come to hold each, counted in calls of `adopt`; 0 if it does not.
+
+        As long as that is the same, a block has the same tokens.
+        """
+        return self._adopted[blocks]
 
     def only_in_tree(self, blocks: Int32) -> int:
         """How many blocks at the end of `blocks`, in a row, only the tree holds."""

@@ -330,9 +330,9 @@ class Core:
         scheduler, model = self._keeping()
         match instruction:
             case ins.SavePrefixes():
-                return kept_prefixes.catalogue_of(scheduler, model, instruction.pin)
+                return kept_prefixes.inventory(scheduler, model)
             case ins.ReadPrefixes():
-                return kept_prefixes.read(scheduler, model, instruction.pin, instruction.part)
+                return kept_prefixes.read(scheduler, model, instruction.blocks, instruction.adopted)
             case _:
                 return kept_prefixes.put(instruction.kept, scheduler, model)
 

@@ -1,28 +1,30 @@
-"""What the prefix cache has, outside of it: as a value that another engine with the same model can take over.
+"""What the prefix cache has, outside of it: as values that another engine with the same model can take over.
 
-Both ways run on the step thread. What requests with adapters have computed stays out, and so does all behind an image
-or another medium, whose tokens mean nothing elsewhere.
+Both ways run on the step thread, a piece at a time: steps go on between two of them, and what is evicted meanwhile is
+left out. Nothing is kept from being evicted for it. What requests with adapters have computed stays out, and so does
+all behind an image or another medium, whose tokens mean nothing elsewhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncengine.catalogue import Catalogue, Inventory, KeptPrefixes, Taken
 from asyncengine.errors import PrefixCacheError
-from asyncengine.prefix_file import Catalogue, KeptPrefixes
-from asyncengine.step.batch import Int32
+from asyncengine.step.batch import Int32, Int64
 from asyncengine.step.model import KeepingModel
 from asyncengine.step.scheduler import Scheduler
 
 
-def catalogue_of(scheduler: Scheduler, model: KeepingModel, pin: str) -> Catalogue:
-    """What the prefix cache has. It is kept from being evicted, as what is pinned is, until the pin is undone.
+def inventory(scheduler: Scheduler, model: KeepingModel) -> Inventory:
+    """What the prefix cache has now.
 
     Args:
         scheduler: Whose cache it is.
         model: Has the keys and values.
-        pin: Its name.
     """
     page_size = scheduler.limits.page_size
     tokens, before, blocks = list[Int32](), list[int](), list[int]()
@@ -38,64 +40,84 @@ def catalogue_of(scheduler: Scheduler, model: KeepingModel, pin: str) -> Catalog
         before += [at, *range(first, first + whole - 1)][:whole]
         if whole == len(pages):
             ends[edge.number] = first + whole - 1
-    scheduler.blocks.tree.pin_blocks(pin, np.array(blocks, dtype=np.int32))
-    return Catalogue(
+    lie = np.array(blocks, dtype=np.int32)
+    catalogue = Catalogue(
         np.concatenate([np.empty((0, page_size), dtype=np.int32), *tokens]),
         np.array(before, dtype=np.int32),
         model.kept_parts(),
     )
+    return Inventory(catalogue, lie, scheduler.blocks.pool.adopted(lie))
 
 
-def read(scheduler: Scheduler, model: KeepingModel, pin: str, part: str) -> NDArray[np.uint8] | None:
-    """(blocks, bytes) what a part of the KV cache has for what was pinned by `catalogue_of`.
+def read(
+    scheduler: Scheduler, model: KeepingModel, blocks: Int32, adopted: Int64
+) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
+    """What the KV cache has for some blocks of an inventory.
 
-    None if that is not there any longer, because the prefix cache was emptied meanwhile.
+    Returns:
+        (blocks,) which of them are still there, and (blocks that are, bytes) of these.
 
     Raises:
         PrefixCacheError: It does not belong to the checkpoint, whose weights were replaced.
     """
-    blocks = scheduler.blocks.tree.pinned(pin)
-    return None if blocks is None else model.read_blocks(part, blocks)
+    there = scheduler.blocks.pool.adopted(blocks) == adopted
+    return there, model.read_blocks(blocks[there])
 
 
-def put(kept: KeptPrefixes, scheduler: Scheduler, model: KeepingModel) -> int:
-    """Makes prefixes known, as far as there are free blocks: nothing is taken back for them.
+def put(kept: KeptPrefixes, scheduler: Scheduler, model: KeepingModel) -> Taken:
+    """Makes a piece known, as far as there are free blocks and what it follows is known: nothing is evicted for it.
+
+    What comes later, be it in a later piece, counts as used before what came first, and all of it as used before what
+    there was.
 
     Args:
-        kept: They.
+        kept: The piece.
         scheduler: To whose cache.
         model: Takes the keys and values.
 
-    Returns:
-        Tokens that were not known before.
-
     Raises:
-        PrefixCacheError: They do not fit the cache.
+        PrefixCacheError: It does not fit the cache.
     """
     pool, tree = scheduler.blocks.pool, scheduler.blocks.tree
-    tokens, before = kept.catalogue.tokens, kept.catalogue.before
-    page_size, count = scheduler.limits.page_size, len(before)
-    if tokens.shape != (count, page_size):
-        raise PrefixCacheError(f"the kept prefixes have blocks of {tokens.shape[1:]} tokens, not {page_size}")
-    blocks = np.full(count, -1, dtype=np.int32)  # where each lies here; -1 if there is no room
-    new = np.zeros(count, dtype=np.bool_)
-    paths: list[list[int]] = []
-    for end in sorted(set(range(count)) - set(before.tolist())):
-        path = [end]
-        while (at := int(before[path[-1]])) >= 0:
-            path.append(at)
-        path.reverse()
-        there = tree.match(tokens[path].reshape(-1))
-        blocks[path[: len(there)]] = there
-        wanted = [at for at in path[len(there) :] if blocks[at] < 0][: pool.num_free]
-        blocks[wanted], new[wanted] = pool.allocate(len(wanted)), True
-        paths.append([at for at in path if blocks[at] >= 0])
-    own = blocks[new]
-    try:
-        model.write_blocks(own, kept.content, np.flatnonzero(new))
-        for path in reversed(paths):  # what was used last comes last
-            tree.insert(tokens[path].reshape(-1), blocks[path])
-    finally:
-        pool.release(own)
+    tokens, page_size, start = kept.catalogue.tokens, scheduler.limits.page_size, kept.start
+    if tokens.shape[1] != page_size:
+        raise PrefixCacheError(f"the kept prefixes have blocks of {tokens.shape[1]} tokens, not {page_size}")
+    if [*kept.catalogue.parts.items()] != [*model.kept_parts().items()]:
+        raise PrefixCacheError("the kept prefixes are of another KV cache")
     tree.trim(in_use=scheduler.num_running)
-    return len(own) * page_size
+    free = pool.num_free
+    blocks = np.full(start + len(kept.rows), -1, dtype=np.int32)  # where each lies here; -1 if it does not
+    new, paths = np.zeros(len(kept.rows), dtype=np.bool_), list[Int64]()
+    try:
+        for path in _paths(kept.catalogue.before, start, len(blocks)):
+            there = tree.known(tokens[path].reshape(-1))
+            blocks[path[: len(there)]] = there
+            lacking = path[blocks[path] < 0]
+            if not len(lacking) or lacking[0] < start:  # what it follows is not here
+                continue
+            wanted = lacking[: pool.num_free]
+            blocks[wanted], new[wanted - start] = pool.allocate(len(wanted)), True
+            paths.append(path[: len(path) - len(lacking) + len(wanted)])
+        model.write_blocks(blocks[start:][new], kept.rows if new.all() else kept.rows[new])
+        for path in paths:
+            tree.insert(tokens[path].reshape(-1), blocks[path], used_last=False)
+    finally:
+        pool.release(blocks[start:][new])
+    tree.trim(in_use=scheduler.num_running)
+    return Taken((free - pool.num_free) * page_size, pool.num_free > 0)
+
+
+def _paths(before: Int32, start: int, stop: int) -> Iterator[Int64]:
+    """(blocks,) each: the ways from first blocks to those of [start, stop) that none there follows, in their order."""
+    places = np.arange(stop)
+    # Blocks mostly follow the one right before them: the first of each such run.
+    runs = np.maximum.accumulate(np.where(before[:stop] == places - 1, 0, places))
+    followed = np.zeros(stop + 1, dtype=np.bool_)
+    followed[before[start:stop]] = True  # the last one stands for -1
+    for end in (start + np.flatnonzero(~followed[start:stop])).tolist():
+        parts, at = list[Int64](), end
+        while at >= 0:
+            first = int(runs[at])
+            parts.append(places[first : at + 1])
+            at = int(before[first])
+        yield np.concatenate(parts[::-1])

@@ -17,7 +17,7 @@ from asyncengine.media import UNENCODED, Kind, MediaReader
 from asyncengine.outputs import Pooling
 from asyncengine.reranking import RerankPrompt
 from asyncengine.source import SourceReader
-from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens
+from asyncengine.step.batch import Int32, StepBatch, StepTokens
 from asyncengine.step.drafting import Drafting
 from asyncengine.step.limits import Limits
 from asyncengine.tokenizer import Tokenizer
@@ -77,24 +77,23 @@ class KeepingModel(Protocol):
         """By name, how many bytes each part of the KV cache has for a block."""
         ...
 
-    def read_blocks(self, part: str, blocks: Int32) -> NDArray[np.uint8]:
-        """(blocks, bytes) what a part of the KV cache has for some blocks.
+    def read_blocks(self, blocks: Int32) -> NDArray[np.uint8]:
+        """(blocks, bytes) what the KV cache has for some blocks, part behind part.
 
         Raises:
             PrefixCacheError: The weights are not the checkpoint's.
         """
         ...
 
-    def write_blocks(self, blocks: Int32, content: Mapping[str, NDArray[np.uint8]], rows: Int64) -> None:
+    def write_blocks(self, blocks: Int32, rows: NDArray[np.uint8]) -> None:
         """Writes what `read_blocks` has read.
 
         Args:
             blocks: (B,) where.
-            content: By name, what a part of the KV cache has.
-            rows: (B,) which rows of it.
+            rows: (B, bytes) what.
 
         Raises:
-            PrefixCacheError: It does not fit the cache, or is of other weights.
+            PrefixCacheError: The weights are not the checkpoint's.
         """
         ...
 

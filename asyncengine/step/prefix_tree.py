@@ -22,6 +22,7 @@ from asyncengine.step.block_pool import BlockPool
 from asyncengine.step.state_places import StatePlaces
 
 NO_BLOCKS: Int32 = np.empty(0, dtype=np.int32)
+_NEVER = -(1 << 62)
 
 
 class _Node:
@@ -32,7 +33,7 @@ class _Node:
         self.blocks = blocks
         self.parent = parent
         self.children: dict[bytes, _Node] = {}
-        self.last_used = 0
+        self.last_used = _NEVER
 
 
 class Edge(NamedTuple):
@@ -70,6 +71,7 @@ class PrefixTree:
         self._states = states
         self._roots: dict[int, _Node] = {}  # by space
         self._clock = 0
+        self._past = 0
         self._leaves = 0
         # (last use, tie break, leaf); entries whose leaf was used since, or is one no longer, are skipped when met.
         self._oldest: list[tuple[int, int, _Node]] = []
@@ -78,34 +80,28 @@ class PrefixTree:
 
     def match(self, tokens: Int32, space: int = NO_SPACE) -> Int32:
         """Blocks of the longest known prefix of `tokens`. The caller retains them before anything is evicted."""
-        blocks: list[Int32] = []
-        root = self._roots.get(space)
-        if root is None:
-            return NO_BLOCKS
-        node = root
-        start = 0
-        while (child := node.children.get(self._key(tokens, start))) is not None:
-            same = self._same_blocks(child, tokens, start)
-            blocks.append(child.blocks[:same])
-            start += same * self._page_size
-            node = child
-            if same < len(child.blocks):
-                break
-        self._touch(node)
-        return np.concatenate(blocks) if blocks else NO_BLOCKS
+        blocks, node = self._find(tokens, space)
+        if node is not None:
+            self._touch(node)
+        return blocks
+
+    def known(self, tokens: Int32, space: int = NO_SPACE) -> Int32:
+        """As `match`; it does not count as a use."""
+        return self._find(tokens, space)[0]
 
     def usable(self, tokens: Int32, space: int = NO_SPACE) -> Int32:
         """Of what `match` finds, the blocks behind which a sequence can go on: where states are kept, at a state."""
         blocks = self.match(tokens, space)
         return blocks if self._states is None else blocks[: self._states.deepest(blocks)]
 
-    def insert(self, tokens: Int32, blocks: Int32, space: int = NO_SPACE) -> Int32:
+    def insert(self, tokens: Int32, blocks: Int32, space: int = NO_SPACE, *, used_last: bool = True) -> Int32:
         """Makes a computed sequence known.
 
         Args:
             tokens: (blocks * page size,) ids.
             blocks: Theirs; held by the caller.
             space: Under which adapter they were computed.
+            used_last: Whether it counts as used right now; if not, as used before all that is known.
 
         Returns:
             The blocks under which the tree knows the tokens: where another sequence was first, they differ from
@@ -136,7 +132,11 @@ class PrefixTree:
             done += same
             start += same * self._page_size
             node = child
-        self._touch(node)
+        if used_last:
+            self._touch(node)
+        else:
+            self._past -= 1
+            self._note_use(node, self._past)
         return np.concatenate(known) if known else NO_BLOCKS
 
     def edges(self, space: int = NO_SPACE) -> Iterator[Edge]:
@@ -185,17 +185,6 @@ class PrefixTree:
         self._pool.retain(blocks)
         self._pins[name] = space, blocks
         self._pin_state(name, blocks)
-
-    def pin_blocks(self, name: str, blocks: Int32) -> None:
-        """Keeps known blocks, with all before them, from being evicted until `unpin`; none may be an adapter's."""
-        self.unpin(name)
-        self._pool.retain(blocks)
-        self._pins[name] = NO_SPACE, blocks
-
-    def pinned(self, name: str) -> Int32 | None:
-        """The blocks of a pin; None if there is none of that name."""
-        pin = self._pins.get(name)
-        return None if pin is None else pin[1]
 
     def unpin(self, name: str) -> bool:
         """Undoes `pin`; returns whether there was such a pin."""
@@ -269,11 +258,31 @@ class PrefixTree:
         if not lower.children:
             self._remember(lower)
 
+    def _find(self, tokens: Int32, space: int) -> tuple[Int32, _Node | None]:
+        """Blocks of the longest known prefix, and the edge of the last of them, or the root."""
+        root = self._roots.get(space)
+        if root is None:
+            return NO_BLOCKS, None
+        blocks: list[Int32] = []
+        node = root
+        start = 0
+        while (child := node.children.get(self._key(tokens, start))) is not None:
+            same = self._same_blocks(child, tokens, start)
+            blocks.append(child.blocks[:same])
+            start += same * self._page_size
+            node = child
+            if same < len(child.blocks):
+                break
+        return np.concatenate(blocks) if blocks else NO_BLOCKS, node
+
     def _touch(self, node: _Node) -> None:
         self._clock += 1
+        self._note_use(node, self._clock)
+
+    def _note_use(self, node: _Node, when: int) -> None:
         leaf = node
         while node.parent is not None:
-            node.last_used = self._clock
+            node.last_used = max(node.last_used, when)
             node = node.parent
         if not leaf.children and leaf.parent is not None:
             self._remember(leaf)

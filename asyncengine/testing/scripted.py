@@ -18,7 +18,7 @@ from asyncengine.errors import PrefixCacheError, ReloadError
 from asyncengine.generation import SamplingParams
 from asyncengine.grammar.protocol import Matcher
 from asyncengine.step.adapters import NO_ADAPTER
-from asyncengine.step.batch import Int32, Int64, StepBatch, StepTokens, TokenLogprobs
+from asyncengine.step.batch import Int32, StepBatch, StepTokens, TokenLogprobs
 from asyncengine.step.limits import Limits
 from asyncengine.testing import media
 from asyncengine.testing.adapters import Script, ScriptedAdapter, ScriptedAdapters
@@ -420,18 +420,15 @@ class ScriptedModel:
         """As `asyncengine.step.model.KeepingModel`."""
         return {"cells": self.limits.page_size * self._cache.itemsize}
 
-    def read_blocks(self, part: str, blocks: Int32) -> NDArray[np.uint8]:
+    def read_blocks(self, blocks: Int32) -> NDArray[np.uint8]:
         """As `asyncengine.step.model.KeepingModel`."""
         self._check_kept()
-        assert part == "cells"
         return self._cache.reshape(self.limits.num_blocks, -1)[blocks].view(np.uint8)
 
-    def write_blocks(self, blocks: Int32, content: Mapping[str, NDArray[np.uint8]], rows: Int64) -> None:
+    def write_blocks(self, blocks: Int32, rows: NDArray[np.uint8]) -> None:
         """As `asyncengine.step.model.KeepingModel`."""
         self._check_kept()
-        if {name: part.shape[1] for name, part in content.items()} != self.kept_parts():
-            raise PrefixCacheError("the kept prefixes are of another model")
-        self._cache.reshape(self.limits.num_blocks, -1)[blocks] = content["cells"][rows].view(np.int64)
+        self._cache.reshape(self.limits.num_blocks, -1)[blocks] = rows.view(np.int64)
 
     def _check_kept(self) -> None:
         assert not self.asleep, "a cache that sleeps is read or written"

@@ -85,7 +85,7 @@ def test_there_are_few_flags() -> None:
         for name in parameter.opts
         if name.startswith("--")
     }
-    assert len(flags) <= 60, sorted(flags)
+    assert len(flags) <= 61, sorted(flags)
 
 
 def test_a_wrong_command_and_a_wrong_flag_are_answered_with_the_nearest() -> None:

@@ -70,6 +70,22 @@ def test_how_a_model_is_asked_for_ranks_comes_from_a_file(tmp_path: Path, monkey
     assert len(asked) == 2
 
 
+def test_a_prefix_cache_is_kept_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from asyncengine.server import serve
+
+    asked: list[object] = []
+    serving = serve.serve
+    monkeypatch.setattr(serve, "serve", lambda config, **settings: asked.append(settings["prefix_cache_file"]) or 0)
+    file = str(tmp_path / "prefixes")
+    assert run("serve").status == run("serve", "--prefix-cache-file", file).status == 0
+    wrong = run("serve", "--prefix-cache-file", file, "--no-enable-prefix-caching")
+    assert wrong.status == 2 and "--no-enable-prefix-caching: there is no prefix cache to be kept" in wrong.err
+    assert asked == [None, file]
+    monkeypatch.setattr(serve, "serve", serving)
+    wrong = run("serve", "--port", "0", "--prefix-cache-file", str(tmp_path), loader=scripted_loader())
+    assert wrong.status == 1 and "--prefix-cache-file (prefix_cache_file) is" in wrong.err
+
+
 def test_hosts_that_may_be_asked_for_images_are_named_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from asyncengine.server import serve
 

@@ -198,3 +198,27 @@ def test_weights_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(kept_blocks, "cache_directory", lambda: Path("~nobody").expanduser())
     opened.clear()
     assert weights_digest([file]) == first and file in opened
+
+
+def test_weights_that_are_replaced_while_they_are_read_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found of the new ones is not taken for the old ones' if these come back."""
+    file, aside, new = (tmp_path / name for name in ("model.safetensors", "aside", "new"))
+    file.write_bytes(b"old weights")
+    new.write_bytes(b"new weights")
+    stamps = kept_blocks.stamps
+    monkeypatch.setattr(kept_blocks, "stamps", lambda files: [each[:5] for each in stamps(files)])  # but for renaming
+    opened = Path.open
+
+    def replacing(path: Path, *given: Any, **named: Any) -> Any:
+        if path == file:
+            monkeypatch.setattr(Path, "open", opened)
+            file.rename(aside)
+            new.rename(file)
+        return opened(path, *given, **named)
+
+    monkeypatch.setattr(Path, "open", replacing)
+    of_new = weights_digest([file])
+    aside.rename(file)
+    assert weights_digest([file]) != of_new

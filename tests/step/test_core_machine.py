@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from asyncengine import instructions as ins
+from asyncengine.catalogue import Inventory, KeptPrefixes
 from asyncengine.config import EngineConfig
 from asyncengine.errors import (
     AsyncEngineError,
@@ -26,7 +27,6 @@ from asyncengine.events import Pooled, PromptLogprobs
 from asyncengine.generation import EarlyStopping, SearchParams
 from asyncengine.instructions import Deadlines, NewRequest
 from asyncengine.outputs import FinishReason
-from asyncengine.prefix_file import KeptPrefixes
 from asyncengine.state import EngineState
 from asyncengine.step.limits import Limits
 from asyncengine.step.model import LoadedModel, LoadPlan, ModelView
@@ -80,7 +80,8 @@ def whole(new: NewRequest, branch: int) -> tuple[list[int], int | str | None]:
 DISTURBANCES = [
     "weights", "bad weights", "unpin", "unpin", "wait a little", "wait", "shutdown", "a fault", "a fault in a launch",
     "a lost device", "a device lost in a launch", "a refusal",
-    "a fault in a warm-up", "save prefixes", "load prefixes", "load prefixes",
+    "a fault in a warm-up", "save prefixes", "read prefixes", "load prefixes",
+    "load prefixes",
     "Unload", "Reset", "Drain", "Pause", "Sleep", "Resume", "Wake", "Restart",
 ]  # fmt: skip
 
@@ -202,6 +203,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.expected: set[int] = set()  # tickets that must have an answer in the end
         self.pending: list[ins.Instruction] = []
         self.unwhole: dict[int, str] = {}  # prompts that come in pieces, so far
+        self.inventory: tuple[int, Inventory] | None = None
         self.kept: KeptPrefixes | None = None
 
     # What is there
@@ -509,6 +511,20 @@ class CoreMachine(RuleBasedStateMachine):
     def end_job(self, lost: bool) -> None:
         self.case.run_job(MemoryError("no room") if lost and len(self.case.jobs[0]) % 7 == 0 else None)
 
+    def read_prefixes(self) -> None:
+        """Reads what is still there of what the prefix cache once had."""
+        if self.inventory is None:
+            return
+        epoch, found = self.inventory
+        reply = self.case.box.replies.get(self.ask(lambda to: ins.ReadPrefixes(epoch, found.blocks, found.adopted, to)))
+        if reply is not None and reply.value is not None:
+            there, rows = reply.value
+            assert rows.view(np.int64).reshape(-1, 4).tolist() == found.catalogue.tokens[there].tolist()
+            before = found.catalogue.before[there]
+            assert there[before[before >= 0]].all(), "a block is there, and one that it follows is not"
+            if there.all():
+                self.kept = KeptPrefixes(found.catalogue, 0, rows)
+
     @precondition(alive)
     @rule(data=st.data(), what=st.sampled_from(DISTURBANCES))
     def disturb(self, data: st.DataObject, what: str) -> None:
@@ -542,20 +558,19 @@ class CoreMachine(RuleBasedStateMachine):
             case "save prefixes":
                 view = self.core.view
                 epoch = -1 if view is None else view.epoch
-                asked = [
-                    self.ask(lambda to: ins.SavePrefixes(epoch, "saved", to)),
-                    self.ask(lambda to: ins.ReadPrefixes(epoch, "saved", "cells", to)),
-                ]
-                replies = [self.case.box.replies.get(ticket) for ticket in asked]  # none while a reload holds them up
-                catalogue, rows = (None if reply is None else reply.value for reply in replies)
-                if catalogue is not None and rows is not None:
-                    self.kept = KeptPrefixes(catalogue, {"cells": rows})
-                if data.draw(st.booleans(), label="unpinned"):
-                    self.ask(lambda to: ins.Unpin("saved", to))
+                reply = self.case.box.replies.get(self.ask(lambda to: ins.SavePrefixes(epoch, to)))
+                if reply is not None and reply.value is not None:  # none while a reload holds it up
+                    self.inventory = epoch, reply.value
+                    self.read_prefixes()
+            case "read prefixes":
+                self.read_prefixes()
             case "load prefixes":
                 view, kept = self.core.view, self.kept
                 if kept is not None and view is not None:
-                    self.later(data, lambda to: ins.LoadPrefixes(kept, view.epoch, to))
+                    start = data.draw(st.integers(0, len(kept.rows)), label="first block")
+                    stop = data.draw(st.integers(start, len(kept.rows)), label="after the last block")
+                    piece = dataclasses.replace(kept, start=start, rows=kept.rows[start:stop])
+                    self.later(data, lambda to: ins.LoadPrefixes(piece, view.epoch, to))
             case "a fault in a warm-up":
                 if self.case.loader.warm_ups:
                     self.case.loader.warm_ups[-1].fail_next(ValueError("a fault"))

@@ -112,13 +112,13 @@ class TreeMachine(RuleBasedStateMachine):
             self.insert(len(self.holders) - 1)
 
     @precondition(lambda self: self.holders)
-    @rule(data=st.data())
-    def publish(self, data: st.DataObject) -> None:
-        self.insert(data.draw(st.integers(0, len(self.holders) - 1)))
+    @rule(data=st.data(), used_last=st.sampled_from([True, True, False]))
+    def publish(self, data: st.DataObject, used_last: bool) -> None:
+        self.insert(data.draw(st.integers(0, len(self.holders) - 1)), used_last)
 
-    def insert(self, index: int) -> None:
+    def insert(self, index: int, used_last: bool = True) -> None:
         space, tokens, blocks = self.holders[index]
-        known = self.tree.insert(ids(tokens), ids(blocks), space)
+        known = self.tree.insert(ids(tokens), ids(blocks), space, used_last=used_last)
         assert len(known) == len(blocks)
         for end, (own, other) in enumerate(zip(blocks, known.tolist(), strict=True), 1):
             path = space, tuple(tokens[: end * PAGE])
@@ -207,6 +207,8 @@ class TreeMachine(RuleBasedStateMachine):
             return
         self.tree.check()
         self.pool.check()
+        adopted = self.pool.adopted(np.arange(BLOCKS, dtype=np.int32))
+        assert np.flatnonzero(adopted).tolist() == sorted(self.naive.blocks.values())
         self.places.check(self.tree.pinned_states)
         for place, block in self.places._block_of.items():
             assert self.naive.blocks[self.states[place]] == block, "a state is at another path than it was kept for"
@@ -258,6 +260,27 @@ def test_least_recently_used_goes_first() -> None:
     case.tree.match(ids([1, 1]))
     case.tree.evict(2)
     assert (case.knows(1, 1), case.knows(2, 2), case.knows(3, 3)) == (1, 0, 0)
+
+
+def test_what_is_inserted_as_used_before_goes_before_what_was_there_and_leaves_no_trace_there() -> None:
+    case = Filled()
+    case.computed(1, 1, 2, 2)
+    case.computed(3, 3)
+    for tokens in ((1, 1, 4, 4), (5, 5), (1, 1), (1, 1, 2, 2, 6, 6)):
+        own = case.pool.allocate(len(tokens) // PAGE)
+        case.tree.insert(ids(tokens), own, used_last=False)
+        case.pool.release(own)
+    assert case.tree.known(ids([3, 3])).tolist() == case.tree.known(ids([3, 3, 1])).tolist()  # looking is no use
+    assert [bytes(edge.tokens.tolist()) for edge in case.tree.edges()] == [
+        b"\3\3", b"\1\1", b"\2\2", b"\6\6", b"\4\4", b"\5\5",
+    ]  # fmt: skip
+    case.tree.evict(1)
+    case.tree.evict(1)
+    assert (len(case.tree.known(ids([1, 1, 2, 2, 6, 6]))), len(case.tree.known(ids([5, 5])))) == (2, 0)
+    case.tree.evict(1)
+    assert len(case.tree.known(ids([1, 1, 4, 4]))) == 1 and len(case.tree.known(ids([1, 1, 2, 2]))) == 2
+    case.tree.evict(1)
+    assert len(case.tree.known(ids([1, 1, 2, 2]))) == 1 and len(case.tree.known(ids([3, 3]))) == 1
 
 
 def test_leaves_go_before_what_they_share() -> None:
