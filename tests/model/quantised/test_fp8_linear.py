@@ -243,6 +243,7 @@ def test_where_nothing_multiplies_it_it_is_refused(changes: dict[str, Any], said
 def test_older_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from asyncengine.model.load_settings import check_fp8
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ConfigError, match=r"compute capability 8\.0 \(NVIDIA A100\); allowed: 8\.9 and later"):
