@@ -23,7 +23,7 @@ def kept_bytes(details: SourceDetails) -> int:
     linears = {id(each.weight): each for each in model.modules() if isinstance(each, nn.Linear)}
     others = (module for module in model.modules() if not isinstance(module, nn.Linear))
     tables = {id(each) for module in others for each in module.parameters(recurse=False)}
-    total = sum(each.nbytes for each in model.buffers())
+    total: int = sum(each.nbytes for each in model.buffers())
     total += sum(each.nbytes for each in model.parameters() if id(each) in tables or id(each) not in linears)
     for identity, layer in linears.items():
         shape = tuple(layer.weight.shape)
