@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,13 @@ def trial_ids(details: SourceDetails, never: int | None) -> Int32:
     """(tokens,) what its decoder is tried with; a token that stands for padding is not among it."""
     usable = np.delete(np.arange(details.vocab_size), [] if never is None else [never])
     return usable[np.arange(sum(_PIECES)) * 7 % len(usable)].astype(np.int32)
+
+
+class _Made(NamedTuple):
+    """What a model makes of what it is tried with: (source, hidden) by its encoder, (tokens, vocabulary) logits."""
+
+    rows: torch.Tensor
+    logits: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +116,10 @@ class Trial:
                 f"{details.checkpoint.name} cannot be in {quantization}: {reason_of(error)}"
             ) from error
         use_kernels(model, True)
-        off = self._judged(expected, exact, quantization, f"is too far off in {quantization}")
+        _, off = (
+            self._judged(*each, quantization, f"is too far off in {quantization}")
+            for each in zip(expected, exact, strict=True)
+        )
         self._take_steps(model)
         slow = "; slow on cpu" if quantization == "fp8" and details.device.type == "cpu" else ""
         how = f"{share:.0%} of the weights, rounded: logits of a trial are {off:.1%} of their norm off{slow}"
@@ -125,17 +135,17 @@ class Trial:
         self._compare(model, expected)
         return [*notes, f"quantization: numbers are made of codes in each step, which is slow: {reason}"]
 
-    def _plain(self, model: Any) -> torch.Tensor:
-        """(tokens, vocabulary) logits by transformers' own forward."""
+    def _plain(self, model: Any) -> _Made:
+        """By transformers' own forward."""
         ids = torch.from_numpy(trial_ids(self.details, self.never)[None])
         kind: Any = type(model).__base__
         with torch.inference_mode():
+            rows = self._encoded(model)
             given = {
-                "encoder_outputs": BaseModelOutput(last_hidden_state=self._encoded(model)[None]),
+                "encoder_outputs": BaseModelOutput(last_hidden_state=rows[None]),
                 "decoder_input_ids": ids.to(self.details.device).long(),
             }
-            found: torch.Tensor = kind.forward(model, **given, use_cache=False).logits[0]
-        return found.float()
+            return _Made(rows, kind.forward(model, **given, use_cache=False).logits[0])
 
     def _encoded(self, model: Any) -> torch.Tensor:
         """(source, hidden) what an encoder's layers make of random numbers."""
@@ -153,11 +163,12 @@ class Trial:
         attend_here(model)
         self.begin(model)
 
-    def _compare(self, model: Any, expected: torch.Tensor) -> None:
+    def _compare(self, model: Any, expected: _Made) -> None:
         """Compares what a model computes in steps over a paged cache with what is expected of it."""
         details, page_size = self.details, verification.PAGE
         with torch.inference_mode():
             rows = self._encoded(model)
+        self._judged(rows, expected.rows, "none", "does not encode what it encodes as transformers has it")
         ids, source = trial_ids(details, self.never)[None], len(rows)
         places = filled(source, page_size)
         length = places + ids.shape[1]
@@ -180,13 +191,13 @@ class Trial:
                 found.append(text.logits(own))
         layers.free()  # before it is reckoned what memory there is
         wrong = "does not compute over a paged KV cache what it computes without one"
-        self._judged(torch.cat(found).float(), expected, "none", wrong)
+        self._judged(torch.cat(found), expected.logits, "none", wrong)
 
     def _judged(self, found: torch.Tensor, expected: torch.Tensor, rounded_to: Quantization, wrong: str) -> float:
         """How far off something is.
 
         Args:
-            found: (tokens, vocabulary).
+            found: One of `_Made`.
             expected: As that.
             rounded_to: What weights were rounded to in between.
             wrong: What is to be said if that is too far.
@@ -195,7 +206,7 @@ class Trial:
             UnsupportedModelError: So it is.
         """
         details = self.details
-        error = relative(found, expected)
+        error = relative(found.float(), expected.float())
         tolerance = verification.tolerance_of(details.dtype, None, rounded_to, details.quantization == "fp8")
         if not error <= tolerance:  # NaN is no less a failure
             raise UnsupportedModelError(
