@@ -21,7 +21,7 @@ from asyncengine.model.attention.reference import TorchAttention
 from asyncengine.model.attention.select import Selection
 from asyncengine.model.decoder.compiled_linear import CompiledLinear
 from asyncengine.model.decoder.weights import PackedMatrix
-from asyncengine.model.encoder_decoder import loading
+from asyncengine.model.encoder_decoder import loading, trial
 from asyncengine.model.encoder_decoder.kept_bytes import kept_bytes
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.quantised.four_bits import nearest
@@ -107,6 +107,9 @@ def test_linear_layers_are_kept_in_few_bits(
         [held], reckoned = loaded.model.debug_call("weight_bytes", ()), kept_bytes(plan.details)
         # Rows of codes of four bits are filled up, with their scales: in so small a model that counts.
         assert held == pytest.approx(reckoned, rel=0.05 if quantization == "int4" else 0)
+        # While it is loaded all is in bfloat16, and the head beside it in bytes already.
+        beside = 0 if quantization == "fp8" else head.out_features * head.in_features
+        assert plan.details.weight_bytes == plan.details.checkpoint.weight_bytes(torch.bfloat16) + beside
         block = plan.details.bytes_per_block(CpuAttention.bytes_per_block)
         assert loaded.memory_bytes == held + loaded.limits.num_blocks * block
     finally:
@@ -245,15 +248,23 @@ def test_where_nothing_multiplies_them_they_are_refused(
 async def test_products_that_compute_something_else_are_not_used(
     what: str, of: str, written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever they are: torch multiplies then, as a note says, but no weights of few bits."""
+    """Wherever they are: torch multiplies then, as a note says, but no weights of few bits. What has them is let go
+    before the model is read again.
+    """
     path, inner = written(what), SIZES[f"{of}_ffn_dim"]
-    multiply = CompiledLinear.forward
+    multiply, read, models = CompiledLinear.forward, trial.with_weights, list[Any]()
+
+    def reading(*given: Any) -> Any:
+        assert not any(list(model.parameters()) for model in models)
+        models.append(read(*given))
+        return models[-1]
 
     def wrong(layer: CompiledLinear, x: torch.Tensor) -> torch.Tensor:
         found = multiply(layer, x)
         return -99 * found if layer.in_features == inner != layer.out_features else found
 
     monkeypatch.setattr(CompiledLinear, "forward", wrong)
+    monkeypatch.setattr(trial, "with_weights", reading)
     async with AsyncEngine(config_of(path, dtype="float32")) as engine:
         [note] = engine.health().notes
         assert note.startswith("linear layers: run as torch has them, which is slower: ") and "relative error" in note
