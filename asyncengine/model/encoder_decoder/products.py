@@ -48,11 +48,12 @@ def with_products(model: Any, details: SourceDetails, backend: Any) -> float:
     Raises:
         UnsupportedModelError: None can be in so few bits.
     """
-    if not (share := _replaced(model, details, backend)) and details.quantization != "none":
-        raise UnsupportedModelError(
-            f"{details.checkpoint.name} has no linear layers that could be in {details.quantization}"
-        )
+    share = _replaced(model, details, backend)
     if details.quantization != "none":
+        if not share:
+            raise UnsupportedModelError(
+                f"{details.checkpoint.name} has no linear layers that could be in {details.quantization}"
+            )
         memory.give_back()  # what was rounded, before it is reckoned what memory there is
     return share
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from transformers import (
-    GenerationConfig,
-    WhisperFeatureExtractor,
-)
+from transformers import GenerationConfig, WhisperFeatureExtractor
 
 from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, ConfigError, UnsupportedModelError
