@@ -2,7 +2,8 @@
 
 Several audio of 30 seconds, each other than all before, are given at once. Sides:
 
-* ``asyncengine``: `engine.transcribe` of each, all at the same time, in one event loop.
+* ``asyncengine``: `engine.transcribe` of each, all at the same time, in one event loop; and with ``--quantization`` a
+  second engine, with weights of so few bits.
 * ``batch``: one `generate` of transformers over all of them, padded to one batch.
 * ``one by one``: a `generate` for each.
 
@@ -11,12 +12,15 @@ side. Sides alternate; figures are medians. `seconds` are of the wall, `CPU seco
 seconds of audio per second of the wall. The last line is one JSON object.
 
     python -m benchmarks.transcripts [--size base] [--audio 8] [--tokens 64] [--rounds 3] [--dtype float32]
+        [--quantization int8]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import functools
 import json
 import statistics
 import tempfile
@@ -90,9 +94,16 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, dict[s
         made = model.generate(input_features=features, **settings, **length)
         assert made.shape[1] >= arguments.tokens, made.shape
 
-    async with AsyncEngine(EngineConfig(str(path), dtype=arguments.dtype, max_num_sequence=arguments.audio)) as engine:
+    wanted = EngineConfig(str(path), dtype=arguments.dtype, max_num_sequence=arguments.audio)
+    engines = {"asyncengine": AsyncEngine(wanted)}
+    if arguments.quantization != "none":
+        narrow = wanted.replace(dtype="auto", quantization=arguments.quantization)
+        engines[arguments.quantization] = AsyncEngine(narrow)
+    async with contextlib.AsyncExitStack() as stack:
+        for engine in engines.values():
+            await stack.enter_async_context(engine)
 
-        async def ours(audio: list[Any]) -> None:
+        async def ours(engine: AsyncEngine, audio: list[Any]) -> None:
             found = await asyncio.gather(*[engine.transcribe((each, RATE), config, language="en") for each in audio])
             assert all(each.usage.completion_tokens == arguments.tokens for each in found)
 
@@ -104,8 +115,10 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, dict[s
                 await asyncio.to_thread(generate, [each])
 
         sides: dict[str, Callable[[list[Any]], Awaitable[None]]] = {
-            "asyncengine": ours, "batch": batch, "one by one": single,
-        }  # fmt: skip
+            **{side: functools.partial(ours, engine) for side, engine in engines.items()},
+            "batch": batch,
+            "one by one": single,
+        }
         times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for count in range(arguments.rounds + 1):
             for number, (side, run) in enumerate(sides.items()):
@@ -129,6 +142,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--quantization", choices=["none", "int8", "int4"], default="none")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")

@@ -3,7 +3,8 @@
 Sources of different lengths, each other than all before, are given at once, and each answer has its own length, as
 those of translations have. Sides:
 
-* ``asyncengine``: `engine.generate` of each, all at the same time, in one event loop.
+* ``asyncengine``: `engine.generate` of each, all at the same time, in one event loop; and with ``--quantization`` a
+  second engine, with weights of so few bits.
 * ``batch``: one `generate` of transformers over all of them, padded; it ends with the longest answer.
 * ``one by one``: a `generate` for each.
 
@@ -13,12 +14,15 @@ Sides alternate; figures are medians. `seconds` are of the wall, `CPU seconds` o
 asked for per second of the wall. The last line is one JSON object.
 
     python -m benchmarks.translations [--size opus] [--sources 16] [--beams 1] [--rounds 3] [--dtype float32]
+        [--quantization int8]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import functools
 import json
 import statistics
 import tempfile
@@ -82,16 +86,21 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, dict[s
         )  # fmt: skip
         assert made.shape[1] == most + 1, made.shape
 
-    async with AsyncEngine(
-        EngineConfig(str(path), dtype=arguments.dtype, max_num_sequence=arguments.sources * arguments.beams)
-    ) as engine:
+    wanted = EngineConfig(str(path), dtype=arguments.dtype, max_num_sequence=arguments.sources * arguments.beams)
+    engines = {"asyncengine": AsyncEngine(wanted)}
+    if arguments.quantization != "none":
+        narrow = wanted.replace(dtype="auto", quantization=arguments.quantization)
+        engines[arguments.quantization] = AsyncEngine(narrow)
+    async with contextlib.AsyncExitStack() as stack:
+        for engine in engines.values():
+            await stack.enter_async_context(engine)
 
-        async def answer(ids: list[int], most: int) -> None:
+        async def answer(engine: AsyncEngine, ids: list[int], most: int) -> None:
             config = GenerationConfig(temperature=0.0, max_tokens=most, ignore_eos=True, num_beams=arguments.beams)
             assert (await engine.generate(ids, config)).usage.completion_tokens == most
 
-        async def ours(given: list[Source]) -> None:
-            await asyncio.gather(*[answer(*each) for each in given])
+        async def ours(engine: AsyncEngine, given: list[Source]) -> None:
+            await asyncio.gather(*[answer(engine, *each) for each in given])
 
         async def batch(given: list[Source]) -> None:
             await asyncio.to_thread(generate, given)
@@ -101,8 +110,10 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, dict[s
                 await asyncio.to_thread(generate, [each])
 
         sides: dict[str, Callable[[list[Source]], Awaitable[None]]] = {
-            "asyncengine": ours, "batch": batch, "one by one": single,
-        }  # fmt: skip
+            **{side: functools.partial(ours, engine) for side, engine in engines.items()},
+            "batch": batch,
+            "one by one": single,
+        }
         figures: dict[str, list[tuple[float, float, float]]] = {side: [] for side in sides}
         for count in range(arguments.rounds + 1):
             for number, (side, run) in enumerate(sides.items()):
@@ -129,6 +140,7 @@ def main() -> None:
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--quantization", choices=["none", "int8", "int4"], default="none")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")

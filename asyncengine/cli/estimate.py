@@ -168,8 +168,6 @@ def read(config: EngineConfig) -> Needs:
         ReloadError: It is not there, damaged, or cannot be served.
         ConfigError: A setting does not fit it.
     """
-    import torch
-
     from asyncengine.cli.loading import quiet
 
     quiet()
@@ -204,8 +202,7 @@ def read(config: EngineConfig) -> Needs:
     hf_config = architecture.read_config(checkpoint)
     text = text_config(hf_config)
     dtype = dtype_of(config, checkpoint)
-    if config.quantization != "fp8" or not cuda or torch.cuda.is_available():
-        check_quantization(config, device, dtype)
+    check_quantization(config, device, dtype)
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, dtype)
     drafts = [
         check_draft(name, checkpoint, text.vocab_size, device, dtype, kv_dtype)

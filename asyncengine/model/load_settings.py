@@ -190,7 +190,8 @@ def check_fp8(config: EngineConfig, device: torch.device) -> None:
             "quantization is 'fp8' with decoder_backend 'compiled', which has no products in fp8 on the CPU; allowed: "
             "'auto', 'transformers'"
         )
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+    here = device.type == "cuda" and torch.cuda.is_available()  # else it is reckoned what a load would take elsewhere
+    if here and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
         raise ConfigError(
             f"quantization is 'fp8' on a device of compute capability {capability[0]}.{capability[1]} "
             f"({torch.cuda.get_device_name(device)}); allowed: 8.9 and later"

@@ -18,6 +18,7 @@ from asyncengine.model.load_check import SLACK
 from tests.cli.programs import run
 from tests.model.checkpoints import write
 from tests.model.encoders import checkpoints as encoders
+from tests.model.text_to_text import checkpoints as sources
 
 pytestmark = pytest.mark.loops("either")
 
@@ -38,16 +39,21 @@ def large(tmp_path: Path) -> Path:
         "vocab_size": VOCABULARY, "max_position_embeddings": 8192,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
+    headers(tmp_path, ROWS)
+    return tmp_path
+
+
+def headers(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Writes a file of weights in bfloat16, of which nothing else is on the disk."""
     entries, at = {}, 0
-    for name, (rows, columns) in ROWS.items():
+    for name, (rows, columns) in shapes.items():
         end = at + rows * columns * 2
         entries[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [at, end]}
         at = end
     header = json.dumps(entries).encode()
-    with (tmp_path / "model.safetensors").open("wb") as file:
+    with (path / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + at)
-    return tmp_path
 
 
 def test_shows_its_arithmetic(large: Path) -> None:
@@ -241,3 +247,32 @@ def test_an_encoder_takes_its_weights_and_nothing_for_texts(tmp_path: Path) -> N
     assert done.status == 1 and "does not fit" in done.out
     done = run("estimate", path, "--max-model-len", "65")
     assert done.status == 1 and "the model's positions allow 1..64" in done.err
+
+
+FEW_BITS: list[tuple[str, float, int]] = [
+    ("--quantization int8", 1, 1),
+    ("--quantization int4", 0.5 + 2 / 32, 1),
+    ("--quantization fp8", 1, 0),
+    ("--quantization int4 --device cuda", 0.5 + 4 / 32, 0),
+    ("--quantization fp8 --device cuda", 1, 0),
+    ("--dtype bfloat16", 2, 2),
+]
+"""Bytes of each weight in the layers, and of each in the head where it is apart from the table of tokens."""
+
+
+def test_weights_of_few_bits_in_a_model_that_reads_sources(tmp_path: Path) -> None:
+    """Its table of tokens stays in bfloat16."""
+    tokens, width = 64000, 1024
+    sizes = {"encoder_layers": 2, "encoder_ffn_dim": 4 * width, "decoder_ffn_dim": 4 * width}
+    config = sources.config("m2m_100", vocab_size=tokens, d_model=width, tie_word_embeddings=True, **sizes)
+    config.save_pretrained(tmp_path)
+    sources.tokenizer().save_pretrained(tmp_path)
+    numbers = 2 * (4 + 8) * width**2 + 2 * (8 + 8) * width**2
+    headers(tmp_path, {"model.shared.weight": (tokens, width), "all.layers.weight": (numbers // width, width)})
+    for flags, of_layers, of_head in FEW_BITS:
+        done = run("estimate", str(tmp_path), "--memory", "4", *flags.split())
+        assert done.status == 0, done.err
+        [(found, form)] = re.findall(r"weights +([0-9.]+) GiB in (\w+)", done.out)
+        assert form == flags.split()[1] and f" - {found} GiB weights - " in done.out
+        reckoned = tokens * width * (2 + of_head) + numbers * of_layers
+        assert float(found) == pytest.approx(reckoned / 2**30, abs=0.006), flags

@@ -14,6 +14,7 @@ from asyncengine.model.attention.protocol import LayerSpec
 from asyncengine.model.checkpoint import tokenizer_key
 from asyncengine.model.encoder_decoder.parting import filled
 from asyncengine.model.load_check import Details, tokenizer_path_of
+from asyncengine.model.load_settings import check_quantization
 from asyncengine.step.model import LoadedModel
 
 _CUDA_PAGE, _CPU_PAGE = 16, 32
@@ -102,8 +103,6 @@ def check_config(config: EngineConfig, does: str) -> None:
         given = getattr(config, name)
         if given != usual and given:
             raise ConfigError(f"{name} is {given!r}; {config.model!r} {does}: leave it out")
-    if config.quantization not in ("auto", "none"):
-        raise ConfigError(f"quantization is {config.quantization!r}; {config.model!r} {does}; allowed: 'none'")
     if config.decoder_backend == "compiled":
         raise ConfigError(f"decoder_backend is 'compiled'; {config.model!r} {does}; allowed: 'auto'")
 
@@ -137,13 +136,20 @@ def details_of(
 
     Raises:
         CheckpointError: There is no tokenizer.
-        ConfigError: Its sequences are wanted longer than they can be.
+        ConfigError: Its sequences are wanted longer than they can be, or its weights in a form in which nothing
+            multiplies them.
     """
+    if config.quantization == "auto":  # of these no checkpoint has codes
+        config = config.replace(quantization="none")
+    check_quantization(config, device, dtype)
     tokenizer_path = tokenizer_path_of(config, checkpoint)
     if tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"{tokenizer_path}: there are no tokenizer files")
     page_size = config.kv_cache_page_size or (_CUDA_PAGE if device.type == "cuda" else _CPU_PAGE)
-    compiled = device.type == "cpu" and config.attention_backend in ("auto", "cpu")
+    copied = 0  # a head that is the table of tokens, too: compiled code has it in its own order
+    if hf_config.tie_word_embeddings and device.type == "cpu" and config.attention_backend in ("auto", "cpu"):
+        of_number = {"none": dtype.itemsize, "fp8": 0}.get(config.quantization, 1)
+        copied = vocab_size * int(hf_config.d_model) * of_number
     return SourceDetails(
         checkpoint,
         tokenizer_path,
@@ -151,10 +157,11 @@ def details_of(
         vocab_size,
         device,
         dtype,
-        checkpoint.weight_bytes(dtype) + (_tied_head(hf_config, vocab_size, dtype) if compiled else 0),
+        checkpoint.weight_bytes(dtype) + copied,
         ends.length(config, page_size),
         None if current is None else current.tokenizer,
         dtype,
+        quantization=config.quantization,
         sources=ends.sources,
         fixed=ends.fixed,
         written=ends.written,
@@ -162,8 +169,3 @@ def details_of(
         spec=spec,
         kind=kind,
     )
-
-
-def _tied_head(hf_config: Any, vocab_size: int, dtype: torch.dtype) -> int:
-    """Bytes of a head that is the table of tokens, too, where compiled code has a copy of it in its own order."""
-    return vocab_size * int(hf_config.d_model) * dtype.itemsize if hf_config.tie_word_embeddings else 0

@@ -13,9 +13,11 @@ from asyncengine.media import Kind
 from asyncengine.model import memory
 from asyncengine.model.attention.protocol import AttentionBackend
 from asyncengine.model.checkpoint import tokenizer_key
+from asyncengine.model.decoder.compiled_layers import weight_bytes
 from asyncengine.model.encoder_decoder.details import SourceDetails
 from asyncengine.model.encoder_decoder.layers import SourceLayers, layers_of
 from asyncengine.model.encoder_decoder.model import EncoderDecoderModel, SourceEncoder
+from asyncengine.model.encoder_decoder.products import check_products
 from asyncengine.model.load_check import fits, with_tokenizer
 from asyncengine.model.load_settings import check_layers, select_attention, sequences_of
 from asyncengine.model.media.trial import BUDGET_TOKENS
@@ -43,7 +45,9 @@ def planned(config: EngineConfig, details: SourceDetails, current: LoadedModel |
     Raises:
         AsyncEngineError: It cannot be loaded; the kind says why.
     """
-    for backend in backends_of(config, details)[0]:
+    backends = backends_of(config, details)[0]
+    check_products(details, backends[0])
+    for backend in backends:
         check_layers(config, backend, {"": details.layer}, details.dtype, details.device)
     beside = fits(details, current)
     if not beside:
@@ -153,7 +157,7 @@ def limits_of(
         prefill_chunk_size=chunk,
         kv_cache_page_size=page_size,
         gpu_memory_utilization=share,
-        quantization="none",
+        quantization=details.quantization,
         decoder_backend="transformers",
         attention_backend=backend.name,
         images=False,
@@ -163,9 +167,9 @@ def limits_of(
     return limits, complete
 
 
-def memory_bytes(details: SourceDetails, limits: Limits, backend: AttentionBackend) -> int:
+def memory_bytes(model: Any, details: SourceDetails, limits: Limits, backend: AttentionBackend) -> int:
     """What weights and KV cache take on their device."""
-    return details.weight_bytes + limits.num_blocks * details.bytes_per_block(backend.bytes_per_block)
+    return weight_bytes(model) + limits.num_blocks * details.bytes_per_block(backend.bytes_per_block)
 
 
 def eos_token_ids(details: SourceDetails) -> tuple[int, ...]:

@@ -79,7 +79,8 @@ class Fp8Linear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs)."""
-        output = self.multiply(*codes_of(input.reshape(-1, self.in_features)))
+        rows = input.reshape(-1, self.in_features)
+        output = self.multiply(*codes_of(rows)) if len(rows) else rows.new_empty(0, self.out_features)
         return output.view(*input.shape[:-1], self.out_features)
 
     def multiply(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

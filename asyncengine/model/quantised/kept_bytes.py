@@ -68,19 +68,38 @@ def kept_bytes(
             total += as_stored[name].nbytes if cuda or quantization == "fp8" else count // 2 + _scales(as_stored[name])
         elif len(shape) < 2 or (quantization == "fp8" and not (linear and len(shape) == 2)):
             total += count * dtype.itemsize
-        elif by_modules and (words in shape or shape[-1] % _ALIGNMENT):
-            total += 0 if words in shape else count * dtype.itemsize
-        elif quantization == "int4" and linear and shape[-1] % GROUP == 0:
-            total += count // 2 + (
-                count // GROUP * _SCALE if cuda else count // GROUP * _SHORT_SCALE + outputs * _SCALE
-            )
-        elif quantization == "int4" and cuda:
+        elif by_modules and words in shape:
+            pass
+        elif linear:
+            total += linear_bytes(shape, dtype, quantization, where)
+        elif (by_modules and shape[-1] % _ALIGNMENT) or (quantization == "int4" and cuda):
             total += count * dtype.itemsize
         else:
             total += _in_bytes(shape, bool(as_stored))
     if by_modules and tables:  # the embedding stays a table, and the head is in bytes
         total += prod(tables[0]) * dtype.itemsize + _in_bytes((words, prod(tables[0]) // words), bool(as_stored))
     return total
+
+
+def linear_bytes(shape: tuple[int, ...], dtype: torch.dtype, quantization: Quantization, where: Where) -> int:
+    """Bytes of a weight that is rounded: of a linear layer that is no head, or of experts.
+
+    Args:
+        shape: Its inputs come last.
+        dtype: As of `kept_bytes`, and so are the others.
+        quantization: Not "none".
+        where: What multiplies.
+    """
+    count, outputs, inputs = prod(shape), prod(shape[:-1]), shape[-1]
+    if quantization == "int4" and inputs % GROUP == 0:
+        scales = count // GROUP * _SCALE if where == "cuda" else count // GROUP * _SHORT_SCALE + outputs * _SCALE
+        return count // 2 + scales
+    in_bytes = where == "compiled" or inputs % _ALIGNMENT == 0
+    if quantization == "fp8":
+        in_bytes = not any(size % _ALIGNMENT for size in shape)
+    elif quantization == "int4" and where == "cuda":
+        in_bytes = False
+    return _in_bytes(shape, False) if in_bytes else count * dtype.itemsize
 
 
 def _beside_bytes(as_stored: Mapping[str, CodedWeight]) -> set[str]:

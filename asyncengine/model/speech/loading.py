@@ -5,12 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from transformers import (
-    GenerationConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-)
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import GenerationConfig, WhisperFeatureExtractor
 
 from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -26,8 +21,8 @@ from asyncengine.model.encoder_decoder.loading import (
     stepped,
 )
 from asyncengine.model.encoder_decoder.parting import filled
-from asyncengine.model.encoder_decoder.trial import try_decoder
-from asyncengine.model.plain_loads import loading, stated_config, with_weights
+from asyncengine.model.encoder_decoder.trial import Trial
+from asyncengine.model.plain_loads import loading, stated_config
 from asyncengine.model.speech.alignment import alignment_heads
 from asyncengine.model.speech.decoder import SpeechDecoder, spec_of
 from asyncengine.model.speech.reader import SpeechReader
@@ -89,16 +84,9 @@ def load(plan: LoadPlan) -> LoadedModel:
         tokenizer = load_tokenizer(details.tokenizer_path, details.present_tokenizer)
         assert tokenizer is not None
         keep_for_next_load(tokenizer)
-        made.append(model := with_weights(details, SpeechDecoder))
         backends, notes = backends_of(config, details)
-
-        def plain(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            given = {"encoder_outputs": BaseModelOutput(last_hidden_state=rows), "decoder_input_ids": ids}
-            found: torch.Tensor = WhisperForConditionalGeneration.forward(model, **given, use_cache=False).logits[0]
-            return found
-
         # It has them take what they take beside the KV cache, too.
-        try_decoder(model, details, backends, details.sources, None, plain)
+        model, said = Trial(details, backends).run(made)
         generation = generation_of(details)
         heads, no_words = alignment_heads(generation, details.hf_config)
         limits, complete = limits_of(config, details, backends[0], plan.tokenizer_key is not None, True, heads)
@@ -112,8 +100,8 @@ def load(plan: LoadPlan) -> LoadedModel:
             default_generation_config=details.checkpoint.generation_defaults,
             tokenizer=tokenizer,
             tokenizer_key=plan.tokenizer_key,
-            memory_bytes=memory_bytes(details, limits, backends[0]),
-            notes=(*notes, *refused),
+            memory_bytes=memory_bytes(model, details, limits, backends[0]),
+            notes=(*notes, *said, *refused),
             media_reader=reader,
             begins_with_audio=True,
             aligns=bool(heads),

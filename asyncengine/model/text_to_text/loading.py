@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoModelForSeq2SeqLM
-from transformers.modeling_outputs import BaseModelOutput
 
 from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, UnsupportedModelError
@@ -24,9 +23,9 @@ from asyncengine.model.encoder_decoder.loading import (
     planned,
     stepped,
 )
-from asyncengine.model.encoder_decoder.trial import try_decoder
+from asyncengine.model.encoder_decoder.trial import Trial
 from asyncengine.model.media.refusals import wanted
-from asyncengine.model.plain_loads import loading, stated_config, with_weights
+from asyncengine.model.plain_loads import loading, stated_config
 from asyncengine.model.text_to_text.decoder import spec_of, stepping, take_steps
 from asyncengine.model.text_to_text.languages import Languages
 from asyncengine.model.text_to_text.reader import Beginning, Sizes, TextReader
@@ -37,8 +36,6 @@ from asyncengine.tokenizer import Tokenizer, WritingTokenizer
 
 _DOES = "writes one text of another"
 _NO_MEDIA = "it reads texts"
-_TRIAL = 11
-"""Tokens of the source that a model is tried with: no multiple of a block."""
 _OTHERS = ("Classification", "QuestionAnswering")
 
 
@@ -98,9 +95,9 @@ def load(plan: LoadPlan) -> LoadedModel:
         assert tokenizer is not None
         keep_for_next_load(tokenizer)
         stated = _stated(details)
-        made.append(model := with_weights(details, details.kind))
         backends, slower = backends_of(config, details)
-        _try(model, details, backends)
+        trial = Trial(details, backends, details.hf_config.pad_token_id, take_steps)
+        model, said = trial.run(made)
         limits, complete = limits_of(config, details, backends[0], plan.tokenizer_key is not None, False)
         defaults = sampling_of(stated.generation.to_dict())
         if not stated.generation.do_sample:  # transformers is greedy where nothing is said
@@ -114,8 +111,8 @@ def load(plan: LoadPlan) -> LoadedModel:
             default_generation_config=defaults,
             tokenizer=tokenizer,
             tokenizer_key=plan.tokenizer_key,
-            memory_bytes=memory_bytes(details, limits, backends[0]),
-            notes=(*slower, *notes_of(stated.generation)),
+            memory_bytes=memory_bytes(model, details, limits, backends[0]),
+            notes=(*slower, *said, *notes_of(stated.generation)),
             source_reader=_reader(details, stated, tokenizer),
             no_media=dict.fromkeys(KINDS, _NO_MEDIA),
         )
@@ -124,20 +121,6 @@ def load(plan: LoadPlan) -> LoadedModel:
 def _behind_padding(hf_config: Any) -> int:
     """How many rows of its table of positions a decoder has no use for: one model's begin behind that of padding."""
     return max((hf_config.pad_token_id or 0) - 1, 0) if hf_config.model_type == "m2m_100" else 0
-
-
-def _try(model: Any, details: SourceDetails, backends: Any) -> None:
-    """As `try_decoder`; from then on the model's forward is that of a step."""
-    kind: Any = type(model).__base__
-
-    def plain(rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        given = {"encoder_outputs": BaseModelOutput(last_hidden_state=rows), "decoder_input_ids": ids}
-        found: torch.Tensor = kind.forward(model, **given, use_cache=False).logits[0]
-        take_steps(model)
-        return found
-
-    padding = details.hf_config.pad_token_id
-    try_decoder(model, details, backends, min(_TRIAL, details.sources), padding, plain)
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,7 @@ def test_a_layer_is_near_what_it_was() -> None:
     assert found.shape == wanted.shape and found.dtype == torch.bfloat16
     error = float((found - wanted).float().norm() / wanted.float().norm())
     assert 1e-3 < error < 0.05
+    assert Fp8Linear.of(linear)(x[:, :0]).shape == (2, 0, 48)
 
 
 class Tied(nn.Module):
@@ -243,6 +244,7 @@ def test_where_nothing_multiplies_it_it_is_refused(changes: dict[str, Any], said
 def test_older_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from asyncengine.model.load_settings import check_fp8
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ConfigError, match=r"compute capability 8\.0 \(NVIDIA A100\); allowed: 8\.9 and later"):
