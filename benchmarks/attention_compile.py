@@ -134,6 +134,7 @@ def cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, tiles: Tiles) -> It
     model = "bf16" if dtype is fp8.E4M3 else number  # what queries are in
     types = {
         "plan": "*i32", "query": f"*{model}", "keys": f"*{number}", "values": f"*{number}", "sinks": sinks,
+        "bias": "*fp32" if spec.distances else "constexpr",
         "output": f"*{model}", "parts": "*fp32", "statistics": "*fp32", "query_token": "i32", "query_head": "i32",
         "scaling": "fp32", "soft_cap": "fp32", "value_scale": "fp32",
     }  # fmt: skip
