@@ -187,7 +187,8 @@ def _softmax_attention(
     at = torch.arange(keys.shape[2], device=keys.device)
     if bias is not None:
         distance = (positions[..., None] - at).clamp_(0, spec.distances - 1)
-        scores += bias[:, distance].unflatten(0, (spec.num_kv_heads, -1)).permute(2, 0, 3, 1, 4)
+        by_kv_head = bias.reshape(spec.num_kv_heads, per_kv_head, -1)
+        scores += by_kv_head[:, :, distance].permute(2, 0, 3, 1, 4)
     hidden = at >= until[..., None]
     if spec.sliding_window is not None:
         hidden |= at <= positions[..., None] - spec.sliding_window

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -24,6 +25,21 @@ _NOT_HERE: dict[str, object] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """How large a model is.
+
+    Attributes:
+        spec: What each of its decoder's layers needs.
+        layers: How many of these there are.
+        inner: Width of the encoder's feed-forward layers.
+    """
+
+    spec: LayerSpec
+    layers: int
+    inner: int
+
+
+@dataclass(frozen=True, slots=True)
 class SourceDetails(Details):
     """What a load needs to know of such a model.
 
@@ -32,7 +48,7 @@ class SourceDetails(Details):
         fixed: Whether a source always has so many.
         written: Most tokens of its decoder, those included that it begins with.
         page_size: Tokens to a block.
-        spec: What each of its decoder's layers needs.
+        size: How large it is.
         kind: Its class.
     """
 
@@ -40,18 +56,23 @@ class SourceDetails(Details):
     fixed: bool = False
     written: int = 0
     page_size: int = 1
-    spec: LayerSpec | None = None
+    size: Shape | None = None
     kind: Any = None
+
+    @property
+    def shape(self) -> Shape:
+        """How large it is."""
+        assert self.size is not None
+        return self.size
 
     @property
     def layer(self) -> LayerSpec:
         """What each of its decoder's layers needs."""
-        assert self.spec is not None
-        return self.spec
+        return self.shape.spec
 
     def bytes_per_block(self, of_layer: Callable[[LayerSpec, int, torch.dtype], int]) -> int:
         """Of all layers together, by what each takes, as `AttentionBackend.bytes_per_block` has it."""
-        return of_layer(self.layer, self.page_size, self.dtype) * int(self.hf_config.decoder_layers)
+        return of_layer(self.layer, self.page_size, self.dtype) * self.shape.layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +138,7 @@ def details_of(
     *,
     hf_config: Any,
     ends: Ends,
-    spec: LayerSpec,
+    shape: Shape,
     vocab_size: int,
     kind: Any,
 ) -> SourceDetails:
@@ -131,7 +152,7 @@ def details_of(
         dtype: Of weights and activations.
         hf_config: As transformers reads it.
         ends: How far it goes.
-        spec: What each of its decoder's layers needs.
+        shape: How large it is.
         vocab_size: Tokens that have logits.
         kind: Its class.
 
@@ -151,7 +172,9 @@ def details_of(
         vocab_size,
         device,
         dtype,
-        checkpoint.weight_bytes(dtype) + (_tied_head(hf_config, vocab_size, dtype) if compiled else 0),
+        checkpoint.weight_bytes(dtype)
+        + _in_float32(checkpoint, kind, dtype)
+        + (_tied_head(checkpoint, hf_config, vocab_size, dtype) if compiled else 0),
         ends.length(config, page_size),
         None if current is None else current.tokenizer,
         dtype,
@@ -159,11 +182,22 @@ def details_of(
         fixed=ends.fixed,
         written=ends.written,
         page_size=page_size,
-        spec=spec,
+        size=shape,
         kind=kind,
     )
 
 
-def _tied_head(hf_config: Any, vocab_size: int, dtype: torch.dtype) -> int:
-    """Bytes of a head that is the table of tokens, too, where compiled code has a copy of it in its own order."""
-    return vocab_size * int(hf_config.d_model) * dtype.itemsize if hf_config.tie_word_embeddings else 0
+def _tied_head(checkpoint: Any, hf_config: Any, vocab_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a head that is the table of tokens, too, where compiled code has a copy of it in its own order.
+
+    One that the checkpoint has is none, whatever its configuration says (T5).
+    """
+    tied = hf_config.tie_word_embeddings and "lm_head.weight" not in checkpoint.shapes
+    return vocab_size * int(hf_config.d_model) * dtype.itemsize if tied else 0
+
+
+def _in_float32(checkpoint: Any, kind: Any, dtype: torch.dtype) -> int:
+    """Bytes that weights take more than in the model's dtype, since transformers leaves them in float32."""
+    wide = set(kind._keep_in_fp32_modules or ()) if dtype is torch.float16 else set[str]()
+    kept = sum(prod(shape) for name, shape in checkpoint.shapes.items() if wide.intersection(name.split(".")))
+    return int(kept) * (4 - dtype.itemsize)

@@ -8,6 +8,7 @@ import torch
 
 from asyncengine.model import packed_linear
 from asyncengine.model.encoder_decoder.details import SourceDetails
+from asyncengine.model.encoder_decoder.parts import parts_of
 
 
 def with_products(model: Any, details: SourceDetails, backend: Any) -> None:
@@ -28,6 +29,6 @@ def with_products(model: Any, details: SourceDetails, backend: Any) -> None:
     if isinstance(backend, CpuAttention):
         products = Products(backend.library(kind_of(details.dtype)), details.dtype, "none")
         stays = details.fixed and details.dtype is torch.float32
-        compile_layers(model, products, set(model.model.encoder.modules()) if stays else ())
+        compile_layers(model, products, set(parts_of(model).encoder.modules()) if stays else ())
     elif packed_linear.supports(details.dtype, details.device):
-        packed_linear.pack(model.model.decoder, set())
+        packed_linear.pack(parts_of(model).decoder, set())

@@ -64,7 +64,7 @@ def try_decoder(
     places = filled(source, page_size)
     length = places + ids.shape[1]
     limits = Limits(1, length, length, page_size, -(-length // page_size))
-    text, layers = serving(model, details, backends, limits, None, {})
+    text, layers, _ = serving(model, details, backends, limits, None, {})
     sequence = np.concatenate((np.zeros((1, places), np.int32), ids), axis=1)
 
     def piece(start: int, end: int) -> StepBatch:
