@@ -1,7 +1,7 @@
 """Registers, spills and instructions of the Triton attention kernels for Hopper. Needs triton, but no GPU.
 
 Every entry of the tables of tiles is compiled for sm_90, short and long tiles, with and without window, soft cap and
-sinks, and long ones of layers that look ahead; those of latents, whose values are in their keys, without. ptxas says
+sinks, with a bias, and long ones of layers that look ahead; those of latents, whose values are in their keys, without. ptxas says
 how many registers a thread takes and how many bytes it spills. Of the loop over the keys this says
 
 * `turn`: instructions of a warp for one block of keys, splits that end and masks left out (`sass.py`),
@@ -65,6 +65,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window, soft cap, sinks": {"sliding_window": 1024, "soft_cap": 50.0, "has_sinks": True},
     "window, looks ahead": {"sliding_window": 1024, "looks_ahead": True},
+    "bias": {"distances": 129},
 }
 QUICK = [(128, 128)]
 QUICK_FEATURES = FEATURES | {"everything": FEATURES["window, soft cap, sinks"] | FEATURES["window, looks ahead"]}
@@ -106,7 +107,7 @@ def cases(
         for key_dim, value_dim in heads:
             for named, values in features.items():
                 spec = LayerSpec(heads_of_query, kv_heads, key_dim, value_dim, key_dim**-0.5, **values)
-                tiles = tiles_for(dtype.itemsize, key_dim, value_dim, spec.values_in_keys)
+                tiles = tiles_for(dtype.itemsize, key_dim, value_dim, spec.values_in_keys, bool(spec.distances))
                 assert tiles is not None
                 name = f"{number} {key_dim}/{value_dim} {named}"
                 yield from cases_of(name, spec, dtype, tiles)
@@ -147,7 +148,7 @@ def cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, tiles: Tiles) -> It
         yield dataclasses.replace(case, block=tiles.keys * numbers_kept(spec) * dtype.itemsize, products=products)
     types = {"plan": "*i32", "sinks": sinks, "output": f"*{model}", "parts": "*fp32", "statistics": "*fp32"}
     types["value_scale"] = "fp32"
-    if spec.looks_ahead:
+    if spec.looks_ahead or spec.distances:
         return
     yield Case(f"merge {name}", kernels.merge, types, merge_constants(spec, 0), MERGE_LAUNCH)
     if not spec.has_sinks:

@@ -188,8 +188,9 @@ class TritonAttention:
     def _tiles(self, spec: LayerSpec, dtype: torch.dtype) -> Tiles | None:
         """How a layer is cut, or None where its heads are too large for the kernel."""
         assert self._tuned is not None
-        found = self._tuned.get((dtype.itemsize, spec.key_dim, spec.value_dim))
-        return found or tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim, spec.values_in_keys)
+        biased = bool(spec.distances)
+        found = None if biased else self._tuned.get((dtype.itemsize, spec.key_dim, spec.value_dim))
+        return found or tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim, spec.values_in_keys, biased)
 
     def _know(self, spec: LayerSpec, dtype: torch.dtype) -> int:
         """The index of the layer's cut, and room for its parts."""

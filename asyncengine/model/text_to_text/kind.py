@@ -14,8 +14,9 @@ MADLAD-400's "t5".
 _OWN = "it attends in code of its own"
 _REASONS = {
     **dict.fromkeys(("bigbird_pegasus", "fsmt", "led", "longt5", "mvp", "nllb-moe", "pegasus_x", "prophetnet"), _OWN),
-    **dict.fromkeys(("pop2piano", "udop"), "it reads more than texts"),
+    **dict.fromkeys(("pop2piano", "t5gemma2", "udop"), "it reads more than texts"),
     "switch_transformers": "it has experts",
+    "t5gemma": "layers of its decoder attend in several ways",
 }
 """Why others are not, by their types."""
 
