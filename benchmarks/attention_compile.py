@@ -1,8 +1,8 @@
 """Registers, spills and instructions of the Triton attention kernels for Hopper. Needs triton, but no GPU.
 
 Every entry of the tables of tiles is compiled for sm_90, short and long tiles, with and without window, soft cap and
-sinks, with a bias, and long ones of layers that look ahead; those of latents, whose values are in their keys, without. ptxas says
-how many registers a thread takes and how many bytes it spills. Of the loop over the keys this says
+sinks, with a bias, and long ones of layers that look ahead; those of latents, whose values are in their keys, without.
+ptxas says how many registers a thread takes and how many bytes it spills. Of the loop over the keys this says
 
 * `turn`: instructions of a warp for one block of keys, splits that end and masks left out (`sass.py`),
 * `issue`, of short tiles: the share of a multiprocessor's issue slots that this takes where keys and values stream at

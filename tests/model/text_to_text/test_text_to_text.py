@@ -620,6 +620,7 @@ DAMAGED: list[tuple[Callable[[Path], None], type[Exception], str]] = [
         UnsupportedModelError,
         "model type 'led'.* encoder-decoder .* code of its own",
     ),
+    (changed("config.json", model_type="switch_transformers"), UnsupportedModelError, "it has experts; Whisper and"),
 ]
 
 
