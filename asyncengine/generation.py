@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, get_args
 
 from asyncengine.errors import InvalidRequestError
+from asyncengine.generation_fields import (
+    bad_words_of,
+    bias_of,
+    check_integer,
+    check_number,
+    processors_of,
+    stop_strs_of,
+    token_ids_of,
+)
 from asyncengine.grammar.protocol import Grammar
 from asyncengine.logits_processor import LogitsProcessor
 from asyncengine.response_format import ResponseFormat, response_format
@@ -20,9 +28,6 @@ EarlyStopping = bool | Literal["never"]
 
 MAX_BRANCHES = 1024
 MAX_BEAMS = 64
-MAX_STOP_STRS = 128
-MAX_STOP_STR_LENGTH = 1024
-MAX_BAD_WORDS = 1024
 GREEDY_BELOW = 1e-5
 """Temperatures below it mean 0: dividing by them would overflow."""
 MAX_FACTOR = 1e20
@@ -113,42 +118,42 @@ class GenerationConfig:
     early_stopping: EarlyStopping | None = None
 
     def __post_init__(self) -> None:
-        _integer("n", self.n, 1, MAX_BRANCHES)
-        _number("temperature", self.temperature, 0.0, MAX_FACTOR)
-        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _integer("top_k", self.top_k, 1, None, optional=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 1 / MAX_FACTOR, MAX_FACTOR)
+        check_integer("n", self.n, 1, MAX_BRANCHES)
+        check_number("temperature", self.temperature, 0.0, MAX_FACTOR)
+        check_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        check_integer("top_k", self.top_k, 1, None, optional=True)
+        check_number("min_p", self.min_p, 0.0, 1.0)
+        check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_number("repetition_penalty", self.repetition_penalty, 1 / MAX_FACTOR, MAX_FACTOR)
         for name in ("logprobs", "ignore_eos", "skip_special_tokens", "detokenize", "jump_forward"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; expected True or False")
-        _integer("top_logprobs", self.top_logprobs, 0, 20)
+        check_integer("top_logprobs", self.top_logprobs, 0, 20)
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError(f"top_logprobs is {self.top_logprobs}; it needs logprobs=True")
         if self.logprobs_mode not in get_args(LogprobsMode):
             modes = ", ".join(map(repr, get_args(LogprobsMode)))
             raise InvalidRequestError(f"logprobs_mode is {self.logprobs_mode!r}; allowed: {modes}")
-        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
-        _integer("max_tokens", self.max_tokens, 0, None, optional=True)
-        _integer("min_tokens", self.min_tokens, 0, None)
+        object.__setattr__(self, "logit_bias", bias_of(self.logit_bias))
+        check_integer("max_tokens", self.max_tokens, 0, None, optional=True)
+        check_integer("min_tokens", self.min_tokens, 0, None)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(f"min_tokens is {self.min_tokens}; allowed: 0..max_tokens = {self.max_tokens}")
-        _integer("seed", self.seed, None, None, optional=True)
-        object.__setattr__(self, "stop_strs", _stop_strs(self.stop_strs))
-        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        check_integer("seed", self.seed, None, None, optional=True)
+        object.__setattr__(self, "stop_strs", stop_strs_of(self.stop_strs))
+        object.__setattr__(self, "stop_token_ids", token_ids_of("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "response_format", response_format(self.response_format))
         if self.allowed_token_ids is not None:
-            allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            allowed = token_ids_of("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
                 raise InvalidRequestError("allowed_token_ids is empty; allowed: at least one token id, or None")
             object.__setattr__(self, "allowed_token_ids", tuple(dict.fromkeys(allowed)))
-        object.__setattr__(self, "bad_words", _bad_words(self.bad_words))
-        object.__setattr__(self, "logits_processors", _processors(self.logits_processors))
-        _integer("prompt_logprobs", self.prompt_logprobs, 0, 20, optional=True)
-        _integer("num_beams", self.num_beams, 1, MAX_BEAMS)
-        _number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
+        object.__setattr__(self, "bad_words", bad_words_of(self.bad_words))
+        object.__setattr__(self, "logits_processors", processors_of(self.logits_processors))
+        check_integer("prompt_logprobs", self.prompt_logprobs, 0, 20, optional=True)
+        check_integer("num_beams", self.num_beams, 1, MAX_BEAMS)
+        check_number("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
         early = self.early_stopping
         if not (early is None or isinstance(early, bool) or (isinstance(early, str) and early == "never")):
             raise InvalidRequestError(f"early_stopping is {self.early_stopping!r:.80}; allowed: True, False, 'never'")
@@ -405,113 +410,6 @@ def _check_search(config: GenerationConfig) -> None:
             f"logprobs_mode is {config.logprobs_mode!r}; a beam search (num_beams = {config.num_beams}) has those that "
             "it adds up: leave it out"
         )
-
-
-def _is_finite(value: float) -> bool:
-    return -sys.float_info.max <= value <= sys.float_info.max  # math.isfinite refuses very large integers
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _integer(name: str, value: object, low: int | None, high: int | None, *, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if (
-        not isinstance(value, int)
-        or isinstance(value, bool)
-        or (low is not None and value < low)
-        or (high is not None and value > high)
-    ):
-        allowed = "any integer" if low is None else f">= {low}" if high is None else f"{low}..{high}"
-        # Of 1.5 and True a range alone says nothing.
-        kind = "" if _is_integer(value) or low is None else ", an integer"
-        raise InvalidRequestError(f"{name} is {value!r}; allowed: {allowed}{' or None' if optional else ''}{kind}")
-
-
-def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    if value is None:
-        return
-    bad = not isinstance(value, (int, float)) or isinstance(value, bool) or not _is_finite(value)
-    if not bad:
-        assert isinstance(value, (int, float))
-        bad = value < low or (open_low and value == low) or value > high
-    if bad:
-        raise InvalidRequestError(f"{name} is {value!r}; allowed: {'(' if open_low else '['}{low:g}, {high:g}]")
-
-
-def _bias(bias: object) -> dict[int, float] | None:
-    if bias is None:
-        return None
-    if not isinstance(bias, Mapping):
-        raise InvalidRequestError(f"logit_bias is {bias!r}; expected a mapping of token id to bias")
-    for token_id, value in bias.items():
-        if not _is_integer(token_id) or token_id < 0:
-            raise InvalidRequestError(f"logit_bias has key {token_id!r}; allowed: token ids >= 0")
-        if not _is_number(value) or not -100 <= value <= 100:
-            raise InvalidRequestError(f"logit_bias[{token_id}] is {value!r}; allowed: [-100, 100]")
-    return {token_id: float(value) for token_id, value in bias.items()}
-
-
-def _stop_strs(value: object) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else value
-    if not isinstance(strings, Iterable):
-        raise InvalidRequestError(f"stop_strs is {value!r}; expected a string or a list of strings")
-    strings = tuple(strings)
-    if len(strings) > MAX_STOP_STRS:
-        raise InvalidRequestError(f"stop_strs has {len(strings)} strings; allowed: at most {MAX_STOP_STRS}")
-    for string in strings:
-        if isinstance(string, str) and len(string) > MAX_STOP_STR_LENGTH:
-            raise InvalidRequestError(
-                f"stop_strs has a string of {len(string)} characters; allowed: at most {MAX_STOP_STR_LENGTH}"
-            )
-        if not isinstance(string, str) or not string:
-            raise InvalidRequestError(f"stop_strs has {string!r}; allowed: non-empty strings")
-    return strings
-
-
-def _token_ids(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
-        raise InvalidRequestError(f"{name} is {value!r}; expected a list of token ids")
-    ids = tuple(value)
-    for token_id in ids:
-        if not _is_integer(token_id) or token_id < 0:
-            raise InvalidRequestError(f"{name} has {token_id!r}; allowed: token ids >= 0")
-    return ids
-
-
-def _bad_words(value: object) -> tuple[str | tuple[int, ...], ...]:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise InvalidRequestError(f"bad_words is {value!r:.80}; expected a list of strings or of token id lists")
-    words: list[str | tuple[int, ...]] = []
-    for word in value:
-        if isinstance(word, str) or not isinstance(word, Iterable):
-            if not isinstance(word, str) or not word.strip():
-                raise InvalidRequestError(f"bad_words has {word!r}; allowed: non-blank strings, lists of token ids")
-            words.append(word)
-        else:
-            ids = _token_ids("bad_words", word)
-            if not ids:
-                raise InvalidRequestError("bad_words has an empty list; allowed: at least one token id in each")
-            words.append(ids)
-    if len(words) > MAX_BAD_WORDS:
-        raise InvalidRequestError(f"bad_words has {len(words)} entries; allowed: at most {MAX_BAD_WORDS}")
-    return tuple(words)
-
-
-def _processors(value: object) -> tuple[LogitsProcessor, ...]:
-    if not isinstance(value, Iterable):
-        raise InvalidRequestError(f"logits_processors is {value!r:.80}; expected a list of callables")
-    processors = tuple(value)
-    for processor in processors:
-        if not callable(processor):
-            raise InvalidRequestError(f"logits_processors has {processor!r:.80}; allowed: callables")
-    return processors
 
 
 def _some(ids: tuple[int, ...]) -> str:

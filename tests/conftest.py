@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -131,6 +132,21 @@ def _keep_again_what_a_test_lets_go() -> None:
         _kept_modules = -MANY_MODULES
 
     gc.unfreeze = unfreeze_until_the_test_ends
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks as long what `in_short` does not name, before it is seen what is to be run."""
+    cases = defaultdict[tuple[str, tuple[str, ...]], set[str]](set)
+    for item in items:
+        if isinstance(item, pytest.Function) and (mark := item.get_closest_marker("in_short")) is not None:
+            named = {name for name in mark.args if f"-{name}-" in f"-{item.callspec.id}-"}
+            if not named:
+                item.add_marker("long")
+            cases[item.nodeid.split("[")[0], mark.args] |= named
+    unknown = {test: missing for (test, names), found in cases.items() if (missing := {*names} - found)}
+    if unknown and not any("[" in argument for argument in config.args):
+        raise pytest.UsageError(f"in_short names cases that are not there: {unknown}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -157,6 +157,7 @@ def test_gpu_runs_end_to_end_on_the_cpu(reports: Reports) -> None:
         assert result["not_installed"]["flashinfer"].startswith("not installed: flashinfer, the module of FlashInfer,")
 
 
+@pytest.mark.long
 def test_gpu_compares_fused_kernels_with_transformers_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +220,7 @@ def test_launches_of_a_layer_are_counted(capsys: pytest.CaptureFixture[str]) -> 
     assert "{'project': 4, 'rotate': 1}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_gpu_measures_the_kernels_of_other_packages_where_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,6 +280,7 @@ async def test_a_probe_records_an_event_before_and_after_each_step_on_a_device(m
     assert len(probe.steps) == 3 and len(Event.recorded) == 6
 
 
+@pytest.mark.long
 def test_scales_of_a_kv_cache_help_where_numbers_are_cut_off_or_vanish_and_nowhere_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

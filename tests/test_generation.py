@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from asyncengine import Deadlines, GenerationConfig, InvalidRequestError, RequestOptions
-from asyncengine.generation import GREEDY_BELOW, MAX_BRANCHES, MAX_STOP_STR_LENGTH, MAX_STOP_STRS, resolve
+from asyncengine.generation import GREEDY_BELOW, MAX_BRANCHES, resolve
+from asyncengine.generation_fields import MAX_STOP_STR_LENGTH, MAX_STOP_STRS
 from asyncengine.loop.encoding import Encoded, encode
 from asyncengine.loop.prepare import new_request
 from asyncengine.loop.token_ids import token_ids_of

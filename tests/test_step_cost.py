@@ -151,7 +151,7 @@ def hand_overs(running: int, steps: int) -> None:
         time.sleep(0.01)
     got = 0
     for _ in range(steps):
-        looks_up_blocks = not core.scheduler._decode_rows().placed  # type: ignore[union-attr]
+        looks_up_blocks = not core.scheduler.residents.decodes().placed  # type: ignore[union-attr]
         before = count
         step(core)
         got += 0 if looks_up_blocks else count - before

@@ -12,6 +12,7 @@ from asyncengine.errors import RequestDroppedError
 from asyncengine.events import Attention, BranchKey, Pooled, PromptLogprobs, Tokens
 from asyncengine.instructions import Mailbox
 from asyncengine.outputs import FinishReason
+from asyncengine.step import failures
 from asyncengine.step.batch import NO_INDEX, Float32, Int32, Int64, StepTokens, TokenLogprobs
 from asyncengine.step.drafting import Drafts
 from asyncengine.step.pieces import Pieces
@@ -251,8 +252,8 @@ class Commits:
             if best := request.search.best(1):
                 self._table.end_branches(request, best[0].finish_reason or FinishReason.STOP)
             else:
-                self._table.drop_undrawn(request, ValueError("no token may follow the prompt"))
-        self._table.drop()
+                failures.drop_undrawn(self._table, request, ValueError("no token may follow the prompt"))
+        failures.drop(self._table)
 
     def _commit_drafts(self, plan: Plan, drafts: Drafts, drawn: StepTokens, all_rows: _Drawn, now: float) -> None:
         """As `_commit_decodes`, where a row may have several tokens: those that were drafted rightly, and one more."""
@@ -264,7 +265,7 @@ class Commits:
             firsts = (np.cumsum(drafts.lengths + 1) - drafts.lengths - 1).tolist()
             for sequence, first in zip(plan.decodes, firsts, strict=True):
                 if sequence.request.search is not None and (cause := drawn.failed.get(first)) is not None:
-                    self._table.drop_undrawn(sequence.request, cause)
+                    failures.drop_undrawn(self._table, sequence.request, cause)
             self._commit_beams(plan.decodes, all_rows.of(firsts))
         at = 0
         for sequence, slot, drafted, taken in zip(
@@ -284,7 +285,7 @@ class Commits:
                 self._commit_run(sequence, guessed, own, now)
             cause = drawn.failed.get(start + taken)
             if cause is not None and taken <= drafted and sequence.state is SequenceState.DECODE:
-                self._table.drop_undrawn(sequence.request, cause)
+                failures.drop_undrawn(self._table, sequence.request, cause)
 
     def _commit_run(self, sequence: Sequence, guessed: list[int], drawn: _Drawn, now: float) -> None:
         """Gives a branch the tokens that it has drawn in one step, as far as it does not end among them."""
@@ -339,12 +340,12 @@ class Commits:
             self._table.end_branches(request, FinishReason.LENGTH)
             return
         if request.search is not None:
-            scheduler.begin_decoding(trunk)
+            scheduler.residents.decode(trunk)
             self._commit_beams([trunk], drawn)
             return
         if request.first_token_at is None:
             self._table.note_first_token(request, now)
-        scheduler.begin_decoding(trunk)
+        scheduler.residents.decode(trunk)
         scheduler.slots.append_tokens(np.array([trunk.slot]), drawn.ids[:1])
         token_ids = drawn.ids.tolist()
         self._table.counters.generation_tokens += len(token_ids)

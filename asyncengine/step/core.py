@@ -430,7 +430,7 @@ class Core:
         Logged, since there is no request left whose reader could be told.
         """
         self.commits.forget()
-        scheduler.forget_rows()
+        scheduler.residents.forget_rows()
         try:
             scheduler.blocks.check_idle()
         except AssertionError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from asyncengine.detokenizer import BEFORE, TextStream
@@ -16,12 +16,9 @@ from asyncengine.errors import (
     AsyncEngineError,
     EngineOverloadedError,
     InvalidRequestError,
-    RequestDroppedError,
-    StepError,
 )
 from asyncengine.events import BranchEnded, RequestEnded
 from asyncengine.instructions import AddRequests, ExtendPrompt, Mailbox, NewRequest, ReplyTo
-from asyncengine.media import MediaFailure
 from asyncengine.metrics import Counters
 from asyncengine.outputs import FinishReason, Usage
 from asyncengine.step.adapters import Adapter, AdapterTable, unknown_adapter
@@ -302,59 +299,6 @@ class RequestTable:
         if head is not None:
             self.end_branches(head.request, FinishReason.ERROR, error)
 
-    def drop(self) -> None:
-        """Ends the requests whose parameters the model refused, or of which there is no room to go on."""
-        assert self.scheduler is not None
-        dropped, self.scheduler.dropped = self.scheduler.dropped, []
-        for sequence, cause in dropped:
-            error: AsyncEngineError
-            if isinstance(cause, StepError):
-                error = cause
-            else:
-                error = RequestDroppedError(f"request {sequence.request.new.request_id}: {cause}")
-                error.__cause__ = cause
-            self.end_branches(sequence.request, FinishReason.ERROR, error)
-
-    def drop_rows(self, plan: Plan, failed: Mapping[int, Exception]) -> None:
-        """Ends the requests for which the model could not draw; what is in the cache of them is right.
-
-        Rows with drafts are left to `commit`: they may have had tokens before.
-        """
-        rows = [*plan.decodes, *(branch for chunk in plan.chunks for branch in chunk.branches)]
-        ahead = 0 if plan.drafts is None else len(plan.drafts.token_ids)
-        for row, cause in failed.items():
-            if ahead and row < plan.num_decode_samples:
-                continue
-            sequence = rows[row - ahead]
-            if sequence.state is not SequenceState.ENDED:
-                self.drop_undrawn(sequence.request, cause)
-
-    def drop_undrawn(self, request: Request, cause: Exception) -> None:
-        """Ends a request for which the model could not draw a token."""
-        if not request.ended:
-            error = RequestDroppedError(f"request {request.new.request_id}: no token could be drawn: {cause!r}")
-            error.__cause__ = cause
-            self.end_branches(request, FinishReason.ERROR, error)
-
-    def fail(self, plan: Plan, cause: Exception) -> None:
-        """Ends the requests that took part in a failed step, or those with what could not be encoded for it; the
-        others are computed again.
-        """
-        assert self.scheduler is not None
-        batch = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
-        batch = [sequence for sequence in batch if sequence.resident]  # one that has ended may have a row yet
-        for request in {sequence.request.new.number: sequence.request for sequence in batch}.values():
-            if isinstance(cause, MediaFailure) and not request.has_media(cause.digest):
-                continue
-            error = StepError(f"request {request.new.request_id}: the step failed: {cause}")
-            error.__cause__ = cause
-            # What the failed step was writing must not reach the prefix cache, nor anyone who shares blocks.
-            for branch in request.branches:
-                branch.weight_version = -1
-            self.end_branches(request, FinishReason.ERROR, error)
-        # A step behind it may have moved states of sequences on, or not.
-        self.scheduler.preempt_all()
-
     def end_without_accounts(self, error: AsyncEngineError) -> None:
         """Ends every admitted request although the scheduler's accounts may be wrong; it is not used again."""
         scheduler, self.scheduler = self.scheduler, None
@@ -428,24 +372,11 @@ class RequestTable:
         del self._numbers[request.new.request_id]
         if request.started_at is None:
             self._waiting_new -= 1
-        total = now - request.arrived_at
-        first = request.first_token_at
-        usage = Usage(
-            prompt_tokens=request.prompt_tokens,
-            completion_tokens=request.num_output,
-            cached_tokens=request.cached_tokens,
-            audio_tokens=0 if request.new.media is None else request.new.media.num_tokens("audio"),
-            preemptions=request.preemptions,
-            queue_seconds=(now if request.started_at is None else request.started_at) - request.arrived_at,
-            first_token_seconds=None if first is None else first - request.arrived_at,
-            total_seconds=total,
-            draft_tokens=request.draft_tokens,
-            accepted_draft_tokens=request.accepted_draft_tokens,
-        )
+        usage = request.usage(now)
         request.branches = []  # they know their request: what is in its prompt goes now, not with the next collection
         self.outbox.add(request.mailbox, RequestEnded(number, usage, error))
         self.counters.requests[str(reason)] += 1
-        self.counters.e2e_request_latency_seconds.observe(total)
+        self.counters.e2e_request_latency_seconds.observe(usage.total_seconds)
         if self.trace.enabled:
             self.trace.mark(
                 "e", "request", now, number, finish_reason=str(reason), completion_tokens=usage.completion_tokens

@@ -19,16 +19,16 @@ from collections.abc import Callable
 import numpy as np
 
 from asyncengine.errors import StepError
-from asyncengine.step.adapters import NO_ADAPTER
 from asyncengine.step.batch import NO_PAIRS, Int32, Int64
 from asyncengine.step.batches import Batches
 from asyncengine.step.beam_search import Choice
+from asyncengine.step.branching import Branching
 from asyncengine.step.chunking import next_chunk
-from asyncengine.step.decode_rows import DecodeRows
 from asyncengine.step.drafting import Drafting, Drafts, shared
 from asyncengine.step.kv_blocks import KVBlocks
 from asyncengine.step.limits import Limits
 from asyncengine.step.plan import Chunk, Plan
+from asyncengine.step.residents import Residents
 from asyncengine.step.sequence import Request, Sequence, SequenceState
 from asyncengine.step.slots import SlotTable
 from asyncengine.step.waiting import WaitingQueue
@@ -42,9 +42,6 @@ class Scheduler:
         place: Hands a sequence's sampling parameters to the model when it gets a slot. If that raises, the sequence
             goes to `dropped` and takes no part.
         drafting: Guesses tokens of sequences that decode; None for none.
-
-    Attributes:
-        departures: How often a sequence has left the steps; so whoever remembers the number knows whether one has.
     """
 
     def __init__(
@@ -60,34 +57,30 @@ class Scheduler:
         self.prefix_queries = 0  # tokens looked up
         self.prefix_hits = 0  # tokens found
         self.drafting = drafting
-        self.departures = 0
+        self.residents = Residents(limits, self.slots, self.blocks)
+        self._branching = Branching(self.slots, self.blocks, self.residents)
         self._place = place
-        self._prefilling: list[Sequence] = []
-        self._decoding: dict[Sequence, None] = {}
-        self._finishing: dict[Sequence, None] = {}  # their last token is being drawn
-        self._rows = self._no_rows = DecodeRows([], self.slots)
-        self._rows_changed = False
 
     # What is there
 
     @property
     def num_running(self) -> int:
         """Sequences that take part in steps."""
-        return len(self._prefilling) + len(self._decoding) + len(self._finishing)
+        return len(self.residents)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._decoding or self._prefilling or len(self.waiting))
+        return bool(self.residents.decoding or self.residents.prefilling or len(self.waiting))
 
     @property
     def decodes(self) -> list[Sequence]:
         """The sequences of which the next step draws another token; the same list while they stay the same."""
-        return self._decode_rows().sequences
+        return self.residents.decodes().sequences
 
     def running(self) -> list[Sequence]:
         """Sequences that take part in steps."""
-        return [*self._decoding, *self._finishing, *self._prefilling]
+        return self.residents.all()
 
     def tokens_of(self, sequence: Sequence) -> Int32:
         """Prompt and output, wherever they are."""
@@ -107,9 +100,9 @@ class Scheduler:
         chunks = self._continue_prefills()
         if not self._start_waiting(chunks, ahead):
             return None
-        rows = self._rows  # brought up to date when they were grown
+        rows = self.residents.rows  # brought up to date when they were grown
         if chunks and not self.limits.hybrid:
-            rows = self._no_rows
+            rows = self.residents.no_rows
         decodes, decode_slots = rows.sequences, rows.slots
         if not decodes and not chunks:
             return None
@@ -125,24 +118,17 @@ class Scheduler:
             batch = self._batches.of(rows, chunks, copies, drafts, ahead, states)
         else:
             batch = rows.batch(copies, ahead, states)
-        return Plan(batch, decodes, decode_slots, chunks, drafts, bound, rows.searching, self.departures)
+        return Plan(batch, decodes, decode_slots, chunks, drafts, bound, rows.searching, self.residents.departures)
 
     def advance(self, plan: Plan) -> None:
         """Notes that a step was launched: its keys and values will be in the cache of whatever comes after it."""
         if plan.decodes:
-            assert plan.decodes is self._rows.sequences, "the plan is an old one"
-            self._rows.advance()
+            assert plan.decodes is self.residents.rows.sequences, "the plan is an old one"
+            self.residents.rows.advance()
         for chunk in plan.chunks:
             if chunk.sequence.resident:
                 self.slots.num_computed[chunk.sequence.slot] += chunk.count
                 chunk.sequence.in_flight += chunk.count
-
-    def finish_full(self) -> None:
-        """Lets those sequences sit out of which the steps that were launched draw the last token."""
-        for sequence in self._decode_rows().full():
-            del self._decoding[sequence]
-            self._finishing[sequence] = None
-            self._rows_changed = True
 
     def settle(self, plan: Plan, taken: Int64 | None = None) -> None:
         """Notes that a step's keys and values are in the cache indeed; of drafts see `take`.
@@ -151,8 +137,9 @@ class Scheduler:
             plan: The step.
             taken: As `StepTokens.taken`.
         """
-        if plan.decodes and plan.decodes is self._rows.sequences:
-            self._rows.in_flight -= 1
+        rows = self.residents.rows
+        if plan.decodes and plan.decodes is rows.sequences:
+            rows.in_flight -= 1
         if self.blocks.states is not None and taken is not None:
             self.blocks.states.settle(plan.decodes, taken)
         for chunk in plan.chunks:
@@ -173,89 +160,31 @@ class Scheduler:
         slots.tokens[slot, have : have + len(token_ids)] = token_ids
         slots.num_tokens[slot] = have + len(token_ids)
         slots.num_computed[slot] = have + len(token_ids) - 1
-        self._rows_changed = True
-
-    def begin_decoding(self, sequence: Sequence) -> None:
-        """Moves a sequence whose prefill is complete among those that decode."""
-        self._prefilling.remove(sequence)
-        sequence.state = SequenceState.DECODE
-        self._decoding[sequence] = None
-        self._rows_changed = True
+        self.residents.look_again()
 
     def fork(self, trunk: Sequence, branch: Sequence, token_id: int) -> None:
         """Lets an unborn branch begin with its first token, on the prompt's blocks that `trunk` computed.
 
-        Whole blocks are shared; one that is partly filled is copied before the next step, because the branch will
-        write to it. Without a block to be had, the branch waits and is computed from its tokens.
+        Without a block to be had, the branch waits and is computed from its tokens.
         """
-        prompt = trunk.request.new.prompt
-        branch.tokens = np.append(prompt, np.int32(token_id))
-        branch.num_output = 1
-        if len(prompt) % self.limits.page_size and not self.blocks.make_room(1):
-            self._release_slot(branch)
+        if not self._branching.fork(trunk, branch, token_id):
+            self.residents.release_slot(branch)
             self._wait(branch)
-            return
-        self._go_on_from(trunk, branch, len(prompt))
-        if self.blocks.states is not None:
-            self.blocks.states.fork(trunk, branch)
 
     def branch_out(self, request: Request, choices: list[Choice]) -> list[int] | None:
-        """Lets the beams of a search, all of which have just been computed, go on with the tokens that were chosen.
-
-        A beam keeps its place with the first of its choices. Where there are more, beams of which nothing was chosen
-        take them on: they share the blocks that are whole, and have a copy of one that is partly filled.
-
-        Args:
-            request: Whose beams they are, all with slots.
-            choices: Which beam goes on with which token.
+        """Lets the beams of a search go on with the tokens that were chosen, see `Branching.branch_out`.
 
         Returns:
             Which beam each choice has become; None if there were no blocks, and the request begins anew later, or is
             dropped.
         """
         beams = request.branches
-        keeps: dict[int, int] = {}
-        for at, choice in enumerate(choices):
-            keeps.setdefault(choice.beam, at)
-        free = [beam for beam in beams if beam.branch not in keeps]
-        for beam in free:
-            if beam.resident:
-                self._leave(beam)
-                beam.state = SequenceState.UNBORN
-        computed = int(self.slots.num_computed[beams[choices[0].beam].slot])
-        more = len(choices) - len(keeps)
-        if computed % self.limits.page_size and not self.blocks.make_room(more):
+        became = self._branching.branch_out(beams, choices)
+        if became is None:
             self._make_way(beams[0])
-            return None
-        became = [choice.beam for choice in choices]
-        for at, choice in enumerate(choices):
-            if keeps[choice.beam] != at:
-                trunk, beam = beams[choice.beam], free.pop()
-                beam.tokens = self.slots.known_tokens(trunk.slot).copy()
-                self._go_on_from(trunk, beam, computed)
-                if self.blocks.states is not None:
-                    self.blocks.states.hand(trunk, beam)
-                became[at] = beam.branch
-        slots = np.array([beams[at].slot for at in became], dtype=np.int64)
-        self.slots.append_tokens(slots, np.array([choice.token_id for choice in choices], dtype=np.int32))
-        self._rows_changed = True
-        if request.new.params.remembers:
+        elif request.new.params.remembers:
             self._place_again([beams[at] for at in became])
         return became
-
-    def _go_on_from(self, trunk: Sequence, branch: Sequence, computed: int) -> None:
-        """Gives a branch with a slot what another sequence has computed; there is room for a block that is copied."""
-        shared, rest = divmod(computed, self.limits.page_size)
-        table = self.slots.blocks[trunk.slot, : shared + bool(rest)]
-        self._fill(branch, branch.slot)
-        self.blocks.share(branch, table[:shared])
-        if rest:
-            self.blocks.copy(int(table[shared]), branch)
-        self.slots.num_computed[branch.slot] = computed
-        branch.state = SequenceState.DECODE
-        branch.weight_version = trunk.weight_version
-        self._decoding[branch] = None
-        self._rows_changed = True
 
     def _place_again(self, beams: list[Sequence]) -> None:
         """Hands parameters to the model for beams whose tokens are not those that were drawn for their slots."""
@@ -286,11 +215,7 @@ class Scheduler:
                 self.preempt(sequence)
                 return
             self.blocks.give(slot, need)
-        if sequence.state is SequenceState.DECODE:
-            del self._decoding[sequence]
-            self._rows_changed = True
-            sequence.state = SequenceState.PREFILL
-            self._prefilling.append(sequence)
+        self.residents.prefill_again(sequence)
 
     # Entering and leaving
 
@@ -305,9 +230,9 @@ class Scheduler:
                 self.waiting.remove(sequence)
         elif sequence.resident:
             self.blocks.publish(sequence, keep=False)
-            self._leave(sequence)
+            self.residents.leave(sequence)
             sequence.num_output = int(self.slots.num_tokens[sequence.slot]) - len(sequence.request.new.prompt)
-        self._release_slot(sequence)
+        self.residents.release_slot(sequence)
         sequence.state = SequenceState.ENDED
 
     def preempt(self, sequence: Sequence) -> None:
@@ -320,13 +245,13 @@ class Scheduler:
             self._begin_anew(sequence.request)
             return
         self.blocks.publish(sequence, keep=False)
-        self._leave(sequence)
+        self.residents.leave(sequence)
         sequence.tokens = self.slots.known_tokens(sequence.slot).copy()
         sequence.num_output = len(sequence.tokens) - len(sequence.request.new.prompt)
         if self.drafting is not None:
             sequence.learnt = self.drafting.lengths.learnt(sequence.slot)
-        self._release_slot(sequence)
-        self._free_unborn(sequence)
+        self.residents.release_slot(sequence)
+        self.residents.release_unborn(sequence)
         sequence.request.preemptions += 1
         self.num_preemptions += 1
         self._wait(sequence)
@@ -336,8 +261,8 @@ class Scheduler:
         for beam in request.branches:
             if beam.resident:
                 self.blocks.publish(beam, keep=False)
-                self._leave(beam)
-            self._release_slot(beam)
+                self.residents.leave(beam)
+            self.residents.release_slot(beam)
             beam.state, beam.tokens, beam.num_output = SequenceState.UNBORN, request.new.prompt, 0
         request.search.begin()
         request.preemptions += 1
@@ -347,8 +272,8 @@ class Scheduler:
     def hold(self, sequence: Sequence) -> None:
         """Takes a sequence out of the steps until more of its prompt comes; the prefix cache has what it computed."""
         self.blocks.publish(sequence, keep=False)
-        self._leave(sequence)
-        self._release_slot(sequence)
+        self.residents.leave(sequence)
+        self.residents.release_slot(sequence)
         sequence.state = SequenceState.HELD
 
     def preempt_all(self) -> None:
@@ -367,17 +292,7 @@ class Scheduler:
         if not self.running():
             self.blocks.check_idle()
 
-    def forget_rows(self) -> None:
-        """Lets go of the sequences of the last step; nothing runs."""
-        self._rows = self._no_rows
-
     # How
-
-    def _decode_rows(self) -> DecodeRows:
-        if self._rows_changed:
-            self._rows_changed = False
-            self._rows = DecodeRows(list(self._decoding), self.slots)
-        return self._rows
 
     def _grow_decodes(self, preempt: bool) -> bool:
         """Gives each decoding sequence a block for its next token, preempting the newest where there is none.
@@ -385,7 +300,7 @@ class Scheduler:
         Returns:
             False where that would have been needed and is not allowed.
         """
-        while (rows := self._decode_rows()).sequences and not rows.placed:
+        while (rows := self.residents.decodes()).sequences and not rows.placed:
             lacking = rows.lacking()
             if self.blocks.make_room(len(lacking)):
                 if len(lacking):
@@ -416,7 +331,7 @@ class Scheduler:
     def _continue_prefills(self) -> list[Chunk]:
         budget = self.limits.prefill_chunk_size
         chunks: list[Chunk] = []
-        for sequence in self._prefilling:
+        for sequence in self.residents.prefilling:
             if budget <= 0:
                 break
             budget -= self._add_chunk(chunks, sequence, budget)
@@ -455,11 +370,9 @@ class Scheduler:
         if held is None:
             return False
         self.waiting.remove(sequence)
-        self._fill(sequence, self.slots.take())
+        self.residents.fill(sequence, self.slots.take())
         computed = self.blocks.begin(sequence, held)
-        sequence.state = SequenceState.PREFILL
-        sequence.in_flight = 0
-        self._prefilling.append(sequence)
+        self.residents.prefill(sequence)
         request = sequence.request
         found = max(computed - request.computed_ahead, 0)
         self.prefix_queries += len(tokens) - request.computed_ahead
@@ -477,9 +390,9 @@ class Scheduler:
                 self._place(placed, tokens)
             except BaseException as error:  # of a grammar, say: it must not end the thread
                 self.dropped.append((sequence, error))
-                self._leave(sequence)
-                self._free_unborn(sequence)
-                self._release_slot(sequence)
+                self.residents.leave(sequence)
+                self.residents.release_unborn(sequence)
+                self.residents.release_slot(sequence)
                 sequence.state = SequenceState.WAITING  # in no queue; the core ends it
                 break
         return True
@@ -495,47 +408,6 @@ class Scheduler:
         starting one more must not preempt it or them at once.
         """
         return self.num_running + (0 if sequence.request.search is None else len(sequence.request.branches) - 1)
-
-    def _fill(self, sequence: Sequence, slot: int) -> None:
-        new = sequence.request.new
-        prompt_tokens = len(new.prompt)
-        sequence.slot = slot
-        self.slots.fill(
-            slot,
-            sequence.tokens,
-            prompt_tokens,
-            max_tokens=min(prompt_tokens + new.params.max_tokens, self.limits.max_tokens),
-            min_tokens=prompt_tokens + new.params.min_tokens,
-            stop_ids=new.params.stop_token_ids,
-            bound=new.params.follows_tokens or new.params.search is not None,
-            searching=new.params.search is not None,
-            adapter=NO_ADAPTER if sequence.request.adapter is None else sequence.request.adapter.index,
-            shift=0 if new.media is None else new.media.shift,
-            source=0 if new.media is None else new.media.source,
-        )
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Takes a sequence out of the steps and releases its blocks."""
-        if sequence.state is SequenceState.PREFILL:
-            self._prefilling.remove(sequence)
-        elif sequence in self._finishing:
-            del self._finishing[sequence]
-        else:
-            del self._decoding[sequence]
-            self._rows_changed = True
-        self.departures += 1
-        self.blocks.release(sequence)
-        self.blocks.tree.trim(in_use=self.num_running)
-
-    def _release_slot(self, sequence: Sequence) -> None:
-        if sequence.slot >= 0:
-            self.slots.give_back(sequence.slot)
-            sequence.slot = -1
-
-    def _free_unborn(self, sequence: Sequence) -> None:
-        for branch in sequence.request.branches:
-            if branch.state is SequenceState.UNBORN:
-                self._release_slot(branch)
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING

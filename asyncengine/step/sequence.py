@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from asyncengine.detokenizer import TextStream
 from asyncengine.instructions import AlignmentQuestion, Mailbox, NewRequest
+from asyncengine.outputs import Usage
 from asyncengine.speculation.lengths import NOTHING, Learnt
 from asyncengine.step.adapters import NO_SPACE, Adapter
 from asyncengine.step.arriving import Arriving
@@ -86,6 +87,22 @@ class Request:
     def prompt_tokens(self) -> int:
         """Tokens of the prompt, as far as it has come."""
         return self.new.prompt_tokens if self.arriving is None else len(self.arriving.tokens)
+
+    def usage(self, now: float) -> Usage:
+        """What it has taken until `now`, in seconds of the core's clock."""
+        first, started = self.first_token_at, self.started_at
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.num_output,
+            cached_tokens=self.cached_tokens,
+            audio_tokens=0 if self.new.media is None else self.new.media.num_tokens("audio"),
+            preemptions=self.preemptions,
+            queue_seconds=(now if started is None else started) - self.arrived_at,
+            first_token_seconds=None if first is None else first - self.arrived_at,
+            total_seconds=now - self.arrived_at,
+            draft_tokens=self.draft_tokens,
+            accepted_draft_tokens=self.accepted_draft_tokens,
+        )
 
     @property
     def bound(self) -> bool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncengine.errors import StepError
 from asyncengine.instructions import Instruction
+from asyncengine.step import failures
 from asyncengine.step.batch import StepTokens
 from asyncengine.step.model import LaunchingModel
 from asyncengine.step.plan import Plan
@@ -114,7 +115,7 @@ class Stepping:
                 return
             launched = self._launched = begins
         assert core.loaded.launching is not None
-        scheduler.finish_full()
+        scheduler.residents.finish_full()
         plan, _ = self._schedule(scheduler, ahead=True)
         after = None if plan is None else self._launch(core.loaded.launching, scheduler, plan)
         self._launched = None if isinstance(after, Exception) else after
@@ -128,7 +129,7 @@ class Stepping:
         plan = scheduler.schedule(ahead)
         dropped = bool(scheduler.dropped)
         if dropped:
-            requests.drop()
+            failures.drop(requests)
         if plan is not None:
             requests.begin(plan)
         return plan, dropped
@@ -186,8 +187,8 @@ class Stepping:
         scheduler.settle(plan, drawn.taken)
         core.take_aborts(self._pending())
         if drawn.failed:
-            core.requests.drop_rows(plan, drawn.failed)
-        core.commits.commit(plan, drawn, scheduler.departures != plan.departures)
+            failures.drop_rows(core.requests, plan, drawn.failed)
+        core.commits.commit(plan, drawn, scheduler.residents.departures != plan.departures)
 
     def _count(self, plan: Plan, begun: float, model_begun: float, model_ended: float) -> None:
         core, batch = self._core, plan.batch
@@ -207,7 +208,7 @@ class Stepping:
         core, (after, self._launched) = self._core, (self._launched, None)
         assert core.loaded is not None
         core.counters.failed_steps += 1
-        core.requests.fail(plan, error)
+        failures.fail_step(core.requests, plan, error)
         errors = [error] if after is None else [error, self._outcome(after)]
         for each in errors:
             if isinstance(each, Exception):

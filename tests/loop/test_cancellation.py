@@ -232,6 +232,7 @@ async def test_an_await_that_was_never_begun_adds_nothing(rig: Rig) -> None:
     assert rig.model.steps == 0
 
 
+@pytest.mark.loops("either")
 async def test_cyclic_garbage_collected_on_another_thread(rig: Rig) -> None:
     class Cycle:
         def __init__(self, stream: RequestStream) -> None:
@@ -250,6 +251,7 @@ async def test_cyclic_garbage_collected_on_another_thread(rig: Rig) -> None:
     await rig.comes_to_rest()
 
 
+@pytest.mark.loops("either")
 async def test_cyclic_garbage_collected_on_the_step_thread(rig: Rig) -> None:
     class Cycle:
         def __init__(self, stream: RequestStream) -> None:

@@ -296,6 +296,7 @@ async def test_an_error_comes_once(way: str) -> None:
         assert await read(stream) == []
 
 
+@pytest.mark.loops("either")
 async def test_a_stream_that_was_read_is_let_go(way: str) -> None:
     async with Rig(endless) as rig:
         stream = await rig.engine.add_request("x", TOKENS)

@@ -1411,6 +1411,7 @@ async def test_metrics_and_health_do_not_wait_for_a_step(rig: Rig) -> None:
     assert rig.metrics().step_running_seconds == 0.0
 
 
+@pytest.mark.loops("either")
 async def test_metrics_can_be_read_while_steps_change_everything() -> None:
     async with Rig(endless, max_num_sequence=32) as rig:
         stop = threading.Event()

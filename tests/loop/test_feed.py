@@ -302,6 +302,7 @@ async def test_an_iterator_whose_request_ends_may_await_while_it_cleans_up(rig: 
     await rig.comes_to_rest()
 
 
+@pytest.mark.loops("either")
 async def test_a_stream_of_pieces_that_was_never_used(rig: Rig) -> None:
     given = Pieces("hello")
     rig.engine.stream(given.read())

@@ -626,6 +626,7 @@ def test_ctrl_c_that_is_handled_by_hand(in_a_process: Run) -> None:
     assert out == "interrupted closed False\nleft: []\n"
 
 
+@pytest.mark.loops("either")
 async def test_a_request_that_has_ended_is_no_garbage(without_collector: None) -> None:
     def held() -> list[object]:
         return [each for each in gc.get_objects() if isinstance(each, (NewRequest, Request, Sequence, RequestStream))]

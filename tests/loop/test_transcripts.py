@@ -330,6 +330,7 @@ async def by_abort(stream: Any) -> None:
 
 
 @pytest.mark.parametrize("way", LEAVING)
+@pytest.mark.in_short("by_async_with", "by_dropping_it", "by_a_cancelled_reader")
 async def test_leaving_is_aborting(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media, "ScriptedTranscription", Asking)
     made = Rig(lambda prompt, branch: [*b"abcde"] * 400)
@@ -666,6 +667,7 @@ async def _cancelled(coroutine: Coroutine[Any, Any, Any], left: int) -> bool:
 
 @pytest.mark.parametrize("iterated", [False, True])
 @pytest.mark.parametrize("fallback", [None, TranscriptionFallback(temperature=(0.0, 0.5))])
+@pytest.mark.in_short("None-True", "fallback1-False")
 async def test_at_every_await_of_a_transcript(iterated: bool, fallback: Any, rig: Rig) -> None:
     async with rig as made:
 

@@ -93,6 +93,7 @@ async def test_a_warm_up_that_fails_is_told_and_the_engine_serves_on(warming: Ri
     assert (await warming.engine.generate("hello")).text == "hello"
 
 
+@pytest.mark.loops("either")
 async def test_what_was_warmed_up_is_let_go_with_its_model(warming: Rig) -> None:
     warm_up = warming.loader.warm_ups.pop()
     gone = weakref.ref(warm_up)

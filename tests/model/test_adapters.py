@@ -74,6 +74,9 @@ async def ask_all(engine: AsyncEngine, adapters: tuple[str | None, ...]) -> list
         pytest.param("phi3", "transformers", marks=pytest.mark.long),
     ],
 )
+@pytest.mark.in_short(
+    "deepseek_v3-transformers", "qwen2_moe-compiled", "gemma3_text-compiled", "gpt2-transformers", "gpt2-compiled"
+)
 def test_tokens_are_those_of_transformers_with_the_adapter_merged(
     architecture: str, decoder: Any, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -122,6 +125,7 @@ def tiny_adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda changes: "-".join(changes.values()),
 )
+@pytest.mark.in_short("float32", "bfloat16-int4")
 def test_the_batch_changes_no_bits(changes: Any, tiny_adapters: Path) -> None:
     """Log-probabilities of a request with an adapter, alone and beside requests with others, in any chunks."""
 

@@ -127,6 +127,7 @@ def combine(
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("CASES", "3"))))
+@pytest.mark.in_short("0")
 def test_whatever_is_asked_for_together_is_what_the_reference_gives(
     checkpoint: Callable[..., Path], tmp_path: Path, seed: int
 ) -> None:
@@ -147,6 +148,7 @@ def test_so_it_is_with_recurrent_layers(checkpoint: Callable[..., Path], tmp_pat
     combine(path, seed=1, requests=16, engines=2, end=letters.END, directory=tmp_path, recurrent=True)
 
 
+@pytest.mark.long
 def test_so_it_is_with_the_tiny_model_and_its_head(tmp_path: Path) -> None:
     head = {"speculative_mode": "eagle3", "additional_models": ["tiny-eagle3"]}
     combine(Path(tiny.PATH), seed=4, requests=12, engines=1, end=2, directory=tmp_path, head=head)

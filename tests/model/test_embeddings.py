@@ -72,6 +72,7 @@ async def engine(lasting_engine: AsyncEngine) -> AsyncEngine:
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", *OTHERS])
+@pytest.mark.in_short("deepseek_v3", "cohere", "gemma3_text", "gpt2")
 def test_equal_those_of_one_forward(architecture: str, checkpoint: Callable[..., Path]) -> None:
     path = checkpoint(architecture)
 
@@ -117,6 +118,7 @@ async def test_share_steps_with_everything_else_and_change_nothing_of_it(
 
 
 @pytest.mark.parametrize("backend", ["auto", "transformers"])
+@pytest.mark.in_short("auto")
 def test_drafts_scores_and_vectors_share_the_chunks_of_a_step(backend: Any, embedded_model: Any) -> None:
     greedy = GenerationConfig(temperature=0, max_tokens=60, ignore_eos=True, prompt_logprobs=1)
     drafts: dict[str, Any] = {"speculative_mode": "ngram", "spec_draft_length": 3}

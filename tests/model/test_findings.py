@@ -75,6 +75,18 @@ def recalled(loaded: LoadedModel) -> bool:
         *((name, "int4") for name in ("qwen2", "gpt2", "mixtral")),
     ],
 )
+@pytest.mark.in_short(
+    "mixtral-int4",
+    "mixtral-none",
+    "gpt_oss-none",
+    "gpt2-int8",
+    "gpt2-none",
+    "cohere-none",
+    "gemma2-none",
+    "phi3-none",
+    "qwen2-int4",
+    "opt-none",
+)
 def test_a_known_checkpoint_needs_no_model_of_transformers(
     architecture: str, quantization: str, tmp_path: Path, checkpoint: Callable[..., Path], builds: list[str]
 ) -> None:
@@ -224,6 +236,7 @@ def test_what_is_too_large_is_not_kept(kept: Path) -> None:
         *(pytest.param(name, marks=pytest.mark.long) for name in ("phi", "opt", "cohere")),
     ],
 )
+@pytest.mark.in_short("gpt2", "gemma2")
 def test_new_weights_find_their_places(architecture: str, checkpoint: Callable[..., Path]) -> None:
     load(checkpoint(architecture)).model.close()
     loaded, wanted = load(checkpoint(architecture)), load(checkpoint(architecture, seed=1))

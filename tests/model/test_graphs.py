@@ -392,6 +392,7 @@ async def tokens_of(config: EngineConfig, run_ahead: bool = False) -> tuple[list
         pytest.param(True, "load", marks=pytest.mark.long),
     ],
 )
+@pytest.mark.in_short("True-idle")
 async def test_an_engine_generates_the_same_with_captured_steps(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, run_ahead: bool, when: Any
 ) -> None:

@@ -23,6 +23,7 @@ IDS = torch.arange(1, 25).view(2, 12)
     "architecture",
     ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "opt", "cohere", "mixtral", "gpt_oss", "deepseek_v3", "nemotron"],
 )
+@pytest.mark.in_short("torch.bfloat16")
 def test_the_numbers_are_those_of_the_same_weights_in_float32(
     architecture: str, dtype: torch.dtype, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ WAYS: dict[str, Callable[[Path, Make], Path]] = {
     ],
     ids=str,
 )
+@pytest.mark.in_short("tied Q8_0-{}", "Q4_0 and others-{}", "gptq", "Q6_K", "turned")
 def test_a_known_checkpoint_needs_no_model_of_transformers(
     way: str, settings: dict[str, Any], tmp_path: Path, checkpoint: Make, builds: list[str]
 ) -> None:

@@ -60,6 +60,7 @@ def model_of(path: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "glm4_moe_lite", "longcat_flash", "minicpm3"])
+@pytest.mark.in_short("minicpm3", "deepseek_v2", "longcat_flash")
 async def test_tokens_are_those_of_transformers_in_chunks_together_and_from_the_prefix_cache(
     name: str, checkpoint: Checkpoint
 ) -> None:
@@ -95,6 +96,7 @@ async def test_the_matrix_is_read_where_other_layers_are_packed(
 @pytest.mark.parametrize(
     ("target", "draft"), [("llama", "deepseek_v2"), ("deepseek_v2", "llama"), ("deepseek_v3", "")], ids=str
 )
+@pytest.mark.in_short("deepseek_v3-", "llama-deepseek_v2")
 async def test_who_drafts_keeps_latents_too(
     target: str, draft: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

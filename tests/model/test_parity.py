@@ -21,10 +21,10 @@ COMPILED = (
 BESIDE = ("qwen2_moe", "glm4_moe")
 """Experts that have an MLP beside them."""
 AS_MODULES = (
-    "llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "cohere", "opt", "mixtral", "gpt_oss",
+    "llama", "gemma2", "gpt2", "cohere", "mixtral", "gpt_oss",
 )  # fmt: skip
 """Of those, the ones that run as transformers' modules in short: they have all kinds of attention and experts."""
-LIKE_OTHERS = ("qwen3_5_moe",)
+LIKE_OTHERS = ("qwen3_5_moe", "falcon_mamba", "bamba")
 """Those whose layers are all among those of others here."""
 BRANCHES, LONGEST = 3, 4  # of the prompts below: the one that is answered twice, and the longest
 GREEDY = GenerationConfig(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)

@@ -93,6 +93,7 @@ def summary(results: list[RequestResult]) -> list[Any]:
     ("architecture", "backend"),
     [("llama", "cpu"), ("gemma2", "torch"), ("mixtral", "cpu")],
 )
+@pytest.mark.in_short("mixtral-cpu", "llama-cpu")
 def test_tokens_are_the_same(architecture: str, backend: str, checkpoint: Callable[..., Path]) -> None:
     path = checkpoint(architecture)
     config = config_of(path, attention_backend=backend)

@@ -67,6 +67,7 @@ def logits_of(rows: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.usefixtures("out_of_reach")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", list(DrawKind))
+@pytest.mark.in_short("torch.float32")
 def test_the_tokens_are_those_of_the_sampler(kind: DrawKind, dtype: torch.dtype) -> None:
     sampler, buffer, different = placed(ROWS[kind] * 3), PackedBuffer(CPU), set()
     slots = np.random.default_rng(0).permutation(3 * len(ROWS[kind]))

@@ -95,6 +95,7 @@ NGRAM: dict[str, Any] = {"speculative_mode": "ngram", "spec_draft_length": 3}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt2"])
+@pytest.mark.in_short("llama", "gemma2")
 def test_outputs_are_those_without_drafts(
     architecture: str, pair: Callable[[str], tuple[Path, Path]], subtests: pytest.Subtests
 ) -> None:
@@ -182,6 +183,7 @@ async def test_the_same_seeds_agree_at_a_high_temperature_because_drafts_use_the
         assert result.usage.accepted_draft_tokens >= 0.95 * result.usage.draft_tokens > 40
 
 
+@pytest.mark.loops("either")
 async def test_leaving_in_the_middle_frees_everything_and_disturbs_nobody() -> None:
     config = EngineConfig("tiny", **LIMITS, **TINY_DRAFT, spec_draft_length=4)
     wanted = GenerationConfig(temperature=0, max_tokens=80, ignore_eos=True)

@@ -23,6 +23,7 @@ GREEDY = GenerationConfig(temperature=0, max_tokens=40, ignore_eos=True)
 
 
 @pytest.mark.parametrize("mode", ["eagle3", "mtp"])
+@pytest.mark.in_short("mtp")
 def test_outputs_are_those_without_drafts(mode: str, tmp_path: Path) -> None:
     if mode == "mtp":
         target, models = mtp_heads.write(tmp_path, "glm4_moe", "deepseek"), []

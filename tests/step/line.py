@@ -83,7 +83,7 @@ class Line:
         for chunk in plan.chunks:
             if chunk.last:
                 trunk = chunk.sequence
-                scheduler.begin_decoding(trunk)
+                scheduler.residents.decode(trunk)
                 scheduler.slots.append_tokens(np.array([trunk.slot]), prompt_of([token]))
                 for index, branch in enumerate(chunk.branches[1:], 1):
                     scheduler.fork(trunk, branch, token + index)

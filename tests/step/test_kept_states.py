@@ -89,7 +89,7 @@ class TestSlots:
         own.add("ab")
         own.step()
         rows, moves = own.step().decodes, StateMoves(np.array([[9, 0]]), np.array([[0, 1, 8]]))
-        decoding = own.scheduler._rows
+        decoding = own.scheduler.residents.rows
         assert decoding.sequences is rows
         batch = decoding.batch(NO_PAIRS, False, moves)
         assert batch.state_copies is moves.copies and batch.state_saves is moves.saves

@@ -240,6 +240,7 @@ class Baking:
 
 
 @pytest.mark.parametrize("run_ahead", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.in_short("flashinfer")
 async def test_an_engine_generates_the_same_with_captured_steps(
     backend: Backend, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, run_ahead: bool
 ) -> None:

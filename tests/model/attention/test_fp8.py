@@ -58,6 +58,7 @@ def as_kept(row: Any, spec: LayerSpec) -> Any:
     ],
     ids=str,
 )
+@pytest.mark.in_short("torch.bfloat16")
 def test_what_was_rounded_to_fp8_is_attended_to_as_exactly_as_in_the_models_dtype(
     backend: AttentionBackend, features: dict[str, Any], dtype: torch.dtype
 ) -> None:

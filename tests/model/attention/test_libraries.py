@@ -48,6 +48,7 @@ def backend(request: pytest.FixtureRequest, installed: None) -> Backend:
 
 @pytest.mark.parametrize("page_size", [1, 16, 48])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.in_short("flashinfer-torch.bfloat16", "flash_attention_3-torch.bfloat16")
 def test_mixed_batch(backend: Backend, dtype: torch.dtype, page_size: int) -> None:
     assert_matches_dense(backend, layer(key_dim=64), [*MIXED, (30, 3), (31, 4)], page_size, dtype)
 

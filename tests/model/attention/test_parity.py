@@ -77,6 +77,7 @@ def test_uncommon_page_sizes(backend: AttentionBackend, dtype: torch.dtype, page
 
 @over_dtypes(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("group", [1, 3, 4, 5, 8, 16])
+@pytest.mark.in_short("torch.bfloat16", "16")
 def test_query_heads_that_share_a_kv_head(backend: AttentionBackend, group: int, dtype: torch.dtype) -> None:
     assert_matches_dense(backend, layer(heads=2 * group, kv_heads=2), MIXED, 16, dtype)
 
@@ -90,6 +91,7 @@ def test_many_query_heads_on_one_kv_head(backend: AttentionBackend) -> None:
 @pytest.mark.parametrize(
     ("key_dim", "value_dim"), [(8, 8), (7, 5), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128), (24, 72)]
 )
+@pytest.mark.in_short("torch.bfloat16", "256-256")
 def test_head_sizes(backend: AttentionBackend, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
     assert_matches_dense(backend, layer(key_dim=key_dim, value_dim=value_dim), MIXED, 16, dtype)
 
@@ -283,6 +285,7 @@ def test_two_layers_that_share_a_cache(backend: AttentionBackend) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("shared", [{}, {"kv_heads": 1, "value_dim": 24, "values_in_keys": True}], ids=["", "shared"])
+@pytest.mark.in_short("torch.bfloat16")
 def test_copy_blocks(backend: AttentionBackend, page_size: int, dtype: torch.dtype, shared: dict[str, Any]) -> None:
     spec = layer(**shared)
     row = random_row(spec, 0, 2 * page_size, dtype, 0)

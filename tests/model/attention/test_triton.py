@@ -130,6 +130,7 @@ def test_features(features: dict[str, Any]) -> None:
     [(16_000, {}), (8_000, {"has_sinks": True, "soft_cap": 5.0, "sliding_window": 5_000})],
     ids=["16 k", "8 k, all features"],
 )
+@pytest.mark.in_short("8 k, all features")
 def test_long_contexts_are_shared_out(length: int, features: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A decode and a verification over much, a short row and a prefill chunk, in splits of 512 keys."""
     watch_overflows(monkeypatch)
@@ -145,6 +146,7 @@ def test_long_contexts_are_shared_out(length: int, features: dict[str, Any], mon
 
 @pytest.mark.usefixtures("small_splits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.in_short("torch.bfloat16")
 def test_same_bits_alone_and_in_a_batch_and_however_the_work_is_shared_out(dtype: torch.dtype) -> None:
     spec = layer(2, 1, sliding_window=90, soft_cap=4.0, has_sinks=True)
     shapes = [(150, 1), (3, 1), (0, 10), (70, 9), (63, 2)]

@@ -186,6 +186,7 @@ async def test_speculation_verifies_on_the_device(device: Pretended, config: Eng
 
 @on_one_loop
 @pytest.mark.parametrize("mode", [pytest.param("eagle3", marks=pytest.mark.long), "mtp"])
+@pytest.mark.long
 async def test_heads_draft_from_states_that_replayed_steps_hand_out(
     mode: str, device: Pretended, config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +364,7 @@ async def test_decodes_of_recurrent_layers_are_captured(
         pytest.param("lfm2", {"layer_types": ["conv", "full_attention"]}, {"convolution"}, marks=pytest.mark.long),
     ],
 )
+@pytest.mark.in_short("kimi_linear")
 async def test_kernels_take_decodes_of_recurrent_layers_to_what_transformers_says(
     device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path], architecture: str,
     changes: dict[str, Any], kernels: set[str],
@@ -381,6 +383,7 @@ async def test_kernels_take_decodes_of_recurrent_layers_to_what_transformers_say
 
 
 @on_one_loop
+@pytest.mark.long
 async def test_recurrent_layers_whose_kernels_fail_decode_as_transformers_has_them(
     device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +440,7 @@ async def test_steps_with_drafts_of_recurrent_layers_are_launched(
 
 @on_one_loop
 @pytest.mark.parametrize("architecture", ["qwen3_vl", pytest.param("gemma3", marks=pytest.mark.long)])
+@pytest.mark.long
 async def test_images_are_seen_beside_captured_steps(
     device: Pretended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:
@@ -521,6 +525,7 @@ async def test_weights_and_kv_cache_in_fp8(device: Pretended, config: EngineConf
 
 @on_one_loop
 @pytest.mark.parametrize(("kind", "stored"), [("llama", False), ("gpt_oss", True)])
+@pytest.mark.in_short("llama-False")
 async def test_weights_of_four_bits(
     kind: str,
     stored: bool,
@@ -552,6 +557,7 @@ async def test_weights_of_four_bits(
 
 @on_one_loop
 @pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.in_short("False")
 async def test_kernels_that_compute_something_else_are_not_used(
     fails: bool, device: Pretended, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def calmed(path: Path, to: Path) -> Path:
 @pytest.mark.parametrize(
     ("architecture", "dtype"), [*((name, "float32") for name in MODELS), ("qwen3_5_moe", "bfloat16")]
 )
+@pytest.mark.in_short("qwen3_5-float32", "deepseek_v3-float32", "granitemoehybrid-float32", "qwen3_5_moe-bfloat16")
 def test_layers_and_experts_are_replaced(architecture: str, dtype: str, checkpoint: Checkpoint) -> None:
     """And an estimate knows what they take, but for routers and what fills vectors up."""
     path = checkpoint(architecture, vocab_size=208)

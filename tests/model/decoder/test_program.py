@@ -231,6 +231,7 @@ def test_layers_that_look_ahead_beside_others_of_their_shape(checkpoint: Checkpo
 # Sizes that are no whole number of tiles: of steps, of groups of outputs, and of both.
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+@pytest.mark.in_short("qwen3_moe-int4", "qwen3_moe-none", "llama-int8")
 def test_a_row_gets_the_same_bits_beside_any_number_of_others(
     architecture: str, quantization: str, checkpoint: Checkpoint
 ) -> None:
@@ -460,6 +461,16 @@ def test_the_model_gives_its_weights_up(checkpoint: Checkpoint) -> None:
         ("minicpm3", "int8"),
         ("deepseek_v2", "int4"),
     ],
+)
+@pytest.mark.in_short(
+    "glm4_moe-int8",
+    "qwen2_moe-int4",
+    "gpt_oss-none",
+    "gpt2-int8",
+    "deepseek_v2-int4",
+    "phi3-none",
+    "qwen2-none",
+    "opt-none",
 )
 def test_new_weights_are_those_of_a_new_model(architecture: str, quantization: str, checkpoint: Checkpoint) -> None:
     """Every parameter finds its place: biases, norms, projections that were fused, embedding and head."""

@@ -82,6 +82,7 @@ def roundings_of(model: Any, library: Any, rounding: Rounding) -> Roundings:
 @pytest.mark.parametrize(
     "architecture", ["qwen2", "phi3", "gpt2", "gpt_neox", "cohere", "mixtral", "gpt_oss", "qwen2_moe"]
 )
+@pytest.mark.in_short("int8", "qwen2_moe-int4", "gpt_oss-int4", "gpt_oss-bytes", "phi3-bytes", "phi3-int4")
 def test_all_weights_are_told_that_are_packed_narrow(
     architecture: str, rounding: Rounding, checkpoint: Checkpoint, library: Any
 ) -> None:

@@ -43,6 +43,7 @@ def packed_plainly(weights: list[torch.Tensor], turns: int, lanes: int, pair: in
     [([16], 1, 32), ([37], 1, 130), ([48, 16, 5], 1, 64), ([70, 70], 2, 38), ([1], 1, 2)],
     ids=["a square", "ends", "siblings", "by turns", "least"],
 )
+@pytest.mark.in_short("this processor", "AVX2")
 def test_the_order_is_that_of_the_compiled_step(
     sizes: list[int],
     turns: int,

@@ -83,6 +83,7 @@ def check(guessed: list[Guess], reference: Any) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
+@pytest.mark.in_short("speculators--", "authors--")
 def test_eagle_heads_guess_what_their_description_gives(
     layout: str, tensors: dict[str, Any], changes: dict[str, Any], tmp_path: Path, guessed: list[Guess]
 ) -> None:
@@ -103,6 +104,7 @@ def test_eagle_heads_guess_what_their_description_gives(
         ("qwen3_5", "qwen", False),
     ],
 )
+@pytest.mark.in_short("deepseek_v3", "qwen3_5")
 def test_heads_for_multi_token_prediction_guess_what_their_description_gives(
     architecture: str, layout: str, own: bool, tmp_path: Path, guessed: list[Guess]
 ) -> None:

@@ -80,6 +80,7 @@ async def test_vectors_are_those_of_transformers(kind: str, encoder: Callable[..
 
 
 @pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.in_short("deberta-v2", "albert", "esm", "distilbert", "modernbert", "bert")
 async def test_heads_say_what_they_say_in_transformers(kind: str, encoder: Callable[..., Path]) -> None:
     path = encoder(kind, 3, id2label={0: "no", 1: "perhaps", 2: "yes"})
     asked = [*TEXTS, *PAIRS]
@@ -480,6 +481,7 @@ async def test_leaving_in_the_middle_disturbs_nobody(encoder: Callable[..., Path
 
 
 @pytest.mark.loops("each")
+@pytest.mark.loops("either")
 async def test_models_change_places(encoder: Callable[..., Path]) -> None:
     """Between encoders and decoders, also under requests that wait."""
     first, ranker = encoder("bert"), encoder("bert", 1)

@@ -62,6 +62,7 @@ def test_prompts_of_similar_length_are_padded_together(encoder: Callable[..., Pa
 
 
 @pytest.mark.parametrize("most", [5, 64])
+@pytest.mark.in_short("5")
 def test_of_a_text_that_is_cut_no_more_is_looked_at_than_is_kept(most: int, encoder: Callable[..., Path]) -> None:
     """But for once, without the interpreter's lock: an encoding holds it for as long as it is long."""
     path, text = encoder("bert"), "the old cat lives in the house " * 20_000

@@ -84,6 +84,7 @@ class Case:
         "llama", "gemma3_text", "olmo2", "cohere", "glm4", "phi3", "opt", "gpt2", "mixtral", "gpt_oss", "smollm3",
     ],
 )  # fmt: skip
+@pytest.mark.in_short("llama", "gemma3_text", "cohere", "glm4", "gpt_oss", "opt", "mixtral", "gpt2")
 def test_logits_are_those_of_transformers(name: str, checkpoint: Checkpoint) -> None:
     count = 1 + (name in ("llama", "gemma3_text", "gpt_oss", "smollm3"))
     changes: dict[str, Any] = {"n_layer" if name == "gpt2" else "num_hidden_layers": count}
@@ -96,6 +97,7 @@ def test_logits_are_those_of_transformers(name: str, checkpoint: Checkpoint) -> 
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "opt"])
+@pytest.mark.in_short("llama")
 def test_layers_of_four_bits_are_multiplied_by_their_own_kernels(
     name: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

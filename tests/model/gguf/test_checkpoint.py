@@ -66,6 +66,7 @@ def test_it_has_the_weights_and_the_configuration_of_the_original(file: Path) ->
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.in_short("2-int4-bfloat16", "0-none-float32", "8-int8-bfloat16")
 async def test_an_engine_answers_from_the_file_alone(kind: Kind, form: str, dtype: str, tmp_path: Path) -> None:
     file = write_tiny(tmp_path / "model.gguf", kind)
     async with AsyncEngine(EngineConfig(str(file), device="cpu")) as engine:

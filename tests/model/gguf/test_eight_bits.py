@@ -134,6 +134,7 @@ def matrices(loaded: LoadedModel) -> dict[str, type]:
     ],
     ids=["Q8_0", "Q6_K", "Q5_0", "Q5_1", "mixed"],
 )
+@pytest.mark.in_short("mixed", "Q6_K")
 async def test_they_say_what_the_numbers_of_the_file_say(
     kind: Kind, others: dict[str, Kind], form: str, file: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

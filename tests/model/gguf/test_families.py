@@ -121,6 +121,7 @@ async def served(file: Path, **more: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("architecture", KINDS)
+@pytest.mark.in_short(*COMPUTED)
 def test_is_what_it_was_made_of(architecture: str, original: Callable[[str], Path], tmp_path: Path) -> None:
     path = original(architecture)
     file = write(tmp_path / "model.gguf", path, architecture)
@@ -245,6 +246,7 @@ def decoded(file: Path) -> dict[str, Decoded]:
         ("qwen3_next", "Q4_0"), ("granitemoehybrid", "Q4_0"),
     ],
 )  # fmt: skip
+@pytest.mark.in_short("qwen3_next-Q4_0", "llama-Q4_1", "mixtral-Q4_1")
 def test_blocks_of_four_bits_stay_codes(
     architecture: str, kind: str, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ IN_WINDOWS = ("glmasr", "audioflamingo3", "musicflamingo", "moss_transcribe_diar
     "architecture",
     [pytest.param(name, marks=pytest.mark.long if name == "gemma4" else ()) for name in LISTENING],  # see beside images
 )
+@pytest.mark.in_short("omniasr", "moss_transcribe_diarize", "qwen2_audio", "qwen3_asr", "audioflamingo3")
 async def test_greedy_equals_transformers(architecture: str, hearing: Callable[..., Path]) -> None:
     """Two in one step, one in two branches, in chunks that part them, and again where all of it is cached."""
     path = hearing(architecture)
@@ -303,6 +304,7 @@ async def test_narrow_weights_of_which_nothing_is_left(hearing: Callable[..., Pa
         ("audioflamingo3", {}),
     ],
 )
+@pytest.mark.in_short("moss_transcribe_diarize", "audioflamingo3", "omniasr")
 async def test_transcripts_are_asked_for_as_transformers_does(
     architecture: str, asked: dict[str, str], hearing: Callable[..., Path]
 ) -> None:

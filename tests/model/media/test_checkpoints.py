@@ -35,6 +35,7 @@ CONVERSATION: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("architecture", SOME)
+@pytest.mark.in_short("granite4_vision", "llava", "qwen3_vl", "idefics2")
 def test_what_is_said_depends_on_what_is_seen(architecture: str, sighted: Callable[..., Path]) -> None:
     path = sighted(architecture)
     seen = [picture(1, 48, 32), picture(2, 40, 24)]

@@ -107,12 +107,14 @@ AS_WITHOUT_EXPERTS = {"qwen3_5_moe", "qwen3_vl_moe"}
 """Those whose images go the way of a model beside them here, which has no experts."""
 BESIDE_VIDEOS = {"qwen2_vl", "qwen2_5_vl", "qwen3_5", "llava_onevision", "lfm3_vl", "exaone4_5", "minicpmv4_6"}
 """Those whose images are compared with transformers' by the tests of videos, too."""
+AS_OTHERS = {"aya_vision", "lighton_ocr", "deepseek_vl", "glm46v", "paddleocr_vl"}
+"""Those whose images and text go the way of others here."""
 
 
 @pytest.mark.parametrize(
     "architecture",
     [
-        pytest.param(name, marks=pytest.mark.long if name in AS_WITHOUT_EXPERTS | BESIDE_VIDEOS else ())
+        pytest.param(name, marks=pytest.mark.long if name in AS_WITHOUT_EXPERTS | BESIDE_VIDEOS | AS_OTHERS else ())
         for name in SERVED
     ],
 )
@@ -136,6 +138,7 @@ async def test_greedy_equals_transformers(architecture: str, sighted: Callable[.
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
+@pytest.mark.in_short("granite4_vision", "idefics2")
 async def test_what_cannot_be_served_says_so_and_serves_text(architecture: str, sighted: Callable[..., Path]) -> None:
     path = sighted(architecture)
     text = asking("no image")
@@ -155,6 +158,7 @@ COMPILED = ("qwen3_vl", "qwen2_5_vl", "internvl")
 
 
 @pytest.mark.parametrize("architecture", COMPILED)
+@pytest.mark.in_short("qwen2_5_vl", "internvl")
 async def test_the_other_way_of_running_a_model(architecture: str, sighted: Callable[..., Path]) -> None:
     path = sighted(architecture)
     messages = asking(FIRST, "beside", SECOND)
@@ -164,6 +168,7 @@ async def test_the_other_way_of_running_a_model(architecture: str, sighted: Call
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_vl", "qwen3_5"])
+@pytest.mark.in_short("qwen3_vl")
 async def test_preempted_they_are_seen_again(architecture: str, sighted: Callable[..., Path]) -> None:
     path = sighted(architecture)
     conversations = [asking("a" * length, picture(length, 48, 32), "?") for length in range(1, 5)]
@@ -204,6 +209,7 @@ async def test_a_prompt_without_a_template(sighted: Callable[..., Path]) -> None
 
 
 @pytest.mark.parametrize("architecture", [pytest.param("llava", marks=pytest.mark.long), "qwen3_vl", "gemma4"])
+@pytest.mark.in_short("qwen3_vl")
 async def test_text_that_has_the_token_of_images_stays_text(architecture: str, sighted: Callable[..., Path]) -> None:
     """Beside an image in the same step, a token that happens to be what stands for one is what it is."""
     path = sighted(architecture)

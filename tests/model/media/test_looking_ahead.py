@@ -35,6 +35,7 @@ def loaded(path: Path, **changes: Any) -> Iterator[LoadedModel]:
     ("name", "ahead"),
     [("gemma3", [True] * 4), ("gemma4_moe", [True, False] * 2), ("gemma4", [False] * 4)],
 )
+@pytest.mark.in_short("gemma3", "gemma4")
 def test_which_layers_do_is_seen_in_transformers(name: str, ahead: list[bool], paths: dict[str, Path]) -> None:
     with loaded(paths[name]) as found:
         assert isinstance(found.model, TorchModel)

@@ -18,6 +18,9 @@ from tests.model.media.checkpoints import VISION, loaded
 
 
 @pytest.mark.parametrize("name", VISION)
+@pytest.mark.in_short(
+    "lfm3_vl", "granite4_vision", "ernie4_5_vl_moe", "qwen3_vl_moe", "gemma3", "gemma4_moe", "llava", "idefics3"
+)
 def test_of_models_that_take_images_all_but_the_text(name: str, sighted: Callable[..., Path]) -> None:
     model = loaded(sighted(name))
     found = senses(model)

@@ -116,6 +116,7 @@ def text(serving: AsyncEngine) -> Any:
 @pytest.mark.parametrize(
     "architecture", ["qwen3_vl", "gemma3", pytest.param("llava", marks=pytest.mark.long), "qwen3_5"]
 )
+@pytest.mark.in_short("qwen3_5", "gemma3")
 async def test_what_repeats_itself_is_guessed_behind_images(
     architecture: str, sighted: Callable[..., Path], steps: list[StepBatch]
 ) -> None:
@@ -151,6 +152,7 @@ async def test_a_head_of_the_model_sees_what_the_model_sees(
 
 
 @pytest.mark.parametrize("mode", ["small_draft", "eagle3"])
+@pytest.mark.in_short("eagle3")
 async def test_who_sees_no_images_guesses_behind_them(
     mode: str,
     sighted: Callable[..., Path],

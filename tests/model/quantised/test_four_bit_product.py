@@ -62,6 +62,9 @@ def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
         *((inputs, group, "integers with zeros") for inputs, group in ((64, 16), (640, 128), (192, 96), (32, 32))),
     ],
 )
+@pytest.mark.in_short(
+    "96-32-integers with zeros", "96-32-floats", "96-32-integers", "96-32-nonlinear", "640-128-integers with zeros"
+)
 def test_a_product_is_that_of_the_weights(inputs: int, group: int, numbers: str, tokens: int) -> None:
     weights, x, bias = some(37, inputs, group, numbers), normal(tokens, inputs), normal(37)
     found = multiply(x, weights, bias)
@@ -77,6 +80,7 @@ def test_a_product_is_that_of_the_weights(inputs: int, group: int, numbers: str,
     ],
     ids=str,
 )
+@pytest.mark.in_short("torch.bfloat16")
 def test_weights_that_the_dtype_holds_are_exact(numbers: str, dtype: torch.dtype) -> None:
     weights = some(40, 64, numbers=numbers, power=True)
     each = torch.eye(64, dtype=dtype, device=DEVICE)

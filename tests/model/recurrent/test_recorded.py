@@ -22,6 +22,9 @@ def model(name: str, device: str = "meta", dtype: torch.dtype = torch.bfloat16) 
 
 
 @pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.in_short(
+    "kimi_linear", "zamba2", "zaya", "granitemoehybrid", "falcon_h1", "qwen3_next", "jamba", "lfm2", "mamba2", "mamba"
+)
 def test_layers_are_recorded_without_weights_as_with_them(name: str) -> None:
     without = architecture.record(model(name)).watched
     assert without.recurrent

@@ -33,6 +33,7 @@ def notes_of(model: LoadedModel) -> list[str]:
 
 
 @needs_compiler
+@pytest.mark.long
 def test_the_code_for_any_processor_computes_the_same(
     compiled_scans: Scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

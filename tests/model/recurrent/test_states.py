@@ -175,6 +175,7 @@ def test_states_are_kept_in_the_middle_of_a_piece_and_go_on_in_other_slots(case:
     case.step([(0, 1), (1, 1), (2, 1), (3, 1)], decodes=4)
 
 
+@pytest.mark.in_short("compiled", "qwen3_5-plain", "kimi_linear-kernels", "mamba-kernels")
 def test_states_are_those_behind_the_drafts_that_count(case: Case) -> None:
     kept = [SLOTS, SLOTS + 1, SLOTS + 2]
     case.step([(0, 5), (2, 2), (1, 1), (3, 3)], fresh=[0, 1, 2, 3])
@@ -239,6 +240,7 @@ def test_linear_layers_are_back_when_a_layer_fails() -> None:
 
 
 @pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.in_short("zamba2", "granitemoehybrid", "kimi_linear", "qwen3_next", "jamba", "mamba", "lfm2_moe", "zaya")
 def test_layers_decode_in_place_where_there_are_kernels_for_all_that_they_keep(name: str) -> None:
     """Zaya's computes with its states itself."""
     _require_interpreter()

@@ -197,6 +197,7 @@ MAMBA2, MAMBA = "mamba2_selective_state_update", "mamba_selective_state_update"
     "dims", [(64, 128), (16, 16), (20, 12), (5, 3), pytest.param((64, 256), marks=pytest.mark.long)]
 )
 @pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.in_short("2")
 def test_steps_of_mamba2(dims: tuple[int, int], groups: int) -> None:
     case = Stepped(MAMBA2, mamba2, torch.randn(PLACES, 4, *dims))
     for slots in ([3], [5, 0, 2], [1, 2, 3], [5, 0, 2]):
@@ -292,6 +293,7 @@ def of_convolution(given: Tensors, activation: str | None) -> Callable[[Any, tor
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize(("taps", "kept"), [(4, 4), (4, 3), (3, 3), (3, 5), (2, 1), (16, 16)])
+@pytest.mark.in_short("silu")
 def test_convolutions(taps: int, kept: int, activation: str | None) -> None:
     channels = 200
     case = Stepped(CONVOLUTION, functions, torch.randn(PLACES, channels, kept))

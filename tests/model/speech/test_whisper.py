@@ -95,6 +95,7 @@ def expected(written: Callable[..., Path]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=[",".join(each) or "plain" for each in SETTINGS])
+@pytest.mark.in_short("plain", "max_total_sequence_length,prefix_cache_mode")
 async def test_transcripts_equal_transformers(
     changes: dict[str, Any], written: Callable[..., Path], expected: list[list[int]]
 ) -> None:

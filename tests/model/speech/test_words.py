@@ -74,6 +74,7 @@ def near(words: list[tuple[str, float, float]]) -> list[Any]:
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=[",".join(each) for each in SETTINGS])
+@pytest.mark.in_short("prefill_chunk_size,kv_cache_page_size,max_total_sequence_length")
 async def test_they_are_those_of_transformers(
     changes: dict[str, Any], whisper: Path, expected: list[checkpoints.Spoken]
 ) -> None:

@@ -49,6 +49,7 @@ def test_codes_become_the_numbers_that_they_stand_for(method: str, plain: Path, 
 
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "nf4", "gptq out of order"])
+@pytest.mark.in_short("fp8", "awq", "nf4")
 async def test_an_engine_generates_what_transformers_does_with_these_numbers(
     method: str, plain: Path, tmp_path: Path
 ) -> None:

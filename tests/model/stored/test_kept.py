@@ -130,6 +130,7 @@ async def test_an_engine_serves_codes_in_fp8(checkpoint: Make, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("kind", "method"), [("qwen2", "gptq"), ("llama", "packed with zeros"), ("mixtral", "awq"), ("gpt_oss", None)]
 )
+@pytest.mark.in_short("gpt_oss", "qwen2")
 async def test_an_engine_serves_codes_of_four_bits(
     kind: str, method: str | None, checkpoint: Make, tmp_path: Path
 ) -> None:

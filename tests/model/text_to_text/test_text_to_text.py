@@ -191,6 +191,9 @@ SETTINGS: list[dict[str, Any]] = [
     "changes",
     [pytest.param(each, marks=() if each else pytest.mark.long, id=",".join(each) or "plain") for each in SETTINGS],
 )
+@pytest.mark.in_short(
+    "prefill_mode,max_num_sequence,prefill_chunk_size", "max_total_sequence_length,prefix_cache_mode,kv_cache_page_size"
+)
 async def test_however_it_is_served(changes: dict[str, Any], written: Callable[..., Path]) -> None:
     path = written()
     sources = [source(seed, length) for seed, length in enumerate(LENGTHS)]
