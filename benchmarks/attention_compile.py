@@ -1,8 +1,8 @@
 """Registers, spills and instructions of the Triton attention kernels for Hopper. Needs triton, but no GPU.
 
 Every entry of the tables of tiles is compiled for sm_90, short and long tiles, with and without window, soft cap and
-sinks, and long ones of layers that look ahead; those of latents, whose values are in their keys, without. ptxas says
-how many registers a thread takes and how many bytes it spills. Of the loop over the keys this says
+sinks, with a bias, and long ones of layers that look ahead; those of latents, whose values are in their keys, without.
+ptxas says how many registers a thread takes and how many bytes it spills. Of the loop over the keys this says
 
 * `turn`: instructions of a warp for one block of keys, splits that end and masks left out (`sass.py`),
 * `issue`, of short tiles: the share of a multiprocessor's issue slots that this takes where keys and values stream at
@@ -65,6 +65,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window, soft cap, sinks": {"sliding_window": 1024, "soft_cap": 50.0, "has_sinks": True},
     "window, looks ahead": {"sliding_window": 1024, "looks_ahead": True},
+    "bias": {"distances": 129},
 }
 QUICK = [(128, 128)]
 QUICK_FEATURES = FEATURES | {"everything": FEATURES["window, soft cap, sinks"] | FEATURES["window, looks ahead"]}
@@ -106,7 +107,7 @@ def cases(
         for key_dim, value_dim in heads:
             for named, values in features.items():
                 spec = LayerSpec(heads_of_query, kv_heads, key_dim, value_dim, key_dim**-0.5, **values)
-                tiles = tiles_for(dtype.itemsize, key_dim, value_dim, spec.values_in_keys)
+                tiles = tiles_for(dtype.itemsize, key_dim, value_dim, spec.values_in_keys, bool(spec.distances))
                 assert tiles is not None
                 name = f"{number} {key_dim}/{value_dim} {named}"
                 yield from cases_of(name, spec, dtype, tiles)
@@ -134,6 +135,7 @@ def cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, tiles: Tiles) -> It
     model = "bf16" if dtype is fp8.E4M3 else number  # what queries are in
     types = {
         "plan": "*i32", "query": f"*{model}", "keys": f"*{number}", "values": f"*{number}", "sinks": sinks,
+        "bias": "*fp32" if spec.distances else "constexpr",
         "output": f"*{model}", "parts": "*fp32", "statistics": "*fp32", "query_token": "i32", "query_head": "i32",
         "scaling": "fp32", "soft_cap": "fp32", "value_scale": "fp32",
     }  # fmt: skip
@@ -146,7 +148,7 @@ def cases_of(name: str, spec: LayerSpec, dtype: torch.dtype, tiles: Tiles) -> It
         yield dataclasses.replace(case, block=tiles.keys * numbers_kept(spec) * dtype.itemsize, products=products)
     types = {"plan": "*i32", "sinks": sinks, "output": f"*{model}", "parts": "*fp32", "statistics": "*fp32"}
     types["value_scale"] = "fp32"
-    if spec.looks_ahead:
+    if spec.looks_ahead or spec.distances:
         return
     yield Case(f"merge {name}", kernels.merge, types, merge_constants(spec, 0), MERGE_LAUNCH)
     if not spec.has_sinks:

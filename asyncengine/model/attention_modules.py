@@ -27,12 +27,14 @@ class RecordedLayer:
         module: Itself.
         spec: What it needs.
         sinks: Its learned sink logits, (heads,), if it has some.
+        bias: What it adds to scores by distance, (heads, distances) float32, if it does.
     """
 
     name: str
     module: nn.Module
     spec: LayerSpec
     sinks: torch.Tensor | None
+    bias: torch.Tensor | None = None
 
 
 def text_config(config: Any) -> Any:

@@ -14,16 +14,18 @@ from asyncengine.errors import CheckpointError
 from asyncengine.model.building import BUILDING
 from asyncengine.model.stored.experts import experts_of
 
-_REPORT = " LOAD REPORT"
+_REPORTS = (" LOAD REPORT", "specifies to tie ")
 
 
 @contextlib.contextmanager
 def without_report() -> Iterator[None]:
-    """Within the block, loads on this thread log no table of weights that are missing or left over."""
+    """Within the block, loads on this thread log no table of weights that are missing or left over, nor that a head is
+    not the table of tokens, as the configuration says that it is: transformers makes that of any T5's.
+    """
     loading = threading.get_ident()
 
     def goes_on(record: logging.LogRecord) -> bool:
-        return record.thread != loading or _REPORT not in record.getMessage()
+        return record.thread != loading or not any(report in record.getMessage() for report in _REPORTS)
 
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(goes_on)

@@ -123,12 +123,12 @@ class PagedLayers:
         self._backend.copy_blocks(self.caches, torch.from_numpy(copies))
 
     def _hook(self, layer: RecordedLayer, cache: Any) -> Callable[..., torch.Tensor]:
-        attend, spec, sinks = self._backend.attend, layer.spec, layer.sinks
+        attend, spec, sinks, bias = self._backend.attend, layer.spec, layer.sinks, layer.bias
 
         def hook(
             module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
         ) -> torch.Tensor:
-            return attend(spec, cache, self.plan, query, key, value, sinks)
+            return attend(spec, cache, self.plan, query, key, value, sinks, bias)
 
         return hook
 

@@ -231,7 +231,7 @@ def test_what_cannot_be_reckoned_is_one_line(arguments: list[str], said: str) ->
 
 
 def test_a_model_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "config.json").write_text('{"model_type": "longt5"}')
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     done = run("estimate", str(tmp_path))
     assert done.status == 1 and "encoder-decoder" in done.err

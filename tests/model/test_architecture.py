@@ -26,9 +26,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "MiniMaxForCausalLM.*: MiniMaxLightningAttention asks its cache for 'get_linear_cache'",
     ),
     "encoder-decoder": (
-        "T5Config",
+        "LongT5Config",
         {"vocab_size": 199, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 96},
-        "T5ForConditionalGeneration.* is an encoder-decoder model",
+        "LongT5ForConditionalGeneration.* is an encoder-decoder model: it attends in code of its own",
     ),
     "attention biases in its own code": (
         "BloomConfig",

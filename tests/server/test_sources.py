@@ -88,3 +88,15 @@ def test_what_it_takes(nllb: Path) -> None:
     ):
         assert text in done.out
     assert run("estimate", str(nllb), "--memory", "0.1").status == 1
+
+
+def test_what_a_model_without_positions_takes(tmp_path: Path) -> None:
+    """Whose heads are of a size of their own, and whose decoder has fewer layers than its encoder."""
+    path = str(checkpoints.write(tmp_path, "t5"))
+    done = run("estimate", path, "--memory", "1", "--device", "cpu")
+    assert done.status == 0, done.err
+    mib = 2 * 2 * (24 + 24) * 4 * 4096 / 1024**2
+    assert mib == 3.0
+    assert "3.0 MiB for a source of up to 2,048 tokens and up to 2,048 of its text" in done.out
+    done = run("estimate", path, "--memory", "1", "--device", "cpu", "--max-model-len", "3000")
+    assert "a source of up to 3,000 tokens and up to" in done.out

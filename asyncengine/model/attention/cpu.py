@@ -23,7 +23,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # The structures Layer, Plan and Call of paged_attention.cpp.
 _LAYER = struct.Struct("@2P8q2d")
 _PLAN = struct.Struct("@6P4q")
-_CALL = struct.Struct("@" + "P2q" * 3 + "2P")
+_CALL = struct.Struct("@" + "P2q" * 3 + "3Pq")
 # The kernel loads whole vectors, also where fewer dimensions are left: so far past the end it may read.
 _SLACK = 64
 
@@ -212,12 +212,15 @@ class CpuAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         sinks: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`. One call of the kernel, which releases the GIL."""
         dtype, wanted = cache.keys.dtype, query.dtype
         query, key, value = _readable(query, dtype), _readable(key, dtype), _readable(value, dtype)
         if sinks is not None:
             sinks = sinks.to(torch.float32).contiguous()
+        if bias is not None:
+            bias = bias.contiguous()
         tokens = query.shape[0]
         output = torch.empty((tokens, spec.num_heads, spec.value_dim), dtype=dtype)
         if tokens > plan.num_tokens:  # the model was padded
@@ -239,6 +242,8 @@ class CpuAttention:
             value_head,
             0 if sinks is None else sinks.data_ptr(),
             output.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            spec.distances,
         )
         layer = cache.layers.get(spec) or cache.layer(spec)
         attend = self._attends.get(dtype)

@@ -144,6 +144,7 @@ class FlashAttention3(LibraryAttention):
         key: torch.Tensor,
         value: torch.Tensor,
         sinks: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         plan.writes.write(cache, key, value)

@@ -218,6 +218,7 @@ class FlashInferAttention(LibraryAttention):
         key: torch.Tensor,
         value: torch.Tensor,
         sinks: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         plan.writes.write(cache, key, value)

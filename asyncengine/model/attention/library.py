@@ -64,6 +64,8 @@ class LibraryAttention(TokenMajorLayout):
         """As `ParticularBackend` says."""
         if spec.has_sinks:
             raise BackendUnavailableError(f"the {self.name} attention back end has no attention sinks")
+        if spec.distances:
+            raise BackendUnavailableError(f"the {self.name} attention back end adds no bias to scores")
         if spec.looks_ahead:
             raise BackendUnavailableError(
                 f"with the {self.name} attention back end tokens of an image cannot attend to later ones of it"

@@ -98,6 +98,8 @@ struct Call {  // strides in elements, of the token and of the head
   int64_t value_token, value_head;
   const float *sinks;  // (heads) or null
   void *output;        // (tokens, heads, value_dim)
+  const float *bias;   // (heads, distances), added to scaled scores; the last is that of all farther tokens. Or null
+  int64_t distances;
 };
 }
 
@@ -557,6 +559,7 @@ struct Step {
   const bool tiled;  // whether tiles multiply, see tiles.h
   const int32_t *const reach;  // of the plan, if the layer looks ahead
   const int64_t per_kv_head, key_steps, query_steps, value_pair, key_block, value_block, sum_width, max_rows;
+  const int64_t bias_width;  // of a row of `Scratch::biases`
   const bool direct;  // pages can be read where they are
   const float score_scale, tanh_scale;
   std::vector<Tile> &tiles;
@@ -581,8 +584,9 @@ struct Step {
         value_block(l.page_size * l.value_dim),
         sum_width(round_up(l.value_dim, kLanes)),
         max_rows(std::max<int64_t>(kTileRows / per_kv_head, 1) * per_kv_head),
+        bias_width(c.bias ? round_up(c.distances + 2 * kLanes, kLanes) : 0),
         direct(l.page_size % kLanes == 0),
-        score_scale(l.soft_cap != 0 ? 1.0f : float(l.scaling * 1.44269504088896340736)),
+        score_scale(l.soft_cap != 0 || c.bias ? 1.0f : float(l.scaling * 1.44269504088896340736)),
         tanh_scale(l.soft_cap != 0 ? float(l.scaling / l.soft_cap) : 0.0f),
         tiles(t),
         units(u) {}
@@ -646,6 +650,7 @@ struct Step {
     Weight *queries, *weights;
     State running, total;
     float *scores;
+    float *biases;  // of the KV head's query heads, by ascending position, see `arrange_biases`
     Stored *keys, *values;
     Stored *key_ends, *value_tiles;  // where tiles multiply: what does not make whole ones where it lies
     int64_t bytes;
@@ -662,6 +667,7 @@ struct Step {
     s.queries = reinterpret_cast<Weight *>(take(max_rows * query_steps * sizeof(Weight)));
     s.weights = reinterpret_cast<Weight *>(take(kChunkRows * (kBlock / T::kPair) * sizeof(Weight)));
     s.scores = reinterpret_cast<float *>(take(kChunkRows * kBlock * 4));
+    s.biases = reinterpret_cast<float *>(take(per_kv_head * bias_width * 4));
     for (State *state : {&s.running, &s.total}) {
       state->maximum = reinterpret_cast<float *>(take(max_rows * 4));
       state->total = reinterpret_cast<float *>(take(max_rows * kLanes * 4));
@@ -725,6 +731,20 @@ struct Step {
       }
   }
 
+  // How many distances a tile's tokens tell apart: none is as far from another as there are tokens.
+  int64_t distances_of(const Tile &tile) const { return std::min(call.distances, tile.context + tile.count); }
+
+  // The biases of a group of tokens as one vector: the distance falls where the position rises. Before the farthest stand
+  // as many of it as a vector has lanes, and behind the nearest as many of that, for tokens that nobody sees.
+  void arrange_biases(const Tile &tile, int64_t kv_head, float *to) const {
+    const int64_t distances = distances_of(tile);
+    for (int64_t g = 0; g < per_kv_head; ++g, to += bias_width) {
+      const float *from = call.bias + (kv_head * per_kv_head + g) * call.distances;
+      for (int64_t i = 0; i < bias_width; ++i)
+        to[i] = from[std::min(std::max<int64_t>(kLanes + distances - 1 - i, 0), distances - 1)] * kLog2E;
+    }
+  }
+
   // A block of a row's tokens: where its groups lie. Groups before `first` and from `last` on are not read.
   struct Block {
     int64_t begin, end;  // positions
@@ -782,6 +802,7 @@ struct Step {
     int rows;
     int64_t context, per_kv_head;  // of the tile
     const int32_t *reach;          // of the tile's tokens, or null
+    int64_t distances;             // of the tile, where there is a bias
     int first, last;               // groups of the block that some row sees
     float correction[kChunkRows];  // what the sums so far are multiplied by
     int64_t token(int r) const { return (row + r) / per_kv_head; }
@@ -798,7 +819,10 @@ struct Step {
     alignas(64) float reference[16] = {}, before[16] = {}, correction[16];
     for (int r = 0; r < chunk.rows; ++r) {
       float *row = s.scores + r * kBlock;
-      if (!Whole) hide(block, chunk, r, row);
+      if (!Whole && call.bias)
+        hide<true>(block, chunk, r, row, s.biases + (chunk.row + r) % per_kv_head * bias_width);
+      else if (!Whole)
+        hide<false>(block, chunk, r, row, nullptr);
       Vec highest = splat(-kInfinity);
 #pragma GCC unroll 8
       for (int g = first; g < last; ++g) highest = maximum(highest, load<Vec>(row + g * kLanes));
@@ -825,17 +849,27 @@ struct Step {
     }
   }
 
-  // Caps the scores of a row, and those of the tokens that it must not see become -inf.
-  __attribute__((noinline)) void hide(const Block &block, const Chunk &chunk, int r, float *row) const {
+  // Caps the scores of a row, adds its head's biases to them if there are any, and those of the tokens that it must not
+  // see become -inf.
+  template <bool Biased>
+  __attribute__((noinline)) void hide(const Block &block, const Chunk &chunk, int r, float *row,
+                                      const float *biases) const {
     const int64_t until = chunk.limit(r) - block.begin;
     const int64_t from = layer.window ? chunk.position(r) + 1 - layer.window - block.begin : 0;
     const int high = int(std::min<int64_t>(until, kBlock));
     const int low = int(std::min<int64_t>(std::max<int64_t>(from, 0), kBlock));
-    const float cap = float(layer.soft_cap);
+    const float cap = float(layer.soft_cap), scale = float(layer.scaling * 1.44269504088896340736);
+    const int64_t nearest = kLanes + chunk.distances - 1, at = nearest - chunk.position(r) + block.begin;
     for (int g = chunk.first; g < chunk.last; ++g) {
       const Ints token = iota() + g * kLanes;
       Vec x = load<Vec>(row + g * kLanes);
-      if (cap != 0) x = tanh_of(x * tanh_scale) * (cap * kLog2E);
+      if (Biased) {
+        if (cap != 0) x = tanh_of(x * tanh_scale);
+        const Vec bias = load<Vec>(biases + std::min(std::max<int64_t>(at + g * kLanes, 0), nearest + 1));
+        x = fused(x, splat(cap != 0 ? cap * kLog2E : scale), bias);
+      } else if (cap != 0) {
+        x = tanh_of(x * tanh_scale) * (cap * kLog2E);
+      }
       store(row + g * kLanes, (token < high) & (token >= low) ? x : splat(-kInfinity));
     }
   }
@@ -852,7 +886,7 @@ struct Step {
       const int64_t row = tiled ? i * at_once : rows * i / chunks;
       const int count = int((tiled ? std::min(rows, row + at_once) : rows * (i + 1) / chunks) - row);
       Chunk chunk = {row, count, tile.context, per_kv_head, reach ? reach + tile.first : nullptr,
-                     block.first, block.last, {}};
+                     distances_of(tile), block.first, block.last, {}};
       const int64_t lowest = chunk.limit(0), highest = chunk.limit(chunk.rows - 1);
       const int64_t first_seen = chunk.position(0) + 1 - layer.window;  // with a window
       if (highest <= block.begin || (layer.window && first_seen >= block.begin + kBlock)) continue;
@@ -868,7 +902,7 @@ struct Step {
       const bool all_see_all =
           lowest >= block.begin + kBlock &&
           (!layer.window || chunk.position(chunk.rows - 1) + 1 - layer.window <= block.begin);
-      if (all_see_all && layer.soft_cap == 0)
+      if (all_see_all && layer.soft_cap == 0 && !call.bias)
         softmax<true>(block, chunk, s);
       else
         softmax<false>(block, chunk, s);
@@ -1082,6 +1116,7 @@ struct Step {
     const bool whole = !split_units && unit.splits == 1;  // there is nothing to fold it into
     int configured = 0;
     pack_queries(tile, kv_head, s.queries);
+    if (call.bias) arrange_biases(tile, kv_head, s.biases);
     if (!split_units && !whole) clear(s.total, rows, 1, sum_width);
     for (int64_t split = unit.split; split < unit.split + unit.splits; ++split) {
       clear(s.running, rows, kLanes, sum_width);

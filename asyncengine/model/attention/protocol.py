@@ -37,6 +37,8 @@ class LayerSpec:
             A sliding window bounds how far back they look, as it does for others.
         values_in_keys: Whether the value of a token is the beginning of its key, as of latents
             (`asyncengine.model.latent_attention`), so that a back end may keep it once.
+        distances: How many distances between two tokens have a bias of their own, which is added to scores when they
+            have been scaled and capped (T5); 0 is no bias.
     """
 
     num_heads: int
@@ -51,6 +53,7 @@ class LayerSpec:
     value_scale: float = 1.0
     looks_ahead: bool = False
     values_in_keys: bool = False
+    distances: int = 0
 
 
 class AttentionBackend(Protocol):
@@ -92,6 +95,7 @@ class AttentionBackend(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         sinks: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Writes the step's keys and values into `cache`, then attends.
 
@@ -103,6 +107,8 @@ class AttentionBackend(Protocol):
             key: (tokens, kv heads, key_dim), any strides.
             value: (tokens, kv heads, value_dim), any strides.
             sinks: (heads,) or None.
+            bias: (heads, distances) float32, or None: what is added to the score of a token that so many places before
+                (Raffel et al., 2020). The last column holds for all that are farther, the first for all that follow.
 
         Returns:
             (tokens, heads, value_dim), contiguous, of the query's dtype.

@@ -74,6 +74,7 @@ class TorchAttention(TokenMajorLayout):
         key: torch.Tensor,
         value: torch.Tensor,
         sinks: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`."""
         key_scale, value_scale = fp8.scales(spec, cache.keys.dtype)
@@ -101,6 +102,7 @@ class TorchAttention(TokenMajorLayout):
                     group.positions[:, i : i + at_once],
                     until[:, i : i + at_once],
                     sinks,
+                    bias,
                 )
                 for i in range(0, n, at_once)
             ]
@@ -157,6 +159,7 @@ def _softmax_attention(
     positions: torch.Tensor,
     until: torch.Tensor,
     sinks: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attends in float32.
 
@@ -168,6 +171,7 @@ def _softmax_attention(
         positions: (rows, n), of the queries.
         until: (rows, n), how many tokens of its row each of them sees, but for a window.
         sinks: (heads,) or None.
+        bias: (heads, distances) or None.
 
     Returns:
         (rows, n, heads, value_dim).
@@ -181,6 +185,10 @@ def _softmax_attention(
         scores.div_(spec.soft_cap).tanh_().mul_(spec.soft_cap)
     scores = scores.view(rows, spec.num_kv_heads, n, per_kv_head, -1)
     at = torch.arange(keys.shape[2], device=keys.device)
+    if bias is not None:
+        distance = (positions[..., None] - at).clamp_(0, spec.distances - 1)
+        by_kv_head = bias.reshape(spec.num_kv_heads, per_kv_head, -1)
+        scores += by_kv_head[:, :, distance].permute(2, 0, 3, 1, 4)
     hidden = at >= until[..., None]
     if spec.sliding_window is not None:
         hidden |= at <= positions[..., None] - spec.sliding_window

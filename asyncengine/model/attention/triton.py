@@ -188,8 +188,9 @@ class TritonAttention:
     def _tiles(self, spec: LayerSpec, dtype: torch.dtype) -> Tiles | None:
         """How a layer is cut, or None where its heads are too large for the kernel."""
         assert self._tuned is not None
-        found = self._tuned.get((dtype.itemsize, spec.key_dim, spec.value_dim))
-        return found or tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim, spec.values_in_keys)
+        biased = bool(spec.distances)
+        found = None if biased else self._tuned.get((dtype.itemsize, spec.key_dim, spec.value_dim))
+        return found or tiles_for(dtype.itemsize, spec.key_dim, spec.value_dim, spec.values_in_keys, biased)
 
     def _know(self, spec: LayerSpec, dtype: torch.dtype) -> int:
         """The index of the layer's cut, and room for its parts."""
@@ -266,6 +267,7 @@ class TritonAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         sinks: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`. Three or four launches; captured ones serve for every plan of one key."""
         query, key, value = _readable(query), _readable(key), _readable(value)
@@ -288,7 +290,8 @@ class TritonAttention:
                 if i // 2 == cut:
                     launch, per_processor = ((tiles.short, _SHORT_PROGRAMS), (tiles.long, _LONG_PROGRAMS))[i % 2]
                     grid = self._given_programs or self._processors * per_processor
-                    self._attend(spec, cache, plan, query, sinks, output, i, launch, tiles, grid)
+                    operands = query, sinks, None if bias is None else bias.contiguous()
+                    self._attend(spec, cache, plan, operands, output, i, launch, tiles, grid)
                     if i in plan.merged:
                         self._merge(spec, dtype, plan, sinks, output, i, grid)
         return output
@@ -307,17 +310,17 @@ class TritonAttention:
         spec: LayerSpec,
         cache: TritonCache,
         plan: TritonPlan,
-        query: torch.Tensor,
-        sinks: torch.Tensor | None,
+        operands: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
         output: torch.Tensor,
         index: int,
         launch: Launch,
         tiles: Tiles,
         grid: int,
     ) -> None:
+        query, sinks, bias = operands
         key_scale, value_scale = fp8.scales(spec, cache.keys.dtype)
         self._kernels.attend[(grid,)](
-            plan.buffer, query, cache.keys, cache.values, sinks, output, self._parts, self._statistics,
+            plan.buffer, query, cache.keys, cache.values, sinks, bias, output, self._parts, self._statistics,
             query.stride(0), query.stride(1), spec.scaling * key_scale, float(spec.soft_cap or 0.0), value_scale,
             **attend_constants(
                 spec, cache.keys.dtype, cache.keys.shape[2], index, launch, tiles, self._widen(cache),

@@ -174,13 +174,14 @@ def write(
 
 @triton.jit
 def attend(
-    plan, query, keys, values, sinks, output, parts, statistics,
+    plan, query, keys, values, sinks, bias, output, parts, statistics,
     query_token, query_head, scaling, soft_cap, value_scale,
     LIST: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
     PAGE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, FP8: tl.constexpr, AHEAD: tl.constexpr, IN_KEYS: tl.constexpr,
+    DISTANCES: tl.constexpr,
 ):  # fmt: skip
     """Works through one work list, all programs together. Each KV head (and each tile of query heads) is apart.
 
@@ -191,6 +192,8 @@ def attend(
 
     With IN_KEYS the value of a token is the beginning of its key, and is loaded once. Products of queries and keys are
     then made of two: of what is a value, too, and of the rest, which is what KEY_PAD is the size of.
+
+    With DISTANCES, scores get a bias by their distance, of which so many are told apart.
     """
     NUMBER: tl.constexpr = tl.float16 if FP8 else keys.dtype.element_ty
     TILE_HEADS: tl.constexpr = GROUP if GROUP < ROWS else ROWS
@@ -206,7 +209,8 @@ def attend(
     row_token = row // TILE_HEADS
     first_item = plan + tl.load(plan + LIST + 1)
     tables = plan + tl.load(plan + _TABLES)
-    unit = (soft_cap if HAS_SOFT_CAP else scaling) * _LOG2E
+    raw = soft_cap if HAS_SOFT_CAP else scaling
+    unit = _LOG2E if DISTANCES else raw * _LOG2E
 
     for index in range(tl.program_id(0), tl.load(plan + LIST) * WAYS, tl.num_programs(0)):
         item = first_item + index // WAYS * _ITEM
@@ -268,6 +272,11 @@ def attend(
             if HAS_SOFT_CAP:
                 # tanh(score / cap); an exponential that overflows gives 1, one that vanishes -1
                 scores = 1.0 - 2.0 / (tl.exp2(scores * (scaling * (2.0 * _LOG2E) / soft_cap)) + 1.0)
+            if DISTANCES:
+                distance = tl.minimum(tl.maximum(row_position[:, None] - at[None, :], 0), DISTANCES - 1)
+                scores = scores * raw + tl.load(
+                    bias + head[:, None] * DISTANCES + distance, mask=valid[:, None], other=0.0
+                )
             begins = block % SPLIT == 0
             bounded = begins | (block + KEYS > all_see)
             if WINDOW:

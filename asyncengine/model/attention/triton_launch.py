@@ -57,6 +57,7 @@ def attend_constants(
         # Rows that look ahead are in long lists.
         "AHEAD": reach and spec.looks_ahead and index % 2 == 1,
         "IN_KEYS": spec.values_in_keys,
+        "DISTANCES": spec.distances,
     }
 
 

@@ -95,7 +95,9 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def tiles_for(itemsize: int, key_dim: int, value_dim: int, values_in_keys: bool = False) -> Tiles | None:
+def tiles_for(
+    itemsize: int, key_dim: int, value_dim: int, values_in_keys: bool = False, biased: bool = False
+) -> Tiles | None:
     """How a layer is cut, or None where its heads are too large for the kernel.
 
     Args:
@@ -103,9 +105,10 @@ def tiles_for(itemsize: int, key_dim: int, value_dim: int, values_in_keys: bool 
         key_dim: Size of a key head.
         value_dim: Of a value head.
         values_in_keys: Whether that is the beginning of the key, which is then multiplied in two parts.
+        biased: Whether scores get a bias, which is fetched ahead as keys are: the largest tiles leave no room for it.
     """
     if values_in_keys:
         size = itemsize, padded(max(key_dim - value_dim, value_dim))
         return IN_KEYS.get(size) or TABLE.get(size)
-    exact = EXACT.get((itemsize, key_dim, value_dim))
+    exact = None if biased else EXACT.get((itemsize, key_dim, value_dim))
     return exact or TABLE.get((itemsize, padded(max(key_dim, value_dim))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -25,6 +26,21 @@ _NOT_HERE: dict[str, object] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """How large a model is.
+
+    Attributes:
+        spec: What each of its decoder's layers needs.
+        layers: How many of these there are.
+        inner: Width of the encoder's feed-forward layers.
+    """
+
+    spec: LayerSpec
+    layers: int
+    inner: int
+
+
+@dataclass(frozen=True, slots=True)
 class SourceDetails(Details):
     """What a load needs to know of such a model.
 
@@ -33,7 +49,7 @@ class SourceDetails(Details):
         fixed: Whether a source always has so many.
         written: Most tokens of its decoder, those included that it begins with.
         page_size: Tokens to a block.
-        spec: What each of its decoder's layers needs.
+        size: How large it is.
         kind: Its class.
     """
 
@@ -41,18 +57,23 @@ class SourceDetails(Details):
     fixed: bool = False
     written: int = 0
     page_size: int = 1
-    spec: LayerSpec | None = None
+    size: Shape | None = None
     kind: Any = None
+
+    @property
+    def shape(self) -> Shape:
+        """How large it is."""
+        assert self.size is not None
+        return self.size
 
     @property
     def layer(self) -> LayerSpec:
         """What each of its decoder's layers needs."""
-        assert self.spec is not None
-        return self.spec
+        return self.shape.spec
 
     def bytes_per_block(self, of_layer: Callable[[LayerSpec, int, torch.dtype], int]) -> int:
         """Of all layers together, by what each takes, as `AttentionBackend.bytes_per_block` has it."""
-        return of_layer(self.layer, self.page_size, self.dtype) * int(self.hf_config.decoder_layers)
+        return of_layer(self.layer, self.page_size, self.dtype) * self.shape.layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +137,7 @@ def details_of(
     *,
     hf_config: Any,
     ends: Ends,
-    spec: LayerSpec,
+    shape: Shape,
     vocab_size: int,
     kind: Any,
 ) -> SourceDetails:
@@ -130,7 +151,7 @@ def details_of(
         dtype: Of weights and activations.
         hf_config: As transformers reads it.
         ends: How far it goes.
-        spec: What each of its decoder's layers needs.
+        shape: How large it is.
         vocab_size: Tokens that have logits.
         kind: Its class.
 
@@ -146,10 +167,8 @@ def details_of(
     if tokenizer_key(tokenizer_path) is None:
         raise CheckpointError(f"{tokenizer_path}: there are no tokenizer files")
     page_size = config.kv_cache_page_size or (_CUDA_PAGE if device.type == "cuda" else _CPU_PAGE)
-    copied = 0  # a head that is the table of tokens, too: compiled code has it in its own order
-    if hf_config.tie_word_embeddings and device.type == "cpu" and config.attention_backend in ("auto", "cpu"):
-        of_number = {"none": dtype.itemsize, "fp8": 0}.get(config.quantization, 1)
-        copied = vocab_size * int(hf_config.d_model) * of_number
+    compiled = device.type == "cpu" and config.attention_backend in ("auto", "cpu") and config.quantization != "fp8"
+    copied = _tied_head(checkpoint, hf_config, vocab_size) if compiled else 0
     return SourceDetails(
         checkpoint,
         tokenizer_path,
@@ -157,7 +176,9 @@ def details_of(
         vocab_size,
         device,
         dtype,
-        checkpoint.weight_bytes(dtype) + copied,
+        checkpoint.weight_bytes(dtype)
+        + _in_float32(checkpoint, kind, dtype)
+        + copied * (dtype.itemsize if config.quantization == "none" else 1),
         ends.length(config, page_size),
         None if current is None else current.tokenizer,
         dtype,
@@ -166,6 +187,22 @@ def details_of(
         fixed=ends.fixed,
         written=ends.written,
         page_size=page_size,
-        spec=spec,
+        size=shape,
         kind=kind,
     )
+
+
+def _tied_head(checkpoint: Any, hf_config: Any, vocab_size: int) -> int:
+    """Numbers of a head that is the table of tokens, too, of which compiled code has a copy in its own order.
+
+    One that the checkpoint has is none, whatever its configuration says (T5).
+    """
+    tied = hf_config.tie_word_embeddings and "lm_head.weight" not in checkpoint.shapes
+    return vocab_size * int(hf_config.d_model) if tied else 0
+
+
+def _in_float32(checkpoint: Any, kind: Any, dtype: torch.dtype) -> int:
+    """Bytes that weights take more than in the model's dtype, since transformers leaves them in float32."""
+    wide = set(kind._keep_in_fp32_modules or ()) if dtype is torch.float16 else set[str]()
+    kept = sum(prod(shape) for name, shape in checkpoint.shapes.items() if wide.intersection(name.split(".")))
+    return int(kept) * (4 - dtype.itemsize)

@@ -7,6 +7,7 @@ Both kinds of keys and values are of one shape and lie in one cache, in the plac
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from asyncengine.model.attention.protocol import AttentionBackend, LayerSpec
 from asyncengine.model.attention_modules import ATTENTION, RecordedLayer, attach
 from asyncengine.model.device_copy import to_device
 from asyncengine.model.encoder_decoder.parting import of_sources, of_writing
+from asyncengine.model.encoder_decoder.parts import Biases, parts_of
 from asyncengine.model.paged_layers import PagedLayers
 from asyncengine.step.batch import Float32, Int64, StepBatch
 
@@ -33,20 +35,20 @@ class Output:
 
 
 def attend_here(model: Any) -> None:
-    """Lets the decoder attend by our function and the encoder by torch's; they share one configuration otherwise."""
-    own = copy.deepcopy(model.config)
-    for module in model.model.encoder.modules():
+    """Lets the decoder attend by our function and the encoder by torch's; most share one configuration otherwise."""
+    own, encoder = copy.deepcopy(model.config), parts_of(model).encoder
+    for module in encoder.modules():
         if getattr(module, "config", None) is model.config:
             module.config = own
     model.set_attn_implementation(ATTENTION)
-    model.model.encoder.set_attn_implementation("sdpa")
+    encoder.set_attn_implementation("sdpa")
 
 
-def layers_of(model: Any, spec: LayerSpec) -> list[RecordedLayer]:
+def layers_of(model: Any, spec: LayerSpec, biases: Biases) -> list[RecordedLayer]:
     """What attends to the tokens before, in the order of execution."""
+    own = parts_of(model).own.items()
     return [
-        RecordedLayer(f"model.decoder.layers.{index}.self_attn", layer.self_attn, spec, None)
-        for index, layer in enumerate(model.model.decoder.layers)
+        RecordedLayer(name, module, spec, None, bias) for (name, module), bias in zip(own, biases.tables, strict=True)
     ]
 
 
@@ -74,7 +76,7 @@ class SourceLayers:
 
     Args:
         model: Of transformers, with its weights.
-        spec: What each of its layers needs.
+        spec: What each of its layers needs; none of them adds a bias.
         paged: The layers that attend to the tokens before, as `layers_of` has them, with their caches.
         backend: Attends. Another one than theirs: a step has a plan of each.
         page_size: Tokens to a block.
@@ -92,8 +94,10 @@ class SourceLayers:
         device: torch.device,
         heads: Mapping[int, Sequence[int]],
     ) -> None:
-        self._modules = [layer.encoder_attn for layer in model.model.decoder.layers]
-        self._spec = spec
+        parts = parts_of(model)
+        self._modules = parts.beside
+        self._projections = parts.projections[1:3]
+        self._spec = dataclasses.replace(spec, distances=0)
         self._paged, self._backend, self._page_size, self._device = paged, backend, page_size, device
         self._heads = {layer: to_device(np.array(own), device) for layer, own in heads.items()}
         self._looked: list[_Looked] = []
@@ -133,7 +137,7 @@ class SourceLayers:
         plan = self._backend.plan(of_writing(slots, self._page_size), self._page_size, self._device)
         heads = self._spec.num_heads, self._spec.key_dim
         for module, cache in zip(self._modules, self._paged.caches, strict=True):
-            key, value = (project(rows).unflatten(1, heads) for project in (module.k_proj, module.v_proj))
+            key, value = (getattr(module, name)(rows).unflatten(1, heads) for name in self._projections)
             self._backend.attend(self._spec, cache, plan, key, key, value, None)
 
     def free(self) -> None:

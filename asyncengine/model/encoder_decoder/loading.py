@@ -17,6 +17,7 @@ from asyncengine.model.decoder.compiled_layers import weight_bytes
 from asyncengine.model.encoder_decoder.details import SourceDetails
 from asyncengine.model.encoder_decoder.layers import SourceLayers, layers_of
 from asyncengine.model.encoder_decoder.model import EncoderDecoderModel, SourceEncoder
+from asyncengine.model.encoder_decoder.parts import Biases, parts_of
 from asyncengine.model.encoder_decoder.products import check_products
 from asyncengine.model.load_check import fits, with_tokenizer
 from asyncengine.model.load_settings import check_layers, select_attention, sequences_of
@@ -65,13 +66,14 @@ def backends_of(config: EngineConfig, details: SourceDetails) -> tuple[Backends,
 
 def serving(
     model: Any, details: SourceDetails, backends: Backends, limits: Limits, sampler: Any, heads: Heads
-) -> tuple[TorchModel, SourceLayers]:
+) -> tuple[TorchModel, SourceLayers, Biases]:
     """A model with its KV cache, and with the heads that tell what tokens attend to."""
     layer, device = details.layer, details.device
-    paged = PagedLayers(layers_of(model, layer), backends[0], limits, details.dtype, device)
+    biases = Biases(parts_of(model), layer.distances)
+    paged = PagedLayers(layers_of(model, layer, biases), backends[0], limits, details.dtype, device)
     paged.allocate()
     sources = SourceLayers(model, layer, paged, backends[1], limits.page_size, device, heads)
-    return TorchModel(model, paged, sampler, device), sources
+    return TorchModel(model, paged, sampler, device), sources, biases
 
 
 def stepped(
@@ -95,9 +97,9 @@ def stepped(
         heads: By layer, those that tell what tokens attend to.
     """
     sampler = Sampler(limits.max_num_sequence, details.vocab_size, details.device)
-    text, sources = serving(model, details, backends, limits, sampler, heads)
+    text, sources, biases = serving(model, details, backends, limits, sampler, heads)
     encoder = SourceEncoder(model, kind, wanted, details.device, BUDGET_TOKENS)
-    return EncoderDecoderModel(text, sources, encoder, limits.page_size)
+    return EncoderDecoderModel(text, sources, biases, encoder, limits.page_size)
 
 
 def limits_of(
@@ -196,8 +198,9 @@ def _activations(details: SourceDetails, tokens: int, sequences: int, heads: int
     """Bytes that the largest step takes beside weights and KV cache: an encoder's layer, copies of all logits, and
     copies of what tokens attend to by so many heads.
     """
-    config = details.hf_config
-    rows = 2 * max(details.sources, tokens)
-    of_layer = rows * (8 * config.d_model + 2 * config.encoder_ffn_dim) * details.dtype.itemsize
+    rows, shape = 2 * max(details.sources, tokens), details.shape
+    of_layer = rows * (8 * details.hf_config.d_model + 2 * shape.inner) * details.dtype.itemsize
+    if shape.spec.distances:  # the encoder's bias of each pair of a source's tokens, and a mask that is made of it
+        of_layer += 2 * shape.spec.num_heads * details.sources**2 * details.dtype.itemsize
     attended = 3 * heads * MAX_SCORED * details.sources * 4
     return int(of_layer + 4 * sequences * details.vocab_size * 4 + attended)

@@ -13,6 +13,7 @@ from asyncengine.generation import SamplingParams
 from asyncengine.media import Kind, MediaItem
 from asyncengine.model.encoder_decoder.layers import SourceLayers
 from asyncengine.model.encoder_decoder.parting import of_text
+from asyncengine.model.encoder_decoder.parts import Biases
 from asyncengine.model.media.encoder import Features, MediaEncoder
 from asyncengine.model.runner import TorchModel
 from asyncengine.step.batch import NO_PAIRS, Int32, StepBatch, StepTokens
@@ -48,13 +49,17 @@ class EncoderDecoderModel:
     Args:
         text: Steps the decoder.
         sources: Its layers that attend to sources.
+        biases: What the others add to scores.
         encoder: Of sources.
         page_size: Tokens to a block.
     """
 
-    def __init__(self, text: TorchModel, sources: SourceLayers, encoder: SourceEncoder, page_size: int) -> None:
+    def __init__(
+        self, text: TorchModel, sources: SourceLayers, biases: Biases, encoder: SourceEncoder, page_size: int
+    ) -> None:
         self._text = text
         self._sources: SourceLayers | None = sources
+        self._biases: Biases | None = biases
         self._encoder = encoder
         self._page_size = page_size
 
@@ -109,8 +114,10 @@ class EncoderDecoderModel:
 
     def update_weights(self, weights: Mapping[str, Any]) -> None:
         """As the protocol says."""
+        assert self._biases is not None
         self._encoder.clear()
         self._text.update_weights(weights)
+        self._biases.refresh()
 
     def debug_call(self, name: str, args: tuple[Any, ...]) -> list[Any]:
         """As the protocol says."""
@@ -118,6 +125,6 @@ class EncoderDecoderModel:
 
     def close(self) -> None:
         """As the protocol says."""
-        self._sources = None
+        self._sources = self._biases = None
         self._encoder.clear()
         self._text.close()

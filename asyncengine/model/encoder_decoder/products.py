@@ -9,6 +9,7 @@ import torch
 from asyncengine.errors import UnsupportedModelError
 from asyncengine.model import memory, packed_linear
 from asyncengine.model.encoder_decoder.details import SourceDetails
+from asyncengine.model.encoder_decoder.parts import parts_of
 
 
 def check_products(details: SourceDetails, backend: Any) -> None:
@@ -72,11 +73,11 @@ def _replaced(model: Any, details: SourceDetails, backend: Any) -> float:
     if compiles(details, backend):
         products = Products(backend.library(kind_of(dtype, quantization)), dtype, quantization)
         stays = details.fixed and dtype is torch.float32
-        compile_layers(model, products, set(model.model.encoder.modules()) if stays else ())
+        compile_layers(model, products, set(parts_of(model).encoder.modules()) if stays else ())
         return narrow_share(model)
     if quantization == "int4":
         four_bit_linear.round_layers(model)
         return share_of(model)
     if packed_linear.supports(dtype, details.device):
-        packed_linear.pack(model.model.decoder, set())
+        packed_linear.pack(parts_of(model).decoder, set())
     return 0.0

@@ -21,6 +21,7 @@ from asyncengine.model.encoder_decoder.details import SourceDetails
 from asyncengine.model.encoder_decoder.layers import attend_here
 from asyncengine.model.encoder_decoder.loading import Backends, serving
 from asyncengine.model.encoder_decoder.parting import filled, of_text
+from asyncengine.model.encoder_decoder.parts import parts_of
 from asyncengine.model.encoder_decoder.products import compiles, with_products
 from asyncengine.model.graphs import reason_of
 from asyncengine.model.letting_go import take_apart
@@ -149,15 +150,18 @@ class Trial:
 
     def _encoded(self, model: Any) -> torch.Tensor:
         """(source, hidden) what an encoder's layers make of random numbers."""
-        details, encoder = self.details, model.model.encoder
+        details, encoder = self.details, parts_of(model).encoder
         source = details.sources if details.fixed else min(_READ, details.sources)
         hidden = torch.randn(1, _READ, details.hf_config.d_model, generator=torch.Generator().manual_seed(0))
         hidden = hidden.to(details.device, details.dtype)
-        for layer in encoder.layers:
-            hidden = layer(hidden, None)
-        if (norm := getattr(encoder, "layer_norm", None)) is not None:
-            hidden = norm(hidden)
-        return hidden[0].repeat(-(-source // _READ), 1)[:source]
+        if not details.fixed:
+            hidden = encoder(inputs_embeds=hidden).last_hidden_state
+        else:  # it embeds what is heard, and much of it
+            for layer in encoder.layers:
+                hidden = layer(hidden, None)
+            hidden = encoder.layer_norm(hidden)
+        rows: torch.Tensor = hidden[0].repeat(-(-source // _READ), 1)[:source]
+        return rows
 
     def _take_steps(self, model: Any) -> None:
         attend_here(model)
@@ -173,7 +177,7 @@ class Trial:
         places = filled(source, page_size)
         length = places + ids.shape[1]
         limits = Limits(1, length, length, page_size, -(-length // page_size))
-        text, layers = serving(model, details, self.backends, limits, None, {})
+        text, layers, _ = serving(model, details, self.backends, limits, None, {})
         sequence = np.concatenate((np.zeros((1, places), np.int32), ids), axis=1)
 
         def piece(start: int, end: int) -> StepBatch:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, WhisperFeatureExtractor
 from asyncengine.config import EngineConfig
 from asyncengine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from asyncengine.model.encoder_decoder import details as shared
-from asyncengine.model.encoder_decoder.details import Ends, SourceDetails, check_config
+from asyncengine.model.encoder_decoder.details import Ends, Shape, SourceDetails, check_config
 from asyncengine.model.encoder_decoder.loading import (
     backends_of,
     eos_token_ids,
@@ -66,7 +66,7 @@ def details_of(
         dtype,
         hf_config=hf_config,
         ends=Ends(hf_config.max_source_positions, hf_config.max_target_positions, True, "an audio"),
-        spec=spec_of(hf_config),
+        shape=Shape(spec_of(hf_config), hf_config.decoder_layers, hf_config.encoder_ffn_dim),
         vocab_size=hf_config.vocab_size,
         kind=SpeechDecoder,
     )

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 KINDS = frozenset({
-    "bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "pegasus", "plbart",
+    "bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "pegasus", "plbart", "t5", "umt5",
 })  # fmt: skip
-"""Types of models that are served, as ``config.json`` has them. NLLB's is "m2m_100", MBart-50's is "mbart"."""
+"""Types of models that are served, as ``config.json`` has them. NLLB's is "m2m_100", MBart-50's "mbart", Flan-T5's and
+MADLAD-400's "t5".
+"""
 
-_BIAS = "its attention adds a bias by relative position, which no back end here knows"
 _OWN = "it attends in code of its own"
 _REASONS = {
-    **dict.fromkeys(("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5"), _BIAS),
-    **dict.fromkeys(("bigbird_pegasus", "fsmt", "led", "mvp", "nllb-moe", "pegasus_x", "prophetnet"), _OWN),
+    **dict.fromkeys(("bigbird_pegasus", "fsmt", "led", "longt5", "mvp", "nllb-moe", "pegasus_x", "prophetnet"), _OWN),
+    **dict.fromkeys(("pop2piano", "t5gemma2", "udop"), "it reads more than texts"),
+    "switch_transformers": "it has experts",
+    "t5gemma": "layers of its decoder attend in several ways",
 }
 """Why others are not, by their types."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import transformers
 from transformers import AutoModelForSeq2SeqLM
 
 from asyncengine.config import EngineConfig
@@ -24,9 +25,10 @@ from asyncengine.model.encoder_decoder.loading import (
     stepped,
 )
 from asyncengine.model.encoder_decoder.trial import Trial
+from asyncengine.model.load_settings import longest_of
 from asyncengine.model.media.refusals import wanted
 from asyncengine.model.plain_loads import loading, stated_config
-from asyncengine.model.text_to_text.decoder import spec_of, stepping, take_steps
+from asyncengine.model.text_to_text.decoder import shape_of, stepping, take_steps
 from asyncengine.model.text_to_text.languages import Languages
 from asyncengine.model.text_to_text.reader import Beginning, Sizes, TextReader
 from asyncengine.model.text_to_text.rules import Rules, notes_of
@@ -36,7 +38,7 @@ from asyncengine.tokenizer import Tokenizer, WritingTokenizer
 
 _DOES = "writes one text of another"
 _NO_MEDIA = "it reads texts"
-_OTHERS = ("Classification", "QuestionAnswering")
+_OTHERS = ("Classification", "QuestionAnswering", "EncoderModel")
 
 
 def plan_of(
@@ -66,7 +68,14 @@ def details_of(
     named = str((hf_config.architectures or [""])[0])
     if named.endswith(_OTHERS):
         raise UnsupportedModelError(f"{checkpoint.name} is a {named}, which writes no texts; it cannot be served")
-    positions = int(hf_config.max_position_embeddings)
+    kind = AutoModelForSeq2SeqLM._model_mapping[type(hf_config)]
+    if not kind._supports_sdpa:  # T5, before it had transformers' attention interface
+        raise UnsupportedModelError(
+            f"{checkpoint.name} is a {kind.__name__}, which attends in code of its own in transformers "
+            f"{transformers.__version__}; a later one has it attend through its interface"
+        )
+    positions = longest_of(hf_config, config)
+    written = positions - _behind_padding(hf_config)
     shares = getattr(hf_config, "share_encoder_decoder_embeddings", True)
     return shared.details_of(
         config,
@@ -75,10 +84,10 @@ def details_of(
         device,
         dtype,
         hf_config=hf_config,
-        ends=Ends(positions, positions - _behind_padding(hf_config), False, "a source"),
-        spec=spec_of(hf_config),
+        ends=Ends(positions, written, False, "a source"),
+        shape=shape_of(hf_config, written),
         vocab_size=int(hf_config.vocab_size if shares else hf_config.decoder_vocab_size),
-        kind=stepping(AutoModelForSeq2SeqLM._model_mapping[type(hf_config)]),
+        kind=stepping(kind),
     )
 
 
@@ -145,7 +154,8 @@ def _stated(details: SourceDetails) -> _Stated:
         CheckpointError: It is not said what the decoder begins with, or something of it is no such thing.
     """
     generation, hf_config, name = generation_of(details), details.hf_config, details.checkpoint.name
-    said = (generation.decoder_start_token_id, hf_config.decoder_start_token_id, generation.bos_token_id)
+    of_config = getattr(hf_config, "decoder_start_token_id", None)
+    said = (generation.decoder_start_token_id, of_config, generation.bos_token_id)
     start = next((each[0] if isinstance(each, list) and each else each for each in said if each is not None), None)
     forced = generation.forced_bos_token_id
     last = details.vocab_size - 1

@@ -77,6 +77,13 @@ def random_sinks(spec: LayerSpec, dtype: torch.dtype = torch.float32) -> torch.T
     return torch.randn(spec.num_heads, generator=torch.Generator().manual_seed(7)).to(dtype)
 
 
+def random_bias(spec: LayerSpec) -> torch.Tensor | None:
+    """(heads, distances)."""
+    if not spec.distances:
+        return None
+    return torch.randn(spec.num_heads, spec.distances, generator=torch.Generator().manual_seed(8))
+
+
 def dense(spec: LayerSpec, row: Row, sinks: torch.Tensor | None) -> torch.Tensor:
     """Returns (new, heads, value_dim) in float64."""
     group = spec.num_heads // spec.num_kv_heads
@@ -86,6 +93,8 @@ def dense(spec: LayerSpec, row: Row, sinks: torch.Tensor | None) -> torch.Tensor
     if spec.soft_cap is not None:
         scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
     at, position = torch.arange(row.context + row.new), row.context + torch.arange(row.new)[:, None]
+    if (bias := random_bias(spec)) is not None:
+        scores += bias.double()[:, (position - at).clamp(0, spec.distances - 1)]
     visible = at <= position
     if spec.looks_ahead:
         visible = at < torch.from_numpy(row.reach())[:, None]
@@ -176,7 +185,9 @@ def run_paged(
             fill(cache, batch.slot_mapping, keys / key_scale, values / value_scale)
         else:
             queries = torch.zeros(len(keys), spec.num_heads, spec.key_dim, dtype=dtype)
-            backend.attend(spec, cache, backend.plan(batch, page_size, CPU), queries, keys, values, sinks)
+            backend.attend(
+                spec, cache, backend.plan(batch, page_size, CPU), queries, keys, values, sinks, random_bias(spec)
+            )
     batch = step_batch([row.new for row in rows], [row.context for row in rows], tables, page_size)
     if any(row.images for row in rows):
         batch = dataclasses.replace(batch, reach=np.concatenate([row.reach() for row in rows]))
@@ -188,6 +199,7 @@ def run_paged(
         torch.cat([row.keys[row.context :] for row in rows]),
         torch.cat([row.values[row.context :] for row in rows]),
         sinks,
+        random_bias(spec),
     )
     if (kv_dtype or dtype) is not FP8:
         for row, table in zip(rows, tables, strict=True):

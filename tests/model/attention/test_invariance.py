@@ -17,7 +17,8 @@ SPECS: dict[str, LayerSpec] = {
     "group of 3": layer(heads=3, kv_heads=1, key_dim=32),
     "group of 8": layer(heads=8, kv_heads=1, key_dim=16),
     "window": layer(sliding_window=150),
-    "everything": layer(sliding_window=700, soft_cap=4.0, has_sinks=True, key_dim=33, value_dim=17),
+    "bias": layer(heads=6, kv_heads=2, distances=129),
+    "everything": layer(sliding_window=700, soft_cap=4.0, has_sinks=True, distances=90, key_dim=33, value_dim=17),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 over_specs = pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def test_flashinfer_plans_once_for_a_kind_of_layer_and_never_over_the_step_befor
     ("spec", "says"),
     [
         (layer(key_dim=64, has_sinks=True), "no attention sinks"),
+        (layer(key_dim=64, distances=3), "adds no bias to scores"),
         (layer(key_dim=64, value_dim=128), "not of 64 and 128"),
         (layer(key_dim=512), "not of 512 and 512"),
         (layer(key_dim=65), "not of 65 and 65"),

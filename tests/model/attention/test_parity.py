@@ -106,6 +106,11 @@ FEATURES: list[dict[str, Any]] = [
     {"has_sinks": True},
     {"has_sinks": True, "soft_cap": 5.0, "sliding_window": 33},
     {"scaling": 1.0},
+    {"distances": 1},
+    {"distances": 33},
+    {"distances": 1000, "heads": 6},
+    {"distances": 129, "scaling": 1.0, "sliding_window": 150},
+    {"distances": 20, "has_sinks": True, "soft_cap": 5.0, "sliding_window": 33},
 ]
 
 
@@ -138,6 +143,7 @@ def test_random_batches(data: st.DataObject) -> None:
         sliding_window=draw(st.none() | st.integers(1, 200)),
         soft_cap=draw(st.none() | st.floats(1, 50)),
         has_sinks=draw(st.booleans()),
+        distances=draw(st.sampled_from([0, 0, 1, 5, 40, 200])),
     )
     shapes = draw(
         st.lists(st.tuples(st.integers(0, 300), st.integers(1, 4) | st.integers(1, 150)), min_size=1, max_size=6)

@@ -49,6 +49,7 @@ FEATURES: list[dict[str, Any]] = [
     {"sliding_window": 12},
     {"sliding_window": 48},
     {"sliding_window": 300, "has_sinks": True, "soft_cap": 5.0},
+    {"distances": 30},
 ]
 
 

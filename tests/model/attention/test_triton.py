@@ -113,13 +113,16 @@ def test_values_that_are_the_beginning_of_keys(
         {"has_sinks": True},
         {"has_sinks": True, "soft_cap": 5.0, "sliding_window": 33},
         {"scaling": 1.0},
+        {"distances": 33},
+        {"distances": 1000, "heads": 6, "kv_heads": 2},
+        {"distances": 20, "has_sinks": True, "soft_cap": 5.0, "sliding_window": 33},
     ],
     ids=str,
 )
 def test_features(features: dict[str, Any]) -> None:
     shapes = [(40, 1), (95, 1), (30, 9)]
     for dtype in (torch.float32, torch.bfloat16)[: 1 + (len(features) > 1)]:  # of each alone, dtypes make no difference
-        assert_matches_dense(backend(), layer(2, 1, **features), shapes, 16, dtype)
+        assert_matches_dense(backend(), layer(**{"heads": 2, "kv_heads": 1} | features), shapes, 16, dtype)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,10 @@ def test_what_was_measured_on_the_device_is_used(monkeypatch: pytest.MonkeyPatch
     own._look_up(torch.device("cuda", 0))
     assert own._tiles(layer(), torch.bfloat16) == OTHER
     assert own._tiles(layer(), torch.float32) == TABLE[4, 32]
+    # What is fetched of a bias takes room of its own, in which none of these was tried.
+    assert own._tiles(layer(distances=9), torch.bfloat16) == TABLE[2, 32]
+    assert own._tiles(layer(key_dim=64), torch.bfloat16) == EXACT[2, 64, 64]
+    assert own._tiles(layer(key_dim=64, distances=9), torch.bfloat16) == TABLE[2, 64]
     plain = TritonOnDevice()
     plain._look_up(CPU)
     assert plain._tiles(layer(), torch.bfloat16) == TABLE[2, 32]

@@ -162,10 +162,11 @@ class TritonOnDevice(TritonAttention):
         key: torch.Tensor,
         value: torch.Tensor,
         sinks: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if DEVICE.type == "cpu":
-            return super().attend(spec, cache, plan, query, key, value, sinks)
-        there: list[Any] = [None if x is None else x.to(DEVICE) for x in (query, key, value, sinks)]
+            return super().attend(spec, cache, plan, query, key, value, sinks, bias)
+        there: list[Any] = [None if x is None else x.to(DEVICE) for x in (query, key, value, sinks, bias)]
         return super().attend(spec, cache, plan, *there).cpu()
 
     def fill(self, cache: TritonCache, slots: Int64, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ def test_blocks_are_copied_before_a_source_is_written() -> None:
     done = Mock()
     encoder: Any = Mock()
     encoder.features.return_value = Features(torch.zeros(12, 4))
-    EncoderDecoderModel(done.text, done.sources, encoder, PAGE).execute(step)
+    EncoderDecoderModel(done.text, done.sources, done.biases, encoder, PAGE).execute(step)
     assert [call[0] for call in done.mock_calls] == [
         "text.copy_blocks",
         "sources.write",

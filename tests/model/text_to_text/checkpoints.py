@@ -22,6 +22,8 @@ PAD, BOS, EOS, START = 1, 0, 2, 3
 FIRST = 8
 """The token of the byte 0."""
 VOCABULARY = FIRST + 256
+FARTHEST = 7
+"""From here on, distances between tokens are one to models that have a bias for them."""
 OF_KIND: dict[str, dict[str, Any]] = {
     "bart": {"decoder_start_token_id": EOS},
     "blenderbot": {"decoder_start_token_id": BOS, "pad_token_id": 5},
@@ -32,7 +34,18 @@ OF_KIND: dict[str, dict[str, Any]] = {
     "pegasus": {"decoder_start_token_id": PAD},
     "plbart": {"decoder_start_token_id": START},
 }
-KINDS = tuple(OF_KIND)
+_RELATIVE: dict[str, Any] = {
+    "num_layers": 3, "num_decoder_layers": 2, "num_heads": 2, "d_kv": 24, "d_ff": 32, "decoder_start_token_id": PAD,
+    "relative_attention_num_buckets": 6, "relative_attention_max_distance": FARTHEST,
+}  # fmt: skip
+RELATIVE: dict[str, dict[str, Any]] = {
+    "t5": _RELATIVE,
+    "t5 v1.1": _RELATIVE | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "mt5": _RELATIVE | {"tie_word_embeddings": False},
+    "umt5": _RELATIVE | {"tie_word_embeddings": False},
+}
+"""Kinds that add a bias to scores by distance, of which the second to the last have a head of their own."""
+KINDS = (*OF_KIND, *RELATIVE)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -63,9 +76,13 @@ def nllb() -> NllbTokenizer:
 def config(kind: str, **changes: Any) -> Any:
     """Of a tiny model."""
     values: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4,
-        "decoder_attention_heads": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 48, "max_position_embeddings": ROOM,
-        "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "forced_eos_token_id": None,
+        "vocab_size": VOCABULARY, "d_model": 32, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
+    }  # fmt: skip
+    if kind in RELATIVE:
+        return AutoConfig.for_model(kind.partition(" ")[0], **(values | RELATIVE[kind] | changes))
+    values |= {
+        "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 40, "decoder_ffn_dim": 48, "max_position_embeddings": ROOM, "forced_eos_token_id": None,
         "tie_word_embeddings": False,
     }  # fmt: skip
     return AutoConfig.for_model(kind, **(values | OF_KIND[kind] | changes))
@@ -76,6 +93,14 @@ def _spread(name: str, weight: torch.Tensor) -> float:
     and over.
     """
     inputs = weight.shape[-1] ** -0.5
+    if name == "shared.weight":  # of which the head may be the same: each token would follow upon itself
+        return 0.1
+    if "relative_attention_bias" in name:
+        return 4.0
+    if (
+        ".SelfAttention.q" in name or ".EncDecAttention.q" in name
+    ):  # scores are not scaled: what is left is for the bias
+        return (0.3 if "Self" in name else 1.5) * inputs
     if "embed" in name or "shared" in name:
         return 1.0
     if "encoder_attn" in name:
@@ -88,6 +113,8 @@ def write(path: Path, kind: str, seed: int = 0, generation: dict[str, Any] | Non
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForSeq2SeqLM.from_config(config(kind, **changes), dtype=torch.float32)
+        if kind in RELATIVE and RELATIVE[kind].get("tie_word_embeddings") is False:  # transformers ties it all the same
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.dim() > 1 and weight.requires_grad:

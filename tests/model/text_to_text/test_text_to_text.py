@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import logging
 import shutil
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM, T5ForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from asyncengine import (
     AsyncEngine,
@@ -32,12 +35,24 @@ from asyncengine import (
     UnsupportedModelError,
 )
 from asyncengine.model.encoder_decoder import loading as shared_loading
+from asyncengine.model.encoder_decoder.details import Shape
 from asyncengine.model.encoder_decoder.model import SourceEncoder
 from asyncengine.model.loader import TransformersLoader
 from asyncengine.model.text_to_text import loading
 from tests.loop.harness import eventually
 from tests.model.text_to_text import checkpoints
-from tests.model.text_to_text.checkpoints import EOS, FIRST, KINDS, LANGUAGE, MOST, PAD, ROOM, VOCABULARY, source
+from tests.model.text_to_text.checkpoints import (
+    EOS,
+    FARTHEST,
+    FIRST,
+    KINDS,
+    LANGUAGE,
+    MOST,
+    PAD,
+    ROOM,
+    VOCABULARY,
+    source,
+)
 
 pytestmark = pytest.mark.loops("either")
 
@@ -103,6 +118,66 @@ async def test_greedy_equals_transformers(kind: str, written: Callable[..., Path
         await free_again(serving)
 
 
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("torch", marks=pytest.mark.long)])
+async def test_models_without_positions_go_as_far_as_sequences_may(backend: str, written: Callable[..., Path]) -> None:
+    """And what they add to scores is the same for all that is far."""
+    path, given = written("t5 v1.1"), source(3, 70)
+    assert len(given) > ROOM > 6 * FARTHEST
+    async with engine(path, max_single_sequence_length=72 + ROOM, attention_backend=backend) as serving:
+        result = await serving.generate(given, GenerationConfig(ignore_eos=True))
+        assert len(result.token_ids) == ROOM - 1 and result.finish_reason is FinishReason.LENGTH
+        assert list(result.token_ids) == checkpoints.reference(path, given, ROOM - 1, eos_token_id=VOCABULARY)
+    loader = TransformersLoader()
+    lengths = [
+        loader.check(EngineConfig(str(path), max_single_sequence_length=most), None).details for most in (None, 9000)
+    ]
+    assert [(each.sources, each.written, each.max_length) for each in lengths] == [
+        (2048, 2048, 4096),
+        (9000, 9000, 9000),
+    ]
+
+
+async def test_transformers_says_nothing_of_a_head_that_is_no_table_of_tokens(
+    written: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which it makes of any T5's until it sees the weights."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    transformers_logging.set_verbosity_warning()
+    logger.addHandler(caplog.handler)
+    try:
+        AutoModelForSeq2SeqLM.from_pretrained(written("t5 v1.1"))
+        assert "we will NOT tie them" in caplog.text
+        caplog.clear()
+        async with engine(written("t5 v1.1")):
+            assert not caplog.records
+    finally:
+        logger.removeHandler(caplog.handler)
+        transformers_logging.set_verbosity_error()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+async def test_in_fewer_bits(dtype: str, written: Callable[..., Path]) -> None:
+    """As transformers does it, which leaves some of T5's weights in float32 beside float16."""
+    path, given = written("t5 v1.1"), source(3, 9)
+    async with engine(path, dtype=dtype) as serving:
+        result = await serving.generate(given, most(3, logprobs=True))
+        loaded = serving._thread.core.loaded
+        assert loaded is not None
+        [held] = loaded.model.debug_call("weight_bytes", ())
+        model = loaded.model._text._model  # type: ignore[attr-defined]
+        wide = {name.split(".")[-2] for name, each in model.named_parameters() if each.dtype is torch.float32}
+        assert wide == ({"wo"} if dtype == "float16" else set())
+        reckoned = TransformersLoader().check(engine(path, dtype=dtype)._config, None).details.weight_bytes  # type: ignore[arg-type]
+        assert 0 <= held - reckoned < 0.01 * held
+    there = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=dtype)
+    decoded = torch.tensor([[PAD, *result.token_ids[:2]]])
+    with torch.no_grad():
+        logits = there(torch.tensor([given]), decoder_input_ids=decoded).logits[0].float()
+    expected = logits.log_softmax(-1)[torch.arange(3), torch.tensor(result.token_ids)]
+    found = [each.logprob for each in result.outputs[0].logprobs or ()]
+    assert found == pytest.approx(expected.tolist(), abs={"float16": 0.02, "bfloat16": 0.15}[dtype])
+
+
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"kv_cache_page_size": 16, "prefix_cache_mode": "disable"},
@@ -131,9 +206,10 @@ async def test_however_it_is_served(changes: dict[str, Any], written: Callable[.
         await free_again(serving)
 
 
-async def test_sources_of_any_length_come_and_go(written: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("kind", ["bart", "t5", pytest.param("umt5", marks=pytest.mark.long)])
+async def test_sources_of_any_length_come_and_go(kind: str, written: Callable[..., Path]) -> None:
     """At random, over few blocks, with branches and aborts: what each writes is its own, and all blocks come back."""
-    path, random = written(), np.random.default_rng(7)
+    path, random = written(kind), np.random.default_rng(7)
     sources = [source(seed, int(random.integers(1, ROOM + 1))) for seed in range(10)]
     expected = checkpoints.references(path, sources)
     async with engine(path, max_total_sequence_length=112, max_num_sequence=5, prefill_chunk_size=13) as serving:
@@ -159,7 +235,13 @@ async def test_sources_of_any_length_come_and_go(written: Callable[..., Path]) -
         await free_again(serving)
 
 
-async def test_over_the_kernel_for_gpus(written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "few"),
+    [pytest.param("m2m_100", {"decoder_layers": 1}, marks=pytest.mark.long), ("t5 v1.1", {"num_decoder_layers": 1})],
+)
+async def test_over_the_kernel_for_gpus(
+    kind: str, few: dict[str, int], written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In Triton's interpreter."""
     from asyncengine.model.attention.select import Selection
     from tests.model.attention import triton_device
@@ -170,7 +252,7 @@ async def test_over_the_kernel_for_gpus(written: Callable[..., Path], monkeypatc
         "select_attention",
         lambda *_: Selection(triton_device.TritonOnDevice(programs=12, parts_bytes=1 << 19)),
     )
-    path = written("m2m_100", decoder_layers=1)
+    path = written(kind, **few)
     sources = [source(seed, length) for seed, length in enumerate((16, 17))]
     async with engine(path, kv_cache_page_size=16) as serving:
         found = await answers(serving, sources, 2)
@@ -442,8 +524,9 @@ def test_wrong_source_prompts(given: dict[str, Any], message: str) -> None:
         SourcePrompt(**given)
 
 
-async def test_sleep_wake_and_new_weights(written: Callable[..., Path]) -> None:
-    path, other, given = written(), written(seed=1), source(1, 9)
+@pytest.mark.parametrize("kind", ["bart", "t5 v1.1"])
+async def test_sleep_wake_and_new_weights(kind: str, written: Callable[..., Path]) -> None:
+    path, other, given = written(kind), written(kind, seed=1), source(1, 9)
     async with engine(path) as serving:
         [before] = await answers(serving, [given])
         await serving.sleep()
@@ -540,6 +623,7 @@ DAMAGED: list[tuple[Callable[[Path], None], type[Exception], str]] = [
         UnsupportedModelError,
         "model type 'led'.* encoder-decoder .* code of its own",
     ),
+    (changed("config.json", model_type="switch_transformers"), UnsupportedModelError, "it has experts; Whisper and"),
 ]
 
 
@@ -553,6 +637,38 @@ async def test_checkpoints_that_are_refused(
     with pytest.raises(kind, match=message):
         async with engine(path):
             pass
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ({"relative_attention_max_distance": 3}, CheckpointError, "relative_attention_max_distance is 3 .*_buckets 6"),
+        (
+            {"relative_attention_num_buckets": 3},
+            CheckpointError,
+            "relative_attention_num_buckets 3; expected at least 4",
+        ),
+        ({"num_decoder_layers": 3}, CheckpointError, "weights are missing"),
+        ({"architectures": ["T5EncoderModel"]}, UnsupportedModelError, "is a T5EncoderModel, which writes no texts"),
+    ],
+)
+async def test_checkpoints_of_t5_that_are_refused(
+    values: dict[str, Any], kind: type[Exception], message: str, written: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "damaged"
+    shutil.copytree(written("t5"), path)
+    changed("config.json", **values)(path)
+    with pytest.raises(kind, match=message):
+        async with engine(path):
+            pass
+
+
+def test_what_older_transformers_attend_to_in_their_own_code(
+    written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(T5ForConditionalGeneration, "_supports_sdpa", False)
+    with pytest.raises(UnsupportedModelError, match=r"is a T5ForConditionalGeneration, which attends .* of its own"):
+        TransformersLoader().check(EngineConfig(str(written("t5"))), None)
 
 
 @pytest.mark.parametrize("stated", [{"forced_bos_token_id": VOCABULARY}, {"suppress_tokens": ["a"]}], ids=str)
@@ -571,8 +687,13 @@ def test_what_it_says_of_generating_is_looked_at_before_the_present_model_goes(
 async def test_what_computes_something_else_is_refused(
     written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = loading.spec_of
-    monkeypatch.setattr(loading, "spec_of", lambda config: dataclasses.replace(right(config), scaling=1.0))
+    right = loading.shape_of
+
+    def wrong(*given: Any) -> Shape:
+        shape = right(*given)
+        return dataclasses.replace(shape, spec=dataclasses.replace(shape.spec, scaling=1.0))
+
+    monkeypatch.setattr(loading, "shape_of", wrong)
     with pytest.raises(UnsupportedModelError, match="does not compute over a paged KV cache"):
         async with engine(written()):
             pass
