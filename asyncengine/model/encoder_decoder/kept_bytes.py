@@ -31,6 +31,6 @@ def kept_bytes(details: SourceDetails) -> int:
             total += linear_bytes(shape, details.dtype, details.quantization, "cuda" if cuda else "modules")
         elif not cuda and details.quantization != "fp8":
             total += linear_bytes(shape, details.dtype, "int8", "modules")
-        elif identity not in tables:  # else it is that table
+        elif identity not in tables or "lm_head.weight" in details.checkpoint.shapes:  # else it is that table
             total += int(layer.weight.nbytes)
     return total

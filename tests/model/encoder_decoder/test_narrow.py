@@ -50,7 +50,12 @@ def write_audio(path: Path, seed: int = 0, **changes: Any) -> Path:
     return speech.write(path, seed, sharp=2, **(SIZES | changes))
 
 
+def write_t5(path: Path, seed: int = 0, **changes: Any) -> Path:
+    return text.write(path, "mt5", seed, **({"d_model": 64, "d_kv": 16, "d_ff": 96} | changes))
+
+
 WRITE: dict[str, Callable[..., Path]] = {"text": write_text, "audio": write_audio}
+WITH_T5 = WRITE | {"t5": write_t5}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(what: str, seed: int = 0, **changes: Any) -> Path:
         key = (what, seed, repr(changes))
         if key not in made:
-            made[key] = WRITE[what](tmp_path_factory.mktemp(what), seed, **changes)
+            made[key] = WITH_T5[what](tmp_path_factory.mktemp(what), seed, **changes)
         return made[key]
 
     return make
@@ -116,6 +121,20 @@ def test_linear_layers_are_kept_in_few_bits(
         loaded.model.close()
 
 
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_head_of_its_own_is_reckoned(quantization: Quantization, written: Callable[..., Path]) -> None:
+    """Also where the configuration says that it is the table of tokens, as that of each T5 does."""
+    path = written("t5")
+    plan = TransformersLoader().check(config_of(path, quantization=quantization), None)
+    assert plan.details.hf_config.tie_word_embeddings
+    loaded: Any = load(path, quantization=quantization)
+    try:
+        [held] = loaded.model.debug_call("weight_bytes", ())
+    finally:
+        loaded.model.close()
+    assert held == kept_bytes(plan.details)
+
+
 def takes_inputs(module: nn.Module) -> bool:
     return hasattr(module, "in_features")
 
@@ -158,7 +177,7 @@ def off(answers: list[Answer], path: Path, what: str, model: Any) -> float:
     """How far log-probabilities are from those of a model that is given the same tokens, on average."""
     found, expected = [], []
     for seed, (tokens, tops) in enumerate(answers):
-        begin = BEGIN if what == "audio" else [text.EOS]
+        begin = {"audio": BEGIN, "text": [text.EOS], "t5": [text.PAD]}[what]
         given = (
             speech.features(path, speech.sound(seed, 1.3)) if what == "audio" else torch.tensor([text.source(seed, 9)])
         )
@@ -170,7 +189,7 @@ def off(answers: list[Answer], path: Path, what: str, model: Any) -> float:
     return float((torch.tensor(found) - torch.tensor(expected)).abs().mean())
 
 
-@pytest.mark.parametrize("what", WRITE)
+@pytest.mark.parametrize("what", WITH_T5)
 async def test_answers_are_those_of_transformers_with_weights_that_were_rounded_so(
     what: str, written: Callable[..., Path]
 ) -> None:
