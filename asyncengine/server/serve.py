@@ -134,7 +134,8 @@ def serve(
         try:
             return runner.run(running.run())
         finally:
-            gc.unfreeze()  # or else some extension modules complain of leaks when the interpreter ends
+            if loader is None:  # it was frozen here; some extension modules would complain of leaks in the end
+                gc.unfreeze()
 
 
 class _Server(uvicorn.Server):

@@ -146,6 +146,7 @@ def test_the_batch_changes_no_bits(changes: Any, tiny_adapters: Path) -> None:
     assert with_one.logprobs != without.logprobs
 
 
+@pytest.mark.long
 def test_lower_precisions_are_near(tiny_adapters: Path) -> None:
     """An adapter is no further off than the model is by itself, in each way in which weights may be kept."""
 

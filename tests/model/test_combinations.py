@@ -154,6 +154,7 @@ def test_so_it_is_with_the_tiny_model_and_its_head(tmp_path: Path) -> None:
     combine(Path(tiny.PATH), seed=4, requests=12, engines=1, end=2, directory=tmp_path, head=head)
 
 
+@pytest.mark.long
 def test_so_it_is_with_a_head_of_the_model_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mtp_heads, "LAYERS", 1)
     path = mtp_heads.write(

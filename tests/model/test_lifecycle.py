@@ -149,6 +149,7 @@ async def test_a_load_that_fails_after_the_old_model_is_gone_leaves_a_usable_eng
 
 
 @pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.loops("either")
 async def test_a_request_is_carried_over_to_the_next_model(
     beside: bool, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +332,7 @@ def test_unload_gives_the_memory_back(large: Callable[[int], Path]) -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.loops("either")
 async def test_loading_half_a_gigabyte_does_not_stall_the_loop(large: Callable[[int], Path]) -> None:
     """Contract 26. The loop's lag is how late a 1 ms timer comes, while models are loaded, one beside the other."""
     path = large(500)

@@ -49,6 +49,13 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("architecture", "changes"), WAYS, ids=[f"{name},{','.join(each)}" for name, each in WAYS])
+@pytest.mark.in_short(
+    "gemma3_text,decoder_backend",
+    "deepseek_v2,attention_backend",
+    "llama,attention_backend,kv_cache_dtype",
+    "llama,dtype,quantization,speculative_mode",
+    "llama,",
+)
 async def test_another_engine_finds_the_same_bits(
     architecture: str, changes: dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

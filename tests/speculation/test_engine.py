@@ -119,6 +119,7 @@ def test_outputs_are_those_without_drafts(
 
 
 @pytest.mark.parametrize("architecture", [pytest.param("qwen3", marks=pytest.mark.long), "gpt_neox"])
+@pytest.mark.long
 def test_so_it_is_with_other_architectures(
     architecture: str, pair: Callable[[str], tuple[Path, Path]], subtests: pytest.Subtests
 ) -> None:

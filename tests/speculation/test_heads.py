@@ -142,6 +142,7 @@ async def test_new_weights_that_the_head_does_not_know_are_those_that_count() ->
 
 
 @pytest.mark.loops("either")
+@pytest.mark.long
 async def test_a_model_with_recurrent_layers_says_the_same_with_its_own_head(tmp_path: Path) -> None:
     """Over few tokens, so that some of a random head's guesses are right; from the prefix cache, too."""
     path = mtp_heads.write(tmp_path, "qwen3_5", "qwen", vocab_size=8)

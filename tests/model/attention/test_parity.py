@@ -130,7 +130,7 @@ def test_values_that_are_the_beginning_of_keys(
     assert_matches_dense(backend, spec, MIXED[::2] if key_dim < 100 else SHORT, 16, dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_random_batches(data: st.DataObject) -> None:
     draw = data.draw

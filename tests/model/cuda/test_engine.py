@@ -177,6 +177,7 @@ async def test_fused_kernels_take_part_in_captured_steps(
 
 
 @on_one_loop
+@pytest.mark.long
 async def test_speculation_verifies_on_the_device(device: Pretended, config: EngineConfig) -> None:
     drafting = config.replace(speculative_mode="small_draft", additional_models=(config.model,), spec_draft_length=2)
     async with AsyncEngine(drafting) as engine:
@@ -239,6 +240,7 @@ async def test_heads_draft_from_states_that_replayed_steps_hand_out(
 
 
 @on_one_loop
+@pytest.mark.long
 async def test_steps_with_adapters_are_captured(
     device: Pretended, config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,6 +472,7 @@ async def test_images_are_seen_beside_captured_steps(
 
 
 @on_one_loop
+@pytest.mark.long
 async def test_scores_and_embeddings(device: Pretended, config: EngineConfig) -> None:
     async def work(engine: AsyncEngine) -> tuple[list[float], list[Any]]:
         scores = await engine.score([PROMPT, [7, 8]], top_logprobs=2)
@@ -512,6 +515,7 @@ async def test_sleeps_wakes_changes_and_reloads_without_a_trace(
 
 
 @on_one_loop
+@pytest.mark.long
 async def test_weights_and_kv_cache_in_fp8(device: Pretended, config: EngineConfig) -> None:
     """What the load compares with transformers is computed by the device's kernels, in bfloat16."""
     narrow = config.replace(dtype="bfloat16", quantization="fp8", kv_cache_dtype="fp8_e4m3")
@@ -577,6 +581,7 @@ async def test_kernels_that_compute_something_else_are_not_used(
 
 
 @on_one_loop
+@pytest.mark.long
 async def test_a_model_that_waits_is_served_as_it_is(
     device: Pretended, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -598,6 +603,7 @@ async def test_a_model_that_waits_is_served_as_it_is(
 
 
 @on_one_loop
+@pytest.mark.long
 async def test_experts_that_wait_are_not_captured(
     device: Pretended, config: EngineConfig, checkpoint: Callable[..., Path]
 ) -> None:

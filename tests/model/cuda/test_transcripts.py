@@ -31,6 +31,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
 
 
 @on_one_loop
+@pytest.mark.long
 async def test_transcripts_are_those_of_the_host(device: Pretended, tmp_path: Path) -> None:
     """Of more sequences than there is memory for, so that all that may be taken is."""
     heads = [(0, 1)]

@@ -84,6 +84,7 @@ def load(path: Path, **changes: Any) -> LoadedModel:
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("what", WRITE)
+@pytest.mark.in_short("text-int8", "audio-int4", "text-fp8")
 def test_linear_layers_are_kept_in_few_bits(
     what: str, quantization: Quantization, written: Callable[..., Path]
 ) -> None:
@@ -264,6 +265,7 @@ def test_where_nothing_multiplies_them_they_are_refused(
 
 
 @pytest.mark.parametrize(("what", "of"), [("text", "encoder"), ("text", "decoder"), ("audio", "decoder")])
+@pytest.mark.in_short("text-encoder", "audio-decoder")
 async def test_products_that_compute_something_else_are_not_used(
     what: str, of: str, written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

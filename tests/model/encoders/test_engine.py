@@ -65,6 +65,7 @@ AS_HEADS = {"albert", "deberta-v2", "distilbert", "esm", "eurobert", "mpnet"}
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.long if kind in AS_HEADS else ()) for kind in KINDS]
 )
+@pytest.mark.in_short("gemma3", "bert", "fnet", "modernbert")
 async def test_vectors_are_those_of_transformers(kind: str, encoder: Callable[..., Path]) -> None:
     path = encoder(kind)
     expected = states(path, TEXTS)

@@ -445,6 +445,7 @@ async def test_names_of_the_text_alone_are_known(
         assert await answers(serving, asking(FIRST)) != before
 
 
+@pytest.mark.long
 async def test_narrow_weights_and_short_numbers(sighted: Callable[..., Path]) -> None:
     """What looks at images is not rounded, and the trial allows for what rounding of the rest does."""
     for changes in ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantization": "int8"}):

@@ -105,6 +105,7 @@ async def free_again(serving: AsyncEngine) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.in_short("t5 v1.1", "umt5", "marian", "m2m_100", "bart", "mbart")
 async def test_greedy_equals_transformers(kind: str, written: Callable[..., Path]) -> None:
     """Several sources at once, each twice, in chunks that end within them."""
     path = written(kind)
