@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import httpx
+import pytest
 
 from asyncengine.cli.logs import JsonLines
 from tests.cli.programs import server
@@ -61,6 +62,7 @@ assert all(found.level == 0 for found in ours.values() if isinstance(found, logg
     assert done.stdout.strip() == "['asyncengine', 'asyncengine.server'] []" and done.stderr == ""
 
 
+@pytest.mark.long
 def test_without_the_extra_spans_are_refused_with_what_to_install() -> None:
     program = "import sys; sys.modules['opentelemetry'] = None; from asyncengine.cli import main; main()"
     wrong = subprocess.run(

@@ -160,6 +160,7 @@ def test_what_looks_wrong_is_written_down_anew(tmp_path: Path, monkeypatch: pyte
     assert done.status == 1 and "temperature is 0.3, and the fallback says which" in done.err
 
 
+@pytest.mark.long
 def test_a_reader_that_goes_away_ends_it_quietly(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.bin" for number in range(3)]
     for path in paths:

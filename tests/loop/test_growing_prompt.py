@@ -94,6 +94,7 @@ def fed(prompt: GrowingPrompt, pieces: Sequence[Any]) -> tuple[list[int], list[i
 @pytest.mark.parametrize("name", ["tiny", "unigram", "bytes", "fickle"])
 @given(text=TEXTS, cuts=st.lists(st.integers(0, 200), max_size=30))
 @settings(max_examples=30, deadline=None)
+@pytest.mark.in_short("bytes", "unigram", "fickle")
 def test_the_tokens_are_those_of_the_whole_text(
     tokenizers: dict[str, Tokenizer], name: str, text: str, cuts: list[int]
 ) -> None:

@@ -32,6 +32,7 @@ def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
 
 
 @pytest.mark.parametrize("decoder", ["compiled", "transformers"])
+@pytest.mark.in_short("compiled")
 async def test_steps_do_not_depend_on_the_default_dtype(
     checkpoint: Callable[..., Path], default_dtype: Callable[[torch.dtype], None], decoder: str
 ) -> None:

@@ -234,6 +234,7 @@ class TestFrequencies:
         ],
         ids=str,
     )
+    @pytest.mark.in_short("50")
     def test_are_those_of_the_exact_distribution(self, changes: dict[str, Any], vocab: int) -> None:
         draws = 40_000
         p = params(seed=3, **changes)

@@ -206,6 +206,7 @@ def torchs_settings() -> Iterator[None]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("torchs_settings")
+@pytest.mark.long
 def test_training_twice_writes_the_same_files_and_prints_a_held_out_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ from tests.model.quantised.test_eight_bits import random_bytes
     ],
     ids=["groups of 32", "of 16", "of 16 with zeros", "zeros", "siblings", "by turns", "least"],
 )
+@pytest.mark.in_short("-march=native", "-march=x86-64-v3")
 def test_products_are_those_of_the_numbers(
     sizes: list[int],
     turns: int,

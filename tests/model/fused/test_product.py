@@ -206,6 +206,7 @@ def test_weights_that_would_have_to_be_copied_are_refused() -> None:
         Product(Formula([Projection(whole), linear(8, torch.bfloat16, inputs=64)]))
 
 
+@pytest.mark.long
 def test_layer_norms_are_launched_apart_where_triton_takes_minutes_to_compile_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -60,6 +60,7 @@ def test_which_layers_do_is_seen_in_transformers(name: str, ahead: list[bool], p
     ],
     ids=str,
 )
+@pytest.mark.in_short("gemma3")
 def test_they_say_what_they_say_in_transformers(name: str, changes: dict[str, Any], paths: dict[str, Path]) -> None:
     parts = ["Look: ", picture(1, 48, 32), " and ", picture(2, 40, 24), " which?"]
 
