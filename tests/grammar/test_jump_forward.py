@@ -151,6 +151,7 @@ async def test_a_jump_goes_on_from_what_was_delivered_however_the_tokenizer_woul
 @pytest.mark.parametrize(
     "limits", [{"max_total_sequence_length": 256, "max_single_sequence_length": 256}, {"prefill_mode": "chunked"}]
 )
+@pytest.mark.in_short("limits0")
 async def test_with_preemption_and_separate_prefill_steps(random_model: Path, limits: dict[str, Any]) -> None:
     changed = CONFIG | {"kv_cache_page_size": 4, "prefill_chunk_size": 8} | limits
     configs = [config(JsonSchema(FIXED), seed, n=2) for seed in range(6)]

@@ -95,7 +95,7 @@ NGRAM: dict[str, Any] = {"speculative_mode": "ngram", "spec_draft_length": 3}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt2"])
-@pytest.mark.in_short("llama", "gemma2")
+@pytest.mark.in_short("llama")
 def test_outputs_are_those_without_drafts(
     architecture: str, pair: Callable[[str], tuple[Path, Path]], subtests: pytest.Subtests
 ) -> None:

@@ -19,7 +19,7 @@ from asyncengine.model.loader import TransformersLoader
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss", "minicpm3"])
-@pytest.mark.in_short("gpt_oss", "minicpm3")
+@pytest.mark.in_short("gpt_oss")
 def test_models_compute_what_transformers_computes(name: str, checkpoint: Callable[..., Path]) -> None:
     require_triton()
     model = AutoModelForCausalLM.from_pretrained(

@@ -210,6 +210,7 @@ async def test_answers_are_those_of_transformers_with_weights_that_were_rounded_
 
 
 @pytest.mark.parametrize(("what", "quantization"), [("text", "int8"), ("audio", "int4")])
+@pytest.mark.in_short("audio-int4")
 async def test_it_sleeps_and_its_weights_are_replaced(
     what: str, quantization: Quantization, written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

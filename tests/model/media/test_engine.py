@@ -158,7 +158,7 @@ COMPILED = ("qwen3_vl", "qwen2_5_vl", "internvl")
 
 
 @pytest.mark.parametrize("architecture", COMPILED)
-@pytest.mark.in_short("qwen2_5_vl", "internvl")
+@pytest.mark.in_short("internvl")
 async def test_the_other_way_of_running_a_model(architecture: str, sighted: Callable[..., Path]) -> None:
     path = sighted(architecture)
     messages = asking(FIRST, "beside", SECOND)

@@ -116,7 +116,7 @@ def text(serving: AsyncEngine) -> Any:
 @pytest.mark.parametrize(
     "architecture", ["qwen3_vl", "gemma3", pytest.param("llava", marks=pytest.mark.long), "qwen3_5"]
 )
-@pytest.mark.in_short("qwen3_5", "gemma3")
+@pytest.mark.in_short("qwen3_5")
 async def test_what_repeats_itself_is_guessed_behind_images(
     architecture: str, sighted: Callable[..., Path], steps: list[StepBatch]
 ) -> None:

@@ -44,7 +44,7 @@ def agree(result: RequestResult, expected: list[tuple[list[int], float]]) -> Non
 
 
 @pytest.mark.parametrize("kind", ["bart", "marian", "m2m_100", "pegasus", "t5", "umt5"])
-@pytest.mark.in_short("marian", "m2m_100", "t5")
+@pytest.mark.in_short("marian", "t5")
 async def test_they_find_what_transformers_finds(kind: str, tmp_path: Path) -> None:
     path = checkpoints.write(tmp_path, kind, 1)
     async with engine(path, prefill_chunk_size=10) as serving:
