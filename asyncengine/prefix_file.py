@@ -29,6 +29,12 @@ _LARGEST = 1 << 48
 """Number in a header."""
 
 
+def name_of(path: object) -> str | None:
+    """How a file is called, as the system takes it; None if that is no path of a file."""
+    name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    return name if isinstance(name, str) and name and "\0" not in name else None
+
+
 class _Lent:
     """An open file that one thread uses at a time, and that whoever waits for it may give up without waiting longer.
 

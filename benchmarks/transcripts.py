@@ -24,7 +24,6 @@ import functools
 import json
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -38,6 +37,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from benchmarks.by_turns import by_turns, engines_of
 
 SIZES = {"nano": (64, 2, 2), "tiny": (384, 4, 6), "base": (512, 6, 8), "small": (768, 12, 12)}
 """Width, layers of the encoder and of the decoder, heads."""
@@ -95,10 +95,7 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, dict[s
         assert made.shape[1] >= arguments.tokens, made.shape
 
     wanted = EngineConfig(str(path), dtype=arguments.dtype, max_num_sequence=arguments.audio)
-    engines = {"asyncengine": AsyncEngine(wanted)}
-    if arguments.quantization != "none":
-        narrow = wanted.replace(dtype="auto", quantization=arguments.quantization)
-        engines[arguments.quantization] = AsyncEngine(narrow)
+    engines = engines_of(wanted, arguments.quantization)
     async with contextlib.AsyncExitStack() as stack:
         for engine in engines.values():
             await stack.enter_async_context(engine)
@@ -119,17 +116,14 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, dict[s
             "batch": batch,
             "one by one": single,
         }
-        times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
-        for count in range(arguments.rounds + 1):
-            for number, (side, run) in enumerate(sides.items()):
-                audio = sounds(arguments.audio if count else 1, 10 * count + number)
-                begun = time.perf_counter(), time.process_time()
-                await run(audio)
-                if count:  # the first warms up
-                    times[side].append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+
+        def work(count: int, number: int) -> list[Any]:
+            return sounds(arguments.audio if count else 1, 10 * count + number)
+
+        turns = await by_turns(sides, arguments.rounds, work)
     results = {}
-    for side, taken in times.items():
-        wall, cpu = (statistics.median(each) for each in zip(*taken, strict=True))
+    for side, taken in turns.items():
+        wall, cpu = (statistics.median(each) for each in zip(*(turn for turn, _ in taken), strict=True))
         results[side] = {"seconds": wall, "CPU seconds": cpu, "audio": arguments.audio * SECONDS / wall}
         print(f"{side:12} {wall:7.2f} s, {cpu:7.2f} CPU s, {results[side]['audio']:6.1f} x real time")
     return results

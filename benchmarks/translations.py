@@ -26,7 +26,6 @@ import functools
 import json
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -40,6 +39,7 @@ from tokenizers.models import WordLevel
 from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
 from asyncengine import AsyncEngine, EngineConfig, GenerationConfig
+from benchmarks.by_turns import by_turns, engines_of
 
 SIZES = {"nano": (32, 1, 2, 300), "opus": (512, 6, 8, 58101)}
 """Width, layers of the encoder and of the decoder, heads, vocabulary."""
@@ -87,10 +87,7 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, dict[s
         assert made.shape[1] == most + 1, made.shape
 
     wanted = EngineConfig(str(path), dtype=arguments.dtype, max_num_sequence=arguments.sources * arguments.beams)
-    engines = {"asyncengine": AsyncEngine(wanted)}
-    if arguments.quantization != "none":
-        narrow = wanted.replace(dtype="auto", quantization=arguments.quantization)
-        engines[arguments.quantization] = AsyncEngine(narrow)
+    engines = engines_of(wanted, arguments.quantization)
     async with contextlib.AsyncExitStack() as stack:
         for engine in engines.values():
             await stack.enter_async_context(engine)
@@ -114,20 +111,17 @@ async def measure(arguments: argparse.Namespace, path: Path) -> dict[str, dict[s
             "batch": batch,
             "one by one": single,
         }
-        figures: dict[str, list[tuple[float, float, float]]] = {side: [] for side in sides}
-        for count in range(arguments.rounds + 1):
-            for number, (side, run) in enumerate(sides.items()):
-                # Each side gets sources of its own, of the same lengths.
-                given = sources(arguments.sources if count else 1, SIZES[arguments.size][3], count)
-                given = [([(each + number) % 250 + 2 for each in ids[:-1]] + [END], most) for ids, most in given]
-                begun = time.perf_counter(), time.process_time()
-                await run(given)
-                if count:  # the first warms up
-                    wall, cpu = time.perf_counter() - begun[0], time.process_time() - begun[1]
-                    figures[side].append((wall, cpu, sum(most for _, most in given) / wall))
+
+        def work(count: int, number: int) -> list[Source]:
+            """For each side sources of its own, of the same lengths."""
+            given = sources(arguments.sources if count else 1, SIZES[arguments.size][3], count)
+            return [([(each + number) % 250 + 2 for each in ids[:-1]] + [END], most) for ids, most in given]
+
+        turns = await by_turns(sides, arguments.rounds, work)
     results = {}
-    for side, taken in figures.items():
-        wall, cpu, tokens = (statistics.median(each) for each in zip(*taken, strict=True))
+    for side, taken in turns.items():
+        figures = [(*turn, sum(most for _, most in given) / turn.wall) for turn, given in taken]
+        wall, cpu, tokens = (statistics.median(each) for each in zip(*figures, strict=True))
         results[side] = {"seconds": wall, "CPU seconds": cpu, "tokens": tokens}
         print(f"{side:12} {wall:7.2f} s, {cpu:7.2f} CPU s, {tokens:7.1f} tokens/s")
     return results

@@ -13,7 +13,7 @@ from asyncengine import instructions as ins
 from asyncengine.catalogue import Inventory, KeptPrefixes
 from asyncengine.errors import InvalidRequestError, PrefixCacheError
 from asyncengine.loop.control import EngineControl
-from asyncengine.prefix_file import PrefixReader, PrefixWriter
+from asyncengine.prefix_file import PrefixReader, PrefixWriter, name_of
 from asyncengine.step.model import ModelView
 
 
@@ -133,7 +133,6 @@ async def _identity(view: ModelView) -> Mapping[str, str]:
 
 
 def _path(path: object) -> Path:
-    name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-    if not isinstance(name, str) or not name or "\0" in name:
+    if (name := name_of(path)) is None:
         raise InvalidRequestError(f"path is {path!r:.80}; expected the path of a file")
     return Path(name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from asyncengine.config import EngineConfig
 from asyncengine.errors import AsyncEngineError, ConfigError, PrefixCacheError
 from asyncengine.loop.engine import AsyncEngine
+from asyncengine.prefix_file import name_of
 
 logger = logging.getLogger("asyncengine.server")
 
@@ -70,8 +71,7 @@ class PrefixFile:
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
-    name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-    if not isinstance(name, str) or not name or "\0" in name:
+    if (name := name_of(path)) is None:
         raise ConfigError(f"prefix_cache_file is {path!r:.80}; expected the path of a file")
     found = Path(name)
     if not found.parent.is_dir():
